@@ -1,0 +1,109 @@
+"""LED, the Longformer Encoder-Decoder (Beltagy et al. 2020, arXiv:2004.05150).
+
+The encoder attends as Longformer does; the decoder has causal self-attention and cross-attention with caches.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from attnzoo.adapter import Adapter, Attend, Forward, Seam, parameter_of
+from attnzoo.adapters.longformer import VERSIONS, encoder_seam
+from attnzoo.masks import read_attention_mask
+from attnzoo.patterns import Full
+from attnzoo.segments import Attention, Request, Segment, SegmentRequest
+
+_MODULE = "transformers.models.led.modeling_led"
+
+
+def _decoder_forward(
+    module: Any,
+    attend: Attend,
+    hidden_states: Tensor,
+    key_value_states: Tensor | None = None,
+    past_key_values: Any = None,
+    attention_mask: Tensor | None = None,
+    output_attentions: bool = False,
+) -> tuple[Tensor, Tensor | None, Any]:
+    """Self-attention, or cross-attention if ``key_value_states`` are given; ``(batch, length, embed)`` in and out."""
+    query = _heads(module, module.q_proj(hidden_states))
+    key, value = _keys_values(module, hidden_states, key_value_states, past_key_values)
+    mask = bias = None
+    if attention_mask is not None:
+        mask, bias = attend.once(attention_mask, "read", read_attention_mask)
+    segment = Segment(key.to(query.dtype), value.to(query.dtype), mask=mask, bias=bias)
+    dropout = module.dropout if module.training else 0.0
+    result = attend(Attention(query, (segment,), module.scaling, dropout), output_attentions)
+    output = module.out_proj(result.output.transpose(1, 2).flatten(2))
+    return output, None if result.probabilities is None else result.probabilities[0], past_key_values
+
+
+def _heads(module: Any, states: Tensor) -> Tensor:
+    """``(batch, length, embed)`` to ``(batch, heads, length, head_dim)``."""
+    return states.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2)
+
+
+def _keys_values(
+    module: Any, hidden_states: Tensor, encoder_states: Tensor | None, cache: Any
+) -> tuple[Tensor, Tensor]:
+    """Keys and values ``(batch, heads, kv_len, head_dim)``, through the cache if there is one.
+
+    An ``EncoderDecoderCache`` holds one cache for each kind of attention; that of the encoder's states is filled once.
+    """
+    cross = encoder_states is not None
+    filled = getattr(cache, "is_updated", None)
+    store = cache
+    if filled is not None:
+        store = cache.cross_attention_cache if cross else cache.self_attention_cache
+        if cross and filled.get(module.layer_idx):
+            layer = store.layers[module.layer_idx]
+            return layer.keys, layer.values
+    source = hidden_states if encoder_states is None else encoder_states
+    key, value = _heads(module, module.k_proj(source)), _heads(module, module.v_proj(source))
+    if store is not None:
+        key, value = store.update(key, value, module.layer_idx)
+        if cross and filled is not None:
+            filled[module.layer_idx] = True
+    return key, value
+
+
+def _decoder_bind(module: Any, attend: Attend) -> Forward:
+    return partial(_decoder_forward, module, attend)
+
+
+def _decoder_requests(module: Any) -> tuple[Request, ...]:
+    parameter, heads, dim = parameter_of(module), module.num_heads, module.head_dim
+    segment = SegmentRequest(Full(), heads, mask=True)
+    return (Request(parameter.device.type, parameter.dtype, heads, dim, dim, (segment,)),)
+
+
+LED = Adapter(
+    model_types=("led",),
+    versions=VERSIONS,
+    seams=(
+        encoder_seam(
+            _MODULE,
+            "LEDEncoderSelfAttention",
+            {
+                "forward": ("5de611ae5a7419d3",),
+                "_concat_with_global_key_attn_probs": ("e2c8766a25d94fdd",),
+                "_compute_global_attn_output_from_hidden": ("f6a38bba542ffab1",),
+                "LEDEncoder.forward": ("7b33a0782b12b804", "b52d9946b47e1006"),
+            },
+        ),
+        Seam(
+            cls=f"{_MODULE}:LEDDecoderAttention",
+            bind=_decoder_bind,
+            describe=lambda module: "masked (decoder self or cross)",
+            requests=_decoder_requests,
+            dropout=lambda module: float(module.dropout),
+            verified={
+                f"{_MODULE}:LEDDecoderAttention.forward": ("36e52b2e998061ce",),
+                f"{_MODULE}:LEDDecoder.forward": ("9c22c3e469849be7", "fdb55f9794ccd9c9"),
+            },
+        ),
+    ),
+)

@@ -1,0 +1,169 @@
+"""Longformer: sliding windows and per-sample global tokens (Beltagy et al. 2020, arXiv:2004.05150).
+
+Ordinary tokens look at two segments: a window without the global tokens, and the global tokens of their sample.
+Global tokens look at everything, through projections of their own. LED's encoder is the same attention.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.adapter import Adapter, Attend, Forward, Seam, parameter_of
+from attnzoo.errors import InvalidArgumentError
+from attnzoo.globals import locate
+from attnzoo.patterns import Full, Window
+from attnzoo.segments import Attention, Request, Segment, SegmentRequest, describe
+
+VERSIONS = "5.17 to 5.23"
+
+
+def _heads(module: Any, states: Tensor) -> Tensor:
+    """``(batch, length, embed)`` to ``(batch, heads, length, head_dim)``."""
+    return states.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2)
+
+
+def _merge(output: Tensor) -> Tensor:
+    """``(batch, heads, length, head_dim)`` to ``(batch, length, embed)``."""
+    return output.transpose(1, 2).flatten(2)
+
+
+def _window(module: Any) -> Window:
+    return Window(module.one_sided_attn_window_size, module.one_sided_attn_window_size)
+
+
+def _dropout(module: Any) -> float:
+    return float(module.dropout)
+
+
+def _real(is_index_masked: Tensor) -> Tensor | None:
+    return ~is_index_masked if bool(is_index_masked.any()) else None
+
+
+def _ordinary(attention_mask: Tensor) -> Tensor:
+    """Keys for the window: neither padding (negative) nor global (positive)."""
+    if bool(attention_mask.isnan().any()):
+        raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)} with NaN in it", "no NaN")
+    return attention_mask == 0
+
+
+def _forward(
+    module: Any,
+    attend: Attend,
+    hidden_states: Tensor,
+    attention_mask: Tensor,
+    is_index_masked: Tensor,
+    is_index_global_attn: Tensor,
+    is_global_attn: bool,
+    output_attentions: bool = False,
+) -> tuple[Tensor, ...]:
+    """The module's forward: ``(batch, length, embed)`` in and out, with probabilities if asked for.
+
+    ``attention_mask`` ``(batch, length)`` is negative for padding, positive for global tokens, else 0.
+    """
+    dropout = module.dropout if module.training else 0.0
+    scale = module.head_dim**-0.5
+    ordinary = attend.once(attention_mask, "ordinary", _ordinary)
+    real = attend.once(is_index_masked, "real", _real)
+    found = attend.once(is_index_global_attn, "globals", locate) if is_global_attn else None
+
+    query = _heads(module, module.query(hidden_states))
+    key = _heads(module, module.key(hidden_states))
+    value = _heads(module, module.value(hidden_states))
+    segments = [Segment(key, value, _window(module), key_mask=real if found is None else ordinary)]
+    if found is not None:
+        segments.append(Segment(found.take(key), found.take(value), key_mask=found.valid))
+    local = attend(Attention(query, tuple(segments), scale, dropout, query_mask=real), output_attentions)
+    output = _merge(local.output)
+    if found is None:
+        if local.dropped is None:
+            return (output,)
+        return output, _banded(local.dropped, module.one_sided_attn_window_size, None)
+
+    queries = hidden_states.gather(1, found.index[:, :, None].expand(-1, -1, hidden_states.shape[2]))
+    everything = Segment(
+        _heads(module, module.key_global(hidden_states)),
+        _heads(module, module.value_global(hidden_states)),
+        key_mask=real,
+    )
+    query = _heads(module, module.query_global(queries))
+    result = attend(Attention(query, (everything,), scale, dropout, query_mask=found.valid), output_attentions)
+    sample, number = attend.once(is_index_global_attn, "places", lambda _: found.valid.nonzero(as_tuple=True))
+    rows = _merge(result.output)[sample, number].to(output.dtype)
+    output = output.index_put((sample, found.index[sample, number]), rows)
+    if local.dropped is None or result.dropped is None:
+        return (output,)
+    return output, _banded(local.dropped, module.one_sided_attn_window_size, is_index_global_attn), result.dropped[0]
+
+
+def _banded(weights: tuple[Tensor, ...], window: int, is_global: Tensor | None) -> Tensor:
+    """Dense weights per segment in the layout the model returns: ``(batch, length, heads, globals + 2 * window + 1)``.
+
+    Column ``globals + window + d`` is the key ``d`` tokens after the query; rows of global tokens are zero.
+    """
+    local = torch.nn.functional.pad(weights[0], (window, window))  # key k sits in column k + window
+    length, width = local.shape[2], 2 * window + 1
+    columns = torch.arange(length, device=local.device)[:, None] + torch.arange(width, device=local.device)
+    band = local.gather(3, columns.expand(*local.shape[:2], -1, -1))
+    whole = torch.cat([*weights[1:], band], dim=-1).transpose(1, 2)
+    return whole if is_global is None else whole.masked_fill(is_global[:, :, None, None], 0.0)
+
+
+def _bind(module: Any, attend: Attend) -> Forward:
+    return partial(_forward, module, attend)
+
+
+def _requests(module: Any) -> tuple[Request, ...]:
+    parameter, heads = parameter_of(module), module.num_heads
+
+    def request(*segments: SegmentRequest) -> Request:
+        sizes = (heads, module.head_dim, module.head_dim)
+        return Request(parameter.device.type, parameter.dtype, *sizes, segments)
+
+    everything = SegmentRequest(Full(), heads, key_mask=True)
+    return request(SegmentRequest(_window(module), heads, key_mask=True), everything), request(everything)
+
+
+def _describe(module: Any) -> str:
+    return f"window {2 * module.one_sided_attn_window_size} + global keys"
+
+
+def encoder_seam(module: str, cls: str, verified: dict[str, tuple[str, ...]]) -> Seam:
+    """The seam of a Longformer-like self-attention.
+
+    Args:
+        module: the modelling module.
+        cls: the attention class in it.
+        verified: fingerprints by method: of ``cls``, or ``"Class.method"`` for whoever builds the masks it reads.
+    """
+    return Seam(
+        cls=f"{module}:{cls}",
+        bind=_bind,
+        describe=_describe,
+        requests=_requests,
+        dropout=_dropout,
+        verified={f"{module}:{name if '.' in name else f'{cls}.{name}'}": prints for name, prints in verified.items()},
+    )
+
+
+_MODULE = "transformers.models.longformer.modeling_longformer"
+
+LONGFORMER = Adapter(
+    model_types=("longformer",),
+    versions=VERSIONS,
+    seams=(
+        encoder_seam(
+            _MODULE,
+            "LongformerSelfAttention",
+            {
+                "forward": ("5de611ae5a7419d3",),
+                "_concat_with_global_key_attn_probs": ("e2c8766a25d94fdd",),
+                "_compute_global_attn_output_from_hidden": ("f6a38bba542ffab1",),
+                "LongformerEncoder.forward": ("afaef12be2be7a5c",),
+            },
+        ),
+    ),
+)

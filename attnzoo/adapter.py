@@ -1,0 +1,126 @@
+"""Where: what an adapter tells of a model family.
+
+An adapter lists *seams*. A seam is one class of modules that attend, and the narrowest place at which its attention can
+be taken over: a function that turns the module's inputs into an :class:`~attnzoo.segments.Attention`, hands it to an
+:class:`Attend`, and returns the result as the model expects it. Adapters know no backend by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.errors import DriftError
+from attnzoo.fingerprint import drift
+from attnzoo.segments import Attention, Request, Result
+
+T = TypeVar("T")
+
+
+class Attend(Protocol):
+    """What a seam's forward gets to compute attentions with."""
+
+    def __call__(self, attention: Attention, probabilities: bool = False) -> Result:
+        """Run an attention on the site's backend."""
+
+    def once(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
+        """``make(tensor)``, computed once per tensor for all sites of the patch: per forward, not per layer."""
+
+
+Forward = Callable[..., Any]
+
+
+def _no_requests(module: nn.Module) -> tuple[Request, ...]:
+    return ()
+
+
+def _asks_for_probabilities(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    return bool(kwargs.get("output_attentions"))
+
+
+def _always(module: nn.Module) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One class of attention modules and how to take its attention over.
+
+    Attributes:
+        cls: ``"package.module:Class"``; modules of exactly this class, or subclasses that keep its forward.
+        bind: ``bind(module, attend)`` returns the forward that replaces the module's own.
+        describe: the site's pattern, for people.
+        requests: what the module will ask of a backend, as far as its weights and configuration tell.
+        dropout: the attention dropout the module applies in training.
+        verified: ``{"package.module:Class.method": fingerprints}`` of the original functions this seam relies on.
+        check: raises if the module is configured in a way the seam cannot serve.
+        wants_probabilities: whether a call with these keyword arguments asks for attention probabilities.
+        native_probabilities: whether the module's own forward can return them.
+    """
+
+    cls: str
+    bind: Callable[[Any, Attend], Forward]
+    describe: Callable[[Any], str]
+    verified: Mapping[str, tuple[str, ...]]
+    requests: Callable[[Any], tuple[Request, ...]] = _no_requests
+    dropout: Callable[[Any], float] = lambda module: 0.0
+    check: Callable[[Any], None] = lambda module: None
+    wants_probabilities: Callable[[Any, Mapping[str, Any]], bool] = _asks_for_probabilities
+    native_probabilities: Callable[[Any], bool] = _always
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether the module is of this seam's class (subclasses included)."""
+        return any(f"{base.__module__}:{base.__qualname__}" == self.cls for base in type(module).__mro__)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What attnzoo knows of a model family.
+
+    Attributes:
+        model_types: ``config.model_type`` values it serves.
+        seams: the attention classes of the family.
+        versions: the transformers versions it was verified against, for people.
+    """
+
+    model_types: tuple[str, ...]
+    seams: tuple[Seam, ...]
+    versions: str = field(default="unknown")
+
+    def sites(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, Seam]]:
+        """Every module of the model this adapter can take over: its name, itself and its seam."""
+        for name, module in model.named_modules():
+            for seam in self.seams:
+                if seam.matches(module):
+                    yield name, module, seam
+
+    def check_drift(self, seam: Seam, module: nn.Module) -> None:
+        """Raise unless the functions the seam relies on are those it was verified against.
+
+        Raises:
+            DriftError: a function is gone, or was changed by another version or by a subclass.
+        """
+        found = list(drift(dict(seam.verified)))
+        forward = f"{seam.cls}.forward"
+        base = next(base for base in type(module).__mro__ if f"{base.__module__}:{base.__qualname__}" == seam.cls)
+        if forward in seam.verified and type(module).forward is not base.forward:  # type: ignore[attr-defined]
+            found.append(f"{type(module).__qualname__} overrides the forward of {seam.cls}")
+        if found:
+            import transformers
+
+            raise DriftError(
+                f"the adapter for {', '.join(self.model_types)} was verified against transformers {self.versions}; "
+                f"installed is {transformers.__version__}, and what it relies on differs:\n  " + "\n  ".join(found)
+            )
+
+
+def parameter_of(module: nn.Module) -> Tensor:
+    """A floating-point parameter of the module: tells device and dtype."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            return parameter
+    return torch.empty(0)

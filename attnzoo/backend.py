@@ -1,0 +1,137 @@
+"""How it is computed: what a backend declares and does.
+
+A backend is a frozen dataclass: its fields are its options. It declares capabilities as data, answers
+:meth:`Backend.refusals` with every reason it has, and runs an :class:`~attnzoo.segments.Attention`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
+
+import torch
+
+from attnzoo.errors import Refusal
+from attnzoo.patterns import Pattern
+from attnzoo.segments import FLOATS, Attention, Request, Result
+
+
+def _names(items: object) -> str:
+    return ", ".join(sorted(str(item).removeprefix("torch.") for item in items)) or "none"  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do, as data; the conformance kit generates its cases from this.
+
+    Attributes:
+        devices: device types, e.g. ``{"cpu", "cuda"}``.
+        dtypes: dtypes of query, key and value.
+        patterns: pattern classes it computes exactly.
+        segments: how many segments it can unite.
+        key_mask: masks keys per sample.
+        mask: takes a dense mask.
+        bias: kinds of additive bias, of ``"relative"`` and ``"dense"``.
+        bias_grad: gives gradients to the bias values.
+        gqa: takes fewer key heads than query heads.
+        uneven_value_dim: takes a value_dim other than head_dim.
+        dropout: drops softmax weights.
+        grad: has a backward.
+        probabilities: can return the softmax weights.
+        exact: computes exactly what the request says (False: changes the pattern of a dense model).
+    """
+
+    devices: frozenset[str]
+    dtypes: frozenset[torch.dtype] = frozenset(FLOATS)
+    patterns: frozenset[type[Pattern]] = frozenset()
+    segments: int = 1
+    key_mask: bool = False
+    mask: bool = False
+    bias: frozenset[str] = frozenset()
+    bias_grad: bool = False
+    gqa: bool = False
+    uneven_value_dim: bool = False
+    dropout: bool = False
+    grad: bool = False
+    probabilities: bool = False
+    exact: bool = True
+
+    def refusals(self, request: Request) -> tuple[Refusal, ...]:
+        """Every way in which the request goes beyond these capabilities."""
+        found: list[Refusal] = []
+
+        def need(name: str, wanted: bool, offered: bool, allowed: str) -> None:
+            if wanted and not offered:
+                found.append(Refusal(name, "requested", allowed))
+
+        if request.device not in self.devices:
+            found.append(Refusal("device", request.device, _names(self.devices)))
+        if request.dtype not in self.dtypes:
+            found.append(Refusal("dtype", _names([request.dtype]), _names(self.dtypes)))
+        if len(request.segments) > self.segments:
+            found.append(Refusal("segments", str(len(request.segments)), f"at most {self.segments}"))
+        for segment in request.segments:
+            if type(segment.pattern) not in self.patterns:
+                found.append(Refusal("pattern", str(segment.pattern), _names(kind.__name__ for kind in self.patterns)))
+            if segment.bias is not None and segment.bias not in self.bias:
+                found.append(Refusal("bias", segment.bias, _names(self.bias)))
+            elif segment.bias_grad and not self.bias_grad:
+                found.append(Refusal("bias", "values that require grad", "values that do not require grad"))
+            if segment.kv_heads != request.heads and not self.gqa:
+                found.append(Refusal("key heads", str(segment.kv_heads), f"{request.heads}, the query's"))
+        need("key_mask", any(segment.key_mask for segment in request.segments), self.key_mask, "no key mask")
+        need("mask", any(segment.mask for segment in request.segments), self.mask, "no dense mask")
+        if request.value_dim != request.head_dim and not self.uneven_value_dim:
+            found.append(Refusal("value_dim", str(request.value_dim), f"{request.head_dim}, the head_dim"))
+        need("dropout", request.dropout, self.dropout, "dropout=0.0")
+        need("grad", request.grad, self.grad, "torch.no_grad(), or inputs that do not require grad")
+        need("attention probabilities", request.probabilities, self.probabilities, "output_attentions=False")
+        return tuple(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Base class of all backends. Subclasses set the class attributes and implement :meth:`run`.
+
+    Class attributes:
+        name: the registered name.
+        aliases: other names users may type.
+        priority: ``auto`` takes the available backend of highest priority that refuses nothing.
+        capabilities: what it can do.
+    """
+
+    name: ClassVar[str] = ""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    priority: ClassVar[int] = 0
+    capabilities: ClassVar[Capabilities] = Capabilities(devices=frozenset())
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Why this backend cannot run on this machine and what to install, or None if it can."""
+        return None
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """Names of the options ``patch(model, backend, **options)`` takes."""
+        return tuple(option.name for option in fields(cls))
+
+    def refusals(self, request: Request) -> tuple[Refusal, ...]:
+        """All reasons why this request cannot run here; empty means it runs."""
+        return self.capabilities.refusals(request)
+
+    def run(self, attention: Attention, probabilities: bool = False) -> Result:
+        """Compute the attention. Only called with requests that were not refused."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What :func:`attnzoo.backends` tells of a backend."""
+
+    name: str
+    aliases: tuple[str, ...]
+    available: bool
+    reason: str
+    exact: bool
+    capabilities: Capabilities | None
+    options: tuple[str, ...] = field(default=())

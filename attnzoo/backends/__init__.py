@@ -1,0 +1,1 @@
+"""The backends that come with attnzoo; found by entry point, loaded when first asked for."""

@@ -1,0 +1,100 @@
+"""``eager``: the oracle. Evaluates masks and biases on dense index grids; defines what is correct.
+
+Standard scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762) in plain torch operations, with one
+softmax over all segments. Memory is ``batch x heads x q_len x kv_len``: for judging and for looking at probabilities.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attnzoo.backend import Backend, Capabilities
+from attnzoo.patterns import Causal, Chunks, Full, Window
+from attnzoo.segments import FLOATS, Attention, Result, Segment
+
+
+def expand_heads(tensor: Tensor, heads: int) -> Tensor:
+    """``(batch, kv_heads, n, d)`` to ``(batch, heads, n, d)``: each key head serves a group of neighbouring query heads.
+
+    A view when there is one key head; its gradient is the sum over the group.
+    """
+    batch, kv_heads, length, dim = tensor.shape
+    if kv_heads == heads:
+        return tensor
+    return tensor[:, :, None].expand(batch, kv_heads, heads // kv_heads, length, dim).reshape(batch, heads, length, dim)
+
+
+def evaluate(attention: Attention, rows: Tensor | None = None) -> Result:
+    """The attention by definition, in the dtype of its tensors (half precision: softmax in float32, as models do).
+
+    Args:
+        attention: what to compute.
+        rows: query indices ``(n,)`` to compute; the others are left out. None: all of them.
+
+    Returns:
+        Output ``(batch, heads, n, value_dim)`` with the probabilities of each segment, before and after dropout.
+    """
+    heads, q_len = attention.heads, attention.q_len
+    if rows is None:
+        rows = torch.arange(q_len, device=attention.query.device)
+        query = attention.query
+    else:
+        query = attention.query[:, :, rows]
+    grids = [_scores(attention, segment, query, rows) for segment in attention.segments]
+    scores = torch.cat([score for score, _ in grids], dim=-1)
+    seen = torch.cat([mask.expand(attention.batch, heads, -1, -1) for _, mask in grids], dim=-1)
+    if attention.query_mask is not None:
+        seen = seen & attention.query_mask[:, None, rows, None]
+    live = seen.any(-1, keepdim=True)
+    # A row that sees nothing gets finite scores and then weight zero, so that neither it nor its gradient is NaN.
+    scores = scores.masked_fill(~seen & live, float("-inf"))
+    half = scores.dtype in (torch.bfloat16, torch.float16)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32 if half else None).to(scores.dtype) * live
+    dropped = torch.nn.functional.dropout(weights, attention.dropout) if attention.dropout > 0.0 else weights
+    values = torch.cat([expand_heads(segment.value, heads) for segment in attention.segments], dim=2)
+    lengths = [segment.kv_len for segment in attention.segments]
+    return Result(dropped @ values, "eager", weights.split(lengths, dim=-1), dropped.split(lengths, dim=-1))
+
+
+def _scores(attention: Attention, segment: Segment, query: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Scaled and biased scores, and who sees whom: ``(batch, heads, n, kv_len)`` and broadcastable to it."""
+    kv = torch.arange(segment.kv_len, device=query.device)
+    scores = query @ expand_heads(segment.key, attention.heads).transpose(-1, -2) * attention.scale
+    bias = segment.bias_at(rows, kv, attention.q_len, attention.batch, attention.heads)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    seen = segment.visible(rows, kv, attention.q_len)
+    if seen is None:
+        seen = torch.ones((1, 1, len(rows), segment.kv_len), dtype=torch.bool, device=query.device)
+    return scores, seen.expand(-1, -1, len(rows), -1)
+
+
+@dataclass(frozen=True)
+class EagerBackend(Backend):
+    """The dense oracle as a backend: every pattern, mask, bias and dtype, and the attention probabilities."""
+
+    name: ClassVar[str] = "eager"
+    priority: ClassVar[int] = -100
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        devices=frozenset({"cpu", "cuda"}),
+        dtypes=frozenset(FLOATS),
+        patterns=frozenset({Full, Causal, Window, Chunks}),
+        segments=1 << 16,
+        key_mask=True,
+        mask=True,
+        bias=frozenset({"relative", "dense"}),
+        bias_grad=True,
+        gqa=True,
+        uneven_value_dim=True,
+        dropout=True,
+        grad=True,
+        probabilities=True,
+    )
+
+    def run(self, attention: Attention, probabilities: bool = False) -> Result:
+        result = evaluate(attention)
+        return result if probabilities else Result(result.output, result.kernel)

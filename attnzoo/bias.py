@@ -1,0 +1,113 @@
+"""Additive biases: what is added to the scores before the softmax, with exact gradients for learned tables.
+
+Like a pattern, a bias states its truth once, in FlexAttention's language, as ``score_mod(score, b, h, q, kv)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attnzoo.errors import InvalidArgumentError
+
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Bias:
+    """Base class. ``kind`` is what capabilities and requests speak of."""
+
+    kind: ClassVar[str] = "none"
+    values: Tensor
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether the bias differs between the samples of a batch."""
+        return False
+
+    def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
+        """Raise :class:`InvalidArgumentError` unless the values fit an attention of this size."""
+
+    def score_mod(self, q_len: int, kv_len: int) -> ScoreMod:
+        """The truth: score plus bias, for broadcastable index tensors."""
+        add = self.gather(q_len, kv_len)
+        return lambda score, b, h, q, kv: score + add(b, h, q, kv)
+
+    def gather(self, q_len: int, kv_len: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """A function of broadcastable index tensors that returns the bias at them."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class RelativeBias(Bias):
+    """A bias that depends on the head and on ``key position - query position`` alone (T5; Raffel et al. 2020).
+
+    Attributes:
+        values: ``(heads or 1, R)``; ``values[h, zero + d]`` is added where the key lies ``d`` tokens after the query.
+            Distances beyond either end take the end's value, so bucketed tables need only their unsaturated range.
+            To train a bucket table, gather from it: ``table[bucket(distances)].T``; gradients flow through.
+        zero: index of distance 0.
+        offset: key position of query 0; None aligns the last query with the last key.
+        positions: ``(batch, q_len)`` long, the position of each query among the keys, where it is not
+            ``q + offset`` (queries that look at one key per block of tokens are at their block's position); or None.
+    """
+
+    zero: int
+    offset: int | None = None
+    positions: Tensor | None = None
+    kind: ClassVar[str] = "relative"
+
+    @property
+    def per_sample(self) -> bool:
+        return self.positions is not None
+
+    def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
+        if self.values.ndim != 2 or self.values.shape[0] not in (1, heads) or not 0 <= self.zero < self.values.shape[1]:
+            raise InvalidArgumentError(
+                "bias", f"values {tuple(self.values.shape)}, zero={self.zero}", f"(1 or {heads}, R) and 0 <= zero < R"
+            )
+        if self.positions is not None and tuple(self.positions.shape) != (batch, q_len):
+            raise InvalidArgumentError("bias positions", tuple(self.positions.shape), f"({batch}, {q_len})")
+
+    def gather(self, q_len: int, kv_len: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        shift = kv_len - q_len if self.offset is None else self.offset
+        last, per_head = self.values.shape[1] - 1, self.values.shape[0] > 1
+
+        def add(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            at = q + shift if self.positions is None else self.positions[b, q]
+            index = (kv - at + self.zero).clamp(0, last)
+            return self.values[h if per_head else torch.zeros_like(h), index]
+
+        return add
+
+
+@dataclass(frozen=True, eq=False)
+class DenseBias(Bias):
+    """A bias given at every place.
+
+    Attributes:
+        values: ``(batch or 1, heads or 1, q_len, kv_len)``, finite: to hide keys, use a mask.
+    """
+
+    kind: ClassVar[str] = "dense"
+
+    @property
+    def per_sample(self) -> bool:
+        return self.values.shape[0] > 1
+
+    def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
+        shape = tuple(self.values.shape)
+        if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2:] != (q_len, kv_len):
+            raise InvalidArgumentError("bias", f"values {shape}", f"(1 or {batch}, 1 or {heads}, {q_len}, {kv_len})")
+
+    def gather(self, q_len: int, kv_len: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        per_sample, per_head = self.values.shape[0] > 1, self.values.shape[1] > 1
+
+        def add(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            return self.values[b if per_sample else torch.zeros_like(b), h if per_head else torch.zeros_like(h), q, kv]
+
+        return add

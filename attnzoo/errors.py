@@ -1,0 +1,91 @@
+"""Every refusal of attnzoo is one of these exceptions.
+
+Messages are written for the person who gets them: they name the argument, what was got and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+
+class AttnzooError(Exception):
+    """Base class of every exception attnzoo raises on purpose."""
+
+
+class InvalidArgumentError(AttnzooError, ValueError):
+    """An argument has a value that is not allowed.
+
+    Attributes:
+        argument: name of the argument.
+        got: what was received, in words.
+        allowed: what would have been accepted, in words.
+    """
+
+    def __init__(self, argument: str, got: object, allowed: object) -> None:
+        self.argument, self.got, self.allowed = argument, str(got), str(allowed)
+        super().__init__(f"{argument}: got {got}; allowed: {allowed}")
+
+
+class UnknownNameError(InvalidArgumentError, LookupError):
+    """A name is not registered; the message suggests near misses."""
+
+    def __init__(self, argument: str, got: str, allowed: Iterable[str]) -> None:
+        names = sorted(allowed)
+        near = difflib.get_close_matches(str(got), names, n=2, cutoff=0.5)
+        hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+        super().__init__(argument, f"{got!r}{hint}", ", ".join(map(repr, names)) or "nothing is registered")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One reason why a backend does not take a request.
+
+    Attributes:
+        field: what the reason is about, e.g. ``"dtype"`` or ``"dropout"``.
+        got: the value the request has.
+        allowed: what the backend would take.
+    """
+
+    field: str
+    got: str
+    allowed: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: got {self.got}; allowed: {self.allowed}"
+
+
+class BackendRefusedError(AttnzooError, NotImplementedError):
+    """An explicitly requested backend cannot do what was asked; nothing was replaced silently.
+
+    Attributes:
+        refusals: ``{where: refusals}``, where names a module (or ``"attention"`` for the functional call).
+        alternatives: ``{where: names of backends that would take the same request}``.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        refusals: Mapping[str, tuple[Refusal, ...]],
+        alternatives: Mapping[str, tuple[str, ...]],
+        remedy: str = "",
+    ) -> None:
+        self.backend, self.refusals, self.alternatives = backend, dict(refusals), dict(alternatives)
+        lines = [f"backend {backend!r} refuses"]
+        for where, reasons in self.refusals.items():
+            lines.append(f"  {where}:")
+            lines.extend(f"    {reason}" for reason in reasons)
+            names = self.alternatives.get(where, ())
+            lines.append(f"    would run there: {', '.join(map(repr, names)) if names else 'no registered backend'}")
+        if remedy:
+            lines.append(f"  {remedy}")
+        super().__init__("\n".join(lines))
+
+
+class PatchError(AttnzooError, RuntimeError):
+    """A model cannot be patched, or a patch cannot be undone; the model is left as it was."""
+
+
+class DriftError(PatchError):
+    """The installed transformers differs from every version an adapter was verified against."""

@@ -1,0 +1,153 @@
+"""Running an attention on a backend: negotiation, autocast, and the function users call."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from attnzoo import registry
+from attnzoo.backend import Backend
+from attnzoo.bias import Bias, DenseBias
+from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal
+from attnzoo.globals import locate
+from attnzoo.patterns import Full, Pattern
+from attnzoo.segments import Attention, Request, Result, Segment, describe
+
+PROBABILITIES_REMEDY = 'to get attention probabilities: backend="eager", or patch(..., fallback="native")'
+
+
+@lru_cache(maxsize=4096)
+def _refusals(backend: Backend, request: Request) -> tuple[Refusal, ...]:
+    return backend.refusals(request)
+
+
+def negotiate(backend: Backend, request: Request, where: str) -> None:
+    """Return if the backend takes the request.
+
+    Raises:
+        BackendRefusedError: every reason it has not to, and who would take the request.
+    """
+    reasons = _refusals(backend, request)
+    if reasons:
+        remedy = PROBABILITIES_REMEDY if request.probabilities else ""
+        raise BackendRefusedError(backend.name, {where: reasons}, {where: registry.takers(request)}, remedy)
+
+
+def execute(
+    backend: Backend | None, attention: Attention, probabilities: bool = False, where: str = "attention"
+) -> Result:
+    """Run an attention on a backend, or on the one ``auto`` chooses (None), with rows that see nothing as zeros.
+
+    Under autocast the inputs take the autocast dtype first, as ``scaled_dot_product_attention`` does.
+
+    Raises:
+        BackendRefusedError: the backend does not take it; nothing else is tried.
+    """
+    device = attention.query.device.type
+    if not torch.is_autocast_enabled(device):
+        return _run(backend, attention, probabilities, where)
+    with torch.autocast(device, enabled=False):
+        return _run(backend, attention, probabilities, where)
+
+
+def _run(backend: Backend | None, attention: Attention, probabilities: bool, where: str) -> Result:
+    request = attention.request(probabilities)
+    if backend is None:
+        backend = registry.choose(request)
+    negotiate(backend, request, where)
+    return backend.run(attention, probabilities)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype attention is computed in: the autocast dtype where autocast is on (not for float64), else the tensor's."""
+    device = tensor.device.type
+    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern = Full(),
+    bias: Bias | Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    backend: str = "auto",
+    *,
+    mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    global_keys: Tensor | None = None,
+) -> Tensor:
+    """Attention by any backend: ``softmax(scale * q @ k.T + bias) @ v`` over the keys the pattern and masks show.
+
+    Scaled dot-product attention of Vaswani et al. 2017 (arXiv:1706.03762); rows that see no key are zero, and so are
+    their gradients.
+
+    Args:
+        q: queries ``(batch, heads, q_len, head_dim)``.
+        k: keys ``(batch, kv_heads, kv_len, head_dim)``; ``heads % kv_heads == 0``, neighbouring query heads share one.
+        v: values ``(batch, kv_heads, kv_len, value_dim)``.
+        pattern: who sees whom: ``Full()``, ``Causal()``, ``Window(left, right)``, ``Chunks(length, before, after)``.
+            Positions are tokens; with more keys than queries the last query is aligned with the last key.
+        bias: added to the scores: a :class:`RelativeBias`, or a finite tensor ``(batch or 1, heads or 1, q_len, kv_len)``.
+        scale: factor on the scores; None means ``head_dim ** -0.5``.
+        dropout: probability in ``[0, 1)`` of dropping a softmax weight; it is applied whenever it is not 0.
+        backend: a registered name or alias, or ``"auto"``.
+        mask: bool ``(batch or 1, heads or 1, q_len, kv_len)``, True where visible.
+        key_mask: bool ``(batch, kv_len)``, False for padding keys.
+        query_mask: bool ``(batch, q_len)``, False for rows to leave zero.
+        global_keys: bool ``(batch, kv_len)``, True for keys that every query sees, whatever the pattern says.
+
+    Returns:
+        ``(batch, heads, q_len, value_dim)`` in the dtype of ``q`` (under autocast: the autocast dtype).
+
+    Raises:
+        InvalidArgumentError: wrong rank, empty, or shapes, dtypes, devices or values that do not fit.
+        UnknownNameError: no such backend.
+        BackendRefusedError: the named backend cannot do this; every reason is listed.
+    """
+    chosen = None if backend == "auto" else registry.make_backend(backend)
+    if not isinstance(pattern, Pattern):
+        raise InvalidArgumentError("pattern", repr(pattern), "a pattern, e.g. attnzoo.Causal()")
+    if isinstance(bias, Tensor):
+        if not bool(bias.isfinite().all()):
+            raise InvalidArgumentError(
+                "bias", f"{describe(bias)} with NaN or Inf", "finite values; hide keys with mask="
+            )
+        bias = DenseBias(bias)
+    tensors = dict(q=q, k=k, v=v)
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise InvalidArgumentError(name, describe(tensor), "a tensor (batch, heads, length, head_dim)")
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (tensor.to(compute_dtype(tensor)) for tensor in (q, k, v))
+    segment = Segment(k, v, pattern, key_mask, mask, bias)
+    segments: tuple[Segment, ...] = (segment,)
+    if global_keys is not None:
+        segments = _split_globals(Attention(q, (segment,), 1.0), global_keys)
+    whole = Attention(q, segments, q.shape[-1] ** -0.5 if scale is None else scale, dropout, query_mask)
+    return execute(chosen, whole).output
+
+
+def _split_globals(checked: Attention, global_keys: Tensor) -> tuple[Segment, ...]:
+    (segment,) = checked.segments
+    shape = (checked.batch, segment.kv_len)
+    if not isinstance(global_keys, Tensor) or global_keys.dtype != torch.bool or tuple(global_keys.shape) != shape:
+        raise InvalidArgumentError("global_keys", describe(global_keys), f"bool {shape}, True for global keys")
+    if segment.mask is not None or segment.bias is not None:
+        raise InvalidArgumentError("global_keys", "together with mask or bias", "global_keys without mask and bias")
+    visible = global_keys if segment.key_mask is None else global_keys & segment.key_mask
+    found = locate(visible)
+    if found is None:
+        return (segment,)
+    ordinary = ~global_keys if segment.key_mask is None else segment.key_mask & ~global_keys
+    return (
+        replace(segment, key_mask=ordinary),
+        Segment(found.take(segment.key), found.take(segment.value), key_mask=found.valid),
+    )

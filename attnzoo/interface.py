@@ -1,0 +1,132 @@
+"""The seam of models that look their attention function up in transformers' ``AttentionInterface``.
+
+Such a module's forward calls ``ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, ...)``. The name is a
+global of the modelling file and the field is on a config that models may share, so neither is touched: the module runs
+its own forward, the same code object, with this one name bound to another object for this one instance.
+Projections, rotary embeddings and caching stay the model's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from attnzoo.adapter import Attend, Forward
+from attnzoo.errors import InvalidArgumentError, PatchError
+from attnzoo.functional import compute_dtype
+from attnzoo.masks import read_attention_mask
+from attnzoo.patterns import Causal, Full, Pattern
+from attnzoo.segments import Attention, Segment, describe
+
+_NAME = "ALL_ATTENTION_FUNCTIONS"
+# What models pass along to every attention function, and what no attention function computes with.
+_NEUTRAL = {
+    *("position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
+    *("num_items_in_batch", "cache_position"),
+}
+
+
+def rebind(function: Callable[..., Any], **names: Any) -> FunctionType:
+    """The same function, code object and all, with other values for some of its global names.
+
+    Raises:
+        PatchError: not a plain function, or one that does not use a name given.
+    """
+    plain = inspect.unwrap(function)
+    if not isinstance(plain, FunctionType) or any(name not in plain.__code__.co_names for name in names):
+        raise PatchError(f"function: got {function!r}; allowed: a Python function that uses {sorted(names)}")
+    twin = FunctionType(
+        plain.__code__, {**plain.__globals__, **names}, plain.__name__, plain.__defaults__, plain.__closure__
+    )
+    twin.__kwdefaults__ = plain.__kwdefaults__
+    return twin
+
+
+def bind_interface(module: nn.Module, attend: Attend) -> Forward:
+    """The module's own forward, whose attention function is the site's backend."""
+    forward = rebind(type(module).forward, **{_NAME: _Interface(attend)})
+    return MethodType(forward, module)
+
+
+def check_interface(module: nn.Module) -> None:
+    """Raise unless the model builds the masks of ``eager`` or ``sdpa``, the formats this seam reads exactly."""
+    _check_implementation(module.config._attn_implementation)  # type: ignore[union-attr]
+
+
+def wants_probabilities(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether attention probabilities are asked for: by keyword, else by config."""
+    asked = kwargs.get("output_attentions")
+    return bool(getattr(module.config, "output_attentions", False) if asked is None else asked)
+
+
+def native_probabilities(module: nn.Module) -> bool:
+    """Whether the model's own attention function returns probabilities: only ``eager`` does."""
+    return bool(module.config._attn_implementation == "eager")  # type: ignore[union-attr]
+
+
+def _check_implementation(name: str | None) -> None:
+    if name not in ("eager", "sdpa"):
+        raise PatchError(f"config._attn_implementation: got {name!r}; allowed: a model loaded with 'eager' or 'sdpa'")
+
+
+class _Interface:
+    """Stands where the modelling file expects ``ALL_ATTENTION_FUNCTIONS``."""
+
+    def __init__(self, attend: Attend) -> None:
+        self._attend = attend
+
+    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        _check_implementation(name)
+
+        def attention_function(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+            return self._call(name, module, *args, **kwargs)
+
+        return attention_function
+
+    def _call(
+        self,
+        name: str,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What an attention function of transformers does: returns ``(batch, q_len, heads, head_dim)`` and weights."""
+        for keyword, given in kwargs.items():
+            if keyword not in _NEUTRAL and given is not None:
+                got = describe(given) if isinstance(given, Tensor) else repr(given)
+                raise InvalidArgumentError(keyword, got, f"None, or one of {sorted(_NEUTRAL)}")
+        if is_causal is None:
+            is_causal = bool(getattr(module, "is_causal", True))
+        pattern, mask, bias = _read(self._attend, name, query, key, attention_mask, is_causal)
+        query, key, value = (tensor.to(compute_dtype(tensor)) for tensor in (query, key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        segment = Segment(key, value, pattern, mask=mask, bias=bias)
+        probabilities = wants_probabilities(module, kwargs)
+        result = self._attend(Attention(query, (segment,), scale, dropout), probabilities)
+        weights = None if result.dropped is None else result.dropped[0]
+        return result.output.transpose(1, 2).contiguous(), weights
+
+
+def _read(
+    attend: Attend, name: str, query: Tensor, key: Tensor, attention_mask: Tensor | None, is_causal: bool
+) -> tuple[Pattern, Tensor | None, Any]:
+    """Pattern, mask and bias behind a mask built for the named implementation.
+
+    No mask means different things: for ``eager`` nothing is hidden; for ``sdpa`` the model relies on ``is_causal``,
+    which torch aligns with key 0 (a prefill into an empty static cache), unless there is one query (decoding).
+    """
+    if attention_mask is None:
+        causal = name == "sdpa" and is_causal and query.shape[2] > 1
+        return (Causal(offset=0) if causal else Full()), None, None
+    read = attend.once(attention_mask, "read", read_attention_mask)
+    return Full(), read.mask, read.bias

@@ -1,0 +1,223 @@
+"""The registry: names to backends, model types to adapters.
+
+Nothing is imported before it is asked for. What cannot be imported is remembered with its reason, never raised at
+import time. attnzoo's own backends and adapters arrive the same way as anybody's: by entry point
+(groups ``attnzoo.backends`` and ``attnzoo.adapters``) or by decorator.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import lru_cache
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from attnzoo.backend import Backend, BackendInfo
+from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal, UnknownNameError
+
+if TYPE_CHECKING:
+    from attnzoo.adapter import Adapter
+    from attnzoo.segments import Request
+
+RESERVED = ("auto", "native")
+
+_BackendType = TypeVar("_BackendType", bound=type[Backend])
+_lock = threading.RLock()
+_backends: dict[str, type[Backend]] = {}
+_adapters: dict[str, Adapter] = {}
+_broken_backends: dict[str, str] = {}
+_broken_adapters: dict[str, str] = {}
+_discovered = False
+
+
+def _discover() -> None:
+    """Load the backends of all entry points, once. A broken one becomes a reason."""
+    global _discovered
+    with _lock:
+        if _discovered:
+            return
+        _discovered = True
+        for entry in metadata.entry_points(group="attnzoo.backends"):
+            try:
+                cls = entry.load()
+                if entry.name not in _backends:
+                    register_backend(cls)
+            except Exception as error:
+                _broken_backends[entry.name] = f"{entry.value} failed to load: {type(error).__name__}: {error}"
+
+
+def register_backend(cls: _BackendType, *, replace: bool = False) -> _BackendType:
+    """Register a backend class; usable as a decorator.
+
+    Args:
+        cls: a subclass of :class:`attnzoo.Backend` with a name of its own.
+        replace: allow taking over a name that is registered already.
+
+    Returns:
+        The class, unchanged.
+
+    Raises:
+        InvalidArgumentError: not a backend class, or one of its names is taken or reserved.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Backend) and cls.name):
+        raise InvalidArgumentError("cls", repr(cls), "a subclass of attnzoo.Backend with a name")
+    with _lock:
+        taken = set(RESERVED)
+        if not replace:
+            taken.update(*((other.name, *other.aliases) for other in _backends.values() if other is not cls))
+        for name in (cls.name, *cls.aliases):
+            if name in taken:
+                raise InvalidArgumentError("backend name", repr(name), f"a name other than {sorted(taken)}")
+        _backends[cls.name] = cls
+        _broken_backends.pop(cls.name, None)
+        choose.cache_clear()
+    return cls
+
+
+def unregister_backend(name: str) -> None:
+    """Forget a registered backend. Models patched with it keep it.
+
+    Raises:
+        UnknownNameError: no backend of that name is registered.
+    """
+    cls = backend_class(name)
+    with _lock:
+        del _backends[cls.name]
+        choose.cache_clear()
+
+
+def register_adapter(adapter: Adapter, *, replace: bool = False) -> Adapter:
+    """Register the adapter of one or more model types.
+
+    Args:
+        adapter: tells which modules of a model attend, and how.
+        replace: allow taking over a model type that has an adapter already.
+
+    Raises:
+        InvalidArgumentError: not an adapter, or a model type is taken.
+    """
+    from attnzoo.adapter import Adapter
+
+    if not isinstance(adapter, Adapter):
+        raise InvalidArgumentError("adapter", repr(adapter), "an attnzoo.Adapter")
+    with _lock:
+        for model_type in adapter.model_types:
+            if not replace and _adapters.get(model_type, adapter) is not adapter:
+                raise InvalidArgumentError("model_type", repr(model_type), "one without an adapter, or replace=True")
+        for model_type in adapter.model_types:
+            _adapters[model_type] = adapter
+    return adapter
+
+
+def unregister_adapter(model_type: str) -> None:
+    """Forget the registered adapter of a model type; one that came by entry point is found again when needed."""
+    with _lock:
+        if _adapters.pop(model_type, None) is None:
+            raise UnknownNameError("model_type", model_type, _adapters)
+
+
+def find_adapter(model_type: str) -> Adapter | None:
+    """The adapter of a transformers ``config.model_type``, loaded when first asked for; None if nobody offers one."""
+    with _lock:
+        if model_type in _adapters:
+            return _adapters[model_type]
+        for entry in metadata.entry_points(group="attnzoo.adapters", name=model_type):
+            try:
+                return register_adapter(entry.load())
+            except Exception as error:
+                _broken_adapters[model_type] = f"{entry.value} failed to load: {type(error).__name__}: {error}"
+    return None
+
+
+def broken_adapter(model_type: str) -> str | None:
+    """Why an offered adapter could not be loaded."""
+    return _broken_adapters.get(model_type)
+
+
+def model_types() -> tuple[str, ...]:
+    """Every model type somebody offers an adapter for."""
+    return tuple(sorted({*_adapters, *(entry.name for entry in metadata.entry_points(group="attnzoo.adapters"))}))
+
+
+def backends() -> dict[str, BackendInfo]:
+    """Every registered backend: name, aliases, available, reason (why not), exact, capabilities, options."""
+    _discover()
+    found = {}
+    for name, cls in _backends.items():
+        reason = _unavailable(cls)
+        found[name] = BackendInfo(
+            name, cls.aliases, reason is None, reason or "", cls.capabilities.exact, cls.capabilities, cls.options()
+        )
+    for name, reason in _broken_backends.items():
+        found[name] = BackendInfo(name, (), False, reason, False, None)
+    return dict(sorted(found.items()))
+
+
+def _unavailable(cls: type[Backend]) -> str | None:
+    try:
+        return cls.unavailable()
+    except Exception as error:  # a broken optional package may raise anything; it is a reason, not our failure
+        return f"availability check failed: {type(error).__name__}: {error}"
+
+
+def backend_class(name: str) -> type[Backend]:
+    """The class behind a name or alias.
+
+    Raises:
+        InvalidArgumentError: the name belongs to a backend that failed to load.
+        UnknownNameError: the name is not registered; near misses are suggested.
+    """
+    _discover()
+    for cls in _backends.values():
+        if name == cls.name or name in cls.aliases:
+            return cls
+    if name in _broken_backends:
+        raise InvalidArgumentError("backend", f"{name!r}: {_broken_backends[name]}", "a backend that loads")
+    known = {alias for cls in _backends.values() for alias in (cls.name, *cls.aliases)}
+    raise UnknownNameError("backend", name, known | set(RESERVED))
+
+
+def make_backend(name: str, **options: Any) -> Backend:
+    """A configured backend.
+
+    Raises:
+        UnknownNameError: unknown backend or option name.
+        BackendRefusedError: the backend cannot run on this machine.
+    """
+    cls = backend_class(name)
+    for option in options:
+        if option not in cls.options():
+            raise UnknownNameError(f"option of backend {cls.name!r}", option, cls.options())
+    reason = _unavailable(cls)
+    if reason is not None:
+        usable = tuple(info.name for info in backends().values() if info.available)
+        refusal = Refusal("availability", reason, "a machine that has it")
+        raise BackendRefusedError(cls.name, {"this machine": (refusal,)}, {"this machine": usable})
+    return cls(**options)
+
+
+def takers(request: Request) -> tuple[str, ...]:
+    """Names of the available exact backends that refuse nothing of the request, best first."""
+    return tuple(backend.name for backend in _candidates() if not backend.refusals(request))
+
+
+def _candidates() -> list[Backend]:
+    _discover()
+    usable = [cls for cls in _backends.values() if cls.capabilities.exact and _unavailable(cls) is None]
+    return [cls() for cls in sorted(usable, key=lambda cls: (-cls.priority, cls.name))]
+
+
+@lru_cache(maxsize=1024)
+def choose(request: Request) -> Backend:
+    """What ``auto`` takes for a request: the available exact backend of highest priority that refuses nothing.
+
+    Raises:
+        BackendRefusedError: every backend refuses; all reasons of all of them are listed.
+    """
+    refused: dict[str, tuple[Refusal, ...]] = {}
+    for backend in _candidates():
+        reasons = backend.refusals(request)
+        if not reasons:
+            return backend
+        refused[f"backend {backend.name!r}"] = reasons
+    raise BackendRefusedError("auto", refused, {})
