@@ -17,6 +17,11 @@ FORWARD = 2.0
 GRADIENT = 3.0
 
 
+def factor(what: str) -> float:
+    """The rule's ``k`` for a comparison by its name: names of gradients begin with "gradient"."""
+    return GRADIENT if what.startswith("gradient") else FORWARD
+
+
 @dataclass(frozen=True)
 class Check:
     """One comparison under the error rule.

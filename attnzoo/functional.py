@@ -20,7 +20,8 @@ PROBABILITIES_REMEDY = 'to get attention probabilities: backend="eager", or patc
 
 
 @lru_cache(maxsize=4096)
-def _refusals(backend: Backend, request: Request) -> tuple[Refusal, ...]:
+def refusals(backend: Backend, request: Request) -> tuple[Refusal, ...]:
+    """The backend's refusals of a request, remembered."""
     return backend.refusals(request)
 
 
@@ -30,35 +31,26 @@ def negotiate(backend: Backend, request: Request, where: str) -> None:
     Raises:
         BackendRefusedError: every reason it has not to, and who would take the request.
     """
-    reasons = _refusals(backend, request)
+    reasons = refusals(backend, request)
     if reasons:
         remedy = PROBABILITIES_REMEDY if request.probabilities else ""
         raise BackendRefusedError(backend.name, {where: reasons}, {where: registry.takers(request)}, remedy)
 
 
 def execute(
-    backend: Backend | None, attention: Attention, probabilities: bool = False, where: str = "attention"
+    backend: Backend, attention: Attention, probabilities: bool = False, where: str = "attention"
 ) -> Result:
-    """Run an attention on a backend, or on the one ``auto`` chooses (None), with rows that see nothing as zeros.
-
-    Under autocast the inputs take the autocast dtype first, as ``scaled_dot_product_attention`` does.
+    """Run an attention on a backend, in the dtype of its tensors: autocast is off inside.
 
     Raises:
         BackendRefusedError: the backend does not take it; nothing else is tried.
     """
+    negotiate(backend, attention.request(probabilities), where)
     device = attention.query.device.type
     if not torch.is_autocast_enabled(device):
-        return _run(backend, attention, probabilities, where)
+        return backend.run(attention, probabilities)
     with torch.autocast(device, enabled=False):
-        return _run(backend, attention, probabilities, where)
-
-
-def _run(backend: Backend | None, attention: Attention, probabilities: bool, where: str) -> Result:
-    request = attention.request(probabilities)
-    if backend is None:
-        backend = registry.choose(request)
-    negotiate(backend, request, where)
-    return backend.run(attention, probabilities)
+        return backend.run(attention, probabilities)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -132,7 +124,7 @@ def attention(
     if global_keys is not None:
         segments = _split_globals(Attention(q, (segment,), 1.0), global_keys)
     whole = Attention(q, segments, q.shape[-1] ** -0.5 if scale is None else scale, dropout, query_mask)
-    return execute(chosen, whole).output
+    return execute(registry.choose(whole.request()) if chosen is None else chosen, whole).output
 
 
 def _split_globals(checked: Attention, global_keys: Tensor) -> tuple[Segment, ...]:

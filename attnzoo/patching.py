@@ -23,7 +23,7 @@ from attnzoo.functional import compute_dtype, execute, negotiate
 from attnzoo.segments import Attention, Request, Result
 
 T = TypeVar("T")
-Observer = Callable[["Site", Attention, Result], None]
+Observer = Callable[["Site", Attention, Result, Backend], None]
 _patch_numbers = itertools.count(1)
 
 
@@ -39,6 +39,7 @@ class Site:
         kernels: how often each kernel really ran.
         calls: how many attentions really ran on the backend.
         fallbacks: how many forwards went to the model's own code under ``fallback="native"``.
+        observer: called after every attention with the site, the attention, its result and the backend that ran.
     """
 
     name: str
@@ -115,10 +116,11 @@ class _Attend:
         self.site, self.backend, self._memory = site, backend, memory
 
     def __call__(self, attention: Attention, probabilities: bool = False) -> Result:
-        result = execute(self.backend, attention, probabilities, self.site.name)
+        backend = registry.choose(attention.request(probabilities)) if self.backend is None else self.backend
+        result = execute(backend, attention, probabilities, self.site.name)
         self.site.kernels[result.kernel] += 1
         if self.site.observer is not None:
-            self.site.observer(self.site, attention, result)
+            self.site.observer(self.site, attention, result, backend)
         return result
 
     def once(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
@@ -275,6 +277,12 @@ def unpatch(model: nn.Module) -> None:
         raise PatchError(f"model: got {type(model).__name__}, which is not patched; allowed: a patched model")
     last = max(forward.number for forward in layers)
     _remove([forward for forward in layers if forward.number == last])
+
+
+def unpatch_all(model: nn.Module) -> None:
+    """Remove every patch of a model, if there is any."""
+    while any(True for module in model.modules() for _ in _layers(module)):
+        unpatch(model)
 
 
 def patch(

@@ -1,1 +1,330 @@
-def verify(): ...
+"""Proving that a patch changes nothing but speed and memory, on the user's own model and inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo import error_rule, registry
+from attnzoo.backend import Backend
+from attnzoo.backends.eager import evaluate
+from attnzoo.error_rule import Check
+from attnzoo.errors import InvalidArgumentError
+from attnzoo.functional import execute
+from attnzoo.patching import Site, patch, unpatch_all
+from attnzoo.segments import Attention, Request, Result
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """How one attention of one site compares with the float64 oracle on the same inputs.
+
+    Attributes:
+        name: the site.
+        kernel: what really ran in the model.
+        checks: output first, then the gradient of each tensor.
+    """
+
+    name: str
+    kernel: str
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return all(check.ok for check in self.checks)
+
+    @property
+    def worst(self) -> Check:
+        """The check that comes closest to its budget, or exceeds it most."""
+        return worst(self.checks)
+
+
+def worst(checks: tuple[Check, ...]) -> Check:
+    """The check with the largest error for its budget."""
+    return max(checks, key=lambda check: (not check.ok, check.error / check.budget if check.budget else 0.0))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`verify` found. Prints as a table; :meth:`to_dict` for JSON.
+
+    Attributes:
+        backend: the backend verified.
+        sites: per attention, against the float64 oracle on the inputs the model gave it.
+        end_to_end: outputs and parameter gradients on real tokens, against the model with the oracle in float64.
+        original: the model's own code against the same: it says that the oracle computes what the model means.
+    """
+
+    backend: str
+    sites: tuple[SiteReport, ...]
+    end_to_end: tuple[Check, ...]
+    original: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is within its error budget, and something was checked."""
+        parts = (*self.sites, *self.end_to_end, *self.original)
+        return bool(self.sites and self.end_to_end) and all(part.ok for part in parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: every check with its error, budget and verdict."""
+        return {
+            "backend": self.backend,
+            "ok": self.ok,
+            "sites": [
+                {"name": site.name, "kernel": site.kernel, "ok": site.ok, "checks": [_plain(c) for c in site.checks]}
+                for site in self.sites
+            ],
+            "end_to_end": [_plain(check) for check in self.end_to_end],
+            "original": [_plain(check) for check in self.original],
+        }
+
+    def __str__(self) -> str:
+        rows = [("what", "kernel", "error", "budget", "verdict")]
+        for site in self.sites:
+            rows.append((f"{site.name}: {site.worst.what}", site.kernel, *_cells(site.worst)))
+        for label, checks in (("model", self.end_to_end), ("original", self.original)):
+            rows += [(f"{label}: {check.what}", "", *_cells(check)) for check in checks]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        verdict = "within the error rule" if self.ok else "NOT within the error rule"
+        return "\n".join([*lines, f"backend {self.backend!r}: {verdict}"])
+
+
+def _plain(check: Check) -> dict[str, Any]:
+    return {**asdict(check), "ok": check.ok}
+
+
+def _cells(check: Check) -> tuple[str, str, str]:
+    return f"{check.error:.2e}", f"{check.budget:.2e}", "ok" if check.ok else "FAILS"
+
+
+def check_site(
+    name: str,
+    attention: Attention,
+    backend: str | Backend,
+    *,
+    grad: bool,
+    max_rows: int = 128,
+    seed: int = 0,
+    kernel: str | None = None,
+) -> SiteReport:
+    """Compare a backend with the float64 oracle on one attention, dropout off.
+
+    Long inputs are judged on a sample of query rows, first and last included: the oracle's rows do not depend on each
+    other, and gradients are those of a cotangent that is zero elsewhere, so both are exact at any length.
+
+    Args:
+        name: for the report.
+        attention: what to compute, e.g. as a site's observer saw it.
+        backend: a configured backend or a name.
+        grad: compare the gradients of query, keys and values too (and of bias values that require grad).
+        max_rows: how many query rows to judge.
+        seed: of the sample and the cotangent.
+        kernel: what ran in the model, for the report; None: what runs here.
+    """
+    made = registry.make_backend(backend) if isinstance(backend, str) else backend
+    attention = replace(attention, dropout=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    rows = _sample(attention.q_len, max_rows, generator).to(attention.query.device)
+    shape = (attention.batch, attention.heads, len(rows), attention.value_dim)
+    cotangent = torch.randn(shape, generator=generator, dtype=torch.float64).to(attention.query.device)
+
+    def oracle(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        own = _leaves(attention, dtype, grad)
+        output = evaluate(own, rows).output
+        return output, *(_gradients(output, own, cotangent) if grad else ())
+
+    own = _leaves(attention, attention.query.dtype, grad)
+    with torch.set_grad_enabled(grad):
+        result = execute(made, own)
+        got = (result.output[:, :, rows], *(_gradients(result.output[:, :, rows], own, cotangent) if grad else ()))
+        reference, eager = oracle(torch.float64), oracle(attention.query.dtype)
+    names = ["output", *(f"gradient of {label}" for label in _labels(attention))]
+    checks = tuple(
+        error_rule.check(label, *values, error_rule.factor(label))
+        for label, *values in zip(names, got, reference, eager, strict=False)
+    )
+    return SiteReport(name, kernel or result.kernel, checks)
+
+
+def _sample(length: int, most: int, generator: torch.Generator) -> Tensor:
+    if length <= most:
+        return torch.arange(length)
+    inner = torch.randperm(length - 2, generator=generator)[: most - 2] + 1
+    return torch.cat([torch.tensor([0]), inner.sort().values, torch.tensor([length - 1])])
+
+
+def _trained(attention: Attention) -> list[bool]:
+    """Which of the attention's tensors get a gradient in a check: not a bias that needs none in the model."""
+    flags = [True]
+    for segment in attention.segments:
+        flags += [True, True]
+        if segment.bias is not None:
+            flags.append(segment.bias.values.requires_grad)
+    return flags
+
+
+def _labels(attention: Attention) -> list[str]:
+    labels = ["query"]
+    for number, segment in enumerate(attention.segments):
+        labels += [f"key {number}", f"value {number}"]
+        if segment.bias is not None and segment.bias.values.requires_grad:
+            labels.append(f"bias {number}")
+    return labels
+
+
+def _leaves(attention: Attention, dtype: torch.dtype, grad: bool) -> Attention:
+    """The attention on detached tensors of a dtype."""
+    pairs = zip(attention.tensors(), _trained(attention), strict=True)
+    return attention.with_tensors(tuple(t.detach().to(dtype).clone().requires_grad_(grad and flag) for t, flag in pairs))
+
+
+def _gradients(output: Tensor, attention: Attention, cotangent: Tensor) -> tuple[Tensor, ...]:
+    leaves = [tensor for tensor in attention.tensors() if tensor.requires_grad]
+    return torch.autograd.grad(output, leaves, cotangent.to(output.dtype))
+
+
+def verify(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    backend: str | Mapping[str, str] = "sdpa",
+    *,
+    gradients: bool = True,
+    max_rows: int = 128,
+    seed: int = 0,
+    **options: Any,
+) -> Report:
+    """Compare a patched model with the original, end to end and per attention, under the error rule of the contract.
+
+    The reference is the model with the dense oracle in float64 (models' own code takes its softmax in float32 even
+    there). Against it stand, on real tokens (``attention_mask``), the patched model, with the oracle in the model's own
+    dtype for the budget, and the model's own code, which shows that the oracle computes what the model means. Each
+    attention is compared with the oracle on the inputs the model gave it, too.
+
+    Runs in eval mode (no dropout); leaves the model, its gradients and the random stream as they were. Takes a copy of
+    the model, twice as wide for float32, and dense ``length x length`` scores: mind the length of the inputs.
+
+    Args:
+        model: a model of a family with an adapter; may be patched (the copy compared with is not).
+        inputs: keyword arguments of its forward, as a tokenizer returns them.
+        backend: as for :func:`attnzoo.patch`.
+        gradients: compare parameter gradients too.
+        max_rows: query rows to judge per attention.
+        seed: of the random cotangents.
+        options: go to the backend.
+
+    Returns:
+        A :class:`Report`; ``.ok`` says whether everything is within its error budget.
+
+    Raises:
+        InvalidArgumentError: ``inputs`` is not a mapping, or the model returns nothing to compare.
+        Whatever :func:`attnzoo.patch` raises.
+    """
+    if not isinstance(inputs, Mapping):
+        raise InvalidArgumentError("inputs", type(inputs).__name__, "a mapping of keyword arguments of model.forward")
+    inputs = dict(inputs)
+    seen: dict[tuple[str, Request], tuple[Attention, str, Backend]] = {}
+
+    def observe(site: Site, attention: Attention, result: Result, ran: Backend) -> None:
+        seen.setdefault((site.name, attention.request()), (attention, result.kernel, ran))
+
+    with torch.random.fork_rng(devices=_cuda_devices(model)), _eval_mode(model), torch.set_grad_enabled(gradients):
+        with patch(model, backend, **options) as handle:
+            for site in handle.sites:
+                site.observer = observe
+            got = _run(model, inputs, gradients, seed)
+        plain = copy.deepcopy(model)
+        unpatch_all(plain)
+        original = _run(plain, inputs, gradients, seed)
+        with patch(plain, "eager"):
+            eager = _run(plain, inputs, gradients, seed)
+            reference = _run(plain.double(), _double(inputs), gradients, seed)
+        sites = tuple(
+            check_site(name, attention, ran, grad=gradients, max_rows=max_rows, seed=seed, kernel=kernel)
+            for (name, _), (attention, kernel, ran) in seen.items()
+        )
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+    def compare(values: dict[str, Tensor]) -> tuple[Check, ...]:
+        return tuple(
+            error_rule.check(what, values[what], reference[what], eager[what], error_rule.factor(what), dtype)
+            for what in reference
+        )
+
+    name = backend if isinstance(backend, str) else str(dict(backend))
+    return Report(name, sites, compare(got), compare(original))
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    return {key: _double(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _run(model: nn.Module, inputs: dict[str, Any], gradients: bool, seed: int) -> dict[str, Tensor]:
+    """Outputs on real tokens by name, and the gradient of a random function of them.
+
+    The gradient is one vector over all parameters that require grad: a single one may be zero but for rounding (a key
+    projection's bias shifts every score of a row alike), and rounding has no budget of its own. To judge one parameter,
+    freeze the others.
+    """
+    outputs = _outputs(model, inputs)
+    found = {name: output.detach() for name, output in outputs.items()}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not (gradients and parameters):
+        return found
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(
+        (output * torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)).sum()
+        for output in outputs.values()
+    )
+    grads = torch.autograd.grad(total, parameters, allow_unused=True)  # type: ignore[arg-type]
+    flat = [
+        (torch.zeros_like(parameter) if grad is None else grad).flatten()
+        for parameter, grad in zip(parameters, grads, strict=True)
+    ]
+    found["gradient of all parameters"] = torch.cat(flat)
+    return found
+
+
+def _outputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Every floating-point tensor the model returns by name; rows of padding tokens are left out."""
+    returned = model(**inputs)
+    items = returned.items() if isinstance(returned, Mapping) else [("output", returned)]
+    found = {}
+    for name, output in items:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            real = inputs.get(_mask_name(model, name))
+            padded = isinstance(real, Tensor) and real.ndim == 2 and output.shape[:2] == real.shape
+            found[name] = output[real.bool()] if padded else output  # type: ignore[union-attr]
+    if not found:
+        raise InvalidArgumentError("inputs", f"{sorted(inputs)}, for which the model returns no tensor", "a real forward")
+    return found
+
+
+def _mask_name(model: nn.Module, output: str) -> str:
+    decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and not output.startswith("encoder")
+    return "decoder_attention_mask" if decoder else "attention_mask"
