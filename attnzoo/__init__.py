@@ -4,6 +4,7 @@ One line, ``attnzoo.patch(model, backend="sdpa")``, and the model attends with a
 proves that nothing else changed. Importing attnzoo has no effect on transformers.
 """
 
+import attnzoo.backends  # noqa: F401  loaded first: a later import of it would rebind `attnzoo.backends`, the function
 from attnzoo.adapter import Adapter, Seam
 from attnzoo.backend import Backend, BackendInfo, Capabilities
 from attnzoo.bias import DenseBias, RelativeBias

@@ -1,0 +1,281 @@
+"""The conformance kit: what a backend declares is what it does, in both directions.
+
+    report = attnzoo.testing.check_backend("my_backend")     # raises ConformanceError with every failure
+
+Cases are generated from one list of kinds, for every backend alike. A case the backend's capabilities take must run and
+agree with the float64 oracle under the error rule, forward and backward; a case they refuse must really be refused,
+with a field, what was got and what is allowed. attnzoo's own test matrix is these cases.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attnzoo import registry
+from attnzoo.backend import Backend
+from attnzoo.backends.eager import evaluate
+from attnzoo.bias import Bias, DenseBias, RelativeBias
+from attnzoo.error_rule import Check, check
+from attnzoo.errors import AttnzooError, BackendRefusedError
+from attnzoo.functional import execute, refusals
+from attnzoo.globals import locate
+from attnzoo.patterns import Causal, Chunks, Full, Pattern, Window
+from attnzoo.segments import FLOATS, Attention, Segment
+from attnzoo.verification import check_site
+
+PATTERNS: tuple[Pattern, ...] = (
+    Full(),
+    Causal(),
+    Causal(offset=0),
+    Window(5, 3),
+    Window(9, 0),
+    Chunks(8, 1, 1),
+    Chunks(5, 2, 0, causal=True),
+)
+MASKS = ("none", "keys", "dense", "globals")
+BIASES = ("none", "relative", "dense", "trained relative", "trained dense")
+_BATCH, _HEADS, _DIM, _VALUE_DIM = 3, 4, 8, 12
+
+
+class ConformanceError(AttnzooError, AssertionError):
+    """A backend does not do what it declares, or does what it refuses."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention of the matrix.
+
+    Attributes:
+        dtype: of query, key and value.
+        pattern: of the first segment.
+        mask: ``"none"``; ``"keys"``: padding left, right and a whole sample; ``"dense"``; ``"globals"``: a second
+            segment of per-sample global keys, and padding.
+        bias: kind of the first segment's bias, and whether its values require grad.
+        kv_heads: key heads for the four query heads.
+        q_len, kv_len: lengths; deliberately multiples of nothing.
+        grad: inputs require grad.
+        dropout: probability of dropping a weight.
+        uneven: value_dim differs from head_dim.
+        probabilities: the softmax weights are asked for.
+    """
+
+    dtype: torch.dtype = torch.float32
+    pattern: Pattern = Full()
+    mask: str = "none"
+    bias: str = "none"
+    kv_heads: int = 4
+    q_len: int = 37
+    kv_len: int = 37
+    grad: bool = True
+    dropout: float = 0.0
+    uneven: bool = False
+    probabilities: bool = False
+
+    def __str__(self) -> str:
+        parts = [str(self.dtype).removeprefix("torch."), str(self.pattern), f"mask {self.mask}", f"bias {self.bias}"]
+        parts.append(f"{_HEADS}/{self.kv_heads} heads, {self.q_len} x {self.kv_len}")
+        flags = ("grad", "dropout", "uneven", "probabilities")
+        return ", ".join([*parts, *(flag for flag in flags if getattr(self, flag))])
+
+    def attention(self, device: str = "cpu", seed: int = 0) -> Attention:
+        """The case's attention on fresh random tensors."""
+        random = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            drawn = torch.randn(shape, generator=random, dtype=torch.float64)
+            return drawn.to(device=device, dtype=self.dtype).requires_grad_(self.grad)
+
+        def flags(*shape: int, p: float) -> Tensor:
+            return (torch.rand(shape, generator=random) < p).to(device)
+
+        query = normal(_BATCH, _HEADS, self.q_len, _DIM)
+        key = normal(_BATCH, self.kv_heads, self.kv_len, _DIM)
+        value = normal(_BATCH, self.kv_heads, self.kv_len, _VALUE_DIM if self.uneven else _DIM)
+        segment = Segment(key, value, self.pattern, bias=self._bias(normal))
+        segments = [segment]
+        if self.mask == "dense":
+            segments = [replace(segment, mask=flags(_BATCH, 1, self.q_len, self.kv_len, p=0.6))]
+        elif self.mask != "none":
+            real = torch.ones((_BATCH, self.kv_len), dtype=torch.bool, device=device)
+            real[0, : self.kv_len // 3] = False
+            real[1, self.kv_len - self.kv_len // 4 :] = False
+            real[2] = False
+            chosen = flags(_BATCH, self.kv_len, p=0.2) & real
+            found = locate(chosen) if self.mask == "globals" else None
+            segments = [replace(segment, key_mask=real if found is None else real & ~chosen)]
+            if found is not None:
+                segments.append(Segment(found.take(key), found.take(value), key_mask=found.valid))
+        query_mask = None
+        if self.mask == "globals":
+            query_mask = flags(_BATCH, self.q_len, p=0.8)
+        return Attention(query, tuple(segments), _DIM**-0.5, self.dropout, query_mask)
+
+    def _bias(self, normal: object) -> Bias | None:
+        if self.bias == "none":
+            return None
+        kind, trained = self.bias.split()[-1], self.bias.startswith("trained")
+        shape = (_HEADS, 21) if kind == "relative" else (1, _HEADS, self.q_len, self.kv_len)
+        values = normal(*shape).detach().requires_grad_(trained and self.grad)  # type: ignore[operator]
+        return RelativeBias(values, zero=10) if kind == "relative" else DenseBias(values)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a case: it was refused, or it ran and was checked.
+
+    Attributes:
+        case: the case.
+        refused: the backend refused it (and really did, with proper reasons).
+        checks: output and gradients against the oracle, if it ran.
+        failure: what is wrong, or empty.
+    """
+
+    case: Case
+    refused: bool
+    checks: tuple[Check, ...]
+    failure: str
+
+
+def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[Case]:
+    """All cases of the matrix, whatever the backend."""
+    for dtype, pattern, mask, bias in itertools.product(dtypes, PATTERNS, MASKS, BIASES):
+        if mask == "globals" and bias != "none":
+            continue
+        for kv_heads, grad in ((_HEADS, True), (1, False)):
+            yield Case(dtype, pattern, mask, bias, kv_heads, grad=grad)
+    for dtype, mask in itertools.product(dtypes, MASKS):
+        for pattern in (Full(), Causal(), Window(5, 3)):
+            yield Case(dtype, pattern, mask, kv_heads=2, q_len=5, kv_len=23)
+            yield Case(dtype, pattern, mask, kv_heads=2, q_len=1, kv_len=1)
+            yield Case(dtype, pattern, mask, dropout=0.25)
+            yield Case(dtype, pattern, mask, uneven=True)
+            yield Case(dtype, pattern, mask, grad=False, probabilities=True)
+    for pattern in PATTERNS:
+        yield Case(pattern=pattern, q_len=700, kv_len=700, mask="globals", kv_heads=2)
+
+
+def run_case(backend: Backend, case: Case, device: str = "cpu", seed: int = 0) -> Outcome:
+    """Put one case to a backend and judge what it does."""
+    attention = case.attention(device, seed)
+    reasons = refusals(backend, attention.request(case.probabilities))
+    if reasons:
+        try:
+            execute(backend, attention, case.probabilities)
+        except BackendRefusedError:
+            vague = [reason for reason in reasons if not (reason.field and reason.got and reason.allowed)]
+            return Outcome(case, True, (), f"a refusal without field, got or allowed: {vague}" if vague else "")
+        return Outcome(case, True, (), f"declared refused, yet it ran: {'; '.join(map(str, reasons))}")
+    try:
+        if case.dropout:
+            return Outcome(case, False, (), _dropout_failure(backend, attention))
+        report = check_site("case", attention, backend, grad=case.grad, max_rows=1 << 30, seed=seed)
+        wrong = "; ".join(str(one) for one in report.checks if not one.ok)
+        failure = wrong or _result_failure(backend, case, attention)
+        return Outcome(case, False, report.checks, failure)
+    except Exception as error:  # declared as running: whatever it raises is the failure to report
+        return Outcome(case, False, (), f"declared to run, yet it raised {type(error).__name__}: {error}")
+
+
+def _result_failure(backend: Backend, case: Case, attention: Attention) -> str:
+    """What is wrong with the result beyond its values."""
+    result = execute(backend, attention, case.probabilities)
+    expected = (attention.batch, attention.heads, attention.q_len, attention.value_dim)
+    if tuple(result.output.shape) != expected or result.output.dtype != case.dtype:
+        return f"output is {tuple(result.output.shape)} {result.output.dtype}, not {expected} {case.dtype}"
+    if not isinstance(result.kernel, str) or not result.kernel:
+        return f"the kernel that ran is not named: {result.kernel!r}"
+    if not case.probabilities:
+        return ""
+    if result.probabilities is None or len(result.probabilities) != len(attention.segments):
+        return "probabilities were asked for and declared, but not returned per segment"
+    reference = evaluate(attention.with_tensors(tuple(t.detach().double() for t in attention.tensors())))
+    eager = evaluate(attention)
+    triples = zip(result.probabilities, reference.probabilities or (), eager.probabilities or (), strict=True)
+    verdicts = [check("probabilities", *triple, k=2.0) for triple in triples]
+    return "; ".join(str(verdict) for verdict in verdicts if not verdict.ok)
+
+
+def _dropout_failure(backend: Backend, attention: Attention, seed: int = 0) -> str:
+    """Check dropout weight by weight: with one-hot values the output is the dropped softmax weights themselves.
+
+    Each must be 0 or its softmax weight over ``1 - dropout``, and about ``dropout`` of them must be 0.
+    """
+    total = sum(segment.kv_len for segment in attention.segments)
+    one_hot = torch.eye(total, dtype=attention.query.dtype, device=attention.query.device)
+    segments, start = [], 0
+    for segment in attention.segments:
+        rows = one_hot[start : start + segment.kv_len].expand(*segment.value.shape[:2], -1, -1)
+        padded = torch.nn.functional.pad(segment.key.detach(), (0, total - attention.head_dim))
+        segments.append(replace(segment, key=padded, value=rows.contiguous()))
+        start += segment.kv_len
+    query = torch.nn.functional.pad(attention.query.detach(), (0, total - attention.head_dim))
+    dropped = replace(attention, query=query, segments=tuple(segments))
+    kept = replace(dropped, dropout=0.0)
+    devices = [query.device] if query.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        got = execute(backend, dropped).output
+    weights = evaluate(kept.with_tensors(tuple(t.double() for t in kept.tensors()))).output
+    scaled = weights / (1.0 - attention.dropout)
+    gone = got == 0.0
+    eps = torch.finfo(got.dtype).eps
+    off = (got.double() - scaled).abs().masked_fill(gone, 0.0).max().item()
+    if off > 16 * eps * scaled.max().item():
+        return f"dropout: a kept weight is off by {off:.3g} from its softmax weight / (1 - dropout)"
+    candidates = weights > eps
+    share, count = gone[candidates].double().mean().item(), int(candidates.sum())
+    slack = 5.0 * (attention.dropout * (1.0 - attention.dropout) / count) ** 0.5
+    if abs(share - attention.dropout) > slack:
+        return f"dropout: {share:.3f} of {count} weights dropped, asked for {attention.dropout}"
+    return ""
+
+
+@dataclass(frozen=True)
+class Conformance:
+    """What :func:`check_backend` found."""
+
+    backend: str
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def failures(self) -> tuple[Outcome, ...]:
+        """The cases that went wrong."""
+        return tuple(outcome for outcome in self.outcomes if outcome.failure)
+
+    def __str__(self) -> str:
+        refused = sum(outcome.refused for outcome in self.outcomes)
+        ran = len(self.outcomes) - refused
+        lines = [f"{self.backend}: {ran} cases ran, {refused} were refused, {len(self.failures)} failed"]
+        lines += [f"  {outcome.case}: {outcome.failure}" for outcome in self.failures]
+        return "\n".join(lines)
+
+
+def check_backend(
+    backend: str | Backend, *, device: str = "cpu", dtypes: tuple[torch.dtype, ...] = FLOATS, seed: int = 0
+) -> Conformance:
+    """Run every case of the matrix on a backend, both directions.
+
+    Args:
+        backend: a registered name, or a configured backend.
+        device: device type to run on.
+        dtypes: dtypes to cover.
+        seed: of the inputs.
+
+    Returns:
+        All outcomes; prints as a summary.
+
+    Raises:
+        ConformanceError: a declared case fails or disagrees with the oracle, or a refused one runs; all are listed.
+    """
+    made = registry.make_backend(backend) if isinstance(backend, str) else backend
+    report = Conformance(made.name, tuple(run_case(made, case, device, seed) for case in cases(dtypes)))
+    if report.failures:
+        raise ConformanceError(str(report))
+    if all(outcome.refused for outcome in report.outcomes):
+        raise ConformanceError(f"{report}: a backend that refuses everything on {device!r} conforms to nothing")
+    return report

@@ -1,0 +1,211 @@
+"""Which models run in the shootout: published configurations as data, and how real text becomes their inputs.
+
+A family is one entry of :data:`WORKLOADS`; nothing else knows a family by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.benchmarks.text import read_tokens
+from attnzoo.benchmarks.weights import skip_initialisation, spread
+from attnzoo.errors import UnknownNameError
+
+SEED = 0
+
+
+class Inputs(NamedTuple):
+    """What a model reads in a run.
+
+    Attributes:
+        kwargs: keyword arguments of the model's forward.
+        targets: ``(batch, n)`` token ids the logits ``(batch, n, vocabulary)`` are trained on.
+    """
+
+    kwargs: dict[str, Any]
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One family at a published configuration.
+
+    Attributes:
+        name: what ``--model`` takes.
+        checkpoint: whose configuration it is.
+        published: the configuration's numbers, as published.
+        config_class: ``"module:Class"`` of the configuration.
+        model_class: ``"module:Class"`` of the model.
+        attention: class name of the self-attention module that the scopes ``module`` and ``attention`` run.
+        heads: attention heads, for the memory estimate of the dense oracle.
+        layers: layers that attend over the whole input, for the same.
+        special_tokens: the id of byte 0.
+        inputs: tokens in, model inputs out: ``inputs(tokens)`` with :attr:`extra` more tokens than the input length.
+        extra: how many tokens ``inputs`` needs beyond the input length.
+        shrink: ``shrink(published, layers)`` is the same configuration with fewer layers.
+        positions: the configuration's field that limits the input length, or None.
+    """
+
+    name: str
+    checkpoint: str
+    published: Mapping[str, Any]
+    config_class: str
+    model_class: str
+    attention: str
+    heads: int
+    layers: int
+    special_tokens: int
+    inputs: Callable[[Tensor], Inputs]
+    extra: int
+    shrink: Callable[[Mapping[str, Any], int], dict[str, Any]]
+    positions: str | None = None
+
+    @property
+    def max_len(self) -> int | None:
+        """The longest input the whole model takes, in tokens."""
+        return None if self.positions is None else int(self.published[self.positions])
+
+    def build(self, layers: int | None = None, seq_len: int | None = None) -> nn.Module:
+        """The model with seeded spread weights, in eval mode, float32 on CPU.
+
+        Args:
+            layers: fewer layers than published; None: as published.
+            seq_len: make the position table at least as long (for modules that never use positions themselves).
+        """
+        values = dict(self.published) if layers is None else self.shrink(self.published, layers)
+        if self.positions is not None and seq_len is not None:
+            values[self.positions] = max(values[self.positions], seq_len)
+        with skip_initialisation():
+            model: nn.Module = _load(self.model_class)(_load(self.config_class)(**values))
+        model.tie_weights()  # type: ignore[operator]
+        spread(model, SEED)
+        return model.eval()
+
+    def read(self, batch: int, seq_len: int) -> Inputs:
+        """Inputs of ``batch`` passages of ``seq_len`` tokens of the book."""
+        return self.inputs(read_tokens(batch, seq_len + self.extra, self.special_tokens))
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+DECODER_TOKENS = 64
+
+
+def _led_inputs(tokens: Tensor) -> Inputs:
+    """S encoder tokens, the first of them global (as for summarisation); the decoder continues the text."""
+    source, target = tokens[:, : -DECODER_TOKENS - 1], tokens[:, -DECODER_TOKENS - 1 :]
+    global_attention_mask = torch.zeros_like(source)
+    global_attention_mask[:, 0] = 1
+    kwargs = dict(
+        input_ids=source,
+        attention_mask=torch.ones_like(source),
+        global_attention_mask=global_attention_mask,
+        decoder_input_ids=target[:, :-1].contiguous(),
+        use_cache=False,
+    )
+    return Inputs(kwargs, target[:, 1:].contiguous())
+
+
+def _led_shrink(published: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    windows = list(published["attention_window"])[:layers]
+    return {**published, "encoder_layers": layers, "decoder_layers": layers, "attention_window": windows}
+
+
+def _causal_inputs(tokens: Tensor) -> Inputs:
+    kwargs = dict(input_ids=tokens[:, :-1].contiguous(), use_cache=False)
+    return Inputs(kwargs, tokens[:, 1:].contiguous())
+
+
+LED = Workload(
+    name="led",
+    checkpoint="allenai/led-base-16384",
+    published=dict(
+        vocab_size=50265,
+        d_model=768,
+        encoder_layers=6,
+        decoder_layers=6,
+        encoder_attention_heads=12,
+        decoder_attention_heads=12,
+        encoder_ffn_dim=3072,
+        decoder_ffn_dim=3072,
+        attention_window=[1024, 1024, 1024, 1024, 1024, 1024],
+        max_encoder_position_embeddings=16384,
+        max_decoder_position_embeddings=1024,
+        activation_function="gelu",
+        dropout=0.1,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        encoder_layerdrop=0.0,
+        decoder_layerdrop=0.0,
+        init_std=0.02,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        tie_word_embeddings=True,
+    ),
+    config_class="transformers.models.led.configuration_led:LEDConfig",
+    model_class="transformers.models.led.modeling_led:LEDForConditionalGeneration",
+    attention="LEDEncoderSelfAttention",
+    heads=12,
+    layers=6,
+    special_tokens=4,
+    inputs=_led_inputs,
+    extra=DECODER_TOKENS + 1,
+    shrink=_led_shrink,
+    positions="max_encoder_position_embeddings",
+)
+
+GPT_NEOX = Workload(
+    name="gpt_neox",
+    checkpoint="EleutherAI/pythia-160m",
+    published=dict(
+        vocab_size=50304,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        hidden_act="gelu",
+        rotary_pct=0.25,
+        rotary_emb_base=10000,
+        max_position_embeddings=2048,
+        initializer_range=0.02,
+        layer_norm_eps=1e-5,
+        bos_token_id=0,
+        eos_token_id=0,
+        tie_word_embeddings=False,
+        use_parallel_residual=True,
+    ),
+    config_class="transformers.models.gpt_neox.configuration_gpt_neox:GPTNeoXConfig",
+    model_class="transformers.models.gpt_neox.modeling_gpt_neox:GPTNeoXForCausalLM",
+    attention="GPTNeoXAttention",
+    heads=12,
+    layers=12,
+    special_tokens=1,
+    inputs=_causal_inputs,
+    extra=1,
+    shrink=lambda published, layers: {**published, "num_hidden_layers": layers},
+)
+
+# Rotary positions need no table, so GPT-NeoX runs (and is timed) beyond its published 2048 positions.
+WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in (LED, GPT_NEOX)}
+
+
+def find_workload(name: str) -> Workload:
+    """The workload of a name.
+
+    Raises:
+        UnknownNameError: there is none; near misses are suggested.
+    """
+    if name not in WORKLOADS:
+        raise UnknownNameError("model", name, WORKLOADS)
+    return WORKLOADS[name]

@@ -1,0 +1,24 @@
+"""The real text the benchmark reads: a book as bytes, one token per byte."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+BOOK = Path(__file__).parent / "data" / "moby_dick.txt"
+
+
+@lru_cache(maxsize=1)
+def book() -> bytes:
+    """The shipped book; ``data/SOURCE.md`` tells where it comes from."""
+    return BOOK.read_bytes()
+
+
+def read_tokens(batch: int, length: int, offset: int) -> Tensor:
+    """Token ids ``(batch, length)``: consecutive passages of the book, each byte plus ``offset`` (the special tokens)."""
+    text = torch.frombuffer(bytearray(book()), dtype=torch.uint8)
+    index = torch.arange(batch * length) % len(text)
+    return text[index].long().view(batch, length) + offset

@@ -1,0 +1,205 @@
+"""A patch and accelerate's hooks live on the same module, whichever came first and whichever goes first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import attnzoo
+
+hooks = pytest.importorskip("accelerate.hooks")
+
+
+class Counting(hooks.ModelHook):
+    """Counts, and changes the output a little, so that a hook that is lost is seen twice."""
+
+    def __init__(self, factor=1.0):
+        self.before = self.after = 0
+        self.factor = factor
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.before += 1
+        return args, kwargs
+
+    def post_forward(self, module, output):
+        self.after += 1
+        if self.factor == 1.0:
+            return output
+        return (output[0] * self.factor, *output[1:])
+
+
+def hook_up(subject, factor=1.0):
+    """One hook on each attention module and one on the whole model."""
+    counting = [Counting(factor) for _ in subject.sites]
+    for number, hook in enumerate(counting):
+        hooks.add_hook_to_module(subject.module(number), hook)
+    whole = Counting()
+    hooks.add_hook_to_module(subject.model, whole)
+    return [*counting, whole]
+
+
+def unhook(subject):
+    for number in range(len(subject.sites)):
+        hooks.remove_hook_from_module(subject.module(number))
+    hooks.remove_hook_from_module(subject.model)
+
+
+def check_runs(subject, counting, handle, expected):
+    """One forward: every hook fires once around it and every site runs, if they are there."""
+    fired = [(hook.before, hook.after) for hook in counting]
+    called = [] if handle is None else [site.calls for site in handle.sites]
+    got = subject.logits()
+    hooked = any("_hf_hook" in vars(module) for module in subject.model.modules())
+    for hook, (before, after) in zip(counting, fired, strict=True):
+        assert (hook.before - before, hook.after - after) == ((1, 1) if hooked else (0, 0))
+    if handle is not None:
+        calls = sum(site.calls for site in handle.sites) - sum(called)
+        assert calls == (subject.attentions if handle.active else 0)
+    assert subject.close(got, expected)
+    return got
+
+
+@pytest.mark.parametrize("last_off", ["patch", "hook"])
+@pytest.mark.parametrize("first_on", ["patch", "hook"])
+def test_both_run_in_every_order_and_the_original_is_back(subject, first_on, last_off):
+    native = subject.logits()
+    if first_on == "hook":
+        counting = hook_up(subject)
+        check_runs(subject, counting, None, native)
+        handle = attnzoo.patch(subject.model, "sdpa")
+    else:
+        handle = attnzoo.patch(subject.model, "sdpa")
+        counting = hook_up(subject)
+    check_runs(subject, counting, handle, native)
+
+    if last_off == "hook":
+        handle.remove()
+        assert torch.equal(check_runs(subject, counting, handle, native), native)
+        unhook(subject)
+    else:
+        unhook(subject)
+        check_runs(subject, counting, handle, native)
+        handle.remove()
+    assert torch.equal(check_runs(subject, counting, handle, native), native)
+    assert not handle.active
+    for name, module in subject.model.named_modules():
+        assert not {"_hf_hook", "_old_forward"} & set(vars(module)), name
+        # accelerate itself leaves the class's own forward in the instance when a hook goes last
+        assert getattr(module.forward, "__func__", None) is type(module).forward, name
+
+
+def test_the_hooks_effect_survives(led):
+    hook_up(led, factor=0.5)
+    halved = led.logits()
+    with attnzoo.patch(led.model, "sdpa"):
+        assert led.close(led.logits(), halved)
+    assert torch.equal(led.logits(), halved)
+    unhook(led)
+    assert not led.close(led.logits(), halved)
+
+
+def test_hooks_between_stacked_patches(subject):
+    native = subject.logits()
+    below = attnzoo.patch(subject.model, "sdpa")
+    counting = hook_up(subject)
+    above = attnzoo.patch(subject.model, "eager")
+    check_runs(subject, counting, above, native)
+    assert sum(site.calls for site in below.sites) == 0
+    with pytest.raises(attnzoo.PatchError, match="last in, first out"):
+        below.remove()
+    above.remove()
+    check_runs(subject, counting, below, native)
+    unhook(subject)
+    below.remove()
+    assert torch.equal(check_runs(subject, counting, below, native), native)
+
+
+def test_a_second_hook_appended_while_patched(neox):
+    native, first, second = neox.logits(), Counting(), Counting()
+    hooks.add_hook_to_module(neox.module(), first)
+    with attnzoo.patch(neox.model, "sdpa") as handle:
+        hooks.add_hook_to_module(neox.module(), second, append=True)
+        neox.logits()
+        assert (first.after, second.after, handle.sites[0].calls) == (1, 1, 1)
+    assert torch.equal(neox.logits(), native)
+    assert (first.after, second.after, handle.sites[0].calls) == (2, 2, 1)
+
+
+def test_unpatch_finds_the_patch_behind_a_hook(subject):
+    native = subject.logits()
+    counting = hook_up(subject)
+    attnzoo.patch(subject.model, "sdpa")
+    attnzoo.unpatch(subject.model)
+    assert torch.equal(check_runs(subject, counting, None, native), native)
+    with pytest.raises(attnzoo.PatchError, match="not patched"):
+        attnzoo.unpatch(subject.model)
+
+
+def test_align_devices_hook_as_big_models_have(subject):
+    native = subject.logits()
+    for number in range(len(subject.sites)):
+        hooks.add_hook_to_module(subject.module(number), hooks.AlignDevicesHook("cpu", io_same_device=True))
+    with attnzoo.patch(subject.model, "sdpa") as handle:
+        assert subject.close(subject.logits(), native)
+        assert all(site.calls for site in handle.sites)
+    assert torch.equal(subject.logits(), native)
+
+
+# Others who replace a forward
+
+
+def test_a_forward_replaced_over_the_patch_is_not_thrown_away(subject):
+    handle = attnzoo.patch(subject.model, "sdpa")
+    module, name = subject.module(1), subject.sites[1]
+    patched, seen = module.forward, []
+
+    def replacement(*args, **kwargs):
+        seen.append(name)
+        return patched(*args, **kwargs)
+
+    module.forward = replacement
+    subject.logits()
+    with pytest.raises(attnzoo.PatchError, match=f"{name}: .*nothing else has replaced the forward since"):
+        handle.remove()
+    assert module.forward is replacement
+    assert all("forward" in vars(subject.module(number)) for number in range(len(subject.sites)))
+    subject.logits()
+    assert seen == [name, name]
+    assert all(site.calls for site in handle.sites)
+
+    module.forward = patched
+    handle.remove()
+    assert not handle.active
+
+
+def test_unpatch_does_not_leave_half_a_patch_behind(subject):
+    handle = attnzoo.patch(subject.model, "sdpa")
+    module, patched = subject.module(1), subject.module(1).forward
+    module.forward = lambda *args, **kwargs: patched(*args, **kwargs)
+    with pytest.raises(attnzoo.PatchError, match=subject.sites[1]):
+        attnzoo.unpatch(subject.model)
+    others = [number for number in range(len(subject.sites)) if number != 1]
+    assert all("forward" in vars(subject.module(number)) for number in others), "all or nothing"
+    module.forward = patched
+    handle.remove()
+
+
+def test_a_forward_replaced_before_the_patch_is_not_bypassed_silently(subject):
+    """Somebody's replacement of the module's own forward is either refused, or runs; dropping it is neither."""
+    module, original, seen = subject.module(), subject.module().forward, []
+
+    def replacement(*args, **kwargs):
+        seen.append(1)
+        return original(*args, **kwargs)
+
+    module.forward = replacement
+    try:
+        handle = attnzoo.patch(subject.model, "sdpa")
+    except attnzoo.PatchError as error:
+        assert subject.sites[0] in str(error)
+        assert module.forward is replacement
+        return
+    subject.logits()
+    assert seen, "the replacement is bypassed"
+    handle.remove()
+    assert module.forward is replacement

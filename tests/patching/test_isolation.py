@@ -1,0 +1,159 @@
+"""A patch touches one model: no other model, no config, no weights, and nothing of transformers."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from transformers import AutoConfig, GPTNeoXForCausalLM, LEDForConditionalGeneration
+
+import attnzoo
+
+CLASSES = {"led": LEDForConditionalGeneration, "gpt_neox": GPTNeoXForCausalLM}
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "native", "auto"])
+def test_a_model_sharing_the_config_object_never_notices(subject, build_subject, backend, as_it_was):
+    other = build_subject(subject.kind, config=subject.model.config, seed=1)
+    assert other.model.config is subject.model.config
+    before, native = as_it_was(other), subject.logits()
+    handle = attnzoo.patch(subject.model, backend)
+    before.check()
+    subject.logits()
+    before.check()
+    counted = [site.calls for site in handle.sites]
+    other.logits()
+    assert [site.calls for site in handle.sites] == counted
+    handle.remove()
+    before.check()
+    assert torch.equal(subject.logits(), native)
+
+
+def test_two_models_sharing_a_config_run_a_backend_each(subject, build_subject):
+    other = build_subject(subject.kind, config=subject.model.config, seed=1)
+    natives = subject.logits(), other.logits()
+    with attnzoo.patch(subject.model, "eager") as first, attnzoo.patch(other.model, "sdpa") as second:
+        assert subject.close(subject.logits(), natives[0])
+        assert {site.kernel for site in second.sites} == {None}
+        assert other.close(other.logits(), natives[1])
+        assert {site.kernel for site in first.sites} == {"eager"}
+        assert all("eager" not in site.kernels for site in second.sites)
+        assert sum(site.calls for site in first.sites) == sum(site.calls for site in second.sites) > 0
+    assert torch.equal(subject.logits(), natives[0])
+    assert torch.equal(other.logits(), natives[1])
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "native", "auto"])
+def test_after_removal_the_model_is_as_it_was(subject, backend, as_it_was):
+    before = as_it_was(subject)
+    config = copy.deepcopy(subject.model.config.to_dict())
+    handle = attnzoo.patch(subject.model, backend)
+    for number, name in enumerate(subject.sites):
+        assert "forward" in vars(subject.module(number)), name
+    subject.logits()
+    handle.remove()
+    before.check()
+    for name, module in subject.model.named_modules():
+        assert "forward" not in vars(module), name
+        assert module.forward.__func__ is type(module).forward, name
+    assert subject.model.config.to_dict() == config
+    assert handle.sites[0].calls, "what ran can still be read after the removal"
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_while_patched_types_weights_and_config_are_as_they_were(subject, backend, as_it_was):
+    before = as_it_was(subject)
+    hooks = {name: len(module._forward_hooks) for name, module in subject.model.named_modules()}
+    with attnzoo.patch(subject.model, backend):
+        subject.logits()
+        model = subject.model
+        assert {name: type(module) for name, module in model.named_modules()} == before.types
+        state = model.state_dict()
+        assert list(state) == list(before.state)
+        assert all(torch.equal(tensor, before.state[name]) for name, tensor in state.items())
+        assert model.config.to_dict() == before.config
+        assert model.config._attn_implementation == before.implementation
+        assert {name: len(module._forward_hooks) for name, module in model.named_modules()} == hooks
+    before.check()
+
+
+def test_saving_a_patched_model_saves_the_model(subject, tmp_path, as_it_was):
+    before = as_it_was(subject)
+    subject.model.save_pretrained(tmp_path / "plain")
+    with attnzoo.patch(subject.model, "sdpa") as handle:
+        subject.logits()
+        subject.model.save_pretrained(tmp_path / "patched")
+        assert handle.active
+    before.check()
+
+    loaded = CLASSES[subject.kind].from_pretrained(tmp_path / "patched").eval()
+    state = loaded.state_dict()
+    assert list(state) == list(before.state)
+    assert all(torch.equal(tensor, before.state[name]) for name, tensor in state.items())
+    assert torch.equal(subject.logits(loaded), before.logits)
+    with pytest.raises(attnzoo.PatchError, match="not patched"):
+        attnzoo.unpatch(loaded)
+    configs = [AutoConfig.from_pretrained(tmp_path / name).to_dict() for name in ("plain", "patched")]
+    assert configs[0] == configs[1]
+    assert (tmp_path / "plain/config.json").read_text() == (tmp_path / "patched/config.json").read_text()
+
+
+def test_loading_weights_into_a_patched_model(subject, build_subject):
+    other = build_subject(subject.kind, seed=1)
+    with attnzoo.patch(subject.model, "sdpa"):
+        subject.model.load_state_dict(other.model.state_dict())
+        assert subject.close(subject.logits(), other.logits())
+    assert torch.equal(subject.logits(), other.logits())
+
+
+def test_importing_and_patching_leave_transformers_alone():
+    """In a process of its own, for only there has attnzoo not been imported yet."""
+    script = """
+    import sys
+    import transformers
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.gpt_neox import modeling_gpt_neox
+    from transformers.models.led import modeling_led
+
+    def globals_of_transformers():
+        return (
+            {name: ALL_ATTENTION_FUNCTIONS[name] for name in ALL_ATTENTION_FUNCTIONS},
+            {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in ALL_MASK_ATTENTION_FUNCTIONS},
+            dict(vars(modeling_gpt_neox)),
+            dict(vars(modeling_led)),
+            [dict(vars(cls)) for module in (modeling_gpt_neox, modeling_led) for cls in vars(module).values()
+             if isinstance(cls, type) and cls.__module__ == module.__name__],
+        )
+
+    before = globals_of_transformers()
+    assert "sdpa" in before[0] and "sdpa" in before[1] and len(before[4]) > 10
+    assert "attnzoo" not in sys.modules
+    import attnzoo
+    assert globals_of_transformers() == before, "import"
+    config = transformers.GPTNeoXConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    neox = transformers.GPTNeoXForCausalLM(config)
+    led = transformers.LEDModel(transformers.LEDConfig(
+        vocab_size=9, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=1,
+        decoder_attention_heads=1, encoder_ffn_dim=8, decoder_ffn_dim=8, attention_window=2,
+    ))
+    for model in (neox, led):
+        with attnzoo.patch(model, "sdpa") as handle:
+            assert globals_of_transformers() == before, "patch"
+            model(model.dummy_inputs["input_ids"] % 9)
+            assert all(site.calls for site in handle.sites)
+            assert globals_of_transformers() == before, "forward"
+        assert globals_of_transformers() == before, "remove"
+    print("untouched")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "untouched"
