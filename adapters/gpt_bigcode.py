@@ -79,7 +79,7 @@ class _WithProbabilities:
 
 
 def _self_bind(module: Any, attend: Attend) -> Forward:
-    """The module's own forward; it keeps ``output_attentions`` from its attention function, so we tell that ourselves."""
+    """The module's own forward. It does not tell its attention function of ``output_attentions``; we do."""
     plain, asking = bind_interface(module, attend), bind_interface(module, _WithProbabilities(attend))
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -134,7 +134,7 @@ def _cross_forward(
 
 
 def _keys_values(module: Any, encoder_states: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
-    """Keys and values ``(batch, kv_heads, encoder_length, head_dim)``, through the cross half of a cache if there is one."""
+    """Keys and values ``(batch, kv_heads, encoder_length, head_dim)``, through the cross half of a cache, if any."""
     filled = getattr(cache, "is_updated", None)
     if cache is not None and filled is None:
         raise InvalidArgumentError("layer_past", type(cache).__name__, "an EncoderDecoderCache, or None")

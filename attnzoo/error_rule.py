@@ -63,7 +63,13 @@ def largest_difference(got: Tensor, reference: Tensor) -> float:
 
 
 def check(
-    what: str, got: Tensor, reference: Tensor, eager: Tensor, k: float, dtype: torch.dtype | None = None
+    what: str,
+    got: Tensor,
+    reference: Tensor,
+    eager: Tensor,
+    k: float,
+    dtype: torch.dtype | None = None,
+    eager_dtype: torch.dtype | None = None,
 ) -> Check:
     """Compare a result with the float64 reference, given plain operations' result in the same dtype.
 
@@ -74,9 +80,13 @@ def check(
         eager: what plain operations give in the dtype.
         k: :data:`FORWARD` or :data:`GRADIENT`.
         dtype: the dtype computed in; None: that of ``got``.
+        eager_dtype: the dtype of the plain operations, if it is another one (for a float64 candidate there is no
+            wider reference to see their error against); their error then counts in proportion of the roundings.
     """
     eps = torch.finfo(got.dtype if dtype is None else dtype).eps
     eager_error = largest_difference(eager, reference)
+    if eager_dtype is not None:
+        eager_error *= eps / torch.finfo(eager_dtype).eps
     scale = float(reference.detach().abs().max()) if reference.numel() else 0.0
     budget = k * (eager_error + 4 * eps * scale)
     return Check(what, largest_difference(got, reference), eager_error, scale, budget)

@@ -201,7 +201,7 @@ def verify(
     """Compare a patched model with the original, end to end and per attention, under the error rule of the contract.
 
     The reference is the model with the dense oracle in float64 (models' own code takes its softmax in float32 even
-    there). Against it stand, on real tokens (``attention_mask``), the patched model, with the oracle in the model's own
+    there, so the original of a float64 model is judged in float32). Against it stand, on real tokens (``attention_mask``), the patched model, with the oracle in the model's own
     dtype for the budget, and the model's own code, which shows that the oracle computes what the model means. Each
     attention is compared with the oracle on the inputs the model gave it, too.
 
@@ -227,6 +227,8 @@ def verify(
     if not isinstance(inputs, Mapping):
         raise InvalidArgumentError("inputs", type(inputs).__name__, "a mapping of keyword arguments of model.forward")
     inputs = dict(inputs)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    wide = dtype == torch.float64
     seen: dict[tuple[str, Request], tuple[Attention, str, Backend]] = {}
 
     def observe(site: Site, attention: Attention, result: Result, ran: Backend) -> None:
@@ -239,24 +241,30 @@ def verify(
             got = _run(model, inputs, gradients, seed)
         plain = copy.deepcopy(model)
         unpatch_all(plain)
-        original = _run(plain, inputs, gradients, seed)
-        with patch(plain, "eager"):
-            eager = _run(plain, inputs, gradients, seed)
-            reference = _run(plain.double(), _double(inputs), gradients, seed)
+        # There is no wider reference to see the roundings of a float64 model against: take those of float32 instead.
+        narrow = copy.deepcopy(plain).float() if wide else plain
+        narrow_inputs = _cast(inputs, torch.float32) if wide else inputs
+        original = _run(narrow, narrow_inputs, gradients, seed)
+        with patch(narrow, "eager"):
+            eager = _run(narrow, narrow_inputs, gradients, seed)
+        with patch(plain.double(), "eager"):
+            reference = _run(plain, _cast(inputs, torch.float64), gradients, seed)
         sites = tuple(
             check_site(name, attention, ran, grad=gradients, max_rows=max_rows, seed=seed, kernel=kernel)
             for (name, _), (attention, kernel, ran) in seen.items()
         )
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    eager_dtype = torch.float32 if wide else None
 
-    def compare(values: dict[str, Tensor]) -> tuple[Check, ...]:
+    def compare(values: dict[str, Tensor], computed: torch.dtype) -> tuple[Check, ...]:
         return tuple(
-            error_rule.check(what, values[what], reference[what], eager[what], error_rule.factor(what), dtype)
+            error_rule.check(
+                what, values[what], reference[what], eager[what], error_rule.factor(what), computed, eager_dtype
+            )
             for what in reference
         )
 
     name = backend if isinstance(backend, str) else str(dict(backend))
-    return Report(name, sites, compare(got), compare(original))
+    return Report(name, sites, compare(got, dtype), compare(original, torch.float32 if wide else dtype))
 
 
 @contextmanager
@@ -274,10 +282,10 @@ def _cuda_devices(model: nn.Module) -> list[int]:
     return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
 
-def _double(value: Any) -> Any:
+def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    return {key: _double(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+        return value.to(dtype) if value.is_floating_point() else value
+    return {key: _cast(item, dtype) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def _run(model: nn.Module, inputs: dict[str, Any], gradients: bool, seed: int) -> dict[str, Tensor]:
@@ -313,14 +321,25 @@ def _outputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
     found = {}
     for name, output in items:
         if isinstance(output, Tensor) and output.is_floating_point():
-            real = inputs.get(_mask_name(model, name))
-            padded = isinstance(real, Tensor) and real.ndim == 2 and output.shape[:2] == real.shape
-            found[name] = output[real.bool()] if padded else output  # type: ignore[union-attr]
+            real = _real_tokens(model, inputs, name, output)
+            found[name] = output if real is None else output[real]
     if not found:
         raise InvalidArgumentError("inputs", f"{sorted(inputs)}, for which the model returns no tensor", "a real forward")
     return found
 
 
-def _mask_name(model: nn.Module, output: str) -> str:
-    decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and not output.startswith("encoder")
-    return "decoder_attention_mask" if decoder else "attention_mask"
+def _real_tokens(model: nn.Module, inputs: dict[str, Any], name: str, output: Tensor) -> Tensor | None:
+    """Which rows ``(batch, length)`` of an output belong to real tokens; None if the inputs do not say.
+
+    A decoder's rows count where its sample has a source to attend to.
+    """
+    mask = inputs.get("attention_mask")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and not name.startswith("encoder"):
+        sources = None if mask is None else mask.bool().flatten(1).any(1)
+        mask = inputs.get("decoder_attention_mask")
+        if mask is None and sources is not None and output.ndim > 1:
+            mask = torch.ones(output.shape[:2], dtype=torch.bool, device=output.device)
+        mask = mask if mask is None or sources is None else mask.bool() & sources[:, None]
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or output.shape[:2] != mask.shape:
+        return None
+    return mask.bool()

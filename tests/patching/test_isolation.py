@@ -82,8 +82,8 @@ def test_while_patched_types_weights_and_config_are_as_they_were(subject, backen
 
 
 def test_saving_a_patched_model_saves_the_model(subject, tmp_path, as_it_was):
+    subject.model.save_pretrained(tmp_path / "plain")  # writes dtype and architectures into the config
     before = as_it_was(subject)
-    subject.model.save_pretrained(tmp_path / "plain")
     with attnzoo.patch(subject.model, "sdpa") as handle:
         subject.logits()
         subject.model.save_pretrained(tmp_path / "patched")
@@ -114,6 +114,7 @@ def test_importing_and_patching_leave_transformers_alone():
     """In a process of its own, for only there has attnzoo not been imported yet."""
     script = """
     import sys
+    import torch
     import transformers
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -141,12 +142,16 @@ def test_importing_and_patching_leave_transformers_alone():
     neox = transformers.GPTNeoXForCausalLM(config)
     led = transformers.LEDModel(transformers.LEDConfig(
         vocab_size=9, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=1,
-        decoder_attention_heads=1, encoder_ffn_dim=8, decoder_ffn_dim=8, attention_window=2,
+        decoder_attention_heads=1, encoder_ffn_dim=8, decoder_ffn_dim=8, attention_window=4,
     ))
+    tokens = torch.arange(16).reshape(2, 8) % 9
+    for model in (neox, led):
+        model(tokens)  # what transformers itself writes down, it has written now
+    before = globals_of_transformers()
     for model in (neox, led):
         with attnzoo.patch(model, "sdpa") as handle:
             assert globals_of_transformers() == before, "patch"
-            model(model.dummy_inputs["input_ids"] % 9)
+            model(tokens)
             assert all(site.calls for site in handle.sites)
             assert globals_of_transformers() == before, "forward"
         assert globals_of_transformers() == before, "remove"

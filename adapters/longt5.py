@@ -1,0 +1,400 @@
+"""LongT5 (Guo et al. 2022, arXiv:2112.07916): long encoders with relative biases (Raffel et al. 2020, arXiv:1910.10683).
+
+A token of the encoder looks at the tokens within ``local_radius``. With transient-global attention it looks at one more
+segment: a key per full block of ``global_block_size`` tokens, projected from the block's sum. The decoder has T5's
+causal self-attention and cross-attention; their projections and caches stay the model's.
+
+The first layer of a stack computes the learned bias, and the stack passes it on to the others. The model passes on what
+is added to its scores; here it is the ``(heads, R)`` values of a :class:`~attnzoo.bias.RelativeBias`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnzoo.adapter import Adapter, Attend, Forward, Seam, parameter_of
+from attnzoo.adapters.longt5_bias import (
+    Globals,
+    bucketed,
+    check_buckets,
+    local_reach,
+    read_local,
+    read_side,
+    side_reach,
+)
+from attnzoo.bias import Bias, DenseBias, RelativeBias
+from attnzoo.errors import InvalidArgumentError, PatchError
+from attnzoo.fingerprint import locate
+from attnzoo.functional import compute_dtype
+from attnzoo.interface import check_interface, native_probabilities, rebind
+from attnzoo.masks import read_attention_mask
+from attnzoo.patterns import Causal, Full, Window
+from attnzoo.segments import Attention, Request, Segment, SegmentRequest, describe
+
+_MODULE = "transformers.models.longt5.modeling_longt5"
+VERSIONS = "5.17 to 5.23"
+
+
+class _Tokens(NamedTuple):
+    """Which tokens are real: ``(batch, length)`` bool, and the same as a mask: None if there is no padding."""
+
+    real: Tensor
+    mask: Tensor | None
+
+
+def _tokens(real: Tensor) -> _Tokens:
+    return _Tokens(real, None if bool(real.all()) else real)
+
+
+def _heads(module: Any, states: Tensor) -> Tensor:
+    """``(batch, length, inner)`` to ``(batch, heads, length, head_dim)``."""
+    return states.unflatten(-1, (module.n_heads, module.key_value_proj_dim)).transpose(1, 2)
+
+
+def _window(module: Any) -> Window:
+    radius = local_reach(module)
+    return Window(radius, radius)
+
+
+def _dropout(module: Any) -> float:
+    return float(module.dropout)
+
+
+# --- the encoder, local
+
+
+def _local_forward(
+    module: Any,
+    attend: Attend,
+    hidden_states: Tensor,
+    mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    output_attentions: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """The module's forward: ``(batch, length, d_model)`` in and out, with the shared bias and weights if asked for."""
+    mask = _given(mask)
+    tokens = attend.once(mask, "tokens", lambda mask: _tokens(_read_blocked(mask, module.block_len, hidden_states)))
+    passed, values = position_bias, position_bias
+    if position_bias is None and module.has_relative_attention_bias:
+        values = bucketed(module, module.relative_attention_bias, local_reach(module))
+        passed = _pass_on(module, attend, values, hidden_states, mask)
+    elif position_bias is not None and position_bias.ndim != 2:
+        values = read_local(position_bias, tokens.real, module.block_len)
+    segment = _local_segment(module, hidden_states, tokens, values)
+    output, weights = _attend(module, attend, hidden_states, (segment,), tokens, output_attentions)
+    return (output, passed) if weights is None else (output, passed, weights)
+
+
+def _local_segment(module: Any, hidden_states: Tensor, tokens: _Tokens, values: Tensor | None) -> Segment:
+    bias = None if values is None else RelativeBias(values, zero=local_reach(module))
+    key, value = _heads(module, module.k(hidden_states)), _heads(module, module.v(hidden_states))
+    return Segment(key, value, _window(module), key_mask=tokens.mask, bias=bias)
+
+
+def _attend(
+    module: Any,
+    attend: Attend,
+    hidden_states: Tensor,
+    segments: tuple[Segment, ...],
+    tokens: _Tokens,
+    probabilities: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Output ``(batch, length, d_model)``, and blocked weights if asked for. T5 does not scale its scores."""
+    query, dropout = _heads(module, module.q(hidden_states)), module.dropout if module.training else 0.0
+    result = attend(Attention(query, segments, 1.0, dropout, query_mask=tokens.mask), probabilities)
+    output = module.o(result.output.transpose(1, 2).flatten(2))
+    return output, None if result.dropped is None else _blocked(result.dropped, module.block_len)
+
+
+def _pass_on(module: Any, attend: Attend, values: Tensor, hidden_states: Tensor, mask: Tensor) -> Tensor:
+    """What the stack hands to its other layers: the values, or what the model itself passes if some run its own code."""
+    if getattr(attend, "complete", False):
+        return values
+    native: Tensor = type(module).forward(module, hidden_states.detach(), mask)[1]
+    return native
+
+
+def _given(mask: Tensor | None) -> Tensor:
+    """The mask; without one the model's own code does not even keep to the window, and no stack calls it so."""
+    if mask is None:
+        raise InvalidArgumentError("mask", None, "the mask that the model's stack makes")
+    return mask
+
+
+def _read_blocked(mask: Tensor, block_len: int, hidden_states: Tensor) -> Tensor:
+    """Which tokens are real ``(batch, length)``, from who sees whom ``(batch, 1, blocks, block_len, 3 * block_len)``.
+
+    A token sees itself if it is real. The rest of the mask must follow from that.
+    """
+    batch, length = hidden_states.shape[:2]
+    blocks = -(-length // block_len)
+    shape = (batch, 1, blocks, block_len, 3 * block_len)
+    if mask.dtype != torch.bool or tuple(mask.shape) != shape:
+        raise InvalidArgumentError("mask", describe(mask), f"bool {shape}, as the model's stack makes it")
+    real = mask[:, 0].diagonal(block_len, -2, -1)
+    keys = torch.nn.functional.pad(real.flatten(1), (block_len, block_len)).unfold(1, 3 * block_len, block_len)
+    position = torch.arange(3 * block_len, device=mask.device)
+    near = (position - position[block_len : 2 * block_len, None]).abs() < block_len
+    if not torch.equal(real[..., None] & keys[:, :, None] & near, mask[:, 0]):
+        raise InvalidArgumentError("mask", "one that is not made of padding", "the mask that the model's stack makes")
+    return real.flatten(1)[:, :length]
+
+
+def _blocked(weights: tuple[Tensor, ...], block_len: int) -> Tensor:
+    """Dense weights per segment in the model's layout: ``(batch, blocks, heads, block_len, 3 * block_len + globals)``.
+
+    Column ``block_len + k`` of a block is its own token ``k``; the blocks before and after it come to its left and right.
+    """
+    pad = torch.nn.functional.pad
+    length = weights[0].shape[2]
+    orphans = -length % block_len
+    rows = [pad(part, (0, 0, 0, orphans)).unflatten(2, (-1, block_len)) for part in weights]
+    local = pad(rows[0], (block_len, block_len + orphans)).unfold(-1, 3 * block_len, block_len)
+    # (batch, heads, blocks of rows, block_len, blocks of columns, 3 * block_len): those of equal number
+    local = local.diagonal(0, 2, 4).permute(0, 1, 4, 2, 3)
+    return torch.cat([local, *rows[1:]], dim=-1).transpose(1, 2)
+
+
+# --- the encoder, transient-global
+
+
+def _transient_forward(
+    module: Any,
+    attend: Attend,
+    hidden_states: Tensor,
+    mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    output_attentions: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """As :func:`_local_forward`, with a second segment. The values of both biases are passed on side by side."""
+    mask = _given(mask)
+    tokens = attend.once(mask, "tokens", lambda mask: _tokens(_read_flat(mask, hidden_states)))
+    blocks = attend.once(mask, "globals", lambda mask: _globals(mask, module.global_block_size))
+    reaches = (local_reach(module), side_reach(module))
+    passed, values = position_bias, position_bias
+    if position_bias is None and module.has_relative_attention_bias:
+        tables = (module.relative_attention_bias, module.global_relative_attention_bias)
+        pairs = zip(tables, reaches, strict=True)
+        values = torch.cat([bucketed(module, table, reach) for table, reach in pairs], dim=1)
+        passed = _pass_on(module, attend, values, hidden_states, mask)
+    elif position_bias is not None and position_bias.ndim != 2:
+        local = read_local(position_bias, tokens.real, module.block_len)
+        side = read_side(position_bias[..., 3 * module.block_len :], blocks, module.block_len, reaches[1])
+        values = torch.cat([local, side], dim=1)
+    local, side = (None, None) if values is None else values.split([2 * reach + 1 for reach in reaches], dim=1)
+    segments = [_local_segment(module, hidden_states, tokens, local)]
+    if blocks.count:
+        sums = module.global_input_layer_norm(_aggregate(hidden_states, blocks))
+        key, value = _heads(module, module.k(sums)), _heads(module, module.v(sums))
+        bias = None if side is None else RelativeBias(side, zero=reaches[1], positions=blocks.of)
+        segments.append(Segment(key, value, key_mask=blocks.mask, bias=bias))
+    output, weights = _attend(module, attend, hidden_states, tuple(segments), tokens, output_attentions)
+    return (output, passed) if weights is None else (output, passed, weights)
+
+
+def _read_flat(mask: Tensor, hidden_states: Tensor) -> Tensor:
+    shape = tuple(hidden_states.shape[:2])
+    if tuple(mask.shape) != shape or not bool(((mask == 0) | (mask == 1)).all()):
+        raise InvalidArgumentError("attention_mask", describe(mask), f"{shape} of ones (tokens) and zeros (padding)")
+    return mask != 0
+
+
+def _globals(mask: Tensor, block_size: int) -> Globals:
+    """The model's own assignment of tokens to blocks: tokens that fill none join the last one that is full."""
+    of, exists = locate(f"{_MODULE}:_make_global_fixed_block_ids")(mask, block_size)
+    return Globals(of.long(), exists.bool(), None if bool(exists.all()) else exists.bool())
+
+
+def _aggregate(hidden_states: Tensor, blocks: Globals) -> Tensor:
+    """The sum of each block's tokens: ``(batch, length, d_model)`` to ``(batch, blocks, d_model)``, added up in float32."""
+    batch, _, width = hidden_states.shape
+    states = hidden_states.float() if hidden_states.dtype in (torch.bfloat16, torch.float16) else hidden_states
+    sample = torch.arange(batch, device=states.device)[:, None].expand_as(blocks.of)
+    block = torch.where(blocks.of < 0, blocks.count, blocks.of)  # padding goes to one more block, which is dropped
+    sums = states.new_zeros((batch, blocks.count + 1, width)).index_put((sample, block), states, accumulate=True)
+    return sums[:, : blocks.count].to(hidden_states.dtype)
+
+
+# --- the decoder
+
+_NO_BIAS = object()  # keeps the model's forward from making a bias of zeros as large as the scores
+
+
+def _decoder_forward(
+    module: Any,
+    attend: Attend,
+    run: Callable[..., tuple[Tensor, Any, Tensor | None]],
+    hidden_states: Tensor,
+    mask: Tensor | None = None,
+    key_value_states: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The module's own forward ``run``, with a bias it passes along unseen to the attention function given to it."""
+    values, bias = position_bias, position_bias
+    if position_bias is None and not module.has_relative_attention_bias:
+        bias = _NO_BIAS
+    elif position_bias is None and getattr(attend, "complete", False):
+        values = bucketed(module, module.relative_attention_bias, side_reach(module))
+    if values is not None and values.ndim == 2:
+        seen = 0 if past_key_values is None else int(past_key_values.get_seq_length(module.layer_idx))
+        bias = RelativeBias(values, zero=side_reach(module), offset=seen)
+    output, passed, weights = run(hidden_states, mask, key_value_states, bias, past_key_values, **kwargs)
+    if passed is _NO_BIAS:
+        passed = None
+    return output, values if isinstance(passed, Bias) else passed, weights
+
+
+class _Interface:
+    """Stands where the modelling file expects ``ALL_ATTENTION_FUNCTIONS``, for one module."""
+
+    def __init__(self, attend: Attend) -> None:
+        self._attend = attend
+
+    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        return partial(self._call, name)
+
+    def _call(
+        self,
+        name: str,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float,
+        scaling: float,
+        position_bias: Any,
+        use_cache: bool | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        pattern, mask = Full() if attention_mask is not None else _unmasked(name, module, query), None
+        bias = DenseBias(position_bias) if isinstance(position_bias, Tensor) else position_bias
+        bias = None if bias is _NO_BIAS else bias
+        if attention_mask is not None:
+            mask, rest = self._attend.once(attention_mask, "read", read_attention_mask)
+            bias = rest if bias is None else bias if rest is None else _sum(query, key, bias, rest)
+        query, key, value = (tensor.to(compute_dtype(tensor)) for tensor in (query, key, value))
+        segment = Segment(key, value, pattern, mask=mask, bias=bias)
+        result = self._attend(Attention(query, (segment,), scaling, dropout), output_attentions)
+        return result.output.transpose(1, 2).contiguous(), None if result.dropped is None else result.dropped[0]
+
+
+def _unmasked(name: str, module: Any, query: Tensor) -> Full | Causal:
+    """What no mask means: nothing hidden; but where the model relies on ``is_causal``, causal from key 0 on."""
+    return Causal(offset=0) if name == "sdpa" and module.is_causal and query.shape[2] > 1 else Full()
+
+
+def _sum(query: Tensor, key: Tensor, bias: Bias, rest: DenseBias) -> DenseBias:
+    """The bias on top of what a caller's own additive mask adds."""
+    batch, heads, q_len, _ = query.shape
+    rows, columns = (torch.arange(n, device=query.device) for n in (q_len, key.shape[2]))
+    dense = Segment(key, key, bias=bias).bias_at(rows, columns, q_len, batch, heads)
+    return DenseBias(rest.values if dense is None else rest.values + dense)
+
+
+# --- seams
+
+
+def _bind_decoder(module: Any, attend: Attend) -> Forward:
+    run = MethodType(rebind(type(module).forward, ALL_ATTENTION_FUNCTIONS=_Interface(attend)), module)
+    return partial(_decoder_forward, module, attend, run)
+
+
+def _bind_local(module: Any, attend: Attend) -> Forward:
+    return partial(_local_forward, module, attend)
+
+
+def _bind_transient(module: Any, attend: Attend) -> Forward:
+    return partial(_transient_forward, module, attend)
+
+
+def _learns(module: Any) -> bool:
+    return bool(
+        module.training and module.has_relative_attention_bias and module.relative_attention_bias.weight.requires_grad
+    )
+
+
+def _request(module: Any, *segments: SegmentRequest) -> tuple[Request, ...]:
+    parameter, dim = parameter_of(module), module.key_value_proj_dim
+    return (Request(parameter.device.type, parameter.dtype, module.n_heads, dim, dim, segments),)
+
+
+def _local_request(module: Any) -> SegmentRequest:
+    return SegmentRequest(_window(module), module.n_heads, key_mask=True, bias="relative", bias_grad=_learns(module))
+
+
+def _local_requests(module: Any) -> tuple[Request, ...]:
+    return _request(module, _local_request(module))
+
+
+def _transient_requests(module: Any) -> tuple[Request, ...]:
+    local = _local_request(module)
+    learns = module.has_relative_attention_bias and module.global_relative_attention_bias.weight.requires_grad
+    side = SegmentRequest(
+        Full(), module.n_heads, key_mask=True, bias="relative", bias_grad=bool(module.training and learns)
+    )
+    return _request(module, local, side)
+
+
+def _decoder_requests(module: Any) -> tuple[Request, ...]:
+    bias = "relative" if module.is_causal else None
+    return _request(module, SegmentRequest(Full(), module.n_heads, mask=True, bias=bias, bias_grad=_learns(module)))
+
+
+def _check_encoder(module: Any) -> None:
+    if local_reach(module) < 1:
+        raise PatchError(f"config.local_radius: got {local_reach(module)}; allowed: 1 or more")
+    check_buckets(module)
+
+
+def _check_decoder(module: Any) -> None:
+    check_interface(module)
+    check_buckets(module)
+
+
+_BUCKETS = ("8e9a",)
+LONGT5 = Adapter(
+    model_types=("longt5",),
+    versions=VERSIONS,
+    seams=(
+        Seam(
+            cls=f"{_MODULE}:LongT5LocalAttention",
+            bind=_bind_local,
+            describe=lambda module: f"window {module.local_radius} + {module.local_radius}, relative bias",
+            requests=_local_requests,
+            dropout=_dropout,
+            check=_check_encoder,
+            verified={},
+        ),
+        Seam(
+            cls=f"{_MODULE}:LongT5TransientGlobalAttention",
+            bind=_bind_transient,
+            describe=lambda module: (
+                f"window {module.local_radius} + {module.local_radius} + a key per {module.global_block_size} tokens, "
+                "relative biases"
+            ),
+            requests=_transient_requests,
+            dropout=_dropout,
+            check=_check_encoder,
+            verified={},
+        ),
+        Seam(
+            cls=f"{_MODULE}:LongT5Attention",
+            bind=_bind_decoder,
+            describe=lambda module: "masked, relative bias" if module.is_causal else "masked (cross)",
+            requests=_decoder_requests,
+            dropout=_dropout,
+            check=_check_decoder,
+            native_probabilities=native_probabilities,
+            verified={},
+        ),
+    ),
+)

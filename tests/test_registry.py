@@ -1,0 +1,413 @@
+"""Names to backends: third parties, collisions, what is broken and why, and who takes a request."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+import attnzoo
+from attnzoo import BackendRefusedError, InvalidArgumentError, Refusal, UnknownNameError, registry
+from attnzoo.backends.eager import EagerBackend, evaluate
+
+CAN_ALL = EagerBackend.capabilities
+
+
+@pytest.fixture(autouse=True)
+def registry_of_its_own(monkeypatch):
+    """Each test gets a registry it may change, and entry points it may break."""
+    attnzoo.backends()
+    for name in ("_backends", "_adapters", "_broken_backends", "_broken_adapters"):
+        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
+    monkeypatch.setattr(registry, "_discovered", True)
+    registry.choose.cache_clear()
+    yield
+    registry.choose.cache_clear()
+
+
+def backend(name="fake", names=(), rank=-1000, why_not=None, **narrower):
+    """A backend that computes what eager computes, counts its runs, and can do less."""
+
+    @dataclass(frozen=True)
+    class Fake(attnzoo.Backend):
+        runs: ClassVar[list] = []
+        capabilities: ClassVar[attnzoo.Capabilities] = replace(CAN_ALL, **narrower)
+
+        @classmethod
+        def unavailable(cls):
+            return why_not
+
+        def run(self, attention, probabilities=False):
+            self.runs.append(attention)
+            return evaluate(attention)._replace(kernel=self.name)
+
+    Fake.name, Fake.aliases, Fake.priority = name, names, rank
+    return Fake
+
+
+def small(**changes):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 5, 4)
+    return {**dict(q=q, k=k, v=v), **changes}
+
+
+def offer(monkeypatch, group, **loads):
+    """Offer further entry points: what ``load`` raises or returns, by name."""
+    original = importlib.metadata.entry_points
+
+    class Entry:
+        def __init__(self, name, result):
+            self.name, self.value, self.result = name, f"third_party.{name}:Thing", result
+
+        def load(self):
+            if isinstance(self.result, BaseException):
+                raise self.result
+            return self.result
+
+    def entry_points(**which):
+        found = list(original(**which))
+        if which.get("group") == group:
+            found += [Entry(name, load) for name, load in loads.items() if which.get("name") in (None, name)]
+        return found
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+
+
+# Registering
+
+
+def test_a_third_party_backend_by_decorator():
+    @attnzoo.register_backend
+    class Mine(backend("mine", names=("my-own",))):
+        """As anybody would write it."""
+
+    assert Mine.__doc__ == "As anybody would write it."
+    info = attnzoo.backends()["mine"]
+    assert (info.name, info.aliases, info.available, info.reason, info.exact) == ("mine", ("my-own",), True, "", True)
+    assert info.capabilities == Mine.capabilities
+    out = attnzoo.attention(**small(), backend="mine")
+    again = attnzoo.attention(**small(), backend="my-own")
+    assert len(Mine.runs) == 2
+    assert torch.equal(out, again)
+
+
+def test_the_backends_of_attnzoo_are_there_and_say_what_they_can():
+    found = attnzoo.backends()
+    assert list(found) == sorted(found)
+    assert {"eager", "sdpa"} <= set(found)
+    assert found["eager"].available
+    assert found["sdpa"].available
+    assert found["eager"].capabilities.probabilities
+    assert not found["sdpa"].capabilities.probabilities
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [("sdpa", ()), ("mine", ("eager",)), ("other-alias", ()), ("mine", ("other-alias",)), ("auto", ()), ("native", ()),
+     ("mine", ("auto",))],
+)  # fmt: skip
+def test_a_taken_name_is_refused(name, names):
+    attnzoo.register_backend(backend("other", names=("other-alias",)))
+    before = attnzoo.backends()
+    taken = name if name != "mine" else names[0]
+    with pytest.raises(InvalidArgumentError, match=f"backend name: got '{taken}'; allowed: a name other than .*'sdpa'"):
+        attnzoo.register_backend(backend(name, names=names))
+    assert attnzoo.backends() == before
+
+
+def test_registering_the_same_class_again_is_fine():
+    cls = attnzoo.register_backend(backend("mine", names=("my-own",)))
+    assert attnzoo.register_backend(cls) is cls
+
+
+def test_replace_takes_a_name_over_on_purpose():
+    cls = attnzoo.register_backend(backend("sdpa"), replace=True)
+    attnzoo.attention(**small(), backend="sdpa")
+    assert len(cls.runs) == 1
+
+
+def test_replace_takes_an_alias_over_too():
+    first = attnzoo.register_backend(backend("first", names=("nick",)))
+    second = attnzoo.register_backend(backend("second", names=("nick",)), replace=True)
+    attnzoo.attention(**small(), backend="nick")
+    assert (len(first.runs), len(second.runs)) == (0, 1)
+
+
+def test_replace_does_not_take_reserved_names_over():
+    with pytest.raises(InvalidArgumentError, match="backend name: got 'auto'"):
+        attnzoo.register_backend(backend("auto"), replace=True)
+
+
+@pytest.mark.parametrize("thing", [lambda: None, EagerBackend(), attnzoo.Backend, "sdpa", object])
+def test_what_is_no_backend_class_is_refused(thing):
+    with pytest.raises(InvalidArgumentError, match=r"cls: got .*; allowed: a subclass of attnzoo\.Backend with a name"):
+        attnzoo.register_backend(thing)
+
+
+def test_unregistering_by_name_or_alias():
+    attnzoo.register_backend(backend("mine", names=("my-own",)))
+    attnzoo.unregister_backend("my-own")
+    assert "mine" not in attnzoo.backends()
+    with pytest.raises(UnknownNameError, match="backend: got 'mine'"):
+        attnzoo.unregister_backend("mine")
+    attnzoo.register_backend(backend("mine"))
+
+
+def test_a_name_taken_before_anything_was_looked_up_is_refused_too():
+    """In a process of its own, where no entry point has been loaded yet."""
+    script = """
+    import attnzoo
+    from attnzoo.errors import InvalidArgumentError
+    class Fake(attnzoo.Backend):
+        name = "sdpa"
+    try:
+        attnzoo.register_backend(Fake)
+    except InvalidArgumentError as error:
+        print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=300, check=True
+    )
+    assert "backend name: got 'sdpa'" in done.stdout
+
+
+# Names people mistype
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("spda", "sdpa"), ("egaer", "eager"), ("atuo", "auto"), ("SDPA", "sdpa"), ("nativ", "native")]
+)
+def test_near_misses_are_suggested(typed, meant):
+    with pytest.raises(UnknownNameError, match=f"backend: got '{typed}' .did you mean .*'{meant}'.*allowed: 'auto', 'e"):
+        attnzoo.attention(**small(), backend=typed)
+
+
+def test_aliases_are_suggested_too():
+    attnzoo.register_backend(backend("mine", names=("imitation",)))
+    with pytest.raises(UnknownNameError, match="did you mean 'imitation'"):
+        attnzoo.attention(**small(), backend="imitatoin")
+
+
+@pytest.mark.parametrize("thing", ["zzzzzzzz", "", 5, None])
+def test_what_is_near_nothing_gets_the_list(thing):
+    with pytest.raises(UnknownNameError, match=r"backend: got .*; allowed: .*'eager'.*'sdpa'") as caught:
+        attnzoo.attention(**small(), backend=thing)
+    assert "did you mean" not in str(caught.value)
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(UnknownNameError, match="option of backend 'sdpa': got 'window'; allowed: nothing is regist"):
+        registry.make_backend("sdpa", window=3)
+
+
+# Broken things are reasons
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("libcudart.so.13: cannot open shared object file"),
+        RuntimeError("built for another torch"),
+        OSError("undefined symbol: _ZN3c10"),
+        AttributeError("module 'torch' has no attribute 'x'"),
+        SyntaxError("invalid syntax"),
+    ],
+)
+def test_a_broken_entry_point_shows_its_reason_and_breaks_nothing(monkeypatch, error):
+    offer(monkeypatch, "attnzoo.backends", broken=error, good=backend("good"))
+    monkeypatch.setattr(registry, "_backends", {})
+    monkeypatch.setattr(registry, "_discovered", False)
+    found = attnzoo.backends()
+    assert {"broken", "eager", "good", "sdpa"} <= set(found)
+    info = found["broken"]
+    assert (info.available, info.exact, info.capabilities) == (False, False, None)
+    assert info.reason == f"third_party.broken:Thing failed to load: {type(error).__name__}: {error}"
+    assert found["good"].available
+    assert found["sdpa"].available
+    attnzoo.attention(**small())
+    attnzoo.attention(**small(), backend="good")
+    with pytest.raises(InvalidArgumentError) as caught:
+        attnzoo.attention(**small(), backend="broken")
+    assert str(error) in str(caught.value)
+    assert "allowed: a backend that loads" in str(caught.value)
+
+
+def test_an_entry_point_that_is_no_backend_or_takes_a_taken_name_is_a_reason(monkeypatch):
+    offer(monkeypatch, "attnzoo.backends", nonsense=print, thief=backend("thief", names=("sdpa",)))
+    monkeypatch.setattr(registry, "_backends", {})
+    monkeypatch.setattr(registry, "_discovered", False)
+    found = attnzoo.backends()
+    assert "a subclass of attnzoo.Backend" in found["nonsense"].reason
+    assert "got 'sdpa'" in found["thief"].reason
+    assert registry.backend_class("sdpa").__module__.startswith("attnzoo.")
+
+
+def test_a_broken_adapter_is_named_when_its_model_is_patched(monkeypatch):
+    offer(monkeypatch, "attnzoo.adapters", bert=RuntimeError("written for transformers 4"))
+    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    with pytest.raises(attnzoo.PatchError) as caught:
+        attnzoo.patch(BertModel(config), "sdpa")
+    assert "an adapter exists but did not load: bert: third_party.bert:Thing" in str(caught.value)
+    assert "RuntimeError: written for transformers 4" in str(caught.value)
+    assert registry.find_adapter("gpt_neox") is not None
+
+
+def test_an_unavailable_backend_says_why():
+    attnzoo.register_backend(backend("mine", rank=1000, why_not="mine_kernels is not installed: pip install mine"))
+    info = attnzoo.backends()["mine"]
+    assert not info.available
+    assert info.reason == "mine_kernels is not installed: pip install mine"
+    with pytest.raises(BackendRefusedError, match="availability: got mine_kernels is not installed") as caught:
+        attnzoo.attention(**small(), backend="mine")
+    assert {"eager", "sdpa"} <= set(caught.value.alternatives["this machine"])
+    assert "mine" not in caught.value.alternatives["this machine"]
+    attnzoo.attention(**small())  # auto passes it by
+
+
+def test_an_availability_check_that_raises_is_a_reason():
+    cls = backend("mine", rank=1000)
+
+    def unavailable(cls):
+        raise OSError("libmine.so: cannot open shared object file")
+
+    cls.unavailable = classmethod(unavailable)
+    attnzoo.register_backend(cls)
+    info = attnzoo.backends()["mine"]
+    assert not info.available
+    assert "OSError: libmine.so: cannot open shared object file" in info.reason
+    attnzoo.attention(**small())
+    with pytest.raises(BackendRefusedError, match=r"libmine\.so"):
+        attnzoo.attention(**small(), backend="mine")
+
+
+# Adapters
+
+
+def test_adapters_register_collide_and_go():
+    adapter = attnzoo.Adapter(model_types=("mine", "mine_too"), seams=(), versions="5")
+    assert attnzoo.register_adapter(adapter) is adapter
+    attnzoo.register_adapter(adapter)
+    assert {"mine", "mine_too", "led", "gpt_neox"} <= set(registry.model_types())
+    other = attnzoo.Adapter(model_types=("new", "mine_too"), seams=())
+    with pytest.raises(InvalidArgumentError, match="model_type: got 'mine_too'; allowed: .*replace=True"):
+        attnzoo.register_adapter(other)
+    assert registry.find_adapter("new") is None
+    attnzoo.register_adapter(other, replace=True)
+    assert registry.find_adapter("mine_too") is other
+    attnzoo.unregister_adapter("mine_too")
+    assert registry.find_adapter("mine_too") is None
+    with pytest.raises(UnknownNameError, match="model_type: got 'mien' .did you mean 'mine'"):
+        attnzoo.unregister_adapter("mien")
+    with pytest.raises(InvalidArgumentError, match=r"adapter: got 'led'; allowed: an attnzoo\.Adapter"):
+        attnzoo.register_adapter("led")
+
+
+# Who takes a request
+
+
+def test_a_refusal_lists_every_reason_and_who_would_take_it():
+    cls = backend(
+        "narrow", devices=frozenset({"cuda"}), dtypes=frozenset({torch.float16}), patterns=frozenset({attnzoo.Full}),
+        segments=1, key_mask=False, mask=False, bias=frozenset(), gqa=False, uneven_value_dim=False, dropout=False,
+        grad=False,
+    )  # fmt: skip
+    attnzoo.register_backend(cls)
+    q = torch.randn(2, 4, 6, 8, requires_grad=True)
+    k, v = torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 5)
+    with pytest.raises(BackendRefusedError) as caught:
+        attnzoo.attention(
+            q, k, v, attnzoo.Causal(), torch.zeros(1, 1, 6, 6), dropout=0.1, backend="narrow",
+            mask=torch.ones(1, 1, 6, 6, dtype=torch.bool), key_mask=torch.ones(2, 6, dtype=torch.bool),
+        )  # fmt: skip
+    expected = (
+        Refusal("device", "cpu", "cuda"),
+        Refusal("dtype", "float32", "float16"),
+        Refusal("pattern", "Causal(offset=None)", "Full"),
+        Refusal("bias", "dense", "none"),
+        Refusal("key heads", "2", "4, the query's"),
+        Refusal("key_mask", "requested", "no key mask"),
+        Refusal("mask", "requested", "no dense mask"),
+        Refusal("value_dim", "5", "8, the head_dim"),
+        Refusal("dropout", "requested", "dropout=0.0"),
+        Refusal("grad", "requested", "torch.no_grad(), or inputs that do not require grad"),
+    )
+    error = caught.value
+    assert error.backend == "narrow"
+    assert set(error.refusals["attention"]) == set(expected)
+    assert len(error.refusals["attention"]) == len(expected)
+    for refusal in expected:
+        assert f"{refusal.field}: got {refusal.got}; allowed: {refusal.allowed}" in str(error)
+    assert "narrow" not in error.alternatives["attention"]
+    assert {"eager", "sdpa"} <= set(error.alternatives["attention"])
+    assert "would run there: " in str(error)
+    assert cls.runs == []
+
+
+def test_a_refusal_nobody_else_takes_says_so(monkeypatch):
+    monkeypatch.setattr(registry, "_backends", {"narrow": backend("narrow", gqa=False)})
+    with pytest.raises(BackendRefusedError, match="would run there: no registered backend"):
+        attnzoo.attention(torch.randn(1, 4, 3, 8), *torch.randn(2, 1, 2, 3, 8), backend="narrow")
+
+
+def test_auto_takes_the_best_that_refuses_nothing():
+    best = attnzoo.register_backend(backend("best", rank=1000, patterns=frozenset({attnzoo.Full})))
+    second = attnzoo.register_backend(backend("second", rank=999))
+    attnzoo.attention(**small())
+    assert (len(best.runs), len(second.runs)) == (1, 0)
+    attnzoo.attention(**small(), pattern=attnzoo.Causal())
+    assert (len(best.runs), len(second.runs)) == (1, 1)
+    attnzoo.unregister_backend("best")
+    attnzoo.attention(**small())
+    assert (len(best.runs), len(second.runs)) == (1, 2)
+    attnzoo.register_backend(best)
+    attnzoo.attention(**small())
+    assert (len(best.runs), len(second.runs)) == (2, 2)
+
+
+def test_auto_never_takes_what_changes_the_pattern():
+    changing = attnzoo.register_backend(backend("changing", rank=1000, exact=False))
+    attnzoo.attention(**small())
+    assert changing.runs == []
+    assert not attnzoo.backends()["changing"].exact
+
+
+def test_auto_when_everybody_refuses_lists_everybody(monkeypatch):
+    only = {
+        "first": backend("first", patterns=frozenset({attnzoo.Full})),
+        "second": backend("second", dtypes=frozenset({torch.float64})),
+    }
+    monkeypatch.setattr(registry, "_backends", only)
+    with pytest.raises(BackendRefusedError) as caught:
+        attnzoo.attention(**small(), pattern=attnzoo.Causal())
+    message = str(caught.value)
+    assert "'first'" in message
+    assert "pattern: got Causal(offset=None); allowed: Full" in message
+    assert "'second'" in message
+    assert "dtype: got float32; allowed: float64" in message
+
+
+def test_an_explicit_request_is_never_replaced():
+    narrow = attnzoo.register_backend(backend("narrow", rank=1000, patterns=frozenset({attnzoo.Full})))
+    with pytest.raises(BackendRefusedError):
+        attnzoo.attention(**small(), pattern=attnzoo.Causal(), backend="narrow")
+    assert narrow.runs == []
+
+
+def test_a_third_party_backend_with_a_required_option_breaks_nothing():
+    @dataclass(frozen=True)
+    class Demanding(backend("base", rank=1000)):
+        window: int
+        name: ClassVar[str] = "demanding"
+        priority: ClassVar[int] = 1000
+
+    attnzoo.register_backend(Demanding)
+    attnzoo.attention(**small())  # auto cannot give it its option, and passes it by
+    with pytest.raises(InvalidArgumentError, match="window"):
+        attnzoo.attention(**small(), backend="demanding")
