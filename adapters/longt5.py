@@ -1,4 +1,4 @@
-"""LongT5 (Guo et al. 2022, arXiv:2112.07916): long encoders with relative biases (Raffel et al. 2020, arXiv:1910.10683).
+"""LongT5 (Guo et al. 2022, arXiv:2112.07916): long encoders with relative biases (T5, arXiv:1910.10683).
 
 A token of the encoder looks at the tokens within ``local_radius``. With transient-global attention it looks at one more
 segment: a key per full block of ``global_block_size`` tokens, projected from the block's sum. The decoder has T5's
@@ -113,7 +113,7 @@ def _attend(
 
 
 def _pass_on(module: Any, attend: Attend, values: Tensor, hidden_states: Tensor, mask: Tensor) -> Tensor:
-    """What the stack hands to its other layers: the values, or what the model itself passes if some run its own code."""
+    """What the stack hands to its other layers: the values; what the model itself does where some run its own code."""
     if getattr(attend, "complete", False):
         return values
     native: Tensor = type(module).forward(module, hidden_states.detach(), mask)[1]
@@ -149,7 +149,7 @@ def _read_blocked(mask: Tensor, block_len: int, hidden_states: Tensor) -> Tensor
 def _blocked(weights: tuple[Tensor, ...], block_len: int) -> Tensor:
     """Dense weights per segment in the model's layout: ``(batch, blocks, heads, block_len, 3 * block_len + globals)``.
 
-    Column ``block_len + k`` of a block is its own token ``k``; the blocks before and after it come to its left and right.
+    Column ``block_len + k`` of a block is its own token ``k``; the blocks beside it lie to its left and right.
     """
     pad = torch.nn.functional.pad
     length = weights[0].shape[2]
@@ -189,12 +189,14 @@ def _transient_forward(
         values = torch.cat([local, side], dim=1)
     local, side = (None, None) if values is None else values.split([2 * reach + 1 for reach in reaches], dim=1)
     segments = [_local_segment(module, hidden_states, tokens, local)]
+    sums = module.global_input_layer_norm(_aggregate(hidden_states, blocks))
     if blocks.count:
-        sums = module.global_input_layer_norm(_aggregate(hidden_states, blocks))
         key, value = _heads(module, module.k(sums)), _heads(module, module.v(sums))
         bias = None if side is None else RelativeBias(side, zero=reaches[1], positions=blocks.of)
         segments.append(Segment(key, value, key_mask=blocks.mask, bias=bias))
     output, weights = _attend(module, attend, hidden_states, tuple(segments), tokens, output_attentions)
+    if not blocks.count:
+        output = output + sums.sum()  # of nothing: 0. The norm's weight gets a gradient of zeros, as in the model
     return (output, passed) if weights is None else (output, passed, weights)
 
 
@@ -212,7 +214,7 @@ def _globals(mask: Tensor, block_size: int) -> Globals:
 
 
 def _aggregate(hidden_states: Tensor, blocks: Globals) -> Tensor:
-    """The sum of each block's tokens: ``(batch, length, d_model)`` to ``(batch, blocks, d_model)``, added up in float32."""
+    """The sum of each block's tokens, ``(batch, blocks, d_model)``, added up in float32 at least."""
     batch, _, width = hidden_states.shape
     states = hidden_states.float() if hidden_states.dtype in (torch.bfloat16, torch.float16) else hidden_states
     sample = torch.arange(batch, device=states.device)[:, None].expand_as(blocks.of)
@@ -275,6 +277,7 @@ class _Interface:
         use_cache: bool | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        check_interface(module)
         pattern, mask = Full() if attention_mask is not None else _unmasked(name, module, query), None
         bias = DenseBias(position_bias) if isinstance(position_bias, Tensor) else position_bias
         bias = None if bias is _NO_BIAS else bias
@@ -360,7 +363,53 @@ def _check_decoder(module: Any) -> None:
     check_buckets(module)
 
 
-_BUCKETS = ("8e9a",)
+# Fingerprints of what each seam relies on: whoever calls it, and whatever it calls or does in the model's place.
+_STACK = {
+    "LongT5Stack.forward": ("67bbf87b2d2c3e27",),
+    "LongT5Block.forward": ("f0067440b6b9a79a",),
+}
+_ENCODER = {
+    **_STACK,
+    "_get_local_attention_mask": ("134bb5b47ef3dbef",),
+    "_mask_local_attention_mask": ("898c0cf4a3768a4c",),
+    "_make_3block_relative_position_ids": ("927bc5735195b7c7",),
+    "_concatenate_3_blocks": ("fe73aef3486cdb89",),
+    "_split_into_blocks": ("75a1052d8e1f7d44",),
+    "_pad_to_multiple": ("d8df871007228b13",),
+}
+_LOCAL = {
+    **_ENCODER,
+    "LongT5LocalAttention.forward": ("5ff627b6cab79da0",),
+    "LongT5LocalAttention.compute_bias": ("9db847aac93979d0",),
+    "LongT5LocalAttention._relative_position_bucket": ("bd747b21eec57797",),
+    "LongT5LayerLocalSelfAttention.forward": ("129403fceca04cdf",),
+}
+_TRANSIENT = {
+    **_ENCODER,
+    "LongT5TransientGlobalAttention.forward": ("f62626c390039c1b",),
+    "LongT5TransientGlobalAttention.compute_bias": ("9db847aac93979d0",),
+    "LongT5TransientGlobalAttention.compute_side_bias": ("ed239d46b293a7cb",),
+    "LongT5TransientGlobalAttention._relative_position_bucket": ("bd747b21eec57797",),
+    "LongT5LayerTransientGlobalSelfAttention.forward": ("51358772abfa8a23",),
+    "_make_global_fixed_block_ids": ("ac01ff61d3437477",),
+    "_make_side_relative_position_ids": ("5367ef6cc3df87eb",),
+    "_create_global_aggregates": ("34b91c2910726472",),
+}
+_DECODER = {
+    **_STACK,
+    "LongT5Attention.forward": ("173503155b2b2ab0",),
+    "LongT5Attention.compute_bias": ("ff6f3959bafbc82a",),
+    "LongT5Attention._relative_position_bucket": ("bd747b21eec57797",),
+    "LongT5LayerSelfAttention.forward": ("e7f3cdc6706c6241",),
+    "LongT5LayerCrossAttention.forward": ("2e3db801f1da0b06",),
+    "eager_attention_forward": ("ac531c4786bdbcb6",),
+}
+
+
+def _verified(prints: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    return {f"{_MODULE}:{name}": known for name, known in prints.items()}
+
+
 LONGT5 = Adapter(
     model_types=("longt5",),
     versions=VERSIONS,
@@ -372,7 +421,7 @@ LONGT5 = Adapter(
             requests=_local_requests,
             dropout=_dropout,
             check=_check_encoder,
-            verified={},
+            verified=_verified(_LOCAL),
         ),
         Seam(
             cls=f"{_MODULE}:LongT5TransientGlobalAttention",
@@ -384,7 +433,7 @@ LONGT5 = Adapter(
             requests=_transient_requests,
             dropout=_dropout,
             check=_check_encoder,
-            verified={},
+            verified=_verified(_TRANSIENT),
         ),
         Seam(
             cls=f"{_MODULE}:LongT5Attention",
@@ -394,7 +443,7 @@ LONGT5 = Adapter(
             dropout=_dropout,
             check=_check_decoder,
             native_probabilities=native_probabilities,
-            verified={},
+            verified=_verified(_DECODER),
         ),
     ),
 )

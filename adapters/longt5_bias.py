@@ -1,7 +1,7 @@
 """The relative biases of LongT5 as values by distance: made from the learned tables, or read out of the model's own.
 
-The model's own encoder passes a blocked tensor from layer to layer, mask and all. A patched layer gets it when the layer
-before runs the model's code; then the values it is made of are looked up in it, so that gradients flow on through it.
+The model's own encoder passes a blocked tensor from layer to layer, mask and all. A patched layer gets it when the
+first layer runs the model's code; then the values are looked up in it, and gradients flow on through it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Globals(NamedTuple):
 
     @property
     def count(self) -> int:
+        """How many blocks the longest possible sample has."""
         return self.exists.shape[1]
 
 
@@ -95,20 +96,18 @@ def _look_up(blocked: Tensor, sample: Tensor, query: Tensor, key: Tensor, block_
 def read_side(blocked: Tensor, blocks: Globals, block_len: int, reach: int) -> Tensor:
     """``(heads, 2 * reach + 1)`` from ``(batch, blocks of tokens, heads, block_len, globals)``."""
     batch, length = blocks.of.shape
-    # a token of each block (-1: none), then every pair of such a token and a block that exists, by distance
-    token = blocks.of.new_full((batch, blocks.count + 1), -1)
-    token = token.scatter(1, blocks.of.where(blocks.of >= 0, blocks.count), _numbers(blocks.of, length).expand(batch, -1))
-    token = token[:, : blocks.count]
+    # A token of each block (-1: none), then every such token with every block that exists, one of them per distance.
+    slots = blocks.of.where(blocks.of >= 0, blocks.count)
+    token = slots.new_full((batch, blocks.count + 1), -1)
+    token = token.scatter(1, slots, _numbers(slots, length).expand(batch, -1))[:, :-1]
     sample, block, key = ((token >= 0)[:, :, None] & blocks.exists[:, None]).nonzero(as_tuple=True)
     distance = (key - block).clamp(-reach, reach) + reach
     pair = distance.new_full((2 * reach + 1,), -1).scatter(0, distance, _numbers(distance, len(distance)))
-    found = pair >= 0
-    if not len(distance):
-        return blocked.new_zeros((blocked.shape[2], 2 * reach + 1))
-    sample, block, key = (index[pair.clamp_min(0)] for index in (sample, block, key))
+    values = blocked.new_zeros((2 * reach + 1, blocked.shape[2]))
+    known = (pair >= 0).nonzero()[:, 0]
+    sample, block, key = (index[pair[known]] for index in (sample, block, key))
     query = token[sample, block]
-    values = blocked[sample, query // block_len, :, query % block_len, key]
-    return values.masked_fill(~found[:, None], 0.0).T
+    return values.index_put((known,), blocked[sample, query // block_len, :, query % block_len, key]).T
 
 
 def _numbers(like: Tensor, count: int) -> Tensor:

@@ -74,7 +74,7 @@ class Seam:
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module is of this seam's class (subclasses included)."""
-        return any(f"{base.__module__}:{base.__qualname__}" == self.cls for base in type(module).__mro__)
+        return any(_path(base) == self.cls for base in type(module).__mro__)
 
 
 @dataclass(frozen=True)
@@ -98,17 +98,21 @@ class Adapter:
                 if seam.matches(module):
                     yield name, module, seam
 
-    def check_drift(self, seam: Seam, module: nn.Module) -> None:
+    def check_drift(self, seam: Seam, module: nn.Module | None = None) -> None:
         """Raise unless the functions the seam relies on are those it was verified against.
+
+        Args:
+            seam: one of the adapter's.
+            module: also look whether this module's class overrides the seam's forward.
 
         Raises:
             DriftError: a function is gone, or was changed by another version or by a subclass.
         """
         found = list(drift(dict(seam.verified)))
-        forward = f"{seam.cls}.forward"
-        base = next(base for base in type(module).__mro__ if f"{base.__module__}:{base.__qualname__}" == seam.cls)
-        if forward in seam.verified and type(module).forward is not base.forward:  # type: ignore[attr-defined]
-            found.append(f"{type(module).__qualname__} overrides the forward of {seam.cls}")
+        if module is not None and not any(f"{seam.cls}.forward" in line for line in found):
+            base = next(base for base in type(module).__mro__ if _path(base) == seam.cls)
+            if type(module).forward is not base.forward:  # type: ignore[attr-defined]
+                found.append(f"{_path(type(module))} overrides the forward of {seam.cls}")
         if found:
             import transformers
 
@@ -116,6 +120,10 @@ class Adapter:
                 f"the adapter for {', '.join(self.model_types)} was verified against transformers {self.versions}; "
                 f"installed is {transformers.__version__}, and what it relies on differs:\n  " + "\n  ".join(found)
             )
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def parameter_of(module: nn.Module) -> Tensor:

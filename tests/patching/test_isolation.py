@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 import torch
-from transformers import AutoConfig, GPTNeoXForCausalLM, LEDForConditionalGeneration
+from transformers import GPTNeoXForCausalLM, LEDForConditionalGeneration
 
 import attnzoo
 
@@ -97,8 +97,6 @@ def test_saving_a_patched_model_saves_the_model(subject, tmp_path, as_it_was):
     assert torch.equal(subject.logits(loaded), before.logits)
     with pytest.raises(attnzoo.PatchError, match="not patched"):
         attnzoo.unpatch(loaded)
-    configs = [AutoConfig.from_pretrained(tmp_path / name).to_dict() for name in ("plain", "patched")]
-    assert configs[0] == configs[1]
     assert (tmp_path / "plain/config.json").read_text() == (tmp_path / "patched/config.json").read_text()
 
 

@@ -1,0 +1,96 @@
+"""The command line: ``attnzoo doctor``, ``matrix``, ``verify`` and ``bench``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from attnzoo.errors import AttnzooError
+
+app = typer.Typer(
+    help="A pluggable attention-backend registry for Hugging Face models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine can run, and for what it cannot: why, and what to install."""
+    from attnzoo.doctor import examine, to_dicts
+
+    findings = examine()
+    if as_json:
+        print(json.dumps(to_dicts(findings), indent=2))
+        return
+    table = Table("", "what", "", "detail", title="attnzoo doctor")
+    for finding in findings:
+        mark = "[green]yes[/]" if finding.ok else "[yellow]no[/]"
+        table.add_row(finding.kind, finding.name, mark, finding.detail)
+    Console().print(table)
+
+
+@app.command()
+def matrix(
+    as_json: Json = False, markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False
+) -> None:
+    """Which backend declares what: devices, dtypes, patterns, masks, bias, dropout, backward."""
+    from attnzoo import matrix as support
+
+    if as_json:
+        print(json.dumps(support.matrix(), indent=2))
+        return
+    if markdown:
+        print(support.markdown())
+        return
+    rows = support.matrix()
+    table = Table("", *(row["backend"] for row in rows), title="declared capabilities")
+    for key in dict.fromkeys(key for row in rows for key in row if key != "backend"):
+        table.add_row(key, *(support.cell(row.get(key)) for row in rows))
+    Console().print(table)
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A family of the shootout (see bench --help), or a local checkpoint.")],
+    backend: Annotated[str, typer.Option(help="The backend to verify.")] = "sdpa",
+    seq_len: Annotated[int, typer.Option(help="Tokens of real text to run on.", min=1)] = 256,
+    gradients: Annotated[bool, typer.Option(help="Compare gradients too.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Compare a patched model with its original under the error rule; exit status 1 if it is not within."""
+    from attnzoo.benchmarks.subjects import subject
+    from attnzoo.verification import verify as compare
+
+    loaded, inputs = subject(model, seq_len)
+    report = compare(loaded, inputs, backend, gradients=gradients)
+    print(json.dumps(report.to_dict(), indent=2) if as_json else report)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _mount() -> None:
+    from attnzoo.benchmarks.cli import bench
+
+    app.command()(bench)
+
+
+def main() -> None:
+    """Entry point of the ``attnzoo`` command; attnzoo's own errors print as one message without a traceback."""
+    _mount()
+    try:
+        app()
+    except AttnzooError as error:
+        print(f"attnzoo: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

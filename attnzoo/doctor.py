@@ -1,0 +1,109 @@
+"""What this machine can run, and for what it cannot: why, and what to install."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from attnzoo import registry
+from attnzoo.errors import DriftError
+
+# Distribution, module, and what it is for.
+_PACKAGES = (
+    ("torch", "torch", "everything"),
+    ("transformers", "transformers", "the models"),
+    ("accelerate", "accelerate", "hooks and device maps; optional"),
+    ("flash-attn", "flash_attn", "FlashAttention 2 kernels on CUDA; optional"),
+    ("xformers", "xformers", "memory-efficient attention on CUDA; optional"),
+    ("matplotlib", "matplotlib", "the shootout's plots; optional"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        kind: ``"machine"``, ``"package"``, ``"backend"`` or ``"model"``.
+        name: of the thing.
+        ok: whether it can be used.
+        detail: version, or why not and what to do.
+    """
+
+    kind: str
+    name: str
+    ok: bool
+    detail: str
+
+
+def examine() -> tuple[Finding, ...]:
+    """Look at the machine, the packages, every backend and every adapter. Nothing raises; nothing is changed."""
+    return (*_machine(), *map(_package, _PACKAGES), *_backends(), *_models())
+
+
+def to_dicts(findings: tuple[Finding, ...]) -> list[dict[str, Any]]:
+    """Plain data for JSON."""
+    return [asdict(finding) for finding in findings]
+
+
+def _machine() -> list[Finding]:
+    found = [
+        Finding("machine", "python", True, platform.python_version()),
+        Finding("machine", "cpu", True, f"{platform.machine()}, {torch.get_num_threads()} threads"),
+    ]
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        found.append(Finding("machine", "cuda", True, ", ".join(names)))
+    elif torch.version.cuda is None:
+        found.append(Finding("machine", "cuda", False, f"torch {torch.__version__} is built without CUDA"))
+    else:
+        found.append(Finding("machine", "cuda", False, f"torch {torch.__version__} sees no CUDA device"))
+    return found
+
+
+def _package(package: tuple[str, str, str]) -> Finding:
+    distribution, module, purpose = package
+    try:
+        version = metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return Finding("package", distribution, False, f"not installed ({purpose}): pip install {distribution}")
+    try:
+        importlib.import_module(module)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return Finding("package", distribution, False, f"{version} is broken: {type(error).__name__}: {error}")
+    return Finding("package", distribution, True, f"{version} ({purpose})")
+
+
+def _backends() -> list[Finding]:
+    found = []
+    for info in registry.backends().values():
+        aliases = f" (also {', '.join(info.aliases)})" if info.aliases else ""
+        exact = "exact" if info.exact else "approximate on dense models"
+        on = "" if info.capabilities is None else f" on {', '.join(sorted(info.capabilities.devices))}"
+        found.append(Finding("backend", info.name + aliases, info.available, info.reason or f"{exact}{on}"))
+    return found
+
+
+def _models() -> list[Finding]:
+    found = []
+    for model_type in registry.model_types():
+        adapter = registry.find_adapter(model_type)
+        if adapter is None:
+            found.append(Finding("model", model_type, False, registry.broken_adapter(model_type) or "no adapter"))
+            continue
+        try:
+            for seam in adapter.seams:
+                adapter.check_drift(seam)
+        except DriftError as error:
+            found.append(Finding("model", model_type, False, str(error)))
+        else:
+            names = ", ".join(seam.cls.rpartition(":")[2] for seam in adapter.seams)
+            found.append(Finding("model", model_type, True, f"{names}; transformers {adapter.versions}"))
+    return found

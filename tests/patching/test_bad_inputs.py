@@ -1,0 +1,381 @@
+"""Every bad input gets an exception that names the argument, what was got and what is allowed.
+
+``(?s)argument.*: got ...; allowed: ...`` is the form of all of them; each test reads its message, and every test on a
+model looks whether the model was left as it was.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+import attnzoo
+from attnzoo import (
+    AttnzooError,
+    BackendRefusedError,
+    Causal,
+    Chunks,
+    InvalidArgumentError,
+    PatchError,
+    UnknownNameError,
+    Window,
+)
+
+NAN = float("nan")
+
+
+def call(backend="auto", pattern=None, **changes):
+    """A good functional call, but for the changes."""
+    generator = torch.Generator().manual_seed(0)
+    arguments = dict(
+        q=torch.randn(2, 4, 6, 8, generator=generator),
+        k=torch.randn(2, 2, 7, 8, generator=generator),
+        v=torch.randn(2, 2, 7, 8, generator=generator),
+        pattern=Window(2, 2) if pattern is None else pattern,
+        backend=backend,
+    )
+    return attnzoo.attention(**{**arguments, **changes})
+
+
+def test_the_good_call_is_good():
+    assert call().shape == (2, 4, 6, 8)
+
+
+def zeros(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+def with_nan(*shape):
+    mask = torch.zeros(shape)
+    mask.view(-1)[1] = NAN
+    return mask
+
+
+Q = r"\bq(uery)?\b"
+K = r"\bk(ey)?\b"
+V = r"\bv(alue)?\b"
+FLOATS = r"float64.*float32.*bfloat16.*float16"
+
+BAD = {
+    # wrong rank
+    "q of rank 3": (dict(q=zeros(4, 6, 8)), Q, r"\(4, 6, 8\) float32 on cpu", r"\(batch, heads, length, head_dim\)"),
+    "q of rank 5": (dict(q=zeros(1, 2, 4, 6, 8)), Q, r"\(1, 2, 4, 6, 8\)", r"\(batch, heads, length, head_dim\)"),
+    "q a scalar": (dict(q=torch.tensor(1.0)), Q, r"\(\) float32", r"\(batch, heads, length, head_dim\)"),
+    "k of rank 3": (dict(k=zeros(2, 7, 8)), K, r"\(2, 7, 8\)", r"\(batch, heads, length, head_dim\)"),
+    "v of rank 2": (dict(v=zeros(7, 8)), V, r"\(7, 8\)", r"\(batch, heads, length, head_dim\)"),
+    "v a list": (dict(v=[1.0]), V, r"list \[1\.0\]", r"a tensor \(batch, heads, length, head_dim\)"),
+    "k None": (dict(k=None), K, "None", r"a tensor \(batch, heads, length, head_dim\)"),
+    # heads, batch, head_dim
+    "heads no multiple": (dict(k=zeros(2, 3, 7, 8), v=zeros(2, 3, 7, 8)), f"{K} heads", "3", "a divisor of .* 4"),
+    "more key heads": (dict(k=zeros(2, 8, 7, 8), v=zeros(2, 8, 7, 8)), f"{K} heads", "8", "a divisor of .* 4"),
+    "v of other heads": (dict(v=zeros(2, 4, 7, 8)), V, r"\(2, 4, 7, 8\)", r"\(2, 2, 7\) \+ \(value_dim,\)"),
+    "k of another batch": (dict(k=zeros(3, 2, 7, 8)), f"{K} batch", "3", "2, the query's"),
+    "v of another batch": (dict(v=zeros(1, 2, 7, 8)), f"{V} batch", "1", "2, the query's"),
+    "k of another head_dim": (dict(k=zeros(2, 2, 7, 16)), f"{K} head_dim", "16", "8, the query's"),
+    "v of another length": (dict(v=zeros(2, 2, 9, 8)), V, r"\(2, 2, 9, 8\)", r"\(2, 2, 7\) \+ \(value_dim,\)"),
+    # dtype
+    "k of another dtype": (dict(k=zeros(2, 2, 7, 8).half()), f"{K} dtype", "torch.float16", "torch.float32, the que"),
+    "v of another dtype": (dict(v=zeros(2, 2, 7, 8).double()), f"{V} dtype", "torch.float64", "torch.float32, the"),
+    "integers": (dict(q=zeros(2, 4, 6, 8).long()), f"{Q} dtype", "torch.int64", FLOATS),
+    "complex": (dict(q=zeros(2, 4, 6, 8) + 0j), f"{Q} dtype", "torch.complex64", FLOATS),
+    # empty
+    "no queries": (dict(q=zeros(2, 4, 0, 8)), Q, r"\(2, 4, 0, 8\)", "none of them 0"),
+    "no keys": (dict(k=zeros(2, 2, 0, 8), v=zeros(2, 2, 0, 8)), K, r"\(2, 2, 0, 8\)", "none of them 0"),
+    "no samples": (dict(q=zeros(0, 4, 6, 8)), Q, r"\(0, 4, 6, 8\)", "none of them 0"),
+    "no head_dim": (dict(q=zeros(2, 4, 6, 0)), Q, r"\(2, 4, 6, 0\)", "none of them 0"),
+    "no value_dim": (dict(v=zeros(2, 2, 7, 0)), V, r"\(2, 2, 7, 0\)", "none of them 0"),
+    # dropout
+    "dropout 1": (dict(dropout=1.0), "dropout", r"1\.0", r"a probability in \[0, 1\)"),
+    "dropout below 0": (dict(dropout=-0.1), "dropout", r"-0\.1", r"a probability in \[0, 1\)"),
+    "dropout nan": (dict(dropout=NAN), "dropout", "nan", r"a probability in \[0, 1\)"),
+    "dropout a string": (dict(dropout="0.1"), "dropout", "0.1", r"a probability in \[0, 1\)"),
+    # scale
+    "scale nan": (dict(scale=NAN), "scale", "nan", "finite"),
+    "scale a string": (dict(scale="1"), "scale", "1", "finite"),
+    # pattern
+    "pattern a string": (dict(pattern="causal"), "pattern", "'causal'", r"a pattern, e\.g\. attnzoo\.Causal\(\)"),
+    "pattern a class": (dict(pattern=Causal), "pattern", "Causal", r"a pattern, e\.g\. attnzoo\.Causal\(\)"),
+    "chunks of unequal lengths": (dict(pattern=Chunks(4)), "pattern", "6 queries and 7 keys", "as many queries as k"),
+    # masks
+    "mask float": (dict(mask=zeros(2, 4, 6, 7)), "mask", r"\(2, 4, 6, 7\) float32", r"bool, True where visible, .*6, 7"),
+    "mask with NaN": (dict(mask=with_nan(2, 4, 6, 7)), "mask", "float32 on cpu with NaN in it", "bool, True where vis"),
+    "mask of integers": (dict(mask=zeros(2, 4, 6, 7).long()), "mask", "int64", "bool, True where visible"),
+    "mask of rank 2": (dict(mask=zeros(6, 7).bool()), "mask", r"\(6, 7\) bool", r"\(1, 1, 6, 7\)"),
+    "mask of other lengths": (dict(mask=zeros(2, 4, 7, 6).bool()), "mask", r"\(2, 4, 7, 6\)", r"\(2, 4, 6, 7\)"),
+    "mask of other heads": (dict(mask=zeros(2, 2, 6, 7).bool()), "mask", r"\(2, 2, 6, 7\)", r"\(2, 4, 6, 7\)"),
+    "mask no tensor": (dict(mask=True), "mask", "bool True", "bool, True where visible"),
+    "key_mask integers": (dict(key_mask=zeros(2, 7).long()), "key_mask", r"\(2, 7\) int64", r"bool, .*\(2, 7\)"),
+    "key_mask with NaN": (dict(key_mask=with_nan(2, 7)), "key_mask", "with NaN in it", r"bool, .*\(2, 7\)"),
+    "key_mask of q_len": (dict(key_mask=zeros(2, 6).bool()), "key_mask", r"\(2, 6\) bool", r"\(2, 7\)"),
+    "key_mask of batch 1": (dict(key_mask=zeros(1, 7).bool()), "key_mask", r"\(1, 7\) bool", r"\(2, 7\)"),
+    "query_mask of kv_len": (dict(query_mask=zeros(2, 7).bool()), "query_mask", r"\(2, 7\) bool", r"\(2, 6\)"),
+    "query_mask float": (dict(query_mask=zeros(2, 6)), "query_mask", r"float32", r"bool, .*\(2, 6\)"),
+    "global_keys of q_len": (dict(global_keys=zeros(2, 6).bool()), "global_keys", r"\(2, 6\) bool", r"bool \(2, 7\)"),
+    "global_keys integers": (dict(global_keys=zeros(2, 7).long()), "global_keys", "int64", r"bool \(2, 7\)"),
+    "global_keys indices": (dict(global_keys=[0, 3]), "global_keys", r"list \[0, 3\]", r"bool \(2, 7\)"),
+    "global_keys and mask": (
+        dict(global_keys=zeros(2, 7).bool(), mask=zeros(1, 1, 6, 7).bool()),
+        "global_keys", "together with mask or bias", "global_keys without mask and bias",
+    ),
+    # bias
+    "bias with NaN": (dict(bias=with_nan(1, 1, 6, 7)), "bias", r"\(1, 1, 6, 7\) float32 on cpu with NaN", "finite.*mask="),
+    "bias with -Inf": (dict(bias=zeros(1, 1, 6, 7) - torch.inf), "bias", "with NaN or Inf", "finite.*mask="),
+    "bias of other lengths": (dict(bias=zeros(1, 4, 6, 6)), "bias", r"\(1, 4, 6, 6\)", r"\(1 or 2, 1 or 4, 6, 7\)"),
+    "bias of rank 2": (dict(bias=zeros(6, 7)), "bias", r"\(6, 7\)", r"\(1 or 2, 1 or 4, 6, 7\)"),
+    "bias a bool mask": (dict(bias=zeros(1, 1, 6, 7).bool()), "bias", "bool", "mask="),
+    "bias no tensor": (dict(bias=[0.0]), "bias", r"\[0\.0\]", "RelativeBias"),
+    "relative bias of other heads": (
+        dict(bias=attnzoo.RelativeBias(zeros(3, 5), zero=2)), "bias", r"values \(3, 5\), zero=2", r"\(1 or 4, R\)",
+    ),
+    "relative bias without a zero": (
+        dict(bias=attnzoo.RelativeBias(zeros(4, 5), zero=5)), "bias", r"values \(4, 5\), zero=5", r"0 <= zero < R",
+    ),
+    # names
+    "unknown backend": (dict(backend="spda"), "backend", r"'spda' .did you mean 'sdpa'", "'eager'.*'sdpa'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "argument", "got", "allowed"), BAD.values(), ids=BAD)
+def test_the_functional_call(changes, argument, got, allowed):
+    with pytest.raises(InvalidArgumentError, match=f"(?s){argument}.*: got .*{got}.*; allowed: .*{allowed}") as caught:
+        call(**changes)
+    assert isinstance(caught.value, AttnzooError)
+    assert isinstance(caught.value, ValueError)
+    assert (caught.value.argument, caught.value.got, caught.value.allowed) != ("", "", "")
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_a_bad_input_is_found_before_any_backend_runs(backend):
+    with pytest.raises(InvalidArgumentError, match="key heads: got 3"):
+        call(backend, k=zeros(2, 3, 7, 8), v=zeros(2, 3, 7, 8))
+
+
+def test_unknown_keyword_arguments_raise():
+    with pytest.raises(TypeError, match="attn_mask"):
+        call(attn_mask=zeros(2, 4, 6, 7).bool())
+
+
+@pytest.mark.parametrize("sides", [(0, 0), (-1, 2), (2, -1)])
+def test_a_window_of_nothing(sides):
+    with pytest.raises(InvalidArgumentError, match=r"window.*: got .*; allowed: .*>"):
+        call(pattern=Window(*sides))
+
+
+def test_a_pattern_nobody_knows():
+    class Diagonal(attnzoo.Pattern):
+        def mask_mod(self, q_len, kv_len):
+            return lambda b, h, q, kv: q == kv
+
+    with pytest.raises(BackendRefusedError, match=r"pattern: got .*Diagonal.*; allowed: Causal, Chunks, Full, Window"):
+        call("sdpa", pattern=Diagonal())
+    with pytest.raises(BackendRefusedError, match="pattern"):
+        call(pattern=Diagonal())
+
+
+def test_cpu_tensors_to_a_cuda_backend(add_backend):
+    fake = add_backend("gpu", devices=frozenset({"cuda"}))
+    with pytest.raises(BackendRefusedError, match="device: got cpu; allowed: cuda") as caught:
+        call("gpu")
+    assert "would run there: 'sdpa', 'eager'" in str(caught.value)
+    assert fake.runs == 0
+
+
+# Models
+
+
+def test_a_cpu_model_to_a_cuda_backend(subject, add_backend, as_it_was):
+    before, fake = as_it_was(subject), add_backend("gpu", devices=frozenset({"cuda"}))
+    with pytest.raises(BackendRefusedError, match="device: got cpu; allowed: cuda") as caught:
+        attnzoo.patch(subject.model, "gpu")
+    assert set(caught.value.refusals) == set(subject.sites), "every site is named, not the first"
+    before.check()
+    assert fake.runs == 0
+
+
+def test_a_dtype_a_backend_cannot(subject, add_backend):
+    add_backend("half", dtypes=frozenset({torch.float16, torch.bfloat16}))
+    with pytest.raises(BackendRefusedError, match="dtype: got float32; allowed: bfloat16, float16"):
+        attnzoo.patch(subject.model, "half")
+    subject.model.to(torch.bfloat16)
+    with attnzoo.patch(subject.model, "half") as handle:
+        assert subject.logits().isfinite().all()
+        assert all(site.calls for site in handle.sites)
+
+
+@pytest.mark.parametrize(("name", "meant"), [("spda", "sdpa"), ("aeger", "eager"), ("nativ", "native")])
+def test_an_unknown_backend(subject, as_it_was, name, meant):
+    before = as_it_was(subject)
+    with pytest.raises(UnknownNameError, match=f"backend: got '{name}' .did you mean '{meant}'.*allowed: .*'sdpa'"):
+        attnzoo.patch(subject.model, name)
+    with pytest.raises(UnknownNameError, match=f"did you mean '{meant}'"):
+        attnzoo.patch(subject.model, {subject.sites[0]: "eager", "*": name})
+    before.check()
+
+
+@pytest.mark.parametrize("backend", [None, 3, {}, ["sdpa"], {"*": None}, {"*": ["sdpa"]}, {3: "sdpa"}])
+def test_a_backend_that_is_no_name(neox, as_it_was, backend):
+    before = as_it_was(neox)
+    with pytest.raises(AttnzooError, match=r"backend: got .*; allowed: "):
+        attnzoo.patch(neox.model, backend)
+    before.check()
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_an_option_the_backend_does_not_have(subject, as_it_was, backend):
+    before = as_it_was(subject)
+    with pytest.raises(UnknownNameError, match=f"option of backend '{backend}': got 'window'; allowed: "):
+        attnzoo.patch(subject.model, backend, window=3)
+    before.check()
+
+
+@pytest.mark.parametrize("backend", ["auto", "native"])
+def test_options_without_a_backend_to_take_them(neox, as_it_was, backend):
+    before = as_it_was(neox)
+    with pytest.raises(InvalidArgumentError, match=rf"options: got \['window'\] with backend '{backend}'; allowed: "):
+        attnzoo.patch(neox.model, backend, window=3)
+    before.check()
+
+
+@pytest.mark.parametrize("fallback", ["eager", None, True])
+def test_an_unknown_fallback(neox, as_it_was, fallback):
+    before = as_it_was(neox)
+    with pytest.raises(InvalidArgumentError, match=f"fallback: got {fallback!r}; allowed: 'error' or 'native'"):
+        attnzoo.patch(neox.model, "sdpa", fallback=fallback)
+    before.check()
+
+
+def test_a_model_with_no_adapter():
+    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    model = BertModel(config).eval()
+    before = model(torch.arange(5)[None]).last_hidden_state
+    with pytest.raises(PatchError, match=r"model: got BertModel of model type bert, .*allowed: .*gpt_neox, .*led"):
+        attnzoo.patch(model, "sdpa")
+    assert torch.equal(model(torch.arange(5)[None]).last_hidden_state, before)
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_a_module_with_no_config():
+    with pytest.raises(PatchError, match=r"model: got Linear of model type none \(no config\), .*register_adapter"):
+        attnzoo.patch(torch.nn.Linear(2, 2), "sdpa")
+
+
+@pytest.mark.parametrize("thing", ["EleutherAI/pythia-70m", None, dict])
+def test_what_is_no_module(thing):
+    with pytest.raises(InvalidArgumentError, match=r"model: got (str|NoneType|type); allowed: a torch\.nn\.Module"):
+        attnzoo.patch(thing, "sdpa")
+    with pytest.raises(InvalidArgumentError, match=r"model: got (str|NoneType|type); allowed: a torch\.nn\.Module"):
+        attnzoo.unpatch(thing)
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2", "kernels-community/flash-attn"])
+def test_a_model_that_builds_masks_for_another_implementation(neox, as_it_was, implementation):
+    before, config = as_it_was(neox), neox.model.config
+    config._attn_implementation_internal = implementation  # the public setter wants the packages there
+    with pytest.raises(PatchError, match=f"_attn_implementation: got '{implementation}'; allowed: .*'eager' or 'sdpa'"):
+        attnzoo.patch(neox.model, "sdpa")
+    config._attn_implementation_internal = before.implementation
+    before.check()
+    module, states, rotary = neox.module(), torch.randn(1, 5, 16), (torch.ones(1, 5, 8), torch.zeros(1, 5, 8))
+    with attnzoo.patch(neox.model, "sdpa") as handle:
+        config._attn_implementation_internal = implementation  # changed after the patch, it is found in the forward
+        with pytest.raises(PatchError, match=f"_attn_implementation: got '{implementation}'"):
+            module(states, None, position_embeddings=rotary)
+        config._attn_implementation_internal = before.implementation
+        assert handle.sites[0].calls == 0
+    before.check()
+
+
+# Masks on their way through a model
+
+
+def additive(*shape):
+    mask = torch.zeros(shape)
+    mask[..., -1] = torch.finfo(torch.float32).min
+    return mask
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
+def test_nan_in_a_float_mask_through_gpt_neox(neox, as_it_was, backend):
+    before, length = as_it_was(neox), neox.inputs["input_ids"].shape[1]
+    mask = additive(3, 1, length, length)
+    with attnzoo.patch(neox.model, backend), torch.no_grad():
+        neox.model(input_ids=neox.inputs["input_ids"], attention_mask=mask)
+        mask[1, 0, 2, 3] = NAN
+        with pytest.raises(
+            InvalidArgumentError, match=r"attention_mask: got \(3, 1, 11, 11\) float32 .*NaN.*; allowed: .*without NaN"
+        ):
+            neox.model(input_ids=neox.inputs["input_ids"], attention_mask=mask)
+    before.check()
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
+def test_nan_in_a_float_mask_through_the_led_encoder(led, as_it_was, backend):
+    before = as_it_was(led)
+    mask = led.inputs["attention_mask"].float()
+    inputs = {**led.inputs, "attention_mask": mask}
+    with attnzoo.patch(led.model, backend), torch.no_grad():
+        assert torch.allclose(led.model(**inputs).logits, led.logits())
+        mask[0, 3] = NAN
+        with pytest.raises(InvalidArgumentError, match="attention_mask: got .*NaN.*; allowed: .*no.* NaN"):
+            led.model(**inputs)
+    before.check()
+
+
+@pytest.mark.parametrize("argument", ["decoder_attention_mask", "encoder_attention_mask"])
+def test_nan_in_a_float_mask_through_the_led_decoder(led, as_it_was, argument):
+    before, decoder = as_it_was(led), led.model.led.decoder
+    tokens, states = led.inputs["decoder_input_ids"], torch.randn(3, 5, 16)
+    self_mask, cross_mask = additive(3, 1, 6, 6), additive(3, 1, 6, 5)
+    (self_mask if argument == "decoder_attention_mask" else cross_mask)[1, 0, 2, 3] = NAN
+    with attnzoo.patch(decoder, "sdpa"), torch.no_grad():
+        with pytest.raises(InvalidArgumentError, match="attention_mask: got .*NaN.*; allowed: .*NaN"):
+            decoder(tokens, self_mask, encoder_hidden_states=states, encoder_attention_mask=cross_mask)
+    before.check()
+
+
+@pytest.mark.parametrize(
+    ("mask", "got"),
+    [
+        (torch.zeros(3, 11, 11), r"\(3, 11, 11\)"),
+        (torch.zeros(3, 1, 11, 11, dtype=torch.long), "int64"),
+        (torch.zeros(3, 1, 11, 7).bool(), r"\(3, 1, 11, 7\)"),
+        (torch.zeros(3, 1, 11, 7), r"\(3, 1, 11, 7\)"),
+    ],
+)
+def test_a_mask_of_wrong_shape_or_dtype_at_an_attention_module(neox, as_it_was, mask, got):
+    before, module = as_it_was(neox), neox.module()
+    states, rotary = torch.randn(3, 11, 16), (torch.ones(3, 11, 8), torch.zeros(3, 11, 8))
+    with attnzoo.patch(neox.model, "sdpa") as handle, torch.no_grad():
+        module(states, None, position_embeddings=rotary)
+        with pytest.raises(InvalidArgumentError, match=f"mask: got .*{got}.*; allowed: .*(4-D|11, 11)"):
+            module(states, mask, position_embeddings=rotary)
+        assert handle.sites[0].calls == 1
+    before.check()
+
+
+def test_a_keyword_argument_no_backend_computes_with_is_refused(neox, as_it_was):
+    before, module = as_it_was(neox), neox.module()
+    states, rotary = torch.randn(3, 11, 16), (torch.ones(3, 11, 8), torch.zeros(3, 11, 8))
+    with attnzoo.patch(neox.model, "sdpa"), torch.no_grad():
+        for name, value in dict(sliding_window=4, softcap=30.0, s_aux=torch.zeros(2), head_mask=torch.ones(2)).items():
+            with pytest.raises(InvalidArgumentError, match=f"{name}: got .*; allowed: None"):
+                module(states, None, position_embeddings=rotary, **{name: value})
+    before.check()
+
+
+def test_an_unknown_argument_to_an_led_attention_is_refused(led):
+    for number in (0, 2):
+        with attnzoo.patch(led.model, "sdpa"), pytest.raises(TypeError, match="head_mask"):
+            led.module(number)(torch.randn(3, 8, 16), head_mask=torch.ones(2))
+
+
+def test_an_empty_sequence_at_an_attention_module(led, as_it_was):
+    before, states, empty = as_it_was(led), torch.randn(1, 5, 16), torch.randn(1, 0, 16)
+    with attnzoo.patch(led.model, "sdpa") as handle, torch.no_grad():
+        with pytest.raises(InvalidArgumentError, match=r"query: got \(1, 2, 0, 8\).*; allowed: .*none of them 0"):
+            led.module(2)(empty)
+        with pytest.raises(InvalidArgumentError, match=r"key: got \(1, 2, 0, 8\).*; allowed: .*none of them 0"):
+            led.module(3)(states, key_value_states=empty)
+        assert {site.calls for site in handle.sites} == {0}
+    before.check()
