@@ -2,7 +2,7 @@
 
 A token of the encoder looks at the tokens within ``local_radius``. With transient-global attention it looks at one more
 segment: a key per full block of ``global_block_size`` tokens, projected from the block's sum. The decoder has T5's
-causal self-attention and cross-attention; their projections and caches stay the model's.
+causal self-attention and cross-attention (:mod:`attnzoo.adapters.longt5_decoder`).
 
 The first layer of a stack computes the learned bias, and the stack passes it on to the others. The model passes on what
 is added to its scores; here it is the ``(heads, R)`` values of a :class:`~attnzoo.bias.RelativeBias`.
@@ -10,35 +10,34 @@ is added to its scores; here it is the ``(heads, R)`` values of a :class:`~attnz
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnzoo.adapter import Adapter, Attend, Forward, Seam, parameter_of
+from attnzoo.adapter import Adapter, Attend, Forward, Seam
 from attnzoo.adapters.longt5_bias import (
     Globals,
     bucketed,
     check_buckets,
+    learns,
     local_reach,
     read_local,
     read_side,
     side_reach,
 )
-from attnzoo.bias import Bias, DenseBias, RelativeBias
+from attnzoo.adapters.longt5_decoder import bind_decoder, check_decoder, decoder_requests, request
+from attnzoo.bias import RelativeBias
 from attnzoo.errors import InvalidArgumentError, PatchError
 from attnzoo.fingerprint import locate
-from attnzoo.functional import compute_dtype
-from attnzoo.interface import check_interface, native_probabilities, rebind
-from attnzoo.masks import read_attention_mask
-from attnzoo.patterns import Causal, Full, Window
+from attnzoo.interface import native_probabilities
+from attnzoo.patterns import Full, Pattern, Window
 from attnzoo.segments import Attention, Request, Segment, SegmentRequest, describe
 
 _MODULE = "transformers.models.longt5.modeling_longt5"
 VERSIONS = "5.17 to 5.23"
+_TABLE, _SIDE_TABLE = "relative_attention_bias", "global_relative_attention_bias"
 
 
 class _Tokens(NamedTuple):
@@ -82,7 +81,7 @@ def _local_forward(
     tokens = attend.once(mask, "tokens", lambda mask: _tokens(_read_blocked(mask, module.block_len, hidden_states)))
     passed, values = position_bias, position_bias
     if position_bias is None and module.has_relative_attention_bias:
-        values = bucketed(module, module.relative_attention_bias, local_reach(module))
+        values = bucketed(module, _TABLE, local_reach(module))
         passed = _pass_on(module, attend, values, hidden_states, mask)
     elif position_bias is not None and position_bias.ndim != 2:
         values = read_local(position_bias, tokens.real, module.block_len)
@@ -176,23 +175,24 @@ def _transient_forward(
     mask = _given(mask)
     tokens = attend.once(mask, "tokens", lambda mask: _tokens(_read_flat(mask, hidden_states)))
     blocks = attend.once(mask, "globals", lambda mask: _globals(mask, module.global_block_size))
-    reaches = (local_reach(module), side_reach(module))
+    tables = (_TABLE, _SIDE_TABLE)[: 2 if blocks.count else 1]
+    reaches = (local_reach(module), side_reach(module))[: len(tables)]
     passed, values = position_bias, position_bias
     if position_bias is None and module.has_relative_attention_bias:
-        tables = (module.relative_attention_bias, module.global_relative_attention_bias)
         pairs = zip(tables, reaches, strict=True)
         values = torch.cat([bucketed(module, table, reach) for table, reach in pairs], dim=1)
         passed = _pass_on(module, attend, values, hidden_states, mask)
     elif position_bias is not None and position_bias.ndim != 2:
-        local = read_local(position_bias, tokens.real, module.block_len)
-        side = read_side(position_bias[..., 3 * module.block_len :], blocks, module.block_len, reaches[1])
-        values = torch.cat([local, side], dim=1)
-    local, side = (None, None) if values is None else values.split([2 * reach + 1 for reach in reaches], dim=1)
-    segments = [_local_segment(module, hidden_states, tokens, local)]
+        values = read_local(position_bias, tokens.real, module.block_len)
+        if blocks.count:
+            side = read_side(position_bias[..., 3 * module.block_len :], blocks, module.block_len, reaches[1])
+            values = torch.cat([values, side], dim=1)
+    biases = (None, None) if values is None else values.split([2 * reach + 1 for reach in reaches], dim=1)
+    segments = [_local_segment(module, hidden_states, tokens, biases[0])]
     sums = module.global_input_layer_norm(_aggregate(hidden_states, blocks))
     if blocks.count:
         key, value = _heads(module, module.k(sums)), _heads(module, module.v(sums))
-        bias = None if side is None else RelativeBias(side, zero=reaches[1], positions=blocks.of)
+        bias = None if biases[1] is None else RelativeBias(biases[1], zero=reaches[1], positions=blocks.of)
         segments.append(Segment(key, value, key_mask=blocks.mask, bias=bias))
     output, weights = _attend(module, attend, hidden_states, tuple(segments), tokens, output_attentions)
     if not blocks.count:
@@ -223,92 +223,7 @@ def _aggregate(hidden_states: Tensor, blocks: Globals) -> Tensor:
     return sums[:, : blocks.count].to(hidden_states.dtype)
 
 
-# --- the decoder
-
-_NO_BIAS = object()  # keeps the model's forward from making a bias of zeros as large as the scores
-
-
-def _decoder_forward(
-    module: Any,
-    attend: Attend,
-    run: Callable[..., tuple[Tensor, Any, Tensor | None]],
-    hidden_states: Tensor,
-    mask: Tensor | None = None,
-    key_value_states: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    past_key_values: Any = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The module's own forward ``run``, with a bias it passes along unseen to the attention function given to it."""
-    values, bias = position_bias, position_bias
-    if position_bias is None and not module.has_relative_attention_bias:
-        bias = _NO_BIAS
-    elif position_bias is None and getattr(attend, "complete", False):
-        values = bucketed(module, module.relative_attention_bias, side_reach(module))
-    if values is not None and values.ndim == 2:
-        seen = 0 if past_key_values is None else int(past_key_values.get_seq_length(module.layer_idx))
-        bias = RelativeBias(values, zero=side_reach(module), offset=seen)
-    output, passed, weights = run(hidden_states, mask, key_value_states, bias, past_key_values, **kwargs)
-    if passed is _NO_BIAS:
-        passed = None
-    return output, values if isinstance(passed, Bias) else passed, weights
-
-
-class _Interface:
-    """Stands where the modelling file expects ``ALL_ATTENTION_FUNCTIONS``, for one module."""
-
-    def __init__(self, attend: Attend) -> None:
-        self._attend = attend
-
-    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        return partial(self._call, name)
-
-    def _call(
-        self,
-        name: str,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float,
-        scaling: float,
-        position_bias: Any,
-        use_cache: bool | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        check_interface(module)
-        pattern, mask = Full() if attention_mask is not None else _unmasked(name, module, query), None
-        bias = DenseBias(position_bias) if isinstance(position_bias, Tensor) else position_bias
-        bias = None if bias is _NO_BIAS else bias
-        if attention_mask is not None:
-            mask, rest = self._attend.once(attention_mask, "read", read_attention_mask)
-            bias = rest if bias is None else bias if rest is None else _sum(query, key, bias, rest)
-        query, key, value = (tensor.to(compute_dtype(tensor)) for tensor in (query, key, value))
-        segment = Segment(key, value, pattern, mask=mask, bias=bias)
-        result = self._attend(Attention(query, (segment,), scaling, dropout), output_attentions)
-        return result.output.transpose(1, 2).contiguous(), None if result.dropped is None else result.dropped[0]
-
-
-def _unmasked(name: str, module: Any, query: Tensor) -> Full | Causal:
-    """What no mask means: nothing hidden; but where the model relies on ``is_causal``, causal from key 0 on."""
-    return Causal(offset=0) if name == "sdpa" and module.is_causal and query.shape[2] > 1 else Full()
-
-
-def _sum(query: Tensor, key: Tensor, bias: Bias, rest: DenseBias) -> DenseBias:
-    """The bias on top of what a caller's own additive mask adds."""
-    batch, heads, q_len, _ = query.shape
-    rows, columns = (torch.arange(n, device=query.device) for n in (q_len, key.shape[2]))
-    dense = Segment(key, key, bias=bias).bias_at(rows, columns, q_len, batch, heads)
-    return DenseBias(rest.values if dense is None else rest.values + dense)
-
-
 # --- seams
-
-
-def _bind_decoder(module: Any, attend: Attend) -> Forward:
-    run = MethodType(rebind(type(module).forward, ALL_ATTENTION_FUNCTIONS=_Interface(attend)), module)
-    return partial(_decoder_forward, module, attend, run)
 
 
 def _bind_local(module: Any, attend: Attend) -> Forward:
@@ -319,47 +234,26 @@ def _bind_transient(module: Any, attend: Attend) -> Forward:
     return partial(_transient_forward, module, attend)
 
 
-def _learns(module: Any) -> bool:
-    return bool(
-        module.training and module.has_relative_attention_bias and module.relative_attention_bias.weight.requires_grad
+def _requests(module: Any, tables: dict[str, Pattern]) -> tuple[Request, ...]:
+    heads = module.n_heads
+    segments = (
+        SegmentRequest(pattern, heads, key_mask=True, bias="relative", bias_grad=learns(module, table))
+        for table, pattern in tables.items()
     )
-
-
-def _request(module: Any, *segments: SegmentRequest) -> tuple[Request, ...]:
-    parameter, dim = parameter_of(module), module.key_value_proj_dim
-    return (Request(parameter.device.type, parameter.dtype, module.n_heads, dim, dim, segments),)
-
-
-def _local_request(module: Any) -> SegmentRequest:
-    return SegmentRequest(_window(module), module.n_heads, key_mask=True, bias="relative", bias_grad=_learns(module))
+    return request(module, *segments)
 
 
 def _local_requests(module: Any) -> tuple[Request, ...]:
-    return _request(module, _local_request(module))
+    return _requests(module, {_TABLE: _window(module)})
 
 
 def _transient_requests(module: Any) -> tuple[Request, ...]:
-    local = _local_request(module)
-    learns = module.has_relative_attention_bias and module.global_relative_attention_bias.weight.requires_grad
-    side = SegmentRequest(
-        Full(), module.n_heads, key_mask=True, bias="relative", bias_grad=bool(module.training and learns)
-    )
-    return _request(module, local, side)
-
-
-def _decoder_requests(module: Any) -> tuple[Request, ...]:
-    bias = "relative" if module.is_causal else None
-    return _request(module, SegmentRequest(Full(), module.n_heads, mask=True, bias=bias, bias_grad=_learns(module)))
+    return _requests(module, {_TABLE: _window(module), _SIDE_TABLE: Full()})
 
 
 def _check_encoder(module: Any) -> None:
     if local_reach(module) < 1:
         raise PatchError(f"config.local_radius: got {local_reach(module)}; allowed: 1 or more")
-    check_buckets(module)
-
-
-def _check_decoder(module: Any) -> None:
-    check_interface(module)
     check_buckets(module)
 
 
@@ -437,11 +331,11 @@ LONGT5 = Adapter(
         ),
         Seam(
             cls=f"{_MODULE}:LongT5Attention",
-            bind=_bind_decoder,
+            bind=bind_decoder,
             describe=lambda module: "masked, relative bias" if module.is_causal else "masked (cross)",
-            requests=_decoder_requests,
+            requests=decoder_requests,
             dropout=_dropout,
-            check=_check_decoder,
+            check=check_decoder,
             native_probabilities=native_probabilities,
             verified=_verified(_DECODER),
         ),

@@ -54,16 +54,22 @@ def check_buckets(module: Any) -> None:
         )
 
 
-def bucketed(module: Any, table: Any, reach: int) -> Tensor:
-    """``(heads, 2 * reach + 1)``: what the learned table holds for the distances ``-reach .. reach``."""
-    distances = torch.arange(-reach, reach + 1, device=table.weight.device)
+def learns(module: Any, table: str) -> bool:
+    """Whether the module has the table and trains it."""
+    return bool(module.training and module.has_relative_attention_bias and getattr(module, table).weight.requires_grad)
+
+
+def bucketed(module: Any, table: str, reach: int) -> Tensor:
+    """``(heads, 2 * reach + 1)``: what the module's learned table holds for the distances ``-reach .. reach``."""
+    embedding = getattr(module, table)
+    distances = torch.arange(-reach, reach + 1, device=embedding.weight.device)
     buckets = module._relative_position_bucket(
         distances,
         bidirectional=not module.is_decoder,
         num_buckets=module.relative_attention_num_buckets,
         max_distance=module.relative_attention_max_distance,
     )
-    values: Tensor = table(buckets).T
+    values: Tensor = embedding(buckets).T
     return values
 
 

@@ -41,6 +41,25 @@ class Bias:
         """A function of broadcastable index tensors that returns the bias at them."""
         raise NotImplementedError
 
+    def block_key(
+        self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int
+    ) -> tuple[int, ...] | None:
+        """A key such that blocks of equal key have equal biases (so that a kernel may reuse one), or None."""
+        return None
+
+    def add_gradient_(self, grad: Tensor, grad_scores: Tensor, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> None:
+        """Add what a block of scores contributes to the gradient of :attr:`values`.
+
+        Args:
+            grad: the gradient so far, in the shape of the values.
+            grad_scores: ``(batch, heads, n, m)``, of the scores of queries ``q`` (n,) and keys ``kv`` (m,).
+            q: query indices.
+            kv: key indices.
+            q_len: queries in all.
+            kv_len: keys in all.
+        """
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, eq=False)
 class RelativeBias(Bias):
@@ -74,15 +93,36 @@ class RelativeBias(Bias):
             raise InvalidArgumentError("bias positions", tuple(self.positions.shape), f"({batch}, {q_len})")
 
     def gather(self, q_len: int, kv_len: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        shift = kv_len - q_len if self.offset is None else self.offset
-        last, per_head = self.values.shape[1] - 1, self.values.shape[0] > 1
+        per_head = self.values.shape[0] > 1
 
         def add(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            at = q + shift if self.positions is None else self.positions[b, q]
-            index = (kv - at + self.zero).clamp(0, last)
-            return self.values[h if per_head else torch.zeros_like(h), index]
+            return self.values[h if per_head else torch.zeros_like(h), self._index(b, q, kv, q_len, kv_len)]
 
         return add
+
+    def _index(self, b: Tensor, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> Tensor:
+        """Which value stands at a query and a key."""
+        shift = kv_len - q_len if self.offset is None else self.offset
+        at = q + shift if self.positions is None else self.positions[b, q]
+        return (kv - at + self.zero).clamp(0, self.values.shape[1] - 1)
+
+    def add_gradient_(self, grad: Tensor, grad_scores: Tensor, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> None:
+        if grad.shape[0] == 1:
+            grad_scores = grad_scores.sum(1, keepdim=True)
+        if not self.per_sample:
+            grad_scores = grad_scores.sum(0, keepdim=True)
+        samples = torch.arange(grad_scores.shape[0], device=q.device)[:, None, None]
+        index = self._index(samples, q[:, None], kv, q_len, kv_len).expand(len(samples), len(q), len(kv))
+        by_head = grad_scores.transpose(0, 1).flatten(1)
+        grad.scatter_add_(1, index.reshape(1, -1).expand(by_head.shape[0], -1), by_head.to(grad.dtype))
+
+    def block_key(
+        self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int
+    ) -> tuple[int, ...] | None:
+        if self.positions is not None:
+            return None
+        shift = kv_len - q_len if self.offset is None else self.offset
+        return (q_start + shift - kv_start, q_stop - q_start, kv_stop - kv_start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,3 +151,9 @@ class DenseBias(Bias):
             return self.values[b if per_sample else torch.zeros_like(b), h if per_head else torch.zeros_like(h), q, kv]
 
         return add
+
+    def add_gradient_(self, grad: Tensor, grad_scores: Tensor, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> None:
+        for dim in (0, 1):
+            if grad.shape[dim] == 1:
+                grad_scores = grad_scores.sum(dim, keepdim=True)
+        grad[:, :, int(q[0]) : int(q[-1]) + 1, int(kv[0]) : int(kv[-1]) + 1] += grad_scores

@@ -8,8 +8,9 @@ visible without a mask. Indices are positions in the query and key sequences; ``
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from attnzoo.errors import InvalidArgumentError
@@ -32,12 +33,22 @@ class Pattern:
         """True when a query sees a bounded number of keys, however long the sequence is."""
         return False
 
-    def check(self, q_len: int, kv_len: int) -> None:
-        """Raise :class:`InvalidArgumentError` if the pattern has no meaning for these lengths."""
+    @property
+    def structure(self) -> Pattern:
+        """The pattern without tensors: what requests hold."""
+        return self
+
+    def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
+        """Raise :class:`InvalidArgumentError` if the pattern has no meaning for an attention of this size."""
 
     def mask_mod(self, q_len: int, kv_len: int) -> MaskMod:
         """The truth: a function of broadcastable index tensors, True where query ``q`` sees key ``kv``."""
         raise NotImplementedError
+
+    def batch_and_heads(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The batch and head indices a mask has to be evaluated at: one of each, unless they differ."""
+        one = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=device)
+        return one, one
 
     def kv_spans(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> tuple[Span, ...]:
         """Disjoint ``(start, stop)`` key ranges outside which queries ``q_start:q_stop`` see nothing."""
@@ -50,6 +61,11 @@ class Pattern:
     def block_size(self, q_len: int, kv_len: int) -> int:
         """Number of queries a blocked kernel had best take at once."""
         return q_len
+
+    @property
+    def query_order(self) -> Tensor | None:
+        """``(batch, heads, q_len)``: the query indices in the order that the pattern's structure speaks of, if not theirs."""
+        return None
 
     def block_key(
         self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int
@@ -152,14 +168,15 @@ class Window(_Aligned):
 class Chunks(Pattern):
     """Chunked attention of Reformer (Kitaev et al. 2020, arXiv:2001.04451).
 
-    The sequence is cut into chunks of ``length`` tokens; a query sees its own chunk, ``before`` chunks before and
-    ``after`` chunks after it. The neighbourhood wraps around the end of the sequence; with ``causal`` a query sees
-    only keys up to its own position, so that nothing wrapped from the end is visible.
+    The sequence is cut into chunks of ``length`` tokens; a query in chunk ``c`` sees chunks ``c - before`` to
+    ``c + after``. The neighbourhood wraps around the end of the sequence; with ``causal`` a query sees only keys up to
+    its own position, so that nothing wrapped from the end is visible.
 
-    The last chunk may be partial. Each key is seen at most once, however often the neighbourhood wraps onto it.
+    The last chunk may be partial. Each key is seen at most once, however often the neighbourhood wraps onto it. One of
+    ``before`` and ``after`` may be negative: ``Chunks(n, -1, 1)`` sees the next chunk alone.
 
     Raises:
-        InvalidArgumentError: ``length < 1``, a negative neighbour count, or (in use) query and key lengths that differ.
+        InvalidArgumentError: ``length < 1``, an empty neighbourhood, or (in use) query and key lengths that differ.
     """
 
     length: int
@@ -169,51 +186,131 @@ class Chunks(Pattern):
 
     def __post_init__(self) -> None:
         _check_count("chunk length", self.length, 1)
-        _check_count("chunks before", self.before, 0)
-        _check_count("chunks after", self.after, 0)
+        _check_count("chunks before + after", self.before + self.after, 0)
 
     @property
     def local(self) -> bool:
         return True
 
-    def check(self, q_len: int, kv_len: int) -> None:
+    def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         if q_len != kv_len:
             raise InvalidArgumentError(
                 "pattern", f"{self} with {q_len} queries and {kv_len} keys", "as many queries as keys"
             )
 
-    def mask_mod(self, q_len: int, kv_len: int) -> MaskMod:
-        count, length, before, after = -(-kv_len // self.length), self.length, self.before, self.after
+    def near(self, query_position: Tensor, kv: Tensor, kv_len: int) -> Tensor:
+        """True where the key's chunk is in the neighbourhood of that of a query at a position."""
+        ahead = kv // self.length - query_position // self.length
+        return (ahead + self.before) % -(-kv_len // self.length) <= self.before + self.after
 
+    def mask_mod(self, q_len: int, kv_len: int) -> MaskMod:
         def mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            ahead = (kv // length - q // length) % count  # chunks to walk forwards, around the end, to reach the key
-            visible = (ahead <= after) | (ahead >= count - before)
-            return visible & (kv <= q) if self.causal else visible
+            near = self.near(q, kv, kv_len)
+            return near & (kv <= q) if self.causal else near
 
         return mask
 
     def kv_spans(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> tuple[Span, ...]:
+        return self.spans_near(q_start, q_stop, kv_len, q_stop if self.causal else kv_len)
+
+    def spans_near(self, start: int, stop: int, kv_len: int, limit: int) -> tuple[Span, ...]:
+        """Key ranges below ``limit`` in the neighbourhood of queries at positions ``start:stop``."""
         count = -(-kv_len // self.length)
-        first, last = q_start // self.length - self.before, (q_stop - 1) // self.length + self.after
-        if last - first + 1 >= count:
-            chunks = set(range(count))
-        else:
-            chunks = {chunk % count for chunk in range(first, last + 1)}
-        limit = q_stop if self.causal else kv_len
+        first, last = start // self.length - self.before, (stop - 1) // self.length + self.after
+        chunks = range(count) if last - first + 1 >= count else sorted({c % count for c in range(first, last + 1)})
         spans: list[Span] = []
-        for chunk in sorted(chunks):
-            start, stop = chunk * self.length, min(limit, (chunk + 1) * self.length)
-            if start >= stop:
+        for chunk in chunks:
+            begin, end = chunk * self.length, min(limit, (chunk + 1) * self.length)
+            if begin >= end:
                 continue
-            if spans and spans[-1][1] == start:
-                spans[-1] = (spans[-1][0], stop)
+            if spans and spans[-1][1] == begin:
+                spans[-1] = (spans[-1][0], end)
             else:
-                spans.append((start, stop))
+                spans.append((begin, end))
         return tuple(spans)
 
     def sees_all(self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int) -> bool:
+        if self.causal and kv_stop > q_start + 1:
+            return False
+        if self.before + self.after + 1 >= -(-kv_len // self.length):
+            return True
         one_chunk = q_start // self.length == (q_stop - 1) // self.length
-        return one_chunk and (not self.causal or kv_stop <= q_start + 1)
+        spans = self.spans_near(q_start, q_stop, kv_len, kv_len)
+        return one_chunk and any(start <= kv_start and kv_stop <= stop for start, stop in spans)
 
     def block_size(self, q_len: int, kv_len: int) -> int:
         return min(q_len, self.length)
+
+
+@dataclass(frozen=True)
+class SortedChunks(Chunks):
+    """Chunks of keys that are sorted, as LSH attention sorts them by bucket; each query has its place among them.
+
+    Queries are in their own order; ``order`` says where they stand: the query with index ``order[b, h, j]`` stands at
+    key position ``start + j``. Keys are in sorted order; ``token`` says which query's token each of them is. With
+    several hash rounds the keys of all rounds stand one after the other, and each round is a segment with its own
+    ``start`` on the same keys: neighbourhoods reach into the round before, as in Reformer. A query never sees its own
+    token: with shared queries and keys it would see little else (what it gets when it sees nothing at all is up to
+    ``Attention.empty``).
+
+    Attributes:
+        start: key position of the first sorted query.
+        order: ``(batch, heads, q_len)`` long, a permutation of the query indices per head.
+        token: ``(batch, heads, kv_len)`` long, the query index each key belongs to; -1 hides the key (padding).
+        causal: a query sees only keys whose token is before it.
+    """
+
+    start: int = 0
+    order: Tensor | None = field(default=None, compare=False, repr=False)
+    token: Tensor | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def structure(self) -> SortedChunks:
+        return replace(self, order=None, token=None)
+
+    def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
+        for name, tensor, length in (("order", self.order, q_len), ("token", self.token, kv_len)):
+            shape = (batch, heads, length)
+            if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != torch.long:
+                got = None if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+                raise InvalidArgumentError(f"pattern {name}", got, f"torch.int64 {shape}")
+
+    @property
+    def query_order(self) -> Tensor | None:
+        return self.order
+
+    def block_size(self, q_len: int, kv_len: int) -> int:
+        return min(q_len, self.length)
+
+    def sorted_tensors(self) -> tuple[Tensor, Tensor]:
+        """``order`` and ``token``, which every pattern in use has."""
+        if self.order is None or self.token is None:
+            raise InvalidArgumentError("pattern", f"{self} without order and token", "both")
+        return self.order, self.token
+
+    def batch_and_heads(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        batch, heads = self.sorted_tensors()[0].shape[:2]
+        return (
+            torch.arange(batch, device=device)[:, None, None, None],
+            torch.arange(heads, device=device)[None, :, None, None],
+        )
+
+    def visible(self, query: Tensor, token: Tensor) -> Tensor:
+        """True where a query index may see a key of a token index, near or not."""
+        return (token >= 0) & ((token < query) if self.causal else (token != query))
+
+    def mask_mod(self, q_len: int, kv_len: int) -> MaskMod:
+        order, token = self.sorted_tensors()
+        places = torch.argsort(order, dim=-1)
+
+        def mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            return self.near(places[b, h, q] + self.start, kv, kv_len) & self.visible(q, token[b, h, kv])
+
+        return mask
+
+    def kv_spans(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> tuple[Span, ...]:
+        """Key ranges in the neighbourhood of *sorted* queries ``q_start:q_stop``."""
+        return self.spans_near(q_start + self.start, q_stop + self.start, kv_len, kv_len)
+
+    def sees_all(self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int) -> bool:
+        return False

@@ -57,7 +57,7 @@ class Segment:
         """
         seen: Tensor | None = None
         if not isinstance(self.pattern, Full):
-            b = h = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=q.device)
+            b, h = self.pattern.batch_and_heads(q.device)
             seen = self.pattern.mask_mod(q_len, self.kv_len)(b, h, q[None, None, :, None], kv[None, None, None, :])
         if self.key_mask is not None:
             keys = self.key_mask[:, None, None, kv]
@@ -68,12 +68,13 @@ class Segment:
         return seen
 
     def bias_at(self, q: Tensor, kv: Tensor, q_len: int, batch: int, heads: int) -> Tensor | None:
-        """The bias ``(batch or 1, heads or 1, n, m)`` for indices ``q`` (n,) and ``kv`` (m,), or None."""
+        """The bias ``(batch or 1, heads or 1, n, m)`` for indices ``q`` (n,) or (batch, heads, n), and ``kv`` (m,)."""
         if self.bias is None:
             return None
+        q = q[None, None, :, None] if q.ndim == 1 else q[..., None]
         b = torch.arange(batch if self.bias.per_sample else 1, device=q.device)[:, None, None, None]
         h = torch.arange(heads, device=q.device)[None, :, None, None]
-        return self.bias.gather(q_len, self.kv_len)(b, h, q[None, None, :, None], kv[None, None, None, :])
+        return self.bias.gather(q_len, self.kv_len)(b, h, q, kv[None, None, None, :])
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,9 @@ class Attention:
             ``h`` uses key head ``h // (heads // kv_heads)``.
         scale: factor on the scores.
         dropout: probability with which a softmax weight is dropped.
-        query_mask: ``(batch, q_len)`` bool; rows where it is False (padding) give zeros, as do rows that see no key.
+        query_mask: ``(batch, q_len)`` bool; rows where it is False (padding) give zeros.
+        empty: ``(batch, heads, q_len, value_dim)``, what rows give that see no key at all; None: zeros. It counts as one
+            value of weight 1, which dropout may drop.
 
     Raises:
         InvalidArgumentError: wrong rank, or shapes, dtypes or devices that do not fit together.
@@ -124,6 +127,7 @@ class Attention:
     scale: float
     dropout: float = 0.0
     query_mask: Tensor | None = None
+    empty: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_heads_tensor("query", self.query)
@@ -134,6 +138,9 @@ class Attention:
         _check_mask("query_mask", self.query_mask, ((self.batch, self.q_len),), self.query.device)
         for segment in self.segments:
             self._check_segment(segment)
+        shape = (self.batch, self.heads, self.q_len, self.value_dim)
+        if self.empty is not None and (tuple(self.empty.shape) != shape or self.empty.dtype != self.query.dtype):
+            raise InvalidArgumentError("empty", describe(self.empty), f"{shape} {self.query.dtype}")
 
     def _check_segment(self, segment: Segment) -> None:
         query, key, value = self.query, segment.key, segment.value
@@ -154,7 +161,7 @@ class Attention:
         if value.shape[3] != self.value_dim:
             raise InvalidArgumentError("value_dim", value.shape[3], f"{self.value_dim}, as in the first segment")
         lengths = (self.q_len, segment.kv_len)
-        segment.pattern.check(*lengths)
+        segment.pattern.check(self.batch, self.heads, *lengths)
         _check_mask("key_mask", segment.key_mask, ((self.batch, lengths[1]),), query.device)
         dense = tuple((b, h, *lengths) for b in {1, self.batch} for h in {1, self.heads})
         _check_mask("mask", segment.mask, dense, query.device)
@@ -184,13 +191,13 @@ class Attention:
         return self.segments[0].value.shape[3]
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Every tensor a gradient may flow to: query, then key, value (and bias values) of each segment."""
+        """Every tensor a gradient may flow to: query, then key, value (and bias values) of each segment, then empty."""
         found = [self.query]
         for segment in self.segments:
             found += [segment.key, segment.value]
             if segment.bias is not None:
                 found.append(segment.bias.values)
-        return tuple(found)
+        return tuple(found) if self.empty is None else (*found, self.empty)
 
     def with_tensors(self, tensors: tuple[Tensor, ...]) -> Attention:
         """The same attention on other tensors, in the order of :meth:`tensors`."""
@@ -202,7 +209,28 @@ class Attention:
             if old.bias is not None:
                 segment = replace(segment, bias=replace(old.bias, values=next(rest)))
             segments.append(segment)
-        return replace(self, query=query, segments=tuple(segments))
+        empty = None if self.empty is None else next(rest)
+        return replace(self, query=query, segments=tuple(segments), empty=empty)
+
+    def fill(self, output: Tensor, live: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """Finish an output: rows that see nothing become :attr:`empty` or zero, and padding rows zero.
+
+        Args:
+            output: ``(batch, heads, n, value_dim)``, anything finite in rows that see nothing.
+            live: bool, broadcastable to ``(batch, heads, n)``: rows that see a key; None: all of them.
+            rows: ``(n,)`` which query rows these are; None: all, in order.
+        """
+        every = slice(None) if rows is None else rows
+        if live is not None and self.empty is None:
+            output = output.masked_fill(~live[..., None], 0.0)
+        elif live is not None and self.empty is not None:
+            empty = self.empty[:, :, every]
+            if self.dropout > 0.0:
+                empty = empty * torch.nn.functional.dropout(torch.ones_like(empty[..., :1]), self.dropout)
+            output = torch.where(live[..., None], output, empty)
+        if self.query_mask is not None:
+            output = output.masked_fill(~self.query_mask[:, None, every, None], 0.0)
+        return output
 
     def request(self, probabilities: bool = False) -> Request:
         """The hashable summary that backends are selected by."""
@@ -215,7 +243,7 @@ class Attention:
             value_dim=self.value_dim,
             segments=tuple(
                 SegmentRequest(
-                    pattern=segment.pattern,
+                    pattern=segment.pattern.structure,
                     kv_heads=segment.key.shape[1],
                     key_mask=segment.key_mask is not None,
                     mask=segment.mask is not None,

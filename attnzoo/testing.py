@@ -18,13 +18,13 @@ from torch import Tensor
 
 from attnzoo import registry
 from attnzoo.backend import Backend
-from attnzoo.backends.eager import evaluate
+from attnzoo.backends.eager import evaluate, expand_heads
 from attnzoo.bias import Bias, DenseBias, RelativeBias
 from attnzoo.error_rule import Check, check
 from attnzoo.errors import AttnzooError, BackendRefusedError
 from attnzoo.functional import execute, refusals
 from attnzoo.globals import locate
-from attnzoo.patterns import Causal, Chunks, Full, Pattern, Window
+from attnzoo.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window
 from attnzoo.segments import FLOATS, Attention, Segment
 from attnzoo.verification import check_site
 
@@ -36,6 +36,8 @@ PATTERNS: tuple[Pattern, ...] = (
     Window(9, 0),
     Chunks(8, 1, 1),
     Chunks(5, 2, 0, causal=True),
+    SortedChunks(8, 1, 0, causal=True),
+    SortedChunks(5, 1, 1),
 )
 MASKS = ("none", "keys", "dense", "globals")
 BIASES = ("none", "relative", "dense", "trained relative", "trained dense")
@@ -97,6 +99,8 @@ class Case:
         key = normal(_BATCH, self.kv_heads, self.kv_len, _DIM)
         value = normal(_BATCH, self.kv_heads, self.kv_len, _VALUE_DIM if self.uneven else _DIM)
         segment = Segment(key, value, self.pattern, bias=self._bias(normal))
+        if isinstance(self.pattern, SortedChunks):
+            return self._sorted(query, segment, random, device)
         segments = [segment]
         if self.mask == "dense":
             segments = [replace(segment, mask=flags(_BATCH, 1, self.q_len, self.kv_len, p=0.6))]
@@ -114,6 +118,23 @@ class Case:
         if self.mask == "globals":
             query_mask = flags(_BATCH, self.q_len, p=0.8)
         return Attention(query, tuple(segments), _DIM**-0.5, self.dropout, query_mask)
+
+    def _sorted(self, query: Tensor, segment: Segment, random: torch.Generator, device: str) -> Attention:
+        """Two hash rounds: keys of both in a random order each; every query sees both, or gets its own value."""
+        shape = (_BATCH, _HEADS, self.q_len)
+        orders = [torch.rand(shape, generator=random).argsort(-1).to(device) for _ in range(2)]
+        token = torch.cat(orders, dim=2)
+        if self.mask == "keys":
+            token = token.masked_fill(token < self.q_len // 3, -1)
+        key, value = (expand_heads(tensor, _HEADS) for tensor in (segment.key, segment.value))
+        index = token.clamp(min=0)[..., None]
+        key = key.gather(2, index.expand(-1, -1, -1, key.shape[3]))
+        value = value.gather(2, index.expand(-1, -1, -1, value.shape[3]))
+        segments = tuple(
+            Segment(key, value, replace(self.pattern, start=start, order=order, token=token))
+            for start, order in zip((0, self.q_len), orders, strict=True)
+        )
+        return Attention(query, segments, _DIM**-0.5, self.dropout, empty=expand_heads(segment.value, _HEADS))
 
     def _bias(self, normal: object) -> Bias | None:
         if self.bias == "none":
@@ -146,6 +167,8 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[Case]:
     for dtype, pattern, mask, bias in itertools.product(dtypes, PATTERNS, MASKS, BIASES):
         if mask == "globals" and bias != "none":
             continue
+        if isinstance(pattern, SortedChunks) and (mask not in ("none", "keys") or bias != "none"):
+            continue
         for kv_heads, grad in ((_HEADS, True), (1, False)):
             yield Case(dtype, pattern, mask, bias, kv_heads, grad=grad)
     for dtype, mask in itertools.product(dtypes, MASKS):
@@ -155,8 +178,12 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[Case]:
             yield Case(dtype, pattern, mask, dropout=0.25)
             yield Case(dtype, pattern, mask, uneven=True)
             yield Case(dtype, pattern, mask, grad=False, probabilities=True)
+        if mask in ("none", "keys"):
+            yield Case(dtype, SortedChunks(8, 1, 0, causal=True), mask, dropout=0.25)
+            yield Case(dtype, SortedChunks(8, 1, 1), mask, uneven=True)
     for pattern in PATTERNS:
-        yield Case(pattern=pattern, q_len=700, kv_len=700, mask="globals", kv_heads=2)
+        mask = "keys" if isinstance(pattern, SortedChunks) else "globals"
+        yield Case(pattern=pattern, q_len=700, kv_len=700, mask=mask, kv_heads=2)
 
 
 def run_case(backend: Backend, case: Case, device: str = "cpu", seed: int = 0) -> Outcome:
@@ -214,7 +241,7 @@ def _dropout_failure(backend: Backend, attention: Attention, seed: int = 0) -> s
         segments.append(replace(segment, key=padded, value=rows.contiguous()))
         start += segment.kv_len
     query = torch.nn.functional.pad(attention.query.detach(), (0, total - attention.head_dim))
-    dropped = replace(attention, query=query, segments=tuple(segments))
+    dropped = replace(attention, query=query, segments=tuple(segments), empty=None)
     kept = replace(dropped, dropout=0.0)
     devices = [query.device] if query.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

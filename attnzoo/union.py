@@ -21,7 +21,7 @@ def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
         part_out: ``(..., n, d)``, the attention over the further keys.
         part_lse: ``(..., n)``; ``-inf`` where the part's row sees nothing (its ``part_out`` must be finite there).
     """
-    total = torch.logaddexp(lse, part_lse)
-    base = total.masked_fill(total == float("-inf"), 0.0)  # nothing seen at all: both weights become exp(-inf) = 0
-    out.mul_(torch.exp(lse - base).unsqueeze(-1)).add_(part_out * torch.exp(part_lse - base).unsqueeze(-1))
-    lse.copy_(total)
+    share = torch.sigmoid(part_lse - lse)  # exp(part_lse - total), and one minus it is exp(lse - total): they sum to 1
+    share = share.masked_fill_(part_lse == float("-inf"), 0.0)
+    out.lerp_(part_out.to(out.dtype), share.to(out.dtype).unsqueeze(-1))
+    lse.copy_(torch.logaddexp(lse, part_lse))

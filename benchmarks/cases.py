@@ -50,6 +50,7 @@ class Case:
 
     @property
     def mode(self) -> str:
+        """``"forward"`` or ``"forward+backward"``."""
         return "forward+backward" if self.train else "forward"
 
 

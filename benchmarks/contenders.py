@@ -58,7 +58,7 @@ class Executed:
 
 
 class Entry:
-    """A contender in its worker process. This base class is the original model: nothing to judge, nothing to execute."""
+    """A contender in its worker process. This base class is the original model: there is nothing to judge."""
 
     def __init__(self, subject: Subject, kernel: str) -> None:
         self.subject, self._kernel = subject, kernel
@@ -101,6 +101,7 @@ class Original(Contender):
     name: str = ORIGINAL
 
     def prepare(self, case: Case) -> Entry:
+        """Build the model and leave it as it is."""
         subject = build(case)
         kernel = f"original ({subject.implementation()})"
         subject.release()
@@ -118,21 +119,22 @@ class BackendContender(Contender):
     dense_limit: int | None = None
 
     def obstacle(self, case: Case) -> str | None:
+        """Not available here, or dense scores that take too long or do not fit."""
         info = attnzoo.backends()[self.name]
         if not info.available:
             return info.reason
         if self.name != "eager":
             return None
         if self.dense_limit is not None and case.seq_len > self.dense_limit:
-            return (
-                f"dense oracle: left out beyond S={self.dense_limit} to save time; --backend eager or --full runs it"
-            )
+            return f"dense oracle: left out beyond S={self.dense_limit} to save time; --backend eager or --full runs it"
         needed, free = dense_bytes(case), available_memory(case.device)
         if free is not None and needed > free / 2:
-            return f"dense oracle: needs about {needed / 2**30:.1f} GiB, more than half of the free {free / 2**30:.1f} GiB"
+            sizes = f"needs about {needed / 2**30:.1f} GiB, more than half of the free {free / 2**30:.1f} GiB"
+            return f"dense oracle: {sizes}"
         return None
 
     def prepare(self, case: Case) -> Entry:
+        """Build the model and patch it."""
         subject = build(case)
         return BackendEntry(subject, self.name, subject.patch(self.name))
 
@@ -226,7 +228,7 @@ class _Observation:
 
 
 def end_to_end(family: str, backend: str, seq_len: int, dtype: str, device: str, gradients: bool) -> tuple[bool, str]:
-    """:func:`attnzoo.verify` on a two-layer model of the family at published widths: verdict and report.
+    """:func:`attnzoo.verify` on a one-layer model of the family at published widths: verdict and report.
 
     The whole model is compared in float64 with dense scores, so the length is small.
     """

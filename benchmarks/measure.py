@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import platform
@@ -51,7 +52,8 @@ def peak_of(run: Callable[[], None], device: str) -> Peak:
     """Peak memory of a run, in a process that has done nothing else yet.
 
     CPU: the kernel's high-water mark of resident memory, reset before the run (Linux); elsewhere ``getrusage``, which
-    cannot be reset and so misses what earlier steps of the process had needed more of. CUDA: the caching allocator's peak.
+    cannot be reset, so memory that building the model needed for a moment hides as much of the
+    run's. CUDA: the peak of the caching allocator.
     """
     gc.collect()
     if device == "cuda":
@@ -83,10 +85,8 @@ def _warm_up() -> None:
 def _trim() -> None:
     """Give freed memory back, so that a run cannot reuse it unseen."""
     gc.collect()
-    try:
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        pass
 
 
 def _reset_high_water() -> bool:

@@ -27,7 +27,7 @@ from attnzoo.errors import InvalidArgumentError, UnknownNameError
 
 Launch = Callable[[Contender, Case], Worker]
 Check = Callable[[Verify], tuple[bool, str]]
-Progress = Callable[[str], None]
+Progress = Callable[[float, str], None]
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 9
 
@@ -49,6 +49,7 @@ class Plan:
         rounds: timed runs per row; None: from 3 to 9, as :attr:`seconds_per_case` allows.
         seconds_per_case: what the timed runs of one case may take in all, if ``rounds`` is None.
         dense_limit: longest input of the dense oracle; None: as memory allows.
+        train_limit: longest input for forward+backward; None: no limit.
         verify_len: input length of the end-to-end gate.
     """
 
@@ -64,6 +65,7 @@ class Plan:
     rounds: int | None = None
     seconds_per_case: float = 10.0
     dense_limit: int | None = 1024
+    train_limit: int | None = None
     verify_len: int = 1024
 
     def __post_init__(self) -> None:
@@ -106,9 +108,7 @@ class Plan:
         for family in self.families:
             for seq_len in self.seq_lens:
                 for train in self.modes:
-                    yield Case(
-                        family, self.scope, seq_len, self.batch, self.dtype, self.device, self.threads, train
-                    )
+                    yield Case(family, self.scope, seq_len, self.batch, self.dtype, self.device, self.threads, train)
 
 
 def _check_device(device: str) -> None:
@@ -120,13 +120,18 @@ def _check_device(device: str) -> None:
         raise InvalidArgumentError("device", "'cuda'", f"'cpu': torch {torch.__version__} sees no CUDA device here")
 
 
-def run(plan: Plan, progress: Progress = lambda text: None, launch: Launch | None = None, check: Check | None = None,
-        contenders: tuple[Contender, ...] | None = None) -> Shootout:  # fmt: skip
+def run(
+    plan: Plan,
+    progress: Progress = lambda done, text: None,
+    launch: Launch | None = None,
+    check: Check | None = None,
+    contenders: tuple[Contender, ...] | None = None,
+) -> Shootout:
     """Run a shootout.
 
     Args:
         plan: what to run.
-        progress: told what happens next.
+        progress: told how much of the work is done (0 to 1) and what happens next.
         launch: starts a worker; None: a fresh process each.
         check: runs the end-to-end gate; None: in a fresh process.
         contenders: who runs; None: :meth:`Plan.contenders`.
@@ -141,11 +146,20 @@ def run(plan: Plan, progress: Progress = lambda text: None, launch: Launch | Non
         launch = launch or (lambda contender, case: ProcessWorker(made, contender, case))
         check = check or (lambda job: verify_in_process(made, job))
     versions = machine(plan.device)
-    verdicts = _end_to_end(plan, chosen, check, progress)
+    cases = list(plan.cases())
+    shares = [float(case.seq_len) * (3 if case.train else 1) for case in cases]
+    gates = 0.1
+    verdicts = _end_to_end(plan, chosen, check, lambda done, text: progress(gates * done, text))
     barred = {(v.family, v.backend): v for v in verdicts if v.status != status.OK}
     found: list[Row] = []
-    for case in plan.cases():
-        found += _Cell(plan, case, versions, barred, launch, progress).run(chosen)
+    for number, case in enumerate(cases):
+        start = gates + (1 - gates) * sum(shares[:number]) / sum(shares)
+        share = (1 - gates) * shares[number] / sum(shares)
+
+        def inside(done: float, text: str, start: float = start, share: float = share) -> None:
+            progress(start + share * done, text)
+
+        found += _Cell(plan, case, versions, barred, launch, inside).run(chosen)
     return Shootout(
         plan=asdict(plan),
         versions=versions,
@@ -158,18 +172,17 @@ def run(plan: Plan, progress: Progress = lambda text: None, launch: Launch | Non
 
 def _end_to_end(plan: Plan, chosen: Iterable[Contender], check: Check, progress: Progress) -> list[EndToEnd]:
     verdicts = []
-    for family in plan.families:
-        for contender in chosen:
-            if not isinstance(contender, BackendContender) or not registry.backends()[contender.name].available:
-                continue
-            progress(f"{family}: {contender.name}, whole model against float64")
-            job = Verify(family, contender.name, plan.verify_len, plan.dtype, plan.device, plan.threads, True in plan.modes)
-            try:
-                ok, report = check(job)
-                verdict = status.OK if ok else status.RED
-            except Problem as problem:
-                verdict, report = problem.status, problem.reason
-            verdicts.append(EndToEnd(family, contender.name, plan.verify_len, verdict, report))
+    names = [c.name for c in chosen if isinstance(c, BackendContender) and registry.backends()[c.name].available]
+    pairs = [(family, name) for family in plan.families for name in names]
+    for number, (family, name) in enumerate(pairs):
+        progress(number / len(pairs), f"{family}: {name}, whole model against float64")
+        job = Verify(family, name, plan.verify_len, plan.dtype, plan.device, plan.threads, True in plan.modes)
+        try:
+            ok, report = check(job)
+            verdict = status.OK if ok else status.RED
+        except Problem as problem:
+            verdict, report = problem.status, problem.reason
+        verdicts.append(EndToEnd(family, name, plan.verify_len, verdict, report))
     return verdicts
 
 
@@ -185,11 +198,13 @@ class _Cell:
         self._workers: dict[str, Worker] = {}
         self._rows: dict[str, Row] = {}
         self._first: dict[str, float] = {}
+        self._done = 0.0
 
     def run(self, chosen: tuple[Contender, ...]) -> list[Row]:
         """Every contender's row, in order."""
         try:
-            for contender in chosen:
+            for number, contender in enumerate(chosen):
+                self._done = 0.5 * number / len(chosen)
                 self._rows[contender.name] = self._blank(contender.name)
                 self._admit(contender)
             self._time()
@@ -210,7 +225,7 @@ class _Cell:
         )  # fmt: skip
 
     def _say(self, name: str, what: str) -> None:
-        self._progress(f"{self._case.family} S={self._case.seq_len} {self._case.mode}: {name}, {what}")
+        self._progress(self._done, f"{self._case.family} S={self._case.seq_len} {self._case.mode}: {name}, {what}")
 
     def _drop(self, name: str, verdict: str, reason: str) -> None:
         self._rows[name] = self._rows[name].silenced(verdict, reason)
@@ -224,6 +239,10 @@ class _Cell:
         most = find_workload(case.family).max_len if case.scope == "model" else None
         if most is not None and case.seq_len > most:
             return self._drop(name, status.SKIPPED, f"the published configuration has {most} positions")
+        limit = self._plan.train_limit
+        if limit is not None and case.train and case.seq_len > limit:
+            reason = f"forward+backward: left out beyond S={limit} to save time; --full, --train or --seq-len runs it"
+            return self._drop(name, status.SKIPPED, reason)
         obstacle = contender.obstacle(case)
         if obstacle is not None:
             available = not isinstance(contender, BackendContender) or registry.backends()[name].available
@@ -267,6 +286,7 @@ class _Cell:
         for number in range(rounds):
             names = list(self._workers)
             turn = number % max(1, len(names))
+            self._done = 0.5 + 0.5 * number / rounds
             for name in names[turn:] + names[:turn]:
                 self._say(name, f"round {number + 1} of {rounds}")
                 try:

@@ -18,7 +18,7 @@ def book() -> bytes:
 
 
 def read_tokens(batch: int, length: int, offset: int) -> Tensor:
-    """Token ids ``(batch, length)``: consecutive passages of the book, each byte plus ``offset`` (the special tokens)."""
+    """Token ids ``(batch, length)``: consecutive passages of the book, each byte plus ``offset``."""
     text = torch.frombuffer(bytearray(book()), dtype=torch.uint8)
     index = torch.arange(batch * length) % len(text)
     return text[index].long().view(batch, length) + offset

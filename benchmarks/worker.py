@@ -17,7 +17,7 @@ from attnzoo.benchmarks.measure import Peak, peak_of, seconds
 from attnzoo.errors import BackendRefusedError
 
 
-class Problem(Exception):  # noqa: N818 - a verdict rather than an error
+class Problem(Exception):
     """A row that cannot be measured.
 
     Attributes:
@@ -77,6 +77,7 @@ class LocalWorker:
         self._projections: Projections | None = None
 
     def setup(self) -> Setup:
+        """Build, then measure the peak memory of the first run."""
         _use_threads(self._case.threads)
         self._entry = self._contender.prepare(self._case)
         subject, device = self._entry.subject, self._case.device
@@ -88,9 +89,11 @@ class LocalWorker:
         return Setup(peak, took[0])
 
     def gate(self) -> Gate:
+        """Judge correctness."""
         return self._entry.gate()
 
     def time(self) -> float:
+        """Seconds of one run."""
         subject, device = self._entry.subject, self._case.device
         took = seconds(subject.step, device)
         subject.clear()
@@ -100,9 +103,11 @@ class LocalWorker:
         return took
 
     def executed(self) -> Executed:
+        """What ran."""
         return self._entry.executed()
 
     def close(self) -> None:
+        """Let go of everything."""
         self.__dict__.clear()
 
 
@@ -144,21 +149,26 @@ class ProcessWorker:
         return answer
 
     def setup(self) -> Setup:
+        """Build, then measure the peak memory of the first run."""
         found: Setup = self._ask("setup")
         return found
 
     def gate(self) -> Gate:
+        """Judge correctness."""
         found: Gate = self._ask("gate")
         return found
 
     def time(self) -> float:
+        """Seconds of one run."""
         return float(self._ask("time"))
 
     def executed(self) -> Executed:
+        """What ran."""
         found: Executed = self._ask("executed")
         return found
 
     def close(self) -> None:
+        """Let go of everything."""
         self._connection.close()
         self._process.join(0.5)
         if self._process.is_alive():

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attnzoo.patterns import SortedChunks
 from attnzoo.segments import Attention, Segment
 
 # Where a mask has to be materialised for a dense pattern, this many query rows of it exist at a time.
@@ -27,18 +28,49 @@ class Part(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Queries ``q_start:q_stop`` and the parts they look at."""
+    """A block of queries and the parts they look at.
+
+    Attributes:
+        q_start, q_stop: the queries' range, in their own order or in that of ``index``.
+        parts: what they look at.
+        index: ``(batch, heads, n)`` the queries themselves, where the pattern has them in an order of its own.
+    """
 
     q_start: int
     q_stop: int
     parts: tuple[Part, ...]
+    index: Tensor | None = None
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The block's rows of ``(batch, heads, q_len)`` or ``(batch, heads, q_len, dim)``: a view, or gathered."""
+        if self.index is None:
+            return tensor[:, :, self.q_start : self.q_stop]
+        return tensor.gather(2, self._expanded(tensor))
+
+    def put(self, tensor: Tensor, rows: Tensor) -> None:
+        """Write the block's rows back."""
+        if self.index is None:
+            tensor[:, :, self.q_start : self.q_stop] = rows
+        else:
+            tensor.scatter_(2, self._expanded(tensor), rows.to(tensor.dtype))
+
+    def add(self, tensor: Tensor, rows: Tensor) -> None:
+        """Add to the block's rows."""
+        if self.index is None:
+            tensor[:, :, self.q_start : self.q_stop] += rows
+        else:
+            tensor.scatter_add_(2, self._expanded(tensor), rows.to(tensor.dtype))
+
+    def _expanded(self, tensor: Tensor) -> Tensor:
+        assert self.index is not None
+        return self.index if tensor.ndim == 3 else self.index[..., None].expand(-1, -1, -1, tensor.shape[3])
 
 
 class PartMask(NamedTuple):
     """Mask of a part.
 
     Attributes:
-        seen: bool, broadcastable to ``(batch, heads, n, m)``; None when everything is visible.
+        seen: bool, broadcastable to ``(batch, heads, n, m)``.
         live: bool, ``seen.any(-1)``: rows that see a key at all.
     """
 
@@ -61,20 +93,31 @@ def sees_all(attention: Attention, segment: Segment) -> bool:
     return segment.pattern.sees_all(0, attention.q_len, 0, segment.kv_len, attention.q_len, segment.kv_len)
 
 
-def blocks(attention: Attention, size: int) -> Iterator[Block]:
-    """All blocks, first query first."""
+def passes(attention: Attention) -> list[list[int]]:
+    """Segments that share an order of queries, to be taken in one pass: those in the queries' own order, then each other."""
+    plain = [i for i, segment in enumerate(attention.segments) if segment.pattern.query_order is None]
+    return [group for group in (plain, *([i] for i in range(len(attention.segments)) if i not in plain)) if group]
+
+
+def blocks(attention: Attention, segments: list[int], size: int) -> Iterator[Block]:
+    """All blocks of one pass, first query first. ``size`` is for queries in their own order."""
     q_len = attention.q_len
-    for q_start in range(0, q_len, size):
+    pattern = attention.segments[segments[0]].pattern
+    q_start = 0
+    while q_start < q_len:
+        if isinstance(pattern, SortedChunks):  # a block stays within one chunk, so that its spans are its whole truth
+            size = min(DENSE_ROWS, pattern.length - (pattern.start + q_start) % pattern.length)
         q_stop = min(q_len, q_start + size)
-        yield Block(
-            q_start,
-            q_stop,
-            tuple(
-                Part(index, *span)
-                for index, segment in enumerate(attention.segments)
-                for span in segment.pattern.kv_spans(q_start, q_stop, q_len, segment.kv_len)
-            ),
+        parts = tuple(
+            Part(index, *span)
+            for index in segments
+            for span in attention.segments[index].pattern.kv_spans(
+                q_start, q_stop, q_len, attention.segments[index].kv_len
+            )
         )
+        order = pattern.query_order
+        yield Block(q_start, q_stop, parts, None if order is None else order[:, :, q_start:q_stop])
+        q_start = q_stop
 
 
 class Masks:
@@ -86,52 +129,69 @@ class Masks:
 
     def of(self, block: Block, part: Part) -> PartMask | None:
         """The mask of a part of a block, or None when every key is visible to every query."""
-        segment, q_len = self._attention.segments[part.segment], self._attention.q_len
-        found = None if self._pattern_sees_all(block, part) else self._of_pattern(block, part)
-        seen = None if found is None else found.seen
-        keys = slice(part.kv_start, part.kv_stop)
-        if segment.key_mask is not None:
-            key_mask = segment.key_mask[:, keys]
-            # Worth a look at the data on the CPU, where most blocks of most batches have no padding; elsewhere it
-            # would make the device wait.
-            if key_mask.device.type != "cpu" or not bool(key_mask.all()):
-                seen = key_mask[:, None, None] if seen is None else seen & key_mask[:, None, None]
-        if segment.mask is not None:
-            dense = segment.mask[:, :, block.q_start : block.q_stop, keys]
-            seen = dense if seen is None else seen & dense
-        if seen is None or (found is not None and seen is found.seen):
+        found = self.of_pattern(block, part)
+        keys = self.of_keys(block, part)
+        if keys is None:
             return found
+        seen = keys if found is None else found.seen & keys
         return PartMask(seen, seen.any(-1))
 
-    def _pattern_sees_all(self, block: Block, part: Part) -> bool:
+    def of_pattern(self, block: Block, part: Part) -> PartMask | None:
+        """What the pattern alone hides, or None for nothing."""
         segment, q_len = self._attention.segments[part.segment], self._attention.q_len
+        pattern = segment.pattern
         extent = (block.q_start, block.q_stop, part.kv_start, part.kv_stop, q_len, segment.kv_len)
-        return segment.pattern.sees_all(*extent)
-
-    def _of_pattern(self, block: Block, part: Part) -> PartMask:
-        segment, q_len = self._attention.segments[part.segment], self._attention.q_len
-        extent = (block.q_start, block.q_stop, part.kv_start, part.kv_stop, q_len, segment.kv_len)
-        key = segment.pattern.block_key(*extent)
+        if pattern.sees_all(*extent):
+            return None
+        if isinstance(pattern, SortedChunks) and block.index is not None:
+            token = pattern.sorted_tensors()[1][:, :, None, part.kv_start : part.kv_stop]
+            seen = pattern.visible(block.index[..., None], token)
+            return PartMask(seen, seen.any(-1))
+        key = pattern.block_key(*extent)
         if key is not None and self._last.get(part.segment, (None,))[0] == key:
             return self._last[part.segment][1]
         device = self._attention.query.device
         q = torch.arange(block.q_start, block.q_stop, device=device)[None, None, :, None]
         kv = torch.arange(part.kv_start, part.kv_stop, device=device)[None, None, None, :]
-        zero = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=device)
-        seen = segment.pattern.mask_mod(q_len, segment.kv_len)(zero, zero, q, kv)
+        seen = pattern.mask_mod(q_len, segment.kv_len)(*pattern.batch_and_heads(device), q, kv)
         mask = PartMask(seen, seen.any(-1))
         if key is not None:
             self._last[part.segment] = (key, mask)
         return mask
 
+    def of_keys(self, block: Block, part: Part) -> Tensor | None:
+        """What key mask and dense mask leave visible: bool, broadcastable to ``(batch, heads, n, m)``; None for all."""
+        segment, keys = self._attention.segments[part.segment], slice(part.kv_start, part.kv_stop)
+        seen: Tensor | None = None
+        if segment.key_mask is not None:
+            key_mask = segment.key_mask[:, keys]
+            # Worth a look at the data on the CPU, where most blocks of most batches have no padding; elsewhere it
+            # would make the device wait.
+            if key_mask.device.type != "cpu" or not bool(key_mask.all()):
+                seen = key_mask[:, None, None]
+        if segment.mask is not None:
+            dense = segment.mask[..., keys].expand(self._attention.batch, self._attention.heads, -1, -1)
+            dense = segment.mask[:, :, block.q_start : block.q_stop, keys] if block.index is None else block.take(dense)
+            seen = dense if seen is None else seen & dense
+        return seen
+
     def bias(self, block: Block, part: Part) -> Tensor | None:
         """The bias of a part, broadcastable to ``(batch, heads, n, m)``, or None."""
-        segment, attention = self._attention.segments[part.segment], self._attention
-        if segment.bias is None:
-            return None
-        q = torch.arange(block.q_start, block.q_stop, device=attention.query.device)
-        kv = torch.arange(part.kv_start, part.kv_stop, device=attention.query.device)
-        return segment.bias_at(q, kv, attention.q_len, attention.batch, attention.heads)
+        attention = self._attention
+        device = attention.query.device
+        q = torch.arange(block.q_start, block.q_stop, device=device) if block.index is None else block.index
+        kv = torch.arange(part.kv_start, part.kv_stop, device=device)
+        return attention.segments[part.segment].bias_at(q, kv, attention.q_len, attention.batch, attention.heads)
+
+    def key(self, block: Block, part: Part) -> tuple[object, ...] | None:
+        """Blocks of equal key have equal masks by pattern and equal biases; None: no promise."""
+        segment, q_len = self._attention.segments[part.segment], self._attention.q_len
+        extent = (block.q_start, block.q_stop, part.kv_start, part.kv_stop, q_len, segment.kv_len)
+        by_pattern: tuple[object, ...] | None = segment.pattern.block_key(*extent)
+        if segment.pattern.sees_all(*extent):
+            by_pattern = ("all", block.q_stop - block.q_start, part.kv_stop - part.kv_start)
+        by_bias = () if segment.bias is None else segment.bias.block_key(*extent)
+        return None if by_pattern is None or by_bias is None else (by_pattern, by_bias)
 
 
 def additive(seen: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.backend import Backend, Capabilities
-from attnzoo.patterns import Causal, Chunks, Full, Window
+from attnzoo.patterns import Causal, Chunks, Full, SortedChunks, Window
 from attnzoo.segments import FLOATS, Attention, Result, Segment
 
 
@@ -47,17 +47,18 @@ def evaluate(attention: Attention, rows: Tensor | None = None) -> Result:
     grids = [_scores(attention, segment, query, rows) for segment in attention.segments]
     scores = torch.cat([score for score, _ in grids], dim=-1)
     seen = torch.cat([mask.expand(attention.batch, heads, -1, -1) for _, mask in grids], dim=-1)
-    if attention.query_mask is not None:
-        seen = seen & attention.query_mask[:, None, rows, None]
     live = seen.any(-1, keepdim=True)
     # A row that sees nothing gets finite scores and then weight zero, so that neither it nor its gradient is NaN.
     scores = scores.masked_fill(~seen & live, float("-inf"))
     half = scores.dtype in (torch.bfloat16, torch.float16)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32 if half else None).to(scores.dtype) * live
+    if attention.query_mask is not None:
+        weights = weights * attention.query_mask[:, None, rows, None]
     dropped = torch.nn.functional.dropout(weights, attention.dropout) if attention.dropout > 0.0 else weights
     values = torch.cat([expand_heads(segment.value, heads) for segment in attention.segments], dim=2)
     lengths = [segment.kv_len for segment in attention.segments]
-    return Result(dropped @ values, "eager", weights.split(lengths, dim=-1), dropped.split(lengths, dim=-1))
+    output = attention.fill(dropped @ values, live.squeeze(-1), rows)
+    return Result(output, "eager", weights.split(lengths, dim=-1), dropped.split(lengths, dim=-1))
 
 
 def _scores(attention: Attention, segment: Segment, query: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,7 @@ class EagerBackend(Backend):
     capabilities: ClassVar[Capabilities] = Capabilities(
         devices=frozenset({"cpu", "cuda"}),
         dtypes=frozenset(FLOATS),
-        patterns=frozenset({Full, Causal, Window, Chunks}),
+        patterns=frozenset({Full, Causal, Window, Chunks, SortedChunks}),
         segments=1 << 16,
         key_mask=True,
         mask=True,

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.backends.blocks import Block, Masks, Part, additive, block_size, blocks
+from attnzoo.backends.blocks import Block, Masks, Part, additive, block_size, blocks, passes
 from attnzoo.backends.eager import expand_heads
+from attnzoo.bias import Bias
 from attnzoo.segments import Attention
 from attnzoo.union import merge_
 
@@ -49,13 +50,24 @@ def unavailable() -> str | None:
 def attend(attention: Attention) -> Tensor:
     """The attention's output ``(batch, heads, q_len, value_dim)``.
 
-    For CPU tensors with ``value_dim == head_dim``, no dropout, and biases that need no gradient.
+    For CPU tensors with ``value_dim == head_dim`` and without dropout.
     """
-    return _Blocked.apply(_hollow(attention), *_qkv(attention))
+    trained = [bias.values for bias in _trained(attention).values()] if torch.is_grad_enabled() else []
+    output, live = _Blocked.apply(_hollow(attention), len(trained), attention.query, *_keys_values(attention), *trained)
+    return attention.fill(output, None if bool(live.all()) else live)
 
 
-def _qkv(attention: Attention) -> list[Tensor]:
-    return [attention.query, *(t for segment in attention.segments for t in (segment.key, segment.value))]
+def _keys_values(attention: Attention) -> list[Tensor]:
+    return [tensor for segment in attention.segments for tensor in (segment.key, segment.value)]
+
+
+def _trained(attention: Attention) -> dict[int, Bias]:
+    """The biases that get a gradient, by number of their segment."""
+    return {
+        index: segment.bias
+        for index, segment in enumerate(attention.segments)
+        if segment.bias is not None and segment.bias.values.requires_grad
+    }
 
 
 def _hollow(attention: Attention) -> Attention:
@@ -69,97 +81,167 @@ def _hollow(attention: Attention) -> Attention:
             segment,
             key=shell(segment.key),
             value=shell(segment.value),
-            bias=None if segment.bias is None else replace(segment.bias, values=segment.bias.values.detach()),
         )
         for segment in attention.segments
     )
-    return replace(attention, query=shell(attention.query), segments=segments)
+    return replace(attention, query=shell(attention.query), segments=segments, query_mask=None, empty=None)
 
 
-class _AdditiveMasks:
-    """The additive mask each part's kernel call takes, and its live rows; the last one per pattern is reused."""
+class _Terms:
+    """What the kernel adds to a part's scores, and the part's live rows; the last of each segment is reused."""
 
     def __init__(self, attention: Attention) -> None:
         self._masks, self._attention = Masks(attention), attention
-        self._last: dict[int, tuple[Any, Tensor | None]] = {}
+        self._last: dict[int, tuple[object, Tensor | None, Tensor | None]] = {}
 
     def of(self, block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
-        mask, bias = self._masks.of(block, part), self._masks.bias(block, part)
+        """The additive term ``(batch, heads, n, m)`` and the live rows; either is None when there is nothing to say."""
         attention = self._attention
-        full = (attention.batch, attention.heads, block.q_stop - block.q_start, part.kv_stop - part.kv_start)
-        if mask is None:
-            term = additive(None, bias, attention.query.dtype)
-            return (None if term is None else term.expand(full)), None
-        known = self._last.get(part.segment)
-        if bias is None and known is not None and known[0] is mask:
-            return known[1], mask.live
-        term = additive(mask.seen, bias, attention.query.dtype)
-        term = None if term is None else term.expand(full)
-        self._last[part.segment] = (mask, term)
-        return term, mask.live
+        term, live = self._of_structure(block, part)
+        keys = self._masks.of_keys(block, part)
+        if keys is not None:
+            pattern = self._masks.of_pattern(block, part)
+            live = (keys if pattern is None else keys & pattern.seen).any(-1)
+            term = additive(keys, term, attention.query.dtype)
+        shape = (attention.batch, attention.heads, block.q_stop - block.q_start, part.kv_stop - part.kv_start)
+        return (None if term is None else term.expand(shape)), live
+
+    def _of_structure(self, block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
+        """Pattern and bias alone: the same for most blocks of a sequence."""
+        key, last = self._masks.key(block, part), self._last.get(part.segment)
+        if key is not None and last is not None and last[0] == key:
+            return last[1:]
+        mask, bias = self._masks.of_pattern(block, part), self._masks.bias(block, part)
+        term = additive(None if mask is None else mask.seen, bias, self._attention.query.dtype)
+        live = None if mask is None else mask.live
+        if key is not None:
+            self._last[part.segment] = (key, term, live)
+        return term, live
 
 
 class _Blocked(torch.autograd.Function):
-    """Forward over blocks and parts; backward over the same."""
+    """Forward over passes, blocks and parts; backward over the same."""
 
     @staticmethod
-    def forward(ctx: Any, attention: Attention, query: Tensor, *keys_values: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, attention: Attention, biases: int, query: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        keys_values = tensors[: len(tensors) - biases]
         batch, heads, q_len, dim = query.shape
         accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
-        out = query.new_empty((batch, q_len, heads, dim)).transpose(1, 2)  # (batch, q_len, heads, dim) in memory
+        groups = passes(attention)
+        out = query.new_zeros((batch, q_len, heads, dim), dtype=query.dtype if len(groups) == 1 else accumulate)
+        out = out.transpose(1, 2)  # (batch, q_len, heads, dim) in memory, as models want it
         lse = query.new_full((batch, q_len, heads), float("-inf"), dtype=accumulate).transpose(1, 2)
-        masks = _AdditiveMasks(attention)
-        for block in blocks(attention, block_size(attention)):
-            rows = slice(block.q_start, block.q_stop)
-            q, total, total_lse = query[:, :, rows], None, lse[:, :, rows]
-            for part in block.parts:
-                key, value = _part(keys_values, part, heads)
-                mask, live = masks.of(block, part)
-                part_out, part_lse = getattr(torch.ops.aten, _FORWARD)(
-                    q, key, value, 0.0, False, attn_mask=mask, scale=attention.scale
-                )
-                if live is not None:  # the kernel returns lse 0 for a row that sees nothing; its true lse is -inf
-                    part_lse = part_lse.masked_fill(~live, float("-inf"))
-                if total is None:
-                    total = part_out if len(block.parts) == 1 else part_out.to(accumulate)
-                    total_lse.copy_(part_lse)
-                else:
-                    merge_(total, total_lse, part_out, part_lse)
-            out[:, :, rows] = 0.0 if total is None else total
-        if attention.query_mask is not None:
-            out.masked_fill_(~attention.query_mask[:, None, :, None], 0.0)
-        ctx.attention = attention
+        terms = _Terms(attention)
+        for number, group in enumerate(groups):
+            for block in blocks(attention, group, block_size(attention)):
+                q = block.take(query)
+                total, total_lse = (block.take(out), block.take(lse)) if number else (None, None)
+                for part in block.parts:
+                    key, value = _part(keys_values, part, heads)
+                    term, live = terms.of(block, part)
+                    part_out, part_lse = getattr(torch.ops.aten, _FORWARD)(
+                        q, key, value, 0.0, False, attn_mask=term, scale=attention.scale
+                    )
+                    if live is not None:  # the kernel returns lse 0 for a row that sees nothing; its true lse is -inf
+                        part_lse = part_lse.masked_fill(~live, float("-inf"))
+                    if total is None or total_lse is None:
+                        total = part_out if len(block.parts) == 1 else part_out.to(accumulate)
+                        total_lse = part_lse
+                    else:
+                        merge_(total, total_lse, part_out, part_lse)
+                if total is not None and total_lse is not None:
+                    block.put(out, total)
+                    block.put(lse, total_lse)
+        out, live = out.to(query.dtype), lse != float("-inf")
+        ctx.attention, ctx.biases = attention, biases
+        ctx.mark_non_differentiable(live)
         ctx.save_for_backward(query, *keys_values, out, lse)
-        return out
+        return out, live
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         attention: Attention = ctx.attention
         query, *keys_values, out, lse = ctx.saved_tensors
-        if attention.query_mask is not None:
-            grad_out = grad_out.masked_fill(~attention.query_mask[:, None, :, None], 0.0)
         # Rows that see nothing have lse -inf, and the kernel would form inf - inf; with 0 their weights become 0.
         lse = lse.masked_fill(lse == float("-inf"), 0.0)
-        accumulate = lse.dtype
-        grads = [torch.zeros(tensor.shape, dtype=accumulate) for tensor in (query, *keys_values)]
-        masks = _AdditiveMasks(attention)
-        for block in blocks(attention, block_size(attention)):
-            rows = slice(block.q_start, block.q_stop)
-            for part in block.parts:
-                key, value = _part(tuple(keys_values), part, attention.heads)
-                mask, _ = masks.of(block, part)
-                grad_q, grad_k, grad_v = getattr(torch.ops.aten, _BACKWARD)(
-                    *(grad_out[:, :, rows], query[:, :, rows], key, value, out[:, :, rows], lse[:, :, rows]),
-                    *(0.0, False),
-                    attn_mask=mask,
-                    scale=attention.scale,
-                )
-                grads[0][:, :, rows] += grad_q
-                keys = slice(part.kv_start, part.kv_stop)
-                for index, grad in ((2 * part.segment + 1, grad_k), (2 * part.segment + 2, grad_v)):
-                    grads[index][:, :, keys] += _sum_groups(grad, grads[index].shape[1])
-        return None, *(grad.to(query.dtype) for grad in grads)
+        grads = [torch.zeros(tensor.shape, dtype=lse.dtype) for tensor in (query, *keys_values)]
+        trained = _BiasGradients(attention, lse.dtype) if ctx.biases else None
+        terms = _Terms(attention)
+        for group in passes(attention):
+            for block in blocks(attention, group, block_size(attention)):
+                rows = [block.take(tensor) for tensor in (grad_out, query, out, lse)]
+                for part in block.parts:
+                    key, value = _part(tuple(keys_values), part, attention.heads)
+                    term, _ = terms.of(block, part)
+                    if trained is not None and part.segment in trained:
+                        grad_q, grad_k, grad_v, grad_scores = _backward_by_hand(rows, key, value, term, attention.scale)
+                        trained.add(block, part, grad_scores)
+                    else:
+                        grad_q, grad_k, grad_v = getattr(torch.ops.aten, _BACKWARD)(
+                            *(rows[0], rows[1], key, value, rows[2], rows[3], 0.0, False),
+                            attn_mask=term,
+                            scale=attention.scale,
+                        )
+                    block.add(grads[0], grad_q)
+                    keys = slice(part.kv_start, part.kv_stop)
+                    for index, grad in ((2 * part.segment + 1, grad_k), (2 * part.segment + 2, grad_v)):
+                        grads[index][:, :, keys] += _sum_groups(grad, grads[index].shape[1])
+        of_biases = trained.finished() if trained is not None else []
+        return None, None, *(grad.to(query.dtype) for grad in grads), *of_biases
+
+
+def _backward_by_hand(
+    rows: list[Tensor], key: Tensor, value: Tensor, term: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys, values and scores: the kernel keeps the last to itself, and biases need it."""
+    grad_out, query, out, lse = rows
+    wide = lse.dtype
+    grad_out, query, out, key, value = (tensor.to(wide) for tensor in (grad_out, query, out, key, value))
+    scores = query @ key.transpose(-1, -2) * scale
+    if term is not None:
+        scores += term
+    weights = torch.exp(scores - lse[..., None])
+    grad_scores = weights * (grad_out @ value.transpose(-1, -2) - (grad_out * out).sum(-1, keepdim=True))
+    grad_q, grad_k = grad_scores @ key * scale, grad_scores.transpose(-1, -2) @ query * scale
+    return grad_q, grad_k, weights.transpose(-1, -2) @ grad_out, grad_scores
+
+
+class _BiasGradients:
+    """Gradients of trained biases. Blocks that look the same are added up before they are taken apart by index."""
+
+    def __init__(self, attention: Attention, dtype: torch.dtype) -> None:
+        self._attention, self._masks, self._biases = attention, Masks(attention), _trained(attention)
+        self._grads = {index: torch.zeros(b.values.shape, dtype=dtype) for index, b in self._biases.items()}
+        self._sums: dict[int, tuple[object, Block, Part, Tensor]] = {}
+
+    def __contains__(self, segment: int) -> bool:
+        return segment in self._biases
+
+    def add(self, block: Block, part: Part, grad_scores: Tensor) -> None:
+        """Take the gradient of a part's scores in."""
+        key, known = self._masks.key(block, part), self._sums.get(part.segment)
+        if known is not None and key is not None and known[0] == key:
+            known[3].add_(grad_scores)
+            return
+        self._flush(part.segment)
+        self._sums[part.segment] = (key, block, part, grad_scores)
+
+    def finished(self) -> list[Tensor]:
+        """The gradients, in the order of the segments and the dtype of the values."""
+        for segment in self._biases:
+            self._flush(segment)
+        return [grad.to(self._biases[index].values.dtype) for index, grad in self._grads.items()]
+
+    def _flush(self, index: int) -> None:
+        if index not in self._sums:
+            return
+        _, block, part, total = self._sums.pop(index)
+        q, kv = torch.arange(block.q_start, block.q_stop), torch.arange(part.kv_start, part.kv_stop)
+        lengths = (self._attention.q_len, self._attention.segments[index].kv_len)
+        self._biases[index].add_gradient_(self._grads[index], total, q, kv, *lengths)
 
 
 def _part(keys_values: tuple[Tensor, ...], part: Part, heads: int) -> tuple[Tensor, Tensor]:

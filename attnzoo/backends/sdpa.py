@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnzoo.backend import Backend, Capabilities
-from attnzoo.backends import flash_cpu
-from attnzoo.backends.blocks import Block, Masks, additive, block_size, blocks, sees_all
+from attnzoo.backends import flash_cpu, math_blocks
+from attnzoo.backends.blocks import Masks, additive, block_size, blocks, sees_all
 from attnzoo.backends.eager import expand_heads
-from attnzoo.patterns import Causal, Chunks, Full, Window
+from attnzoo.backends.pieces import Pieces, join_masks
+from attnzoo.patterns import Causal, Chunks, Full, SortedChunks, Window
 from attnzoo.segments import FLOATS, Attention, Result
 
 
@@ -32,7 +33,7 @@ class SdpaBackend(Backend):
     capabilities: ClassVar[Capabilities] = Capabilities(
         devices=frozenset({"cpu", "cuda"}),
         dtypes=frozenset(FLOATS),
-        patterns=frozenset({Full, Causal, Window, Chunks}),
+        patterns=frozenset({Full, Causal, Window, Chunks, SortedChunks}),
         segments=1 << 16,
         key_mask=True,
         mask=True,
@@ -49,11 +50,12 @@ class SdpaBackend(Backend):
         if causal or _is_single_whole(attention):
             (segment,) = attention.segments
             seen = None if segment.key_mask is None else segment.key_mask[:, None, None, :]
-            return _call(
-                attention, attention.query, segment.key, segment.value, seen, None, causal, attention.query_mask
-            )
+            output, live, kernel = _call(attention, attention.query, segment.key, segment.value, seen, None, causal)
+            return Result(attention.fill(output, live), kernel)
         if _lse_kernel_takes(attention):
             return Result(flash_cpu.attend(attention), flash_cpu.KERNEL)
+        if any(segment.pattern.query_order is not None for segment in attention.segments):
+            return Result(math_blocks.attend(attention), math_blocks.KERNEL)
         # Concatenated keys are copied for every block: larger blocks copy less.
         return _concatenated(attention, min(attention.q_len, 4 * block_size(attention)))
 
@@ -79,13 +81,9 @@ def _is_single_causal(attention: Attention) -> bool:
 
 
 def _lse_kernel_takes(attention: Attention) -> bool:
-    trained_bias = torch.is_grad_enabled() and any(
-        segment.bias is not None and segment.bias.values.requires_grad for segment in attention.segments
-    )
     return (
         attention.query.device.type == "cpu"
         and attention.dropout == 0.0
-        and not trained_bias
         and attention.value_dim == attention.head_dim
         and flash_cpu.unavailable() is None
     )
@@ -93,83 +91,25 @@ def _lse_kernel_takes(attention: Attention) -> bool:
 
 def _concatenated(attention: Attention, size: int) -> Result:
     """One call per block on the concatenated keys of all its parts."""
-    plan = list(blocks(attention, size))
+    plan = list(blocks(attention, list(range(len(attention.segments))), size))
     masks = Masks(attention)
-    pieces = [_Pieces(attention, index, plan) for index in range(len(attention.segments))]
-    outputs, kernels = [], set()
+    pieces = [Pieces(attention, index, plan) for index in range(len(attention.segments))]
+    outputs, lives, kernels = [], [], set()
     for block, query in zip(plan, attention.query.split(size, dim=2), strict=True):
+        rows = (attention.batch, 1, query.shape[2])
         if not block.parts:
-            outputs.append(query.new_zeros((*query.shape[:3], attention.value_dim)) * query.sum())
+            outputs.append(query.sum(-1, keepdim=True).expand(-1, -1, -1, attention.value_dim) * 0.0)
+            lives.append(torch.zeros(rows, dtype=torch.bool, device=query.device))
             continue
-        keys = [pieces[part.segment].key(part.kv_start, part.kv_stop) for part in block.parts]
-        values = [pieces[part.segment].value(part.kv_start, part.kv_stop) for part in block.parts]
-        seen, bias = _joined_masks(attention, masks, block)
-        query_mask = attention.query_mask
-        result = _call(
-            attention,
-            query,
-            torch.cat(keys, dim=2),
-            torch.cat(values, dim=2),
-            seen,
-            bias,
-            False,
-            None if query_mask is None else query_mask[:, block.q_start : block.q_stop],
-        )
-        outputs.append(result.output)
-        kernels.add(result.kernel)
-    return Result(torch.cat(outputs, dim=2), "+".join(sorted(kernels)) or "none")
-
-
-class _Pieces:
-    """Keys and values of a segment, cut where any block's span begins or ends.
-
-    A slice per block would give autograd a whole-length gradient per block to add up; pieces that blocks share and
-    concatenate have gradients of their own size.
-    """
-
-    def __init__(self, attention: Attention, index: int, plan: list[Block]) -> None:
-        segment = attention.segments[index]
-        parts = [part for block in plan for part in block.parts if part.segment == index]
-        self._cuts = sorted({0, segment.kv_len, *(p.kv_start for p in parts), *(p.kv_stop for p in parts)})
-        sizes = [stop - start for start, stop in zip(self._cuts, self._cuts[1:], strict=False)]
-        self._keys = expand_heads(segment.key, attention.heads).split(sizes, dim=2)
-        self._values = expand_heads(segment.value, attention.heads).split(sizes, dim=2)
-
-    def key(self, start: int, stop: int) -> Tensor:
-        return torch.cat(self._keys[self._cuts.index(start) : self._cuts.index(stop)], dim=2)
-
-    def value(self, start: int, stop: int) -> Tensor:
-        return torch.cat(self._values[self._cuts.index(start) : self._cuts.index(stop)], dim=2)
-
-
-def _joined_masks(attention: Attention, masks: Masks, block: Block) -> tuple[Tensor | None, Tensor | None]:
-    """Mask and bias of all parts of a block side by side."""
-    seen = [masks.of(block, part) for part in block.parts]
-    bias = [masks.bias(block, part) for part in block.parts]
-    shape = (attention.batch, attention.heads, block.q_stop - block.q_start)
-    widths = [part.kv_stop - part.kv_start for part in block.parts]
-    query = attention.query
-    joined_seen = joined_bias = None
-    if any(mask is not None for mask in seen):
-        heads = max(1 if mask is None else mask.seen.shape[1] for mask in seen)
-        joined_seen = torch.cat(
-            [
-                torch.ones((1, 1, 1, 1), dtype=torch.bool, device=query.device).expand(shape[0], heads, shape[2], width)
-                if mask is None
-                else mask.seen.expand(shape[0], heads, shape[2], width)
-                for mask, width in zip(seen, widths, strict=True)
-            ],
-            dim=-1,
-        )
-    if any(term is not None for term in bias):
-        joined_bias = torch.cat(
-            [
-                (query.new_zeros((1, 1, 1, 1)) if term is None else term.to(query.dtype)).expand(*shape, width)
-                for term, width in zip(bias, widths, strict=True)
-            ],
-            dim=-1,
-        )
-    return joined_seen, joined_bias
+        key = torch.cat([pieces[part.segment].key(part.kv_start, part.kv_stop) for part in block.parts], dim=2)
+        value = torch.cat([pieces[part.segment].value(part.kv_start, part.kv_stop) for part in block.parts], dim=2)
+        output, live, kernel = _call(attention, query, key, value, *join_masks(attention, masks, block), False)
+        outputs.append(output)
+        lives.append(torch.ones(rows, dtype=torch.bool, device=query.device) if live is None else live)
+        kernels.add(kernel)
+    heads = max(live.shape[1] for live in lives)
+    live = torch.cat([live.expand(attention.batch, heads, -1) for live in lives], dim=2)
+    return Result(attention.fill(torch.cat(outputs, dim=2), live), "+".join(sorted(kernels)) or "none")
 
 
 def _call(
@@ -180,14 +120,13 @@ def _call(
     seen: Tensor | None,
     bias: Tensor | None,
     causal: bool,
-    query_mask: Tensor | None,
-) -> Result:
-    """One ``scaled_dot_product_attention``, with rows that see nothing (or are padding) as zeros."""
+) -> tuple[Tensor, Tensor | None, str]:
+    """One ``scaled_dot_product_attention``: output, rows that see a key (None: all do), and the kernel."""
     live = None
     if seen is not None:
-        # Kernels disagree on rows that see nothing. Let such rows see everything, and drop what comes out.
-        live = seen.any(-1, keepdim=True)
-        seen = (seen | ~live).expand(-1, -1, query.shape[2], -1)
+        # Kernels disagree on rows that see nothing. Let such rows see everything; what comes out is dropped later.
+        live = seen.any(-1)
+        seen = (seen | ~live[..., None]).expand(-1, -1, query.shape[2], -1)
     mask = seen if bias is None else additive(seen, bias, query.dtype)
     key, value = expand_heads(key, attention.heads), expand_heads(value, attention.heads)
     kernel = _kernel(query, key, value, mask, attention.dropout, causal)
@@ -195,11 +134,7 @@ def _call(
         output = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=attention.dropout, is_causal=causal, scale=attention.scale
         )
-    if live is not None:
-        output = output.masked_fill(~live, 0.0)
-    if query_mask is not None:
-        output = output.masked_fill(~query_mask[:, None, :, None], 0.0)
-    return Result(output, _NAMES[kernel])
+    return output, live, _NAMES[kernel]
 
 
 _NAMES = {

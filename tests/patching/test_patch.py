@@ -133,6 +133,17 @@ def test_a_refused_site_leaves_every_module_untouched(led, add_backend, as_it_wa
     assert "segments: got 2; allowed: at most 1" in str(caught.value)
 
 
+def test_every_reason_of_every_attention_of_a_site_is_listed(led, add_backend):
+    """LED's encoder computes two: window and globals together, and the global tokens' own."""
+    add_backend("little", segments=1, patterns=frozenset({attnzoo.Window}))
+    with pytest.raises(BackendRefusedError) as caught:
+        attnzoo.patch(led.model, {"led.encoder*": "little"})
+    assert set(caught.value.refusals[led.sites[0]]) == {
+        Refusal("segments", "2", "at most 1"),
+        Refusal("pattern", "Full()", "Window"),
+    }
+
+
 def test_a_refusal_under_an_earlier_patch_leaves_that_patch_alone(led, add_backend):
     add_backend("one-segment", segments=1)
     with attnzoo.patch(led.model, "sdpa") as handle:

@@ -209,8 +209,8 @@ def test_any_sequence_of_patches_ends_at_the_original(kind, build_subject, as_it
         dict(kind=kind, build=staticmethod(build_subject), remember=staticmethod(as_it_was)),
     )
     profile = settings(
-        max_examples=settings().max_examples if LONG else 15,
-        stateful_step_count=12,
+        max_examples=settings().max_examples if LONG else 30,
+        stateful_step_count=15,
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )

@@ -1,0 +1,129 @@
+"""LongT5's decoder: causal self-attention with a relative bias, and cross-attention, both with caches.
+
+The module runs its own forward, with its projections and its caching; only the attention function in it is replaced. In
+place of a bias as large as the scores, that forward passes along a small object that it does not look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.adapter import Attend, Forward, parameter_of
+from attnzoo.adapters.longt5_bias import bucketed, check_buckets, learns, side_reach
+from attnzoo.bias import Bias, DenseBias, RelativeBias
+from attnzoo.functional import compute_dtype
+from attnzoo.interface import check_interface, rebind
+from attnzoo.masks import read_attention_mask
+from attnzoo.patterns import Causal, Full
+from attnzoo.segments import Attention, Request, Segment, SegmentRequest
+
+_TABLE = "relative_attention_bias"
+_NO_BIAS = object()  # keeps the model's forward from making a bias of zeros as large as the scores
+
+
+def _decoder_forward(
+    module: Any,
+    attend: Attend,
+    run: Callable[..., tuple[Tensor, Any, Tensor | None]],
+    hidden_states: Tensor,
+    mask: Tensor | None = None,
+    key_value_states: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The module's own forward ``run``, with a bias it passes along unseen to the attention function given to it."""
+    values, bias = position_bias, position_bias
+    if position_bias is None and not module.has_relative_attention_bias:
+        bias = _NO_BIAS
+    elif position_bias is None and getattr(attend, "complete", False):
+        values = bucketed(module, _TABLE, side_reach(module))
+    if values is not None and values.ndim == 2:
+        seen = 0 if past_key_values is None else int(past_key_values.get_seq_length(module.layer_idx))
+        bias = RelativeBias(values, zero=side_reach(module), offset=seen)
+    output, passed, weights = run(hidden_states, mask, key_value_states, bias, past_key_values, **kwargs)
+    if passed is _NO_BIAS:
+        passed = None
+    return output, values if isinstance(passed, Bias) else passed, weights
+
+
+class _Interface:
+    """Stands where the modelling file expects ``ALL_ATTENTION_FUNCTIONS``, for one module."""
+
+    def __init__(self, attend: Attend) -> None:
+        self._attend = attend
+
+    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        return partial(self._call, name)
+
+    def _call(
+        self,
+        name: str,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float,
+        scaling: float,
+        position_bias: Any,
+        use_cache: bool | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        check_interface(module)
+        bias = DenseBias(position_bias) if isinstance(position_bias, Tensor) else position_bias
+        bias = None if bias is _NO_BIAS else bias
+        pattern, mask = _unmasked(name, module, query), None
+        if attention_mask is not None:
+            pattern, (mask, rest) = Full(), self._attend.once(attention_mask, "read", read_attention_mask)
+            if rest is not None:
+                bias = rest if bias is None else _sum(query, key, bias, rest)
+        query, key, value = (tensor.to(compute_dtype(tensor)) for tensor in (query, key, value))
+        segment = Segment(key, value, pattern, mask=mask, bias=bias)
+        result = self._attend(Attention(query, (segment,), scaling, dropout), output_attentions)
+        return result.output.transpose(1, 2).contiguous(), None if result.dropped is None else result.dropped[0]
+
+
+def _unmasked(name: str, module: Any, query: Tensor) -> Full | Causal:
+    """What no mask means: nothing hidden; but where the model relies on ``is_causal``, causal from key 0 on."""
+    return Causal(offset=0) if name == "sdpa" and module.is_causal and query.shape[2] > 1 else Full()
+
+
+def _sum(query: Tensor, key: Tensor, bias: Bias, rest: DenseBias) -> DenseBias:
+    """The bias on top of what a caller's own additive mask adds."""
+    batch, heads, q_len, _ = query.shape
+    rows, columns = (torch.arange(n, device=query.device) for n in (q_len, key.shape[2]))
+    dense = Segment(key, key, bias=bias).bias_at(rows, columns, q_len, batch, heads)
+    return DenseBias(rest.values if dense is None else rest.values + dense)
+
+
+def bind_decoder(module: Any, attend: Attend) -> Forward:
+    """The module's own forward, whose attention function is the site's backend."""
+    run = MethodType(rebind(type(module).forward, ALL_ATTENTION_FUNCTIONS=_Interface(attend)), module)
+    return partial(_decoder_forward, module, attend, run)
+
+
+def request(module: Any, *segments: SegmentRequest) -> tuple[Request, ...]:
+    """One request of a module, for the segments it will look at."""
+    parameter, dim = parameter_of(module), module.key_value_proj_dim
+    return (Request(parameter.device.type, parameter.dtype, module.n_heads, dim, dim, segments),)
+
+
+def decoder_requests(module: Any) -> tuple[Request, ...]:
+    """What a decoder site will ask of its backend."""
+    bias = "relative" if module.is_causal else None
+    return request(
+        module, SegmentRequest(Full(), module.n_heads, mask=True, bias=bias, bias_grad=learns(module, _TABLE))
+    )
+
+
+def check_decoder(module: Any) -> None:
+    """Raise if the module is configured in a way its seam cannot serve."""
+    check_interface(module)
+    check_buckets(module)

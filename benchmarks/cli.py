@@ -1,0 +1,122 @@
+"""``attnzoo bench``: the shootout from the command line."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from attnzoo.benchmarks.plots import draw, require_matplotlib
+from attnzoo.benchmarks.report import show
+from attnzoo.benchmarks.rows import Shootout
+from attnzoo.benchmarks.runner import Plan, run
+from attnzoo.errors import InvalidArgumentError
+
+DEFAULT_LENGTHS = (1024, 2048, 4096)
+FULL_LENGTHS = (1024, 2048, 4096, 8192, 16384)
+FOLDER = Path("shootout")
+_DTYPE_ALIASES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def make_plan(
+    models: list[str] | None = None,
+    backends: list[str] | None = None,
+    seq_lens: list[int] | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    threads: int | None = None,
+    train: bool | None = None,
+    scope: str = "model",
+    rounds: int | None = None,
+    batch: int = 1,
+    full: bool = False,
+) -> Plan:
+    """The plan behind the options of the command line.
+
+    Raises:
+        InvalidArgumentError, UnknownNameError: a bad value; says what is allowed.
+    """
+    named = bool(backends)
+    values: dict[str, Any] = dict(
+        families=tuple(dict.fromkeys(models or ["led"])),
+        backends=tuple(backends) if backends else None,
+        seq_lens=tuple(sorted(set(seq_lens or (FULL_LENGTHS if full else DEFAULT_LENGTHS)))),
+        scope=scope,
+        modes=(False, True) if train is None else (train,),
+        dtype=_DTYPE_ALIASES.get(dtype, dtype),
+        device=device,
+        threads=torch.get_num_threads() if threads is None else threads,
+        batch=batch,
+        rounds=rounds,
+    )
+    if full:
+        values.update(seconds_per_case=60.0, dense_limit=None)
+    quick = not (full or named or seq_lens or train) and scope == "model"
+    plan = Plan(**values, train_limit=2048 if quick else None)
+    plan.contenders()
+    return plan
+
+
+def bench(
+    model: list[str] = typer.Option(["led"], help="Model family, repeatable: led, gpt_neox."),
+    backend: list[str] = typer.Option(None, help="Backend, repeatable; default: all of this machine."),
+    seq_len: list[int] = typer.Option(None, help="Input length in tokens, repeatable; default 1024, 2048, 4096."),
+    dtype: str = typer.Option("float32", help="float32, bfloat16, float16 or float64."),
+    device: str = typer.Option("cpu", help="cpu or cuda."),
+    threads: int = typer.Option(None, help="CPU threads; default: torch's."),
+    train: bool = typer.Option(None, "--train/--no-train", help="Only forward+backward / only forward; default both."),
+    scope: str = typer.Option("model", help="What is timed: model, module (one self-attention) or attention."),
+    rounds: int = typer.Option(None, help="Timed runs per row; default 3 to 9, as time allows."),
+    batch: int = typer.Option(1, help="Passages per run."),
+    full: bool = typer.Option(False, "--full", help="Longer inputs, more rounds, the dense oracle where it fits."),
+    json: Path = typer.Option(None, "--json", help="Where the JSON goes; default shootout/<name>.json."),
+    plot: Path = typer.Option(None, "--plot", help="Where the PNG goes; default beside the JSON."),
+    no_plot: bool = typer.Option(False, "--no-plot", help="Draw nothing."),
+) -> None:
+    """Time every backend against the original model on real text, behind a correctness gate.
+
+    No speed is shown for wrong numbers or for a kernel that was not asked for; such a run ends with exit code 1.
+    """
+    plan = make_plan(model, backend, seq_len, dtype, device, threads, train, scope, rounds, batch, full)
+    if plot is not None and no_plot:
+        raise InvalidArgumentError("plot", f"{plot} together with --no-plot", "one of the two")
+    if plot is not None:
+        require_matplotlib()
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    target = FOLDER / f"{'+'.join(plan.families)}-{plan.scope}-{stamp}.json" if json is None else json
+    found = _run(plan)
+    console = Console() if Console().is_terminal else Console(width=120)
+    found.write(target)
+    show(found, console)
+    console.print(f"\n{found.seconds:.0f} s in all; JSON: {target}", highlight=False, soft_wrap=True)
+    if not no_plot:
+        _draw(found, target.with_suffix(".png") if plot is None else plot, console, plot is not None)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def _run(plan: Plan) -> Shootout:
+    columns = (SpinnerColumn(), BarColumn(24), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+
+        def progress(done: float, text: str) -> None:
+            bar.update(task, completed=done, description=text)
+
+        return run(plan, progress)
+
+
+def _draw(found: Shootout, path: Path, console: Console, asked: bool) -> None:
+    try:
+        written = draw(found, path)
+    except InvalidArgumentError as error:
+        if asked:
+            raise
+        console.print(f"no plots: {error}", style="yellow", highlight=False, markup=False)
+        return
+    console.print(f"plots: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from attnzoo import register_backend, unregister_backend
+from attnzoo.benchmarks.models import WORKLOADS
+from attnzoo.benchmarks.rows import Row, Shootout
+from attnzoo.benchmarks.runner import Plan, run
+from attnzoo.benchmarks.worker import LocalWorker
+from tests.benchmarks import planted
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The tiny family and the planted backends, for the time of a test."""
+    monkeypatch.setitem(WORKLOADS, "tiny", planted.TINY)
+    planted.Switch.calls = 0
+    threads = torch.get_num_threads()
+    for cls in planted.BACKENDS:
+        register_backend(cls)
+    yield
+    for cls in planted.BACKENDS:
+        unregister_backend(cls.name)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def shootout() -> Callable[..., Shootout]:
+    """Runs a plan for the tiny family in this process, the end-to-end gate green unless given."""
+
+    def go(*backends: str, check: Any = lambda job: (True, ""), **values: Any) -> Shootout:
+        values = {"seq_lens": (40,), "rounds": 1, "modes": (False,), **values}
+        plan = Plan(families=("tiny",), backends=backends or None, **values)
+        return run(plan, launch=LocalWorker, check=check)
+
+    return go
+
+
+def row_of(found: Shootout, backend: str, mode: str = "forward") -> Row:
+    (row,) = [row for row in found.rows if row.backend == backend and row.mode == mode]
+    return row

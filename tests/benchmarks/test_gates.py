@@ -1,0 +1,186 @@
+"""No speed on a red gate, none when something else ran than was asked for, and nobody vanishes."""
+
+from __future__ import annotations
+
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from attnzoo.benchmarks.report import show
+from attnzoo.benchmarks.rows import Row, Shootout
+from tests.benchmarks.conftest import row_of
+
+MODES = (False, True)
+
+
+def assert_silent(row: Row) -> None:
+    assert row.seconds is None and row.fastest is None and row.slowest is None and row.speedup is None
+    assert row.runs == () and row.peak_bytes is None and row.peak_ratio is None
+
+
+def printed(found: Shootout) -> str:
+    console = Console(file=StringIO(), width=120)
+    show(found, console)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def line_of(text: str, backend: str) -> list[str]:
+    return next(line.split() for line in text.splitlines() if f" {backend} " in line and " S=" not in line)
+
+
+def test_right_backends_are_timed_and_compared(shootout):
+    found = shootout("eager", "sdpa", modes=MODES, rounds=3)
+    assert found.ok and len(found.rows) == 6
+    for row in found.rows:
+        assert row.status == "ok" and len(row.runs) == 3 and row.speedup is not None
+        assert row.fastest <= row.seconds <= row.slowest
+        if row.backend != "native":
+            assert row.checks and row.error <= row.budget and row.budget > 0
+    assert row_of(found, "native").speedup == 1.0
+    assert row_of(found, "native").kernel == "original (eager)"
+    assert row_of(found, "eager").kernel == "eager"
+    assert row_of(found, "sdpa").kernel not in (None, "none", "native", "eager")
+    assert any("gradient" in word for word in [row_of(found, "sdpa", "forward+backward").worst]) or (
+        row_of(found, "sdpa", "forward+backward").checks > row_of(found, "sdpa").checks
+    )
+
+
+@pytest.mark.parametrize("scope", ["model", "module", "attention"])
+def test_wrong_numbers_show_no_speed(shootout, scope):
+    found = shootout("wrong", scope=scope)
+    row = row_of(found, "wrong")
+    assert row.status == "red" and "outside the error budget" in row.reason and row.error > row.budget
+    assert_silent(row)
+    assert not found.ok
+    cells = line_of(printed(found), "wrong")
+    assert cells[-1] == "RED" and "ms" not in cells and "s" not in cells
+
+
+def test_red_end_to_end_shows_no_speed(shootout):
+    found = shootout("eager", check=lambda job: (False, "logits: FAILS"))
+    row = row_of(found, "eager")
+    assert row.status == "red" and "end to end: logits: FAILS" in row.reason
+    assert_silent(row)
+    assert row_of(found, "native").seconds is not None
+
+
+def test_end_to_end_verdict_comes_from_verify(shootout):
+    from attnzoo.benchmarks.worker import verify_here
+
+    found = shootout("eager", "wrong", check=verify_here, verify_len=16)
+    assert {v.backend: v.status for v in found.end_to_end} == {"eager": "ok", "wrong": "red"}
+    assert "end to end" in row_of(found, "wrong").reason
+    assert_silent(row_of(found, "wrong"))
+
+
+@pytest.mark.parametrize(
+    ("backend", "words"), [("elsewhere", "with kernel native"), ("switching", "which the gate did not judge")]
+)
+def test_something_else_ran(shootout, backend, words):
+    found = shootout(backend)
+    row = row_of(found, backend)
+    assert row.status == "red" and "not what was asked for" in row.reason and words in row.reason
+    assert_silent(row)
+
+
+def test_another_backend_ran(shootout, monkeypatch):
+    from attnzoo import patching
+
+    eager = patching.registry.make_backend("eager")
+    monkeypatch.setattr(patching, "execute", lambda backend, attention, *rest: eager.run(attention))
+    monkeypatch.setattr(patching._Attend, "__call__", _through_eager(eager))
+    row = row_of(shootout("sdpa"), "sdpa")
+    assert row.status == "red" and "asked for 'sdpa', executed eager" in row.reason
+    assert_silent(row)
+
+
+def _through_eager(eager):
+    def call(self, attention, probabilities=False):
+        result = eager.run(attention, probabilities)
+        self.site.kernels[result.kernel] += 1
+        if self.site.observer is not None:
+            self.site.observer(self.site, attention, result, eager)
+        return result
+
+    return call
+
+
+def test_an_unreached_site_is_red(shootout, monkeypatch):
+    from collections import Counter
+
+    from attnzoo.benchmarks.contenders import BackendEntry
+
+    def executed(self):
+        self._handle.sites[-1].kernels = Counter()
+        return original(self)
+
+    original = BackendEntry.executed
+    monkeypatch.setattr(BackendEntry, "executed", executed)
+    row = row_of(shootout("eager"), "eager")
+    assert row.status == "red" and "0 calls" in row.reason
+    assert_silent(row)
+
+
+def test_refusals_are_rows(shootout):
+    found = shootout("forward-only", "absent", modes=MODES)
+    assert row_of(found, "forward-only").status == "ok"
+    refused = row_of(found, "forward-only", "forward+backward")
+    assert refused.status == "refused" and "grad: got requested" in refused.reason
+    absent = row_of(found, "absent")
+    assert absent.status == "refused" and "pip install nowhere" in absent.reason
+    for row in (refused, absent):
+        assert_silent(row)
+    text = printed(found)
+    assert "pip install nowhere" in text and line_of(text, "absent")[-1] == "refused"
+    assert found.ok  # a refusal is an answer, not a failure
+
+
+def test_every_backend_of_the_machine_is_a_row_by_default(shootout):
+    from attnzoo import backends
+
+    found = shootout()
+    names = {row.backend for row in found.rows}
+    assert names == {"native"} | {info.name for info in backends().values() if info.exact or not info.available}
+    assert {"absent", "broken", "wrong"} <= names
+
+
+def test_failures_are_rows(shootout):
+    found = shootout("broken")
+    row = row_of(found, "broken")
+    assert row.status == "failed" and "RuntimeError: the kernel fell over" in row.reason
+    assert_silent(row)
+    assert not found.ok
+
+
+def test_left_out_rows_say_why(shootout):
+    found = shootout(seq_lens=(40, 80), dense_limit=64)
+    late = [row for row in found.rows if row.backend == "eager" and row.seq_len == 80]
+    assert [row.status for row in late] == ["skipped"] and "beyond S=64" in late[0].reason
+    long = shootout("eager", seq_lens=(160,))
+    assert {row.status for row in long.rows} == {"skipped"} and "128 positions" in long.rows[0].reason
+
+
+def test_a_dense_oracle_too_large_for_the_memory_is_left_out(shootout, monkeypatch):
+    from attnzoo.benchmarks import contenders
+
+    monkeypatch.setattr(contenders, "available_memory", lambda device: 1000)
+    row = row_of(shootout("eager"), "eager")
+    assert row.status == "skipped" and "more than half of the free" in row.reason
+
+
+def test_train_limit_is_a_row(shootout):
+    found = shootout("sdpa", modes=MODES, train_limit=16)
+    assert row_of(found, "sdpa").status == "ok"
+    assert row_of(found, "sdpa", "forward+backward").status == "skipped"
+
+
+@pytest.mark.parametrize("scope", ["module", "attention"])
+def test_a_module_runs_beyond_the_position_table(shootout, scope):
+    found = shootout("sdpa", scope=scope, seq_lens=(160,), modes=MODES)
+    assert {row.status for row in found.rows} == {"ok"}
+
+
+def test_the_table_fits_120_columns(shootout):
+    text = printed(shootout(modes=MODES))
+    assert all(len(line.rstrip()) <= 120 for line in text.splitlines())
