@@ -27,6 +27,7 @@ from attnzoo.union import merge_
 KERNEL = "flash_cpu"
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
+_operators = torch.ops.aten
 
 
 @cache
@@ -39,7 +40,7 @@ def unavailable() -> str | None:
         ],
     }
     for name, arguments in expected.items():
-        op = getattr(torch.ops.aten, name, None)
+        op = getattr(_operators, name, None)
         if op is None:
             return f"torch {torch.__version__} has no aten::{name}"
         if [argument.name for argument in op.default._schema.arguments] != arguments:
@@ -141,7 +142,7 @@ class _Blocked(torch.autograd.Function):
                 for part in block.parts:
                     key, value = _part(keys_values, part, heads)
                     term, live = terms.of(block, part)
-                    part_out, part_lse = getattr(torch.ops.aten, _FORWARD)(
+                    part_out, part_lse = getattr(_operators, _FORWARD)(
                         q, key, value, 0.0, False, attn_mask=term, scale=attention.scale
                     )
                     if live is not None:  # the kernel returns lse 0 for a row that sees nothing; its true lse is -inf
@@ -180,7 +181,7 @@ class _Blocked(torch.autograd.Function):
                         grad_q, grad_k, grad_v, grad_scores = _backward_by_hand(rows, key, value, term, attention.scale)
                         trained.add(block, part, grad_scores)
                     else:
-                        grad_q, grad_k, grad_v = getattr(torch.ops.aten, _BACKWARD)(
+                        grad_q, grad_k, grad_v = getattr(_operators, _BACKWARD)(
                             *(rows[0], rows[1], key, value, rows[2], rows[3], 0.0, False),
                             attn_mask=term,
                             scale=attention.scale,

@@ -1,0 +1,86 @@
+"""What the private CPU FlashAttention operators are relied on to do, and that the backend does without them."""
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo.backends import flash_cpu
+from attnzoo.registry import make_backend
+
+forward = getattr(torch.ops.aten, flash_cpu._FORWARD)
+backward = getattr(torch.ops.aten, flash_cpu._BACKWARD)
+
+
+def tensors(dtype=torch.float64, q_len=5, kv_len=7):
+    return [torch.randn(2, 3, n, 8, dtype=dtype) for n in (q_len, kv_len, kv_len)]
+
+
+def test_the_installed_torch_has_them():
+    assert flash_cpu.unavailable() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_lse_is_the_logsumexp_of_the_masked_scores(dtype):
+    query, key, value = tensors(dtype)
+    mask = torch.zeros(2, 3, 5, 7, dtype=dtype).masked_fill(torch.rand(2, 3, 5, 7) < 0.4, float("-inf"))
+    mask[..., 0] = 0.0
+    _, lse = forward(query, key, value, 0.0, False, attn_mask=mask, scale=0.3)
+    scores = query.double() @ key.double().transpose(-1, -2) * 0.3 + mask.double()
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=8 * torch.finfo(dtype).eps, rtol=0.0)
+
+
+def test_a_row_that_sees_nothing_has_output_0_and_lse_0():
+    query, key, value = tensors()
+    mask = torch.zeros(2, 3, 5, 7, dtype=query.dtype)
+    mask[0, 0, 2] = float("-inf")
+    out, lse = forward(query, key, value, 0.0, False, attn_mask=mask)
+    assert (out[0, 0, 2] == 0).all() and lse[0, 0, 2] == 0
+    grads = backward(torch.randn_like(out), query, key, value, out, lse, 0.0, False, attn_mask=mask)
+    assert (grads[0][0, 0, 2] == 0).all()
+
+
+def test_the_backward_of_a_part_is_exact_with_the_final_out_and_lse():
+    query, key, value = (tensor.requires_grad_() for tensor in tensors())
+    whole = torch.softmax(query @ key.transpose(-1, -2), -1) @ value
+    cotangent = torch.randn_like(whole)
+    expected = torch.autograd.grad(whole, (query, key, value), cotangent)
+    out, lse = forward(query, key, value, 0.0, False, scale=1.0)
+    got = torch.zeros_like(query), [], []
+    for part in (slice(0, 3), slice(3, 7)):
+        k, v = key.detach()[:, :, part], value.detach()[:, :, part]
+        grads = backward(cotangent, query.detach(), k, v, out.detach(), lse.detach(), 0.0, False, scale=1.0)
+        got[0].add_(grads[0])
+        got[1].append(grads[1])
+        got[2].append(grads[2])
+    for one, other in zip((got[0], torch.cat(got[1], 2), torch.cat(got[2], 2)), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("missing", [flash_cpu._FORWARD, flash_cpu._BACKWARD])
+def test_without_them_sdpa_runs_on_public_functions(monkeypatch, missing):
+    class Ops:
+        def __getattr__(self, name):
+            if name == missing:
+                raise AttributeError(name)
+            return getattr(torch.ops.aten, name)
+
+    monkeypatch.setattr(flash_cpu, "_operators", Ops())
+    flash_cpu.unavailable.cache_clear()
+    try:
+        assert missing in flash_cpu.unavailable()
+        report = attnzoo.testing.check_backend("sdpa", dtypes=(torch.float32,))
+        assert not report.failures
+        query, key, value = tensors(torch.float32, 40, 40)
+        attention = attnzoo.Attention(query, (attnzoo.Segment(key, value, attnzoo.Window(3, 3)),), 1.0)
+        assert "flash_cpu" not in make_backend("sdpa").run(attention).kernel
+    finally:
+        monkeypatch.undo()
+        flash_cpu.unavailable.cache_clear()
+
+
+def test_the_graph_does_not_keep_query_keys_and_values_twice():
+    query, key, value = (tensor.requires_grad_() for tensor in tensors(torch.float32, 300, 300))
+    attention = attnzoo.Attention(query, (attnzoo.Segment(key, value, attnzoo.Window(8, 8)),), 1.0)
+    hollow = flash_cpu._hollow(attention)
+    for tensor in (hollow.query, hollow.segments[0].key, hollow.segments[0].value):
+        assert tensor.untyped_storage().nbytes() <= 8
