@@ -83,7 +83,7 @@ def _forward(
             return (output,)
         return output, _banded(local.dropped, module.one_sided_attn_window_size, None)
 
-    queries = hidden_states.gather(1, found.index[:, :, None].expand(-1, -1, hidden_states.shape[2]))
+    queries = hidden_states.gather(1, found.positions[:, :, None].expand(-1, -1, hidden_states.shape[2]))
     everything = Segment(
         _heads(module, module.key_global(hidden_states)),
         _heads(module, module.value_global(hidden_states)),
@@ -93,7 +93,7 @@ def _forward(
     result = attend(Attention(query, (everything,), scale, dropout, query_mask=found.valid), output_attentions)
     sample, number = attend.once(is_index_global_attn, "places", lambda _: found.valid.nonzero(as_tuple=True))
     rows = _merge(result.output)[sample, number].to(output.dtype)
-    output = output.index_put((sample, found.index[sample, number]), rows)
+    output = output.index_put((sample, found.positions[sample, number]), rows)
     if local.dropped is None or result.dropped is None:
         return (output,)
     return output, _banded(local.dropped, module.one_sided_attn_window_size, is_index_global_attn), result.dropped[0]

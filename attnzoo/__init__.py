@@ -24,6 +24,7 @@ from attnzoo.patterns import Causal, Chunks, Full, Pattern, Window
 from attnzoo.registry import backends, register_adapter, register_backend, unregister_adapter, unregister_backend
 from attnzoo.segments import Attention, Request, Result, Segment
 from attnzoo.verification import verify
+
 from attnzoo import testing  # isort: skip  (after what it imports)
 
 __version__ = "0.1.0"

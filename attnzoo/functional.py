@@ -37,9 +37,7 @@ def negotiate(backend: Backend, request: Request, where: str) -> None:
         raise BackendRefusedError(backend.name, {where: reasons}, {where: registry.takers(request)}, remedy)
 
 
-def execute(
-    backend: Backend, attention: Attention, probabilities: bool = False, where: str = "attention"
-) -> Result:
+def execute(backend: Backend, attention: Attention, probabilities: bool = False, where: str = "attention") -> Result:
     """Run an attention on a backend, in the dtype of its tensors: autocast is off inside.
 
     Raises:
@@ -54,7 +52,7 @@ def execute(
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype attention is computed in: the autocast dtype where autocast is on (not for float64), else the tensor's."""
+    """The dtype attention is computed in: that of autocast where it is on (not for float64), else the tensor's."""
     device = tensor.device.type
     if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -87,7 +85,7 @@ def attention(
         v: values ``(batch, kv_heads, kv_len, value_dim)``.
         pattern: who sees whom: ``Full()``, ``Causal()``, ``Window(left, right)``, ``Chunks(length, before, after)``.
             Positions are tokens; with more keys than queries the last query is aligned with the last key.
-        bias: added to the scores: a :class:`RelativeBias`, or a finite tensor ``(batch or 1, heads or 1, q_len, kv_len)``.
+        bias: added to the scores: a :class:`RelativeBias`, or a finite ``(batch or 1, heads or 1, q_len, kv_len)``.
         scale: factor on the scores; None means ``head_dim ** -0.5``.
         dropout: probability in ``[0, 1)`` of dropping a softmax weight; it is applied whenever it is not 0.
         backend: a registered name or alias, or ``"auto"``.

@@ -12,21 +12,21 @@ class GlobalKeys(NamedTuple):
     """Where the global tokens of a batch are.
 
     Attributes:
-        index: ``(batch, most)`` positions, each sample's own first; the rest is filler.
+        positions: ``(batch, most)``, each sample's own first; the rest is filler.
         valid: ``(batch, most)`` bool, False for filler.
     """
 
-    index: Tensor
+    positions: Tensor
     valid: Tensor
 
     def take(self, tensor: Tensor) -> Tensor:
         """Rows at the global positions: ``(batch, heads, length, dim)`` to ``(batch, heads, most, dim)``."""
-        index = self.index[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
+        index = self.positions[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
         return tensor.gather(2, index)
 
 
 def locate(is_global: Tensor) -> GlobalKeys | None:
-    """Find the global tokens of ``is_global`` ``(batch, length)`` bool; None when there are none. Waits for the device."""
+    """Find the global tokens of ``is_global`` ``(batch, length)`` bool, None for none. Waits for the device."""
     counts = is_global.sum(1)
     most = int(counts.max())
     if most == 0:

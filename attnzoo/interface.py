@@ -54,7 +54,7 @@ def bind_interface(module: nn.Module, attend: Attend) -> Forward:
 
 def check_interface(module: nn.Module) -> None:
     """Raise unless the model builds the masks of ``eager`` or ``sdpa``, the formats this seam reads exactly."""
-    _check_implementation(module.config._attn_implementation)  # type: ignore[union-attr]
+    _check_implementation(_implementation(module))
 
 
 def wants_probabilities(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
@@ -65,7 +65,13 @@ def wants_probabilities(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
 
 def native_probabilities(module: nn.Module) -> bool:
     """Whether the model's own attention function returns probabilities: only ``eager`` does."""
-    return bool(module.config._attn_implementation == "eager")  # type: ignore[union-attr]
+    return _implementation(module) == "eager"
+
+
+def _implementation(module: Any) -> str | None:
+    """What the model's own forward looks up, and its masks are built for. A private field, but the one it reads itself."""
+    name: str | None = module.config._attn_implementation
+    return name
 
 
 def _check_implementation(name: str | None) -> None:

@@ -64,13 +64,13 @@ class Pattern:
 
     @property
     def query_order(self) -> Tensor | None:
-        """``(batch, heads, q_len)``: the query indices in the order that the pattern's structure speaks of, if not theirs."""
+        """``(batch, heads, q_len)``: query indices in the order the structure speaks of, if it is not their own."""
         return None
 
     def block_key(
         self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int
     ) -> tuple[int, ...] | None:
-        """A key such that blocks of equal key have equal masks (so that a kernel may reuse one), or None: no promise."""
+        """A key such that blocks of equal key have equal masks, so that a kernel may reuse one; None: no promise."""
         return None
 
 

@@ -115,8 +115,8 @@ class Attention:
         scale: factor on the scores.
         dropout: probability with which a softmax weight is dropped.
         query_mask: ``(batch, q_len)`` bool; rows where it is False (padding) give zeros.
-        empty: ``(batch, heads, q_len, value_dim)``, what rows give that see no key at all; None: zeros. It counts as one
-            value of weight 1, which dropout may drop.
+        empty: ``(batch, heads, q_len, value_dim)``, what rows give that see no key at all; None: zeros. It counts as
+            one value of weight 1, which dropout may drop.
 
     Raises:
         InvalidArgumentError: wrong rank, or shapes, dtypes or devices that do not fit together.

@@ -100,7 +100,7 @@ class Case:
         value = normal(_BATCH, self.kv_heads, self.kv_len, _VALUE_DIM if self.uneven else _DIM)
         segment = Segment(key, value, self.pattern, bias=self._bias(normal))
         if isinstance(self.pattern, SortedChunks):
-            return self._sorted(query, segment, random, device)
+            return self._sorted(self.pattern, query, segment, random, device)
         segments = [segment]
         if self.mask == "dense":
             segments = [replace(segment, mask=flags(_BATCH, 1, self.q_len, self.kv_len, p=0.6))]
@@ -119,7 +119,9 @@ class Case:
             query_mask = flags(_BATCH, self.q_len, p=0.8)
         return Attention(query, tuple(segments), _DIM**-0.5, self.dropout, query_mask)
 
-    def _sorted(self, query: Tensor, segment: Segment, random: torch.Generator, device: str) -> Attention:
+    def _sorted(
+        self, pattern: SortedChunks, query: Tensor, segment: Segment, random: torch.Generator, device: str
+    ) -> Attention:
         """Two hash rounds: keys of both in a random order each; every query sees both, or gets its own value."""
         shape = (_BATCH, _HEADS, self.q_len)
         orders = [torch.rand(shape, generator=random).argsort(-1).to(device) for _ in range(2)]
@@ -131,7 +133,7 @@ class Case:
         key = key.gather(2, index.expand(-1, -1, -1, key.shape[3]))
         value = value.gather(2, index.expand(-1, -1, -1, value.shape[3]))
         segments = tuple(
-            Segment(key, value, replace(self.pattern, start=start, order=order, token=token))
+            Segment(key, value, replace(pattern, start=start, order=order, token=token))
             for start, order in zip((0, self.q_len), orders, strict=True)
         )
         return Attention(query, segments, _DIM**-0.5, self.dropout, empty=expand_heads(segment.value, _HEADS))

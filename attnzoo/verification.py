@@ -70,8 +70,8 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether everything is within its error budget, and something was checked."""
-        parts = (*self.sites, *self.end_to_end, *self.original)
-        return bool(self.sites and self.end_to_end) and all(part.ok for part in parts)
+        checks = (*self.end_to_end, *self.original)
+        return bool(self.sites and checks) and all(site.ok for site in self.sites) and all(one.ok for one in checks)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: every check with its error, budget and verdict."""
@@ -151,8 +151,8 @@ def check_site(
         narrow = torch.float32 if attention.query.dtype == torch.float64 else None
         reference, eager = oracle(torch.float64), oracle(narrow or attention.query.dtype)
     checks = tuple(
-        error_rule.check(label, *values, error_rule.factor(label), attention.query.dtype, narrow)
-        for label, *values in zip(("output", "gradient"), got, reference, eager, strict=False)
+        error_rule.check(label, one, true, plain, error_rule.factor(label), attention.query.dtype, narrow)
+        for label, one, true, plain in zip(("output", "gradient"), got, reference, eager, strict=False)
     )
     return SiteReport(name, kernel or result.kernel, checks)
 
@@ -177,7 +177,9 @@ def _trained(attention: Attention) -> list[bool]:
 def _leaves(attention: Attention, dtype: torch.dtype, grad: bool) -> Attention:
     """The attention on detached tensors of a dtype."""
     pairs = zip(attention.tensors(), _trained(attention), strict=True)
-    return attention.with_tensors(tuple(t.detach().to(dtype).clone().requires_grad_(grad and flag) for t, flag in pairs))
+    return attention.with_tensors(
+        tuple(t.detach().to(dtype).clone().requires_grad_(grad and flag) for t, flag in pairs)
+    )
 
 
 def _gradient(output: Tensor, attention: Attention, cotangent: Tensor) -> Tensor:
@@ -204,9 +206,10 @@ def verify(
     """Compare a patched model with the original, end to end and per attention, under the error rule of the contract.
 
     The reference is the model with the dense oracle in float64 (models' own code takes its softmax in float32 even
-    there, so the original of a float64 model is judged in float32). Against it stand, on real tokens (``attention_mask``), the patched model, with the oracle in the model's own
-    dtype for the budget, and the model's own code, which shows that the oracle computes what the model means. Each
-    attention is compared with the oracle on the inputs the model gave it, too.
+    there, so the original of a float64 model is judged in float32). Against it stand, on real tokens
+    (``attention_mask``), the patched model, with the oracle in the model's own dtype for the budget, and the model's
+    own code, which shows that the oracle computes what the model means. Each attention is compared with the oracle on the
+    inputs the model gave it, too.
 
     Runs in eval mode (no dropout); leaves the model, its gradients and the random stream as they were. Takes a copy of
     the model, twice as wide for float32, and dense ``length x length`` scores: mind the length of the inputs.
@@ -327,7 +330,9 @@ def _outputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
             real = _real_tokens(model, inputs, name, output)
             found[name] = output if real is None else output[real]
     if not found:
-        raise InvalidArgumentError("inputs", f"{sorted(inputs)}, for which the model returns no tensor", "a real forward")
+        raise InvalidArgumentError(
+            "inputs", f"{sorted(inputs)}, for which the model returns no tensor", "a real forward"
+        )
     return found
 
 

@@ -37,9 +37,8 @@ def _checkpoint(folder: Path, seq_len: int) -> tuple[nn.Module, dict[str, Any]]:
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
-        (architecture,) = config.architectures or ()
-        model = getattr(transformers, architecture).from_pretrained(folder)
-    except (OSError, ValueError, AttributeError) as error:
+        model = getattr(transformers, config.architectures[0]).from_pretrained(folder)
+    except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
         allowed = "the folder of a checkpoint that save_pretrained wrote"
         raise InvalidArgumentError("model", f"{str(folder)!r}: {type(error).__name__}: {error}", allowed) from error
     tokens = read_tokens(1, seq_len, 0) % config.vocab_size

@@ -76,9 +76,15 @@ def changes(**fields):
         (changes(pattern=attnzoo.Full()), "Causal"),
         (lambda self, attention: attention.__class__(**{**vars(attention), "query_mask": None}), "mask globals"),
         (lambda self, attention: attention.__class__(**{**vars(attention), "dropout": 0.0}), "dropout"),
-        (lambda self, attention: attention.__class__(**{**vars(attention), "dropout": attention.dropout / 2}), "dropout"),
+        (
+            lambda self, attention: attention.__class__(**{**vars(attention), "dropout": attention.dropout / 2}),
+            "dropout",
+        ),
         (lambda self, attention: attention.__class__(**{**vars(attention), "scale": attention.scale * 1.01}), "output"),
-        (lambda self, attention: attention.__class__(**{**vars(attention), "segments": attention.segments[:1]}), "globals"),
+        (
+            lambda self, attention: attention.__class__(**{**vars(attention), "segments": attention.segments[:1]}),
+            "globals",
+        ),
     ],
     ids=["key mask", "dense mask", "bias", "pattern", "query mask", "no dropout", "half dropout", "scale", "segment"],
 )

@@ -53,7 +53,11 @@ def function_of(tmp_path):
         ("another docstring", "What it does.", "What it\n\n    does, and why."),
         ("blank lines", "    if x", "\n\n    if x"),
         ("spaces", "x * scale", "x  *  scale"),
-        ("deeper indentation", "        y = x * scale\n        y = y + 1", "            y = x * scale\n            y = y + 1"),
+        (
+            "deeper indentation",
+            "        y = x * scale\n        y = y + 1",
+            "            y = x * scale\n            y = y + 1",
+        ),
         ("a broken line", "(y, f", "(\n        y,\n        f"),
     ],
 )

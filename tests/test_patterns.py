@@ -28,9 +28,7 @@ def sees(pattern: Pattern, i: int, j: int, q_len: int, kv_len: int) -> bool:
         return True
     if isinstance(pattern, Chunks):
         chunks = -(-kv_len // pattern.length)
-        neighbours = {
-            (i // pattern.length + step) % chunks for step in range(-pattern.before, pattern.after + 1)
-        }
+        neighbours = {(i // pattern.length + step) % chunks for step in range(-pattern.before, pattern.after + 1)}
         return j // pattern.length in neighbours and (j <= i or not pattern.causal)
     position = i + (kv_len - q_len if pattern.offset is None else pattern.offset)
     if isinstance(pattern, Causal):

@@ -185,7 +185,9 @@ def test_a_name_taken_before_anything_was_looked_up_is_refused_too():
     ("typed", "meant"), [("spda", "sdpa"), ("egaer", "eager"), ("atuo", "auto"), ("SDPA", "sdpa"), ("nativ", "native")]
 )
 def test_near_misses_are_suggested(typed, meant):
-    with pytest.raises(UnknownNameError, match=f"backend: got '{typed}' .did you mean .*'{meant}'.*allowed: 'auto', 'e"):
+    with pytest.raises(
+        UnknownNameError, match=f"backend: got '{typed}' .did you mean .*'{meant}'.*allowed: 'auto', 'e"
+    ):
         attnzoo.attention(**small(), backend=typed)
 
 

@@ -31,39 +31,39 @@ class Block(NamedTuple):
     """A block of queries and the parts they look at.
 
     Attributes:
-        q_start, q_stop: the queries' range, in their own order or in that of ``index``.
+        q_start, q_stop: the queries' range, in their own order or in that of ``queries``.
         parts: what they look at.
-        index: ``(batch, heads, n)`` the queries themselves, where the pattern has them in an order of its own.
+        queries: ``(batch, heads, n)`` the queries themselves, where the pattern has them in an order of its own.
     """
 
     q_start: int
     q_stop: int
     parts: tuple[Part, ...]
-    index: Tensor | None = None
+    queries: Tensor | None = None
 
     def take(self, tensor: Tensor) -> Tensor:
         """The block's rows of ``(batch, heads, q_len)`` or ``(batch, heads, q_len, dim)``: a view, or gathered."""
-        if self.index is None:
+        if self.queries is None:
             return tensor[:, :, self.q_start : self.q_stop]
-        return tensor.gather(2, self._expanded(tensor))
+        return tensor.gather(2, _expanded(self.queries, tensor))
 
     def put(self, tensor: Tensor, rows: Tensor) -> None:
         """Write the block's rows back."""
-        if self.index is None:
+        if self.queries is None:
             tensor[:, :, self.q_start : self.q_stop] = rows
         else:
-            tensor.scatter_(2, self._expanded(tensor), rows.to(tensor.dtype))
+            tensor.scatter_(2, _expanded(self.queries, tensor), rows.to(tensor.dtype))
 
     def add(self, tensor: Tensor, rows: Tensor) -> None:
         """Add to the block's rows."""
-        if self.index is None:
+        if self.queries is None:
             tensor[:, :, self.q_start : self.q_stop] += rows
         else:
-            tensor.scatter_add_(2, self._expanded(tensor), rows.to(tensor.dtype))
+            tensor.scatter_add_(2, _expanded(self.queries, tensor), rows.to(tensor.dtype))
 
-    def _expanded(self, tensor: Tensor) -> Tensor:
-        assert self.index is not None
-        return self.index if tensor.ndim == 3 else self.index[..., None].expand(-1, -1, -1, tensor.shape[3])
+
+def _expanded(queries: Tensor, tensor: Tensor) -> Tensor:
+    return queries if tensor.ndim == 3 else queries[..., None].expand(-1, -1, -1, tensor.shape[3])
 
 
 class PartMask(NamedTuple):
@@ -94,7 +94,7 @@ def sees_all(attention: Attention, segment: Segment) -> bool:
 
 
 def passes(attention: Attention) -> list[list[int]]:
-    """Segments that share an order of queries, to be taken in one pass: those in the queries' own order, then each other."""
+    """Segments that share an order of queries, one pass each: those in the queries' own order come first."""
     plain = [i for i, segment in enumerate(attention.segments) if segment.pattern.query_order is None]
     return [group for group in (plain, *([i] for i in range(len(attention.segments)) if i not in plain)) if group]
 
@@ -143,9 +143,9 @@ class Masks:
         extent = (block.q_start, block.q_stop, part.kv_start, part.kv_stop, q_len, segment.kv_len)
         if pattern.sees_all(*extent):
             return None
-        if isinstance(pattern, SortedChunks) and block.index is not None:
+        if isinstance(pattern, SortedChunks) and block.queries is not None:
             token = pattern.sorted_tensors()[1][:, :, None, part.kv_start : part.kv_stop]
-            seen = pattern.visible(block.index[..., None], token)
+            seen = pattern.visible(block.queries[..., None], token)
             return PartMask(seen, seen.any(-1))
         key = pattern.block_key(*extent)
         if key is not None and self._last.get(part.segment, (None,))[0] == key:
@@ -171,7 +171,9 @@ class Masks:
                 seen = key_mask[:, None, None]
         if segment.mask is not None:
             dense = segment.mask[..., keys].expand(self._attention.batch, self._attention.heads, -1, -1)
-            dense = segment.mask[:, :, block.q_start : block.q_stop, keys] if block.index is None else block.take(dense)
+            dense = (
+                segment.mask[:, :, block.q_start : block.q_stop, keys] if block.queries is None else block.take(dense)
+            )
             seen = dense if seen is None else seen & dense
         return seen
 
@@ -179,7 +181,7 @@ class Masks:
         """The bias of a part, broadcastable to ``(batch, heads, n, m)``, or None."""
         attention = self._attention
         device = attention.query.device
-        q = torch.arange(block.q_start, block.q_stop, device=device) if block.index is None else block.index
+        q = torch.arange(block.q_start, block.q_stop, device=device) if block.queries is None else block.queries
         kv = torch.arange(part.kv_start, part.kv_stop, device=device)
         return attention.segments[part.segment].bias_at(q, kv, attention.q_len, attention.batch, attention.heads)
 

@@ -18,7 +18,7 @@ from attnzoo.segments import FLOATS, Attention, Result, Segment
 
 
 def expand_heads(tensor: Tensor, heads: int) -> Tensor:
-    """``(batch, kv_heads, n, d)`` to ``(batch, heads, n, d)``: each key head serves a group of neighbouring query heads.
+    """``(batch, kv_heads, n, d)`` to ``(batch, heads, n, d)``: a key head serves neighbouring query heads.
 
     A view when there is one key head; its gradient is the sum over the group.
     """

@@ -4,8 +4,8 @@ Each block of queries attends to each of its parts with the kernel, which return
 log-sum-exp (:mod:`attnzoo.union`). Keys and values are read in place: a part is a view, nothing is gathered or copied.
 Saved for the backward are the inputs, the output and ``lse``; each part's backward gets the final out and lse.
 
-The kernel behind ``scaled_dot_product_attention`` on the CPU does not hand out its ``lse`` through a public function, so
-two private operators of PyTorch are called. :func:`unavailable` guards for their signatures; the sdpa backend
+The kernel behind ``scaled_dot_product_attention`` on the CPU does not hand out its ``lse`` through a public function,
+so two private operators of PyTorch are called. :func:`unavailable` guards for their signatures; the sdpa backend
 then takes its slower public path. ``tests/backends/test_flash_cpu.py`` pins their behaviour.
 """
 
@@ -72,7 +72,7 @@ def _trained(attention: Attention) -> dict[int, Bias]:
 
 
 def _hollow(attention: Attention) -> Attention:
-    """The attention with query, keys and values that have a shape and no storage, so that the graph does not hold them twice."""
+    """The attention on queries, keys and values of the same shapes without storage: the graph need not hold them twice."""
 
     def shell(tensor: Tensor) -> Tensor:
         return tensor.detach().new_empty(()).expand(tensor.shape)
@@ -124,9 +124,7 @@ class _Blocked(torch.autograd.Function):
     """Forward over passes, blocks and parts; backward over the same."""
 
     @staticmethod
-    def forward(
-        ctx: Any, attention: Attention, biases: int, query: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, attention: Attention, biases: int, query: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         keys_values = tensors[: len(tensors) - biases]
         batch, heads, q_len, dim = query.shape
         accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -176,7 +174,7 @@ class _Blocked(torch.autograd.Function):
                 rows = [block.take(tensor) for tensor in (grad_out, query, out, lse)]
                 for part in block.parts:
                     key, value = _part(tuple(keys_values), part, attention.heads)
-                    term, _ = terms.of(block, part)
+                    term, _live = terms.of(block, part)
                     if trained is not None and part.segment in trained:
                         grad_q, grad_k, grad_v, grad_scores = _backward_by_hand(rows, key, value, term, attention.scale)
                         trained.add(block, part, grad_scores)

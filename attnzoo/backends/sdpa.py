@@ -76,7 +76,9 @@ def _is_single_causal(attention: Attention) -> bool:
         and isinstance(segment.pattern, Causal)
         and not sees_all(attention, segment)
         and segment.pattern.shift(attention.q_len, segment.kv_len) == 0
-        and segment.key_mask is segment.mask is segment.bias is None
+        and segment.key_mask is None
+        and segment.mask is None
+        and segment.bias is None
     )
 
 

@@ -148,6 +148,19 @@ def test_scale_and_softmax_settings(settings: dict[str, bool], dtype: torch.dtyp
         check(results(model, inputs), reference, baseline)
 
 
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "+".join(settings))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_eager_rounds_where_the_original_does(settings: dict[str, bool], dtype: torch.dtype) -> None:
+    """The softmax of half precision is taken in float32, whatever the settings say: the same bits come out."""
+    inputs = padded(2, 9, "right")
+    real = inputs["attention_mask"].bool()
+    model = build("eager", **settings).to(dtype)
+    with torch.no_grad():
+        expected = model(**inputs).logits[real]
+        with attnzoo.patch(model, "eager"):
+            assert torch.equal(model(**inputs).logits[real], expected)
+
+
 @KINDS
 @pytest.mark.parametrize("beams", [1, 4])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -449,8 +462,12 @@ def test_cross_attention_dropout_in_training(multi_query: bool, backend: str) ->
         torch.manual_seed(0)
         expected, _ = oracle_cross(module, mask[:, None].expand(3, 4, 5), hidden, 0.5, encoder_hidden_states=states)
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-        module.resid_dropout.p = 1.0 - 1e-9
+        module.resid_dropout.p = 1.0
         assert module(hidden, encoder_hidden_states=states)[0].count_nonzero() == 0
+        model.eval()
+        expected, _ = oracle_cross(module, mask[:, None].expand(3, 4, 5), hidden, encoder_hidden_states=states)
+        got, _ = module(hidden, encoder_hidden_states=states)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_cross_attention_probabilities() -> None:

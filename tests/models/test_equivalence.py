@@ -6,7 +6,7 @@ import torch
 import attnzoo
 from attnzoo.error_rule import FORWARD, GRADIENT, check
 
-from .zoo import FAMILIES, gpt_neox, led, led_inputs, longformer, longformer_inputs
+from .zoo import FAMILIES, causal_inputs, gpt_neox, led, led_inputs, longformer, longformer_inputs
 
 BACKENDS = ["eager", "sdpa"]
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -147,12 +147,16 @@ def test_dropout_is_applied_in_training_and_not_in_eval(family, backend):
 
 
 HEADS = [
-    (led, "LEDModel", led_inputs), (led, "LEDForQuestionAnswering", led_inputs),
-    (longformer, "LongformerModel", longformer_inputs), (longformer, "LongformerForSequenceClassification", longformer_inputs),
-    (longformer, "LongformerForTokenClassification", longformer_inputs), (longformer, "LongformerForQuestionAnswering", longformer_inputs),
-    (gpt_neox, "GPTNeoXModel", FAMILIES["gpt_neox"].inputs), (gpt_neox, "GPTNeoXForSequenceClassification", FAMILIES["gpt_neox"].inputs),
-    (gpt_neox, "GPTNeoXForTokenClassification", FAMILIES["gpt_neox"].inputs), (gpt_neox, "GPTNeoXForQuestionAnswering", FAMILIES["gpt_neox"].inputs),
-]  # fmt: skip
+    *[(led, f"LED{head}", led_inputs) for head in ("Model", "ForQuestionAnswering")],
+    *[
+        (longformer, f"Longformer{head}", longformer_inputs)
+        for head in ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+    ],
+    *[
+        (gpt_neox, f"GPTNeoX{head}", causal_inputs)
+        for head in ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+    ],
+]
 
 
 @pytest.mark.parametrize(("build", "cls", "inputs"), HEADS, ids=[cls for _, cls, _ in HEADS])

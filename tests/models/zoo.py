@@ -33,7 +33,7 @@ def ids(*shape, seed=2):
 
 
 def padded(batch, length, side):
-    """An attention mask with ragged padding on a side: ``"none"``, ``"left"``, ``"right"``, or ``"sample"`` (a whole one)."""
+    """A mask with ragged padding on a side: ``"none"``, ``"left"``, ``"right"``, or ``"sample"`` (a whole one)."""
     mask = torch.ones((batch, length), dtype=torch.long)
     for row in range(batch):
         cut = (row * length) // (batch + 1)

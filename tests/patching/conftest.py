@@ -186,9 +186,7 @@ def add_backend() -> Iterator[Callable[..., type[attnzoo.Backend]]]:
     def add(name: str, aliases: tuple[str, ...] = (), priority: int = -1000, **narrower: Any) -> type[attnzoo.Backend]:
         capabilities = replace(EagerBackend.capabilities, **narrower)
 
-        def run(
-            self: attnzoo.Backend, attention: attnzoo.Attention, probabilities: bool = False
-        ) -> attnzoo.Result:
+        def run(self: attnzoo.Backend, attention: attnzoo.Attention, probabilities: bool = False) -> attnzoo.Result:
             type(self).runs += 1  # type: ignore[attr-defined]
             result = evaluate(attention)._replace(kernel=f"{name}-kernel")
             return result if probabilities else result._replace(probabilities=None, dropped=None)

@@ -1,4 +1,4 @@
-"""Every backend equals the oracle on anything: shapes, dtypes, patterns, masks, globals, biases, forward and backward."""
+"""Every backend equals the oracle on anything: shapes, dtypes, patterns, masks, biases, forward and backward."""
 
 import hypothesis.strategies as st
 import pytest
