@@ -69,7 +69,7 @@ def native_probabilities(module: nn.Module) -> bool:
 
 
 def _implementation(module: Any) -> str | None:
-    """What the model's own forward looks up, and its masks are built for. A private field, but the one it reads itself."""
+    """What the model's own forward looks up and its masks are built for: a private field, but the one it reads."""
     name: str | None = module.config._attn_implementation
     return name
 

@@ -297,8 +297,8 @@ def patch(
     Args:
         model: a Hugging Face model of a family with an adapter (see ``attnzoo doctor``), or a part of one.
         backend: a backend name or alias, ``"auto"`` (the best that refuses nothing), ``"native"`` (the model's own
-            code, counted), or ``{glob over module names: name}``; the first glob that matches decides, modules that none
-            matches stay as they are.
+            code, counted), or ``{glob over module names: name}``: the first glob that matches decides; modules that
+            none matches stay as they are.
         fallback: ``"error"``: what the backend cannot do raises; ``"native"``: that forward runs the model's own
             code, and is counted in ``Site.fallbacks``.
         options: go to the backend, e.g. ``window=1024``.

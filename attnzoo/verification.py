@@ -208,8 +208,8 @@ def verify(
     The reference is the model with the dense oracle in float64 (models' own code takes its softmax in float32 even
     there, so the original of a float64 model is judged in float32). Against it stand, on real tokens
     (``attention_mask``), the patched model, with the oracle in the model's own dtype for the budget, and the model's
-    own code, which shows that the oracle computes what the model means. Each attention is compared with the oracle on the
-    inputs the model gave it, too.
+    own code, which shows that the oracle computes what the model means. Each attention is compared with the oracle on
+    the inputs the model gave it, too.
 
     Runs in eval mode (no dropout); leaves the model, its gradients and the random stream as they were. Takes a copy of
     the model, twice as wide for float32, and dense ``length x length`` scores: mind the length of the inputs.

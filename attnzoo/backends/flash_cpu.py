@@ -72,7 +72,7 @@ def _trained(attention: Attention) -> dict[int, Bias]:
 
 
 def _hollow(attention: Attention) -> Attention:
-    """The attention on queries, keys and values of the same shapes without storage: the graph need not hold them twice."""
+    """The attention on tensors of the same shapes without storage, so that the graph does not hold them twice."""
 
     def shell(tensor: Tensor) -> Tensor:
         return tensor.detach().new_empty(()).expand(tensor.shape)
