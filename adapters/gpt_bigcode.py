@@ -229,8 +229,8 @@ GPT_BIGCODE = Adapter(
             wants_probabilities=_wants_probabilities,
             native_probabilities=native_probabilities,
             verified={
-                f"{_MODULE}:GPTBigCodeAttention.forward": ("192440da58d339ba",),
-                f"{_MODULE}:GPTBigCodeBlock.forward": ("0d70f7bb04a45d58",),
+                f"{_MODULE}:GPTBigCodeAttention.forward": ("286f36b73298d4c8",),
+                f"{_MODULE}:GPTBigCodeBlock.forward": ("bee25af89b87c58f",),
             },
         ),
         _SeamWhen(
@@ -243,9 +243,9 @@ GPT_BIGCODE = Adapter(
             wants_probabilities=_wants_probabilities,
             native_probabilities=lambda module: False,
             verified={
-                f"{_MODULE}:GPTBigCodeAttention.__init__": ("692d7b5e859669fd",),
-                f"{_MODULE}:GPTBigCodeAttention.forward": ("192440da58d339ba",),
-                f"{_MODULE}:GPTBigCodeBlock.forward": ("0d70f7bb04a45d58",),
+                f"{_MODULE}:GPTBigCodeAttention.__init__": ("61c5b13f012a795e",),
+                f"{_MODULE}:GPTBigCodeAttention.forward": ("286f36b73298d4c8",),
+                f"{_MODULE}:GPTBigCodeBlock.forward": ("bee25af89b87c58f",),
             },
         ),
         _SeamWhen(
@@ -253,7 +253,7 @@ GPT_BIGCODE = Adapter(
             when=lambda module: module.config.add_cross_attention,
             bind=_model_bind,
             describe=lambda module: "none: prepares the encoder mask",
-            verified={f"{_MODULE}:GPTBigCodeModel.forward": ("1ecf4e32347ea9b2",)},
+            verified={f"{_MODULE}:GPTBigCodeModel.forward": ("d7ee7bdaafe5124b",)},
         ),
     ),
 )

@@ -33,7 +33,8 @@ def _decoder_forward(
     key, value = _keys_values(module, hidden_states, key_value_states, past_key_values)
     mask = bias = None
     if attention_mask is not None:
-        mask, bias = attend.once(attention_mask, "read", read_attention_mask)
+        lengths = (query.shape[2], key.shape[2])
+        mask, bias = attend.once(attention_mask, "read", lambda given: read_attention_mask(given, lengths=lengths))
     segment = Segment(key.to(query.dtype), value.to(query.dtype), mask=mask, bias=bias)
     dropout = module.dropout if module.training else 0.0
     result = attend(Attention(query, (segment,), module.scaling, dropout), output_attentions)
@@ -88,10 +89,10 @@ LED = Adapter(
             _MODULE,
             "LEDEncoderSelfAttention",
             {
-                "forward": ("5de611ae5a7419d3",),
-                "_concat_with_global_key_attn_probs": ("e2c8766a25d94fdd",),
-                "_compute_global_attn_output_from_hidden": ("f6a38bba542ffab1",),
-                "LEDEncoder.forward": ("7b33a0782b12b804", "b52d9946b47e1006"),
+                "forward": ("113f057ecbc8018a",),
+                "_concat_with_global_key_attn_probs": ("6e6cffd4d47dab33",),
+                "_compute_global_attn_output_from_hidden": ("601856eea8f8e150",),
+                "LEDEncoder.forward": ("9c34f18e10b4916b", "82e0062137823b74"),
             },
         ),
         Seam(
@@ -101,8 +102,8 @@ LED = Adapter(
             requests=_decoder_requests,
             dropout=lambda module: float(module.dropout),
             verified={
-                f"{_MODULE}:LEDDecoderAttention.forward": ("36e52b2e998061ce",),
-                f"{_MODULE}:LEDDecoder.forward": ("9c22c3e469849be7", "fdb55f9794ccd9c9"),
+                f"{_MODULE}:LEDDecoderAttention.forward": ("521bd65567b58900",),
+                f"{_MODULE}:LEDDecoder.forward": ("19c5e7cabe237a18", "5ec7173308edfd86"),
             },
         ),
     ),

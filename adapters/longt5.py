@@ -259,44 +259,44 @@ def _check_encoder(module: Any) -> None:
 
 # Fingerprints of what each seam relies on: whoever calls it, and whatever it calls or does in the model's place.
 _STACK = {
-    "LongT5Stack.forward": ("67bbf87b2d2c3e27",),
-    "LongT5Block.forward": ("f0067440b6b9a79a",),
+    "LongT5Stack.forward": ("f7fb5f512c5a3e1a",),
+    "LongT5Block.forward": ("d7ac5df6de403a30",),
 }
 _ENCODER = {
     **_STACK,
-    "_get_local_attention_mask": ("134bb5b47ef3dbef",),
-    "_mask_local_attention_mask": ("898c0cf4a3768a4c",),
-    "_make_3block_relative_position_ids": ("927bc5735195b7c7",),
-    "_concatenate_3_blocks": ("fe73aef3486cdb89",),
-    "_split_into_blocks": ("75a1052d8e1f7d44",),
-    "_pad_to_multiple": ("d8df871007228b13",),
+    "_get_local_attention_mask": ("3eb8c0f8f0be8cf3",),
+    "_mask_local_attention_mask": ("62fa5613f79ca15f",),
+    "_make_3block_relative_position_ids": ("2dc6295650c0d63f",),
+    "_concatenate_3_blocks": ("b0033d93368699e2",),
+    "_split_into_blocks": ("bcf721d6ae50df89",),
+    "_pad_to_multiple": ("f7f72de3a7c8fb34",),
 }
 _LOCAL = {
     **_ENCODER,
-    "LongT5LocalAttention.forward": ("5ff627b6cab79da0",),
-    "LongT5LocalAttention.compute_bias": ("9db847aac93979d0",),
-    "LongT5LocalAttention._relative_position_bucket": ("bd747b21eec57797",),
-    "LongT5LayerLocalSelfAttention.forward": ("129403fceca04cdf",),
+    "LongT5LocalAttention.forward": ("b9aa72a78aea8aaf",),
+    "LongT5LocalAttention.compute_bias": ("fe0dab95b15feb1c",),
+    "LongT5LocalAttention._relative_position_bucket": ("3c5a357d3faa12c1",),
+    "LongT5LayerLocalSelfAttention.forward": ("15fd86ee726a7012",),
 }
 _TRANSIENT = {
     **_ENCODER,
-    "LongT5TransientGlobalAttention.forward": ("f62626c390039c1b",),
-    "LongT5TransientGlobalAttention.compute_bias": ("9db847aac93979d0",),
-    "LongT5TransientGlobalAttention.compute_side_bias": ("ed239d46b293a7cb",),
-    "LongT5TransientGlobalAttention._relative_position_bucket": ("bd747b21eec57797",),
-    "LongT5LayerTransientGlobalSelfAttention.forward": ("51358772abfa8a23",),
-    "_make_global_fixed_block_ids": ("ac01ff61d3437477",),
-    "_make_side_relative_position_ids": ("5367ef6cc3df87eb",),
-    "_create_global_aggregates": ("34b91c2910726472",),
+    "LongT5TransientGlobalAttention.forward": ("1f5f4f73737e4b7d",),
+    "LongT5TransientGlobalAttention.compute_bias": ("fe0dab95b15feb1c",),
+    "LongT5TransientGlobalAttention.compute_side_bias": ("0b79aa2281f7b7d4",),
+    "LongT5TransientGlobalAttention._relative_position_bucket": ("3c5a357d3faa12c1",),
+    "LongT5LayerTransientGlobalSelfAttention.forward": ("6bf53413185fbabc",),
+    "_make_global_fixed_block_ids": ("4eef6fca1d7c91a4",),
+    "_make_side_relative_position_ids": ("5fa5c76ab2b0ba52",),
+    "_create_global_aggregates": ("3e64bb197756b99b",),
 }
 _DECODER = {
     **_STACK,
-    "LongT5Attention.forward": ("173503155b2b2ab0",),
-    "LongT5Attention.compute_bias": ("ff6f3959bafbc82a",),
-    "LongT5Attention._relative_position_bucket": ("bd747b21eec57797",),
-    "LongT5LayerSelfAttention.forward": ("e7f3cdc6706c6241",),
-    "LongT5LayerCrossAttention.forward": ("2e3db801f1da0b06",),
-    "eager_attention_forward": ("ac531c4786bdbcb6",),
+    "LongT5Attention.forward": ("1ffdb05e9cb451d9",),
+    "LongT5Attention.compute_bias": ("d4229870b11d18d8",),
+    "LongT5Attention._relative_position_bucket": ("3c5a357d3faa12c1",),
+    "LongT5LayerSelfAttention.forward": ("0477d2e2d1d2e951",),
+    "LongT5LayerCrossAttention.forward": ("0ba193f1e2e7483d",),
+    "eager_attention_forward": ("6523fd90939c969a",),
 }
 
 

@@ -27,6 +27,9 @@ class Attend(Protocol):
     def __call__(self, attention: Attention, probabilities: bool = False) -> Result:
         """Run an attention on the site's backend."""
 
+    def falls_back(self, can: bool = True) -> bool:
+        """After a refusal: whether to run the model's own code instead, if it ``can`` serve; counts it if so."""
+
     def once(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
         """``make(tensor)``, computed once per tensor for all sites of the patch: per forward, not per layer."""
 

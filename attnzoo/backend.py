@@ -6,7 +6,7 @@ A backend is a frozen dataclass: its fields are its options. It declares capabil
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import ClassVar
 
 import torch
@@ -114,6 +114,11 @@ class Backend:
     def options(cls) -> tuple[str, ...]:
         """Names of the options ``patch(model, backend, **options)`` takes."""
         return tuple(option.name for option in fields(cls))
+
+    @classmethod
+    def required_options(cls) -> tuple[str, ...]:
+        """Names of the options without a default."""
+        return tuple(f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING)
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
         """All reasons why this request cannot run here; empty means it runs."""

@@ -33,7 +33,8 @@ class UnknownNameError(InvalidArgumentError, LookupError):
 
     def __init__(self, argument: str, got: str, allowed: Iterable[str]) -> None:
         names = sorted(allowed)
-        near = difflib.get_close_matches(str(got), names, n=2, cutoff=0.5)
+        folded = {name.casefold(): name for name in names}
+        near = [folded[name] for name in difflib.get_close_matches(str(got).casefold(), folded, n=2, cutoff=0.5)]
         hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
         super().__init__(argument, f"{got!r}{hint}", ", ".join(map(repr, names)) or "nothing is registered")
 

@@ -82,6 +82,8 @@ def explain(model: nn.Module, backend: str | None = None) -> Explanation:
             reasons = common
             if not infos[name].available:
                 reasons += (Refusal("availability", infos[name].reason, "a machine that has it"),)
+            elif missing := registry.backend_class(name).required_options():
+                reasons += (Refusal("options", f"no {', '.join(missing)}", f"{missing[0]}=..."),)
             else:
                 made = registry.make_backend(name)
                 for request in expected_requests(found):

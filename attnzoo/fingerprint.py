@@ -16,7 +16,10 @@ from functools import cache
 from types import FunctionType
 from typing import Any
 
-_LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+# What structures a program without having a text of its own, and what has a text without structuring it.
+_STRUCTURE = {tokenize.NEWLINE: ";", tokenize.INDENT: "<", tokenize.DEDENT: ">"}
+_DOCSTRING = -1
+_LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER}
 
 
 def locate(path: str) -> Any:
@@ -42,10 +45,11 @@ def fingerprint(function: Callable[..., Any]) -> str:
             depth += (token.string in "([{") - (token.string in ")]}")
         statement_starts = depth == 0 and previous in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
         docstring = token.type == tokenize.STRING and statement_starts
-        if token.type not in _LAYOUT and not docstring:
-            tokens.append(token.string)
+        ends_docstring = token.type == tokenize.NEWLINE and previous == _DOCSTRING
+        if token.type not in _LAYOUT and not docstring and not ends_docstring:
+            tokens.append(_STRUCTURE.get(token.type, token.string))
         if token.type not in (tokenize.COMMENT, tokenize.NL):
-            previous = token.type
+            previous = _DOCSTRING if docstring else token.type
     # Python 3.12 splits f-strings into tokens and undoubles their braces; undouble everywhere.
     text = "".join(tokens).replace("{{", "{").replace("}}", "}")
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -14,7 +14,7 @@ from attnzoo.bias import Bias, DenseBias
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal
 from attnzoo.globals import locate
 from attnzoo.patterns import Full, Pattern
-from attnzoo.segments import Attention, Request, Result, Segment, describe
+from attnzoo.segments import Attention, Request, Result, Segment, check_heads_tensor, describe
 
 PROBABILITIES_REMEDY = 'to get attention probabilities: backend="eager", or patch(..., fallback="native")'
 
@@ -103,18 +103,19 @@ def attention(
         BackendRefusedError: the named backend cannot do this; every reason is listed.
     """
     chosen = None if backend == "auto" else registry.make_backend(backend)
+    for name, tensor in dict(q=q, k=k, v=v).items():
+        check_heads_tensor(name, tensor)
     if not isinstance(pattern, Pattern):
         raise InvalidArgumentError("pattern", repr(pattern), "a pattern, e.g. attnzoo.Causal()")
-    if isinstance(bias, Tensor):
+    if bias is not None and not isinstance(bias, Bias):
+        if not isinstance(bias, Tensor) or not bias.is_floating_point():
+            allowed = "a RelativeBias, or a floating-point tensor; to hide keys, mask="
+            raise InvalidArgumentError("bias", describe(bias), allowed)
         if not bool(bias.isfinite().all()):
             raise InvalidArgumentError(
                 "bias", f"{describe(bias)} with NaN or Inf", "finite values; hide keys with mask="
             )
         bias = DenseBias(bias)
-    tensors = dict(q=q, k=k, v=v)
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise InvalidArgumentError(name, describe(tensor), "a tensor (batch, heads, length, head_dim)")
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (tensor.to(compute_dtype(tensor)) for tensor in (q, k, v))
     segment = Segment(k, v, pattern, key_mask, mask, bias)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnzoo.adapter import Attend, Forward
-from attnzoo.errors import InvalidArgumentError, PatchError
+from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError
 from attnzoo.functional import compute_dtype
 from attnzoo.masks import read_attention_mask
 from attnzoo.patterns import Causal, Full, Pattern
@@ -48,7 +48,8 @@ def rebind(function: Callable[..., Any], **names: Any) -> FunctionType:
 
 def bind_interface(module: nn.Module, attend: Attend) -> Forward:
     """The module's own forward, whose attention function is the site's backend."""
-    forward = rebind(type(module).forward, **{_NAME: _Interface(attend)})
+    own = inspect.unwrap(type(module).forward).__globals__.get(_NAME)
+    forward = rebind(type(module).forward, **{_NAME: _Interface(attend, own)})
     return MethodType(forward, module)
 
 
@@ -82,14 +83,21 @@ def _check_implementation(name: str | None) -> None:
 class _Interface:
     """Stands where the modelling file expects ``ALL_ATTENTION_FUNCTIONS``."""
 
-    def __init__(self, attend: Attend) -> None:
-        self._attend = attend
+    def __init__(self, attend: Attend, own: Any) -> None:
+        self._attend, self._own = attend, own
 
     def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         _check_implementation(name)
 
         def attention_function(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-            return self._call(name, module, *args, **kwargs)
+            try:
+                return self._call(name, module, *args, **kwargs)
+            except BackendRefusedError:
+                # The module's cache is filled by now: what falls back is the attention function, not the forward.
+                if not self._attend.falls_back(native_probabilities(module) or not wants_probabilities(module, kwargs)):
+                    raise
+                own: tuple[Tensor, Tensor | None] = self._own.get_interface(name, default)(module, *args, **kwargs)
+                return own
 
         return attention_function
 
@@ -134,5 +142,6 @@ def _read(
     if attention_mask is None:
         causal = name == "sdpa" and is_causal and query.shape[2] > 1
         return (Causal(offset=0) if causal else Full()), None, None
-    read = attend.once(attention_mask, "read", read_attention_mask)
+    lengths = (query.shape[2], key.shape[2])
+    read = attend.once(attention_mask, "read", lambda given: read_attention_mask(given, lengths=lengths))
     return Full(), read.mask, read.bias

@@ -23,12 +23,15 @@ class ReadMask(NamedTuple):
     bias: DenseBias | None
 
 
-def read_attention_mask(attention_mask: Tensor, floor: float | None = None) -> ReadMask:
+def read_attention_mask(
+    attention_mask: Tensor, floor: float | None = None, lengths: tuple[int, int] | None = None
+) -> ReadMask:
     """Read a 4-D ``attention_mask``: bool (True: visible) or additive.
 
     Args:
         attention_mask: ``(batch or 1, heads or 1, q_len, kv_len)``.
         floor: additive values at or below it mean "not visible"; None: half of the dtype's most negative number.
+        lengths: ``(q_len, kv_len)`` the mask has to have; None: any.
 
     Returns:
         The mask (None if it hides nothing) and the finite additive rest as a bias (None if there is none).
@@ -39,6 +42,8 @@ def read_attention_mask(attention_mask: Tensor, floor: float | None = None) -> R
     allowed = "a 4-D bool mask (True: visible) or additive floating-point mask without NaN"
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4:
         raise InvalidArgumentError("attention_mask", describe(attention_mask), allowed)
+    if lengths is not None and attention_mask.shape[2:] != lengths:
+        raise InvalidArgumentError("attention_mask", describe(attention_mask), f"(batch or 1, heads or 1, *{lengths})")
     if attention_mask.dtype == torch.bool:
         return ReadMask(attention_mask, None)
     if not attention_mask.is_floating_point():

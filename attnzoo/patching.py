@@ -103,17 +103,20 @@ def find_sites(model: nn.Module) -> list[Found]:
 def expected_requests(site: Found) -> tuple[Request, ...]:
     """What a site will ask of its backend, for the model as it is now (train or eval, device, dtype)."""
     module = site.module
-    training = module.training
-    grad = training and any(parameter.requires_grad for parameter in module.parameters())
-    dropout = training and site.seam.dropout(module) > 0.0
+    grad = module.training and _trains(module)
+    dropout = module.training and site.seam.dropout(module) > 0.0
     return tuple(replace(request, dropout=dropout, grad=grad) for request in site.seam.requests(module))
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 class _Attend:
     """What a seam's forward computes with: a backend, a site to record on, and the patch's per-forward memory."""
 
-    def __init__(self, site: Site, backend: Backend | None, memory: WeakTensorKeyDictionary) -> None:
-        self.site, self.backend, self._memory = site, backend, memory
+    def __init__(self, site: Site, backend: Backend | None, fallback: bool, memory: WeakTensorKeyDictionary) -> None:
+        self.site, self.backend, self._fallback, self._memory = site, backend, fallback, memory
 
     def __call__(self, attention: Attention, probabilities: bool = False) -> Result:
         backend = registry.choose(attention.request(probabilities)) if self.backend is None else self.backend
@@ -122,6 +125,10 @@ class _Attend:
         if self.site.observer is not None:
             self.site.observer(self.site, attention, result, backend)
         return result
+
+    def falls_back(self, can: bool = True) -> bool:
+        self.site.fallbacks += self._fallback and can
+        return self._fallback and can
 
     def once(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
         if tensor.is_inference() or torch.compiler.is_compiling():
@@ -138,37 +145,70 @@ class PatchedForward:
     """What sits in a patched module's forward slot. Copies itself with the module; refuses to be pickled."""
 
     def __init__(
-        self, number: int, found: Found, site: Site, backend: Backend | None, native: bool, fallback: bool, memory: Any
+        self,
+        number: int,
+        group: tuple[str, ...],
+        found: Found,
+        site: Site,
+        backend: Backend | None,
+        native: bool,
+        fallback: bool,
+        memory: WeakTensorKeyDictionary,
     ) -> None:
-        self.number, self.found, self.site, self.native, self.fallback = number, found, site, native, fallback
-        self.backend, self.memory = backend, memory
+        self._set_up(number, group, found, site, backend, native, fallback, memory)
         self.original = slots.current(found.module)
-        self._forward = found.seam.bind(found.module, _Attend(site, backend, memory))
         functools.update_wrapper(self, self.original, updated=())
 
+    def _set_up(
+        self,
+        number: int,
+        group: tuple[str, ...],
+        found: Found,
+        site: Site,
+        backend: Backend | None,
+        native: bool,
+        fallback: bool,
+        memory: WeakTensorKeyDictionary,
+    ) -> None:
+        """All but the original. ``group`` names the sites the patch ``number`` was put on."""
+        self.number, self.group, self.found, self.site = number, group, found, site
+        self.backend, self.native, self.fallback = backend, native, fallback
+        self._attend = _Attend(site, backend, fallback, memory)
+        self._forward: Callable[..., Any] | None = None if native else found.seam.bind(found.module, self._attend)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.native:
+        if self._forward is None:
             self.site.kernels["native"] += 1
-            return self.original(*args, **kwargs)
+            return self.own(*args, **kwargs)
         try:
-            self._negotiate(kwargs)
+            self._negotiate((*args, *kwargs.values()), kwargs)
         except BackendRefusedError:
-            if not self.fallback:
-                raise
             seam, module = self.found.seam, self.found.module
-            if seam.wants_probabilities(module, kwargs) and not seam.native_probabilities(module):
+            if not self._attend.falls_back(seam.native_probabilities(module) or not self._wants_probabilities(kwargs)):
                 raise
-            self.site.fallbacks += 1
-            return self.original(*args, **kwargs)
+            return self.own(*args, **kwargs)
         return self._forward(*args, **kwargs)
 
-    def _negotiate(self, kwargs: Mapping[str, Any]) -> None:
+    @property
+    def own(self) -> Callable[..., Any]:
+        """The model's own forward, beneath every patch."""
+        forward = self.original
+        while isinstance(forward, PatchedForward):
+            forward = forward.original
+        return forward
+
+    def _wants_probabilities(self, kwargs: Mapping[str, Any]) -> bool:
+        return self.found.seam.wants_probabilities(self.found.module, kwargs)
+
+    def _negotiate(self, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Refuse before anything happens what can be known before anything happens."""
         if self.backend is None:
             return
-        probabilities = self.found.seam.wants_probabilities(self.found.module, kwargs)
+        probabilities = self._wants_probabilities(kwargs)
+        grad = torch.is_grad_enabled() and (
+            _trains(self.found.module) or any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+        )
         for request in expected_requests(self.found):
-            grad = request.grad and torch.is_grad_enabled()
             dtype = compute_dtype(torch.empty(0, dtype=request.dtype, device=request.device))
             asked = replace(request, probabilities=probabilities, grad=grad, dtype=dtype)
             negotiate(self.backend, asked, self.site.name)
@@ -180,13 +220,10 @@ class PatchedForward:
         memo[id(self)] = twin
         found = self.found._replace(module=copy.deepcopy(self.found.module, memo))
         site = replace(self.site, kernels=Counter(self.site.kernels))
-        memory = WeakTensorKeyDictionary()
-        for name, value in dict(
-            number=self.number, found=found, site=site, backend=self.backend, native=self.native,
-            fallback=self.fallback, memory=memory, original=copy.deepcopy(self.original, memo),
-        ).items():  # fmt: skip
-            setattr(twin, name, value)
-        twin._forward = found.seam.bind(found.module, _Attend(site, self.backend, memory))
+        twin._set_up(
+            self.number, self.group, found, site, self.backend, self.native, self.fallback, WeakTensorKeyDictionary()
+        )
+        twin.original = copy.deepcopy(self.original, memo)
         functools.update_wrapper(twin, twin.original, updated=())
         return twin
 
@@ -276,7 +313,14 @@ def unpatch(model: nn.Module) -> None:
     if not layers:
         raise PatchError(f"model: got {type(model).__name__}, which is not patched; allowed: a patched model")
     last = max(forward.number for forward in layers)
-    _remove([forward for forward in layers if forward.number == last])
+    forwards = [forward for forward in layers if forward.number == last]
+    lost = [name for name in forwards[0].group if name not in {forward.site.name for forward in forwards}]
+    if lost:
+        raise PatchError(
+            f"model: got one in which the last patch is no longer in place at {', '.join(lost)}; allowed: the whole model, "
+            "while nothing else has replaced a patched forward"
+        )
+    _remove(forwards)
 
 
 def unpatch_all(model: nn.Module) -> None:
@@ -323,6 +367,7 @@ def patch(
         if name == "native":
             continue
         found.adapter.check_drift(found.seam, found.module)
+        _check_forward(found)
         found.seam.check(found.module)
         instance = made[name]
         for request in expected_requests(found) if instance is not None and fallback == "error" else ():
@@ -330,11 +375,14 @@ def patch(
                 negotiate(instance, request, found.name)  # type: ignore[arg-type]
             except BackendRefusedError as error:
                 refuser = error.backend
-                refused.update(error.refusals)
-                alternatives.update(error.alternatives)
+                for where, reasons in error.refusals.items():
+                    refused[where] = tuple(dict.fromkeys((*refused.get(where, ()), *reasons)))
+                    others = alternatives.get(where, error.alternatives[where])
+                    alternatives[where] = tuple(name for name in others if name in error.alternatives[where])
     if refused:
         raise BackendRefusedError(refuser, refused, alternatives)
     number, memory = next(_patch_numbers), WeakTensorKeyDictionary()
+    group = tuple(found.name for found, _ in chosen)
     forwards: list[PatchedForward] = []
     for found, name in chosen:
         cls = type(found.module).__name__
@@ -342,16 +390,28 @@ def patch(
         shown = instance.name if instance is not None else name
         site = Site(found.name, cls, found.seam.describe(found.module), shown)
         native, falls = name == "native", fallback == "native"
-        forwards.append(PatchedForward(number, found, site, instance, native, falls, memory))
+        forwards.append(PatchedForward(number, group, found, site, instance, native, falls, memory))
     for forward in forwards:
         slots.put(forward.found.module, forward)
     return Handle(tuple(forward.site for forward in forwards), tuple(forwards))
 
 
+def _check_forward(found: Found) -> None:
+    """Refuse to bypass a forward that somebody put on the instance."""
+    forward = slots.current(found.module)
+    plain = getattr(forward, "__func__", None) is type(found.module).forward
+    if not plain and not isinstance(forward, PatchedForward):
+        raise PatchError(
+            f"{found.name}: got a module whose forward was replaced by {forward!r}; allowed: the class's own forward "
+            "(accelerate's hooks may be around it), or attnzoo's patches"
+        )
+
+
 def _assign(sites: list[Found], backend: str | Mapping[str, str]) -> list[tuple[Found, str]]:
     if isinstance(backend, str):
         return [(found, backend) for found in sites]
-    if not isinstance(backend, Mapping) or not backend:
+    pairs = backend.items() if isinstance(backend, Mapping) else ()
+    if not pairs or not all(isinstance(part, str) for pair in pairs for part in pair):
         raise InvalidArgumentError("backend", repr(backend), "a name, or {glob over module names: name}")
     names = [found.name for found in sites]
     for glob in backend:

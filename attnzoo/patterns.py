@@ -186,6 +186,9 @@ class Chunks(Pattern):
 
     def __post_init__(self) -> None:
         _check_count("chunk length", self.length, 1)
+        for name, count in (("chunks before", self.before), ("chunks after", self.after)):
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise InvalidArgumentError(name, repr(count), "an integer")
         _check_count("chunks before + after", self.before + self.after, 0)
 
     @property

@@ -25,6 +25,7 @@ _BackendType = TypeVar("_BackendType", bound=type[Backend])
 _lock = threading.RLock()
 _backends: dict[str, type[Backend]] = {}
 _adapters: dict[str, Adapter] = {}
+_taken_over: dict[type[Backend], set[str]] = {}  # names another backend has replaced
 _broken_backends: dict[str, str] = {}
 _broken_adapters: dict[str, str] = {}
 _discovered = False
@@ -61,13 +62,21 @@ def register_backend(cls: _BackendType, *, replace: bool = False) -> _BackendTyp
     """
     if not (isinstance(cls, type) and issubclass(cls, Backend) and cls.name):
         raise InvalidArgumentError("cls", repr(cls), "a subclass of attnzoo.Backend with a name")
+    _discover()
     with _lock:
-        taken = set(RESERVED)
-        if not replace:
-            taken.update(*((other.name, *other.aliases) for other in _backends.values() if other is not cls))
+        names = {cls.name, *cls.aliases}
+        rivals = [other for other in _backends.values() if other is not cls and names & {other.name, *other.aliases}]
+        taken = {name for other in rivals for name in (other.name, *other.aliases)} if not replace else set()
         for name in (cls.name, *cls.aliases):
-            if name in taken:
-                raise InvalidArgumentError("backend name", repr(name), f"a name other than {sorted(taken)}")
+            if name in taken or name in RESERVED:
+                raise InvalidArgumentError(
+                    "backend name", repr(name), f"a name other than {sorted(taken | set(RESERVED))}"
+                )
+        for other in rivals:
+            _taken_over.setdefault(other, set()).update(names)
+            if other.name in names:
+                _backends.pop(other.name, None)
+        _taken_over.pop(cls, None)
         _backends[cls.name] = cls
         _broken_backends.pop(cls.name, None)
         choose.cache_clear()
@@ -146,11 +155,15 @@ def backends() -> dict[str, BackendInfo]:
     for name, cls in _backends.items():
         reason = _unavailable(cls)
         found[name] = BackendInfo(
-            name, cls.aliases, reason is None, reason or "", cls.capabilities.exact, cls.capabilities, cls.options()
+            name, _aliases(cls), reason is None, reason or "", cls.capabilities.exact, cls.capabilities, cls.options()
         )
     for name, reason in _broken_backends.items():
         found[name] = BackendInfo(name, (), False, reason, False, None)
     return dict(sorted(found.items()))
+
+
+def _aliases(cls: type[Backend]) -> tuple[str, ...]:
+    return tuple(alias for alias in cls.aliases if alias not in _taken_over.get(cls, ()))
 
 
 def _unavailable(cls: type[Backend]) -> str | None:
@@ -169,11 +182,11 @@ def backend_class(name: str) -> type[Backend]:
     """
     _discover()
     for cls in _backends.values():
-        if name == cls.name or name in cls.aliases:
+        if name in (cls.name, *_aliases(cls)):
             return cls
-    if name in _broken_backends:
+    if isinstance(name, str) and name in _broken_backends:
         raise InvalidArgumentError("backend", f"{name!r}: {_broken_backends[name]}", "a backend that loads")
-    known = {alias for cls in _backends.values() for alias in (cls.name, *cls.aliases)}
+    known = {alias for cls in _backends.values() for alias in (cls.name, *_aliases(cls))}
     raise UnknownNameError("backend", name, known | set(RESERVED))
 
 
@@ -188,6 +201,9 @@ def make_backend(name: str, **options: Any) -> Backend:
     for option in options:
         if option not in cls.options():
             raise UnknownNameError(f"option of backend {cls.name!r}", option, cls.options())
+    missing = [option for option in cls.required_options() if option not in options]
+    if missing:
+        raise InvalidArgumentError(f"options of backend {cls.name!r}", f"no {', '.join(missing)}", f"{missing[0]}=...")
     reason = _unavailable(cls)
     if reason is not None:
         usable = tuple(info.name for info in backends().values() if info.available)
@@ -203,7 +219,11 @@ def takers(request: Request) -> tuple[str, ...]:
 
 def _candidates() -> list[Backend]:
     _discover()
-    usable = [cls for cls in _backends.values() if cls.capabilities.exact and _unavailable(cls) is None]
+    usable = [
+        cls
+        for cls in _backends.values()
+        if cls.capabilities.exact and not cls.required_options() and _unavailable(cls) is None
+    ]
     return [cls() for cls in sorted(usable, key=lambda cls: (-cls.priority, cls.name))]
 
 

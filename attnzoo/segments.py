@@ -6,6 +6,7 @@ one softmax normalises over all of them together.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -130,11 +131,17 @@ class Attention:
     empty: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check_heads_tensor("query", self.query)
+        check_heads_tensor("query", self.query)
         if not self.segments:
             raise InvalidArgumentError("segments", "none", "at least one segment")
-        if not 0.0 <= self.dropout < 1.0:
-            raise InvalidArgumentError("dropout", self.dropout, "a probability in [0, 1)")
+        if (
+            isinstance(self.dropout, bool)
+            or not isinstance(self.dropout, (int, float))
+            or not 0.0 <= self.dropout < 1.0
+        ):
+            raise InvalidArgumentError("dropout", repr(self.dropout), "a probability in [0, 1)")
+        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
+            raise InvalidArgumentError("scale", repr(self.scale), "a finite number")
         _check_mask("query_mask", self.query_mask, ((self.batch, self.q_len),), self.query.device)
         for segment in self.segments:
             self._check_segment(segment)
@@ -145,7 +152,7 @@ class Attention:
     def _check_segment(self, segment: Segment) -> None:
         query, key, value = self.query, segment.key, segment.value
         for name, tensor in (("key", key), ("value", value)):
-            _check_heads_tensor(name, tensor)
+            check_heads_tensor(name, tensor)
             if tensor.shape[0] != self.batch:
                 raise InvalidArgumentError(f"{name} batch", tensor.shape[0], f"{self.batch}, the query's")
             if tensor.dtype != query.dtype:
@@ -274,7 +281,8 @@ class Result(NamedTuple):
     dropped: tuple[Tensor, ...] | None = None
 
 
-def _check_heads_tensor(name: str, tensor: object) -> None:
+def check_heads_tensor(name: str, tensor: object) -> None:
+    """Raise unless this is a floating-point tensor ``(batch, heads, length, head_dim)`` without an empty dimension."""
     allowed = "(batch, heads, length, head_dim), none of them 0"
     if not isinstance(tensor, Tensor) or tensor.ndim != 4 or 0 in tensor.shape:
         raise InvalidArgumentError(name, describe(tensor), f"a tensor {allowed}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -161,7 +162,7 @@ def run(
 
         found += _Cell(plan, case, versions, barred, launch, inside).run(chosen)
     return Shootout(
-        plan=asdict(plan),
+        plan=json.loads(json.dumps(asdict(plan))),
         versions=versions,
         end_to_end=tuple(verdicts),
         rows=tuple(found),

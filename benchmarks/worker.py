@@ -5,6 +5,7 @@ The parent drives a worker by one request at a time, so that only one process co
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -177,6 +178,7 @@ class ProcessWorker:
 
 
 def _serve(connection: Connection, contender: Contender, case: Case) -> None:
+    gc.freeze()  # what was imported before the fork needs no collecting before every run
     worker = LocalWorker(contender, case)
     while True:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnzoo import Causal, Chunks, Full, InvalidArgumentError, Window
-from attnzoo.patterns import Pattern
+from attnzoo.patterns import Pattern, SortedChunks
 
 LONG = os.environ.get("ATTNZOO_HYPOTHESIS_PROFILE") == "long"
 some = settings(max_examples=settings().max_examples if LONG else 150, deadline=None)
@@ -50,7 +51,8 @@ aligned = (
     | st.builds(Causal, offsets)
     | st.tuples(sides, sides).filter(any).flatmap(lambda s: st.builds(Window, st.just(s[0]), st.just(s[1]), offsets))
 )
-chunked = st.builds(Chunks, st.integers(1, 6), st.integers(0, 4), st.integers(0, 4), st.booleans())
+reaches = st.tuples(st.integers(-3, 4), st.integers(-3, 4)).filter(lambda reach: sum(reach) >= 0)
+chunked = st.tuples(st.integers(1, 6), reaches, st.booleans()).map(lambda c: Chunks(c[0], *c[1], c[2]))
 cases = st.tuples(aligned, lengths, lengths) | st.tuples(chunked, lengths).map(lambda c: (c[0], c[1], c[1]))
 
 
@@ -74,7 +76,7 @@ def test_spans_hold_every_visible_key_in_order_and_once(case, data):
     spans = pattern.kv_spans(start, stop, q_len, kv_len)
     flat = [edge for span in spans for edge in span]
     assert all(0 <= low < high <= kv_len for low, high in spans)
-    assert all(high < low for (_, high), (low, _) in zip(spans, spans[1:], strict=False)), "disjoint, sorted, joined"
+    assert all(high < low for (_, high), (low, _) in pairwise(spans)), "disjoint, sorted, joined"
     assert flat == sorted(flat)
     covered = {key for low, high in spans for key in range(low, high)}
     visible = {j for i in range(start, stop) for j in range(kv_len) if sees(pattern, i, j, q_len, kv_len)}
@@ -171,7 +173,74 @@ def test_a_neighbourhood_wider_than_the_sequence_sees_each_key_once():
 
 def test_chunks_need_as_many_queries_as_keys():
     with pytest.raises(InvalidArgumentError, match=r"Chunks\(.*with 3 queries and 4 keys; allowed: as many queries as"):
-        Chunks(2).check(3, 4)
+        Chunks(2).check(1, 1, 3, 4)
+
+
+def test_chunks_that_do_not_see_their_own():
+    assert rows(Chunks(2, before=-1, after=1), 6, 6) == ["..##..", "..##..", "....##", "....##", "##....", "##...."]
+
+
+# Sorted chunks: keys stand sorted, round after round, and each query has its place in its round
+
+
+@st.composite
+def sorted_cases(draw):
+    q_len, rounds, batch, heads = draw(st.integers(1, 9)), draw(st.integers(1, 3)), draw(st.integers(1, 2)), 2
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+
+    def permutations():
+        places = torch.stack([torch.randperm(q_len, generator=generator) for _ in range(batch * heads)])
+        return places.view(batch, heads, q_len)
+
+    orders = [permutations() for _ in range(rounds)]
+    token = torch.cat(orders, dim=-1)
+    token = token.masked_fill(torch.rand(token.shape, generator=generator) < 0.2, -1)
+    number = draw(st.integers(0, rounds - 1))
+    reach = draw(reaches)
+    pattern = SortedChunks(
+        draw(st.integers(1, 5)), *reach, draw(st.booleans()), start=number * q_len, order=orders[number], token=token
+    )
+    return pattern, q_len, q_len * rounds
+
+
+@some
+@given(sorted_cases(), st.data())
+def test_sorted_chunks_are_their_definition(case, data):
+    pattern, q_len, kv_len = case
+    pattern.check(*pattern.order.shape[:2], q_len, kv_len)
+    batch, heads = pattern.order.shape[:2]
+    b, h = torch.arange(batch)[:, None, None, None], torch.arange(heads)[:, None, None]
+    got = pattern.mask_mod(q_len, kv_len)(b, h, torch.arange(q_len)[:, None], torch.arange(kv_len))
+    got = got.expand(batch, heads, q_len, kv_len)
+    chunks = -(-kv_len // pattern.length)
+    start, stop = blocks_of(data.draw, q_len)
+    spans = pattern.kv_spans(start, stop, q_len, kv_len)
+    covered = {key for low, high in spans for key in range(low, high)}
+    assert not pattern.sees_all(start, stop, 0, kv_len, q_len, kv_len)
+    for sample in range(batch):
+        for head in range(heads):
+            for place, query in enumerate(pattern.order[sample, head].tolist()):
+                chunk = (pattern.start + place) // pattern.length
+                near = {(chunk + step) % chunks for step in range(-pattern.before, pattern.after + 1)}
+                tokens = pattern.token[sample, head].tolist()
+                expected = [
+                    key // pattern.length in near
+                    and token >= 0
+                    and (token < query if pattern.causal else token != query)
+                    for key, token in enumerate(tokens)
+                ]
+                assert got[sample, head, query].tolist() == expected
+                if start <= place < stop:
+                    assert {key for key, seen in enumerate(expected) if seen} <= covered
+
+
+@pytest.mark.parametrize("name", ["order", "token"])
+def test_sorted_chunks_need_order_and_token(name):
+    good = dict(order=torch.arange(4)[None, None], token=torch.arange(4)[None, None])
+    SortedChunks(2, **good).check(1, 1, 4, 4)
+    for bad in (None, good[name].int(), good[name][0], good[name][..., :3]):
+        with pytest.raises(InvalidArgumentError, match=rf"pattern {name}: got .*; allowed: torch\.int64 \(1, 1, 4\)"):
+            SortedChunks(2, **{**good, name: bad}).check(1, 1, 4, 4)
 
 
 # Bad arguments
@@ -187,8 +256,10 @@ def test_chunks_need_as_many_queries_as_keys():
         (lambda: Window(True, 0), r"window left: got True; allowed: an integer"),
         (lambda: Window(None, 4), r"window left: got None"),
         (lambda: Chunks(0), r"chunk length: got 0; allowed: an integer >= 1"),
-        (lambda: Chunks(4, before=-1), r"chunks before: got -1"),
-        (lambda: Chunks(4, after="1"), r"chunks after: got '1'"),
+        (lambda: Chunks(4, before=-1), r"chunks before.*: got -1; allowed: an integer >= 0"),
+        (lambda: Chunks(4, before=1, after=-2), r"chunks .*after: got -1; allowed: an integer >= 0"),
+        (lambda: Chunks(4, after="1"), r"chunks .*after: got '1'; allowed: an integer"),
+        (lambda: Chunks(4, before=1.0), r"chunks before.*: got .*1\.0; allowed: an integer"),
     ],
 )
 def test_bad_sizes_say_what_is_allowed(make, message):

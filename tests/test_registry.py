@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 import textwrap
@@ -26,6 +27,7 @@ def registry_of_its_own(monkeypatch):
     attnzoo.backends()
     for name in ("_backends", "_adapters", "_broken_backends", "_broken_adapters"):
         monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
+    monkeypatch.setattr(registry, "_taken_over", {cls: set(names) for cls, names in registry._taken_over.items()})
     monkeypatch.setattr(registry, "_discovered", True)
     registry.choose.cache_clear()
     yield
@@ -117,7 +119,9 @@ def test_a_taken_name_is_refused(name, names):
     attnzoo.register_backend(backend("other", names=("other-alias",)))
     before = attnzoo.backends()
     taken = name if name != "mine" else names[0]
-    with pytest.raises(InvalidArgumentError, match=f"backend name: got '{taken}'; allowed: a name other than .*'sdpa'"):
+    with pytest.raises(
+        InvalidArgumentError, match=f"backend name: got '{taken}'; allowed: a name other than .*'{taken}'"
+    ):
         attnzoo.register_backend(backend(name, names=names))
     assert attnzoo.backends() == before
 
@@ -197,7 +201,13 @@ def test_aliases_are_suggested_too():
         attnzoo.attention(**small(), backend="imitatoin")
 
 
-@pytest.mark.parametrize("thing", ["zzzzzzzz", "", 5, None])
+@pytest.mark.parametrize("thing", [5, None, ["sdpa"]])
+def test_what_is_no_name_is_refused(thing):
+    with pytest.raises(InvalidArgumentError, match=rf"backend: got {re.escape(repr(thing))}.*; allowed: .*'auto'"):
+        attnzoo.attention(**small(), backend=thing)
+
+
+@pytest.mark.parametrize("thing", ["zzzzzzzz", ""])
 def test_what_is_near_nothing_gets_the_list(thing):
     with pytest.raises(UnknownNameError, match=r"backend: got .*; allowed: .*'eager'.*'sdpa'") as caught:
         attnzoo.attention(**small(), backend=thing)
@@ -298,14 +308,14 @@ def test_adapters_register_collide_and_go():
     attnzoo.register_adapter(adapter)
     assert {"mine", "mine_too", "led", "gpt_neox"} <= set(registry.model_types())
     other = attnzoo.Adapter(model_types=("new", "mine_too"), seams=())
-    with pytest.raises(InvalidArgumentError, match="model_type: got 'mine_too'; allowed: .*replace=True"):
+    with pytest.raises(InvalidArgumentError, match=r"model_type: got 'mine_too'; allowed: .*replace=True"):
         attnzoo.register_adapter(other)
     assert registry.find_adapter("new") is None
     attnzoo.register_adapter(other, replace=True)
     assert registry.find_adapter("mine_too") is other
     attnzoo.unregister_adapter("mine_too")
     assert registry.find_adapter("mine_too") is None
-    with pytest.raises(UnknownNameError, match="model_type: got 'mien' .did you mean 'mine'"):
+    with pytest.raises(UnknownNameError, match=r"model_type: got 'mien' .did you mean 'mine'"):
         attnzoo.unregister_adapter("mien")
     with pytest.raises(InvalidArgumentError, match=r"adapter: got 'led'; allowed: an attnzoo\.Adapter"):
         attnzoo.register_adapter("led")

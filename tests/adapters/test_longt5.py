@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import attnzoo
-from attnzoo.adapters.longt5 import LONGT5
+from attnzoo.adapters.longt5 import LONGT5, _aggregate, _globals
 from attnzoo.error_rule import FORWARD, GRADIENT, check
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError
 from attnzoo.fingerprint import drift
@@ -225,19 +225,29 @@ def test_without_a_mask(kind):
         assert torch.equal(model(**arguments).logits, expected)
 
 
-@kinds
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("padded", [False, True])
 @backends
-def test_masks_of_either_implementation_of_the_decoder(kind, implementation, backend):
-    model, arguments = longt5(kind), inputs(37)
+def test_masks_of_either_implementation_of_the_decoder(implementation, padded, backend):
+    model, arguments = longt5(), inputs(37)
+    if not padded:  # for sdpa the model then builds no mask at all
+        del arguments["decoder_attention_mask"]
     with torch.no_grad():
         expected = model(**arguments).logits
         for part in (model, model.encoder, model.decoder):
             part.config._attn_implementation = implementation
         with attnzoo.patch(model, backend):
             got = model(**arguments).logits
-    real = arguments["decoder_attention_mask"].bool()
+    real = arguments.get("decoder_attention_mask", torch.ones(3, 9)).bool()
     torch.testing.assert_close(got[real], expected[real], rtol=1e-5, atol=1e-4)
+
+
+def test_blocks_are_summed_in_float32():
+    states = torch.randn(2, 200, 5).bfloat16()
+    blocks = _globals(padding(2, 200, "left"), 64)
+    exact = [[states[b, blocks.of[b] == g].double().sum(0) for g in range(3)] for b in range(2)]
+    exact = torch.stack([torch.stack(sample) for sample in exact])
+    torch.testing.assert_close(_aggregate(states, blocks).double(), exact, rtol=torch.finfo(states.dtype).eps, atol=0)
 
 
 MIXTURES = {
@@ -288,8 +298,9 @@ def test_the_bias_is_made_once_per_forward_and_is_no_larger_than_its_distances(k
 
 @kinds
 @backends
-def test_padding_rows_are_zero(kind, backend):
-    model, arguments = longt5(kind, "LongT5EncoderModel"), encoder_inputs(37, "sample")
+@pytest.mark.parametrize("side", ["left", "right", "sample"])
+def test_padding_rows_are_zero(kind, backend, side):
+    model, arguments = longt5(kind, "LongT5EncoderModel"), encoder_inputs(37, side)
     outputs = []
     for module in model.modules():
         if type(module).__name__ in ("LongT5LocalAttention", "LongT5TransientGlobalAttention"):
@@ -297,7 +308,8 @@ def test_padding_rows_are_zero(kind, backend):
     with torch.no_grad(), attnzoo.patch(model, backend):
         model(**arguments)
     assert len(outputs) == 3
-    assert all(not output[-1].any() and output[0].any() for output in outputs)
+    real = arguments["attention_mask"].bool()
+    assert all(not output[~real].any() and output[real].all() for output in outputs)
 
 
 @kinds
@@ -352,13 +364,15 @@ def test_attention_probabilities(kind):
 @kinds
 def test_dropout_is_the_models(kind):
     model, arguments = longt5(kind, dropout_rate=0.3), inputs(37)
-    with attnzoo.patch(model, "eager"), torch.no_grad():
-        assert torch.equal(model(**arguments).logits, model(**arguments).logits)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0  # what is left is the dropout of attention weights
-        model.train()
-        assert not torch.equal(model(**arguments).logits, model(**arguments).logits)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # what is left is the dropout of attention weights
+    for part in (model.encoder, model.decoder):
+        with attnzoo.patch(part, "eager"), torch.no_grad():
+            model.eval()
+            assert torch.equal(model(**arguments).logits, model(**arguments).logits)
+            part.train()
+            assert not torch.equal(model(**arguments).logits, model(**arguments).logits)
 
 
 @kinds
@@ -407,9 +421,11 @@ def test_masks_no_stack_makes_are_refused(kind, mask, message):
         (dict(relative_attention_num_buckets=64), "relative_attention_num_buckets"),
     ],
 )
-def test_configurations_it_cannot_serve_are_refused_at_patch_time(changes, message):
+@kinds
+def test_configurations_it_cannot_serve_are_refused_at_patch_time(kind, changes, message):
+    model = longt5(kind, "LongT5EncoderModel", **changes)
     with pytest.raises(PatchError, match=message):
-        attnzoo.patch(longt5(**changes), "sdpa")
+        attnzoo.patch(model, "sdpa")
 
 
 def test_everything_it_relies_on_is_what_it_was_verified_against():

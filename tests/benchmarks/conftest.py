@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from attnzoo import register_backend, unregister_backend
+from attnzoo.benchmarks import weights
+from attnzoo.benchmarks.measure import machine
 from attnzoo.benchmarks.models import WORKLOADS
 from attnzoo.benchmarks.rows import Row, Shootout
 from attnzoo.benchmarks.runner import Plan, run
@@ -14,10 +17,22 @@ from attnzoo.benchmarks.worker import LocalWorker
 from tests.benchmarks import planted
 
 
+@pytest.fixture(autouse=True, scope="package")
+def frozen() -> Iterator[None]:
+    """What is loaded already needs no collecting before every single run."""
+    planted.TINY.build()
+    machine("cpu")
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The tiny family and the planted backends, for the time of a test."""
     monkeypatch.setitem(WORKLOADS, "tiny", planted.TINY)
+    monkeypatch.setattr(weights, "_POOL", 65537)  # enough for tiny models
     planted.Switch.calls = 0
     threads = torch.get_num_threads()
     for cls in planted.BACKENDS:

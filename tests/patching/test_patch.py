@@ -166,7 +166,7 @@ def test_what_training_asks_for_is_refused_at_patch_time(build_subject, add_back
     before = as_it_was(led)
     add_backend("inference", dropout=False, grad=False)
     led.model.train()
-    with pytest.raises(BackendRefusedError, match="dropout: got requested; allowed: dropout=0.0") as caught:
+    with pytest.raises(BackendRefusedError, match=r"dropout: got requested; allowed: dropout=0\.0") as caught:
         attnzoo.patch(led.model, "inference")
     assert "grad: got requested" in str(caught.value)
     led.model.eval()
