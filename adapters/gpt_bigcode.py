@@ -66,13 +66,16 @@ def _wants_probabilities(module: Any, kwargs: Mapping[str, Any]) -> bool:
 
 
 class _WithProbabilities:
-    """An :class:`Attend` that asks for the attention probabilities."""
+    """An :class:`Attend` that asks for the attention probabilities of one module."""
 
-    def __init__(self, attend: Attend) -> None:
-        self._attend = attend
+    def __init__(self, module: Any, attend: Attend) -> None:
+        self._module, self._attend = module, attend
 
     def __call__(self, attention: Attention, probabilities: bool = True) -> Result:
         return self._attend(attention, True)
+
+    def falls_back(self, can: bool = True) -> bool:
+        return self._attend.falls_back(can and native_probabilities(self._module))
 
     def once(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
         return self._attend.once(tensor, name, make)
@@ -80,7 +83,7 @@ class _WithProbabilities:
 
 def _self_bind(module: Any, attend: Attend) -> Forward:
     """The module's own forward. It does not tell its attention function of ``output_attentions``; we do."""
-    plain, asking = bind_interface(module, attend), bind_interface(module, _WithProbabilities(attend))
+    plain, asking = bind_interface(module, attend), bind_interface(module, _WithProbabilities(module, attend))
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return (asking if _wants_probabilities(module, kwargs) else plain)(*args, **kwargs)
@@ -231,6 +234,7 @@ GPT_BIGCODE = Adapter(
             verified={
                 f"{_MODULE}:GPTBigCodeAttention.forward": ("286f36b73298d4c8",),
                 f"{_MODULE}:GPTBigCodeBlock.forward": ("bee25af89b87c58f",),
+                f"{_MODULE}:eager_attention_forward": ("bde158d77194b50c",),
             },
         ),
         _SeamWhen(

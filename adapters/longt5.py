@@ -258,11 +258,11 @@ def _check_encoder(module: Any) -> None:
 
 
 # Fingerprints of what each seam relies on: whoever calls it, and whatever it calls or does in the model's place.
-_STACK = {
+_STACK: dict[str, tuple[str, ...]] = {
     "LongT5Stack.forward": ("f7fb5f512c5a3e1a",),
     "LongT5Block.forward": ("d7ac5df6de403a30",),
 }
-_ENCODER = {
+_ENCODER: dict[str, tuple[str, ...]] = {
     **_STACK,
     "_get_local_attention_mask": ("3eb8c0f8f0be8cf3",),
     "_mask_local_attention_mask": ("62fa5613f79ca15f",),
@@ -271,14 +271,14 @@ _ENCODER = {
     "_split_into_blocks": ("bcf721d6ae50df89",),
     "_pad_to_multiple": ("f7f72de3a7c8fb34",),
 }
-_LOCAL = {
+_LOCAL: dict[str, tuple[str, ...]] = {
     **_ENCODER,
     "LongT5LocalAttention.forward": ("b9aa72a78aea8aaf",),
     "LongT5LocalAttention.compute_bias": ("fe0dab95b15feb1c",),
     "LongT5LocalAttention._relative_position_bucket": ("3c5a357d3faa12c1",),
     "LongT5LayerLocalSelfAttention.forward": ("15fd86ee726a7012",),
 }
-_TRANSIENT = {
+_TRANSIENT: dict[str, tuple[str, ...]] = {
     **_ENCODER,
     "LongT5TransientGlobalAttention.forward": ("1f5f4f73737e4b7d",),
     "LongT5TransientGlobalAttention.compute_bias": ("fe0dab95b15feb1c",),
@@ -289,7 +289,7 @@ _TRANSIENT = {
     "_make_side_relative_position_ids": ("5fa5c76ab2b0ba52",),
     "_create_global_aggregates": ("3e64bb197756b99b",),
 }
-_DECODER = {
+_DECODER: dict[str, tuple[str, ...]] = {
     **_STACK,
     "LongT5Attention.forward": ("1ffdb05e9cb451d9",),
     "LongT5Attention.compute_bias": ("d4229870b11d18d8",),

@@ -80,8 +80,8 @@ def read_local(blocked: Tensor, real: Tensor, block_len: int) -> Tensor:
     """
     length = real.shape[1]
     near = min(block_len, length)
-    pairs = [real[:, : length - d] & real[:, d:] for d in range(near)]
-    pairs = torch.stack([torch.nn.functional.pad(pair, (0, d)) for d, pair in enumerate(pairs)]).flatten(1)
+    both = [real[:, : length - d] & real[:, d:] for d in range(near)]
+    pairs = torch.stack([torch.nn.functional.pad(pair, (0, d)) for d, pair in enumerate(both)]).flatten(1)
     found, at = pairs.any(1), pairs.byte().argmax(1)
     sample, first = at // length, at % length
     second = first + torch.arange(near, device=real.device)

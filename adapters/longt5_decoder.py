@@ -6,6 +6,7 @@ place of a bias as large as the scores, that forward passes along a small object
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
@@ -17,8 +18,9 @@ from torch import Tensor
 from attnzoo.adapter import Attend, Forward, parameter_of
 from attnzoo.adapters.longt5_bias import bucketed, check_buckets, learns, side_reach
 from attnzoo.bias import Bias, DenseBias, RelativeBias
+from attnzoo.errors import BackendRefusedError
 from attnzoo.functional import compute_dtype
-from attnzoo.interface import check_interface, rebind
+from attnzoo.interface import check_interface, native_probabilities, rebind
 from attnzoo.masks import read_attention_mask
 from attnzoo.patterns import Causal, Full
 from attnzoo.segments import Attention, Request, Segment, SegmentRequest
@@ -39,7 +41,8 @@ def _decoder_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The module's own forward ``run``, with a bias it passes along unseen to the attention function given to it."""
-    values, bias = position_bias, position_bias
+    values = position_bias
+    bias: Any = position_bias
     if position_bias is None and not module.has_relative_attention_bias:
         bias = _NO_BIAS
     elif position_bias is None and getattr(attend, "complete", False):
@@ -56,11 +59,23 @@ def _decoder_forward(
 class _Interface:
     """Stands where the modelling file expects ``ALL_ATTENTION_FUNCTIONS``, for one module."""
 
-    def __init__(self, attend: Attend) -> None:
-        self._attend = attend
+    def __init__(self, attend: Attend, own: Any) -> None:
+        self._attend, self._own = attend, own
 
     def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        return partial(self._call, name)
+        def attention_function(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+            try:
+                return self._call(name, module, *args, **kwargs)
+            except BackendRefusedError:
+                # The module's cache is filled by now: what falls back is the attention function, not the forward.
+                if not self._attend.falls_back(native_probabilities(module) or not kwargs.get("output_attentions")):
+                    raise
+                if kwargs["position_bias"] is _NO_BIAS:
+                    kwargs["position_bias"] = None
+                own: tuple[Tensor, Tensor | None] = self._own.get_interface(name, default)(module, *args, **kwargs)
+                return own
+
+        return attention_function
 
     def _call(
         self,
@@ -81,7 +96,9 @@ class _Interface:
         bias = None if bias is _NO_BIAS else bias
         pattern, mask = _unmasked(name, module, query), None
         if attention_mask is not None:
-            pattern, (mask, rest) = Full(), self._attend.once(attention_mask, "read", read_attention_mask)
+            pattern, lengths = Full(), (query.shape[2], key.shape[2])
+            read = partial(read_attention_mask, lengths=lengths)
+            mask, rest = self._attend.once(attention_mask, "read", read)
             if rest is not None:
                 bias = rest if bias is None else _sum(query, key, bias, rest)
         query, key, value = (tensor.to(compute_dtype(tensor)) for tensor in (query, key, value))
@@ -105,7 +122,8 @@ def _sum(query: Tensor, key: Tensor, bias: Bias, rest: DenseBias) -> DenseBias:
 
 def bind_decoder(module: Any, attend: Attend) -> Forward:
     """The module's own forward, whose attention function is the site's backend."""
-    run = MethodType(rebind(type(module).forward, ALL_ATTENTION_FUNCTIONS=_Interface(attend)), module)
+    own = inspect.unwrap(type(module).forward).__globals__["ALL_ATTENTION_FUNCTIONS"]
+    run = MethodType(rebind(type(module).forward, ALL_ATTENTION_FUNCTIONS=_Interface(attend, own)), module)
     return partial(_decoder_forward, module, attend, run)
 
 

@@ -75,7 +75,10 @@ def _local_forward(
     query = split_heads(module, module.query(hidden_states))
     key, value = split_heads(module, module.key(states)), split_heads(module, module.value(states))
     query, key, value = (tensor.to(compute_dtype(query)) for tensor in (query, key, value))
-    real = real_tokens(attend, attention_mask, batch, key.shape[2])
+    # On a filled cache, a mask of the new token alone will do, too.
+    one = attention_mask is not None and attention_mask.shape[1:] == (1,)
+    real = real_tokens(attend, attention_mask, batch, 1 if one else key.shape[2])
+    real = None if real is None else real.expand(-1, key.shape[2])
     patterns: list[Pattern] = [Full()]
     if length > chunk:
         count = check_length(module, length)

@@ -317,8 +317,8 @@ def unpatch(model: nn.Module) -> None:
     lost = [name for name in forwards[0].group if name not in {forward.site.name for forward in forwards}]
     if lost:
         raise PatchError(
-            f"model: got one in which the last patch is no longer in place at {', '.join(lost)}; allowed: the whole model, "
-            "while nothing else has replaced a patched forward"
+            f"model: got one in which the last patch is no longer in place at {', '.join(lost)}; allowed: the whole "
+            "model, while nothing else has replaced a patched forward"
         )
     _remove(forwards)
 
@@ -362,7 +362,7 @@ def patch(
     made = {name: _make(name, options) for name in dict.fromkeys(name for _, name in chosen)}
     refused: dict[str, tuple[Refusal, ...]] = {}
     alternatives: dict[str, tuple[str, ...]] = {}
-    refuser = ""
+    refusers: list[str] = []
     for found, name in chosen:
         if name == "native":
             continue
@@ -374,13 +374,13 @@ def patch(
             try:
                 negotiate(instance, request, found.name)  # type: ignore[arg-type]
             except BackendRefusedError as error:
-                refuser = error.backend
+                refusers.append(error.backend)
                 for where, reasons in error.refusals.items():
                     refused[where] = tuple(dict.fromkeys((*refused.get(where, ()), *reasons)))
                     others = alternatives.get(where, error.alternatives[where])
                     alternatives[where] = tuple(name for name in others if name in error.alternatives[where])
     if refused:
-        raise BackendRefusedError(refuser, refused, alternatives)
+        raise BackendRefusedError(", ".join(dict.fromkeys(refusers)), refused, alternatives)
     number, memory = next(_patch_numbers), WeakTensorKeyDictionary()
     group = tuple(found.name for found, _ in chosen)
     forwards: list[PatchedForward] = []

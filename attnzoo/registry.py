@@ -25,7 +25,6 @@ _BackendType = TypeVar("_BackendType", bound=type[Backend])
 _lock = threading.RLock()
 _backends: dict[str, type[Backend]] = {}
 _adapters: dict[str, Adapter] = {}
-_taken_over: dict[type[Backend], set[str]] = {}  # names another backend has replaced
 _broken_backends: dict[str, str] = {}
 _broken_adapters: dict[str, str] = {}
 _discovered = False
@@ -43,8 +42,15 @@ def _discover() -> None:
                 cls = entry.load()
                 if entry.name not in _backends:
                     register_backend(cls)
-            except Exception as error:
+            except BaseException as error:
+                _raise_interrupts(error)
                 _broken_backends[entry.name] = f"{entry.value} failed to load: {type(error).__name__}: {error}"
+
+
+def _raise_interrupts(error: BaseException) -> None:
+    """A broken package may raise anything, ``SystemExit`` too: that is a reason. A user's Ctrl-C is not."""
+    if isinstance(error, KeyboardInterrupt):
+        raise error
 
 
 def register_backend(cls: _BackendType, *, replace: bool = False) -> _BackendType:
@@ -64,19 +70,12 @@ def register_backend(cls: _BackendType, *, replace: bool = False) -> _BackendTyp
         raise InvalidArgumentError("cls", repr(cls), "a subclass of attnzoo.Backend with a name")
     _discover()
     with _lock:
-        names = {cls.name, *cls.aliases}
-        rivals = [other for other in _backends.values() if other is not cls and names & {other.name, *other.aliases}]
-        taken = {name for other in rivals for name in (other.name, *other.aliases)} if not replace else set()
+        others = {name for other in _backends.values() if other is not cls for name in (other.name, *other.aliases)}
+        taken = set(RESERVED) if replace else others | set(RESERVED)
         for name in (cls.name, *cls.aliases):
-            if name in taken or name in RESERVED:
-                raise InvalidArgumentError(
-                    "backend name", repr(name), f"a name other than {sorted(taken | set(RESERVED))}"
-                )
-        for other in rivals:
-            _taken_over.setdefault(other, set()).update(names)
-            if other.name in names:
-                _backends.pop(other.name, None)
-        _taken_over.pop(cls, None)
+            if name in taken:
+                raise InvalidArgumentError("backend name", repr(name), f"a name other than {sorted(taken)}")
+        _backends.pop(cls.name, None)  # the last registered owns a name
         _backends[cls.name] = cls
         _broken_backends.pop(cls.name, None)
         choose.cache_clear()
@@ -133,7 +132,8 @@ def find_adapter(model_type: str) -> Adapter | None:
         for entry in metadata.entry_points(group="attnzoo.adapters", name=model_type):
             try:
                 return register_adapter(entry.load())
-            except Exception as error:
+            except BaseException as error:
+                _raise_interrupts(error)
                 _broken_adapters[model_type] = f"{entry.value} failed to load: {type(error).__name__}: {error}"
     return None
 
@@ -162,14 +162,20 @@ def backends() -> dict[str, BackendInfo]:
     return dict(sorted(found.items()))
 
 
+def _owner(name: str) -> type[Backend] | None:
+    """The last registered backend that goes by the name."""
+    return next((cls for cls in reversed(_backends.values()) if name in (cls.name, *cls.aliases)), None)
+
+
 def _aliases(cls: type[Backend]) -> tuple[str, ...]:
-    return tuple(alias for alias in cls.aliases if alias not in _taken_over.get(cls, ()))
+    return tuple(alias for alias in cls.aliases if _owner(alias) is cls)
 
 
 def _unavailable(cls: type[Backend]) -> str | None:
     try:
         return cls.unavailable()
-    except Exception as error:  # a broken optional package may raise anything; it is a reason, not our failure
+    except BaseException as error:
+        _raise_interrupts(error)
         return f"availability check failed: {type(error).__name__}: {error}"
 
 
@@ -181,9 +187,9 @@ def backend_class(name: str) -> type[Backend]:
         UnknownNameError: the name is not registered; near misses are suggested.
     """
     _discover()
-    for cls in _backends.values():
-        if name in (cls.name, *_aliases(cls)):
-            return cls
+    owner = _owner(name)
+    if owner is not None:
+        return owner
     if isinstance(name, str) and name in _broken_backends:
         raise InvalidArgumentError("backend", f"{name!r}: {_broken_backends[name]}", "a backend that loads")
     known = {alias for cls in _backends.values() for alias in (cls.name, *_aliases(cls))}

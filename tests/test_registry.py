@@ -27,7 +27,6 @@ def registry_of_its_own(monkeypatch):
     attnzoo.backends()
     for name in ("_backends", "_adapters", "_broken_backends", "_broken_adapters"):
         monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
-    monkeypatch.setattr(registry, "_taken_over", {cls: set(names) for cls, names in registry._taken_over.items()})
     monkeypatch.setattr(registry, "_discovered", True)
     registry.choose.cache_clear()
     yield

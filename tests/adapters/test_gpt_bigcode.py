@@ -223,24 +223,31 @@ def test_dropout_in_training_is_the_originals(multi_query: bool, backend: str) -
         torch.testing.assert_close(run(0), evaluated, atol=1e-4, rtol=1e-4)
 
 
+class Dry(EagerBackend):
+    name = "dry"
+    capabilities = replace(EagerBackend.capabilities, dropout=False)
+
+
+class Maskless(EagerBackend):
+    name = "maskless"
+    capabilities = replace(EagerBackend.capabilities, mask=False, key_mask=False)
+
+
 @pytest.fixture
-def backend_without_dropout() -> Iterator[str]:
-    class Dry(EagerBackend):
-        name = "dry"
-        capabilities = replace(EagerBackend.capabilities, dropout=False)
-
-    attnzoo.register_backend(Dry)
-    yield "dry"
-    attnzoo.unregister_backend("dry")
+def lesser_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    attnzoo.register_backend(request.param)
+    yield request.param.name
+    attnzoo.unregister_backend(request.param.name)
 
 
+@pytest.mark.parametrize("lesser_backend", [Dry], indirect=True)
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
-def test_dropout_a_backend_has_not_is_refused(backend_without_dropout: str, cross: bool) -> None:
+def test_dropout_a_backend_has_not_is_refused(lesser_backend: str, cross: bool) -> None:
     model = build(multi_query=False, add_cross_attention=cross, attn_pdrop=0.1).train()
     sites = "*crossattention" if cross else "*"
     with pytest.raises(attnzoo.BackendRefusedError, match="dropout"):
-        attnzoo.patch(model, {sites: backend_without_dropout})
-    attnzoo.patch(model.eval(), {sites: backend_without_dropout}).remove()
+        attnzoo.patch(model, {sites: lesser_backend})
+    attnzoo.patch(model.eval(), {sites: lesser_backend}).remove()
 
 
 @KINDS
@@ -264,6 +271,20 @@ def test_output_attentions(multi_query: bool, asked_by: str) -> None:
     with attnzoo.patch(model, "sdpa", fallback="native") as handle:
         assert torch.equal(model(**inputs, **asked).attentions[1], expected[1])
         assert [site.fallbacks for site in handle.sites] == [1, 1]
+
+
+@pytest.mark.parametrize("lesser_backend", [Maskless], indirect=True)
+def test_output_attentions_of_what_falls_back_within_a_forward(lesser_backend: str) -> None:
+    """That a mask comes is known only when the attention function is called; what runs then must have them too."""
+    inputs = padded(2, 7, "left")
+    model = build("eager")
+    expected = model(**inputs, output_attentions=True).attentions
+    with attnzoo.patch(model, lesser_backend, fallback="native") as handle:
+        assert torch.equal(model(**inputs, output_attentions=True).attentions[1], expected[1])
+        assert [site.fallbacks for site in handle.sites] == [1, 1]
+    model = build("sdpa")  # has none of its own
+    with attnzoo.patch(model, lesser_backend, fallback="native"), pytest.raises(attnzoo.BackendRefusedError):
+        model(**inputs, output_attentions=True)
 
 
 def test_a_model_loaded_with_another_implementation_is_refused() -> None:

@@ -1,6 +1,7 @@
 """LongT5 patched equals LongT5: every mode of its encoder and decoder, on weights that would show a difference."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import transformers
 
 import attnzoo
 from attnzoo.adapters.longt5 import LONGT5, _aggregate, _globals
+from attnzoo.backends.eager import EagerBackend
 from attnzoo.error_rule import FORWARD, GRADIENT, check
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError
 from attnzoo.fingerprint import drift
@@ -267,6 +269,18 @@ def test_patched_and_unpatched_layers_share_the_bias(kind, patch, length):
 
 
 @kinds
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_later_patch_that_runs_a_layers_own_code(kind, layer):
+    model, arguments = longt5(kind), inputs(37)
+    real = arguments["decoder_attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**arguments).logits
+        with attnzoo.patch(model, "sdpa"), attnzoo.patch(model, {f"*.block.{layer}.*": "native"}):
+            got = model(**arguments).logits
+    torch.testing.assert_close(got[real], expected[real], rtol=1e-5, atol=1e-4)
+
+
+@kinds
 def test_a_part_of_a_stack(kind):
     model, arguments = longt5(kind), inputs(37)
     real = arguments["decoder_attention_mask"].bool()
@@ -276,6 +290,36 @@ def test_a_part_of_a_stack(kind):
             with attnzoo.patch(part, "sdpa"):
                 got = model(**arguments).logits
             torch.testing.assert_close(got[real], expected[real], rtol=1e-5, atol=1e-4)
+
+
+@kinds
+@pytest.mark.parametrize("frozen", ["encoder.block.0", "encoder.block.1", "relative_attention_bias"])
+def test_layers_that_fall_back_share_the_bias_with_those_that_do_not(kind, frozen):
+    """A backend without gradients: layers before the first that trains run on it, the others fall back."""
+
+    class Forwards(EagerBackend):
+        name = "forwards"
+        capabilities = dataclasses.replace(EagerBackend.capabilities, grad=False, bias_grad=False)
+
+    def prepare(model):
+        model.train()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not (name.startswith("shared") or frozen in name))
+
+    model, arguments = longt5(kind, tie_word_embeddings=False), inputs(37)
+    reference, _ = outcome(model, arguments, None, torch.float64, prepare)
+    original, _ = outcome(model, arguments, None, torch.float32, prepare)
+    attnzoo.register_backend(Forwards)
+    try:
+        prepare(model)
+        with attnzoo.patch(model, "forwards", fallback="native") as handle:
+            patched, _ = outcome(model, arguments)
+    finally:
+        attnzoo.unregister_backend("forwards")
+    assert handle.sites
+    for name, expected in reference.items():
+        verdict = check(name, patched[name], expected, original[name], GRADIENT)
+        assert verdict.ok, str(verdict)
 
 
 @kinds

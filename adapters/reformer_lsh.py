@@ -1,0 +1,210 @@
+"""Reformer's LSH attention: chunks of tokens sorted by hash bucket. The decisions are told in ``reformer``."""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.adapter import Attend
+from attnzoo.adapters.reformer_layout import (
+    MODULE,
+    check_length,
+    merge_heads,
+    neighbourhoods,
+    of_rounds,
+    real_tokens,
+    refuse_unknown,
+    split_heads,
+    steps_ahead,
+    with_own_token,
+)
+from attnzoo.errors import InvalidArgumentError
+from attnzoo.fingerprint import locate
+from attnzoo.functional import compute_dtype
+from attnzoo.interface import rebind
+from attnzoo.patterns import Causal, SortedChunks
+from attnzoo.segments import Attention, Segment, describe
+
+
+class LSHForward:
+    """The forward of an LSH attention; remembers the number of buckets it derived, if it had to."""
+
+    def __init__(self, module: Any, attend: Attend) -> None:
+        self._module, self._attend = module, attend
+        self._num_buckets: int | list[int] | None = None
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        num_hashes: int | None = None,
+        buckets: Tensor | None = None,
+        past_buckets_states: Any = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Any, Tensor | None]:
+        """``(batch, length, embed)`` in and out, with buckets ``(batch, heads, hashes, length)`` where it hashes."""
+        refuse_unknown(kwargs)
+        module = self._module
+        hashes = module.num_hashes if num_hashes is None else num_hashes
+        batch, length, _ = hidden_states.shape
+        wanted = bool(output_attentions)
+        if past_buckets_states is not None and len(past_buckets_states) > module.layer_idx:
+            if length > 1:
+                raise InvalidArgumentError("hidden_states", f"{length} tokens on a filled cache", "one token at a time")
+            past = past_buckets_states.states_cache[module.layer_idx]
+            past_buckets = past_buckets_states.buckets_cache[module.layer_idx]
+            one = (hidden_states, attention_mask, hashes, wanted, past)
+            output, weights, buckets = self._decode(*one, past_buckets) if past_buckets.numel() else self._extend(*one)
+        else:
+            query = split_heads(module, module.query_key(hidden_states))
+            value = split_heads(module, module.value(hidden_states))
+            real = real_tokens(self._attend, attention_mask, batch, length)
+            if length <= module.chunk_length:
+                output, weights = self._short(query, value, real, wanted)
+            else:
+                check_length(module, length, hashes)
+                if buckets is None:
+                    buckets = self._hasher(length)._hash_vectors(query, hashes, attention_mask)
+                buckets = buckets.view(batch, module.num_attention_heads, hashes, length)
+                output, weights = self._sorted(query, value, buckets, real, wanted)
+        if buckets is not None:
+            buckets = buckets.view(batch, module.num_attention_heads, hashes, -1)
+        returned: tuple[Tensor, Any, Tensor | None] = locate(f"{MODULE}:LSHSelfAttentionOutput")(
+            merge_heads(output), () if weights is None else weights, buckets
+        )
+        return returned
+
+    def _hasher(self, length: int) -> Any:
+        """The module; with the number of buckets it would derive from a length, if it has none."""
+        module = self._module
+        if module.num_buckets is not None:
+            return module
+        twin = copy.copy(module)
+        if self._num_buckets is None:
+            twin.config = SimpleNamespace()
+            silent = SimpleNamespace(warning=lambda text: None)  # it would say that the config is being written
+            rebind(type(module)._set_num_buckets, logger=silent)(twin, length)
+            self._num_buckets = twin.num_buckets
+        twin.num_buckets = self._num_buckets
+        return twin
+
+    def _attention(
+        self, query: Tensor, segments: tuple[Segment, ...], own: Tensor, real: Tensor | None = None
+    ) -> Attention:
+        dropout = self._module.dropout if self._module.training else 0.0
+        return Attention(query, segments, 1.0, dropout, query_mask=real, empty=own)
+
+    def _keys(self, queries: Tensor) -> Tensor:
+        """Keys are the queries, each of length 1: that is all the scaling there is."""
+        keys: Tensor = self._module._len_and_dim_norm(queries, math.sqrt(self._module.attention_head_size))
+        return keys
+
+    def _short(self, query: Tensor, value: Tensor, real: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        """Everything at once, but for the own token."""
+        dtype, length = compute_dtype(query), query.shape[2]
+        query, key, value = query.to(dtype), self._keys(query).to(dtype), value.to(dtype)
+        segment = Segment(key, value, Causal(offset=-1), key_mask=real)
+        own = torch.eye(length, dtype=torch.bool, device=query.device)[None, None]
+        if not self._module.is_decoder:
+            segment = Segment(key, value, key_mask=real, mask=~own)
+        result = self._attend(self._attention(query, (segment,), value, real), wanted)
+        if result.dropped is None or result.probabilities is None:
+            return result.output, None
+        return result.output, with_own_token(result.dropped[0], result.probabilities[0].sum(-1, keepdim=True), own)
+
+    def _sorted(
+        self, query: Tensor, value: Tensor, buckets: Tensor, real: Tensor | None, wanted: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Chunks of the sorted list of all rounds; ``buckets`` is ``(batch, heads, hashes, length)``."""
+        module, dtype = self._module, compute_dtype(query)
+        hashes, length = buckets.shape[2:]
+        if hashes > 1 and bool((buckets[:, :, 1:].amin(-1) <= buckets[:, :, :-1].amax(-1)).any()):
+            raise InvalidArgumentError(
+                "buckets", describe(buckets), "numbers that grow from one hash round to the next"
+            )
+        query, key, value = query.to(dtype), self._keys(query).to(dtype), value.to(dtype)
+        order = buckets.argsort(dim=-1, stable=True)
+        token = order.flatten(2)
+        sorted_key, sorted_value = _rows(key, token), _rows(value, token)
+        if real is not None:
+            token = token.masked_fill(~real[:, None].expand(-1, token.shape[1], -1).gather(2, token), -1)
+        count = check_length(module, length, hashes)
+        chunk, causal, sides = module.chunk_length, bool(module.is_decoder), neighbourhoods(module, count)
+        segments = tuple(
+            Segment(
+                sorted_key,
+                sorted_value,
+                SortedChunks(chunk, before, after, causal, number * length, order[:, :, number], token),
+            )
+            for number in range(hashes)
+            for before, after in sides
+        )
+        result = self._attend(self._attention(query, segments, value, real), wanted)
+        if result.dropped is None or result.probabilities is None:
+            return result.output, None
+        return result.output, of_rounds(result.probabilities, result.dropped, order, chunk, steps_ahead(module, count))
+
+    def _extend(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, hashes: int, wanted: bool, past: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """One token more, on a cache too short for buckets: it sees everything. Hashes once there is a chunk."""
+        module = self._module
+        states = torch.cat([past, hidden_states], dim=1)
+        query, value = split_heads(module, module.query_key(states)), split_heads(module, module.value(states))
+        buckets = None
+        if states.shape[1] >= module.chunk_length:
+            buckets = self._hasher(states.shape[1])._hash_vectors(query, hashes, attention_mask)
+        dtype = compute_dtype(query)
+        key, value = self._keys(query).to(dtype), value.to(dtype)
+        segment = Segment(key[:, :, :-1], value[:, :, :-1])
+        result = self._attend(self._attention(query[:, :, -1:].to(dtype), (segment,), value[:, :, -1:]), wanted)
+        weights = None if result.dropped is None else torch.nn.functional.pad(result.dropped[0], (0, 1))
+        return result.output, weights, buckets
+
+    def _decode(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        hashes: int,
+        wanted: bool,
+        past: Tensor,
+        past_buckets: Tensor,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """One token more, on cached states and buckets: it sees its neighbourhood in each round's sorted list."""
+        module = self._module
+        query = split_heads(module, module.query_key(hidden_states))
+        states, tokens, buckets = self._hasher(past.shape[1])._get_relevant_hid_states_and_buckets(
+            query_vectors=query,
+            attention_mask=attention_mask,
+            num_hashes=hashes,
+            hidden_states=hidden_states,
+            past_states=past,
+            past_buckets=past_buckets,
+        )
+        tokens = tokens.flatten(2)  # (batch, heads, hashes * neighbours): which token each of the states is of
+        dtype = compute_dtype(query)
+        key = self._keys(module._query_per_attn_head(states)).to(dtype)
+        value = module._value_per_attn_head(states).to(dtype)
+        own = (tokens == past.shape[1])[:, :, None]
+        itself = _rows(value, own[:, :, 0].long().argmax(-1, keepdim=True))
+        segment = Segment(key, value, mask=~own)
+        result = self._attend(self._attention(query.to(dtype), (segment,), itself), wanted)
+        if result.dropped is None or result.probabilities is None:
+            return result.output, None, buckets
+        weights, kept, own = (
+            tensor.unflatten(-1, (hashes, -1)).transpose(2, 3)
+            for tensor in (result.probabilities[0], result.dropped[0], own)
+        )
+        return result.output, with_own_token(kept, weights.sum(-1, keepdim=True), own), buckets
+
+
+def _rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """Rows of ``(batch, heads, n, dim)`` by ``(batch, heads, m)`` indices."""
+    return tensor.gather(2, index[..., None].expand(-1, -1, -1, tensor.shape[3]))
