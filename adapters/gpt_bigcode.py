@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 from typing import Any, NoReturn, TypeVar
@@ -38,23 +37,13 @@ from torch import Tensor
 from attnzoo.adapter import Adapter, Attend, Forward, Seam, parameter_of
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.functional import compute_dtype
-from attnzoo.interface import _NEUTRAL, bind_interface, check_interface, native_probabilities
+from attnzoo.interface import bind_interface, check_interface, native_probabilities, refuse_unknown
 from attnzoo.patterns import Causal, Full
 from attnzoo.segments import Attention, Request, Result, Segment, SegmentRequest, describe
 
 T = TypeVar("T")
 _MODULE = "transformers.models.gpt_bigcode.modeling_gpt_bigcode"
 _MASK = "encoder_attention_mask"
-
-
-@dataclass(frozen=True)
-class _SeamWhen(Seam):
-    """A seam for some of the modules of its class: self-attention and cross-attention share one here."""
-
-    when: Callable[[Any], bool] = bool
-
-    def matches(self, module: Any) -> bool:
-        return super().matches(module) and self.when(module)
 
 
 def _wants_probabilities(module: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -121,9 +110,7 @@ def _cross_forward(
         InvalidArgumentError: a keyword we do not know, a cache without room for cross-attention, neither encoder states
             nor a filled cache, or an encoder mask that does not fit.
     """
-    for keyword, given in kwargs.items():
-        if keyword not in _NEUTRAL and given is not None:
-            raise InvalidArgumentError(keyword, describe(given), f"None, or one of {sorted(_NEUTRAL)}")
+    refuse_unknown(kwargs)
     query = module.q_attn(hidden_states).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
     key, value = _keys_values(module, encoder_hidden_states, layer_past)
     query, key, value = (tensor.to(compute_dtype(query)) for tensor in (query, key, value))
@@ -221,7 +208,7 @@ GPT_BIGCODE = Adapter(
     model_types=("gpt_bigcode",),
     versions="5.17 to 5.23",
     seams=(
-        _SeamWhen(
+        Seam(
             cls=f"{_MODULE}:GPTBigCodeAttention",
             when=lambda module: not module.is_cross_attention,
             bind=_self_bind,
@@ -237,26 +224,29 @@ GPT_BIGCODE = Adapter(
                 f"{_MODULE}:eager_attention_forward": ("bde158d77194b50c",),
             },
         ),
-        _SeamWhen(
+        Seam(
             cls=f"{_MODULE}:GPTBigCodeAttention",
             when=lambda module: module.is_cross_attention,
             bind=lambda module, attend: partial(_cross_forward, module, attend),
-            describe=lambda module: "cross, key padding (repaired; native is broken)",
+            describe=lambda module: "cross, key padding (repaired)",
+            fault=lambda module: (
+                "transformers' cross-attention of GPTBigCode splits keys and values at the wrong width"
+            ),
             requests=_cross_requests,
             dropout=lambda module: float(module.attn_dropout),
             wants_probabilities=_wants_probabilities,
-            native_probabilities=lambda module: False,
             verified={
                 f"{_MODULE}:GPTBigCodeAttention.__init__": ("61c5b13f012a795e",),
                 f"{_MODULE}:GPTBigCodeAttention.forward": ("286f36b73298d4c8",),
                 f"{_MODULE}:GPTBigCodeBlock.forward": ("bee25af89b87c58f",),
             },
         ),
-        _SeamWhen(
+        Seam(
             cls=f"{_MODULE}:GPTBigCodeModel",
             when=lambda module: module.config.add_cross_attention,
             bind=_model_bind,
-            describe=lambda module: "none: prepares the encoder mask",
+            attends=False,
+            describe=lambda module: "prepares the encoder mask",
             verified={f"{_MODULE}:GPTBigCodeModel.forward": ("d7ee7bdaafe5124b",)},
         ),
     ),

@@ -63,6 +63,10 @@ class Seam:
         check: raises if the module is configured in a way the seam cannot serve.
         wants_probabilities: whether a call with these keyword arguments asks for attention probabilities.
         native_probabilities: whether the module's own forward can return them.
+        when: which modules of the class the seam is for, where that is not all of them.
+        fault: why the module's own forward is wrong, or None; there is no falling back to a forward that is.
+        attends: False for a module that attends nothing itself and is taken over with those inside it, because it
+            stands in their way; it is not listed as a site.
     """
 
     cls: str
@@ -74,10 +78,13 @@ class Seam:
     check: Callable[[Any], None] = lambda module: None
     wants_probabilities: Callable[[Any, Mapping[str, Any]], bool] = _asks_for_probabilities
     native_probabilities: Callable[[Any], bool] = _always
+    when: Callable[[Any], bool] = _always
+    fault: Callable[[Any], str | None] = lambda module: None
+    attends: bool = True
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether the module is of this seam's class (subclasses included)."""
-        return any(_path(base) == self.cls for base in type(module).__mro__)
+        """Whether the seam is for the module: one of its class (subclasses included), :attr:`when` that says so."""
+        return any(_path(base) == self.cls for base in type(module).__mro__) and self.when(module)
 
 
 @dataclass(frozen=True)

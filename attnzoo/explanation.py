@@ -71,7 +71,7 @@ def explain(model: nn.Module, backend: str | None = None) -> Explanation:
     infos = registry.backends()
     names = list(infos) if backend is None else [registry.backend_class(backend).name]
     verdicts = []
-    for found in find_sites(model):
+    for found in (found for found in find_sites(model) if found.seam.attends):
         common: tuple[Refusal, ...] = ()
         try:
             found.adapter.check_drift(found.seam, found.module)

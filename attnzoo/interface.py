@@ -46,6 +46,18 @@ def rebind(function: Callable[..., Any], **names: Any) -> FunctionType:
     return twin
 
 
+def refuse_unknown(kwargs: Mapping[str, Any]) -> None:
+    """Raise on keyword arguments that attention would have to compute with: nothing is dropped.
+
+    Raises:
+        InvalidArgumentError: names the keyword, what was got, and which keywords do not matter.
+    """
+    for keyword, given in kwargs.items():
+        if keyword not in _NEUTRAL and given is not None:
+            got = describe(given) if isinstance(given, Tensor) else repr(given)
+            raise InvalidArgumentError(keyword, got, f"None, or one of {sorted(_NEUTRAL)}")
+
+
 def bind_interface(module: nn.Module, attend: Attend) -> Forward:
     """The module's own forward, whose attention function is the site's backend."""
     own = inspect.unwrap(type(module).forward).__globals__.get(_NAME)
@@ -115,10 +127,7 @@ class _Interface:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """What an attention function of transformers does: returns ``(batch, q_len, heads, head_dim)`` and weights."""
-        for keyword, given in kwargs.items():
-            if keyword not in _NEUTRAL and given is not None:
-                got = describe(given) if isinstance(given, Tensor) else repr(given)
-                raise InvalidArgumentError(keyword, got, f"None, or one of {sorted(_NEUTRAL)}")
+        refuse_unknown(kwargs)
         if is_causal is None:
             is_causal = bool(getattr(module, "is_causal", True))
         pattern, mask, bias = _read(self._attend, name, query, key, attention_mask, is_causal)

@@ -89,7 +89,7 @@ def find_sites(model: nn.Module) -> list[Found]:
         for adapter in adapters.values()
         for name, module, seam in adapter.sites(model)
     }
-    if not found:
+    if not any(one.seam.attends for one in found.values()):
         broken = [f"{name}: {reason}" for name in types if (reason := registry.broken_adapter(name))]
         why = f" (an adapter exists but did not load: {'; '.join(broken)})" if broken else ""
         raise PatchError(
@@ -184,7 +184,8 @@ class PatchedForward:
             self._negotiate((*args, *kwargs.values()), kwargs)
         except BackendRefusedError:
             seam, module = self.found.seam, self.found.module
-            if not self._attend.falls_back(seam.native_probabilities(module) or not self._wants_probabilities(kwargs)):
+            serves = seam.native_probabilities(module) or not self._wants_probabilities(kwargs)
+            if not self._attend.falls_back(serves and seam.fault(module) is None):
                 raise
             return self.own(*args, **kwargs)
         return self._forward(*args, **kwargs)
@@ -358,7 +359,9 @@ def patch(
     """
     if fallback not in ("error", "native"):
         raise InvalidArgumentError("fallback", repr(fallback), "'error' or 'native'")
-    chosen = _assign(find_sites(model), backend)
+    everything = find_sites(model)
+    chosen = _assign([found for found in everything if found.seam.attends], backend)
+    chosen += _companions(everything, chosen)
     made = {name: _make(name, options) for name in dict.fromkeys(name for _, name in chosen)}
     refused: dict[str, tuple[Refusal, ...]] = {}
     alternatives: dict[str, tuple[str, ...]] = {}
@@ -393,7 +396,17 @@ def patch(
         forwards.append(PatchedForward(number, group, found, site, instance, native, falls, memory))
     for forward in forwards:
         slots.put(forward.found.module, forward)
-    return Handle(tuple(forward.site for forward in forwards), tuple(forwards))
+    return Handle(tuple(forward.site for forward in forwards if forward.found.seam.attends), tuple(forwards))
+
+
+def _companions(everything: list[Found], chosen: list[tuple[Found, str]]) -> list[tuple[Found, str]]:
+    """Modules that attend nothing, and are taken over because a module inside them is."""
+    inside = [found.module for found, name in chosen if name != "native"]
+    return [
+        (found, "auto")
+        for found in everything
+        if not found.seam.attends and any(module in inside for module in found.module.modules())
+    ]
 
 
 def _check_forward(found: Found) -> None:

@@ -60,12 +60,14 @@ class Report:
         sites: per attention, against the float64 oracle on the inputs the model gave it.
         end_to_end: outputs and parameter gradients on real tokens, against the model with the oracle in float64.
         original: the model's own code against the same: it says that the oracle computes what the model means.
+        fault: why the model's own code is wrong, and so was not run; empty where it is right.
     """
 
     backend: str
     sites: tuple[SiteReport, ...]
     end_to_end: tuple[Check, ...]
     original: tuple[Check, ...]
+    fault: str = ""
 
     @property
     def ok(self) -> bool:
@@ -84,6 +86,7 @@ class Report:
             ],
             "end_to_end": [_plain(check) for check in self.end_to_end],
             "original": [_plain(check) for check in self.original],
+            "fault": self.fault,
         }
 
     def __str__(self) -> str:
@@ -95,6 +98,8 @@ class Report:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         verdict = "within the error rule" if self.ok else "NOT within the error rule"
+        if self.fault:
+            lines.append(f"the original was not run: {self.fault}")
         return "\n".join([*lines, f"backend {self.backend!r}: {verdict}"])
 
 
@@ -244,13 +249,15 @@ def verify(
         with patch(model, backend, **options) as handle:
             for site in handle.sites:
                 site.observer = observe
+            faults = [forward.found.seam.fault(forward.found.module) for forward in handle.forwards]
+            fault = next((reason for reason in faults if reason), "")
             got = _run(model, inputs, gradients, seed)
         plain = copy.deepcopy(model)
         unpatch_all(plain)
         # There is no wider reference to see the roundings of a float64 model against: take those of float32 instead.
         narrow = copy.deepcopy(plain).float() if wide else plain
         narrow_inputs = _cast(inputs, torch.float32) if wide else inputs
-        original = _run(narrow, narrow_inputs, gradients, seed)
+        original = {} if fault else _run(narrow, narrow_inputs, gradients, seed)
         with patch(narrow, "eager"):
             eager = _run(narrow, narrow_inputs, gradients, seed)
         with patch(plain.double(), "eager"):
@@ -267,10 +274,11 @@ def verify(
                 what, values[what], reference[what], eager[what], error_rule.factor(what), computed, eager_dtype
             )
             for what in reference
+            if what in values
         )
 
     name = backend if isinstance(backend, str) else str(dict(backend))
-    return Report(name, sites, compare(got, dtype), compare(original, torch.float32 if wide else dtype))
+    return Report(name, sites, compare(got, dtype), compare(original, torch.float32 if wide else dtype), fault)
 
 
 @contextmanager

@@ -371,7 +371,7 @@ def test_cross_attention_is_the_oracles(multi_query: bool, backend: str, form: s
         check(run(model, torch.float32, encoder_attention_mask=mask), reference, baseline)
     attending = [site for site in handle.sites if site.cls == "GPTBigCodeAttention"]
     assert [site.calls for site in attending] == [1] * 4
-    assert sum("native is broken" in site.pattern for site in attending) == 2
+    assert sum("repaired" in site.pattern for site in attending) == 2
 
 
 @KINDS
@@ -563,3 +563,27 @@ def test_everything_is_put_back() -> None:
     assert {name: (type(module), set(vars(module))) for name, module in model.named_modules()} == before
     with pytest.raises(RuntimeError, match="split"):  # the original, as broken as ever
         model(tokens(2, 5), encoder_hidden_states=encoder(2))
+
+
+def test_patching_the_cross_attention_alone_takes_2d_masks_too() -> None:
+    model, mask = build_cross(), torch.tensor([[1, 1, 1, 0, 0]] * 2)
+    with attnzoo.patch(model, {"*.crossattention": "sdpa"}) as handle:
+        model(tokens(2, 5), encoder_hidden_states=encoder(2), encoder_attention_mask=mask)
+    assert [site.name.rpartition(".")[2] for site in handle.sites] == ["crossattention"] * 2
+    assert "forward" not in vars(model.transformer)
+
+
+def test_nothing_falls_back_to_the_broken_original() -> None:
+    model = build_cross().train()
+    with (
+        attnzoo.patch(model, {"*.crossattention": "sdpa"}, fallback="native"),
+        pytest.raises(attnzoo.BackendRefusedError, match="attention probabilities"),
+    ):
+        model(tokens(2, 5), encoder_hidden_states=encoder(2), output_attentions=True)
+
+
+def test_verify_says_that_the_original_is_broken_and_judges_the_rest() -> None:
+    inputs = dict(input_ids=tokens(2, 5), encoder_hidden_states=encoder(2))
+    report = attnzoo.verify(build_cross(), inputs, "sdpa")
+    assert report.ok and not report.original
+    assert "wrong width" in report.fault and "the original was not run" in str(report)
