@@ -10,6 +10,7 @@ is added to its scores; here it is the ``(heads, R)`` values of a :class:`~attnz
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -175,7 +176,7 @@ def _transient_forward(
     mask = _given(mask)
     tokens = attend.once(mask, "tokens", lambda mask: _tokens(_read_flat(mask, hidden_states)))
     blocks = attend.once(mask, "globals", lambda mask: _globals(mask, module.global_block_size))
-    tables = (_TABLE, _SIDE_TABLE)[: 2 if blocks.count else 1]
+    tables = (_TABLE, _SIDE_TABLE)[: 2 if blocks.number else 1]
     reaches = (local_reach(module), side_reach(module))[: len(tables)]
     passed, values = position_bias, position_bias
     if position_bias is None and module.has_relative_attention_bias:
@@ -184,18 +185,18 @@ def _transient_forward(
         passed = _pass_on(module, attend, values, hidden_states, mask)
     elif position_bias is not None and position_bias.ndim != 2:
         values = read_local(position_bias, tokens.real, module.block_len)
-        if blocks.count:
+        if blocks.number:
             side = read_side(position_bias[..., 3 * module.block_len :], blocks, module.block_len, reaches[1])
             values = torch.cat([values, side], dim=1)
     biases = (None, None) if values is None else values.split([2 * reach + 1 for reach in reaches], dim=1)
     segments = [_local_segment(module, hidden_states, tokens, biases[0])]
     sums = module.global_input_layer_norm(_aggregate(hidden_states, blocks))
-    if blocks.count:
+    if blocks.number:
         key, value = _heads(module, module.k(sums)), _heads(module, module.v(sums))
         bias = None if biases[1] is None else RelativeBias(biases[1], zero=reaches[1], positions=blocks.of)
         segments.append(Segment(key, value, key_mask=blocks.mask, bias=bias))
     output, weights = _attend(module, attend, hidden_states, tuple(segments), tokens, output_attentions)
-    if not blocks.count:
+    if not blocks.number:
         output = output + sums.sum()  # of nothing: 0. The norm's weight gets a gradient of zeros, as in the model
     return (output, passed) if weights is None else (output, passed, weights)
 
@@ -218,9 +219,9 @@ def _aggregate(hidden_states: Tensor, blocks: Globals) -> Tensor:
     batch, _, width = hidden_states.shape
     states = hidden_states.float() if hidden_states.dtype in (torch.bfloat16, torch.float16) else hidden_states
     sample = torch.arange(batch, device=states.device)[:, None].expand_as(blocks.of)
-    block = torch.where(blocks.of < 0, blocks.count, blocks.of)  # padding goes to one more block, which is dropped
-    sums = states.new_zeros((batch, blocks.count + 1, width)).index_put((sample, block), states, accumulate=True)
-    return sums[:, : blocks.count].to(hidden_states.dtype)
+    block = torch.where(blocks.of < 0, blocks.number, blocks.of)  # padding goes to one more block, which is dropped
+    sums = states.new_zeros((batch, blocks.number + 1, width)).index_put((sample, block), states, accumulate=True)
+    return sums[:, : blocks.number].to(hidden_states.dtype)
 
 
 # --- seams
@@ -304,6 +305,20 @@ def _verified(prints: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     return {f"{_MODULE}:{name}": known for name, known in prints.items()}
 
 
+def _decoder_seam(pattern: str, when: Callable[[Any], bool]) -> Seam:
+    return Seam(
+        cls=f"{_MODULE}:LongT5Attention",
+        when=when,
+        bind=bind_decoder,
+        describe=lambda module: pattern,
+        requests=decoder_requests,
+        dropout=_dropout,
+        check=check_decoder,
+        native_probabilities=native_probabilities,
+        verified=_verified(_DECODER),
+    )
+
+
 LONGT5 = Adapter(
     model_types=("longt5",),
     versions=VERSIONS,
@@ -329,15 +344,7 @@ LONGT5 = Adapter(
             check=_check_encoder,
             verified=_verified(_TRANSIENT),
         ),
-        Seam(
-            cls=f"{_MODULE}:LongT5Attention",
-            bind=bind_decoder,
-            describe=lambda module: "masked, relative bias" if module.is_causal else "masked (cross)",
-            requests=decoder_requests,
-            dropout=_dropout,
-            check=check_decoder,
-            native_probabilities=native_probabilities,
-            verified=_verified(_DECODER),
-        ),
+        _decoder_seam("masked, relative bias", lambda module: bool(module.is_causal)),
+        _decoder_seam("masked (cross)", lambda module: not module.is_causal),
     ),
 )

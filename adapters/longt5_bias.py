@@ -28,7 +28,7 @@ class Globals(NamedTuple):
     mask: Tensor | None
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """How many blocks the longest possible sample has."""
         return self.exists.shape[1]
 
@@ -103,8 +103,8 @@ def read_side(blocked: Tensor, blocks: Globals, block_len: int, reach: int) -> T
     """``(heads, 2 * reach + 1)`` from ``(batch, blocks of tokens, heads, block_len, globals)``."""
     batch, length = blocks.of.shape
     # A token of each block (-1: none), then every such token with every block that exists, one of them per distance.
-    slots = blocks.of.where(blocks.of >= 0, blocks.count)
-    token = slots.new_full((batch, blocks.count + 1), -1)
+    slots = blocks.of.where(blocks.of >= 0, blocks.number)
+    token = slots.new_full((batch, blocks.number + 1), -1)
     token = token.scatter(1, slots, _numbers(slots, length).expand(batch, -1))[:, :-1]
     sample, block, key = ((token >= 0)[:, :, None] & blocks.exists[:, None]).nonzero(as_tuple=True)
     distance = (key - block).clamp(-reach, reach) + reach

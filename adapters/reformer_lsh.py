@@ -206,5 +206,9 @@ class LSHForward:
 
 
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """Rows of ``(batch, heads, n, dim)`` by ``(batch, heads, m)`` indices."""
-    return tensor.gather(2, index[..., None].expand(-1, -1, -1, tensor.shape[3]))
+    """Rows of ``(batch, heads, n, dim)`` by ``(batch, heads, m)`` indices: moved whole, which is quicker than gathering."""
+    batch, heads, length, dim = tensor.shape
+    samples = torch.arange(batch, device=index.device)[:, None, None] * length
+    numbers = (index + samples) * heads + torch.arange(heads, device=index.device)[:, None]
+    rows = tensor.transpose(1, 2).reshape(-1, dim)  # a view: projections lie in memory as (batch, length, heads, dim)
+    return rows.index_select(0, numbers.flatten()).view(batch, heads, -1, dim)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attnzoo.backends import rows
 from attnzoo.patterns import SortedChunks
 from attnzoo.segments import Attention, Segment
 
@@ -45,25 +46,21 @@ class Block(NamedTuple):
         """The block's rows of ``(batch, heads, q_len)`` or ``(batch, heads, q_len, dim)``: a view, or gathered."""
         if self.queries is None:
             return tensor[:, :, self.q_start : self.q_stop]
-        return tensor.gather(2, _expanded(self.queries, tensor))
+        return rows.take(tensor, self.queries)
 
-    def put(self, tensor: Tensor, rows: Tensor) -> None:
+    def put(self, tensor: Tensor, values: Tensor) -> None:
         """Write the block's rows back."""
         if self.queries is None:
-            tensor[:, :, self.q_start : self.q_stop] = rows
+            tensor[:, :, self.q_start : self.q_stop] = values
         else:
-            tensor.scatter_(2, _expanded(self.queries, tensor), rows.to(tensor.dtype))
+            rows.put_(tensor, self.queries, values)
 
-    def add(self, tensor: Tensor, rows: Tensor) -> None:
+    def add(self, tensor: Tensor, values: Tensor) -> None:
         """Add to the block's rows."""
         if self.queries is None:
-            tensor[:, :, self.q_start : self.q_stop] += rows
+            tensor[:, :, self.q_start : self.q_stop] += values
         else:
-            tensor.scatter_add_(2, _expanded(self.queries, tensor), rows.to(tensor.dtype))
-
-
-def _expanded(queries: Tensor, tensor: Tensor) -> Tensor:
-    return queries if tensor.ndim == 3 else queries[..., None].expand(-1, -1, -1, tensor.shape[3])
+            rows.add_(tensor, self.queries, values)
 
 
 class PartMask(NamedTuple):

@@ -11,6 +11,7 @@ then takes its slower public path. ``tests/backends/test_flash_cpu.py`` pins the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from attnzoo.backends.blocks import Block, Masks, Part, additive, block_size, blocks, passes
 from attnzoo.backends.eager import expand_heads
+from attnzoo.backends.tokens import TokenTerms
 from attnzoo.bias import Bias
+from attnzoo.patterns import SortedChunks
 from attnzoo.segments import Attention
 from attnzoo.union import merge_
 
@@ -54,12 +57,17 @@ def attend(attention: Attention) -> Tensor:
     For CPU tensors with ``value_dim == head_dim`` and without dropout.
     """
     trained = [bias.values for bias in _trained(attention).values()] if torch.is_grad_enabled() else []
-    output, live = _Blocked.apply(_hollow(attention), len(trained), attention.query, *_keys_values(attention), *trained)
+    tensors, places = _keys_values(attention)
+    output, live = _Blocked.apply(_hollow(attention), places, len(trained), attention.query, *tensors, *trained)
     return attention.fill(output, None if bool(live.all()) else live)
 
 
-def _keys_values(attention: Attention) -> list[Tensor]:
-    return [tensor for segment in attention.segments for tensor in (segment.key, segment.value)]
+def _keys_values(attention: Attention) -> tuple[list[Tensor], list[int]]:
+    """Keys and values of all segments, each tensor once, and which of them the segments' are: key, value, key, ..."""
+    every = [tensor for segment in attention.segments for tensor in (segment.key, segment.value)]
+    once = list({id(tensor): tensor for tensor in every}.values())
+    numbers = {id(tensor): number for number, tensor in enumerate(once)}
+    return once, [numbers[id(tensor)] for tensor in every]
 
 
 def _trained(attention: Attention) -> dict[int, Bias]:
@@ -94,6 +102,7 @@ class _Terms:
     def __init__(self, attention: Attention) -> None:
         self._masks, self._attention = Masks(attention), attention
         self._last: dict[int, tuple[object, Tensor | None, Tensor | None]] = {}
+        self._tokens: dict[int, TokenTerms] = {}
 
     def of(self, block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
         """The additive term ``(batch, heads, n, m)`` and the live rows; either is None when there is nothing to say."""
@@ -109,6 +118,12 @@ class _Terms:
 
     def _of_structure(self, block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
         """Pattern and bias alone: the same for most blocks of a sequence."""
+        segment = self._attention.segments[part.segment]
+        if isinstance(segment.pattern, SortedChunks) and segment.bias is None and block.queries is not None:
+            token = segment.pattern.sorted_tensors()[1]  # one tensor for all rounds, as a rule
+            if id(token) not in self._tokens:
+                self._tokens[id(token)] = TokenTerms(token, segment.pattern.causal, self._attention.query.dtype)
+            return self._tokens[id(token)].of(block.queries, part.kv_start, part.kv_stop)
         key, last = self._masks.key(block, part), self._last.get(part.segment)
         if key is not None and last is not None and last[0] == key:
             return last[1:]
@@ -124,7 +139,9 @@ class _Blocked(torch.autograd.Function):
     """Forward over passes, blocks and parts; backward over the same."""
 
     @staticmethod
-    def forward(ctx: Any, attention: Attention, biases: int, query: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, attention: Attention, places: list[int], biases: int, query: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
         keys_values = tensors[: len(tensors) - biases]
         batch, heads, q_len, dim = query.shape
         accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -138,7 +155,7 @@ class _Blocked(torch.autograd.Function):
                 q = block.take(query)
                 total, total_lse = (block.take(out), block.take(lse)) if number else (None, None)
                 for part in block.parts:
-                    key, value = _part(keys_values, part, heads)
+                    key, value = _part(keys_values, places, part, heads)
                     term, live = terms.of(block, part)
                     part_out, part_lse = getattr(_operators, _FORWARD)(
                         q, key, value, 0.0, False, attn_mask=term, scale=attention.scale
@@ -154,7 +171,7 @@ class _Blocked(torch.autograd.Function):
                     block.put(out, total)
                     block.put(lse, total_lse)
         out, live = out.to(query.dtype), lse != float("-inf")
-        ctx.attention, ctx.biases = attention, biases
+        ctx.attention, ctx.places, ctx.biases = attention, places, biases
         ctx.mark_non_differentiable(live)
         ctx.save_for_backward(query, *keys_values, out, lse)
         return out, live
@@ -173,7 +190,7 @@ class _Blocked(torch.autograd.Function):
             for block in blocks(attention, group, block_size(attention)):
                 rows = [block.take(tensor) for tensor in (grad_out, query, out, lse)]
                 for part in block.parts:
-                    key, value = _part(tuple(keys_values), part, attention.heads)
+                    key, value = _part(keys_values, ctx.places, part, attention.heads)
                     term, _live = terms.of(block, part)
                     if trained is not None and part.segment in trained:
                         grad_q, grad_k, grad_v, grad_scores = _backward_by_hand(rows, key, value, term, attention.scale)
@@ -186,10 +203,10 @@ class _Blocked(torch.autograd.Function):
                         )
                     block.add(grads[0], grad_q)
                     keys = slice(part.kv_start, part.kv_stop)
-                    for index, grad in ((2 * part.segment + 1, grad_k), (2 * part.segment + 2, grad_v)):
-                        grads[index][:, :, keys] += _sum_groups(grad, grads[index].shape[1])
+                    for place, grad in zip(ctx.places[2 * part.segment :], (grad_k, grad_v), strict=False):
+                        grads[place + 1][:, :, keys] += _sum_groups(grad, grads[place + 1].shape[1])
         of_biases = trained.finished() if trained is not None else []
-        return None, None, *(grad.to(query.dtype) for grad in grads), *of_biases
+        return None, None, None, *(grad.to(query.dtype) for grad in grads), *of_biases
 
 
 def _backward_by_hand(
@@ -243,9 +260,9 @@ class _BiasGradients:
         self._biases[index].add_gradient_(self._grads[index], total, q, kv, *lengths)
 
 
-def _part(keys_values: tuple[Tensor, ...], part: Part, heads: int) -> tuple[Tensor, Tensor]:
+def _part(keys_values: Sequence[Tensor], places: list[int], part: Part, heads: int) -> tuple[Tensor, Tensor]:
     keys = slice(part.kv_start, part.kv_stop)
-    key, value = keys_values[2 * part.segment], keys_values[2 * part.segment + 1]
+    key, value = (keys_values[place] for place in places[2 * part.segment : 2 * part.segment + 2])
     return expand_heads(key[:, :, keys], heads), expand_heads(value[:, :, keys], heads)
 
 

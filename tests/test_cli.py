@@ -1,0 +1,86 @@
+"""The command line, as a user meets it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import attnzoo
+from attnzoo import cli, doctor, matrix
+
+from .models.zoo import led
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+def attnzoo_command(*arguments):
+    command = [sys.executable, "-m", "attnzoo.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_doctor_names_every_backend_model_and_package():
+    output = run("doctor").output
+    for name in (*attnzoo.backends(), *attnzoo.registry.model_types(), "torch", "transformers", "cuda"):
+        assert name in output
+
+
+def test_doctor_as_json():
+    findings = json.loads(run("doctor", "--json").output)
+    assert {finding["kind"] for finding in findings} == {"machine", "package", "backend", "model"}
+    assert all(finding["detail"] for finding in findings)
+
+
+def test_doctor_says_why_a_package_is_missing_or_broken(monkeypatch, tmp_path):
+    (tmp_path / "xformers").mkdir()
+    (tmp_path / "xformers" / "__init__.py").write_text("raise OSError('libcuda.so: cannot open')")
+    (tmp_path / "xformers-9.9.dist-info").mkdir()
+    (tmp_path / "xformers-9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: xformers\nVersion: 9.9\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = {finding.name: finding for finding in doctor.examine()}
+    assert not found["xformers"].ok
+    assert "9.9 is broken: OSError: libcuda.so: cannot open" in found["xformers"].detail
+    if not found["flash-attn"].ok:
+        assert "pip install flash-attn" in found["flash-attn"].detail
+
+
+def test_matrix_in_three_formats():
+    rows = json.loads(run("matrix", "--json").output)
+    assert {row["backend"] for row in rows} == set(attnzoo.backends())
+    sdpa = next(row for row in rows if row["backend"] == "sdpa")
+    assert sdpa["grad"] is True and "Window" in sdpa["patterns"] and sdpa["probabilities"] is False
+    markdown = run("matrix", "--markdown").output
+    assert markdown.strip() == matrix.markdown() and "| `eager` | `sdpa` |" in markdown
+    assert "probabilities" in run("matrix").output
+
+
+def test_verify_a_checkpoint_on_disk(tmp_path):
+    led().save_pretrained(tmp_path)
+    result = run("verify", str(tmp_path), "--seq-len", "40")
+    assert result.exit_code == 0, result.output
+    assert "within the error rule" in result.output
+    data = json.loads(run("verify", str(tmp_path), "--seq-len", "40", "--json", "--no-gradients").output)
+    assert data["ok"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("verify", "lde"), "did you mean 'led'"),
+        (("verify", "led", "--backend", "spda", "--seq-len", "8"), "did you mean 'sdpa'"),
+        (("verify", "."), "model: got '.'"),
+    ],
+)
+def test_errors_are_one_message_without_a_traceback(arguments, message):
+    done = attnzoo_command(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_lists_the_commands():
+    output = attnzoo_command("--help").stdout
+    for command in ("doctor", "matrix", "verify", "bench"):
+        assert command in output

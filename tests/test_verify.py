@@ -1,0 +1,159 @@
+"""``verify`` says yes to what is right, no to what is wrong, and changes nothing."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo import error_rule
+from attnzoo.backends.eager import EagerBackend
+
+from .models.zoo import FAMILIES, led, led_inputs
+
+families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+
+@dataclass(frozen=True)
+class Wrong(attnzoo.Backend):
+    """Computes what eager does, and lets ``spoil`` change what is asked."""
+
+    name: ClassVar[str] = "wrong"
+    capabilities: ClassVar[attnzoo.Capabilities] = replace(EagerBackend.capabilities, probabilities=False)
+
+    def run(self, attention, probabilities=False):
+        return EagerBackend().run(self.spoil(attention))
+
+
+SPOILS = {
+    "scale": lambda self, a: replace(a, scale=a.scale * 1.001),
+    "key mask": lambda self, a: replace(a, segments=tuple(replace(s, key_mask=None) for s in a.segments)),
+    "mask": lambda self, a: replace(a, segments=tuple(replace(s, mask=None) for s in a.segments)),
+    "a segment": lambda self, a: replace(a, segments=a.segments[:1]),
+}
+
+
+@pytest.fixture
+def wrong(request):
+    cls = attnzoo.register_backend(type("Spoiled", (Wrong,), {"spoil": SPOILS[request.param]}))
+    yield cls.name
+    attnzoo.unregister_backend(cls.name)
+
+
+@pytest.mark.parametrize("wrong", SPOILS, indirect=True)
+def test_a_wrong_backend_is_found_at_its_sites_and_end_to_end(wrong):
+    report = attnzoo.verify(led(), led_inputs(37, "left"), wrong)
+    assert not report.ok
+    assert any(not site.ok for site in report.sites)
+    assert any(not check.ok for check in report.end_to_end)
+    assert all(check.ok for check in report.original), "the original is not to blame"
+    assert "FAILS" in str(report) and "NOT within the error rule" in str(report)
+
+
+def test_an_adapter_that_means_something_else_than_the_model_is_found(monkeypatch):
+    from attnzoo.adapters import longformer
+
+    narrower = longformer._window
+    monkeypatch.setattr(longformer, "_window", lambda module: attnzoo.Window(narrower(module).left - 1, 2))
+    report = attnzoo.verify(led(), led_inputs(37, "left"), "sdpa")
+    assert all(site.ok for site in report.sites), "the backend computes what the adapter says"
+    assert all(check.ok for check in report.end_to_end)
+    assert not report.ok and not all(check.ok for check in report.original), "but the model means something else"
+
+
+@families
+def test_it_changes_nothing(family):
+    model, inputs = family.build().train(), family.inputs(37, "left")
+    random, config = torch.get_rng_state(), model.config.to_dict()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    report = attnzoo.verify(model, inputs, "sdpa")
+    assert report.ok, str(report)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.config.to_dict() == config
+    assert all(module.training for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name])
+
+
+def test_a_patched_model_is_compared_with_the_unpatched_one():
+    model = led()
+    with attnzoo.patch(model, "eager") as handle:
+        assert attnzoo.verify(model, led_inputs(26, "none"), "sdpa").ok
+        assert handle.active
+
+
+def test_without_gradients_and_with_frozen_parameters():
+    model = led().requires_grad_(False)
+    report = attnzoo.verify(model, led_inputs(26, "none"), "sdpa")
+    assert report.ok and not any("gradient" in check.what for check in report.end_to_end)
+    report = attnzoo.verify(led(), led_inputs(26, "none"), "sdpa", gradients=False)
+    assert report.ok and not any("gradient" in check.what for site in report.sites for check in site.checks)
+
+
+def test_the_report_is_plain_data_too():
+    data = attnzoo.verify(led(), led_inputs(26, "left"), "sdpa").to_dict()
+    assert data["ok"] is True and data["backend"] == "sdpa"
+    check = data["end_to_end"][0]
+    assert check.keys() == {"what", "error", "eager_error", "scale", "budget", "ok"}
+    assert {site["kernel"] for site in data["sites"]} == {"flash", "flash_cpu"}
+
+
+@pytest.mark.parametrize("inputs", [None, [1, 2], torch.zeros(2, 3)])
+def test_inputs_have_to_be_keyword_arguments(inputs):
+    with pytest.raises(attnzoo.InvalidArgumentError, match="inputs: got .*; allowed: a mapping of keyword arguments"):
+        attnzoo.verify(led(), inputs)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nothing_that_is_not_finite_ever_passes(bad):
+    values = torch.ones(3, dtype=torch.float64)
+    spoiled = values.clone()
+    spoiled[1] = bad
+    assert error_rule.check("output", values, values, values, 2.0).ok
+    assert not error_rule.check("output", spoiled, values, values, 2.0).ok
+    assert not error_rule.check("output", values, spoiled, values, 2.0).ok
+    assert not error_rule.check("output", values, values, spoiled, 2.0).ok, "not even when plain operations fail too"
+
+
+def test_the_rule_is_the_contracts():
+    reference = torch.tensor([4.0, -1.0], dtype=torch.float64)
+    eager = reference.float() + torch.tensor([0.01, 0.0])
+    budget = 2 * (0.01 + 4 * torch.finfo(torch.float32).eps * 4.0)
+    just, over = reference.float(), reference.float()
+    just[1] += 0.99 * budget
+    over[1] += 1.01 * budget
+    check = error_rule.check("output", just, reference, eager, error_rule.FORWARD)
+    assert check.budget == pytest.approx(budget, rel=1e-4) and check.ok
+    assert not error_rule.check("output", over, reference, eager, error_rule.FORWARD).ok
+    assert error_rule.check("gradient", over, reference, eager, error_rule.GRADIENT).ok
+
+
+def test_explain_lists_every_site_and_backend_and_every_reason():
+    explanation = attnzoo.explain(led())
+    assert {verdict.backend for verdict in explanation} == set(attnzoo.backends())
+    assert len({verdict.site for verdict in explanation}) == 6
+    assert all(verdict.runs for verdict in explanation if verdict.backend in ("eager", "sdpa"))
+    assert "and 3 more" in str(explanation) and "sdpa: runs" in str(explanation)
+    only = attnzoo.explain(led(), "sdpa")
+    assert {verdict.backend for verdict in only} == {"sdpa"}
+    with pytest.raises(attnzoo.UnknownNameError, match="did you mean 'sdpa'"):
+        attnzoo.explain(led(), "spda")
+
+
+def test_explain_tells_refusals():
+    @attnzoo.register_backend
+    @dataclass(frozen=True)
+    class Narrow(attnzoo.Backend):
+        name: ClassVar[str] = "narrow"
+        capabilities: ClassVar[attnzoo.Capabilities] = attnzoo.Capabilities(devices=frozenset({"cuda"}))
+
+    try:
+        (verdict, *_) = attnzoo.explain(led(), "narrow")
+        assert not verdict.runs
+        assert {reason.field for reason in verdict.refusals} >= {"device", "pattern", "key_mask", "segments"}
+        assert "device: got cpu; allowed: cuda" in str(attnzoo.explain(led(), "narrow"))
+    finally:
+        attnzoo.unregister_backend("narrow")
