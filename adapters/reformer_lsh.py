@@ -206,7 +206,7 @@ class LSHForward:
 
 
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """Rows of ``(batch, heads, n, dim)`` by ``(batch, heads, m)`` indices: moved whole, which is quicker than gathering."""
+    """Rows of ``(batch, heads, n, dim)`` by ``(batch, heads, m)`` indices, moved whole: quicker than gathering."""
     batch, heads, length, dim = tensor.shape
     samples = torch.arange(batch, device=index.device)[:, None, None] * length
     numbers = (index + samples) * heads + torch.arange(heads, device=index.device)[:, None]

@@ -62,7 +62,7 @@ def test_verify_a_checkpoint_on_disk(tmp_path):
     result = run("verify", str(tmp_path), "--seq-len", "40")
     assert result.exit_code == 0, result.output
     assert "within the error rule" in result.output
-    data = json.loads(run("verify", str(tmp_path), "--seq-len", "40", "--json", "--no-gradients").output)
+    data = json.loads(run("verify", str(tmp_path), "--seq-len", "40", "--json", "--no-gradients").stdout)
     assert data["ok"] is True
 
 

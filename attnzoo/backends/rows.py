@@ -47,7 +47,7 @@ def _expanded(tensor: Tensor, index: Tensor) -> Tensor:
 
 
 def _numbered(tensor: Tensor, index: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The tensor's memory as rows ``(rows, dim)`` and the rows' numbers; None if its layout is not one of whole rows."""
+    """The tensor's memory as rows ``(rows, dim)``, and which of them; None if its layout is not one of whole rows."""
     dim = tensor.shape[3] if tensor.ndim == 4 else 1
     # A stride along a dimension of one element means nothing.
     strides = [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]

@@ -1,4 +1,4 @@
-"""Masks of sorted keys as additive terms, made from token numbers: a mask of its own for every block, so it must be quick.
+"""Masks of sorted keys as additive terms, made from token numbers: every block has its own, so it must be quick.
 
 Comparisons of floating-point numbers that write floating-point numbers run at full width; those that write bools, and
 filling by them, run at a tenth of it. Token numbers are whole, so that nothing is rounded.
