@@ -60,6 +60,10 @@ class _WithProbabilities:
     def __init__(self, module: Any, attend: Attend) -> None:
         self._module, self._attend = module, attend
 
+    @property
+    def complete(self) -> bool:
+        return self._attend.complete
+
     def __call__(self, attention: Attention, probabilities: bool = True) -> Result:
         return self._attend(attention, True)
 

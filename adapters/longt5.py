@@ -114,7 +114,7 @@ def _attend(
 
 def _pass_on(module: Any, attend: Attend, values: Tensor, hidden_states: Tensor, mask: Tensor) -> Tensor:
     """What the stack hands to its other layers: the values; what the model itself does where some run its own code."""
-    if getattr(attend, "complete", False):
+    if attend.complete:
         return values
     native: Tensor = type(module).forward(module, hidden_states.detach(), mask)[1]
     return native
@@ -301,6 +301,9 @@ _DECODER: dict[str, tuple[str, ...]] = {
 }
 
 
+_OWNER = f"{_MODULE}:LongT5Stack"
+
+
 def _verified(prints: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     return {f"{_MODULE}:{name}": known for name, known in prints.items()}
 
@@ -316,6 +319,7 @@ def _decoder_seam(pattern: str, when: Callable[[Any], bool]) -> Seam:
         check=check_decoder,
         native_probabilities=native_probabilities,
         verified=_verified(_DECODER),
+        shared_in=_OWNER,
     )
 
 
@@ -331,6 +335,7 @@ LONGT5 = Adapter(
             dropout=_dropout,
             check=_check_encoder,
             verified=_verified(_LOCAL),
+            shared_in=_OWNER,
         ),
         Seam(
             cls=f"{_MODULE}:LongT5TransientGlobalAttention",
@@ -343,6 +348,7 @@ LONGT5 = Adapter(
             dropout=_dropout,
             check=_check_encoder,
             verified=_verified(_TRANSIENT),
+            shared_in=_OWNER,
         ),
         _decoder_seam("masked, relative bias", lambda module: bool(module.is_causal)),
         _decoder_seam("masked (cross)", lambda module: not module.is_causal),

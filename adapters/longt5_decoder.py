@@ -45,7 +45,7 @@ def _decoder_forward(
     bias: Any = position_bias
     if position_bias is None and not module.has_relative_attention_bias:
         bias = _NO_BIAS
-    elif position_bias is None and getattr(attend, "complete", False):
+    elif position_bias is None and attend.complete:
         values = bucketed(module, _TABLE, side_reach(module))
     if values is not None and values.ndim == 2:
         seen = 0 if past_key_values is None else int(past_key_values.get_seq_length(module.layer_idx))

@@ -22,7 +22,15 @@ T = TypeVar("T")
 
 
 class Attend(Protocol):
-    """What a seam's forward gets to compute attentions with."""
+    """What a seam's forward gets to compute attentions with.
+
+    Attributes:
+        complete: whether all sites that share values with this one (:attr:`Seam.shared_in`) are patched at the moment,
+            and none may run the model's own code: only then can they hand one another values of their own kind.
+    """
+
+    @property
+    def complete(self) -> bool: ...
 
     def __call__(self, attention: Attention, probabilities: bool = False) -> Result:
         """Run an attention on the site's backend."""
@@ -65,6 +73,8 @@ class Seam:
         native_probabilities: whether the module's own forward can return them.
         when: which modules of the class the seam is for, where that is not all of them.
         fault: why the module's own forward is wrong, or None; there is no falling back to a forward that is.
+        shared_in: ``"package.module:Class"`` of the module in which the sites of this seam hand values to one another
+            (a bias that the first layer of a stack computes for all of them), or None.
         attends: False for a module that attends nothing itself and is taken over with those inside it, because it
             stands in their way; it is not listed as a site.
     """
@@ -80,11 +90,21 @@ class Seam:
     native_probabilities: Callable[[Any], bool] = _always
     when: Callable[[Any], bool] = _always
     fault: Callable[[Any], str | None] = lambda module: None
+    shared_in: str | None = None
     attends: bool = True
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the seam is for the module: one of its class (subclasses included), :attr:`when` that says so."""
         return any(_path(base) == self.cls for base in type(module).__mro__) and self.when(module)
+
+    def sharers(self, model: nn.Module, module: nn.Module) -> tuple[nn.Module, ...]:
+        """The modules that share values with a module, itself included; none if their owner is not in the model."""
+        for owner in model.modules():
+            if any(_path(base) == self.shared_in for base in type(owner).__mro__):
+                inside = tuple(found for found in owner.modules() if self.matches(found))
+                if any(found is module for found in inside):
+                    return inside
+        return ()
 
 
 @dataclass(frozen=True)

@@ -115,8 +115,21 @@ def _trains(module: nn.Module) -> bool:
 class _Attend:
     """What a seam's forward computes with: a backend, a site to record on, and the patch's per-forward memory."""
 
-    def __init__(self, site: Site, backend: Backend | None, fallback: bool, memory: WeakTensorKeyDictionary) -> None:
+    def __init__(
+        self,
+        site: Site,
+        backend: Backend | None,
+        fallback: bool,
+        memory: WeakTensorKeyDictionary,
+        sharers: tuple[nn.Module, ...],
+    ) -> None:
         self.site, self.backend, self._fallback, self._memory = site, backend, fallback, memory
+        self._sharers = sharers
+
+    @property
+    def complete(self) -> bool:
+        last = [next(_layers(module), None) for module in self._sharers]
+        return bool(last) and not any(patched is None or patched.native or patched.fallback for patched in last)
 
     def __call__(self, attention: Attention, probabilities: bool = False) -> Result:
         backend = registry.choose(attention.request(probabilities)) if self.backend is None else self.backend
@@ -154,8 +167,9 @@ class PatchedForward:
         native: bool,
         fallback: bool,
         memory: WeakTensorKeyDictionary,
+        sharers: tuple[nn.Module, ...],
     ) -> None:
-        self._set_up(number, group, found, site, backend, native, fallback, memory)
+        self._set_up(number, group, found, site, backend, native, fallback, memory, sharers)
         self.original = slots.current(found.module)
         functools.update_wrapper(self, self.original, updated=())
 
@@ -169,11 +183,13 @@ class PatchedForward:
         native: bool,
         fallback: bool,
         memory: WeakTensorKeyDictionary,
+        sharers: tuple[nn.Module, ...],
     ) -> None:
         """All but the original. ``group`` names the sites the patch ``number`` was put on."""
         self.number, self.group, self.found, self.site = number, group, found, site
         self.backend, self.native, self.fallback = backend, native, fallback
-        self._attend = _Attend(site, backend, fallback, memory)
+        self.sharers = sharers
+        self._attend = _Attend(site, backend, fallback, memory, sharers)
         self._forward: Callable[..., Any] | None = None if native else found.seam.bind(found.module, self._attend)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -221,9 +237,8 @@ class PatchedForward:
         memo[id(self)] = twin
         found = self.found._replace(module=copy.deepcopy(self.found.module, memo))
         site = replace(self.site, kernels=Counter(self.site.kernels))
-        twin._set_up(
-            self.number, self.group, found, site, self.backend, self.native, self.fallback, WeakTensorKeyDictionary()
-        )
+        sharers, memory = copy.deepcopy(self.sharers, memo), WeakTensorKeyDictionary()
+        twin._set_up(self.number, self.group, found, site, self.backend, self.native, self.fallback, memory, sharers)
         twin.original = copy.deepcopy(self.original, memo)
         functools.update_wrapper(twin, twin.original, updated=())
         return twin
@@ -393,7 +408,8 @@ def patch(
         shown = instance.name if instance is not None else name
         site = Site(found.name, cls, found.seam.describe(found.module), shown)
         native, falls = name == "native", fallback == "native"
-        forwards.append(PatchedForward(number, group, found, site, instance, native, falls, memory))
+        sharers = found.seam.sharers(model, found.module)
+        forwards.append(PatchedForward(number, group, found, site, instance, native, falls, memory, sharers))
     for forward in forwards:
         slots.put(forward.found.module, forward)
     return Handle(tuple(forward.site for forward in forwards if forward.found.seam.attends), tuple(forwards))

@@ -38,7 +38,9 @@ def test_doctor_says_why_a_package_is_missing_or_broken(monkeypatch, tmp_path):
     (tmp_path / "xformers").mkdir()
     (tmp_path / "xformers" / "__init__.py").write_text("raise OSError('libcuda.so: cannot open')")
     (tmp_path / "xformers-9.9.dist-info").mkdir()
-    (tmp_path / "xformers-9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: xformers\nVersion: 9.9\n")
+    (tmp_path / "xformers-9.9.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: xformers\nVersion: 9.9\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     found = {finding.name: finding for finding in doctor.examine()}
     assert not found["xformers"].ok
