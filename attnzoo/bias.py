@@ -96,9 +96,22 @@ class RelativeBias(Bias):
         per_head = self.values.shape[0] > 1
 
         def add(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            if self.positions is not None and q.device.type == "cpu":
+                return self._by_position(self.positions[b, q], kv)
             return self.values[h if per_head else torch.zeros_like(h), self._index(b, q, kv, q_len, kv_len)]
 
         return add
+
+    def _by_position(self, at: Tensor, kv: Tensor) -> Tensor:
+        """The bias of queries at positions ``at`` (batch, 1, n, 1): looked up once per position, then copied by rows.
+
+        Neighbouring queries share positions (all tokens of a block have one), and copying a row is much faster than
+        looking its entries up.
+        """
+        positions, row = at.unique(return_inverse=True)
+        index = (kv.reshape(1, -1) - positions[:, None] + self.zero).clamp(0, self.values.shape[1] - 1)
+        rows = self.values[:, index].index_select(1, row.flatten())  # (heads or 1, batch * n, m)
+        return rows.unflatten(1, (at.shape[0], at.shape[2])).transpose(0, 1)
 
     def _index(self, b: Tensor, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> Tensor:
         """Which value stands at a query and a key."""

@@ -235,11 +235,22 @@ class Chunks(Pattern):
     def sees_all(self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int) -> bool:
         if self.causal and kv_stop > q_start + 1:
             return False
+        return self._all_near(q_start, q_stop, kv_start, kv_stop, kv_len)
+
+    def _all_near(self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, kv_len: int) -> bool:
+        """True when every key of the block is in the neighbourhood of every query, whatever causality says."""
         if self.before + self.after + 1 >= -(-kv_len // self.length):
             return True
         one_chunk = q_start // self.length == (q_stop - 1) // self.length
         spans = self.spans_near(q_start, q_stop, kv_len, kv_len)
         return one_chunk and any(start <= kv_start and kv_stop <= stop for start, stop in spans)
+
+    def block_key(
+        self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int
+    ) -> tuple[int, ...] | None:
+        if not self._all_near(q_start, q_stop, kv_start, kv_stop, kv_len):
+            return None
+        return (q_start - kv_start, q_stop - q_start, kv_stop - kv_start)  # causality alone
 
     def block_size(self, q_len: int, kv_len: int) -> int:
         return min(q_len, self.length)
@@ -317,3 +328,8 @@ class SortedChunks(Chunks):
 
     def sees_all(self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int) -> bool:
         return False
+
+    def block_key(
+        self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int
+    ) -> tuple[int, ...] | None:
+        return None
