@@ -48,7 +48,7 @@ def causal(text: Tensor) -> dict[str, Any]:
 
 def continuation(text: Tensor) -> dict[str, Any]:
     """The last tokens from all before them."""
-    return dict(input_ids=text[:, :-TARGET], labels=text[:, -TARGET:])
+    return dict(input_ids=text[:, :-TARGET].contiguous(), labels=text[:, -TARGET:].contiguous())
 
 
 def continuation_with_global(text: Tensor) -> dict[str, Any]:
