@@ -100,19 +100,24 @@ def _load(path: str) -> Any:
 DECODER_TOKENS = 64
 
 
-def _led_inputs(tokens: Tensor) -> Inputs:
-    """S encoder tokens, the first of them global (as for summarisation); the decoder continues the text."""
+def _continuation_inputs(tokens: Tensor) -> Inputs:
+    """S encoder tokens; the decoder continues the text."""
     source, target = tokens[:, : -DECODER_TOKENS - 1], tokens[:, -DECODER_TOKENS - 1 :]
-    global_attention_mask = torch.zeros_like(source)
-    global_attention_mask[:, 0] = 1
     kwargs = dict(
         input_ids=source,
         attention_mask=torch.ones_like(source),
-        global_attention_mask=global_attention_mask,
         decoder_input_ids=target[:, :-1].contiguous(),
         use_cache=False,
     )
     return Inputs(kwargs, target[:, 1:].contiguous())
+
+
+def _led_inputs(tokens: Tensor) -> Inputs:
+    """The same, with the first encoder token global (as for summarisation)."""
+    inputs = _continuation_inputs(tokens)
+    inputs.kwargs["global_attention_mask"] = torch.zeros_like(inputs.kwargs["input_ids"])
+    inputs.kwargs["global_attention_mask"][:, 0] = 1
+    return inputs
 
 
 def _led_shrink(published: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -196,8 +201,127 @@ GPT_NEOX = Workload(
     shrink=lambda published, layers: {**published, "num_hidden_layers": layers},
 )
 
+
+def _longt5(kind: str, checkpoint: str, attention: str) -> Workload:
+    return Workload(
+        name=f"longt5_{kind}",
+        checkpoint=checkpoint,
+        published=dict(
+            vocab_size=32128,
+            d_model=768,
+            d_kv=64,
+            d_ff=2048,
+            num_layers=12,
+            num_decoder_layers=12,
+            num_heads=12,
+            local_radius=127,
+            global_block_size=16,
+            relative_attention_num_buckets=32,
+            relative_attention_max_distance=128,
+            dropout_rate=0.1,
+            layer_norm_epsilon=1e-6,
+            feed_forward_proj="gated-gelu",
+            encoder_attention_type={"local": "local", "tglobal": "transient-global"}[kind],
+            tie_word_embeddings=False,
+            pad_token_id=0,
+            eos_token_id=1,
+            decoder_start_token_id=0,
+        ),
+        config_class="transformers.models.longt5.configuration_longt5:LongT5Config",
+        model_class="transformers.models.longt5.modeling_longt5:LongT5ForConditionalGeneration",
+        attention=attention,
+        heads=12,
+        layers=12,
+        special_tokens=3,
+        inputs=_continuation_inputs,
+        extra=DECODER_TOKENS + 1,
+        shrink=lambda published, layers: {**published, "num_layers": layers, "num_decoder_layers": layers},
+    )
+
+
+LONGT5_LOCAL = _longt5("local", "google/long-t5-local-base", "LongT5LocalAttention")
+LONGT5_TGLOBAL = _longt5("tglobal", "google/long-t5-tglobal-base", "LongT5TransientGlobalAttention")
+
+
+def _reformer(name: str, attention: str, kind: str) -> Workload:
+    return Workload(
+        name=name,
+        checkpoint="google/reformer-enwik8",
+        published=dict(
+            vocab_size=258,
+            hidden_size=1024,
+            num_attention_heads=8,
+            attention_head_size=128,
+            feed_forward_size=4096,
+            hidden_act="relu",
+            attn_layers=["local", "local", "lsh", "local"] * 3,
+            is_decoder=True,
+            num_hashes=4,
+            num_buckets=512,
+            lsh_attn_chunk_length=256,
+            lsh_num_chunks_before=1,
+            lsh_num_chunks_after=0,
+            local_attn_chunk_length=128,
+            local_num_chunks_before=1,
+            local_num_chunks_after=0,
+            axial_pos_embds=True,
+            axial_pos_embds_dim=[256, 768],
+            axial_pos_shape=[128, 512],
+            max_position_embeddings=65536,
+            hash_seed=0,
+            tie_word_embeddings=False,
+        ),
+        config_class="transformers.models.reformer.configuration_reformer:ReformerConfig",
+        model_class="transformers.models.reformer.modeling_reformer:ReformerModelWithLMHead",
+        attention=attention,
+        heads=8,
+        layers=12,
+        special_tokens=2,
+        inputs=_causal_inputs,
+        extra=1,
+        shrink=lambda published, layers: {**published, "attn_layers": [kind, "lsh", "local"][:layers]},
+        positions="max_position_embeddings",
+    )
+
+
+REFORMER = _reformer("reformer", "LSHSelfAttention", "lsh")
+REFORMER_LOCAL = _reformer("reformer_local", "LocalSelfAttention", "local")
+
+GPT_BIGCODE = Workload(
+    name="gpt_bigcode",
+    checkpoint="bigcode/gpt_bigcode-santacoder",
+    published=dict(
+        vocab_size=49280,
+        n_embd=2048,
+        n_layer=24,
+        n_head=16,
+        n_inner=8192,
+        n_positions=2048,
+        activation_function="gelu_pytorch_tanh",
+        multi_query=True,
+        attn_pdrop=0.1,
+        embd_pdrop=0.1,
+        resid_pdrop=0.1,
+        bos_token_id=49152,
+        eos_token_id=49152,
+    ),
+    config_class="transformers.models.gpt_bigcode.configuration_gpt_bigcode:GPTBigCodeConfig",
+    model_class="transformers.models.gpt_bigcode.modeling_gpt_bigcode:GPTBigCodeForCausalLM",
+    attention="GPTBigCodeAttention",
+    heads=16,
+    layers=24,
+    special_tokens=0,
+    inputs=_causal_inputs,
+    extra=1,
+    shrink=lambda published, layers: {**published, "n_layer": layers},
+    positions="n_positions",
+)
+
 # Rotary positions need no table, so GPT-NeoX runs (and is timed) beyond its published 2048 positions.
-WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in (LED, GPT_NEOX)}
+WORKLOADS: dict[str, Workload] = {
+    workload.name: workload
+    for workload in (LED, LONGT5_LOCAL, LONGT5_TGLOBAL, REFORMER, REFORMER_LOCAL, GPT_NEOX, GPT_BIGCODE)
+}
 
 
 def find_workload(name: str) -> Workload:
