@@ -10,13 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnzoo.adapter import Adapter, Attend, Forward, Seam, parameter_of
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.globals import locate
 from attnzoo.patterns import Full, Window
-from attnzoo.segments import Attention, Request, Segment, SegmentRequest, describe
+from attnzoo.segments import Attention, Request, Result, Segment, SegmentRequest, describe
 
 VERSIONS = "5.17 to 5.23"
 
@@ -83,20 +83,68 @@ def _forward(
             return (output,)
         return output, _banded(local.dropped, module.one_sided_attn_window_size, None)
 
-    queries = hidden_states.gather(1, found.positions[:, :, None].expand(-1, -1, hidden_states.shape[2]))
-    everything = Segment(
-        _heads(module, module.key_global(hidden_states)),
-        _heads(module, module.value_global(hidden_states)),
-        key_mask=real,
-    )
-    query = _heads(module, module.query_global(queries))
-    result = attend(Attention(query, (everything,), scale, dropout, query_mask=found.valid), output_attentions)
+    states = hidden_states.gather(1, found.positions[:, :, None].expand(-1, -1, hidden_states.shape[2]))
+    query = _heads(module, module.query_global(states))
+    if _absorbs(module, query, output_attentions):
+        result = _absorbed(module, attend, query, hidden_states, real, scale)
+    else:
+        everything = Segment(
+            _heads(module, module.key_global(hidden_states)),
+            _heads(module, module.value_global(hidden_states)),
+            key_mask=real,
+        )
+        result = attend(Attention(query, (everything,), scale, dropout, query_mask=found.valid), output_attentions)
     sample, number = attend.once(is_index_global_attn, "places", lambda _: found.valid.nonzero(as_tuple=True))
     rows = _merge(result.output)[sample, number].to(output.dtype)
     output = output.index_put((sample, found.positions[sample, number]), rows)
     if local.dropped is None or result.dropped is None:
         return (output,)
     return output, _banded(local.dropped, module.one_sided_attn_window_size, is_index_global_attn), result.dropped[0]
+
+
+def _absorbs(module: Any, query: Tensor, output_attentions: bool) -> bool:
+    """Whether the projections of all keys and values had better be moved to the few global queries.
+
+    Only where nobody can tell: without gradients, dropout or probabilities, and with plain linear layers.
+    """
+    linears = (module.key_global, module.value_global)
+    few = 2 * query.shape[1] * query.shape[2] <= module.embed_dim
+    return (
+        few
+        and not (torch.is_grad_enabled() or module.training or output_attentions)
+        and all(_is_plain(linear) for linear in linears)
+    )
+
+
+def _is_plain(linear: Any) -> bool:
+    # Adapters, quantisation and parametrisation change the type; accelerate's hooks set a forward; torch has no public
+    # way to ask for the other hooks.
+    hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
+    return type(linear) is nn.Linear and not hooked
+
+
+def _absorbed(
+    module: Any, attend: Attend, query: Tensor, hidden_states: Tensor, real: Tensor | None, scale: float
+) -> Result:
+    """Global queries ``(batch, heads, most, head_dim)`` on the hidden states themselves.
+
+    ``q . (W h + b) = (W^T q) . h + q . b``, where the last term shifts all scores of a row alike, and
+    ``sum(p (W h + b)) = W sum(p h) + b``: all keys and values of all heads are the states ``(batch, length, embed)``,
+    which need not be projected (the absorption of DeepSeek-V2's latent attention, arXiv:2405.04434).
+    """
+    heads, most = query.shape[1:3]
+    weights = [
+        linear.weight.to(query.dtype).unflatten(0, (heads, -1)) for linear in (module.key_global, module.value_global)
+    ]
+    key_weight, value_weight = weights  # (heads, head_dim, embed)
+    states = hidden_states.to(query.dtype)[:, None]
+    segment = Segment(states, states, key_mask=real)
+    result = attend(Attention((query @ key_weight).flatten(1, 2)[:, None], (segment,), scale))
+    mixed = result.output.squeeze(1).unflatten(1, (heads, most))
+    output = mixed @ value_weight.transpose(-1, -2)
+    if module.value_global.bias is not None:
+        output = output + module.value_global.bias.to(query.dtype).unflatten(0, (heads, 1, -1))
+    return result._replace(output=output)
 
 
 def _banded(weights: tuple[Tensor, ...], window: int, is_global: Tensor | None) -> Tensor:

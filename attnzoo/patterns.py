@@ -161,7 +161,7 @@ class Window(_Aligned):
 
     def block_size(self, q_len: int, kv_len: int) -> int:
         # A block of n queries touches n + left + right keys: small blocks waste little, but each costs a kernel call.
-        return min(q_len, max(64, min(256, (self.left + self.right) // 8)))
+        return min(q_len, max(64, min(256, (self.left + self.right) // 16)))
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def _one_module(case: Case) -> Subject:
     args, keywords = tree_map(own, got_args), tree_map(own, got_kwargs)
 
     def call() -> Tensor:
-        return _first(module(*args, **keywords))
+        return first_tensor(module(*args, **keywords))
 
     shape = inputs[0].shape if inputs else None
     generator = torch.Generator().manual_seed(SEED)
@@ -195,7 +195,8 @@ def _capture(model: nn.Module, module: nn.Module, kwargs: dict[str, Any]) -> tup
     return found[0]
 
 
-def _first(value: Any) -> Tensor:
+def first_tensor(value: Any) -> Tensor:
+    """What a module returns, without what comes along with it."""
     while not isinstance(value, Tensor):
         value = value[0]
     return value

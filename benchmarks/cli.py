@@ -35,6 +35,7 @@ def make_plan(
     rounds: int | None = None,
     batch: int = 1,
     full: bool = False,
+    peers: bool | None = None,
 ) -> Plan:
     """The plan behind the options of the command line.
 
@@ -53,6 +54,7 @@ def make_plan(
         threads=torch.get_num_threads() if threads is None else threads,
         batch=batch,
         rounds=rounds,
+        peers=peers,
     )
     if full:
         values.update(seconds_per_case=60.0, dense_limit=None)
@@ -74,6 +76,9 @@ def bench(
     rounds: int = typer.Option(None, help="Timed runs per row; default 3 to 9, as time allows."),
     batch: int = typer.Option(1, help="Passages per run."),
     full: bool = typer.Option(False, "--full", help="Longer inputs, more rounds, the dense oracle where it fits."),
+    peers: bool = typer.Option(
+        None, "--peers/--no-peers", help="Other libraries' attention too; default: in scope attention."
+    ),
     json: Path = typer.Option(None, "--json", help="Where the JSON goes; default shootout/<name>.json."),
     plot: Path = typer.Option(None, "--plot", help="Where the PNG goes; default beside the JSON."),
     no_plot: bool = typer.Option(False, "--no-plot", help="Draw nothing."),
@@ -82,7 +87,7 @@ def bench(
 
     No speed is shown for wrong numbers or for a kernel that was not asked for; such a run ends with exit code 1.
     """
-    plan = make_plan(model, backend, seq_len, dtype, device, threads, train, scope, rounds, batch, full)
+    plan = make_plan(model, backend, seq_len, dtype, device, threads, train, scope, rounds, batch, full, peers)
     if plot is not None and no_plot:
         raise InvalidArgumentError("plot", f"{plot} together with --no-plot", "one of the two")
     if plot is not None:

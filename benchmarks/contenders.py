@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -78,9 +78,15 @@ class Contender:
 
     Attributes:
         name: what the row is called.
+        peer: another library's attention: nothing judges its numbers, and it never counts as ours.
     """
 
+    peer: ClassVar[bool] = False
     name: str
+
+    def listed(self, case: Case) -> bool:
+        """Whether the case has a row for this contender at all."""
+        return True
 
     def obstacle(self, case: Case) -> str | None:
         """Why the case is not run, known without running it; None if it is."""

@@ -33,6 +33,21 @@ class Inputs(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Peer:
+    """Another library's attention that resembles a family's.
+
+    Attributes:
+        package: a key of ``peers.LIBRARIES``.
+        dim_head: size of a head.
+        options: arguments of the library's class.
+    """
+
+    package: str
+    dim_head: int
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Workload:
     """One family at a published configuration.
 
@@ -50,6 +65,7 @@ class Workload:
         extra: how many tokens ``inputs`` needs beyond the input length.
         shrink: ``shrink(published, layers)`` is the same configuration with fewer layers.
         positions: the configuration's field that limits the input length, or None.
+        peer: whose attention stands beside it in scope ``attention``, or None.
     """
 
     name: str
@@ -65,6 +81,7 @@ class Workload:
     extra: int
     shrink: Callable[[Mapping[str, Any], int], dict[str, Any]]
     positions: str | None = None
+    peer: Peer | None = None
 
     @property
     def max_len(self) -> int | None:
@@ -202,7 +219,7 @@ GPT_NEOX = Workload(
 )
 
 
-def _longt5(kind: str, checkpoint: str, attention: str) -> Workload:
+def _longt5(kind: str, checkpoint: str, attention: str, peer: Peer | None = None) -> Workload:
     return Workload(
         name=f"longt5_{kind}",
         checkpoint=checkpoint,
@@ -236,14 +253,21 @@ def _longt5(kind: str, checkpoint: str, attention: str) -> Workload:
         inputs=_continuation_inputs,
         extra=DECODER_TOKENS + 1,
         shrink=lambda published, layers: {**published, "num_layers": layers, "num_decoder_layers": layers},
+        peer=peer,
     )
 
 
-LONGT5_LOCAL = _longt5("local", "google/long-t5-local-base", "LongT5LocalAttention")
+LONGT5_LOCAL = _longt5(
+    "local",
+    "google/long-t5-local-base",
+    "LongT5LocalAttention",
+    # The same three blocks of 128, without the bias and without the mask that narrows them to the radius.
+    Peer("local-attention", 64, dict(window_size=128, causal=False, look_backward=1, look_forward=1, autopad=True)),
+)
 LONGT5_TGLOBAL = _longt5("tglobal", "google/long-t5-tglobal-base", "LongT5TransientGlobalAttention")
 
 
-def _reformer(name: str, attention: str, kind: str) -> Workload:
+def _reformer(name: str, attention: str, kind: str, peer: Peer) -> Workload:
     return Workload(
         name=name,
         checkpoint="google/reformer-enwik8",
@@ -281,11 +305,23 @@ def _reformer(name: str, attention: str, kind: str) -> Workload:
         extra=1,
         shrink=lambda published, layers: {**published, "attn_layers": [kind, "lsh", "local"][:layers]},
         positions="max_position_embeddings",
+        peer=peer,
     )
 
 
-REFORMER = _reformer("reformer", "LSHSelfAttention", "lsh")
-REFORMER_LOCAL = _reformer("reformer_local", "LocalSelfAttention", "local")
+REFORMER = _reformer(
+    "reformer",
+    "LSHSelfAttention",
+    "lsh",
+    # Half the chunk length: a query sees its chunk and the one before, 256 keys per hash, half of the original's 512.
+    Peer("reformer-pytorch", 128, dict(bucket_size=128, n_hashes=4, causal=True)),
+)
+REFORMER_LOCAL = _reformer(
+    "reformer_local",
+    "LocalSelfAttention",
+    "local",
+    Peer("local-attention", 128, dict(window_size=128, causal=True, look_backward=1, autopad=True)),
+)
 
 GPT_BIGCODE = Workload(
     name="gpt_bigcode",

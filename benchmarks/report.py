@@ -15,6 +15,7 @@ from attnzoo.benchmarks.rows import Row, Shootout
 
 _STYLES = {status.RED: "bold red", status.FAILED: "red", status.REFUSED: "yellow", status.SKIPPED: "dim"}
 _VERDICTS = {status.RED: "RED", status.FAILED: "failed", status.REFUSED: "refused", status.SKIPPED: "left out"}
+_NOT_JUDGED = "peer: not judged"
 _SCOPES = {
     "model": "whole model",
     "module": "one self-attention module, projections included",
@@ -86,7 +87,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         size(row.peak_bytes),
         "1" if original else _ratio(row.peak_ratio),
         *errors,
-        "-" if original else "ok",
+        "-" if original else _NOT_JUDGED if row.peer else "ok",
     )
 
 
@@ -144,6 +145,14 @@ def _gates(shootout: Shootout) -> list[Text]:
             style="dim",
         )
     ]
+    if any(row.peer for row in shootout.rows):
+        lines.append(
+            Text(
+                "peer: another library's attention on random tensors of the same sizes; it computes something slightly "
+                "different, so its numbers are not judged.",
+                style="dim",
+            )
+        )
     for verdict in shootout.end_to_end:
         word = "within the error rule" if verdict.status == status.OK else _VERDICTS[verdict.status]
         lines.append(

@@ -14,6 +14,8 @@ from attnzoo.benchmarks.cases import DTYPES, SCOPES, Case
 from attnzoo.benchmarks.contenders import ORIGINAL, BackendContender, Contender, Original
 from attnzoo.benchmarks.measure import machine
 from attnzoo.benchmarks.models import find_workload
+from attnzoo.benchmarks.peers import SCOPE as PEER_SCOPE
+from attnzoo.benchmarks.peers import peers_of
 from attnzoo.benchmarks.rows import EndToEnd, Row, Shootout
 from attnzoo.benchmarks.worker import (
     Problem,
@@ -52,6 +54,7 @@ class Plan:
         dense_limit: longest input of the dense oracle; None: as memory allows.
         train_limit: longest input for forward+backward; None: no limit.
         verify_len: input length of the end-to-end gate.
+        peers: other libraries' attention too, which there is in scope ``attention``; None: if that is the scope.
     """
 
     families: tuple[str, ...] = ("led",)
@@ -68,6 +71,7 @@ class Plan:
     dense_limit: int | None = 1024
     train_limit: int | None = None
     verify_len: int = 1024
+    peers: bool | None = None
 
     def __post_init__(self) -> None:
         for family in self.families:
@@ -76,6 +80,8 @@ class Plan:
             raise UnknownNameError("scope", self.scope, SCOPES)
         if self.dtype not in DTYPES:
             raise UnknownNameError("dtype", self.dtype, DTYPES)
+        if self.peers and self.scope != PEER_SCOPE:
+            raise InvalidArgumentError("peers", f"--peers with scope {self.scope!r}", f"--scope {PEER_SCOPE}")
         _check_device(self.device)
         if not self.families or not self.seq_lens or not self.modes:
             raise InvalidArgumentError("plan", "no model, sequence length or mode", "at least one of each")
@@ -88,7 +94,7 @@ class Plan:
                 raise InvalidArgumentError(name, value, "an integer >= 1")
 
     def contenders(self) -> tuple[Contender, ...]:
-        """The original, then the backends, aliases resolved.
+        """The original, then the backends, aliases resolved, then the peers.
 
         Raises:
             UnknownNameError: no such backend.
@@ -102,7 +108,8 @@ class Plan:
                 raise InvalidArgumentError("backend", "'auto'", "backends by name: the shootout compares them all")
             names = list(dict.fromkeys(registry.backend_class(name).name for name in asked))
             limit = None
-        return (Original(), *(BackendContender(name, limit) for name in names))
+        peers = peers_of(self.families) if self.scope == PEER_SCOPE and self.peers is not False else ()
+        return (Original(), *(BackendContender(name, limit) for name in names), *peers)
 
     def cases(self) -> Iterable[Case]:
         """Every cell."""
@@ -203,10 +210,11 @@ class _Cell:
 
     def run(self, chosen: tuple[Contender, ...]) -> list[Row]:
         """Every contender's row, in order."""
+        listed = [contender for contender in chosen if contender.listed(self._case)]
         try:
-            for number, contender in enumerate(chosen):
-                self._done = 0.5 * number / len(chosen)
-                self._rows[contender.name] = self._blank(contender.name)
+            for number, contender in enumerate(listed):
+                self._done = 0.5 * number / len(listed)
+                self._rows[contender.name] = self._blank(contender)
                 self._admit(contender)
             self._time()
             for name in list(self._workers):
@@ -217,12 +225,12 @@ class _Cell:
         original = self._rows.get(ORIGINAL)
         return [row.compared(original) for row in self._rows.values()]
 
-    def _blank(self, name: str) -> Row:
+    def _blank(self, contender: Contender) -> Row:
         case = self._case
         checkpoint = find_workload(case.family).checkpoint
         return Row(
-            case.family, checkpoint, case.scope, name, case.seq_len, case.batch, case.dtype, case.device, case.threads,
-            case.mode, self._versions,
+            case.family, checkpoint, case.scope, contender.name, case.seq_len, case.batch, case.dtype, case.device,
+            case.threads, case.mode, self._versions, peer=contender.peer,
         )  # fmt: skip
 
     def _say(self, name: str, what: str) -> None:

@@ -222,8 +222,9 @@ def test_with_one_bucket_and_a_chunk_as_long_as_the_sequence_lsh_is_full_attenti
 
 @backends
 @pytest.mark.parametrize("kind", ["lsh", "local"])
-def test_padding_rows_and_samples_are_zero_forward_and_backward(backend, kind):
-    model, mask = reformer(attn_layers=[kind]), padding("left", 3, 16)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_rows_and_samples_are_zero_forward_and_backward(backend, kind, side):
+    model, mask = reformer(attn_layers=[kind]), padding(side, 3, 16)
     mask[2] = 0
     states = hidden(3, 16).requires_grad_()
     with attnzoo.patch(model, backend):
@@ -499,6 +500,15 @@ def test_logits_of_cached_decoding(backend, prompt):
     expected = decode()
     with attnzoo.patch(model, backend):
         torch.testing.assert_close(decode(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["lsh", "local"])
+def test_several_tokens_on_a_filled_cache_are_refused(kind):
+    model = reformer(attn_layers=[kind])
+    with torch.no_grad(), attnzoo.patch(model, "eager"):
+        past = model(ids(1, 9), use_cache=True).past_buckets_states
+        with pytest.raises(InvalidArgumentError, match="hidden_states: got 2 tokens on a filled cache"):
+            model(ids(1, 2), past_buckets_states=past, use_cache=True)
 
 
 def test_decoding_from_a_short_prompt_derives_a_number_of_buckets_where_the_original_fails():
