@@ -10,7 +10,11 @@ STAMP := $(VENV)/.installed
 # Arguments for the tool behind a target: make test ARGS="-k led", make shootout ARGS="--full"
 ARGS ?=
 
-.PHONY: help venv shootout test test-long test-cuda lint typecheck format build clean distclean
+# The oldest transformers the package takes (pyproject.toml); constraints.txt has the newest it was verified with.
+OLDEST := 5.17.0
+OLDEST_VENV := .venv-oldest
+
+.PHONY: help venv shootout test test-oldest test-long test-cuda lint typecheck format build clean distclean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -28,6 +32,15 @@ shootout: $(STAMP) ## every backend against the original, on real text: table, J
 
 test: $(STAMP) ## the test suite (what CI runs)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+$(OLDEST_VENV)/.installed: pyproject.toml constraints.txt Makefile
+	test -x $(OLDEST_VENV)/bin/python || $(PYTHON) -m venv $(OLDEST_VENV)
+	sed 's/^transformers==.*/transformers==$(OLDEST)/' constraints.txt > $(OLDEST_VENV)/constraints.txt
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c $(OLDEST_VENV)/constraints.txt
+	@touch $@
+
+test-oldest: $(OLDEST_VENV)/.installed ## the test suite with the oldest transformers the package takes
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n 2 $(ARGS)
 
 test-long: $(STAMP) ## the property tests with many more examples
 	ATTNZOO_HYPOTHESIS_PROFILE=long OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/properties $(ARGS)
@@ -56,4 +69,4 @@ clean: ## remove caches and build outputs; keeps .venv and shootout results
 	find . -path ./$(VENV) -prune -o -path ./.git -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(OLDEST_VENV)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from attnzoo.benchmarks import rows as status
 from attnzoo.benchmarks.cases import DTYPES, Case, Subject, first_tensor
 from attnzoo.benchmarks.contenders import Contender, Entry
-from attnzoo.benchmarks.models import SEED, find_workload
+from attnzoo.benchmarks.models import SEED, Peer, find_workload
 from attnzoo.benchmarks.worker import Problem
 
 SCOPE = "attention"
@@ -62,9 +62,7 @@ class PeerContender(Contender):
 
     def obstacle(self, case: Case) -> str | None:
         """A length the library does not take."""
-        peer = find_workload(case.family).peer
-        assert peer is not None
-        multiple = LIBRARIES[self.name].multiple(peer.options)
+        multiple = LIBRARIES[self.name].multiple(_peer(case).options)
         return f"takes multiples of {multiple} tokens only" if case.seq_len % multiple else None
 
     def prepare(self, case: Case) -> Entry:
@@ -73,8 +71,7 @@ class PeerContender(Contender):
         Raises:
             Problem: it is not installed, or broken.
         """
-        made, peer = _import(self.name), find_workload(case.family).peer
-        assert peer is not None
+        made, peer = _import(self.name), _peer(case)
         module = made(**peer.options).to(case.device, DTYPES[case.dtype]).eval()
         shape = (case.batch * find_workload(case.family).heads, case.seq_len, peer.dim_head)
         return Entry(_subject(case, module, shape, LIBRARIES[self.name].inputs), _label(self.name))
@@ -84,6 +81,13 @@ def peers_of(families: Iterable[str]) -> tuple[PeerContender, ...]:
     """The peers that the workloads of these names have, each once."""
     found = (find_workload(family).peer for family in families)
     return tuple(PeerContender(name) for name in dict.fromkeys(peer.package for peer in found if peer is not None))
+
+
+def _peer(case: Case) -> Peer:
+    peer = find_workload(case.family).peer
+    if peer is None:
+        raise Problem(status.SKIPPED, f"{case.family} names no peer")
+    return peer
 
 
 def _import(package: str) -> Callable[..., nn.Module]:

@@ -279,9 +279,9 @@ def test_bad_arguments_are_named():
     mask = torch.ones(2, 8)
     with attnzoo.patch(model, "eager"):
         for module in attentions(model):
-            with pytest.raises(InvalidArgumentError, match="attention_mask: got .* with NaN"):
+            with pytest.raises(InvalidArgumentError, match=r"attention_mask: got .* with NaN"):
                 module(hidden(2, 8), attention_mask=mask.masked_fill(mask > 0, math.nan))
-            with pytest.raises(InvalidArgumentError, match="attention_mask: got .*allowed: .2, 8."):
+            with pytest.raises(InvalidArgumentError, match=r"attention_mask: got .*allowed: .2, 8."):
                 module(hidden(2, 8), attention_mask=torch.ones(2, 7))
             with pytest.raises(InvalidArgumentError, match="position_bias"):
                 module(hidden(2, 8), position_bias=torch.ones(1))
@@ -502,6 +502,22 @@ def test_logits_of_cached_decoding(backend, prompt):
         torch.testing.assert_close(decode(), expected, rtol=1e-9, atol=1e-9)
 
 
+@backends
+def test_a_mask_of_the_new_token_alone_may_hide_it(backend):
+    model, mask = local(), torch.tensor([[1], [0]])
+
+    def decode():
+        with torch.no_grad():
+            past = model(ids(2, 9), use_cache=True).past_buckets_states
+            return model(ids(2, 1), past_buckets_states=past, use_cache=True, attention_mask=mask).logits
+
+    expected = decode()
+    with attnzoo.patch(model, backend):
+        got = decode()
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=1e-4)
+    assert got.isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["lsh", "local"])
 def test_several_tokens_on_a_filled_cache_are_refused(kind):
     model = reformer(attn_layers=[kind])
@@ -593,6 +609,19 @@ def test_patching_explaining_and_removing_touch_neither_config_nor_random_stream
     handle.remove()
     assert model.config.to_dict() == config
     assert all("forward" not in vars(module) for module in attentions(model))
+
+
+@pytest.mark.parametrize("hash_seed", [7, None])
+def test_verifying_touches_neither_config_nor_random_stream(hash_seed):
+    model = reformer(num_buckets=None, hash_seed=hash_seed)
+    config, state = copy.deepcopy(model.config.to_dict()), torch.get_rng_state()
+    inputs = dict(input_ids=ids(2, 32), attention_mask=padding("left", 2, 32))
+    report = attnzoo.verify(model, inputs, "sdpa", gradients=False)
+    assert all(site.ok for site in report.sites), str(report)
+    assert len(report.sites) == 4
+    assert model.config.to_dict() == config
+    assert all(getattr(module, "num_buckets", None) is None for module in attentions(model))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_saving_while_patched(tmp_path):
