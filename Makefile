@@ -35,7 +35,7 @@ test: $(STAMP) ## the test suite (what CI runs)
 
 $(OLDEST_VENV)/.installed: pyproject.toml constraints.txt Makefile
 	test -x $(OLDEST_VENV)/bin/python || $(PYTHON) -m venv $(OLDEST_VENV)
-	sed 's/^transformers==.*/transformers==$(OLDEST)/' constraints.txt > $(OLDEST_VENV)/constraints.txt
+	(grep -vE '^(transformers|huggingface_hub|tokenizers|safetensors)==' constraints.txt; echo transformers==$(OLDEST)) > $(OLDEST_VENV)/constraints.txt
 	$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c $(OLDEST_VENV)/constraints.txt
 	@touch $@
 
