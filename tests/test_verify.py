@@ -103,7 +103,7 @@ def test_the_report_is_plain_data_too():
 
 @pytest.mark.parametrize("inputs", [None, [1, 2], torch.zeros(2, 3)])
 def test_inputs_have_to_be_keyword_arguments(inputs):
-    with pytest.raises(attnzoo.InvalidArgumentError, match="inputs: got .*; allowed: a mapping of keyword arguments"):
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"inputs: got .*; allowed: a mapping of keyword arguments"):
         attnzoo.verify(led(), inputs)
 
 
