@@ -181,6 +181,7 @@ REFORMER = Adapter(
             describe=lambda module: _describe("chunks of", module),
             requests=_local_requests,
             dropout=_dropout,
+            backward_in_training=True,
             verified=_LOCAL,
         ),
         Seam(
@@ -189,6 +190,8 @@ REFORMER = Adapter(
             describe=lambda module: _describe(f"LSH, {module.num_hashes} hashes, chunks of", module),
             requests=_lsh_requests,
             dropout=_dropout,
+            replay=lambda output: {} if output.buckets is None else {"buckets": output.buckets},
+            backward_in_training=True,
             verified=_LSH,
         ),
     ),

@@ -649,3 +649,16 @@ def test_every_head_class_of_the_family(cls):
     assert all(site.calls == 1 for site in handle.sites)
     real = arguments["attention_mask"].bool() if expected.shape[:2] == (2, 21) else ...
     torch.testing.assert_close(got[real], expected[real], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(hash_seed=None), dict(num_buckets=None), dict(is_decoder=False)], ids=str)
+def test_verify_compares_runs_that_hash_alike(changes):
+    model = reformer(**changes)
+    before = model.config.to_dict()
+    tokens = torch.randint(3, VOCAB, (2, 10 * CHUNK), generator=torch.Generator().manual_seed(0))
+    report = attnzoo.verify(model, dict(input_ids=tokens), "sdpa")
+    assert report.ok, str(report)
+    (logits,) = report.end_to_end
+    assert logits.error < 1e-4, "other rotations move logits by whole numbers"
+    assert "training mode" in report.note and "training mode" in str(report)
+    assert model.config.to_dict() == before
