@@ -73,8 +73,8 @@ class Seam:
         native_probabilities: whether the module's own forward can return them.
         when: which modules of the class the seam is for, where that is not all of them.
         fault: why the module's own forward is wrong, or None; there is no falling back to a forward that is.
-        replay: ``replay(output)`` gives the keyword arguments that make the module repeat the random choices of the call
-            that returned this output (the hash buckets of LSH attention); None: it makes none.
+        replay: ``replay(output)`` gives the keyword arguments that make the module repeat the random choices of the
+            call that returned this output (the hash buckets of LSH attention); None: it makes none.
         backward_in_training: the model's own backward works in training mode only.
         shared_in: ``"package.module:Class"`` of the module in which the sites of this seam hand values to one another
             (a bias that the first layer of a stack computes for all of them), or None.

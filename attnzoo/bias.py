@@ -91,6 +91,11 @@ class RelativeBias(Bias):
             )
         if self.positions is not None and tuple(self.positions.shape) != (batch, q_len):
             raise InvalidArgumentError("bias positions", tuple(self.positions.shape), f"({batch}, {q_len})")
+        if self.positions is not None and (
+            self.positions.dtype != torch.long or self.positions.device != self.values.device
+        ):
+            got = f"{self.positions.dtype} on {self.positions.device}"
+            raise InvalidArgumentError("bias positions", got, f"torch.int64 on {self.values.device}, as the values")
 
     def gather(self, q_len: int, kv_len: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         per_head = self.values.shape[0] > 1

@@ -9,7 +9,7 @@ from torch import nn
 from attnzoo import registry
 from attnzoo.errors import DriftError, PatchError, Refusal
 from attnzoo.functional import refusals
-from attnzoo.patching import expected_requests, find_sites
+from attnzoo.patching import check_forward, expected_requests, find_sites
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def explain(model: nn.Module, backend: str | None = None) -> Explanation:
         common: tuple[Refusal, ...] = ()
         try:
             found.adapter.check_drift(found.seam, found.module)
+            check_forward(found)
             found.seam.check(found.module)
         except (DriftError, PatchError) as error:
             common = (Refusal("adapter", str(error), "what the adapter was verified against"),)

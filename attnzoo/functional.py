@@ -111,11 +111,10 @@ def attention(
         if not isinstance(bias, Tensor) or not bias.is_floating_point():
             allowed = "a RelativeBias, or a floating-point tensor; to hide keys, mask="
             raise InvalidArgumentError("bias", describe(bias), allowed)
-        if not bool(bias.isfinite().all()):
-            raise InvalidArgumentError(
-                "bias", f"{describe(bias)} with NaN or Inf", "finite values; hide keys with mask="
-            )
         bias = DenseBias(bias)
+    if bias is not None and not bool(bias.values.isfinite().all()):
+        got = f"{describe(bias.values)} with NaN or Inf"
+        raise InvalidArgumentError("bias", got, "finite values; hide keys with mask=")
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (tensor.to(compute_dtype(tensor)) for tensor in (q, k, v))
     segment = Segment(k, v, pattern, key_mask, mask, bias)

@@ -149,9 +149,19 @@ class _Attend:
         made = self._memory.setdefault(tensor, {})
         version = tensor._version
         if name not in made or made[name][0] != version:
-            made[name] = (version, make(tensor))
-        value: T = made[name][1]
-        return value
+            value = make(tensor)
+            if _shares_memory(value, tensor):
+                return value  # to keep it would keep the tensor, which would keep the entry, for ever
+            made[name] = (version, value)
+        known: T = made[name][1]
+        return known
+
+
+def _shares_memory(value: Any, tensor: Tensor) -> bool:
+    """Whether a tensor made from another, or one of a tuple of them, is that tensor or a view of it."""
+    pointer = tensor.untyped_storage().data_ptr()
+    parts = value if isinstance(value, tuple) else (value,)
+    return any(isinstance(part, Tensor) and part.untyped_storage().data_ptr() == pointer for part in parts)
 
 
 class PatchedForward:
@@ -385,7 +395,7 @@ def patch(
         if name == "native":
             continue
         found.adapter.check_drift(found.seam, found.module)
-        _check_forward(found)
+        check_forward(found)
         found.seam.check(found.module)
         instance = made[name]
         for request in expected_requests(found) if instance is not None and fallback == "error" else ():
@@ -425,8 +435,12 @@ def _companions(everything: list[Found], chosen: list[tuple[Found, str]]) -> lis
     ]
 
 
-def _check_forward(found: Found) -> None:
-    """Refuse to bypass a forward that somebody put on the instance."""
+def check_forward(found: Found) -> None:
+    """Refuse to bypass a forward that somebody put on the instance.
+
+    Raises:
+        PatchError: the module's forward is neither its class's nor a patch of ours.
+    """
     forward = slots.current(found.module)
     plain = getattr(forward, "__func__", None) is type(found.module).forward
     if not plain and not isinstance(forward, PatchedForward):

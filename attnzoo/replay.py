@@ -1,8 +1,8 @@
 """Making runs of a model repeat one run's random choices, whatever their dtype.
 
-LSH attention hashes by random rotations, drawn in the dtype of the model: the same seed gives others in float64. Runs are
-comparable only if all of them hash alike. A seam says what to repeat (``Seam.replay``): keyword arguments of the module,
-taken from its own output.
+LSH attention hashes by random rotations, drawn in the dtype of the model: the same seed gives others in float64. Runs
+are comparable only if all of them hash alike. A seam says what to repeat (``Seam.replay``): keyword arguments of the
+module, taken from its own output.
 """
 
 from __future__ import annotations

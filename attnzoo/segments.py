@@ -146,8 +146,9 @@ class Attention:
         for segment in self.segments:
             self._check_segment(segment)
         shape = (self.batch, self.heads, self.q_len, self.value_dim)
-        if self.empty is not None and (tuple(self.empty.shape) != shape or self.empty.dtype != self.query.dtype):
-            raise InvalidArgumentError("empty", describe(self.empty), f"{shape} {self.query.dtype}")
+        own = (shape, self.query.dtype, self.query.device)
+        if self.empty is not None and (tuple(self.empty.shape), self.empty.dtype, self.empty.device) != own:
+            raise InvalidArgumentError("empty", describe(self.empty), f"{shape} {self.query.dtype} on {own[2]}")
 
     def _check_segment(self, segment: Segment) -> None:
         query, key, value = self.query, segment.key, segment.value

@@ -64,6 +64,7 @@ class Case:
         dropout: probability of dropping a weight.
         uneven: value_dim differs from head_dim.
         probabilities: the softmax weights are asked for.
+        strided: head_dim is not the fastest dimension of query, key and value in memory.
     """
 
     dtype: torch.dtype = torch.float32
@@ -77,11 +78,12 @@ class Case:
     dropout: float = 0.0
     uneven: bool = False
     probabilities: bool = False
+    strided: bool = False
 
     def __str__(self) -> str:
         parts = [str(self.dtype).removeprefix("torch."), str(self.pattern), f"mask {self.mask}", f"bias {self.bias}"]
         parts.append(f"{_HEADS}/{self.kv_heads} heads, {self.q_len} x {self.kv_len}")
-        flags = ("grad", "dropout", "uneven", "probabilities")
+        flags = ("grad", "dropout", "uneven", "probabilities", "strided")
         return ", ".join([*parts, *(flag for flag in flags if getattr(self, flag))])
 
     def attention(self, device: str = "cpu", seed: int = 0) -> Attention:
@@ -90,7 +92,10 @@ class Case:
 
         def normal(*shape: int) -> Tensor:
             drawn = torch.randn(shape, generator=random, dtype=torch.float64)
-            return drawn.to(device=device, dtype=self.dtype).requires_grad_(self.grad)
+            drawn = drawn.to(device=device, dtype=self.dtype)
+            if self.strided and len(shape) == 4:
+                drawn = drawn.transpose(-1, -2).contiguous().transpose(-1, -2)
+            return drawn.requires_grad_(self.grad)
 
         def flags(*shape: int, p: float) -> Tensor:
             return (torch.rand(shape, generator=random) < p).to(device)
@@ -133,7 +138,7 @@ class Case:
         key = key.gather(2, index.expand(-1, -1, -1, key.shape[3]))
         value = value.gather(2, index.expand(-1, -1, -1, value.shape[3]))
         segments = tuple(
-            Segment(key, value, replace(pattern, start=start, order=order, token=token))
+            Segment(key, value, replace(pattern, start=start, order=order, token=token), bias=segment.bias)
             for start, order in zip((0, self.q_len), orders, strict=True)
         )
         return Attention(query, segments, _DIM**-0.5, self.dropout, empty=expand_heads(segment.value, _HEADS))
@@ -169,7 +174,7 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[Case]:
     for dtype, pattern, mask, bias in itertools.product(dtypes, PATTERNS, MASKS, BIASES):
         if mask == "globals" and bias != "none":
             continue
-        if isinstance(pattern, SortedChunks) and (mask not in ("none", "keys") or bias != "none"):
+        if isinstance(pattern, SortedChunks) and (mask not in ("none", "keys") or bias.endswith("dense")):
             continue
         for kv_heads, grad in ((_HEADS, True), (1, False)):
             yield Case(dtype, pattern, mask, bias, kv_heads, grad=grad)
@@ -179,6 +184,7 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[Case]:
             yield Case(dtype, pattern, mask, kv_heads=2, q_len=1, kv_len=1)
             yield Case(dtype, pattern, mask, dropout=0.25)
             yield Case(dtype, pattern, mask, uneven=True)
+            yield Case(dtype, pattern, mask, strided=True)
             yield Case(dtype, pattern, mask, grad=False, probabilities=True)
         if mask in ("none", "keys"):
             yield Case(dtype, SortedChunks(8, 1, 0, causal=True), mask, dropout=0.25)

@@ -273,7 +273,7 @@ def verify(
             eager = _run(narrow, narrow_inputs, whole, seed)
         double = _cast(inputs, torch.float64)
         if choices and not fault:
-            # LSH models hide a token from itself with -1e5, which costs float32 the rest of the score: judge in float64.
+            # LSH models hide a token from itself with -1e5, which leaves float32 little of the score: judge in float64.
             with replaying(plain.double(), choices):
                 original = _run(plain, double, whole, seed)
         with replaying(plain.double(), choices), patch(plain, "eager"):
@@ -329,12 +329,14 @@ def _run(model: nn.Module, inputs: dict[str, Any], gradients: bool, seed: int) -
     freeze the others.
     """
     torch.manual_seed(seed)
-    with torch.set_grad_enabled(gradients):
-        outputs = _outputs(model, inputs)
-    found = {name: output.detach() for name, output in outputs.items()}
+    with torch.no_grad():  # as inference runs, which may go other ways than training
+        found = _outputs(model, inputs)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not (gradients and parameters):
         return found
+    torch.manual_seed(seed)
+    with torch.enable_grad():
+        outputs = _outputs(model, inputs)
     generator = torch.Generator().manual_seed(seed)
     total = sum(
         (output * torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)).sum()

@@ -157,3 +157,27 @@ def test_explain_tells_refusals():
         assert "device: got cpu; allowed: cuda" in str(attnzoo.explain(led(), "narrow"))
     finally:
         attnzoo.unregister_backend("narrow")
+
+
+def test_a_bias_on_sorted_keys_is_refused_by_sdpa_and_taken_by_eager():
+    request = attnzoo.Request(
+        "cpu",
+        torch.float32,
+        4,
+        8,
+        8,
+        (attnzoo.segments.SegmentRequest(attnzoo.patterns.SortedChunks(4), 4, bias="relative"),),
+    )
+    (refusal,) = attnzoo.registry.make_backend("sdpa").refusals(request)
+    assert refusal.field == "bias" and "sorted" in refusal.got
+    assert not attnzoo.registry.make_backend("eager").refusals(request)
+
+
+def test_explain_sees_a_replaced_forward_as_patch_does():
+    model = led()
+    module = model.led.encoder.layers[0].self_attn.longformer_self_attn
+    module.forward = lambda *args, **kwargs: None
+    verdicts = [verdict for verdict in attnzoo.explain(model, "sdpa") if not verdict.runs]
+    assert [verdict.site for verdict in verdicts] == ["led.encoder.layers.0.self_attn.longformer_self_attn"]
+    with pytest.raises(attnzoo.PatchError, match="forward was replaced"):
+        attnzoo.patch(model, "sdpa")

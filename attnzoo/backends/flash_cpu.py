@@ -102,7 +102,7 @@ class _Terms:
     def __init__(self, attention: Attention) -> None:
         self._masks, self._attention = Masks(attention), attention
         self._last: dict[int, tuple[object, Tensor | None, Tensor | None]] = {}
-        self._tokens: dict[int, TokenTerms] = {}
+        self._tokens: dict[tuple[int, bool], TokenTerms] = {}
 
     def of(self, block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
         """The additive term ``(batch, heads, n, m)`` and the live rows; either is None when there is nothing to say."""
@@ -121,9 +121,10 @@ class _Terms:
         segment = self._attention.segments[part.segment]
         if isinstance(segment.pattern, SortedChunks) and segment.bias is None and block.queries is not None:
             token = segment.pattern.sorted_tensors()[1]  # one tensor for all rounds, as a rule
-            if id(token) not in self._tokens:
-                self._tokens[id(token)] = TokenTerms(token, segment.pattern.causal, self._attention.query.dtype)
-            return self._tokens[id(token)].of(block.queries, part.kv_start, part.kv_stop)
+            known = (id(token), segment.pattern.causal)
+            if known not in self._tokens:
+                self._tokens[known] = TokenTerms(token, segment.pattern.causal, self._attention.query.dtype)
+            return self._tokens[known].of(block.queries, part.kv_start, part.kv_stop)
         key, last = self._masks.key(block, part), self._last.get(part.segment)
         if key is not None and last is not None and last[0] == key:
             return last[1:]
@@ -179,34 +180,39 @@ class _Blocked(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        attention: Attention = ctx.attention
-        query, *keys_values, out, lse = ctx.saved_tensors
-        # Rows that see nothing have lse -inf, and the kernel would form inf - inf; with 0 their weights become 0.
-        lse = lse.masked_fill(lse == float("-inf"), 0.0)
-        grads = [torch.zeros(tensor.shape, dtype=lse.dtype) for tensor in (query, *keys_values)]
-        trained = _BiasGradients(attention, lse.dtype) if ctx.biases else None
-        terms = _Terms(attention)
-        for group in passes(attention):
-            for block in blocks(attention, group, block_size(attention)):
-                rows = [block.take(tensor) for tensor in (grad_out, query, out, lse)]
-                for part in block.parts:
-                    key, value = _part(keys_values, ctx.places, part, attention.heads)
-                    term, _live = terms.of(block, part)
-                    if trained is not None and part.segment in trained:
-                        grad_q, grad_k, grad_v, grad_scores = _backward_by_hand(rows, key, value, term, attention.scale)
-                        trained.add(block, part, grad_scores)
-                    else:
-                        grad_q, grad_k, grad_v = getattr(_operators, _BACKWARD)(
-                            *(rows[0], rows[1], key, value, rows[2], rows[3], 0.0, False),
-                            attn_mask=term,
-                            scale=attention.scale,
-                        )
-                    block.add(grads[0], grad_q)
-                    keys = slice(part.kv_start, part.kv_stop)
-                    for place, grad in zip(ctx.places[2 * part.segment :], (grad_k, grad_v), strict=False):
-                        grads[place + 1][:, :, keys] += _sum_groups(grad, grads[place + 1].shape[1])
-        of_biases = trained.finished() if trained is not None else []
-        return None, None, None, *(grad.to(query.dtype) for grad in grads), *of_biases
+        with torch.autocast("cpu", enabled=False):  # the caller of backward() may be in one
+            return _backward(ctx, grad_out.contiguous() if grad_out.stride(-1) != 1 else grad_out)
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    attention: Attention = ctx.attention
+    query, *keys_values, out, lse = ctx.saved_tensors
+    # Rows that see nothing have lse -inf, and the kernel would form inf - inf; with 0 their weights become 0.
+    lse = lse.masked_fill(lse == float("-inf"), 0.0)
+    grads = [torch.zeros(tensor.shape, dtype=lse.dtype) for tensor in (query, *keys_values)]
+    trained = _BiasGradients(attention, lse.dtype) if ctx.biases else None
+    terms = _Terms(attention)
+    for group in passes(attention):
+        for block in blocks(attention, group, block_size(attention)):
+            rows = [block.take(tensor) for tensor in (grad_out, query, out, lse)]
+            for part in block.parts:
+                key, value = _part(keys_values, ctx.places, part, attention.heads)
+                term, _live = terms.of(block, part)
+                if trained is not None and part.segment in trained:
+                    grad_q, grad_k, grad_v, grad_scores = _backward_by_hand(rows, key, value, term, attention.scale)
+                    trained.add(block, part, grad_scores)
+                else:
+                    grad_q, grad_k, grad_v = getattr(_operators, _BACKWARD)(
+                        *(rows[0], rows[1], key, value, rows[2], rows[3], 0.0, False),
+                        attn_mask=term,
+                        scale=attention.scale,
+                    )
+                block.add(grads[0], grad_q)
+                keys = slice(part.kv_start, part.kv_stop)
+                for place, grad in zip(ctx.places[2 * part.segment :], (grad_k, grad_v), strict=False):
+                    grads[place + 1][:, :, keys] += _sum_groups(grad, grads[place + 1].shape[1])
+    of_biases = trained.finished() if trained is not None else []
+    return None, None, None, *(grad.to(query.dtype) for grad in grads), *of_biases
 
 
 def _backward_by_hand(

@@ -17,11 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnzoo.backend import Backend, Capabilities
 from attnzoo.backends import flash_cpu, math_blocks
-from attnzoo.backends.blocks import Masks, additive, block_size, blocks, sees_all
+from attnzoo.backends.blocks import DENSE_ROWS, Masks, additive, block_size, blocks, sees_all
 from attnzoo.backends.eager import expand_heads
 from attnzoo.backends.pieces import Pieces, join_masks
+from attnzoo.errors import Refusal
 from attnzoo.patterns import Causal, Chunks, Full, SortedChunks, Window
-from attnzoo.segments import FLOATS, Attention, Result
+from attnzoo.segments import FLOATS, Attention, Request, Result
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,14 @@ class SdpaBackend(Backend):
         grad=True,
     )
 
+    def refusals(self, request: Request) -> tuple[Refusal, ...]:
+        sorted_with_bias = any(s.bias is not None and isinstance(s.pattern, SortedChunks) for s in request.segments)
+        more = (Refusal("bias", "a bias on sorted keys", "SortedChunks without a bias"),) if sorted_with_bias else ()
+        return (*super().refusals(request), *more)
+
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
+        # The kernels behind read rows as if they were contiguous, checked or not.
+        attention = attention.with_tensors(tuple(map(_contiguous_rows, attention.tensors())))
         causal = _is_single_causal(attention)
         if causal or _is_single_whole(attention):
             (segment,) = attention.segments
@@ -56,8 +64,13 @@ class SdpaBackend(Backend):
             return Result(flash_cpu.attend(attention), flash_cpu.KERNEL)
         if any(segment.pattern.query_order is not None for segment in attention.segments):
             return Result(math_blocks.attend(attention), math_blocks.KERNEL)
-        # Concatenated keys are copied for every block: larger blocks copy less.
-        return _concatenated(attention, min(attention.q_len, 4 * block_size(attention)))
+        # Concatenated keys are copied for every block: larger blocks copy less, as long as masks stay small.
+        size = block_size(attention)
+        return _concatenated(attention, min(attention.q_len, max(size, min(4 * size, DENSE_ROWS))))
+
+
+def _contiguous_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.ndim == 0 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _is_single_whole(attention: Attention) -> bool:

@@ -84,3 +84,20 @@ def test_the_graph_does_not_keep_query_keys_and_values_twice():
     hollow = flash_cpu._hollow(attention)
     for tensor in (hollow.query, hollow.segments[0].key, hollow.segments[0].value):
         assert tensor.untyped_storage().nbytes() <= 8
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_backward_inside_autocast_is_as_exact_as_outside(trained):
+    query, key, value = (tensor.requires_grad_() for tensor in tensors(torch.float32, 40, 40))
+    values = torch.randn(3, 15, requires_grad=trained)
+    bias = attnzoo.RelativeBias(values, zero=7)
+    attention = attnzoo.Attention(query, (attnzoo.Segment(key, value, attnzoo.Window(5, 5), bias=bias),), 0.4)
+    leaves = [tensor for tensor in attention.tensors() if tensor.requires_grad]
+
+    def gradients(autocast):
+        output = make_backend("sdpa").run(attention).output
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return torch.autograd.grad(output, leaves, torch.ones_like(output))
+
+    for inside, outside in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(inside, outside)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 from collections import Counter
@@ -565,3 +566,14 @@ def test_functional_dropout_drops_weights_whole():
     weights = attnzoo.attention(q, k, v, dropout=0.5) * 64 * 0.5  # kept weights are scaled by 1 / (1 - p)
     assert torch.all((weights - weights.round()).abs() < 1e-5)
     assert 10 < int(weights.sum().round()) < 54
+
+
+def test_what_is_remembered_of_a_mask_dies_with_it(neox):
+    """A bool mask is its own reading: remembering it would keep every forward's mask for as long as the patch lasts."""
+    mask = torch.ones(3, 11, dtype=torch.long)
+    mask[0, :4] = 0
+    with attnzoo.patch(neox.model, "sdpa") as handle, torch.no_grad():
+        for _ in range(3):
+            neox.model(input_ids=torch.full((3, 11), 5), attention_mask=mask)
+        gc.collect()
+        assert not any(len(forward._attend._memory) for forward in handle.forwards)
