@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 import attnzoo
@@ -202,48 +202,49 @@ def first_tensor(value: Any) -> Tensor:
     return value
 
 
-@contextmanager
-def recorded_projections(module: nn.Module) -> Iterator[list[tuple[nn.Linear, tuple[int, ...]]]]:
-    """Collect every linear layer of a module that is called, with its input's shape."""
-    calls: list[tuple[nn.Linear, tuple[int, ...]]] = []
+class _Linears(TorchFunctionMode):
+    """Collects every linear projection: weight, bias and the shape of its input. No hook: code may look for hooks."""
 
-    def record(linear: nn.Module, args: tuple[Any, ...]) -> None:
-        calls.append((linear, tuple(args[0].shape)))  # type: ignore[arg-type]
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Tensor, Tensor | None, torch.Size]] = []
 
-    hooks = [m.register_forward_pre_hook(record) for m in module.modules() if isinstance(m, nn.Linear)]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear:
+            states, weight, *bias = args
+            self.calls.append((weight, bias[0] if bias else None, states.shape))
+        return func(*args, **(kwargs or {}))
 
 
 class Projections:
-    """The linear layers of a module alone, on inputs of the shapes they really get: what ``attention`` takes off."""
+    """The linear projections a module really runs, alone on inputs of the same shapes: what ``attention`` takes off."""
 
     def __init__(self, subject: Subject) -> None:
         case = subject.case
-        with recorded_projections(subject.module) as calls:
-            subject.forward()
+        with _Linears() as linears, torch.set_grad_enabled(case.train):
+            subject.call()
         options: dict[str, Any] = dict(dtype=DTYPES[case.dtype], device=case.device)
         self._train = case.train
-        self._calls = [(linear, torch.randn(shape, **options).requires_grad_(case.train)) for linear, shape in calls]
+        self._calls = [
+            (weight, bias, torch.randn(shape, **options).requires_grad_(case.train))
+            for weight, bias, shape in linears.calls
+        ]
         self._cotangents = [
-            torch.randn((*x.shape[:-1], linear.out_features), **options) if case.train else None
-            for linear, x in self._calls
+            torch.randn((*x.shape[:-1], weight.shape[0]), **options) if case.train else None
+            for weight, _, x in self._calls
         ]
 
     def step(self) -> None:
         """Run them once, backward too where the case trains."""
         with torch.set_grad_enabled(self._train):
-            for (linear, x), cotangent in zip(self._calls, self._cotangents, strict=True):
-                output = linear(x)
+            for (weight, bias, x), cotangent in zip(self._calls, self._cotangents, strict=True):
+                output = torch.nn.functional.linear(x, weight, bias)
                 if cotangent is not None:
                     output.backward(cotangent)
 
     def clear(self) -> None:
         """Drop the gradients of a run."""
-        for linear, x in self._calls:
-            x.grad = None
-            for parameter in linear.parameters():
-                parameter.grad = None
+        for weight, bias, x in self._calls:
+            for tensor in (weight, bias, x):
+                if tensor is not None:
+                    tensor.grad = None

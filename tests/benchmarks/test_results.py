@@ -203,3 +203,9 @@ def test_projections_are_those_of_the_module():
     projections.step()
     projections.clear()
     assert all(parameter.grad is None for parameter in subject.module.parameters())
+
+
+def test_projections_of_a_patched_module_are_those_it_really_runs():
+    subject = build(Case("tiny", "attention", 40, 1, "float32", "cpu", 1, False))
+    subject.patch("sdpa")
+    assert len(Projections(subject)._calls) == 4  # keys and values for the one global token are not projected
