@@ -19,10 +19,11 @@ from attnzoo.errors import (
 )
 from attnzoo.explanation import explain
 from attnzoo.functional import attention
-from attnzoo.patching import Handle, Site, patch, unpatch
+from attnzoo.patching import Handle, patch, unpatch
 from attnzoo.patterns import Causal, Chunks, Full, Pattern, Window
 from attnzoo.registry import backends, register_adapter, register_backend, unregister_adapter, unregister_backend
 from attnzoo.segments import Attention, Request, Result, Segment
+from attnzoo.sites import Site
 from attnzoo.verification import verify
 
 from attnzoo import testing  # isort: skip  (after what it imports)

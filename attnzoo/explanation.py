@@ -9,7 +9,8 @@ from torch import nn
 from attnzoo import registry
 from attnzoo.errors import DriftError, PatchError, Refusal
 from attnzoo.functional import refusals
-from attnzoo.patching import check_forward, expected_requests, find_sites
+from attnzoo.patching import check_forward
+from attnzoo.sites import expected_requests, find_sites
 
 
 @dataclass(frozen=True)

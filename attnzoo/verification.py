@@ -17,9 +17,10 @@ from attnzoo.backends.eager import evaluate
 from attnzoo.error_rule import Check
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.functional import execute
-from attnzoo.patching import Site, patch, unpatch_all
+from attnzoo.patching import patch, unpatch_all
 from attnzoo.replay import recording, replaying
 from attnzoo.segments import Attention, Request, Result
+from attnzoo.sites import Site
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from attnzoo.benchmarks.cases import DTYPES, Case, Subject, build
 from attnzoo.benchmarks.measure import available_memory
 from attnzoo.benchmarks.models import find_workload
 from attnzoo.error_rule import Check
-from attnzoo.patching import Handle, Site
+from attnzoo.patching import Handle
 from attnzoo.segments import Attention, Result
+from attnzoo.sites import Site
 from attnzoo.verification import SiteReport, check_site, worst
 
 

@@ -85,11 +85,11 @@ def test_something_else_ran(shootout, backend, words):
 
 
 def test_another_backend_ran(shootout, monkeypatch):
-    from attnzoo import patching
+    from attnzoo import forwards
 
-    eager = patching.registry.make_backend("eager")
-    monkeypatch.setattr(patching, "execute", lambda backend, attention, *rest: eager.run(attention))
-    monkeypatch.setattr(patching._Attend, "__call__", _through_eager(eager))
+    eager = forwards.registry.make_backend("eager")
+    monkeypatch.setattr(forwards, "execute", lambda backend, attention, *rest: eager.run(attention))
+    monkeypatch.setattr(forwards.SiteAttend, "__call__", _through_eager(eager))
     row = row_of(shootout("sdpa"), "sdpa")
     assert row.status == "red" and "asked for 'sdpa', executed eager" in row.reason
     assert_silent(row)

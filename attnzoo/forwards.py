@@ -1,0 +1,179 @@
+"""The forward that sits in a patched module, and what it computes attentions with."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from attnzoo import registry, slots
+from attnzoo.backend import Backend
+from attnzoo.errors import BackendRefusedError, PatchError
+from attnzoo.functional import compute_dtype, execute, negotiate
+from attnzoo.segments import Attention, Result
+from attnzoo.sites import Found, Site, expected_requests, trains
+
+T = TypeVar("T")
+
+
+class SiteAttend:
+    """What a seam's forward computes with: a backend, a site to record on, and the patch's per-forward memory."""
+
+    def __init__(
+        self,
+        site: Site,
+        backend: Backend | None,
+        fallback: bool,
+        memory: WeakTensorKeyDictionary,
+        sharers: tuple[nn.Module, ...],
+    ) -> None:
+        self.site, self.backend, self._fallback, self._memory = site, backend, fallback, memory
+        self._sharers = sharers
+
+    @property
+    def complete(self) -> bool:
+        last = [next(patches_of(module), None) for module in self._sharers]
+        return bool(last) and not any(patched is None or patched.native or patched.fallback for patched in last)
+
+    def __call__(self, attention: Attention, probabilities: bool = False) -> Result:
+        backend = registry.choose(attention.request(probabilities)) if self.backend is None else self.backend
+        result = execute(backend, attention, probabilities, self.site.name)
+        self.site.kernels[result.kernel] += 1
+        if self.site.observer is not None:
+            self.site.observer(self.site, attention, result, backend)
+        return result
+
+    def falls_back(self, can: bool = True) -> bool:
+        self.site.fallbacks += self._fallback and can
+        return self._fallback and can
+
+    def once(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
+        if tensor.is_inference() or torch.compiler.is_compiling():
+            return make(tensor)  # inference tensors count no versions, and their ids may come again
+        made = self._memory.setdefault(tensor, {})
+        version = tensor._version
+        if name not in made or made[name][0] != version:
+            value = make(tensor)
+            if _shares_memory(value, tensor):
+                return value  # to keep it would keep the tensor, which would keep the entry, for ever
+            made[name] = (version, value)
+        known: T = made[name][1]
+        return known
+
+
+def _shares_memory(value: Any, tensor: Tensor) -> bool:
+    """Whether a tensor made from another, or one of a tuple of them, is that tensor or a view of it."""
+    pointer = tensor.untyped_storage().data_ptr()
+    parts = value if isinstance(value, tuple) else (value,)
+    return any(isinstance(part, Tensor) and part.untyped_storage().data_ptr() == pointer for part in parts)
+
+
+class PatchedForward:
+    """What sits in a patched module's forward slot. Copies itself with the module; refuses to be pickled."""
+
+    def __init__(
+        self,
+        number: int,
+        group: tuple[str, ...],
+        found: Found,
+        site: Site,
+        backend: Backend | None,
+        native: bool,
+        fallback: bool,
+        memory: WeakTensorKeyDictionary,
+        sharers: tuple[nn.Module, ...],
+    ) -> None:
+        self._set_up(number, group, found, site, backend, native, fallback, memory, sharers)
+        self.original = slots.current(found.module)
+        functools.update_wrapper(self, self.original, updated=())
+
+    def _set_up(
+        self,
+        number: int,
+        group: tuple[str, ...],
+        found: Found,
+        site: Site,
+        backend: Backend | None,
+        native: bool,
+        fallback: bool,
+        memory: WeakTensorKeyDictionary,
+        sharers: tuple[nn.Module, ...],
+    ) -> None:
+        """All but the original. ``group`` names the sites the patch ``number`` was put on."""
+        self.number, self.group, self.found, self.site = number, group, found, site
+        self.backend, self.native, self.fallback = backend, native, fallback
+        self.sharers = sharers
+        self._attend = SiteAttend(site, backend, fallback, memory, sharers)
+        self._forward: Callable[..., Any] | None = None if native else found.seam.bind(found.module, self._attend)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._forward is None:
+            self.site.kernels["native"] += 1
+            return self.own(*args, **kwargs)
+        try:
+            self._negotiate((*args, *kwargs.values()), kwargs)
+        except BackendRefusedError:
+            seam, module = self.found.seam, self.found.module
+            serves = seam.native_probabilities(module) or not self._wants_probabilities(kwargs)
+            if not self._attend.falls_back(serves and seam.fault(module) is None):
+                raise
+            return self.own(*args, **kwargs)
+        return self._forward(*args, **kwargs)
+
+    @property
+    def own(self) -> Callable[..., Any]:
+        """The model's own forward, beneath every patch."""
+        forward = self.original
+        while isinstance(forward, PatchedForward):
+            forward = forward.original
+        return forward
+
+    def _wants_probabilities(self, kwargs: Mapping[str, Any]) -> bool:
+        return self.found.seam.wants_probabilities(self.found.module, kwargs)
+
+    def _negotiate(self, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Refuse before anything happens what can be known before anything happens."""
+        if self.backend is None:
+            return
+        probabilities = self._wants_probabilities(kwargs)
+        grad = torch.is_grad_enabled() and (
+            trains(self.found.module) or any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+        )
+        for request in expected_requests(self.found):
+            dtype = compute_dtype(torch.empty(0, dtype=request.dtype, device=request.device))
+            asked = replace(request, probabilities=probabilities, grad=grad, dtype=dtype)
+            negotiate(self.backend, asked, self.site.name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PatchedForward:
+        import copy
+
+        twin = object.__new__(PatchedForward)
+        memo[id(self)] = twin
+        found = self.found._replace(module=copy.deepcopy(self.found.module, memo))
+        site = replace(self.site, kernels=Counter(self.site.kernels))
+        sharers, memory = copy.deepcopy(self.sharers, memo), WeakTensorKeyDictionary()
+        twin._set_up(self.number, self.group, found, site, self.backend, self.native, self.fallback, memory, sharers)
+        twin.original = copy.deepcopy(self.original, memo)
+        functools.update_wrapper(twin, twin.original, updated=())
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise PatchError(
+            f"{self.site.name}: a patched model cannot be pickled; allowed: model.save_pretrained, "
+            "state_dict, or attnzoo.unpatch(model) first"
+        )
+
+
+def patches_of(module: nn.Module) -> Iterator[PatchedForward]:
+    """The patches of one module, last in first."""
+    for slot in ("_old_forward", "forward"):
+        forward = vars(module).get(slot)
+        while isinstance(forward, PatchedForward):
+            yield forward
+            forward = forward.original

@@ -1,0 +1,104 @@
+"""Sites: the attention modules of a model that an adapter can take over, what they will ask, and what ran at them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from torch import nn
+
+from attnzoo import registry
+from attnzoo.adapter import Adapter, Seam
+from attnzoo.backend import Backend
+from attnzoo.errors import InvalidArgumentError, PatchError
+from attnzoo.segments import Attention, Request, Result
+
+Observer = Callable[["Site", Attention, Result, Backend], None]
+
+
+@dataclass(eq=False)
+class Site:
+    """One patched attention module.
+
+    Attributes:
+        name: the module's name in the model.
+        cls: its class.
+        pattern: what it computes, for people.
+        backend: the backend that was asked for; ``"native"`` is the model's own code.
+        kernels: how often each kernel really ran.
+        calls: how many attentions really ran on the backend.
+        fallbacks: how many forwards went to the model's own code under ``fallback="native"``.
+        observer: called after every attention with the site, the attention, its result and the backend that ran.
+    """
+
+    name: str
+    cls: str
+    pattern: str
+    backend: str
+    kernels: Counter[str] = field(default_factory=Counter)
+    fallbacks: int = 0
+    observer: Observer | None = field(default=None, repr=False)
+
+    @property
+    def calls(self) -> int:
+        return sum(self.kernels.values())
+
+    @property
+    def kernel(self) -> str | None:
+        """What really ran so far, most frequent first; None before the first call."""
+        return "+".join(kernel for kernel, _ in self.kernels.most_common()) or None
+
+
+class Found(NamedTuple):
+    """A module that can be patched."""
+
+    name: str
+    module: nn.Module
+    seam: Seam
+    adapter: Adapter
+
+
+def find_sites(model: nn.Module) -> list[Found]:
+    """Every attention module of a model that a registered adapter can take over.
+
+    Raises:
+        InvalidArgumentError: not a module.
+        PatchError: no adapter serves any model type found in the model.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidArgumentError("model", f"{type(model).__name__}", "a torch.nn.Module, e.g. from from_pretrained")
+    types = dict.fromkeys(
+        str(config.model_type)
+        for module in model.modules()
+        if (config := getattr(module, "config", None)) is not None and getattr(config, "model_type", None)
+    )
+    adapters = {id(adapter): adapter for name in types if (adapter := registry.find_adapter(name)) is not None}
+    found = {
+        id(module): Found(name, module, seam, adapter)
+        for adapter in adapters.values()
+        for name, module, seam in adapter.sites(model)
+    }
+    if not any(one.seam.attends for one in found.values()):
+        broken = [f"{name}: {reason}" for name in types if (reason := registry.broken_adapter(name))]
+        why = f" (an adapter exists but did not load: {'; '.join(broken)})" if broken else ""
+        raise PatchError(
+            f"model: got {type(model).__name__} of model type {', '.join(types) or 'none (no config)'}, "
+            f"in which no adapter finds an attention module{why}; allowed: a model with modules of type "
+            f"{', '.join(registry.model_types())}, or register one with attnzoo.register_adapter"
+        )
+    return list(found.values())
+
+
+def expected_requests(site: Found) -> tuple[Request, ...]:
+    """What a site will ask of its backend, for the model as it is now (train or eval, device, dtype)."""
+    module = site.module
+    grad = module.training and trains(module)
+    dropout = module.training and site.seam.dropout(module) > 0.0
+    return tuple(replace(request, dropout=dropout, grad=grad) for request in site.seam.requests(module))
+
+
+def trains(module: nn.Module) -> bool:
+    """Whether any parameter of the module requires grad."""
+    return any(parameter.requires_grad for parameter in module.parameters())
