@@ -190,23 +190,28 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     # Rows that see nothing have lse -inf, and the kernel would form inf - inf; with 0 their weights become 0.
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
     grads = [torch.zeros(tensor.shape, dtype=lse.dtype) for tensor in (query, *keys_values)]
-    trained = _BiasGradients(attention, lse.dtype) if ctx.biases else None
+    trained = _BiasGradients(attention) if ctx.biases else None
     terms = _Terms(attention)
     for group in passes(attention):
         for block in blocks(attention, group, block_size(attention)):
             rows = [block.take(tensor) for tensor in (grad_out, query, out, lse)]
-            for part in block.parts:
-                key, value = _part(keys_values, ctx.places, part, attention.heads)
-                term, _live = terms.of(block, part)
-                if trained is not None and part.segment in trained:
-                    grad_q, grad_k, grad_v, grad_scores = _backward_by_hand(rows, key, value, term, attention.scale)
-                    trained.add(block, part, grad_scores)
-                else:
-                    grad_q, grad_k, grad_v = getattr(_operators, _BACKWARD)(
+            pairs = [_part(keys_values, ctx.places, part, attention.heads) for part in block.parts]
+            if trained is not None and any(part.segment in trained for part in block.parts):
+                shown = [terms.of(block, part)[0] for part in block.parts]
+                grad_parts = _backward_by_hand(rows, pairs, shown, attention.scale)
+                for part, (*_, grad_scores) in zip(block.parts, grad_parts, strict=True):
+                    if part.segment in trained:
+                        trained.add(block, part, grad_scores)
+            else:
+                grad_parts = [
+                    getattr(_operators, _BACKWARD)(
                         *(rows[0], rows[1], key, value, rows[2], rows[3], 0.0, False),
-                        attn_mask=term,
+                        attn_mask=terms.of(block, part)[0],
                         scale=attention.scale,
                     )
+                    for part, (key, value) in zip(block.parts, pairs, strict=True)
+                ]
+            for part, (grad_q, grad_k, grad_v, *_) in zip(block.parts, grad_parts, strict=True):
                 block.add(grads[0], grad_q)
                 keys = slice(part.kv_start, part.kv_stop)
                 for place, grad in zip(ctx.places[2 * part.segment :], (grad_k, grad_v), strict=False):
@@ -216,27 +221,40 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _backward_by_hand(
-    rows: list[Tensor], key: Tensor, value: Tensor, term: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys, values and scores: the kernel keeps the last to itself, and biases need it."""
-    grad_out, query, out, lse = rows
-    wide = lse.dtype
-    grad_out, query, out, key, value = (tensor.to(wide) for tensor in (grad_out, query, out, key, value))
-    scores = query @ key.transpose(-1, -2) * scale
-    if term is not None:
-        scores += term
-    weights = torch.exp(scores - lse[..., None])
-    grad_scores = weights * (grad_out @ value.transpose(-1, -2) - (grad_out * out).sum(-1, keepdim=True))
-    grad_q, grad_k = grad_scores @ key * scale, grad_scores.transpose(-1, -2) @ query * scale
-    return grad_q, grad_k, weights.transpose(-1, -2) @ grad_out, grad_scores
+    rows: list[Tensor], pairs: list[tuple[Tensor, Tensor]], terms: list[Tensor | None], scale: float
+) -> list[tuple[Tensor, ...]]:
+    """Gradients of queries, keys, values and scores of each part: the kernel keeps the last to itself.
+
+    The softmax is taken again over all parts of the block, so that the gradients of a row's scores add up to zero as
+    exactly as plain operations make them. A bias adds up many rows; with the kernel's rounded out and lse, roundings
+    would add up too.
+    """
+    wide = rows[3].dtype
+    grad_out, query = (tensor.to(wide) for tensor in rows[:2])
+    keys, values = ([pair[index].to(wide) for pair in pairs] for index in (0, 1))
+    scores = [query @ key.transpose(-1, -2) * scale for key in keys]
+    shown = [score if term is None else score + term for score, term in zip(scores, terms, strict=True)]
+    joined = torch.cat(shown, dim=-1)
+    # A row that sees nothing has only -inf: its weights become 0 over something, not 0 over 0.
+    joined = torch.exp(joined - joined.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min))
+    weights = joined / joined.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
+    grad_weights = torch.cat([grad_out @ value.transpose(-1, -2) for value in values], dim=-1)
+    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
+    lengths = [key.shape[2] for key in keys]
+    split = zip(weights.split(lengths, -1), grad_scores.split(lengths, -1), keys, strict=True)
+    return [
+        (grad @ key * scale, grad.transpose(-1, -2) @ query * scale, weight.transpose(-1, -2) @ grad_out, grad)
+        for weight, grad, key in split
+    ]
 
 
 class _BiasGradients:
     """Gradients of trained biases. Blocks that look the same are added up before they are taken apart by index."""
 
-    def __init__(self, attention: Attention, dtype: torch.dtype) -> None:
+    def __init__(self, attention: Attention) -> None:
         self._attention, self._masks, self._biases = attention, Masks(attention), _trained(attention)
-        self._grads = {index: torch.zeros(b.values.shape, dtype=dtype) for index, b in self._biases.items()}
+        # One value may collect all scores, whose gradients add up to zero by rows: float32 would keep their roundings.
+        self._grads = {index: torch.zeros(b.values.shape, dtype=torch.float64) for index, b in self._biases.items()}
         self._sums: dict[int, tuple[object, Block, Part, Tensor]] = {}
 
     def __contains__(self, segment: int) -> bool:
@@ -249,7 +267,7 @@ class _BiasGradients:
             known[3].add_(grad_scores)
             return
         self._flush(part.segment)
-        self._sums[part.segment] = (key, block, part, grad_scores)
+        self._sums[part.segment] = (key, block, part, grad_scores.double())
 
     def finished(self) -> list[Tensor]:
         """The gradients, in the order of the segments and the dtype of the values."""

@@ -101,3 +101,20 @@ def test_a_backward_inside_autocast_is_as_exact_as_outside(trained):
 
     for inside, outside in zip(gradients(True), gradients(False), strict=True):
         assert torch.equal(inside, outside)
+
+
+def test_gradients_by_hand_do_not_inherit_the_kernels_roundings():
+    query, key, value = (tensor.requires_grad_() for tensor in tensors(torch.float64))
+    scores = query @ key.transpose(-1, -2) * 0.4
+    out, lse = torch.softmax(scores, -1) @ value, scores.logsumexp(-1)
+    cotangent = torch.randn_like(out)
+    expected = torch.autograd.grad(out, (query, key, value, scores), cotangent)
+    rows = [tensor.detach() for tensor in (cotangent, query, out + 0.1, lse + 0.1)]  # as wrong as can be
+    pairs = [(key.detach()[:, :, part], value.detach()[:, :, part]) for part in (slice(0, 3), slice(3, 7))]
+    parts = flash_cpu._backward_by_hand(rows, pairs, [None, None], 0.4)
+    got = [sum(part[0] for part in parts), *(torch.cat([p[i] for p in parts], 2) for i in (1, 2))]
+    for one, other in zip(got, expected, strict=False):
+        torch.testing.assert_close(one, other)
+    grad_scores = torch.cat([part[3] for part in parts], dim=-1)
+    torch.testing.assert_close(grad_scores, expected[3])
+    assert grad_scores.sum(-1).abs().max() < 1e-14, "a constant added to a row's scores changes nothing"
