@@ -29,11 +29,6 @@ class Pattern:
     """Base class. ``q_len`` and ``kv_len`` are the lengths of the whole query and key sequences, in tokens."""
 
     @property
-    def local(self) -> bool:
-        """True when a query sees a bounded number of keys, however long the sequence is."""
-        return False
-
-    @property
     def structure(self) -> Pattern:
         """The pattern without tensors: what requests hold."""
         return self
@@ -142,10 +137,6 @@ class Window(_Aligned):
         if self.left + self.right == 0:
             raise InvalidArgumentError("window", "left=0, right=0", "a window > 0 on at least one side")
 
-    @property
-    def local(self) -> bool:
-        return True
-
     def mask_mod(self, q_len: int, kv_len: int) -> MaskMod:
         shift, left, right = self.shift(q_len, kv_len), self.left, self.right
         return lambda b, h, q, kv: (kv >= q + (shift - left)) & (kv <= q + (shift + right))
@@ -190,10 +181,6 @@ class Chunks(Pattern):
             if isinstance(count, bool) or not isinstance(count, int):
                 raise InvalidArgumentError(name, repr(count), "an integer")
         _check_count("chunks before + after", self.before + self.after, 0)
-
-    @property
-    def local(self) -> bool:
-        return True
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         if q_len != kv_len:
