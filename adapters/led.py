@@ -5,6 +5,7 @@ The encoder attends as Longformer does; the decoder has causal self-attention an
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from attnzoo.adapter import Adapter, Attend, Forward, Seam, parameter_of
 from attnzoo.adapters.longformer import VERSIONS, encoder_seam
 from attnzoo.masks import read_attention_mask
-from attnzoo.patterns import Full
+from attnzoo.patterns import Causal, Full
 from attnzoo.segments import Attention, Request, Segment, SegmentRequest
 
 _MODULE = "transformers.models.led.modeling_led"
@@ -31,11 +32,11 @@ def _decoder_forward(
     """Self-attention, or cross-attention if ``key_value_states`` are given; ``(batch, length, embed)`` in and out."""
     query = _heads(module, module.q_proj(hidden_states))
     key, value = _keys_values(module, hidden_states, key_value_states, past_key_values)
-    mask = bias = None
+    segment = Segment(key.to(query.dtype), value.to(query.dtype))
     if attention_mask is not None:
-        lengths = (query.shape[2], key.shape[2])
-        mask, bias = attend.once(attention_mask, "read", lambda given: read_attention_mask(given, lengths=lengths))
-    segment = Segment(key.to(query.dtype), value.to(query.dtype), mask=mask, bias=bias)
+        sizes = (query.shape[0], query.shape[2], key.shape[2])
+        read = attend.once(attention_mask, "read", lambda given: read_attention_mask(given, sizes))
+        segment = replace(segment, pattern=read.pattern, key_mask=read.key_mask, mask=read.mask, bias=read.bias)
     dropout = module.dropout if module.training else 0.0
     result = attend(Attention(query, (segment,), module.scaling, dropout), output_attentions)
     output = module.out_proj(result.output.transpose(1, 2).flatten(2))
@@ -77,8 +78,12 @@ def _decoder_bind(module: Any, attend: Attend) -> Forward:
 
 def _decoder_requests(module: Any) -> tuple[Request, ...]:
     parameter, heads, dim = parameter_of(module), module.num_heads, module.head_dim
-    segment = SegmentRequest(Full(), heads, mask=True)
-    return (Request(parameter.device.type, parameter.dtype, heads, dim, dim, (segment,)),)
+    return tuple(
+        Request(
+            parameter.device.type, parameter.dtype, heads, dim, dim, (SegmentRequest(pattern, heads, key_mask=True),)
+        )
+        for pattern in (Full(), Causal(offset=0))
+    )
 
 
 LED = Adapter(

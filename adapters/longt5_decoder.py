@@ -20,9 +20,8 @@ from attnzoo.adapters.longt5_bias import bucketed, check_buckets, learns, side_r
 from attnzoo.bias import Bias, DenseBias, RelativeBias
 from attnzoo.errors import BackendRefusedError
 from attnzoo.functional import compute_dtype
-from attnzoo.interface import check_interface, native_probabilities, rebind
-from attnzoo.masks import read_attention_mask
-from attnzoo.patterns import Causal, Full
+from attnzoo.interface import check_interface, native_probabilities, read_interface_mask, rebind
+from attnzoo.patterns import Causal, Full, Pattern
 from attnzoo.segments import Attention, Request, Segment, SegmentRequest
 
 _TABLE = "relative_attention_bias"
@@ -94,22 +93,13 @@ class _Interface:
         check_interface(module)
         bias = DenseBias(position_bias) if isinstance(position_bias, Tensor) else position_bias
         bias = None if bias is _NO_BIAS else bias
-        pattern, mask = _unmasked(name, module, query), None
-        if attention_mask is not None:
-            pattern, lengths = Full(), (query.shape[2], key.shape[2])
-            read = partial(read_attention_mask, lengths=lengths)
-            mask, rest = self._attend.once(attention_mask, "read", read)
-            if rest is not None:
-                bias = rest if bias is None else _sum(query, key, bias, rest)
+        read = read_interface_mask(self._attend, name, query, key, attention_mask, module.is_causal)
+        if read.bias is not None:
+            bias = read.bias if bias is None else _sum(query, key, bias, read.bias)
         query, key, value = (tensor.to(compute_dtype(tensor)) for tensor in (query, key, value))
-        segment = Segment(key, value, pattern, mask=mask, bias=bias)
+        segment = Segment(key, value, read.pattern, read.key_mask, read.mask, bias)
         result = self._attend(Attention(query, (segment,), scaling, dropout), output_attentions)
         return result.output.transpose(1, 2).contiguous(), None if result.dropped is None else result.dropped[0]
-
-
-def _unmasked(name: str, module: Any, query: Tensor) -> Full | Causal:
-    """What no mask means: nothing hidden; but where the model relies on ``is_causal``, causal from key 0 on."""
-    return Causal(offset=0) if name == "sdpa" and module.is_causal and query.shape[2] > 1 else Full()
 
 
 def _sum(query: Tensor, key: Tensor, bias: Bias, rest: DenseBias) -> DenseBias:
@@ -135,9 +125,12 @@ def request(module: Any, *segments: SegmentRequest) -> tuple[Request, ...]:
 
 def decoder_requests(module: Any) -> tuple[Request, ...]:
     """What a decoder site will ask of its backend."""
-    bias = "relative" if module.is_causal else None
-    return request(
-        module, SegmentRequest(Full(), module.n_heads, mask=True, bias=bias, bias_grad=learns(module, _TABLE))
+    bias, trained = ("relative", learns(module, _TABLE)) if module.is_causal else (None, False)
+    patterns: tuple[Pattern, ...] = (Causal(offset=0), Full()) if module.is_causal else (Full(),)
+    return tuple(
+        one
+        for pattern in patterns
+        for one in request(module, SegmentRequest(pattern, module.n_heads, True, bias=bias, bias_grad=trained))
     )
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from attnzoo.adapter import Attend, Forward
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError
 from attnzoo.functional import compute_dtype
-from attnzoo.masks import read_attention_mask
-from attnzoo.patterns import Causal, Full, Pattern
+from attnzoo.masks import ReadMask, read_attention_mask
+from attnzoo.patterns import Causal, Full
 from attnzoo.segments import Attention, Segment, describe
 
 _NAME = "ALL_ATTENTION_FUNCTIONS"
@@ -130,27 +130,26 @@ class _Interface:
         refuse_unknown(kwargs)
         if is_causal is None:
             is_causal = bool(getattr(module, "is_causal", True))
-        pattern, mask, bias = _read(self._attend, name, query, key, attention_mask, is_causal)
+        read = read_interface_mask(self._attend, name, query, key, attention_mask, is_causal)
         query, key, value = (tensor.to(compute_dtype(tensor)) for tensor in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        segment = Segment(key, value, pattern, mask=mask, bias=bias)
+        segment = Segment(key, value, read.pattern, read.key_mask, read.mask, read.bias)
         probabilities = wants_probabilities(module, kwargs)
         result = self._attend(Attention(query, (segment,), scale, dropout), probabilities)
         weights = None if result.dropped is None else result.dropped[0]
         return result.output.transpose(1, 2).contiguous(), weights
 
 
-def _read(
+def read_interface_mask(
     attend: Attend, name: str, query: Tensor, key: Tensor, attention_mask: Tensor | None, is_causal: bool
-) -> tuple[Pattern, Tensor | None, Any]:
-    """Pattern, mask and bias behind a mask built for the named implementation.
+) -> ReadMask:
+    """What a mask built for the named implementation says.
 
     No mask means different things: for ``eager`` nothing is hidden; for ``sdpa`` the model relies on ``is_causal``,
     which torch aligns with key 0 (a prefill into an empty static cache), unless there is one query (decoding).
     """
     if attention_mask is None:
         causal = name == "sdpa" and is_causal and query.shape[2] > 1
-        return (Causal(offset=0) if causal else Full()), None, None
-    lengths = (query.shape[2], key.shape[2])
-    read = attend.once(attention_mask, "read", lambda given: read_attention_mask(given, lengths=lengths))
-    return Full(), read.mask, read.bias
+        return ReadMask(Causal(offset=0) if causal else Full(), None, None, None)
+    sizes = (query.shape[0], query.shape[2], key.shape[2])
+    return attend.once(attention_mask, "read", lambda given: read_attention_mask(given, sizes))

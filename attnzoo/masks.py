@@ -1,7 +1,8 @@
-"""What models hand to their attention as ``attention_mask``, read back into masks and biases.
+"""What models hand to their attention as ``attention_mask``, read back into patterns, masks and biases.
 
-Models mask with finite numbers (``finfo.min``, ``-1e9``, ...). Nothing is lost in the reading: what is not a mask in
-an additive mask becomes a bias.
+Models mask with finite numbers (``finfo.min``, ``-1e9``, ...), and write causality and padding out as one dense grid.
+Nothing is lost in the reading: what is not a mask in an additive mask becomes a bias, and a grid is taken for
+causality and padding only if it is exactly that.
 """
 
 from __future__ import annotations
@@ -13,39 +14,48 @@ from torch import Tensor
 
 from attnzoo.bias import DenseBias
 from attnzoo.errors import InvalidArgumentError
+from attnzoo.patterns import Causal, Full, Pattern
 from attnzoo.segments import describe
+
+_ENTRIES_AT_ONCE = 1 << 24
 
 
 class ReadMask(NamedTuple):
-    """A dense mask and bias, each ``(batch or 1, heads or 1, q_len, kv_len)`` or None."""
+    """What a mask says, in the words of a segment.
 
+    Attributes:
+        pattern: ``Causal`` or ``Full``.
+        key_mask: ``(batch, kv_len)`` bool, False for padding; or None.
+        mask: dense ``(batch or 1, heads or 1, q_len, kv_len)`` bool, where pattern and key mask cannot say it; or None.
+        bias: the finite additive rest, or None.
+    """
+
+    pattern: Pattern
+    key_mask: Tensor | None
     mask: Tensor | None
     bias: DenseBias | None
 
 
-def read_attention_mask(
-    attention_mask: Tensor, floor: float | None = None, lengths: tuple[int, int] | None = None
-) -> ReadMask:
+def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], floor: float | None = None) -> ReadMask:
     """Read a 4-D ``attention_mask``: bool (True: visible) or additive.
 
     Args:
         attention_mask: ``(batch or 1, heads or 1, q_len, kv_len)``.
+        sizes: ``(batch, q_len, kv_len)`` of the attention it is for.
         floor: additive values at or below it mean "not visible"; None: half of the dtype's most negative number.
-        lengths: ``(q_len, kv_len)`` the mask has to have; None: any.
-
-    Returns:
-        The mask (None if it hides nothing) and the finite additive rest as a bias (None if there is none).
 
     Raises:
-        InvalidArgumentError: not a 4-D bool or floating-point tensor, or NaN in it.
+        InvalidArgumentError: not a 4-D bool or floating-point tensor of these sizes, or NaN in it.
     """
     allowed = "a 4-D bool mask (True: visible) or additive floating-point mask without NaN"
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4:
         raise InvalidArgumentError("attention_mask", describe(attention_mask), allowed)
-    if lengths is not None and attention_mask.shape[2:] != lengths:
-        raise InvalidArgumentError("attention_mask", describe(attention_mask), f"(batch or 1, heads or 1, *{lengths})")
+    batch, *lengths = sizes
+    if list(attention_mask.shape[2:]) != lengths or attention_mask.shape[0] not in (1, batch):
+        fits = f"(1 or {batch}, heads or 1, {lengths[0]}, {lengths[1]})"
+        raise InvalidArgumentError("attention_mask", describe(attention_mask), fits)
     if attention_mask.dtype == torch.bool:
-        return ReadMask(attention_mask, None)
+        return ReadMask(*_structured(attention_mask, batch), None)
     if not attention_mask.is_floating_point():
         raise InvalidArgumentError("attention_mask", describe(attention_mask), allowed)
     if bool(attention_mask.isnan().any()):
@@ -53,4 +63,34 @@ def read_attention_mask(
     visible = attention_mask > (torch.finfo(attention_mask.dtype).min / 2 if floor is None else floor)
     rest = attention_mask.masked_fill(~visible, 0.0)
     bias = DenseBias(rest) if bool((rest != 0).any()) else None
-    return ReadMask(None if bool(visible.all()) else visible, bias)
+    return ReadMask(*_structured(visible, batch), bias)
+
+
+def _structured(visible: Tensor, batch: int) -> tuple[Pattern, Tensor | None, Tensor | None]:
+    """Pattern, key mask and dense mask that show what is visible: causality and padding by name, if that is all."""
+    if visible.shape[1] != 1:
+        return Full(), None, visible
+    grid = visible[:, 0]
+    q_len, kv_len = grid.shape[1:]
+    real = grid.any(1)
+    key_mask = None if bool(real.all()) else real.expand(batch, -1)
+    # With the last query of some sample real, the last key it sees tells where it stands.
+    last = kv_len - 1 - int(grid[:, -1].any(0).flip(0).byte().argmax())
+    offsets = dict.fromkeys((last - (q_len - 1), kv_len - q_len, 0)) if q_len > 1 else {}
+    for pattern in (Full(), *(Causal(None if offset == kv_len - q_len != 0 else offset) for offset in offsets)):
+        if _shows(pattern, real, grid):
+            return pattern, key_mask, None
+    return Full(), None, visible
+
+
+def _shows(pattern: Pattern, real: Tensor, grid: Tensor) -> bool:
+    """Whether pattern and real keys ``(batch, kv_len)`` show exactly a grid ``(batch, q_len, kv_len)``."""
+    samples, q_len, kv_len = grid.shape
+    zero, key = real.new_zeros((), dtype=torch.long), torch.arange(kv_len, device=grid.device)
+    seen, start = pattern.mask_mod(q_len, kv_len), 0
+    for rows in grid.split(max(1, _ENTRIES_AT_ONCE // (samples * kv_len)), dim=1):
+        query = torch.arange(start, start + rows.shape[1], device=grid.device)
+        if not torch.equal(seen(zero, zero, query[:, None], key) & real[:, None], rows):
+            return False
+        start += rows.shape[1]
+    return True

@@ -29,7 +29,7 @@ class Wrong(attnzoo.Backend):
 SPOILS = {
     "scale": lambda self, a: replace(a, scale=a.scale * 1.001),
     "key mask": lambda self, a: replace(a, segments=tuple(replace(s, key_mask=None) for s in a.segments)),
-    "mask": lambda self, a: replace(a, segments=tuple(replace(s, mask=None) for s in a.segments)),
+    "pattern": lambda self, a: replace(a, segments=tuple(replace(s, pattern=attnzoo.Full()) for s in a.segments)),
     "a segment": lambda self, a: replace(a, segments=a.segments[:1]),
 }
 

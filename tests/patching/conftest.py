@@ -89,7 +89,7 @@ class Subject:
 
     def logits(self, model: nn.Module | None = None, **more: Any) -> Tensor:
         with torch.no_grad():
-            return (self.model if model is None else model)(**self.inputs, **more).logits
+            return (self.model if model is None else model)(**{**self.inputs, **more}).logits
 
     def module(self, number: int = 0) -> nn.Module:
         return self.model.get_submodule(self.sites[number])
