@@ -5,12 +5,13 @@ proves that nothing else changed. Importing attnzoo has no effect on transformer
 """
 
 import attnzoo.backends  # noqa: F401  loaded first: a later import of it would rebind `attnzoo.backends`, the function
-from attnzoo.adapter import Adapter, Seam
+from attnzoo.adapter import Adapter, Attend, Seam
 from attnzoo.backend import Backend, BackendInfo, Capabilities
 from attnzoo.bias import DenseBias, RelativeBias
 from attnzoo.errors import (
     AttnzooError,
     BackendRefusedError,
+    CacheError,
     DriftError,
     InvalidArgumentError,
     PatchError,
@@ -18,12 +19,15 @@ from attnzoo.errors import (
     UnknownNameError,
 )
 from attnzoo.explanation import explain
-from attnzoo.functional import attention
+from attnzoo.functional import attention, compute_dtype
+from attnzoo.masks import read_attention_mask
 from attnzoo.patching import Handle, patch, unpatch
 from attnzoo.patterns import Causal, Chunks, Full, Pattern, Window
 from attnzoo.registry import backends, register_adapter, register_backend, unregister_adapter, unregister_backend
-from attnzoo.segments import Attention, Request, Result, Segment
+from attnzoo.segments import Attention, Request, Result, Segment, SegmentRequest
 from attnzoo.sites import Site
+from attnzoo.tuning.choice import Choice
+from attnzoo.tuning.tuner import tune
 from attnzoo.verification import verify
 
 from attnzoo import testing  # isort: skip  (after what it imports)
@@ -32,13 +36,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "Attend",
     "Attention",
     "AttnzooError",
     "Backend",
     "BackendInfo",
     "BackendRefusedError",
+    "CacheError",
     "Capabilities",
     "Causal",
+    "Choice",
     "Chunks",
     "DenseBias",
     "DriftError",
@@ -53,16 +60,20 @@ __all__ = [
     "Result",
     "Seam",
     "Segment",
+    "SegmentRequest",
     "Site",
     "UnknownNameError",
     "Window",
     "attention",
     "backends",
+    "compute_dtype",
     "explain",
     "patch",
+    "read_attention_mask",
     "register_adapter",
     "register_backend",
     "testing",
+    "tune",
     "unpatch",
     "unregister_adapter",
     "unregister_backend",

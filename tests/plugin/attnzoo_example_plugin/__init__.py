@@ -1,0 +1,1 @@
+"""A backend and an adapter that attnzoo does not know of: how to write yours."""

@@ -1,0 +1,94 @@
+"""GPT-Neo (Black et al. 2021, doi:10.5281/zenodo.5297715): layers of causal and of causal sliding-window attention.
+
+transformers has one dense code for both. The narrowest cut is the method ``_attn`` of its attention: projections, heads
+and caches stay the model's.
+"""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+import attnzoo
+
+_MODULE = "transformers.models.gpt_neo.modeling_gpt_neo"
+
+
+def _pattern(module: Any) -> attnzoo.Pattern:
+    """A local layer sees ``window_size`` tokens, the query's own among them."""
+    return attnzoo.Window(module.config.window_size - 1, 0) if module.attention_type == "local" else attnzoo.Causal()
+
+
+class _Twin:
+    """The module to its own forward, but for the one method that computes the attention."""
+
+    def __init__(self, module: Any, attend: attnzoo.Attend, probabilities: bool) -> None:
+        self._module, self._attend, self._probabilities = module, attend, probabilities
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def _attn(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(batch, heads, length, head_dim)`` in and out, with the weights if asked for."""
+        try:
+            return self._call(query, key, value, attention_mask)
+        except attnzoo.BackendRefusedError:
+            # The cache is filled by now: what falls back is this method, not the forward.
+            if not self._attend.falls_back():
+                raise
+            return self._module._attn(query, key, value, attention_mask)
+
+    def _call(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        module = self._module
+        key_mask = mask = bias = None
+        if attention_mask is not None:
+            sizes = (query.shape[0], query.shape[2], key.shape[2])
+            # Once per forward, not per layer.
+            read = self._attend.once(attention_mask, "read", lambda given: attnzoo.read_attention_mask(given, sizes))
+            key_mask, mask, bias = read.key_mask, read.mask, read.bias
+            # Every layer is causal up to the last key anyway.
+            if read.pattern not in (attnzoo.Full(), attnzoo.Causal(), attnzoo.Causal(offset=sizes[2] - sizes[1])):
+                allowed = "a mask whose last query sees the last key"
+                raise attnzoo.InvalidArgumentError("attention_mask", str(read.pattern), allowed)
+        query, key, value = (tensor.to(attnzoo.compute_dtype(query)) for tensor in (query, key, value))
+        segment = attnzoo.Segment(key, value, _pattern(module), key_mask, mask, bias)
+        dropout = module.attn_dropout.p if module.training else 0.0
+        # GPT-Neo does not scale its scores.
+        result = self._attend(attnzoo.Attention(query, (segment,), 1.0, dropout), self._probabilities)
+        return result.output, None if result.dropped is None else result.dropped[0]
+
+
+def _forward(module: Any, attend: attnzoo.Attend, *args: Any, **kwargs: Any) -> Any:
+    twin = _Twin(module, attend, bool(kwargs.get("output_attentions")))
+    return type(module).forward(twin, *args, **kwargs)
+
+
+def _requests(module: Any) -> tuple[attnzoo.Request, ...]:
+    weight, heads, dim = module.q_proj.weight, module.num_heads, module.head_dim
+    segment = attnzoo.SegmentRequest(_pattern(module), heads)
+    return (attnzoo.Request(weight.device.type, weight.dtype, heads, dim, dim, (segment,)),)
+
+
+GPT_NEO = attnzoo.Adapter(
+    model_types=("gpt_neo",),
+    versions="5.17 to 5.23",
+    seams=(
+        attnzoo.Seam(
+            cls=f"{_MODULE}:GPTNeoSelfAttention",
+            bind=lambda module, attend: partial(_forward, module, attend),
+            describe=lambda module: f"causal, {module.attention_type}",
+            requests=_requests,
+            dropout=lambda module: module.attn_dropout.p,
+            # What this relies on. A new release of transformers that changes any of it is refused until somebody looks.
+            verified={
+                f"{_MODULE}:GPTNeoSelfAttention.forward": ("37130337fe8ee6b3",),
+                f"{_MODULE}:GPTNeoSelfAttention._attn": ("1a105d12426d5207",),
+                f"{_MODULE}:GPTNeoModel.forward": ("f3017fc9ce23cea9",),
+            },
+        ),
+    ),
+)
