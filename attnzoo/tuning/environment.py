@@ -1,0 +1,92 @@
+"""What a measurement is valid for: the device, and the versions of what computes on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Where kernels come from, beside torch.
+_PACKAGES = ("attnzoo", "triton", "flash-attn", "xformers")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where something was measured; measurements of another environment say nothing here.
+
+    Attributes:
+        device: the device type.
+        name: the device's model.
+        threads: CPU threads of torch; 0 for other devices.
+        versions: ``(package, version)`` of what kernels come from.
+    """
+
+    device: str
+    name: str
+    threads: int
+    versions: tuple[tuple[str, str], ...]
+
+    @property
+    def file(self) -> str:
+        """The name of its cache file: for people, and then for certain."""
+        digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        return f"{re.sub(r'[^a-z0-9]+', '-', self.name.lower()).strip('-')[:40]}-{digest[:12]}.json"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "versions": dict(self.versions)}
+
+    def __str__(self) -> str:
+        threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.threads else ""
+        return f"{self.name}{threads}, {', '.join(f'{name} {version}' for name, version in self.versions)}"
+
+
+def environment_of(device: torch.device) -> Environment:
+    """The environment of a device, as it is now."""
+    return _environment(device, torch.get_num_threads() if device.type == "cpu" else 0)
+
+
+@lru_cache(maxsize=256)
+def _environment(device: torch.device, threads: int) -> Environment:
+    versions = [("torch", str(torch.__version__))]
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        versions.append(("rocm", torch.version.hip) if torch.version.hip else ("cuda", str(torch.version.cuda)))
+    else:
+        name = f"{_cpu_model()} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
+    versions += [(package, found) for package in _PACKAGES if (found := _version(package)) is not None]
+    return Environment(device.type, name, threads, tuple(versions))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return str(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def code_of(cls: type) -> str:
+    """Which code a class is: its path, and the version of the distribution named as its top-level package, if any.
+
+    A backend of the same name is not the one that was measured if this differs.
+    """
+    version = _version(cls.__module__.partition(".")[0])
+    return f"{cls.__module__}:{cls.__qualname__}" + ("" if version is None else f" {version}")
+
+
+def _cpu_model() -> str:
+    """The processor's model: from Linux's ``/proc/cpuinfo``, elsewhere as Python knows it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "cpu"

@@ -1,0 +1,130 @@
+"""Timing backends against each other on one attention, behind the error rule."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from attnzoo.backend import Backend
+from attnzoo.functional import execute
+from attnzoo.segments import Attention
+from attnzoo.tuning.environment import code_of
+from attnzoo.tuning.measurements import Outcome
+from attnzoo.verification import check_site
+
+Clock = Callable[[], float]
+
+ROUNDS = 7
+# A timed sample lasts this long at least (seconds), by running more than once; clocks and launches are not what counts.
+SAMPLE, MOST_RUNS = 0.005, 50
+# What takes this many times as long as the fastest in the first round is not timed again.
+HOPELESS = 3.0
+# Backends that need memory for every query and key are left out above this many bytes of it.
+DENSE_BYTES = 2 << 30
+ROWS = 64
+
+
+def race(
+    attention: Attention, backends: Sequence[Backend], *, grad: bool, rounds: int = ROUNDS, clock: Clock | None = None
+) -> dict[str, Outcome]:
+    """Time backends on an attention in turns: medians of ``rounds`` samples, warm-up and compilation left out.
+
+    What is outside the error rule on sampled rows, or raises, is no candidate and is not timed.
+
+    Args:
+        attention: what to compute, on tensors without a history; those that require grad get gradients.
+        backends: those that refuse nothing of it.
+        grad: time forward and backward; else forward without gradients.
+        rounds: samples per backend.
+        clock: seconds; None: ``time.perf_counter``.
+
+    Returns:
+        One :class:`Outcome` per backend, by name.
+    """
+    tick = time.perf_counter if clock is None else clock
+    outcomes: dict[str, Outcome] = {}
+    runs: dict[str, Callable[[], str]] = {}
+    for backend in backends:
+        code = code_of(type(backend))
+        need = dense_bytes(attention, grad)
+        if backend.dense and need > DENSE_BYTES:
+            got = f"needs about {need / (1 << 30):.1f} GiB for dense scores, is timed up to {DENSE_BYTES >> 30} GiB"
+            outcomes[backend.name] = Outcome(code, reason=got)
+            continue
+        step = _step(backend, attention, grad)
+        try:
+            wrong = _wrong(backend, attention, grad)
+            kernel = "" if wrong else step()
+        except Exception as error:  # whatever it raises is why it is no candidate
+            wrong, kernel = f"raised {type(error).__name__}: {error}".partition("\n")[0], ""
+        outcomes[backend.name] = Outcome(code, kernel=kernel, reason=wrong, wrong=bool(wrong))
+        if not wrong:
+            runs[backend.name] = step
+    for name, seconds in _times(runs, attention.query.device, rounds, tick).items():
+        outcomes[name] = replace(outcomes[name], seconds=seconds)
+    return outcomes
+
+
+def dense_bytes(attention: Attention, grad: bool) -> int:
+    """Bytes that plain operations need, roughly: six grids of scores, and four more that are kept for a backward."""
+    keys = sum(segment.kv_len for segment in attention.segments)
+    grid = attention.batch * attention.heads * attention.q_len * keys * attention.query.itemsize
+    return grid * (10 if grad else 6)
+
+
+def _wrong(backend: Backend, attention: Attention, grad: bool) -> str:
+    """What is wrong with the backend's numbers; empty if they are within the error rule."""
+    report = check_site("tune", attention, backend, grad=grad, max_rows=ROWS)
+    return "; ".join(str(check) for check in report.checks if not check.ok)
+
+
+def _step(backend: Backend, attention: Attention, grad: bool) -> Callable[[], str]:
+    """One run, as a model would; returns the kernel that ran."""
+    leaves = tuple({id(tensor): tensor for tensor in attention.tensors() if tensor.requires_grad}.values())
+    shape = (attention.batch, attention.heads, attention.q_len, attention.value_dim)
+    cotangent = torch.ones(shape, dtype=attention.query.dtype, device=attention.query.device)
+
+    def run() -> str:
+        with torch.set_grad_enabled(grad):
+            result = execute(backend, attention)
+            if grad:
+                torch.autograd.grad(result.output, leaves, cotangent, allow_unused=True)
+        return result.kernel
+
+    return run
+
+
+def _times(runs: dict[str, Callable[[], str]], device: torch.device, rounds: int, tick: Clock) -> dict[str, float]:
+    """Median seconds of one run, by name."""
+
+    def sample(run: Callable[[], str], count: int) -> float:
+        _wait(device)
+        start = tick()
+        for _ in range(count):
+            run()
+        _wait(device)
+        return (tick() - start) / count
+
+    gc.collect()
+    counts = {}
+    for name, run in runs.items():
+        once = sample(run, 1)
+        counts[name] = min(MOST_RUNS, math.ceil(SAMPLE / once)) if once > 0.0 else MOST_RUNS
+    samples = {name: [sample(run, counts[name])] for name, run in runs.items()}
+    limit = HOPELESS * min((taken[0] for taken in samples.values()), default=0.0)
+    for _ in range(rounds - 1):
+        for name, run in runs.items():
+            if samples[name][0] <= limit:
+                samples[name].append(sample(run, counts[name]))
+    return {name: statistics.median(taken) for name, taken in samples.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
