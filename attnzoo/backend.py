@@ -96,13 +96,16 @@ class Backend:
     Class attributes:
         name: the registered name.
         aliases: other names users may type.
-        priority: ``auto`` takes the available backend of highest priority that refuses nothing.
+        priority: where nothing was measured, ``auto`` takes the available backend of highest priority that refuses
+            nothing.
+        dense: needs memory for every query and key; ``tune`` leaves it out where that is much.
         capabilities: what it can do.
     """
 
     name: ClassVar[str] = ""
     aliases: ClassVar[tuple[str, ...]] = ()
     priority: ClassVar[int] = 0
+    dense: ClassVar[bool] = False
     capabilities: ClassVar[Capabilities] = Capabilities(devices=frozenset())
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The command line: ``attnzoo doctor``, ``matrix``, ``verify`` and ``bench``."""
+"""The command line: ``attnzoo doctor``, ``matrix``, ``verify``, ``tune`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def verify(
 
 def _mount() -> None:
     from attnzoo.benchmarks.cli import bench
+    from attnzoo.tuning.cli import tune
 
+    app.command()(tune)
     app.command()(bench)
 
 

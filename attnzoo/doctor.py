@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from attnzoo import registry
-from attnzoo.errors import DriftError
+from attnzoo.errors import AttnzooError, DriftError
+from attnzoo.tuning import cache
+from attnzoo.tuning.choice import by_priority_because
 
 # Distribution, module, and what it is for.
 _PACKAGES = (
@@ -43,7 +45,7 @@ class Finding:
 
 def examine() -> tuple[Finding, ...]:
     """Look at the machine, the packages, every backend and every adapter. Nothing raises; nothing is changed."""
-    return (*_machine(), *map(_package, _PACKAGES), *_backends(), *_models())
+    return (*_machine(), _cache(), *map(_package, _PACKAGES), *_backends(), *_models())
 
 
 def to_dicts(findings: tuple[Finding, ...]) -> list[dict[str, Any]]:
@@ -64,6 +66,23 @@ def _machine() -> list[Finding]:
     else:
         found.append(Finding("machine", "cuda", False, f"torch {torch.__version__} sees no CUDA device"))
     return found
+
+
+def _cache() -> Finding:
+    """What ``auto`` goes by."""
+    name, where = "measurements for auto", cache.folder()
+    try:
+        because = by_priority_because()
+    except AttnzooError as error:
+        return Finding("machine", name, False, str(error))
+    files = cache.stored()
+    broken = [f"{file.path} is ignored: {file.problem}; attnzoo tune --clear" for file in files if file.problem]
+    broken += [cache.obstacle()] if cache.obstacle() else []
+    if broken:
+        return Finding("machine", name, False, "; ".join(broken))
+    count = sum(len(file.measurements) for file in files)
+    unused = f"; not used: {because}" if because else ""
+    return Finding("machine", name, True, f"{count or 'none'} in {where} (attnzoo tune){unused}")
 
 
 def _package(package: tuple[str, str, str]) -> Finding:

@@ -88,5 +88,9 @@ class PatchError(AttnzooError, RuntimeError):
     """A model cannot be patched, or a patch cannot be undone; the model is left as it was."""
 
 
+class CacheError(AttnzooError, OSError):
+    """Measurements cannot be kept or removed; the message says where and why."""
+
+
 class DriftError(PatchError):
     """The installed transformers differs from every version an adapter was verified against."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -11,6 +13,7 @@ from attnzoo.errors import DriftError, PatchError, Refusal
 from attnzoo.functional import refusals
 from attnzoo.patching import check_forward
 from attnzoo.sites import expected_requests, find_sites
+from attnzoo.tuning.outlook import auto_at
 
 
 @dataclass(frozen=True)
@@ -38,21 +41,33 @@ class Verdict:
 
 
 class Explanation(tuple[Verdict, ...]):
-    """All verdicts. Prints sites with equal verdicts together."""
+    """All verdicts. Prints sites with equal verdicts together.
+
+    Attributes:
+        auto: by site, what ``auto`` takes and why: where it was measured by size, and elsewhere.
+    """
+
+    auto: dict[str, tuple[str, ...]]
+
+    def __new__(cls, verdicts: Iterable[Verdict], auto: dict[str, tuple[str, ...]] | None = None) -> Explanation:
+        made = super().__new__(cls, verdicts)
+        made.auto = {} if auto is None else auto
+        return made
 
     def __str__(self) -> str:
-        groups: dict[tuple[str, str, tuple[tuple[str, tuple[Refusal, ...]], ...]], list[str]] = {}
+        groups: dict[tuple[tuple[Any, ...], ...], list[str]] = {}
         for site in dict.fromkeys(verdict.site for verdict in self):
             own = [verdict for verdict in self if verdict.site == site]
-            key = (own[0].cls, own[0].pattern, tuple((verdict.backend, verdict.refusals) for verdict in own))
-            groups.setdefault(key, []).append(site)
+            told = [(verdict.backend, verdict.refusals) for verdict in own]
+            groups.setdefault(((own[0].cls, own[0].pattern), (*told,), self.auto.get(site, ())), []).append(site)
         lines = []
-        for (cls, pattern, verdicts), sites in groups.items():
+        for ((cls, pattern), verdicts, auto), sites in groups.items():
             more = f" and {len(sites) - 1} more" if len(sites) > 1 else ""
             lines.append(f"{sites[0]}{more} ({cls}, {pattern})")
             for backend, reasons in verdicts:
                 lines.append(f"  {backend}: {'runs' if not reasons else 'refuses'}")
                 lines.extend(f"    {reason}" for reason in reasons)
+            lines.extend(f"  auto: {line}" for line in auto)
         return "\n".join(lines)
 
 
@@ -61,7 +76,7 @@ def explain(model: nn.Module, backend: str | None = None) -> Explanation:
 
     Args:
         model: a model of a family with an adapter.
-        backend: one backend's name; None: all registered ones.
+        backend: one backend's name; None: all registered ones, and what ``auto`` takes.
 
     Returns:
         An :class:`Explanation`: a tuple of :class:`Verdict` that prints as text. Nothing is changed or run.
@@ -72,6 +87,7 @@ def explain(model: nn.Module, backend: str | None = None) -> Explanation:
     infos = registry.backends()
     names = list(infos) if backend is None else [registry.backend_class(backend).name]
     verdicts = []
+    auto: dict[str, tuple[str, ...]] = {}
     for found in (found for found in find_sites(model) if found.seam.attends):
         common: tuple[Refusal, ...] = ()
         try:
@@ -93,4 +109,6 @@ def explain(model: nn.Module, backend: str | None = None) -> Explanation:
             pattern = found.seam.describe(found.module)
             verdict = Verdict(found.name, type(found.module).__name__, pattern, name, tuple(dict.fromkeys(reasons)))
             verdicts.append(verdict)
-    return Explanation(verdicts)
+        if backend is None and not common:
+            auto[found.name] = auto_at(found)
+    return Explanation(verdicts, auto)

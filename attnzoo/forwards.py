@@ -42,9 +42,14 @@ class SiteAttend:
         return bool(last) and not any(patched is None or patched.native or patched.fallback for patched in last)
 
     def __call__(self, attention: Attention, probabilities: bool = False) -> Result:
-        backend = registry.choose(attention.request(probabilities)) if self.backend is None else self.backend
+        backend, choice = self.backend, None
+        if backend is None:
+            choice = registry.choose_for(attention, probabilities)
+            backend = choice.backend
         result = execute(backend, attention, probabilities, self.site.name)
         self.site.kernels[result.kernel] += 1
+        if choice is not None:
+            self.site.choices[choice] += 1
         if self.site.observer is not None:
             self.site.observer(self.site, attention, result, backend)
         return result
@@ -156,7 +161,7 @@ class PatchedForward:
         twin = object.__new__(PatchedForward)
         memo[id(self)] = twin
         found = self.found._replace(module=copy.deepcopy(self.found.module, memo))
-        site = replace(self.site, kernels=Counter(self.site.kernels))
+        site = replace(self.site, kernels=Counter(self.site.kernels), choices=Counter(self.site.choices))
         sharers, memory = copy.deepcopy(self.sharers, memo), WeakTensorKeyDictionary()
         twin._set_up(self.number, self.group, found, site, self.backend, self.native, self.fallback, memory, sharers)
         twin.original = copy.deepcopy(self.original, memo)

@@ -122,7 +122,7 @@ def attention(
     if global_keys is not None:
         segments = _split_globals(Attention(q, (segment,), 1.0), global_keys)
     whole = Attention(q, segments, q.shape[-1] ** -0.5 if scale is None else scale, dropout, query_mask)
-    return execute(registry.choose(whole.request()) if chosen is None else chosen, whole).output
+    return execute(registry.choose_for(whole).backend if chosen is None else chosen, whole).output
 
 
 def _split_globals(checked: Attention, global_keys: Tensor) -> tuple[Segment, ...]:

@@ -59,7 +59,7 @@ class Handle:
         rows = [("site", "class", "pattern", "backend", "kernel", "calls", "fallbacks")]
         for site in self.sites:
             numbers = (str(site.calls), str(site.fallbacks))
-            rows.append((site.name, site.cls, site.pattern, site.backend, site.kernel or "-", *numbers))
+            rows.append((site.name, site.cls, site.pattern, site.ran, site.kernel or "-", *numbers))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

@@ -24,6 +24,12 @@ def _check_count(argument: str, value: object, minimum: int) -> None:
         raise InvalidArgumentError(argument, repr(value), f"an integer >= {minimum}")
 
 
+def power_of_two(count: int) -> int:
+    """The next power of two in size, of the same sign; 0 stays 0."""
+    rounded = 1 << (abs(count) - 1).bit_length() if count else 0
+    return rounded if count >= 0 else -rounded
+
+
 @dataclass(frozen=True)
 class Pattern:
     """Base class. ``q_len`` and ``kv_len`` are the lengths of the whole query and key sequences, in tokens."""
@@ -32,6 +38,11 @@ class Pattern:
     def structure(self) -> Pattern:
         """The pattern without tensors: what requests hold."""
         return self
+
+    @property
+    def coarse(self) -> Pattern:
+        """The structure, with what grows with the lengths rounded up to a power of two: what is measured once."""
+        return self.structure
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         """Raise :class:`InvalidArgumentError` if the pattern has no meaning for an attention of this size."""
@@ -88,6 +99,11 @@ class _Aligned(Pattern):
         """Key position of query 0."""
         offset: int | None = getattr(self, "offset", None)
         return kv_len - q_len if offset is None else offset
+
+    @property
+    def coarse(self) -> Pattern:
+        offset: int | None = getattr(self, "offset", None)
+        return self if offset is None else replace(self, offset=power_of_two(offset))  # type: ignore[call-arg]
 
     def block_key(
         self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int
@@ -268,6 +284,10 @@ class SortedChunks(Chunks):
     @property
     def structure(self) -> SortedChunks:
         return replace(self, order=None, token=None)
+
+    @property
+    def coarse(self) -> SortedChunks:
+        return replace(self.structure, start=power_of_two(self.start))
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         for name, tensor, length in (("order", self.order, q_len), ("token", self.token, kv_len)):

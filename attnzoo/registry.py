@@ -14,10 +14,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from attnzoo.backend import Backend, BackendInfo
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal, UnknownNameError
+from attnzoo.tuning import cache
+from attnzoo.tuning.choice import Choice, by_measurement, by_priority_because, wrongs
+from attnzoo.tuning.environment import Environment, environment_of
+from attnzoo.tuning.measurements import SizeClass, key_of, mode_of, size_class
 
 if TYPE_CHECKING:
     from attnzoo.adapter import Adapter
-    from attnzoo.segments import Request
+    from attnzoo.segments import Attention, Request
 
 RESERVED = ("auto", "native")
 
@@ -220,10 +224,19 @@ def make_backend(name: str, **options: Any) -> Backend:
 
 def takers(request: Request) -> tuple[str, ...]:
     """Names of the available exact backends that refuse nothing of the request, best first."""
-    return tuple(backend.name for backend in _candidates() if not backend.refusals(request))
+    return tuple(backend.name for backend in candidates(request))
 
 
-def _candidates() -> list[Backend]:
+def candidates(request: Request) -> tuple[Backend, ...]:
+    """What ``auto`` chooses from: the available exact backends that refuse nothing, by priority.
+
+    Backends that change a dense model's pattern are none, nor those whose options have to be given.
+    """
+    return tuple(backend for backend in exact_backends() if not backend.refusals(request))
+
+
+def exact_backends() -> list[Backend]:
+    """The available backends that compute exactly what is asked and need no options, by priority."""
     _discover()
     usable = [
         cls
@@ -233,17 +246,54 @@ def _candidates() -> list[Backend]:
     return [cls() for cls in sorted(usable, key=lambda cls: (-cls.priority, cls.name))]
 
 
-@lru_cache(maxsize=1024)
-def choose(request: Request) -> Backend:
-    """What ``auto`` takes for a request: the available exact backend of highest priority that refuses nothing.
+def choose_for(attention: Attention, probabilities: bool = False) -> Choice:
+    """What ``auto`` takes for an attention: see :func:`choose`.
 
     Raises:
-        BackendRefusedError: every backend refuses; all reasons of all of them are listed.
+        BackendRefusedError: every backend refuses, or was found to be wrong; all reasons of all of them are listed.
+        InvalidArgumentError: ``ATTNZOO_AUTO`` has a value it cannot have.
     """
-    refused: dict[str, tuple[Refusal, ...]] = {}
-    for backend in _candidates():
-        reasons = backend.refusals(request)
-        if not reasons:
-            return backend
-        refused[f"backend {backend.name!r}"] = reasons
+    request = attention.request(probabilities)
+    because = by_priority_because()
+    if because is not None:
+        return choose(request, because=because)
+    return choose(request, size_class(attention), environment_of(attention.query.device))
+
+
+@lru_cache(maxsize=4096)
+def choose(
+    request: Request,
+    size: SizeClass | None = None,
+    environment: Environment | None = None,
+    because: str = "no size was given",
+) -> Choice:
+    """What ``auto`` takes: of the available exact backends that refuse nothing, the fastest that was measured.
+
+    Where nothing was measured, the one of highest priority that was not found to be wrong.
+
+    Args:
+        request: what is asked.
+        size: its size class; None: go by priority, whatever was measured.
+        environment: the device and versions it runs on; given with the size.
+        because: why to go by priority, where it is not by size.
+
+    Raises:
+        BackendRefusedError: every backend refuses, or was found to be wrong; all reasons of all of them are listed.
+    """
+    takes = candidates(request)
+    wrong: dict[str, str] = {}
+    if size is not None and environment is not None:
+        because = f"nothing measured for {mode_of(request.grad)} at {size}"
+        measurement = cache.find(environment, key_of(request, size))
+        if measurement is not None:
+            measured = by_measurement(measurement, takes)
+            if measured is not None:
+                return measured
+            wrong = wrongs(measurement, takes)
+    right = [backend for backend in takes if backend.name not in wrong]
+    if right:
+        return Choice(right[0], "the only one that refuses nothing" if len(takes) == 1 else f"by priority: {because}")
+    refused = {f"backend {backend.name!r}": backend.refusals(request) for backend in exact_backends()}
+    for name, reason in wrong.items():
+        refused[f"backend {name!r}"] = (Refusal("measured", reason, "what agrees with the oracle; attnzoo tune"),)
     raise BackendRefusedError("auto", refused, {})

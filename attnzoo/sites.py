@@ -14,6 +14,7 @@ from attnzoo.adapter import Adapter, Seam
 from attnzoo.backend import Backend
 from attnzoo.errors import InvalidArgumentError, PatchError
 from attnzoo.segments import Attention, Request, Result
+from attnzoo.tuning.choice import Choice
 
 Observer = Callable[["Site", Attention, Result, Backend], None]
 
@@ -29,6 +30,7 @@ class Site:
         backend: the backend that was asked for; ``"native"`` is the model's own code.
         kernels: how often each kernel really ran.
         calls: how many attentions really ran on the backend.
+        choices: how often ``auto`` took each backend, and why; empty for backends asked for by name.
         fallbacks: how many forwards went to the model's own code under ``fallback="native"``.
         observer: called after every attention with the site, the attention, its result and the backend that ran.
     """
@@ -38,6 +40,7 @@ class Site:
     pattern: str
     backend: str
     kernels: Counter[str] = field(default_factory=Counter)
+    choices: Counter[Choice] = field(default_factory=Counter)
     fallbacks: int = 0
     observer: Observer | None = field(default=None, repr=False)
 
@@ -49,6 +52,12 @@ class Site:
     def kernel(self) -> str | None:
         """What really ran so far, most frequent first; None before the first call."""
         return "+".join(kernel for kernel, _ in self.kernels.most_common()) or None
+
+    @property
+    def ran(self) -> str:
+        """The backend asked for, with those that ``auto`` took so far, most frequent first."""
+        took = dict.fromkeys(choice.backend.name for choice, _ in self.choices.most_common())
+        return f"{self.backend}: {'+'.join(took)}" if took else self.backend
 
 
 class Found(NamedTuple):

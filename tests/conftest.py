@@ -31,6 +31,15 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_measurements(tmp_path_factory):
+    """What the developer once measured does not decide what `auto` takes in tests."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ATTNZOO_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patched.delenv("ATTNZOO_AUTO", raising=False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -80,6 +80,7 @@ class EagerBackend(Backend):
 
     name: ClassVar[str] = "eager"
     priority: ClassVar[int] = -100
+    dense: ClassVar[bool] = True
     capabilities: ClassVar[Capabilities] = Capabilities(
         devices=frozenset({"cpu", "cuda"}),
         dtypes=frozenset(FLOATS),
