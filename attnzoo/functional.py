@@ -21,8 +21,8 @@ PROBABILITIES_REMEDY = 'to get attention probabilities: backend="eager", or patc
 
 @lru_cache(maxsize=4096)
 def refusals(backend: Backend, request: Request) -> tuple[Refusal, ...]:
-    """The backend's refusals of a request, remembered."""
-    return backend.refusals(request)
+    """The backend's refusals of a request, and why it cannot run here at all, remembered."""
+    return (*registry.availability(backend), *backend.refusals(request))
 
 
 def negotiate(backend: Backend, request: Request, where: str) -> None:

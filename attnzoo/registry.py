@@ -200,12 +200,12 @@ def backend_class(name: str) -> type[Backend]:
     raise UnknownNameError("backend", name, known | set(RESERVED))
 
 
-def make_backend(name: str, **options: Any) -> Backend:
-    """A configured backend.
+def configure(name: str, **options: Any) -> Backend:
+    """A configured backend, whether it can run on this machine or not.
 
     Raises:
         UnknownNameError: unknown backend or option name.
-        BackendRefusedError: the backend cannot run on this machine.
+        InvalidArgumentError: an option is missing or has a value that is not allowed.
     """
     cls = backend_class(name)
     for option in options:
@@ -214,12 +214,28 @@ def make_backend(name: str, **options: Any) -> Backend:
     missing = [option for option in cls.required_options() if option not in options]
     if missing:
         raise InvalidArgumentError(f"options of backend {cls.name!r}", f"no {', '.join(missing)}", f"{missing[0]}=...")
-    reason = _unavailable(cls)
-    if reason is not None:
-        usable = tuple(info.name for info in backends().values() if info.available)
-        refusal = Refusal("availability", reason, "a machine that has it")
-        raise BackendRefusedError(cls.name, {"this machine": (refusal,)}, {"this machine": usable})
     return cls(**options)
+
+
+def availability(backend: Backend) -> tuple[Refusal, ...]:
+    """Why a backend cannot run on this machine; empty if it can."""
+    reason = _unavailable(type(backend))
+    return () if reason is None else (Refusal("availability", reason, "a machine that has it"),)
+
+
+def make_backend(name: str, **options: Any) -> Backend:
+    """A configured backend that can run on this machine.
+
+    Raises:
+        UnknownNameError, InvalidArgumentError: see :func:`configure`.
+        BackendRefusedError: the backend cannot run on this machine.
+    """
+    made = configure(name, **options)
+    reasons = availability(made)
+    if reasons:
+        usable = tuple(info.name for info in backends().values() if info.available)
+        raise BackendRefusedError(made.name, {"this machine": reasons}, {"this machine": usable})
+    return made
 
 
 def takers(request: Request) -> tuple[str, ...]:
