@@ -1,20 +1,23 @@
-"""``flash_attention_2``: under construction."""
+"""``flash_attention_2``: FlashAttention 2 by the ``flash_attn`` package, else by PyTorch's own kernels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from attnzoo.backend import Backend
+from attnzoo.backend import Capabilities
+from attnzoo.backends.flash_attn_kernel import FlashAttnKernel
+from attnzoo.backends.kernels import Kernel
+from attnzoo.backends.packed import CAPABILITIES, PackedBackend
+from attnzoo.backends.varlen_kernel import VarlenKernel
 
 
 @dataclass(frozen=True)
-class FlashBackend(Backend):
-    """Under construction."""
+class FlashBackend(PackedBackend):
+    """FlashAttention 2."""
 
     name: ClassVar[str] = "flash_attention_2"
     aliases: ClassVar[tuple[str, ...]] = ("flash", "fa2")
-
-    @classmethod
-    def unavailable(cls) -> str | None:
-        return "not built yet"
+    priority: ClassVar[int] = 20
+    kernels: ClassVar[tuple[type[Kernel], ...]] = (FlashAttnKernel, VarlenKernel)
+    capabilities: ClassVar[Capabilities] = replace(CAPABILITIES, dropout=True)  # flash_attn has it, varlen refuses

@@ -1,0 +1,290 @@
+"""An attention as calls of a kernel for packed sequences: padding packed away, windows by arithmetic on spans.
+
+FlashAttention's kernels (Dao 2023, arXiv:2307.08691) take sequences of varying lengths packed one after the other. In
+each, the last query is aligned with the last key, and a query sees keys up to ``left`` before and ``right`` after its
+place. :func:`plan` says any attention without bias and dense mask in such calls:
+
+- Where places do not matter (``Full``, chunks that are seen whole), padding keys and queries are left out.
+- A window or a causal pattern moves with its keys: of each sample the span of real keys is a sequence, with the queries
+  that see any of it, and extents shifted by how far the alignment of both ends is off. Samples that are off by the same
+  share a call.
+- Hidden keys in the middle of such a span keep their places: they are left to the extra dimension of
+  :mod:`attnzoo.backends.packed`.
+
+Every query row in a call sees at least one key of it, hidden or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnzoo.backends.sorted_calls import sorted_rows
+from attnzoo.patterns import Causal, Chunks, Full, SortedChunks, Window
+from attnzoo.segments import Attention, Segment, SegmentRequest
+
+UNLIMITED = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """How packed queries and keys are cut into sequences, and what is seen within each.
+
+    Attributes:
+        q_lens: the length of each sequence of queries; none is 0.
+        k_lens: the length of its keys.
+        device: of the tensors.
+        left: keys further than this before a query are not seen; -1: no limit.
+        right: the same after it. The last query of a sequence stands at its last key.
+    """
+
+    q_lens: tuple[int, ...]
+    k_lens: tuple[int, ...]
+    device: torch.device
+    left: int = UNLIMITED
+    right: int = UNLIMITED
+
+    @property
+    def causal(self) -> bool:
+        return (self.left, self.right) == (UNLIMITED, 0)
+
+    @cached_property
+    def max_q(self) -> int:
+        return max(self.q_lens)
+
+    @cached_property
+    def max_k(self) -> int:
+        return max(self.k_lens)
+
+    @cached_property
+    def cu_q(self) -> Tensor:
+        """Where each sequence of queries begins and the last one ends: ``(sequences + 1,)`` int32."""
+        return torch.tensor([0, *accumulate(self.q_lens)], dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def cu_k(self) -> Tensor:
+        """The same of the keys."""
+        return torch.tensor([0, *accumulate(self.k_lens)], dtype=torch.int32, device=self.device)
+
+
+class Call(NamedTuple):
+    """One call of a kernel.
+
+    Attributes:
+        segment: number of the segment the keys are of.
+        sequences: how the rows are cut.
+        q_rows: ``(sum(q_lens),)`` which rows of the packed queries ``(batch * q_len, ...)``; None: all, in order.
+        k_rows: the same of the packed keys ``(batch * kv_len, ...)``. A row past the end is one that is not there.
+    """
+
+    segment: int
+    sequences: Sequences
+    q_rows: Tensor | None = None
+    k_rows: Tensor | None = None
+
+
+class Plan(NamedTuple):
+    """The calls an attention consists of; their outputs are united by log-sum-exp.
+
+    Attributes:
+        calls: none if no query sees a key.
+        hidden: per segment ``(batch, kv_len)`` bool, keys that are in a call and must not be seen; or None.
+        spare: whether calls have rows that are not there.
+    """
+
+    calls: tuple[Call, ...]
+    hidden: tuple[Tensor | None, ...]
+    spare: bool
+
+
+def hides(segment: SegmentRequest) -> bool:
+    """Whether a segment may need its keys hidden by an extra dimension."""
+    pattern = segment.pattern
+    if isinstance(pattern, SortedChunks):
+        return True
+    return segment.key_mask and not isinstance(pattern, Full) and (not isinstance(pattern, Chunks) or pattern.causal)
+
+
+def disjoint(segments: tuple[SegmentRequest, ...]) -> bool:
+    """Whether each query row is in one call at most, without hidden keys: then there is nothing to unite."""
+    return len(segments) == 1 and not hides(segments[0])
+
+
+def plan(attention: Attention) -> Plan:
+    """The calls of an attention whose sorted segments, if any, have one head (see :func:`sorted_calls.fold_heads`)."""
+    extents = _extents([attention.query_mask, *(segment.key_mask for segment in attention.segments)])
+    q_extents = extents[0] or [(0, attention.q_len, attention.q_len)] * attention.batch
+    calls: list[Call] = []
+    hidden: list[Tensor | None] = []
+    spare = False
+    for number, segment in enumerate(attention.segments):
+        k_extents = extents[number + 1] or [(0, segment.kv_len, segment.kv_len)] * attention.batch
+        pattern, holes = segment.pattern, False
+        if isinstance(pattern, SortedChunks):
+            calls += (
+                Call(number, Sequences(lens, lens, attention.query.device, right=0), q_rows, k_rows)
+                for lens, q_rows, k_rows in sorted_rows(attention, segment, pattern)
+            )
+            spare = True
+        elif isinstance(pattern, Chunks):
+            calls += _chunks(attention, number, segment, pattern)
+            holes = _ordered(pattern, segment.kv_len) and any(count < segment.kv_len for *_, count in k_extents)
+        elif isinstance(pattern, Window | Causal):
+            calls += _aligned(attention, number, segment, pattern, q_extents, k_extents)
+            holes = any(count < stop - start for start, stop, count in k_extents)
+        else:
+            lens = ([attention.q_len] * attention.batch, [segment.kv_len] * attention.batch)
+            calls += _unordered(attention, number, segment, None, None, *lens)
+        hidden.append(~segment.key_mask if holes and segment.key_mask is not None else None)
+    return Plan(tuple(calls), tuple(hidden), spare)
+
+
+def _extents(masks: list[Tensor | None]) -> list[list[tuple[int, int, int]] | None]:
+    """Per mask and sample: where the first True is, where the last one ends, and how many there are.
+
+    Waits for the device, once.
+    """
+    found = []
+    for mask in masks:
+        if mask is not None:
+            places = torch.arange(mask.shape[1], device=mask.device)
+            first = torch.where(mask, places, mask.shape[1]).amin(1)
+            stop = torch.where(mask, places + 1, 0).amax(1)
+            found.append(torch.stack([torch.minimum(first, stop), stop, mask.sum(1)], dim=1))
+    rows = iter(torch.cat(found).tolist() if found else [])
+    return [None if mask is None else [tuple(next(rows)) for _ in mask] for mask in masks]
+
+
+def _aligned(
+    attention: Attention,
+    number: int,
+    segment: Segment,
+    pattern: Window | Causal,
+    q_extents: list[tuple[int, int, int]],
+    k_extents: list[tuple[int, int, int]],
+) -> list[Call]:
+    """Windows and causal patterns: one sequence per sample, one call per shift."""
+    q_len, kv_len, device = attention.q_len, segment.kv_len, attention.query.device
+    shift, reach = pattern.shift(q_len, kv_len), q_len + kv_len
+    left, right = (pattern.left, pattern.right) if isinstance(pattern, Window) else (reach + abs(shift), 0)
+    groups: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}
+    for sample, ((q_start, q_stop, _), (k_start, k_stop, _)) in enumerate(zip(q_extents, k_extents, strict=True)):
+        # Query i stands at key i + shift and sees left before and right after it. What sees none, or is seen by none,
+        # is left out.
+        k_stop = min(k_stop, q_stop + shift + right)
+        k_start = max(k_start, q_start + shift - left)
+        q_stop = min(q_stop, k_stop - shift + left)
+        q_start = max(q_start, k_start - shift - right)
+        if q_start >= q_stop or k_start >= k_stop:
+            continue
+        off = k_stop - q_stop - shift  # the kernel puts the last query this much after its place
+        extents = (left + off, right - off)
+        limits = (k_stop - k_start - 1, q_stop - q_start - 1)  # beyond these there is nothing to leave out
+        window = tuple(UNLIMITED if extent >= limit else extent for extent, limit in zip(extents, limits, strict=True))
+        groups.setdefault((window[0], window[1]), []).append(
+            (sample * q_len + q_start, q_stop - q_start, sample * kv_len + k_start, k_stop - k_start)
+        )
+    calls = []
+    for (before, after), spans in groups.items():
+        q_starts, q_lens, k_starts, k_lens = (tuple(column) for column in zip(*spans, strict=True))
+        sequences = Sequences(q_lens, k_lens, device, before, after)
+        q_rows = None if sum(q_lens) == attention.batch * q_len else rows_of(q_starts, q_lens, device)
+        k_rows = None if sum(k_lens) == attention.batch * kv_len else rows_of(k_starts, k_lens, device)
+        calls.append(Call(number, sequences, q_rows, k_rows))
+    return calls
+
+
+def _ordered(pattern: Chunks, kv_len: int) -> bool:
+    """Whether a causal query sees a part of its own chunk, so that places within the chunk matter."""
+    return pattern.causal and pattern.before % -(-kv_len // pattern.length) <= pattern.before + pattern.after
+
+
+@lru_cache(maxsize=64)
+def _neighbourhoods(pattern: Chunks, length: int) -> tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]:
+    """Start and length of each chunk of queries that sees any, and start and length of each run of keys it sees."""
+    ordered, found = _ordered(pattern, length), []
+    for start in range(0, length, pattern.length):
+        stop = min(length, start + pattern.length)
+        limit = length if not pattern.causal else stop if ordered else start
+        spans = pattern.spans_near(start, stop, length, limit)
+        if spans:
+            found.append((start, stop - start, tuple((begin, end - begin) for begin, end in spans)))
+    return tuple(found)
+
+
+def _chunks(attention: Attention, number: int, segment: Segment, pattern: Chunks) -> list[Call]:
+    """One sequence per sample and chunk. Keys seen causally end with the chunk's own, where the kernel aligns."""
+    length, device = segment.kv_len, attention.query.device
+    found = _neighbourhoods(pattern, length)
+    if not found:
+        return []
+    spans = [span for _, _, spans in found for span in spans]
+    samples = torch.arange(attention.batch, device=device)[:, None] * length
+    starts, counts = zip(*spans, strict=True)
+    k_rows = (rows_of(starts, counts, device) + samples).flatten()
+    q_lens = [count for _, count, _ in found]
+    q_rows = None
+    if sum(q_lens) < length:
+        q_rows = (rows_of([start for start, _, _ in found], q_lens, device) + samples).flatten()
+    k_lens = [sum(count for _, count in spans) for _, _, spans in found]
+    lens = (q_lens * attention.batch, k_lens * attention.batch)
+    if not _ordered(pattern, length):
+        return _unordered(attention, number, segment, q_rows, k_rows, *lens)
+    return [Call(number, Sequences(tuple(lens[0]), tuple(lens[1]), device, right=0), q_rows, k_rows)]
+
+
+def _unordered(
+    attention: Attention,
+    number: int,
+    segment: Segment,
+    q_rows: Tensor | None,
+    k_rows: Tensor | None,
+    q_lens: list[int],
+    k_lens: list[int],
+) -> list[Call]:
+    """Sequences in which every query sees every key, without the rows that masks hide. Waits for the device if any."""
+    device = attention.query.device
+    if attention.query_mask is not None or segment.key_mask is not None:
+        q_kept, q_of = _kept(attention.query_mask, q_rows, q_lens, device)
+        k_kept, k_of = _kept(segment.key_mask, k_rows, k_lens, device)
+        counts = torch.zeros((2, len(q_lens)), dtype=torch.long, device=device)
+        counts[0].index_add_(0, q_of, q_kept.long())
+        counts[1].index_add_(0, k_of, k_kept.long())
+        counts *= (counts > 0).all(0)  # queries without keys, and keys without queries, are left out
+        left = counts.tolist()
+        if sum(left[0]) < sum(q_lens):
+            q_rows = _pick(q_rows, q_kept & (counts[0] > 0)[q_of])
+        if sum(left[1]) < sum(k_lens):
+            k_rows = _pick(k_rows, k_kept & (counts[1] > 0)[k_of])
+        q_lens, k_lens = ([count for count in side if count] for side in left)
+    if not q_lens:
+        return []
+    return [Call(number, Sequences(tuple(q_lens), tuple(k_lens), device), q_rows, k_rows)]
+
+
+def _kept(mask: Tensor | None, rows: Tensor | None, lens: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which of the rows a mask keeps, and the sequence each of them is in."""
+    total = sum(lens)
+    of = torch.arange(len(lens), device=device).repeat_interleave(torch.tensor(lens, device=device), output_size=total)
+    if mask is None:
+        return torch.ones(total, dtype=torch.bool, device=device), of
+    return (mask.flatten() if rows is None else mask.flatten()[rows]), of
+
+
+def _pick(rows: Tensor | None, kept: Tensor) -> Tensor:
+    return kept.nonzero().flatten() if rows is None else rows[kept]
+
+
+def rows_of(starts: Iterable[int], lens: Iterable[int], device: torch.device) -> Tensor:
+    """The row numbers of runs of rows, one after the other."""
+    lens = list(lens)
+    ends = list(accumulate(lens))
+    begins = [start - end + count for start, end, count in zip(starts, ends, lens, strict=True)]
+    begin, count = torch.tensor([begins, lens], device=device)
+    return torch.arange(ends[-1], device=device) + begin.repeat_interleave(count, output_size=ends[-1])

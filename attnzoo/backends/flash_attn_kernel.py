@@ -1,0 +1,119 @@
+"""The kernels of the ``flash_attn`` package (Dao 2023, arXiv:2307.08691)."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from attnzoo.backends.calls import Sequences
+from attnzoo.backends.kernels import Kernel, drift, import_package
+
+_PUBLIC = (
+    *("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
+    *("dropout_p", "softmax_scale", "causal", "window_size"),
+)
+# The public function hands out lse, but takes none in its backward, which the union of parts needs: there the two
+# functions it wraps are called, as the package itself calls them.
+_FORWARD, _BACKWARD = "_wrapped_flash_attn_varlen_forward", "_wrapped_flash_attn_varlen_backward"
+_PARTS = {
+    _FORWARD: (*_PUBLIC[:-1], "window_size_left", "window_size_right", "softcap", "alibi_slopes", "return_softmax"),
+    _BACKWARD: (
+        *("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv"),
+        *_PUBLIC[3:-1],
+        *("window_size_left", "window_size_right", "softcap", "alibi_slopes", "deterministic", "rng_state"),
+    ),
+}
+
+
+@cache
+def _package() -> tuple[ModuleType | None, str]:
+    found, why = import_package("flash_attn.flash_attn_interface", "flash-attn")
+    if found is not None and (changed := drift(found, {"flash_attn_varlen_func": _PUBLIC}, "flash_attn")):
+        return None, changed
+    return found, why
+
+
+@cache
+def _parts_unavailable() -> str | None:
+    return drift(_package()[0], _PARTS, "flash_attn (2.7 is the first known to have it)")
+
+
+class FlashAttnKernel(Kernel):
+    """``flash_attn`` 2: drops softmax weights, too."""
+
+    name: ClassVar[str] = "flash_attn"
+    dropout: ClassVar[bool] = True
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        return _package()[1] or None
+
+    @classmethod
+    def parts_unavailable(cls) -> str | None:
+        return _parts_unavailable()
+
+    @classmethod
+    def attend(
+        cls, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, dropout: float
+    ) -> Tensor:
+        output: Tensor = _interface().flash_attn_varlen_func(
+            *(query, key, value, *_lengths(sequences)),
+            dropout_p=dropout,
+            softmax_scale=scale,
+            causal=sequences.causal,
+            window_size=(sequences.left, sequences.right),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        return output
+
+    @classmethod
+    def forward(
+        cls, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, dropout: float
+    ) -> tuple[Tensor, Tensor, Any]:
+        out, lse, _, state = getattr(_interface(), _FORWARD)(
+            *(query, key, value, *_lengths(sequences), dropout, scale, sequences.causal),
+            window_size_left=sequences.left,
+            window_size_right=sequences.right,
+            softcap=0.0,
+            alibi_slopes=None,
+            return_softmax=False,
+        )
+        return out, lse, state
+
+    @classmethod
+    def backward(
+        cls,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        sequences: Sequences,
+        scale: float,
+        dropout: float,
+        state: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grads = tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value))
+        getattr(_interface(), _BACKWARD)(
+            *(grad_out, query, key, value, out, lse, *grads, *_lengths(sequences), dropout, scale, sequences.causal),
+            window_size_left=sequences.left,
+            window_size_right=sequences.right,
+            softcap=0.0,
+            alibi_slopes=None,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            rng_state=state,
+        )
+        return grads[0], grads[1], grads[2]
+
+
+def _interface() -> Any:
+    return _package()[0]
+
+
+def _lengths(sequences: Sequences) -> tuple[Tensor, Tensor, int, int]:
+    return sequences.cu_q, sequences.cu_k, sequences.max_q, sequences.max_k

@@ -1,0 +1,103 @@
+"""The FlashAttention kernels that ship inside PyTorch: ``torch.nn.attention.varlen``."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from attnzoo.backends.calls import Sequences
+from attnzoo.backends.kernels import Kernel, drift, import_package, parameters
+
+_PUBLIC = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
+# The public function hands out lse, but takes none in its backward, which the union of parts needs: there the two
+# operators it is made of are called.
+_FORWARD, _BACKWARD = "_varlen_attn", "_varlen_attn_backward"
+_PARTS = {
+    _FORWARD: (*_PUBLIC, "is_causal", "scale", "window_size"),
+    _BACKWARD: (
+        *("grad_out", "query", "key", "value", "out", "lse", "cu_seq_q", "cu_seq_k", "max_q", "max_k"),
+        *("is_causal", "rng_state", "scale", "window_size"),
+    ),
+}
+
+
+@cache
+def _function() -> tuple[Any, str]:
+    module, why = import_package("torch.nn.attention.varlen", "'torch>=2.11'")
+    function = getattr(module, "varlen_attn", None)
+    if function is None:
+        return None, f"torch {torch.__version__} has no torch.nn.attention.varlen.varlen_attn: 2.11 is needed. {why}"
+    names = parameters(function)
+    lacking = [name for name in (*_PUBLIC, "scale", "window_size") if name not in names]
+    if lacking:
+        return None, f"torch {torch.__version__}: varlen_attn has no {', '.join(lacking)}: 2.11 is needed"
+    return function, ""
+
+
+@cache
+def _parts_unavailable() -> str | None:
+    return drift(torch.ops.torch_attn, _PARTS, f"torch {torch.__version__}")
+
+
+class VarlenKernel(Kernel):
+    """``varlen_attn``; it has no dropout."""
+
+    name: ClassVar[str] = "varlen"
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        return _function()[1] or None
+
+    @classmethod
+    def parts_unavailable(cls) -> str | None:
+        return _parts_unavailable()
+
+    @classmethod
+    def attend(
+        cls, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, dropout: float
+    ) -> Tensor:
+        function, _ = _function()
+        # Asked for since 2.12; taken without being asked before.
+        grouped = {"enable_gqa": True} if "enable_gqa" in parameters(function) else {}
+        output: Tensor = function(
+            *(query, key, value, *_lengths(sequences)),
+            scale=scale,
+            window_size=(sequences.left, sequences.right),
+            **grouped,
+        )
+        return output
+
+    @classmethod
+    def forward(
+        cls, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, dropout: float
+    ) -> tuple[Tensor, Tensor, Any]:
+        window = [sequences.left, sequences.right]
+        return getattr(torch.ops.torch_attn, _FORWARD)(
+            *(query, key, value, *_lengths(sequences), sequences.causal, scale, window)
+        )
+
+    @classmethod
+    def backward(
+        cls,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        sequences: Sequences,
+        scale: float,
+        dropout: float,
+        state: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        window = [sequences.left, sequences.right]
+        return getattr(torch.ops.torch_attn, _BACKWARD)(
+            *(grad_out, query, key, value, out, lse, *_lengths(sequences), sequences.causal, state, scale, window)
+        )
+
+
+def _lengths(sequences: Sequences) -> tuple[Tensor, Tensor, int, int]:
+    return sequences.cu_q, sequences.cu_k, sequences.max_q, sequences.max_k

@@ -1,0 +1,107 @@
+"""What FlashAttention 2's kernels for packed sequences do, in plain torch on the CPU, to the letter of their interface.
+
+Written from the documented semantics and the checks of ``csrc/flash_attn/flash_api.cpp`` (2.6 to 2.8). Softmax in
+float32, results rounded to the inputs' dtype; the backward computes from the ``out`` and ``lse`` it is handed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def check(q, k, v, cu_q, cu_k, max_q, max_k):
+    """Raise on whatever the kernels do not take."""
+    for name, tensor in dict(q=q, k=k, v=v).items():
+        assert tensor.ndim == 3, f"{name} has shape {tuple(tensor.shape)}"
+        assert tensor.dtype in HALF and tensor.dtype == q.dtype, f"{name} is {tensor.dtype}"
+        assert tensor.stride(-1) == 1, f"{name} must have a contiguous last dimension"
+        assert tensor.shape[2] == q.shape[2] <= 256 and tensor.shape[2] % 8 == 0, f"{name} has {tensor.shape[2]} dims"
+        assert tensor.stride(0) % 8 == 0 and tensor.stride(1) % 8 == 0, f"{name} is not aligned: {tensor.stride()}"
+    assert k.shape == v.shape and q.shape[1] % k.shape[1] == 0
+    for cu, total, most in ((cu_q, q.shape[0], max_q), (cu_k, k.shape[0], max_k)):
+        assert cu.dtype == torch.int32 and cu.is_contiguous() and cu.numel() == cu_q.numel() > 1
+        lengths = cu.diff()
+        assert int(cu[0]) == 0 and int(cu[-1]) == total and int(lengths.min()) > 0 and int(lengths.max()) == most
+
+
+def visible(n, m, causal, left, right, max_k):
+    """Who sees whom in a sequence of ``n`` queries and ``m`` keys: aligned at the end."""
+    right = 0 if causal else right
+    place = torch.arange(n)[:, None] + (m - n)
+    key = torch.arange(m)
+    seen = torch.ones((n, m), dtype=torch.bool)
+    if 0 <= left < max_k:
+        seen &= key >= place - left
+    if 0 <= right < max_k:
+        seen &= key <= place + right
+    return seen
+
+
+def sequences(cu_q, cu_k):
+    """Rows of queries ``(count, n)`` and keys ``(count, m)`` of the sequences, those of equal lengths together."""
+    groups = {}
+    q, k = cu_q.tolist(), cu_k.tolist()
+    for q0, q1, k0, k1 in zip(q, q[1:], k, k[1:], strict=False):
+        starts = groups.setdefault((q1 - q0, k1 - k0), ([], []))
+        starts[0].append(q0)
+        starts[1].append(k0)
+    for (n, m), (q_starts, k_starts) in groups.items():
+        yield torch.tensor(q_starts)[:, None] + torch.arange(n), torch.tensor(k_starts)[:, None] + torch.arange(m)
+
+
+def scores(q, k, scale, seen):
+    """``(count, heads, n, m)`` in float32."""
+    keys = k.float().repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    shown = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    return torch.einsum("cnhd,cmhd->chnm", q.float(), keys) * scale + shown
+
+
+def kept(shape, dropout, generator):
+    """Factors on the softmax weights: 0 or ``1 / (1 - dropout)``."""
+    return (torch.rand(shape, generator=generator) >= dropout).float() / (1.0 - dropout)
+
+
+def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, scale, causal, left, right):
+    """Output ``(total_q, heads, dim)``, lse ``(heads, total_q)`` float32 (inf where nothing is seen), random state."""
+    check(q, k, v, cu_q, cu_k, max_q, max_k)
+    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty(q.shape[1], q.shape[0])
+    state = torch.randint(1 << 40, (2,)) if dropout else torch.zeros(2, dtype=torch.long)
+    generator = torch.Generator().manual_seed(int(state[0]))
+    for rows, keys in sequences(cu_q, cu_k):
+        s = scores(q[rows], k[keys], scale, visible(rows.shape[1], keys.shape[1], causal, left, right, max_k))
+        total = s.logsumexp(-1)
+        weights = (s - total.masked_fill(total == -torch.inf, 0.0)[..., None]).exp()
+        if dropout:
+            weights = weights * kept(weights.shape, dropout, generator)
+        values = v[keys].float().repeat_interleave(q.shape[1] // v.shape[1], dim=2)
+        out[rows] = torch.einsum("chnm,cmhd->cnhd", weights, values).to(q.dtype)
+        lse[:, rows] = total.masked_fill(total == -torch.inf, torch.inf).transpose(0, 1)
+    return out, lse, state
+
+
+def backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, scale, causal, left, right, state):
+    """Gradients of q, k, v."""
+    check(q, k, v, cu_q, cu_k, max_q, max_k)
+    for tensor in (grad, out):
+        assert tensor.shape == q.shape and tensor.dtype == q.dtype and tensor.stride(-1) == 1
+    assert lse.shape == (q.shape[1], q.shape[0]) and lse.dtype == torch.float32 and lse.is_contiguous()
+    group = q.shape[1] // k.shape[1]
+    grads = [torch.zeros(tensor.shape) for tensor in (q, k, v)]
+    generator = torch.Generator().manual_seed(int(state[0]))
+    for rows, keys in sequences(cu_q, cu_k):
+        s = scores(q[rows], k[keys], scale, visible(rows.shape[1], keys.shape[1], causal, left, right, max_k))
+        weights = (s - lse[:, rows].transpose(0, 1)[..., None]).exp()
+        factor = kept(weights.shape, dropout, generator) if dropout else torch.ones(())
+        g, o = grad[rows].float(), out[rows].float()
+        wide_keys, values = (x[keys].float().repeat_interleave(group, dim=2) for x in (k, v))
+        grad_weights = torch.einsum("cnhd,cmhd->chnm", g, values) * factor
+        grad_scores = weights * (grad_weights - (g * o).sum(-1).transpose(1, 2)[..., None]) * scale
+        grads[0][rows] = torch.einsum("chnm,cmhd->cnhd", grad_scores, wide_keys)
+        for index, per_head in (
+            (1, torch.einsum("chnm,cnhd->cmhd", grad_scores, q[rows].float())),
+            (2, torch.einsum("chnm,cnhd->cmhd", weights * factor, g)),
+        ):
+            grads[index][keys] = per_head.unflatten(2, (-1, group)).sum(3)
+    return tuple(grad.to(q.dtype) for grad in grads)
