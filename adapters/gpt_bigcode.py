@@ -119,7 +119,7 @@ def _cross_forward(
     key, value = _keys_values(module, encoder_hidden_states, layer_past)
     query, key, value = (tensor.to(compute_dtype(query)) for tensor in (query, key, value))
     key_mask, mask = _masks(encoder_attention_mask, query, key)
-    segment = Segment(key, value, key_mask=key_mask, mask=mask)
+    segment = Segment(key, value, Full(cross=True), key_mask, mask)
     dropout = module.attn_dropout if module.training else 0.0
     wanted = _wants_probabilities(module, {"output_attentions": output_attentions})
     result = attend(Attention(query, (segment,), module.scaling, dropout), wanted)
@@ -179,7 +179,7 @@ def _visible(mask: Tensor) -> Tensor:
 
 def _cross_requests(module: Any) -> tuple[Request, ...]:
     parameter, dim = parameter_of(module), module.head_dim
-    segment = SegmentRequest(Full(), module.c_attn.out_features // (2 * dim), key_mask=True)
+    segment = SegmentRequest(Full(cross=True), module.c_attn.out_features // (2 * dim), key_mask=True)
     return (Request(parameter.device.type, parameter.dtype, module.num_heads, dim, dim, (segment,)),)
 
 
@@ -211,6 +211,7 @@ def _three_dimensional(mask: Tensor | None) -> Tensor | None:
 GPT_BIGCODE = Adapter(
     model_types=("gpt_bigcode",),
     versions="5.17 to 5.23",
+    examples=({"multi_query": True}, {"multi_query": False, "add_cross_attention": True}),
     seams=(
         Seam(
             cls=f"{_MODULE}:GPTBigCodeAttention",

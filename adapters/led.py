@@ -32,11 +32,13 @@ def _decoder_forward(
     """Self-attention, or cross-attention if ``key_value_states`` are given; ``(batch, length, embed)`` in and out."""
     query = _heads(module, module.q_proj(hidden_states))
     key, value = _keys_values(module, hidden_states, key_value_states, past_key_values)
-    segment = Segment(key.to(query.dtype), value.to(query.dtype))
+    cross = key_value_states is not None
+    segment = Segment(key.to(query.dtype), value.to(query.dtype), Full(cross))
     if attention_mask is not None:
         sizes = (query.shape[0], query.shape[2], key.shape[2])
         read = attend.once(attention_mask, "read", lambda given: read_attention_mask(given, sizes))
-        segment = replace(segment, pattern=read.pattern, key_mask=read.key_mask, mask=read.mask, bias=read.bias)
+        pattern = Full(cross) if isinstance(read.pattern, Full) else read.pattern
+        segment = replace(segment, pattern=pattern, key_mask=read.key_mask, mask=read.mask, bias=read.bias)
     dropout = module.dropout if module.training else 0.0
     result = attend(Attention(query, (segment,), module.scaling, dropout), output_attentions)
     output = module.out_proj(result.output.transpose(1, 2).flatten(2))
@@ -82,7 +84,7 @@ def _decoder_requests(module: Any) -> tuple[Request, ...]:
         Request(
             parameter.device.type, parameter.dtype, heads, dim, dim, (SegmentRequest(pattern, heads, key_mask=True),)
         )
-        for pattern in (Full(), Causal(offset=0))
+        for pattern in (Full(cross=True), Full(), Causal(offset=0))
     )
 
 

@@ -97,7 +97,8 @@ class _Interface:
         if read.bias is not None:
             bias = read.bias if bias is None else _sum(query, key, bias, read.bias)
         query, key, value = (tensor.to(compute_dtype(tensor)) for tensor in (query, key, value))
-        segment = Segment(key, value, read.pattern, read.key_mask, read.mask, bias)
+        pattern = Full(cross=not module.is_causal) if isinstance(read.pattern, Full) else read.pattern
+        segment = Segment(key, value, pattern, read.key_mask, read.mask, bias)
         result = self._attend(Attention(query, (segment,), scaling, dropout), output_attentions)
         return result.output.transpose(1, 2).contiguous(), None if result.dropped is None else result.dropped[0]
 
@@ -126,7 +127,7 @@ def request(module: Any, *segments: SegmentRequest) -> tuple[Request, ...]:
 def decoder_requests(module: Any) -> tuple[Request, ...]:
     """What a decoder site will ask of its backend."""
     bias, trained = ("relative", learns(module, _TABLE)) if module.is_causal else (None, False)
-    patterns: tuple[Pattern, ...] = (Causal(offset=0), Full()) if module.is_causal else (Full(),)
+    patterns: tuple[Pattern, ...] = (Causal(offset=0), Full()) if module.is_causal else (Full(cross=True),)
     return tuple(
         one
         for pattern in patterns

@@ -6,6 +6,7 @@ A backend is a frozen dataclass: its fields are its options. It declares capabil
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import ClassVar
 
@@ -38,7 +39,8 @@ class Capabilities:
         dropout: drops softmax weights.
         grad: has a backward.
         probabilities: can return the softmax weights.
-        exact: computes exactly what the request says (False: changes the pattern of a dense model).
+        exact: computes exactly what any request says (False: changes the pattern of dense attention, see
+            :meth:`Backend.changes`).
     """
 
     devices: frozenset[str]
@@ -100,6 +102,7 @@ class Backend:
             nothing.
         dense: needs memory for every query and key; ``tune`` leaves it out where that is much.
         capabilities: what it can do.
+        example: values of the options it needs, to show it with in the support matrix and to test it with.
     """
 
     name: ClassVar[str] = ""
@@ -107,6 +110,7 @@ class Backend:
     priority: ClassVar[int] = 0
     dense: ClassVar[bool] = False
     capabilities: ClassVar[Capabilities] = Capabilities(devices=frozenset())
+    example: ClassVar[Mapping[str, object]] = {}
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -115,8 +119,8 @@ class Backend:
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
-        """Names of the options ``patch(model, backend, **options)`` takes."""
-        return tuple(option.name for option in fields(cls))
+        """Names of the options ``patch(model, backend, **options)`` takes: fields, unless their metadata denies it."""
+        return tuple(option.name for option in fields(cls) if option.metadata.get("option", True))
 
     @classmethod
     def required_options(cls) -> tuple[str, ...]:
@@ -126,6 +130,35 @@ class Backend:
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
         """All reasons why this request cannot run here; empty means it runs."""
         return self.capabilities.refusals(request)
+
+    def settle(self, site: tuple[Request, ...], patch: tuple[Request, ...]) -> Backend:
+        """This backend as it serves one site.
+
+        Args:
+            site: what the site is expected to ask.
+            patch: what all sites that get this backend in the same patch are expected to ask.
+        """
+        return self
+
+    def changes(self, request: Request) -> str | None:
+        """What of the request is not computed as it says, in words; None: nothing, the backend is exact here."""
+        return None
+
+    def choices(self, attention: Attention) -> object:
+        """What :meth:`rewrite` decides by the values of the tensors (hash buckets, say), for a rewrite to repeat."""
+        return None
+
+    def rewrite(self, attention: Attention, choices: object = None) -> Attention:
+        """The attention that is really computed, and by which this backend is judged.
+
+        The attention itself, unless :meth:`changes` says otherwise. Its tensors are made of the attention's, so that
+        gradients flow.
+
+        Args:
+            attention: what was asked for.
+            choices: those of another run, e.g. in another dtype, to be repeated; None: the attention's own.
+        """
+        return attention
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
         """Compute the attention. Only called with requests that were not refused."""

@@ -101,7 +101,7 @@ class RelativeBias(Bias):
         per_head = self.values.shape[0] > 1
 
         def add(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            if self.positions is not None and q.device.type == "cpu":
+            if self.positions is not None and q.device.type == "cpu" and kv.numel() == kv.shape[-1]:
                 return self._by_position(self.positions[b, q], kv)
             return self.values[h if per_head else torch.zeros_like(h), self._index(b, q, kv, q_len, kv_len)]
 

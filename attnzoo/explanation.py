@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from attnzoo import registry
-from attnzoo.errors import DriftError, PatchError, Refusal
+from attnzoo.errors import DriftError, InvalidArgumentError, PatchError, Refusal
 from attnzoo.functional import refusals
 from attnzoo.patching import check_forward
-from attnzoo.sites import expected_requests, find_sites
+from attnzoo.sites import expected_changes, expected_requests, find_sites
 from attnzoo.tuning.outlook import auto_at
 
 
@@ -26,6 +26,7 @@ class Verdict:
         pattern: what it computes, for people.
         backend: the backend's name.
         refusals: every reason why it would not; empty means it runs.
+        changes: what it would change of the pattern, in words; empty means it is exact here.
     """
 
     site: str
@@ -33,6 +34,7 @@ class Verdict:
     pattern: str
     backend: str
     refusals: tuple[Refusal, ...]
+    changes: tuple[str, ...] = ()
 
     @property
     def runs(self) -> bool:
@@ -58,25 +60,27 @@ class Explanation(tuple[Verdict, ...]):
         groups: dict[tuple[tuple[Any, ...], ...], list[str]] = {}
         for site in dict.fromkeys(verdict.site for verdict in self):
             own = [verdict for verdict in self if verdict.site == site]
-            told = [(verdict.backend, verdict.refusals) for verdict in own]
+            told = [(verdict.backend, verdict.refusals, verdict.changes) for verdict in own]
             groups.setdefault(((own[0].cls, own[0].pattern), (*told,), self.auto.get(site, ())), []).append(site)
         lines = []
         for ((cls, pattern), verdicts, auto), sites in groups.items():
             more = f" and {len(sites) - 1} more" if len(sites) > 1 else ""
             lines.append(f"{sites[0]}{more} ({cls}, {pattern})")
-            for backend, reasons in verdicts:
-                lines.append(f"  {backend}: {'runs' if not reasons else 'refuses'}")
+            for backend, reasons, changes in verdicts:
+                runs = f"runs, approximate: {'; '.join(changes)}" if changes else "runs"
+                lines.append(f"  {backend}: {'refuses' if reasons else runs}")
                 lines.extend(f"    {reason}" for reason in reasons)
             lines.extend(f"  auto: {line}" for line in auto)
         return "\n".join(lines)
 
 
-def explain(model: nn.Module, backend: str | None = None) -> Explanation:
+def explain(model: nn.Module, backend: str | None = None, **options: Any) -> Explanation:
     """What each backend would do at each attention module of a model as it is now (train or eval, device, dtype).
 
     Args:
         model: a model of a family with an adapter.
         backend: one backend's name; None: all registered ones, and what ``auto`` takes.
+        options: go to the backend that is named.
 
     Returns:
         An :class:`Explanation`: a tuple of :class:`Verdict` that prints as text. Nothing is changed or run.
@@ -85,10 +89,14 @@ def explain(model: nn.Module, backend: str | None = None) -> Explanation:
         UnknownNameError: no such backend. PatchError: no adapter finds anything in the model.
     """
     infos = registry.backends()
+    if backend is None and options:
+        raise InvalidArgumentError("options", f"{sorted(options)} without a backend", "options of a named backend")
     names = list(infos) if backend is None else [registry.backend_class(backend).name]
+    everything = [found for found in find_sites(model) if found.seam.attends]
+    together = tuple(request for found in everything for request in expected_requests(found))
     verdicts = []
     auto: dict[str, tuple[str, ...]] = {}
-    for found in (found for found in find_sites(model) if found.seam.attends):
+    for found in everything:
         common: tuple[Refusal, ...] = ()
         try:
             found.adapter.check_drift(found.seam, found.module)
@@ -97,18 +105,21 @@ def explain(model: nn.Module, backend: str | None = None) -> Explanation:
         except (DriftError, PatchError) as error:
             common = (Refusal("adapter", str(error), "what the adapter was verified against"),)
         for name in names:
-            reasons = common
-            if not infos[name].available:
+            reasons: tuple[Refusal, ...] = common
+            changes: tuple[str, ...] = ()
+            if infos[name].capabilities is None:  # it did not load
                 reasons += (Refusal("availability", infos[name].reason, "a machine that has it"),)
-            elif missing := registry.backend_class(name).required_options():
+            elif missing := [one for one in registry.backend_class(name).required_options() if one not in options]:
                 reasons += (Refusal("options", f"no {', '.join(missing)}", f"{missing[0]}=..."),)
             else:
-                made = registry.make_backend(name)
-                for request in expected_requests(found):
+                asked = expected_requests(found)
+                made = registry.configure(name, **options).settle(asked, together)
+                reasons += registry.availability(made)
+                for request in asked:
                     reasons += refusals(made, request)
-            pattern = found.seam.describe(found.module)
-            verdict = Verdict(found.name, type(found.module).__name__, pattern, name, tuple(dict.fromkeys(reasons)))
-            verdicts.append(verdict)
+                changes = expected_changes(made, asked)
+            pattern, cls = found.seam.describe(found.module), type(found.module).__name__
+            verdicts.append(Verdict(found.name, cls, pattern, name, tuple(dict.fromkeys(reasons)), changes))
         if backend is None and not common:
             auto[found.name] = auto_at(found)
     return Explanation(verdicts, auto)

@@ -48,6 +48,9 @@ class SiteAttend:
             backend = choice.backend
         result = execute(backend, attention, probabilities, self.site.name)
         self.site.kernels[result.kernel] += 1
+        changed = None if backend.capabilities.exact else backend.changes(attention.request(probabilities))
+        if changed is not None:
+            self.site.changed[changed] += 1
         if choice is not None:
             self.site.choices[choice] += 1
         if self.site.observer is not None:
@@ -162,6 +165,7 @@ class PatchedForward:
         memo[id(self)] = twin
         found = self.found._replace(module=copy.deepcopy(self.found.module, memo))
         site = replace(self.site, kernels=Counter(self.site.kernels), choices=Counter(self.site.choices))
+        site.changed = Counter(self.site.changed)
         sharers, memory = copy.deepcopy(self.sharers, memo), WeakTensorKeyDictionary()
         twin._set_up(self.number, self.group, found, site, self.backend, self.native, self.fallback, memory, sharers)
         twin.original = copy.deepcopy(self.original, memo)

@@ -17,9 +17,10 @@ from attnzoo.backend import Backend
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError, Refusal
 from attnzoo.forwards import PatchedForward, patches_of
 from attnzoo.functional import negotiate
-from attnzoo.sites import Found, Site, expected_requests, find_sites
+from attnzoo.sites import Found, Site, expected_changes, expected_requests, find_sites
 
 _patch_numbers = itertools.count(1)
+_Assigned = tuple[Found, str | Backend]
 
 
 @dataclass(eq=False)
@@ -59,7 +60,11 @@ class Handle:
         rows = [("site", "class", "pattern", "backend", "kernel", "calls", "fallbacks")]
         for site in self.sites:
             numbers = (str(site.calls), str(site.fallbacks))
-            rows.append((site.name, site.cls, site.pattern, site.ran, site.kernel or "-", *numbers))
+            names = (site.name, site.cls, site.pattern, site.ran, site.kernel or "-")
+            rows.append((*names, *numbers))
+        if any(site.approximate for site in self.sites):
+            told = ("approximate", *(site.approximate or "exact" for site in self.sites))
+            rows = [(*row, cell) for row, cell in zip(rows, told, strict=True)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -110,7 +115,7 @@ def unpatch_all(model: nn.Module) -> None:
 
 def patch(
     model: nn.Module,
-    backend: str | Mapping[str, str] = "auto",
+    backend: str | Backend | Mapping[str, str | Backend] = "auto",
     *,
     fallback: str = "error",
     **options: Any,
@@ -121,7 +126,7 @@ def patch(
         model: a Hugging Face model of a family with an adapter (see ``attnzoo doctor``), or a part of one.
         backend: a backend name or alias, ``"auto"`` (the best that refuses nothing), ``"native"`` (the model's own
             code, counted), or ``{glob over module names: name}``: the first glob that matches decides; modules that
-            none matches stay as they are.
+            none matches stay as they are. A configured :class:`Backend` may stand for its name.
         fallback: ``"error"``: what the backend cannot do raises; ``"native"``: that forward runs the model's own
             code, and is counted in ``Site.fallbacks``.
         options: go to the backend, e.g. ``window=1024``.
@@ -145,15 +150,23 @@ def patch(
     alternatives: dict[str, tuple[str, ...]] = {}
     refusers: list[str] = []
     for found, name in chosen:
-        if name == "native":
+        if name != "native":
+            found.adapter.check_drift(found.seam, found.module)
+            check_forward(found)
+            found.seam.check(found.module)
+    settled = _settle(chosen, made)
+    for found, _ in chosen:
+        instance = settled[found.name]
+        if instance is None or fallback != "error":
             continue
-        found.adapter.check_drift(found.seam, found.module)
-        check_forward(found)
-        found.seam.check(found.module)
-        instance = made[name]
-        for request in expected_requests(found) if instance is not None and fallback == "error" else ():
+        asked = expected_requests(found)
+        if not asked and (missing := registry.availability(instance)):
+            refusers.append(instance.name)
+            refused[found.name] = missing
+            alternatives[found.name] = tuple(other.name for other in registry.exact_backends())
+        for request in asked:
             try:
-                negotiate(instance, request, found.name)  # type: ignore[arg-type]
+                negotiate(instance, request, found.name)
             except BackendRefusedError as error:
                 refusers.append(error.backend)
                 for where, reasons in error.refusals.items():
@@ -167,9 +180,10 @@ def patch(
     forwards: list[PatchedForward] = []
     for found, name in chosen:
         cls = type(found.module).__name__
-        instance = made[name]
-        shown = instance.name if instance is not None else name
-        site = Site(found.name, cls, found.seam.describe(found.module), shown)
+        instance = settled[found.name]
+        shown = instance.name if instance is not None else str(name)
+        changes = () if instance is None else expected_changes(instance, expected_requests(found))
+        site = Site(found.name, cls, found.seam.describe(found.module), shown, changes)
         native, falls = name == "native", fallback == "native"
         sharers = found.seam.sharers(model, found.module)
         forwards.append(PatchedForward(number, group, found, site, instance, native, falls, memory, sharers))
@@ -178,7 +192,20 @@ def patch(
     return Handle(tuple(forward.site for forward in forwards if forward.found.seam.attends), tuple(forwards))
 
 
-def _companions(everything: list[Found], chosen: list[tuple[Found, str]]) -> list[tuple[Found, str]]:
+def _settle(chosen: list[_Assigned], made: Mapping[str | Backend, Backend | None]) -> dict[str, Backend | None]:
+    """The backend of every site by name, as it serves that site."""
+    settled: dict[str, Backend | None] = {found.name: None for found, _ in chosen}
+    for name, instance in made.items():
+        if instance is None:
+            continue
+        asked = {found.name: expected_requests(found) for found, other in chosen if other == name}
+        together = tuple(request for requests in asked.values() for request in requests)
+        for site, requests in asked.items():
+            settled[site] = instance.settle(requests, together)
+    return settled
+
+
+def _companions(everything: list[Found], chosen: list[_Assigned]) -> list[_Assigned]:
     """Modules that attend nothing, and are taken over because a module inside them is."""
     inside = [found.module for found, name in chosen if name != "native"]
     return [
@@ -203,11 +230,11 @@ def check_forward(found: Found) -> None:
         )
 
 
-def _assign(sites: list[Found], backend: str | Mapping[str, str]) -> list[tuple[Found, str]]:
-    if isinstance(backend, str):
+def _assign(sites: list[Found], backend: str | Backend | Mapping[str, str | Backend]) -> list[_Assigned]:
+    if isinstance(backend, (str, Backend)):
         return [(found, backend) for found in sites]
     pairs = backend.items() if isinstance(backend, Mapping) else ()
-    if not pairs or not all(isinstance(part, str) for pair in pairs for part in pair):
+    if not pairs or not all(isinstance(glob, str) and isinstance(name, (str, Backend)) for glob, name in pairs):
         raise InvalidArgumentError("backend", repr(backend), "a name, or {glob over module names: name}")
     names = [found.name for found in sites]
     for glob in backend:
@@ -221,10 +248,12 @@ def _assign(sites: list[Found], backend: str | Mapping[str, str]) -> list[tuple[
     ]
 
 
-def _make(name: str, options: Mapping[str, Any]) -> Backend | None:
+def _make(name: str | Backend, options: Mapping[str, Any]) -> Backend | None:
     """The configured backend behind a name; None for ``auto`` and ``native``, which take no options."""
-    if name not in registry.RESERVED:
-        return registry.make_backend(name, **options)
+    if isinstance(name, Backend) and not options:
+        return name
+    if isinstance(name, str) and name not in registry.RESERVED:
+        return registry.configure(name, **options)
     if options:
         raise InvalidArgumentError("options", f"{sorted(options)} with backend {name!r}", "options of a named backend")
     return None

@@ -82,7 +82,21 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Full(Pattern):
-    """Every query sees every key."""
+    """Every query sees every key.
+
+    Attributes:
+        cross: the keys are another sequence's (cross-attention), so that no key is near a query or far from it. Who
+            sees whom is the same; backends that keep to what is near leave such attention as it is.
+    """
+
+    cross: bool = False
+
+    def __repr__(self) -> str:
+        return "Full(cross=True)" if self.cross else "Full()"
+
+    @property
+    def coarse(self) -> Pattern:
+        return Full()
 
     def mask_mod(self, q_len: int, kv_len: int) -> MaskMod:
         return lambda b, h, q, kv: (q >= 0) & (kv >= 0)

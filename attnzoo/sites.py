@@ -13,6 +13,7 @@ from attnzoo import registry
 from attnzoo.adapter import Adapter, Seam
 from attnzoo.backend import Backend
 from attnzoo.errors import InvalidArgumentError, PatchError
+from attnzoo.functional import autocast_dtype
 from attnzoo.segments import Attention, Request, Result
 from attnzoo.tuning.choice import Choice
 
@@ -28,9 +29,11 @@ class Site:
         cls: its class.
         pattern: what it computes, for people.
         backend: the backend that was asked for; ``"native"`` is the model's own code.
+        changes: what the backend is expected to change of the pattern, in words; empty where it is exact.
         kernels: how often each kernel really ran.
         calls: how many attentions really ran on the backend.
         choices: how often ``auto`` took each backend, and why; empty for backends asked for by name.
+        changed: how often what was really changed.
         fallbacks: how many forwards went to the model's own code under ``fallback="native"``.
         observer: called after every attention with the site, the attention, its result and the backend that ran.
     """
@@ -39,8 +42,10 @@ class Site:
     cls: str
     pattern: str
     backend: str
+    changes: tuple[str, ...] = ()
     kernels: Counter[str] = field(default_factory=Counter)
     choices: Counter[Choice] = field(default_factory=Counter)
+    changed: Counter[str] = field(default_factory=Counter)
     fallbacks: int = 0
     observer: Observer | None = field(default=None, repr=False)
 
@@ -52,6 +57,11 @@ class Site:
     def kernel(self) -> str | None:
         """What really ran so far, most frequent first; None before the first call."""
         return "+".join(kernel for kernel, _ in self.kernels.most_common()) or None
+
+    @property
+    def approximate(self) -> str:
+        """What was changed of the pattern in the calls so far; before the first, what will be. Empty: nothing."""
+        return "; ".join(self.changed if self.calls else self.changes)
 
     @property
     def ran(self) -> str:
@@ -101,11 +111,20 @@ def find_sites(model: nn.Module) -> list[Found]:
 
 
 def expected_requests(site: Found) -> tuple[Request, ...]:
-    """What a site will ask of its backend, for the model as it is now (train or eval, device, dtype)."""
+    """What a site will ask of its backend, for the model as it is now (train or eval, device, dtype, autocast)."""
     module = site.module
     grad = module.training and trains(module)
     dropout = module.training and site.seam.dropout(module) > 0.0
-    return tuple(replace(request, dropout=dropout, grad=grad) for request in site.seam.requests(module))
+    return tuple(
+        replace(request, dropout=dropout, grad=grad, dtype=autocast_dtype(request.dtype, request.device))
+        for request in site.seam.requests(module)
+    )
+
+
+def expected_changes(backend: Backend, requests: tuple[Request, ...]) -> tuple[str, ...]:
+    """What a backend will change of what a site is expected to ask, in words."""
+    found = (backend.changes(request) for request in requests)
+    return tuple(dict.fromkeys(change for change in found if change is not None))
 
 
 def trains(module: nn.Module) -> bool:

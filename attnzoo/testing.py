@@ -4,7 +4,8 @@
 
 Cases are generated from one list of kinds, for every backend alike. A case the backend's capabilities take must run and
 agree with the float64 oracle under the error rule, forward and backward; a case they refuse must really be refused,
-with a field, what was got and what is allowed. attnzoo's own test matrix is these cases.
+with a field, what was got and what is allowed. A backend that changes the pattern is judged by what it makes of a case
+(:meth:`attnzoo.Backend.rewrite`). attnzoo's own test matrix is these cases.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from attnzoo.errors import AttnzooError, BackendRefusedError
 from attnzoo.functional import execute, refusals
 from attnzoo.globals import locate
 from attnzoo.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window
+from attnzoo.samples import Sample
 from attnzoo.segments import FLOATS, Attention, Segment
 from attnzoo.verification import check_site
 
@@ -163,7 +165,7 @@ class Outcome:
         failure: what is wrong, or empty.
     """
 
-    case: Case
+    case: Case | Sample
     refused: bool
     checks: tuple[Check, ...]
     failure: str
@@ -195,8 +197,8 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[Case]:
             yield Case(dtype, pattern, mask, kv_heads=2, q_len=700, kv_len=700)
 
 
-def run_case(backend: Backend, case: Case, device: str = "cpu", seed: int = 0) -> Outcome:
-    """Put one case to a backend and judge what it does."""
+def run_case(backend: Backend, case: Case | Sample, device: str = "cpu", seed: int = 0) -> Outcome:
+    """Put one case, or a sample of a request, to a backend and judge what it does."""
     attention = case.attention(device, seed)
     reasons = refusals(backend, attention.request(case.probabilities))
     if reasons:
@@ -217,7 +219,7 @@ def run_case(backend: Backend, case: Case, device: str = "cpu", seed: int = 0) -
         return Outcome(case, False, (), f"declared to run, yet it raised {type(error).__name__}: {error}")
 
 
-def _result_failure(backend: Backend, case: Case, attention: Attention) -> str:
+def _result_failure(backend: Backend, case: Case | Sample, attention: Attention) -> str:
     """What is wrong with the result beyond its values."""
     result = execute(backend, attention, case.probabilities)
     expected = (attention.batch, attention.heads, attention.q_len, attention.value_dim)
@@ -256,7 +258,8 @@ def _dropout_failure(backend: Backend, attention: Attention, seed: int = 0) -> s
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         got = execute(backend, dropped).output
-    weights = evaluate(kept.with_tensors(tuple(t.double() for t in kept.tensors()))).output
+    wide = kept.with_tensors(tuple(t.double() for t in kept.tensors()))
+    weights = evaluate(backend.rewrite(wide, backend.choices(kept))).output
     scaled = weights / (1.0 - attention.dropout)
     gone = got == 0.0
     eps = torch.finfo(got.dtype).eps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from attnzoo.backends.eager import evaluate
 from attnzoo.error_rule import Check
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.functional import execute
+from attnzoo.oracles import oracles
 from attnzoo.patching import patch, unpatch_all
 from attnzoo.replay import recording, replaying
 from attnzoo.segments import Attention, Request, Result
@@ -64,6 +65,9 @@ class Report:
         original: the model's own code against the same: it says that the oracle computes what the model means.
         fault: why the model's own code is wrong, and so was not run; empty where it is right.
         note: what was not compared end to end, and why; empty where everything was.
+        changed: what the backend changed of the pattern; everything is judged with that change then. Empty: nothing.
+        distance: what it makes of the model: per output, the largest difference between the model's own code and the
+            reference, over the reference's largest value. Empty where nothing was changed.
     """
 
     backend: str
@@ -72,6 +76,8 @@ class Report:
     original: tuple[Check, ...]
     fault: str = ""
     note: str = ""
+    changed: str = ""
+    distance: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -92,6 +98,8 @@ class Report:
             "original": [_plain(check) for check in self.original],
             "fault": self.fault,
             "note": self.note,
+            "changed": self.changed,
+            "distance": dict(self.distance),
         }
 
     def __str__(self) -> str:
@@ -107,6 +115,10 @@ class Report:
             lines.append(f"the original was not run: {self.fault}")
         if self.note:
             lines.append(self.note)
+        if self.changed:
+            lines.append(f"the pattern was changed, and is judged as changed: {self.changed}")
+        for what, far in self.distance.items():
+            lines.append(f"{what} is off the unchanged model's by {far:.2g} of its largest value")
         return "\n".join([*lines, f"backend {self.backend!r}: {verdict}"])
 
 
@@ -130,6 +142,8 @@ def check_site(
 ) -> SiteReport:
     """Compare a backend with the float64 oracle on one attention, dropout off.
 
+    A backend that changes the pattern is judged by the oracle on the changed one (:meth:`Backend.rewrite`).
+
     Long inputs are judged on a sample of query rows, first and last included: the oracle's rows do not depend on each
     other, and gradients are those of a cotangent that is zero elsewhere, so both are exact at any length.
 
@@ -149,9 +163,11 @@ def check_site(
     shape = (attention.batch, attention.heads, len(rows), attention.value_dim)
     cotangent = torch.randn(shape, generator=generator, dtype=torch.float64).to(attention.query.device)
 
+    choices = made.choices(attention)
+
     def oracle(dtype: torch.dtype) -> tuple[Tensor, ...]:
         own = _leaves(attention, dtype, grad)
-        output = evaluate(own, rows).output
+        output = evaluate(made.rewrite(own, choices), rows).output
         return output, *([_gradient(output, own, cotangent)] if grad else [])
 
     own = _leaves(attention, attention.query.dtype, grad)
@@ -208,7 +224,7 @@ def _gradient(output: Tensor, attention: Attention, cotangent: Tensor) -> Tensor
 def verify(
     model: nn.Module,
     inputs: Mapping[str, Any],
-    backend: str | Mapping[str, str] = "sdpa",
+    backend: str | Backend | Mapping[str, str | Backend] = "sdpa",
     *,
     gradients: bool = True,
     max_rows: int = 128,
@@ -248,9 +264,12 @@ def verify(
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     wide = dtype == torch.float64
     seen: dict[tuple[str, Request], tuple[Attention, str, Backend]] = {}
+    rewriters: dict[str, tuple[Backend, list[object]]] = {}
 
     def observe(site: Site, attention: Attention, result: Result, ran: Backend) -> None:
         seen.setdefault((site.name, attention.request()), (attention, result.kernel, ran))
+        if not ran.capabilities.exact:
+            rewriters.setdefault(site.name, (ran, []))[1].append(ran.choices(attention))
 
     with torch.random.fork_rng(devices=_cuda_devices(model)), _eval_mode(model):
         with patch(model, backend, **options) as handle:
@@ -263,6 +282,7 @@ def verify(
             whole = gradients and not any(one.seam.backward_in_training for one in found)
             with recording(choosing) as choices:
                 got = _run(model, inputs, whole, seed)
+        changed = "; ".join(dict.fromkeys(site.approximate for site in handle.sites if site.approximate))
         plain = copy.deepcopy(model)
         unpatch_all(plain)
         # There is no wider reference to see the roundings of a float64 model against: take those of float32 instead.
@@ -270,14 +290,14 @@ def verify(
         narrow_inputs = _cast(inputs, torch.float32) if wide else inputs
         with replaying(narrow, choices):
             original = {} if fault or choices else _run(narrow, narrow_inputs, whole, seed)
-        with replaying(narrow, choices), patch(narrow, "eager"):
+        with replaying(narrow, choices), patch(narrow, oracles(rewriters)):
             eager = _run(narrow, narrow_inputs, whole, seed)
         double = _cast(inputs, torch.float64)
         if choices and not fault:
             # LSH models hide a token from itself with -1e5, which leaves float32 little of the score: judge in float64.
             with replaying(plain.double(), choices):
                 original = _run(plain, double, whole, seed)
-        with replaying(plain.double(), choices), patch(plain, "eager"):
+        with replaying(plain.double(), choices), patch(plain, oracles(rewriters)):
             reference = _run(plain, double, whole, seed)
         sites = tuple(
             check_site(name, attention, ran, grad=gradients, max_rows=max_rows, seed=seed, kernel=kernel)
@@ -294,11 +314,19 @@ def verify(
             if what in values
         )
 
-    name = backend if isinstance(backend, str) else str(dict(backend))
-    note = ""
+    name = str(dict(backend)) if isinstance(backend, Mapping) else str(backend)
+    note, distance = "", {}
+    if changed:
+        distance = {
+            what: float((original[what].double() - true).abs().max() / true.abs().max())
+            for what, true in reference.items()
+            if what in original and "gradient" not in what
+        }
+        original = {}
     if gradients and not whole:
         note = "gradients are compared per attention only: this model's backward works in training mode alone"
-    return Report(name, sites, compare(got, dtype), compare(original, torch.float32 if wide else dtype), fault, note)
+    own = compare(original, torch.float32 if wide else dtype)
+    return Report(name, sites, compare(got, dtype), own, fault, note, changed, distance)
 
 
 @contextmanager

@@ -1,0 +1,189 @@
+"""What ``blocked-local`` and ``lsh`` share: they change what dense attention looks at, and let another compute it.
+
+Attention that is dense sees ever more keys as the sequence grows. Such attention is rewritten, its new form is exact
+data like any other, and an exact backend runs it. Everything else is handed on as it is: attention that is local of
+its own, and attention to another sequence, where nothing is near.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from attnzoo import registry
+from attnzoo.backend import Backend, Capabilities
+from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal
+from attnzoo.functional import execute
+from attnzoo.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window
+from attnzoo.segments import FLOATS, Attention, Request, Result, Segment
+
+LOCAL = (Window, Chunks)
+
+
+def check_count(backend: str, option: str, value: object, minimum: int) -> None:
+    """Raise unless an option is an integer of at least this size."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise InvalidArgumentError(f"{option} of backend {backend!r}", repr(value), f"an integer >= {minimum}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewriting(Backend):
+    """Base class. Subclasses say which options dense attention needs, and how it is rewritten.
+
+    Attributes:
+        kernel: the exact backend that computes, by name; ``"auto"`` chooses one.
+        kept: the attention is bounded by the model itself, so that nothing of it is changed. Not an option:
+            :meth:`settle` finds it out.
+    """
+
+    needed: ClassVar[tuple[str, ...]] = ()
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        devices=frozenset({"cpu", "cuda"}),
+        dtypes=frozenset(FLOATS),
+        patterns=frozenset({Full, Causal, Window, Chunks, SortedChunks}),
+        segments=1 << 16,
+        key_mask=True,
+        mask=True,
+        bias=frozenset({"relative", "dense"}),
+        bias_grad=True,
+        gqa=True,
+        uneven_value_dim=True,
+        dropout=True,
+        grad=True,
+        exact=False,
+    )
+
+    kernel: str = "auto"
+    kept: bool = field(default=False, metadata={"option": False}, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.kernel != "auto" and not registry.backend_class(self.kernel).capabilities.exact:
+            raise InvalidArgumentError("kernel", repr(self.kernel), "'auto', or the name of an exact backend")
+
+    # --- what is changed
+
+    def settle(self, site: tuple[Request, ...], patch: tuple[Request, ...]) -> Backend:
+        """A site that is local of its own is left alone, in whatever it asks (short inputs, global tokens, decoding).
+
+        So is, without options, all that stands beside such a site: nothing of a model that is local needs options.
+        """
+        bounded = any(map(_is_local, site)) or (bool(self._missing()) and any(map(_is_local, patch)))
+        return replace(self, kept=True) if bounded else self
+
+    def changes(self, request: Request) -> str | None:
+        if self.kept or _is_local(request) or all(_is_cross(segment.pattern) for segment in request.segments):
+            return None
+        return self.describe(request)
+
+    def describe(self, request: Request) -> str:
+        """What dense attention sees here, in words."""
+        raise NotImplementedError
+
+    def _missing(self) -> tuple[str, ...]:
+        return tuple(option for option in self.needed if getattr(self, option) is None)
+
+    # --- what is refused
+
+    def refusals(self, request: Request) -> tuple[Refusal, ...]:
+        own = super().refusals(request)
+        if self.changes(request) is not None:
+            own += self._dense_refusals(request)
+            if not own:
+                request = self.rewrite_request(request)
+        return own or _kernel_refusals(self.kernel, request)
+
+    def _dense_refusals(self, request: Request) -> tuple[Refusal, ...]:
+        missing = self._missing()
+        if missing:
+            options = ", ".join(f"{option}=..." for option in self.needed)
+            allowed = f"{options}: this attention is dense, and becomes approximate"
+            return (Refusal("options", f"no {', '.join(missing)}", allowed),)
+        if len(request.segments) > 1:
+            return (Refusal("segments", f"{len(request.segments)} dense ones", "1, or a local one among them"),)
+        return self.more_refusals(request)
+
+    def more_refusals(self, request: Request) -> tuple[Refusal, ...]:
+        """Why a single dense segment cannot be rewritten."""
+        return ()
+
+    # --- what is computed
+
+    def rewrite(self, attention: Attention, choices: Any = None) -> Attention:
+        if self.changes(attention.request()) is None:
+            return attention
+        return replace(attention, segments=self.rewrite_dense(attention, choices))
+
+    def rewrite_dense(self, attention: Attention, choices: Any) -> tuple[Segment, ...]:
+        """What stands in place of the only segment."""
+        raise NotImplementedError
+
+    def rewrite_request(self, request: Request) -> Request:
+        """The request of a rewritten attention, as far as one request tells another."""
+        raise NotImplementedError
+
+    def run(self, attention: Attention, probabilities: bool = False) -> Result:
+        rewritten = self.rewrite(attention)
+        if self.kernel == "auto":
+            return execute(registry.choose_for(rewritten, probabilities).backend, rewritten, probabilities)
+        return execute(registry.make_backend(self.kernel), rewritten, probabilities)
+
+
+def _is_local(request: Request) -> bool:
+    return any(isinstance(segment.pattern, LOCAL) for segment in request.segments)
+
+
+def _is_cross(pattern: Pattern) -> bool:
+    return isinstance(pattern, Full) and pattern.cross
+
+
+def _kernel_refusals(kernel: str, request: Request) -> tuple[Refusal, ...]:
+    """Why the kernel cannot run it; for ``"auto"``: why none can."""
+    try:
+        if kernel != "auto":
+            return registry.make_backend(kernel).refusals(request)
+        registry.choose(request)
+    except BackendRefusedError as error:
+        return tuple(dict.fromkeys(reason for reasons in error.refusals.values() for reason in reasons))
+    return ()
+
+
+# --- where queries stand
+
+
+def real_keys(segment: Segment) -> Tensor | None:
+    """Keys that some query may see: bool ``(batch or 1, kv_len)``; None: all."""
+    real = segment.key_mask
+    if segment.mask is not None:
+        shown = segment.mask.any(2).any(1)
+        real = shown if real is None else shown & real
+    return real
+
+
+def first_position(backend: str, segment: Segment, q_len: int) -> int:
+    """The key position of query 0.
+
+    What the pattern says, if it does. A single query is a decoding step: it stands at the last key that any sample
+    shows, as a static cache has room behind it. Else the last query is aligned with the last key.
+
+    Raises:
+        BackendRefusedError: several queries on a longer cache that hides its end in all samples: their positions
+            cannot be known.
+    """
+    if isinstance(segment.pattern, Causal) and segment.pattern.offset is not None:
+        return segment.pattern.offset
+    aligned, real = segment.kv_len - q_len, real_keys(segment)
+    if real is None or aligned == 0 or bool(real[:, -1].any()):
+        return aligned
+    if q_len == 1:
+        places = torch.arange(segment.kv_len, device=real.device)
+        return int((places * real.any(0)).max())
+    got = f"the end of {segment.kv_len} keys hidden from all {q_len} queries, whose positions it would tell"
+    raise BackendRefusedError(backend, {"attention": (Refusal("key_mask", got, "Causal(offset=...)"),)}, {})
+
+
+def aligned_offset(position: int, q_len: int, kv_len: int) -> int | None:
+    """The offset of a pattern whose query 0 is at a position; None, which fits all lengths, where that says it."""
+    return None if position == kv_len - q_len != 0 else position

@@ -1,0 +1,48 @@
+"""The oracle where a backend changes what is computed: it computes what that backend makes of an attention.
+
+Runs in several dtypes are compared only if they make the same choices (hash buckets), so those of one run are repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from attnzoo.backend import Backend, Capabilities
+from attnzoo.backends.eager import EagerBackend
+from attnzoo.segments import Attention, Result
+
+
+@dataclass(frozen=True, eq=False)
+class Rewritten(Backend):
+    """``eager`` on what another backend makes of each attention.
+
+    Attributes:
+        backend: the other.
+        repeated: its choices, call by call.
+    """
+
+    __eq__ = object.__eq__  # two of them are not one because they have as little to tell as any backend
+    __hash__ = object.__hash__
+
+    name: ClassVar[str] = "eager"
+    capabilities: ClassVar[Capabilities] = EagerBackend.capabilities
+
+    backend: Backend
+    repeated: Iterator[object]
+
+    def run(self, attention: Attention, probabilities: bool = False) -> Result:
+        return EagerBackend().run(self.backend.rewrite(attention, next(self.repeated)), probabilities)
+
+
+def oracles(rewriters: Mapping[str, tuple[Backend, list[object]]]) -> dict[str, str | Backend]:
+    """What to patch a model with for it to compute by definition, by glob over site names.
+
+    Args:
+        rewriters: by site, the backend that may have changed the pattern there, and its choices call by call.
+    """
+    found: dict[str, str | Backend] = {
+        site: Rewritten(backend, iter(choices)) for site, (backend, choices) in rewriters.items()
+    }
+    return {**found, "*": "eager"}
