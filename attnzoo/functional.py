@@ -53,10 +53,14 @@ def execute(backend: Backend, attention: Attention, probabilities: bool = False,
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype attention is computed in: that of autocast where it is on (not for float64), else the tensor's."""
-    device = tensor.device.type
-    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    return autocast_dtype(tensor.dtype, tensor.device.type)
+
+
+def autocast_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """The same by dtype and device type."""
+    if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    return tensor.dtype
+    return dtype
 
 
 def attention(

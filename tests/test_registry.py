@@ -189,7 +189,7 @@ def test_a_name_taken_before_anything_was_looked_up_is_refused_too():
 )
 def test_near_misses_are_suggested(typed, meant):
     with pytest.raises(
-        UnknownNameError, match=f"backend: got '{typed}' .did you mean .*'{meant}'.*allowed: 'auto', 'e"
+        UnknownNameError, match=f"backend: got '{typed}' .did you mean .*'{meant}'.*allowed: 'auto', .*'eager'"
     ):
         attnzoo.attention(**small(), backend=typed)
 
