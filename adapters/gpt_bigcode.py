@@ -67,6 +67,9 @@ class _WithProbabilities:
     def __call__(self, attention: Attention, probabilities: bool = True) -> Result:
         return self._attend(attention, True)
 
+    def takes(self, attention: Attention) -> bool:
+        return self._attend.takes(attention)
+
     def falls_back(self, can: bool = True) -> bool:
         return self._attend.falls_back(can and native_probabilities(self._module))
 

@@ -16,7 +16,7 @@ from attnzoo.adapter import Adapter, Attend, Forward, Seam, parameter_of
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.globals import locate
 from attnzoo.patterns import Full, Window
-from attnzoo.segments import Attention, Request, Result, Segment, SegmentRequest, describe
+from attnzoo.segments import Attention, Request, Segment, SegmentRequest, describe
 
 VERSIONS = "5.17 to 5.23"
 
@@ -85,8 +85,12 @@ def _forward(
 
     states = hidden_states.gather(1, found.positions[:, :, None].expand(-1, -1, hidden_states.shape[2]))
     query = _heads(module, module.query_global(states))
+    absorbed = None
     if _absorbs(module, query, output_attentions):
-        result = _absorbed(module, attend, query, hidden_states, real, scale)
+        absorbed = _absorbed(module, query, hidden_states, real, scale)
+    if absorbed is not None and attend.takes(absorbed):
+        result = attend(absorbed)
+        result = result._replace(output=_released(module, query, result.output))
     else:
         everything = Segment(
             _heads(module, module.key_global(hidden_states)),
@@ -123,28 +127,31 @@ def _is_plain(linear: Any) -> bool:
     return type(linear) is nn.Linear and not hooked
 
 
-def _absorbed(
-    module: Any, attend: Attend, query: Tensor, hidden_states: Tensor, real: Tensor | None, scale: float
-) -> Result:
-    """Global queries ``(batch, heads, most, head_dim)`` on the hidden states themselves.
+def _absorbed(module: Any, query: Tensor, hidden_states: Tensor, real: Tensor | None, scale: float) -> Attention:
+    """Global queries ``(batch, heads, most, head_dim)`` on the hidden states themselves, all heads' as one head's.
 
     ``q . (W h + b) = (W^T q) . h + q . b``, where the last term shifts all scores of a row alike, and
     ``sum(p (W h + b)) = W sum(p h) + b``: all keys and values of all heads are the states ``(batch, length, embed)``,
     which need not be projected (the absorption of DeepSeek-V2's latent attention, arXiv:2405.04434).
     """
-    heads, most = query.shape[1:3]
-    weights = [
-        linear.weight.to(query.dtype).unflatten(0, (heads, -1)) for linear in (module.key_global, module.value_global)
-    ]
-    key_weight, value_weight = weights  # (heads, head_dim, embed)
+    weight = _weight(module.key_global, query)
     states = hidden_states.to(query.dtype)[:, None]
-    segment = Segment(states, states, key_mask=real)
-    result = attend(Attention((query @ key_weight).flatten(1, 2)[:, None], (segment,), scale))
-    mixed = result.output.squeeze(1).unflatten(1, (heads, most))
-    output = mixed @ value_weight.transpose(-1, -2)
-    if module.value_global.bias is not None:
-        output = output + module.value_global.bias.to(query.dtype).unflatten(0, (heads, 1, -1))
-    return result._replace(output=output)
+    return Attention((query @ weight).flatten(1, 2)[:, None], (Segment(states, states, key_mask=real),), scale)
+
+
+def _released(module: Any, query: Tensor, mixed: Tensor) -> Tensor:
+    """The values ``(batch, heads, most, head_dim)`` of mixed states ``(batch, 1, heads * most, embed)``."""
+    linear = module.value_global
+    output = mixed.squeeze(1).unflatten(1, query.shape[1:3]) @ _weight(linear, query).transpose(-1, -2)
+    if linear.bias is None:
+        return output
+    return output + linear.bias.to(query.dtype).unflatten(0, (query.shape[1], 1, -1))
+
+
+def _weight(linear: Any, query: Tensor) -> Tensor:
+    """A projection's weight by heads: ``(heads, head_dim, embed)``."""
+    weight: Tensor = linear.weight.to(query.dtype)
+    return weight.unflatten(0, (query.shape[1], -1))
 
 
 def _banded(weights: tuple[Tensor, ...], window: int, is_global: Tensor | None) -> Tensor:

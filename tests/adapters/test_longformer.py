@@ -1,10 +1,13 @@
 """Longformer's and LED's global tokens: their projections are absorbed into the few queries where nobody can tell."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
 
 import attnzoo
+from attnzoo.backends.eager import EagerBackend
 
 from ..models.zoo import led, led_inputs
 
@@ -82,3 +85,24 @@ def test_a_projection_of_another_type_is_called(model):
     report = attnzoo.verify(model, led_inputs(37, "left", "one"), "sdpa", gradients=False)
     assert report.ok, str(report)
     assert Adapted.calls
+
+
+def test_a_backend_that_does_not_take_heads_as_wide_as_the_states_gets_the_projection(model, monkeypatch):
+    @dataclass(frozen=True)
+    class Narrow(EagerBackend):
+        def refusals(self, request):
+            wide = request.head_dim > 16
+            return (attnzoo.Refusal("head_dim", str(request.head_dim), "at most 16"),) if wide else ()
+
+    Narrow.name = "narrow"
+    attnzoo.register_backend(Narrow)
+    try:
+        assert projected(model, monkeypatch, backend="narrow")
+        report = attnzoo.verify(model, led_inputs(37, "left", "one"), "narrow", gradients=False)
+        assert report.ok, str(report)
+    finally:
+        attnzoo.unregister_backend("narrow")
+
+
+def test_auto_absorbs_where_any_backend_takes_it(model, monkeypatch):
+    assert not projected(model, monkeypatch, backend="auto")
