@@ -35,6 +35,9 @@ class Attend(Protocol):
     def __call__(self, attention: Attention, probabilities: bool = False) -> Result:
         """Run an attention on the site's backend."""
 
+    def takes(self, attention: Attention) -> bool:
+        """Whether the site's backend would run an attention: for choosing between two ways to say the same."""
+
     def falls_back(self, can: bool = True) -> bool:
         """After a refusal: whether to run the model's own code instead, if it ``can`` serve; counts it if so."""
 
