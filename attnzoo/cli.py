@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from attnzoo.errors import AttnzooError
+from attnzoo.tuning.cli import tune
 
 app = typer.Typer(
     help="A pluggable attention-backend registry for Hugging Face models.",
@@ -76,11 +77,12 @@ def verify(
         raise typer.Exit(1)
 
 
+app.command()(tune)
+
+
 def _mount() -> None:
     from attnzoo.benchmarks.cli import bench
-    from attnzoo.tuning.cli import tune
 
-    app.command()(tune)
     app.command()(bench)
 
 

@@ -299,7 +299,7 @@ def choose(
     takes = candidates(request)
     wrong: dict[str, str] = {}
     if size is not None and environment is not None:
-        because = f"nothing measured for {mode_of(request.grad)} at {size}"
+        because = f"nothing measured for {mode_of(request.grad)} at {size}; attnzoo.tune measures"
         measurement = cache.find(environment, key_of(request, size))
         if measurement is not None:
             measured = by_measurement(measurement, takes)

@@ -170,7 +170,7 @@ def _read(path: Path) -> Stored:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return Stored(path, {}, {})
     data = json.loads(text)
     if not isinstance(data, dict) or data.get("format") != FORMAT:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import time
@@ -111,7 +110,6 @@ def _times(runs: dict[str, Callable[[], str]], device: torch.device, rounds: int
         _wait(device)
         return (tick() - start) / count
 
-    gc.collect()
     counts = {}
     for name, run in runs.items():
         once = sample(run, 1)

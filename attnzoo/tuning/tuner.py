@@ -103,8 +103,10 @@ def tune(
             outcomes = race(met.attention, takes, grad=met.request.grad, rounds=rounds, clock=clock)
             new = Measurement(plain(met.request), met.size, outcomes, met.where)
             # Kept at once: what was measured before an interruption need not be measured again.
-            cache.add(met.environment, [new], save=save)
-            registry.choose.cache_clear()
+            try:
+                cache.add(met.environment, [new], save=save)
+            finally:
+                registry.choose.cache_clear()
             found.append(new)
             fresh.add(new.key)
     return Tuning(found, frozenset(fresh))

@@ -1,0 +1,134 @@
+"""Backends are timed in turns, behind the error rule, and what is wrong is never taken."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo import registry
+from attnzoo.backends.eager import EagerBackend
+from attnzoo.tuning import race
+
+from ..models.zoo import gpt_neox
+from .conftest import CAN_ALL
+from .subjects import attention, measured, took, tune
+
+
+def test_times_are_medians_of_turns_after_a_first_run_that_does_not_count(add, clock):
+    """A backend that compiles first and is disturbed now and then is judged by what it usually takes."""
+    add("even", seconds=3.0)
+    add("uneven", costs=[1000.0] * 3 + [2.0, 50.0, 2.0, 2.0, 50.0, 2.0, 2.0])
+    (found,) = tune(clock, rounds=7)
+    assert found.ranking() == [(2.0, "uneven"), (3.0, "even")]
+
+
+def test_rounds_take_turns(add, clock):
+    order = []
+    for name in ("first", "second"):
+        cls = add(name, seconds=1.0)
+        run = cls.run
+        cls.run = lambda self, *args, _run=run, _name=name: (order.append(_name), _run(self, *args))[1]
+    race.race(attention(), [cls() for cls in registry._backends.values()], grad=False, rounds=3, clock=clock)
+    assert order[-6:] == ["first", "second"] * 3
+
+
+def test_short_runs_are_timed_many_at_a_time(add, clock):
+    cls = add("short", seconds=2**-9)
+    outcomes = race.race(attention(), [cls()], grad=False, rounds=2, clock=clock)
+    assert outcomes["short"].seconds == 2**-9
+    assert len(cls.runs) == 3 + 2 * 3, "judged, warmed up, timed once, then two samples of at least 5 ms"
+
+
+def test_the_hopeless_are_timed_once(add, clock):
+    fast, slow = add("fast", seconds=1.0), add("slow", seconds=100.0)
+    outcomes = race.race(attention(), [fast(), slow()], grad=False, rounds=7, clock=clock)
+    assert outcomes["slow"].seconds == 100.0
+    assert (len(fast.runs), len(slow.runs)) == (3 + 7, 3 + 1)
+
+
+def test_backward_counts_where_gradients_are_asked_for(add, clock):
+    add("forward", seconds=1.0, backward=9.0), add("both", seconds=2.0, backward=2.0)
+    model = gpt_neox()
+    (inference,) = tune(clock, model)
+    (training,) = tune(clock, model.train())
+    assert inference.ranking() == [(1.0, "forward"), (2.0, "both")]
+    assert training.ranking() == [(4.0, "both"), (10.0, "forward")]
+    assert (inference.mode, training.mode) == ("forward", "forward+backward")
+    (evaluating,) = tune(clock, model.eval(), gradients=True)
+    assert evaluating == training, "the mode of the model is one thing, gradients another"
+
+
+def test_what_is_wrong_is_reported_and_never_taken(add, clock):
+    add("right", seconds=5.0), add("wrong", seconds=0.1, rank=9, spoils=lambda output: output * 1.01)
+    (found,) = tune(clock)
+    assert found.ranking() == [(5.0, "right")]
+    assert "output: error" in found.outcomes["wrong"].reason and "FAILS" in str(tune(clock))
+    assert took().backend.name == "right"
+
+
+def test_wrong_gradients_count_where_gradients_are_asked_for(add, clock):
+    add("right"), add("wrong", rank=9, spoils=lambda output: output.detach() + 0.5 * (output - output.detach()))
+    model = gpt_neox()
+    (inference,), (training,) = tune(clock, model), tune(clock, model, gradients=True)
+    assert len(inference.ranking()) == 2 and "gradient: error" in training.outcomes["wrong"].reason
+
+
+def test_what_raises_is_reported_and_never_taken(add, clock):
+    add("broken", rank=-1, raises=RuntimeError("no such kernel\nlong trace")), add("sound")
+    (found,) = tune(clock)
+    assert found.outcomes["broken"].reason == "raised RuntimeError: no such kernel"
+    assert took().backend.name == "sound"
+
+
+def test_where_all_were_wrong_auto_refuses_with_what_was_found(add):
+    add("one"), add("two"), add("three", grad=False, dtypes=frozenset({torch.float64}))
+    measured(attention(), {"one": "output: error 1", "two": "raised OSError"})
+    with pytest.raises(attnzoo.BackendRefusedError) as caught:
+        registry.choose_for(attention())
+    for line in ("measured: got output: error 1; allowed: ", "measured: got raised OSError", "dtype: got float32"):
+        assert line in str(caught.value)
+
+
+def test_an_interrupt_is_not_a_result(add, clock):
+    add("sound", rank=9), add("stopped", raises=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        tune(clock)
+    assert took().reason.startswith("by priority")
+
+
+def test_only_exact_backends_that_refuse_nothing_and_need_no_options_are_run(add, clock):
+    add("one"), add("two")
+    outside = [add("approximate", exact=False), add("narrow", dtypes=frozenset({torch.float64}))]
+
+    @attnzoo.register_backend
+    @dataclass(frozen=True)
+    class Needy(attnzoo.Backend):
+        window: int
+        name: ClassVar[str] = "needy"
+        capabilities: ClassVar[attnzoo.Capabilities] = CAN_ALL
+
+    (found,) = tune(clock)
+    assert set(found.outcomes) == {"one", "two"}
+    assert [cls.runs for cls in outside] == [[], []]
+
+
+def test_dense_backends_are_left_out_where_they_would_fill_the_memory(add, clock, monkeypatch):
+    add("blocked", seconds=5.0)
+    dense = add("dense", seconds=1.0, rank=9)
+    dense.dense = True
+    (found,) = tune(clock)
+    assert found.ranking()[0] == (1.0, "dense")
+    monkeypatch.setattr(race, "DENSE_BYTES", race.dense_bytes(attention(21, batch=1), grad=False) - 1)
+    dense.runs.clear()
+    (found,) = tune(clock, again=True)
+    assert len(dense.runs) == 2, "by the model's two layers, not timed"
+    assert "GiB for dense scores" in found.outcomes["dense"].reason
+    assert took().backend.name == "blocked"
+    assert EagerBackend.dense and not attnzoo.registry.Backend.dense
+
+
+def test_dense_bytes_are_those_of_grids_of_scores():
+    assert race.dense_bytes(attention(64, batch=1), grad=False) == 2 * 64 * 64 * 4 * 6
+    assert race.dense_bytes(attention(64, batch=2), grad=True) == 2 * 2 * 64 * 64 * 4 * 10
