@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -402,7 +403,8 @@ def _real_tokens(model: nn.Module, inputs: dict[str, Any], name: str, output: Te
     A decoder's rows count where its sample has a source to attend to.
     """
     mask = inputs.get("attention_mask")
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and not name.startswith("encoder"):
+    decodes = "decoder_input_ids" in inspect.signature(model.forward).parameters  # an encoder alone shares the config
+    if decodes and not name.startswith("encoder"):
         sources = None if mask is None else mask.bool().flatten(1).any(1)
         mask = inputs.get("decoder_attention_mask")
         if mask is None and sources is not None and output.ndim > 1:
