@@ -57,7 +57,7 @@ class Handle:
         self.remove()
 
     def __str__(self) -> str:
-        rows = [("site", "class", "pattern", "backend", "kernel", "calls", "fallbacks")]
+        rows: list[tuple[str, ...]] = [("site", "class", "pattern", "backend", "kernel", "calls", "fallbacks")]
         for site in self.sites:
             numbers = (str(site.calls), str(site.fallbacks))
             names = (site.name, site.cls, site.pattern, site.ran, site.kernel or "-")

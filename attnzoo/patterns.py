@@ -7,7 +7,7 @@ visible without a mask. Indices are positions in the query and key sequences; ``
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -71,6 +71,13 @@ class Pattern:
     @property
     def query_order(self) -> Tensor | None:
         """``(batch, heads, q_len)``: query indices in the order the structure speaks of, if it is not their own."""
+        return None
+
+    def gathered(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> Iterator[Tensor] | None:
+        """Where the queries of a block see no common range of keys: which keys, for each head its own.
+
+        Some ``(batch, heads, m)`` at a time, each key once, -1 for none; None: :meth:`kv_spans` tells.
+        """
         return None
 
     def block_key(

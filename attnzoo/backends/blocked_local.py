@@ -9,6 +9,7 @@ sequence, and the cache keeps all keys: decoding with it gives what a forward wi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -33,6 +34,7 @@ class BlockedLocalBackend(Rewriting):
 
     name: ClassVar[str] = "blocked-local"
     needed: ClassVar[tuple[str, ...]] = ("window",)
+    example: ClassVar[Mapping[str, object]] = {"window": 8, "sinks": 2}
 
     window: int | None = None
     sinks: int = 0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.backends import rows
+from attnzoo.backends.eager import expand_heads
 from attnzoo.patterns import SortedChunks
 from attnzoo.segments import Attention, Segment
 
@@ -21,11 +22,35 @@ DENSE_ROWS = 512
 
 
 class Part(NamedTuple):
-    """Keys ``kv_start:kv_stop`` of segment number ``segment``, as seen by one block of queries."""
+    """Keys ``kv_start:kv_stop`` of segment number ``segment``, as seen by one block of queries.
+
+    Or ``keys`` ``(batch, heads, kv_stop)``: which ones, where each head sees others; -1 for none.
+    """
 
     segment: int
     kv_start: int
     kv_stop: int
+    keys: Tensor | None = None
+
+    def take(self, tensor: Tensor, heads: int) -> Tensor:
+        """The part's rows of keys or values ``(batch, kv_heads, kv_len, dim)`` for all heads: a view, or gathered."""
+        if self.keys is None:
+            return expand_heads(tensor[:, :, self.kv_start : self.kv_stop], heads)
+        return rows.take(tensor, self._shared(self.keys, tensor)).view(*self.keys.shape, -1)
+
+    def add(self, tensor: Tensor, values: Tensor) -> None:
+        """Add ``(batch, heads, m, dim)`` to the part's rows of ``(batch, kv_heads, kv_len, dim)``."""
+        batch, kv_heads = tensor.shape[:2]
+        if self.keys is not None:
+            rows.add_(tensor, self._shared(self.keys, tensor), values.reshape(batch, kv_heads, -1, values.shape[3]))
+        else:
+            grouped = values if values.shape[1] == kv_heads else values.unflatten(1, (kv_heads, -1)).sum(2)
+            tensor[:, :, self.kv_start : self.kv_stop] += grouped
+
+    @staticmethod
+    def _shared(keys: Tensor, tensor: Tensor) -> Tensor:
+        """Keys by key head: those of the query heads it serves, one after the other; key 0 in place of none."""
+        return keys.clamp(min=0).reshape(*tensor.shape[:2], -1)
 
 
 class Block(NamedTuple):
@@ -104,17 +129,24 @@ def blocks(attention: Attention, segments: list[int], size: int) -> Iterator[Blo
     while q_start < q_len:
         if isinstance(pattern, SortedChunks):  # a block stays within one chunk, so that its spans are its whole truth
             size = min(DENSE_ROWS, pattern.length - (pattern.start + q_start) % pattern.length)
+        elif pattern.query_order is not None:
+            size = min(DENSE_ROWS, pattern.block_size(q_len, attention.segments[segments[0]].kv_len))
         q_stop = min(q_len, q_start + size)
-        parts = tuple(
-            Part(index, *span)
-            for index in segments
-            for span in attention.segments[index].pattern.kv_spans(
-                q_start, q_stop, q_len, attention.segments[index].kv_len
-            )
-        )
+        parts = tuple(part for index in segments for part in _parts(attention, index, q_start, q_stop))
         order = pattern.query_order
         yield Block(q_start, q_stop, parts, None if order is None else order[:, :, q_start:q_stop])
         q_start = q_stop
+
+
+def _parts(attention: Attention, index: int, q_start: int, q_stop: int) -> Iterator[Part]:
+    """What queries ``q_start:q_stop``, in their segment's order, look at."""
+    segment = attention.segments[index]
+    extent = (q_start, q_stop, attention.q_len, segment.kv_len)
+    gathered = segment.pattern.gathered(*extent)
+    if gathered is None:
+        yield from (Part(index, *span) for span in segment.pattern.kv_spans(*extent))
+    else:
+        yield from (Part(index, 0, keys.shape[2], keys) for keys in gathered)
 
 
 class Masks:
@@ -147,19 +179,39 @@ class Masks:
         key = pattern.block_key(*extent)
         if key is not None and self._last.get(part.segment, (None,))[0] == key:
             return self._last[part.segment][1]
-        device = self._attention.query.device
-        q = torch.arange(block.q_start, block.q_stop, device=device)[None, None, :, None]
-        kv = torch.arange(part.kv_start, part.kv_stop, device=device)[None, None, None, :]
-        seen = pattern.mask_mod(q_len, segment.kv_len)(*pattern.batch_and_heads(device), q, kv)
+        q, kv = self._places(block, part)
+        seen = pattern.mask_mod(q_len, segment.kv_len)(*pattern.batch_and_heads(q.device), q, kv.clamp(min=0))
+        if part.keys is not None:
+            seen = seen & (kv >= 0)
         mask = PartMask(seen, seen.any(-1))
         if key is not None:
             self._last[part.segment] = (key, mask)
         return mask
 
+    def _places(self, block: Block, part: Part) -> tuple[Tensor, Tensor]:
+        """The block's queries and the part's keys by index, as masks take them: ``(..., n, 1)`` and ``(..., 1, m)``."""
+        device = self._attention.query.device
+        q, kv = block.queries, part.keys
+        if q is None:
+            q = torch.arange(block.q_start, block.q_stop, device=device)[None, None]
+        if kv is None:
+            kv = torch.arange(part.kv_start, part.kv_stop, device=device)[None, None]
+        return q[..., None], kv[:, :, None]
+
     def of_keys(self, block: Block, part: Part) -> Tensor | None:
         """What key mask and dense mask leave visible: bool, broadcastable to ``(batch, heads, n, m)``; None for all."""
         segment, keys = self._attention.segments[part.segment], slice(part.kv_start, part.kv_stop)
         seen: Tensor | None = None
+        if part.keys is not None:
+            samples = torch.arange(part.keys.shape[0], device=part.keys.device)[:, None, None]
+            if segment.key_mask is not None:
+                seen = segment.key_mask[samples, part.keys][:, :, None]
+            if segment.mask is not None:
+                dense = segment.mask.expand(self._attention.batch, self._attention.heads, -1, -1)
+                index = part.keys.clamp(min=0)[:, :, None].expand(-1, -1, block.q_stop - block.q_start, -1)
+                dense = block.take(dense).gather(3, index)
+                seen = dense if seen is None else seen & dense
+            return seen
         if segment.key_mask is not None:
             key_mask = segment.key_mask[:, keys]
             # Worth a look at the data on the CPU, where most blocks of most batches have no padding; elsewhere it
@@ -180,6 +232,8 @@ class Masks:
         device = attention.query.device
         q = torch.arange(block.q_start, block.q_stop, device=device) if block.queries is None else block.queries
         kv = torch.arange(part.kv_start, part.kv_stop, device=device)
+        if part.keys is not None and attention.segments[part.segment].bias is not None:
+            raise NotImplementedError("a bias on keys that each head gathers: the backend should have refused it")
         return attention.segments[part.segment].bias_at(q, kv, attention.q_len, attention.batch, attention.heads)
 
     def key(self, block: Block, part: Part) -> tuple[object, ...] | None:
@@ -191,6 +245,20 @@ class Masks:
             by_pattern = ("all", block.q_stop - block.q_start, part.kv_stop - part.kv_start)
         by_bias = () if segment.bias is None else segment.bias.block_key(*extent)
         return None if by_pattern is None or by_bias is None else (by_pattern, by_bias)
+
+
+def live_rows(attention: Attention) -> Tensor:
+    """Which rows see a key: ``(batch, heads or 1, q_len)`` bool, for patterns of queries in their own order."""
+    masks, found = Masks(attention), []
+    for block in blocks(attention, list(range(len(attention.segments))), block_size(attention)):
+        live = torch.zeros((attention.batch, 1, block.q_stop - block.q_start), dtype=torch.bool)
+        live = live.to(attention.query.device)
+        for part in block.parts:
+            mask = masks.of(block, part)
+            live = torch.ones_like(live) if mask is None else live | mask.live
+        found.append(live)
+    heads = max(live.shape[1] for live in found)
+    return torch.cat([live.expand(-1, heads, -1) for live in found], dim=2)
 
 
 def additive(seen: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

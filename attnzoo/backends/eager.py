@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.backend import Backend, Capabilities
+from attnzoo.hashed import HashedChunks
 from attnzoo.patterns import Causal, Chunks, Full, SortedChunks, Window
 from attnzoo.segments import FLOATS, Attention, Result, Segment
 
@@ -84,7 +85,7 @@ class EagerBackend(Backend):
     capabilities: ClassVar[Capabilities] = Capabilities(
         devices=frozenset({"cpu", "cuda"}),
         dtypes=frozenset(FLOATS),
-        patterns=frozenset({Full, Causal, Window, Chunks, SortedChunks}),
+        patterns=frozenset({Full, Causal, Window, Chunks, SortedChunks, HashedChunks}),
         segments=1 << 16,
         key_mask=True,
         mask=True,

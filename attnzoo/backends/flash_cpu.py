@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from attnzoo.backends.blocks import Block, Masks, Part, additive, block_size, blocks, passes
-from attnzoo.backends.eager import expand_heads
 from attnzoo.backends.tokens import TokenTerms
 from attnzoo.bias import Bias
 from attnzoo.patterns import SortedChunks
@@ -213,9 +212,8 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
                 ]
             for part, (grad_q, grad_k, grad_v, *_) in zip(block.parts, grad_parts, strict=True):
                 block.add(grads[0], grad_q)
-                keys = slice(part.kv_start, part.kv_stop)
                 for place, grad in zip(ctx.places[2 * part.segment :], (grad_k, grad_v), strict=False):
-                    grads[place + 1][:, :, keys] += _sum_groups(grad, grads[place + 1].shape[1])
+                    part.add(grads[place + 1], grad)
     of_biases = trained.finished() if trained is not None else []
     return None, None, None, *(grad.to(query.dtype) for grad in grads), *of_biases
 
@@ -285,12 +283,5 @@ class _BiasGradients:
 
 
 def _part(keys_values: Sequence[Tensor], places: list[int], part: Part, heads: int) -> tuple[Tensor, Tensor]:
-    keys = slice(part.kv_start, part.kv_stop)
     key, value = (keys_values[place] for place in places[2 * part.segment : 2 * part.segment + 2])
-    return expand_heads(key[:, :, keys], heads), expand_heads(value[:, :, keys], heads)
-
-
-def _sum_groups(grad: Tensor, kv_heads: int) -> Tensor:
-    """The gradient ``(batch, heads, n, d)`` of expanded keys, summed to ``(batch, kv_heads, n, d)``."""
-    batch, heads, length, dim = grad.shape
-    return grad if heads == kv_heads else grad.reshape(batch, kv_heads, heads // kv_heads, length, dim).sum(2)
+    return part.take(key, heads), part.take(value, heads)

@@ -57,8 +57,8 @@ def _block(
     if not block.parts:
         empty = query.sum(-1, keepdim=True).expand(-1, -1, -1, attention.value_dim) * 0.0
         return empty, torch.full(query.shape[:3], _NOTHING, dtype=wide, device=query.device)
-    key = torch.cat([pieces[part.segment].key(part.kv_start, part.kv_stop) for part in block.parts], dim=2)
-    value = torch.cat([pieces[part.segment].value(part.kv_start, part.kv_stop) for part in block.parts], dim=2)
+    key = torch.cat([pieces[part.segment].key(part) for part in block.parts], dim=2)
+    value = torch.cat([pieces[part.segment].value(part) for part in block.parts], dim=2)
     seen, bias = join_masks(attention, masks, block)
     scores = query @ key.transpose(-1, -2) * attention.scale
     if bias is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo.backends.blocks import Block, Masks
+from attnzoo.backends.blocks import Block, Masks, Part
 from attnzoo.backends.eager import expand_heads
 from attnzoo.segments import Attention
 
@@ -19,19 +19,25 @@ class Pieces:
 
     def __init__(self, attention: Attention, index: int, plan: list[Block]) -> None:
         segment = attention.segments[index]
-        parts = [part for block in plan for part in block.parts if part.segment == index]
+        self._segment, self._heads = segment, attention.heads
+        parts = [p for block in plan for p in block.parts if p.segment == index and p.keys is None]
         self._cuts = sorted({0, segment.kv_len, *(p.kv_start for p in parts), *(p.kv_stop for p in parts)})
         sizes = [stop - start for start, stop in zip(self._cuts, self._cuts[1:], strict=False)]
         self._keys = expand_heads(segment.key, attention.heads).split(sizes, dim=2)
         self._values = expand_heads(segment.value, attention.heads).split(sizes, dim=2)
 
-    def key(self, start: int, stop: int) -> Tensor:
-        """Keys ``start:stop``, where a span begins and one ends."""
-        return torch.cat(self._keys[self._cuts.index(start) : self._cuts.index(stop)], dim=2)
+    def key(self, part: Part) -> Tensor:
+        """The keys of a part of the plan, for all heads."""
+        return self._of(part, self._keys, self._segment.key)
 
-    def value(self, start: int, stop: int) -> Tensor:
-        """Values ``start:stop``."""
-        return torch.cat(self._values[self._cuts.index(start) : self._cuts.index(stop)], dim=2)
+    def value(self, part: Part) -> Tensor:
+        """Its values."""
+        return self._of(part, self._values, self._segment.value)
+
+    def _of(self, part: Part, pieces: tuple[Tensor, ...], tensor: Tensor) -> Tensor:
+        if part.keys is not None:
+            return part.take(tensor, self._heads)
+        return torch.cat(pieces[self._cuts.index(part.kv_start) : self._cuts.index(part.kv_stop)], dim=2)
 
 
 def join_masks(attention: Attention, masks: Masks, block: Block) -> tuple[Tensor | None, Tensor | None]:

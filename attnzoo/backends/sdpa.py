@@ -21,6 +21,7 @@ from attnzoo.backends.blocks import DENSE_ROWS, Masks, additive, block_size, blo
 from attnzoo.backends.eager import expand_heads
 from attnzoo.backends.pieces import Pieces, join_masks
 from attnzoo.errors import Refusal
+from attnzoo.hashed import HashedChunks
 from attnzoo.patterns import Causal, Chunks, Full, SortedChunks, Window
 from attnzoo.segments import FLOATS, Attention, Request, Result
 
@@ -34,7 +35,7 @@ class SdpaBackend(Backend):
     capabilities: ClassVar[Capabilities] = Capabilities(
         devices=frozenset({"cpu", "cuda"}),
         dtypes=frozenset(FLOATS),
-        patterns=frozenset({Full, Causal, Window, Chunks, SortedChunks}),
+        patterns=frozenset({Full, Causal, Window, Chunks, SortedChunks, HashedChunks}),
         segments=1 << 16,
         key_mask=True,
         mask=True,
@@ -47,8 +48,10 @@ class SdpaBackend(Backend):
     )
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
-        sorted_with_bias = any(s.bias is not None and isinstance(s.pattern, SortedChunks) for s in request.segments)
-        more = (Refusal("bias", "a bias on sorted keys", "SortedChunks without a bias"),) if sorted_with_bias else ()
+        in_order = (SortedChunks, HashedChunks)
+        sorted_with_bias = any(s.bias is not None and isinstance(s.pattern, in_order) for s in request.segments)
+        allowed = "SortedChunks and HashedChunks without a bias"
+        more = (Refusal("bias", "a bias on sorted keys", allowed),) if sorted_with_bias else ()
         return (*super().refusals(request), *more)
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
@@ -116,8 +119,8 @@ def _concatenated(attention: Attention, size: int) -> Result:
             outputs.append(query.sum(-1, keepdim=True).expand(-1, -1, -1, attention.value_dim) * 0.0)
             lives.append(torch.zeros(rows, dtype=torch.bool, device=query.device))
             continue
-        key = torch.cat([pieces[part.segment].key(part.kv_start, part.kv_stop) for part in block.parts], dim=2)
-        value = torch.cat([pieces[part.segment].value(part.kv_start, part.kv_stop) for part in block.parts], dim=2)
+        key = torch.cat([pieces[part.segment].key(part) for part in block.parts], dim=2)
+        value = torch.cat([pieces[part.segment].value(part) for part in block.parts], dim=2)
         output, live, kernel = _call(attention, query, key, value, *join_masks(attention, masks, block), False)
         outputs.append(output)
         lives.append(torch.ones(rows, dtype=torch.bool, device=query.device) if live is None else live)
