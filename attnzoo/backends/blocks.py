@@ -146,7 +146,11 @@ def _parts(attention: Attention, index: int, q_start: int, q_stop: int) -> Itera
     if gathered is None:
         yield from (Part(index, *span) for span in segment.pattern.kv_spans(*extent))
     else:
-        yield from (Part(index, 0, keys.shape[2], keys) for keys in gathered)
+        for keys in gathered:
+            if segment.key_mask is not None:
+                shown = segment.key_mask.gather(1, keys.clamp(min=0).flatten(1)).view_as(keys)
+                keys = keys.masked_fill(~shown, -1)
+            yield Part(index, 0, keys.shape[2], keys)
 
 
 class Masks:
@@ -202,16 +206,12 @@ class Masks:
         """What key mask and dense mask leave visible: bool, broadcastable to ``(batch, heads, n, m)``; None for all."""
         segment, keys = self._attention.segments[part.segment], slice(part.kv_start, part.kv_stop)
         seen: Tensor | None = None
-        if part.keys is not None:
-            samples = torch.arange(part.keys.shape[0], device=part.keys.device)[:, None, None]
-            if segment.key_mask is not None:
-                seen = segment.key_mask[samples, part.keys][:, :, None]
-            if segment.mask is not None:
-                dense = segment.mask.expand(self._attention.batch, self._attention.heads, -1, -1)
-                index = part.keys.clamp(min=0)[:, :, None].expand(-1, -1, block.q_stop - block.q_start, -1)
-                dense = block.take(dense).gather(3, index)
-                seen = dense if seen is None else seen & dense
-            return seen
+        if part.keys is not None:  # none of them is hidden by the key mask
+            if segment.mask is None:
+                return None
+            dense = segment.mask.expand(self._attention.batch, self._attention.heads, -1, -1)
+            index = part.keys.clamp(min=0)[:, :, None].expand(-1, -1, block.q_stop - block.q_start, -1)
+            return block.take(dense).gather(3, index)
         if segment.key_mask is not None:
             key_mask = segment.key_mask[:, keys]
             # Worth a look at the data on the CPU, where most blocks of most batches have no padding; elsewhere it

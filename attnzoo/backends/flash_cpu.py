@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from attnzoo.backends.blocks import Block, Masks, Part, additive, block_size, blocks, passes
+from attnzoo.backends.hash_terms import HashTerms
 from attnzoo.backends.tokens import TokenTerms
 from attnzoo.bias import Bias
+from attnzoo.hashed import HashedChunks
 from attnzoo.patterns import SortedChunks
 from attnzoo.segments import Attention
 from attnzoo.union import merge_
@@ -102,6 +104,7 @@ class _Terms:
         self._masks, self._attention = Masks(attention), attention
         self._last: dict[int, tuple[object, Tensor | None, Tensor | None]] = {}
         self._tokens: dict[tuple[int, bool], TokenTerms] = {}
+        self._hashed: dict[int, HashTerms] = {}
 
     def of(self, block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
         """The additive term ``(batch, heads, n, m)`` and the live rows; either is None when there is nothing to say."""
@@ -124,6 +127,11 @@ class _Terms:
             if known not in self._tokens:
                 self._tokens[known] = TokenTerms(token, segment.pattern.causal, self._attention.query.dtype)
             return self._tokens[known].of(block.queries, part.kv_start, part.kv_stop)
+        if isinstance(segment.pattern, HashedChunks) and block.queries is not None and part.keys is not None:
+            if part.segment not in self._hashed:
+                lengths = (self._attention.q_len, segment.kv_len)
+                self._hashed[part.segment] = HashTerms(segment.pattern, *lengths, self._attention.query.dtype)
+            return self._hashed[part.segment].of(block.queries, part.keys)
         key, last = self._masks.key(block, part), self._last.get(part.segment)
         if key is not None and last is not None and last[0] == key:
             return last[1:]

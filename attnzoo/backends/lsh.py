@@ -108,16 +108,16 @@ class LshBackend(Rewriting):
         kv_len, kv_heads = segment.kv_len, segment.key.shape[1]
         places = torch.arange(kv_len, device=rotation.device)
         codes = _buckets(segment.key, rotation) * kv_len + places
-        real, visible = real_keys(segment), kv_len
+        real, last = real_keys(segment), torch.full((1, 1, 1), kv_len - 1, device=rotation.device)
         if real is not None:  # hidden keys stand behind all others, so that they fill no chunk
             codes = torch.where(real[:, None], codes, (self.num_buckets or 0) * kv_len + places)
-            visible = real.sum(1).clamp(min=1)[:, None, None]
+            last = (real.sum(1) - 1).clamp(min=0)[:, None, None]
         codes, keys = codes.sort(dim=-1)
         own = torch.arange(position, position + attention.q_len, device=rotation.device).clamp(0, kv_len - 1)
         asked = _buckets(attention.query, rotation) * kv_len + own
         # A key head serves neighbouring query heads.
         found = torch.searchsorted(codes, asked.reshape(attention.batch, kv_heads, -1)).view_as(asked)
-        found = torch.minimum(found, torch.as_tensor(visible, device=found.device) - 1)
+        found = torch.minimum(found, last)
         return HashRound(keys, keys.argsort(dim=-1), found.argsort(dim=-1, stable=True), found)
 
 
