@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from types import SimpleNamespace
@@ -29,6 +30,9 @@ from attnzoo.functional import compute_dtype
 from attnzoo.interface import rebind
 from attnzoo.patterns import Causal, SortedChunks
 from attnzoo.segments import Attention, Segment, describe
+
+# Tokens the module hashes in one call.
+HASHED_AT_ONCE = 1024
 
 
 class LSHForward:
@@ -71,7 +75,7 @@ class LSHForward:
             else:
                 check_length(module, length, hashes)
                 if buckets is None:
-                    buckets = self._hasher(length)._hash_vectors(query, hashes, attention_mask)
+                    buckets = self._hash(query, hashes, attention_mask)
                 buckets = buckets.view(batch, module.num_attention_heads, hashes, length)
                 output, weights = self._sorted(query, value, buckets, real, wanted)
         if buckets is not None:
@@ -80,6 +84,31 @@ class LSHForward:
             merge_heads(output), () if weights is None else weights, buckets
         )
         return returned
+
+    def _hash(self, query: Tensor, hashes: int, attention_mask: Tensor | None) -> Tensor:
+        """The module's own buckets of queries ``(batch, heads, length, dim)``: ``(batch, heads, hashes * length)``.
+
+        The module rotates all queries by all rotations at once, which is many times as large as the queries. On the CPU
+        it gets them slice by slice: the random stream is wound back in between, so that each slice meets the same
+        rotations, and left where one call leaves it. Rows of a matrix product do not depend on how many there are, but
+        for very few; elsewhere kernels are chosen by size, and all queries go at once.
+        """
+        length = query.shape[2]
+        module, count = self._hasher(length), length // HASHED_AT_ONCE
+        if count < 2 or query.device.type != "cpu":
+            return torch.as_tensor(module._hash_vectors(query, hashes, attention_mask))
+        masks: list[Tensor | None] = [None] * count
+        padded = attention_mask is not None and bool(attention_mask.sum() < attention_mask.numel())
+        if attention_mask is not None and padded:
+            masks = list(attention_mask.bool().tensor_split(count, dim=1))
+        found = []
+        for number, (rows, mask) in enumerate(zip(query.tensor_split(count, dim=2), masks, strict=True)):
+            last = number == count - 1
+            with contextlib.nullcontext() if last else torch.random.fork_rng(devices=()):
+                # A padding bucket counts for all slices, those without padding included.
+                part = module._hash_vectors(rows, hashes, mask, increase_num_buckets=padded)
+            found.append(part.unflatten(2, (hashes, -1)))
+        return torch.cat(found, dim=-1).flatten(2)
 
     def _hasher(self, length: int) -> Any:
         """The module; with the number of buckets it would derive from a length, if it has none."""
@@ -129,10 +158,11 @@ class LSHForward:
             raise InvalidArgumentError(
                 "buckets", describe(buckets), "numbers that grow from one hash round to the next"
             )
-        query, key, value = query.to(dtype), self._keys(query).to(dtype), value.to(dtype)
         order = buckets.argsort(dim=-1, stable=True)
         token = order.flatten(2)
-        sorted_key, sorted_value = _rows(key, token), _rows(value, token)
+        value = value.to(dtype)
+        sorted_key, sorted_value = _rows(self._keys(query).to(dtype), token), _rows(value, token)
+        query = query.to(dtype)
         if real is not None:
             token = token.masked_fill(~real[:, None].expand(-1, token.shape[1], -1).gather(2, token), -1)
         count = check_length(module, length, hashes)
@@ -160,7 +190,7 @@ class LSHForward:
         query, value = split_heads(module, module.query_key(states)), split_heads(module, module.value(states))
         buckets = None
         if states.shape[1] >= module.chunk_length:
-            buckets = self._hasher(states.shape[1])._hash_vectors(query, hashes, attention_mask)
+            buckets = self._hash(query, hashes, attention_mask)
         dtype = compute_dtype(query)
         key, value = self._keys(query).to(dtype), value.to(dtype)
         segment = Segment(key[:, :, :-1], value[:, :, :-1])

@@ -14,9 +14,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 import transformers
+from torch.overrides import TorchFunctionMode
 
 import attnzoo
 from attnzoo.adapters.reformer import REFORMER
+from attnzoo.adapters.reformer_lsh import HASHED_AT_ONCE
 from attnzoo.error_rule import FORWARD, GRADIENT, check
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError
 from attnzoo.fingerprint import drift
@@ -236,17 +238,52 @@ def test_padding_rows_and_samples_are_zero_forward_and_backward(backend, kind, s
     assert (states.grad[mask.bool()] != 0).any()
 
 
-def test_the_same_rotations_and_buckets_as_the_original_for_a_seed():
-    for changes in ({}, {"num_buckets": [2, 4]}, {"num_buckets": None}, {"hash_seed": None}):
-        module, states, mask = lsh(**changes), hidden(2, 32), padding("left", 2, 32)
-        twin = copy.deepcopy(module)
-        torch.manual_seed(5)
-        expected, after = twin(states, attention_mask=mask).buckets, torch.rand(1)
-        torch.manual_seed(5)
-        with attnzoo.patch(module, "sdpa"):
-            got = module(states, attention_mask=mask).buckets
-        assert torch.equal(got, expected)
-        assert torch.equal(torch.rand(1), after)
+def assert_same_buckets_and_random_stream(module, states, mask):
+    twin = copy.deepcopy(module)
+    torch.manual_seed(5)
+    expected, after = twin(states, attention_mask=mask).buckets, torch.rand(1)
+    torch.manual_seed(5)
+    with torch.no_grad(), attnzoo.patch(module, "sdpa"):
+        got = module(states, attention_mask=mask).buckets
+    assert torch.equal(got, expected)
+    assert torch.equal(torch.rand(1), after)
+
+
+SEEDS = [{}, {"num_buckets": [2, 4]}, {"num_buckets": None}, {"hash_seed": None}]
+seeds = pytest.mark.parametrize("changes", SEEDS, ids=str)
+
+
+@seeds
+def test_the_same_rotations_and_buckets_as_the_original_for_a_seed(changes):
+    assert_same_buckets_and_random_stream(lsh(**changes), hidden(2, 32), padding("left", 2, 32))
+
+
+@seeds
+@pytest.mark.parametrize("side", ["none", "left", "one token"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_inputs_are_hashed_slice_by_slice_into_the_same_buckets(changes, side, dtype):
+    length = 3 * HASHED_AT_ONCE + 64  # slices that differ by a token
+    mask = padding(side, 2, length)
+    if side == "one token":  # a padding bucket in the slices without padding, too
+        mask[1, 5] = 0
+    module = lsh(max_position_embeddings=length, lsh_attn_chunk_length=64, **changes).to(dtype)
+    assert_same_buckets_and_random_stream(module, hidden(2, length).to(dtype), mask)
+
+
+def test_no_tensor_of_all_rotated_queries_at_once():
+    module, states = lsh(num_buckets=512), hidden(1, 4 * HASHED_AT_ONCE)
+    sizes = []
+
+    class Sizes(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            sizes.append(result.numel() if isinstance(result, torch.Tensor) else 0)
+            return result
+
+    with torch.no_grad(), attnzoo.patch(module, "sdpa"), Sizes():
+        module(states)
+    rotated = 3 * 2 * states.shape[1] * 512  # heads, hashes, tokens, both directions of all rotations
+    assert max(sizes) <= rotated // 4
 
 
 @pytest.mark.parametrize("lengths", [(16, 32), (32, 16), (8,), (64,)], ids=str)
