@@ -1,0 +1,176 @@
+"""flex_attention: blocks from structure, one compilation per form, exact where it runs, and kind where it does not."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.utils import counters  # the compiler's own count of graphs
+
+import attnzoo
+from attnzoo.backends import flex_blocks
+from attnzoo.backends.flex import FlexBackend
+from attnzoo.functional import execute
+from attnzoo.patterns import SortedChunks
+from attnzoo.segments import Attention, Segment
+from attnzoo.verification import check_site
+
+HEADS, DIM = 4, 16
+needs_compiler = pytest.mark.skipif(
+    not attnzoo.backends()["flex_attention"].available, reason=attnzoo.backends()["flex_attention"].reason
+)
+
+
+WINDOW = attnzoo.Window(40, 30)
+
+
+def attention(length=150, kv_len=None, batch=2, pattern=WINDOW, bias=True, keys=True, kv_heads=HEADS):
+    """A pattern with a relative bias, padding on either side, and a second segment whose queries have positions."""
+    kv_len = length if kv_len is None else kv_len
+    random = torch.Generator().manual_seed(length)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=random)
+
+    query, key, value = (normal(batch, n, size, DIM) for n, size in ((HEADS, length), *[(kv_heads, kv_len)] * 2))
+    real = torch.ones((batch, kv_len), dtype=torch.bool)
+    real[0, : kv_len // 3], real[-1, kv_len - kv_len // 4 :] = False, False
+    own = attnzoo.RelativeBias(normal(HEADS, 41), zero=20) if bias else None
+    segments = [Segment(key, value, pattern, key_mask=real if keys else None, bias=own)]
+    few = -(-length // 7)
+    positions = (torch.arange(length) // 7).expand(batch, -1)
+    side = attnzoo.RelativeBias(normal(HEADS, 9), zero=4, positions=positions) if bias else None
+    segments.append(Segment(normal(batch, kv_heads, few, DIM), normal(batch, kv_heads, few, DIM), bias=side))
+    return Attention(query, tuple(segments), DIM**-0.5)
+
+
+def agrees(whole):
+    report = check_site("flex", whole, FlexBackend(), grad=False, max_rows=1 << 30)
+    return all(check.ok for check in report.checks)
+
+
+@needs_compiler
+def test_a_new_length_window_or_table_compiles_nothing():
+    assert agrees(attention(150))
+    compiled = counters["stats"]["unique_graphs"]
+    for length, pattern in (
+        (64, attnzoo.Window(5, 0)),
+        (333, attnzoo.Causal()),
+        (17, attnzoo.Full()),
+        (128, attnzoo.Full()),
+    ):
+        assert agrees(attention(length, pattern=pattern)), (length, pattern)
+    assert agrees(attention(90, kv_len=200, pattern=attnzoo.Causal(), batch=3, keys=False))
+    assert counters["stats"]["unique_graphs"] == compiled
+    assert agrees(attention(100, bias=False))
+    assert counters["stats"]["unique_graphs"] == compiled + 1, "no bias is another form"
+
+
+@needs_compiler
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_grouped_keys_chunks_and_single_queries(kv_heads):
+    assert agrees(attention(61, pattern=attnzoo.Chunks(8, 1, 1), kv_heads=kv_heads))
+    assert agrees(attention(61, pattern=attnzoo.Chunks(8, 1, 0, causal=True), kv_heads=kv_heads))
+    assert agrees(attention(1, kv_len=70, pattern=attnzoo.Full(), batch=1, kv_heads=kv_heads))
+
+
+@needs_compiler
+def test_rows_that_see_nothing_get_zero_or_their_own_value():
+    whole = attention(70, bias=False)
+    local = replace(whole, segments=whole.segments[:1])
+    dead = torch.ones((2, 70), dtype=torch.bool)
+    dead[1] = False
+    local = replace(local, segments=(replace(local.segments[0], key_mask=dead),))
+    output = execute(FlexBackend(), local).output
+    assert not output[1].any() and output[0].any()
+    own = torch.randn(2, HEADS, 70, DIM)
+    assert torch.equal(execute(FlexBackend(), replace(local, empty=own)).output[1], own[1])
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        attnzoo.Full(), attnzoo.Causal(), attnzoo.Causal(0), attnzoo.Window(90, 3), attnzoo.Window(200, 200),
+        attnzoo.Chunks(32, 1, 1), attnzoo.Chunks(64, 1, 0, causal=True), attnzoo.Chunks(200, 1, 0),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("keys", [True, False], ids=["padding", "whole"])
+def test_blocks_are_what_the_mask_says(pattern, keys):
+    """Brute force: what is left out is hidden, what is full is seen; only partial blocks may be mixed."""
+    whole = attention(300, pattern=pattern, bias=False, keys=keys)
+    q_block, kv_block = flex_blocks.BLOCKS["cpu"]
+    indices, total = flex_blocks.block_indices(whole), flex_blocks.starts_of(whole)[-1]
+    rows = torch.arange(300)
+    parts = [segment.visible(rows, torch.arange(segment.kv_len), 300) for segment in whole.segments]
+    grids = [torch.ones(()).bool() if part is None else part for part in parts]
+    sizes = [(2, 1, 300, segment.kv_len) for segment in whole.segments]
+    seen = torch.cat([grid.expand(size) for grid, size in zip(grids, sizes, strict=True)], -1)
+    found = {"partial": 0, "full": 0, "none": 0}
+    for sample in range(2):
+        for row in range(-(-300 // q_block)):
+            lists = {}
+            for kind in ("partial", "full"):
+                count = int(getattr(indices, f"{kind}_count")[sample, 0, row])
+                lists[kind] = getattr(indices, kind)[sample, 0, row, :count].tolist()
+            assert not set(lists["partial"]) & set(lists["full"])
+            for column in range(-(-total // kv_block)):
+                block = seen[
+                    sample, 0, row * q_block : (row + 1) * q_block, column * kv_block : (column + 1) * kv_block
+                ]
+                kind = next((kind for kind, listed in lists.items() if column in listed), "none")
+                found[kind] += 1
+                assert kind == "partial" or bool((block == (kind == "full")).all()), (sample, row, column, kind)
+    assert found["full"] or isinstance(pattern, attnzoo.Window | attnzoo.Chunks), found
+
+
+def test_blocks_are_made_once_for_all_layers_and_again_when_padding_changes(monkeypatch):
+    made = []
+    build = flex_blocks._indices
+    monkeypatch.setattr(flex_blocks, "_indices", lambda whole: made.append(1) or build(whole))
+    whole = attention(111)
+    layers = [replace(whole, query=torch.randn_like(whole.query)) for _ in range(3)]
+    assert len({id(flex_blocks.block_indices(layer)) for layer in layers}) == len(made) == 1
+    whole.segments[0].key_mask[0, :] = True
+    flex_blocks.block_indices(whole)
+    assert len(made) == 2, "a mask that was written to is another mask"
+
+
+def test_a_long_window_never_makes_a_grid(monkeypatch):
+    """At 65536 tokens a grid of them has 4e9 entries; nothing made here has more than one per pair of blocks."""
+    length = 1 << 16
+    query = torch.empty((1, 1, 1, 1)).expand(1, 1, length, 1)
+    biggest = 0
+    expand = torch.Tensor.argsort
+
+    def argsort(tensor, *args, **kwargs):
+        nonlocal biggest
+        biggest = max(biggest, tensor.numel())
+        return expand(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "argsort", argsort)
+    indices = flex_blocks.block_indices(Attention(query, (Segment(query, query, attnzoo.Window(512, 512)),), 1.0))
+    assert int((indices.partial_count + indices.full_count).max()) <= 2 + 1024 // 64 + 1
+    assert biggest == (length // 64) ** 2
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda whole: replace(whole, dropout=0.1), "dropout"),
+        (lambda whole: replace(whole, query=whole.query.requires_grad_()), "grad"),
+        (lambda whole: whole.with_tensors(tuple(tensor.double() for tensor in whole.tensors())), "dtype"),
+    ],
+    ids=["dropout", "backward on cpu", "float64"],
+)
+def test_what_it_cannot_do_is_refused_with_those_who_can(change, field):
+    with pytest.raises(attnzoo.BackendRefusedError, match=f"{field}: got .*allowed.*") as caught:
+        execute(FlexBackend(), change(attention()))
+    assert "sdpa" in str(caught.value)
+
+
+def test_hashed_keys_are_refused():
+    order = torch.arange(8).expand(1, 1, 8)
+    query = torch.randn(1, 1, 8, 4)
+    segment = Segment(query, query, SortedChunks(4, 1, 0, order=order, token=order.contiguous()))
+    with pytest.raises(attnzoo.BackendRefusedError, match="pattern: got SortedChunks"):
+        execute(FlexBackend(), Attention(query, (segment,), 1.0))
