@@ -105,14 +105,17 @@ class Seam:
         """Whether the seam is for the module: one of its class (subclasses included), :attr:`when` that says so."""
         return any(_path(base) == self.cls for base in type(module).__mro__) and self.when(module)
 
-    def sharers(self, model: nn.Module, module: nn.Module) -> tuple[nn.Module, ...]:
-        """The modules that share values with a module, itself included; none if their owner is not in the model."""
+    def owner(self, model: nn.Module, module: nn.Module) -> nn.Module | None:
+        """The module of the model in which a module shares values with others (:attr:`shared_in`), if it is there."""
         for owner in model.modules():
-            if any(_path(base) == self.shared_in for base in type(owner).__mro__):
-                inside = tuple(found for found in owner.modules() if self.matches(found))
-                if any(found is module for found in inside):
-                    return inside
-        return ()
+            shares = any(_path(base) == self.shared_in for base in type(owner).__mro__)
+            if shares and any(found is module for found in self.sharers(owner)):
+                return owner
+        return None
+
+    def sharers(self, owner: nn.Module) -> tuple[nn.Module, ...]:
+        """The modules that share values in an owner."""
+        return tuple(found for found in owner.modules() if self.matches(found))
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,14 @@ class Adapter:
         model_types: ``config.model_type`` values it serves.
         seams: the attention classes of the family.
         versions: the transformers versions it was verified against, for people.
+        examples: what to change of the default configuration to see the family's modules: in one example or the other,
+            every seam has one. The support matrix is made of them.
     """
 
     model_types: tuple[str, ...]
     seams: tuple[Seam, ...]
     versions: str = field(default="unknown")
+    examples: tuple[Mapping[str, Any], ...] = ({},)
 
     def sites(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, Seam]]:
         """Every module of the model this adapter can take over: its name, itself and its seam."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -25,16 +26,13 @@ T = TypeVar("T")
 class SiteAttend:
     """What a seam's forward computes with: a backend, a site to record on, and the patch's per-forward memory."""
 
-    def __init__(
-        self,
-        site: Site,
-        backend: Backend | None,
-        fallback: bool,
-        memory: WeakTensorKeyDictionary,
-        sharers: tuple[nn.Module, ...],
-    ) -> None:
-        self.site, self.backend, self._fallback, self._memory = site, backend, fallback, memory
-        self._sharers = sharers
+    def __init__(self, patched: PatchedForward, memory: WeakTensorKeyDictionary) -> None:
+        self.site, self.backend, self._fallback = patched.site, patched.backend, patched.fallback
+        self._seam, self._owner, self._memory = patched.found.seam, patched.owner, memory
+
+    @functools.cached_property
+    def _sharers(self) -> tuple[nn.Module, ...]:
+        return () if self._owner is None else self._seam.sharers(self._owner)
 
     @property
     def complete(self) -> bool:
@@ -87,42 +85,37 @@ def _shares_memory(value: Any, tensor: Tensor) -> bool:
 
 
 class PatchedForward:
-    """What sits in a patched module's forward slot. Copies itself with the module; refuses to be pickled."""
+    """What sits in a patched module's forward slot. Copies itself with the module; refuses to be pickled.
+
+    Attributes:
+        number: of the patch.
+        group: names of all sites of the patch.
+        owner: the module in which the site shares values with others (``Seam.shared_in``), or None.
+    """
 
     def __init__(
         self,
         number: int,
-        group: tuple[str, ...],
+        group: list[str],
         found: Found,
         site: Site,
         backend: Backend | None,
         native: bool,
         fallback: bool,
         memory: WeakTensorKeyDictionary,
-        sharers: tuple[nn.Module, ...],
+        owner: nn.Module | None,
     ) -> None:
-        self._set_up(number, group, found, site, backend, native, fallback, memory, sharers)
-        self.original = slots.current(found.module)
-        functools.update_wrapper(self, self.original, updated=())
-
-    def _set_up(
-        self,
-        number: int,
-        group: tuple[str, ...],
-        found: Found,
-        site: Site,
-        backend: Backend | None,
-        native: bool,
-        fallback: bool,
-        memory: WeakTensorKeyDictionary,
-        sharers: tuple[nn.Module, ...],
-    ) -> None:
-        """All but the original. ``group`` names the sites the patch ``number`` was put on."""
         self.number, self.group, self.found, self.site = number, group, found, site
-        self.backend, self.native, self.fallback = backend, native, fallback
-        self.sharers = sharers
-        self._attend = SiteAttend(site, backend, fallback, memory, sharers)
-        self._forward: Callable[..., Any] | None = None if native else found.seam.bind(found.module, self._attend)
+        self.backend, self.native, self.fallback, self.owner = backend, native, fallback, owner
+        self.original = slots.current(found.module)
+        self._bind(memory)
+
+    def _bind(self, memory: WeakTensorKeyDictionary) -> None:
+        self._attend = SiteAttend(self, memory)
+        self._forward: Callable[..., Any] | None = None
+        if not self.native:
+            self._forward = self.found.seam.bind(self.found.module, self._attend)
+        functools.update_wrapper(self, self.original, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._forward is None:
@@ -162,18 +155,19 @@ class PatchedForward:
             asked = replace(request, probabilities=probabilities, grad=grad, dtype=dtype)
             negotiate(self.backend, asked, self.site.name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PatchedForward:
-        import copy
-
+    def __deepcopy__(self, memo: dict[Any, Any]) -> PatchedForward:
         twin = object.__new__(PatchedForward)
         memo[id(self)] = twin
-        found = self.found._replace(module=copy.deepcopy(self.found.module, memo))
-        site = replace(self.site, kernels=Counter(self.site.kernels), choices=Counter(self.site.choices))
-        site.changed = Counter(self.site.changed)
-        sharers, memory = copy.deepcopy(self.sharers, memo), WeakTensorKeyDictionary()
-        twin._set_up(self.number, self.group, found, site, self.backend, self.native, self.fallback, memory, sharers)
+        vars(twin).update(vars(self))
+        # Of a part of a model, the copy is a patch of just that part.
+        twin.group = memo.setdefault((PatchedForward, self.number), [])
+        twin.group.append(self.site.name)
+        twin.owner = memo.get(id(self.owner))
+        twin.found = self.found._replace(module=copy.deepcopy(self.found.module, memo))
+        twin.site = replace(self.site, kernels=Counter(self.site.kernels), choices=Counter(self.site.choices))
+        twin.site.changed = Counter(self.site.changed)
         twin.original = copy.deepcopy(self.original, memo)
-        functools.update_wrapper(twin, twin.original, updated=())
+        twin._bind(WeakTensorKeyDictionary())
         return twin
 
     def __reduce__(self) -> Any:

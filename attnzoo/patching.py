@@ -128,7 +128,9 @@ def patch(
             code, counted), or ``{glob over module names: name}``: the first glob that matches decides; modules that
             none matches stay as they are. A configured :class:`Backend` may stand for its name.
         fallback: ``"error"``: what the backend cannot do raises; ``"native"``: that forward runs the model's own
-            code, and is counted in ``Site.fallbacks``.
+            code, and is counted in ``Site.fallbacks``. What only shows within a forward (a mask that is more than
+            causality and padding) falls back where the attention function is all that is replaced; where the whole
+            forward is, as its caches may be filled by then, it raises under either.
         options: go to the backend, e.g. ``window=1024``.
 
     Returns:
@@ -176,7 +178,7 @@ def patch(
     if refused:
         raise BackendRefusedError(", ".join(dict.fromkeys(refusers)), refused, alternatives)
     number, memory = next(_patch_numbers), WeakTensorKeyDictionary()
-    group = tuple(found.name for found, _ in chosen)
+    group = [found.name for found, _ in chosen]
     forwards: list[PatchedForward] = []
     for found, name in chosen:
         cls = type(found.module).__name__
@@ -185,8 +187,8 @@ def patch(
         changes = () if instance is None else expected_changes(instance, expected_requests(found))
         site = Site(found.name, cls, found.seam.describe(found.module), shown, changes)
         native, falls = name == "native", fallback == "native"
-        sharers = found.seam.sharers(model, found.module)
-        forwards.append(PatchedForward(number, group, found, site, instance, native, falls, memory, sharers))
+        owner = found.seam.owner(model, found.module)
+        forwards.append(PatchedForward(number, group, found, site, instance, native, falls, memory, owner))
     for forward in forwards:
         slots.put(forward.found.module, forward)
     return Handle(tuple(forward.site for forward in forwards if forward.found.seam.attends), tuple(forwards))

@@ -324,7 +324,8 @@ def test_layers_that_fall_back_share_the_bias_with_those_that_do_not(kind, froze
 
 @kinds
 @backends
-def test_the_bias_is_made_once_per_forward_and_is_no_larger_than_its_distances(kind, backend):
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "copied"])
+def test_the_bias_is_made_once_per_forward_and_is_no_larger_than_its_distances(kind, backend, copied):
     model, arguments = longt5(kind), inputs(100)
     looked_up, passed = [], []
     for name, module in model.named_modules():
@@ -333,11 +334,26 @@ def test_the_bias_is_made_once_per_forward_and_is_no_larger_than_its_distances(k
         if name.endswith(("SelfAttention", "EncDecAttention")) and "layer" in name:
             module.register_forward_hook(lambda module, given, made: passed.append(made[1]))
     with torch.no_grad(), attnzoo.patch(model, backend):
-        model(**arguments)
+        (copy.deepcopy(model) if copied else model)(**arguments)
     assert len(looked_up) == (2 if kind == "local" else 3)
     sizes = [value.numel() for value in passed if value is not None]
     assert len(sizes) >= 5
     assert max(looked_up + sizes) <= 4 * (2 * RADIUS + 1 + 2 * 16 + 1)
+
+
+@kinds
+def test_a_deep_copy_of_a_layer_is_of_that_layer_alone(kind):
+    model, arguments = longt5(kind), inputs(37)
+    real = arguments["decoder_attention_mask"].bool()
+    with torch.no_grad(), attnzoo.patch(model, "sdpa"):
+        expected = model(**arguments).logits
+        for stack in (model.encoder, model.decoder):
+            first, others, copied = stack.block[0], stack.block[1:], {}
+            stack.block[0] = copy.deepcopy(first, copied)
+            assert not any(id(module) in copied for module in others.modules())
+            torch.testing.assert_close(model(**arguments).logits[real], expected[real], rtol=1e-5, atol=1e-4)
+            attnzoo.unpatch(stack.block[0])
+            torch.testing.assert_close(model(**arguments).logits[real], expected[real], rtol=1e-5, atol=1e-4)
 
 
 @kinds

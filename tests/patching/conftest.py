@@ -136,6 +136,11 @@ def neox() -> Subject:
     return build("gpt_neox")
 
 
+def calls(handle: attnzoo.Handle) -> dict[str, int]:
+    """How many attentions ran at each site."""
+    return {site.name: site.calls for site in handle.sites}
+
+
 class Before:
     """A model as it was: ``check`` asserts that nothing at all differs now."""
 

@@ -1,0 +1,125 @@
+"""What a backend cannot do raises, or goes to the model's own code where that was asked for, and is counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo import BackendRefusedError
+
+from .conftest import calls
+
+
+def test_probabilities_under_a_fused_backend_are_refused_with_the_remedy(subject, as_it_was):
+    before = as_it_was(subject)
+    with attnzoo.patch(subject.model, "sdpa") as handle:
+        with pytest.raises(BackendRefusedError) as caught:
+            subject.logits(output_attentions=True)
+        assert "attention probabilities: got requested; allowed: output_attentions=False" in str(caught.value)
+        assert 'backend="eager"' in str(caught.value)
+        assert 'fallback="native"' in str(caught.value)
+        assert {site.fallbacks for site in handle.sites} == {0}
+    before.check()
+
+
+def test_probabilities_come_from_eager(led):
+    with torch.no_grad():
+        native = led.model(**led.inputs, output_attentions=True)
+        with attnzoo.patch(led.model, "eager"):
+            patched = led.model(**led.inputs, output_attentions=True)
+    for field in ("decoder_attentions", "cross_attentions", "encoder_attentions", "encoder_global_attentions"):
+        assert len(patched[field]) == len(native[field]) > 0
+        for got, expected in zip(patched[field], native[field], strict=True):
+            if field == "encoder_global_attentions":  # (batch, heads, length, globals); sample 0 has one
+                got, expected = got[..., :1], expected[..., :1]
+            assert torch.allclose(got[0], expected[0], atol=1e-5), field  # sample 0 has no padding
+
+
+def test_fallback_native_runs_the_original_and_counts_it(led):
+    with torch.no_grad():
+        native = led.model(**led.inputs, output_attentions=True)
+        with attnzoo.patch(led.model, "sdpa", fallback="native") as handle:
+            patched = led.model(**led.inputs, output_attentions=True)
+            assert {(site.calls, site.fallbacks, site.kernel) for site in handle.sites} == {(0, 1, None)}
+            led.logits()
+            assert {site.fallbacks for site in handle.sites} == {1}
+            assert sum(calls(handle).values()) == led.attentions
+    assert torch.equal(patched.logits, native.logits)
+    for field in ("decoder_attentions", "cross_attentions", "encoder_attentions", "encoder_global_attentions"):
+        assert all(map(torch.equal, patched[field], native[field])), field
+
+
+def test_fallback_over_another_patch_is_the_models_own_code(led):
+    with torch.no_grad():
+        native = led.model(**led.inputs, output_attentions=True).logits
+        with attnzoo.patch(led.model, "eager") as below, attnzoo.patch(led.model, "sdpa", fallback="native"):
+            assert torch.equal(led.model(**led.inputs, output_attentions=True).logits, native)
+    assert set(calls(below).values()) == {0}, "native was asked for and eager ran"
+
+
+def test_fallback_where_the_original_has_no_probabilities_either_still_refuses(neox):
+    assert neox.model.config._attn_implementation == "sdpa"
+    with (
+        attnzoo.patch(neox.model, "sdpa", fallback="native"),
+        pytest.raises(BackendRefusedError, match="attention probabilities"),
+    ):
+        neox.logits(output_attentions=True)
+
+
+def test_fallback_takes_what_is_refused_at_patch_time(led, add_backend):
+    native = led.logits()
+    fake = add_backend("one-segment", segments=1)
+    with attnzoo.patch(led.model, "one-segment", fallback="native") as handle:
+        assert led.close(led.logits(), native)
+    assert [(site.calls, site.fallbacks) for site in handle.sites] == [(0, 1), (0, 1), (1, 0), (1, 0)]
+    assert fake.runs == 2
+
+
+def holes(neox):
+    """A mask that is more than causality and padding: nobody sees the third key but itself."""
+    length = neox.inputs["input_ids"].shape[1]
+    grid = torch.ones(length, length, dtype=torch.bool).tril()
+    grid[3:, 2] = False
+    return dict(attention_mask=grid.expand(3, 1, -1, -1))
+
+
+def test_fallback_takes_what_only_the_inputs_tell(neox, add_backend):
+    """Whether a dense mask comes along is known only in the forward; whatever refuses it there must fall back too."""
+    native = neox.logits(**holes(neox))
+    add_backend("maskless", mask=False)
+    with attnzoo.patch(neox.model, "maskless", fallback="native") as handle:
+        assert torch.equal(neox.logits(**holes(neox)), native)
+    assert {(site.calls, site.fallbacks) for site in handle.sites} == {(0, 1)}
+
+
+def test_what_shows_within_a_replaced_forward_raises_as_its_cache_is_filled(led, add_backend):
+    decoder, fake = led.model.led.decoder, add_backend("maskless", mask=False)
+    length = led.inputs["decoder_input_ids"].shape[1]
+    grid = torch.ones(length, length, dtype=torch.bool).tril()
+    grid[2:, 1] = False
+    with attnzoo.patch(decoder, "maskless", fallback="native") as handle:
+        with pytest.raises(BackendRefusedError, match="mask: got requested; allowed: no dense mask"):
+            led.logits(decoder_attention_mask=torch.where(grid, 0.0, -torch.inf).expand(3, 1, -1, -1))
+        assert fake.runs == 0
+    assert {site.fallbacks for site in handle.sites} == {0}
+
+
+def test_fallback_takes_gradients_asked_for_in_eval_mode(subject, add_backend):
+    native = subject.model(**subject.inputs).logits
+    add_backend("forward-only", grad=False)
+    with attnzoo.patch(subject.model, "forward-only", fallback="native") as handle:
+        logits = subject.model(**subject.inputs).logits
+        assert logits.requires_grad
+        assert torch.equal(logits, native)
+    assert {(site.calls, site.fallbacks) for site in handle.sites} == {(0, 1)}
+
+
+def test_a_mask_a_backend_cannot_take_is_refused_not_dropped(neox, add_backend):
+    fake = add_backend("maskless", mask=False)
+    with attnzoo.patch(neox.model, "maskless") as handle:
+        with pytest.raises(BackendRefusedError, match="mask: got requested; allowed: no dense mask"):
+            neox.logits(**holes(neox))
+        assert (fake.runs, set(calls(handle).values())) == (0, {0})
+        neox.logits()  # padding and causality are no dense mask, however the model writes them down
+        assert set(calls(handle).values()) == {1}
