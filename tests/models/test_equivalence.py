@@ -4,23 +4,27 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.error_rule import FORWARD, GRADIENT, check
+from attnzoo.error_rule import FORWARD, check
+from attnzoo.replay import replaying
 
-from .zoo import FAMILIES, causal_inputs, gpt_neox, led, led_inputs, longformer, longformer_inputs
+from .judge import hashes_of, judge, logits_of
+from .zoo import (
+    FAMILIES,
+    causal_inputs,
+    gpt_bigcode,
+    gpt_neox,
+    led,
+    led_inputs,
+    longformer,
+    longformer_inputs,
+    longt5,
+    longt5_inputs,
+)
 
 BACKENDS = ["eager", "sdpa"]
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 backends = pytest.mark.parametrize("backend", BACKENDS)
 sides = pytest.mark.parametrize("side", ["none", "left", "right", "sample"])
-
-
-def outputs(model, inputs):
-    """Logits (or the first output) on real tokens."""
-    returned = model(**inputs)
-    logits = returned.logits if hasattr(returned, "logits") else returned[0]
-    name = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
-    mask = inputs.get(name)
-    return logits[mask.bool()] if mask is not None and mask.shape == logits.shape[:2] else logits
 
 
 @families
@@ -31,12 +35,33 @@ def test_logits_and_gradients_are_within_the_error_rule(family, backend, side):
     assert report.ok, str(report)
 
 
-@families
-@backends
-@pytest.mark.parametrize("length", [1, 7, 8, 9, 26, 300])
-def test_any_length(family, backend, length):
-    report = attnzoo.verify(family.build(), family.inputs(length, "left" if length > 3 else "none"), backend)
+def lengths(family):
+    """Where padding, wrapping and partial blocks begin."""
+    return 1, family.block - 1, family.block, family.block + 1, 3 * family.block + 2
+
+
+def modes(family):
+    return "eval", "train", *(["checkpointed"] if family.build().supports_gradient_checkpointing else [])
+
+
+@pytest.mark.parametrize(("family", "length"), [(f, n) for f in FAMILIES.values() for n in lengths(f)], ids=str)
+def test_any_length_without_padding(family, length):
+    report = attnzoo.verify(family.build(), family.inputs(length, "none"), "sdpa")
     assert report.ok, str(report)
+
+
+@pytest.mark.parametrize(
+    ("family", "mode", "length"),
+    [(f, mode, n) for f in FAMILIES.values() for mode in modes(f) for n in (*lengths(f), 1000)],
+    ids=str,
+)
+def test_any_length_with_every_padding_in_every_mode(family, mode, length):
+    judge(family, family.inputs(length, "every", batch=4), mode)
+
+
+@pytest.mark.parametrize(("family", "mode"), [(f, mode) for f in FAMILIES.values() for mode in modes(f)], ids=str)
+def test_bfloat16_with_every_padding_in_every_mode(family, mode):
+    judge(family, family.inputs(4 * family.block, "every", batch=4), mode, torch.bfloat16)
 
 
 @backends
@@ -61,10 +86,11 @@ def test_other_dtypes(family, backend, dtype):
 @backends
 def test_logits_equal_the_original_to_1e_5_of_their_size(family, backend):
     model, inputs = family.build(), family.inputs(37, "left")
+    model = model.double() if family.coarse else model
     with torch.no_grad():
-        before = outputs(model, inputs)
+        before = logits_of(model, inputs)
         with attnzoo.patch(model, backend):
-            after = outputs(model, inputs)
+            after = logits_of(model, inputs)
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5 * before.abs().max().item())
 
 
@@ -91,43 +117,19 @@ def test_these_inputs_would_show_a_lost_mask(family, mask):
 
 @families
 @backends
-def test_training_with_gradient_checkpointing_gives_the_same_gradients(family, backend):
-    inputs = family.inputs(37, "left")
-
-    def gradients(patched, dtype):
-        model = family.build().to(dtype).train()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if patched:
-            handle = attnzoo.patch(model, patched)
-        outputs(model, inputs).square().sum().backward()
-        if patched:
-            assert all(site.calls for site in handle.sites)
-        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-    verdict = check(
-        "gradient",
-        gradients(backend, torch.float32),
-        gradients("eager", torch.float64),
-        gradients(None, torch.float32),
-        GRADIENT,
-    )
-    assert verdict.ok, str(verdict)
-
-
-@families
-@backends
 def test_autocast_computes_in_the_autocast_dtype(family, backend):
     model, inputs = family.build(), family.inputs(37, "left")
     with torch.no_grad():
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            original = outputs(model, inputs).float()
-            with attnzoo.patch(model, backend) as handle:
+            with hashes_of(model) as made:
+                original = logits_of(model, inputs).float()
+            with replaying(model, made), attnzoo.patch(model, backend) as handle:
                 seen = []
                 for site in handle.sites:
                     site.observer = lambda site, attention, result, ran: seen.append(result.output.dtype)
-                got = outputs(model, inputs).float()
-        with attnzoo.patch(model, "eager"):
-            reference = outputs(model.double(), inputs)
+                got = logits_of(model, inputs).float()
+        with replaying(model, made), attnzoo.patch(model, "eager"):
+            reference = logits_of(model.double(), inputs)
     assert set(seen) == {torch.bfloat16}
     verdict = check("logits", got, reference, original, FORWARD, dtype=torch.bfloat16)
     assert verdict.ok, str(verdict)
@@ -136,14 +138,11 @@ def test_autocast_computes_in_the_autocast_dtype(family, backend):
 @families
 @backends
 def test_dropout_is_applied_in_training_and_not_in_eval(family, backend):
-    dropout = dict(attention_dropout=0.5, attention_probs_dropout_prob=0.5)
-    config_keys = set(family.build().config.to_dict())
-    model = family.build(**{key: value for key, value in dropout.items() if key in config_keys})
-    inputs = family.inputs(37, "none")
+    model, inputs = family.build(**dict.fromkeys(family.dropouts, 0.5)), family.inputs(36, "none")
     with attnzoo.patch(model, backend), torch.no_grad():
-        assert torch.equal(outputs(model, inputs), outputs(model, inputs))
+        assert torch.equal(logits_of(model, inputs), logits_of(model, inputs))
         model.train()
-        assert not torch.allclose(outputs(model, inputs), outputs(model, inputs), atol=1e-2)
+        assert not torch.allclose(logits_of(model, inputs), logits_of(model, inputs), atol=1e-2)
 
 
 HEADS = [
@@ -152,9 +151,15 @@ HEADS = [
         (longformer, f"Longformer{head}", longformer_inputs)
         for head in ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
     ],
+    (longt5, "LongT5Model", longt5_inputs),
+    (longt5, "LongT5EncoderModel", causal_inputs),
     *[
         (gpt_neox, f"GPTNeoX{head}", causal_inputs)
         for head in ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+    ],
+    *[
+        (gpt_bigcode, f"GPTBigCode{head}", causal_inputs)
+        for head in ("Model", "ForSequenceClassification", "ForTokenClassification")
     ],
 ]
 

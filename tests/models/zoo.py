@@ -1,12 +1,13 @@
 """Tiny models of every family on *spread* weights, and inputs that use what the family has.
 
 At default initialisation attention is nearly uniform and a lost mask goes unseen; spread weights (projections with std
-1.5 / sqrt(fan_in), embeddings 1) move logits by tenths when anything is lost.
+1.5 / sqrt(fan_in), embeddings and bias tables 1) move logits by tenths when anything is lost.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import transformers
@@ -20,8 +21,10 @@ def spread(model, seed=1):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
-                embedding = any(word in name for word in ("embed", "shared", "wte", "wpe"))
-                std = 1.0 if embedding else 1.5 / math.sqrt(parameter.shape[1])
+                table = any(word in name for word in ("embed", "shared", "wte", "wpe", "relative_attention_bias"))
+                std = 1.0 if table else 1.5 / math.sqrt(parameter.shape[1])
+                if name.endswith(".q.weight"):  # T5 does not scale its scores: its queries are narrower in return
+                    std /= math.sqrt(model.config.d_kv)
                 parameter.copy_(torch.randn(parameter.shape, generator=random) * std)
             elif parameter.ndim == 1 and name.endswith("bias"):
                 parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.1)
@@ -33,8 +36,14 @@ def ids(*shape, seed=2):
 
 
 def padded(batch, length, side):
-    """A mask with ragged padding on a side: ``"none"``, ``"left"``, ``"right"``, or ``"sample"`` (a whole one)."""
+    """A mask with ragged padding on a side: ``"none"``, ``"left"``, ``"right"``, or ``"sample"`` (a whole one).
+
+    ``"every"`` is all of them in one batch: samples without padding, with it on the left, on the right, nothing else.
+    """
     mask = torch.ones((batch, length), dtype=torch.long)
+    if side == "every":
+        cut = length // 3
+        mask[1, :cut] = mask[2, length - cut :] = mask[3] = 0
     for row in range(batch):
         cut = (row * length) // (batch + 1)
         if cut and side == "left":
@@ -54,15 +63,21 @@ class Family:
         name: of the family and its variant.
         build: a fresh tiny model, spread, in eval mode.
         inputs: ``inputs(length, side)``: forward arguments with padding on a side.
+        dropouts: names in its configuration of the dropout of attention weights (LongT5 has one for everything).
         prompt: ``prompt(side)``: arguments of generate, or None for models that do not generate.
+        block: what its attention works in: window, chunk, radius + 1; any number for dense attention.
         static_cache: whether the model supports a static cache.
+        coarse: the model's own code is what the model means in float64 only.
     """
 
     name: str
     build: Callable[..., torch.nn.Module]
-    inputs: Callable[[int, str], dict]
+    inputs: Callable[..., dict]
+    dropouts: tuple[str, ...]
     prompt: Callable[[str], dict] | None = None
-    static_cache: bool = False
+    block: int = 8
+    static_cache: bool = True
+    coarse: bool = False
 
     def __str__(self):
         return self.name
@@ -70,7 +85,7 @@ class Family:
 
 def led_config(**changes):
     base = dict(
-        vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
         decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, attention_window=[8, 4],
         max_encoder_position_embeddings=1024, max_decoder_position_embeddings=64, pad_token_id=1, bos_token_id=0,
         eos_token_id=2, decoder_start_token_id=2, dropout=0.0, attention_dropout=0.0,
@@ -113,7 +128,7 @@ def led_prompt(side):
 def longformer(cls="LongformerForMaskedLM", **changes):
     torch.manual_seed(0)
     base = dict(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
         attention_window=[8, 4], max_position_embeddings=1100, pad_token_id=1, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )  # fmt: skip
@@ -128,11 +143,33 @@ def longformer_inputs(length, side, globals_="varying", batch=3):
 def gpt_neox(cls="GPTNeoXForCausalLM", **changes):
     torch.manual_seed(0)
     base = dict(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
         max_position_embeddings=1100, pad_token_id=1, bos_token_id=0, eos_token_id=2, attention_dropout=0.0,
         hidden_dropout=0.0,
     )  # fmt: skip
     return spread(getattr(transformers, cls)(transformers.GPTNeoXConfig(**{**base, **changes})))
+
+
+def gpt_bigcode(cls="GPTBigCodeForCausalLM", **changes):
+    torch.manual_seed(0)
+    base = dict(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=1100, pad_token_id=1, bos_token_id=0,
+        eos_token_id=2, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    return spread(getattr(transformers, cls)(transformers.GPTBigCodeConfig(**{**base, **changes})))
+
+
+def reformer(cls="ReformerModelWithLMHead", **changes):
+    """Positions are not axial: those are for one length alone in training."""
+    torch.manual_seed(0)
+    base = dict(
+        vocab_size=VOCAB, hidden_size=16, num_attention_heads=2, attention_head_size=8, feed_forward_size=32,
+        attn_layers=["local", "lsh"], is_decoder=True, num_hashes=2, num_buckets=8, hash_seed=7,
+        lsh_attn_chunk_length=4, local_attn_chunk_length=4, axial_pos_embds=False, max_position_embeddings=1100,
+        hidden_dropout_prob=0.0, lsh_attention_probs_dropout_prob=0.0, local_attention_probs_dropout_prob=0.0,
+        pad_token_id=1, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    return spread(getattr(transformers, cls)(transformers.ReformerConfig(**{**base, **changes})))
 
 
 def causal_inputs(length, side, batch=3):
@@ -143,11 +180,41 @@ def causal_prompt(side):
     return dict(input_ids=ids(3, 9), attention_mask=padded(3, 9, side))
 
 
+def longt5(cls="LongT5ForConditionalGeneration", kind="local", **changes):
+    torch.manual_seed(0)
+    base = dict(
+        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_heads=2, num_layers=2, num_decoder_layers=2,
+        local_radius=7, global_block_size=4, relative_attention_num_buckets=8, relative_attention_max_distance=16,
+        encoder_attention_type=kind, dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    return spread(getattr(transformers, cls)(transformers.LongT5Config(**{**base, **changes})))
+
+
+def longt5_inputs(length, side, batch=3):
+    decoder = padded(batch, 7, "right" if side in ("left", "right") else side)
+    return dict(
+        **causal_inputs(length, side, batch), decoder_input_ids=ids(batch, 7, seed=3), decoder_attention_mask=decoder
+    )
+
+
+def longt5_prompt(side):
+    return causal_inputs(21, side)
+
+
+# Reformer hides a token from itself with -1e5: where a token sees nothing else, little of float32 is left.
+_REFORMER_DROPOUTS = ("local_attention_probs_dropout_prob", "lsh_attention_probs_dropout_prob")
+_LONGT5 = (longt5_inputs, ("dropout_rate",), longt5_prompt)
+_BIGCODE = (causal_inputs, ("attn_pdrop",), causal_prompt)
 FAMILIES = {
     family.name: family
     for family in (
-        Family("led", led, led_inputs, led_prompt),
-        Family("longformer", longformer, longformer_inputs),
-        Family("gpt_neox", gpt_neox, causal_inputs, causal_prompt, static_cache=True),
+        Family("led", led, led_inputs, ("attention_dropout",), led_prompt),
+        Family("longformer", longformer, longformer_inputs, ("attention_probs_dropout_prob",)),
+        Family("longt5-local", partial(longt5, kind="local"), *_LONGT5),
+        Family("longt5-tglobal", partial(longt5, kind="transient-global"), *_LONGT5),
+        Family("reformer", reformer, causal_inputs, _REFORMER_DROPOUTS, causal_prompt, 4, False, coarse=True),
+        Family("gpt_neox", gpt_neox, causal_inputs, ("attention_dropout",), causal_prompt),
+        Family("gpt_bigcode-mqa", partial(gpt_bigcode, multi_query=True), *_BIGCODE),
+        Family("gpt_bigcode-mha", partial(gpt_bigcode, multi_query=False), *_BIGCODE),
     )
 }
