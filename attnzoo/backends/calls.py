@@ -116,8 +116,13 @@ def disjoint(segments: tuple[SegmentRequest, ...]) -> bool:
     return len(segments) == 1 and not hides(segments[0])
 
 
-def plan(attention: Attention) -> Plan:
-    """The calls of an attention whose sorted segments, if any, have one head (see :func:`sorted_calls.fold_heads`)."""
+def plan(attention: Attention, windows: bool = True) -> Plan:
+    """The calls of an attention whose sorted segments, if any, have one head (see :func:`sorted_calls.fold_heads`).
+
+    Args:
+        attention: without bias and dense mask.
+        windows: whether the kernel takes windows; if not, causal patterns come without.
+    """
     extents = _extents([attention.query_mask, *(segment.key_mask for segment in attention.segments)])
     q_extents = extents[0] or [(0, attention.q_len, attention.q_len)] * attention.batch
     calls: list[Call] = []
@@ -136,7 +141,7 @@ def plan(attention: Attention) -> Plan:
             calls += _chunks(attention, number, segment, pattern)
             holes = _ordered(pattern, segment.kv_len) and any(count < segment.kv_len for *_, count in k_extents)
         elif isinstance(pattern, Window | Causal):
-            calls += _aligned(attention, number, segment, pattern, q_extents, k_extents)
+            calls += _aligned(attention, number, segment, pattern, q_extents, k_extents, windows)
             holes = any(count < stop - start for start, stop, count in k_extents)
         else:
             lens = ([attention.q_len] * attention.batch, [segment.kv_len] * attention.batch)
@@ -168,6 +173,7 @@ def _aligned(
     pattern: Window | Causal,
     q_extents: list[tuple[int, int, int]],
     k_extents: list[tuple[int, int, int]],
+    windows: bool,
 ) -> list[Call]:
     """Windows and causal patterns: one sequence per sample, one call per shift."""
     q_len, kv_len, device = attention.q_len, segment.kv_len, attention.query.device
@@ -184,20 +190,31 @@ def _aligned(
         if q_start >= q_stop or k_start >= k_stop:
             continue
         off = k_stop - q_stop - shift  # the kernel puts the last query this much after its place
-        extents = (left + off, right - off)
-        limits = (k_stop - k_start - 1, q_stop - q_start - 1)  # beyond these there is nothing to leave out
-        window = tuple(UNLIMITED if extent >= limit else extent for extent, limit in zip(extents, limits, strict=True))
-        groups.setdefault((window[0], window[1]), []).append(
-            (sample * q_len + q_start, q_stop - q_start, sample * kv_len + k_start, k_stop - k_start)
-        )
+        parts = [(q_start, q_stop, off)]
+        if off < 0 and not windows:  # the last queries see all keys there are, and the others end where the keys do
+            middle = max(q_start, q_stop + off)
+            parts = [(q_start, middle, 0), (middle, q_stop, off)]
+        for start, stop, shifted in parts:
+            extents = (left + shifted, right - shifted)
+            limits = (k_stop - k_start - 1, stop - start - 1)  # beyond these there is nothing to leave out
+            pairs = zip(extents, limits, strict=True)
+            before, after = (UNLIMITED if extent >= limit else extent for extent, limit in pairs)
+            if start < stop:
+                spans = groups.setdefault((before, after), [])
+                spans.append((sample * q_len + start, stop - start, sample * kv_len + k_start, k_stop - k_start))
     calls = []
     for (before, after), spans in groups.items():
         q_starts, q_lens, k_starts, k_lens = (tuple(column) for column in zip(*spans, strict=True))
         sequences = Sequences(q_lens, k_lens, device, before, after)
-        q_rows = None if sum(q_lens) == attention.batch * q_len else rows_of(q_starts, q_lens, device)
-        k_rows = None if sum(k_lens) == attention.batch * kv_len else rows_of(k_starts, k_lens, device)
+        q_rows = None if _is_all(q_starts, q_lens, attention.batch, q_len) else rows_of(q_starts, q_lens, device)
+        k_rows = None if _is_all(k_starts, k_lens, attention.batch, kv_len) else rows_of(k_starts, k_lens, device)
         calls.append(Call(number, sequences, q_rows, k_rows))
     return calls
+
+
+def _is_all(starts: tuple[int, ...], lens: tuple[int, ...], batch: int, length: int) -> bool:
+    """Whether runs of rows are those of all samples, whole and in order."""
+    return lens == (length,) * batch and starts == tuple(range(0, batch * length, length))
 
 
 def _ordered(pattern: Chunks, kv_len: int) -> bool:

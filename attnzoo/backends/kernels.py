@@ -26,12 +26,14 @@ class Kernel:
         dtypes: of query, key and value.
         max_dim: the largest dim.
         dropout: drops softmax weights.
+        windows: takes windows, and other sequences in which two extents or one after a query are limited.
     """
 
     name: ClassVar[str]
     dtypes: ClassVar[frozenset[torch.dtype]] = frozenset({torch.bfloat16, torch.float16})
     max_dim: ClassVar[int] = 256
     dropout: ClassVar[bool] = False
+    windows: ClassVar[bool] = True
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -58,9 +60,7 @@ class Kernel:
         if request.dropout and not cls.dropout:
             found.append(Refusal("dropout", f"requested of {cls.name}", "dropout=0.0"))
         if not disjoint(request.segments) and (why := cls.parts_unavailable()):
-            found.append(
-                Refusal("segments", f"parts to unite, and {why}", "one segment, without a key mask to hide by")
-            )
+            found.append(Refusal("segments", f"parts to unite, and {why}", "one segment without a key mask"))
         return tuple(found)
 
     @classmethod

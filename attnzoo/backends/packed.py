@@ -69,7 +69,14 @@ class PackedBackend(Backend):
         return "; ".join(reason for reason in (no_device(), *missing) if reason is not None) or None
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
-        return tuple(dict.fromkeys((*super().refusals(request), *self._choose(request)[1])))
+        own = [
+            replace(reason, allowed=f"{reason.allowed}, or torch.autocast to one of them")
+            if reason.field == "dtype" and request.dtype == torch.float32
+            else reason
+            for reason in super().refusals(request)
+        ]
+        told = {reason.field for reason in own}
+        return (*own, *(reason for reason in self._choose(request)[1] if reason.field not in told))
 
     def _choose(self, request: Request) -> tuple[type[Kernel], tuple[Refusal, ...]]:
         """The first kernel that takes a request; where none does, one of them and its refusals."""
@@ -93,7 +100,7 @@ def attend(attention: Attention, kernel: type[Kernel]) -> Tensor:
         attention = replace(attention, query=attention.query * sign, scale=abs(attention.scale) or 1.0)
     if any(isinstance(segment.pattern, SortedChunks) for segment in attention.segments):
         attention = fold_heads(attention)
-    planned = plan(attention)
+    planned = plan(attention, kernel.windows)
     hiding = planned.spare or any(mask is not None for mask in planned.hidden)
     packed = _Packing(attention, planned, _Hiding(attention.scale) if hiding else None)
     if len(planned.calls) == 1 and not hiding:

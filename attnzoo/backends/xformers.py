@@ -1,20 +1,25 @@
-"""``xformers``: under construction."""
+"""``xformers``: memory-efficient attention of the ``xformers`` package, by its structured biases."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from attnzoo.backend import Backend
+import torch
+
+from attnzoo.backend import Capabilities
+from attnzoo.backends.kernels import Kernel
+from attnzoo.backends.packed import CAPABILITIES, PackedBackend
+from attnzoo.backends.xformers_kernels import XformersCutlassKernel, XformersFlashKernel
 
 
 @dataclass(frozen=True)
-class XformersBackend(Backend):
-    """Under construction."""
+class XformersBackend(PackedBackend):
+    """Memory-efficient attention."""
 
     name: ClassVar[str] = "xformers"
-    aliases: ClassVar[tuple[str, ...]] = ()
-
-    @classmethod
-    def unavailable(cls) -> str | None:
-        return "not built yet"
+    priority: ClassVar[int] = 5
+    kernels: ClassVar[tuple[type[Kernel], ...]] = (XformersFlashKernel, XformersCutlassKernel)
+    capabilities: ClassVar[Capabilities] = replace(
+        CAPABILITIES, dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16})
+    )

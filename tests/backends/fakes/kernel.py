@@ -63,7 +63,8 @@ def kept(shape, dropout, generator):
     return (torch.rand(shape, generator=generator) >= dropout).float() / (1.0 - dropout)
 
 
-def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, scale, causal, left, right):
+@torch.autocast("cpu", enabled=False)
+def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, scale, causal, left, right, check=check):
     """Output ``(total_q, heads, dim)``, lse ``(heads, total_q)`` float32 (inf where nothing is seen), random state."""
     check(q, k, v, cu_q, cu_k, max_q, max_k)
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty(q.shape[1], q.shape[0])
@@ -81,7 +82,10 @@ def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, scale, causal, left, rig
     return out, lse, state
 
 
-def backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, scale, causal, left, right, state):
+@torch.autocast("cpu", enabled=False)
+def backward(
+    grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, scale, causal, left, right, state, check=check
+):
     """Gradients of q, k, v."""
     check(q, k, v, cu_q, cu_k, max_q, max_k)
     for tensor in (grad, out):

@@ -1,0 +1,49 @@
+"""The functions of xformers 0.0.35 that are called, with its signatures, on operators in plain torch."""
+
+import torch
+
+import xformers.ops.fmha.attn_bias  # noqa: F401  as xformers.ops.fmha.attn_bias it is used
+from xformers.ops.fmha import cutlass, flash  # noqa: F401
+
+CALLS = []  # what was called, in order: name, operator, bias and tensors
+
+
+class _fMHA(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op, attn_bias, scale, query, key, value):
+        out, lse = op[0].forward(query, key, value, attn_bias, scale)
+        ctx.save_for_backward(out, lse, query, key, value)
+        ctx.rest = (op, attn_bias, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        op, attn_bias, scale = ctx.rest
+        out, lse, *inputs = ctx.saved_tensors
+        lse = lse.nan_to_num(nan=torch.inf)  # what the kernel left unwritten
+        return None, None, None, *op[1].backward(grad, out, lse, *inputs, attn_bias, scale)
+
+
+def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):
+    CALLS.append(("attention", op[0].NAME, attn_bias, (query, key, value)))
+    assert p == 0.0 and output_dtype is None
+    return _fMHA.apply(op, attn_bias, scale, query, key, value)
+
+
+def memory_efficient_attention_forward_requires_grad(
+    query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
+):
+    if p != 0.0:
+        raise NotImplementedError("dropout is not supported on the non-autograd API.")
+    CALLS.append(("forward", op.NAME, attn_bias, (query, key, value)))
+    assert output_dtype is None
+    return op.forward(query, key, value, attn_bias, scale)
+
+
+def memory_efficient_attention_backward(
+    grad, output, lse, query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None
+):
+    if p != 0.0:
+        raise NotImplementedError("dropout is not supported on the non-autograd API.")
+    CALLS.append(("backward", op.NAME, attn_bias, (query, key, value)))
+    return op.backward(grad, output, lse, query, key, value, attn_bias, scale)

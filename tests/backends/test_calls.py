@@ -1,0 +1,172 @@
+"""The arithmetic of calls: whatever the pattern and the masks, each query meets each key it sees exactly once."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import attnzoo
+from attnzoo.backends.calls import hides, plan
+from attnzoo.backends.sorted_calls import fold_heads
+from attnzoo.patterns import Causal, Chunks, Full, SortedChunks, Window
+
+
+def meetings(attention, planned):
+    """How often each query meets each key of each segment in the calls, ``(batch, q_len, kv_len)``; hidden keys do not.
+
+    Read off the calls as a kernel would: the last query of each sequence stands at its last key.
+    """
+    counts = [torch.zeros(attention.batch * attention.q_len + 1, attention.batch * s.kv_len + 1, dtype=torch.long)
+              for s in attention.segments]  # fmt: skip
+    for call in planned.calls:
+        sequences = call.sequences
+        q_rows = torch.arange(sum(sequences.q_lens)) if call.q_rows is None else call.q_rows
+        k_rows = torch.arange(sum(sequences.k_lens)) if call.k_rows is None else call.k_rows
+        assert len(q_rows) == sum(sequences.q_lens) and len(k_rows) == sum(sequences.k_lens)
+        pairs = zip(q_rows.split(sequences.q_lens), k_rows.split(sequences.k_lens), strict=True)
+        for queries, keys in pairs:
+            place = torch.arange(len(queries))[:, None] + len(keys) - len(queries)
+            key = torch.arange(len(keys))
+            seen = torch.ones((len(queries), len(keys)), dtype=torch.bool)
+            if sequences.left >= 0:
+                seen &= key >= place - sequences.left
+            if sequences.right >= 0:
+                seen &= key <= place + sequences.right
+            assert seen.any(1).all(), "a query in a call that sees no key of it"
+            counts[call.segment].index_put_((queries[:, None], keys[None]), seen.long(), accumulate=True)
+    found = []
+    for count, segment, hidden in zip(counts, attention.segments, planned.hidden, strict=True):
+        count = count[:-1, :-1].unflatten(1, (attention.batch, -1)).unflatten(0, (attention.batch, -1))
+        own = torch.stack([count[sample, :, sample] for sample in range(attention.batch)])
+        assert int(own.sum()) == int(count.sum()), "a query meets the keys of another sample"
+        if hidden is not None:
+            assert segment.key_mask is not None
+            own = own * ~hidden[:, None]
+        found.append(own)
+    return found
+
+
+def truth(attention, segment):
+    """Who sees whom by definition, ``(batch, q_len, kv_len)`` bool, for one head."""
+    seen = segment.visible(torch.arange(attention.q_len), torch.arange(segment.kv_len), attention.q_len)
+    shape = (attention.batch, attention.q_len, segment.kv_len)
+    return torch.ones(shape, dtype=torch.bool) if seen is None else seen[:, 0].expand(shape)
+
+
+def check(attention, windows=True):
+    planned = plan(attention, windows)
+    for segment, met in zip(attention.segments, meetings(attention, planned), strict=True):
+        real = torch.ones(attention.batch, attention.q_len, 1, dtype=torch.bool)
+        if attention.query_mask is not None:
+            real = attention.query_mask[..., None]
+        expected = truth(attention, segment)
+        assert torch.equal((met * real).bool(), expected & real)
+        assert int(met.max()) <= 1, "a query meets a key twice"
+    return planned
+
+
+masks = st.sampled_from(["none", "left", "right", "both", "holes", "sample", "nothing"])
+offsets = st.one_of(st.none(), st.integers(-6, 12))
+patterns = st.one_of(
+    st.just(Full()),
+    st.builds(Causal, offsets),
+    st.builds(Window, st.integers(0, 6), st.integers(1, 6), offsets),
+    st.builds(Window, st.integers(1, 6), st.just(0), offsets),
+    st.builds(Chunks, st.integers(1, 5), st.integers(0, 3), st.integers(0, 2), st.booleans()),
+    st.builds(Chunks, st.integers(1, 5), st.just(-1), st.integers(1, 2), st.booleans()),
+)
+
+
+def mask_of(kind, length):
+    """Bool ``(3, length)``, of the kind in one way or another in each sample."""
+    mask = torch.ones((3, length), dtype=torch.bool)
+    for row in range(3):
+        cut = (row + 1) * length // 4
+        if kind in ("left", "both"):
+            mask[row, :cut] = False
+        if kind in ("right", "both"):
+            mask[row, length - cut // 2 :] = False
+        if kind == "holes":
+            mask[row, row::3] = False
+    if kind == "sample":
+        mask[1] = False
+    return None if kind == "none" else torch.zeros_like(mask) if kind == "nothing" else mask
+
+
+@given(patterns, st.integers(1, 14), st.integers(1, 14), masks, masks, st.booleans())
+def test_every_query_meets_every_key_it_sees_once(pattern, q_len, kv_len, of_keys, of_queries, windows):
+    if isinstance(pattern, Chunks):
+        kv_len = q_len
+    if isinstance(pattern, Window):
+        windows = True
+    key = torch.zeros(3, 1, kv_len, 2)
+    segment = attnzoo.Segment(key, key, pattern, key_mask=mask_of(of_keys, kv_len))
+    attention = attnzoo.Attention(torch.zeros(3, 1, q_len, 2), (segment,), 1.0, query_mask=mask_of(of_queries, q_len))
+    planned = check(attention, windows)
+    (request,) = attention.request().segments
+    if planned.hidden[0] is not None:
+        assert hides(request)
+    if not hides(request):
+        rows = [call.q_rows for call in planned.calls]
+        total = sum(sum(call.sequences.q_lens) for call in planned.calls)
+        assert total <= 3 * q_len and (len(rows) <= 1 or len(torch.cat(rows).unique()) == total), "a query in two calls"
+    if not windows:
+        assert all((call.sequences.left, call.sequences.right) in ((-1, -1), (-1, 0)) for call in planned.calls)
+
+
+@given(st.integers(1, 5), st.integers(0, 2), st.integers(0, 2), st.booleans(), st.integers(1, 13), masks)
+def test_sorted_chunks_meet_by_token(length, before, after, causal, tokens, of_keys):
+    random = torch.Generator().manual_seed(tokens)
+    orders = [torch.rand((2, 2, tokens), generator=random).argsort(-1) for _ in range(2)]
+    token = torch.cat(orders, dim=2)
+    if of_keys in ("left", "holes"):
+        token = token.masked_fill(token % 3 == 0, -1)
+    key = torch.zeros(2, 2, 2 * tokens, 2)
+    chunks = SortedChunks(length, before, after, causal)
+    rounds = [attnzoo.Segment(key, key, SortedChunks(length, before, after, causal, start, order, token))
+              for start, order in zip((0, tokens), orders, strict=True)]  # fmt: skip
+    assert hides(attnzoo.SegmentRequest(chunks, 2))
+    check(fold_heads(attnzoo.Attention(torch.zeros(2, 2, tokens, 2), tuple(rounds), 1.0)))
+
+
+def one(pattern, q_len, kv_len, key_mask=None, query_mask=None):
+    key = torch.zeros(1, 1, kv_len, 2)
+    segment = attnzoo.Segment(key, key, pattern, key_mask=key_mask)
+    return attnzoo.Attention(torch.zeros(1, 1, q_len, 2), (segment,), 1.0, query_mask=query_mask)
+
+
+@pytest.mark.parametrize("pattern", [Full(), Causal(), Window(4, 4), Window(4, 0)], ids=str)
+def test_without_masks_nothing_is_gathered(pattern):
+    (call,) = plan(one(pattern, 20, 20)).calls
+    assert call.q_rows is None and call.k_rows is None
+    window = (pattern.left, pattern.right) if isinstance(pattern, Window) else (-1, 0 if pattern == Causal() else -1)
+    assert (call.sequences.left, call.sequences.right) == window
+
+
+def test_right_padding_of_a_window_moves_nothing():
+    real = torch.arange(20)[None] < 13
+    planned = plan(one(Window(4, 4), 20, 20, key_mask=real, query_mask=real))
+    (call,) = planned.calls
+    assert planned.hidden == (None,)
+    assert (call.sequences.q_lens, call.sequences.k_lens) == ((13,), (13,))
+    assert (call.sequences.left, call.sequences.right) == (4, 4)
+
+
+def test_a_leading_global_token_out_of_the_window_hides_nothing():
+    ordinary = torch.arange(20)[None] > 0
+    planned = plan(one(Window(4, 4), 20, 20, key_mask=ordinary))
+    (call,) = planned.calls
+    assert planned.hidden == (None,) and (call.sequences.q_lens, call.sequences.k_lens) == ((20,), (19,))
+
+
+def test_a_global_token_in_the_middle_is_hidden_where_it_is():
+    ordinary = torch.arange(20)[None] != 9
+    planned = plan(one(Window(4, 4), 20, 20, key_mask=ordinary))
+    (hidden,) = planned.hidden
+    assert hidden.nonzero().tolist() == [[0, 9]]
+    assert planned.calls[0].q_rows is None and planned.calls[0].k_rows is None
+
+
+def test_one_new_token_sees_its_window_of_the_cache():
+    (call,) = plan(one(Window(4, 0), 1, 20)).calls
+    assert call.sequences.k_lens == (5,) and call.k_rows.tolist() == [15, 16, 17, 18, 19]
