@@ -1,4 +1,4 @@
-"""The command line: ``attnzoo doctor``, ``matrix``, ``verify``, ``tune`` and ``bench``."""
+"""The command line: ``attnzoo doctor``, ``matrix``, ``verify``, ``explain``, ``tune`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -75,6 +75,20 @@ def verify(
     print(json.dumps(report.to_dict(), indent=2) if as_json else report)
     if not report.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="A family of the shootout (see bench --help), or a local checkpoint.")],
+    backend: Annotated[str | None, typer.Option(help="Only this backend; default: all, and what auto takes.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What each backend would do at each attention module of a model, and what auto takes there and why."""
+    from attnzoo.benchmarks.subjects import subject
+    from attnzoo.explanation import explain as look
+
+    explanation = look(subject(model, 1)[0], backend)
+    print(json.dumps(explanation.to_dict(), indent=2) if as_json else explanation)
 
 
 app.command()(tune)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -56,6 +56,10 @@ class Explanation(tuple[Verdict, ...]):
         made.auto = {} if auto is None else auto
         return made
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"verdicts": [{**asdict(verdict), "runs": verdict.runs} for verdict in self], "auto": self.auto}
+
     def __str__(self) -> str:
         groups: dict[tuple[tuple[Any, ...], ...], list[str]] = {}
         for site in dict.fromkeys(verdict.site for verdict in self):
@@ -79,7 +83,7 @@ def explain(model: nn.Module, backend: str | None = None, **options: Any) -> Exp
 
     Args:
         model: a model of a family with an adapter.
-        backend: one backend's name; None: all registered ones, and what ``auto`` takes.
+        backend: one backend's name; None or ``"auto"``: all registered ones, and what ``auto`` takes.
         options: go to the backend that is named.
 
     Returns:
@@ -89,6 +93,7 @@ def explain(model: nn.Module, backend: str | None = None, **options: Any) -> Exp
         UnknownNameError: no such backend. PatchError: no adapter finds anything in the model.
     """
     infos = registry.backends()
+    backend = None if backend == "auto" else backend
     if backend is None and options:
         raise InvalidArgumentError("options", f"{sorted(options)} without a backend", "options of a named backend")
     names = list(infos) if backend is None else [registry.backend_class(backend).name]

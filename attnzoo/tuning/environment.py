@@ -73,6 +73,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@lru_cache(maxsize=1024)
 def code_of(cls: type) -> str:
     """Which code a class is: its path, and the version of the distribution named as its top-level package, if any.
 

@@ -149,9 +149,9 @@ def _meet(model: nn.Module, inputs: Mapping[str, Any] | Callable[[], object], gr
 
 def _backward(returned: Any) -> None:
     """Backward from everything a model returns at the top level."""
-    values = returned.values() if isinstance(returned, Mapping) else returned
-    if not isinstance(returned, (Mapping, tuple, list)):
-        values = (returned,)
+    if isinstance(returned, Mapping):
+        returned = tuple(returned.values())
+    values = returned if isinstance(returned, (tuple, list)) else (returned,)
     outputs = [value for value in values if isinstance(value, Tensor) and value.requires_grad]
     if outputs:
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import time
 import warnings
 
 import pytest
@@ -192,7 +193,16 @@ def _measure_in_a_process(number):
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_processes_that_measure_at_once_lose_nothing(add):
+def test_processes_that_measure_at_once_lose_nothing(add, monkeypatch):
+    """Each reads what is there, adds its own and writes; with time in between for another to do the same."""
+    read = cache._others
+
+    def read_slowly(path):
+        found = read(path)
+        time.sleep(0.02)
+        return found
+
+    monkeypatch.setattr(cache, "_others", read_slowly)
     add("slow"), add("fast")
     made = multiprocessing.get_context("fork")
     processes = [made.Process(target=_measure_in_a_process, args=(number,)) for number in range(3)]

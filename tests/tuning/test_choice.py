@@ -107,6 +107,9 @@ def test_registering_and_unregistering_is_seen_at_once(add):
     assert registry.choose_for(attention()).reason == "measured 2 s"
     add("top", rank=9)
     assert registry.choose_for(attention()).backend.name == "slow", "what was not measured does not win"
+    assert registry.choose_for(attention(70)).backend.name == "top", "nothing was measured here"
+    add("summit", rank=10)
+    assert registry.choose_for(attention(70)).backend.name == "summit"
 
 
 def test_what_only_one_backend_takes_is_not_measured(add, clock):
@@ -142,6 +145,14 @@ def test_auto_goes_by_priority_when_told_so(add, clock, monkeypatch, variable, d
         assert choice.reason.startswith(f"by priority: {why}") and f"auto: slow by priority: {why}" in told
     else:
         assert "auto: fast for forward at" in told
+
+
+def test_inside_a_compiler_lengths_may_be_symbols_so_auto_goes_by_priority(add, monkeypatch):
+    add("slow", rank=5), add("fast")
+    measured(attention(), {"slow": 2.0, "fast": 1.0})
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    choice = registry.choose_for(attention())
+    assert choice.backend.name == "slow" and "torch.compile" in choice.reason
 
 
 def test_another_value_of_the_variable_is_refused(monkeypatch):
@@ -195,6 +206,7 @@ def test_explain_tells_what_was_measured_and_what_goes_by_priority(add, clock):
     )
     assert f"  auto: {lines[0]}" in str(explanation)
     assert "auto:" not in str(attnzoo.explain(model, "fast"))
+    assert str(attnzoo.explain(model, "auto")) == str(explanation)
     assert "measured 1 s" not in str(attnzoo.explain(gpt_neox().double())), "of another dtype nothing is known"
     assert "auto: fast" not in str(attnzoo.explain(led())), "nor of other heads"
 

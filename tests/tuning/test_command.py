@@ -38,6 +38,17 @@ def test_the_command_tunes_shows_and_forgets(checkpoint):
     assert "nothing is kept" in run("--show").stdout and json.loads(run("--show", "--json").stdout) == []
 
 
+def test_explain_is_a_command_too(checkpoint):
+    run(checkpoint, "--seq-len", 20, "--rounds", 1)
+    told = CliRunner().invoke(cli.app, ["explain", str(checkpoint)])
+    assert told.exit_code == 0, told.output
+    assert (
+        "one: runs" in told.stdout and "for forward at batch <= 1, queries <= 32, keys <= 32: measured" in told.stdout
+    )
+    data = json.loads(CliRunner().invoke(cli.app, ["explain", str(checkpoint), "--backend", "two", "--json"]).stdout)
+    assert data["auto"] == {} and {verdict["backend"] for verdict in data["verdicts"]} == {"two"}
+
+
 def test_the_command_says_when_auto_does_not_go_by_it(checkpoint, monkeypatch):
     monkeypatch.setenv("ATTNZOO_AUTO", "priority")
     assert "by priority all the same: ATTNZOO_AUTO=pri" in run(checkpoint, "--seq-len", 9, "--train").stdout
