@@ -14,7 +14,7 @@ ARGS ?=
 OLDEST := 5.17.0
 OLDEST_VENV := .venv-oldest
 
-.PHONY: help venv shootout test test-oldest test-long test-cuda lint typecheck format build clean distclean
+.PHONY: help venv shootout test test-oldest test-long test-cuda lint typecheck format docs-matrix build clean distclean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -60,6 +60,9 @@ typecheck: $(STAMP) ## mypy alone
 format: $(STAMP) ## let ruff fix and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs-matrix: $(STAMP) ## docs/matrix.md anew, from what adapters and backends declare
+	$(BIN)/attnzoo matrix --markdown > docs/matrix.md
 
 build: $(STAMP) ## wheel and sdist into dist/
 	$(BIN)/python -m build

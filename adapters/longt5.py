@@ -326,6 +326,7 @@ def _decoder_seam(pattern: str, when: Callable[[Any], bool]) -> Seam:
 LONGT5 = Adapter(
     model_types=("longt5",),
     versions=VERSIONS,
+    examples=({"encoder_attention_type": "local"}, {"encoder_attention_type": "transient-global"}),
     seams=(
         Seam(
             cls=f"{_MODULE}:LongT5LocalAttention",

@@ -40,38 +40,40 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def matrix(
-    as_json: Json = False, markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False
+    model_types: Annotated[list[str] | None, typer.Argument(help="Only these; none: all with an adapter.")] = None,
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
-    """Which backend declares what: devices, dtypes, patterns, masks, bias, dropout, backward."""
-    from attnzoo import matrix as support
+    """Which backend runs at which attention module, in which dtype, on what, with what; and for the rest: why not."""
+    from attnzoo import matrix_text
+    from attnzoo.matrix import families
 
+    found = families(tuple(model_types or ()))
     if as_json:
-        print(json.dumps(support.matrix(), indent=2))
-        return
-    if markdown:
-        print(support.markdown())
-        return
-    rows = support.matrix()
-    table = Table("", *(row["backend"] for row in rows), title="declared capabilities")
-    for key in dict.fromkeys(key for row in rows for key in row if key != "backend"):
-        table.add_row(key, *(support.cell(row.get(key)) for row in rows))
-    Console().print(table)
+        print(json.dumps(matrix_text.plain(found), indent=2))
+    elif markdown:
+        print(matrix_text.markdown(found))
+    else:
+        matrix_text.show(found, Console())
 
 
 @app.command()
 def verify(
     model: Annotated[str, typer.Argument(help="A family of the shootout (see bench --help), or a local checkpoint.")],
-    backend: Annotated[str, typer.Option(help="The backend to verify.")] = "sdpa",
+    backend: Annotated[str, typer.Option(help="The backend to verify, e.g. blocked-local:window=64,sinks=4.")] = "sdpa",
     seq_len: Annotated[int, typer.Option(help="Tokens of real text to run on.", min=1)] = 256,
     gradients: Annotated[bool, typer.Option(help="Compare gradients too.")] = True,
     as_json: Json = False,
 ) -> None:
     """Compare a patched model with its original under the error rule; exit status 1 if it is not within."""
     from attnzoo.benchmarks.subjects import subject
+    from attnzoo.registry import RESERVED
+    from attnzoo.spelling import configured
     from attnzoo.verification import verify as compare
 
     loaded, inputs = subject(model, seq_len)
-    report = compare(loaded, inputs, backend, gradients=gradients)
+    chosen = backend if backend in RESERVED else configured(backend)
+    report = compare(loaded, inputs, chosen, gradients=gradients)
     print(json.dumps(report.to_dict(), indent=2) if as_json else report)
     if not report.ok:
         raise typer.Exit(1)

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import attnzoo
-from attnzoo import cli, doctor, matrix
+from attnzoo import cli, doctor
 
 from .models.zoo import led
 
@@ -47,16 +47,6 @@ def test_doctor_says_why_a_package_is_missing_or_broken(monkeypatch, tmp_path):
     assert "9.9 is broken: OSError: libcuda.so: cannot open" in found["xformers"].detail
     if not found["flash-attn"].ok:
         assert "pip install flash-attn" in found["flash-attn"].detail
-
-
-def test_matrix_in_three_formats():
-    rows = json.loads(run("matrix", "--json").output)
-    assert {row["backend"] for row in rows} == set(attnzoo.backends())
-    sdpa = next(row for row in rows if row["backend"] == "sdpa")
-    assert sdpa["grad"] is True and "Window" in sdpa["patterns"] and sdpa["probabilities"] is False
-    markdown = run("matrix", "--markdown").output
-    assert markdown.strip() == matrix.markdown() and "| `eager` | `sdpa` |" in markdown
-    assert "probabilities" in run("matrix").output
 
 
 def test_verify_a_checkpoint_on_disk(tmp_path):

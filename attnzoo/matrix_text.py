@@ -1,0 +1,206 @@
+"""The support matrix as text: for terminals, as Markdown and as plain data for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from attnzoo import registry
+from attnzoo.backend import BackendInfo, Capabilities
+from attnzoo.errors import Refusal
+from attnzoo.matrix import DEVICES, FEATURES, Module, Row, rows
+from attnzoo.segments import FLOATS, Request
+
+_FLAGS = ("key_mask", "mask", "bias_grad", "gqa", "uneven_value_dim", "dropout", "grad", "probabilities", "exact")
+_SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+Families = dict[str, tuple[Module, ...] | str]
+
+LEGEND = """\
+Each cell asks what the module asks in inference and one feature more, in float64, float32, bfloat16 and float16, on CPU
+and CUDA. *yes*: all of it runs. Else what runs is named; `cuda`: it takes a CUDA device. Numbers are reasons for the
+rest, listed below; those of *forward* hold for the whole row and are not repeated. *(≈)*: the backend changes the
+pattern there, and computes that exactly."""
+
+
+def plain(families: Families) -> dict[str, Any]:
+    """Everything as plain data for JSON: what is declared, and each cell with its reasons (none: it runs)."""
+    return {"backends": declared(), "families": [_plain_family(*family) for family in families.items()]}
+
+
+def declared() -> list[dict[str, Any]]:
+    """What each registered backend declares, and whether this machine can run it."""
+    found = []
+    for info in registry.backends().values():
+        about = {"backend": info.name, "aliases": list(info.aliases), "available": info.available}
+        found.append({**about, "reason": info.reason, **_plain_capabilities(info.capabilities)})
+    return found
+
+
+def _plain_capabilities(capabilities: Capabilities | None) -> dict[str, Any]:
+    if capabilities is None:
+        return {}
+    return {
+        "devices": sorted(capabilities.devices),
+        "dtypes": sorted(str(dtype).removeprefix("torch.") for dtype in capabilities.dtypes),
+        "patterns": sorted(pattern.__name__ for pattern in capabilities.patterns),
+        "segments": "any" if capabilities.segments >= 1 << 16 else str(capabilities.segments),
+        "bias": sorted(capabilities.bias),
+        **{flag: getattr(capabilities, flag) for flag in _FLAGS},
+    }
+
+
+def _plain_family(model_type: str, modules: tuple[Module, ...] | str) -> dict[str, Any]:
+    if isinstance(modules, str):
+        return {"model_type": model_type, "problem": modules, "modules": []}
+    return {"model_type": model_type, "modules": [_plain_module(module) for module in modules]}
+
+
+def _plain_module(module: Module) -> dict[str, Any]:
+    found = {"cls": module.cls, "pattern": module.pattern, "asks": _asks(module)}
+    return {**found, "backends": [_plain_row(row) for row in rows(module)]}
+
+
+def _plain_row(row: Row) -> dict[str, Any]:
+    cells: dict[str, Any] = {}
+    for (feature, device, dtype), reasons in row.cells.items():
+        cell = cells.setdefault(feature, {}).setdefault(device, {})
+        cell[str(dtype).removeprefix("torch.")] = [vars(reason) for reason in reasons]
+    return {"backend": row.backend, "options": dict(row.options), "changes": row.changes, "cells": cells}
+
+
+class Reasons:
+    """Refusals by number, in the order in which they were first told."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def number(self, reason: Refusal) -> int:
+        """The number of a reason."""
+        return self._numbers.setdefault(str(reason), len(self._numbers) + 1)
+
+    def listed(self) -> Iterable[tuple[int, str]]:
+        """Numbers and reasons."""
+        return ((number, text) for text, number in self._numbers.items())
+
+
+def _cells(row: Row, reasons: Reasons, code: Callable[[str], str]) -> list[str]:
+    """What to show per feature. ``code`` marks words of a program."""
+    found = []
+    for feature in FEATURES:
+        own = set() if feature == "forward" else set(row.reasons("forward"))
+        numbers = sorted({reasons.number(reason) for reason in row.reasons(feature) if reason not in own})
+        note = f" [{', '.join(map(str, numbers))}]" if numbers else ""
+        found.append(_where(*(row.runs(feature, device) for device in DEVICES), code) + note)
+    return found
+
+
+def _where(cpu: tuple[torch.dtype, ...], cuda: tuple[torch.dtype, ...], code: Callable[[str], str]) -> str:
+    def dtypes(runs: tuple[torch.dtype, ...]) -> str:
+        return "" if runs == FLOATS else " ".join(_SHORT[dtype] for dtype in runs)
+
+    if cpu == cuda:
+        return (dtypes(cpu) or "yes") if cpu else "no"
+    parts = ((device, runs) for device, runs in zip(DEVICES, (cpu, cuda), strict=True) if runs)
+    return "; ".join(f"{code(device)} {dtypes(runs)}".rstrip() for device, runs in parts)
+
+
+def _label(row: Row) -> tuple[str, str]:
+    """The backend with the options it needs here, and a mark if it changes the pattern."""
+    options = ", ".join(f"{name}={value!r}" for name, value in row.options.items())
+    return f"{row.backend}({options})" if options else row.backend, f" (≈ {row.changes})" if row.changes else ""
+
+
+def _asks(module: Module) -> list[str]:
+    """Which features the module itself asks for."""
+
+    def includes(change: Callable[[Request], Request]) -> bool:
+        return any(change(request) == request for request in module.requests)
+
+    return [feature for feature, change in FEATURES.items() if feature != "forward" and includes(change)]
+
+
+def markdown(families: Families) -> str:
+    """The page of the documentation."""
+
+    def code(text: str) -> str:
+        return f"`{text}`"
+
+    lines = ["# Support matrix", "", "Made by `attnzoo matrix --markdown` from what adapters and backends declare.", ""]
+    lines += ["## What backends declare", "", *_declared_table(), "", "## What runs where", "", LEGEND, ""]
+    reasons = Reasons()
+    for model_type, modules in families.items():
+        lines += [f"### `{model_type}`", ""]
+        if isinstance(modules, str):
+            lines += [modules, ""]
+            continue
+        for module in modules:
+            lines += [_heading(module), "", _line(["backend", *FEATURES]), "|---" * (len(FEATURES) + 1) + "|"]
+            for row in rows(module):
+                name, mark = _label(row)
+                lines.append(_line([code(name) + mark, *_cells(row, reasons, code)]))
+            lines.append("")
+    lines += ["## Reasons", "", *(f"{number}. {text}" for number, text in reasons.listed())]
+    return "\n".join(lines)
+
+
+def _heading(module: Module) -> str:
+    asks = ", ".join(_asks(module))
+    return f"**{module.cls}**: {module.pattern}" + (f" (asks for: {asks})" if asks else "")
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _declared_table() -> list[str]:
+    found = [info for info in registry.backends().values() if info.capabilities is not None]
+    broken = [info for info in registry.backends().values() if info.capabilities is None]
+    lines = [_line(["", *(f"`{info.name}`" for info in found)]), "|---" * (len(found) + 1) + "|"]
+    lines += [_line(cells) for cells in _declared_lines(found)]
+    return [*lines, *(f"\n`{info.name}`: {info.reason}" for info in broken)]
+
+
+def _declared_lines(infos: list[BackendInfo]) -> list[list[str]]:
+    """One line per capability, one cell per backend after its name."""
+    columns = [{"aliases": list(info.aliases), **_plain_capabilities(info.capabilities)} for info in infos]
+    return [[key, *(_words(column[key]) for column in columns)] for key in columns[0]] if columns else []
+
+
+def _words(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
+
+
+def show(families: Families, console: Console) -> None:
+    """Print everything as tables."""
+    infos = [info for info in registry.backends().values() if info.capabilities is not None]
+    table = _table("declared capabilities", "", *(info.name for info in infos))
+    for cells in _declared_lines(infos):
+        table.add_row(*cells)
+    console.print(table)
+    reasons = Reasons()
+    for model_type, modules in families.items():
+        if isinstance(modules, str):
+            console.print(f"{model_type}: {modules}", markup=False)
+            continue
+        for module in modules:
+            table = _table(str(module), "backend", *FEATURES)
+            for row in rows(module):
+                table.add_row("".join(_label(row)), *(cell.replace("[", r"\[") for cell in _cells(row, reasons, str)))
+            console.print(table)
+    console.print(LEGEND.replace("*", "").replace("`", ""), markup=False)
+    for number, text in reasons.listed():
+        console.print(f"{number}. {text}", markup=False, highlight=False)
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A table that never leaves out a letter, however narrow the terminal."""
+    table = Table(title=title)
+    for number, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=not number)
+    return table
