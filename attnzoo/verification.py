@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attnzoo import error_rule, registry
 from attnzoo.backend import Backend
-from attnzoo.backends.eager import evaluate
+from attnzoo.backends.eager import evaluate, log_mass
 from attnzoo.error_rule import Check
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.functional import execute
@@ -33,11 +33,14 @@ class SiteReport:
         name: the site.
         kernel: what really ran in the model.
         checks: the output, and the gradient with respect to queries, keys and values (and trained biases) together.
+        recall: where the backend changes the pattern, the share of the unchanged attention's weight that lies on the
+            keys still seen, mean over the judged rows and heads; else None.
     """
 
     name: str
     kernel: str
     checks: tuple[Check, ...]
+    recall: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -92,7 +95,10 @@ class Report:
             "backend": self.backend,
             "ok": self.ok,
             "sites": [
-                {"name": site.name, "kernel": site.kernel, "ok": site.ok, "checks": [_plain(c) for c in site.checks]}
+                {
+                    **{"name": site.name, "kernel": site.kernel, "ok": site.ok, "recall": site.recall},
+                    "checks": [_plain(c) for c in site.checks],
+                }
                 for site in self.sites
             ],
             "end_to_end": [_plain(check) for check in self.end_to_end],
@@ -118,6 +124,10 @@ class Report:
             lines.append(self.note)
         if self.changed:
             lines.append(f"the pattern was changed, and is judged as changed: {self.changed}")
+        recalls = [site.recall for site in self.sites if site.recall is not None]
+        if recalls:
+            mean = sum(recalls) / len(recalls)
+            lines.append(f"recall: {mean:.3f} of the unchanged attention's weight is on keys still seen")
         for what, far in self.distance.items():
             lines.append(f"{what} is off the unchanged model's by {far:.2g} of its largest value")
         return "\n".join([*lines, f"backend {self.backend!r}: {verdict}"])
@@ -183,7 +193,19 @@ def check_site(
         error_rule.check(label, one, true, plain, error_rule.factor(label), attention.query.dtype, narrow)
         for label, one, true, plain in zip(("output", "gradient"), got, reference, eager, strict=False)
     )
-    return SiteReport(name, kernel or result.kernel, checks)
+    recall = None if made.changes(attention.request()) is None else _recall(made, attention, choices, rows)
+    return SiteReport(name, kernel or result.kernel, checks, recall)
+
+
+@torch.no_grad()
+def _recall(backend: Backend, attention: Attention, choices: object, rows: Tensor) -> float:
+    """Each key is seen once, so the weight of those still seen is how much their scores add up to."""
+    plain = _leaves(attention, torch.float64, False)
+    whole, left = log_mass(plain, rows), log_mass(backend.rewrite(plain, choices), rows)
+    real = whole > float("-inf")
+    if attention.query_mask is not None:
+        real = real & attention.query_mask[:, None, rows]
+    return float((left - whole)[real].exp().mean()) if bool(real.any()) else 1.0
 
 
 def _sample(length: int, most: int, generator: torch.Generator) -> Tensor:

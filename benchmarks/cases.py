@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 import attnzoo
 from attnzoo.benchmarks.models import SEED, find_workload
+from attnzoo.spelling import configured
 
 SCOPES = ("model", "module", "attention")
 DTYPES = {
@@ -77,8 +78,8 @@ class Subject:
     inputs: list[Tensor] = field(default_factory=list)
 
     def patch(self, backend: str) -> attnzoo.Handle:
-        """Patch what is run; what only helped to build it is let go."""
-        handle = attnzoo.patch(self._owner(), {self.patched: backend})
+        """Patch what is run with a backend as one types it; what only helped to build it is let go."""
+        handle = attnzoo.patch(self._owner(), {self.patched: configured(backend)})
         self.release()
         return handle
 

@@ -65,8 +65,8 @@ def make_plan(
 
 
 def bench(
-    model: list[str] = typer.Option(["led"], help="Model family, repeatable: led, gpt_neox."),
-    backend: list[str] = typer.Option(None, help="Backend, repeatable; default: all of this machine."),
+    model: list[str] = typer.Option(["led"], help="XX"),
+    backend: list[str] = typer.Option(None, help="Backend, repeatable, maybe with options (name:option=value,...)."),
     seq_len: list[int] = typer.Option(None, help="Input length in tokens, repeatable; default 1024, 2048, 4096."),
     dtype: str = typer.Option("float32", help="float32, bfloat16, float16 or float64."),
     device: str = typer.Option("cpu", help="cpu or cuda."),

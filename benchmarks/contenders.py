@@ -7,7 +7,7 @@ is to stand in the same table (another library's attention, say) is one more sub
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,8 +19,10 @@ from attnzoo.benchmarks.measure import available_memory
 from attnzoo.benchmarks.models import find_workload
 from attnzoo.error_rule import Check
 from attnzoo.patching import Handle
+from attnzoo.registry import backend_class
 from attnzoo.segments import Attention, Result
 from attnzoo.sites import Site
+from attnzoo.spelling import configured, parse
 from attnzoo.verification import SiteReport, check_site, worst
 
 
@@ -35,6 +37,7 @@ class Gate:
         error: error of the check that comes closest to its budget; None without checks.
         budget: the budget of that check.
         worst: what that check compared.
+        recall: of a backend that changes the pattern: the share of full attention's weight that it still sees.
     """
 
     ok: bool
@@ -43,6 +46,7 @@ class Gate:
     error: float | None = None
     budget: float | None = None
     worst: str = ""
+    recall: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class Contender:
 
 
 ORIGINAL = "native"
+_SHORT = 1024
 
 
 @dataclass(frozen=True)
@@ -119,18 +124,25 @@ class Original(Contender):
 class BackendContender(Contender):
     """A registered backend under :func:`attnzoo.patch`.
 
+    Its name may have options, as one types them: ``blocked-local:window=1024``.
+
     Attributes:
         dense_limit: longest input of a backend that builds length x length scores; None: as memory allows.
     """
 
     dense_limit: int | None = None
 
+    @property
+    def backend(self) -> str:
+        """The registered name."""
+        return parse(self.name)[0]
+
     def obstacle(self, case: Case) -> str | None:
         """Not available here, or dense scores that take too long or do not fit."""
-        info = attnzoo.backends()[self.name]
+        info = attnzoo.backends()[self.backend]
         if not info.available:
             return info.reason
-        if self.name != "eager":
+        if self.backend != "eager":
             return None
         if self.dense_limit is not None and case.seq_len > self.dense_limit:
             return f"dense oracle: left out beyond S={self.dense_limit} to save time; --backend eager or --full runs it"
@@ -142,8 +154,16 @@ class BackendContender(Contender):
 
     def prepare(self, case: Case) -> Entry:
         """Build the model and patch it."""
+        if backend_class(self.backend).compiles:
+            self._compile(case)
         subject = build(case)
-        return BackendEntry(subject, self.name, subject.patch(self.name))
+        return BackendEntry(subject, self.backend, subject.patch(self.name))
+
+    def _compile(self, case: Case) -> None:
+        """Run a short input: what is compiled serves every length, and compiling is not what is measured."""
+        short = build(replace(case, seq_len=min(case.seq_len, _SHORT)))
+        with short.patch(self.name):
+            short.step()
 
 
 def dense_bytes(case: Case) -> int:
@@ -216,7 +236,9 @@ def judge(reports: tuple[SiteReport, ...], strangers: set[str], backend: str) ->
     elif not all(report.ok for report in reports):
         failed = [f"{report.name} {report.worst}" for report in reports if not report.ok]
         complaint = f"outside the error budget: {'; '.join(failed[:3])}"
-    return Gate(not complaint, checks, complaint, closest.error, closest.budget, closest.what)
+    recalls = [report.recall for report in reports if report.recall is not None]
+    recall = sum(recalls) / len(recalls) if recalls else None
+    return Gate(not complaint, checks, complaint, closest.error, closest.budget, closest.what, recall)
 
 
 class _Observation:
@@ -245,5 +267,5 @@ def end_to_end(family: str, backend: str, seq_len: int, dtype: str, device: str,
         name: value.to(device) if isinstance(value, torch.Tensor) else value
         for name, value in workload.read(1, seq_len).kwargs.items()
     }
-    report = attnzoo.verify(model, kwargs, backend=backend, gradients=gradients)
+    report = attnzoo.verify(model, kwargs, backend=configured(backend), gradients=gradients)
     return report.ok, str(report)

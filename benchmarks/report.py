@@ -87,8 +87,12 @@ def _cells(row: Row) -> tuple[str, ...]:
         size(row.peak_bytes),
         "1" if original else _ratio(row.peak_ratio),
         *errors,
-        "-" if original else _NOT_JUDGED if row.peer else "ok",
+        "-" if original else _NOT_JUDGED if row.peer else _passed(row),
     )
+
+
+def _passed(row: Row) -> str:
+    return "ok" if row.recall is None else f"ok, recall {row.recall:.3f}"
 
 
 def _spread(row: Row) -> str:
@@ -145,6 +149,14 @@ def _gates(shootout: Shootout) -> list[Text]:
             style="dim",
         )
     ]
+    if any(row.recall is not None for row in shootout.rows):
+        lines.append(
+            Text(
+                "recall: the backend changes the pattern, and is judged with that change; the keys still seen hold "
+                "this share of full attention's weight.",
+                style="dim",
+            )
+        )
     if any(row.peer for row in shootout.rows):
         lines.append(
             Text(

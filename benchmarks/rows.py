@@ -42,6 +42,8 @@ class Row:
         budget: that check's budget.
         worst: what that check compared.
         checks: number of comparisons made.
+        recall: of a backend that changes the pattern: the share of full attention's weight on the keys it sees, mean
+            over heads and judged rows.
         peer: another library's attention: its numbers are not judged, and it never counts as ours.
         versions: versions and hardware.
     """
@@ -73,6 +75,7 @@ class Row:
     budget: float | None = None
     worst: str | None = None
     checks: int = 0
+    recall: float | None = None
     peer: bool = False
 
     def timed(self, runs: tuple[float, ...]) -> Row:

@@ -27,6 +27,7 @@ from attnzoo.benchmarks.worker import (
     verify_in_process,
 )
 from attnzoo.errors import InvalidArgumentError, UnknownNameError
+from attnzoo.spelling import parse, spell
 
 Launch = Callable[[Contender, Case], Worker]
 Check = Callable[[Verify], tuple[bool, str]]
@@ -42,7 +43,8 @@ class Plan:
     Attributes:
         families: names of workloads.
         seq_lens: input lengths in tokens.
-        backends: names or aliases; None: every exact backend of this machine.
+        backends: names or aliases, maybe with options (``lsh:num_hashes=2,...``); None: every exact backend of this
+            machine.
         scope: see :class:`~attnzoo.benchmarks.cases.Case`.
         modes: of ``False`` (forward) and ``True`` (forward+backward).
         dtype: a key of ``cases.DTYPES``.
@@ -106,7 +108,7 @@ class Plan:
             asked = [name for name in self.backends if name != ORIGINAL]
             if "auto" in asked:
                 raise InvalidArgumentError("backend", "'auto'", "backends by name: the shootout compares them all")
-            names = list(dict.fromkeys(registry.backend_class(name).name for name in asked))
+            names = list(dict.fromkeys(spell(*parse(name)) for name in asked))
             limit = None
         peers = peers_of(self.families) if self.scope == PEER_SCOPE and self.peers is not False else ()
         return (Original(), *(BackendContender(name, limit) for name in names), *peers)
@@ -180,7 +182,7 @@ def run(
 
 def _end_to_end(plan: Plan, chosen: Iterable[Contender], check: Check, progress: Progress) -> list[EndToEnd]:
     verdicts = []
-    names = [c.name for c in chosen if isinstance(c, BackendContender) and registry.backends()[c.name].available]
+    names = [c.name for c in chosen if isinstance(c, BackendContender) and registry.backends()[c.backend].available]
     pairs = [(family, name) for family in plan.families for name in names]
     for number, (family, name) in enumerate(pairs):
         progress(number / len(pairs), f"{family}: {name}, whole model against float64")
@@ -254,7 +256,7 @@ class _Cell:
             return self._drop(name, status.SKIPPED, reason)
         obstacle = contender.obstacle(case)
         if obstacle is not None:
-            available = not isinstance(contender, BackendContender) or registry.backends()[name].available
+            available = not isinstance(contender, BackendContender) or registry.backends()[contender.backend].available
             return self._drop(name, status.SKIPPED if available else status.REFUSED, obstacle)
         verdict = self._barred.get((case.family, name))
         if verdict is not None:
@@ -277,6 +279,7 @@ class _Cell:
             error=gate.error,
             budget=gate.budget,
             worst=gate.worst or None,
+            recall=gate.recall,
             checks=len(gate.checks),
         )
         if not gate.ok:

@@ -62,6 +62,13 @@ def evaluate(attention: Attention, rows: Tensor | None = None) -> Result:
     return Result(output, "eager", weights.split(lengths, dim=-1), dropped.split(lengths, dim=-1))
 
 
+def log_mass(attention: Attention, rows: Tensor) -> Tensor:
+    """The log-sum-exp of the scores that query rows ``(n,)`` see: ``(batch, heads, n)``, ``-inf`` for nothing."""
+    query = attention.query[:, :, rows]
+    grids = [_scores(attention, segment, query, rows) for segment in attention.segments]
+    return torch.cat([scores.masked_fill(~seen, float("-inf")) for scores, seen in grids], dim=-1).logsumexp(-1)
+
+
 def _scores(attention: Attention, segment: Segment, query: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Scaled and biased scores, and who sees whom: ``(batch, heads, n, kv_len)`` and broadcastable to it."""
     kv = torch.arange(segment.kv_len, device=query.device)

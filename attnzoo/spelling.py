@@ -1,0 +1,38 @@
+"""A configured backend as one types it on a command line: ``sdpa``, ``blocked-local:window=1024,sinks=4``."""
+
+from __future__ import annotations
+
+from attnzoo import registry
+from attnzoo.backend import Backend
+from attnzoo.errors import InvalidArgumentError
+
+
+def parse(text: str) -> tuple[str, dict[str, int | str]]:
+    """The registered name (aliases resolved) and the options; whole numbers are numbers.
+
+    Raises:
+        UnknownNameError: no such backend. InvalidArgumentError: an option without a value.
+    """
+    name, _, rest = text.partition(":")
+    options: dict[str, int | str] = {}
+    for item in rest.split(",") if rest else ():
+        option, equals, value = (part.strip() for part in item.partition("="))
+        if not (option and equals and value):
+            raise InvalidArgumentError("backend", repr(text), "a name, or name:option=value,option=value")
+        options[option] = int(value) if value.removeprefix("-").isdecimal() else value
+    return registry.backend_class(name).name, options
+
+
+def spell(name: str, options: dict[str, int | str]) -> str:
+    """What :func:`parse` takes apart."""
+    return f"{name}:{','.join(f'{option}={value}' for option, value in options.items())}" if options else name
+
+
+def configured(text: str) -> Backend:
+    """The backend of that name with these options.
+
+    Raises:
+        UnknownNameError, InvalidArgumentError, BackendRefusedError: as :func:`attnzoo.registry.make_backend`.
+    """
+    name, options = parse(text)
+    return registry.make_backend(name, **options)
