@@ -64,7 +64,8 @@ def by_measurement(measurement: Measurement, candidates: Sequence[Backend]) -> C
         return None
     (fastest, name), *rest = ranking
     others = "".join(f"; {other} {in_words(seconds)}" for seconds, other in rest)
-    return Choice(made[name], f"measured {in_words(fastest)}{others}")
+    warm_up = measurement.outcomes[name].warm_up
+    return Choice(made[name], f"measured {in_words(fastest)}{f' ({warm_up})' if warm_up else ''}{others}")
 
 
 def wrongs(measurement: Measurement, candidates: Sequence[Backend]) -> dict[str, str]:

@@ -66,6 +66,7 @@ def _environment(device: torch.device, threads: int) -> Environment:
     return Environment(device.type, name, threads, tuple(versions))
 
 
+@lru_cache(maxsize=256)
 def _version(package: str) -> str | None:
     try:
         return str(metadata.version(package))
@@ -73,7 +74,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-@lru_cache(maxsize=1024)
 def code_of(cls: type) -> str:
     """Which code a class is: its path, and the version of the distribution named as its top-level package, if any.
 

@@ -45,6 +45,7 @@ class Outcome:
     Attributes:
         code: which code was measured, see :func:`attnzoo.tuning.environment.code_of`.
         seconds: the median of one run (forward, or forward and backward); None: not a candidate.
+        first: seconds of the first run, compilation included where the process had not compiled for it before.
         kernel: the kernel that ran.
         reason: why it is no candidate; empty if it is.
         wrong: whether it is none because its numbers were wrong or it raised: ``auto`` does not take it then.
@@ -52,9 +53,16 @@ class Outcome:
 
     code: str
     seconds: float | None = None
+    first: float = 0.0
     kernel: str = ""
     reason: str = ""
     wrong: bool = False
+
+    @property
+    def warm_up(self) -> str:
+        """What the first run of a process costs, in words, where that is worth knowing (compilation); else empty."""
+        notable = self.seconds is not None and self.first > max(1.0, 3.0 * self.seconds)
+        return f"its first run took {in_words(self.first)}" if notable else ""
 
 
 @dataclass(frozen=True)
@@ -114,13 +122,14 @@ class Measurement:
         outcomes = {}
         for name, one in data["outcomes"].items():
             _check(one, dict, f"the outcome of {name}")
-            seconds = one.get("seconds")
-            if seconds is not None and (not isinstance(seconds, float) or not 0.0 <= seconds < math.inf):
-                raise ValueError(f"seconds of {name}: {seconds!r}")
+            seconds, first = one.get("seconds"), one.get("first")
+            for number in (first,) if seconds is None else (seconds, first):
+                if not isinstance(number, float) or not 0.0 <= number < math.inf:
+                    raise ValueError(f"seconds of {name}: {number!r}")
             for field in ("code", "kernel", "reason"):
                 _check(one.get(field), str, f"{field} of {name}")
             _check(one.get("wrong"), bool, f"wrong of {name}")
-            outcomes[name] = Outcome(one["code"], seconds, one["kernel"], one["reason"], one["wrong"])
+            outcomes[name] = Outcome(one["code"], seconds, first, one["kernel"], one["reason"], one["wrong"])
         made = SizeClass(size["batch"], size["q_len"], tuple(lengths))
         return cls(data["request"], made, outcomes, data["where"])
 

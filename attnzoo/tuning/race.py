@@ -56,13 +56,16 @@ def race(
             got = f"needs about {need / (1 << 30):.1f} GiB for dense scores, is timed up to {DENSE_BYTES >> 30} GiB"
             outcomes[backend.name] = Outcome(code, reason=got)
             continue
-        step = _step(backend, attention, grad)
+        step, kernel, first = _step(backend, attention, grad), "", 0.0
         try:
+            start = tick()
+            kernel = step()
+            _wait(attention.query.device)
+            first = tick() - start
             wrong = _wrong(backend, attention, grad)
-            kernel = "" if wrong else step()
         except Exception as error:  # whatever it raises is why it is no candidate
-            wrong, kernel = f"raised {type(error).__name__}: {error}".partition("\n")[0], ""
-        outcomes[backend.name] = Outcome(code, kernel=kernel, reason=wrong, wrong=bool(wrong))
+            wrong = f"raised {type(error).__name__}: {error}".partition("\n")[0]
+        outcomes[backend.name] = Outcome(code, first=first, kernel=kernel, reason=wrong, wrong=bool(wrong))
         if not wrong:
             runs[backend.name] = step
     for name, seconds in _times(runs, attention.query.device, rounds, tick).items():

@@ -38,7 +38,10 @@ def table(measurement: Measurement, remark: str = "") -> str:
     head = f"{measurement.where}: {request.get('dtype')}, {request.get('heads')} heads x {request.get('head_dim')}, "
     lines = [f"{head}{measurement.size}, {measurement.mode}{remark}"]
     ranking = measurement.ranking()
-    lines += [f"  {name:<20} {in_words(seconds):>8}  {measurement.outcomes[name].kernel}" for seconds, name in ranking]
+    for seconds, name in ranking:
+        one = measurement.outcomes[name]
+        remark = f"{one.kernel} ({one.warm_up})" if one.warm_up else one.kernel
+        lines.append(f"  {name:<20} {in_words(seconds):>8}  {remark}")
     timed = {name for _, name in ranking}
     lines += [f"  {name:<20} {one.reason}" for name, one in measurement.outcomes.items() if name not in timed]
     return "\n".join(lines)

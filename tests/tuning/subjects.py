@@ -49,7 +49,7 @@ def measured(attention, seconds):
     outcomes = {}
     for name, found in seconds.items():
         code, wrong = environment.code_of(registry.backend_class(name)), isinstance(found, str)
-        outcomes[name] = Outcome(code, None if wrong else found, "kernel", found if wrong else "", wrong)
+        outcomes[name] = Outcome(code, None if wrong else found, reason=found if wrong else "", wrong=wrong)
     one = Measurement(plain(attention.request()), size_class(attention), outcomes, "by hand")
     cache.add(environment.environment_of(attention.query.device), [one], save=True)
     registry.choose.cache_clear()

@@ -94,6 +94,8 @@ def spoil(path, kind):
         next(iter(data["measurements"][0]["outcomes"].values()))["seconds"] = "fast"
     elif kind == "not finite":
         next(iter(data["measurements"][0]["outcomes"].values()))["seconds"] = float("nan")
+    elif kind == "a first run without a number":
+        next(iter(data["measurements"][0]["outcomes"].values()))["first"] = None
     elif kind == "an entry of another kind":
         data["measurements"].append(7)
     elif kind == "a request without segments":
@@ -112,8 +114,8 @@ def spoil(path, kind):
 
 @pytest.mark.parametrize(
     "kind",
-    ["an entry without seconds' type", "not finite", "an entry of another kind", "a request without segments",
-     "another format", "another environment", "cut off", "binary", "empty", "a list"],
+    ["an entry without seconds' type", "not finite", "a first run without a number", "an entry of another kind",
+     "a request without segments", "another format", "another environment", "cut off", "binary", "empty", "a list"],
 )  # fmt: skip
 def test_a_file_that_cannot_be_read_is_warned_of_once_ignored_and_replaced(add, clock, kind):
     add("slow", seconds=4.0, rank=5), add("fast")

@@ -22,6 +22,8 @@ def test_times_are_medians_of_turns_after_a_first_run_that_does_not_count(add, c
     add("uneven", costs=[1000.0] * 3 + [2.0, 50.0, 2.0, 2.0, 50.0, 2.0, 2.0])
     (found,) = tune(clock, rounds=7)
     assert found.ranking() == [(2.0, "uneven"), (3.0, "even")]
+    assert took().reason == "measured 2 s (its first run took 1000 s); even 3 s", "what it costs a new process"
+    assert str(tune(clock)).count("its first run took 1000 s") == 1
 
 
 def test_rounds_take_turns(add, clock):
