@@ -13,6 +13,9 @@ Decisions:
   config. Under a patch the same number is derived, and the patch remembers it; module and config keep their None, so
   that removing the patch leaves nothing behind. Where the model fails for lack of a number (decoding from a prompt
   shorter than a chunk), one is derived from the length at which it is first needed.
+- Memory. The model rotates all queries at once to hash them, and projects all tokens at once. Long inputs are hashed
+  slice by slice (``reformer_lsh``), and local attention without gradients goes from the hidden states to the output
+  slice by slice (``reformer_local``): what the model computes, less of it at a time.
 - Padding. Padding queries get zeros, and so do tokens of local attention that see nothing.
 - Decoding with the cache shows a token what the model shows it, without causal or padding mask: with several samples,
   the model looks up the cached states of the first for all of them, and so do we.
@@ -22,85 +25,14 @@ Decisions:
 
 from __future__ import annotations
 
-import math
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from attnzoo.adapter import Adapter, Attend, Forward, Seam, parameter_of
-from attnzoo.adapters.reformer_layout import (
-    MODULE,
-    check_length,
-    in_chunks,
-    merge_heads,
-    neighbourhoods,
-    real_tokens,
-    refuse_unknown,
-    split_heads,
-    steps_ahead,
-)
+from attnzoo.adapter import Adapter, Seam, parameter_of
+from attnzoo.adapters.reformer_layout import MODULE
+from attnzoo.adapters.reformer_local import LocalForward
 from attnzoo.adapters.reformer_lsh import LSHForward
-from attnzoo.errors import InvalidArgumentError
-from attnzoo.fingerprint import locate
-from attnzoo.functional import compute_dtype
-from attnzoo.patterns import Causal, Chunks, Full, Pattern, SortedChunks
-from attnzoo.segments import Attention, Request, Segment, SegmentRequest
-
-
-def _local_forward(
-    module: Any,
-    attend: Attend,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    past_buckets_states: Any = None,
-    use_cache: bool = False,
-    output_attentions: bool = False,
-    num_hashes: int | None = None,
-    buckets: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Any]:
-    """The module's forward: ``(batch, length, embed)`` in and out; ``num_hashes`` and ``buckets`` mean nothing here."""
-    refuse_unknown(kwargs)
-    batch, length, _ = hidden_states.shape
-    chunk, causal = module.chunk_length, bool(module.is_decoder)
-    states, ahead = hidden_states, [0]
-    if past_buckets_states is not None and len(past_buckets_states) > module.layer_idx:
-        past = past_buckets_states.states_cache[module.layer_idx]
-        relevant = module._retrieve_relevant_hidden_states(past, chunk, module.num_chunks_before)
-        states = torch.cat([relevant, hidden_states], dim=1)
-        if length > (1 if causal else chunk):
-            raise InvalidArgumentError("hidden_states", f"{length} tokens on a filled cache", "one token at a time")
-    query = split_heads(module, module.query(hidden_states))
-    key, value = split_heads(module, module.key(states)), split_heads(module, module.value(states))
-    query, key, value = (tensor.to(compute_dtype(query)) for tensor in (query, key, value))
-    # On a filled cache, a mask of the new token alone will do, too.
-    one = attention_mask is not None and attention_mask.shape[1:] == (1,)
-    real = real_tokens(attend, attention_mask, batch, 1 if one else key.shape[2])
-    real = None if real is None else real.expand(-1, key.shape[2])
-    patterns: list[Pattern] = [Full()]
-    if length > chunk:
-        count = check_length(module, length)
-        patterns = [Chunks(chunk, *sides, causal=causal) for sides in neighbourhoods(module, count)]
-        ahead = steps_ahead(module, count)
-    elif causal and key.shape[2] == length:
-        patterns = [Causal(offset=0)]
-    segments = tuple(Segment(key, value, pattern, key_mask=real) for pattern in patterns)
-    query_mask = real if key.shape[2] == length else None
-    scale = 1.0 / math.sqrt(module.attention_head_size)
-    attention = Attention(query, segments, scale, module.dropout if module.training else 0.0, query_mask)
-    result = attend(attention, bool(output_attentions))
-    weights: Any = ()
-    if result.dropped is not None:
-        weights = result.dropped[0]
-        if length > chunk:
-            weights = in_chunks(result.dropped, chunk, ahead)
-    return locate(f"{MODULE}:LocalSelfAttentionOutput")(merge_heads(result.output), weights)
-
-
-def _local_bind(module: Any, attend: Attend) -> Forward:
-    return partial(_local_forward, module, attend)
+from attnzoo.patterns import Causal, Chunks, Full, SortedChunks
+from attnzoo.segments import Request, SegmentRequest
 
 
 def _request(module: Any, *segments: SegmentRequest) -> Request:
@@ -174,10 +106,11 @@ _LSH = {
 REFORMER = Adapter(
     model_types=("reformer",),
     versions="5.17 to 5.23",
+    examples=({"is_decoder": True, "num_hashes": 4}, {"is_decoder": False, "num_hashes": 4}),
     seams=(
         Seam(
             cls=f"{MODULE}:LocalSelfAttention",
-            bind=_local_bind,
+            bind=LocalForward,
             describe=lambda module: _describe("chunks of", module),
             requests=_local_requests,
             dropout=_dropout,

@@ -100,7 +100,7 @@ class LSHForward:
         masks: list[Tensor | None] = [None] * count
         padded = attention_mask is not None and bool(attention_mask.sum() < attention_mask.numel())
         if attention_mask is not None and padded:
-            masks = list(attention_mask.bool().tensor_split(count, dim=1))
+            masks = list(attention_mask.bool().expand(-1, length).tensor_split(count, dim=1))
         found = []
         for number, (rows, mask) in enumerate(zip(query.tensor_split(count, dim=2), masks, strict=True)):
             last = number == count - 1

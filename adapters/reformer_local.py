@@ -1,0 +1,144 @@
+"""Reformer's local attention: chunks that see the chunks around them. The decisions are told in ``reformer``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.adapter import Attend
+from attnzoo.adapters.reformer_layout import (
+    MODULE,
+    check_length,
+    in_chunks,
+    merge_heads,
+    neighbourhoods,
+    real_tokens,
+    refuse_unknown,
+    split_heads,
+    steps_ahead,
+)
+from attnzoo.errors import InvalidArgumentError
+from attnzoo.fingerprint import locate
+from attnzoo.functional import compute_dtype
+from attnzoo.patterns import Causal, Chunks, Full, Pattern
+from attnzoo.segments import Attention, Result, Segment
+
+# Tokens that are projected and attend at once, where it goes by slices. A neighbourhood is computed anew for each, so
+# that a slice is at least so many times as long.
+SLICE, SLICE_PER_NEIGHBOURHOOD = 2048, 8
+
+
+class LocalForward:
+    """The forward of a local attention."""
+
+    def __init__(self, module: Any, attend: Attend) -> None:
+        self._module, self._attend = module, attend
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_buckets_states: Any = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        num_hashes: int | None = None,
+        buckets: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Any]:
+        """``(batch, length, embed)`` in and out; ``num_hashes`` and ``buckets`` mean nothing here."""
+        refuse_unknown(kwargs)
+        module, wanted = self._module, bool(output_attentions)
+        batch, length, _ = hidden_states.shape
+        chunk, causal = module.chunk_length, bool(module.is_decoder)
+        states = hidden_states
+        if past_buckets_states is not None and len(past_buckets_states) > module.layer_idx:
+            past = past_buckets_states.states_cache[module.layer_idx]
+            relevant = module._retrieve_relevant_hidden_states(past, chunk, module.num_chunks_before)
+            states = torch.cat([relevant, hidden_states], dim=1)
+            if length > (1 if causal else chunk):
+                raise InvalidArgumentError("hidden_states", f"{length} tokens on a filled cache", "one token at a time")
+        # On a filled cache, a mask of the new token alone will do, too.
+        one = attention_mask is not None and attention_mask.shape[1:] == (1,)
+        real = real_tokens(self._attend, attention_mask, batch, 1 if one else states.shape[1])
+        real = None if real is None else real.expand(-1, states.shape[1])
+        weights: Any = ()
+        if length <= chunk:
+            pattern = Causal(offset=0) if causal and states.shape[1] == length else Full()
+            result = self._run(hidden_states, states, real, (pattern,), wanted)
+            weights = () if result.dropped is None else result.dropped[0]
+            output = merge_heads(result.output)
+        elif (size := self._slice(length, wanted)) is not None:
+            output = self._by_slices(states, real, size)
+        else:
+            count = check_length(module, length)
+            chunks = tuple(Chunks(chunk, *sides, causal=causal) for sides in neighbourhoods(module, count))
+            result = self._run(states, states, real, chunks, wanted)
+            weights = () if result.dropped is None else in_chunks(result.dropped, chunk, steps_ahead(module, count))
+            output = merge_heads(result.output)
+        returned: tuple[Tensor, Any] = locate(f"{MODULE}:LocalSelfAttentionOutput")(output, weights)
+        return returned
+
+    def _run(
+        self, states: Tensor, around: Tensor, real: Tensor | None, patterns: tuple[Pattern, ...], wanted: bool = False
+    ) -> Result:
+        """The attention of tokens by their hidden states to those ``around``, of which ``real`` are no padding."""
+        module = self._module
+        query = split_heads(module, module.query(states))
+        key, value = split_heads(module, module.key(around)), split_heads(module, module.value(around))
+        query, key, value = (tensor.to(compute_dtype(query)) for tensor in (query, key, value))
+        segments = tuple(Segment(key, value, pattern, key_mask=real) for pattern in patterns)
+        query_mask = real if around.shape[1] == states.shape[1] else None
+        scale = 1.0 / math.sqrt(module.attention_head_size)
+        dropout = module.dropout if module.training else 0.0
+        return self._attend(Attention(query, segments, scale, dropout, query_mask), wanted)
+
+    def _slice(self, length: int, wanted: bool) -> int | None:
+        """How many tokens to take at a time, or None: all.
+
+        By slices only where it changes nothing: without gradients, dropout or probabilities, and where what a chunk
+        sees does not depend on where the sequence ends (of causal ones that look ahead, the last sees the first).
+        """
+        module = self._module
+        around = module.num_chunks_before + module.num_chunks_after
+        size = module.chunk_length * max(SLICE // module.chunk_length, SLICE_PER_NEIGHBOURHOOD * around, 1)
+        plain = not (torch.is_grad_enabled() or module.training or wanted)
+        ends = bool(module.is_decoder) and module.num_chunks_after > 0
+        return size if plain and not ends and length >= 2 * size else None
+
+    def _by_slices(self, states: Tensor, real: Tensor | None, size: int) -> Tensor:
+        """The merged output ``(batch, length, embed)``: of slices with their neighbourhoods, whose own output is dropped.
+
+        Queries, keys and values of all tokens would be three times as large as the output. A projection is called once
+        per slice: it is taken to treat tokens alike.
+        """
+        module, length = self._module, states.shape[1]
+        check_length(module, length)
+        chunk, causal = module.chunk_length, bool(module.is_decoder)
+        before, after = module.num_chunks_before, module.num_chunks_after
+        output: Tensor | None = None
+        for start in range(0, length, size):
+            stop = min(start + size, length)
+            # Around the end of a causal sequence there is nothing to see.
+            first, last = start - before * chunk, stop + after * chunk
+            first = max(0, first) if causal else first
+            part = _around(states, first, last)
+            shown = None if real is None else _around(real, first, last)
+            result = self._run(part, part, shown, (Chunks(chunk, before, after, causal),))
+            merged = merge_heads(result.output)[:, start - first : stop - first]
+            if output is None:
+                output = merged.new_empty((merged.shape[0], length, merged.shape[2]))
+            output[:, start:stop] = merged
+        return torch.as_tensor(output)
+
+
+def _around(tensor: Tensor, first: int, last: int) -> Tensor:
+    """Tokens ``first:last`` of ``(batch, length, ...)``, where what is before the first or after the last wraps."""
+    parts = [tensor[:, max(0, first) : last]]
+    if first < 0:
+        parts.insert(0, tensor[:, first:])
+    if last > tensor.shape[1]:
+        parts.append(tensor[:, : last - tensor.shape[1]])
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
