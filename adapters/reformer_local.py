@@ -109,7 +109,7 @@ class LocalForward:
         return size if plain and not ends and length >= 2 * size else None
 
     def _by_slices(self, states: Tensor, real: Tensor | None, size: int) -> Tensor:
-        """The merged output ``(batch, length, embed)``: of slices with their neighbourhoods, whose own output is dropped.
+        """The merged output ``(batch, length, embed)``: slices with their neighbourhoods, whose own output is dropped.
 
         Queries, keys and values of all tokens would be three times as large as the output. A projection is called once
         per slice: it is taken to treat tokens alike.
