@@ -87,17 +87,29 @@ def _cache() -> Finding:
 
 def _package(package: tuple[str, str, str]) -> Finding:
     distribution, module, purpose = package
-    try:
-        version = metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return Finding("package", distribution, False, f"not installed ({purpose}): pip install {distribution}")
+    version = _version(distribution)
+    missing = f"not installed ({purpose}): pip install {distribution}"
     try:
         importlib.import_module(module)
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        return Finding("package", distribution, False, f"{version} is broken: {type(error).__name__}: {error}")
-    return Finding("package", distribution, True, f"{version} ({purpose})")
+    except BaseException as error:  # a broken package may raise anything, SystemExit too
+        _raise_interrupts(error)
+        absent = isinstance(error, ModuleNotFoundError) and error.name == module and version is None
+        broken = f"{version or 'a copy without a version'} is broken: {type(error).__name__}: {error}"
+        return Finding("package", distribution, False, missing if absent else broken)
+    return Finding("package", distribution, True, f"{version or 'unknown version'} ({purpose})")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _raise_interrupts(error: BaseException) -> None:
+    """Whatever a package raises is a finding; a user's Ctrl-C is not."""
+    if isinstance(error, KeyboardInterrupt):
+        raise error
 
 
 def _backends() -> list[Finding]:
@@ -119,9 +131,14 @@ def _models() -> list[Finding]:
             continue
         try:
             for seam in adapter.seams:
+                importlib.import_module(seam.cls.partition(":")[0])
                 adapter.check_drift(seam)
         except DriftError as error:
             found.append(Finding("model", model_type, False, str(error)))
+        except BaseException as error:  # transformers imports optional packages too, and stumbles over broken ones
+            _raise_interrupts(error)
+            reason = f"its code cannot be imported: {type(error).__name__}: {error}"
+            found.append(Finding("model", model_type, False, reason))
         else:
             names = ", ".join(seam.cls.rpartition(":")[2] for seam in adapter.seams)
             found.append(Finding("model", model_type, True, f"{names}; transformers {adapter.versions}"))

@@ -27,7 +27,7 @@ def require_matplotlib() -> None:
     """
     try:
         import matplotlib  # noqa: F401
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InvalidArgumentError(
             "plot",
             f"a plot without a working matplotlib ({type(error).__name__}: {error})",
