@@ -1,65 +1,98 @@
 """Generation: patched gives the original's tokens, with every cache, and chunks of tokens equal one forward."""
 
+import inspect
+
 import pytest
 import torch
+import transformers
 
 import attnzoo
 from attnzoo.error_rule import FORWARD, check
 
+from ..checkpoints.train import HERE, RECIPES, windows
 from .zoo import FAMILIES, ids
 
-BACKENDS = ["eager", "sdpa"]
-generating = [family for family in FAMILIES.values() if family.prompt is not None]
-families = pytest.mark.parametrize("family", generating, ids=[family.name for family in generating])
-backends = pytest.mark.parametrize("backend", BACKENDS)
-SEARCHES = {"greedy": dict(do_sample=False), "beam 4": dict(num_beams=4, do_sample=False)}
+backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
+searches = pytest.mark.parametrize("beams", [1, 4], ids=["greedy", "beam 4"])
+CACHES = {"dynamic": {}, "static": dict(cache_implementation="static"), "none": dict(use_cache=False)}
+RUNS = [
+    (family, side, cache)
+    for family in FAMILIES.values()
+    if family.prompt is not None
+    for side in ("none", "left", *(["right"] if family.build().config.is_encoder_decoder else []))
+    for cache in CACHES
+    if family.static_cache or cache != "static"
+]
 
 
-@families
+@pytest.mark.parametrize(("family", "side", "cache"), RUNS, ids=str)
+@searches
 @backends
-@pytest.mark.parametrize("side", ["none", "left"])
-@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_tokens_are_the_originals(family, backend, side, search, cache):
-    if cache == "static" and not family.static_cache:
-        pytest.skip(f"{family.name} has no static cache")
-    model, prompt = family.build(), family.prompt(side)
-    extra = dict(max_new_tokens=12, no_repeat_ngram_size=2)  # random models like to repeat themselves for ever
-    if cache == "static":
-        extra["cache_implementation"] = "static"
-    before = model.generate(**prompt, **search, **extra)
+def test_tokens_are_the_originals(family, side, cache, beams, backend):
+    model = family.build()
+    options = dict(**family.prompt(side), **CACHES[cache], num_beams=beams, do_sample=False, max_new_tokens=12)
+    options["no_repeat_ngram_size"] = 2  # random models like to repeat themselves for ever
+    before = model.generate(**options)
     with attnzoo.patch(model, backend) as handle:
-        after = model.generate(**prompt, **search, **extra)
+        after = model.generate(**options)
     assert torch.equal(before, after)
     assert all(site.calls for site in handle.sites)
     assert len(before.unique()) > 3  # else the model repeats itself and would hide a difference
 
 
-@families
-@backends
-def test_without_a_cache_the_tokens_are_the_same(family, backend):
-    model, prompt = family.build(), family.prompt("left")
-    with attnzoo.patch(model, backend):
-        cached = model.generate(**prompt, max_new_tokens=8, do_sample=False)
-        uncached = model.generate(**prompt, max_new_tokens=8, do_sample=False, use_cache=False)
-    assert torch.equal(cached, uncached)
+WAYS = {
+    "greedy": dict(do_sample=False),
+    "beam 4": dict(do_sample=False, num_beams=4),
+    "sampled": dict(do_sample=True, top_k=0),
+}
 
 
-decoders = pytest.mark.parametrize(
-    "family", [f for f in generating if not f.build().config.is_encoder_decoder], ids=lambda family: family.name
+@pytest.mark.parametrize(
+    ("family", "cache"),
+    [(family, "dynamic") for family in RECIPES]
+    + [(family, "static") for family in RECIPES if family != "reformer"],  # its cache is of its own kind
 )
+@pytest.mark.parametrize("way", WAYS)
+@backends
+def test_tokens_of_trained_models_are_the_originals(family, cache, way, backend):
+    """Without help against repetition; and drawn from all of the distribution, where every logit counts."""
+    recipe = RECIPES[family]
+    model = getattr(transformers, recipe.cls).from_pretrained(HERE / family, dtype=torch.float32).eval()
+    text = windows(2, 96, False, torch.Generator().manual_seed(5))
+    prompt = {name: given for name, given in recipe.inputs(text).items() if name != "labels"}
+
+    def generate():
+        torch.manual_seed(0)
+        return model.generate(**prompt, **WAYS[way], **CACHES[cache], max_new_tokens=24)
+
+    before = generate()
+    with attnzoo.patch(model, backend):
+        after = generate()
+    assert torch.equal(before, after)
+    assert len(before[:, -24:].unique()) > 3
+
+
+def caches_chunks(family):
+    """Whether it decodes, and takes several tokens on a cache: that of transformers, which Reformer's is not."""
+    parameters = inspect.signature(type(family.build()).forward).parameters
+    return "past_key_values" in parameters and "decoder_input_ids" not in parameters
+
+
+decoders = pytest.mark.parametrize("family", [family for family in FAMILIES.values() if caches_chunks(family)], ids=str)
 
 
 @decoders
 @backends
 @pytest.mark.parametrize("side", ["none", "left"])
-def test_chunks_of_new_tokens_on_a_cache_equal_one_forward(family, backend, side):
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_chunks_of_new_tokens_on_a_cache_equal_one_forward(family, backend, side, static):
     inputs = family.inputs(24, side)
     tokens, mask = inputs["input_ids"], inputs["attention_mask"]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
 
     def chunked(model):
-        cache, logits, start = None, [], 0
+        cache = transformers.StaticCache(model.config, max_cache_len=30) if static else None
+        logits, start = [], 0
         for size in (16, 1, 2, 5):
             stop = start + size
             step = model(

@@ -1,0 +1,310 @@
+"""GPTBigCode's cross-attention, which the original computes wrong, against an oracle of our own."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeAttention
+
+import attnzoo
+
+from .gpt_bigcode import BOTH, HEADS, KINDS, WIDTH, build, check, padded, results, spread_weights, tokens, twin
+
+
+def build_cross(multi_query: bool = False, implementation: str = "sdpa", **changes: Any) -> Any:
+    """A model with cross-attention. transformers refuses to build it multi-query, so we exchange the parts."""
+    model = build(implementation, multi_query=False, add_cross_attention=True, **changes)
+    if multi_query:
+        config = copy.deepcopy(model.config)
+        config.multi_query = model.transformer.multi_query = True
+        for index, block in enumerate(model.transformer.h):
+            block.attn = GPTBigCodeAttention(config, layer_idx=index)
+            block.crossattention.c_attn = nn.Linear(WIDTH, 2 * WIDTH // HEADS)
+            block.crossattention.multi_query, block.crossattention.kv_heads = True, 1
+        spread_weights(model)
+    return model.eval()
+
+
+def oracle_cross(module: Any, visible: Tensor, hidden_states: Tensor, dropout: float = 0.0, **given: Any) -> Any:
+    """Cross-attention one head at a time; ``visible`` is ``(batch, length, encoder_length)``."""
+    dim = WIDTH // HEADS
+    query, keys_values = module.q_attn(hidden_states), module.c_attn(given["encoder_hidden_states"])
+    live = visible.any(-1, keepdim=True)
+    heads, weights = [], []
+    for head in range(HEADS):
+        first = 0 if module.multi_query else 2 * dim * head
+        key = keys_values[..., first : first + dim]
+        value = keys_values[..., first + dim : first + 2 * dim]
+        scores = query[..., head * dim : (head + 1) * dim] @ key.transpose(1, 2) * module.scaling
+        weights.append(torch.softmax(scores.masked_fill(~visible & live, -math.inf), dim=-1) * live)
+        heads.append(value)
+    dropped = nn.functional.dropout(torch.stack(weights, dim=1), dropout)
+    output = torch.cat([dropped[:, head] @ value for head, value in enumerate(heads)], dim=-1)
+    return module.c_proj(output), dropped
+
+
+def with_oracle(model: Any, visible: Tensor, dtype: torch.dtype) -> Any:
+    """A copy of the model whose cross-attention is the oracle's; call it without an encoder mask."""
+    model = copy.deepcopy(model).to(dtype)
+    for block in model.transformer.h:
+        block.crossattention.forward = partial(oracle_cross, block.crossattention, visible)
+    return model
+
+
+def encoder(batch: int = 3, length: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(9)).to(dtype)
+
+
+def encoder_masks(batch: int, q_len: int, kv_len: int) -> dict[str, Tensor | None]:
+    """The last sample's encoder tokens are all padding."""
+    two = torch.ones(batch, kv_len, dtype=torch.long)
+    two[1, :2] = two[0, 3:] = two[-1] = 0
+    three = torch.rand(batch, q_len, kv_len, generator=torch.Generator().manual_seed(2)) < 0.5
+    return {"none": None, "2-D": two, "2-D bool": two.bool(), "3-D": two[:, None], "3-D per query": three}
+
+
+@KINDS
+@BOTH
+@pytest.mark.parametrize("form", ["none", "2-D", "2-D bool", "3-D", "3-D per query"])
+@pytest.mark.parametrize("length", [1, 7])
+def test_cross_attention_is_the_oracles(multi_query: bool, backend: str, form: str, length: int) -> None:
+    inputs = padded(3, length, "right")
+    mask = encoder_masks(3, length, 5)[form]
+    visible = torch.ones(3, 1, 5, dtype=torch.bool) if mask is None else mask.bool()
+    visible = (visible[:, None] if visible.ndim == 2 else visible).expand(3, length, 5)
+    model = build_cross(multi_query)
+
+    def run(model: Any, dtype: torch.dtype, **more: Any) -> dict[str, Tensor]:
+        states = encoder(dtype=dtype).requires_grad_()
+        found = results(model, inputs, encoder_hidden_states=states, **more)
+        return {**found, "encoder states": states.grad}
+
+    reference = run(with_oracle(model, visible, torch.float64), torch.float64)
+    baseline = run(with_oracle(model, visible, torch.float32), torch.float32)
+    with attnzoo.patch(model, backend) as handle:
+        check(run(model, torch.float32, encoder_attention_mask=mask), reference, baseline)
+    attending = [site for site in handle.sites if site.cls == "GPTBigCodeAttention"]
+    assert [site.calls for site in attending] == [1] * 4
+    assert sum("repaired" in site.pattern for site in attending) == 2
+
+
+@KINDS
+@BOTH
+def test_hidden_encoder_tokens_may_hold_anything(multi_query: bool, backend: str) -> None:
+    model, ids, states = build_cross(multi_query), tokens(2, 6), encoder(2)
+    mask = torch.tensor([[1, 1, 1, 0, 0]] * 2)
+    with attnzoo.patch(model, backend), torch.no_grad():
+        masked = model(ids, encoder_hidden_states=states, encoder_attention_mask=mask).logits
+        cut = model(ids, encoder_hidden_states=states[:, :3]).logits
+        whole = model(ids, encoder_hidden_states=states).logits
+        states[:, 3:] = 100.0
+        changed = model(ids, encoder_hidden_states=states, encoder_attention_mask=mask).logits
+        by_position = model.transformer(ids, None, None, None, None, None, states, mask)
+    assert torch.equal(masked, changed)
+    assert torch.equal(model.lm_head(by_position[0]), changed)
+    torch.testing.assert_close(masked, cut, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(masked, whole, atol=0.1)
+
+
+@KINDS
+@BOTH
+@pytest.mark.parametrize("form", ["2-D", "3-D per query"])
+def test_cached_steps_with_cross_attention_equal_one_forward(multi_query: bool, backend: str, form: str) -> None:
+    model, ids, states = build_cross(multi_query), tokens(3, 14), encoder()
+    mask = encoder_masks(3, 14, 5)[form]
+    caches = [DynamicCache(config=model.config), EncoderDecoderCache(DynamicCache(), DynamicCache())]
+    with torch.no_grad(), attnzoo.patch(model, backend):
+        expected = model(ids, encoder_hidden_states=states, encoder_attention_mask=mask, use_cache=False).logits
+        for cache in caches:
+            pieces, start = [], 0
+            for new in (6, 1, 2, 5):
+                part = slice(start, start + new)
+                piece = model(
+                    ids[:, part], past_key_values=cache, use_cache=True, encoder_hidden_states=states,
+                    encoder_attention_mask=mask if form == "2-D" else mask[:, part],
+                )  # fmt: skip
+                pieces.append(piece.logits)
+                start += new
+            torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-4, rtol=1e-4)
+
+
+@KINDS
+@BOTH
+@pytest.mark.parametrize("beams", [1, 4])
+def test_generation_with_cross_attention_needs_no_cache(multi_query: bool, backend: str, beams: int) -> None:
+    inputs, options = padded(2, 4, "left"), dict(max_new_tokens=8, do_sample=False, num_beams=beams)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    model = build_cross(multi_query)
+    with attnzoo.patch(model, backend):
+        found = [
+            model.generate(
+                **inputs, **options, encoder_hidden_states=encoder(2), encoder_attention_mask=mask, **caching
+            )
+            for caching in (
+                dict(use_cache=False),
+                dict(use_cache=True),
+                dict(cache_implementation="static"),
+                dict(past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache())),
+            )
+        ]
+    for cached in found[1:]:
+        assert torch.equal(cached, found[0])
+    oracle = with_oracle(model, mask.bool()[:, None].repeat_interleave(beams, dim=0), torch.float32)
+    expected = oracle.generate(**inputs, **options, encoder_hidden_states=encoder(2), use_cache=False)
+    assert torch.equal(found[0], expected)
+
+
+@KINDS
+@BOTH
+def test_a_cross_attention_cache_is_filled_once_and_read_afterwards(multi_query: bool, backend: str) -> None:
+    model = build_cross(multi_query)
+    module, states, hidden = model.transformer.h[1].crossattention, encoder(), encoder(3, 9)
+    mask = encoder_masks(3, 9, 5)["2-D"]
+    with torch.no_grad(), attnzoo.patch(model, backend):
+        expected, _ = module(hidden, encoder_hidden_states=states, encoder_attention_mask=mask)
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        pieces, start = [], 0
+        for new in (3, 1, 5):
+            given = None if start else states  # once it is filled, the cache suffices
+            piece, _ = module(
+                hidden[:, start : start + new], layer_past=cache, encoder_hidden_states=given,
+                encoder_attention_mask=mask,
+            )  # fmt: skip
+            pieces.append(piece)
+            start += new
+            kv_heads = 1 if multi_query else HEADS
+            assert cache.cross_attention_cache.layers[1].keys.shape == (3, kv_heads, 5, WIDTH // HEADS)
+        assert cache.self_attention_cache.get_seq_length() == 0
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_where_the_original_cross_attention_happens_to_work_ours_agrees() -> None:
+    """One head, one sample, one query, no mask: there the original's split, mask and heads are all trivial."""
+    model = build(multi_query=False, add_cross_attention=True, n_head=1)
+    given = dict(input_ids=tokens(1, 1), encoder_hidden_states=encoder(1))
+    with torch.no_grad():
+        expected = model(**given).logits
+        with attnzoo.patch(model, "sdpa"):
+            torch.testing.assert_close(model(**given).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@KINDS
+@BOTH
+def test_cross_attention_dropout_in_training(multi_query: bool, backend: str) -> None:
+    model = build_cross(multi_query, attn_pdrop=0.5).train()
+    module, states, hidden = model.transformer.h[0].crossattention, encoder(), encoder(3, 4)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    with torch.no_grad(), attnzoo.patch(model, backend):
+        torch.manual_seed(0)
+        got, _ = module(hidden, encoder_hidden_states=states)
+        torch.manual_seed(0)
+        expected, _ = oracle_cross(module, mask[:, None].expand(3, 4, 5), hidden, 0.5, encoder_hidden_states=states)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+        module.resid_dropout.p = 1.0
+        assert module(hidden, encoder_hidden_states=states)[0].count_nonzero() == 0
+        model.eval()
+        expected, _ = oracle_cross(module, mask[:, None].expand(3, 4, 5), hidden, encoder_hidden_states=states)
+        got, _ = module(hidden, encoder_hidden_states=states)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_cross_attention_probabilities() -> None:
+    model, ids, states, mask = build_cross(), tokens(3, 6), encoder(), encoder_masks(3, 6, 5)["2-D"]
+    given = dict(encoder_hidden_states=states, encoder_attention_mask=mask, output_attentions=True)
+    visible = mask.bool()[:, None].expand(3, 6, 5)
+    with torch.no_grad():
+        oracle = with_oracle(twin(model, "eager"), visible, torch.float32)
+        expected = oracle(ids, encoder_hidden_states=states, output_attentions=True)
+        with attnzoo.patch(model, "eager"):
+            got = model(ids, **given)
+        for name in ("attentions", "cross_attentions"):
+            assert len(got[name]) == 2
+            for ours, theirs in zip(got[name], expected[name], strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+        refused = pytest.raises(attnzoo.BackendRefusedError, match='backend="eager"')
+        for fallback in ("error", "native"):  # the original has none to fall back on
+            with attnzoo.patch(model, {"*crossattention": "sdpa"}, fallback=fallback), refused:
+                model(ids, **{**given, "encoder_attention_mask": visible})
+
+
+def test_gradient_checkpointing_with_cross_attention() -> None:
+    model, inputs = build_cross(), padded(3, 7, "right")
+    given = dict(encoder_hidden_states=encoder(), encoder_attention_mask=encoder_masks(3, 7, 5)["2-D"])
+    model.train()
+    with attnzoo.patch(model, "sdpa"):
+        expected = results(model, inputs, **given)
+        model.gradient_checkpointing_enable()
+        got = results(model, inputs, **given)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name])
+
+
+BAD = {
+    "rank": (torch.ones(3, 1, 1, 5), r"encoder_attention_mask.*\(batch, encoder_length\)"),
+    "length": (torch.ones(3, 4), r"encoder_attention_mask.*\(3, 5\)"),
+    "batch": (torch.ones(2, 5), r"encoder_attention_mask.*\(3, 5\)"),
+    "additive": (torch.full((3, 5), -1e4), "encoder_attention_mask.*0 and 1"),
+    "nan": (torch.full((3, 5), math.nan), "encoder_attention_mask.*0 and 1"),
+    "no tensor": ([[1] * 5] * 3, "encoder_attention_mask.*list"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_encoder_mask_is_named(bad: str) -> None:
+    mask, message = BAD[bad]
+    model = build_cross()
+    with attnzoo.patch(model, "sdpa"), pytest.raises(attnzoo.AttnzooError, match=message):
+        model(tokens(3, 6), encoder_hidden_states=encoder(), encoder_attention_mask=mask)
+
+
+def test_bad_calls_of_cross_attention_are_named() -> None:
+    model, hidden = build_cross(), encoder(3, 6)
+    module = model.transformer.h[0].crossattention
+    with attnzoo.patch(model, "sdpa"):
+        with pytest.raises(attnzoo.AttnzooError, match=r"layer_past.*DynamicCache.*EncoderDecoderCache"):
+            module(hidden, encoder_hidden_states=encoder(), layer_past=DynamicCache())
+        with pytest.raises(attnzoo.AttnzooError, match="encoder_hidden_states"):
+            module(hidden)
+        with pytest.raises(attnzoo.AttnzooError, match="softcap"):
+            module(hidden, encoder_hidden_states=encoder(), softcap=2.0)
+
+
+def test_everything_is_put_back() -> None:
+    model = build_cross()
+    before = {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
+    with attnzoo.patch(model, "sdpa"):
+        model(tokens(2, 5), encoder_hidden_states=encoder(2))
+    assert {name: (type(module), set(vars(module))) for name, module in model.named_modules()} == before
+    with pytest.raises(RuntimeError, match="split"):  # the original, as broken as ever
+        model(tokens(2, 5), encoder_hidden_states=encoder(2))
+
+
+def test_patching_the_cross_attention_alone_takes_2d_masks_too() -> None:
+    model, mask = build_cross(), torch.tensor([[1, 1, 1, 0, 0]] * 2)
+    with attnzoo.patch(model, {"*.crossattention": "sdpa"}) as handle:
+        model(tokens(2, 5), encoder_hidden_states=encoder(2), encoder_attention_mask=mask)
+    assert [site.name.rpartition(".")[2] for site in handle.sites] == ["crossattention"] * 2
+    assert "forward" not in vars(model.transformer)
+
+
+def test_nothing_falls_back_to_the_broken_original() -> None:
+    model = build_cross().train()
+    with (
+        attnzoo.patch(model, {"*.crossattention": "sdpa"}, fallback="native"),
+        pytest.raises(attnzoo.BackendRefusedError, match="attention probabilities"),
+    ):
+        model(tokens(2, 5), encoder_hidden_states=encoder(2), output_attentions=True)
+
+
+def test_verify_says_that_the_original_is_broken_and_judges_the_rest() -> None:
+    inputs = dict(input_ids=tokens(2, 5), encoder_hidden_states=encoder(2))
+    report = attnzoo.verify(build_cross(), inputs, "sdpa")
+    assert report.ok and not report.original
+    assert "wrong width" in report.fault and "the original was not run" in str(report)

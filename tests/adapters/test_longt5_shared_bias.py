@@ -1,0 +1,116 @@
+"""LongT5's first layer makes the bias of all layers, whichever of them are patched, copied, or fall back."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo.backends.eager import EagerBackend
+from attnzoo.error_rule import GRADIENT, check
+
+from .longt5 import RADIUS, TABLES, assert_equal_to_the_original, backends, inputs, kinds, longt5, outcome
+
+MIXTURES = {
+    "the first layer": {"encoder.block.0*": "sdpa", "decoder.block.0*": "sdpa"},
+    "a later layer": {"encoder.block.1*": "sdpa", "decoder.block.1*": "sdpa"},
+    "all but the first": {"*.block.0.*": "native", "*": "sdpa"},
+    "several backends": {"*.block.1.*": "eager", "*": "sdpa"},
+    "only cross": {"*EncDecAttention": "sdpa"},
+}
+
+
+@kinds
+@pytest.mark.parametrize("patch", MIXTURES.values(), ids=MIXTURES)
+@pytest.mark.parametrize("length", [3, 37])
+def test_patched_and_unpatched_layers_share_the_bias(kind, patch, length):
+    assert_equal_to_the_original(longt5(kind), inputs(length), patch)
+
+
+@kinds
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_later_patch_that_runs_a_layers_own_code(kind, layer):
+    model, arguments = longt5(kind), inputs(37)
+    real = arguments["decoder_attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**arguments).logits
+        with attnzoo.patch(model, "sdpa"), attnzoo.patch(model, {f"*.block.{layer}.*": "native"}):
+            got = model(**arguments).logits
+    torch.testing.assert_close(got[real], expected[real], rtol=1e-5, atol=1e-4)
+
+
+@kinds
+def test_a_part_of_a_stack(kind):
+    model, arguments = longt5(kind), inputs(37)
+    real = arguments["decoder_attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**arguments).logits
+        for part in (model.encoder, model.decoder, model.decoder.block[0], model.decoder.block[1]):
+            with attnzoo.patch(part, "sdpa"):
+                got = model(**arguments).logits
+            torch.testing.assert_close(got[real], expected[real], rtol=1e-5, atol=1e-4)
+
+
+@kinds
+@pytest.mark.parametrize("frozen", ["encoder.block.0", "encoder.block.1", "relative_attention_bias"])
+def test_layers_that_fall_back_share_the_bias_with_those_that_do_not(kind, frozen):
+    """A backend without gradients: layers before the first that trains run on it, the others fall back."""
+
+    class Forwards(EagerBackend):
+        name = "forwards"
+        capabilities = dataclasses.replace(EagerBackend.capabilities, grad=False, bias_grad=False)
+
+    def prepare(model):
+        model.train()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not (name.startswith("shared") or frozen in name))
+
+    model, arguments = longt5(kind, tie_word_embeddings=False), inputs(37)
+    reference, _ = outcome(model, arguments, None, torch.float64, prepare)
+    original, _ = outcome(model, arguments, None, torch.float32, prepare)
+    attnzoo.register_backend(Forwards)
+    try:
+        prepare(model)
+        with attnzoo.patch(model, "forwards", fallback="native") as handle:
+            patched, _ = outcome(model, arguments)
+    finally:
+        attnzoo.unregister_backend("forwards")
+    assert handle.sites
+    for name, expected in reference.items():
+        verdict = check(name, patched[name], expected, original[name], GRADIENT)
+        assert verdict.ok, str(verdict)
+
+
+@kinds
+@backends
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "copied"])
+def test_the_bias_is_made_once_per_forward_and_is_no_larger_than_its_distances(kind, backend, copied):
+    model, arguments = longt5(kind), inputs(100)
+    looked_up, passed = [], []
+    for name, module in model.named_modules():
+        if name.endswith(TABLES):
+            module.register_forward_hook(lambda module, given, made: looked_up.append(made.numel()))
+        if name.endswith(("SelfAttention", "EncDecAttention")) and "layer" in name:
+            module.register_forward_hook(lambda module, given, made: passed.append(made[1]))
+    with torch.no_grad(), attnzoo.patch(model, backend):
+        (copy.deepcopy(model) if copied else model)(**arguments)
+    assert len(looked_up) == (2 if kind == "local" else 3)
+    sizes = [value.numel() for value in passed if value is not None]
+    assert len(sizes) >= 5
+    assert max(looked_up + sizes) <= 4 * (2 * RADIUS + 1 + 2 * 16 + 1)
+
+
+@kinds
+def test_a_deep_copy_of_a_layer_is_of_that_layer_alone(kind):
+    model, arguments = longt5(kind), inputs(37)
+    real = arguments["decoder_attention_mask"].bool()
+    with torch.no_grad(), attnzoo.patch(model, "sdpa"):
+        expected = model(**arguments).logits
+        for stack in (model.encoder, model.decoder):
+            first, others, copied = stack.block[0], stack.block[1:], {}
+            stack.block[0] = copy.deepcopy(first, copied)
+            assert not any(id(module) in copied for module in others.modules())
+            torch.testing.assert_close(model(**arguments).logits[real], expected[real], rtol=1e-5, atol=1e-4)
+            attnzoo.unpatch(stack.block[0])
+            torch.testing.assert_close(model(**arguments).logits[real], expected[real], rtol=1e-5, atol=1e-4)
