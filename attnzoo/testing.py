@@ -25,6 +25,7 @@ from attnzoo.error_rule import Check, check
 from attnzoo.errors import AttnzooError, BackendRefusedError
 from attnzoo.functional import execute, refusals
 from attnzoo.globals import locate
+from attnzoo.hashed import HashedChunks, HashRound
 from attnzoo.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window
 from attnzoo.samples import Sample
 from attnzoo.segments import FLOATS, Attention, Segment
@@ -109,8 +110,11 @@ class Case:
         if isinstance(self.pattern, SortedChunks):
             return self._sorted(self.pattern, query, segment, random, device)
         segments = [segment]
+        if isinstance(self.pattern, HashedChunks):
+            segments = self._hashed(self.pattern, segment, random, device)
         if self.mask == "dense":
-            segments = [replace(segment, mask=flags(_BATCH, 1, self.q_len, self.kv_len, p=0.6))]
+            mask = flags(_BATCH, 1, self.q_len, self.kv_len, p=0.6)
+            segments = [replace(segment, mask=mask) for segment in segments]
         elif self.mask != "none":
             real = torch.ones((_BATCH, self.kv_len), dtype=torch.bool, device=device)
             real[0, : self.kv_len // 3] = False
@@ -118,13 +122,23 @@ class Case:
             real[2] = False
             chosen = flags(_BATCH, self.kv_len, p=0.2) & real
             found = locate(chosen) if self.mask == "globals" else None
-            segments = [replace(segment, key_mask=real if found is None else real & ~chosen)]
+            segments = [replace(one, key_mask=real if found is None else real & ~chosen) for one in segments]
             if found is not None:
                 segments.append(Segment(found.take(key), found.take(value), key_mask=found.valid))
         query_mask = None
         if self.mask == "globals":
             query_mask = flags(_BATCH, self.q_len, p=0.8)
         return Attention(query, tuple(segments), _DIM**-0.5, self.dropout, query_mask)
+
+    def _hashed(self, pattern: HashedChunks, segment: Segment, random: torch.Generator, device: str) -> list[Segment]:
+        """Two rounds that share the keys, and know of each other: a random order of keys, random places of queries."""
+        rounds: tuple[HashRound, ...] = ()
+        for _ in range(2):
+            keys = torch.rand((_BATCH, self.kv_heads, self.kv_len), generator=random).argsort(-1)
+            places = torch.randint(0, self.kv_len, (_BATCH, _HEADS, self.q_len), generator=random)
+            one = (keys, keys.argsort(-1), places.argsort(-1), places)
+            rounds += (HashRound(*(tensor.to(device) for tensor in one)),)
+        return [replace(segment, pattern=replace(pattern, rounds=rounds[:number])) for number in (1, 2)]
 
     def _sorted(
         self, pattern: SortedChunks, query: Tensor, segment: Segment, random: torch.Generator, device: str
@@ -190,6 +204,14 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[Case]:
             yield Case(dtype, pattern, mask, grad=False, probabilities=True)
         if mask in ("none", "keys"):
             yield Case(dtype, SortedChunks(8, 1, 0, causal=True), mask, dropout=0.25)
+        for hashed in (HashedChunks(5, 1, 0, causal=True), HashedChunks(4, 1, 1, apart=2)):
+            if mask != "globals":
+                yield Case(dtype, hashed, mask)
+                yield Case(dtype, hashed, mask, kv_heads=2, q_len=5, kv_len=23)
+                yield Case(dtype, hashed, mask, kv_heads=1, dropout=0.25)
+                yield Case(dtype, hashed, mask, uneven=True, grad=False)
+        if mask == "none":
+            yield Case(dtype, HashedChunks(5), mask, bias="trained relative")
             yield Case(dtype, SortedChunks(8, 1, 1), mask, uneven=True)
     for dtype, pattern in itertools.product(dtypes, PATTERNS):
         if dtype in (torch.float32, torch.bfloat16):  # one wide, one narrow: the oracle takes its time

@@ -69,7 +69,7 @@ class HashTerms:
         return hidden.mul_(_HIDDEN).to(self._dtype), None if bool(live.all()) else live
 
     def _distance(self, chunks: tuple[Tensor, Tensor], queries: Tensor, keys: Tensor, out: Tensor) -> None:
-        """How many chunks lie between queries and keys, from the middle of what a query sees; none is infinitely far."""
+        """How many chunks are between keys and the middle of what queries see; no key is infinitely far away."""
         of_queries, of_keys = chunks
         shared = keys.clamp(min=0).reshape(*of_keys.shape[:2], -1)  # a key head serves neighbouring query heads
         at = of_keys.gather(2, shared).view(keys.shape).masked_fill_(keys < 0, float("inf"))

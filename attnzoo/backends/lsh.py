@@ -91,7 +91,9 @@ class LshBackend(Rewriting):
         rounds = self.choices(attention) if choices is None else choices
         position = first_position(self.name, segment, attention.q_len)
         offset = aligned_offset(position, attention.q_len, segment.kv_len)
-        patterns = self._patterns(isinstance(segment.pattern, Causal), offset, rounds)
+        # A single query is a decoding step: nothing comes after it, and its neighbourhood is that of causal attention.
+        causal = isinstance(segment.pattern, Causal) or attention.q_len == 1
+        patterns = self._patterns(causal, offset, rounds)
         return tuple(replace(segment, pattern=pattern) for pattern in patterns)
 
     @torch.no_grad()

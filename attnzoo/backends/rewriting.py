@@ -16,7 +16,7 @@ from torch import Tensor
 from attnzoo import registry
 from attnzoo.backend import Backend, Capabilities
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal
-from attnzoo.functional import execute
+from attnzoo.functional import execute, refusals
 from attnzoo.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window
 from attnzoo.segments import FLOATS, Attention, Request, Result, Segment
 
@@ -60,7 +60,9 @@ class Rewriting(Backend):
     kept: bool = field(default=False, metadata={"option": False}, repr=False)
 
     def __post_init__(self) -> None:
-        if self.kernel != "auto" and not registry.backend_class(self.kernel).capabilities.exact:
+        if self.kernel == "auto":
+            return
+        if self.kernel in registry.RESERVED or not registry.backend_class(self.kernel).capabilities.exact:
             raise InvalidArgumentError("kernel", repr(self.kernel), "'auto', or the name of an exact backend")
 
     # --- what is changed
@@ -128,7 +130,7 @@ class Rewriting(Backend):
         rewritten = self.rewrite(attention)
         if self.kernel == "auto":
             return execute(registry.choose_for(rewritten, probabilities).backend, rewritten, probabilities)
-        return execute(registry.make_backend(self.kernel), rewritten, probabilities)
+        return execute(registry.configure(self.kernel), rewritten, probabilities)
 
 
 def _is_local(request: Request) -> bool:
@@ -141,9 +143,9 @@ def _is_cross(pattern: Pattern) -> bool:
 
 def _kernel_refusals(kernel: str, request: Request) -> tuple[Refusal, ...]:
     """Why the kernel cannot run it; for ``"auto"``: why none can."""
+    if kernel != "auto":
+        return refusals(registry.configure(kernel), request)
     try:
-        if kernel != "auto":
-            return registry.make_backend(kernel).refusals(request)
         registry.choose(request)
     except BackendRefusedError as error:
         return tuple(dict.fromkeys(reason for reasons in error.refusals.values() for reason in reasons))
@@ -165,17 +167,18 @@ def real_keys(segment: Segment) -> Tensor | None:
 def first_position(backend: str, segment: Segment, q_len: int) -> int:
     """The key position of query 0.
 
-    What the pattern says, if it does. A single query is a decoding step: it stands at the last key that any sample
-    shows, as a static cache has room behind it. Else the last query is aligned with the last key.
+    What the pattern says, if it does; else the last query is aligned with the last key. But a single query is a
+    decoding step, and stands at the last key that any sample shows: a static cache has room behind it.
 
     Raises:
-        BackendRefusedError: several queries on a longer cache that hides its end in all samples: their positions
-            cannot be known.
+        BackendRefusedError: several queries that are not causal, on a longer cache that hides its end in all samples:
+            their positions cannot be known.
     """
-    if isinstance(segment.pattern, Causal) and segment.pattern.offset is not None:
-        return segment.pattern.offset
-    aligned, real = segment.kv_len - q_len, real_keys(segment)
-    if real is None or aligned == 0 or bool(real[:, -1].any()):
+    pattern, aligned, real = segment.pattern, segment.kv_len - q_len, real_keys(segment)
+    if isinstance(pattern, Causal) and pattern.offset is not None:
+        return pattern.offset
+    told = aligned == 0 or (isinstance(pattern, Causal) and q_len > 1)
+    if real is None or told or bool(real[:, -1].any()):
         return aligned
     if q_len == 1:
         places = torch.arange(segment.kv_len, device=real.device)

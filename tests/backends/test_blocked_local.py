@@ -1,0 +1,317 @@
+"""``blocked-local``: a window and sinks in place of dense attention, exact elsewhere; and it says which is which."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo import registry, testing
+from attnzoo.backends.blocked_local import BlockedLocalBackend
+from attnzoo.patterns import Causal, Full, SortedChunks, Window
+from attnzoo.verification import check_site
+
+from ..models import zoo
+from .changed import KEYS, attention, chunked, is_definition, key_mask, refused
+
+SHAPES = [(2, 0), (4, 0), (3, 2), (5, 9), (40, 3)]
+
+
+def local(window, sinks=0, kernel="sdpa"):
+    return BlockedLocalBackend(window=window, sinks=sinks, kernel=kernel)
+
+
+def definition(whole, window, sinks):
+    """Who sees whom, said once more: by place in the sequence, and by number among a sample's real keys."""
+    (segment,) = whole.segments
+    real = torch.ones(whole.batch, segment.kv_len, dtype=torch.bool) if segment.key_mask is None else segment.key_mask
+    if segment.mask is not None:
+        real = real & segment.mask.expand(whole.batch, -1, -1, -1).any(1).any(1)
+    causal = isinstance(segment.pattern, Causal)
+    first = segment.pattern.offset if causal and segment.pattern.offset is not None else segment.kv_len - whole.q_len
+    if whole.q_len == 1 and real.any():
+        first = int(real.any(0).nonzero().max())
+    number = (real.cumsum(1) - 1).tolist()
+
+    def sees(b, h, q, k):
+        at = first + q
+        near = at - k < window if causal else abs(at - k) < window
+        return (near or number[b][k] < sinks) and (k <= at or not causal)
+
+    return sees
+
+
+# What is computed
+
+
+@pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS)
+@pytest.mark.parametrize(("window", "sinks"), SHAPES)
+@pytest.mark.parametrize("pattern", [Causal(), Causal(offset=0), Full()], ids=str)
+def test_a_query_sees_its_window_and_the_first_real_keys(pattern, window, sinks, keys):
+    whole = attention(pattern, key_mask(keys))
+    assert is_definition(local(window, sinks), whole, definition(whole, window, sinks))
+
+
+@pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS)
+@pytest.mark.parametrize("q_len", [1, 4])
+@pytest.mark.parametrize("pattern", [Causal(), Full()], ids=str)
+def test_new_tokens_stand_at_the_end_of_the_cache(pattern, q_len, keys):
+    whole = attention(pattern, key_mask(keys), q_len=q_len)
+    if keys is not None and q_len > 1 and isinstance(pattern, Full) and not key_mask(keys)[:, -1].any():
+        return
+    assert is_definition(local(4, 2), whole, definition(whole, 4, 2))
+
+
+@pytest.mark.parametrize("pattern", [Causal(), Full()], ids=str)
+def test_a_single_token_stands_at_the_last_key_that_is_shown(pattern):
+    """A static cache has room behind it."""
+    whole = attention(pattern, key_mask([(3, 8), (0, 8)]), q_len=1)
+    assert is_definition(local(3, 1), whole, lambda b, h, q, k: 5 <= k <= 7 or k == (3 if b == 0 else 0))
+
+
+def test_several_tokens_before_a_hidden_end_are_refused_unless_their_place_is_told():
+    spans = key_mask([(0, 8), (0, 9)])
+    refused(lambda: local(3).run(attention(Full(), spans, q_len=2)), "key_mask", "13 keys", "Causal(offset=...)")
+    whole = attention(Causal(offset=7), spans, q_len=2)
+    assert is_definition(local(3), whole, definition(whole, 3, 0))
+
+
+@pytest.mark.parametrize("keys", ["no padding", "left"])
+@pytest.mark.parametrize("pattern", [Causal(), Full()], ids=str)
+def test_a_bias_and_a_dense_mask_stay(pattern, keys):
+    mask = torch.rand(2, 1, 13, 13, generator=torch.Generator().manual_seed(3)) < 0.7
+    for extra in (dict(bias=True), dict(mask=mask), dict(mask=mask[:1], kv_heads=1), dict(bias=True, mask=mask)):
+        whole = attention(pattern, key_mask(KEYS[keys]), **extra)
+        assert is_definition(local(4, 3), whole, definition(whole, 4, 3))
+
+
+@pytest.mark.parametrize("backend", [local(6), local(5, 3)], ids=["window", "window and sinks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dense_attention_of_all_kinds_equals_the_oracle_on_the_changed_pattern(backend, dtype):
+    dense = [case for case in testing.cases((dtype,)) if isinstance(case.pattern, Full | Causal)]
+    outcomes = [testing.run_case(backend, case) for case in dense[:: 1 if dtype == torch.float32 else 5]]
+    assert not [f"{outcome.case}: {outcome.failure}" for outcome in outcomes if outcome.failure]
+    assert sum(not outcome.refused for outcome in outcomes) > 0.7 * len(outcomes)
+
+
+@pytest.mark.parametrize("lie", ["nothing changed", "no sinks", "a wider window"])
+def test_a_backend_that_computes_something_else_than_it_says_is_found(lie):
+    class Lying(BlockedLocalBackend):
+        def run(self, attention, probabilities=False):
+            told = {"nothing changed": None, "no sinks": local(4), "a wider window": local(5, 2)}[lie]
+            truth = attention if told is None else told.rewrite(attention)
+            return registry.make_backend("eager").run(truth)
+
+    report = check_site("site", attention(Causal(), None), Lying(window=4, sinks=2), grad=False)
+    assert not report.ok
+    assert check_site("site", attention(Causal(), None), local(4, 2), grad=False).ok
+
+
+# Where it is exact
+
+
+@pytest.mark.parametrize("pattern", [Window(2, 0), attnzoo.Chunks(4), Full(cross=True)], ids=str)
+@pytest.mark.parametrize("backend", [BlockedLocalBackend(kernel="sdpa"), local(3, 1)], ids=["no options", "options"])
+def test_what_is_local_or_of_another_sequence_is_handed_on(pattern, backend):
+    whole = attention(pattern, key_mask(KEYS["left"]))
+    assert backend.rewrite(whole) is whole
+    assert backend.changes(whole.request()) is None and not backend.refusals(whole.request())
+    assert torch.equal(backend.run(whole).output, registry.make_backend("sdpa").run(whole).output)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in testing.cases((torch.float32,)) if isinstance(c.pattern, SortedChunks)][:6]
+)
+def test_sorted_chunks_are_handed_on(case):
+    assert not testing.run_case(BlockedLocalBackend(kernel="sdpa"), case).failure
+
+
+LOCAL = {
+    "led": (zoo.led, zoo.led_inputs),
+    "longformer": (zoo.longformer, zoo.longformer_inputs),
+    "longt5 local": (lambda: zoo.longt5(kind="local"), zoo.longt5_inputs),
+    "longt5 tglobal": (lambda: zoo.longt5(kind="transient-global"), zoo.longt5_inputs),
+    "reformer": (zoo.reformer, zoo.causal_inputs),
+}
+
+
+@pytest.mark.parametrize("name", ["blocked-local", "lsh"])
+@pytest.mark.parametrize("family", LOCAL)
+def test_models_that_are_local_of_their_own_need_no_option_and_are_exact(family, name):
+    build, inputs = LOCAL[family]
+    report = attnzoo.verify(build(), inputs(32, "left"), name, kernel="sdpa")
+    assert report.ok, str(report)
+    assert not report.changed and report.original and all(site.recall is None for site in report.sites)
+    assert all(not verdict.changes and verdict.runs for verdict in attnzoo.explain(build(), name))
+
+
+def test_short_inputs_of_a_local_site_stay_dense():
+    """Reformer sees everything there is up to a chunk's length: that is its pattern, whatever the options."""
+    model = zoo.reformer()
+    with torch.no_grad():
+        expected = model(zoo.ids(1, 4)).logits
+        with attnzoo.patch(model, "blocked-local", window=2, kernel="sdpa") as handle:
+            torch.testing.assert_close(model(zoo.ids(1, 4)).logits, expected, rtol=0, atol=1e-4)
+    assert not any(site.approximate for site in handle.sites)
+
+
+def test_options_change_the_dense_sites_beside_local_ones_alone():
+    model, inputs = zoo.led(), zoo.led_inputs(26, "left")
+    with attnzoo.patch(model, "blocked-local", window=3, kernel="sdpa") as handle, torch.no_grad():
+        model(**inputs)
+    told = {site.name.rpartition("layers.")[2]: site.approximate for site in handle.sites if "decoder" in site.name}
+    cross, own = ("0.encoder_attn", "1.encoder_attn"), ("0.self_attn", "1.self_attn")
+    assert told == {**dict.fromkeys(own, "window of 3 keys"), **dict.fromkeys(cross, "")}
+    assert not any(site.approximate for site in handle.sites if "encoder.layers" in site.name)
+
+
+# Dense models
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_verify_judges_the_changed_pattern_and_says_so(side):
+    report = attnzoo.verify(
+        zoo.gpt_neox(), zoo.causal_inputs(26, side), "blocked-local", window=6, sinks=2, kernel="sdpa"
+    )
+    assert report.ok, str(report)
+    assert report.changed == "window of 6 keys and 2 sinks" and not report.original
+    assert report.distance["logits"] > 0.1
+    assert all(0.1 < site.recall < 0.9 for site in report.sites)
+    assert "judged as changed: window of 6 keys and 2 sinks" in str(report) and "recall: 0." in str(report)
+    assert report.to_dict()["changed"] == report.changed and report.to_dict()["distance"] == report.distance
+
+
+def test_verify_finds_a_window_that_is_not_the_one_asked_for(request):
+    @dataclass(frozen=True, kw_only=True)
+    class Wrong(BlockedLocalBackend):
+        name: ClassVar[str] = "wrong-window"
+
+        def run(self, attention, probabilities=False):
+            return local(self.window + 1).run(attention)
+
+    attnzoo.register_backend(Wrong)
+    request.addfinalizer(lambda: attnzoo.unregister_backend("wrong-window"))
+    report = attnzoo.verify(zoo.gpt_neox(), zoo.causal_inputs(26, "none"), "wrong-window", window=4)
+    assert not report.ok and not any(site.ok for site in report.sites)
+    assert any(not check.ok for check in report.end_to_end)
+
+
+def test_a_window_as_long_as_the_input_is_the_model_itself():
+    model, inputs = zoo.gpt_neox(), zoo.causal_inputs(26, "left")
+    report = attnzoo.verify(model, inputs, "blocked-local", window=26, kernel="sdpa")
+    assert report.ok and report.distance["logits"] < 1e-4
+    assert all(site.recall == pytest.approx(1.0) for site in report.sites)
+
+
+@pytest.mark.parametrize("build", [zoo.gpt_neox, lambda: zoo.gpt_bigcode(multi_query=True)], ids=["neox", "mqa"])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_chunks_of_new_tokens_on_a_cache_equal_one_forward(build, side, static, sinks):
+    model, inputs = build(), zoo.causal_inputs(24, side)
+    with torch.no_grad():
+        full = model(**inputs).logits
+        with attnzoo.patch(model, "blocked-local", window=5, sinks=sinks, kernel="sdpa"):
+            got, whole, real = chunked(model, inputs, (13, 1, 1, 4, 2, 1, 2), static)
+    torch.testing.assert_close(got[real], whole[real], rtol=0, atol=2e-5 * float(whole.abs().max()))
+    assert (full - whole)[real].abs().max() > 0.1 * whole.abs().max(), "the window changes something"
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("side", ["none", "left"])
+def test_generation_with_a_cache_gives_the_tokens_of_generation_without(side, static):
+    model, prompt = zoo.gpt_neox(), zoo.causal_prompt(side)
+    options = dict(max_new_tokens=12, do_sample=False, no_repeat_ngram_size=2)
+    full = model.generate(**prompt, **options)
+    with attnzoo.patch(model, "blocked-local", window=4, sinks=1, kernel="sdpa"):
+        cached = model.generate(**prompt, **options, **(dict(cache_implementation="static") if static else {}))
+        uncached = model.generate(**prompt, **options, use_cache=False)
+    assert torch.equal(cached, uncached)
+    assert not torch.equal(cached, full)
+
+
+def test_training_reaches_every_parameter():
+    model, inputs = zoo.gpt_neox().train(), zoo.causal_inputs(24, "left")
+    with attnzoo.patch(model, "blocked-local", window=5, sinks=2, kernel="sdpa"):
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.parameters())
+
+
+# What is told and what is refused
+
+
+def test_dense_models_need_the_window_and_nothing_is_changed_without():
+    model = zoo.gpt_neox()
+    error = refused(
+        lambda: attnzoo.patch(model, "blocked-local"), "gpt_neox.layers.0.attention", "no window", "window=..."
+    )
+    assert {reason.field for reasons in error.refusals.values() for reason in reasons} == {"options"}
+    assert not any("forward" in vars(module) for module in model.modules())
+    refused(lambda: attnzoo.attention(*torch.randn(3, 1, 2, 5, 8), backend="blocked-local"), "no window", "window=...")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(window=0), ("window of backend 'blocked-local': got 0", "an integer >= 2")),
+        (dict(window=-3), ("window", "got -3")),
+        (dict(window=1.5), ("window", "got 1.5")),
+        (dict(window=True), ("window", "got True")),
+        (dict(window=8, sinks=-1), ("sinks", "got -1", "an integer >= 0")),
+        (dict(windw=8), ("'windw'", "did you mean 'window'?")),
+        (dict(window=8, kept=True), ("'kept'", "'kernel', 'sinks', 'window'")),
+        (dict(window=8, kernel="sdap"), ("'sdap'", "did you mean 'sdpa'?")),
+        (dict(window=8, kernel="lsh"), ("kernel", "'lsh'", "an exact backend")),
+        (dict(window=8, kernel="native"), ("kernel", "'native'", "an exact backend")),
+    ],
+)
+def test_bad_options_name_the_argument(options, words):
+    refused(lambda: attnzoo.patch(zoo.gpt_neox(), "blocked-local", **options), *words)
+
+
+def test_the_kernels_refusals_are_its_own():
+    request = replace(attention(Causal(), None).request(), device="tpu")
+    assert any(reason.field == "device" for reason in local(4).refusals(request))
+    biased = attention(Causal(), None, bias=True).request()
+    assert "bias" in {reason.field for reason in local(4, kernel="flash_attention_2").refusals(biased)}
+
+
+def test_several_dense_segments_are_refused():
+    whole = attention(Causal(), None)
+    twice = replace(whole, segments=whole.segments * 2)
+    (refusal,) = local(4).refusals(twice.request())
+    assert refusal.field == "segments" and "2 dense" in refusal.got
+
+
+@pytest.mark.parametrize("name", ["blocked-local", "lsh"])
+def test_auto_never_changes_a_pattern(name):
+    request = attention(Causal(), None).request()
+    assert name not in registry.takers(request)
+    assert name not in registry.takers(attention(Window(2, 2), None).request())
+    assert not attnzoo.backends()[name].exact and attnzoo.backends()[name].available
+
+
+def test_it_is_marked_approximate_wherever_it_is_listed():
+    model, inputs = zoo.gpt_neox(), zoo.causal_inputs(16, "none")
+    explained = attnzoo.explain(model, "blocked-local", window=6, sinks=2)
+    assert all(verdict.runs and verdict.changes == ("window of 6 keys and 2 sinks",) for verdict in explained)
+    assert "blocked-local: runs, approximate: window of 6 keys and 2 sinks" in str(explained)
+    refused(lambda: attnzoo.explain(model, window=6), "options", "without a backend")
+    with attnzoo.patch(model, "blocked-local", window=6, sinks=2, kernel="sdpa") as handle:
+        assert all(site.approximate == "window of 6 keys and 2 sinks" for site in handle.sites)
+        assert str(handle).splitlines()[0].endswith("approximate")
+        model(**inputs)
+    assert all(site.changed == {"window of 6 keys and 2 sinks": 1} for site in handle.sites)
+    assert {site.kernel for site in handle.sites} == {"flash_cpu"}
+    with attnzoo.patch(model, "sdpa") as handle:
+        assert "approximate" not in str(handle)
+
+
+def test_a_configured_backend_stands_for_its_name():
+    model = zoo.gpt_neox()
+    with attnzoo.patch(model, local(6)) as handle:
+        assert {site.backend for site in handle.sites} == {"blocked-local"}
+    with attnzoo.patch(model, {"*.0.attention": local(6), "*": "sdpa"}) as handle:
+        assert [site.approximate for site in handle.sites] == ["window of 6 keys", ""]
+    refused(lambda: attnzoo.patch(model, local(6), window=7), "options", "window")

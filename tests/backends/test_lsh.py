@@ -1,0 +1,249 @@
+"""``lsh``: dense attention where queries hash to. (That it is exact on local models: ``test_blocked_local.py``.)"""
+
+from bisect import bisect_left
+from dataclasses import replace
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo import testing
+from attnzoo.backends.eager import evaluate
+from attnzoo.backends.lsh import LshBackend
+from attnzoo.error_rule import FORWARD, check
+from attnzoo.patterns import Causal, Full
+from attnzoo.segments import Attention, Segment
+from attnzoo.verification import check_site
+
+from ..models import zoo
+from .changed import KEYS, attention, chunked, is_definition, key_mask, refused
+
+OPTIONS = dict(num_hashes=2, chunk_length=3, num_buckets=4, kernel="sdpa")
+
+
+def lsh(**changes):
+    return LshBackend(**{**OPTIONS, **changes})
+
+
+def definition(backend, whole):
+    """Who sees whom, said once more: by looking for the nearest direction, and through sorted lists."""
+    (segment,) = whole.segments
+    causal, first = isinstance(segment.pattern, Causal) or whole.q_len == 1, segment.kv_len - whole.q_len
+    real = torch.ones(whole.batch, segment.kv_len, dtype=torch.bool) if segment.key_mask is None else segment.key_mask
+    if whole.q_len == 1 and real.any():
+        first = int(real.any(0).nonzero().max())
+    rotations = torch.randn(
+        (backend.num_hashes, whole.head_dim, backend.num_buckets // 2),
+        generator=torch.Generator().manual_seed(backend.seed),
+    )
+
+    def bucket(number, vector):
+        if backend.num_buckets == 1:
+            return 0
+        directions = torch.cat([rotations[number], -rotations[number]], dim=1).T
+        return int((directions @ torch.nn.functional.normalize(vector.float(), dim=0)).argmax())
+
+    def neighbours(number, b, h, q):
+        keys = segment.key[b, h * segment.key.shape[1] // whole.heads]
+        ordered = sorted((bucket(number, keys[k]), k) for k in range(segment.kv_len) if real[b, k])
+        place = bisect_left(ordered, (bucket(number, whole.query[b, h, q]), first + q))
+        chunk = max(0, min(place, len(ordered) - 1)) // backend.chunk_length
+        start, stop = max(0, chunk - 1), chunk + (1 if causal else 2)
+        return {k for _, k in ordered[start * backend.chunk_length : stop * backend.chunk_length]}
+
+    known = {
+        (b, h, q): set().union(*(neighbours(number, b, h, q) for number in range(backend.num_hashes)))
+        for b in range(whole.batch)
+        for h in range(whole.heads)
+        for q in range(whole.q_len)
+    }
+
+    def sees(b, h, q, k):
+        distance = first + q - k
+        beside = 0 <= distance <= 1 if causal else abs(distance) <= 1
+        return beside or (k in known[b, h, q] and (distance >= 0 or not causal))
+
+    return sees
+
+
+# What is computed
+
+
+@pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS)
+@pytest.mark.parametrize("pattern", [Causal(), Full()], ids=str)
+@pytest.mark.parametrize("changes", [{}, dict(num_hashes=1, num_buckets=2), dict(chunk_length=5, seed=3)], ids=str)
+def test_a_query_sees_the_keys_that_stand_near_it_in_some_round(pattern, keys, changes):
+    backend, whole = lsh(**changes), attention(pattern, key_mask(keys))
+    assert is_definition(backend, whole, definition(backend, whole))
+
+
+@pytest.mark.parametrize("q_len", [1, 4])
+@pytest.mark.parametrize("pattern", [Causal(), Full()], ids=str)
+def test_new_tokens_stand_at_the_end_of_the_cache(pattern, q_len):
+    whole = attention(pattern, key_mask(KEYS["left"]), q_len=q_len)
+    assert is_definition(lsh(), whole, definition(lsh(), whole))
+
+
+@pytest.mark.parametrize("num_hashes", [1, 3])
+@pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS)
+@pytest.mark.parametrize("pattern", [Causal(), Full()], ids=str)
+def test_one_bucket_and_long_chunks_are_full_attention(pattern, keys, num_hashes):
+    backend, whole = lsh(num_buckets=1, chunk_length=13, num_hashes=num_hashes), attention(pattern, key_mask(keys))
+    double = whole.with_tensors(tuple(tensor.double() for tensor in whole.tensors()))
+    verdict = check("output", backend.run(whole).output, evaluate(double).output, evaluate(whole).output, FORWARD)
+    assert verdict.ok, str(verdict)
+    assert check_site("site", whole, backend, grad=True).recall == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("keys", ["no padding", "left"])
+@pytest.mark.parametrize("room", [0, 5], ids=["dynamic", "static"])
+def test_a_decoding_step_is_the_last_row_of_the_whole(keys, room):
+    whole = attention(Causal(), key_mask(KEYS[keys]), dtype=torch.float64)
+    (segment,) = whole.segments
+    expected = lsh().run(whole).output[:, :, -1:]
+    real = torch.ones(2, 13, dtype=torch.bool) if segment.key_mask is None else segment.key_mask
+    behind = torch.randn(2, 2, room, 8, dtype=torch.float64)
+    longer = [torch.cat([tensor, behind], dim=2) for tensor in (segment.key, segment.value)]
+    real = torch.cat([real, torch.zeros(2, room, dtype=torch.bool)], dim=1)
+    step = Attention(whole.query[:, :, -1:], (Segment(*longer, key_mask=real),), whole.scale)
+    torch.testing.assert_close(lsh().run(step).output, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dense_attention_of_all_kinds_equals_the_oracle_on_the_changed_pattern(dtype):
+    backend = lsh(chunk_length=5, num_hashes=3)
+    dense = [case for case in testing.cases((dtype,)) if isinstance(case.pattern, Full | Causal)]
+    outcomes = [testing.run_case(backend, case) for case in dense]
+    assert not [f"{outcome.case}: {outcome.failure}" for outcome in outcomes if outcome.failure]
+    assert {outcome.case.bias != "none" for outcome in outcomes if not outcome.refused} == {False}
+    assert sum(not outcome.refused for outcome in outcomes) > 40
+
+
+def test_other_buckets_than_it_says_are_found():
+    class Lying(LshBackend):
+        def run(self, attention, probabilities=False):
+            return lsh(seed=self.seed + 1).run(attention)
+
+    whole = attention(Causal(), None)
+    assert not check_site("site", whole, Lying(**OPTIONS), grad=False).ok
+    assert check_site("site", whole, lsh(), grad=False).ok
+
+
+# How well it finds
+
+
+def clusters(count=8, each=16, dim=16):
+    """Keys and queries of a cluster point one way: what a query needs is its cluster, wherever that stands."""
+    random = torch.Generator().manual_seed(5)
+    centre = torch.nn.functional.normalize(torch.randn(count, dim, generator=random), dim=1)
+    of = torch.randperm(count * each, generator=random) % count
+    noise = torch.randn(2, 1, 1, count * each, dim, generator=random) * 0.05
+    query, key = 3.0 * (centre[of] + noise)
+    return Attention(query, (Segment(key, key, Full()),), 1.0)
+
+
+def test_recall_is_high_where_there_is_something_to_find_and_rises_with_the_rounds():
+    whole = clusters()
+    options = dict(chunk_length=16, num_buckets=16)
+    found = [check_site("site", whole, lsh(**options, num_hashes=n), grad=False).recall for n in (1, 4)]
+    blind = check_site("site", whole, lsh(num_hashes=1, chunk_length=16, num_buckets=1), grad=False).recall
+    assert blind < 0.5 < 0.8 < found[0] < 0.99 < found[1], (blind, found)
+
+
+def test_recall_is_the_weight_of_the_keys_seen():
+    whole = attention(Causal(), key_mask(KEYS["left"]), dtype=torch.float64)
+    weights = evaluate(whole).probabilities[0]
+    sees = definition(lsh(), whole)
+    seen = torch.tensor(
+        [[[[sees(b, h, q, k) for k in range(13)] for q in range(13)] for h in range(4)] for b in range(2)]
+    )
+    live = weights.sum(-1) > 0
+    expected = (weights * seen).sum(-1)[live].mean()
+    assert check_site("site", whole, lsh(), grad=False).recall == pytest.approx(float(expected), abs=1e-9)
+
+
+# Models
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_verify_repeats_the_buckets_of_the_run_it_judges(side, dtype):
+    report = attnzoo.verify(zoo.gpt_neox().to(dtype), zoo.causal_inputs(26, side), "lsh", **OPTIONS)
+    assert report.ok, str(report)
+    assert report.changed == "2 hash rounds of 4 buckets, chunks of 3 keys"
+    assert all(0.1 < site.recall < 1.0 for site in report.sites)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("side", ["none", "left"])
+def test_the_last_token_decoded_is_that_of_one_forward(side, static):
+    """In one layer: deeper ones see what earlier rows became, and those were cut into chunks when keys were fewer."""
+    model, inputs = zoo.gpt_neox(num_hidden_layers=1), zoo.causal_inputs(24, side)
+    with attnzoo.patch(model, "lsh", **OPTIONS) as handle:
+        got, whole, _ = chunked(model, inputs, (20, 1, 2, 1), static)
+    assert handle.sites[0].kernel == "flash_cpu"
+    torch.testing.assert_close(got[:, -1], whole[:, -1], rtol=0, atol=2e-5 * float(whole.abs().max()))
+    with torch.no_grad():
+        assert (model(**inputs).logits - whole)[:, -1].abs().max() > 0.01 * whole.abs().max()
+
+
+def test_generation_runs_and_repeats_itself():
+    model, prompt = zoo.gpt_neox(), zoo.causal_prompt("left")
+    options = dict(max_new_tokens=8, do_sample=False)
+    with attnzoo.patch(model, "lsh", **OPTIONS) as handle:
+        first, second = (model.generate(**prompt, **options) for _ in range(2))
+        static = model.generate(**prompt, **options, cache_implementation="static")
+    assert torch.equal(first, second) and torch.equal(first, static)
+    assert all(site.changed.total() == site.calls == 24 for site in handle.sites)
+
+
+def test_rotations_are_the_seeds_alone():
+    whole = attention(Causal(), None)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = lsh().run(whole).output
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(lsh().run(whole).output, first)
+    assert not torch.equal(lsh(seed=1).run(whole).output, first)
+
+
+def test_training_reaches_every_parameter():
+    model, inputs = zoo.gpt_neox().train(), zoo.causal_inputs(24, "left")
+    with attnzoo.patch(model, "lsh", **OPTIONS):
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.parameters())
+
+
+# What is refused
+
+
+def test_dense_models_need_three_options():
+    missing = dict(OPTIONS)
+    for option in ("num_buckets", "num_hashes", "chunk_length"):
+        missing.pop(option)
+        words = ("gpt_neox.layers.1.attention", option, "num_hashes=..., chunk_length=..., num_buckets=...")
+        refused(lambda: attnzoo.patch(zoo.gpt_neox(), "lsh", **missing), *words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(num_hashes=0), ("num_hashes of backend 'lsh': got 0", "an integer >= 1")),
+        (dict(chunk_length=0), ("chunk_length", "got 0")),
+        (dict(chunk_length=2.0), ("chunk_length", "got 2.0")),
+        (dict(num_buckets=0), ("num_buckets", "got 0")),
+        (dict(num_buckets=7), ("num_buckets", "got 7", "1, or an even number")),
+        (dict(seed=-1), ("seed", "got -1")),
+        (dict(seed=None), ("seed", "got None")),
+        (dict(num_hash=2), ("'num_hash'", "did you mean 'num_hashes'")),
+    ],
+)
+def test_bad_options_name_the_argument(changes, words):
+    refused(lambda: attnzoo.patch(zoo.gpt_neox(), "lsh", **{**OPTIONS, **changes}), *words)
+
+
+def test_a_bias_is_refused_where_the_kernel_has_no_place_for_it():
+    biased = attention(Causal(), None, bias=True)
+    assert {reason.field for reason in lsh().refusals(biased.request())} == {"bias"}
+    assert check_site("site", biased, replace(lsh(), kernel="eager"), grad=True).ok

@@ -1,0 +1,39 @@
+"""Backends with options as one types them."""
+
+import pytest
+
+import attnzoo
+from attnzoo.spelling import configured, parse, spell
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("sdpa", ("sdpa", {})),
+        ("flash", ("flash_attention_2", {})),
+        ("blocked-local:window=8, sinks=2", ("blocked-local", {"window": 8, "sinks": 2})),
+        ("lsh:kernel=eager,seed=-1", ("lsh", {"kernel": "eager", "seed": -1})),
+    ],
+)
+def test_a_name_and_its_options(text, parsed):
+    assert parse(text) == parsed
+    assert parse(spell(*parsed)) == parsed
+
+
+def test_it_makes_the_backend():
+    assert configured("blocked-local:window=8,sinks=2").window == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("spda", "did you mean 'sdpa'"),
+        ("blocked-local:window", "name:option=value"),
+        ("blocked-local:window=", "name:option=value"),
+        ("blocked-local:windw=3", "did you mean 'window'"),
+        ("blocked-local:window=wide", "window of backend 'blocked-local': got 'wide'"),
+    ],
+)
+def test_what_is_wrong_with_it(text, words):
+    with pytest.raises(attnzoo.InvalidArgumentError, match=words):
+        configured(text)
