@@ -6,6 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import attnzoo
+from attnzoo import registry
+
 torch.set_num_threads(1)
 _common = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 settings.register_profile("default", max_examples=60, **_common)
@@ -38,6 +41,18 @@ def no_measurements(tmp_path_factory):
         patched.setenv("ATTNZOO_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         patched.delenv("ATTNZOO_AUTO", raising=False)
         yield
+
+
+@pytest.fixture
+def registry_of_its_own(monkeypatch):
+    """Each test gets a registry it may change, and entry points it may break."""
+    attnzoo.backends()
+    for name in ("_backends", "_adapters", "_broken_backends", "_broken_adapters"):
+        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
+    monkeypatch.setattr(registry, "_discovered", True)
+    registry.choose.cache_clear()
+    yield
+    registry.choose.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Names to backends: third parties, collisions, what is broken and why, and who takes a request."""
+"""Names to backends: third parties, collisions, what is broken and why."""
 
 from __future__ import annotations
 
@@ -7,56 +7,18 @@ import re
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import pytest
 import torch
 from transformers import BertConfig, BertModel
 
 import attnzoo
-from attnzoo import BackendRefusedError, InvalidArgumentError, Refusal, UnknownNameError, registry
-from attnzoo.backends.eager import EagerBackend, evaluate
+from attnzoo import BackendRefusedError, InvalidArgumentError, UnknownNameError, registry
+from attnzoo.backends.eager import EagerBackend
 
-CAN_ALL = EagerBackend.capabilities
+from .registering import backend, small
 
-
-@pytest.fixture(autouse=True)
-def registry_of_its_own(monkeypatch):
-    """Each test gets a registry it may change, and entry points it may break."""
-    attnzoo.backends()
-    for name in ("_backends", "_adapters", "_broken_backends", "_broken_adapters"):
-        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
-    monkeypatch.setattr(registry, "_discovered", True)
-    registry.choose.cache_clear()
-    yield
-    registry.choose.cache_clear()
-
-
-def backend(name="fake", names=(), rank=-1000, why_not=None, **narrower):
-    """A backend that computes what eager computes, counts its runs, and can do less."""
-
-    @dataclass(frozen=True)
-    class Fake(attnzoo.Backend):
-        runs: ClassVar[list] = []
-        capabilities: ClassVar[attnzoo.Capabilities] = replace(CAN_ALL, **narrower)
-
-        @classmethod
-        def unavailable(cls):
-            return why_not
-
-        def run(self, attention, probabilities=False):
-            self.runs.append(attention)
-            return evaluate(attention)._replace(kernel=self.name)
-
-    Fake.name, Fake.aliases, Fake.priority = name, names, rank
-    return Fake
-
-
-def small(**changes):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 1, 2, 5, 4)
-    return {**dict(q=q, k=k, v=v), **changes}
+pytestmark = pytest.mark.usefixtures("registry_of_its_own")
 
 
 def offer(monkeypatch, group, **loads):
@@ -318,107 +280,3 @@ def test_adapters_register_collide_and_go():
         attnzoo.unregister_adapter("mien")
     with pytest.raises(InvalidArgumentError, match=r"adapter: got 'led'; allowed: an attnzoo\.Adapter"):
         attnzoo.register_adapter("led")
-
-
-# Who takes a request
-
-
-def test_a_refusal_lists_every_reason_and_who_would_take_it():
-    cls = backend(
-        "narrow", devices=frozenset({"cuda"}), dtypes=frozenset({torch.float16}), patterns=frozenset({attnzoo.Full}),
-        segments=1, key_mask=False, mask=False, bias=frozenset(), gqa=False, uneven_value_dim=False, dropout=False,
-        grad=False,
-    )  # fmt: skip
-    attnzoo.register_backend(cls)
-    q = torch.randn(2, 4, 6, 8, requires_grad=True)
-    k, v = torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 5)
-    with pytest.raises(BackendRefusedError) as caught:
-        attnzoo.attention(
-            q, k, v, attnzoo.Causal(), torch.zeros(1, 1, 6, 6), dropout=0.1, backend="narrow",
-            mask=torch.ones(1, 1, 6, 6, dtype=torch.bool), key_mask=torch.ones(2, 6, dtype=torch.bool),
-        )  # fmt: skip
-    expected = (
-        Refusal("device", "cpu", "cuda"),
-        Refusal("dtype", "float32", "float16"),
-        Refusal("pattern", "Causal(offset=None)", "Full"),
-        Refusal("bias", "dense", "none"),
-        Refusal("key heads", "2", "4, the query's"),
-        Refusal("key_mask", "requested", "no key mask"),
-        Refusal("mask", "requested", "no dense mask"),
-        Refusal("value_dim", "5", "8, the head_dim"),
-        Refusal("dropout", "requested", "dropout=0.0"),
-        Refusal("grad", "requested", "torch.no_grad(), or inputs that do not require grad"),
-    )
-    error = caught.value
-    assert error.backend == "narrow"
-    assert set(error.refusals["attention"]) == set(expected)
-    assert len(error.refusals["attention"]) == len(expected)
-    for refusal in expected:
-        assert f"{refusal.field}: got {refusal.got}; allowed: {refusal.allowed}" in str(error)
-    assert "narrow" not in error.alternatives["attention"]
-    assert {"eager", "sdpa"} <= set(error.alternatives["attention"])
-    assert "would run there: " in str(error)
-    assert cls.runs == []
-
-
-def test_a_refusal_nobody_else_takes_says_so(monkeypatch):
-    monkeypatch.setattr(registry, "_backends", {"narrow": backend("narrow", gqa=False)})
-    with pytest.raises(BackendRefusedError, match="would run there: no registered backend"):
-        attnzoo.attention(torch.randn(1, 4, 3, 8), *torch.randn(2, 1, 2, 3, 8), backend="narrow")
-
-
-def test_auto_takes_the_best_that_refuses_nothing():
-    best = attnzoo.register_backend(backend("best", rank=1000, patterns=frozenset({attnzoo.Full})))
-    second = attnzoo.register_backend(backend("second", rank=999))
-    attnzoo.attention(**small())
-    assert (len(best.runs), len(second.runs)) == (1, 0)
-    attnzoo.attention(**small(), pattern=attnzoo.Causal())
-    assert (len(best.runs), len(second.runs)) == (1, 1)
-    attnzoo.unregister_backend("best")
-    attnzoo.attention(**small())
-    assert (len(best.runs), len(second.runs)) == (1, 2)
-    attnzoo.register_backend(best)
-    attnzoo.attention(**small())
-    assert (len(best.runs), len(second.runs)) == (2, 2)
-
-
-def test_auto_never_takes_what_changes_the_pattern():
-    changing = attnzoo.register_backend(backend("changing", rank=1000, exact=False))
-    attnzoo.attention(**small())
-    assert changing.runs == []
-    assert not attnzoo.backends()["changing"].exact
-
-
-def test_auto_when_everybody_refuses_lists_everybody(monkeypatch):
-    only = {
-        "first": backend("first", patterns=frozenset({attnzoo.Full})),
-        "second": backend("second", dtypes=frozenset({torch.float64})),
-    }
-    monkeypatch.setattr(registry, "_backends", only)
-    with pytest.raises(BackendRefusedError) as caught:
-        attnzoo.attention(**small(), pattern=attnzoo.Causal())
-    message = str(caught.value)
-    assert "'first'" in message
-    assert "pattern: got Causal(offset=None); allowed: Full" in message
-    assert "'second'" in message
-    assert "dtype: got float32; allowed: float64" in message
-
-
-def test_an_explicit_request_is_never_replaced():
-    narrow = attnzoo.register_backend(backend("narrow", rank=1000, patterns=frozenset({attnzoo.Full})))
-    with pytest.raises(BackendRefusedError):
-        attnzoo.attention(**small(), pattern=attnzoo.Causal(), backend="narrow")
-    assert narrow.runs == []
-
-
-def test_a_third_party_backend_with_a_required_option_breaks_nothing():
-    @dataclass(frozen=True)
-    class Demanding(backend("base", rank=1000)):
-        window: int
-        name: ClassVar[str] = "demanding"
-        priority: ClassVar[int] = 1000
-
-    attnzoo.register_backend(Demanding)
-    attnzoo.attention(**small())  # auto cannot give it its option, and passes it by
-    with pytest.raises(InvalidArgumentError, match="window"):
-        attnzoo.attention(**small(), backend="demanding")

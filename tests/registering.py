@@ -1,0 +1,39 @@
+"""Backends to register: as right as eager, and able to do less."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+import attnzoo
+from attnzoo.backends.eager import EagerBackend, evaluate
+
+CAN_ALL = EagerBackend.capabilities
+
+
+def backend(name="fake", names=(), rank=-1000, why_not=None, **narrower):
+    """A backend that computes what eager computes, counts its runs, and can do less."""
+
+    @dataclass(frozen=True)
+    class Fake(attnzoo.Backend):
+        runs: ClassVar[list] = []
+        capabilities: ClassVar[attnzoo.Capabilities] = replace(CAN_ALL, **narrower)
+
+        @classmethod
+        def unavailable(cls):
+            return why_not
+
+        def run(self, attention, probabilities=False):
+            self.runs.append(attention)
+            return evaluate(attention)._replace(kernel=self.name)
+
+    Fake.name, Fake.aliases, Fake.priority = name, names, rank
+    return Fake
+
+
+def small(**changes):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 5, 4)
+    return {**dict(q=q, k=k, v=v), **changes}
