@@ -102,6 +102,7 @@ class Backend:
             nothing.
         dense: needs memory for every query and key; ``tune`` leaves it out where that is much.
         capabilities: what it can do.
+        compiles: the first run of a kind compiles a kernel; who measures runs a short input first.
         example: values of the options it needs, to show it with in the support matrix and to test it with.
     """
 
@@ -110,6 +111,7 @@ class Backend:
     priority: ClassVar[int] = 0
     dense: ClassVar[bool] = False
     capabilities: ClassVar[Capabilities] = Capabilities(devices=frozenset())
+    compiles: ClassVar[bool] = False
     example: ClassVar[Mapping[str, object]] = {}
 
     @classmethod

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from attnzoo.benchmarks.models import WORKLOADS
 from attnzoo.benchmarks.plots import draw, require_matplotlib
 from attnzoo.benchmarks.report import show
 from attnzoo.benchmarks.rows import Shootout
@@ -65,7 +66,7 @@ def make_plan(
 
 
 def bench(
-    model: list[str] = typer.Option(["led"], help="XX"),
+    model: list[str] = typer.Option(["led"], help=f"Workload, repeatable: {', '.join(WORKLOADS)}."),
     backend: list[str] = typer.Option(None, help="Backend, repeatable, maybe with options (name:option=value,...)."),
     seq_len: list[int] = typer.Option(None, help="Input length in tokens, repeatable; default 1024, 2048, 4096."),
     dtype: str = typer.Option("float32", help="float32, bfloat16, float16 or float64."),

@@ -6,7 +6,8 @@ is to stand in the same table (another library's attention, say) is one more sub
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from attnzoo.segments import Attention, Result
 from attnzoo.sites import Site
 from attnzoo.spelling import configured, parse
 from attnzoo.verification import SiteReport, check_site, worst
+from attnzoo.witness import false_claims, witness
 
 
 @dataclass(frozen=True)
@@ -187,19 +189,29 @@ class BackendEntry(Entry):
         """Compare the first site of each kind, on the inputs it really gets, with the float64 oracle."""
         seen: dict[tuple[Any, ...], tuple[str, Attention, Backend]] = {}
         strangers: set[str] = set()
+        observed: Counter[tuple[str, str]] = Counter()
+        counted = self._counted()
 
         def observe(site: Site, attention: Attention, result: Result, ran: Backend) -> None:
             if ran.name != self._backend:
                 strangers.add(ran.name)
+            observed[site.name, result.kernel] += 1
             seen.setdefault((site.cls, site.pattern, attention.request()), (site.name, attention, ran))
 
-        with self._observed(observe):
+        with self._observed(observe), witness() as operators:
             self.subject.forward()
+        lies = [f"reported {name}, which did not run" for name in false_claims((k for _, k in observed), operators)]
+        lies += _miscounted(self._counted() - counted, observed)
         train = self.subject.case.train
         reports = tuple(check_site(name, attention, ran, grad=train) for name, attention, ran in seen.values())
         self._judged = {report.kernel for report in reports}
         self.subject.clear()
-        return judge(reports, strangers, self._backend)
+        return judge(reports, strangers, self._backend, lies)
+
+    def _counted(self) -> Counter[tuple[str, str]]:
+        """Calls so far by site and kernel."""
+        sites = self._handle.sites
+        return Counter({(site.name, kernel): count for site in sites for kernel, count in site.kernels.items()})
 
     def _observed(self, observe: Callable[..., None]) -> _Observation:
         return _Observation(self._handle, observe)
@@ -224,7 +236,13 @@ class BackendEntry(Entry):
         return Executed(label, "; ".join(complaints[:3]))
 
 
-def judge(reports: tuple[SiteReport, ...], strangers: set[str], backend: str) -> Gate:
+def _miscounted(counted: Counter[tuple[str, str]], observed: Counter[tuple[str, str]]) -> list[str]:
+    """Sites that count other calls than were observed."""
+    places = (place for place in counted | observed if counted[place] != observed[place])
+    return [f"{site}: counted {counted[site, k]} calls of {k}, observed {observed[site, k]}" for site, k in places]
+
+
+def judge(reports: tuple[SiteReport, ...], strangers: set[str], backend: str, lies: Sequence[str] = ()) -> Gate:
     """The verdict on what the sites of a patched model did."""
     checks = tuple(check for report in reports for check in report.checks)
     if not checks:
@@ -233,6 +251,8 @@ def judge(reports: tuple[SiteReport, ...], strangers: set[str], backend: str) ->
     complaint = ""
     if strangers:
         complaint = f"asked for {backend!r}, executed {', '.join(sorted(strangers))}"
+    elif lies:
+        complaint = "; ".join(lies[:3])
     elif not all(report.ok for report in reports):
         failed = [f"{report.name} {report.worst}" for report in reports if not report.ok]
         complaint = f"outside the error budget: {'; '.join(failed[:3])}"

@@ -34,6 +34,7 @@ class FlexBackend(Backend):
     name: ClassVar[str] = "flex_attention"
     aliases: ClassVar[tuple[str, ...]] = ("flex",)
     priority: ClassVar[int] = 5
+    compiles: ClassVar[bool] = True
     capabilities: ClassVar[Capabilities] = Capabilities(
         devices=frozenset({"cpu", "cuda"}),
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
