@@ -154,7 +154,7 @@ class _Blocked(torch.autograd.Function):
         batch, heads, q_len, dim = query.shape
         accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
         groups = passes(attention)
-        out = query.new_zeros((batch, q_len, heads, dim), dtype=query.dtype if len(groups) == 1 else accumulate)
+        out = query.new_empty((batch, q_len, heads, dim), dtype=query.dtype if len(groups) == 1 else accumulate)
         out = out.transpose(1, 2)  # (batch, q_len, heads, dim) in memory, as models want it
         lse = query.new_full((batch, q_len, heads), float("-inf"), dtype=accumulate).transpose(1, 2)
         terms = _Terms(attention)
@@ -178,6 +178,8 @@ class _Blocked(torch.autograd.Function):
                 if total is not None and total_lse is not None:
                     block.put(out, total)
                     block.put(lse, total_lse)
+                else:  # the first pass, and nothing to see
+                    block.put(out, torch.zeros_like(q))
         out, live = out.to(query.dtype), lse != float("-inf")
         ctx.attention, ctx.places, ctx.biases = attention, places, biases
         ctx.mark_non_differentiable(live)
