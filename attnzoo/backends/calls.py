@@ -25,11 +25,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attnzoo.backends.remember import Memory
 from attnzoo.backends.sorted_calls import sorted_rows
 from attnzoo.patterns import Causal, Chunks, Full, SortedChunks, Window
 from attnzoo.segments import Attention, Segment, SegmentRequest
 
 UNLIMITED = -1
+_plans = Memory()
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,10 +121,23 @@ def disjoint(segments: tuple[SegmentRequest, ...]) -> bool:
 def plan(attention: Attention, windows: bool = True) -> Plan:
     """The calls of an attention whose sorted segments, if any, have one head (see :func:`sorted_calls.fold_heads`).
 
+    Remembered for the next layer, which has the same masks, but for sorted segments.
+
     Args:
         attention: without bias and dense mask.
         windows: whether the kernel takes windows; if not, causal patterns come without.
     """
+    segments = attention.segments
+    if any(isinstance(segment.pattern, SortedChunks) for segment in segments):
+        return _plan(attention, windows)
+    masks = [attention.query_mask, *(segment.key_mask for segment in segments)]
+    given = tuple(mask is not None for mask in masks)
+    lengths = (attention.batch, attention.q_len, *((segment.pattern, segment.kv_len) for segment in segments))
+    key = (windows, attention.query.device, lengths, given)
+    return _plans.get(key, tuple(mask for mask in masks if mask is not None), lambda: _plan(attention, windows))
+
+
+def _plan(attention: Attention, windows: bool) -> Plan:
     extents = _extents([attention.query_mask, *(segment.key_mask for segment in attention.segments)])
     q_extents = extents[0] or [(0, attention.q_len, attention.q_len)] * attention.batch
     calls: list[Call] = []
@@ -225,10 +240,10 @@ def _ordered(pattern: Chunks, kv_len: int) -> bool:
 @lru_cache(maxsize=64)
 def _neighbourhoods(pattern: Chunks, length: int) -> tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]:
     """Start and length of each chunk of queries that sees any, and start and length of each run of keys it sees."""
-    ordered, found = _ordered(pattern, length), []
+    found = []
     for start in range(0, length, pattern.length):
         stop = min(length, start + pattern.length)
-        limit = length if not pattern.causal else stop if ordered else start
+        limit = stop if pattern.causal else length
         spans = pattern.spans_near(start, stop, length, limit)
         if spans:
             found.append((start, stop - start, tuple((begin, end - begin) for begin, end in spans)))

@@ -168,7 +168,8 @@ class _Packing:
     def _pack(self, tensor: Tensor, numbers: Tensor | None, spare: float) -> Tensor:
         """``(batch, heads, n, d)`` as ``(batch * n, heads, dim)``, ``numbers`` ``(batch, n)`` in the extra dimension.
 
-        A spare row is zero, but for a number of its own.
+        The spare row is zero, but for a number of its own: as a query it scores all keys zero and its output is
+        dropped, so that its gradients are zero; as a key it is hidden.
         """
         rows = tensor.transpose(1, 2).flatten(0, 1)
         room = self._dim - rows.shape[2]
@@ -202,12 +203,16 @@ class _Packing:
         return rows.unflatten(1, (attention.batch, attention.q_len)).transpose(0, 1)
 
 
-def take(call: Call, query: Tensor, keys_values: list[Tensor] | tuple[Tensor, ...], places: list[int]) -> list[Tensor]:
+def take(
+    call: Call, query: Tensor, keys_values: list[Tensor] | tuple[Tensor, ...], places: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """A call's query, key and value rows."""
     key, value = (keys_values[place] for place in places[2 * call.segment : 2 * call.segment + 2])
-    rows = (call.q_rows, call.k_rows, call.k_rows)
-    pairs = zip((query, key, value), rows, strict=True)
-    return [tensor if index is None else tensor.index_select(0, index) for tensor, index in pairs]
+    return _rows(query, call.q_rows), _rows(key, call.k_rows), _rows(value, call.k_rows)
+
+
+def _rows(tensor: Tensor, index: Tensor | None) -> Tensor:
+    return tensor if index is None else tensor.index_select(0, index)
 
 
 class _Settings(NamedTuple):
@@ -230,8 +235,9 @@ class _Union(torch.autograd.Function):
         lse = query.new_full((query.shape[1], query.shape[0]), -math.inf, dtype=torch.float32)
         states = []
         for call in planned.calls:
-            rows = take(call, query, keys_values, places)
-            part_out, part_lse, state = kernel.forward(*rows, call.sequences, scale, dropout)
+            part_out, part_lse, state = kernel.forward(
+                *take(call, query, keys_values, places), call.sequences, scale, dropout
+            )
             _unite_(out, lse, call.q_rows, part_out, part_lse)
             states.append(state)
         out = out.to(query.dtype)
@@ -246,17 +252,18 @@ class _Union(torch.autograd.Function):
         kernel, planned, places, scale, dropout = ctx.settings
         query, *keys_values, out, lse = ctx.saved_tensors
         grad_out = grad_out.contiguous()
-        if planned.spare:  # whatever it saw, it gets no weight
-            lse = torch.cat([lse[:, :-1], torch.full_like(lse[:, -1:], math.inf)], dim=1)
         grads = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (query, *keys_values)]
         for call, state in zip(planned.calls, ctx.states, strict=True):
-            rows = take(call, query, keys_values, places)
-            part_grad, part_out, part_lse = grad_out, out, lse
-            if call.q_rows is not None:
-                part_grad, part_out = (tensor.index_select(0, call.q_rows) for tensor in (grad_out, out))
-                part_lse = lse.index_select(1, call.q_rows)
+            part_lse = lse if call.q_rows is None else lse.index_select(1, call.q_rows)
             parts = kernel.backward(
-                part_grad, *rows, part_out, part_lse.contiguous(), call.sequences, scale, dropout, state
+                _rows(grad_out, call.q_rows),
+                *take(call, query, keys_values, places),
+                _rows(out, call.q_rows),
+                part_lse.contiguous(),
+                call.sequences,
+                scale,
+                dropout,
+                state,
             )
             key, value = (grads[place + 1] for place in places[2 * call.segment : 2 * call.segment + 2])
             for grad, index, part in zip(

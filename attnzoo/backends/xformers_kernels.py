@@ -47,7 +47,7 @@ def _operator_unavailable(name: str) -> str | None:
     both = [getattr(getattr(fmha, name, None), one, None) for one in ("FwOp", "BwOp")]
     if not all(one is not None and one.is_available() for one in both):
         return f"xformers has no working operator {name!r}: see python -m xformers.info"
-    newest = [one.CUDA_MAXIMUM_COMPUTE_CAPABILITY for one in both if one.CUDA_MAXIMUM_COMPUTE_CAPABILITY is not None]
+    newest = [most for one in both if (most := getattr(one, "CUDA_MAXIMUM_COMPUTE_CAPABILITY", None)) is not None]
     if newest and torch.cuda.is_available() and torch.cuda.get_device_capability() > min(newest):
         return f"{torch.cuda.get_device_name()} is newer than what xformers' operator {name!r} was made for"
     return None

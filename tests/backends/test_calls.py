@@ -117,16 +117,17 @@ def test_every_query_meets_every_key_it_sees_once(pattern, q_len, kv_len, of_key
 @given(st.integers(1, 5), st.integers(0, 2), st.integers(0, 2), st.booleans(), st.integers(1, 13), masks)
 def test_sorted_chunks_meet_by_token(length, before, after, causal, tokens, of_keys):
     random = torch.Generator().manual_seed(tokens)
-    orders = [torch.rand((2, 2, tokens), generator=random).argsort(-1) for _ in range(2)]
+    orders = [torch.rand((3, 2, tokens), generator=random).argsort(-1) for _ in range(2)]
     token = torch.cat(orders, dim=2)
-    if of_keys in ("left", "holes"):
+    if of_keys in ("none", "left", "holes"):
         token = token.masked_fill(token % 3 == 0, -1)
-    key = torch.zeros(2, 2, 2 * tokens, 2)
+    key = torch.zeros(3, 2, 2 * tokens, 2)
     chunks = SortedChunks(length, before, after, causal)
-    rounds = [attnzoo.Segment(key, key, SortedChunks(length, before, after, causal, start, order, token))
+    key_mask = mask_of(of_keys, 2 * tokens)
+    rounds = [attnzoo.Segment(key, key, SortedChunks(length, before, after, causal, start, order, token), key_mask)
               for start, order in zip((0, tokens), orders, strict=True)]  # fmt: skip
     assert hides(attnzoo.SegmentRequest(chunks, 2))
-    check(fold_heads(attnzoo.Attention(torch.zeros(2, 2, tokens, 2), tuple(rounds), 1.0)))
+    check(fold_heads(attnzoo.Attention(torch.zeros(3, 2, tokens, 2), tuple(rounds), 1.0)))
 
 
 def one(pattern, q_len, kv_len, key_mask=None, query_mask=None):
@@ -170,3 +171,14 @@ def test_a_global_token_in_the_middle_is_hidden_where_it_is():
 def test_one_new_token_sees_its_window_of_the_cache():
     (call,) = plan(one(Window(4, 0), 1, 20)).calls
     assert call.sequences.k_lens == (5,) and call.k_rows.tolist() == [15, 16, 17, 18, 19]
+
+
+def test_layers_that_share_masks_share_the_plan():
+    mask = torch.arange(20)[None] < 13
+    first = plan(one(Window(4, 4), 20, 20, key_mask=mask))
+    assert plan(one(Window(4, 4), 20, 20, key_mask=mask)) is first
+    assert plan(one(Window(4, 3), 20, 20, key_mask=mask)) is not first
+    assert plan(one(Window(4, 4), 20, 20, query_mask=mask)) is not first
+    assert plan(one(Window(4, 4), 20, 20, key_mask=mask.clone())) is not first
+    mask[0, 13] = True
+    assert plan(one(Window(4, 4), 20, 20, key_mask=mask)).calls[0].sequences.k_lens == (14,)

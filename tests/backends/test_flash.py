@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo import doctor, testing
+from attnzoo import doctor, error_rule, testing
 from attnzoo.backends import flash_attn_kernel, packed, varlen_kernel
 from attnzoo.backends.flash import FlashBackend
 from attnzoo.patterns import SortedChunks
@@ -97,6 +97,61 @@ def test_hidden_keys_have_no_weight_whatever_the_scale(flash_attn, scale):
     shouting = replace(segment, value=segment.value.masked_fill(~holes[:, None, :, None], 60000.0))
     loud = FlashBackend().run(replace(whole, query=query, segments=(shouting,))).output
     assert torch.equal(loud, FlashBackend().run(whole).output)
+
+
+def test_segments_that_share_keys_hide_each_its_own(flash_attn):
+    whole = attention(attnzoo.Window(2, 2), key_mask=torch.arange(20)[None].expand(2, 20) % 3 != 1)
+    (segment,) = whole.segments
+    others = [replace(segment, pattern=attnzoo.Window(6, 0), key_mask=mask)
+              for mask in (None, torch.arange(20)[None].expand(2, 20) % 5 != 1)]  # fmt: skip
+    whole = replace(whole, segments=(segment, *others))
+    agrees(whole, FlashBackend())
+    apart = whole.with_tensors(tuple(tensor.clone() for tensor in whole.tensors()))
+    assert torch.equal(FlashBackend().run(whole).output, FlashBackend().run(apart).output)
+
+
+def test_the_backward_of_a_union_drops_what_its_forward_dropped(flash_attn):
+    whole = attention(attnzoo.Window(4, 4), grad=True)
+    (window,) = whole.segments
+    globals_ = attnzoo.Segment(heads(3, seed=7, grad=True), heads(3, seed=8, grad=True))
+    whole = replace(whole, segments=(window, globals_), dropout=0.4)
+    wide = attnzoo.Attention(*padded_to(whole, 24), whole.scale, 0.4)
+
+    def run(one):
+        torch.manual_seed(3)
+        return FlashBackend().run(one).output
+
+    factors = (run(wide).detach()[..., :23] != 0).double() / 0.6
+    cotangent = torch.randn(whole.query.shape, dtype=torch.float64)
+
+    def dropped(tensors):
+        """The same by definition, in the tensors' dtype, with the same weights dropped."""
+        query, *keys_values = tensors
+        keys, values = (torch.cat(keys_values[start::2], dim=2) for start in (0, 1))
+        seen = torch.cat([(torch.arange(20)[:, None] - torch.arange(20)).abs() <= 4, torch.ones(20, 3).bool()], dim=1)
+        scores = (query @ keys.transpose(-1, -2) * whole.scale).masked_fill(~seen, -torch.inf)
+        return (torch.softmax(scores, -1) * factors.to(query.dtype)) @ values
+
+    def gradient(output, tensors):
+        return torch.cat([grad.flatten() for grad in torch.autograd.grad(output, tensors, cotangent.to(output.dtype))])
+
+    double = [tensor.detach().double().requires_grad_() for tensor in whole.tensors()]
+    reference, eager = dropped(double), dropped(whole.tensors())
+    output = run(whole)
+    assert error_rule.check("output", output, reference, eager, error_rule.FORWARD).ok
+    pairs = ((output, whole.tensors()), (reference, double), (eager, whole.tensors()))
+    assert error_rule.check("gradient", *(gradient(*pair) for pair in pairs), error_rule.GRADIENT).ok
+
+
+def padded_to(whole, dim):
+    """Query and segments with room for one-hot values: the output is the softmax weights."""
+    pad = torch.nn.functional.pad
+    one_hot, segments, start = torch.eye(dim, dtype=HALF), [], 0
+    for segment in whole.segments:
+        rows = one_hot[start : start + segment.kv_len].expand(2, 2, -1, -1)
+        segments.append(replace(segment, key=pad(segment.key.detach(), (0, dim - 8)), value=rows.contiguous()))
+        start += segment.kv_len
+    return pad(whole.query.detach(), (0, dim - 8)), tuple(segments)
 
 
 def test_a_row_that_sees_hidden_keys_alone_gives_zero_or_what_is_said(flash_attn):
