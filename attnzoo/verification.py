@@ -68,7 +68,7 @@ class Report:
         end_to_end: outputs and parameter gradients on real tokens, against the model with the oracle in float64.
         original: the model's own code against the same: it says that the oracle computes what the model means.
         fault: why the model's own code is wrong, and so was not run; empty where it is right.
-        note: what was not compared end to end, and why; empty where everything was.
+        note: what was not compared, and why; empty where everything was.
         changed: what the backend changed of the pattern; everything is judged with that change then. Empty: nothing.
         distance: what it makes of the model: per output, the largest difference between the model's own code and the
             reference, over the reference's largest value. Empty where nothing was changed.
@@ -305,6 +305,7 @@ def verify(
             whole = gradients and not any(one.seam.backward_in_training for one in found)
             with recording(choosing) as choices:
                 got = _run(model, inputs, whole, seed)
+        unreached = [site.name for site in handle.sites if not site.calls]
         changed = "; ".join(dict.fromkeys(site.approximate for site in handle.sites if site.approximate))
         plain = copy.deepcopy(model)
         unpatch_all(plain)
@@ -348,6 +349,8 @@ def verify(
         original = {}
     if gradients and not whole:
         note = "gradients are compared per attention only: this model's backward works in training mode alone"
+    if unreached:
+        note = "; ".join(filter(None, (note, f"not said of what these inputs never reach: {', '.join(unreached)}")))
     own = compare(original, torch.float32 if wide else dtype)
     return Report(name, sites, compare(got, dtype), own, fault, note, changed, distance)
 

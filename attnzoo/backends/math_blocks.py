@@ -14,7 +14,7 @@ from attnzoo.backends.blocks import Block, Masks, block_size, blocks, passes
 from attnzoo.backends.pieces import Pieces, join_masks
 from attnzoo.segments import Attention
 
-KERNEL = "math"
+KERNEL = "math_blocks"
 # Stands for the log-sum-exp of nothing: a constant without gradient, and exp() of its distance to anything else is 0.
 _NOTHING = -1e30
 

@@ -54,6 +54,16 @@ class Elsewhere(EagerBackend):
         return super().run(attention)._replace(kernel="native")
 
 
+@dataclass(frozen=True)
+class Pretending(EagerBackend):
+    """Right numbers, but not by the kernel it says."""
+
+    name: ClassVar[str] = "pretending"
+
+    def run(self, attention: Attention, probabilities: bool = False) -> Result:
+        return super().run(attention)._replace(kernel="flash")
+
+
 class Switch:
     calls = 0
 
@@ -92,7 +102,7 @@ class Broken(EagerBackend):
         raise RuntimeError("the kernel fell over")
 
 
-BACKENDS = (Wrong, Elsewhere, Switching, ForwardOnly, Absent, Broken)
+BACKENDS = (Wrong, Elsewhere, Pretending, Switching, ForwardOnly, Absent, Broken)
 
 
 @dataclass(frozen=True)

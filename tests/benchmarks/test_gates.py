@@ -106,6 +106,26 @@ def _through_eager(eager):
     return call
 
 
+def test_a_kernel_that_is_reported_and_did_not_run_is_red(shootout):
+    row = row_of(shootout("pretending"), "pretending")
+    assert row.status == "red" and "reported flash, which did not run" in row.reason
+    assert_silent(row)
+
+
+def test_calls_that_did_not_happen_are_red(shootout, monkeypatch):
+    from attnzoo import forwards
+
+    def call(self, attention, probabilities=False):
+        self.site.kernels["eager"] += self.site.observer is not None
+        return honest(self, attention, probabilities)
+
+    honest = forwards.SiteAttend.__call__
+    monkeypatch.setattr(forwards.SiteAttend, "__call__", call)
+    row = row_of(shootout("eager"), "eager")
+    assert row.status == "red" and "counted 4 calls of eager, observed 2" in row.reason
+    assert_silent(row)
+
+
 def test_an_unreached_site_is_red(shootout, monkeypatch):
     from collections import Counter
 

@@ -1,0 +1,156 @@
+"""The kernel that ``sdpa`` reports is the one that ran, by a witness that trusts no backend: PyTorch's profiler."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+
+import attnzoo
+from attnzoo.backends import flash_cpu, math_blocks, sdpa
+from attnzoo.backends.eager import EagerBackend
+from attnzoo.functional import execute, refusals
+from attnzoo.patterns import SortedChunks
+from attnzoo.testing import Case, cases
+from attnzoo.witness import claimed, false_claims, witness
+
+# One of every way that sdpa goes on the CPU, and the kernel behind scaled_dot_product_attention that it takes.
+WAYS = {
+    "one call": (Case(), "flash", {"flash"}),
+    "one causal call": (Case(pattern=attnzoo.Causal()), "flash", {"flash"}),
+    "one masked call": (Case(mask="keys"), "flash", {"flash"}),
+    "one call with dropout": (Case(dropout=0.25), "math", {"math"}),
+    "one call, uneven": (Case(uneven=True), "math", {"math"}),
+    "blocks united by lse": (Case(pattern=attnzoo.Window(5, 3)), flash_cpu.KERNEL, {"flash"}),
+    "segments united by lse": (Case(pattern=attnzoo.Window(5, 3), mask="globals"), flash_cpu.KERNEL, {"flash"}),
+    "a trained bias": (Case(bias="trained relative"), flash_cpu.KERNEL, {"flash"}),
+    "sorted queries": (Case(pattern=SortedChunks(8, 1, 0, causal=True)), flash_cpu.KERNEL, {"flash"}),
+    "blocks with dropout": (Case(pattern=attnzoo.Window(5, 3), dropout=0.25), "math", {"math"}),
+    "sorted queries with dropout": (
+        Case(pattern=SortedChunks(8, 1, 0, causal=True), dropout=0.25),
+        math_blocks.KERNEL,
+        set(),
+    ),
+}
+
+
+def judge(backend, case, device="cpu"):
+    """What a backend reports of a case; raises unless exactly the kernels it claims did run."""
+    attention = case.attention(device)
+    with witness() as ran:
+        kernel = execute(backend, attention).kernel
+    assert claimed([kernel]) == set(ran), f"{case}: reported {kernel}, ran {dict(ran)}"
+    return kernel
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_reports_what_ran(way):
+    case, kernel, ran = WAYS[way]
+    assert judge(sdpa.SdpaBackend(), case) == kernel
+    assert claimed([kernel]) == ran
+
+
+def test_the_kernel_reported_ran_in_the_cases_of_the_kit(device):
+    backend, judged = sdpa.SdpaBackend(), set()
+    for case in cases((torch.float32,)):
+        telling = case.q_len < 100 and case.kv_heads == 4 and case.bias in ("none", "trained relative")
+        if telling and not refusals(backend, case.attention(device).request(case.probabilities)):
+            judged |= {judge(backend, case, device)}
+    assert device != "cpu" or judged == {"flash", "math", flash_cpu.KERNEL, math_blocks.KERNEL}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_way_reports_what_ran_on_cuda(dtype):
+    for case, _, _ in WAYS.values():
+        judge(sdpa.SdpaBackend(), Case(**{**vars(case), "dtype": dtype}), "cuda")
+
+
+@pytest.mark.filterwarnings("ignore:Flash attention kernel", "ignore:Both fused kernels")
+def test_a_kernel_that_cannot_run_raises_and_is_not_replaced(monkeypatch):
+    """The kernel is enforced: PyTorch has no way out to another."""
+    monkeypatch.setattr(sdpa, "_kernel", lambda *args: SDPBackend.FLASH_ATTENTION)
+    with pytest.raises(RuntimeError, match="No available kernel"):
+        execute(sdpa.SdpaBackend(), Case(dropout=0.25).attention())
+
+
+# Lies, each caught
+
+
+def swapped(monkeypatch):
+    names = {**sdpa._NAMES, SDPBackend.FLASH_ATTENTION: "math", SDPBackend.MATH: "flash"}
+    monkeypatch.setattr(sdpa, "_NAMES", names)
+
+
+def not_enforced(monkeypatch):
+    """Chooses flash, and lets PyTorch run what it likes: here, math."""
+    monkeypatch.setattr(sdpa, "sdpa_kernel", lambda kernel: nullcontext())
+    torch.backends.cuda.enable_flash_sdp(False)
+
+
+def another_enforced(monkeypatch):
+    enforce = sdpa.sdpa_kernel
+    monkeypatch.setattr(sdpa, "sdpa_kernel", lambda kernel: enforce(SDPBackend.MATH))
+
+
+def other_code(monkeypatch):
+    """Falls back to the oracle and keeps the name."""
+    monkeypatch.setattr(sdpa, "_call", partial(_by_hand, sdpa._call))
+
+
+def _by_hand(own, attention, *args):
+    return EagerBackend().run(attention).output, None, "flash"
+
+
+@pytest.mark.parametrize("lie", [swapped, not_enforced, another_enforced, other_code])
+def test_a_lie_about_the_kernel_is_caught(monkeypatch, lie):
+    enabled = torch.backends.cuda.flash_sdp_enabled()
+    try:
+        lie(monkeypatch)
+        with pytest.raises(AssertionError, match=r"reported \w+, ran"):
+            judge(sdpa.SdpaBackend(), Case())
+    finally:
+        torch.backends.cuda.enable_flash_sdp(enabled)
+
+
+@dataclass(frozen=True)
+class Renaming(attnzoo.Backend):
+    """Falls back to another backend, silently, under a name that claims a kernel."""
+
+    name: ClassVar[str] = "renaming"
+    capabilities: ClassVar[attnzoo.Capabilities] = EagerBackend.capabilities
+    kernel: str = "flash"
+
+    def run(self, attention, probabilities=False):
+        return EagerBackend().run(attention)._replace(kernel=self.kernel)
+
+
+@pytest.mark.parametrize("kernel", ["flash", "math", "flash_cpu", "efficient", "cudnn", "eager+flash"])
+def test_a_silent_fallback_under_a_kernels_name_is_caught(kernel):
+    with pytest.raises(AssertionError, match="reported"):
+        judge(Renaming(kernel), Case())
+    assert judge(Renaming("renaming"), Case()) == "renaming"
+
+
+# The witness itself
+
+
+def test_the_witness_counts_every_call():
+    q = torch.randn(1, 2, 5, 8, requires_grad=True)
+    with witness() as ran:
+        for _ in range(3):
+            torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+    assert ran == {"flash": 3, "math": 1}
+    with witness() as ran:
+        q.softmax(-1)
+    assert not ran
+
+
+def test_claims_are_read_from_what_is_reported():
+    assert claimed(["flash+math", "eager", "flash_cpu"]) == {"flash", "math"}
+    assert false_claims(["flash+math", "eager"], ["math"]) == ("flash",)
+    assert false_claims(["math_blocks", "flex_cpu", "native"], []) == ()

@@ -1,0 +1,152 @@
+"""What a handle says ran is what ran, by witnesses that do not trust its book-keeping; and the lies they catch.
+
+The witnesses: a counter around the backend's own ``run``, and PyTorch's profiler for the kernels behind it.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import ClassVar
+
+import pytest
+
+import attnzoo
+from attnzoo import forwards, registry
+from attnzoo.backends.eager import EagerBackend
+from attnzoo.backends.sdpa import SdpaBackend
+from attnzoo.witness import false_claims, witness
+
+
+@dataclass(frozen=True)
+class Pretending(EagerBackend):
+    """Another backend's code under a name that claims a kernel."""
+
+    name: ClassVar[str] = "pretending"
+
+    def run(self, attention, probabilities=False):
+        return super().run(attention)._replace(kernel="flash")
+
+
+CLASSES = {"eager": EagerBackend, "sdpa": SdpaBackend, "pretending": Pretending}
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    attnzoo.register_backend(Pretending)
+    yield
+    attnzoo.unregister_backend("pretending")
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """``judge(subject, backend)``: run a patched model; raises unless its handle tells the truth."""
+
+    def go(subject, backend):
+        ran, run = Counter(), CLASSES[backend].run
+
+        def counting(self, attention, probabilities=False):
+            result = run(self, attention, probabilities)
+            ran[result.kernel] += 1
+            return result
+
+        with monkeypatch.context() as patched:
+            patched.setattr(CLASSES[backend], "run", counting)
+            with attnzoo.patch(subject.model, backend) as handle, witness() as operators:
+                subject.logits()
+        told = sum((site.kernels for site in handle.sites), Counter())
+        assert told == ran, f"sites tell {dict(told)}, the backend ran {dict(ran)}"
+        assert ran.total() == subject.attentions, f"{ran.total()} of {subject.attentions} attentions ran"
+        false = false_claims(told, operators)
+        assert not false, f"sites tell {', '.join(false)}, the operators that ran are {dict(operators)}"
+        assert not any(site.fallbacks for site in handle.sites)
+        return handle
+
+    return go
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_a_handle_tells_what_ran(subject, backend, judge):
+    handle = judge(subject, backend)
+    assert all(site.backend == backend and site.calls for site in handle.sites)
+
+
+def test_sdpa_tells_the_kernel_behind_it(neox, led, judge):
+    assert {site.kernel for site in judge(neox, "sdpa").sites} <= {"flash", "flash_cpu"}
+    assert "math" not in {site.kernel for site in judge(led, "sdpa").sites}
+
+
+# Lies, each caught
+
+
+def test_a_kernel_that_did_not_run_is_caught(subject, judge):
+    with pytest.raises(AssertionError, match="sites tell flash, the operators that ran are"):
+        judge(subject, "pretending")
+
+
+def test_another_backend_in_its_place_is_caught(subject, judge, monkeypatch):
+    def elsewhere(backend, attention, probabilities=False, where=""):
+        return EagerBackend().run(attention, probabilities)._replace(kernel="flash_cpu")
+
+    monkeypatch.setattr(forwards, "execute", elsewhere)
+    with pytest.raises(AssertionError, match=r"the backend ran \{\}"):
+        judge(subject, "sdpa")
+
+
+def test_calls_that_did_not_happen_are_caught(subject, judge, monkeypatch):
+    def twice(self, attention, probabilities=False):
+        self.site.kernels["eager"] += 1
+        return honest(self, attention, probabilities)
+
+    honest = forwards.SiteAttend.__call__
+    monkeypatch.setattr(forwards.SiteAttend, "__call__", twice)
+    with pytest.raises(AssertionError, match=r"sites tell .* the backend ran"):
+        judge(subject, "eager")
+
+
+def test_calls_that_are_not_counted_are_caught(subject, judge, monkeypatch):
+    def silent(self, attention, probabilities=False):
+        result = honest(self, attention, probabilities)
+        self.site.kernels.clear()
+        return result
+
+    honest = forwards.SiteAttend.__call__
+    monkeypatch.setattr(forwards.SiteAttend, "__call__", silent)
+    with pytest.raises(AssertionError, match=r"sites tell \{\}"):
+        judge(subject, "eager")
+
+
+@pytest.fixture
+def original_in_disguise():
+    """An adapter whose forward is the model's own in the first layer: nothing is asked of the backend there."""
+
+    def bind(module, attend):
+        own = seam.bind(module, attend)
+        return MethodType(type(module).forward, module) if module.layer_idx == 0 else own
+
+    honest = registry.find_adapter("gpt_neox")
+    (seam,) = honest.seams
+    attnzoo.register_adapter(replace(honest, seams=(replace(seam, bind=bind),)), replace=True)
+    yield
+    attnzoo.register_adapter(honest, replace=True)
+
+
+@pytest.mark.usefixtures("original_in_disguise")
+def test_the_models_own_code_in_its_place_is_caught(neox, judge):
+    with pytest.raises(AssertionError, match="1 of 2 attentions ran"):
+        judge(neox, "sdpa")
+
+
+@pytest.mark.usefixtures("original_in_disguise")
+def test_a_handle_shows_that_nothing_ran_where_the_models_own_code_did(neox):
+    with attnzoo.patch(neox.model, "sdpa") as handle:
+        neox.logits()
+    first, second = handle.sites
+    assert (first.calls, first.kernel) == (0, None) and second.calls == 1
+
+
+@pytest.mark.usefixtures("original_in_disguise")
+def test_verify_says_where_it_saw_nothing(neox):
+    report = attnzoo.verify(neox.model, neox.inputs, "sdpa")
+    assert report.ok and {site.name for site in report.sites} == {neox.sites[1]}
+    assert report.note == f"not said of what these inputs never reach: {neox.sites[0]}"
+    assert report.note in str(report) and report.to_dict()["note"] == report.note
