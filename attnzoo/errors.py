@@ -74,14 +74,22 @@ class BackendRefusedError(AttnzooError, NotImplementedError):
     ) -> None:
         self.backend, self.refusals, self.alternatives = backend, dict(refusals), dict(alternatives)
         lines = [f"backend {backend!r} refuses"]
+        alike: dict[tuple[tuple[Refusal, ...], tuple[str, ...]], list[str]] = {}
         for where, reasons in self.refusals.items():
-            lines.append(f"  {where}:")
+            alike.setdefault((tuple(reasons), tuple(self.alternatives.get(where, ()))), []).append(where)
+        for (reasons, names), places in alike.items():
+            lines.append(f"  {_counted(places)}:")
             lines.extend(f"    {reason}" for reason in reasons)
-            names = self.alternatives.get(where, ())
             lines.append(f"    would run there: {', '.join(map(repr, names)) if names else 'no registered backend'}")
         if remedy:
             lines.append(f"  {remedy}")
         super().__init__("\n".join(lines))
+
+
+def _counted(places: list[str]) -> str:
+    """A few places by name, and how many there are."""
+    shown = ", ".join(places[:2])
+    return shown if len(places) <= 2 else f"{shown} and {len(places) - 2} more alike"
 
 
 class PatchError(AttnzooError, RuntimeError):

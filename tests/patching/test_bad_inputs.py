@@ -6,6 +6,8 @@ model looks whether the model was left as it was.
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from transformers import BertConfig, BertModel
@@ -179,7 +181,7 @@ def test_cpu_tensors_to_a_cuda_backend(add_backend):
     fake = add_backend("gpu", devices=frozenset({"cuda"}))
     with pytest.raises(BackendRefusedError, match="device: got cpu; allowed: cuda") as caught:
         call("gpu")
-    assert "would run there: 'sdpa', 'eager'" in str(caught.value)
+    assert re.search(r"would run there: 'sdpa'.*, 'eager'$", str(caught.value), re.M)
     assert fake.runs == 0
 
 
