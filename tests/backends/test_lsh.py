@@ -11,6 +11,7 @@ from attnzoo import testing
 from attnzoo.backends.eager import evaluate
 from attnzoo.backends.lsh import LshBackend
 from attnzoo.error_rule import FORWARD, check
+from attnzoo.oracles import oracles
 from attnzoo.patterns import Causal, Full
 from attnzoo.segments import Attention, Segment
 from attnzoo.verification import check_site
@@ -172,6 +173,14 @@ def test_verify_repeats_the_buckets_of_the_run_it_judges(side, dtype):
     assert report.ok, str(report)
     assert report.changed == "2 hash rounds of 4 buckets, chunks of 3 keys"
     assert all(0.1 < site.recall < 1.0 for site in report.sites)
+
+
+def test_the_oracle_repeats_the_buckets_of_another_run_whatever_it_would_hash_to():
+    whole, other = attention(Causal(), None), attention(Causal(), None, seed=1)
+    oracle = oracles({"site": (lsh(), [lsh().choices(whole)])})["site"]
+    expected = evaluate(lsh().rewrite(other, lsh().choices(whole))).output
+    assert torch.equal(oracle.run(other).output, expected)
+    assert not torch.allclose(expected, evaluate(lsh().rewrite(other)).output, atol=0.1)
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
