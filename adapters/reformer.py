@@ -25,12 +25,13 @@ Decisions:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from attnzoo.adapter import Adapter, Seam, parameter_of
 from attnzoo.adapters.reformer_layout import MODULE
 from attnzoo.adapters.reformer_local import LocalForward
-from attnzoo.adapters.reformer_lsh import LSHForward
+from attnzoo.adapters.reformer_lsh import LSHForward, after_itself
 from attnzoo.patterns import Causal, Chunks, Full, SortedChunks
 from attnzoo.segments import Request, SegmentRequest
 
@@ -51,10 +52,12 @@ def _lsh_requests(module: Any) -> tuple[Request, ...]:
     heads, causal = module.num_attention_heads, bool(module.is_decoder)
     chunks = SortedChunks(module.chunk_length, module.num_chunks_before, module.num_chunks_after, causal)
     rounds = _request(module, *[SegmentRequest(chunks, heads)] * module.num_hashes)
-    dense = _request(module, SegmentRequest(Full(), heads, key_mask=not causal, mask=True))
+    patterns = (Causal(offset=-1), *(() if causal else (after_itself(module),)))
+    short = _request(module, *(SegmentRequest(pattern, heads, key_mask=True) for pattern in patterns))
     if not causal:
-        return rounds, dense
-    return rounds, _request(module, SegmentRequest(Causal(offset=-1), heads, key_mask=True)), dense
+        return rounds, short
+    decoding = replace(_request(module, SegmentRequest(Full(), 1, key_mask=True)), heads=1)
+    return rounds, short, _request(module, SegmentRequest(Full(), heads)), decoding
 
 
 def _describe(kind: str, module: Any) -> str:

@@ -28,7 +28,7 @@ from attnzoo.errors import InvalidArgumentError
 from attnzoo.fingerprint import locate
 from attnzoo.functional import compute_dtype
 from attnzoo.interface import rebind
-from attnzoo.patterns import Causal, SortedChunks
+from attnzoo.patterns import Causal, SortedChunks, Window
 from attnzoo.segments import Attention, Segment, describe
 
 # Tokens the module hashes in one call.
@@ -139,14 +139,14 @@ class LSHForward:
         """Everything at once, but for the own token."""
         dtype, length = compute_dtype(query), query.shape[2]
         query, key, value = query.to(dtype), self._keys(query).to(dtype), value.to(dtype)
-        segment = Segment(key, value, Causal(offset=-1), key_mask=real)
-        own = torch.eye(length, dtype=torch.bool, device=query.device)[None, None]
-        if not self._module.is_decoder:
-            segment = Segment(key, value, key_mask=real, mask=~own)
-        result = self._attend(self._attention(query, (segment,), value, real), wanted)
+        patterns = (Causal(offset=-1), *(() if self._module.is_decoder else (after_itself(self._module),)))
+        segments = tuple(Segment(key, value, pattern, key_mask=real) for pattern in patterns)
+        result = self._attend(self._attention(query, segments, value, real), wanted)
         if result.dropped is None or result.probabilities is None:
             return result.output, None
-        return result.output, with_own_token(result.dropped[0], result.probabilities[0].sum(-1, keepdim=True), own)
+        own = torch.eye(length, dtype=torch.bool, device=query.device)[None, None]
+        dropped, weights = (torch.stack(grids).sum(0) for grids in (result.dropped, result.probabilities))
+        return result.output, with_own_token(dropped, weights.sum(-1, keepdim=True), own)
 
     def _sorted(
         self, query: Tensor, value: Tensor, buckets: Tensor, real: Tensor | None, wanted: bool
@@ -224,15 +224,23 @@ class LSHForward:
         value = module._value_per_attn_head(states).to(dtype)
         own = (tokens == past.shape[1])[:, :, None]
         itself = _rows(value, own[:, :, 0].long().argmax(-1, keepdim=True))
-        segment = Segment(key, value, mask=~own)
-        result = self._attend(self._attention(query.to(dtype), (segment,), itself), wanted)
+        # Each head has keys of its own to hide: heads are samples here, so that this is a mask of keys.
+        query, key, value, itself = (one.flatten(0, 1)[:, None] for one in (query.to(dtype), key, value, itself))
+        segment = Segment(key, value, key_mask=~own.flatten(0, 2))
+        result = self._attend(self._attention(query, (segment,), itself), wanted)
+        output = result.output.view(*own.shape[:3], -1)
         if result.dropped is None or result.probabilities is None:
-            return result.output, None, buckets
+            return output, None, buckets
         weights, kept, own = (
-            tensor.unflatten(-1, (hashes, -1)).transpose(2, 3)
+            tensor.view(own.shape).unflatten(-1, (hashes, -1)).transpose(2, 3)
             for tensor in (result.probabilities[0], result.dropped[0], own)
         )
-        return result.output, with_own_token(kept, weights.sum(-1, keepdim=True), own), buckets
+        return output, with_own_token(kept, weights.sum(-1, keepdim=True), own), buckets
+
+
+def after_itself(module: Any) -> Window:
+    """What a token sees of the tokens after it, of no more than a chunk."""
+    return Window(0, module.chunk_length, offset=1)
 
 
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:
