@@ -198,7 +198,8 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     query, *keys_values, out, lse = ctx.saved_tensors
     # Rows that see nothing have lse -inf, and the kernel would form inf - inf; with 0 their weights become 0.
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
-    grads = [torch.zeros(tensor.shape, dtype=lse.dtype) for tensor in (query, *keys_values)]
+    # In memory as their tensors are: projections are merged there, and a gradient that is need not be copied to be.
+    grads = [torch.zeros_like(tensor, dtype=lse.dtype) for tensor in (query, *keys_values)]
     trained = _BiasGradients(attention) if ctx.biases else None
     terms = _Terms(attention)
     for group in passes(attention):
