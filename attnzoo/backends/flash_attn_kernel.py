@@ -39,7 +39,8 @@ def _package() -> tuple[ModuleType | None, str]:
 
 @cache
 def _parts_unavailable() -> str | None:
-    return drift(_package()[0], _PARTS, "flash_attn (2.7 is the first known to have it)")
+    found, _ = _package()
+    return None if found is None else drift(found, _PARTS, "flash_attn (2.7 is the first known to have it)")
 
 
 class FlashAttnKernel(Kernel):
