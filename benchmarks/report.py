@@ -73,7 +73,7 @@ def _table(rows: list[Row], mode: str) -> Table:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    name = "original" if row.backend == ORIGINAL else row.backend
+    name = "original" if row.backend == ORIGINAL else row.backend.replace(":", ": ").replace(",", ", ")
     head = (str(row.seq_len), name, (row.kernel or "-").removeprefix("original "))
     errors = (_exponent(row.error), _exponent(row.budget))
     if row.status != status.OK:

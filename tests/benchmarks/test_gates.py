@@ -204,3 +204,51 @@ def test_a_module_runs_beyond_the_position_table(shootout, scope):
 def test_the_table_fits_120_columns(shootout):
     text = printed(shootout(modes=MODES))
     assert all(len(line.rstrip()) <= 120 for line in text.splitlines())
+
+
+@pytest.fixture
+def dense(monkeypatch):
+    """A tiny family whose attention is dense, in place of the local one."""
+    from dataclasses import replace
+
+    from attnzoo.benchmarks.models import GPT_NEOX, WORKLOADS
+
+    sizes = dict(vocab_size=300, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    small = {**GPT_NEOX.published, **sizes, "max_position_embeddings": 128}
+    monkeypatch.setitem(WORKLOADS, "tiny", replace(GPT_NEOX, name="tiny", published=small, heads=2, layers=2))
+
+
+@pytest.mark.parametrize("scope", ["model", "attention"])
+def test_who_changes_the_pattern_is_judged_with_that_and_shows_its_recall(shootout, dense, scope):
+    from attnzoo.benchmarks.contenders import end_to_end
+
+    local, hashed = "blocked-local:window=6,sinks=2", "lsh:num_hashes=2,chunk_length=8,num_buckets=4,kernel=sdpa"
+    found = shootout(local, hashed, "sdpa", "lsh", scope=scope, peers=False)
+    for name in (local, hashed):
+        row = row_of(found, name)
+        assert row.status == "ok" and row.error <= row.budget and 0.1 < row.recall < 1.0
+        assert end_to_end("tiny", name, 40, "float32", "cpu", False)[0]
+    assert row_of(found, "sdpa").recall is None
+    bare = row_of(found, "lsh")
+    assert bare.status == "refused" and "no num_hashes, chunk_length, num_buckets" in bare.reason
+    text = printed(found)
+    assert f"ok, recall {row_of(found, local).recall:.3f}" in text and "recall: the backend changes" in text
+
+
+def test_a_lie_about_the_changed_pattern_is_red(shootout, dense, monkeypatch):
+    from attnzoo.backends.blocked_local import BlockedLocalBackend
+    from attnzoo.backends.sdpa import SdpaBackend
+
+    monkeypatch.setattr(BlockedLocalBackend, "run", lambda self, attention, *_: SdpaBackend().run(attention))
+    row = row_of(shootout("blocked-local:window=6"), "blocked-local:window=6")
+    assert row.status == "red" and "outside the error budget" in row.reason
+    assert_silent(row)
+
+
+def test_options_of_a_backend_are_looked_at_before_anything_runs(shootout):
+    from attnzoo import InvalidArgumentError
+
+    with pytest.raises(InvalidArgumentError, match="did you mean 'sdpa'"):
+        shootout("spda:window=3")
+    with pytest.raises(InvalidArgumentError, match="name:option=value"):
+        shootout("blocked-local:window")
