@@ -100,7 +100,9 @@ def _forward(
         result = attend(Attention(query, (everything,), scale, dropout, query_mask=found.valid), output_attentions)
     sample, number = attend.once(is_index_global_attn, "places", lambda _: found.valid.nonzero(as_tuple=True))
     rows = _merge(result.output)[sample, number].to(output.dtype)
-    output = output.index_put((sample, found.positions[sample, number]), rows)
+    places = (sample, found.positions[sample, number])
+    # What a backward needs of the output must stay; otherwise copying it would be all that writing a few rows costs.
+    output = output.index_put(places, rows) if torch.is_grad_enabled() else output.index_put_(places, rows)
     if local.dropped is None or result.dropped is None:
         return (output,)
     return output, _banded(local.dropped, module.one_sided_attn_window_size, is_index_global_attn), result.dropped[0]
