@@ -131,7 +131,8 @@ class _Interface:
         if is_causal is None:
             is_causal = bool(getattr(module, "is_causal", True))
         read = read_interface_mask(self._attend, name, query, key, attention_mask, is_causal)
-        query, key, value = (tensor.to(compute_dtype(tensor)) for tensor in (query, key, value))
+        dtype = compute_dtype(value)  # some models rotate or normalise queries and keys in float32 and leave them there
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         segment = Segment(key, value, read.pattern, read.key_mask, read.mask, read.bias)
         probabilities = wants_probabilities(module, kwargs)

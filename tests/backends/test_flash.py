@@ -453,6 +453,16 @@ def test_autocast_decides_the_dtype_when_patching_and_when_running(flash_attn):
         model(**inputs)
 
 
+def test_queries_and_keys_that_the_model_left_in_float32_run_in_the_values_dtype(flash_attn, monkeypatch):
+    model = gpt_neox().bfloat16()
+    file = sys.modules[type(model).__module__]
+    rotate = file.apply_rotary_pos_emb
+    monkeypatch.setattr(file, "apply_rotary_pos_emb", lambda *args: tuple(one.float() for one in rotate(*args)))
+    with attnzoo.patch(model, "flash"):
+        model(torch.arange(3, 15)[None], use_cache=False)
+    assert flash_attn.CALLS[-1][1]["q"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("build", [reformer, gpt_neox, gpt_bigcode], ids=lambda build: build.__name__)
 def test_decoders_generate_the_oracles_tokens(flash_attn, build):
     model, inputs = build().half(), causal_prompt("left")
