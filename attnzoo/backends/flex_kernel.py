@@ -88,7 +88,8 @@ Kernel = Callable[[Tensor, Tensor, Tensor, BlockIndices, Terms], Tensor]
 def kernel(form: Form) -> Kernel:
     """The compiled attention of a form: query, keys and values of all segments side by side, blocks and terms.
 
-    All are contiguous: query ``(batch, heads, q_len, head_dim)``, keys and values ``(batch, kv_heads, keys, dim)``.
+    Query ``(batch, heads, q_len, head_dim)``, in memory ``(batch, q_len, heads, head_dim)``; keys and values contiguous
+    ``(batch, kv_heads, keys, dim)``.
     """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, indices: BlockIndices, terms: Terms) -> Tensor:
@@ -183,6 +184,7 @@ def _example(form: Form) -> tuple[Tensor, Tensor, Tensor, BlockIndices, Terms]:
         (keys, form.kv_heads, form.value_dim),
     )
     query, key, value = (states(*shape, trained=one) for shape, one in zip(shapes, trained, strict=True))
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)
     counts, places = zeros(batch, 1, rows, dtype=torch.int32), zeros(batch, 1, rows, columns, dtype=torch.int32)
     terms = Terms(
         numbers(0, 0, 0, device=form.device),
