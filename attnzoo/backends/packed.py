@@ -69,6 +69,14 @@ class PackedBackend(Backend):
         return "; ".join(reason for reason in (no_device(), *missing) if reason is not None) or None
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
+        return self._told(request, self._choose(request)[1])
+
+    def refusals_anywhere(self, request: Request) -> tuple[Refusal, ...]:
+        named = (kernel for kernel in self.kernels if self.kernel in (None, kernel.name))
+        return self._told(request, min((kernel.refusals(request) for kernel in named), key=len))
+
+    def _told(self, request: Request, chosen: tuple[Refusal, ...]) -> tuple[Refusal, ...]:
+        """Refusals of the backend, and of its kernel where they say something else."""
         own = [
             replace(reason, allowed=f"{reason.allowed}, or torch.autocast to one of them")
             if reason.field == "dtype" and request.dtype == torch.float32
@@ -76,7 +84,7 @@ class PackedBackend(Backend):
             for reason in super().refusals(request)
         ]
         told = {reason.field for reason in own}
-        return (*own, *(reason for reason in self._choose(request)[1] if reason.field not in told))
+        return (*own, *(reason for reason in chosen if reason.field not in told))
 
     def _choose(self, request: Request) -> tuple[type[Kernel], tuple[Refusal, ...]]:
         """The first kernel that takes a request; where none does, one of them and its refusals."""
@@ -84,16 +92,15 @@ class PackedBackend(Backend):
         usable = [kernel for kernel in named if kernel.unavailable() is None]
         if not usable and self.kernel is not None:
             return named[0], (Refusal("kernel", f"{self.kernel!r}: {named[0].unavailable()}", "kernel=None"),)
-        verdicts = [(kernel, kernel.refusals(request)) for kernel in usable or named]
+        verdicts = [(kernel, (*kernel.refusals(request), *kernel.lacking(request))) for kernel in usable or named]
         return next((verdict for verdict in verdicts if not verdict[1]), verdicts[0])
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
-        kernel, _ = self._choose(attention.request())
-        return Result(attend(attention, kernel), kernel.name)
+        return attend(attention, self._choose(attention.request())[0])
 
 
-def attend(attention: Attention, kernel: type[Kernel]) -> Tensor:
-    """The attention's output ``(batch, heads, q_len, value_dim)``, without bias and dense mask."""
+def attend(attention: Attention, kernel: type[Kernel]) -> Result:
+    """An attention without bias and dense mask on a kernel; on none if no query sees a key."""
     whole = attention
     if attention.scale <= 0.0:  # kernels take the largest score before they scale
         sign = -1.0 if attention.scale < 0.0 else 0.0
@@ -113,7 +120,8 @@ def attend(attention: Attention, kernel: type[Kernel]) -> Tensor:
     output = output.unflatten(0, (attention.batch, attention.q_len)).transpose(1, 2)
     if live is not None:
         live = live.reshape(whole.batch, -1, whole.q_len)
-    return whole.fill(output.reshape(whole.batch, whole.heads, whole.q_len, whole.value_dim), live)
+    output = whole.fill(output.reshape(whole.batch, whole.heads, whole.q_len, whole.value_dim), live)
+    return Result(output, kernel.name if planned.calls else "none")
 
 
 class _Hiding:
@@ -182,7 +190,7 @@ class _Packing:
             last = rows.new_zeros((1, *rows.shape[1:]))
             last[..., tensor.shape[3] : tensor.shape[3] + 1] = spare
             rows = torch.cat([rows, last])
-        return rows if rows.stride(-1) == 1 else rows.contiguous()
+        return rows if _is_aligned(rows) else rows.clone(memory_format=torch.contiguous_format)
 
     def attend(self, kernel: type[Kernel]) -> tuple[Tensor, Tensor | None]:
         """The output of the only call ``(rows, heads, dim)``, and which rows see a key, ``(batch, 1, q_len)``."""
@@ -201,6 +209,12 @@ class _Packing:
         floor = -math.inf if self._hiding is None else -self._hiding.depth / 2
         rows = lse[:, : attention.batch * attention.q_len] > floor
         return rows.unflatten(1, (attention.batch, attention.q_len)).transpose(0, 1)
+
+
+def _is_aligned(rows: Tensor) -> bool:
+    """Whether a kernel can load the rows as they lie in memory, 16 bytes at a time."""
+    *outer, inner = rows.stride()
+    return inner == 1 and all(step % 8 == 0 for step in (*outer, rows.storage_offset()))
 
 
 def take(

@@ -247,6 +247,23 @@ def test_nothing_is_copied_that_need_not_be(flash_attn):
     assert given["q"].data_ptr() == query.data_ptr() and given["k"].data_ptr() == key.data_ptr()
 
 
+@pytest.mark.parametrize("width", [9, 16])
+def test_what_does_not_lie_on_16_bytes_is_copied(flash_attn, width):
+    query, key, value = (heads(20, dim=width, seed=seed)[..., 1:9] for seed in range(3))
+    crooked = attnzoo.Attention(query, (attnzoo.Segment(key, value, attnzoo.Causal()),), 0.3)
+    straight = crooked.with_tensors(tuple(tensor.contiguous() for tensor in crooked.tensors()))
+    assert torch.equal(FlashBackend().run(crooked).output, FlashBackend().run(straight).output)
+
+
+def test_where_nothing_is_seen_no_kernel_runs(flash_attn):
+    whole = attention(attnzoo.Causal(), key_mask=real(0, 0), grad=True)
+    flash_attn.CALLS.clear()
+    result = FlashBackend().run(whole)
+    result.output.sum().backward()
+    assert (result.kernel, flash_attn.CALLS) == ("none", [])
+    assert (result.output == 0).all() and (whole.query.grad == 0).all()
+
+
 def test_window_and_globals_are_united_and_each_backward_gets_the_final_lse(flash_attn):
     whole = attention(attnzoo.Window(4, 4), grad=True)
     (window,) = whole.segments

@@ -18,7 +18,8 @@ def check(q, k, v, cu_q, cu_k, max_q, max_k):
         assert tensor.dtype in HALF and tensor.dtype == q.dtype, f"{name} is {tensor.dtype}"
         assert tensor.stride(-1) == 1, f"{name} must have a contiguous last dimension"
         assert tensor.shape[2] == q.shape[2] <= 256 and tensor.shape[2] % 8 == 0, f"{name} has {tensor.shape[2]} dims"
-        assert tensor.stride(0) % 8 == 0 and tensor.stride(1) % 8 == 0, f"{name} is not aligned: {tensor.stride()}"
+        aligned = tensor.stride(0) % 8 == 0 and tensor.stride(1) % 8 == 0 and tensor.data_ptr() % 16 == 0
+        assert aligned, f"{name} is not aligned: {tensor.stride()}, {tensor.data_ptr()}"
     assert k.shape == v.shape and q.shape[1] % k.shape[1] == 0
     for cu, total, most in ((cu_q, q.shape[0], max_q), (cu_k, k.shape[0], max_k)):
         assert cu.dtype == torch.int32 and cu.is_contiguous() and cu.numel() == cu_q.numel() > 1
