@@ -249,7 +249,7 @@ def test_nothing_is_copied_that_need_not_be(flash_attn):
 
 @pytest.mark.parametrize("width", [9, 16])
 def test_what_does_not_lie_on_16_bytes_is_copied(flash_attn, width):
-    query, key, value = (heads(20, dim=width, seed=seed)[..., 1:9] for seed in range(3))
+    query, key, value = (torch.randn(2, 20, 2, width).half()[..., 1:9].transpose(1, 2) for _ in range(3))
     crooked = attnzoo.Attention(query, (attnzoo.Segment(key, value, attnzoo.Causal()),), 0.3)
     straight = crooked.with_tensors(tuple(tensor.contiguous() for tensor in crooked.tensors()))
     assert torch.equal(FlashBackend().run(crooked).output, FlashBackend().run(straight).output)
