@@ -19,8 +19,15 @@ class Pieces:
 
     def __init__(self, attention: Attention, index: int, plan: list[Block]) -> None:
         segment = attention.segments[index]
-        self._segment, self._heads = segment, attention.heads
-        parts = [p for block in plan for p in block.parts if p.segment == index and p.keys is None]
+        parts = [part for block in plan for part in block.parts if part.segment == index]
+        gathered = {id(part.keys): part.keys for part in parts if part.keys is not None}
+        self._numbers = {key: number for number, key in enumerate(gathered)}
+        if gathered:  # all at once, for one gradient of whole length; each block keeps its copy for the backward anyway
+            keys = torch.cat(list(gathered.values()), dim=2)
+            whole, widths = Part(index, 0, keys.shape[2], keys), [one.shape[2] for one in gathered.values()]
+            self._keys = whole.take(segment.key, attention.heads).split(widths, dim=2)
+            self._values = whole.take(segment.value, attention.heads).split(widths, dim=2)
+            return
         self._cuts = sorted({0, segment.kv_len, *(p.kv_start for p in parts), *(p.kv_stop for p in parts)})
         sizes = [stop - start for start, stop in zip(self._cuts, self._cuts[1:], strict=False)]
         self._keys = expand_heads(segment.key, attention.heads).split(sizes, dim=2)
@@ -28,15 +35,15 @@ class Pieces:
 
     def key(self, part: Part) -> Tensor:
         """The keys of a part of the plan, for all heads."""
-        return self._of(part, self._keys, self._segment.key)
+        return self._of(part, self._keys)
 
     def value(self, part: Part) -> Tensor:
         """Its values."""
-        return self._of(part, self._values, self._segment.value)
+        return self._of(part, self._values)
 
-    def _of(self, part: Part, pieces: tuple[Tensor, ...], tensor: Tensor) -> Tensor:
+    def _of(self, part: Part, pieces: tuple[Tensor, ...]) -> Tensor:
         if part.keys is not None:
-            return part.take(tensor, self._heads)
+            return pieces[self._numbers[id(part.keys)]]
         return torch.cat(pieces[self._cuts.index(part.kv_start) : self._cuts.index(part.kv_stop)], dim=2)
 
 
