@@ -133,6 +133,10 @@ class Backend:
         """All reasons why this request cannot run here; empty means it runs."""
         return self.capabilities.refusals(request)
 
+    def refusals_anywhere(self, request: Request) -> tuple[Refusal, ...]:
+        """The reasons that hold on every machine, whatever it has installed: what the support matrix shows."""
+        return self.refusals(request)
+
     def settle(self, site: tuple[Request, ...], patch: tuple[Request, ...]) -> Backend:
         """This backend as it serves one site.
 

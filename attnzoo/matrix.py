@@ -163,7 +163,7 @@ def configured(cls: type[Backend], module: Module, device: str = "cpu", dtype: t
     requests, beside = _on(module.requests, device, dtype), _on(module.beside, device, dtype)
     if not cls.required_options():
         plain = cls().settle(requests, beside)
-        reasons = (reason for request in requests for reason in plain.refusals(request))
+        reasons = (reason for request in requests for reason in plain.refusals_anywhere(request))
         if not cls.example or not any(reason.field == "options" for reason in reasons):
             return plain
     return cls(**cls.example).settle(requests, beside)
@@ -178,7 +178,7 @@ def row(cls: type[Backend], module: Module) -> Row:
     cells = {}
     for feature, device, dtype in _places():
         made = configured(cls, module, device, dtype)
-        reasons = (made.refusals(request) for request in module.asks(feature, device, dtype))
+        reasons = (made.refusals_anywhere(request) for request in module.asks(feature, device, dtype))
         cells[feature, device, dtype] = tuple(dict.fromkeys(reason for one in reasons for reason in one))
     made = configured(cls, module)
     changes = dict.fromkeys(change for request in module.requests if (change := made.changes(request)))

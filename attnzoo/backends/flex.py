@@ -55,13 +55,16 @@ class FlexBackend(Backend):
         return None
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
-        found = list(super().refusals(request))
-        if request.device == "cpu":
-            if request.grad:
-                found.append(Refusal("grad", "requested on cpu", "torch.no_grad() on cpu, or cuda"))
-            if not _compiles_on_cpu():
-                found.append(Refusal("device", "cpu without AVX2 or a C++ compiler", "cpu with both, or cuda"))
-        return tuple(found)
+        found = self.refusals_anywhere(request)
+        if request.device == "cpu" and not _compiles_on_cpu():
+            found += (Refusal("device", "cpu without AVX2 or a C++ compiler", "cpu with both, or cuda"),)
+        return found
+
+    def refusals_anywhere(self, request: Request) -> tuple[Refusal, ...]:
+        found = self.capabilities.refusals(request)
+        if request.device == "cpu" and request.grad:
+            found += (Refusal("grad", "requested on cpu", "torch.no_grad() on cpu, or cuda"),)
+        return found
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
         # One layout, so that one kernel does: that of models for queries, which is the output's too; keys next to each

@@ -59,9 +59,14 @@ class Kernel:
             found.append(Refusal("dtype", str(request.dtype).removeprefix("torch."), f"{names} with {cls.name}"))
         if request.dropout and not cls.dropout:
             found.append(Refusal("dropout", f"requested of {cls.name}", "dropout=0.0"))
-        if not disjoint(request.segments) and (why := cls.parts_unavailable()):
-            found.append(Refusal("segments", f"parts to unite, and {why}", "one segment without a key mask"))
         return tuple(found)
+
+    @classmethod
+    def lacking(cls, request: Request) -> tuple[Refusal, ...]:
+        """What the kernel does not take as it is installed here."""
+        if disjoint(request.segments) or (why := cls.parts_unavailable()) is None:
+            return ()
+        return (Refusal("segments", f"parts to unite, and {why}", "one segment without a key mask"),)
 
     @classmethod
     def attend(
