@@ -38,12 +38,12 @@ def ids(*shape, seed=2):
 def padded(batch, length, side):
     """A mask with ragged padding on a side: ``"none"``, ``"left"``, ``"right"``, or ``"sample"`` (a whole one).
 
-    ``"every"`` is all of them in one batch: samples without padding, with it on the left, on the right, nothing else.
+    ``"every"`` is three samples: nothing but padding, padding on the left, padding on the right.
     """
     mask = torch.ones((batch, length), dtype=torch.long)
     if side == "every":
         cut = length // 3
-        mask[1, :cut] = mask[2, length - cut :] = mask[3] = 0
+        mask[0] = mask[1, :cut] = mask[2, length - cut :] = 0
     for row in range(batch):
         cut = (row * length) // (batch + 1)
         if cut and side == "left":
