@@ -95,7 +95,8 @@ def _cells(row: Row, reasons: Reasons, code: Callable[[str], str]) -> list[str]:
         own = set() if feature == "forward" else set(row.reasons("forward"))
         numbers = sorted({reasons.number(reason) for reason in row.reasons(feature) if reason not in own})
         note = f" [{', '.join(map(str, numbers))}]" if numbers else ""
-        found.append(_where(*(row.runs(feature, device) for device in DEVICES), code) + note)
+        cpu, cuda = (row.runs(feature, device) for device in DEVICES)
+        found.append(_where(cpu, cuda, code) + note)
     return found
 
 
