@@ -199,10 +199,13 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     # Rows that see nothing have lse -inf, and the kernel would form inf - inf; with 0 their weights become 0.
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
     # In memory as their tensors are: projections are merged there, and a gradient that is need not be copied to be.
-    grads = [torch.zeros_like(tensor, dtype=lse.dtype) for tensor in (query, *keys_values)]
+    grads = [torch.zeros_like(tensor, dtype=lse.dtype) for tensor in keys_values]
+    groups = passes(attention)
+    once = len(groups) == 1  # the blocks of one pass need no zeros to add to
+    grad_query = torch.empty_like(query, dtype=lse.dtype) if once else torch.zeros_like(query, dtype=lse.dtype)
     trained = _BiasGradients(attention) if ctx.biases else None
     terms = _Terms(attention)
-    for group in passes(attention):
+    for group in groups:
         for block in blocks(attention, group, block_size(attention)):
             rows = [block.take(tensor) for tensor in (grad_out, query, out, lse)]
             pairs = [_part(keys_values, ctx.places, part, attention.heads) for part in block.parts]
@@ -221,12 +224,16 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
                     )
                     for part, (key, value) in zip(block.parts, pairs, strict=True)
                 ]
+            write = block.put if once else block.add
+            if not block.parts:
+                write(grad_query, torch.zeros_like(rows[1]))
             for part, (grad_q, grad_k, grad_v, *_) in zip(block.parts, grad_parts, strict=True):
-                block.add(grads[0], grad_q)
+                write(grad_query, grad_q)
+                write = block.add
                 for place, grad in zip(ctx.places[2 * part.segment :], (grad_k, grad_v), strict=False):
-                    part.add(grads[place + 1], grad)
+                    part.add(grads[place], grad)
     of_biases = trained.finished() if trained is not None else []
-    return None, None, None, *(grad.to(query.dtype) for grad in grads), *of_biases
+    return None, None, None, *(grad.to(query.dtype) for grad in (grad_query, *grads)), *of_biases
 
 
 def _backward_by_hand(
