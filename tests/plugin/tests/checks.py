@@ -5,6 +5,7 @@ import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 import attnzoo
+from attnzoo import matrix, matrix_text
 
 
 @pytest.fixture
@@ -33,6 +34,11 @@ def test_backend_and_adapter_are_found():
     info = attnzoo.backends()["tiled"]
     assert info.available and info.exact and info.aliases == ("online-softmax",) and info.options == ("tile",)
     assert "gpt_neo" in attnzoo.registry.model_types()
+
+
+def test_the_support_matrix_has_them():
+    page = matrix_text.markdown(matrix.families(("gpt_neo",)))
+    assert "**GPTNeoSelfAttention**: causal, local" in page and "| `tiled` | `cpu` | `cpu` | `cpu` | `cpu` | no [" in page
 
 
 def test_the_backend_conforms():
