@@ -29,7 +29,7 @@ def modules_of(families):
     return [module for modules in families.values() for module in modules]
 
 
-# It compiles per form and dtype, which takes seconds: in the other dtypes the kit's cases judge it (test_conformance.py).
+# Compiles per form and dtype, which takes seconds: in the other dtypes the kit's cases judge it (test_conformance.py).
 RUN_IN = {"flex_attention": (torch.float32,)}
 
 

@@ -39,7 +39,7 @@ def installed(tmp_path_factory):
 
 def test_an_installed_plugin_is_found_and_conforms(installed):
     """The plug-in's own tests: the conformance kit on its backend, ``verify`` on its model."""
-    # They lie in a folder of their own: pytest puts it on the path, and what is there would come before what is installed.
+    # They lie in a folder of their own: pytest puts it on the path, before what is installed.
     assert not (PLUGIN / "tests" / "attnzoo_example_plugin").exists()
     output = succeed(
         "pytest", "-q", "-p", "no:cacheprovider", "tests/plugin/tests/checks.py", PYTHONPATH=str(installed)

@@ -38,7 +38,8 @@ def test_backend_and_adapter_are_found():
 
 def test_the_support_matrix_has_them():
     page = matrix_text.markdown(matrix.families(("gpt_neo",)))
-    assert "**GPTNeoSelfAttention**: causal, local" in page and "| `tiled` | `cpu` | `cpu` | `cpu` | `cpu` | no [" in page
+    assert "**GPTNeoSelfAttention**: causal, local" in page
+    assert "| `tiled` | `cpu` [" in page
 
 
 def test_the_backend_conforms():
