@@ -148,14 +148,16 @@ def _one_module(case: Case) -> Subject:
         lambda value: value.to(case.device) if isinstance(value, Tensor) else value,
         workload.read(case.batch, case.seq_len).kwargs,
     )
-    got_args, got_kwargs = _capture(model, module, kwargs)
+    got_args, got_kwargs, recomputed = _capture(model, module, kwargs)
     inputs: list[Tensor] = []
 
     def own(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         leaf = value.detach().clone()
-        if value.requires_grad and case.train:
+        # Reversible layers run without gradients, and with them on the way back: their states are told by their shape.
+        states = value.is_floating_point() and value.ndim == 3
+        if case.train and (states if recomputed else value.requires_grad):
             inputs.append(leaf.requires_grad_())
         return leaf
 
@@ -178,11 +180,14 @@ class _CapturedError(Exception):
     """Stops a model once its first attention module was reached."""
 
 
-def _capture(model: nn.Module, module: nn.Module, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+def _capture(
+    model: nn.Module, module: nn.Module, kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
+    """What the module is called with, and whether gradients are off where it is."""
+    found: list[tuple[tuple[Any, ...], dict[str, Any], bool]] = []
 
     def look(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        found.append((args, keywords))
+        found.append((args, keywords, not torch.is_grad_enabled()))
         raise _CapturedError
 
     hook = module.register_forward_pre_hook(look, with_kwargs=True)
@@ -204,16 +209,19 @@ def first_tensor(value: Any) -> Tensor:
 
 
 class _Linears(TorchFunctionMode):
-    """Collects every linear projection: weight, bias and the shape of its input. No hook: code may look for hooks."""
+    """Collects every linear projection: weight, bias, shape of its input, and whether that gets a gradient.
+
+    No hook: code may look for hooks.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Tensor, Tensor | None, torch.Size]] = []
+        self.calls: list[tuple[Tensor, Tensor | None, torch.Size, bool]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.linear:
             states, weight, *bias = args
-            self.calls.append((weight, bias[0] if bias else None, states.shape))
+            self.calls.append((weight, bias[0] if bias else None, states.shape, states.requires_grad))
         return func(*args, **(kwargs or {}))
 
 
@@ -227,8 +235,8 @@ class Projections:
         options: dict[str, Any] = dict(dtype=DTYPES[case.dtype], device=case.device)
         self._train = case.train
         self._calls = [
-            (weight, bias, torch.randn(shape, **options).requires_grad_(case.train))
-            for weight, bias, shape in linears.calls
+            (weight, bias, torch.randn(shape, **options).requires_grad_(trained))
+            for weight, bias, shape, trained in linears.calls
         ]
         self._cotangents = [
             torch.randn((*x.shape[:-1], weight.shape[0]), **options) if case.train else None

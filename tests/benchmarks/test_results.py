@@ -205,6 +205,17 @@ def test_projections_are_those_of_the_module():
     assert all(parameter.grad is None for parameter in subject.module.parameters())
 
 
+@pytest.mark.parametrize("family", ["tiny", "reformer", "reformer_local"])
+@pytest.mark.parametrize("train", [False, True], ids=["forward", "forward+backward"])
+def test_states_get_gradients_in_training_and_in_its_projections(family, train):
+    # Reversible layers run without gradients until the way back, so that their states do not look it.
+    subject = build(Case(family, "attention", 512, 1, "float32", "cpu", 1, train))
+    assert [states.ndim for states in subject.inputs] == ([3] if train else [])
+    assert {x.requires_grad for *_, x in Projections(subject)._calls} == {train}
+    subject.step()
+    assert all((states.grad != 0).any() for states in subject.inputs)
+
+
 def test_projections_of_a_patched_module_are_those_it_really_runs():
     subject = build(Case("tiny", "attention", 40, 1, "float32", "cpu", 1, False))
     subject.patch("sdpa")
