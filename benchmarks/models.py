@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from attnzoo.benchmarks.text import read_tokens
 from attnzoo.benchmarks.weights import skip_initialisation, spread
-from attnzoo.errors import UnknownNameError
+from attnzoo.errors import InvalidArgumentError, UnknownNameError
 
 SEED = 0
 
@@ -65,6 +65,9 @@ class Workload:
         extra: how many tokens ``inputs`` needs beyond the input length.
         shrink: ``shrink(published, layers)`` is the same configuration with fewer layers.
         positions: the configuration's field that limits the input length, or None.
+        training: ``training(published, seq_len)`` is what the configuration has otherwise to train the whole model at a
+            length, for a model whose own backward works in training mode only; raises InvalidArgumentError for a length
+            it cannot train at. None: it trains in eval mode, which drops nothing.
         peer: whose attention stands beside it in scope ``attention``, or None.
     """
 
@@ -81,28 +84,43 @@ class Workload:
     extra: int
     shrink: Callable[[Mapping[str, Any], int], dict[str, Any]]
     positions: str | None = None
+    training: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
     peer: Peer | None = None
 
-    @property
-    def max_len(self) -> int | None:
-        """The longest input the whole model takes, in tokens."""
-        return None if self.positions is None else int(self.published[self.positions])
+    def obstacle(self, seq_len: int, train: bool) -> str | None:
+        """Why the whole model does not take inputs of a length in tokens, or cannot be trained at it; None: it can."""
+        most = None if self.positions is None else int(self.published[self.positions])
+        if most is not None and seq_len > most:
+            return f"the published configuration has {most} positions"
+        if train and self.training is not None:
+            try:
+                self.training(self.published, seq_len)
+            except InvalidArgumentError as error:
+                return str(error)
+        return None
 
-    def build(self, layers: int | None = None, seq_len: int | None = None) -> nn.Module:
-        """The model with seeded spread weights, in eval mode, float32 on CPU.
+    def build(self, layers: int | None = None, seq_len: int | None = None, train_at: int | None = None) -> nn.Module:
+        """The model with seeded spread weights, float32 on CPU; in eval mode, or one without dropout.
 
         Args:
             layers: fewer layers than published; None: as published.
             seq_len: make the position table at least as long (for modules that never use positions themselves).
+            train_at: input length to train the whole model at; None: it is not trained.
+
+        Raises:
+            InvalidArgumentError: it cannot be trained at that length.
         """
         values = dict(self.published) if layers is None else self.shrink(self.published, layers)
         if self.positions is not None and seq_len is not None:
             values[self.positions] = max(values[self.positions], seq_len)
+        trained = train_at is not None and self.training is not None
+        if train_at is not None and self.training is not None:
+            values.update(self.training(values, train_at))
         with skip_initialisation():
             model: nn.Module = _load(self.model_class)(_load(self.config_class)(**values))
         model.tie_weights()  # type: ignore[operator]
         spread(model, SEED)
-        return model.eval()
+        return model.train(trained)
 
     def read(self, batch: int, seq_len: int) -> Inputs:
         """Inputs of ``batch`` passages of ``seq_len`` tokens of the book."""
@@ -267,6 +285,16 @@ LONGT5_LOCAL = _longt5(
 LONGT5_TGLOBAL = _longt5("tglobal", "google/long-t5-tglobal-base", "LongT5TransientGlobalAttention")
 
 
+def _reformer_training(published: Mapping[str, Any], seq_len: int) -> dict[str, Any]:
+    """In training the axial position table covers the input exactly: the first rows of the published one do."""
+    columns = published["axial_pos_shape"][1]
+    if seq_len % columns:
+        allowed = f"a multiple of {columns}, the columns of the axial position table, which training uses whole"
+        raise InvalidArgumentError("seq-len", f"{seq_len} to train at", allowed)
+    dropouts = ("hidden_dropout_prob", "lsh_attention_probs_dropout_prob", "local_attention_probs_dropout_prob")
+    return {"axial_pos_shape": [seq_len // columns, columns], **dict.fromkeys(dropouts, 0.0)}
+
+
 def _reformer(name: str, attention: str, kind: str, peer: Peer) -> Workload:
     return Workload(
         name=name,
@@ -305,6 +333,7 @@ def _reformer(name: str, attention: str, kind: str, peer: Peer) -> Workload:
         extra=1,
         shrink=lambda published, layers: {**published, "attn_layers": [kind, "lsh", "local"][:layers]},
         positions="max_position_embeddings",
+        training=_reformer_training,
         peer=peer,
     )
 

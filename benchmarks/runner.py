@@ -247,9 +247,9 @@ class _Cell:
     def _admit(self, contender: Contender) -> None:
         """Peak memory and gate; who passes stays for the timed runs."""
         case, name = self._case, contender.name
-        most = find_workload(case.family).max_len if case.scope == "model" else None
-        if most is not None and case.seq_len > most:
-            return self._drop(name, status.SKIPPED, f"the published configuration has {most} positions")
+        whole = find_workload(case.family).obstacle(case.seq_len, case.train) if case.scope == "model" else None
+        if whole is not None:
+            return self._drop(name, status.SKIPPED, whole)
         limit = self._plan.train_limit
         if limit is not None and case.train and case.seq_len > limit:
             reason = f"forward+backward: left out beyond S={limit} to save time; --full, --train or --seq-len runs it"
