@@ -21,6 +21,7 @@ from attnzoo.errors import InvalidArgumentError
 DEFAULT_LENGTHS = (1024, 2048, 4096)
 FULL_LENGTHS = (1024, 2048, 4096, 8192, 16384)
 FOLDER = Path("shootout")
+_WORKLOADS = f"Workload, repeatable: {', '.join(WORKLOADS)}."
 _DTYPE_ALIASES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -66,7 +67,7 @@ def make_plan(
 
 
 def bench(
-    model: list[str] = typer.Option(["led"], help=f"Workload, repeatable: {', '.join(WORKLOADS)}."),
+    model: list[str] = typer.Option(["led"], help=_WORKLOADS),
     backend: list[str] = typer.Option(None, help="Backend, repeatable, maybe with options (name:option=value,...)."),
     seq_len: list[int] = typer.Option(None, help="Input length in tokens, repeatable; default 1024, 2048, 4096."),
     dtype: str = typer.Option("float32", help="float32, bfloat16, float16 or float64."),
