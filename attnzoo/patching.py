@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -17,6 +17,7 @@ from attnzoo.backend import Backend
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError, Refusal
 from attnzoo.forwards import PatchedForward, patches_of
 from attnzoo.functional import negotiate
+from attnzoo.segments import Request
 from attnzoo.sites import Found, Site, expected_changes, expected_requests, find_sites
 
 _patch_numbers = itertools.count(1)
@@ -131,7 +132,8 @@ def patch(
             code, and is counted in ``Site.fallbacks``. What only shows within a forward (a mask that is more than
             causality and padding) falls back where the attention function is all that is replaced; where the whole
             forward is, as its caches may be filled by then, it raises under either.
-        options: go to the backend, e.g. ``window=1024``.
+        options: go to the backends that are named, e.g. ``window=1024``; a configured one (:func:`attnzoo.configure`)
+            has its own.
 
     Returns:
         A :class:`Handle`. Weights, state_dict, config and every other model stay untouched.
@@ -147,7 +149,7 @@ def patch(
     everything = find_sites(model)
     chosen = _assign([found for found in everything if found.seam.attends], backend)
     chosen += _companions(everything, chosen)
-    made = {name: _make(name, options) for name in dict.fromkeys(name for _, name in chosen)}
+    made = _make(dict.fromkeys(name for _, name in chosen), options)
     refused: dict[str, tuple[Refusal, ...]] = {}
     alternatives: dict[str, tuple[str, ...]] = {}
     refusers: list[str] = []
@@ -157,11 +159,16 @@ def patch(
             check_forward(found)
             found.seam.check(found.module)
     settled = _settle(chosen, made)
-    for found, _ in chosen:
+    for found, name in chosen:
         instance = settled[found.name]
-        if instance is None or fallback != "error":
+        if fallback != "error" or name == "native":
             continue
         asked = expected_requests(found)
+        if instance is None:
+            for where, reasons in _nobody_takes(asked).items():
+                refusers.append("auto")
+                refused[f"{found.name}, {where}"] = reasons
+            continue
         if not asked and (missing := registry.availability(instance)):
             refusers.append(instance.name)
             refused[found.name] = missing
@@ -192,6 +199,16 @@ def patch(
     for forward in forwards:
         slots.put(forward.found.module, forward)
     return Handle(tuple(forward.site for forward in forwards if forward.found.seam.attends), tuple(forwards))
+
+
+def _nobody_takes(requests: tuple[Request, ...]) -> dict[str, tuple[Refusal, ...]]:
+    """Why ``auto`` has nothing to choose from, by backend; empty where it has."""
+    try:
+        for request in requests:
+            registry.choose(request)
+    except BackendRefusedError as error:
+        return error.refusals
+    return {}
 
 
 def _settle(chosen: list[_Assigned], made: Mapping[str | Backend, Backend | None]) -> dict[str, Backend | None]:
@@ -250,12 +267,11 @@ def _assign(sites: list[Found], backend: str | Backend | Mapping[str, str | Back
     ]
 
 
-def _make(name: str | Backend, options: Mapping[str, Any]) -> Backend | None:
-    """The configured backend behind a name; None for ``auto`` and ``native``, which take no options."""
-    if isinstance(name, Backend) and not options:
-        return name
-    if isinstance(name, str) and name not in registry.RESERVED:
-        return registry.configure(name, **options)
-    if options:
-        raise InvalidArgumentError("options", f"{sorted(options)} with backend {name!r}", "options of a named backend")
-    return None
+def _make(names: Iterable[str | Backend], options: Mapping[str, Any]) -> dict[str | Backend, Backend | None]:
+    """The configured backends behind names; None for ``auto`` and ``native``. Options are for those that are named."""
+    named = [name for name in names if isinstance(name, str) and name not in registry.RESERVED]
+    if options and not named:
+        got = f"{sorted(options)} with backend {', '.join(dict.fromkeys(map(repr, names)))}"
+        raise InvalidArgumentError("options", got, "options of a named backend")
+    configured = {name: registry.configure(name, **options) for name in named}
+    return {name: name if isinstance(name, Backend) else configured.get(name) for name in names}

@@ -32,6 +32,12 @@ def build_cross(multi_query: bool = False, implementation: str = "sdpa", **chang
     return model.eval()
 
 
+def test_options_go_to_the_backend_and_not_to_what_is_patched_along_with_it():
+    """The model around cross-attention is taken over, too, and attends nothing."""
+    with attnzoo.patch(build_cross(), "blocked-local", window=4) as handle:
+        assert {site.approximate for site in handle.sites} == {"window of 4 keys", ""}
+
+
 def oracle_cross(module: Any, visible: Tensor, hidden_states: Tensor, dropout: float = 0.0, **given: Any) -> Any:
     """Cross-attention one head at a time; ``visible`` is ``(batch, length, encoder_length)``."""
     dim = WIDTH // HEADS

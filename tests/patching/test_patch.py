@@ -232,6 +232,14 @@ def test_options_reach_the_backend(neox, add_backend):
     assert seen == [5, 5]
 
 
+@pytest.mark.parametrize("other", ["auto", "native", attnzoo.configure("blocked-local", window=3)])
+def test_options_are_those_of_the_backend_that_is_named(neox, other):
+    with attnzoo.patch(neox.model, {"*.0.*": "blocked-local", "*": other}, window=7) as handle:
+        neox.logits()
+    assert handle.sites[0].approximate == "window of 7 keys"
+    assert handle.sites[1].approximate in ("", "window of 3 keys")
+
+
 # What people see
 
 
