@@ -23,7 +23,14 @@ from attnzoo.functional import attention, compute_dtype
 from attnzoo.masks import read_attention_mask
 from attnzoo.patching import Handle, patch, unpatch
 from attnzoo.patterns import Causal, Chunks, Full, Pattern, Window
-from attnzoo.registry import backends, register_adapter, register_backend, unregister_adapter, unregister_backend
+from attnzoo.registry import (
+    backends,
+    configure,
+    register_adapter,
+    register_backend,
+    unregister_adapter,
+    unregister_backend,
+)
 from attnzoo.segments import Attention, Request, Result, Segment, SegmentRequest
 from attnzoo.sites import Site
 from attnzoo.tuning.choice import Choice
@@ -67,6 +74,7 @@ __all__ = [
     "attention",
     "backends",
     "compute_dtype",
+    "configure",
     "explain",
     "patch",
     "read_attention_mask",

@@ -36,7 +36,7 @@ class UnknownNameError(InvalidArgumentError, LookupError):
         folded = {name.casefold(): name for name in names}
         near = [folded[name] for name in difflib.get_close_matches(str(got).casefold(), folded, n=2, cutoff=0.5)]
         hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
-        super().__init__(argument, f"{got!r}{hint}", ", ".join(map(repr, names)) or "nothing is registered")
+        super().__init__(argument, f"{got!r}{hint}", ", ".join(map(repr, names)) or "none")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class BackendRefusedError(AttnzooError, NotImplementedError):
 
     Attributes:
         refusals: ``{where: refusals}``, where names a module (or ``"attention"`` for the functional call).
-        alternatives: ``{where: names of backends that would take the same request}``.
+        alternatives: ``{where: names of backends that would take the same request}``; nothing where that is not known.
     """
 
     def __init__(
@@ -74,13 +74,15 @@ class BackendRefusedError(AttnzooError, NotImplementedError):
     ) -> None:
         self.backend, self.refusals, self.alternatives = backend, dict(refusals), dict(alternatives)
         lines = [f"backend {backend!r} refuses"]
-        alike: dict[tuple[tuple[Refusal, ...], tuple[str, ...]], list[str]] = {}
+        alike: dict[tuple[tuple[Refusal, ...], tuple[str, ...] | None], list[str]] = {}
         for where, reasons in self.refusals.items():
-            alike.setdefault((tuple(reasons), tuple(self.alternatives.get(where, ()))), []).append(where)
+            others = tuple(self.alternatives[where]) if where in self.alternatives else None
+            alike.setdefault((tuple(reasons), others), []).append(where)
         for (reasons, names), places in alike.items():
             lines.append(f"  {_counted(places)}:")
             lines.extend(f"    {reason}" for reason in reasons)
-            lines.append(f"    would run there: {', '.join(map(repr, names)) if names else 'no registered backend'}")
+            if names is not None:
+                lines.append(f"    would run there: {', '.join(map(repr, names)) or 'no registered backend'}")
         if remedy:
             lines.append(f"  {remedy}")
         super().__init__("\n".join(lines))

@@ -16,7 +16,10 @@ from attnzoo.globals import locate
 from attnzoo.patterns import Full, Pattern
 from attnzoo.segments import Attention, Request, Result, Segment, check_heads_tensor, describe
 
-PROBABILITIES_REMEDY = 'to get attention probabilities: backend="eager", or patch(..., fallback="native")'
+PROBABILITIES_REMEDY = (
+    'to get attention probabilities: backend="eager", or patch(..., fallback="native") where the model\'s own code '
+    'returns them (attn_implementation="eager")'
+)
 
 
 @lru_cache(maxsize=4096)
@@ -71,7 +74,7 @@ def attention(
     bias: Bias | Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     *,
     mask: Tensor | None = None,
     key_mask: Tensor | None = None,
@@ -92,7 +95,7 @@ def attention(
         bias: added to the scores: a :class:`RelativeBias`, or a finite ``(batch or 1, heads or 1, q_len, kv_len)``.
         scale: factor on the scores; None means ``head_dim ** -0.5``.
         dropout: probability in ``[0, 1)`` of dropping a softmax weight; it is applied whenever it is not 0.
-        backend: a registered name or alias, or ``"auto"``.
+        backend: a registered name or alias, ``"auto"``, or a configured backend (:func:`attnzoo.configure`).
         mask: bool ``(batch or 1, heads or 1, q_len, kv_len)``, True where visible.
         key_mask: bool ``(batch, kv_len)``, False for padding keys.
         query_mask: bool ``(batch, q_len)``, False for rows to leave zero.
@@ -106,7 +109,8 @@ def attention(
         UnknownNameError: no such backend.
         BackendRefusedError: the named backend cannot do this; every reason is listed.
     """
-    chosen = None if backend == "auto" else registry.make_backend(backend)
+    if backend != "auto" and not isinstance(backend, Backend):
+        backend = registry.configure(backend)
     for name, tensor in dict(q=q, k=k, v=v).items():
         check_heads_tensor(name, tensor)
     if not isinstance(pattern, Pattern):
@@ -119,14 +123,13 @@ def attention(
     if bias is not None and not bool(bias.values.isfinite().all()):
         got = f"{describe(bias.values)} with NaN or Inf"
         raise InvalidArgumentError("bias", got, "finite values; hide keys with mask=")
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (tensor.to(compute_dtype(tensor)) for tensor in (q, k, v))
+    q, k, v = (tensor.to(compute_dtype(tensor)) for tensor in (q, k, v))
     segment = Segment(k, v, pattern, key_mask, mask, bias)
     segments: tuple[Segment, ...] = (segment,)
     if global_keys is not None:
         segments = _split_globals(Attention(q, (segment,), 1.0), global_keys)
     whole = Attention(q, segments, q.shape[-1] ** -0.5 if scale is None else scale, dropout, query_mask)
-    return execute(registry.choose_for(whole).backend if chosen is None else chosen, whole).output
+    return execute(backend if isinstance(backend, Backend) else registry.choose_for(whole).backend, whole).output
 
 
 def _split_globals(checked: Attention, global_keys: Tensor) -> tuple[Segment, ...]:

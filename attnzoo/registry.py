@@ -197,11 +197,17 @@ def backend_class(name: str) -> type[Backend]:
     if isinstance(name, str) and name in _broken_backends:
         raise InvalidArgumentError("backend", f"{name!r}: {_broken_backends[name]}", "a backend that loads")
     known = {alias for cls in _backends.values() for alias in (cls.name, *_aliases(cls))}
+    if name in RESERVED:
+        raise InvalidArgumentError("backend", f"{name!r}, which is none itself", ", ".join(map(repr, sorted(known))))
     raise UnknownNameError("backend", name, known | set(RESERVED))
 
 
 def configure(name: str, **options: Any) -> Backend:
-    """A configured backend, whether it can run on this machine or not.
+    """A configured backend, whether it can run on this machine or not: for wherever a backend's name may stand.
+
+    Args:
+        name: of a backend, or an alias.
+        options: its own, e.g. ``window=1024``; :func:`backends` lists their names.
 
     Raises:
         UnknownNameError: unknown backend or option name.
@@ -233,7 +239,7 @@ def make_backend(name: str, **options: Any) -> Backend:
     made = configure(name, **options)
     reasons = availability(made)
     if reasons:
-        usable = tuple(info.name for info in backends().values() if info.available)
+        usable = tuple(backend.name for backend in exact_backends())
         raise BackendRefusedError(made.name, {"this machine": reasons}, {"this machine": usable})
     return made
 

@@ -285,6 +285,8 @@ class Result(NamedTuple):
 def check_heads_tensor(name: str, tensor: object) -> None:
     """Raise unless this is a floating-point tensor ``(batch, heads, length, head_dim)`` without an empty dimension."""
     allowed = "(batch, heads, length, head_dim), none of them 0"
+    if isinstance(tensor, Tensor) and (tensor.is_nested or tensor.layout != torch.strided):
+        raise InvalidArgumentError(name, "a nested or sparse tensor", f"a dense tensor {allowed}")
     if not isinstance(tensor, Tensor) or tensor.ndim != 4 or 0 in tensor.shape:
         raise InvalidArgumentError(name, describe(tensor), f"a tensor {allowed}")
     if tensor.dtype not in FLOATS:

@@ -32,7 +32,7 @@ def configured(text: str) -> Backend:
     """The backend of that name with these options.
 
     Raises:
-        UnknownNameError, InvalidArgumentError, BackendRefusedError: as :func:`attnzoo.registry.make_backend`.
+        UnknownNameError, InvalidArgumentError: as :func:`attnzoo.configure`.
     """
     name, options = parse(text)
-    return registry.make_backend(name, **options)
+    return registry.configure(name, **options)

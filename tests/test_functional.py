@@ -40,6 +40,12 @@ def test_the_functional_call_with_masks_globals_and_bias(backend):
     assert torch.allclose(got, expected, atol=1e-5)
 
 
+def test_the_functional_call_takes_a_configured_backend():
+    q, k, v = torch.randn(3, 1, 2, 12, 8)
+    got = attnzoo.attention(q, k, v, attnzoo.Causal(), backend=attnzoo.configure("blocked-local", window=4))
+    assert torch.allclose(got, attnzoo.attention(q, k, v, attnzoo.Window(3, 0), backend="eager"), atol=1e-6)
+
+
 def test_functional_dropout_drops_weights_whole():
     torch.manual_seed(2)
     q, k = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 64, 4)

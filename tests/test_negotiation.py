@@ -54,6 +54,18 @@ def test_a_refusal_lists_every_reason_and_who_would_take_it():
     assert cls.runs == []
 
 
+def test_what_cannot_run_here_is_refused_with_every_other_reason_and_no_remedy_that_changes_the_pattern():
+    attnzoo.register_backend(backend("elsewhere", why_not="no such card", dtypes=frozenset({torch.float16})))
+    with pytest.raises(BackendRefusedError) as caught:
+        attnzoo.attention(**small(), backend="elsewhere")
+    assert {reason.field for reason in caught.value.refusals["attention"]} == {"availability", "dtype"}
+    with pytest.raises(BackendRefusedError, match="availability: got no such card") as made:
+        registry.make_backend("elsewhere")
+    for error in (caught.value, made.value):
+        (others,) = error.alternatives.values()
+        assert "sdpa" in others and not {"blocked-local", "lsh"} & set(others)
+
+
 def test_a_refusal_nobody_else_takes_says_so(monkeypatch):
     monkeypatch.setattr(registry, "_backends", {"narrow": backend("narrow", gqa=False)})
     with pytest.raises(BackendRefusedError, match="would run there: no registered backend"):
@@ -95,6 +107,7 @@ def test_auto_when_everybody_refuses_lists_everybody(monkeypatch):
     assert "pattern: got Causal(offset=None); allowed: Full" in message
     assert "'second'" in message
     assert "dtype: got float32; allowed: float64" in message
+    assert "would run there" not in message, "nobody is left to name"
 
 
 def test_an_explicit_request_is_never_replaced():

@@ -134,6 +134,11 @@ BAD = {
         dict(bias=attnzoo.RelativeBias(zeros(4, 5), zero=5)), "bias", r"values \(4, 5\), zero=5", r"0 <= zero < R",
     ),
     # names
+    "native without a model": (dict(backend="native"), "backend", "'native', which is none", "'eager'.*'sdpa'"),
+    "a nested q": (
+        dict(q=torch.nested.nested_tensor([zeros(4, 6, 8)], layout=torch.jagged)), Q, "a nested or s", "a dense tensor",
+    ),
+    "a sparse k": (dict(k=zeros(2, 2, 7, 8).to_sparse()), K, "a nested or sparse tensor", r"a dense tensor \(batch"),
     "unknown backend": (dict(backend="spda"), "backend", r"'spda' .did you mean 'sdpa'", "'eager'.*'sdpa'"),
 }  # fmt: skip
 
@@ -185,6 +190,13 @@ def test_cpu_tensors_to_a_cuda_backend(add_backend):
     assert fake.runs == 0
 
 
+def test_tensors_of_a_device_nobody_runs_on():
+    tensors = {name: zeros(1, 2, 3, 8).to("meta") for name in "qkv"}
+    for backend in ("auto", "sdpa"):
+        with pytest.raises(BackendRefusedError, match="device: got meta; allowed: cpu, cuda"):
+            attnzoo.attention(**tensors, backend=backend)
+
+
 # Models
 
 
@@ -195,6 +207,15 @@ def test_a_cpu_model_to_a_cuda_backend(subject, add_backend, as_it_was):
     assert set(caught.value.refusals) == set(subject.sites), "every site is named, not the first"
     before.check()
     assert fake.runs == 0
+
+
+def test_a_model_nobody_takes_to_auto(subject):
+    """It names every site and backend, and nothing is changed."""
+    subject.model.to("meta")
+    with pytest.raises(BackendRefusedError, match="device: got meta; allowed: cpu, cuda") as caught:
+        attnzoo.patch(subject.model, "auto")
+    assert set(caught.value.refusals) >= {f"{site}, backend 'sdpa'" for site in subject.sites}
+    assert not any("forward" in vars(module) for module in subject.model.modules())
 
 
 def test_a_dtype_a_backend_cannot(subject, add_backend):
@@ -228,7 +249,7 @@ def test_a_backend_that_is_no_name(neox, as_it_was, backend):
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_an_option_the_backend_does_not_have(subject, as_it_was, backend):
     before = as_it_was(subject)
-    with pytest.raises(UnknownNameError, match=f"option of backend '{backend}': got 'window'; allowed: "):
+    with pytest.raises(UnknownNameError, match=f"option of backend '{backend}': got 'window'; allowed: none"):
         attnzoo.patch(subject.model, backend, window=3)
     before.check()
 
