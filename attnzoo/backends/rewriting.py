@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnzoo import registry
 from attnzoo.backend import Backend, Capabilities
-from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal
+from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal, UnknownNameError
 from attnzoo.functional import execute, refusals
 from attnzoo.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window
 from attnzoo.segments import FLOATS, Attention, Request, Result, Segment
@@ -62,8 +62,9 @@ class Rewriting(Backend):
     def __post_init__(self) -> None:
         if self.kernel == "auto":
             return
-        if self.kernel in registry.RESERVED or not registry.backend_class(self.kernel).capabilities.exact:
-            raise InvalidArgumentError("kernel", repr(self.kernel), "'auto', or the name of an exact backend")
+        exact = [name for info in registry.backends().values() if info.exact for name in (info.name, *info.aliases)]
+        if self.kernel not in exact:
+            raise UnknownNameError(f"kernel of backend {self.name!r}", self.kernel, ("auto", *exact))
 
     # --- what is changed
 

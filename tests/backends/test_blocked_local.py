@@ -261,9 +261,10 @@ def test_dense_models_need_the_window_and_nothing_is_changed_without():
         (dict(window=8, sinks=-1), ("sinks", "got -1", "an integer >= 0")),
         (dict(windw=8), ("'windw'", "did you mean 'window'?")),
         (dict(window=8, kept=True), ("'kept'", "'kernel', 'sinks', 'window'")),
-        (dict(window=8, kernel="sdap"), ("'sdap'", "did you mean 'sdpa'?")),
-        (dict(window=8, kernel="lsh"), ("kernel", "'lsh'", "an exact backend")),
-        (dict(window=8, kernel="native"), ("kernel", "'native'", "an exact backend")),
+        (dict(window=8, kernel="sdap"), ("kernel of backend 'blocked-local': got 'sdap'", "did you mean 'sdpa'?")),
+        (dict(window=8, kernel="lsh"), ("kernel of", "got 'lsh'", "allowed: 'auto', 'eager'")),
+        (dict(window=8, kernel="native"), ("kernel of", "got 'native'", "allowed: 'auto', 'eager'")),
+        (dict(window=8, kernel=3), ("kernel of", "got 3", "allowed: 'auto', 'eager'")),
     ],
 )
 def test_bad_options_name_the_argument(options, words):
