@@ -118,6 +118,8 @@ class Report:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         verdict = "within the error rule" if self.ok else "NOT within the error rule"
+        if not self.sites:
+            verdict = "NOT shown to be within the error rule: none of its attentions ran"
         if self.fault:
             lines.append(f"the original was not run: {self.fault}")
         if self.note:
@@ -167,6 +169,7 @@ def check_site(
         seed: of the sample and the cotangent.
         kernel: what ran in the model, for the report; None: what runs here.
     """
+    _check_rows(max_rows)
     made = registry.make_backend(backend) if isinstance(backend, str) else backend
     attention = replace(attention, dropout=0.0)
     generator = torch.Generator().manual_seed(seed)
@@ -206,6 +209,11 @@ def _recall(backend: Backend, attention: Attention, choices: object, rows: Tenso
     if attention.query_mask is not None:
         real = real & attention.query_mask[:, None, rows]
     return float((left - whole)[real].exp().mean()) if bool(real.any()) else 1.0
+
+
+def _check_rows(most: object) -> None:
+    if isinstance(most, bool) or not isinstance(most, int) or most < 2:
+        raise InvalidArgumentError("max_rows", repr(most), "an integer >= 2: the first and the last row are among them")
 
 
 def _sample(length: int, most: int, generator: torch.Generator) -> Tensor:
@@ -278,9 +286,12 @@ def verify(
         A :class:`Report`; ``.ok`` says whether everything is within its error budget.
 
     Raises:
-        InvalidArgumentError: ``inputs`` is not a mapping, or the model returns nothing to compare.
-        Whatever :func:`attnzoo.patch` raises.
+        InvalidArgumentError: a bad argument, or the model returns nothing to compare.
+        Whatever :func:`attnzoo.patch` or the model raises.
     """
+    if not isinstance(model, nn.Module):
+        raise InvalidArgumentError("model", type(model).__name__, "a torch.nn.Module")
+    _check_rows(max_rows)
     if not isinstance(inputs, Mapping):
         raise InvalidArgumentError("inputs", type(inputs).__name__, "a mapping of keyword arguments of model.forward")
     inputs = dict(inputs)

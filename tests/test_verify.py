@@ -107,6 +107,23 @@ def test_inputs_have_to_be_keyword_arguments(inputs):
         attnzoo.verify(led(), inputs)
 
 
+@pytest.mark.parametrize("model", [None, "led", dict])
+def test_a_model_has_to_be_one(model):
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"model: got .*; allowed: a torch\.nn\.Module"):
+        attnzoo.verify(model, {})
+
+
+@pytest.mark.parametrize("rows", [0, 1, -3, 2.5, "all", True])
+def test_too_few_rows_to_judge(rows):
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"max_rows: got .*; allowed: an integer >= 2"):
+        attnzoo.verify(led(), led_inputs(26, "none"), max_rows=rows)
+
+
+def test_the_models_own_code_proves_nothing():
+    report = attnzoo.verify(led(), led_inputs(26, "none"), "native", gradients=False)
+    assert not report.ok and "none of its attentions ran" in str(report)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nothing_that_is_not_finite_ever_passes(bad):
     values = torch.ones(3, dtype=torch.float64)
