@@ -71,8 +71,8 @@ def verify(
     from attnzoo.spelling import configured
     from attnzoo.verification import verify as compare
 
-    loaded, inputs = subject(model, seq_len)
     chosen = backend if backend in RESERVED else configured(backend)
+    loaded, inputs = subject(model, seq_len)
     report = compare(loaded, inputs, chosen, gradients=gradients)
     print(json.dumps(report.to_dict(), indent=2) if as_json else report)
     if not report.ok:
@@ -82,14 +82,18 @@ def verify(
 @app.command()
 def explain(
     model: Annotated[str, typer.Argument(help="A family of the shootout (see bench --help), or a local checkpoint.")],
-    backend: Annotated[str | None, typer.Option(help="Only this backend; default: all, and what auto takes.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Only this backend, maybe with options; default: all, and what auto takes.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What each backend would do at each attention module of a model, and what auto takes there and why."""
     from attnzoo.benchmarks.subjects import subject
     from attnzoo.explanation import explain as look
+    from attnzoo.spelling import parse
 
-    explanation = look(subject(model, 1)[0], backend)
+    name, options = (None, {}) if backend is None or backend == "auto" else parse(backend)
+    explanation = look(subject(model, 1)[0], name, **options)
     print(json.dumps(explanation.to_dict(), indent=2) if as_json else explanation)
 
 

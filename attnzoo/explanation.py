@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from attnzoo import registry
-from attnzoo.errors import DriftError, InvalidArgumentError, PatchError, Refusal
+from attnzoo.errors import InvalidArgumentError, PatchError, Refusal
 from attnzoo.functional import refusals
 from attnzoo.patching import check_forward
 from attnzoo.sites import expected_changes, expected_requests, find_sites
@@ -107,7 +107,7 @@ def explain(model: nn.Module, backend: str | None = None, **options: Any) -> Exp
             found.adapter.check_drift(found.seam, found.module)
             check_forward(found)
             found.seam.check(found.module)
-        except (DriftError, PatchError) as error:
+        except PatchError as error:
             common = (Refusal("adapter", str(error), "what the adapter was verified against"),)
         for name in names:
             reasons: tuple[Refusal, ...] = common

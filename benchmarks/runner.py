@@ -99,7 +99,7 @@ class Plan:
         """The original, then the backends, aliases resolved, then the peers.
 
         Raises:
-            UnknownNameError: no such backend.
+            UnknownNameError, InvalidArgumentError: no such backend, or a bad option of one.
         """
         if self.backends is None:
             names = [info.name for info in registry.backends().values() if info.exact or not info.available]
@@ -108,7 +108,10 @@ class Plan:
             asked = [name for name in self.backends if name != ORIGINAL]
             if "auto" in asked:
                 raise InvalidArgumentError("backend", "'auto'", "backends by name: the shootout compares them all")
-            names = list(dict.fromkeys(spell(*parse(name)) for name in asked))
+            parsed = [parse(name) for name in asked]
+            for name, options in parsed:
+                registry.configure(name, **options)  # a bad option is told now, not after a minute
+            names = list(dict.fromkeys(spell(name, options) for name, options in parsed))
             limit = None
         peers = peers_of(self.families) if self.scope == PEER_SCOPE and self.peers is not False else ()
         return (Original(), *(BackendContender(name, limit) for name in names), *peers)

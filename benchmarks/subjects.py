@@ -24,11 +24,15 @@ def subject(name: str, seq_len: int) -> tuple[nn.Module, dict[str, Any]]:
         seq_len: tokens.
 
     Raises:
-        UnknownNameError: neither a family nor a folder. InvalidArgumentError: a folder without a checkpoint.
+        UnknownNameError: neither a family nor a folder.
+        InvalidArgumentError: a folder without a checkpoint, or more tokens than the family has positions for.
     """
     if name not in WORKLOADS and Path(name).is_dir():
         return _checkpoint(Path(name), seq_len)
     workload = find_workload(name)
+    too_long = workload.obstacle(seq_len, train=False)
+    if too_long is not None:
+        raise InvalidArgumentError("seq-len", seq_len, f"less: {too_long}")
     return workload.build(layers=LAYERS), workload.read(1, seq_len).kwargs
 
 

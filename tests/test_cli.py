@@ -28,6 +28,13 @@ def test_doctor_names_every_backend_model_and_package():
         assert name in output
 
 
+def test_doctor_says_nothing_twice():
+    for finding in json.loads(run("doctor", "--json").output):
+        for separator in ("; ", ", "):
+            parts = finding["detail"].split(separator)
+            assert len(parts) == len(set(parts)), finding
+
+
 def test_doctor_as_json():
     findings = json.loads(run("doctor", "--json").output)
     assert {finding["kind"] for finding in findings} == {"machine", "package", "backend", "model"}
@@ -43,12 +50,21 @@ def test_verify_a_checkpoint_on_disk(tmp_path):
     assert data["ok"] is True
 
 
+def test_explain_takes_options(tmp_path):
+    led().save_pretrained(tmp_path)
+    told = run("explain", str(tmp_path), "--backend", "blocked-local:window=8")
+    assert told.exit_code == 0, told.output
+    assert "approximate: window of 8 keys" in told.output
+    assert "runs" in run("explain", str(tmp_path), "--backend", "auto").output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("verify", "lde"), "did you mean 'led'"),
         (("verify", "led", "--backend", "spda", "--seq-len", "8"), "did you mean 'sdpa'"),
         (("verify", "."), "model: got '.'"),
+        (("verify", "gpt_bigcode", "--seq-len", "4096"), "seq-len: got 4096; allowed: less: the published conf"),
     ],
 )
 def test_errors_are_one_message_without_a_traceback(arguments, message):

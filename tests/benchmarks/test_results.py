@@ -101,6 +101,8 @@ def test_the_command_without_matplotlib(command, tmp_path, monkeypatch):
     [
         ({"models": ["ledd"]}, UnknownNameError, r"model: got 'ledd' \(did you mean 'led'"),
         ({"backends": ["sdpaa"]}, UnknownNameError, "did you mean 'sdpa'"),
+        ({"backends": ["lsh:num_hash=2"]}, UnknownNameError, "did you mean 'num_hashes'"),
+        ({"backends": ["blocked-local:window=one"]}, InvalidArgumentError, "window of .*: got 'one'"),
         ({"backends": ["auto"]}, InvalidArgumentError, "backend: got 'auto'; allowed: backends by name"),
         ({"scope": "modul"}, UnknownNameError, "scope: got 'modul'.*did you mean"),
         ({"dtype": "int8"}, UnknownNameError, "dtype: got 'int8'.*allowed: 'bfloat16', 'float16'"),
