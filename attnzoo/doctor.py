@@ -140,6 +140,6 @@ def _models() -> list[Finding]:
             reason = f"its code cannot be imported: {type(error).__name__}: {error}"
             found.append(Finding("model", model_type, False, reason))
         else:
-            names = ", ".join(seam.cls.rpartition(":")[2] for seam in adapter.seams)
+            names = ", ".join(dict.fromkeys(seam.cls.rpartition(":")[2] for seam in adapter.seams))
             found.append(Finding("model", model_type, True, f"{names}; transformers {adapter.versions}"))
     return found

@@ -66,7 +66,7 @@ class PackedBackend(Backend):
     def unavailable(cls) -> str | None:
         reasons = [kernel.unavailable() for kernel in cls.kernels]
         missing = reasons if all(reason is not None for reason in reasons) else []
-        return "; ".join(reason for reason in (no_device(), *missing) if reason is not None) or None
+        return "; ".join(dict.fromkeys(reason for reason in (no_device(), *missing) if reason is not None)) or None
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
         return self._told(request, self._choose(request)[1])
