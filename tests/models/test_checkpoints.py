@@ -9,15 +9,18 @@ import transformers
 
 import attnzoo
 from attnzoo.error_rule import FORWARD, GRADIENT, check
+from attnzoo.replay import recording, replaying
+from attnzoo.sites import find_sites
 
 from ..checkpoints.train import HERE, LENGTH, RECIPES, unigram_bits, windows
 
 families = pytest.mark.parametrize("family", RECIPES)
 backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
+STEPS = 30
 
 
-def load(family, dtype=torch.float32):
-    return getattr(transformers, RECIPES[family].cls).from_pretrained(HERE / family, dtype=dtype).eval()
+def load(family, dtype=torch.float32, **changes):
+    return getattr(transformers, RECIPES[family].cls).from_pretrained(HERE / family, dtype=dtype, **changes).eval()
 
 
 def held_out(family, batch=4):
@@ -49,35 +52,49 @@ def test_perplexity_is_the_originals_to_four_digits(family, backend):
     assert f"{patched:.4g}" == f"{original:.4g}" or patched == pytest.approx(original, rel=1e-5)
 
 
-def fine_tune(family, backend, dtype=torch.float32, steps=30):
-    """Losses and final parameters of plain SGD on the text."""
-    model = load(family, dtype).train()
+def fine_tune(family, backend, dtype=torch.float32, choices=None):
+    """Losses and final parameters of 30 steps of plain SGD on the text, and the random choices of the run.
+
+    What is as discontinuous as hashing sends runs apart for a rounding: hash buckets are those of ``choices``, if given;
+    and the feed-forward of Reformer, which has a ReLU, gets a smooth activation.
+    """
+    hashes = family == "reformer"
+    model = load(family, dtype, **({"hidden_act": "gelu"} if hashes else {})).train()
+    sites = {found.name: (found.module, found.seam.replay) for found in find_sites(model) if found.seam.replay}
     handle = attnzoo.patch(model, backend) if backend else None
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01 if hashes else 0.05)
     generator, losses = torch.Generator().manual_seed(3), []
-    for _ in range(steps):
-        loss = model(**RECIPES[family].inputs(windows(2, LENGTH, True, generator))).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    assert handle is None or all(site.calls >= steps for site in handle.sites)
-    return torch.stack(losses), torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    with recording(sites) if choices is None else replaying(model, choices) as made:
+        for _ in range(STEPS):
+            loss = model(**RECIPES[family].inputs(windows(2, LENGTH, True, generator))).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+    assert handle is None or all(site.calls >= STEPS for site in handle.sites)
+    parameters = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    return torch.stack(losses), parameters, made
 
 
 @families
 def test_thirty_steps_of_fine_tuning_are_the_originals(family):
-    # Reformer draws its hash rotations in the dtype of the model: in float64 it would hash otherwise, so that there the
-    # original itself is what to equal.
-    hashes = family == "reformer"
-    original, eager, fused = fine_tune(family, None), fine_tune(family, "eager"), fine_tune(family, "sdpa")
-    reference = [part.double() for part in original] if hashes else fine_tune(family, "eager", torch.float64)
+    *original, choices = fine_tune(family, None)
+    assert (family == "reformer") == bool(choices)
+    eager, fused = (fine_tune(family, backend, choices=choices) for backend in ("eager", "sdpa"))
+    reference = fine_tune(family, "eager", torch.float64, choices)
+    candidates = [fused, original]
+    if family == "reformer":
+        # Its own float32 is off by tenths of a percent for tokens that see only themselves, as it hides them with -1e5:
+        # other runs are nearer to the reference than it is. In float64 it is exact.
+        candidates = [fused]
+        exact = fine_tune(family, None, torch.float64, choices)
+        torch.testing.assert_close(exact[1], reference[1], rtol=0.0, atol=1e-10)
+        torch.testing.assert_close(exact[0], reference[0], rtol=1e-6, atol=0.0)  # the loss is computed in float32
     for what, k, index in (("losses", FORWARD, 0), ("parameters", GRADIENT, 1)):
-        for run in (fused, original):
+        for run in candidates:
             verdict = check(what, run[index], reference[index], eager[index], k)
             assert verdict.ok, str(verdict)
     start = torch.cat([parameter.detach().flatten() for parameter in load(family).parameters()])
     moved = (original[1] - start).abs().max()
     assert moved > 1e-3, "and it is training"
-    if not hashes:  # a rounding can move a token to another bucket, and from there two runs part ways
-        assert moved > 100 * (fused[1] - original[1]).abs().max(), "training moves them far more than they differ"
+    assert moved > 100 * (fused[1] - original[1]).abs().max(), "training moves them far more than they differ"
