@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -204,19 +204,11 @@ def _aligned(
         q_start = max(q_start, k_start - shift - right)
         if q_start >= q_stop or k_start >= k_stop:
             continue
-        off = k_stop - q_stop - shift  # the kernel puts the last query this much after its place
-        parts = [(q_start, q_stop, off)]
-        if off < 0 and not windows:  # the last queries see all keys there are, and the others end where the keys do
-            middle = max(q_start, q_stop + off)
-            parts = [(q_start, middle, 0), (middle, q_stop, off)]
-        for start, stop, shifted in parts:
-            extents = (left + shifted, right - shifted)
-            limits = (k_stop - k_start - 1, stop - start - 1)  # beyond these there is nothing to leave out
-            pairs = zip(extents, limits, strict=True)
-            before, after = (UNLIMITED if extent >= limit else extent for extent, limit in pairs)
-            if start < stop:
-                spans = groups.setdefault((before, after), [])
-                spans.append((sample * q_len + start, stop - start, sample * kv_len + k_start, k_stop - k_start))
+        for start, stop in _cut(q_start, q_stop, k_start, k_stop, shift, left, right, windows):
+            off = k_stop - stop - shift  # the kernel puts the last query this much after its place
+            before, after = _window(left + off, right - off, stop - start, k_stop - k_start)
+            spans = groups.setdefault((before, after), [])
+            spans.append((sample * q_len + start, stop - start, sample * kv_len + k_start, k_stop - k_start))
     calls = []
     for (before, after), spans in groups.items():
         q_starts, q_lens, k_starts, k_lens = (tuple(column) for column in zip(*spans, strict=True))
@@ -225,6 +217,31 @@ def _aligned(
         k_rows = None if _is_all(k_starts, k_lens, attention.batch, kv_len) else rows_of(k_starts, k_lens, device)
         calls.append(Call(number, sequences, q_rows, k_rows))
     return calls
+
+
+def _window(left: int, right: int, q_count: int, k_count: int) -> tuple[int, int]:
+    """The extents of a sequence, without those that leave nothing out."""
+    return UNLIMITED if left >= k_count - 1 else left, UNLIMITED if right >= q_count - 1 else right
+
+
+def _cut(
+    q_start: int, q_stop: int, k_start: int, k_stop: int, shift: int, left: int, right: int, windows: bool
+) -> list[tuple[int, int]]:
+    """The queries of one sample, in as many runs as it takes for kernels to do as they are told.
+
+    They take an extent for none that is as long as the longest sequence of keys, and instead of none beside another one
+    they put its length; which is wrong where many queries stand before the first key. Kernels without windows know one
+    extent, 0 after a query. So queries that do not see the last key are a run, and those that do not see the first.
+    """
+    q_count, k_count, off = q_stop - q_start, k_stop - k_start, k_stop - q_stop - shift
+    before, after = _window(left + off, right - off, q_count, k_count)
+    obeyed = after < k_count and (after != UNLIMITED or before == UNLIMITED or q_count <= k_count + 1)
+    if obeyed and (windows or off == 0):
+        return [(q_start, q_stop)]
+    last = k_stop - shift - right  # from here on queries see the last key
+    first = k_start - shift + left + 1  # and from here on they do not see the first
+    cuts = [q_start, *(min(max(q_start, cut), q_stop) for cut in (last, max(first, last))), q_stop]
+    return [(start, stop) for start, stop in pairwise(cuts) if start < stop]
 
 
 def _is_all(starts: tuple[int, ...], lens: tuple[int, ...], batch: int, length: int) -> bool:

@@ -14,12 +14,17 @@ from attnzoo.patterns import Causal, Chunks, Full, SortedChunks, Window
 def meetings(attention, planned):
     """How often each query meets each key of each segment in the calls, ``(batch, q_len, kv_len)``; hidden keys do not.
 
-    Read off the calls as a kernel would: the last query of each sequence stands at its last key.
+    Read off the calls as a kernel would: the last query of each sequence stands at its last key. FlashAttention takes
+    an extent for none that is as long as the longest sequence of keys; and instead of none, it puts that length beside
+    an extent that there is.
     """
     counts = [torch.zeros(attention.batch * attention.q_len + 1, attention.batch * s.kv_len + 1, dtype=torch.long)
               for s in attention.segments]  # fmt: skip
     for call in planned.calls:
         sequences = call.sequences
+        left, right = (-1 if extent >= sequences.max_k else extent for extent in (sequences.left, sequences.right))
+        if left >= 0 or right >= 0:
+            left, right = (sequences.max_k if extent < 0 else extent for extent in (left, right))
         q_rows = torch.arange(sum(sequences.q_lens)) if call.q_rows is None else call.q_rows
         k_rows = torch.arange(sum(sequences.k_lens)) if call.k_rows is None else call.k_rows
         assert len(q_rows) == sum(sequences.q_lens) and len(k_rows) == sum(sequences.k_lens)
@@ -28,10 +33,10 @@ def meetings(attention, planned):
             place = torch.arange(len(queries))[:, None] + len(keys) - len(queries)
             key = torch.arange(len(keys))
             seen = torch.ones((len(queries), len(keys)), dtype=torch.bool)
-            if sequences.left >= 0:
-                seen &= key >= place - sequences.left
-            if sequences.right >= 0:
-                seen &= key <= place + sequences.right
+            if left >= 0:
+                seen &= key >= place - left
+            if right >= 0:
+                seen &= key <= place + right
             assert seen.any(1).all(), "a query in a call that sees no key of it"
             counts[call.segment].index_put_((queries[:, None], keys[None]), seen.long(), accumulate=True)
     found = []

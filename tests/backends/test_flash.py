@@ -222,6 +222,14 @@ def test_padding_is_packed_away(flash_attn):
         assert given["q"].shape[0] == given["k"].shape[0] == 20
 
 
+@pytest.mark.parametrize("pattern", [attnzoo.Causal(), attnzoo.Window(9, 7), attnzoo.Window(2, 9)], ids=str)
+@pytest.mark.parametrize("kernel", [None, "varlen"])
+def test_a_sample_shorter_than_half_of_the_batch_keeps_its_extents(flash_attn, varlen, pattern, kernel):
+    """Kernels take an extent for none that is as long as the keys are: see :func:`calls._cut`."""
+    agrees(attention(pattern, key_mask=real(6, 3)), FlashBackend(kernel=kernel))
+    agrees(attention(pattern, key_mask=real(20, 6).flip(1)), FlashBackend(kernel=kernel))
+
+
 def test_a_sample_of_padding_is_in_no_call(flash_attn):
     [(_, given)], output = ran(flash_attn, attention(attnzoo.Full(), key_mask=real(20, 0)))
     assert given["cu_q"].tolist() == [0, 20]

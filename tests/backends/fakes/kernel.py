@@ -28,16 +28,17 @@ def check(q, k, v, cu_q, cu_k, max_q, max_k):
 
 
 def visible(n, m, causal, left, right, max_k):
-    """Who sees whom in a sequence of ``n`` queries and ``m`` keys: aligned at the end."""
-    right = 0 if causal else right
+    """Who sees whom in a sequence of ``n`` queries and ``m`` keys: aligned at the end.
+
+    An extent of ``max_k`` or more is none, and none beside another one is ``max_k``.
+    """
+    left, right = (-1 if extent >= max_k else extent for extent in (left, 0 if causal else right))
     place = torch.arange(n)[:, None] + (m - n)
     key = torch.arange(m)
-    seen = torch.ones((n, m), dtype=torch.bool)
-    if 0 <= left < max_k:
-        seen &= key >= place - left
-    if 0 <= right < max_k:
-        seen &= key <= place + right
-    return seen
+    if left < 0 and right < 0:
+        return torch.ones((n, m), dtype=torch.bool)
+    left, right = (max_k if extent < 0 else extent for extent in (left, right))
+    return (key >= place - left) & (key <= place + right)
 
 
 def sequences(cu_q, cu_k):
