@@ -1,4 +1,8 @@
-"""What was made from tensors last, while they are alive and unchanged: for what all layers of a forward share."""
+"""What was made from tensors last, while they are alive and unchanged: for what all layers of a forward share.
+
+Changes are told by a tensor's version. Writing through ``.data``, numpy or DLPack raises no version, so that it goes
+unseen here; models and adapters make their masks anew in every forward.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -25,7 +30,9 @@ class Memory:
         """``make()``, or what it gave for the same key and tensors not long ago. It must not share their memory."""
         if any(tensor.is_inference() for tensor in tensors):
             return make()  # inference tensors count no versions
-        whole = (key, *((id(tensor), tensor._version) for tensor in tensors))
+        # What is made in inference mode cannot be saved for a backward.
+        mode = torch.is_inference_mode_enabled()
+        whole = (key, mode, *((id(tensor), tensor._version) for tensor in tensors))
         with self._lock:
             found = self._made.get(whole)
             if found is not None and all(ref() is tensor for ref, tensor in zip(found[0], tensors, strict=True)):
@@ -34,6 +41,8 @@ class Memory:
                 return value
         value = make()
         with self._lock:
+            for known in [known for known, (refs, _) in self._made.items() if any(ref() is None for ref in refs)]:
+                del self._made[known]
             self._made[whole] = (tuple(weakref.ref(tensor) for tensor in tensors), value)
             while len(self._made) > self._kept:
                 self._made.popitem(last=False)
