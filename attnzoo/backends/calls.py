@@ -162,7 +162,17 @@ def _plan(attention: Attention, windows: bool) -> Plan:
             lens = ([attention.q_len] * attention.batch, [segment.kv_len] * attention.batch)
             calls += _unordered(attention, number, segment, None, None, *lens)
         hidden.append(~segment.key_mask if holes and segment.key_mask is not None else None)
-    return Plan(tuple(calls), tuple(hidden), spare)
+    return Plan(tuple(map(_counted, calls)) if spare else tuple(calls), tuple(hidden), spare)
+
+
+def _counted(call: Call) -> Call:
+    """The same with all its rows by number: where there is a spare row, it would be one of all."""
+    sequences = call.sequences
+    q_rows, k_rows = (
+        torch.arange(sum(lens), device=sequences.device) if rows is None else rows
+        for rows, lens in ((call.q_rows, sequences.q_lens), (call.k_rows, sequences.k_lens))
+    )
+    return call._replace(q_rows=q_rows, k_rows=k_rows)
 
 
 def _extents(masks: list[Tensor | None]) -> list[list[tuple[int, int, int]] | None]:

@@ -143,7 +143,10 @@ def drift(module: ModuleType | Any, expected: dict[str, tuple[str, ...]], whose:
         function = getattr(module, name, None)
         if function is None:
             return f"{whose} has no {name}"
-        got = parameters(function)
+        try:
+            got = parameters(function)
+        except (TypeError, ValueError):
+            return f"{whose}'s {name} does not tell its parameters: {function!r}"
         if got[: len(names)] != names:
             return f"{whose} changed the parameters of {name} to {', '.join(got)}"
     return None

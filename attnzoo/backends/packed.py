@@ -110,7 +110,7 @@ def attend(attention: Attention, kernel: type[Kernel]) -> Result:
     planned = plan(attention, kernel.windows)
     hiding = planned.spare or any(mask is not None for mask in planned.hidden)
     packed = _Packing(attention, planned, _Hiding(attention.scale) if hiding else None)
-    if len(planned.calls) == 1 and not hiding:
+    if len(attention.segments) == 1 and planned.calls and not hiding:
         output, live = packed.attend(kernel)
     else:
         settings = _Settings(kernel, planned, packed.places, attention.scale, attention.dropout)
@@ -193,14 +193,20 @@ class _Packing:
         return rows if _is_aligned(rows) else rows.clone(memory_format=torch.contiguous_format)
 
     def attend(self, kernel: type[Kernel]) -> tuple[Tensor, Tensor | None]:
-        """The output of the only call ``(rows, heads, dim)``, and which rows see a key, ``(batch, 1, q_len)``."""
-        attention, (call,) = self._attention, self._planned.calls
-        query, key, value = take(call, self.query, self.keys_values, self.places)
-        output = kernel.attend(query, key, value, call.sequences, attention.scale, attention.dropout)
-        if call.q_rows is None:
-            return output, None
-        seen = torch.zeros(self.query.shape[0], dtype=torch.bool, device=query.device).index_fill(0, call.q_rows, True)
-        whole = output.new_zeros(self.query.shape).index_copy(0, call.q_rows, output)
+        """The output of a single segment ``(rows, heads, dim)``, and which rows see a key, ``(batch, 1, q_len)``.
+
+        Without hidden keys no query is in two calls (:func:`calls.disjoint`): there is nothing to unite.
+        """
+        attention, calls, outputs = self._attention, self._planned.calls, []
+        for call in calls:
+            query, key, value = take(call, self.query, self.keys_values, self.places)
+            outputs.append(kernel.attend(query, key, value, call.sequences, attention.scale, attention.dropout))
+        rows = [call.q_rows for call in calls if call.q_rows is not None]
+        if not rows:
+            return outputs[0], None
+        index = torch.cat(rows)
+        seen = torch.zeros(self.query.shape[0], dtype=torch.bool, device=index.device).index_fill(0, index, True)
+        whole = outputs[0].new_zeros(self.query.shape).index_copy(0, index, torch.cat(outputs))
         return whole, seen.view(attention.batch, 1, attention.q_len)
 
     def live(self, lse: Tensor) -> Tensor:

@@ -165,6 +165,15 @@ def test_a_row_that_sees_hidden_keys_alone_gives_zero_or_what_is_said(flash_attn
     agrees(own, FlashBackend())
 
 
+@pytest.mark.parametrize("kernel", ["flash_attn", "varlen"])
+def test_a_plan_made_in_inference_mode_is_not_trained_with(flash_attn, varlen, kernel):
+    backend, mask = FlashBackend(kernel=kernel), real(13, 7)
+    for masks in (dict(key_mask=mask, query_mask=mask), {}):
+        with torch.inference_mode():
+            backend.run(attention(attnzoo.Window(4, 4), **masks))
+        agrees(attention(attnzoo.Window(4, 4), **masks, grad=True), backend)
+
+
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
 def test_a_scale_that_is_not_positive(flash_attn, scale):
     agrees(attention(attnzoo.Causal(), scale=scale), FlashBackend())
@@ -300,6 +309,14 @@ def test_lsh_rounds_are_causal_calls_that_meet_by_token(flash_attn):
     assert len(ran(flash_attn, both)[0]) == 2 * len(calls)  # tokens before its own, and after it
 
 
+def test_sorted_keys_beside_others(flash_attn):
+    """The spare row of sorted keys is in no other call: the fake checks that lengths add up to the rows given."""
+    whole = Case(HALF, SortedChunks(8, 1, 0, causal=True), q_len=16, kv_len=16).attention()
+    few, every = (torch.randn((*whole.query.shape[:2], n, whole.head_dim)).to(HALF) for n in (5, 16))
+    others = (attnzoo.Segment(few, few), attnzoo.Segment(every, every, attnzoo.Causal()))
+    agrees(attnzoo.Attention(whole.query, (*whole.segments, *others), whole.scale), FlashBackend())
+
+
 def test_the_kernel_is_the_packages_if_it_is_there_and_torchs_if_not(flash_attn, varlen, monkeypatch):
     whole = attention(attnzoo.Causal())
     assert FlashBackend().run(whole).kernel == "flash_attn"
@@ -379,8 +396,9 @@ def plant(monkeypatch, tmp_path, text):
             "flash_attn changed the parameters of flash_attn_varlen_func to q, ",
         ),
         ("", "flash_attn has no flash_attn_varlen_func"),
+        ("flash_attn_varlen_func = max", "flash_attn's flash_attn_varlen_func does not tell its parameters"),
     ],
-    ids=["import error", "system exit", "dependency", "drift", "empty"],
+    ids=["import error", "system exit", "dependency", "drift", "empty", "no signature"],
 )
 def test_a_broken_package_is_a_reason_and_breaks_nothing(fresh, tmp_path, monkeypatch, text, why):
     plant(fresh, tmp_path, text)
@@ -434,7 +452,8 @@ def test_without_the_private_functions_parts_are_refused_and_single_calls_run(fl
     backend = FlashBackend(kernel="flash_attn")
     assert refusals(backend, mask="globals")["segments"][0].endswith(f"has no {lost}")
     assert refusals(backend, pattern=attnzoo.Causal(), mask="keys")["segments"][1] == "one segment without a key mask"
-    assert agrees(attention(attnzoo.Causal()), FlashBackend()) == "flash_attn"
+    for query_mask in (None, real(20, 7)):  # several calls, but none that has to be united with another
+        assert agrees(attention(attnzoo.Window(4, 4), query_mask=query_mask), FlashBackend()) == "flash_attn"
     assert not refusals(mask="globals")  # torch's kernels take those
 
 
