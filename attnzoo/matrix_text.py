@@ -22,9 +22,9 @@ Families = dict[str, tuple[Module, ...] | str]
 LEGEND = """\
 Each cell asks what the module asks in inference and one feature more, in float64, float32, bfloat16 and float16, on CPU
 and CUDA, with every optional package there is (`attnzoo doctor` tells what this machine has). *yes*: all of it runs.
-Else what runs is named; `cuda`: it takes a CUDA device. What the CPU runs is tested; what CUDA runs is declared, and tested
-by `make test-cuda` where there is a device. Numbers are reasons for the rest, listed below; those of *forward* hold for the
-whole row and are not repeated. *(≈)*: the backend changes the pattern there, and computes that exactly."""
+Else what runs is named; `cuda`: it takes a CUDA device. What the CPU runs is tested; what CUDA runs is declared, and
+tested by `make test-cuda` where there is a device. Numbers are reasons for the rest, listed below; those of *forward*
+hold for the whole row and are not repeated. *(≈)*: the backend changes the pattern there, and computes that exactly."""
 
 
 def plain(families: Families) -> dict[str, Any]:
