@@ -5,7 +5,8 @@ the dtype, heads and their dimensions, and which lengths are 1 (to a compiler, 1
 offsets and tables are symbols or tensors, so that a new length compiles nothing. Three more measures see to that:
 
 - Every form has a function of its own, since a compiler gives up on a function it has compiled often enough. This one
-  then raises (``fullgraph``): FlexAttention uncompiled would make whole ``q_len x kv_len`` grids.
+  then raises (``fullgraph``), and it does where compilation is switched off: FlexAttention uncompiled would make whole
+  ``q_len x kv_len`` grids.
 - It is compiled on an example in which no two sizes are equal: a compiler takes equal sizes for the same symbol.
 - What masks and biases look up is flat and goes through ``embedding``, which asks for no size: PyTorch's CPU kernels
   (seen in 2.13) take the size of a captured tensor from elsewhere if it is a symbol.
@@ -23,6 +24,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from attnzoo.backends.flex_blocks import BlockIndices
+from attnzoo.errors import BackendRefusedError, Refusal
+
+_UNCOMPILED = Refusal("torch.compile", "switched off, by a stance or a setting", "on: uncompiled, it makes whole grids")
 
 
 class Form(NamedTuple):
@@ -93,6 +97,9 @@ def kernel(form: Form) -> Kernel:
     """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, indices: BlockIndices, terms: Terms) -> Tensor:
+        if not torch.compiler.is_compiling():  # a constant in compiled code
+            raise BackendRefusedError("flex_attention", {"attention": (_UNCOMPILED,)}, {})
+
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             return _seen(form, terms, q, kv) & _at(terms.real, b * terms.sizes[0] + kv)
 

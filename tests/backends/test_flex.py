@@ -66,6 +66,30 @@ def test_a_new_length_window_or_table_compiles_nothing():
 
 
 @needs_compiler
+def test_inference_mode_compiles_once_more_and_not_by_length():
+    assert agrees(attention(150, bias=False))
+    compiled = counters["stats"]["unique_graphs"]
+    for length in (64, 333):  # in the first there are as many blocks as samples
+        with torch.inference_mode():
+            assert execute(FlexBackend(), attention(length, bias=False)).output.is_inference()
+        assert agrees(attention(length, bias=False))
+        assert counters["stats"]["unique_graphs"] == compiled + 1
+
+
+@needs_compiler
+def test_where_compilation_is_switched_off_it_refuses():
+    """Uncompiled, FlexAttention would make whole grids of scores, under the same name."""
+    whole = attention(150, bias=False)
+    assert agrees(whole)
+    with (
+        torch.compiler.set_stance("force_eager"),
+        pytest.raises(attnzoo.BackendRefusedError, match=r"torch\.compile: got switched off.*allowed: on"),
+    ):
+        execute(FlexBackend(), whole)
+    assert agrees(whole)
+
+
+@needs_compiler
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_grouped_keys_chunks_and_single_queries(kv_heads):
     assert agrees(attention(61, pattern=attnzoo.Chunks(8, 1, 1), kv_heads=kv_heads))
