@@ -55,8 +55,8 @@ def test_perplexity_is_the_originals_to_four_digits(family, backend):
 def fine_tune(family, backend, dtype=torch.float32, choices=None):
     """Losses and final parameters of 30 steps of plain SGD on the text, and the random choices of the run.
 
-    What is as discontinuous as hashing sends runs apart for a rounding: hash buckets are those of ``choices``, if given;
-    and the feed-forward of Reformer, which has a ReLU, gets a smooth activation.
+    What jumps sends runs apart for a rounding: hash buckets are those of ``choices``, if given, and the family that
+    hashes gets a smooth activation in place of its ReLU.
     """
     hashes = family == "reformer"
     model = load(family, dtype, **({"hidden_act": "gelu"} if hashes else {})).train()
