@@ -28,8 +28,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from attnzoo import registry
 from attnzoo.backends.rewriting import Rewriting, aligned_offset, check_count, first_position, real_keys
-from attnzoo.errors import InvalidArgumentError
+from attnzoo.errors import InvalidArgumentError, Refusal
 from attnzoo.hashed import HashedChunks, HashRound
 from attnzoo.patterns import Causal, Window
 from attnzoo.segments import Attention, Request, Segment
@@ -71,6 +72,18 @@ class LshBackend(Rewriting):
 
     def describe(self, request: Request) -> str:
         return f"{self.num_hashes} hash rounds of {self.num_buckets} buckets, chunks of {self.chunk_length} keys"
+
+    def more_refusals(self, request: Request) -> tuple[Refusal, ...]:
+        """A bias where ``auto`` could only take a kernel with scores for every query and key: who wants it, names it."""
+        (segment,) = request.segments
+        if self.kernel != "auto" or segment.bias is None:
+            return ()
+        takers = registry.candidates(self.rewrite_request(request))
+        if not takers or not all(taker.dense for taker in takers):
+            return ()
+        allowed = " or ".join(f'kernel="{taker.name}"' for taker in takers)
+        got = f"a {segment.bias} bias, which only dense kernels take on hashed keys"
+        return (Refusal("bias", got, f"no bias; or {allowed}, with scores for every query and key"),)
 
     def rewrite_request(self, request: Request) -> Request:
         (segment,) = request.segments

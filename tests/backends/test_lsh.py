@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo import testing
+from attnzoo import registry, testing
 from attnzoo.backends.eager import evaluate
 from attnzoo.backends.lsh import LshBackend
 from attnzoo.error_rule import FORWARD, check
@@ -17,6 +17,7 @@ from attnzoo.segments import Attention, Segment
 from attnzoo.verification import check_site
 
 from ..models import zoo
+from ..registering import backend
 from .changed import KEYS, attention, chunked, is_definition, key_mask, refused
 
 OPTIONS = dict(num_hashes=2, chunk_length=3, num_buckets=4, kernel="sdpa")
@@ -256,3 +257,24 @@ def test_a_bias_is_refused_where_the_kernel_has_no_place_for_it():
     biased = attention(Causal(), None, bias=True)
     assert {reason.field for reason in lsh().refusals(biased.request())} == {"bias"}
     assert check_site("site", biased, replace(lsh(), kernel="eager"), grad=True).ok
+
+
+def test_a_bias_never_means_dense_scores_unless_they_are_asked_for_by_name():
+    """``kernel="auto"`` would find only the oracle: ``seq_len x seq_len`` scores where chunks were asked for."""
+    auto, biased = lsh(kernel="auto"), attention(Causal(), None, bias=True).request()
+    assert all(taker.dense for taker in registry.candidates(auto.rewrite_request(biased)))
+    (refusal,) = auto.refusals(biased)
+    assert (refusal.field, "a relative bias" in refusal.got) == ("bias", True)
+    assert "no bias" in refusal.allowed and 'kernel="eager"' in refusal.allowed
+    assert not lsh(kernel="eager").refusals(biased)
+    assert not auto.refusals(attention(Causal(), None).request())
+
+
+def test_a_bias_runs_where_a_kernel_takes_it_in_chunks(request):
+    able = backend("able", rank=1)
+    attnzoo.register_backend(able)
+    request.addfinalizer(lambda: attnzoo.unregister_backend("able"))
+    whole = attention(Causal(), None, bias=True)
+    assert not lsh(kernel="auto").refusals(whole.request())
+    lsh(kernel="auto").run(whole)
+    assert able.runs
