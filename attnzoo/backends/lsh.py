@@ -74,7 +74,7 @@ class LshBackend(Rewriting):
         return f"{self.num_hashes} hash rounds of {self.num_buckets} buckets, chunks of {self.chunk_length} keys"
 
     def more_refusals(self, request: Request) -> tuple[Refusal, ...]:
-        """A bias where ``auto`` could only take a kernel with scores for every query and key: who wants it, names it."""
+        """A bias where ``auto`` could only take a kernel with scores for every query and key: ask by name."""
         (segment,) = request.segments
         if self.kernel != "auto" or segment.bias is None:
             return ()
