@@ -8,7 +8,7 @@ import gc
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,9 +51,10 @@ def seconds(run: Callable[[], None], device: str) -> float:
 def peak_of(run: Callable[[], None], device: str) -> Peak:
     """Peak memory of a run, in a process that has done nothing else yet.
 
-    CPU: the kernel's high-water mark of resident memory, reset before the run (Linux); elsewhere ``getrusage``, which
-    cannot be reset, so memory that building the model needed for a moment hides as much of the
-    run's. CUDA: the peak of the caching allocator.
+    CPU: the kernel's high-water mark of resident memory, reset before the run (Linux), with every large tensor in a
+    mapping of its own: the C library would keep those of up to 32 MiB in a heap, where what was freed leaves holes that
+    count, more or fewer as chance has it. Elsewhere ``getrusage``, which cannot be reset, so memory that building the
+    model needed for a moment hides as much of the run's. CUDA: the peak of the caching allocator.
     """
     gc.collect()
     if device == "cuda":
@@ -68,7 +69,8 @@ def peak_of(run: Callable[[], None], device: str) -> Peak:
     _trim()
     if _reset_high_water():
         before = _status_bytes("VmRSS")
-        run()
+        with _large_apart():
+            run()
         return Peak(max(0, _status_bytes("VmHWM") - before), before, "VmHWM after clear_refs")
     before = _max_rss()
     run()
@@ -87,6 +89,22 @@ def _trim() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@contextlib.contextmanager
+def _large_apart() -> Iterator[None]:
+    """Have glibc map whatever is larger than a MiB on its own; afterwards what is larger than its usual 32 MiB."""
+    threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+    try:
+        set_option = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library, with ways of its own
+        yield
+        return
+    set_option(threshold, 1 << 20)
+    try:
+        yield
+    finally:
+        set_option(threshold, 32 << 20)
 
 
 def _reset_high_water() -> bool:

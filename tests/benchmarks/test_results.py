@@ -156,6 +156,20 @@ def test_peak_memory_is_that_of_the_run():
     assert 60 << 20 <= peak.extra <= 100 << 20
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the peak cannot be reset")
+def test_memory_that_was_freed_is_not_in_the_peak():
+    large = torch.ones(31 << 18)
+    del large  # glibc now keeps tensors of up to 31 MiB in its heap
+
+    def allocate() -> None:
+        kept = [torch.ones(4 << 18) for _ in range(16)]
+        del kept[::2]  # holes of 4 MiB each
+        kept += [torch.ones(5 << 18) for _ in range(6)]  # which these do not fit into
+
+    peak = peak_of(allocate, "cpu")
+    assert peak.extra <= 72 << 20  # 16 x 4 MiB, of which 8 made room
+
+
 def test_the_book_is_long_and_read_as_bytes():
     assert len(book()) >= 200_000
     tokens = read_tokens(2, 100, 4)
