@@ -64,10 +64,11 @@ class SiteAttend:
         return self._fallback and can
 
     def once(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
-        if tensor.is_inference() or torch.compiler.is_compiling():
+        if tensor.is_inference():
             return make(tensor)  # inference tensors count no versions, and their ids may come again
         made = self._memory.setdefault(tensor, {})
-        version = tensor._version
+        # What is made in inference mode cannot be saved for a backward.
+        version = (tensor._version, torch.is_inference_mode_enabled())
         if name not in made or made[name][0] != version:
             value = make(tensor)
             if _shares_memory(value, tensor):
@@ -116,8 +117,15 @@ class PatchedForward:
         if not self.native:
             self._forward = self.found.seam.bind(self.found.module, self._attend)
         functools.update_wrapper(self, self.original, updated=())
+        # torch.compile stumbles over a forward with other globals, and over what looks at the data. So it leaves patched
+        # modules alone and compiles what is around them; backends may compile inside. As a decorator this would
+        # import the compiler with attnzoo; transformers has imported it when there is a model.
+        self._uncompiled = torch.compiler.disable(PatchedForward._run)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._uncompiled(self, *args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         if self._forward is None:
             self.site.kernels["native"] += 1
             return self.own(*args, **kwargs)

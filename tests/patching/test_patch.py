@@ -273,3 +273,13 @@ def test_what_is_remembered_of_a_mask_dies_with_it(neox):
             neox.model(input_ids=torch.full((3, 11), 5), attention_mask=mask)
         gc.collect()
         assert not any(len(forward._attend._memory) for forward in handle.forwards)
+
+
+def test_what_is_remembered_in_inference_mode_is_for_inference_mode(neox):
+    """It cannot be saved for a backward, though it be made of a tensor that can."""
+    mask = torch.ones(3, 11)
+    with attnzoo.patch(neox.model, "sdpa") as handle:
+        once = handle.forwards[0]._attend.once
+        with torch.inference_mode():
+            assert once(mask, "more", lambda tensor: tensor + 1) is once(mask, "more", lambda tensor: tensor + 1)
+        assert not once(mask, "more", lambda tensor: tensor + 1).is_inference()
