@@ -117,9 +117,9 @@ class PatchedForward:
         if not self.native:
             self._forward = self.found.seam.bind(self.found.module, self._attend)
         functools.update_wrapper(self, self.original, updated=())
-        # torch.compile stumbles over a forward with other globals, and over what looks at the data. So it leaves patched
-        # modules alone and compiles what is around them; backends may compile inside. As a decorator this would
-        # import the compiler with attnzoo; transformers has imported it when there is a model.
+        # torch.compile stumbles over a forward with other globals, and over what looks at the data. So it leaves
+        # patched modules alone and compiles what is around them; backends may compile inside. As a decorator this
+        # would import the compiler with attnzoo; transformers has imported it when there is a model.
         self._uncompiled = torch.compiler.disable(PatchedForward._run)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""``torch.compile`` around a patched model: what is around the patched modules is compiled, and the results are the same.
+"""``torch.compile`` around a patched model: what is around the patched modules is compiled, with the same results.
 
 With a compiler backend that runs what is traced, as it is: what is tested is the tracing.
 """
