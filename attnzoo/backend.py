@@ -146,6 +146,10 @@ class Backend:
         """
         return self
 
+    def idle(self) -> tuple[str, ...]:
+        """Which of its options, as ``name=value``, were given and do nothing at the site it was settled for."""
+        return ()
+
     def changes(self, request: Request) -> str | None:
         """What of the request is not computed as it says, in words; None: nothing, the backend is exact here."""
         return None

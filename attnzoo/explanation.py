@@ -12,7 +12,7 @@ from attnzoo import registry
 from attnzoo.errors import InvalidArgumentError, PatchError, Refusal
 from attnzoo.functional import refusals
 from attnzoo.patching import check_forward
-from attnzoo.sites import expected_changes, expected_requests, find_sites
+from attnzoo.sites import check_options, expected_changes, expected_requests, find_sites
 from attnzoo.tuning.outlook import auto_at
 
 
@@ -99,6 +99,9 @@ def explain(model: nn.Module, backend: str | None = None, **options: Any) -> Exp
     names = list(infos) if backend is None else [registry.backend_class(backend).name]
     everything = [found for found in find_sites(model) if found.seam.attends]
     together = tuple(request for found in everything for request in expected_requests(found))
+    if options and all(one in options for one in registry.backend_class(names[0]).required_options()):
+        made = registry.configure(names[0], **options)
+        check_options(made.settle(expected_requests(found), together) for found in everything)
     verdicts = []
     auto: dict[str, tuple[str, ...]] = {}
     for found in everything:

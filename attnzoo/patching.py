@@ -18,7 +18,7 @@ from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError
 from attnzoo.forwards import PatchedForward, patches_of
 from attnzoo.functional import negotiate
 from attnzoo.segments import Request
-from attnzoo.sites import Found, Site, expected_changes, expected_requests, find_sites
+from attnzoo.sites import Found, Site, check_options, expected_changes, expected_requests, find_sites
 
 _patch_numbers = itertools.count(1)
 _Assigned = tuple[Found, str | Backend]
@@ -219,8 +219,9 @@ def _settle(chosen: list[_Assigned], made: Mapping[str | Backend, Backend | None
             continue
         asked = {found.name: expected_requests(found) for found, other in chosen if other == name}
         together = tuple(request for requests in asked.values() for request in requests)
-        for site, requests in asked.items():
-            settled[site] = instance.settle(requests, together)
+        serving = {site: instance.settle(requests, together) for site, requests in asked.items()}
+        check_options(serving.values())
+        settled.update(serving)
     return settled
 
 

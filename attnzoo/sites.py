@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -125,6 +125,19 @@ def expected_changes(backend: Backend, requests: tuple[Request, ...]) -> tuple[s
     """What a backend will change of what a site is expected to ask, in words."""
     found = (backend.changes(request) for request in requests)
     return tuple(dict.fromkeys(change for change in found if change is not None))
+
+
+def check_options(settled: Iterable[Backend]) -> None:
+    """Refuse options of a backend, settled for each of the sites it serves, that do nothing at any of them.
+
+    Raises:
+        InvalidArgumentError: names these options.
+    """
+    everywhere = list(settled)
+    idle = [backend.idle() for backend in everywhere]
+    if idle and all(idle):
+        allowed = "none of them: all attention here stays as it is, being local of its own (or beside such attention)"
+        raise InvalidArgumentError(f"options of backend {everywhere[0].name!r}", ", ".join(idle[0]), allowed)
 
 
 def trains(module: nn.Module) -> bool:

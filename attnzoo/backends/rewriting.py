@@ -7,7 +7,7 @@ its own, and attention to another sequence, where nothing is near.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -73,8 +73,15 @@ class Rewriting(Backend):
 
         So is, without options, all that stands beside such a site: nothing of a model that is local needs options.
         """
-        bounded = any(map(_is_local, site)) or (bool(self._missing()) and any(map(_is_local, patch)))
+        bare = bool(self.needed) and len(self._missing()) == len(self.needed)
+        bounded = any(map(_is_local, site)) or (bare and any(map(_is_local, patch)))
         return replace(self, kept=True) if bounded else self
+
+    def idle(self) -> tuple[str, ...]:
+        """All but ``kernel``, where the attention is kept."""
+        own = [one for one in fields(self) if self.kept and one.name in self.options() and one.name != "kernel"]
+        given = {one.name: getattr(self, one.name) for one in own if getattr(self, one.name) != one.default}
+        return tuple(f"{name}={value!r}" for name, value in given.items())
 
     def changes(self, request: Request) -> str | None:
         if self.kept or _is_local(request) or all(_is_cross(segment.pattern) for segment in request.segments):

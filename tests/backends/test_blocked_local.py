@@ -147,13 +147,34 @@ def test_models_that_are_local_of_their_own_need_no_option_and_are_exact(family,
 
 
 def test_short_inputs_of_a_local_site_stay_dense():
-    """Reformer sees everything there is up to a chunk's length: that is its pattern, whatever the options."""
+    """Reformer sees everything there is up to a chunk's length: that is its pattern."""
     model = zoo.reformer()
     with torch.no_grad():
         expected = model(zoo.ids(1, 4)).logits
-        with attnzoo.patch(model, "blocked-local", window=2, kernel="sdpa") as handle:
+        with attnzoo.patch(model, "blocked-local", kernel="sdpa") as handle:
             torch.testing.assert_close(model(zoo.ids(1, 4)).logits, expected, rtol=0, atol=1e-4)
     assert not any(site.approximate for site in handle.sites)
+
+
+def test_options_that_would_do_nothing_are_refused():
+    model = zoo.reformer()
+    for call in (attnzoo.patch, attnzoo.explain):
+        words = (
+            "options of backend 'blocked-local': got window=8, sinks=1;",
+            "allowed: none of them",
+            "local of its own",
+        )
+        refused(lambda call=call: call(model, "blocked-local", window=8, sinks=1, kernel="sdpa"), *words)
+    assert not any("forward" in vars(module) for module in model.modules())
+    refused(lambda: attnzoo.patch(model, {"*.0.*": local(8), "*": "sdpa"}), "got window=8")
+    with attnzoo.patch(zoo.led(), local(8)):
+        pass
+    with attnzoo.patch(model, "blocked-local", kernel="sdpa"):
+        pass
+
+
+def test_some_of_the_options_a_dense_site_needs_are_not_enough_beside_a_local_one():
+    refused(lambda: attnzoo.patch(zoo.led(), "lsh", num_hashes=2), "decoder", "no chunk_length, num_buckets")
 
 
 def test_options_change_the_dense_sites_beside_local_ones_alone():
