@@ -34,7 +34,8 @@ def race(
 ) -> dict[str, Outcome]:
     """Time backends on an attention in turns: medians of ``rounds`` samples, warm-up and compilation left out.
 
-    What is outside the error rule on sampled rows, or raises, is no candidate and is not timed.
+    What is outside the error rule on sampled rows, or raises, is no candidate and is not timed; what ran out of memory
+    is not timed, but not found to be wrong either.
 
     Args:
         attention: what to compute, on tensors without a history; those that require grad get gradients.
@@ -56,7 +57,7 @@ def race(
             got = f"needs about {need / (1 << 30):.1f} GiB for dense scores, is timed up to {DENSE_BYTES >> 30} GiB"
             outcomes[backend.name] = Outcome(code, reason=got)
             continue
-        step, kernel, first = _step(backend, attention, grad), "", 0.0
+        step, kernel, first, full = _step(backend, attention, grad), "", 0.0, False
         try:
             start = tick()
             kernel = step()
@@ -65,7 +66,8 @@ def race(
             wrong = _wrong(backend, attention, grad)
         except Exception as error:  # whatever it raises is why it is no candidate
             wrong = f"raised {type(error).__name__}: {error}".partition("\n")[0]
-        outcomes[backend.name] = Outcome(code, first=first, kernel=kernel, reason=wrong, wrong=bool(wrong))
+            full = _out_of_memory(error)  # which says something of the machine just now, nothing of the backend
+        outcomes[backend.name] = Outcome(code, first=first, kernel=kernel, reason=wrong, wrong=bool(wrong) and not full)
         if not wrong:
             runs[backend.name] = step
     for name, seconds in _times(runs, attention.query.device, rounds, tick).items():
@@ -78,6 +80,13 @@ def dense_bytes(attention: Attention, grad: bool) -> int:
     keys = sum(segment.kv_len for segment in attention.segments)
     grid = attention.batch * attention.heads * attention.q_len * keys * attention.query.itemsize
     return grid * (10 if grad else 6)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that memory was full; torch's allocator on the CPU has no class of its own for that."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        type(error) is RuntimeError and "DefaultCPUAllocator" in str(error)
+    )
 
 
 def _wrong(backend: Backend, attention: Attention, grad: bool) -> str:

@@ -84,6 +84,26 @@ def test_what_raises_is_reported_and_never_taken(add, clock):
     assert took().backend.name == "sound"
 
 
+def out_of_memory():
+    """What torch raises on the CPU."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), MemoryError(), out_of_memory()], ids=lambda error: type(error).__name__
+)
+def test_memory_that_was_full_once_bars_no_backend_for_good(add, clock, error):
+    """It is not timed and says why; where nothing else is left, ``auto`` takes it all the same."""
+    add("full", rank=-1, raises=error), add("wrong", spoils=lambda output: output * 1.01)
+    (found,) = tune(clock)
+    assert found.outcomes["full"].reason.startswith(f"raised {type(error).__name__}")
+    assert not found.outcomes["full"].wrong and found.outcomes["wrong"].wrong
+    with pytest.raises(type(error)):
+        took()
+
+
 def test_where_all_were_wrong_auto_refuses_with_what_was_found(add):
     add("one"), add("two"), add("three", grad=False, dtypes=frozenset({torch.float64}))
     measured(attention(), {"one": "output: error 1", "two": "raised OSError"})
