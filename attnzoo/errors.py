@@ -73,6 +73,7 @@ class BackendRefusedError(AttnzooError, NotImplementedError):
         remedy: str = "",
     ) -> None:
         self.backend, self.refusals, self.alternatives = backend, dict(refusals), dict(alternatives)
+        self._remedy = remedy
         lines = [f"backend {backend!r} refuses"]
         alike: dict[tuple[tuple[Refusal, ...], tuple[str, ...] | None], list[str]] = {}
         for where, reasons in self.refusals.items():
@@ -86,6 +87,16 @@ class BackendRefusedError(AttnzooError, NotImplementedError):
         if remedy:
             lines.append(f"  {remedy}")
         super().__init__("\n".join(lines))
+
+    def at(self, where: str) -> BackendRefusedError:
+        """The same, said of a place by name where it was said of just ``"attention"``."""
+
+        def named(place: str) -> str:
+            return where if place == "attention" else place
+
+        refusals = {named(place): reasons for place, reasons in self.refusals.items()}
+        alternatives = {named(place): names for place, names in self.alternatives.items()}
+        return BackendRefusedError(self.backend, refusals, alternatives, self._remedy)
 
 
 def _counted(places: list[str]) -> str:

@@ -48,10 +48,13 @@ def execute(backend: Backend, attention: Attention, probabilities: bool = False,
     """
     negotiate(backend, attention.request(probabilities), where)
     device = attention.query.device.type
-    if not torch.is_autocast_enabled(device):
-        return backend.run(attention, probabilities)
-    with torch.autocast(device, enabled=False):
-        return backend.run(attention, probabilities)
+    try:
+        if not torch.is_autocast_enabled(device):
+            return backend.run(attention, probabilities)
+        with torch.autocast(device, enabled=False):
+            return backend.run(attention, probabilities)
+    except BackendRefusedError as error:  # what only the tensors show; a backend does not know where it runs
+        raise error.at(where).with_traceback(error.__traceback__) from error.__cause__
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -9,6 +9,7 @@ import torch
 import attnzoo
 from attnzoo import registry, testing
 from attnzoo.backends.blocked_local import BlockedLocalBackend
+from attnzoo.functional import execute
 from attnzoo.patterns import Causal, Full, SortedChunks, Window
 from attnzoo.verification import check_site
 
@@ -73,6 +74,11 @@ def test_a_single_token_stands_at_the_last_key_that_is_shown(pattern):
 def test_several_tokens_before_a_hidden_end_are_refused_unless_their_place_is_told():
     spans = key_mask([(0, 8), (0, 9)])
     refused(lambda: local(3).run(attention(Full(), spans, q_len=2)), "key_mask", "13 keys", "Causal(offset=...)")
+    unknown = attention(Full(), spans, q_len=2)
+    error = refused(
+        lambda: execute(local(3), unknown, where="layers.0.attention"), "  layers.0.attention:\n    key_mask"
+    )
+    assert set(error.refusals) == {"layers.0.attention"}
     whole = attention(Causal(offset=7), spans, q_len=2)
     assert is_definition(local(3), whole, definition(whole, 3, 0))
 
