@@ -10,7 +10,6 @@ from torch import nn
 
 from attnzoo import registry
 from attnzoo.errors import InvalidArgumentError, PatchError, Refusal
-from attnzoo.functional import refusals
 from attnzoo.patching import check_forward
 from attnzoo.sites import check_options, expected_changes, expected_requests, find_sites
 from attnzoo.tuning.outlook import auto_at
@@ -124,7 +123,7 @@ def explain(model: nn.Module, backend: str | None = None, **options: Any) -> Exp
                 made = registry.configure(name, **options).settle(asked, together)
                 reasons += registry.availability(made)
                 for request in asked:
-                    reasons += refusals(made, request)
+                    reasons += registry.refusals(made, request)
                 changes = expected_changes(made, asked)
             pattern, cls = found.seam.describe(found.module), type(found.module).__name__
             verdicts.append(Verdict(found.name, cls, pattern, name, tuple(dict.fromkeys(reasons)), changes))

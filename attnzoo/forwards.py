@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from attnzoo import registry, slots
 from attnzoo.backend import Backend
 from attnzoo.errors import BackendRefusedError, PatchError
-from attnzoo.functional import compute_dtype, execute, negotiate, refusals
+from attnzoo.functional import compute_dtype, execute, negotiate
 from attnzoo.segments import Attention, Result
 from attnzoo.sites import Found, Site, expected_requests, trains
 
@@ -57,7 +57,7 @@ class SiteAttend:
 
     def takes(self, attention: Attention) -> bool:
         request = attention.request()
-        return bool(registry.takers(request)) if self.backend is None else not refusals(self.backend, request)
+        return bool(registry.takers(request)) if self.backend is None else not registry.refusals(self.backend, request)
 
     def falls_back(self, can: bool = True) -> bool:
         self.site.fallbacks += self._fallback and can

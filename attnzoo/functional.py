@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from attnzoo import registry
 from attnzoo.backend import Backend
 from attnzoo.bias import Bias, DenseBias
-from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal
+from attnzoo.errors import BackendRefusedError, InvalidArgumentError
 from attnzoo.globals import locate
 from attnzoo.patterns import Full, Pattern
 from attnzoo.segments import Attention, Request, Result, Segment, check_heads_tensor, describe
@@ -22,19 +21,13 @@ PROBABILITIES_REMEDY = (
 )
 
 
-@lru_cache(maxsize=4096)
-def refusals(backend: Backend, request: Request) -> tuple[Refusal, ...]:
-    """The backend's refusals of a request, and why it cannot run here at all, remembered."""
-    return (*registry.availability(backend), *backend.refusals(request))
-
-
 def negotiate(backend: Backend, request: Request, where: str) -> None:
     """Return if the backend takes the request.
 
     Raises:
         BackendRefusedError: every reason it has not to, and who would take the request.
     """
-    reasons = refusals(backend, request)
+    reasons = registry.refusals(backend, request)
     if reasons:
         remedy = PROBABILITIES_REMEDY if request.probabilities else ""
         raise BackendRefusedError(backend.name, {where: reasons}, {where: registry.takers(request)}, remedy)

@@ -82,8 +82,14 @@ def register_backend(cls: _BackendType, *, replace: bool = False) -> _BackendTyp
         _backends.pop(cls.name, None)  # the last registered owns a name
         _backends[cls.name] = cls
         _broken_backends.pop(cls.name, None)
-        choose.cache_clear()
+        _forget()
     return cls
+
+
+def _forget() -> None:
+    """Forget what was decided with other backends registered: what ``auto`` takes, and refusals that follow from it."""
+    choose.cache_clear()
+    refusals.cache_clear()
 
 
 def unregister_backend(name: str) -> None:
@@ -95,7 +101,7 @@ def unregister_backend(name: str) -> None:
     cls = backend_class(name)
     with _lock:
         del _backends[cls.name]
-        choose.cache_clear()
+        _forget()
 
 
 def register_adapter(adapter: Adapter, *, replace: bool = False) -> Adapter:
@@ -227,6 +233,12 @@ def availability(backend: Backend) -> tuple[Refusal, ...]:
     """Why a backend cannot run on this machine; empty if it can."""
     reason = _unavailable(type(backend))
     return () if reason is None else (Refusal("availability", reason, "a machine that has it"),)
+
+
+@lru_cache(maxsize=4096)
+def refusals(backend: Backend, request: Request) -> tuple[Refusal, ...]:
+    """The backend's refusals of a request, and why it cannot run here at all, remembered."""
+    return (*availability(backend), *backend.refusals(request))
 
 
 def make_backend(name: str, **options: Any) -> Backend:

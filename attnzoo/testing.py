@@ -23,7 +23,7 @@ from attnzoo.backends.eager import evaluate, expand_heads
 from attnzoo.bias import Bias, DenseBias, RelativeBias
 from attnzoo.error_rule import Check, check
 from attnzoo.errors import AttnzooError, BackendRefusedError
-from attnzoo.functional import execute, refusals
+from attnzoo.functional import execute
 from attnzoo.globals import locate
 from attnzoo.hashed import HashedChunks, HashRound
 from attnzoo.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window
@@ -222,7 +222,7 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[Case]:
 def run_case(backend: Backend, case: Case | Sample, device: str = "cpu", seed: int = 0) -> Outcome:
     """Put one case, or a sample of a request, to a backend and judge what it does."""
     attention = case.attention(device, seed)
-    reasons = refusals(backend, attention.request(case.probabilities))
+    reasons = registry.refusals(backend, attention.request(case.probabilities))
     if reasons:
         try:
             execute(backend, attention, case.probabilities)

@@ -16,7 +16,7 @@ from torch import Tensor
 from attnzoo import registry
 from attnzoo.backend import Backend, Capabilities
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal, UnknownNameError
-from attnzoo.functional import execute, refusals
+from attnzoo.functional import execute
 from attnzoo.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window
 from attnzoo.segments import FLOATS, Attention, Request, Result, Segment
 
@@ -152,7 +152,7 @@ def _is_cross(pattern: Pattern) -> bool:
 def _kernel_refusals(kernel: str, request: Request) -> tuple[Refusal, ...]:
     """Why the kernel cannot run it; for ``"auto"``: why none can."""
     if kernel != "auto":
-        return refusals(registry.configure(kernel), request)
+        return registry.refusals(registry.configure(kernel), request)
     try:
         registry.choose(request)
     except BackendRefusedError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from attnzoo import functional, registry
+from attnzoo import registry
 from attnzoo.backends import flash_attn_kernel, packed, varlen_kernel, xformers_kernels
 from attnzoo.backends.flash import FlashBackend
 from attnzoo.backends.xformers import XformersBackend
@@ -24,7 +24,7 @@ def forget():
         for value in vars(module).values():
             if hasattr(value, "cache_clear") and value.__module__ == module.__name__:
                 value.cache_clear()
-    functional.refusals.cache_clear()
+    registry.refusals.cache_clear()
     registry.choose.cache_clear()
 
 

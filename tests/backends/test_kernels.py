@@ -12,8 +12,9 @@ from torch.nn.attention import SDPBackend
 import attnzoo
 from attnzoo.backends import flash_cpu, math_blocks, sdpa
 from attnzoo.backends.eager import EagerBackend
-from attnzoo.functional import execute, refusals
+from attnzoo.functional import execute
 from attnzoo.patterns import SortedChunks
+from attnzoo.registry import refusals
 from attnzoo.testing import Case, cases
 from attnzoo.witness import claimed, false_claims, witness
 

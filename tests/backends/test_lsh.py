@@ -271,10 +271,10 @@ def test_a_bias_never_means_dense_scores_unless_they_are_asked_for_by_name():
 
 
 def test_a_bias_runs_where_a_kernel_takes_it_in_chunks(request):
-    able = backend("able", rank=1)
+    able, whole = backend("able", rank=1), attention(Causal(), None, bias=True)
+    assert registry.refusals(lsh(kernel="auto"), whole.request())
     attnzoo.register_backend(able)
     request.addfinalizer(lambda: attnzoo.unregister_backend("able"))
-    whole = attention(Causal(), None, bias=True)
-    assert not lsh(kernel="auto").refusals(whole.request())
+    assert not registry.refusals(lsh(kernel="auto"), whole.request()), "what was refused without it is forgotten"
     lsh(kernel="auto").run(whole)
     assert able.runs

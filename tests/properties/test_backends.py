@@ -7,9 +7,9 @@ from hypothesis import given, note
 
 import attnzoo
 from attnzoo.bias import DenseBias, RelativeBias
-from attnzoo.functional import execute, refusals
+from attnzoo.functional import execute
 from attnzoo.globals import locate
-from attnzoo.registry import make_backend
+from attnzoo.registry import make_backend, refusals
 from attnzoo.segments import Attention, Segment
 from attnzoo.verification import check_site
 
