@@ -18,7 +18,7 @@ from attnzoo.backend import Backend, Capabilities
 from attnzoo.backends.blocks import live_rows
 from attnzoo.backends.eager import expand_heads
 from attnzoo.backends.flex_blocks import BLOCKS, block_indices, real_keys, starts_of
-from attnzoo.backends.flex_kernel import Form, Terms, kernel, numbers
+from attnzoo.backends.flex_kernel import Form, Terms, in_rows, kernel, numbers
 from attnzoo.bias import RelativeBias
 from attnzoo.errors import Refusal
 from attnzoo.patterns import Causal, Chunks, Full, Pattern, Window
@@ -69,7 +69,7 @@ class FlexBackend(Backend):
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
         # One layout, so that one kernel does: that of models for queries, which is the output's too; keys next to each
         # other, which is a sixth faster on the CPU than in the layout of models.
-        query = attention.query.transpose(1, 2).contiguous().transpose(1, 2)
+        query = in_rows(attention.query)
         key, value = _side_by_side(attention)
         form, terms = _form(attention, query, key, value), _terms(attention)
         with torch.set_grad_enabled(any(form.trained)):

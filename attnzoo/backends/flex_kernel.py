@@ -164,6 +164,16 @@ def numbers(*values: int, device: torch.device) -> Numbers:
     return tuple(torch.tensor(value, device=device) for value in values)
 
 
+def in_rows(query: Tensor) -> Tensor:
+    """Queries ``(batch, heads, q_len, head_dim)`` in the only layout kernels are compiled for.
+
+    Compilers compile anew for what a tensor is a view of, and for strides along dimensions of one element.
+    """
+    rows = query.transpose(1, 2).contiguous()
+    rows = rows.view(rows.shape)
+    return (rows if torch.is_grad_enabled() and rows.requires_grad else rows.detach()).transpose(1, 2)
+
+
 def _example(form: Form) -> tuple[Tensor, Tensor, Tensor, BlockIndices, Terms]:
     """Arguments of the form in which no two sizes are equal, but for those that are 1. No block of it is computed."""
     taken = {form.heads, form.kv_heads, form.head_dim, form.value_dim}
@@ -191,7 +201,7 @@ def _example(form: Form) -> tuple[Tensor, Tensor, Tensor, BlockIndices, Terms]:
         (keys, form.kv_heads, form.value_dim),
     )
     query, key, value = (states(*shape, trained=one) for shape, one in zip(shapes, trained, strict=True))
-    query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    query = in_rows(query)
     counts, places = zeros(batch, 1, rows, dtype=torch.int32), zeros(batch, 1, rows, columns, dtype=torch.int32)
     terms = Terms(
         numbers(0, 0, 0, device=form.device),

@@ -66,6 +66,21 @@ def test_a_new_length_window_or_table_compiles_nothing():
 
 
 @needs_compiler
+@pytest.mark.parametrize(("batch", "length"), [(2, 70), (1, 1)])
+def test_the_layout_of_queries_compiles_nothing(batch, length):
+    """Of a model's projections queries are views, alone or beside keys and values; others are copies."""
+    whole = attention(length, kv_len=70, pattern=attnzoo.Causal(), bias=False, batch=batch)
+    rows = whole.query.transpose(1, 2).flatten(2)
+    beside = torch.cat([rows, rows, rows], dim=2)[..., : HEADS * DIM]
+    assert agrees(whole)
+    compiled = counters["stats"]["unique_graphs"]
+    for one in (rows, beside, rows.transpose(0, 1).contiguous().transpose(0, 1)):
+        assert agrees(replace(whole, query=one.unflatten(2, (HEADS, DIM)).transpose(1, 2)))
+    assert agrees(replace(whole, query=whole.query.mT.contiguous().mT))
+    assert counters["stats"]["unique_graphs"] == compiled
+
+
+@needs_compiler
 def test_inference_mode_compiles_once_more_and_not_by_length():
     assert agrees(attention(150, bias=False))
     compiled = counters["stats"]["unique_graphs"]
