@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from attnzoo import registry
-from attnzoo.errors import AttnzooError, DriftError
+from attnzoo.errors import AttnzooError, DriftError, raise_interrupts
 from attnzoo.tuning import cache
 from attnzoo.tuning.choice import by_priority_because
 
@@ -92,7 +92,7 @@ def _package(package: tuple[str, str, str]) -> Finding:
     try:
         importlib.import_module(module)
     except BaseException as error:  # a broken package may raise anything, SystemExit too
-        _raise_interrupts(error)
+        raise_interrupts(error)
         absent = isinstance(error, ModuleNotFoundError) and error.name == module and version is None
         broken = f"{version or 'a copy without a version'} is broken: {type(error).__name__}: {error}"
         return Finding("package", distribution, False, missing if absent else broken)
@@ -106,12 +106,6 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _raise_interrupts(error: BaseException) -> None:
-    """Whatever a package raises is a finding; a user's Ctrl-C is not."""
-    if isinstance(error, KeyboardInterrupt):
-        raise error
-
-
 def _backends() -> list[Finding]:
     found = []
     for info in registry.backends().values():
@@ -119,6 +113,7 @@ def _backends() -> list[Finding]:
         exact = "exact" if info.exact else "approximate on dense models"
         on = "" if info.capabilities is None else f" on {', '.join(sorted(info.capabilities.devices))}"
         found.append(Finding("backend", info.name + aliases, info.available, info.reason or f"{exact}{on}"))
+    found += [Finding("backend", f"another {name}", False, reason) for name, reason in registry.left_out().items()]
     return found
 
 
@@ -136,7 +131,7 @@ def _models() -> list[Finding]:
         except DriftError as error:
             found.append(Finding("model", model_type, False, str(error)))
         except BaseException as error:  # transformers imports optional packages too, and stumbles over broken ones
-            _raise_interrupts(error)
+            raise_interrupts(error)
             reason = f"its code cannot be imported: {type(error).__name__}: {error}"
             found.append(Finding("model", model_type, False, reason))
         else:

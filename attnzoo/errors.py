@@ -115,3 +115,9 @@ class CacheError(AttnzooError, OSError):
 
 class DriftError(PatchError):
     """The installed transformers differs from every version an adapter was verified against."""
+
+
+def raise_interrupts(error: BaseException) -> None:
+    """A broken package may raise anything, ``SystemExit`` too: that is a reason. A user's Ctrl-C is not."""
+    if isinstance(error, KeyboardInterrupt):
+        raise error

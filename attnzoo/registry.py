@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from attnzoo.backend import Backend, BackendInfo
-from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal, UnknownNameError
+from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal, UnknownNameError, raise_interrupts
 from attnzoo.tuning import cache
 from attnzoo.tuning.choice import Choice, by_measurement, by_priority_because, wrongs
 from attnzoo.tuning.environment import Environment, environment_of
@@ -30,6 +30,7 @@ _lock = threading.RLock()
 _backends: dict[str, type[Backend]] = {}
 _adapters: dict[str, Adapter] = {}
 _broken_backends: dict[str, str] = {}
+_left_out: dict[str, str] = {}
 _broken_adapters: dict[str, str] = {}
 _discovered = False
 
@@ -42,19 +43,25 @@ def _discover() -> None:
             return
         _discovered = True
         for entry in metadata.entry_points(group="attnzoo.backends"):
+            reason = ""
             try:
                 cls = entry.load()
-                if entry.name not in _backends:
+                owner = _backends.get(entry.name)  # a class may register itself when it is loaded
+                if owner is None:
                     register_backend(cls)
+                elif owner is not cls:
+                    reason = f"{entry.value} is left out: {owner.__module__}:{owner.__qualname__} has the name"
             except BaseException as error:
-                _raise_interrupts(error)
-                _broken_backends[entry.name] = f"{entry.value} failed to load: {type(error).__name__}: {error}"
+                raise_interrupts(error)
+                reason = f"{entry.value} failed to load: {type(error).__name__}: {error}"
+            if reason:
+                (_left_out if entry.name in _backends else _broken_backends)[entry.name] = reason
 
 
-def _raise_interrupts(error: BaseException) -> None:
-    """A broken package may raise anything, ``SystemExit`` too: that is a reason. A user's Ctrl-C is not."""
-    if isinstance(error, KeyboardInterrupt):
-        raise error
+def left_out() -> dict[str, str]:
+    """By the name of a registered backend: why another one that was offered under it (the last such) is none."""
+    _discover()
+    return dict(_left_out)
 
 
 def register_backend(cls: _BackendType, *, replace: bool = False) -> _BackendType:
@@ -143,7 +150,7 @@ def find_adapter(model_type: str) -> Adapter | None:
             try:
                 return register_adapter(entry.load())
             except BaseException as error:
-                _raise_interrupts(error)
+                raise_interrupts(error)
                 _broken_adapters[model_type] = f"{entry.value} failed to load: {type(error).__name__}: {error}"
     return None
 
@@ -185,7 +192,7 @@ def _unavailable(cls: type[Backend]) -> str | None:
     try:
         return cls.unavailable()
     except BaseException as error:
-        _raise_interrupts(error)
+        raise_interrupts(error)
         return f"availability check failed: {type(error).__name__}: {error}"
 
 

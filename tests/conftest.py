@@ -47,7 +47,7 @@ def no_measurements(tmp_path_factory):
 def registry_of_its_own(monkeypatch):
     """Each test gets a registry it may change, and entry points it may break."""
     attnzoo.backends()
-    for name in ("_backends", "_adapters", "_broken_backends", "_broken_adapters"):
+    for name in ("_backends", "_adapters", "_broken_backends", "_broken_adapters", "_left_out"):
         monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
     monkeypatch.setattr(registry, "_discovered", True)
     registry.choose.cache_clear()

@@ -13,7 +13,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import attnzoo
-from attnzoo import BackendRefusedError, InvalidArgumentError, UnknownNameError, registry
+from attnzoo import BackendRefusedError, InvalidArgumentError, UnknownNameError, doctor, registry
 from attnzoo.backends.eager import EagerBackend
 
 from .registering import backend, small
@@ -220,6 +220,28 @@ def test_an_entry_point_that_is_no_backend_or_takes_a_taken_name_is_a_reason(mon
     assert "a subclass of attnzoo.Backend" in found["nonsense"].reason
     assert "got 'sdpa'" in found["thief"].reason
     assert registry.backend_class("sdpa").__module__.startswith("attnzoo.")
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [(backend("sdpa"), "Thing is left out: attnzoo.backends.sdpa:SdpaBackend has"), (OSError("no"), "OSError: no")],
+)
+def test_a_second_offer_of_a_name_changes_nothing_and_is_told_by_doctor(monkeypatch, second, words):
+    offer(monkeypatch, "attnzoo.backends", sdpa=second)
+    for name, fresh in (("_backends", {}), ("_left_out", {}), ("_discovered", False)):
+        monkeypatch.setattr(registry, name, fresh)
+    info = attnzoo.backends()["sdpa"]
+    assert info.available and registry.backend_class("sdpa").__module__ == "attnzoo.backends.sdpa"
+    (finding,) = [finding for finding in doctor._backends() if finding.name == "another sdpa"]
+    assert not finding.ok and "third_party.sdpa:Thing" in finding.detail and words in finding.detail
+
+
+def test_what_is_offered_twice_is_left_out_of_nothing(monkeypatch):
+    """Two records of one installation name the same class."""
+    offer(monkeypatch, "attnzoo.backends", eager=EagerBackend)
+    for name, fresh in (("_backends", {}), ("_left_out", {}), ("_discovered", False)):
+        monkeypatch.setattr(registry, name, fresh)
+    assert attnzoo.backends()["eager"].available and not registry.left_out()
 
 
 def test_a_broken_adapter_is_named_when_its_model_is_patched(monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.backends.calls import Sequences, disjoint, hides
-from attnzoo.errors import Refusal
+from attnzoo.errors import Refusal, raise_interrupts
 from attnzoo.segments import Request
 
 
@@ -124,8 +124,7 @@ def import_package(name: str, install: str) -> tuple[ModuleType | None, str]:
             return None, f"{package} is not installed: pip install {install}"
         return None, f"{package} is broken: {type(error).__name__}: {error}"
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
+        raise_interrupts(error)
         return None, f"{name.partition('.')[0]} is broken: {type(error).__name__}: {error}"
 
 
