@@ -92,6 +92,7 @@ class PatchedForward:
         number: of the patch.
         group: names of all sites of the patch.
         owner: the module in which the site shares values with others (``Seam.shared_in``), or None.
+        removed: whether its patch was taken off again.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class PatchedForward:
     ) -> None:
         self.number, self.group, self.found, self.site = number, group, found, site
         self.backend, self.native, self.fallback, self.owner = backend, native, fallback, owner
-        self.original = slots.current(found.module)
+        self.original, self.removed = slots.current(found.module), False
         self._bind(memory)
 
     def _bind(self, memory: WeakTensorKeyDictionary) -> None:

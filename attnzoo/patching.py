@@ -19,6 +19,7 @@ from attnzoo.forwards import PatchedForward, patches_of
 from attnzoo.functional import negotiate
 from attnzoo.segments import Request
 from attnzoo.sites import Found, Site, check_options, expected_changes, expected_requests, find_sites
+from attnzoo.tuning.choice import by_priority_because
 
 _patch_numbers = itertools.count(1)
 _Assigned = tuple[Found, str | Backend]
@@ -26,7 +27,7 @@ _Assigned = tuple[Found, str | Backend]
 
 @dataclass(eq=False)
 class Handle:
-    """A patch in place. Prints as a table; a context manager that removes the patch on leaving.
+    """A patch in place. Prints as a table; a context manager that removes the patch on leaving, if it still is.
 
     Attributes:
         sites: one :class:`Site` per patched module.
@@ -55,7 +56,8 @@ class Handle:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.remove()
+        if not all(forward.removed for forward in self.forwards):
+            self.remove()
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("site", "class", "pattern", "backend", "kernel", "calls", "fallbacks")]
@@ -84,6 +86,7 @@ def _remove(forwards: Sequence[PatchedForward]) -> None:
             )
     for forward in forwards:
         slots.take_back(forward.found.module, forward, forward.original)
+        forward.removed = True
 
 
 def unpatch(model: nn.Module) -> None:
@@ -148,6 +151,8 @@ def patch(
         raise InvalidArgumentError("fallback", repr(fallback), "'error' or 'native'")
     everything = find_sites(model)
     chosen = _assign([found for found in everything if found.seam.attends], backend)
+    if any(name == "auto" for _, name in chosen):
+        by_priority_because()  # raises if what it goes by is told wrongly
     chosen += _companions(everything, chosen)
     made = _make(dict.fromkeys(name for _, name in chosen), options)
     refused: dict[str, tuple[Refusal, ...]] = {}

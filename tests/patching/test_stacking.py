@@ -69,6 +69,30 @@ def test_patches_on_different_modules_come_off_in_any_order(led):
     assert torch.equal(led.logits(), native)
 
 
+@pytest.mark.parametrize(
+    "take_off", [lambda handle, model: handle.remove(), lambda handle, model: attnzoo.unpatch(model)]
+)
+def test_leaving_a_patch_that_was_removed_within_does_nothing(subject, as_it_was, take_off):
+    before = as_it_was(subject)
+    with attnzoo.patch(subject.model, "sdpa") as handle:
+        take_off(handle, subject.model)
+        before.check()
+    before.check()
+    with attnzoo.patch(subject.model, "sdpa"), attnzoo.patch(subject.model, "eager") as later:
+        later.remove()
+    before.check()
+
+
+def test_leaving_a_patch_that_something_else_replaced_raises(neox):
+    handle = attnzoo.patch(neox.model, "sdpa")
+    module = handle.forwards[0].found.module
+    kept, module.forward = module.forward, lambda *args, **kwargs: None
+    with pytest.raises(PatchError, match="nothing else has replaced the forward"), handle:
+        pass
+    module.forward = kept
+    handle.remove()
+
+
 def test_removing_twice_raises(subject, as_it_was):
     before = as_it_was(subject)
     handle = attnzoo.patch(subject.model, "sdpa")

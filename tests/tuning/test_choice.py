@@ -159,6 +159,13 @@ def test_another_value_of_the_variable_is_refused(monkeypatch):
     monkeypatch.setenv("ATTNZOO_AUTO", "fastest")
     with pytest.raises(attnzoo.InvalidArgumentError, match="ATTNZOO_AUTO: got 'fastest'; allowed: 'measured' or 'pri"):
         registry.choose_for(attention())
+    model = gpt_neox()
+    for backend in ("auto", {"*.0.*": "auto"}):
+        with pytest.raises(attnzoo.InvalidArgumentError, match="ATTNZOO_AUTO: got 'fastest'"):
+            attnzoo.patch(model, backend)
+    assert not any("forward" in vars(module) for module in model.modules())
+    with attnzoo.patch(model, "sdpa"):
+        pass  # which is asked for by name
 
 
 # What can be seen of it
