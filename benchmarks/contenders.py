@@ -24,6 +24,7 @@ from attnzoo.registry import backend_class
 from attnzoo.segments import Attention, Result
 from attnzoo.sites import Site
 from attnzoo.spelling import configured, parse
+from attnzoo.tuning.race import GRIDS, GRIDS_KEPT
 from attnzoo.verification import SiteReport, check_site, worst
 from attnzoo.witness import false_claims, witness
 
@@ -144,14 +145,15 @@ class BackendContender(Contender):
         info = attnzoo.backends()[self.backend]
         if not info.available:
             return info.reason
-        if self.backend != "eager":
+        if not backend_class(self.backend).dense:
             return None
         if self.dense_limit is not None and case.seq_len > self.dense_limit:
-            return f"dense oracle: left out beyond S={self.dense_limit} to save time; --backend eager or --full runs it"
+            asked = f"--backend {self.backend} or --full runs it"
+            return f"dense scores: left out beyond S={self.dense_limit} to save time; {asked}"
         needed, free = dense_bytes(case), available_memory(case.device)
         if free is not None and needed > free / 2:
             sizes = f"needs about {needed / 2**30:.1f} GiB, more than half of the free {free / 2**30:.1f} GiB"
-            return f"dense oracle: {sizes}"
+            return f"dense scores: {sizes}"
         return None
 
     def prepare(self, case: Case) -> Entry:
@@ -169,12 +171,12 @@ class BackendContender(Contender):
 
 
 def dense_bytes(case: Case) -> int:
-    """Estimated peak memory of the dense oracle: what it keeps of ``heads x S x S`` scores, per layer when training."""
+    """Estimated peak memory of dense backends: what they keep of ``heads x S x S`` scores, per layer when training."""
     workload = find_workload(case.family)
     layers = workload.layers if case.train and case.scope == "model" else 1
-    kept = 4 * layers if case.train else 0
+    kept = GRIDS_KEPT * layers if case.train else 0
     scores = case.batch * workload.heads * case.seq_len**2 * DTYPES[case.dtype].itemsize
-    return scores * (6 + kept)
+    return scores * (GRIDS + kept)
 
 
 class BackendEntry(Entry):

@@ -53,7 +53,7 @@ class Plan:
         batch: passages.
         rounds: timed runs per row; None: from 3 to 9, as :attr:`seconds_per_case` allows.
         seconds_per_case: what the timed runs of one case may take in all, if ``rounds`` is None.
-        dense_limit: longest input of the dense oracle; None: as memory allows.
+        dense_limit: longest input of dense backends; None: as memory allows.
         train_limit: longest input for forward+backward; None: no limit.
         verify_len: input length of the end-to-end gate.
         peers: other libraries' attention too, which there is in scope ``attention``; None: if that is the scope.

@@ -26,6 +26,8 @@ SAMPLE, MOST_RUNS = 0.005, 50
 HOPELESS = 3.0
 # Backends that need memory for every query and key are left out above this many bytes of it.
 DENSE_BYTES = 2 << 30
+# Grids of scores that plain operations hold at once, and those that are kept for a backward.
+GRIDS, GRIDS_KEPT = 6, 4
 ROWS = 64
 
 
@@ -76,10 +78,10 @@ def race(
 
 
 def dense_bytes(attention: Attention, grad: bool) -> int:
-    """Bytes that plain operations need, roughly: six grids of scores, and four more that are kept for a backward."""
+    """Bytes that plain operations need, roughly."""
     keys = sum(segment.kv_len for segment in attention.segments)
     grid = attention.batch * attention.heads * attention.q_len * keys * attention.query.itemsize
-    return grid * (10 if grad else 6)
+    return grid * (GRIDS + (GRIDS_KEPT if grad else 0))
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -175,8 +175,10 @@ def test_failures_are_rows(shootout):
 
 def test_left_out_rows_say_why(shootout):
     found = shootout(seq_lens=(40, 80), dense_limit=64)
-    late = [row for row in found.rows if row.backend == "eager" and row.seq_len == 80]
-    assert [row.status for row in late] == ["skipped"] and "beyond S=64" in late[0].reason
+    late = {row.backend: row for row in found.rows if "beyond S=64" in row.reason}
+    assert {"eager", "wrong"} <= set(late) and "sdpa" not in late, "all that say of themselves to be dense"
+    assert {(row.status, row.seq_len) for row in late.values()} == {("skipped", 80)}
+    assert "--backend wrong" in late["wrong"].reason
     long = shootout("eager", seq_lens=(160,))
     assert {row.status for row in long.rows} == {"skipped"} and "128 positions" in long.rows[0].reason
 
