@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 Made = dict[str, list[dict[str, Any]]]
@@ -56,3 +57,9 @@ def replaying(model: nn.Module, made: Made) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def own_random_stream(model: nn.Module) -> AbstractContextManager[None]:
+    """Leave the random streams of the CPU and of the model's CUDA devices as they are, whatever is drawn within."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    return torch.random.fork_rng(devices=devices)

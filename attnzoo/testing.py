@@ -29,7 +29,7 @@ from attnzoo.hashed import HashedChunks, HashRound
 from attnzoo.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window
 from attnzoo.samples import Sample
 from attnzoo.segments import FLOATS, Attention, Segment
-from attnzoo.verification import check_site
+from attnzoo.site_check import check_site
 
 PATTERNS: tuple[Pattern, ...] = (
     Full(),

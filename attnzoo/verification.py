@@ -6,250 +6,24 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnzoo import error_rule, registry
+from attnzoo import error_rule
 from attnzoo.backend import Backend
-from attnzoo.backends.eager import evaluate, log_mass
 from attnzoo.error_rule import Check
 from attnzoo.errors import InvalidArgumentError
-from attnzoo.functional import execute
 from attnzoo.oracles import oracles
 from attnzoo.patching import patch, unpatch_all
-from attnzoo.replay import recording, replaying
+from attnzoo.replay import own_random_stream, recording, replaying
+from attnzoo.reports import Report, SiteReport, worst
 from attnzoo.segments import Attention, Request, Result
+from attnzoo.site_check import check_rows, check_site
 from attnzoo.sites import Site
 
-
-@dataclass(frozen=True)
-class SiteReport:
-    """How one attention of one site compares with the float64 oracle on the same inputs.
-
-    Attributes:
-        name: the site.
-        kernel: what really ran in the model.
-        checks: the output, and the gradient with respect to queries, keys and values (and trained biases) together.
-        recall: where the backend changes the pattern, the share of the unchanged attention's weight that lies on the
-            keys still seen, mean over the judged rows and heads; else None.
-    """
-
-    name: str
-    kernel: str
-    checks: tuple[Check, ...]
-    recall: float | None = None
-
-    @property
-    def ok(self) -> bool:
-        """Whether every check passed."""
-        return all(check.ok for check in self.checks)
-
-    @property
-    def worst(self) -> Check:
-        """The check that comes closest to its budget, or exceeds it most."""
-        return worst(self.checks)
-
-
-def worst(checks: tuple[Check, ...]) -> Check:
-    """The check with the largest error for its budget."""
-    return max(checks, key=lambda check: (not check.ok, check.error / check.budget if check.budget else 0.0))
-
-
-@dataclass(frozen=True)
-class Report:
-    """What :func:`verify` found. Prints as a table; :meth:`to_dict` for JSON.
-
-    Attributes:
-        backend: the backend verified.
-        sites: per attention, against the float64 oracle on the inputs the model gave it.
-        end_to_end: outputs and parameter gradients on real tokens, against the model with the oracle in float64.
-        original: the model's own code against the same: it says that the oracle computes what the model means.
-        fault: why the model's own code is wrong, and so was not run; empty where it is right.
-        note: what was not compared, and why; empty where everything was.
-        changed: what the backend changed of the pattern; everything is judged with that change then. Empty: nothing.
-        distance: what it makes of the model: per output, the largest difference between the model's own code and the
-            reference, over the reference's largest value. Empty where nothing was changed.
-    """
-
-    backend: str
-    sites: tuple[SiteReport, ...]
-    end_to_end: tuple[Check, ...]
-    original: tuple[Check, ...]
-    fault: str = ""
-    note: str = ""
-    changed: str = ""
-    distance: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def ok(self) -> bool:
-        """Whether everything is within its error budget, and something was checked."""
-        checks = (*self.end_to_end, *self.original)
-        return bool(self.sites and checks) and all(site.ok for site in self.sites) and all(one.ok for one in checks)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data: every check with its error, budget and verdict."""
-        return {
-            "backend": self.backend,
-            "ok": self.ok,
-            "sites": [
-                {
-                    **{"name": site.name, "kernel": site.kernel, "ok": site.ok, "recall": site.recall},
-                    "checks": [_plain(c) for c in site.checks],
-                }
-                for site in self.sites
-            ],
-            "end_to_end": [_plain(check) for check in self.end_to_end],
-            "original": [_plain(check) for check in self.original],
-            "fault": self.fault,
-            "note": self.note,
-            "changed": self.changed,
-            "distance": dict(self.distance),
-        }
-
-    def __str__(self) -> str:
-        rows = [("what", "kernel", "error", "budget", "verdict")]
-        for site in self.sites:
-            rows.append((f"{site.name}: {site.worst.what}", site.kernel, *_cells(site.worst)))
-        for label, checks in (("model", self.end_to_end), ("original", self.original)):
-            rows += [(f"{label}: {check.what}", "", *_cells(check)) for check in checks]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        verdict = "within the error rule" if self.ok else "NOT within the error rule"
-        if not self.sites:
-            verdict = "NOT shown to be within the error rule: none of its attentions ran"
-        if self.fault:
-            lines.append(f"the original was not run: {self.fault}")
-        if self.note:
-            lines.append(self.note)
-        if self.changed:
-            lines.append(f"the pattern was changed, and is judged as changed: {self.changed}")
-        recalls = [site.recall for site in self.sites if site.recall is not None]
-        if recalls:
-            mean = sum(recalls) / len(recalls)
-            lines.append(f"recall: {mean:.3f} of the unchanged attention's weight is on keys still seen")
-        for what, far in self.distance.items():
-            lines.append(f"{what} is off the unchanged model's by {far:.2g} of its largest value")
-        return "\n".join([*lines, f"backend {self.backend!r}: {verdict}"])
-
-
-def _plain(check: Check) -> dict[str, Any]:
-    return {**asdict(check), "ok": check.ok}
-
-
-def _cells(check: Check) -> tuple[str, str, str]:
-    return f"{check.error:.2e}", f"{check.budget:.2e}", "ok" if check.ok else "FAILS"
-
-
-def check_site(
-    name: str,
-    attention: Attention,
-    backend: str | Backend,
-    *,
-    grad: bool,
-    max_rows: int = 128,
-    seed: int = 0,
-    kernel: str | None = None,
-) -> SiteReport:
-    """Compare a backend with the float64 oracle on one attention, dropout off.
-
-    A backend that changes the pattern is judged by the oracle on the changed one (:meth:`Backend.rewrite`).
-
-    Long inputs are judged on a sample of query rows, first and last included: the oracle's rows do not depend on each
-    other, and gradients are those of a cotangent that is zero elsewhere, so both are exact at any length.
-
-    Args:
-        name: for the report.
-        attention: what to compute, e.g. as a site's observer saw it.
-        backend: a configured backend or a name.
-        grad: compare the gradients of query, keys and values too (and of bias values that require grad).
-        max_rows: how many query rows to judge.
-        seed: of the sample and the cotangent.
-        kernel: what ran in the model, for the report; None: what runs here.
-    """
-    _check_rows(max_rows)
-    made = registry.make_backend(backend) if isinstance(backend, str) else backend
-    attention = replace(attention, dropout=0.0)
-    generator = torch.Generator().manual_seed(seed)
-    rows = _sample(attention.q_len, max_rows, generator).to(attention.query.device)
-    shape = (attention.batch, attention.heads, len(rows), attention.value_dim)
-    cotangent = torch.randn(shape, generator=generator, dtype=torch.float64).to(attention.query.device)
-
-    choices = made.choices(attention)
-
-    def oracle(dtype: torch.dtype) -> tuple[Tensor, ...]:
-        own = _leaves(attention, dtype, grad)
-        output = evaluate(made.rewrite(own, choices), rows).output
-        return output, *([_gradient(output, own, cotangent)] if grad else [])
-
-    own = _leaves(attention, attention.query.dtype, grad)
-    with torch.set_grad_enabled(grad):
-        result = execute(made, own)
-        output = result.output[:, :, rows]
-        got = (output, *([_gradient(output, own, cotangent)] if grad else []))
-        # There is no wider reference to see the roundings of float64 against: take those of float32 in proportion.
-        narrow = torch.float32 if attention.query.dtype == torch.float64 else None
-        reference, eager = oracle(torch.float64), oracle(narrow or attention.query.dtype)
-    checks = tuple(
-        error_rule.check(label, one, true, plain, error_rule.factor(label), attention.query.dtype, narrow)
-        for label, one, true, plain in zip(("output", "gradient"), got, reference, eager, strict=False)
-    )
-    recall = None if made.changes(attention.request()) is None else _recall(made, attention, choices, rows)
-    return SiteReport(name, kernel or result.kernel, checks, recall)
-
-
-@torch.no_grad()
-def _recall(backend: Backend, attention: Attention, choices: object, rows: Tensor) -> float:
-    """Each key is seen once, so the weight of those still seen is how much their scores add up to."""
-    plain = _leaves(attention, torch.float64, False)
-    whole, left = log_mass(plain, rows), log_mass(backend.rewrite(plain, choices), rows)
-    real = whole > float("-inf")
-    if attention.query_mask is not None:
-        real = real & attention.query_mask[:, None, rows]
-    return float((left - whole)[real].exp().mean()) if bool(real.any()) else 1.0
-
-
-def _check_rows(most: object) -> None:
-    if isinstance(most, bool) or not isinstance(most, int) or most < 2:
-        raise InvalidArgumentError("max_rows", repr(most), "an integer >= 2: the first and the last row are among them")
-
-
-def _sample(length: int, most: int, generator: torch.Generator) -> Tensor:
-    if length <= most:
-        return torch.arange(length)
-    inner = torch.randperm(length - 2, generator=generator)[: most - 2] + 1
-    return torch.cat([torch.tensor([0]), inner.sort().values, torch.tensor([length - 1])])
-
-
-def _trained(attention: Attention) -> list[bool]:
-    """Which of the attention's tensors get a gradient in a check: not a bias that needs none in the model."""
-    flags = [True]
-    for segment in attention.segments:
-        flags += [True, True]
-        if segment.bias is not None:
-            flags.append(segment.bias.values.requires_grad)
-    return flags if attention.empty is None else [*flags, True]
-
-
-def _leaves(attention: Attention, dtype: torch.dtype, grad: bool) -> Attention:
-    """The attention on detached tensors of a dtype."""
-    pairs = zip(attention.tensors(), _trained(attention), strict=True)
-    return attention.with_tensors(
-        tuple(t.detach().to(dtype).clone().requires_grad_(grad and flag) for t, flag in pairs)
-    )
-
-
-def _gradient(output: Tensor, attention: Attention, cotangent: Tensor) -> Tensor:
-    """The gradient with respect to every tensor that has one, as a single vector.
-
-    One of them may be zero but for rounding (a query's, when it sees a single key), and rounding has no budget of its
-    own; together they have a scale.
-    """
-    leaves = [tensor for tensor in attention.tensors() if tensor.requires_grad]
-    grads = torch.autograd.grad(output, leaves, cotangent.to(output.dtype), allow_unused=True, materialize_grads=True)
-    return torch.cat([grad.flatten() for grad in grads])
+__all__ = ["Report", "SiteReport", "check_site", "verify", "worst"]
 
 
 def verify(
@@ -291,7 +65,7 @@ def verify(
     """
     if not isinstance(model, nn.Module):
         raise InvalidArgumentError("model", type(model).__name__, "a torch.nn.Module")
-    _check_rows(max_rows)
+    check_rows(max_rows)
     if not isinstance(inputs, Mapping):
         raise InvalidArgumentError("inputs", type(inputs).__name__, "a mapping of keyword arguments of model.forward")
     inputs = dict(inputs)
@@ -305,7 +79,7 @@ def verify(
         if not ran.capabilities.exact:
             rewriters.setdefault(site.name, (ran, []))[1].append(ran.choices(attention))
 
-    with torch.random.fork_rng(devices=_cuda_devices(model)), _eval_mode(model):
+    with own_random_stream(model), _eval_mode(model):
         with patch(model, backend, **options) as handle:
             for site in handle.sites:
                 site.observer = observe
@@ -375,10 +149,6 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _cuda_devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -13,9 +13,9 @@ import torch
 from attnzoo.backend import Backend
 from attnzoo.functional import execute
 from attnzoo.segments import Attention
+from attnzoo.site_check import check_site
 from attnzoo.tuning.environment import code_of
 from attnzoo.tuning.measurements import Outcome
-from attnzoo.verification import check_site
 
 Clock = Callable[[], float]
 

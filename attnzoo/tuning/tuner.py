@@ -14,6 +14,7 @@ from attnzoo import registry
 from attnzoo.backend import Backend
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.patching import patch
+from attnzoo.replay import own_random_stream
 from attnzoo.segments import Attention, Request, Result
 from attnzoo.sites import Site
 from attnzoo.tuning import cache
@@ -90,7 +91,7 @@ def tune(
         cache.check_writable()
     found: list[Measurement] = []
     fresh: set[str] = set()
-    with torch.random.fork_rng(devices=_cuda_devices(model)):
+    with own_random_stream(model):
         meetings = _meet(model, inputs, trains)
         for number, met in enumerate(meetings, 1):
             takes = registry.candidates(met.request)
@@ -181,7 +182,3 @@ def _left_as_is(model: nn.Module) -> Iterator[None]:
             for buffer, kept in buffers:
                 if not torch.equal(buffer, kept):
                     buffer.copy_(kept)
-
-
-def _cuda_devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})

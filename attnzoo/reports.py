@@ -1,0 +1,127 @@
+"""What a comparison with the oracle found: per attention, and of a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from attnzoo.error_rule import Check
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """How one attention of one site compares with the float64 oracle on the same inputs.
+
+    Attributes:
+        name: the site.
+        kernel: what really ran in the model.
+        checks: the output, and the gradient with respect to queries, keys and values (and trained biases) together.
+        recall: where the backend changes the pattern, the share of the unchanged attention's weight that lies on the
+            keys still seen, mean over the judged rows and heads; else None.
+    """
+
+    name: str
+    kernel: str
+    checks: tuple[Check, ...]
+    recall: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return all(check.ok for check in self.checks)
+
+    @property
+    def worst(self) -> Check:
+        """The check that comes closest to its budget, or exceeds it most."""
+        return worst(self.checks)
+
+
+def worst(checks: tuple[Check, ...]) -> Check:
+    """The check with the largest error for its budget."""
+    return max(checks, key=lambda check: (not check.ok, check.error / check.budget if check.budget else 0.0))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`verify` found. Prints as a table; :meth:`to_dict` for JSON.
+
+    Attributes:
+        backend: the backend verified.
+        sites: per attention, against the float64 oracle on the inputs the model gave it.
+        end_to_end: outputs and parameter gradients on real tokens, against the model with the oracle in float64.
+        original: the model's own code against the same: it says that the oracle computes what the model means.
+        fault: why the model's own code is wrong, and so was not run; empty where it is right.
+        note: what was not compared, and why; empty where everything was.
+        changed: what the backend changed of the pattern; everything is judged with that change then. Empty: nothing.
+        distance: what it makes of the model: per output, the largest difference between the model's own code and the
+            reference, over the reference's largest value. Empty where nothing was changed.
+    """
+
+    backend: str
+    sites: tuple[SiteReport, ...]
+    end_to_end: tuple[Check, ...]
+    original: tuple[Check, ...]
+    fault: str = ""
+    note: str = ""
+    changed: str = ""
+    distance: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is within its error budget, and something was checked."""
+        checks = (*self.end_to_end, *self.original)
+        return bool(self.sites and checks) and all(site.ok for site in self.sites) and all(one.ok for one in checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: every check with its error, budget and verdict."""
+        return {
+            "backend": self.backend,
+            "ok": self.ok,
+            "sites": [
+                {
+                    **{"name": site.name, "kernel": site.kernel, "ok": site.ok, "recall": site.recall},
+                    "checks": [_plain(c) for c in site.checks],
+                }
+                for site in self.sites
+            ],
+            "end_to_end": [_plain(check) for check in self.end_to_end],
+            "original": [_plain(check) for check in self.original],
+            "fault": self.fault,
+            "note": self.note,
+            "changed": self.changed,
+            "distance": dict(self.distance),
+        }
+
+    def __str__(self) -> str:
+        rows = [("what", "kernel", "error", "budget", "verdict")]
+        for site in self.sites:
+            rows.append((f"{site.name}: {site.worst.what}", site.kernel, *_cells(site.worst)))
+        for label, checks in (("model", self.end_to_end), ("original", self.original)):
+            rows += [(f"{label}: {check.what}", "", *_cells(check)) for check in checks]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        verdict = "within the error rule" if self.ok else "NOT within the error rule"
+        if not self.sites:
+            verdict = "NOT shown to be within the error rule: none of its attentions ran"
+        if self.fault:
+            lines.append(f"the original was not run: {self.fault}")
+        if self.note:
+            lines.append(self.note)
+        if self.changed:
+            lines.append(f"the pattern was changed, and is judged as changed: {self.changed}")
+        recalls = [site.recall for site in self.sites if site.recall is not None]
+        if recalls:
+            mean = sum(recalls) / len(recalls)
+            lines.append(f"recall: {mean:.3f} of the unchanged attention's weight is on keys still seen")
+        for what, far in self.distance.items():
+            lines.append(f"{what} is off the unchanged model's by {far:.2g} of its largest value")
+        return "\n".join([*lines, f"backend {self.backend!r}: {verdict}"])
+
+
+def _plain(check: Check) -> dict[str, Any]:
+    return {**asdict(check), "ok": check.ok}
+
+
+def _cells(check: Check) -> tuple[str, str, str]:
+    return f"{check.error:.2e}", f"{check.budget:.2e}", "ok" if check.ok else "FAILS"
