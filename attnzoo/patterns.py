@@ -116,6 +116,11 @@ class Full(Pattern):
 class _Aligned(Pattern):
     """Patterns by relative position. ``offset=None`` aligns the last query with the last key (bottom right)."""
 
+    def __post_init__(self) -> None:
+        offset: object = getattr(self, "offset", None)
+        if offset is not None and (isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt))):
+            raise InvalidArgumentError(f"offset of {type(self).__name__}", repr(offset), "an integer, or None")
+
     def shift(self, q_len: int, kv_len: int) -> int:
         """Key position of query 0."""
         offset: int | None = getattr(self, "offset", None)
@@ -137,6 +142,9 @@ class Causal(_Aligned):
     """Query ``i`` sees keys up to its own position ``i + offset``.
 
     The default offset aligns bottom right, as FlashAttention does: new tokens on a longer cache see all of the cache.
+
+    Raises:
+        InvalidArgumentError: the offset is neither an integer nor None.
     """
 
     offset: int | None = None
@@ -161,7 +169,7 @@ class Window(_Aligned):
     arXiv:2004.05150) with ``attention_window = 2 * w``.
 
     Raises:
-        InvalidArgumentError: a side is negative, or both are zero.
+        InvalidArgumentError: a side is negative, or both are zero; the offset is neither an integer nor None.
     """
 
     left: int
@@ -169,6 +177,7 @@ class Window(_Aligned):
     offset: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_count("window left", self.left, 0)
         _check_count("window right", self.right, 0)
         if self.left + self.right == 0:

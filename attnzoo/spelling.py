@@ -1,4 +1,4 @@
-"""A configured backend as one types it on a command line: ``sdpa``, ``blocked-local:window=1024,sinks=4``."""
+"""What one types on a command line: a configured backend (``sdpa``, ``blocked-local:window=1024,sinks=4``), a dtype."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def parse(text: str) -> tuple[str, dict[str, int | str]]:
     """The registered name (aliases resolved) and the options; whole numbers are numbers.
 
     Raises:
-        UnknownNameError: no such backend. InvalidArgumentError: an option without a value.
+        UnknownNameError: no such backend. InvalidArgumentError: an option without a value, or with two.
     """
     name, _, rest = text.partition(":")
     options: dict[str, int | str] = {}
@@ -19,6 +19,8 @@ def parse(text: str) -> tuple[str, dict[str, int | str]]:
         option, equals, value = (part.strip() for part in item.partition("="))
         if not (option and equals and value):
             raise InvalidArgumentError("backend", repr(text), "a name, or name:option=value,option=value")
+        if option in options:
+            raise InvalidArgumentError(f"option {option!r} of a backend", f"it twice in {text!r}", "each option once")
         options[option] = int(value) if value.removeprefix("-").isdecimal() else value
     return registry.backend_class(name).name, options
 
@@ -36,3 +38,11 @@ def configured(text: str) -> Backend:
     """
     name, options = parse(text)
     return registry.configure(name, **options)
+
+
+_DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def dtype_name(text: str) -> str:
+    """torch's name of a dtype that may be typed short (``bf16``); anything else as it is."""
+    return _DTYPES.get(text, text)

@@ -17,12 +17,12 @@ from attnzoo.benchmarks.report import show
 from attnzoo.benchmarks.rows import Shootout
 from attnzoo.benchmarks.runner import Plan, run
 from attnzoo.errors import InvalidArgumentError
+from attnzoo.spelling import dtype_name
 
 DEFAULT_LENGTHS = (1024, 2048, 4096)
 FULL_LENGTHS = (1024, 2048, 4096, 8192, 16384)
 FOLDER = Path("shootout")
 _WORKLOADS = f"Workload, repeatable: {', '.join(WORKLOADS)}."
-_DTYPE_ALIASES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def make_plan(
@@ -51,7 +51,7 @@ def make_plan(
         seq_lens=tuple(sorted(set(seq_lens or (FULL_LENGTHS if full else DEFAULT_LENGTHS)))),
         scope=scope,
         modes=(False, True) if train is None else (train,),
-        dtype=_DTYPE_ALIASES.get(dtype, dtype),
+        dtype=dtype_name(dtype),
         device=device,
         threads=torch.get_num_threads() if threads is None else threads,
         batch=batch,

@@ -31,6 +31,10 @@ def test_it_makes_the_backend():
         ("blocked-local:window", "name:option=value"),
         ("blocked-local:window=", "name:option=value"),
         ("blocked-local:windw=3", "did you mean 'window'"),
+        (
+            "blocked-local:window=8,window=9",
+            "option 'window' of a backend: got it twice in .*; allowed: each option once",
+        ),
         ("blocked-local:window=wide", "window of backend 'blocked-local': got 'wide'"),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 import typer
 
 from attnzoo.errors import InvalidArgumentError
+from attnzoo.spelling import dtype_name
 from attnzoo.tuning import cache
 from attnzoo.tuning.choice import by_priority_because
 from attnzoo.tuning.measurements import Measurement
@@ -26,7 +27,7 @@ def tune(
         str | None, typer.Argument(help="A family of the shootout (see bench --help), or a local checkpoint.")
     ] = None,
     seq_len: Annotated[list[int] | None, typer.Option(help="Tokens of real text, repeatable; default 1024.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16 (fp32, bf16, fp16).")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's.", min=1)] = None,
     train: Annotated[
@@ -64,6 +65,7 @@ def _measure(
 ) -> Tuning:
     from attnzoo.benchmarks.subjects import subject
 
+    dtype = dtype_name(dtype)
     if dtype not in _DTYPES:
         raise InvalidArgumentError("dtype", repr(dtype), ", ".join(_DTYPES))
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):

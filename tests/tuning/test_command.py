@@ -38,6 +38,11 @@ def test_the_command_tunes_shows_and_forgets(checkpoint):
     assert "nothing is kept" in run("--show").stdout and json.loads(run("--show", "--json").stdout) == []
 
 
+def test_a_dtype_may_be_typed_short(checkpoint):
+    tuned = run(checkpoint, "--seq-len", 9, "--rounds", 1, "--dtype", "bf16")
+    assert tuned.exit_code == 0 and "bfloat16" in tuned.stdout, tuned.output
+
+
 def test_explain_is_a_command_too(checkpoint):
     run(checkpoint, "--seq-len", 20, "--rounds", 1)
     told = CliRunner().invoke(cli.app, ["explain", str(checkpoint)])
