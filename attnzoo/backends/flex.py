@@ -135,12 +135,12 @@ def _terms(attention: Attention) -> Terms:
         placed = torch.zeros(17, dtype=torch.long, device=device)
         if isinstance(bias, RelativeBias):
             zero, shift = bias.zero, segment.kv_len - attention.q_len if bias.offset is None else bias.offset
-            placed = placed if bias.positions is None else bias.positions.flatten()
+            placed = placed if bias.positions is None else bias.positions.flatten().contiguous()
         biases.append(numbers(zero, shift, entries, entries + values.shape[1] - 1, device=device))
         tables.append(values.expand(attention.heads, -1))
         positions.append(placed)
         entries += values.shape[1]
-    real = real_keys(attention).expand(attention.batch, -1).flatten()
+    real = real_keys(attention).expand(attention.batch, -1).flatten().contiguous()  # of one key it is a repeated one
     sizes = numbers(starts[-1], entries, attention.q_len, device=device)
     return Terms(sizes, tuple(patterns), real, tuple(biases), torch.cat(tables, dim=1).flatten(), tuple(positions))
 

@@ -113,6 +113,12 @@ def test_grouped_keys_chunks_and_single_queries(kv_heads):
 
 
 @needs_compiler
+def test_one_key_of_several_samples():
+    query, key = torch.randn(2, HEADS, 9, DIM), torch.randn(2, HEADS, 1, DIM)
+    assert agrees(Attention(query, (Segment(key, key),), 0.3))
+
+
+@needs_compiler
 def test_rows_that_see_nothing_get_zero_or_their_own_value():
     whole = attention(70, bias=False)
     local = replace(whole, segments=whole.segments[:1])
