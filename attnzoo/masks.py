@@ -45,9 +45,9 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
         floor: additive values at or below it mean "not visible"; None: half of the dtype's most negative number.
 
     Raises:
-        InvalidArgumentError: not a 4-D bool or floating-point tensor of these sizes, or NaN in it.
+        InvalidArgumentError: not a 4-D bool or floating-point tensor of these sizes, or NaN or +Inf in it.
     """
-    allowed = "a 4-D bool mask (True: visible) or additive floating-point mask without NaN"
+    allowed = "a 4-D bool mask (True: visible) or additive floating-point mask without NaN and +Inf"
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4:
         raise InvalidArgumentError("attention_mask", describe(attention_mask), allowed)
     batch, *lengths = sizes
@@ -63,6 +63,8 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
     visible = attention_mask > (torch.finfo(attention_mask.dtype).min / 2 if floor is None else floor)
     rest = attention_mask.masked_fill(~visible, 0.0)
     bias = DenseBias(rest) if bool((rest != 0).any()) else None
+    if bias is not None and not bool(rest.isfinite().all()):
+        raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)} with +Inf in it", allowed)
     return ReadMask(*_structured(visible, batch), bias)
 
 

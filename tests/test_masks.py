@@ -93,8 +93,9 @@ def test_what_is_finite_in_an_additive_mask_is_a_bias():
         torch.ones((2, 1, KEYS, KEYS), dtype=torch.bool),
         torch.ones((3, 1, KEYS, KEYS + 1), dtype=torch.bool),
         torch.full((3, 1, KEYS, KEYS), float("nan")),
+        torch.full((3, 1, KEYS, KEYS), float("inf")),
     ],
-    ids=["2-D", "long", "another batch", "another length", "NaN"],
+    ids=["2-D", "long", "another batch", "another length", "NaN", "Inf"],
 )
 def test_what_is_no_mask_of_these_sizes_is_refused(given):
     with pytest.raises(attnzoo.InvalidArgumentError, match="attention_mask"):

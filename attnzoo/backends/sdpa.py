@@ -144,8 +144,10 @@ def _call(
     if seen is not None:
         # Kernels disagree on rows that see nothing. Let such rows see everything; what comes out is dropped later.
         live = seen.any(-1)
-        seen = (seen | ~live[..., None]).expand(-1, -1, query.shape[2], -1)
-    mask = seen if bias is None else additive(seen, bias, query.dtype)
+        seen = seen | ~live[..., None]
+    # On the CPU PyTorch makes a bool mask additive, with a copy of each row that is expanded.
+    mask = seen if bias is None and query.device.type != "cpu" else additive(seen, bias, query.dtype)
+    mask = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
     key, value = expand_heads(key, attention.heads), expand_heads(value, attention.heads)
     kernel = _kernel(query, key, value, mask, attention.dropout, causal)
     with sdpa_kernel(kernel):

@@ -78,6 +78,20 @@ def test_a_kernel_that_cannot_run_raises_and_is_not_replaced(monkeypatch):
         execute(sdpa.SdpaBackend(), Case(dropout=0.25).attention())
 
 
+def test_key_padding_is_a_row_of_keys_and_not_a_grid(monkeypatch):
+    """PyTorch's CPU kernels make a bool mask additive first: of one that is expanded they would make a whole grid."""
+    masks, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noting(*args, attn_mask=None, **kwargs):
+        masks.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
+    execute(sdpa.SdpaBackend(), Case(mask="keys").attention())
+    (mask,) = masks
+    assert mask.is_floating_point() and mask.shape[2] > 1 and mask.stride(2) == 0
+
+
 # Lies, each caught
 
 
