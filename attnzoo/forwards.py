@@ -176,7 +176,7 @@ class PatchedForward:
         twin.site = replace(self.site, kernels=Counter(self.site.kernels), choices=Counter(self.site.choices))
         twin.site.changed = Counter(self.site.changed)
         twin.original = copy.deepcopy(self.original, memo)
-        twin._bind(WeakTensorKeyDictionary())
+        twin._bind(memo.setdefault((SiteAttend, self.number), WeakTensorKeyDictionary()))
         return twin
 
     def __reduce__(self) -> Any:

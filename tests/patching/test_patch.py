@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections import Counter
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo import BackendRefusedError, PatchError, Refusal, UnknownNameError
+from attnzoo import BackendRefusedError, PatchError, Refusal, UnknownNameError, interface
 from attnzoo.backends.eager import EagerBackend
 from attnzoo.backends.sdpa import SdpaBackend
 
@@ -283,3 +284,16 @@ def test_what_is_remembered_in_inference_mode_is_for_inference_mode(neox):
         with torch.inference_mode():
             assert once(mask, "more", lambda tensor: tensor + 1) is once(mask, "more", lambda tensor: tensor + 1)
         assert not once(mask, "more", lambda tensor: tensor + 1).is_inference()
+
+
+def test_layers_of_a_copy_share_what_they_remember_and_nothing_with_the_original(neox, monkeypatch):
+    read, masks = [], interface.read_attention_mask
+    monkeypatch.setattr(interface, "read_attention_mask", lambda *given: read.append(given) or masks(*given))
+    mask = torch.ones(3, 11, dtype=torch.long)
+    mask[0, :4] = 0
+    inputs = dict(input_ids=torch.full((3, 11), 5), attention_mask=mask)
+    with attnzoo.patch(neox.model, "sdpa"), torch.no_grad():
+        for model in (neox.model, copy.deepcopy(neox.model)):
+            read.clear()
+            model(**inputs)
+            assert len(read) == 1
