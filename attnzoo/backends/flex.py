@@ -25,6 +25,7 @@ from attnzoo.patterns import Causal, Chunks, Full, Pattern, Window
 from attnzoo.segments import Attention, Request, Result
 
 _FAR = 1 << 40  # beyond any distance between two tokens
+_LEAST_DIM = 16  # of a matrix product in Triton, which PyTorch's CUDA kernels of FlexAttention are written in
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ class FlexBackend(Backend):
         found = self.capabilities.refusals(request)
         if request.device == "cpu" and request.grad:
             found += (Refusal("grad", "requested on cpu", "torch.no_grad() on cpu, or cuda"),)
+        narrow = min(request.head_dim, request.value_dim)
+        if request.device == "cuda" and narrow < _LEAST_DIM:
+            found += (Refusal("head_dim", str(narrow), f"at least {_LEAST_DIM} on cuda"),)
         return found
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:

@@ -9,7 +9,8 @@ offsets and tables are symbols or tensors, so that a new length compiles nothing
   ``q_len x kv_len`` grids.
 - It is compiled on an example in which no two sizes are equal: a compiler takes equal sizes for the same symbol.
 - What masks and biases look up is flat and goes through ``embedding``, which asks for no size: PyTorch's CPU kernels
-  (seen in 2.13) take the size of a captured tensor from elsewhere if it is a symbol.
+  (seen in 2.13) take the size of a captured tensor from elsewhere if it is a symbol. Tables that are trained, which is
+  on CUDA, are indexed instead: of lookups, PyTorch's backward of FlexAttention takes the gradient of that one alone.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def kernel(form: Form) -> Kernel:
             return _seen(form, terms, q, kv) & _at(terms.real, b * terms.sizes[0] + kv)
 
         def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            return score + _at(terms.table, h * terms.sizes[1] + _entry(form, terms, b, q, kv))
+            entry = h * terms.sizes[1] + _entry(form, terms, b, q, kv)
+            return score + (terms.table[entry] if form.trained[-1] else _at(terms.table, entry))
 
         block_mask = BlockMask.from_kv_blocks(
             *indices,

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._dynamo.utils import counters  # the compiler's own count of graphs
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import attnzoo
-from attnzoo.backends import flex_blocks
+from attnzoo.backends import flex, flex_blocks, flex_kernel
 from attnzoo.backends.flex import FlexBackend
 from attnzoo.functional import execute
 from attnzoo.patterns import SortedChunks
@@ -211,6 +212,33 @@ def test_what_it_cannot_do_is_refused_with_those_who_can(change, field):
     with pytest.raises(attnzoo.BackendRefusedError, match=f"{field}: got .*allowed.*") as caught:
         execute(FlexBackend(), change(attention()))
     assert "sdpa" in str(caught.value)
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim", "fits"), [(16, 16, True), (8, 16, False), (16, 8, False)])
+def test_narrow_heads_are_refused_on_cuda(head_dim, value_dim, fits):
+    request = replace(attention().request(), device="cuda", head_dim=head_dim, value_dim=value_dim)
+    reasons = [str(reason) for reason in FlexBackend().refusals(request)]
+    assert reasons == ([] if fits else ["head_dim: got 8; allowed: at least 16 on cuda"])
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_trained_tables_are_looked_up_by_index(monkeypatch, trained):
+    """PyTorch's CUDA kernels scatter the gradient of an index, and of no other lookup."""
+    whole, looked_up = attention(), []
+    key, value = flex._side_by_side(whole)
+    form = flex._form(whole, whole.query, key, value)._replace(trained=(False, False, False, trained))
+
+    def noting(query, key, value, score_mod, *rest, **options):
+        numbers = torch.zeros((4, 2), dtype=torch.long)
+        looked_up.append(make_fx(score_mod)(torch.zeros(2), *numbers).code)
+        return query
+
+    monkeypatch.setattr(flex_kernel, "flex_attention", noting)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    flex_kernel.kernel.__wrapped__(form)
+    (code,) = looked_up
+    assert ("aten.index" in code) == trained
 
 
 def test_hashed_keys_are_refused():
