@@ -42,7 +42,10 @@ class Attend(Protocol):
         """After a refusal: whether to run the model's own code instead, if it ``can`` serve; counts it if so."""
 
     def once(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
-        """``make(tensor)``, computed once per tensor for all sites of the patch: per forward, not per layer."""
+        """``make(tensor)``, computed once per tensor for all sites of the patch: per forward, not per layer.
+
+        To be asked once per forward and name: a site that asks again is taken to be in the next forward.
+        """
 
 
 Forward = Callable[..., Any]

@@ -64,17 +64,18 @@ class SiteAttend:
         return self._fallback and can
 
     def once(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
-        if tensor.is_inference():
-            return make(tensor)  # inference tensors count no versions, and their ids may come again
+        # A forward asks once at each site: one that asks again is in the next forward. That tells what versions do not,
+        # as inference tensors have none, and writing through ``.data`` or numpy changes none. What is made in inference
+        # mode cannot be saved for a backward.
         made = self._memory.setdefault(tensor, {})
-        # What is made in inference mode cannot be saved for a backward.
-        version = (tensor._version, torch.is_inference_mode_enabled())
-        if name not in made or made[name][0] != version:
+        version = (None if tensor.is_inference() else tensor._version, torch.is_inference_mode_enabled())
+        if name not in made or made[name][0] != version or self.site.name in made[name][1]:
             value = make(tensor)
             if _shares_memory(value, tensor):
                 return value  # to keep it would keep the tensor, which would keep the entry, for ever
-            made[name] = (version, value)
-        known: T = made[name][1]
+            made[name] = (version, set(), value)
+        _, served, known = made[name]
+        served.add(self.site.name)
         return known
 
 

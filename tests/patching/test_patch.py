@@ -280,10 +280,22 @@ def test_what_is_remembered_in_inference_mode_is_for_inference_mode(neox):
     """It cannot be saved for a backward, though it be made of a tensor that can."""
     mask = torch.ones(3, 11)
     with attnzoo.patch(neox.model, "sdpa") as handle:
-        once = handle.forwards[0]._attend.once
+        first, second = (forward._attend.once for forward in handle.forwards[:2])
         with torch.inference_mode():
-            assert once(mask, "more", lambda tensor: tensor + 1) is once(mask, "more", lambda tensor: tensor + 1)
-        assert not once(mask, "more", lambda tensor: tensor + 1).is_inference()
+            made = first(mask, "more", lambda tensor: tensor + 1)
+        assert not second(mask, "more", lambda tensor: tensor + 1).is_inference() and made.is_inference()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_is_made_of_a_mask_is_made_once_per_forward(neox, mode):
+    """Whatever is done to the mask between forwards, even where its version does not tell."""
+    with attnzoo.patch(neox.model, "sdpa") as handle, mode():
+        mask = torch.ones(3, 11)
+        sites = [forward._attend.once for forward in handle.forwards]
+        for value in (1.0, 2.0, 3.0):
+            mask.data.fill_(value)
+            made = [once(mask, "more", lambda tensor: tensor + 1) for once in sites]
+            assert all(one is made[0] for one in made) and made[0].eq(value + 1).all()
 
 
 def test_layers_of_a_copy_share_what_they_remember_and_nothing_with_the_original(neox, monkeypatch):
