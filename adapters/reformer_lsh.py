@@ -31,8 +31,9 @@ from attnzoo.interface import rebind
 from attnzoo.patterns import Causal, SortedChunks, Window
 from attnzoo.segments import Attention, Segment, describe
 
-# Tokens the module hashes in one call.
-HASHED_AT_ONCE = 1024
+# Tokens the module hashes in one call: few enough that what they are rotated to stays in a cache until it is compared,
+# and enough to make up for drawing the rotations again.
+HASHED_AT_ONCE = 256
 
 
 class LSHForward:
