@@ -100,7 +100,12 @@ def _grids(
             for first, last in pattern.kv_spans(*queries, q_len, stop - start):
                 begin, end = (start + first) // kv_block, -(-(start + last) // kv_block)
                 seen[row, begin:end] = True
-                for block in range(max(begin, -(-start // kv_block)), min(end, stop // kv_block)):
-                    keys = (block * kv_block - start, (block + 1) * kv_block - start)
-                    full[row, block] = pattern.sees_all(*queries, *keys, q_len, stop - start)
+                runs = [(max(begin, -(-start // kv_block)), min(end, stop // kv_block))]
+                while runs:  # of blocks; halved until all of a run is seen, or it is one block
+                    head, tail = runs.pop()
+                    keys = (head * kv_block - start, tail * kv_block - start)
+                    if head < tail and pattern.sees_all(*queries, *keys, q_len, stop - start):
+                        full[row, head:tail] = True
+                    elif tail - head > 1:
+                        runs += [(head, (head + tail) // 2), ((head + tail) // 2, tail)]
     return seen, full
