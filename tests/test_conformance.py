@@ -22,7 +22,7 @@ def exact_backends():
 @pytest.mark.parametrize("backend", exact_backends())
 def test_a_backend_does_what_it_declares_and_refuses_the_rest(backend, dtype, device):
     if dtype not in attnzoo.backends()[backend].capabilities.dtypes:
-        with pytest.raises(testing.ConformanceError, match="0 cases ran.* 0 failed.*refuses everything"):
+        with pytest.raises(testing.ConformanceError, match=r"0 cases ran.* 0 failed.*refuses everything"):
             testing.check_backend(backend, device=device, dtypes=(dtype,))
         return
     report = testing.check_backend(backend, device=device, dtypes=(dtype,))
