@@ -33,7 +33,7 @@ from attnzoo.segments import Attention, Segment, describe
 
 # Tokens the module hashes in one call: few enough that what they are rotated to stays in a cache until it is compared,
 # and enough to make up for drawing the rotations again.
-HASHED_AT_ONCE = 256
+HASHED_AT_ONCE = 384
 
 
 class LSHForward:
