@@ -57,22 +57,13 @@ class Sequences:
         return (self.left, self.right) == (UNLIMITED, 0)
 
     @cached_property
-    def max_q(self) -> int:
-        return max(self.q_lens)
-
-    @cached_property
-    def max_k(self) -> int:
-        return max(self.k_lens)
-
-    @cached_property
-    def cu_q(self) -> Tensor:
-        """Where each sequence of queries begins and the last one ends: ``(sequences + 1,)`` int32."""
-        return torch.tensor([0, *accumulate(self.q_lens)], dtype=torch.int32, device=self.device)
-
-    @cached_property
-    def cu_k(self) -> Tensor:
-        """The same of the keys."""
-        return torch.tensor([0, *accumulate(self.k_lens)], dtype=torch.int32, device=self.device)
+    def cumulative(self) -> tuple[Tensor, Tensor, int, int]:
+        """As kernels take them: where sequences of queries begin and the last one ends, ``(sequences + 1,)`` int32,
+        the same of keys, and the longest of each.
+        """
+        starts = ([0, *accumulate(lens)] for lens in (self.q_lens, self.k_lens))
+        cu_q, cu_k = (torch.tensor(start, dtype=torch.int32, device=self.device) for start in starts)
+        return cu_q, cu_k, max(self.q_lens), max(self.k_lens)
 
 
 class Call(NamedTuple):

@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnzoo.backends.calls import Sequences
-from attnzoo.backends.kernels import Kernel, drift, import_package
+from attnzoo.backends.kernels import Inputs, Kernel, drift, import_package
 
 _PUBLIC = (
     *("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
@@ -58,25 +57,22 @@ class FlashAttnKernel(Kernel):
         return _parts_unavailable()
 
     @classmethod
-    def attend(
-        cls, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, dropout: float
-    ) -> Tensor:
+    def attend(cls, inputs: Inputs) -> Tensor:
         output: Tensor = _interface().flash_attn_varlen_func(
-            *(query, key, value, *_lengths(sequences)),
-            dropout_p=dropout,
-            softmax_scale=scale,
-            causal=sequences.causal,
-            window_size=(sequences.left, sequences.right),
+            *(*inputs[:3], *inputs.sequences.cumulative),
+            dropout_p=inputs.dropout,
+            softmax_scale=inputs.scale,
+            causal=inputs.sequences.causal,
+            window_size=(inputs.sequences.left, inputs.sequences.right),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return output
 
     @classmethod
-    def forward(
-        cls, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, dropout: float
-    ) -> tuple[Tensor, Tensor, Any]:
+    def forward(cls, inputs: Inputs) -> tuple[Tensor, Tensor, Any]:
+        sequences = inputs.sequences
         out, lse, _, state = getattr(_interface(), _FORWARD)(
-            *(query, key, value, *_lengths(sequences), dropout, scale, sequences.causal),
+            *(*inputs[:3], *sequences.cumulative, inputs.dropout, inputs.scale, sequences.causal),
             window_size_left=sequences.left,
             window_size_right=sequences.right,
             softcap=0.0,
@@ -87,21 +83,13 @@ class FlashAttnKernel(Kernel):
 
     @classmethod
     def backward(
-        cls,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        sequences: Sequences,
-        scale: float,
-        dropout: float,
-        state: Any,
+        cls, inputs: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor, state: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grads = tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value))
+        sequences = inputs.sequences
+        grads = tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs[:3])
         getattr(_interface(), _BACKWARD)(
-            *(grad_out, query, key, value, out, lse, *grads, *_lengths(sequences), dropout, scale, sequences.causal),
+            *(grad_out, *inputs[:3], out, lse, *grads),
+            *(*sequences.cumulative, inputs.dropout, inputs.scale, sequences.causal),
             window_size_left=sequences.left,
             window_size_right=sequences.right,
             softcap=0.0,
@@ -114,7 +102,3 @@ class FlashAttnKernel(Kernel):
 
 def _interface() -> Any:
     return _package()[0]
-
-
-def _lengths(sequences: Sequences) -> tuple[Tensor, Tensor, int, int]:
-    return sequences.cu_q, sequences.cu_k, sequences.max_q, sequences.max_k

@@ -6,7 +6,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,17 @@ from torch import Tensor
 from attnzoo.backends.calls import Sequences, disjoint, hides
 from attnzoo.errors import Refusal, raise_interrupts
 from attnzoo.segments import Request
+
+
+class Inputs(NamedTuple):
+    """What a kernel is called with: ``query`` ``(rows, heads, dim)``, ``key`` and ``value`` with ``kv_heads``."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    sequences: Sequences
+    scale: float
+    dropout: float
 
 
 class Kernel:
@@ -69,34 +80,23 @@ class Kernel:
         return (Refusal("segments", f"parts to unite, and {why}", "one segment without a key mask"),)
 
     @classmethod
-    def attend(
-        cls, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, dropout: float
-    ) -> Tensor:
+    def attend(cls, inputs: Inputs) -> Tensor:
         """Attention ``(rows, heads, dim)`` within each sequence, with gradients."""
         raise NotImplementedError
 
     @classmethod
-    def forward(
-        cls, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, dropout: float
-    ) -> tuple[Tensor, Tensor, Any]:
+    def forward(cls, inputs: Inputs) -> tuple[Tensor, Tensor, Any]:
         """The same without gradients: output, ``lse`` ``(heads, rows)`` float32, and what :meth:`backward` needs."""
         raise NotImplementedError
 
     @classmethod
     def backward(
-        cls,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        sequences: Sequences,
-        scale: float,
-        dropout: float,
-        state: Any,
+        cls, inputs: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor, state: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value, given the output and lse of the whole union."""
+        """Gradients of query, key and value, given the output and lse of the whole union.
+
+        ``state`` is what :meth:`forward` gave.
+        """
         raise NotImplementedError
 
 

@@ -13,6 +13,7 @@ More than 2^22 would do harm: kernels round what they take the exponential of, a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from attnzoo.backend import Backend, Capabilities
 from attnzoo.backends.calls import Call, Plan, plan
-from attnzoo.backends.kernels import Kernel, no_device
+from attnzoo.backends.kernels import Inputs, Kernel, no_device
 from attnzoo.backends.sorted_calls import fold_heads
 from attnzoo.errors import InvalidArgumentError, Refusal
 from attnzoo.patterns import Causal, Chunks, Full, SortedChunks, Window
@@ -110,10 +111,10 @@ def attend(attention: Attention, kernel: type[Kernel]) -> Result:
     planned = plan(attention, kernel.windows)
     hiding = planned.spare or any(mask is not None for mask in planned.hidden)
     packed = _Packing(attention, planned, _Hiding(attention.scale) if hiding else None)
+    settings = _Settings(kernel, planned, packed.places, attention.scale, attention.dropout)
     if len(attention.segments) == 1 and planned.calls and not hiding:
-        output, live = packed.attend(kernel)
+        output, live = packed.attend(settings)
     else:
-        settings = _Settings(kernel, planned, packed.places, attention.scale, attention.dropout)
         output, lse = _Union.apply(settings, packed.query, *packed.keys_values)
         live = packed.live(lse)
     output = output[: attention.batch * attention.q_len, :, : attention.value_dim]
@@ -192,15 +193,13 @@ class _Packing:
             rows = torch.cat([rows, last])
         return rows if _is_aligned(rows) else rows.clone(memory_format=torch.contiguous_format)
 
-    def attend(self, kernel: type[Kernel]) -> tuple[Tensor, Tensor | None]:
+    def attend(self, settings: _Settings) -> tuple[Tensor, Tensor | None]:
         """The output of a single segment ``(rows, heads, dim)``, and which rows see a key, ``(batch, 1, q_len)``.
 
         Without hidden keys no query is in two calls (:func:`calls.disjoint`): there is nothing to unite.
         """
-        attention, calls, outputs = self._attention, self._planned.calls, []
-        for call in calls:
-            query, key, value = take(call, self.query, self.keys_values, self.places)
-            outputs.append(kernel.attend(query, key, value, call.sequences, attention.scale, attention.dropout))
+        attention, calls = self._attention, self._planned.calls
+        outputs = [settings.kernel.attend(settings.inputs(call, self.query, self.keys_values)) for call in calls]
         rows = [call.q_rows for call in calls if call.q_rows is not None]
         if not rows:
             return outputs[0], None
@@ -223,14 +222,6 @@ def _is_aligned(rows: Tensor) -> bool:
     return inner == 1 and all(step % 8 == 0 for step in (*outer, rows.storage_offset()))
 
 
-def take(
-    call: Call, query: Tensor, keys_values: list[Tensor] | tuple[Tensor, ...], places: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A call's query, key and value rows."""
-    key, value = (keys_values[place] for place in places[2 * call.segment : 2 * call.segment + 2])
-    return _rows(query, call.q_rows), _rows(key, call.k_rows), _rows(value, call.k_rows)
-
-
 def _rows(tensor: Tensor, index: Tensor | None) -> Tensor:
     return tensor if index is None else tensor.index_select(0, index)
 
@@ -244,20 +235,24 @@ class _Settings(NamedTuple):
     scale: float
     dropout: float
 
+    def inputs(self, call: Call, query: Tensor, keys_values: Sequence[Tensor]) -> Inputs:
+        """What the kernel gets for one call."""
+        key, value = (
+            _rows(keys_values[place], call.k_rows) for place in self.places[2 * call.segment : 2 * call.segment + 2]
+        )
+        return Inputs(_rows(query, call.q_rows), key, value, call.sequences, self.scale, self.dropout)
+
 
 class _Union(torch.autograd.Function):
     """Calls united by log-sum-exp, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, settings: _Settings, query: Tensor, *keys_values: Tensor) -> tuple[Tensor, Tensor]:
-        kernel, planned, places, scale, dropout = settings
         out = query.new_zeros(query.shape, dtype=torch.float32)
         lse = query.new_full((query.shape[1], query.shape[0]), -math.inf, dtype=torch.float32)
         states = []
-        for call in planned.calls:
-            part_out, part_lse, state = kernel.forward(
-                *take(call, query, keys_values, places), call.sequences, scale, dropout
-            )
+        for call in settings.planned.calls:
+            part_out, part_lse, state = settings.kernel.forward(settings.inputs(call, query, keys_values))
             _unite_(out, lse, call.q_rows, part_out, part_lse)
             states.append(state)
         out = out.to(query.dtype)
@@ -269,23 +264,15 @@ class _Union(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        kernel, planned, places, scale, dropout = ctx.settings
+        settings: _Settings = ctx.settings
         query, *keys_values, out, lse = ctx.saved_tensors
         grad_out = grad_out.contiguous()
         grads = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (query, *keys_values)]
-        for call, state in zip(planned.calls, ctx.states, strict=True):
+        for call, state in zip(settings.planned.calls, ctx.states, strict=True):
             part_lse = lse if call.q_rows is None else lse.index_select(1, call.q_rows)
-            parts = kernel.backward(
-                _rows(grad_out, call.q_rows),
-                *take(call, query, keys_values, places),
-                _rows(out, call.q_rows),
-                part_lse.contiguous(),
-                call.sequences,
-                scale,
-                dropout,
-                state,
-            )
-            key, value = (grads[place + 1] for place in places[2 * call.segment : 2 * call.segment + 2])
+            results = _rows(grad_out, call.q_rows), _rows(out, call.q_rows), part_lse.contiguous()
+            parts = settings.kernel.backward(settings.inputs(call, query, keys_values), *results, state)
+            key, value = (grads[place + 1] for place in settings.places[2 * call.segment : 2 * call.segment + 2])
             for grad, index, part in zip(
                 (grads[0], key, value), (call.q_rows, call.k_rows, call.k_rows), parts, strict=True
             ):

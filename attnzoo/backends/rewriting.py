@@ -15,10 +15,12 @@ from torch import Tensor
 
 from attnzoo import registry
 from attnzoo.backend import Backend, Capabilities
+from attnzoo.backends.eager import EagerBackend
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal, UnknownNameError
 from attnzoo.functional import execute
-from attnzoo.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window
-from attnzoo.segments import FLOATS, Attention, Request, Result, Segment
+from attnzoo.hashed import HashedChunks
+from attnzoo.patterns import Causal, Chunks, Full, Pattern, Window
+from attnzoo.segments import Attention, Request, Result, Segment
 
 LOCAL = (Window, Chunks)
 
@@ -40,19 +42,10 @@ class Rewriting(Backend):
     """
 
     needed: ClassVar[tuple[str, ...]] = ()
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        devices=frozenset({"cpu", "cuda"}),
-        dtypes=frozenset(FLOATS),
-        patterns=frozenset({Full, Causal, Window, Chunks, SortedChunks}),
-        segments=1 << 16,
-        key_mask=True,
-        mask=True,
-        bias=frozenset({"relative", "dense"}),
-        bias_grad=True,
-        gqa=True,
-        uneven_value_dim=True,
-        dropout=True,
-        grad=True,
+    capabilities: ClassVar[Capabilities] = replace(
+        EagerBackend.capabilities,
+        patterns=EagerBackend.capabilities.patterns - {HashedChunks},
+        probabilities=False,
         exact=False,
     )
 

@@ -8,7 +8,7 @@ The kernel is chosen here and then enforced, so that what is reported is what ra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -18,12 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from attnzoo.backend import Backend, Capabilities
 from attnzoo.backends import flash_cpu, math_blocks
 from attnzoo.backends.blocks import DENSE_ROWS, Masks, additive, block_size, blocks, sees_all
-from attnzoo.backends.eager import expand_heads
+from attnzoo.backends.eager import EagerBackend, expand_heads
 from attnzoo.backends.pieces import Pieces, join_masks
 from attnzoo.errors import Refusal
 from attnzoo.hashed import HashedChunks
-from attnzoo.patterns import Causal, Chunks, Full, SortedChunks, Window
-from attnzoo.segments import FLOATS, Attention, Request, Result
+from attnzoo.patterns import Causal, SortedChunks
+from attnzoo.segments import Attention, Request, Result
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,7 @@ class SdpaBackend(Backend):
 
     name: ClassVar[str] = "sdpa"
     priority: ClassVar[int] = 10
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        devices=frozenset({"cpu", "cuda"}),
-        dtypes=frozenset(FLOATS),
-        patterns=frozenset({Full, Causal, Window, Chunks, SortedChunks, HashedChunks}),
-        segments=1 << 16,
-        key_mask=True,
-        mask=True,
-        bias=frozenset({"relative", "dense"}),
-        bias_grad=True,
-        gqa=True,
-        uneven_value_dim=True,
-        dropout=True,
-        grad=True,
-    )
+    capabilities: ClassVar[Capabilities] = replace(EagerBackend.capabilities, probabilities=False)
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
         in_order = (SortedChunks, HashedChunks)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from attnzoo.backends.calls import Sequences
-from attnzoo.backends.kernels import Kernel, drift, import_package, parameters
+from attnzoo.backends.kernels import Inputs, Kernel, drift, import_package, parameters
 
 _PUBLIC = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
 # The public function hands out lse, but takes none in its backward, which the union of parts needs: there the two
@@ -34,7 +33,8 @@ def _function() -> tuple[Any, str]:
     lacking = [name for name in (*_PUBLIC, "scale", "window_size") if name not in names]
     if lacking:
         return None, f"torch {torch.__version__}: varlen_attn has no {', '.join(lacking)}: 2.11 is needed"
-    return function, ""
+    # Fewer key heads have to be asked for since 2.12, and are taken without being asked before.
+    return (partial(function, enable_gqa=True) if "enable_gqa" in names else function), ""
 
 
 @cache
@@ -56,48 +56,29 @@ class VarlenKernel(Kernel):
         return _parts_unavailable()
 
     @classmethod
-    def attend(
-        cls, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, dropout: float
-    ) -> Tensor:
-        function, _ = _function()
-        # Asked for since 2.12; taken without being asked before.
-        grouped = {"enable_gqa": True} if "enable_gqa" in parameters(function) else {}
-        output: Tensor = function(
-            *(query, key, value, *_lengths(sequences)),
-            scale=scale,
+    def attend(cls, inputs: Inputs) -> Tensor:
+        sequences = inputs.sequences
+        output: Tensor = _function()[0](
+            *(*inputs[:3], *sequences.cumulative),
+            scale=inputs.scale,
             window_size=(sequences.left, sequences.right),
-            **grouped,
         )
         return output
 
     @classmethod
-    def forward(
-        cls, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, dropout: float
-    ) -> tuple[Tensor, Tensor, Any]:
+    def forward(cls, inputs: Inputs) -> tuple[Tensor, Tensor, Any]:
+        sequences = inputs.sequences
         window = [sequences.left, sequences.right]
         return getattr(torch.ops.torch_attn, _FORWARD)(
-            *(query, key, value, *_lengths(sequences), sequences.causal, scale, window)
+            *(*inputs[:3], *sequences.cumulative, sequences.causal, inputs.scale, window)
         )
 
     @classmethod
     def backward(
-        cls,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        sequences: Sequences,
-        scale: float,
-        dropout: float,
-        state: Any,
+        cls, inputs: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor, state: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
+        sequences = inputs.sequences
         window = [sequences.left, sequences.right]
         return getattr(torch.ops.torch_attn, _BACKWARD)(
-            *(grad_out, query, key, value, out, lse, *_lengths(sequences), sequences.causal, state, scale, window)
+            *(grad_out, *inputs[:3], out, lse, *sequences.cumulative, sequences.causal, state, inputs.scale, window)
         )
-
-
-def _lengths(sequences: Sequences) -> tuple[Tensor, Tensor, int, int]:
-    return sequences.cu_q, sequences.cu_k, sequences.max_q, sequences.max_k

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.backends.calls import UNLIMITED, Sequences, rows_of
-from attnzoo.backends.kernels import Kernel, drift, import_package
+from attnzoo.backends.kernels import Inputs, Kernel, drift, import_package
 from attnzoo.errors import Refusal
 from attnzoo.patterns import Window
 from attnzoo.segments import Request
@@ -72,57 +72,43 @@ class _XformersKernel(Kernel):
         return _operator_unavailable(cls.operator)
 
     @classmethod
-    def attend(
-        cls, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, dropout: float
-    ) -> Tensor:
+    def attend(cls, inputs: Inputs) -> Tensor:
         operators = getattr(_fmha(), cls.operator)
         outputs = []
-        for bias in _biases(sequences):
-            inputs = _inputs(bias, query, key, value)
-            both = (operators.FwOp, operators.BwOp)
-            output = _fmha().memory_efficient_attention(*inputs, attn_bias=bias.bias, scale=scale, op=both)
+        for bias in _biases(inputs.sequences):
+            output = _fmha().memory_efficient_attention(
+                *_rows(bias, inputs), attn_bias=bias.bias, scale=inputs.scale, op=(operators.FwOp, operators.BwOp)
+            )
             outputs.append(output.flatten(0, 1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @classmethod
-    def forward(
-        cls, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, dropout: float
-    ) -> tuple[Tensor, Tensor, Any]:
+    def forward(cls, inputs: Inputs) -> tuple[Tensor, Tensor, Any]:
+        operator = getattr(_fmha(), cls.operator).FwOp
         outputs, lses = [], []
-        for bias in _biases(sequences):
-            inputs = _inputs(bias, query, key, value)
+        for bias in _biases(inputs.sequences):
             output, lse = _fmha().memory_efficient_attention_forward_requires_grad(
-                *inputs, attn_bias=bias.bias, scale=scale, op=getattr(_fmha(), cls.operator).FwOp
+                *_rows(bias, inputs), attn_bias=bias.bias, scale=inputs.scale, op=operator
             )
             outputs.append(output.flatten(0, 1))
-            lses.append(cls.from_lse(lse, sequences))
+            lses.append(cls.from_lse(lse, inputs.sequences))
         return torch.cat(outputs), torch.cat(lses, dim=1), None
 
     @classmethod
     def backward(
-        cls,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        sequences: Sequences,
-        scale: float,
-        dropout: float,
-        state: Any,
+        cls, inputs: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor, state: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
+        operator = getattr(_fmha(), cls.operator).BwOp
         parts = []
-        for bias in _biases(sequences):
-            inputs = _inputs(bias, query, key, value)
+        for bias in _biases(inputs.sequences):
             results = [tensor[bias.q_rows].unflatten(0, (bias.samples, -1)) for tensor in (grad_out, out)]
-            theirs = cls.to_lse(lse[:, bias.q_rows], bias.samples, sequences)
+            results.append(cls.to_lse(lse[:, bias.q_rows], bias.samples, inputs.sequences))
             grads = _fmha().memory_efficient_attention_backward(
-                *results, theirs, *inputs, attn_bias=bias.bias, scale=scale, op=getattr(_fmha(), cls.operator).BwOp
+                *results, *_rows(bias, inputs), attn_bias=bias.bias, scale=inputs.scale, op=operator
             )
             parts.append([grad.flatten(0, 1) for grad in grads])
         grad_q, grad_k, grad_v = (torch.cat(grads) for grads in zip(*parts, strict=True))
-        kv_heads = key.shape[1]
+        kv_heads = inputs.key.shape[1]
         return grad_q, _sum_groups(grad_k, kv_heads), _sum_groups(grad_v, kv_heads)
 
     @classmethod
@@ -168,7 +154,7 @@ class XformersCutlassKernel(_XformersKernel):
 
     @classmethod
     def to_lse(cls, lse: Tensor, samples: int, sequences: Sequences) -> Tensor:
-        width = -(-sequences.max_q // _LSE_ALIGNMENT) * _LSE_ALIGNMENT
+        width = -(-max(sequences.q_lens) // _LSE_ALIGNMENT) * _LSE_ALIGNMENT
         count = len(sequences.q_lens)
         padded = lse.new_full((lse.shape[0], count * width), torch.inf)
         padded.index_copy_(1, _places(sequences, width), lse)
@@ -208,11 +194,11 @@ def _biases(sequences: Sequences) -> Iterator[_Bias]:
         q_start, k_start = q_stop, k_stop
 
 
-def _inputs(bias: _Bias, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+def _rows(bias: _Bias, inputs: Inputs) -> list[Tensor]:
     """A bias's ``(samples, rows, heads, dim)``. xformers has no backward for fewer key heads than query heads."""
-    heads = query.shape[1]
-    rows = (query[bias.q_rows], *(_expand(tensor[bias.k_rows], heads) for tensor in (key, value)))
-    return [tensor.unflatten(0, (bias.samples, -1)) for tensor in rows]
+    heads = inputs.query.shape[1]
+    keys_values = (_expand(tensor[bias.k_rows], heads) for tensor in (inputs.key, inputs.value))
+    return [tensor.unflatten(0, (bias.samples, -1)) for tensor in (inputs.query[bias.q_rows], *keys_values)]
 
 
 def _expand(tensor: Tensor, heads: int) -> Tensor:

@@ -22,9 +22,11 @@ def meetings(attention, planned):
               for s in attention.segments]  # fmt: skip
     for call in planned.calls:
         sequences = call.sequences
-        left, right = (-1 if extent >= sequences.max_k else extent for extent in (sequences.left, sequences.right))
+        left, right = (
+            -1 if extent >= max(sequences.k_lens) else extent for extent in (sequences.left, sequences.right)
+        )
         if left >= 0 or right >= 0:
-            left, right = (sequences.max_k if extent < 0 else extent for extent in (left, right))
+            left, right = (max(sequences.k_lens) if extent < 0 else extent for extent in (left, right))
         q_rows = torch.arange(sum(sequences.q_lens)) if call.q_rows is None else call.q_rows
         k_rows = torch.arange(sum(sequences.k_lens)) if call.k_rows is None else call.k_rows
         assert len(q_rows) == sum(sequences.q_lens) and len(k_rows) == sum(sequences.k_lens)
