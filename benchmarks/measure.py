@@ -93,8 +93,12 @@ def _trim() -> None:
 
 @contextlib.contextmanager
 def _large_apart() -> Iterator[None]:
-    """Have glibc map whatever is larger than a MiB on its own; afterwards what is larger than its usual 32 MiB."""
-    threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+    """Have glibc map whatever is larger than a MiB on its own.
+
+    Afterwards its thresholds are where a process that has freed large tensors has them: 32 MiB, and twice that before
+    the heap's end is given back. Both have to be said, because saying one keeps glibc from moving the other.
+    """
+    trim, threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     try:
         set_option = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # another C library, with ways of its own
@@ -105,6 +109,7 @@ def _large_apart() -> Iterator[None]:
         yield
     finally:
         set_option(threshold, 32 << 20)
+        set_option(trim, 64 << 20)
 
 
 def _reset_high_water() -> bool:
