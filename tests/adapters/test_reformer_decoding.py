@@ -1,0 +1,117 @@
+"""Reformer patched generates the original's tokens, and decodes on a cache to its logits and attention weights."""
+
+import copy
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo.errors import InvalidArgumentError
+
+from .reformer import CHUNK, attentions, backends, ids, local, reformer
+
+
+@backends
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("prompt", [1, CHUNK - 1, CHUNK, CHUNK + 1, 11])
+@pytest.mark.parametrize("layers", [["local"], ["lsh"], ["local", "lsh"]], ids="+".join)
+def test_greedy_generation_gives_the_tokens_of_the_original(backend, use_cache, prompt, layers):
+    model = reformer(attn_layers=layers * 2, num_hashes=2)
+    arguments = dict(max_new_tokens=14, min_new_tokens=14, do_sample=False, use_cache=use_cache)
+    expected = model.generate(ids(1, prompt), **arguments)
+    with attnzoo.patch(model, backend) as handle:
+        got = model.generate(ids(1, prompt), **arguments)
+    assert torch.equal(got, expected)
+    assert all(site.calls == 14 for site in handle.sites)
+
+
+@backends
+def test_beams_give_the_tokens_of_the_original(backend):
+    model = reformer()
+    arguments = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False, num_beams=4)
+    expected = model.generate(ids(2, 9), **arguments)
+    with attnzoo.patch(model, backend):
+        assert torch.equal(model.generate(ids(2, 9), **arguments), expected)
+
+
+@backends
+@pytest.mark.parametrize("prompt", [CHUNK - 1, 10])
+def test_logits_of_cached_decoding(backend, prompt):
+    """Logits, step by step: tokens would hide an error. Two samples: the original mixes them up, and so do we."""
+    model = reformer(num_buckets=[2, 2], num_hashes=3).double()
+
+    def decode():
+        with torch.no_grad():
+            returned = model(ids(2, prompt), use_cache=True)
+            found = [returned.logits[:, -1]]
+            for step in range(9):
+                token, past = ids(2, 1, seed=step), returned.past_buckets_states
+                mask = torch.ones(2, 1) if step % 2 else None
+                returned = model(token, past_buckets_states=past, use_cache=True, attention_mask=mask)
+                found.append(returned.logits[:, -1])
+        return torch.stack(found)
+
+    expected = decode()
+    with attnzoo.patch(model, backend):
+        torch.testing.assert_close(decode(), expected, rtol=1e-9, atol=1e-9)
+
+
+@backends
+def test_a_mask_of_the_new_token_alone_may_hide_it(backend):
+    model, mask = local(), torch.tensor([[1], [0]])
+
+    def decode():
+        with torch.no_grad():
+            past = model(ids(2, 9), use_cache=True).past_buckets_states
+            return model(ids(2, 1), past_buckets_states=past, use_cache=True, attention_mask=mask).logits
+
+    expected = decode()
+    with attnzoo.patch(model, backend):
+        got = decode()
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=1e-4)
+    assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["lsh", "local"])
+def test_several_tokens_on_a_filled_cache_are_refused(kind):
+    model = reformer(attn_layers=[kind])
+    with torch.no_grad(), attnzoo.patch(model, "eager"):
+        past = model(ids(1, 9), use_cache=True).past_buckets_states
+        with pytest.raises(InvalidArgumentError, match="hidden_states: got 2 tokens on a filled cache"):
+            model(ids(1, 2), past_buckets_states=past, use_cache=True)
+
+
+def test_decoding_from_a_short_prompt_derives_a_number_of_buckets_where_the_original_fails():
+    model = reformer(num_buckets=None)
+    arguments = dict(max_new_tokens=9, min_new_tokens=9, do_sample=False, use_cache=True)
+    with pytest.raises(TypeError):
+        copy.deepcopy(model).generate(ids(1, 3), **arguments)
+    with attnzoo.patch(model, "sdpa"):
+        assert model.generate(ids(1, 3), **arguments).shape == (1, 12)
+    assert model.config.num_buckets is None
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_generation_without_a_number_of_buckets_gives_the_tokens_of_the_original(use_cache):
+    model = reformer(num_buckets=None)
+    arguments = dict(max_new_tokens=14, min_new_tokens=14, do_sample=False, use_cache=use_cache)
+    expected = copy.deepcopy(model).generate(ids(1, 9), **arguments)
+    with attnzoo.patch(model, "sdpa"):
+        assert torch.equal(model.generate(ids(1, 9), **arguments), expected)
+    assert model.config.num_buckets is None
+    assert all(module.num_buckets is None for module in attentions(model) if not hasattr(module, "query"))
+
+
+@pytest.mark.parametrize("prompt", [3, 9])
+def test_attention_weights_of_cached_decoding(prompt):
+    model = reformer().double()
+
+    def decode():
+        with torch.no_grad():
+            past = model(ids(1, prompt), use_cache=True).past_buckets_states
+            return model(ids(1, 1), past_buckets_states=past, use_cache=True, output_attentions=True).attentions
+
+    expected = decode()
+    with attnzoo.patch(model, "eager"):
+        for ours, theirs in zip(decode(), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,159 @@
+"""LSH attention of Reformer alone: patched equals the original given its buckets, and hashes like it for a seed."""
+
+import copy
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import attnzoo
+from attnzoo.adapters.reformer_lsh import HASHED_AT_ONCE
+
+from .reformer import (
+    CHUNK,
+    NEIGHBOURS,
+    assert_module_equals_the_original,
+    attentions,
+    backends,
+    causal,
+    hidden,
+    lsh,
+    padding,
+    reformer,
+    sides,
+)
+
+
+@backends
+@causal
+@sides
+@pytest.mark.parametrize("hashes", [1, 2, 4])
+def test_lsh_given_its_buckets(is_decoder, backend, side, hashes):
+    module = lsh(is_decoder=is_decoder, num_hashes=hashes, lsh_num_chunks_after=0 if is_decoder else 1)
+    assert_module_equals_the_original(module, hidden(3, 24), padding(side, 3, 24), backend)
+
+
+@backends
+@causal
+@pytest.mark.parametrize("buckets", [2, 8, [2, 4], [4, 2, 2], [4]], ids=str)
+def test_lsh_by_number_of_buckets(is_decoder, backend, buckets):
+    module = lsh(is_decoder=is_decoder, num_buckets=buckets)
+    assert_module_equals_the_original(module, hidden(2, 32), padding("left", 2, 32), backend)
+
+
+@backends
+@causal
+@pytest.mark.parametrize("around", NEIGHBOURS, ids=str)
+@pytest.mark.parametrize("chunks", [2, 3, 5])
+def test_lsh_counts_wrapped_neighbours_as_often_as_the_original(is_decoder, backend, around, chunks):
+    before, after = around
+    module = lsh(is_decoder=is_decoder, num_hashes=1, lsh_num_chunks_before=before, lsh_num_chunks_after=after)
+    length = chunks * CHUNK
+    assert_module_equals_the_original(module, hidden(2, length), padding("right", 2, length), backend)
+
+
+@backends
+@causal
+def test_lsh_chunks_may_straddle_rounds(is_decoder, backend):
+    module = lsh(is_decoder=is_decoder, num_hashes=4)
+    assert_module_equals_the_original(module, hidden(2, 9), padding("left", 2, 9), backend)
+
+
+@backends
+@causal
+@sides
+@pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK])
+def test_short_lsh_is_full_attention_without_oneself(is_decoder, backend, side, length):
+    module = lsh(is_decoder=is_decoder)
+    assert_module_equals_the_original(module, hidden(3, length), padding(side, 3, length), backend, buckets=None)
+
+
+@backends
+@causal
+def test_with_one_bucket_and_a_chunk_as_long_as_the_sequence_lsh_is_full_attention(is_decoder, backend):
+    length = 16
+    model = reformer(attn_layers=["lsh"], is_decoder=is_decoder, lsh_attn_chunk_length=8, num_hashes=1)
+    module, states = attentions(model)[0], hidden(2, length)
+    module.chunk_length, module.num_chunks_before = 8, 1  # both chunks: the whole sequence
+    buckets = torch.zeros((2, 3, 1, length), dtype=torch.long)
+    with torch.no_grad(), attnzoo.patch(model, backend):
+        chunked = module(states, buckets=buckets).hidden_states
+        module.chunk_length = length
+        whole = module(states).hidden_states
+    query = module.query_key(states).unflatten(-1, (3, 8)).transpose(1, 2)
+    value = module.value(states).unflatten(-1, (3, 8)).transpose(1, 2)
+    scores = query @ torch.nn.functional.normalize(query, dim=-1).transpose(-1, -2)
+    hidden_keys = torch.eye(length).bool()
+    if is_decoder:
+        hidden_keys = torch.ones(length, length).triu().bool()
+    weights = scores.masked_fill(hidden_keys, float("-inf")).softmax(-1)
+    if is_decoder:
+        weights[:, :, 0] = torch.eye(length)[0]
+    expected = (weights @ value).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(chunked, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- hashing
+
+
+def assert_same_buckets_and_random_stream(module, states, mask):
+    twin = copy.deepcopy(module)
+    torch.manual_seed(5)
+    expected, after = twin(states, attention_mask=mask).buckets, torch.rand(1)
+    torch.manual_seed(5)
+    with torch.no_grad(), attnzoo.patch(module, "sdpa"):
+        got = module(states, attention_mask=mask).buckets
+    assert torch.equal(got, expected)
+    assert torch.equal(torch.rand(1), after)
+
+
+SEEDS = [{}, {"num_buckets": [2, 4]}, {"num_buckets": None}, {"hash_seed": None}]
+seeds = pytest.mark.parametrize("changes", SEEDS, ids=str)
+
+
+@seeds
+def test_the_same_rotations_and_buckets_as_the_original_for_a_seed(changes):
+    assert_same_buckets_and_random_stream(lsh(**changes), hidden(2, 32), padding("left", 2, 32))
+
+
+@seeds
+@pytest.mark.parametrize("side", ["none", "left", "one token"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_inputs_are_hashed_slice_by_slice_into_the_same_buckets(changes, side, dtype):
+    length = 3 * HASHED_AT_ONCE + 64  # slices that differ by a token
+    mask = padding(side, 2, length)
+    if side == "one token":  # a padding bucket in the slices without padding, too
+        mask[1, 5] = 0
+    module = lsh(max_position_embeddings=length, lsh_attn_chunk_length=64, **changes).to(dtype)
+    assert_same_buckets_and_random_stream(module, hidden(2, length).to(dtype), mask)
+
+
+def test_no_tensor_of_all_rotated_queries_at_once():
+    module, states = lsh(num_buckets=512), hidden(1, 4 * HASHED_AT_ONCE)
+    sizes = []
+
+    class Sizes(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            sizes.append(result.numel() if isinstance(result, torch.Tensor) else 0)
+            return result
+
+    with torch.no_grad(), attnzoo.patch(module, "sdpa"), Sizes():
+        module(states)
+    rotated = 3 * 2 * states.shape[1] * 512  # heads, hashes, tokens, both directions of all rotations
+    assert max(sizes) <= rotated // 4
+
+
+@pytest.mark.parametrize("lengths", [(16, 32), (32, 16), (8,), (64,)], ids=str)
+@pytest.mark.parametrize("positions", [64, 4096])
+def test_num_buckets_is_derived_like_the_original_from_the_first_input(lengths, positions):
+    changes = dict(num_buckets=None, max_position_embeddings=positions, lsh_attn_chunk_length=1)
+    original, patched = lsh(**changes), lsh(**changes)
+    kept = copy.deepcopy(vars(patched.config))
+    with attnzoo.patch(patched, "sdpa"), torch.no_grad():
+        for length in lengths:
+            assert torch.equal(patched(hidden(2, length)).buckets, original(hidden(2, length)).buckets)
+    assert original.num_buckets is not None
+    assert patched.num_buckets is None
+    assert vars(patched.config) == kept
