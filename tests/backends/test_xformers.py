@@ -13,7 +13,7 @@ from attnzoo.backends.xformers import XformersBackend
 from attnzoo.testing import Case
 
 from ..models.zoo import gpt_neox, led, led_inputs
-from .test_flash import HALF, agrees, attention, real, refusals
+from .half import HALF, agrees, attention, real, refusals
 
 # --- against the oracle
 

@@ -1,0 +1,172 @@
+"""What ``flash_attention_2`` refuses, and what it says where a kernel, a package or a device is missing."""
+
+import inspect
+import sys
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo import doctor
+from attnzoo.backends import flash_attn_kernel, packed, varlen_kernel
+from attnzoo.backends.flash import FlashBackend
+
+from ..models.zoo import longt5
+from .half import HALF, agrees, attention, real, refusals
+
+
+def test_reasons_say_what_was_got_and_what_is_allowed(flash_attn):
+    assert refusals() == {}
+    assert refusals(dtype=torch.float32)["dtype"] == ("float32", "bfloat16, float16, or torch.autocast to one of them")
+    assert refusals(bias="relative")["bias"] == ("relative", "none")
+    assert refusals(mask="dense")["mask"] == ("requested", "no dense mask")
+    assert refusals(probabilities=True)["attention probabilities"] == ("requested", "output_attentions=False")
+
+
+def wide(dim, pattern, key_mask):
+    segment = attnzoo.SegmentRequest(pattern, 2, key_mask=key_mask)
+    request = attnzoo.Request("cpu", HALF, 2, dim, 8, (segment,))
+    return {refusal.field: (refusal.got, refusal.allowed) for refusal in FlashBackend().refusals(request)}
+
+
+def test_wide_heads(flash_attn):
+    assert not wide(256, attnzoo.Causal(), False) and not wide(256, attnzoo.Full(), True)
+    assert wide(264, attnzoo.Full(), False)["head_dim"] == ("264", "at most 256")
+    assert wide(256, attnzoo.Causal(), True)["head_dim"] == ("256", "at most 255, and one more to hide keys")
+
+
+def test_a_scale_too_small_to_hide_keys_by_is_refused(flash_attn):
+    holes = torch.arange(20)[None].expand(2, 20) != 9
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"scale: got 1e-08; allowed: at least 2\*\*-19"):
+        FlashBackend().run(attention(attnzoo.Causal(), key_mask=holes, scale=1e-8))
+
+
+def test_torchs_kernels_have_no_dropout(varlen):
+    backend = FlashBackend(kernel="varlen")
+    assert refusals(backend, dropout=0.1) == {"dropout": ("requested of varlen", "dropout=0.0")}
+
+
+def test_the_cpu_is_refused_where_it_is_no_fake(fresh):
+    assert refusals()["device"] == ("cpu", "cuda")
+
+
+def test_an_unknown_kernel(fresh):
+    with pytest.raises(
+        attnzoo.InvalidArgumentError, match=r"kernel: got 'fa3'; allowed: None, or one of \['flash_attn'"
+    ):
+        FlashBackend(kernel="fa3")
+
+
+def test_a_kernel_asked_for_by_name_that_is_not_there(on_cpu, monkeypatch):
+    monkeypatch.setattr(flash_attn_kernel.FlashAttnKernel, "unavailable", classmethod(lambda cls: "gone"))
+    assert refusals(FlashBackend(kernel="flash_attn")) == {"kernel": ("'flash_attn': gone", "kernel=None")}
+
+
+def test_a_relative_bias_is_refused_by_site_before_anything_is_patched(fresh):
+    fresh.setattr(torch.cuda, "is_available", lambda: False)
+    model = longt5()
+    with pytest.raises(attnzoo.BackendRefusedError) as caught:
+        attnzoo.patch(model, "flash")
+    site = "encoder.block.0.layer.0.LocalSelfAttention"
+    reasons = {refusal.field: refusal for refusal in caught.value.refusals[site]}
+    assert {"availability", "bias", "device", "dtype"} <= set(reasons)
+    assert (reasons["bias"].got, reasons["bias"].allowed) == ("relative", "none")
+    assert "CUDA" in reasons["availability"].got
+    assert {"eager", "sdpa"} <= set(caught.value.alternatives[site])
+    assert "flash_attention_2" not in caught.value.alternatives[site]
+    assert not any("forward" in vars(module) for module in model.modules())
+    told = {verdict.site: {one.field for one in verdict.refusals} for verdict in attnzoo.explain(model, "flash")}
+    assert {"availability", "bias", "device", "dtype"} <= told[site]
+
+
+# --- what is missing
+
+
+def plant(monkeypatch, tmp_path, text):
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text("")
+    (tmp_path / "flash_attn" / "flash_attn_interface.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("raise ImportError('libcudart.so.12: cannot open')", "ImportError: libcudart.so.12: cannot open"),
+        ("raise SystemExit('no')", "SystemExit: no"),
+        ("import no_such_dependency", "ModuleNotFoundError: No module named 'no_such_dependency'"),
+        (
+            "def flash_attn_varlen_func(q, keys): ...",
+            "flash_attn changed the parameters of flash_attn_varlen_func to q, ",
+        ),
+        ("", "flash_attn has no flash_attn_varlen_func"),
+        ("flash_attn_varlen_func = max", "flash_attn's flash_attn_varlen_func does not tell its parameters"),
+    ],
+    ids=["import error", "system exit", "dependency", "drift", "empty", "no signature"],
+)
+def test_a_broken_package_is_a_reason_and_breaks_nothing(fresh, tmp_path, monkeypatch, text, why):
+    plant(fresh, tmp_path, text)
+    assert why in flash_attn_kernel.FlashAttnKernel.unavailable()
+    fresh.setattr(varlen_kernel, "import_package", lambda *_: (None, "gone"))
+    assert why in attnzoo.backends()["flash_attention_2"].reason
+    (line,) = [found for found in doctor.examine() if found.name.startswith("flash_attention_2")]
+    assert not line.ok and why in line.detail
+    assert attnzoo.backends()["sdpa"].available
+
+
+class Nowhere:
+    """Finds no flash_attn, whether there is one or not."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "flash_attn":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def test_a_missing_package_says_what_to_install(fresh):
+    fresh.setattr(sys, "meta_path", [Nowhere, *sys.meta_path])
+    why = flash_attn_kernel.FlashAttnKernel.unavailable()
+    assert why == "flash_attn is not installed: pip install flash-attn"
+
+
+def test_an_old_torch_says_what_is_needed(fresh, monkeypatch):
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None): ...
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    assert "varlen_attn has no scale, window_size: 2.11 is needed" in varlen_kernel.VarlenKernel.unavailable()
+
+
+def test_without_a_device_the_backend_says_so(fresh):
+    fresh.setattr(torch.cuda, "is_available", lambda: False)
+    info = attnzoo.backends()["flash_attention_2"]
+    assert not info.available and f"torch {torch.__version__}" in info.reason and "CUDA" in info.reason
+
+
+def test_an_old_device_is_told(fresh):
+    fresh.setattr(torch.cuda, "is_available", lambda: True)
+    fresh.setattr(torch.version, "cuda", "12.8")
+    fresh.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    fresh.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    assert packed.no_device() == "Tesla T4 has compute capability 7.5; needed: 8.0"
+
+
+@pytest.mark.parametrize("lost", [flash_attn_kernel._FORWARD, flash_attn_kernel._BACKWARD])
+def test_without_the_private_functions_parts_are_refused_and_single_calls_run(flash_attn, monkeypatch, lost):
+    monkeypatch.delattr(flash_attn, lost)
+    backend = FlashBackend(kernel="flash_attn")
+    assert refusals(backend, mask="globals")["segments"][0].endswith(f"has no {lost}")
+    assert refusals(backend, pattern=attnzoo.Causal(), mask="keys")["segments"][1] == "one segment without a key mask"
+    for query_mask in (None, real(20, 7)):  # several calls, but none that has to be united with another
+        assert agrees(attention(attnzoo.Window(4, 4), query_mask=query_mask), FlashBackend()) == "flash_attn"
+    assert not refusals(mask="globals")  # torch's kernels take those
+
+
+def test_torchs_private_operators_are_what_is_relied_on():
+    assert varlen_kernel._parts_unavailable() is None
+    changed = flash_attn_kernel.drift(torch.ops.torch_attn, {"_varlen_attn": ("query", "keys")}, "torch")
+    assert changed is not None and changed.startswith("torch changed the parameters of _varlen_attn to query, key, ")
+
+
+def test_the_fake_has_the_signatures_that_are_guarded_for(flash_attn):
+    for name, names in {**flash_attn_kernel._PARTS, "flash_attn_varlen_func": flash_attn_kernel._PUBLIC}.items():
+        assert tuple(inspect.signature(getattr(flash_attn, name)).parameters)[: len(names)] == names
