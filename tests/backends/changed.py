@@ -1,9 +1,8 @@
-"""What tests of backends that change the pattern share: a definition in plain loops to judge by, and decoding."""
+"""What tests of backends that change the pattern share: a definition in plain loops to judge by."""
 
 import itertools
 
 import torch
-import transformers
 
 import attnzoo
 from attnzoo.backends.eager import evaluate
@@ -54,25 +53,6 @@ def is_definition(backend, whole, sees):
     """Whether a backend computes what ``sees`` says, in float64 and so to the last digits."""
     whole = whole.with_tensors(tuple(tensor.double() for tensor in whole.tensors()))
     return torch.allclose(backend.run(whole).output, evaluate(shown(whole, sees)).output, rtol=0, atol=1e-12)
-
-
-def chunked(model, inputs, sizes, static):
-    """Logits of real tokens, and those of one forward: the sequence in chunks of new tokens on a cache."""
-    tokens, mask = inputs["input_ids"], inputs["attention_mask"]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = transformers.StaticCache(model.config, max_cache_len=tokens.shape[1] + 7) if static else None
-    found, start = [], 0
-    with torch.no_grad():
-        for size in sizes:
-            stop = start + size
-            step = model(
-                input_ids=tokens[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions[:, start:stop],
-                past_key_values=cache, use_cache=True,
-            )  # fmt: skip
-            cache, start = step.past_key_values, stop
-            found.append(step.logits)
-        whole = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
-    return torch.cat(found, dim=1), whole, mask.bool()
 
 
 def refused(call, *words):

@@ -14,7 +14,8 @@ from attnzoo.patterns import Causal, Full, SortedChunks, Window
 from attnzoo.verification import check_site
 
 from ..models import zoo
-from .changed import KEYS, attention, chunked, is_definition, key_mask, refused
+from ..models.judge import chunked, in_one_forward
+from .changed import KEYS, attention, is_definition, key_mask, refused
 
 SHAPES = [(2, 0), (4, 0), (3, 2), (5, 9), (40, 3)]
 
@@ -240,7 +241,8 @@ def test_chunks_of_new_tokens_on_a_cache_equal_one_forward(build, side, static, 
     with torch.no_grad():
         full = model(**inputs).logits
         with attnzoo.patch(model, "blocked-local", window=5, sinks=sinks, kernel="sdpa"):
-            got, whole, real = chunked(model, inputs, (13, 1, 1, 4, 2, 1, 2), static)
+            got, whole = chunked(model, inputs, (13, 1, 1, 4, 2, 1, 2), static), in_one_forward(model, inputs)
+    real = inputs["attention_mask"].bool()
     torch.testing.assert_close(got[real], whole[real], rtol=0, atol=2e-5 * float(whole.abs().max()))
     assert (full - whole)[real].abs().max() > 0.1 * whole.abs().max(), "the window changes something"
 

@@ -17,8 +17,9 @@ from attnzoo.segments import Attention, Segment
 from attnzoo.verification import check_site
 
 from ..models import zoo
+from ..models.judge import chunked, in_one_forward
 from ..registering import backend
-from .changed import KEYS, attention, chunked, is_definition, key_mask, refused
+from .changed import KEYS, attention, is_definition, key_mask, refused
 
 OPTIONS = dict(num_hashes=2, chunk_length=3, num_buckets=4, kernel="sdpa")
 
@@ -190,7 +191,7 @@ def test_the_last_token_decoded_is_that_of_one_forward(side, static):
     """In one layer: deeper ones see what earlier rows became, and those were cut into chunks when keys were fewer."""
     model, inputs = zoo.gpt_neox(num_hidden_layers=1), zoo.causal_inputs(24, side)
     with attnzoo.patch(model, "lsh", **OPTIONS) as handle:
-        got, whole, _ = chunked(model, inputs, (20, 1, 2, 1), static)
+        got, whole = chunked(model, inputs, (20, 1, 2, 1), static), in_one_forward(model, inputs)
     assert handle.sites[0].kernel == "flash_cpu"
     torch.testing.assert_close(got[:, -1], whole[:, -1], rtol=0, atol=2e-5 * float(whole.abs().max()))
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """Judging whole models: what a run gives on real tokens, and whether the patched model gives what the original does."""
 
 import torch
+import transformers
 
 import attnzoo
 from attnzoo.error_rule import check, factor
@@ -19,6 +20,35 @@ def real_tokens(model, inputs):
 def logits_of(model, inputs):
     """Logits on real tokens."""
     return model(**inputs).logits[real_tokens(model, inputs)]
+
+
+def positions_of(mask):
+    """``(batch, length)``: positions that count real tokens, which padding on the left does not move."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def in_one_forward(model, inputs):
+    """Logits of the whole sequence at once."""
+    return model(**inputs, position_ids=positions_of(inputs["attention_mask"])).logits
+
+
+@torch.no_grad()
+def chunked(model, inputs, sizes, static):
+    """Logits of the sequence in chunks of new tokens on a cache."""
+    tokens, mask = inputs["input_ids"], inputs["attention_mask"]
+    positions = positions_of(mask)
+    cache = transformers.StaticCache(model.config, max_cache_len=tokens.shape[1] + 7) if static else None
+    found, start = [], 0
+    for size in sizes:
+        stop = start + size
+        step = model(
+            input_ids=tokens[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions[:, start:stop],
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        cache, start = step.past_key_values, stop
+        found.append(step.logits)
+    return torch.cat(found, dim=1)
 
 
 def hashes_of(model):

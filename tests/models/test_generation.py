@@ -10,6 +10,7 @@ import attnzoo
 from attnzoo.error_rule import FORWARD, check
 
 from ..checkpoints.train import HERE, RECIPES, windows
+from .judge import chunked, in_one_forward
 from .zoo import FAMILIES, ids
 
 backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
@@ -86,35 +87,15 @@ decoders = pytest.mark.parametrize("family", [family for family in FAMILIES.valu
 @pytest.mark.parametrize("side", ["none", "left"])
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 def test_chunks_of_new_tokens_on_a_cache_equal_one_forward(family, backend, side, static):
-    inputs = family.inputs(24, side)
-    tokens, mask = inputs["input_ids"], inputs["attention_mask"]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-
-    def chunked(model):
-        cache = transformers.StaticCache(model.config, max_cache_len=30) if static else None
-        logits, start = [], 0
-        for size in (16, 1, 2, 5):
-            stop = start + size
-            step = model(
-                input_ids=tokens[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions[:, start:stop],
-                past_key_values=cache, use_cache=True,
-            )  # fmt: skip
-            cache, start = step.past_key_values, stop
-            logits.append(step.logits)
-        return torch.cat(logits, dim=1)[mask.bool()]
-
-    def whole(model):
-        return model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits[mask.bool()]
-
-    model = family.build()
-    with torch.no_grad():
-        with attnzoo.patch(model, backend):
-            got, together = chunked(model), whole(model)
-        original = whole(model)
-        with attnzoo.patch(model, "eager"):
-            reference = whole(model.double())
+    model, inputs = family.build(), family.inputs(24, side)
+    real = inputs["attention_mask"].bool()
+    with attnzoo.patch(model, backend):
+        got, together = chunked(model, inputs, (16, 1, 2, 5), static), in_one_forward(model, inputs)
+    original = in_one_forward(model, inputs)
+    with attnzoo.patch(model, "eager"):
+        reference = in_one_forward(model.double(), inputs)
     for what, values in (("chunks", got), ("one forward", together)):
-        verdict = check(what, values, reference, original, FORWARD)
+        verdict = check(what, values[real], reference[real], original[real], FORWARD)
         assert verdict.ok, str(verdict)
 
 

@@ -1,0 +1,222 @@
+"""Every bad input to a model, when it is patched and when it runs, gets an exception that says what is wrong.
+
+As in ``test_bad_inputs.py`` each test reads its message; and it looks whether the model was left as it was.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+import attnzoo
+from attnzoo import AttnzooError, BackendRefusedError, InvalidArgumentError, PatchError, UnknownNameError
+
+
+def test_a_cpu_model_to_a_cuda_backend(subject, add_backend, as_it_was):
+    before, fake = as_it_was(subject), add_backend("gpu", devices=frozenset({"cuda"}))
+    with pytest.raises(BackendRefusedError, match="device: got cpu; allowed: cuda") as caught:
+        attnzoo.patch(subject.model, "gpu")
+    assert set(caught.value.refusals) == set(subject.sites), "every site is named, not the first"
+    before.check()
+    assert fake.runs == 0
+
+
+def test_a_model_nobody_takes_to_auto(subject):
+    """It names every site and backend, and nothing is changed."""
+    subject.model.to("meta")
+    with pytest.raises(BackendRefusedError, match="device: got meta; allowed: cpu, cuda") as caught:
+        attnzoo.patch(subject.model, "auto")
+    assert set(caught.value.refusals) >= {f"{site}, backend 'sdpa'" for site in subject.sites}
+    assert not any("forward" in vars(module) for module in subject.model.modules())
+
+
+def test_a_dtype_a_backend_cannot(subject, add_backend):
+    add_backend("half", dtypes=frozenset({torch.float16, torch.bfloat16}))
+    with pytest.raises(BackendRefusedError, match="dtype: got float32; allowed: bfloat16, float16"):
+        attnzoo.patch(subject.model, "half")
+    subject.model.to(torch.bfloat16)
+    with attnzoo.patch(subject.model, "half") as handle:
+        assert subject.logits().isfinite().all()
+        assert all(site.calls for site in handle.sites)
+
+
+@pytest.mark.parametrize(("name", "meant"), [("spda", "sdpa"), ("aeger", "eager"), ("nativ", "native")])
+def test_an_unknown_backend(subject, as_it_was, name, meant):
+    before = as_it_was(subject)
+    with pytest.raises(UnknownNameError, match=f"backend: got '{name}' .did you mean '{meant}'.*allowed: .*'sdpa'"):
+        attnzoo.patch(subject.model, name)
+    with pytest.raises(UnknownNameError, match=f"did you mean '{meant}'"):
+        attnzoo.patch(subject.model, {subject.sites[0]: "eager", "*": name})
+    before.check()
+
+
+@pytest.mark.parametrize("backend", [None, 3, {}, ["sdpa"], {"*": None}, {"*": ["sdpa"]}, {3: "sdpa"}])
+def test_a_backend_that_is_no_name(neox, as_it_was, backend):
+    before = as_it_was(neox)
+    with pytest.raises(AttnzooError, match=r"backend: got .*; allowed: "):
+        attnzoo.patch(neox.model, backend)
+    before.check()
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_an_option_the_backend_does_not_have(subject, as_it_was, backend):
+    before = as_it_was(subject)
+    with pytest.raises(UnknownNameError, match=f"option of backend '{backend}': got 'window'; allowed: none"):
+        attnzoo.patch(subject.model, backend, window=3)
+    before.check()
+
+
+@pytest.mark.parametrize("backend", ["auto", "native"])
+def test_options_without_a_backend_to_take_them(neox, as_it_was, backend):
+    before = as_it_was(neox)
+    with pytest.raises(InvalidArgumentError, match=rf"options: got \['window'\] with backend '{backend}'; allowed: "):
+        attnzoo.patch(neox.model, backend, window=3)
+    before.check()
+
+
+@pytest.mark.parametrize("fallback", ["eager", None, True])
+def test_an_unknown_fallback(neox, as_it_was, fallback):
+    before = as_it_was(neox)
+    with pytest.raises(InvalidArgumentError, match=f"fallback: got {fallback!r}; allowed: 'error' or 'native'"):
+        attnzoo.patch(neox.model, "sdpa", fallback=fallback)
+    before.check()
+
+
+def test_a_model_with_no_adapter():
+    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    model = BertModel(config).eval()
+    before = model(torch.arange(5)[None]).last_hidden_state
+    with pytest.raises(PatchError, match=r"model: got BertModel of model type bert, .*allowed: .*gpt_neox, .*led"):
+        attnzoo.patch(model, "sdpa")
+    assert torch.equal(model(torch.arange(5)[None]).last_hidden_state, before)
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_a_module_with_no_config():
+    with pytest.raises(PatchError, match=r"model: got Linear of model type none \(no config\), .*register_adapter"):
+        attnzoo.patch(torch.nn.Linear(2, 2), "sdpa")
+
+
+@pytest.mark.parametrize("thing", ["EleutherAI/pythia-70m", None, dict])
+def test_what_is_no_module(thing):
+    with pytest.raises(InvalidArgumentError, match=r"model: got (str|NoneType|type); allowed: a torch\.nn\.Module"):
+        attnzoo.patch(thing, "sdpa")
+    with pytest.raises(InvalidArgumentError, match=r"model: got (str|NoneType|type); allowed: a torch\.nn\.Module"):
+        attnzoo.unpatch(thing)
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2", "kernels-community/flash-attn"])
+def test_a_model_that_builds_masks_for_another_implementation(neox, as_it_was, implementation):
+    before, config = as_it_was(neox), neox.model.config
+    config._attn_implementation_internal = implementation  # the public setter wants the packages there
+    with pytest.raises(PatchError, match=f"_attn_implementation: got '{implementation}'; allowed: .*'eager' or 'sdpa'"):
+        attnzoo.patch(neox.model, "sdpa")
+    config._attn_implementation_internal = before.implementation
+    before.check()
+    module, states, rotary = neox.module(), torch.randn(1, 5, 16), (torch.ones(1, 5, 8), torch.zeros(1, 5, 8))
+    with attnzoo.patch(neox.model, "sdpa") as handle:
+        config._attn_implementation_internal = implementation  # changed after the patch, it is found in the forward
+        with pytest.raises(PatchError, match=f"_attn_implementation: got '{implementation}'"):
+            module(states, None, position_embeddings=rotary)
+        config._attn_implementation_internal = before.implementation
+        assert handle.sites[0].calls == 0
+    before.check()
+
+
+# Masks on their way through a model
+
+
+def additive(*shape):
+    mask = torch.zeros(shape)
+    mask[..., -1] = torch.finfo(torch.float32).min
+    return mask
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
+def test_nan_in_a_float_mask_through_gpt_neox(neox, as_it_was, backend):
+    before, length = as_it_was(neox), neox.inputs["input_ids"].shape[1]
+    mask = additive(3, 1, length, length)
+    with attnzoo.patch(neox.model, backend), torch.no_grad():
+        neox.model(input_ids=neox.inputs["input_ids"], attention_mask=mask)
+        mask[1, 0, 2, 3] = float("nan")
+        with pytest.raises(
+            InvalidArgumentError, match=r"attention_mask: got \(3, 1, 11, 11\) float32 .*NaN.*; allowed: .*without NaN"
+        ):
+            neox.model(input_ids=neox.inputs["input_ids"], attention_mask=mask)
+    before.check()
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
+def test_nan_in_a_float_mask_through_the_led_encoder(led, as_it_was, backend):
+    before = as_it_was(led)
+    mask = led.inputs["attention_mask"].float()
+    inputs = {**led.inputs, "attention_mask": mask}
+    with attnzoo.patch(led.model, backend), torch.no_grad():
+        assert torch.allclose(led.model(**inputs).logits, led.logits())
+        mask[0, 3] = float("nan")
+        with pytest.raises(InvalidArgumentError, match=r"attention_mask: got .*NaN.*; allowed: .*no.* NaN"):
+            led.model(**inputs)
+    before.check()
+
+
+@pytest.mark.parametrize("argument", ["decoder_attention_mask", "encoder_attention_mask"])
+def test_nan_in_a_float_mask_through_the_led_decoder(led, as_it_was, argument):
+    before, decoder = as_it_was(led), led.model.led.decoder
+    tokens, states = led.inputs["decoder_input_ids"], torch.randn(3, 5, 16)
+    self_mask, cross_mask = additive(3, 1, 6, 6), additive(3, 1, 6, 5)
+    (self_mask if argument == "decoder_attention_mask" else cross_mask)[1, 0, 2, 3] = float("nan")
+    with (
+        attnzoo.patch(decoder, "sdpa"),
+        torch.no_grad(),
+        pytest.raises(InvalidArgumentError, match=r"attention_mask: got .*NaN.*; allowed: .*NaN"),
+    ):
+        decoder(tokens, self_mask, encoder_hidden_states=states, encoder_attention_mask=cross_mask)
+    before.check()
+
+
+@pytest.mark.parametrize(
+    ("mask", "got"),
+    [
+        (torch.zeros(3, 11, 11), r"\(3, 11, 11\)"),
+        (torch.zeros(3, 1, 11, 11, dtype=torch.long), "int64"),
+        (torch.zeros(3, 1, 11, 7).bool(), r"\(3, 1, 11, 7\)"),
+        (torch.zeros(3, 1, 11, 7), r"\(3, 1, 11, 7\)"),
+    ],
+)
+def test_a_mask_of_wrong_shape_or_dtype_at_an_attention_module(neox, as_it_was, mask, got):
+    before, module = as_it_was(neox), neox.module()
+    states, rotary = torch.randn(3, 11, 16), (torch.ones(3, 11, 8), torch.zeros(3, 11, 8))
+    with attnzoo.patch(neox.model, "sdpa") as handle, torch.no_grad():
+        module(states, None, position_embeddings=rotary)
+        with pytest.raises(InvalidArgumentError, match=f"mask: got .*{got}.*; allowed: .*(4-D|11, 11)"):
+            module(states, mask, position_embeddings=rotary)
+        assert handle.sites[0].calls == 1
+    before.check()
+
+
+def test_a_keyword_argument_no_backend_computes_with_is_refused(neox, as_it_was):
+    before, module = as_it_was(neox), neox.module()
+    states, rotary = torch.randn(3, 11, 16), (torch.ones(3, 11, 8), torch.zeros(3, 11, 8))
+    with attnzoo.patch(neox.model, "sdpa"), torch.no_grad():
+        for name, value in dict(sliding_window=4, softcap=30.0, s_aux=torch.zeros(2), head_mask=torch.ones(2)).items():
+            with pytest.raises(InvalidArgumentError, match=f"{name}: got .*; allowed: None"):
+                module(states, None, position_embeddings=rotary, **{name: value})
+    before.check()
+
+
+def test_an_unknown_argument_to_an_led_attention_is_refused(led):
+    for number in (0, 2):
+        with attnzoo.patch(led.model, "sdpa"), pytest.raises(TypeError, match="head_mask"):
+            led.module(number)(torch.randn(3, 8, 16), head_mask=torch.ones(2))
+
+
+def test_an_empty_sequence_at_an_attention_module(led, as_it_was):
+    before, states, empty = as_it_was(led), torch.randn(1, 5, 16), torch.randn(1, 0, 16)
+    with attnzoo.patch(led.model, "sdpa") as handle, torch.no_grad():
+        with pytest.raises(InvalidArgumentError, match=r"query: got \(1, 2, 0, 8\).*; allowed: .*none of them 0"):
+            led.module(2)(empty)
+        with pytest.raises(InvalidArgumentError, match=r"key: got \(1, 2, 0, 8\).*; allowed: .*none of them 0"):
+            led.module(3)(states, key_value_states=empty)
+        assert {site.calls for site in handle.sites} == {0}
+    before.check()
