@@ -67,6 +67,11 @@ class Block(NamedTuple):
     parts: tuple[Part, ...]
     queries: Tensor | None = None
 
+    @property
+    def rows(self) -> int:
+        """How many queries it has."""
+        return self.q_stop - self.q_start
+
     def take(self, tensor: Tensor) -> Tensor:
         """The block's rows of ``(batch, heads, q_len)`` or ``(batch, heads, q_len, dim)``: a view, or gathered."""
         if self.queries is None:
@@ -131,11 +136,16 @@ def blocks(attention: Attention, segments: list[int], size: int) -> Iterator[Blo
             size = min(DENSE_ROWS, pattern.length - (pattern.start + q_start) % pattern.length)
         elif pattern.query_order is not None:
             size = min(DENSE_ROWS, pattern.block_size(q_len, attention.segments[segments[0]].kv_len))
-        q_stop = min(q_len, q_start + size)
-        parts = tuple(part for index in segments for part in _parts(attention, index, q_start, q_stop))
-        order = pattern.query_order
-        yield Block(q_start, q_stop, parts, None if order is None else order[:, :, q_start:q_stop])
-        q_start = q_stop
+        block = block_at(attention, segments, q_start, min(q_len, q_start + size))
+        yield block
+        q_start = block.q_stop
+
+
+def block_at(attention: Attention, segments: list[int], q_start: int, q_stop: int) -> Block:
+    """Queries ``q_start:q_stop`` of one pass, and what they look at."""
+    parts = tuple(part for index in segments for part in _parts(attention, index, q_start, q_stop))
+    order = attention.segments[segments[0]].pattern.query_order
+    return Block(q_start, q_stop, parts, None if order is None else order[:, :, q_start:q_stop])
 
 
 def _parts(attention: Attention, index: int, q_start: int, q_stop: int) -> Iterator[Part]:
@@ -159,6 +169,7 @@ class Masks:
     def __init__(self, attention: Attention) -> None:
         self._attention = attention
         self._last: dict[int, tuple[tuple[int, ...], PartMask]] = {}
+        self._open: dict[int, bool] = {}
 
     def of(self, block: Block, part: Part) -> PartMask | None:
         """The mask of a part of a block, or None when every key is visible to every query."""
@@ -212,7 +223,7 @@ class Masks:
             dense = segment.mask.expand(self._attention.batch, self._attention.heads, -1, -1)
             index = part.keys.clamp(min=0)[:, :, None].expand(-1, -1, block.q_stop - block.q_start, -1)
             return block.take(dense).gather(3, index)
-        if segment.key_mask is not None:
+        if segment.key_mask is not None and not self._all_seen(part.segment):
             key_mask = segment.key_mask[:, keys]
             # Worth a look at the data on the CPU, where most blocks of most batches have no padding; elsewhere it
             # would make the device wait.
@@ -225,6 +236,13 @@ class Masks:
             )
             seen = dense if seen is None else seen & dense
         return seen
+
+    def _all_seen(self, index: int) -> bool:
+        """Whether the key mask of a segment hides nothing, as far as that is known without waiting for a device."""
+        if index not in self._open:
+            key_mask = self._attention.segments[index].key_mask
+            self._open[index] = key_mask is None or (key_mask.device.type == "cpu" and bool(key_mask.all()))
+        return self._open[index]
 
     def bias(self, block: Block, part: Part) -> Tensor | None:
         """The bias of a part, broadcastable to ``(batch, heads, n, m)``, or None."""

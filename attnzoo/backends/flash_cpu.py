@@ -21,6 +21,7 @@ from torch import Tensor
 
 from attnzoo.backends.blocks import Block, Masks, Part, additive, block_size, blocks, passes
 from attnzoo.backends.hash_terms import HashTerms
+from attnzoo.backends.stacks import Stack, stacks
 from attnzoo.backends.tokens import TokenTerms
 from attnzoo.bias import Bias
 from attnzoo.hashed import HashedChunks
@@ -107,7 +108,7 @@ class _Terms:
         self._hashed: dict[int, HashTerms] = {}
 
     def of(self, block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
-        """The additive term ``(batch, heads, n, m)`` and the live rows; either is None when there is nothing to say."""
+        """The additive term ``(batch, heads, n, m)`` and the live rows ``(batch, heads, n)``; None: nothing to say."""
         attention = self._attention
         term, live = self._of_structure(block, part)
         keys = self._masks.of_keys(block, part)
@@ -116,7 +117,7 @@ class _Terms:
             live = (keys if pattern is None else keys & pattern.seen).any(-1)
             term = additive(keys, term, attention.query.dtype)
         shape = (attention.batch, attention.heads, block.q_stop - block.q_start, part.kv_stop - part.kv_start)
-        return (None if term is None else term.expand(shape)), live
+        return (None if term is None else term.expand(shape)), (None if live is None else live.expand(shape[:3]))
 
     def _of_structure(self, block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
         """Pattern and bias alone: the same for most blocks of a sequence."""
@@ -159,27 +160,22 @@ class _Blocked(torch.autograd.Function):
         lse = query.new_full((batch, q_len, heads), float("-inf"), dtype=accumulate).transpose(1, 2)
         terms = _Terms(attention)
         for number, group in enumerate(groups):
-            for block in blocks(attention, group, block_size(attention)):
-                q = block.take(query)
-                total, total_lse = (block.take(out), block.take(lse)) if number else (None, None)
-                for part in block.parts:
-                    key, value = _part(keys_values, places, part, heads)
-                    term, live = terms.of(block, part)
-                    part_out, part_lse = getattr(_operators, _FORWARD)(
-                        q, key, value, 0.0, False, attn_mask=term, scale=attention.scale
-                    )
-                    if live is not None:  # the kernel returns lse 0 for a row that sees nothing; its true lse is -inf
-                        part_lse = part_lse.masked_fill(~live, float("-inf"))
-                    if total is None or total_lse is None:
-                        total = part_out if len(block.parts) == 1 else part_out.to(accumulate)
-                        total_lse = part_lse
+            for stack in stacks(attention, group):
+                whole = stack.whole()
+                for sample in stack.samples(batch):
+                    q, *pairs = (tensor[sample] for tensor in (query, *keys_values))
+                    so_far = (whole.take(out[sample]), whole.take(lse[sample])) if number else None
+                    for part in range(len(stack.block.parts)):
+                        found = _part_of_stack(attention, places, terms, stack, part, sample, q, pairs)
+                        if so_far is None:
+                            so_far = found if len(stack.block.parts) == 1 else (found[0].to(accumulate), found[1])
+                        else:
+                            merge_(*so_far, *found)
+                    if so_far is None:  # the first pass, and nothing to see
+                        whole.put(out[sample], torch.zeros_like(whole.take(q)))
                     else:
-                        merge_(total, total_lse, part_out, part_lse)
-                if total is not None and total_lse is not None:
-                    block.put(out, total)
-                    block.put(lse, total_lse)
-                else:  # the first pass, and nothing to see
-                    block.put(out, torch.zeros_like(q))
+                        whole.put(out[sample], so_far[0])
+                        whole.put(lse[sample], so_far[1])
         out, live = out.to(query.dtype), lse != float("-inf")
         ctx.attention, ctx.places, ctx.biases = attention, places, biases
         ctx.mark_non_differentiable(live)
@@ -191,6 +187,35 @@ class _Blocked(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast("cpu", enabled=False):  # the caller of backward() may be in one
             return _backward(ctx, grad_out.contiguous() if grad_out.stride(-1) != 1 else grad_out)
+
+
+def _part_of_stack(
+    attention: Attention,
+    places: list[int],
+    terms: _Terms,
+    stack: Stack,
+    number: int,
+    sample: slice,
+    query: Tensor,
+    keys_values: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Out ``(batch, heads, rows, dim)`` and lse ``(batch, heads, rows)`` of a stack at its part ``number``."""
+    part = stack.block.parts[number]
+    term, live = terms.of(stack.block, part)
+    if term is None and stack.steps[number] == 0:
+        stack = stack.flat()
+    elif term is not None:
+        term = stack.pile(term[sample])
+    key, value = (
+        stack.keys(number, keys_values[place], attention.heads)
+        for place in places[2 * part.segment : 2 * part.segment + 2]
+    )
+    out, lse = getattr(_operators, _FORWARD)(
+        stack.queries(query), key, value, 0.0, False, attn_mask=term, scale=attention.scale
+    )
+    if live is not None:  # the kernel returns lse 0 for a row that sees nothing; its true lse is -inf
+        lse = lse.masked_fill(~live[sample], float("-inf"))
+    return stack.rows(out), stack.rows(lse)
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:

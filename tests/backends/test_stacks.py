@@ -1,0 +1,135 @@
+"""Blocks that look alike go to the CPU kernel together: fewer calls, the same attention."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo import Attention, Causal, Chunks, Full, RelativeBias, Segment, Window
+from attnzoo.backends import flash_cpu
+from attnzoo.backends.stacks import stacks
+from attnzoo.patterns import Pattern
+from attnzoo.registry import make_backend
+
+
+def tensors(batch=2, q_len=300, kv_len=300, heads=4, kv_heads=2, dtype=torch.float64):
+    shapes = [(batch, heads, q_len, 8), (batch, kv_heads, kv_len, 8), (batch, kv_heads, kv_len, 8)]
+    return [torch.randn(shape, dtype=dtype) for shape in shapes]
+
+
+def windowed(**more):
+    query, key, value = tensors()
+    return Attention(query, (Segment(key, value, Window(40, 40), **more),), 0.3)
+
+
+def counts(attention):
+    return [stack.depth for stack in stacks(attention, list(range(len(attention.segments))))]
+
+
+def test_the_inside_of_a_window_is_one_stack():
+    found = counts(windowed())
+    assert max(found) >= 5 and sum(found) == 10
+
+
+def test_a_stack_covers_its_blocks_in_place():
+    attention = windowed()
+    stack = max(stacks(attention, [0]), key=lambda stack: stack.depth)
+    query, key = attention.query[:1], attention.segments[0].key[:1]
+    queries, keys = stack.queries(query), stack.keys(0, key, 2)
+    assert keys.data_ptr() == key[:, :, stack.block.parts[0].kv_start].data_ptr(), "a view"
+    for number in range(stack.depth):
+        q, k = (block.q_start + number * stack.steps[0] for block in (stack.block, stack.block))
+        k += stack.block.parts[0].kv_start - stack.block.q_start
+        assert torch.equal(queries[number], query[0, :, q : q + 32])
+        assert torch.equal(keys[number], key[0, :, k : k + 112])
+    assert torch.equal(stack.rows(queries), stack.whole().take(query))
+
+
+def test_what_looks_alike_depends_on_pattern_bias_and_masks():
+    query, key, value = tensors()
+    seen = torch.ones(2, 300, dtype=torch.bool)
+    seen[1, 150] = False
+    relative = RelativeBias(torch.randn(4, 81, dtype=torch.float64), zero=40)
+    assert max(counts(windowed(bias=relative))) >= 5
+    assert max(counts(windowed(key_mask=seen | True))) >= 5
+    assert 1 < max(counts(windowed(key_mask=seen))) < 5, "the blocks that see the hidden key stand alone"
+    assert max(counts(windowed(mask=torch.rand(2, 1, 300, 300) < 0.5))) == 1
+    assert max(counts(windowed(bias=attnzoo.DenseBias(torch.randn(1, 1, 300, 300, dtype=torch.float64))))) == 1
+    assert max(counts(Attention(query, (Segment(key, value, Causal()),), 0.3))) == 1
+    assert counts(Attention(query, (Segment(key, value, Full()),), 0.3)) == [1], "one block has nothing to gain"
+
+
+@dataclass(frozen=True)
+class Hurrying(Pattern):
+    """Each 32 queries see 16 keys, and every time these are a few keys further on than the time before."""
+
+    def mask_mod(self, q_len, kv_len):
+        def seen(b, h, q, kv):
+            start = (q // 32) * (q // 32 + 1) // 2
+            return (start <= kv) & (kv < start + 16)
+
+        return seen
+
+    def kv_spans(self, q_start, q_stop, q_len, kv_len):
+        start = (q_start // 32) * (q_start // 32 + 1) // 2
+        return ((start, start + 16),)
+
+    def sees_all(self, *extent):
+        return False
+
+    def block_size(self, q_len, kv_len):
+        return 32
+
+    def block_key(self, q_start, q_stop, kv_start, kv_stop, q_len, kv_len):
+        return q_stop - q_start, kv_stop - kv_start
+
+
+CASES = {
+    "window": lambda key, value, seen: [Segment(key, value, Window(40, 40))],
+    "causal window": lambda key, value, seen: [Segment(key, value, Window(64, 0))],
+    "padded window": lambda key, value, seen: [Segment(key, value, Window(40, 40), key_mask=seen)],
+    "window and common keys": lambda key, value, seen: [
+        Segment(key, value, Window(40, 40)),
+        Segment(key[:, :, :3], value[:, :, :3]),
+    ],
+    "window and padded common keys": lambda key, value, seen: [
+        Segment(key, value, Window(40, 40)),
+        Segment(key[:, :, 140:170], value[:, :, 140:170], key_mask=seen[:, 140:170]),
+    ],
+    "window with bias": lambda key, value, seen: [
+        Segment(key, value, Window(40, 40), bias=RelativeBias(torch.randn(4, 81, dtype=key.dtype), zero=40))
+    ],
+    "chunks": lambda key, value, seen: [Segment(key, value, Chunks(20, 1, 1))],
+    "uneven steps": lambda key, value, seen: [Segment(key, value, Hurrying())],
+    "two windows": lambda key, value, seen: [
+        Segment(key, value, Window(40, 0)),
+        Segment(key.flip(2), value.flip(2), Window(0, 40)),
+    ],
+}
+
+
+@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_stacked_blocks_agree_with_the_definition(make, batch):
+    query, key, value = tensors(batch)
+    seen = torch.ones(batch, 300, dtype=torch.bool)
+    seen[-1, 150:160] = False
+    attention = Attention(query, tuple(make(key, value, seen)), 0.3)
+    expected = make_backend("eager").run(attention).output
+    torch.testing.assert_close(flash_cpu.attend(attention), expected)
+
+
+def test_stacks_save_calls(monkeypatch):
+    calls = []
+
+    class Counting:
+        def __getattr__(self, name):
+            calls.append(name)
+            return getattr(torch.ops.aten, name)
+
+    attention = windowed()
+    assert flash_cpu.unavailable() is None
+    monkeypatch.setattr(flash_cpu, "_operators", Counting())
+    flash_cpu.attend(attention)
+    assert len(calls) <= 6, "two samples, and a block or two at either end, instead of ten blocks"
