@@ -69,7 +69,8 @@ def _block(
         dead = ~seen.any(-1, keepdim=True)
         scores = scores.masked_fill(~(seen | dead), float("-inf"))
     lse = torch.logsumexp(scores, dim=-1, keepdim=True)
-    weights = torch.exp(scores - lse).to(query.dtype)
+    # Not exp(scores - lse): lse is rounded, and what the weights of a row then lack of 1 would weigh in its gradient.
+    weights = torch.softmax(scores, dim=-1).to(query.dtype)
     if attention.dropout > 0.0:
         weights = torch.nn.functional.dropout(weights, attention.dropout)
     output = weights @ value
