@@ -37,6 +37,7 @@ from torch import Tensor
 from attnzoo.adapter import Adapter, Attend, Forward, Seam, parameter_of
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.functional import compute_dtype
+from attnzoo.heads import merge_heads, split_heads
 from attnzoo.interface import bind_interface, check_interface, native_probabilities, refuse_unknown
 from attnzoo.patterns import Causal, Full
 from attnzoo.segments import Attention, Request, Result, Segment, SegmentRequest, describe
@@ -118,7 +119,7 @@ def _cross_forward(
             nor a filled cache, or an encoder mask that does not fit.
     """
     refuse_unknown(kwargs)
-    query = module.q_attn(hidden_states).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+    query = split_heads(module.q_attn(hidden_states), module.head_dim)
     key, value = _keys_values(module, encoder_hidden_states, layer_past)
     query, key, value = (tensor.to(compute_dtype(query)) for tensor in (query, key, value))
     key_mask, mask = _masks(encoder_attention_mask, query, key)
@@ -126,7 +127,7 @@ def _cross_forward(
     dropout = module.attn_dropout if module.training else 0.0
     wanted = _wants_probabilities(module, {"output_attentions": output_attentions})
     result = attend(Attention(query, (segment,), module.scaling, dropout), wanted)
-    output = module.c_proj(result.output.transpose(1, 2).flatten(2))
+    output = module.c_proj(merge_heads(result.output))
     return module.resid_dropout(output), None if result.dropped is None else result.dropped[0]
 
 
@@ -140,7 +141,7 @@ def _keys_values(module: Any, encoder_states: Tensor | None, cache: Any) -> tupl
         return layer.keys, layer.values
     if encoder_states is None:
         raise InvalidArgumentError("encoder_hidden_states", "None", "the encoder's states, or a cache filled with them")
-    both = module.c_attn(encoder_states).unflatten(-1, (-1, 2 * module.head_dim)).transpose(1, 2)
+    both = split_heads(module.c_attn(encoder_states), 2 * module.head_dim)
     key, value = both.split(module.head_dim, dim=-1)
     if filled is not None:
         key, value = cache.cross_attention_cache.update(key, value, module.layer_idx)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attnzoo.adapter import Adapter, Attend, Forward, Seam, parameter_of
 from attnzoo.adapters.longformer import VERSIONS, encoder_seam
+from attnzoo.heads import merge_heads, split_heads
 from attnzoo.masks import read_attention_mask
 from attnzoo.patterns import Causal, Full
 from attnzoo.segments import Attention, Request, Segment, SegmentRequest
@@ -30,7 +31,7 @@ def _decoder_forward(
     output_attentions: bool = False,
 ) -> tuple[Tensor, Tensor | None, Any]:
     """Self-attention, or cross-attention if ``key_value_states`` are given; ``(batch, length, embed)`` in and out."""
-    query = _heads(module, module.q_proj(hidden_states))
+    query = split_heads(module.q_proj(hidden_states), module.head_dim)
     key, value = _keys_values(module, hidden_states, key_value_states, past_key_values)
     cross = key_value_states is not None
     segment = Segment(key.to(query.dtype), value.to(query.dtype), Full(cross))
@@ -41,13 +42,8 @@ def _decoder_forward(
         segment = replace(segment, pattern=pattern, key_mask=read.key_mask, mask=read.mask, bias=read.bias)
     dropout = module.dropout if module.training else 0.0
     result = attend(Attention(query, (segment,), module.scaling, dropout), output_attentions)
-    output = module.out_proj(result.output.transpose(1, 2).flatten(2))
+    output = module.out_proj(merge_heads(result.output))
     return output, None if result.probabilities is None else result.probabilities[0], past_key_values
-
-
-def _heads(module: Any, states: Tensor) -> Tensor:
-    """``(batch, length, embed)`` to ``(batch, heads, length, head_dim)``."""
-    return states.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2)
 
 
 def _keys_values(
@@ -66,7 +62,7 @@ def _keys_values(
             layer = store.layers[module.layer_idx]
             return layer.keys, layer.values
     source = hidden_states if encoder_states is None else encoder_states
-    key, value = _heads(module, module.k_proj(source)), _heads(module, module.v_proj(source))
+    key, value = (split_heads(project(source), module.head_dim) for project in (module.k_proj, module.v_proj))
     if store is not None:
         key, value = store.update(key, value, module.layer_idx)
         if cross and filled is not None:

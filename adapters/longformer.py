@@ -11,24 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from attnzoo.adapter import Adapter, Attend, Forward, Seam, parameter_of
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.globals import locate
+from attnzoo.heads import merge_heads, split_heads
 from attnzoo.patterns import Full, Window
 from attnzoo.segments import Attention, Request, Segment, SegmentRequest, describe
 
 VERSIONS = "5.17 to 5.23"
-
-
-def _heads(module: Any, states: Tensor) -> Tensor:
-    """``(batch, length, embed)`` to ``(batch, heads, length, head_dim)``."""
-    return states.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2)
-
-
-def _merge(output: Tensor) -> Tensor:
-    """``(batch, heads, length, head_dim)`` to ``(batch, length, embed)``."""
-    return output.transpose(1, 2).flatten(2)
 
 
 def _window(module: Any) -> Window:
@@ -70,21 +62,21 @@ def _forward(
     real = attend.once(is_index_masked, "real", _real)
     found = attend.once(is_index_global_attn, "globals", locate) if is_global_attn else None
 
-    query = _heads(module, module.query(hidden_states))
-    key = _heads(module, module.key(hidden_states))
-    value = _heads(module, module.value(hidden_states))
+    query = split_heads(module.query(hidden_states), module.head_dim)
+    key = split_heads(module.key(hidden_states), module.head_dim)
+    value = split_heads(module.value(hidden_states), module.head_dim)
     segments = [Segment(key, value, _window(module), key_mask=real if found is None else ordinary)]
     if found is not None:
         segments.append(Segment(found.take(key), found.take(value), key_mask=found.valid))
     local = attend(Attention(query, tuple(segments), scale, dropout, query_mask=real), output_attentions)
-    output = _merge(local.output)
+    output = merge_heads(local.output)
     if found is None:
         if local.dropped is None:
             return (output,)
         return output, _banded(local.dropped, module.one_sided_attn_window_size, None)
 
     states = hidden_states.gather(1, found.positions[:, :, None].expand(-1, -1, hidden_states.shape[2]))
-    query = _heads(module, module.query_global(states))
+    query = split_heads(module.query_global(states), module.head_dim)
     absorbed = None
     if _absorbs(module, query, output_attentions):
         absorbed = _absorbed(module, query, hidden_states, real, scale)
@@ -93,13 +85,13 @@ def _forward(
         result = result._replace(output=_released(module, query, result.output))
     else:
         everything = Segment(
-            _heads(module, module.key_global(hidden_states)),
-            _heads(module, module.value_global(hidden_states)),
+            split_heads(module.key_global(hidden_states), module.head_dim),
+            split_heads(module.value_global(hidden_states), module.head_dim),
             key_mask=real,
         )
         result = attend(Attention(query, (everything,), scale, dropout, query_mask=found.valid), output_attentions)
     sample, number = attend.once(is_index_global_attn, "places", lambda _: found.valid.nonzero(as_tuple=True))
-    rows = _merge(result.output)[sample, number].to(output.dtype)
+    rows = merge_heads(result.output)[sample, number].to(output.dtype)
     places = (sample, found.positions[sample, number])
     # What a backward needs of the output must stay; otherwise copying it would be all that writing a few rows costs.
     output = output.index_put(places, rows) if torch.is_grad_enabled() else output.index_put_(places, rows)
@@ -124,8 +116,9 @@ def _absorbs(module: Any, query: Tensor, output_attentions: bool) -> bool:
 
 def _is_plain(linear: Any) -> bool:
     # Adapters, quantisation and parametrisation change the type; accelerate's hooks set a forward; torch has no public
-    # way to ask for the other hooks.
-    hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
+    # way to ask for the other hooks, its own or those of all modules.
+    of_all = getattr(torch_module, "_has_any_global_hook", lambda: True)()
+    hooked = of_all or linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
     return type(linear) is nn.Linear and not hooked
 
 

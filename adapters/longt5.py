@@ -32,6 +32,7 @@ from attnzoo.adapters.longt5_decoder import bind_decoder, check_decoder, decoder
 from attnzoo.bias import RelativeBias
 from attnzoo.errors import InvalidArgumentError, PatchError
 from attnzoo.fingerprint import locate
+from attnzoo.heads import merge_heads, split_heads
 from attnzoo.interface import native_probabilities
 from attnzoo.patterns import Full, Pattern, Window
 from attnzoo.segments import Attention, Request, Segment, SegmentRequest, describe
@@ -50,11 +51,6 @@ class _Tokens(NamedTuple):
 
 def _tokens(real: Tensor) -> _Tokens:
     return _Tokens(real, None if bool(real.all()) else real)
-
-
-def _heads(module: Any, states: Tensor) -> Tensor:
-    """``(batch, length, inner)`` to ``(batch, heads, length, head_dim)``."""
-    return states.unflatten(-1, (module.n_heads, module.key_value_proj_dim)).transpose(1, 2)
 
 
 def _window(module: Any) -> Window:
@@ -93,7 +89,7 @@ def _local_forward(
 
 def _local_segment(module: Any, hidden_states: Tensor, tokens: _Tokens, values: Tensor | None) -> Segment:
     bias = None if values is None else RelativeBias(values, zero=local_reach(module))
-    key, value = _heads(module, module.k(hidden_states)), _heads(module, module.v(hidden_states))
+    key, value = (split_heads(project(hidden_states), module.key_value_proj_dim) for project in (module.k, module.v))
     return Segment(key, value, _window(module), key_mask=tokens.mask, bias=bias)
 
 
@@ -106,9 +102,10 @@ def _attend(
     probabilities: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Output ``(batch, length, d_model)``, and blocked weights if asked for. T5 does not scale its scores."""
-    query, dropout = _heads(module, module.q(hidden_states)), module.dropout if module.training else 0.0
+    query = split_heads(module.q(hidden_states), module.key_value_proj_dim)
+    dropout = module.dropout if module.training else 0.0
     result = attend(Attention(query, segments, 1.0, dropout, query_mask=tokens.mask), probabilities)
-    output = module.o(result.output.transpose(1, 2).flatten(2))
+    output = module.o(merge_heads(result.output))
     return output, None if result.dropped is None else _blocked(result.dropped, module.block_len)
 
 
@@ -192,7 +189,7 @@ def _transient_forward(
     segments = [_local_segment(module, hidden_states, tokens, biases[0])]
     sums = module.global_input_layer_norm(_aggregate(hidden_states, blocks))
     if blocks.number:
-        key, value = _heads(module, module.k(sums)), _heads(module, module.v(sums))
+        key, value = (split_heads(project(sums), module.key_value_proj_dim) for project in (module.k, module.v))
         bias = None if biases[1] is None else RelativeBias(biases[1], zero=reaches[1], positions=blocks.of)
         segments.append(Segment(key, value, key_mask=blocks.mask, bias=bias))
     output, weights = _attend(module, attend, hidden_states, tuple(segments), tokens, output_attentions)

@@ -14,16 +14,6 @@ from attnzoo.segments import describe
 MODULE = "transformers.models.reformer.modeling_reformer"
 
 
-def split_heads(module: Any, states: Tensor) -> Tensor:
-    """``(batch, length, embed)`` to ``(batch, heads, length, head_dim)``."""
-    return states.unflatten(-1, (module.num_attention_heads, module.attention_head_size)).transpose(1, 2)
-
-
-def merge_heads(output: Tensor) -> Tensor:
-    """``(batch, heads, length, head_dim)`` to ``(batch, length, embed)``."""
-    return output.transpose(1, 2).flatten(2)
-
-
 def _real(attention_mask: Tensor) -> Tensor | None:
     if attention_mask.is_floating_point() and bool(attention_mask.isnan().any()):
         raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)} with NaN in it", "no NaN")

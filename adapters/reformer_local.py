@@ -13,16 +13,15 @@ from attnzoo.adapters.reformer_layout import (
     MODULE,
     check_length,
     in_chunks,
-    merge_heads,
     neighbourhoods,
     real_tokens,
     refuse_unknown,
-    split_heads,
     steps_ahead,
 )
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.fingerprint import locate
 from attnzoo.functional import compute_dtype
+from attnzoo.heads import merge_heads, split_heads
 from attnzoo.patterns import Causal, Chunks, Full, Pattern
 from attnzoo.segments import Attention, Result, Segment
 
@@ -86,8 +85,10 @@ class LocalForward:
     ) -> Result:
         """The attention of tokens by their hidden states to those ``around``, of which ``real`` are no padding."""
         module = self._module
-        query = split_heads(module, module.query(states))
-        key, value = split_heads(module, module.key(around)), split_heads(module, module.value(around))
+        query = split_heads(module.query(states), module.attention_head_size)
+        key, value = (
+            split_heads(project(around), module.attention_head_size) for project in (module.key, module.value)
+        )
         query, key, value = (tensor.to(compute_dtype(query)) for tensor in (query, key, value))
         segments = tuple(Segment(key, value, pattern, key_mask=real) for pattern in patterns)
         query_mask = real if around.shape[1] == states.shape[1] else None

@@ -15,18 +15,17 @@ from attnzoo.adapter import Attend
 from attnzoo.adapters.reformer_layout import (
     MODULE,
     check_length,
-    merge_heads,
     neighbourhoods,
     of_rounds,
     real_tokens,
     refuse_unknown,
-    split_heads,
     steps_ahead,
     with_own_token,
 )
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.fingerprint import locate
 from attnzoo.functional import compute_dtype
+from attnzoo.heads import merge_heads, split_heads
 from attnzoo.interface import rebind
 from attnzoo.patterns import Causal, SortedChunks, Window
 from attnzoo.segments import Attention, Segment, describe
@@ -68,8 +67,8 @@ class LSHForward:
             one = (hidden_states, attention_mask, hashes, wanted, past)
             output, weights, buckets = self._decode(*one, past_buckets) if past_buckets.numel() else self._extend(*one)
         else:
-            query = split_heads(module, module.query_key(hidden_states))
-            value = split_heads(module, module.value(hidden_states))
+            query = split_heads(module.query_key(hidden_states), module.attention_head_size)
+            value = split_heads(module.value(hidden_states), module.attention_head_size)
             real = real_tokens(self._attend, attention_mask, batch, length)
             if length <= module.chunk_length:
                 output, weights = self._short(query, value, real, wanted)
@@ -188,7 +187,9 @@ class LSHForward:
         """One token more, on a cache too short for buckets: it sees everything. Hashes once there is a chunk."""
         module = self._module
         states = torch.cat([past, hidden_states], dim=1)
-        query, value = split_heads(module, module.query_key(states)), split_heads(module, module.value(states))
+        query, value = (
+            split_heads(project(states), module.attention_head_size) for project in (module.query_key, module.value)
+        )
         buckets = None
         if states.shape[1] >= module.chunk_length:
             buckets = self._hash(query, hashes, attention_mask)
@@ -210,7 +211,7 @@ class LSHForward:
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """One token more, on cached states and buckets: it sees its neighbourhood in each round's sorted list."""
         module = self._module
-        query = split_heads(module, module.query_key(hidden_states))
+        query = split_heads(module.query_key(hidden_states), module.attention_head_size)
         states, tokens, buckets = self._hasher(past.shape[1])._get_relevant_hid_states_and_buckets(
             query_vectors=query,
             attention_mask=attention_mask,

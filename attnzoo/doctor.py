@@ -124,6 +124,8 @@ def _models() -> list[Finding]:
         if adapter is None:
             found.append(Finding("model", model_type, False, registry.broken_adapter(model_type) or "no adapter"))
             continue
+        others = registry.left_out_adapters(model_type)
+        found += [Finding("model", f"another {model_type}", False, reason) for reason in others]
         try:
             for seam in adapter.seams:
                 importlib.import_module(seam.cls.partition(":")[0])

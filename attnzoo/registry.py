@@ -155,6 +155,19 @@ def find_adapter(model_type: str) -> Adapter | None:
     return None
 
 
+def left_out_adapters(model_type: str) -> tuple[str, ...]:
+    """Why others that are offered for a model type are not its adapter: it has one, or they do not load."""
+    owner, reasons = find_adapter(model_type), []
+    for entry in metadata.entry_points(group="attnzoo.adapters", name=model_type):
+        try:
+            if entry.load() is not owner:
+                reasons.append(f"{entry.value} is left out: the model type has an adapter")
+        except BaseException as error:
+            raise_interrupts(error)
+            reasons.append(f"{entry.value} failed to load: {type(error).__name__}: {error}")
+    return tuple(reasons) if owner is not None else ()
+
+
 def broken_adapter(model_type: str) -> str | None:
     """Why an offered adapter could not be loaded."""
     return _broken_adapters.get(model_type)

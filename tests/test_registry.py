@@ -254,6 +254,22 @@ def test_a_broken_adapter_is_named_when_its_model_is_patched(monkeypatch):
     assert registry.find_adapter("gpt_neox") is not None
 
 
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        (attnzoo.Adapter(model_types=("gpt_neox",), seams=()), "Thing is left out: the model type has an adapter"),
+        (OSError("no"), "failed to load: OSError: no"),
+    ],
+)
+def test_a_second_adapter_for_a_model_type_changes_nothing_and_is_told_by_doctor(monkeypatch, second, words):
+    honest = registry.find_adapter("gpt_neox")
+    offer(monkeypatch, "attnzoo.adapters", gpt_neox=second)
+    assert registry.find_adapter("gpt_neox") is honest
+    (finding,) = [finding for finding in doctor._models() if finding.name == "another gpt_neox"]
+    assert not finding.ok and "third_party.gpt_neox:Thing" in finding.detail and words in finding.detail
+    assert [finding.ok for finding in doctor._models() if finding.name == "gpt_neox"] == [True]
+
+
 def test_an_unavailable_backend_says_why():
     attnzoo.register_backend(backend("mine", rank=1000, why_not="mine_kernels is not installed: pip install mine"))
     info = attnzoo.backends()["mine"]

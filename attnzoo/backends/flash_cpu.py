@@ -144,6 +144,33 @@ class _Terms:
         return term, live
 
 
+class _Calls:
+    """The kernel on keys and values of an attention's parts."""
+
+    def __init__(self, attention: Attention, places: list[int], keys_values: Sequence[Tensor]) -> None:
+        self._attention, self._places, self._keys_values = attention, places, keys_values
+        self._terms = _Terms(attention)
+
+    def forward(self, stack: Stack, number: int, sample: slice, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Out ``(samples, heads, rows, dim)`` and lse ``(samples, heads, rows)`` of a stack's queries at one part."""
+        part = stack.block.parts[number]
+        term, live = self._terms.of(stack.block, part)
+        if term is None and stack.steps[number] == 0:
+            stack = stack.flat()
+        elif term is not None:
+            term = stack.pile(term[sample])
+        key, value = (
+            stack.keys(number, self._keys_values[place][sample], self._attention.heads)
+            for place in self._places[2 * part.segment : 2 * part.segment + 2]
+        )
+        out, lse = getattr(_operators, _FORWARD)(
+            stack.queries(query[sample]), key, value, 0.0, False, attn_mask=term, scale=self._attention.scale
+        )
+        if live is not None:  # the kernel returns lse 0 for a row that sees nothing; its true lse is -inf
+            lse = lse.masked_fill(~live[sample], float("-inf"))
+        return stack.rows(out), stack.rows(lse)
+
+
 class _Blocked(torch.autograd.Function):
     """Forward over passes, blocks and parts; backward over the same."""
 
@@ -158,21 +185,20 @@ class _Blocked(torch.autograd.Function):
         out = query.new_empty((batch, q_len, heads, dim), dtype=query.dtype if len(groups) == 1 else accumulate)
         out = out.transpose(1, 2)  # (batch, q_len, heads, dim) in memory, as models want it
         lse = query.new_full((batch, q_len, heads), float("-inf"), dtype=accumulate).transpose(1, 2)
-        terms = _Terms(attention)
+        calls = _Calls(attention, places, keys_values)
         for number, group in enumerate(groups):
             for stack in stacks(attention, group):
                 whole = stack.whole()
                 for sample in stack.samples(batch):
-                    q, *pairs = (tensor[sample] for tensor in (query, *keys_values))
                     so_far = (whole.take(out[sample]), whole.take(lse[sample])) if number else None
                     for part in range(len(stack.block.parts)):
-                        found = _part_of_stack(attention, places, terms, stack, part, sample, q, pairs)
+                        found = calls.forward(stack, part, sample, query)
                         if so_far is None:
                             so_far = found if len(stack.block.parts) == 1 else (found[0].to(accumulate), found[1])
                         else:
                             merge_(*so_far, *found)
                     if so_far is None:  # the first pass, and nothing to see
-                        whole.put(out[sample], torch.zeros_like(whole.take(q)))
+                        whole.put(out[sample], torch.zeros_like(whole.take(query[sample])))
                     else:
                         whole.put(out[sample], so_far[0])
                         whole.put(lse[sample], so_far[1])
@@ -187,35 +213,6 @@ class _Blocked(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast("cpu", enabled=False):  # the caller of backward() may be in one
             return _backward(ctx, grad_out.contiguous() if grad_out.stride(-1) != 1 else grad_out)
-
-
-def _part_of_stack(
-    attention: Attention,
-    places: list[int],
-    terms: _Terms,
-    stack: Stack,
-    number: int,
-    sample: slice,
-    query: Tensor,
-    keys_values: list[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Out ``(batch, heads, rows, dim)`` and lse ``(batch, heads, rows)`` of a stack at its part ``number``."""
-    part = stack.block.parts[number]
-    term, live = terms.of(stack.block, part)
-    if term is None and stack.steps[number] == 0:
-        stack = stack.flat()
-    elif term is not None:
-        term = stack.pile(term[sample])
-    key, value = (
-        stack.keys(number, keys_values[place], attention.heads)
-        for place in places[2 * part.segment : 2 * part.segment + 2]
-    )
-    out, lse = getattr(_operators, _FORWARD)(
-        stack.queries(query), key, value, 0.0, False, attn_mask=term, scale=attention.scale
-    )
-    if live is not None:  # the kernel returns lse 0 for a row that sees nothing; its true lse is -inf
-        lse = lse.masked_fill(~live[sample], float("-inf"))
-    return stack.rows(out), stack.rows(lse)
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:

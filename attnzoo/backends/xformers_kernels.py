@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnzoo.backends.calls import UNLIMITED, Sequences, rows_of
 from attnzoo.backends.kernels import Inputs, Kernel, drift, import_package
-from attnzoo.errors import Refusal
+from attnzoo.errors import Refusal, raise_interrupts
 from attnzoo.patterns import Window
 from attnzoo.segments import Request
 
@@ -45,7 +45,12 @@ def _operator_unavailable(name: str) -> str | None:
     if fmha is None:
         return why
     both = [getattr(getattr(fmha, name, None), one, None) for one in ("FwOp", "BwOp")]
-    if not all(one is not None and one.is_available() for one in both):
+    try:
+        works = all(one is not None and one.is_available() for one in both)
+    except BaseException as error:
+        raise_interrupts(error)
+        return f"xformers' operator {name!r} cannot tell whether it works: {type(error).__name__}: {error}"
+    if not works:
         return f"xformers has no working operator {name!r}: see python -m xformers.info"
     newest = [most for one in both if (most := getattr(one, "CUDA_MAXIMUM_COMPUTE_CAPABILITY", None)) is not None]
     if newest and torch.cuda.is_available() and torch.cuda.get_device_capability() > min(newest):

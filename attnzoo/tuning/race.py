@@ -67,13 +67,15 @@ def race(
             first = tick() - start
             wrong = _wrong(backend, attention, grad)
         except Exception as error:  # whatever it raises is why it is no candidate
-            wrong = f"raised {type(error).__name__}: {error}".partition("\n")[0]
-            full = _out_of_memory(error)  # which says something of the machine just now, nothing of the backend
+            wrong, full = _raised(error), _out_of_memory(error)
         outcomes[backend.name] = Outcome(code, first=first, kernel=kernel, reason=wrong, wrong=bool(wrong) and not full)
         if not wrong:
             runs[backend.name] = step
     for name, seconds in _times(runs, attention.query.device, rounds, tick).items():
-        outcomes[name] = replace(outcomes[name], seconds=seconds)
+        if isinstance(seconds, Exception):
+            outcomes[name] = replace(outcomes[name], reason=_raised(seconds), wrong=not _out_of_memory(seconds))
+        else:
+            outcomes[name] = replace(outcomes[name], seconds=seconds)
     return outcomes
 
 
@@ -84,8 +86,15 @@ def dense_bytes(attention: Attention, grad: bool) -> int:
     return grid * (GRIDS + (GRIDS_KEPT if grad else 0))
 
 
+def _raised(error: Exception) -> str:
+    return f"raised {type(error).__name__}: {error}".partition("\n")[0]
+
+
 def _out_of_memory(error: Exception) -> bool:
-    """Whether an exception says that memory was full; torch's allocator on the CPU has no class of its own for that."""
+    """Whether an exception says that memory was full: something of the machine just now, nothing of the backend.
+
+    torch's allocator on the CPU has no class of its own for that.
+    """
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         type(error) is RuntimeError and "DefaultCPUAllocator" in str(error)
     )
@@ -113,28 +122,39 @@ def _step(backend: Backend, attention: Attention, grad: bool) -> Callable[[], st
     return run
 
 
-def _times(runs: dict[str, Callable[[], str]], device: torch.device, rounds: int, tick: Clock) -> dict[str, float]:
-    """Median seconds of one run, by name."""
+def _times(
+    runs: dict[str, Callable[[], str]], device: torch.device, rounds: int, tick: Clock
+) -> dict[str, float | Exception]:
+    """Median seconds of one run, by name; or what it raised, in whatever round: the others go on."""
+    failed: dict[str, float | Exception] = {}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    counts = dict.fromkeys(runs, 1)
 
-    def sample(run: Callable[[], str], count: int) -> float:
-        _wait(device)
-        start = tick()
-        for _ in range(count):
-            run()
-        _wait(device)
-        return (tick() - start) / count
+    def sample(name: str) -> float | None:
+        try:
+            _wait(device)
+            start = tick()
+            for _ in range(counts[name]):
+                runs[name]()
+            _wait(device)
+            return (tick() - start) / counts[name]
+        except Exception as error:
+            failed[name] = error
+            del samples[name]
+            return None
 
-    counts = {}
-    for name, run in runs.items():
-        once = sample(run, 1)
-        counts[name] = min(MOST_RUNS, math.ceil(SAMPLE / once)) if once > 0.0 else MOST_RUNS
-    samples = {name: [sample(run, counts[name])] for name, run in runs.items()}
-    limit = HOPELESS * min((taken[0] for taken in samples.values()), default=0.0)
-    for _ in range(rounds - 1):
-        for name, run in runs.items():
-            if samples[name][0] <= limit:
-                samples[name].append(sample(run, counts[name]))
-    return {name: statistics.median(taken) for name, taken in samples.items()}
+    for name in runs:
+        once = sample(name)
+        if once is not None:
+            counts[name] = min(MOST_RUNS, math.ceil(SAMPLE / once)) if once > 0.0 else MOST_RUNS
+    for turn in range(rounds):
+        limit = HOPELESS * min((taken[0] for taken in samples.values() if taken), default=math.inf)
+        for name in list(samples):
+            if turn == 0 or samples[name][0] <= limit:
+                taken = sample(name)
+                if taken is not None:
+                    samples[name].append(taken)
+    return failed | {name: statistics.median(taken) for name, taken in samples.items()}
 
 
 def _wait(device: torch.device) -> None:

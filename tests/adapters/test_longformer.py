@@ -62,6 +62,17 @@ def test_for_probabilities_the_projection_runs(model, monkeypatch):
     assert projected(model, monkeypatch, backend="eager", output_attentions=True)
 
 
+def test_a_hook_on_all_modules_sees_the_projection(model):
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        with attnzoo.patch(model, "sdpa"), torch.no_grad():
+            model(**led_inputs(37, "left", "one"))
+    finally:
+        hook.remove()
+    assert key_global(model) in seen
+
+
 def test_a_hook_on_the_projection_is_called(model):
     seen = []
     key_global(model).register_forward_hook(lambda *_: seen.append(1))

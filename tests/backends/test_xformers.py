@@ -204,6 +204,16 @@ def test_operators_that_were_not_built_are_passed_by(xformers, monkeypatch):
     assert "no working operator 'cutlass'" in XformersBackend.unavailable()
 
 
+def test_an_operator_that_cannot_tell_whether_it_works_is_a_reason(xformers, monkeypatch):
+    def broken(cls):
+        raise OSError("libcudart.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(xformers.flash.FwOp, "is_available", classmethod(broken))
+    why = xformers_kernels.XformersFlashKernel.unavailable()
+    assert "'flash' cannot tell whether it works: OSError: libcudart" in why
+    assert XformersBackend().run(attention(attnzoo.Causal())).kernel == "xformers_cutlass"
+
+
 def test_a_device_too_new_for_an_operator(xformers, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))

@@ -104,6 +104,27 @@ def test_memory_that_was_full_once_bars_no_backend_for_good(add, clock, error):
         took()
 
 
+@pytest.mark.parametrize(
+    ("error", "wrong"), [(torch.OutOfMemoryError("CUDA"), False), (RuntimeError("no"), True)], ids=["memory", "other"]
+)
+@pytest.mark.parametrize("after", [3, 4, 6])
+def test_what_raises_while_it_is_timed_ends_its_own_race_alone(add, clock, error, wrong, after):
+    add("sound", seconds=2.0)
+    cls = add("late", seconds=1.0)
+    run = cls.run
+
+    def failing(self, *args):
+        if len(cls.runs) >= after:
+            raise error
+        return run(self, *args)
+
+    cls.run = failing
+    (found,) = tune(clock)
+    assert found.ranking() == [(2.0, "sound")]
+    assert found.outcomes["late"].reason.startswith(f"raised {type(error).__name__}")
+    assert found.outcomes["late"].wrong == wrong
+
+
 def test_where_all_were_wrong_auto_refuses_with_what_was_found(add):
     add("one"), add("two"), add("three", grad=False, dtypes=frozenset({torch.float64}))
     measured(attention(), {"one": "output: error 1", "two": "raised OSError"})
