@@ -7,6 +7,7 @@ pattern: a part's mask is made when it is needed and thrown away, or reused for 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -103,6 +104,17 @@ class PartMask(NamedTuple):
 
     seen: Tensor
     live: Tensor
+
+
+def positive_scale(attention: Attention) -> Attention:
+    """The same attention with a scale above zero, which kernels count on.
+
+    They take the largest score, or hide keys by ``-inf``, before they scale.
+    """
+    if attention.scale > 0.0:
+        return attention
+    sign = -1.0 if attention.scale < 0.0 else 0.0
+    return replace(attention, query=attention.query * sign, scale=abs(attention.scale) or 1.0)
 
 
 def block_size(attention: Attention) -> int:

@@ -98,6 +98,17 @@ def _hollow(attention: Attention) -> Attention:
     return replace(attention, query=shell(attention.query), segments=segments, query_mask=None, empty=None)
 
 
+def _read_again(attention: Attention) -> list[Tensor]:
+    """Masks and biases, which the backward makes its terms from: PyTorch raises if saved tensors were written to."""
+    found: list[object] = []
+    for segment in attention.segments:
+        found += [segment.key_mask, segment.mask]
+        if segment.bias is not None:
+            found += vars(segment.bias).values()
+    # Inference tensors cannot be saved, and are written to in inference mode alone.
+    return [one for one in found if isinstance(one, Tensor) and not one.is_inference()]
+
+
 class _Terms:
     """What the kernel adds to a part's scores, and the part's live rows; the last of each segment is reused."""
 
@@ -205,7 +216,7 @@ class _Blocked(torch.autograd.Function):
         out, live = out.to(query.dtype), lse != float("-inf")
         ctx.attention, ctx.places, ctx.biases = attention, places, biases
         ctx.mark_non_differentiable(live)
-        ctx.save_for_backward(query, *keys_values, out, lse)
+        ctx.save_for_backward(query, *keys_values, out, lse, *_read_again(attention))
         return out, live
 
     @staticmethod
@@ -217,7 +228,7 @@ class _Blocked(torch.autograd.Function):
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     attention: Attention = ctx.attention
-    query, *keys_values, out, lse = ctx.saved_tensors
+    query, *keys_values, out, lse = ctx.saved_tensors[: 4 + max(ctx.places)]
     # Rows that see nothing have lse -inf, and the kernel would form inf - inf; with 0 their weights become 0.
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
     # In memory as their tensors are: projections are merged there, and a gradient that is need not be copied to be.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.backend import Backend, Capabilities
+from attnzoo.backends.blocks import positive_scale
 from attnzoo.backends.calls import Call, Plan, plan
 from attnzoo.backends.kernels import Inputs, Kernel, no_device
 from attnzoo.backends.sorted_calls import fold_heads
@@ -102,10 +103,7 @@ class PackedBackend(Backend):
 
 def attend(attention: Attention, kernel: type[Kernel]) -> Result:
     """An attention without bias and dense mask on a kernel; on none if no query sees a key."""
-    whole = attention
-    if attention.scale <= 0.0:  # kernels take the largest score before they scale
-        sign = -1.0 if attention.scale < 0.0 else 0.0
-        attention = replace(attention, query=attention.query * sign, scale=abs(attention.scale) or 1.0)
+    whole, attention = attention, positive_scale(attention)
     if any(isinstance(segment.pattern, SortedChunks) for segment in attention.segments):
         attention = fold_heads(attention)
     planned = plan(attention, kernel.windows)

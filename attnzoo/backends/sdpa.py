@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnzoo.backend import Backend, Capabilities
 from attnzoo.backends import flash_cpu, math_blocks
-from attnzoo.backends.blocks import DENSE_ROWS, Masks, additive, block_size, blocks, sees_all
+from attnzoo.backends.blocks import DENSE_ROWS, Masks, additive, block_size, blocks, positive_scale, sees_all
 from attnzoo.backends.eager import EagerBackend, expand_heads
 from attnzoo.backends.pieces import Pieces, join_masks
 from attnzoo.errors import Refusal
@@ -43,7 +43,7 @@ class SdpaBackend(Backend):
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
         # The kernels behind read rows as if they were contiguous, checked or not.
-        attention = attention.with_tensors(tuple(map(_contiguous_rows, attention.tensors())))
+        attention = positive_scale(attention.with_tensors(tuple(map(_contiguous_rows, attention.tensors()))))
         causal = _is_single_causal(attention)
         if causal or _is_single_whole(attention):
             (segment,) = attention.segments

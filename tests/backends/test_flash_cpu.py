@@ -118,3 +118,30 @@ def test_gradients_by_hand_do_not_inherit_the_kernels_roundings():
     grad_scores = torch.cat([part[3] for part in parts], dim=-1)
     torch.testing.assert_close(grad_scores, expected[3])
     assert grad_scores.sum(-1).abs().max() < 1e-14, "a constant added to a row's scores changes nothing"
+
+
+@pytest.mark.parametrize("written", ["key_mask", "mask", "bias", "trained"])
+def test_masks_and_biases_written_to_before_the_backward_are_noticed(written):
+    """It makes its terms from them again: gradients of another attention, were it silent."""
+    query, key, value = (tensor.requires_grad_() for tensor in tensors(kv_len=5))
+    masks = {"key_mask": torch.ones(2, 5, dtype=torch.bool), "mask": torch.rand(1, 1, 5, 5) < 0.8}
+    table = torch.randn(3, 7, requires_grad=written == "trained") * 1.0
+    segment = attnzoo.Segment(
+        *(key, value, attnzoo.Window(2, 1)),
+        **{name: mask for name, mask in masks.items() if name == written},
+        bias=None if written in masks else attnzoo.RelativeBias(table, 3),
+    )
+    output = make_backend("sdpa").run(attnzoo.Attention(query, (segment,), 0.3)).output
+    with torch.no_grad():
+        masks.get(written, table).zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_masks_made_in_inference_mode_can_be_trained_with():
+    with torch.inference_mode():
+        key_mask = torch.arange(5).expand(2, 5) < 4
+    query, key, value = (tensor.requires_grad_() for tensor in tensors(kv_len=5))
+    segment = attnzoo.Segment(key, value, attnzoo.Window(2, 1), key_mask)
+    make_backend("sdpa").run(attnzoo.Attention(query, (segment,), 0.3)).output.sum().backward()
+    assert (key.grad[:, :, 4] == 0.0).all() and (key.grad[:, :, :4] != 0.0).any()
