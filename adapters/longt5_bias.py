@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnzoo.adapter import parameter_of
 from attnzoo.errors import PatchError
 
 
@@ -62,7 +63,7 @@ def learns(module: Any, table: str) -> bool:
 def bucketed(module: Any, table: str, reach: int) -> Tensor:
     """``(heads, 2 * reach + 1)``: what the module's learned table holds for the distances ``-reach .. reach``."""
     embedding = getattr(module, table)
-    distances = torch.arange(-reach, reach + 1, device=embedding.weight.device)
+    distances = torch.arange(-reach, reach + 1, device=parameter_of(embedding).device)
     buckets = module._relative_position_bucket(
         distances,
         bidirectional=not module.is_decoder,

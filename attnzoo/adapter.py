@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from attnzoo import slots
 from attnzoo.errors import DriftError
 from attnzoo.fingerprint import drift
 from attnzoo.segments import Attention, Request, Result
@@ -174,8 +175,13 @@ def _path(cls: type) -> str:
 
 
 def parameter_of(module: nn.Module) -> Tensor:
-    """A floating-point parameter of the module: tells device and dtype."""
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            return parameter
+    """A floating-point parameter of the module, or an empty tensor like it: tells device and dtype when it runs.
+
+    Weights that accelerate offloads are on the meta device between forwards; told is the device they are brought to.
+    """
+    for owner in module.modules():
+        for parameter in owner.parameters(recurse=False):
+            if parameter.is_floating_point():
+                brought = slots.runs_on(owner) or slots.runs_on(module) if parameter.is_meta else None
+                return parameter if brought is None else torch.empty(0, dtype=parameter.dtype, device=brought)
     return torch.empty(0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 _SLOTS = ("_old_forward", "forward")
@@ -29,6 +30,19 @@ def current(module: nn.Module) -> Callable[..., Any]:
 def put(module: nn.Module, forward: Callable[..., Any]) -> None:
     """Put a forward in the active slot."""
     vars(module)[active_slot(module)] = forward
+
+
+def runs_on(module: nn.Module) -> torch.device | None:
+    """Where accelerate's hook on a module will run it and brings its weights; None without such a hook.
+
+    accelerate has no public way to ask (accelerate/hooks.py: a hook, or several in one, in ``_hf_hook``).
+    """
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        device = getattr(one, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return None
 
 
 def take_back(module: nn.Module, replacement: Callable[..., Any], original: Callable[..., Any]) -> None:

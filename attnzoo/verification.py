@@ -88,6 +88,8 @@ def verify(
             choosing = {one.name: (one.module, one.seam.replay) for one in found if one.seam.replay is not None}
             # Whose backward works in training only is compared end to end forward; its attentions, backward too.
             whole = gradients and not any(one.seam.backward_in_training for one in found)
+            if whole and any(p.is_meta and p.requires_grad for p in model.parameters()):
+                raise InvalidArgumentError("gradients", "True for offloaded weights, which have none", "False")
             with recording(choosing) as choices:
                 got = _run(model, inputs, whole, seed)
         unreached = [site.name for site in handle.sites if not site.calls]

@@ -7,6 +7,9 @@ import torch
 
 import attnzoo
 
+from ..models.zoo import FAMILIES
+
+accelerate = pytest.importorskip("accelerate")
 hooks = pytest.importorskip("accelerate.hooks")
 
 
@@ -143,6 +146,47 @@ def test_align_devices_hook_as_big_models_have(subject):
         assert subject.close(subject.logits(), native)
         assert all(site.calls for site in handle.sites)
     assert torch.equal(subject.logits(), native)
+
+
+# Weights that are elsewhere between forwards
+
+
+def offload(model, **more):
+    accelerate.cpu_offload(model, execution_device="cpu", **more)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("first_on", ["patch", "hook"])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_offloaded_weights(family, first_on):
+    model, inputs = family.build(), family.inputs(21, "none")
+    with torch.no_grad(), attnzoo.patch(model, "sdpa"):
+        expected = model(**inputs).logits
+    if first_on == "hook":
+        offload(model)
+    handle = attnzoo.patch(model, "sdpa")
+    if first_on == "patch":
+        offload(model)
+    with torch.no_grad():
+        got = model(**inputs).logits
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert all(site.calls for site in handle.sites)
+    assert all(verdict.runs for verdict in attnzoo.explain(model, "sdpa"))
+    assert attnzoo.verify(model, inputs, "eager", gradients=False).ok
+
+
+def test_offloaded_weights_of_whole_modules_and_behind_other_hooks(neox):
+    native = neox.logits()
+    offload(neox.model, preload_module_classes=["GPTNeoXAttention"])
+    hooks.add_hook_to_module(neox.module(1), Counting(), append=True)
+    with attnzoo.patch(neox.model, "sdpa"):
+        assert neox.close(neox.logits(), native)
+
+
+def test_offloaded_weights_have_no_gradients_to_verify(neox):
+    offload(neox.model)
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"gradients: got True for offloaded .*; allowed: False"):
+        attnzoo.verify(neox.model, neox.inputs)
 
 
 # Others who replace a forward
