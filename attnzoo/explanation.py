@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
 from attnzoo import registry
+from attnzoo.backend import Backend
 from attnzoo.errors import InvalidArgumentError, PatchError, Refusal
 from attnzoo.patching import check_forward
 from attnzoo.sites import check_options, expected_changes, expected_requests, find_sites
@@ -77,30 +78,37 @@ class Explanation(tuple[Verdict, ...]):
         return "\n".join(lines)
 
 
-def explain(model: nn.Module, backend: str | None = None, **options: Any) -> Explanation:
+def explain(model: nn.Module, backend: str | Backend | None = None, **options: Any) -> Explanation:
     """What each backend would do at each attention module of a model as it is now (train or eval, device, dtype).
 
     Args:
         model: a model of a family with an adapter.
-        backend: one backend's name; None or ``"auto"``: all registered ones, and what ``auto`` takes.
+        backend: one backend's name, or a configured backend (:func:`attnzoo.configure`); None or ``"auto"``: all
+            registered ones, and what ``auto`` takes.
         options: go to the backend that is named.
 
     Returns:
         An :class:`Explanation`: a tuple of :class:`Verdict` that prints as text. Nothing is changed or run.
 
     Raises:
-        UnknownNameError: no such backend. PatchError: no adapter finds anything in the model.
+        InvalidArgumentError, UnknownNameError: a bad argument. PatchError: no adapter finds anything in the model.
     """
-    infos = registry.backends()
     backend = None if backend == "auto" else backend
-    if backend is None and options:
-        raise InvalidArgumentError("options", f"{sorted(options)} without a backend", "options of a named backend")
-    names = list(infos) if backend is None else [registry.backend_class(backend).name]
+    if options and not isinstance(backend, str):
+        given = "without a backend" if backend is None else f"with backend {backend}"
+        raise InvalidArgumentError("options", f"{sorted(options)} {given}", "options of a named backend")
     everything = [found for found in find_sites(model) if found.seam.attends]
     together = tuple(request for found in everything for request in expected_requests(found))
-    if options and all(one in options for one in registry.backend_class(names[0]).required_options()):
-        made = registry.configure(names[0], **options)
-        check_options(made.settle(expected_requests(found), together) for found in everything)
+    if isinstance(backend, Backend):
+        made: dict[str, Backend | Refusal] = {backend.name: backend}
+    elif backend is None:
+        made = {name: _make(name, {}) for name in registry.backends()}
+    else:
+        name = registry.backend_class(backend).name
+        made = {name: _make(name, options)}
+    for one in made.values():
+        if isinstance(one, Backend) and backend is not None:
+            check_options(one.settle(expected_requests(found), together) for found in everything)
     verdicts = []
     auto: dict[str, tuple[str, ...]] = {}
     for found in everything:
@@ -111,22 +119,31 @@ def explain(model: nn.Module, backend: str | None = None, **options: Any) -> Exp
             found.seam.check(found.module)
         except PatchError as error:
             common = (Refusal("adapter", str(error), "what the adapter was verified against"),)
-        for name in names:
+        for name, one in made.items():
             reasons: tuple[Refusal, ...] = common
             changes: tuple[str, ...] = ()
-            if infos[name].capabilities is None:  # it did not load
-                reasons += (Refusal("availability", infos[name].reason, "a machine that has it"),)
-            elif missing := [one for one in registry.backend_class(name).required_options() if one not in options]:
-                reasons += (Refusal("options", f"no {', '.join(missing)}", f"{missing[0]}=..."),)
+            if isinstance(one, Refusal):
+                reasons += (one,)
             else:
                 asked = expected_requests(found)
-                made = registry.configure(name, **options).settle(asked, together)
-                reasons += registry.availability(made)
+                settled = one.settle(asked, together)
+                reasons += registry.availability(settled)
                 for request in asked:
-                    reasons += registry.refusals(made, request)
-                changes = expected_changes(made, asked)
+                    reasons += registry.refusals(settled, request)
+                changes = expected_changes(settled, asked)
             pattern, cls = found.seam.describe(found.module), type(found.module).__name__
             verdicts.append(Verdict(found.name, cls, pattern, name, tuple(dict.fromkeys(reasons)), changes))
         if backend is None and not common:
             auto[found.name] = auto_at(found)
     return Explanation(verdicts, auto)
+
+
+def _make(name: str, options: Mapping[str, Any]) -> Backend | Refusal:
+    """The configured backend of a name; or why it cannot be had, where that is not the options' fault."""
+    info = registry.backends()[name]
+    if info.capabilities is None:  # it did not load
+        return Refusal("availability", info.reason, "a machine that has it")
+    missing = [option for option in registry.backend_class(name).required_options() if option not in options]
+    if missing:
+        return Refusal("options", f"no {', '.join(missing)}", f"{missing[0]}=...")
+    return registry.configure(name, **options)

@@ -10,7 +10,7 @@ import attnzoo
 from attnzoo import error_rule
 from attnzoo.backends.eager import EagerBackend
 
-from .models.zoo import FAMILIES, led, led_inputs
+from .models.zoo import FAMILIES, gpt_neox, led, led_inputs, reformer
 
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
@@ -158,6 +158,18 @@ def test_explain_lists_every_site_and_backend_and_every_reason():
     assert {verdict.backend for verdict in only} == {"sdpa"}
     with pytest.raises(attnzoo.UnknownNameError, match="did you mean 'sdpa'"):
         attnzoo.explain(led(), "spda")
+
+
+def test_explain_takes_a_configured_backend_as_patch_does():
+    model = gpt_neox()
+    configured = attnzoo.configure("blocked-local", window=6)
+    verdicts = attnzoo.explain(model, configured)
+    assert verdicts == attnzoo.explain(model, "blocked-local", window=6)
+    assert [verdict.changes for verdict in verdicts] == [("window of 6 keys",)] * 2 and not verdicts.auto
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"options: got \['sinks'\] with backend .*Blocked"):
+        attnzoo.explain(model, configured, sinks=1)
+    with pytest.raises(attnzoo.InvalidArgumentError, match="blocked-local': got window=6; allowed: none of them"):
+        attnzoo.explain(reformer(), configured)
 
 
 def test_explain_tells_refusals():

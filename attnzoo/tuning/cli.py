@@ -40,6 +40,8 @@ def tune(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure which backend is fastest at a model's attentions, for 'auto' to take from now on. Kept in a file."""
+    if show and model is not None:
+        raise InvalidArgumentError("model", f"{model!r} with --show", "none: --show measures nothing")
     if clear:
         removed = forget()
         print(json.dumps([str(path) for path in removed]) if as_json else f"removed {len(removed)} file(s)")

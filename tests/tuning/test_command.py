@@ -69,6 +69,7 @@ def test_the_command_shows_a_file_that_cannot_be_read():
     ("arguments", "message"),
     [
         ((), "model: got nothing; allowed: a family or a checkpoint; or --show, or --clear"),
+        (("led", "--show"), "model: got 'led' with --show; allowed: none: --show measures nothing"),
         (("lde",), "did you mean 'led'"),
         (("led", "--dtype", "fp8"), "dtype: got 'fp8'; allowed: float32, bfloat16, float16"),
         (("led", "--device", "tpu"), "device: got 'tpu'; allowed: cpu"),
