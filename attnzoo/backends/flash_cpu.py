@@ -244,7 +244,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
             pairs = [_part(keys_values, ctx.places, part, attention.heads) for part in block.parts]
             if trained is not None and any(part.segment in trained for part in block.parts):
                 shown = [terms.of(block, part)[0] for part in block.parts]
-                grad_parts = _backward_by_hand(rows, pairs, shown, attention.scale)
+                grad_parts = _backward_by_hand(rows, pairs, shown, attention.scale, whole=once)
                 for part, (*_, grad_scores) in zip(block.parts, grad_parts, strict=True):
                     if part.segment in trained:
                         trained.add(block, part, grad_scores)
@@ -270,13 +270,13 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _backward_by_hand(
-    rows: list[Tensor], pairs: list[tuple[Tensor, Tensor]], terms: list[Tensor | None], scale: float
+    rows: list[Tensor], pairs: list[tuple[Tensor, Tensor]], terms: list[Tensor | None], scale: float, whole: bool
 ) -> list[tuple[Tensor, ...]]:
     """Gradients of queries, keys, values and scores of each part: the kernel keeps the last to itself.
 
-    The softmax is taken again over all parts of the block, so that the gradients of a row's scores add up to zero as
-    exactly as plain operations make them. A bias adds up many rows; with the kernel's rounded out and lse, roundings
-    would add up too.
+    Where the parts are the ``whole`` of what the rows see, the softmax is taken again over all of them, so that the
+    gradients of a row's scores add up to zero as exactly as plain operations make them. A bias adds up many rows; with
+    the kernel's rounded out and lse, roundings would add up too. What other passes see is known by out and lse alone.
     """
     wide = rows[3].dtype
     grad_out, query = (tensor.to(wide) for tensor in rows[:2])
@@ -284,11 +284,16 @@ def _backward_by_hand(
     scores = [query @ key.transpose(-1, -2) * scale for key in keys]
     shown = [score if term is None else score + term for score, term in zip(scores, terms, strict=True)]
     joined = torch.cat(shown, dim=-1)
-    # A row that sees nothing has only -inf: its weights become 0 over something, not 0 over 0.
-    joined = torch.exp(joined - joined.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min))
-    weights = joined / joined.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
     grad_weights = torch.cat([grad_out @ value.transpose(-1, -2) for value in values], dim=-1)
-    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
+    if whole:
+        # A row that sees nothing has only -inf: its weights become 0 over something, not 0 over 0.
+        joined = torch.exp(joined - joined.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min))
+        weights = joined / joined.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
+        mean = (weights * grad_weights).sum(-1, keepdim=True)
+    else:
+        weights = torch.exp(joined - rows[3][..., None])
+        mean = (grad_out * rows[2]).sum(-1, keepdim=True)
+    grad_scores = weights * (grad_weights - mean)
     lengths = [key.shape[2] for key in keys]
     split = zip(weights.split(lengths, -1), grad_scores.split(lengths, -1), keys, strict=True)
     return [

@@ -1,11 +1,17 @@
 """What the private CPU FlashAttention operators are relied on to do, and that the backend does without them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import attnzoo
 from attnzoo.backends import flash_cpu
+from attnzoo.hashed import HashedChunks
+from attnzoo.patterns import SortedChunks
 from attnzoo.registry import make_backend
+from attnzoo.site_check import check_site
+from attnzoo.testing import Case
 
 forward = getattr(torch.ops.aten, flash_cpu._FORWARD)
 backward = getattr(torch.ops.aten, flash_cpu._BACKWARD)
@@ -111,7 +117,7 @@ def test_gradients_by_hand_do_not_inherit_the_kernels_roundings():
     expected = torch.autograd.grad(out, (query, key, value, scores), cotangent)
     rows = [tensor.detach() for tensor in (cotangent, query, out + 0.1, lse + 0.1)]  # as wrong as can be
     pairs = [(key.detach()[:, :, part], value.detach()[:, :, part]) for part in (slice(0, 3), slice(3, 7))]
-    parts = flash_cpu._backward_by_hand(rows, pairs, [None, None], 0.4)
+    parts = flash_cpu._backward_by_hand(rows, pairs, [None, None], 0.4, whole=True)
     got = [sum(part[0] for part in parts), *(torch.cat([p[i] for p in parts], 2) for i in (1, 2))]
     for one, other in zip(got, expected, strict=False):
         torch.testing.assert_close(one, other)
@@ -145,3 +151,15 @@ def test_masks_made_in_inference_mode_can_be_trained_with():
     segment = attnzoo.Segment(key, value, attnzoo.Window(2, 1), key_mask)
     make_backend("sdpa").run(attnzoo.Attention(query, (segment,), 0.3)).output.sum().backward()
     assert (key.grad[:, :, 4] == 0.0).all() and (key.grad[:, :, :4] != 0.0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("pattern", [SortedChunks(8, 1, 1), HashedChunks(5, 1, 1)], ids=str)
+def test_a_trained_bias_beside_keys_in_an_order_of_their_own(pattern, dtype):
+    """They are a pass of their own, and their weight counts in the gradient of the bias, too."""
+    whole = Case(dtype, pattern, q_len=300, kv_len=300).attention()
+    key, value = (torch.randn(3, 4, 40, 8).to(dtype) for _ in range(2))
+    bias = attnzoo.RelativeBias(torch.randn(4, 5).to(dtype).requires_grad_(), 2)
+    biased = attnzoo.Segment(key, value, attnzoo.Window(200, 200, 0), bias=bias)
+    report = check_site("case", replace(whole, segments=(*whole.segments, biased)), make_backend("sdpa"), grad=True)
+    assert report.ok and report.kernel == flash_cpu.KERNEL, report
