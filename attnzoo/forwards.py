@@ -122,7 +122,7 @@ class PatchedForward:
         # torch.compile stumbles over a forward with other globals, and over what looks at the data. So it leaves
         # patched modules alone and compiles what is around them; backends may compile inside. As a decorator this
         # would import the compiler with attnzoo; transformers has imported it when there is a model.
-        self._uncompiled = torch.compiler.disable(PatchedForward._run)
+        self._uncompiled = torch.compiler.disable(PatchedForward._run, reason="attnzoo runs patched modules uncompiled")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._uncompiled(self, *args, **kwargs)
@@ -131,6 +131,12 @@ class PatchedForward:
         if self._forward is None:
             self.site.kernels["native"] += 1
             return self.own(*args, **kwargs)
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            # What masks say is read from them: a trace would keep what the example's said, whatever comes later.
+            raise PatchError(
+                f'{self.site.name}: got a patched model to trace or export; allowed: one patched with "native", or '
+                "attnzoo.unpatch(model) first"
+            )
         try:
             self._negotiate((*args, *kwargs.values()), kwargs)
         except BackendRefusedError:

@@ -8,7 +8,7 @@ import torch
 
 import attnzoo
 
-from ..models.zoo import causal_inputs, gpt_neox, led, led_inputs
+from ..models.zoo import causal_inputs, gpt_neox, led, led_inputs, longt5
 
 
 def run(model, inputs):
@@ -34,3 +34,37 @@ def test_a_patched_model_compiles(build, inputs):
     for got, wanted in zip(found, expected, strict=True):
         for one, other in zip(got, wanted, strict=True):
             torch.testing.assert_close(one, other)
+
+
+class Logits(torch.nn.Module):
+    """A model as tracers want it: tensors in, a tensor out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+
+
+RECORDERS = {
+    "trace": lambda model, inputs: torch.jit.trace(model, tuple(inputs.values()), check_trace=False),
+    "export": lambda model, inputs: torch.export.export(model, tuple(inputs.values())).module(),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("record", RECORDERS.values(), ids=RECORDERS)
+@pytest.mark.parametrize(
+    "build", [gpt_neox, lambda: longt5("LongT5EncoderModel")], ids=["attention function", "forward"]
+)
+def test_what_would_forget_the_masks_to_come_is_refused(build, record):
+    model = build()
+    wrapped, example, other = Logits(model), causal_inputs(24, "none"), causal_inputs(24, "left")
+    with torch.no_grad():
+        allowed = r"to trace or export; allowed: .*\"native\", or .*unpatch"
+        with attnzoo.patch(model, "eager"), pytest.raises(attnzoo.PatchError, match=allowed):
+            record(wrapped, example)
+        with attnzoo.patch(model, "native"):
+            recorded = record(wrapped, example)
+        torch.testing.assert_close(recorded(*other.values()), wrapped(*other.values()))
