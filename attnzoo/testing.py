@@ -22,7 +22,7 @@ from attnzoo.backend import Backend
 from attnzoo.backends.eager import evaluate, expand_heads
 from attnzoo.bias import Bias, DenseBias, RelativeBias
 from attnzoo.error_rule import Check, check
-from attnzoo.errors import AttnzooError, BackendRefusedError
+from attnzoo.errors import AttnzooError, BackendRefusedError, InvalidArgumentError
 from attnzoo.functional import execute
 from attnzoo.globals import locate
 from attnzoo.hashed import HashedChunks, HashRound
@@ -331,9 +331,12 @@ def check_backend(
         All outcomes; prints as a summary.
 
     Raises:
+        InvalidArgumentError: no backend. UnknownNameError: none of that name. BackendRefusedError: it cannot run here.
         ConformanceError: a declared case fails or disagrees with the oracle, or a refused one runs; all are listed.
     """
     made = registry.make_backend(backend) if isinstance(backend, str) else backend
+    if not isinstance(made, Backend):
+        raise InvalidArgumentError("backend", repr(made), "a registered name, or a configured backend")
     report = Conformance(made.name, tuple(run_case(made, case, device, seed) for case in cases(dtypes)))
     if report.failures:
         raise ConformanceError(str(report))

@@ -68,6 +68,8 @@ def verify(
     check_rows(max_rows)
     if not isinstance(inputs, Mapping):
         raise InvalidArgumentError("inputs", type(inputs).__name__, "a mapping of keyword arguments of model.forward")
+    if gradients and torch.is_inference_mode_enabled():
+        raise InvalidArgumentError("gradients", "True inside torch.inference_mode()", "False, or outside of it")
     inputs = dict(inputs)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     wide = dtype == torch.float64
@@ -175,11 +177,11 @@ def _run(model: nn.Module, inputs: dict[str, Any], gradients: bool, seed: int) -
     torch.manual_seed(seed)
     with torch.enable_grad():
         outputs = _outputs(model, inputs)
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(
-        (output * torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)).sum()
-        for output in outputs.values()
-    )
+        generator = torch.Generator().manual_seed(seed)
+        total = sum(
+            (output * torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)).sum()
+            for output in outputs.values()
+        )
     grads = torch.autograd.grad(total, parameters, allow_unused=True)  # type: ignore[arg-type]
     flat = [
         (torch.zeros_like(parameter) if grad is None else grad).flatten()

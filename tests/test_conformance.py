@@ -153,3 +153,9 @@ def test_a_backend_that_refuses_everything_does_not_conform(registered):
 
 def test_a_configured_backend_can_be_checked_too():
     assert not testing.check_backend(SdpaBackend(), dtypes=(torch.float32,)).failures
+
+
+@pytest.mark.parametrize("backend", [SdpaBackend, None, 3])
+def test_only_a_backend_is_checked(backend):
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"backend: got .*; allowed: a registered name, or a config"):
+        testing.check_backend(backend)

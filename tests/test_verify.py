@@ -93,6 +93,16 @@ def test_without_gradients_and_with_frozen_parameters():
     assert report.ok and not any("gradient" in check.what for site in report.sites for check in site.checks)
 
 
+def test_gradients_do_not_depend_on_where_it_is_called():
+    with torch.no_grad():
+        report = attnzoo.verify(led(), led_inputs(26, "none"))
+    assert report.ok and any("gradient" in check.what for check in report.end_to_end)
+    with torch.inference_mode():
+        assert attnzoo.verify(led(), led_inputs(26, "none"), gradients=False).ok
+        with pytest.raises(attnzoo.InvalidArgumentError, match=r"gradients: got True inside .*; allowed: False, or"):
+            attnzoo.verify(led(), led_inputs(26, "none"))
+
+
 def test_the_report_is_plain_data_too():
     data = attnzoo.verify(led(), led_inputs(26, "left"), "sdpa").to_dict()
     assert data["ok"] is True and data["backend"] == "sdpa"
