@@ -20,7 +20,7 @@ from attnzoo.backends.eager import expand_heads
 from attnzoo.backends.flex_blocks import BLOCKS, block_indices, real_keys, starts_of
 from attnzoo.backends.flex_kernel import Form, Terms, in_rows, kernel, numbers
 from attnzoo.bias import RelativeBias
-from attnzoo.errors import Refusal
+from attnzoo.errors import BackendRefusedError, Refusal
 from attnzoo.patterns import Causal, Chunks, Full, Pattern, Window
 from attnzoo.segments import Attention, Request, Result
 
@@ -71,6 +71,7 @@ class FlexBackend(Backend):
         return found
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
+        _check_biases(attention)
         # One layout, so that one kernel does: that of models for queries, which is the output's too; keys next to each
         # other, which is a sixth faster on the CPU than in the layout of models.
         query = in_rows(attention.query)
@@ -81,6 +82,14 @@ class FlexBackend(Backend):
         # Rows that see nothing are zero already.
         live = None if attention.empty is None else live_rows(attention)
         return Result(attention.fill(output, live), f"flex_{query.device.type}")
+
+
+def _check_biases(attention: Attention) -> None:
+    """Raise unless all biases are looked up in a table, as the kernel does: a subclass may have a truth of its own."""
+    for segment in attention.segments:
+        if segment.bias is not None and type(segment.bias) is not RelativeBias:
+            reason = Refusal("bias", type(segment.bias).__name__, "RelativeBias itself, not another class of its kind")
+            raise BackendRefusedError(FlexBackend.name, {"attention": (reason,)}, {})
 
 
 def _compiles_on_cpu() -> bool:

@@ -254,3 +254,18 @@ def test_hashed_keys_are_refused():
     segment = Segment(query, query, SortedChunks(4, 1, 0, order=order, token=order.contiguous()))
     with pytest.raises(attnzoo.BackendRefusedError, match="pattern: got SortedChunks"):
         execute(FlexBackend(), Attention(query, (segment,), 1.0))
+
+
+class Distance(attnzoo.RelativeBias):
+    """A user's own: lower the further away, without end."""
+
+    def gather(self, q_len, kv_len):
+        return lambda b, h, q, kv: self.values[h, 0] * (q - kv).abs()
+
+
+def test_a_bias_with_a_truth_of_its_own_is_refused_and_not_taken_for_a_table():
+    whole = attention(bias=False)
+    near, few = whole.segments
+    own = replace(whole, segments=(replace(near, bias=Distance(torch.randn(HEADS, 1), zero=0)), few))
+    with pytest.raises(attnzoo.BackendRefusedError, match="bias: got Distance; allowed: RelativeBias itself"):
+        FlexBackend().run(own)
