@@ -48,7 +48,7 @@ def check_site(
     generator = torch.Generator().manual_seed(seed)
     rows = _sample(attention.q_len, max_rows, generator).to(attention.query.device)
     shape = (attention.batch, attention.heads, len(rows), attention.value_dim)
-    cotangent = torch.randn(shape, generator=generator, dtype=torch.float64).to(attention.query.device)
+    cotangent = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(attention.query.device)
 
     choices = made.choices(attention)
 
@@ -92,9 +92,9 @@ def check_rows(most: object) -> None:
 
 def _sample(length: int, most: int, generator: torch.Generator) -> Tensor:
     if length <= most:
-        return torch.arange(length)
-    inner = torch.randperm(length - 2, generator=generator)[: most - 2] + 1
-    return torch.cat([torch.tensor([0]), inner.sort().values, torch.tensor([length - 1])])
+        return torch.arange(length, device="cpu")
+    inner = torch.randperm(length - 2, generator=generator, device="cpu")[: most - 2] + 1
+    return torch.cat([inner.new_tensor([0]), inner.sort().values, inner.new_tensor([length - 1])])
 
 
 def _trained(attention: Attention) -> list[bool]:

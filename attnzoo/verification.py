@@ -179,7 +179,9 @@ def _run(model: nn.Module, inputs: dict[str, Any], gradients: bool, seed: int) -
         outputs = _outputs(model, inputs)
         generator = torch.Generator().manual_seed(seed)
         total = sum(
-            (output * torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)).sum()
+            (
+                output * torch.randn(output.shape, generator=generator, dtype=torch.float64, device="cpu").to(output)
+            ).sum()
             for output in outputs.values()
         )
     grads = torch.autograd.grad(total, parameters, allow_unused=True)  # type: ignore[arg-type]

@@ -281,8 +281,7 @@ def live_rows(attention: Attention) -> Tensor:
     """Which rows see a key: ``(batch, heads or 1, q_len)`` bool, for patterns of queries in their own order."""
     masks, found = Masks(attention), []
     for block in blocks(attention, list(range(len(attention.segments))), block_size(attention)):
-        live = torch.zeros((attention.batch, 1, block.q_stop - block.q_start), dtype=torch.bool)
-        live = live.to(attention.query.device)
+        live = attention.query.new_zeros((attention.batch, 1, block.rows), dtype=torch.bool)
         for part in block.parts:
             mask = masks.of(block, part)
             live = torch.ones_like(live) if mask is None else live | mask.live

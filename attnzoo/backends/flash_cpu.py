@@ -308,7 +308,8 @@ class _BiasGradients:
     def __init__(self, attention: Attention) -> None:
         self._attention, self._masks, self._biases = attention, Masks(attention), _trained(attention)
         # One value may collect all scores, whose gradients add up to zero by rows: float32 would keep their roundings.
-        self._grads = {index: torch.zeros(b.values.shape, dtype=torch.float64) for index, b in self._biases.items()}
+        shapes = {index: bias.values.shape for index, bias in self._biases.items()}
+        self._grads = {i: torch.zeros(shape, dtype=torch.float64, device="cpu") for i, shape in shapes.items()}
         self._sums: dict[int, tuple[object, Block, Part, Tensor]] = {}
 
     def __contains__(self, segment: int) -> bool:
@@ -333,7 +334,7 @@ class _BiasGradients:
         if index not in self._sums:
             return
         _, block, part, total = self._sums.pop(index)
-        q, kv = torch.arange(block.q_start, block.q_stop), torch.arange(part.kv_start, part.kv_stop)
+        q, kv = (torch.arange(*ends, device="cpu") for ends in (block[:2], part[1:3]))
         lengths = (self._attention.q_len, self._attention.segments[index].kv_len)
         self._biases[index].add_gradient_(self._grads[index], total, q, kv, *lengths)
 

@@ -93,7 +93,7 @@ def _grids(
     constant.
     """
     shape = (max(2, -(-q_len // q_block)), max(2, -(-starts[-1] // kv_block)))
-    seen, full = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    seen, full = (torch.zeros(shape, dtype=torch.bool, device="cpu") for _ in range(2))
     for row in range(-(-q_len // q_block)):
         queries = (row * q_block, min(q_len, (row + 1) * q_block))
         for pattern, start, stop in zip(patterns, starts, starts[1:], strict=False):

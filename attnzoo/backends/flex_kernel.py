@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from types import FunctionType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -146,7 +146,7 @@ def _seen(form: Form, terms: Terms, q: Tensor, kv: Tensor) -> Tensor:
             near = (key - q >= rest[0]) & (key - q <= rest[1])
         near = near & (key >= 0) & (kv < stop) if len(form.chunked) > 1 else near
         seen = near if seen is None else seen | near
-    return torch.as_tensor(seen)
+    return cast(Tensor, seen)
 
 
 def _entry(form: Form, terms: Terms, b: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def _entry(form: Form, terms: Terms, b: Tensor, q: Tensor, kv: Tensor) -> Tensor
         at = _at(terms.positions[number], b * terms.sizes[2] + q) if placed else q + shift
         entry = (kv - start - at + zero + first).clamp(first, last)
         found = entry if found is None else torch.where(kv < start, found, entry)
-    return torch.as_tensor(found)
+    return cast(Tensor, found)
 
 
 def numbers(*values: int, device: torch.device) -> Numbers:

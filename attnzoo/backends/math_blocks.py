@@ -7,6 +7,8 @@ by log-sum-exp (:mod:`attnzoo.union`), here with torch's own gradients.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,8 @@ def attend(attention: Attention) -> Tensor:
     output = parts[0][0]
     if len(parts) > 1:
         weights = torch.softmax(torch.stack([lse for _, lse in parts]), dim=0)
-        mixed = sum(weight[..., None] * out for weight, (out, _) in zip(weights, parts, strict=True))
-        output = torch.as_tensor(mixed).to(attention.query.dtype)
+        mixed = [weight[..., None] * out for weight, (out, _) in zip(weights, parts, strict=True)]
+        output = reduce(torch.add, mixed).to(attention.query.dtype)
     live = torch.stack([lse > _NOTHING for _, lse in parts]).any(0)
     return attention.fill(output, live)
 

@@ -1,0 +1,46 @@
+"""Tensors are made where the attention's are, whatever device the user made the default."""
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo.backends.flex_blocks import block_indices
+from attnzoo.hashed import HashedChunks
+from attnzoo.registry import make_backend
+from attnzoo.site_check import check_site
+from attnzoo.testing import Case
+
+CASES = {
+    "window": Case(pattern=attnzoo.Window(5, 3), mask="keys", bias="trained relative"),
+    "globals": Case(pattern=attnzoo.Window(5, 3), mask="globals"),
+    "hashed": Case(pattern=HashedChunks(5)),
+    "causal": Case(pattern=attnzoo.Causal(), mask="keys"),
+}
+LSH = {"num_hashes": 2, "chunk_length": 8, "num_buckets": 4}
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "options"),
+    [
+        *((case, "sdpa", {}) for case in CASES),
+        ("causal", "lsh", LSH),
+        ("causal", "blocked-local", {"window": 4, "sinks": 2}),
+    ],
+)
+def test_a_check_passes_whatever_the_default_device(case, name, options):
+    whole, backend = CASES[case].attention(), make_backend(name, **options)
+    with torch.device("meta"):  # nothing can be computed there
+        report = check_site("case", whole, backend, grad=True, max_rows=20)
+    assert report.ok, report
+
+
+def test_plain_operations_on_several_passes():
+    whole = Case(pattern=HashedChunks(5), dropout=0.25).attention()
+    with torch.device("meta"):
+        assert make_backend("sdpa").run(whole).output.device.type == "cpu"
+
+
+def test_blocks_of_flex_attention():
+    whole = Case(pattern=attnzoo.Window(7, 1), mask="keys", q_len=143, kv_len=143, grad=False).attention()
+    with torch.device("meta"):
+        assert all(indices.device.type == "cpu" for indices in block_indices(whole))
