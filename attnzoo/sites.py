@@ -122,8 +122,8 @@ def expected_requests(site: Found) -> tuple[Request, ...]:
 
 
 def expected_changes(backend: Backend, requests: tuple[Request, ...]) -> tuple[str, ...]:
-    """What a backend will change of what a site is expected to ask, in words."""
-    found = (backend.changes(request) for request in requests)
+    """What a backend will change of what a site is expected to ask, in words; nothing of what it refuses."""
+    found = (backend.changes(request) for request in requests if not registry.refusals(backend, request))
     return tuple(dict.fromkeys(change for change in found if change is not None))
 
 

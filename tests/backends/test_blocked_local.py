@@ -322,6 +322,15 @@ def test_auto_never_changes_a_pattern(name):
     assert not attnzoo.backends()[name].exact and attnzoo.backends()[name].available
 
 
+def test_what_is_refused_is_not_called_approximate():
+    model, inputs = zoo.gpt_neox(), zoo.causal_inputs(16, "none")
+    assert not any(verdict.runs or verdict.changes for verdict in attnzoo.explain(model, "blocked-local"))
+    with attnzoo.patch(model, "blocked-local", fallback="native") as handle:
+        assert "None" not in str(handle) and not any(site.approximate for site in handle.sites)
+        model(**inputs)
+    assert all(site.fallbacks == 1 and not site.approximate for site in handle.sites)
+
+
 def test_it_is_marked_approximate_wherever_it_is_listed():
     model, inputs = zoo.gpt_neox(), zoo.causal_inputs(16, "none")
     explained = attnzoo.explain(model, "blocked-local", window=6, sinks=2)
