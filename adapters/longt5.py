@@ -200,6 +200,8 @@ def _transient_forward(
 
 def _read_flat(mask: Tensor, hidden_states: Tensor) -> Tensor:
     shape = tuple(hidden_states.shape[:2])
+    if not mask.dtype.is_signed:  # the model's own code numbers padding -1
+        raise InvalidArgumentError("attention_mask", describe(mask), "a dtype with negative numbers, e.g. torch.long")
     if tuple(mask.shape) != shape or not bool(((mask == 0) | (mask == 1)).all()):
         raise InvalidArgumentError("attention_mask", describe(mask), f"{shape} of ones (tokens) and zeros (padding)")
     return mask != 0

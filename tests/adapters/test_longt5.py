@@ -168,6 +168,18 @@ def test_generation_far_beyond_the_largest_bucket(backend, patch):
         assert torch.equal(model.generate(**given, **extra), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
+def test_masks_the_models_own_code_cannot_count_with_are_refused(dtype):
+    """It numbers padding -1; among bytes that is 255, and padding is in a block like tokens, without a word."""
+    model, given = longt5("transient-global", "LongT5EncoderModel"), encoder_inputs(37, "left")
+    given["attention_mask"] = given["attention_mask"].to(dtype)
+    with (
+        attnzoo.patch(model, "sdpa"),
+        pytest.raises(attnzoo.InvalidArgumentError, match=r"attention_mask: got .*; allowed: .*negative numbers"),
+    ):
+        model(**given)
+
+
 @kinds
 def test_attention_probabilities(kind):
     model, arguments = longt5(kind), inputs(37, "left")
