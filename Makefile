@@ -14,7 +14,7 @@ ARGS ?=
 OLDEST := 5.17.0
 OLDEST_VENV := .venv-oldest
 
-.PHONY: help venv shootout test test-oldest test-long test-cuda lint typecheck format docs-matrix build clean distclean
+.PHONY: help venv shootout test test-oldest test-long test-cuda lint typecheck format docs-matrix docs-results build clean distclean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -63,6 +63,9 @@ format: $(STAMP) ## let ruff fix and format
 
 docs-matrix: $(STAMP) ## docs/matrix.md anew, from what adapters and backends declare
 	$(BIN)/attnzoo matrix --markdown > docs/matrix.md
+
+docs-results: $(STAMP) ## docs/results.md anew, from the JSON under benchmarks/results
+	$(BIN)/python -m attnzoo.benchmarks.summary benchmarks/results > docs/results.md
 
 build: $(STAMP) ## wheel and sdist into dist/
 	$(BIN)/python -m build

@@ -1,0 +1,65 @@
+"""The page of results is what the JSON in the repository says, and each table's command is that of its shootout."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from attnzoo.benchmarks import cli, summary
+from attnzoo.benchmarks.rows import Shootout
+from attnzoo.errors import InvalidArgumentError
+
+ROOT = Path(__file__).parents[2]
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
+FILES = sorted(RESULTS.glob("*/*.json"))
+
+
+def test_the_page_of_the_documentation_is_up_to_date():
+    assert PAGE.read_text() == summary.page(RESULTS) + "\n", (
+        f"{PAGE} is stale: other results are in {RESULTS} now. Run: make docs-results"
+    )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_command_of_a_table_plans_its_shootout(path, monkeypatch):
+    class Planned(Exception):
+        pass
+
+    def stop(plan):
+        raise Planned(plan)
+
+    found = Shootout.read(path)
+    if found.plan["device"] != "cpu":
+        pytest.skip(f"planning it takes a {found.plan['device']} device")
+    monkeypatch.setattr(cli, "_run", stop)
+    app = typer.Typer()
+    app.command()(cli.bench)
+    ran = CliRunner().invoke(app, shlex.split(summary.command(found))[2:])
+    assert isinstance(ran.exception, Planned), ran.output
+    assert json.loads(json.dumps(asdict(ran.exception.args[0]))) == found.plan
+
+
+def test_every_line_is_a_row(shootout, tmp_path):
+    found = shootout("sdpa", "absent")
+    found.write(tmp_path / "one" / "tiny.json")
+    text = summary.page(tmp_path)
+    lines = [line for line in text.splitlines() if line.startswith("| 40 |")]
+    assert [line.split(" | ")[1] for line in lines] == ["original", "`sdpa`"], "absent has no numbers"
+    assert f"## {found.versions['cpu']}" in text and "### tiny, model, forward" in text
+
+
+def test_red_rows_are_no_results(shootout, tmp_path):
+    shootout("wrong").write(tmp_path / "one" / "tiny.json")
+    with pytest.raises(InvalidArgumentError, match=r"folder: got .*tiny\.json, which has red or failed rows"):
+        summary.page(tmp_path)
+
+
+def test_a_folder_without_results(tmp_path):
+    with pytest.raises(InvalidArgumentError, match=r"folder: got .*no JSON"):
+        summary.page(tmp_path)
