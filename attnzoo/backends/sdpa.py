@@ -8,8 +8,11 @@ The kernel is chosen here and then enforced, so that what is reported is what ra
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -137,11 +140,39 @@ def _call(
     mask = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
     key, value = expand_heads(key, attention.heads), expand_heads(value, attention.heads)
     kernel = _kernel(query, key, value, mask, attention.dropout, causal)
-    with sdpa_kernel(kernel):
-        output = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=attention.dropout, is_causal=causal, scale=attention.scale
-        )
+    terms: dict[str, Any] = dict(attn_mask=mask, dropout_p=attention.dropout, is_causal=causal, scale=attention.scale)
+    with _enforced(kernel, query, key, value, terms):
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, **terms)
     return output, live, _NAMES[kernel]
+
+
+_switching = threading.RLock()
+
+
+@contextmanager
+def _enforced(kernel: SDPBackend, query: Tensor, key: Tensor, value: Tensor, terms: dict[str, Any]) -> Iterator[None]:
+    """Within, PyTorch takes this kernel for this call, or raises.
+
+    Kernels are switched on and off for the whole process: other threads' models would meet the switches, and of two
+    threads that set them and put them back, one puts back the other's. So they are touched only where PyTorch would
+    take another kernel of its own accord, and by one thread at a time.
+    """
+    if torch.compiler.is_compiling():  # torch.compile traces neither a choice nor a lock; it sets the switches itself
+        with sdpa_kernel(kernel):
+            yield
+    elif _own_choice(query, key, value, terms) == kernel:
+        yield
+    else:
+        with _switching, sdpa_kernel(kernel):
+            yield
+
+
+def _own_choice(query: Tensor, key: Tensor, value: Tensor, terms: dict[str, Any]) -> SDPBackend | None:
+    """The kernel PyTorch would take of its own accord; None where it does not tell, as of tensors under vmap."""
+    try:
+        return SDPBackend(torch._fused_sdp_choice(query, key, value, **terms))
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
 
 
 _NAMES = {

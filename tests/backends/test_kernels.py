@@ -1,5 +1,7 @@
 """The kernel that ``sdpa`` reports is the one that ran, by a witness that trusts no backend: PyTorch's profiler."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -78,6 +80,34 @@ def test_a_kernel_that_cannot_run_raises_and_is_not_replaced(monkeypatch):
         execute(sdpa.SdpaBackend(), Case(dropout=0.25).attention())
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_what_pytorch_takes_by_itself_is_not_switched_on(monkeypatch, way):
+    """The switches are the process's: other models, in other threads, would meet them."""
+    monkeypatch.setattr(sdpa, "sdpa_kernel", lambda kernel: pytest.fail(f"switched to {kernel}"))
+    execute(sdpa.SdpaBackend(), WAYS[way][0].attention())
+
+
+def test_threads_switch_kernels_one_at_a_time(monkeypatch):
+    """Of two at once, one would put back what the other had set: kernels stayed off for good, for everybody."""
+    monkeypatch.setattr(sdpa, "_own_choice", lambda *args: None)
+    attend, within, most = torch.nn.functional.scaled_dot_product_attention, [], []
+
+    def slowly(*args, **kwargs):
+        within.append(args)
+        most.append(len(within))
+        time.sleep(0.02)
+        within.pop()
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", slowly)
+    attentions = [Case(dropout=dropout).attention() for dropout in (0.0, 0.25, 0.0, 0.25)]
+    with ThreadPoolExecutor(len(attentions)) as threads:
+        kernels = [done.kernel for done in threads.map(partial(execute, sdpa.SdpaBackend()), attentions)]
+    assert kernels == ["flash", "math"] * 2
+    assert set(most) == {1}
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
+
+
 def test_key_padding_is_a_row_of_keys_and_not_a_grid(monkeypatch):
     """PyTorch's CPU kernels make a bool mask additive first: of one that is expanded they would make a whole grid."""
     masks, attend = [], torch.nn.functional.scaled_dot_product_attention
@@ -107,6 +137,7 @@ def not_enforced(monkeypatch):
 
 
 def another_enforced(monkeypatch):
+    torch.backends.cuda.enable_flash_sdp(False)
     enforce = sdpa.sdpa_kernel
     monkeypatch.setattr(sdpa, "sdpa_kernel", lambda kernel: enforce(SDPBackend.MATH))
 
