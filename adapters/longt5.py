@@ -172,7 +172,8 @@ def _transient_forward(
     """As :func:`_local_forward`, with a second segment. The values of both biases are passed on side by side."""
     mask = _given(mask)
     tokens = attend.once(mask, "tokens", lambda mask: _tokens(_read_flat(mask, hidden_states)))
-    blocks = attend.once(mask, "globals", lambda mask: _globals(mask, module.global_block_size))
+    size = module.global_block_size  # encoders that are given the same mask need not have blocks of the same size
+    blocks = attend.once(mask, f"globals of {size} tokens", lambda mask: _globals(mask, size))
     tables = (_TABLE, _SIDE_TABLE)[: 2 if blocks.number else 1]
     reaches = (local_reach(module), side_reach(module))[: len(tables)]
     passed, values = position_bias, position_bias

@@ -45,7 +45,8 @@ class Attend(Protocol):
     def once(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
         """``make(tensor)``, computed once per tensor for all sites of the patch: per forward, not per layer.
 
-        To be asked once per forward and name: a site that asks again is taken to be in the next forward.
+        To be asked once per forward and name: a site that asks again is taken to be in the next forward. The name says
+        what ``make`` goes by besides the tensor: the model of a patch may have parts that differ in it.
         """
 
 

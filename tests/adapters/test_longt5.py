@@ -168,6 +168,20 @@ def test_generation_far_beyond_the_largest_bucket(backend, patch):
         assert torch.equal(model.generate(**given, **extra), expected)
 
 
+@backends
+def test_encoders_with_blocks_of_other_sizes_are_given_one_mask(backend):
+    encoders = torch.nn.ModuleList(
+        longt5("transient-global", "LongT5EncoderModel", global_block_size=size) for size in (BLOCK, 2 * BLOCK)
+    )
+    arguments = encoder_inputs(37)
+    real = arguments["attention_mask"].bool()
+    with torch.no_grad():
+        expected = [encoder(**arguments).last_hidden_state[real] for encoder in encoders]
+        with attnzoo.patch(encoders, backend):
+            got = [encoder(**arguments).last_hidden_state[real] for encoder in encoders]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
 def test_masks_the_models_own_code_cannot_count_with_are_refused(dtype):
     """It numbers padding -1; among bytes that is 255, and padding is in a block like tokens, without a word."""
