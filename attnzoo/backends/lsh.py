@@ -104,9 +104,7 @@ class LshBackend(Rewriting):
         rounds = self.choices(attention) if choices is None else choices
         position = first_position(self.name, segment, attention.q_len)
         offset = aligned_offset(position, attention.q_len, segment.kv_len)
-        # A single query is a decoding step: nothing comes after it, and its neighbourhood is that of causal attention.
-        causal = isinstance(segment.pattern, Causal) or attention.q_len == 1
-        patterns = self._patterns(causal, offset, rounds)
+        patterns = self._patterns(_is_causal(attention), offset, rounds)
         return tuple(replace(segment, pattern=pattern) for pattern in patterns)
 
     @torch.no_grad()
@@ -117,13 +115,15 @@ class LshBackend(Rewriting):
         (segment,) = attention.segments
         position = first_position(self.name, segment, attention.q_len)
         rotations = _rotations(self.seed, self.num_hashes or 0, attention.head_dim, self.num_buckets or 0)
-        return tuple(self._round(attention, segment, position, one.to(segment.key.device)) for one in rotations)
+        real = _shown(segment, position + attention.q_len if _is_causal(attention) else segment.kv_len)
+        return tuple(self._round(attention, real, position, one.to(segment.key.device)) for one in rotations)
 
-    def _round(self, attention: Attention, segment: Segment, position: int, rotation: Tensor) -> HashRound:
+    def _round(self, attention: Attention, real: Tensor | None, position: int, rotation: Tensor) -> HashRound:
+        (segment,) = attention.segments
         kv_len, kv_heads = segment.kv_len, segment.key.shape[1]
         places = torch.arange(kv_len, device=rotation.device)
         codes = _buckets(segment.key, rotation) * kv_len + places
-        real, last = real_keys(segment), torch.full((1, 1, 1), kv_len - 1, device=rotation.device)
+        last = torch.full((1, 1, 1), kv_len - 1, device=rotation.device)
         if real is not None:  # hidden keys stand behind all others, so that they fill no chunk
             codes = torch.where(real[:, None], codes, (self.num_buckets or 0) * kv_len + places)
             last = (real.sum(1) - 1).clamp(min=0)[:, None, None]
@@ -134,6 +134,23 @@ class LshBackend(Rewriting):
         found = torch.searchsorted(codes, asked.reshape(attention.batch, kv_heads, -1)).view_as(asked)
         found = torch.minimum(found, last)
         return HashRound(keys, keys.argsort(dim=-1), found.argsort(dim=-1, stable=True), found)
+
+
+def _is_causal(attention: Attention) -> bool:
+    """A single query is a decoding step: nothing comes after it, and its neighbourhood is that of causal attention."""
+    return isinstance(attention.segments[0].pattern, Causal) or attention.q_len == 1
+
+
+def _shown(segment: Segment, stop: int) -> Tensor | None:
+    """Keys before ``stop`` that some query may see: bool ``(batch or 1, kv_len)``; None: all of the segment's.
+
+    A static cache has room behind the last query, which no mask need hide from causal attention.
+    """
+    real = real_keys(segment)
+    if stop >= segment.kv_len:
+        return real
+    before = torch.arange(segment.kv_len, device=segment.key.device)[None] < stop
+    return before if real is None else real & before
 
 
 @lru_cache(maxsize=64)

@@ -157,7 +157,7 @@ def _kernel_refusals(kernel: str, request: Request) -> tuple[Refusal, ...]:
 
 
 def real_keys(segment: Segment) -> Tensor | None:
-    """Keys that some query may see: bool ``(batch or 1, kv_len)``; None: all."""
+    """Keys that the masks show to some query: bool ``(batch or 1, kv_len)``; None: all."""
     real = segment.key_mask
     if segment.mask is not None:
         shown = segment.mask.any(2).any(1)

@@ -112,6 +112,19 @@ def test_a_decoding_step_is_the_last_row_of_the_whole(keys, room):
     torch.testing.assert_close(lsh().run(step).output, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("keys", ["no padding", "left"])
+def test_room_behind_the_last_query_fills_no_chunk(keys):
+    """What stands there is nobody's: a static cache's prompt, whose causality is all that hides it."""
+    whole = attention(Causal(), key_mask(KEYS[keys]), dtype=torch.float64)
+    (segment,) = whole.segments
+    behind = torch.randn(2, 2, 7, 8, dtype=torch.float64)
+    longer = [torch.cat([tensor, behind], dim=2) for tensor in (segment.key, segment.value)]
+    real = segment.key_mask
+    real = None if real is None else torch.cat([real, torch.ones(2, 7, dtype=torch.bool)], dim=1)
+    roomy = replace(whole, segments=(Segment(*longer, Causal(0), key_mask=real),))
+    torch.testing.assert_close(lsh().run(roomy).output, lsh().run(whole).output, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_dense_attention_of_all_kinds_equals_the_oracle_on_the_changed_pattern(dtype):
     backend = lsh(chunk_length=5, num_hashes=3)
@@ -198,8 +211,9 @@ def test_the_last_token_decoded_is_that_of_one_forward(side, static):
         assert (model(**inputs).logits - whole)[:, -1].abs().max() > 0.01 * whole.abs().max()
 
 
-def test_generation_runs_and_repeats_itself():
-    model, prompt = zoo.gpt_neox(), zoo.causal_prompt("left")
+@pytest.mark.parametrize("side", ["none", "left"])
+def test_generation_runs_and_repeats_itself(side):
+    model, prompt = zoo.gpt_neox(), zoo.causal_prompt(side)
     options = dict(max_new_tokens=8, do_sample=False)
     with attnzoo.patch(model, "lsh", **OPTIONS) as handle:
         first, second = (model.generate(**prompt, **options) for _ in range(2))
