@@ -56,8 +56,8 @@ def check_buckets(module: Any) -> None:
 
 
 def learns(module: Any, table: str) -> bool:
-    """Whether the module has the table and trains it."""
-    return bool(module.training and module.has_relative_attention_bias and getattr(module, table).weight.requires_grad)
+    """Whether the module has the table, and it is not frozen."""
+    return bool(module.has_relative_attention_bias and getattr(module, table).weight.requires_grad)
 
 
 def bucketed(module: Any, table: str, reach: int) -> Tensor:

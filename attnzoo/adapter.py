@@ -73,7 +73,8 @@ class Seam:
         cls: ``"package.module:Class"``; modules of exactly this class, or subclasses that keep its forward.
         bind: ``bind(module, attend)`` returns the forward that replaces the module's own.
         describe: the site's pattern, for people.
-        requests: what the module will ask of a backend, as far as its weights and configuration tell.
+        requests: what the module will ask of a backend, as far as its weights and configuration tell; ``bias_grad``
+            says that its bias is not frozen, in whatever mode the module is.
         dropout: the attention dropout the module applies in training.
         verified: ``{"package.module:Class.method": fingerprints}`` of the original functions this seam relies on.
         check: raises if the module is configured in a way the seam cannot serve.
@@ -112,6 +113,8 @@ class Seam:
 
     def owner(self, model: nn.Module, module: nn.Module) -> nn.Module | None:
         """The module of the model in which a module shares values with others (:attr:`shared_in`), if it is there."""
+        if self.shared_in is None:
+            return None
         for owner in model.modules():
             shares = any(_path(base) == self.shared_in for base in type(owner).__mro__)
             if shares and any(found is module for found in self.sharers(owner)):

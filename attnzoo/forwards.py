@@ -28,16 +28,18 @@ class SiteAttend:
 
     def __init__(self, patched: PatchedForward, memory: WeakTensorKeyDictionary) -> None:
         self.site, self.backend, self._fallback = patched.site, patched.backend, patched.fallback
-        self._seam, self._owner, self._memory = patched.found.seam, patched.owner, memory
+        self._found, self._memory = patched.found, memory
 
     @functools.cached_property
-    def _sharers(self) -> tuple[nn.Module, ...]:
-        return () if self._owner is None else self._seam.sharers(self._owner)
+    def sharers(self) -> tuple[nn.Module, ...]:
+        """The modules the site shares values with, itself among them; of a deep copy, when that is whole."""
+        return self._found.sharers
 
     @property
     def complete(self) -> bool:
-        last = [next(patches_of(module), None) for module in self._sharers]
-        return bool(last) and not any(patched is None or patched.native or patched.fallback for patched in last)
+        last = [next(patches_of(module), None) for module in self.sharers]
+        shared = self._found.owner is not None
+        return shared and not any(patched is None or patched.native or patched.fallback for patched in last)
 
     def __call__(self, attention: Attention, probabilities: bool = False) -> Result:
         backend, choice = self.backend, None
@@ -92,7 +94,6 @@ class PatchedForward:
     Attributes:
         number: of the patch.
         group: names of all sites of the patch.
-        owner: the module in which the site shares values with others (``Seam.shared_in``), or None.
         removed: whether its patch was taken off again.
     """
 
@@ -106,10 +107,9 @@ class PatchedForward:
         native: bool,
         fallback: bool,
         memory: WeakTensorKeyDictionary,
-        owner: nn.Module | None,
     ) -> None:
         self.number, self.group, self.found, self.site = number, group, found, site
-        self.backend, self.native, self.fallback, self.owner = backend, native, fallback, owner
+        self.backend, self.native, self.fallback = backend, native, fallback
         self.original, self.removed = slots.current(found.module), False
         self._bind(memory)
 
@@ -166,9 +166,9 @@ class PatchedForward:
         grad = torch.is_grad_enabled() and (
             trains(self.found.module) or any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
         )
-        for request in expected_requests(self.found):
+        for request in expected_requests(self.found, grad, self._attend.sharers):
             dtype = compute_dtype(torch.empty(0, dtype=request.dtype, device=request.device))
-            asked = replace(request, probabilities=probabilities, grad=grad, dtype=dtype)
+            asked = replace(request, probabilities=probabilities, dtype=dtype)
             negotiate(self.backend, asked, self.site.name)
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> PatchedForward:
@@ -178,8 +178,8 @@ class PatchedForward:
         # Of a part of a model, the copy is a patch of just that part.
         twin.group = memo.setdefault((PatchedForward, self.number), [])
         twin.group.append(self.site.name)
-        twin.owner = memo.get(id(self.owner))
-        twin.found = self.found._replace(module=copy.deepcopy(self.found.module, memo))
+        owner = memo.get(id(self.found.owner))
+        twin.found = self.found._replace(module=copy.deepcopy(self.found.module, memo), owner=owner)
         twin.site = replace(self.site, kernels=Counter(self.site.kernels), choices=Counter(self.site.choices))
         twin.site.changed = Counter(self.site.changed)
         twin.original = copy.deepcopy(self.original, memo)

@@ -199,8 +199,7 @@ def patch(
         changes = () if instance is None else expected_changes(instance, expected_requests(found))
         site = Site(found.name, cls, found.seam.describe(found.module), shown, changes)
         native, falls = name == "native", fallback == "native"
-        owner = found.seam.owner(model, found.module)
-        forwards.append(PatchedForward(number, group, found, site, instance, native, falls, memory, owner))
+        forwards.append(PatchedForward(number, group, found, site, instance, native, falls, memory))
     for forward in forwards:
         slots.put(forward.found.module, forward)
     return Handle(tuple(forward.site for forward in forwards if forward.found.seam.attends), tuple(forwards))

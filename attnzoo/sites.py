@@ -71,12 +71,22 @@ class Site:
 
 
 class Found(NamedTuple):
-    """A module that can be patched."""
+    """A module that can be patched.
+
+    Attributes:
+        owner: the module in which it shares values with others (``Seam.shared_in``), or None.
+    """
 
     name: str
     module: nn.Module
     seam: Seam
     adapter: Adapter
+    owner: nn.Module | None
+
+    @property
+    def sharers(self) -> tuple[nn.Module, ...]:
+        """The modules it shares values with, itself among them."""
+        return (self.module,) if self.owner is None else self.seam.sharers(self.owner)
 
 
 def find_sites(model: nn.Module) -> list[Found]:
@@ -95,7 +105,7 @@ def find_sites(model: nn.Module) -> list[Found]:
     )
     adapters = {id(adapter): adapter for name in types if (adapter := registry.find_adapter(name)) is not None}
     found = {
-        id(module): Found(name, module, seam, adapter)
+        id(module): Found(name, module, seam, adapter, seam.owner(model, module))
         for adapter in adapters.values()
         for name, module, seam in adapter.sites(model)
     }
@@ -110,15 +120,36 @@ def find_sites(model: nn.Module) -> list[Found]:
     return list(found.values())
 
 
-def expected_requests(site: Found) -> tuple[Request, ...]:
-    """What a site will ask of its backend, for the model as it is now (train or eval, device, dtype, autocast)."""
-    module = site.module
-    grad = module.training and trains(module)
+def expected_requests(
+    site: Found, grad: bool | None = None, sharers: tuple[nn.Module, ...] | None = None
+) -> tuple[Request, ...]:
+    """What a site will ask of its backend, for the model as it is now (train or eval, device, dtype, autocast).
+
+    Args:
+        site: a site.
+        grad: whether something will get a gradient, if that is known; None: if anything trains.
+        sharers: :attr:`Found.sharers`, if they are at hand.
+    """
+    module, requests = site.module, site.seam.requests(site.module)
+    learned = False  # a bias that one module makes for all that share it
+    if module.training if grad is None else grad:
+        together = site.sharers if sharers is None else sharers
+        learned = any(
+            segment.bias_grad
+            for one in together
+            for request in (requests if one is module else site.seam.requests(one))
+            for segment in request.segments
+        )
+    if grad is None:
+        grad = module.training and (learned or trains(module))
     dropout = module.training and site.seam.dropout(module) > 0.0
-    return tuple(
-        replace(request, dropout=dropout, grad=grad, dtype=autocast_dtype(request.dtype, request.device))
-        for request in site.seam.requests(module)
-    )
+
+    def of_now(request: Request) -> Request:
+        segments = (replace(one, bias_grad=learned and one.bias is not None) for one in request.segments)
+        dtype = autocast_dtype(request.dtype, request.device)
+        return replace(request, dropout=dropout, grad=bool(grad), dtype=dtype, segments=tuple(segments))
+
+    return tuple(map(of_now, requests))
 
 
 def expected_changes(backend: Backend, requests: tuple[Request, ...]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import torch
 import attnzoo
 from attnzoo.backends.eager import EagerBackend
 from attnzoo.error_rule import GRADIENT, check
+from attnzoo.errors import BackendRefusedError
 
 from .longt5 import RADIUS, TABLES, assert_equal_to_the_original, backends, inputs, kinds, longt5, outcome
 
@@ -50,6 +51,55 @@ def test_a_part_of_a_stack(kind):
             with attnzoo.patch(part, "sdpa"):
                 got = model(**arguments).logits
             torch.testing.assert_close(got[real], expected[real], rtol=1e-5, atol=1e-4)
+
+
+class Untrained(EagerBackend):
+    """Gives gradients to all but biases."""
+
+    name = "untrained"
+    capabilities = dataclasses.replace(EagerBackend.capabilities, bias_grad=False)
+
+
+@pytest.fixture
+def untrained():
+    attnzoo.register_backend(Untrained)
+    yield "untrained"
+    attnzoo.unregister_backend("untrained")
+
+
+@kinds
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("first", [False, True], ids=["later layers", "all layers"])
+def test_layers_whose_bias_trains_fall_back_with_the_one_that_makes_it(kind, train, first, untrained):
+    def prepare(model):
+        model.train(train)
+
+    model, arguments = longt5(kind), inputs(37)
+    reference, _ = outcome(model, arguments, None, torch.float64, prepare)
+    original, _ = outcome(model, arguments, None, torch.float32, prepare)
+    prepare(model)
+    with attnzoo.patch(model, untrained if first else {"*.block.[1-9].*": untrained}, fallback="native"):
+        copied = copy.deepcopy(model)
+        patched, _ = outcome(model, arguments)
+        copies, _ = outcome(copied, arguments)
+    for name, expected in reference.items():
+        for got in (patched[name], copies[name]):
+            verdict = check(name, got, expected, original[name], GRADIENT)
+            assert verdict.ok, str(verdict)
+
+
+@kinds
+def test_layers_whose_bias_trains_in_another_are_refused_at_patch_time(kind, untrained):
+    model, later = longt5(kind).train(), {"*.block.1.*": untrained}
+    with pytest.raises(BackendRefusedError) as caught:
+        attnzoo.patch(model, later)
+    assert {name.split(".")[0] for name in caught.value.refusals} == {"encoder", "decoder"}
+    assert {name.rsplit(".", 1)[1] for name in caught.value.refusals}.isdisjoint({"EncDecAttention"})
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("relative_attention_bias" not in name)
+    with attnzoo.patch(model, later) as handle:
+        model(**inputs(37)).logits.sum().backward()
+    assert all(site.calls for site in handle.sites)
 
 
 @kinds
