@@ -11,7 +11,7 @@ from attnzoo.bias import Bias, DenseBias, RelativeBias
 from attnzoo.patterns import Chunks, Full, Pattern, SortedChunks, Window
 from attnzoo.segments import Attention, Request, Segment, SegmentRequest
 
-_BATCH, _HEADS, _DIM, _VALUE_DIM, _FEW = 3, 4, 8, 16, 6
+_BATCH, _HEADS, _DIM, _VALUE_DIM, _FEW = 3, 4, 16, 24, 6
 
 
 def shrink(request: Request) -> Request:

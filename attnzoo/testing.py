@@ -44,7 +44,7 @@ PATTERNS: tuple[Pattern, ...] = (
 )
 MASKS = ("none", "keys", "dense", "globals")
 BIASES = ("none", "relative", "dense", "trained relative", "trained dense")
-_BATCH, _HEADS, _DIM, _VALUE_DIM = 3, 4, 8, 12
+_BATCH, _HEADS, _DIM, _VALUE_DIM = 3, 4, 16, 20
 
 
 class ConformanceError(AttnzooError, AssertionError):

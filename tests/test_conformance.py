@@ -1,13 +1,13 @@
 """The support matrix: every registered backend against the conformance kit, both directions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
 import torch
 
 import attnzoo
-from attnzoo import testing
+from attnzoo import registry, testing
 from attnzoo.backends.eager import EagerBackend, evaluate
 from attnzoo.backends.sdpa import SdpaBackend
 
@@ -27,6 +27,16 @@ def test_a_backend_does_what_it_declares_and_refuses_the_rest(backend, dtype, de
         return
     report = testing.check_backend(backend, device=device, dtypes=(dtype,))
     assert len(report.outcomes) > 200
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", sorted(attnzoo.backends()))
+def test_the_kit_has_cases_for_every_device_that_is_declared(backend, dtype):
+    """Also for devices that are not here: what a backend refuses of all cases would go unseen, or fail there alone."""
+    made = registry.configure(backend, **registry.backend_class(backend).example)
+    for device in sorted(made.capabilities.devices) if dtype in made.capabilities.dtypes else ():
+        asked = (case.attention().request(case.probabilities) for case in testing.cases((dtype,)))
+        assert any(not made.refusals_anywhere(replace(request, device=device)) for request in asked), device
 
 
 @pytest.fixture
@@ -64,8 +74,6 @@ class Liar(attnzoo.Backend):
 
 
 def changes(**fields):
-    from dataclasses import replace
-
     return lambda self, attention: replace(
         attention, segments=tuple(replace(segment, **fields) for segment in attention.segments)
     )

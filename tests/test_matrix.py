@@ -91,6 +91,16 @@ def test_every_cell_of_this_machine_does_what_the_matrix_says(families, backend,
     assert not wrong, "\n".join(f"{failure}\n    {'; '.join(cells[:3])}" for failure, cells in wrong.items())
 
 
+@pytest.mark.parametrize("backend", sorted(attnzoo.backends()))
+def test_what_runs_runs_in_small(families, backend):
+    """On every device, this machine's or not: a sample that is refused where the module is not would prove nothing."""
+    for module in modules_of(families):
+        for (feature, device, dtype), reasons in matrix.row(registry.backend_class(backend), module).cells.items():
+            made = matrix.configured(registry.backend_class(backend), module, device, dtype)
+            for request in module.asks(feature, device, dtype) if not reasons else ():
+                assert not made.refusals_anywhere(shrink(request)), (str(module), feature, device, dtype)
+
+
 @pytest.mark.parametrize("backend", sorted(name for name, info in attnzoo.backends().items() if not info.available))
 def test_what_this_machine_cannot_run_is_still_shown_and_refused_here(families, backend):
     """Declarations do not depend on the machine; what is asked of it here is refused, with the reason."""
