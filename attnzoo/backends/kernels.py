@@ -137,15 +137,19 @@ def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def drift(module: ModuleType | Any, expected: dict[str, tuple[str, ...]], whose: str) -> str | None:
-    """What a module lacks of the functions expected, each with its first parameters in order; or None."""
+    """What a module lacks of the functions expected, each with its first parameters in order; or None.
+
+    Like its import, looking at a package may raise anything: that is what is wrong with this one, and with no other.
+    """
     for name, names in expected.items():
-        function = getattr(module, name, None)
-        if function is None:
-            return f"{whose} has no {name}"
         try:
+            function = getattr(module, name, None)
+            if function is None:
+                return f"{whose} has no {name}"
             got = parameters(function)
-        except (TypeError, ValueError):
-            return f"{whose}'s {name} does not tell its parameters: {function!r}"
+        except BaseException as error:
+            raise_interrupts(error)
+            return f"{whose}'s {name} does not tell its parameters: {type(error).__name__}: {error}"
         if got[: len(names)] != names:
             return f"{whose} changed the parameters of {name} to {', '.join(got)}"
     return None

@@ -44,8 +44,8 @@ def _operator_unavailable(name: str) -> str | None:
     fmha, why = _package()
     if fmha is None:
         return why
-    both = [getattr(getattr(fmha, name, None), one, None) for one in ("FwOp", "BwOp")]
     try:
+        both = [getattr(getattr(fmha, name, None), one, None) for one in ("FwOp", "BwOp")]
         works = all(one is not None and one.is_available() for one in both)
     except BaseException as error:
         raise_interrupts(error)

@@ -101,8 +101,9 @@ def plant(monkeypatch, tmp_path, text):
         ),
         ("", "flash_attn has no flash_attn_varlen_func"),
         ("flash_attn_varlen_func = max", "flash_attn's flash_attn_varlen_func does not tell its parameters"),
+        ("def __getattr__(name): raise RuntimeError('too lazy')", "RuntimeError: too lazy"),
     ],
-    ids=["import error", "system exit", "dependency", "drift", "empty", "no signature"],
+    ids=["import error", "system exit", "dependency", "drift", "empty", "no signature", "lazy"],
 )
 def test_a_broken_package_is_a_reason_and_breaks_nothing(fresh, tmp_path, monkeypatch, text, why):
     plant(fresh, tmp_path, text)
@@ -112,6 +113,12 @@ def test_a_broken_package_is_a_reason_and_breaks_nothing(fresh, tmp_path, monkey
     (line,) = [found for found in doctor.examine() if found.name.startswith("flash_attention_2")]
     assert not line.ok and why in line.detail
     assert attnzoo.backends()["sdpa"].available
+
+
+def test_where_the_package_is_broken_however_torchs_kernels_run(on_cpu, varlen, tmp_path):
+    plant(on_cpu, tmp_path, "def __getattr__(name): raise RuntimeError('too lazy')")
+    assert FlashBackend.unavailable() is None
+    assert agrees(attention(attnzoo.Causal()), FlashBackend()) == "varlen"
 
 
 class Nowhere:
