@@ -17,7 +17,7 @@ Every query row in a call sees at least one key of it, hidden or not.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -31,6 +31,7 @@ from attnzoo.patterns import Causal, Chunks, Full, SortedChunks, Window
 from attnzoo.segments import Attention, Segment, SegmentRequest
 
 UNLIMITED = -1
+MOST_SEQUENCES = 65535  # per call: kernels count them in a dimension of CUDA's grid that ends there
 _plans = Memory()
 
 
@@ -153,11 +154,27 @@ def _plan(attention: Attention, windows: bool) -> Plan:
             lens = ([attention.q_len] * attention.batch, [segment.kv_len] * attention.batch)
             calls += _unordered(attention, number, segment, None, None, *lens)
         hidden.append(~segment.key_mask if holes and segment.key_mask is not None else None)
-    return Plan(tuple(map(_counted, calls)) if spare else tuple(calls), tuple(hidden), spare)
+    calls = [_counted(call) if spare else call for call in calls]
+    return Plan(tuple(piece for call in calls for piece in _pieces(call)), tuple(hidden), spare)
+
+
+def _pieces(call: Call) -> list[Call]:
+    """A call in as many as its sequences need."""
+    whole, count = call.sequences, len(call.sequences.q_lens)
+    if count <= MOST_SEQUENCES:
+        return [call]
+    (_, _, q_rows, k_rows), found, q_start, k_start = _counted(call), [], 0, 0
+    for start in range(0, count, MOST_SEQUENCES):
+        q_lens, k_lens = (lens[start : start + MOST_SEQUENCES] for lens in (whole.q_lens, whole.k_lens))
+        q_stop, k_stop = q_start + sum(q_lens), k_start + sum(k_lens)
+        sequences = replace(whole, q_lens=q_lens, k_lens=k_lens)
+        found.append(Call(call.segment, sequences, q_rows[q_start:q_stop], k_rows[k_start:k_stop]))
+        q_start, k_start = q_stop, k_stop
+    return found
 
 
 def _counted(call: Call) -> Call:
-    """The same with all its rows by number: where there is a spare row, it would be one of all."""
+    """The same with all its rows by number, as where there is a spare row, which would be one of all."""
     sequences = call.sequences
     q_rows, k_rows = (
         torch.arange(sum(lens), device=sequences.device) if rows is None else rows

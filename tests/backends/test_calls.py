@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attnzoo
+from attnzoo.backends import calls
 from attnzoo.backends.calls import hides, plan
+from attnzoo.backends.remember import Memory
 from attnzoo.backends.sorted_calls import fold_heads
 from attnzoo.patterns import Causal, Chunks, Full, SortedChunks, Window
 
@@ -135,6 +137,27 @@ def test_sorted_chunks_meet_by_token(length, before, after, causal, tokens, of_k
               for start, order in zip((0, tokens), orders, strict=True)]  # fmt: skip
     assert hides(attnzoo.SegmentRequest(chunks, 2))
     check(fold_heads(attnzoo.Attention(torch.zeros(3, 2, tokens, 2), tuple(rounds), 1.0)))
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Kernels count no more than two sequences."""
+    monkeypatch.setattr(calls, "MOST_SEQUENCES", 2)
+    monkeypatch.setattr(calls, "_plans", Memory())
+
+
+@pytest.mark.parametrize("of_keys", ["none", "left", "holes"])
+@pytest.mark.parametrize(
+    "pattern", [Full(), Causal(), Window(4, 3), Chunks(3, 1, 1), Chunks(4, 1, 0, causal=True), SortedChunks(4)], ids=str
+)
+def test_too_many_sequences_are_several_calls(few, pattern, of_keys):
+    key = torch.zeros(3, 1, 14, 2)
+    if isinstance(pattern, SortedChunks):
+        order = torch.arange(14).flip(0).expand(3, 1, 14)
+        pattern = SortedChunks(4, 1, 0, order=order, token=order)
+    segment = attnzoo.Segment(key, key, pattern, key_mask=mask_of(of_keys, 14))
+    planned = check(attnzoo.Attention(key, (segment,), 1.0))
+    assert len(planned.calls) > 1 and max(len(call.sequences.q_lens) for call in planned.calls) <= 2
 
 
 def one(pattern, q_len, kv_len, key_mask=None, query_mask=None):

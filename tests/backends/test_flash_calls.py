@@ -84,6 +84,14 @@ def test_what_does_not_lie_on_16_bytes_is_copied(flash_attn, width):
     assert torch.equal(FlashBackend().run(crooked).output, FlashBackend().run(straight).output)
 
 
+@pytest.mark.parametrize("kernel", ["flash_attn", "varlen"])
+def test_more_sequences_than_a_grid_has_places_for_are_more_calls(flash_attn, varlen, kernel):
+    key, value = (torch.randn(2, 1, 33000, 8, dtype=HALF) for _ in range(2))
+    segment = attnzoo.Segment(key, value, attnzoo.Chunks(1, 0, 0))
+    output = FlashBackend(kernel=kernel).run(attnzoo.Attention(key, (segment,), 1.0)).output
+    assert torch.equal(output, value)
+
+
 def test_where_nothing_is_seen_no_kernel_runs(flash_attn):
     whole = attention(attnzoo.Causal(), key_mask=real(0, 0), grad=True)
     flash_attn.CALLS.clear()

@@ -43,6 +43,7 @@ def visible(n, m, causal, left, right, max_k):
 
 def sequences(cu_q, cu_k):
     """Rows of queries ``(count, n)`` and keys ``(count, m)`` of the sequences, those of equal lengths together."""
+    assert len(cu_q) <= 65536, "CUDA: invalid configuration argument"  # the grid's second dimension is the sequences
     groups = {}
     q, k = cu_q.tolist(), cu_k.tolist()
     for q0, q1, k0, k1 in zip(q, q[1:], k, k[1:], strict=False):
