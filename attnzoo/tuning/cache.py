@@ -172,7 +172,10 @@ def _read(path: Path) -> Stored:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return Stored(path, {}, {})
-    data = json.loads(text)
+    try:
+        data = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"not JSON of ours: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"not a file of the format {FORMAT!r}")
     environment, listed = data.get("environment"), data.get("measurements")

@@ -105,9 +105,8 @@ def spoil(path, kind):
     elif kind == "another environment":
         data["environment"]["name"] = "somebody else's"
     else:
-        path.write_bytes(
-            {"cut off": path.read_bytes()[:-40], "binary": b"\x80\xff\x00", "empty": b"", "a list": b"[]"}[kind]
-        )
+        plain = {"binary": b"\x80\xff\x00", "empty": b"", "a list": b"[]", "endless lists": b"[" * 100_000}
+        path.write_bytes(plain.get(kind, path.read_bytes()[:-40]))
         return
     path.write_text(json.dumps(data))
 
@@ -115,7 +114,8 @@ def spoil(path, kind):
 @pytest.mark.parametrize(
     "kind",
     ["an entry without seconds' type", "not finite", "a first run without a number", "an entry of another kind",
-     "a request without segments", "another format", "another environment", "cut off", "binary", "empty", "a list"],
+     "a request without segments", "another format", "another environment", "cut off", "binary", "empty", "a list",
+     "endless lists"],
 )  # fmt: skip
 def test_a_file_that_cannot_be_read_is_warned_of_once_ignored_and_replaced(add, clock, kind):
     add("slow", seconds=4.0, rank=5), add("fast")
