@@ -17,6 +17,10 @@ from attnzoo.errors import InvalidArgumentError
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True, eq=False)
 class Bias:
     """Base class. ``kind`` is what capabilities and requests speak of."""
@@ -31,6 +35,9 @@ class Bias:
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         """Raise :class:`InvalidArgumentError` unless the values fit an attention of this size."""
+        if not isinstance(self.values, Tensor) or not self.values.is_floating_point():
+            got = f"{tuple(self.values.shape)} {self.values.dtype}" if isinstance(self.values, Tensor) else self.values
+            raise InvalidArgumentError("bias values", got, "a floating-point tensor; to hide keys, mask=")
 
     def score_mod(self, q_len: int, kv_len: int) -> ScoreMod:
         """The truth: score plus bias, for broadcastable index tensors."""
@@ -85,10 +92,15 @@ class RelativeBias(Bias):
         return self.positions is not None
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
-        if self.values.ndim != 2 or self.values.shape[0] not in (1, heads) or not 0 <= self.zero < self.values.shape[1]:
-            raise InvalidArgumentError(
-                "bias", f"values {tuple(self.values.shape)}, zero={self.zero}", f"(1 or {heads}, R) and 0 <= zero < R"
-            )
+        super().check(batch, heads, q_len, kv_len)
+        fits = self.values.ndim == 2 and self.values.shape[0] in (1, heads)
+        if not fits or not _is_integer(self.zero) or not 0 <= self.zero < self.values.shape[1]:
+            got = f"values {tuple(self.values.shape)}, zero={self.zero!r}"
+            raise InvalidArgumentError("bias", got, f"(1 or {heads}, R) and 0 <= zero < R, an integer")
+        if self.offset is not None and not _is_integer(self.offset):
+            raise InvalidArgumentError("bias offset", repr(self.offset), "an integer, or None")
+        if self.positions is not None and not isinstance(self.positions, Tensor):
+            raise InvalidArgumentError("bias positions", repr(self.positions), f"a tensor ({batch}, {q_len}), or None")
         if self.positions is not None and tuple(self.positions.shape) != (batch, q_len):
             raise InvalidArgumentError("bias positions", tuple(self.positions.shape), f"({batch}, {q_len})")
         if self.positions is not None and (
@@ -158,6 +170,7 @@ class DenseBias(Bias):
         return self.values.shape[0] > 1
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
+        super().check(batch, heads, q_len, kv_len)
         shape = tuple(self.values.shape)
         if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2:] != (q_len, kv_len):
             raise InvalidArgumentError("bias", f"values {shape}", f"(1 or {batch}, 1 or {heads}, {q_len}, {kv_len})")

@@ -116,15 +116,15 @@ def attention(
             allowed = "a RelativeBias, or a floating-point tensor; to hide keys, mask="
             raise InvalidArgumentError("bias", describe(bias), allowed)
         bias = DenseBias(bias)
-    if bias is not None and not bool(bias.values.isfinite().all()):
-        got = f"{describe(bias.values)} with NaN or Inf"
-        raise InvalidArgumentError("bias", got, "finite values; hide keys with mask=")
     q, k, v = (tensor.to(compute_dtype(tensor)) for tensor in (q, k, v))
     segment = Segment(k, v, pattern, key_mask, mask, bias)
     segments: tuple[Segment, ...] = (segment,)
     if global_keys is not None:
         segments = _split_globals(Attention(q, (segment,), 1.0), global_keys)
     whole = Attention(q, segments, q.shape[-1] ** -0.5 if scale is None else scale, dropout, query_mask)
+    if bias is not None and not bool(bias.values.to(q.dtype).isfinite().all()):
+        got = f"{describe(bias.values)} with NaN, Inf, or more than {q.dtype} can hold"
+        raise InvalidArgumentError("bias", got, f"finite values of {q.dtype}, the query's; hide keys with mask=")
     return execute(backend if isinstance(backend, Backend) else registry.choose_for(whole).backend, whole).output
 
 
@@ -133,6 +133,8 @@ def _split_globals(checked: Attention, global_keys: Tensor) -> tuple[Segment, ..
     shape = (checked.batch, segment.kv_len)
     if not isinstance(global_keys, Tensor) or global_keys.dtype != torch.bool or tuple(global_keys.shape) != shape:
         raise InvalidArgumentError("global_keys", describe(global_keys), f"bool {shape}, True for global keys")
+    if global_keys.device != checked.query.device:
+        raise InvalidArgumentError("global_keys device", global_keys.device, f"{checked.query.device}, the query's")
     if segment.mask is not None or segment.bias is not None:
         raise InvalidArgumentError("global_keys", "together with mask or bias", "global_keys without mask and bias")
     visible = global_keys if segment.key_mask is None else global_keys & segment.key_mask

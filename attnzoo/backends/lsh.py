@@ -69,6 +69,8 @@ class LshBackend(Rewriting):
                 f"num_buckets of backend {self.name!r}", self.num_buckets, "1, or an even number"
             )
         check_count(self.name, "seed", self.seed, 0)
+        if self.seed >= 1 << 63:
+            raise InvalidArgumentError(f"seed of backend {self.name!r}", self.seed, "an integer >= 0 of 63 bits")
 
     def describe(self, request: Request) -> str:
         return f"{self.num_hashes} hash rounds of {self.num_buckets} buckets, chunks of {self.chunk_length} keys"

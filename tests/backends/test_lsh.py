@@ -260,6 +260,7 @@ def test_dense_models_need_three_options():
         (dict(num_buckets=0), ("num_buckets", "got 0")),
         (dict(num_buckets=7), ("num_buckets", "got 7", "1, or an even number")),
         (dict(seed=-1), ("seed", "got -1")),
+        (dict(seed=1 << 63), ("seed", "63 bits")),
         (dict(seed=None), ("seed", "got None")),
         (dict(num_hash=2), ("'num_hash'", "did you mean 'num_hashes'")),
     ],

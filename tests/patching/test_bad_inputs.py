@@ -112,7 +112,11 @@ BAD = {
     ),
     # bias
     "bias with NaN": (dict(bias=with_nan(1, 1, 6, 7)), "bias", r"float32 on cpu with NaN", "finite.*mask="),
-    "bias with -Inf": (dict(bias=zeros(1, 1, 6, 7) - torch.inf), "bias", "with NaN or Inf", "finite.*mask="),
+    "bias with -Inf": (dict(bias=zeros(1, 1, 6, 7) - torch.inf), "bias", "with NaN, Inf", "finite.*mask="),
+    "bias beyond the dtype": (
+        dict(bias=zeros(1, 1, 6, 7).double() - 1e300), "bias", "float64 on cpu with .* more than torch.float32",
+        "finite values of torch.float32, the query's; .*mask=",
+    ),
     "bias of other lengths": (dict(bias=zeros(1, 4, 6, 6)), "bias", r"\(1, 4, 6, 6\)", r"\(1 or 2, 1 or 4, 6, 7\)"),
     "bias of rank 2": (dict(bias=zeros(6, 7)), "bias", r"\(6, 7\)", r"\(1 or 2, 1 or 4, 6, 7\)"),
     "bias a bool mask": (dict(bias=zeros(1, 1, 6, 7).bool()), "bias", "bool", "mask="),
@@ -122,6 +126,30 @@ BAD = {
     ),
     "relative bias without a zero": (
         dict(bias=attnzoo.RelativeBias(zeros(4, 5), zero=5)), "bias", r"values \(4, 5\), zero=5", r"0 <= zero < R",
+    ),
+    "relative bias with half a zero": (
+        dict(bias=attnzoo.RelativeBias(zeros(4, 5), zero=2.0)), "bias", r"values \(4, 5\), zero=2\.0", "an integer",
+    ),
+    "relative bias at half an offset": (
+        dict(bias=attnzoo.RelativeBias(zeros(4, 5), zero=2, offset=0.5)), "bias offset", r"0\.5", "an integer, or None",
+    ),
+    "relative bias at a list of positions": (
+        dict(bias=attnzoo.RelativeBias(zeros(4, 5), zero=2, positions=[1])), "bias positions", r"\[1\]", r"\(2, 6\)",
+    ),
+    "relative bias of integers": (
+        dict(bias=attnzoo.RelativeBias(zeros(4, 5).long(), zero=2)), "bias values", "torch.int64", "floating-p",
+    ),
+    "relative bias of a list": (dict(bias=attnzoo.RelativeBias([0.0], zero=0)), "bias values", r"0\.0", "floating-p"),
+    "dense bias a bool mask": (
+        dict(bias=attnzoo.DenseBias(zeros(1, 1, 6, 7).bool())), "bias values", "torch.bool", "floating-point .*mask=",
+    ),
+    "dense bias of complex numbers": (
+        dict(bias=attnzoo.DenseBias(zeros(1, 1, 6, 7) + 1j)), "bias values", "torch.complex64", "a floating-point",
+    ),
+    # devices
+    "bias elsewhere": (dict(bias=zeros(1, 1, 6, 7).to("meta")), "bias device", "meta", "cpu, the query's"),
+    "global_keys elsewhere": (
+        dict(global_keys=zeros(2, 7).bool().to("meta")), "global_keys device", "meta", "cpu, the query's",
     ),
     # names
     "native without a model": (dict(backend="native"), "backend", "'native', which is none", "'eager'.*'sdpa'"),
