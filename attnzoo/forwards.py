@@ -15,9 +15,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from attnzoo import registry, slots
 from attnzoo.backend import Backend
-from attnzoo.errors import BackendRefusedError, PatchError
+from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError
 from attnzoo.functional import compute_dtype, execute, negotiate
-from attnzoo.segments import Attention, Result
+from attnzoo.segments import Attention, Result, describe
 from attnzoo.sites import Found, Site, expected_requests, trains
 
 T = TypeVar("T")
@@ -137,6 +137,9 @@ class PatchedForward:
                 f'{self.site.name}: got a patched model to trace or export; allowed: one patched with "native", or '
                 "attnzoo.unpatch(model) first"
             )
+        states = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(states, Tensor) and 0 in states.shape:  # models fail on those in words of their own
+            raise InvalidArgumentError(f"input of {self.site.name}", describe(states), "a tensor, none of its sizes 0")
         try:
             self._negotiate((*args, *kwargs.values()), kwargs)
         except BackendRefusedError:

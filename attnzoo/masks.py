@@ -48,7 +48,7 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
         InvalidArgumentError: not a 4-D bool or floating-point tensor of these sizes, or NaN or +Inf in it.
     """
     allowed = "a 4-D bool mask (True: visible) or additive floating-point mask without NaN and +Inf"
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4:
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4 or 0 in attention_mask.shape:
         raise InvalidArgumentError("attention_mask", describe(attention_mask), allowed)
     batch, *lengths = sizes
     if list(attention_mask.shape[2:]) != lengths or attention_mask.shape[0] not in (1, batch):

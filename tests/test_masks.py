@@ -100,3 +100,9 @@ def test_what_is_finite_in_an_additive_mask_is_a_bias():
 def test_what_is_no_mask_of_these_sizes_is_refused(given):
     with pytest.raises(attnzoo.InvalidArgumentError, match="attention_mask"):
         read_attention_mask(given, (3, KEYS, KEYS))
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 4), (3, 0, 4), (3, 4, 0)])
+def test_a_mask_of_nothing_is_refused(sizes):
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"attention_mask: got .*0.*; allowed"):
+        read_attention_mask(torch.ones((sizes[0], 1, *sizes[1:]), dtype=torch.bool), sizes)

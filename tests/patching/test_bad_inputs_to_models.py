@@ -5,12 +5,16 @@ As in ``test_bad_inputs.py`` each test reads its message; and it looks whether t
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import BertConfig, BertModel
 
 import attnzoo
 from attnzoo import AttnzooError, BackendRefusedError, InvalidArgumentError, PatchError, UnknownNameError
+
+from ..models.zoo import gpt_bigcode, gpt_neox
 
 
 def test_a_cpu_model_to_a_cuda_backend(subject, add_backend, as_it_was):
@@ -214,9 +218,25 @@ def test_an_unknown_argument_to_an_led_attention_is_refused(led):
 def test_an_empty_sequence_at_an_attention_module(led, as_it_was):
     before, states, empty = as_it_was(led), torch.randn(1, 5, 16), torch.randn(1, 0, 16)
     with attnzoo.patch(led.model, "sdpa") as handle, torch.no_grad():
-        with pytest.raises(InvalidArgumentError, match=r"query: got \(1, 2, 0, 8\).*; allowed: .*none of them 0"):
-            led.module(2)(empty)
+        for number, more in ((2, {}), (3, dict(key_value_states=states))):
+            with pytest.raises(
+                InvalidArgumentError, match=r"decoder.*attn: got \(1, 0, 16\).*; allowed: .*none of its"
+            ):
+                led.module(number)(hidden_states=empty, **more)
         with pytest.raises(InvalidArgumentError, match=r"key: got \(1, 2, 0, 8\).*; allowed: .*none of them 0"):
             led.module(3)(states, key_value_states=empty)
         assert {site.calls for site in handle.sites} == {0}
     before.check()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("multi_query", [None, True, False])
+def test_a_model_given_no_tokens(multi_query, implementation):
+    build = gpt_neox if multi_query is None else partial(gpt_bigcode, multi_query=multi_query)
+    model = build()
+    model.set_attn_implementation(implementation)
+    with attnzoo.patch(model, "sdpa") as handle, torch.no_grad():
+        for form in (0, 3), (3, 0):
+            with pytest.raises(InvalidArgumentError, match=r"att\w+: got \([03], [03], 32\) .*; allowed: .*none"):
+                model(torch.zeros(form, dtype=torch.long))
+        assert {site.calls for site in handle.sites} == {0}
