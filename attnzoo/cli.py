@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from attnzoo.errors import AttnzooError
+from attnzoo.errors import AttnzooError, InvalidArgumentError
 from attnzoo.tuning.cli import tune
 
 app = typer.Typer(
@@ -48,6 +48,8 @@ def matrix(
     from attnzoo import matrix_text
     from attnzoo.matrix import families
 
+    if as_json and markdown:
+        raise InvalidArgumentError("format", "--json and --markdown", "one of the two, or neither")
     found = families(tuple(model_types or ()))
     if as_json:
         print(json.dumps(matrix_text.plain(found), indent=2))

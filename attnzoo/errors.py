@@ -31,12 +31,13 @@ class InvalidArgumentError(AttnzooError, ValueError):
 class UnknownNameError(InvalidArgumentError, LookupError):
     """A name is not registered; the message suggests near misses."""
 
-    def __init__(self, argument: str, got: str, allowed: Iterable[str]) -> None:
+    def __init__(self, argument: str, got: str, allowed: Iterable[str], also: str = "") -> None:
         names = sorted(allowed)
         folded = {name.casefold(): name for name in names}
         near = [folded[name] for name in difflib.get_close_matches(str(got).casefold(), folded, n=2, cutoff=0.5)]
         hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
-        super().__init__(argument, f"{got!r}{hint}", ", ".join(map(repr, names)) or "none")
+        told = [*map(repr, names), *([f"or {also}"] if also else [])]
+        super().__init__(argument, f"{got!r}{hint}", ", ".join(told) or "none")
 
 
 @dataclass(frozen=True)

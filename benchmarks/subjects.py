@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from attnzoo.benchmarks.models import WORKLOADS, find_workload
+from attnzoo.benchmarks.models import WORKLOADS
 from attnzoo.benchmarks.text import read_tokens
-from attnzoo.errors import InvalidArgumentError
+from attnzoo.errors import InvalidArgumentError, UnknownNameError
 
 # Layers a family is verified with: two show every kind of attention it has, and the dense oracle stays affordable.
 LAYERS = 2
@@ -27,9 +27,11 @@ def subject(name: str, seq_len: int) -> tuple[nn.Module, dict[str, Any]]:
         UnknownNameError: neither a family nor a folder.
         InvalidArgumentError: a folder without a checkpoint, or more tokens than the family has positions for.
     """
-    if name not in WORKLOADS and Path(name).is_dir():
+    if name not in WORKLOADS:
+        if not Path(name).is_dir():
+            raise UnknownNameError("model", name, WORKLOADS, also="the folder of a checkpoint on this machine")
         return _checkpoint(Path(name), seq_len)
-    workload = find_workload(name)
+    workload = WORKLOADS[name]
     too_long = workload.obstacle(seq_len, train=False)
     if too_long is not None:
         raise InvalidArgumentError("seq-len", seq_len, f"less: {too_long}")

@@ -64,6 +64,8 @@ def test_explain_takes_options(tmp_path):
         (("verify", "lde"), "did you mean 'led'"),
         (("verify", "led", "--backend", "spda", "--seq-len", "8"), "did you mean 'sdpa'"),
         (("verify", "."), "model: got '.'"),
+        (("explain", "EleutherAI/pythia-160m"), "'reformer_local', or the folder of a checkpoint"),
+        (("matrix", "led", "--json", "--markdown"), "format: got --json and --markdown; allowed: one of the two"),
         (("verify", "gpt_bigcode", "--seq-len", "4096"), "seq-len: got 4096; allowed: less: the published conf"),
     ],
 )
