@@ -90,12 +90,12 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """What each backend would do at each attention module of a model, and what auto takes there and why."""
-    from attnzoo.benchmarks.subjects import subject
+    from attnzoo.benchmarks.subjects import load
     from attnzoo.explanation import explain as look
     from attnzoo.spelling import parse
 
     name, options = (None, {}) if backend is None or backend == "auto" else parse(backend)
-    explanation = look(subject(model, 1)[0], name, **options)
+    explanation = look(load(model), name, **options)
     print(json.dumps(explanation.to_dict(), indent=2) if as_json else explanation)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from attnzoo.benchmarks.models import WORKLOADS
@@ -15,40 +16,51 @@ from attnzoo.errors import InvalidArgumentError, UnknownNameError
 LAYERS = 2
 
 
-def subject(name: str, seq_len: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A model and forward arguments of ``seq_len`` tokens of real text.
+def load(name: str) -> nn.Module:
+    """A model in eval mode.
 
     Args:
         name: a family of the shootout (published configuration with fewer layers, random spread weights), or the folder
-            of a checkpoint that ``save_pretrained`` wrote, which reads the text as bytes.
-        seq_len: tokens.
+            of a checkpoint that ``save_pretrained`` wrote.
 
     Raises:
         UnknownNameError: neither a family nor a folder.
-        InvalidArgumentError: a folder without a checkpoint, or more tokens than the family has positions for.
+        InvalidArgumentError: a folder without a checkpoint that loads.
     """
-    if name not in WORKLOADS:
-        if not Path(name).is_dir():
-            raise UnknownNameError("model", name, WORKLOADS, also="the folder of a checkpoint on this machine")
-        return _checkpoint(Path(name), seq_len)
-    workload = WORKLOADS[name]
-    too_long = workload.obstacle(seq_len, train=False)
-    if too_long is not None:
-        raise InvalidArgumentError("seq-len", seq_len, f"less: {too_long}")
-    return workload.build(layers=LAYERS), workload.read(1, seq_len).kwargs
-
-
-def _checkpoint(folder: Path, seq_len: int) -> tuple[nn.Module, dict[str, Any]]:
+    if name in WORKLOADS:
+        return WORKLOADS[name].build(layers=LAYERS)
+    if not Path(name).is_dir():
+        raise UnknownNameError("model", name, WORKLOADS, also="the folder of a checkpoint on this machine")
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        model = getattr(transformers, config.architectures[0]).from_pretrained(folder)
-    except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
+        config = transformers.AutoConfig.from_pretrained(name)
+        return getattr(transformers, config.architectures[0]).from_pretrained(name).eval()
+    except Exception as error:  # of transformers, safetensors, torch: whatever is wrong with the files
         allowed = "the folder of a checkpoint that save_pretrained wrote"
-        raise InvalidArgumentError("model", f"{str(folder)!r}: {type(error).__name__}: {error}", allowed) from error
-    tokens = read_tokens(1, seq_len, 0) % config.vocab_size
+        raise InvalidArgumentError("model", f"{name!r}: {type(error).__name__}: {error}", allowed) from error
+
+
+def subject(name: str, seq_len: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A model and forward arguments of ``seq_len`` tokens of real text, which checkpoints read as bytes.
+
+    Raises:
+        UnknownNameError, InvalidArgumentError: as :func:`load`; or more tokens than the model has positions for.
+    """
+    if name in WORKLOADS:
+        too_long = WORKLOADS[name].obstacle(seq_len, train=False)
+        if too_long is not None:
+            raise InvalidArgumentError("seq-len", seq_len, f"less: {too_long}")
+        return load(name), WORKLOADS[name].read(1, seq_len).kwargs
+    model: Any = load(name)
+    tokens = read_tokens(1, seq_len, 0) % model.config.vocab_size
     inputs = {"input_ids": tokens, "attention_mask": tokens.new_ones(tokens.shape)}
-    if config.is_encoder_decoder:
+    if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens[:, :64]
-    return model.eval(), inputs
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except Exception as error:  # configurations have many names for how many positions there are
+        got = f"{seq_len}, on which {type(model).__name__} itself raises {type(error).__name__}: {error}"
+        raise InvalidArgumentError("seq-len", got, "as many tokens as the checkpoint has positions for") from error
+    return model, inputs

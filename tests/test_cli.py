@@ -10,11 +10,15 @@ from typer.testing import CliRunner
 import attnzoo
 from attnzoo import cli
 
-from .models.zoo import led
+from .models.zoo import gpt_bigcode, led
 
 
 def run(*arguments):
     return CliRunner().invoke(cli.app, list(arguments))
+
+
+def run_raising(*arguments):
+    CliRunner().invoke(cli.app, list(arguments), catch_exceptions=False)
 
 
 def attnzoo_command(*arguments):
@@ -73,6 +77,22 @@ def test_errors_are_one_message_without_a_traceback(arguments, message):
     done = attnzoo_command(*arguments)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_that_does_not_load(tmp_path):
+    led().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(
+        attnzoo.InvalidArgumentError, match=r"model: got .*Safetensor.*; allowed: the folder of a checkp"
+    ):
+        run_raising("explain", str(tmp_path))
+
+
+@pytest.mark.parametrize("command", ["verify", "tune"])
+def test_more_tokens_than_a_checkpoint_has_positions_for(tmp_path, command):
+    gpt_bigcode(n_positions=16).save_pretrained(tmp_path)
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"seq-len: got 17, on which GPTBigCode.* raises IndexError"):
+        run_raising(command, str(tmp_path), "--seq-len", "17")
 
 
 def test_help_lists_the_commands():
