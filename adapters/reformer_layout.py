@@ -30,6 +30,18 @@ def real_tokens(attend: Attend, attention_mask: Tensor | None, batch: int, lengt
     return attend.once(attention_mask, "real", _real)
 
 
+def cached(module: Any, past_buckets_states: Any, batch: int) -> tuple[Tensor, Tensor] | None:
+    """The buckets and the states ``(batch, length, embed)`` a cache has of a module's tokens; None: it has none yet."""
+    if past_buckets_states is None or len(past_buckets_states) <= module.layer_idx:
+        return None
+    buckets, states = (
+        every[module.layer_idx] for every in (past_buckets_states.buckets_cache, past_buckets_states.states_cache)
+    )
+    if states.shape[0] != batch:
+        raise InvalidArgumentError("hidden_states", f"{batch} samples", f"{states.shape[0]}, as past_buckets_states")
+    return buckets, states
+
+
 def check_length(module: Any, length: int, copies: int = 1) -> int:
     """The number of chunks of the whole list."""
     if length * copies % module.chunk_length:

@@ -11,6 +11,7 @@ from torch import Tensor
 from attnzoo.adapter import Attend
 from attnzoo.adapters.reformer_layout import (
     MODULE,
+    cached,
     check_length,
     in_chunks,
     neighbourhoods,
@@ -53,9 +54,9 @@ class LocalForward:
         batch, length, _ = hidden_states.shape
         chunk, causal = module.chunk_length, bool(module.is_decoder)
         states = hidden_states
-        if past_buckets_states is not None and len(past_buckets_states) > module.layer_idx:
-            past = past_buckets_states.states_cache[module.layer_idx]
-            relevant = module._retrieve_relevant_hidden_states(past, chunk, module.num_chunks_before)
+        past = cached(module, past_buckets_states, batch)
+        if past is not None:
+            relevant = module._retrieve_relevant_hidden_states(past[1], chunk, module.num_chunks_before)
             states = torch.cat([relevant, hidden_states], dim=1)
             if length > (1 if causal else chunk):
                 raise InvalidArgumentError("hidden_states", f"{length} tokens on a filled cache", "one token at a time")

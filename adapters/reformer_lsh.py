@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import operator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from attnzoo.adapter import Attend
 from attnzoo.adapters.reformer_layout import (
     MODULE,
+    cached,
     check_length,
     neighbourhoods,
     of_rounds,
@@ -56,15 +58,17 @@ class LSHForward:
         """``(batch, length, embed)`` in and out, with buckets ``(batch, heads, hashes, length)`` where it hashes."""
         refuse_unknown(kwargs)
         module = self._module
-        hashes = module.num_hashes if num_hashes is None else num_hashes
+        hashes = _rounds(module.num_hashes if num_hashes is None else num_hashes)
         batch, length, _ = hidden_states.shape
-        wanted = bool(output_attentions)
-        if past_buckets_states is not None and len(past_buckets_states) > module.layer_idx:
+        wanted, past = bool(output_attentions), cached(module, past_buckets_states, batch)
+        if past is not None:
             if length > 1:
                 raise InvalidArgumentError("hidden_states", f"{length} tokens on a filled cache", "one token at a time")
-            past = past_buckets_states.states_cache[module.layer_idx]
-            past_buckets = past_buckets_states.buckets_cache[module.layer_idx]
-            one = (hidden_states, attention_mask, hashes, wanted, past)
+            past_buckets, states = past
+            # A mask is for hashing: of the new token, or of all of them, where they have no buckets yet.
+            alone = past_buckets.numel() > 0 or (attention_mask is not None and attention_mask.shape[1:] == (1,))
+            real_tokens(self._attend, attention_mask, batch, 1 if alone else states.shape[1] + 1)
+            one = (hidden_states, attention_mask, hashes, wanted, states)
             output, weights, buckets = self._decode(*one, past_buckets) if past_buckets.numel() else self._extend(*one)
         else:
             query = split_heads(module.query_key(hidden_states), module.attention_head_size)
@@ -76,7 +80,10 @@ class LSHForward:
                 check_length(module, length, hashes)
                 if buckets is None:
                     buckets = self._hash(query, hashes, attention_mask)
-                buckets = buckets.view(batch, module.num_attention_heads, hashes, length)
+                shape = (batch, module.num_attention_heads, hashes, length)
+                if buckets.numel() != math.prod(shape):  # the way back knows nothing of a call's own ``num_hashes``
+                    raise InvalidArgumentError("buckets", describe(buckets), f"{shape}: {hashes} hashes")
+                buckets = buckets.view(shape)
                 output, weights = self._sorted(query, value, buckets, real, wanted)
         if buckets is not None:
             buckets = buckets.view(batch, module.num_attention_heads, hashes, -1)
@@ -211,6 +218,8 @@ class LSHForward:
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """One token more, on cached states and buckets: it sees its neighbourhood in each round's sorted list."""
         module = self._module
+        if past_buckets.shape[2] != hashes:
+            raise InvalidArgumentError("num_hashes", hashes, f"{past_buckets.shape[2]}, as past_buckets_states")
         query = split_heads(module.query_key(hidden_states), module.attention_head_size)
         states, tokens, buckets = self._hasher(past.shape[1])._get_relevant_hid_states_and_buckets(
             query_vectors=query,
@@ -238,6 +247,17 @@ class LSHForward:
             for tensor in (result.probabilities[0], result.dropped[0], own)
         )
         return output, with_own_token(kept, weights.sum(-1, keepdim=True), own), buckets
+
+
+def _rounds(hashes: Any) -> int:
+    """A number of hash rounds, checked."""
+    try:
+        number = operator.index(hashes)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise InvalidArgumentError("num_hashes", repr(hashes), "an integer >= 1")
+    return number
 
 
 def after_itself(module: Any) -> Window:

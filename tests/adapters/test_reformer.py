@@ -215,6 +215,22 @@ def test_bad_arguments_are_named():
             attentions(model)[1](hidden(2, 8), buckets=torch.zeros((2, 3, 2, 8), dtype=torch.long))
 
 
+@pytest.mark.parametrize("hashes", [0, -1, 2.0, "2"])
+@pytest.mark.parametrize("length", [3, 16])
+def test_what_is_no_number_of_hashes_is_named(hashes, length):
+    model = reformer()
+    with attnzoo.patch(model, "sdpa"), pytest.raises(InvalidArgumentError, match=r"num_hashes: got .*integer >= 1"):
+        model(ids(2, length), num_hashes=hashes)
+
+
+def test_training_with_another_number_of_hashes_than_the_way_back_knows_is_named():
+    model = reformer().train()
+    with attnzoo.patch(model, "sdpa"):
+        loss = model(ids(2, 64), num_hashes=3).logits.sum()
+        with pytest.raises(InvalidArgumentError, match=r"buckets: got .2, 3, 3, 64.*allowed: .2, 3, 2, 64.: 2 hashes"):
+            loss.backward()
+
+
 def test_what_the_adapter_relies_on_is_what_it_was_verified_against():
     for seam in REFORMER.seams:
         assert drift(dict(seam.verified)) == ()

@@ -1,6 +1,7 @@
 """Reformer patched generates the original's tokens, and decodes on a cache to its logits and attention weights."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -79,6 +80,28 @@ def test_several_tokens_on_a_filled_cache_are_refused(kind):
         past = model(ids(1, 9), use_cache=True).past_buckets_states
         with pytest.raises(InvalidArgumentError, match="hidden_states: got 2 tokens on a filled cache"):
             model(ids(1, 2), past_buckets_states=past, use_cache=True)
+
+
+MASK = "attention_mask"
+BAD_STEPS = {
+    "a mask of all tokens": ("lsh", 9, {MASK: torch.ones(2, 10)}, r"attention_mask: got .2, 10.*allowed: .2, 1."),
+    "a mask of other tokens": ("lsh", 3, {MASK: torch.ones(2, 5)}, r"attention_mask: got .2, 5.*allowed: .2, 4."),
+    "NaN": ("lsh", 9, {MASK: torch.full((2, 1), math.nan)}, r"attention_mask: got .* with NaN"),
+    "other hashes": ("lsh", 9, dict(num_hashes=3), r"num_hashes: got 3; allowed: 2, as past_buckets_states"),
+    **{
+        f"other samples, {kind}": (kind, 9, dict(input_ids=ids(3, 1)), r"hidden_states: got 3 samples; allowed: 2, as")
+        for kind in ("lsh", "local")
+    },
+}
+
+
+@pytest.mark.parametrize(("kind", "prompt", "changes", "message"), BAD_STEPS.values(), ids=BAD_STEPS)
+def test_a_step_that_does_not_fit_its_cache_is_named(kind, prompt, changes, message):
+    model = reformer(attn_layers=[kind])
+    with torch.no_grad(), attnzoo.patch(model, "eager"):
+        past = model(ids(2, prompt), use_cache=True).past_buckets_states
+        with pytest.raises(InvalidArgumentError, match=message):
+            model(**{"input_ids": ids(2, 1), "past_buckets_states": past, "use_cache": True, **changes})
 
 
 def test_decoding_from_a_short_prompt_derives_a_number_of_buckets_where_the_original_fails():
