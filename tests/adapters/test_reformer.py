@@ -181,6 +181,25 @@ def test_attention_weights_have_the_layout_of_the_original(is_decoder, length, a
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+@causal
+@pytest.mark.parametrize("kind", ["lsh", "local"])
+@pytest.mark.parametrize("length", [CHUNK, 16])
+def test_attention_weights_are_those_after_dropout(is_decoder, kind, length):
+    rate = dict(lsh_attention_probs_dropout_prob=0.5, local_attention_probs_dropout_prob=0.5)
+    model = reformer(attn_layers=[kind], is_decoder=is_decoder, **rate)
+    module, states = attentions(model)[0], hidden(2, length)
+    asked = dict(buckets=module(states).buckets) if kind == "lsh" and length > CHUNK else {}
+    with torch.no_grad(), attnzoo.patch(model, "eager"):
+        kept = module(states, output_attentions=True, **asked).attention_probs
+        model.train()
+        dropped = module(states, output_attentions=True, **asked).attention_probs
+    seen = kept > 1e-6
+    seen &= seen.sum(-1, keepdim=True) > 2  # tokens that see only themselves, twice perhaps, are another matter
+    gone = seen & (dropped == 0)
+    assert 0.35 < gone.sum() / seen.sum() < 0.65
+    torch.testing.assert_close(dropped[seen & ~gone], 2 * kept[seen & ~gone])
+
+
 def test_attention_weights_are_empty_unless_asked_for_and_refused_by_fused_backends():
     model = reformer()
     with torch.no_grad(), attnzoo.patch(model, "sdpa"):

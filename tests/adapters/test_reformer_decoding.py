@@ -59,7 +59,8 @@ def test_logits_of_cached_decoding(backend, prompt):
 
 @backends
 def test_a_mask_of_the_new_token_alone_may_hide_it(backend):
-    model, mask = local(), torch.tensor([[1], [0]])
+    model, mask, seen = local(), torch.tensor([[1], [0]]), []
+    attentions(model)[0].register_forward_hook(lambda module, args, output: seen.append(output.hidden_states))
 
     def decode():
         with torch.no_grad():
@@ -71,6 +72,27 @@ def test_a_mask_of_the_new_token_alone_may_hide_it(backend):
         got = decode()
     torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=1e-4)
     assert got.isfinite().all()
+    assert seen[-1][0].any()
+    assert not seen[-1][1].any(), "padding gets zeros"
+
+
+@backends
+@pytest.mark.parametrize("prompt", [CHUNK - 1, 10], ids=["until there are buckets", "with buckets"])
+def test_a_hidden_new_token_goes_into_the_padding_bucket(backend, prompt):
+    model, mask = reformer(attn_layers=["lsh"]).double(), torch.tensor([[1], [0]])
+
+    def decode():
+        with torch.no_grad():
+            past = model(ids(2, prompt), use_cache=True).past_buckets_states
+            step = model(ids(2, 1), past_buckets_states=past, use_cache=True, attention_mask=mask)
+        return step.logits[0], step.past_buckets_states.buckets_cache[0]
+
+    expected = decode()
+    assert expected[1][1].amax() > expected[1][0].amax()
+    with attnzoo.patch(model, backend):
+        logits, buckets = decode()
+    assert torch.equal(buckets, expected[1])
+    torch.testing.assert_close(logits, expected[0], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["lsh", "local"])

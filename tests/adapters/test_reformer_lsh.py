@@ -97,13 +97,13 @@ def test_with_one_bucket_and_a_chunk_as_long_as_the_sequence_lsh_is_full_attenti
 # --- hashing
 
 
-def assert_same_buckets_and_random_stream(module, states, mask):
+def assert_same_buckets_and_random_stream(module, states, mask, **arguments):
     twin = copy.deepcopy(module)
     torch.manual_seed(5)
-    expected, after = twin(states, attention_mask=mask).buckets, torch.rand(1)
+    expected, after = twin(states, attention_mask=mask, **arguments).buckets, torch.rand(1)
     torch.manual_seed(5)
     with torch.no_grad(), attnzoo.patch(module, "sdpa"):
-        got = module(states, attention_mask=mask).buckets
+        got = module(states, attention_mask=mask, **arguments).buckets
     assert torch.equal(got, expected)
     assert torch.equal(torch.rand(1), after)
 
@@ -115,6 +115,14 @@ seeds = pytest.mark.parametrize("changes", SEEDS, ids=str)
 @seeds
 def test_the_same_rotations_and_buckets_as_the_original_for_a_seed(changes):
     assert_same_buckets_and_random_stream(lsh(**changes), hidden(2, 32), padding("left", 2, 32))
+
+
+@backends
+@pytest.mark.parametrize("hashes", [1, 3, 8])
+def test_a_call_may_ask_for_a_number_of_hashes_of_its_own(backend, hashes):
+    module = lsh(num_hashes=2)
+    assert_same_buckets_and_random_stream(module, hidden(2, 32), None, num_hashes=hashes)
+    assert_module_equals_the_original(module, hidden(2, 32), padding("left", 2, 32), backend, num_hashes=hashes)
 
 
 @seeds
