@@ -163,7 +163,7 @@ def _pieces(call: Call) -> list[Call]:
     whole, count = call.sequences, len(call.sequences.q_lens)
     if count <= MOST_SEQUENCES:
         return [call]
-    (_, _, q_rows, k_rows), found, q_start, k_start = _counted(call), [], 0, 0
+    (q_rows, k_rows), found, q_start, k_start = _numbers(call), [], 0, 0
     for start in range(0, count, MOST_SEQUENCES):
         q_lens, k_lens = (lens[start : start + MOST_SEQUENCES] for lens in (whole.q_lens, whole.k_lens))
         q_stop, k_stop = q_start + sum(q_lens), k_start + sum(k_lens)
@@ -175,12 +175,18 @@ def _pieces(call: Call) -> list[Call]:
 
 def _counted(call: Call) -> Call:
     """The same with all its rows by number, as where there is a spare row, which would be one of all."""
+    q_rows, k_rows = _numbers(call)
+    return call._replace(q_rows=q_rows, k_rows=k_rows)
+
+
+def _numbers(call: Call) -> tuple[Tensor, Tensor]:
+    """The numbers of its rows of queries and of keys, all of them included."""
     sequences = call.sequences
     q_rows, k_rows = (
         torch.arange(sum(lens), device=sequences.device) if rows is None else rows
         for rows, lens in ((call.q_rows, sequences.q_lens), (call.k_rows, sequences.k_lens))
     )
-    return call._replace(q_rows=q_rows, k_rows=k_rows)
+    return q_rows, k_rows
 
 
 def _extents(masks: list[Tensor | None]) -> list[list[tuple[int, int, int]] | None]:
