@@ -120,7 +120,7 @@ def _cross_forward(
     """
     refuse_unknown(kwargs)
     query = split_heads(module.q_attn(hidden_states), module.head_dim)
-    key, value = _keys_values(module, encoder_hidden_states, layer_past)
+    key, value = _keys_values(module, hidden_states, encoder_hidden_states, layer_past)
     query, key, value = (tensor.to(compute_dtype(query)) for tensor in (query, key, value))
     key_mask, mask = _masks(encoder_attention_mask, query, key)
     segment = Segment(key, value, Full(cross=True), key_mask, mask)
@@ -131,7 +131,9 @@ def _cross_forward(
     return module.resid_dropout(output), None if result.dropped is None else result.dropped[0]
 
 
-def _keys_values(module: Any, encoder_states: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
+def _keys_values(
+    module: Any, hidden_states: Tensor, encoder_states: Tensor | None, cache: Any
+) -> tuple[Tensor, Tensor]:
     """Keys and values ``(batch, kv_heads, encoder_length, head_dim)``, through the cross half of a cache, if any."""
     filled = getattr(cache, "is_updated", None)
     if cache is not None and filled is None:
@@ -141,12 +143,27 @@ def _keys_values(module: Any, encoder_states: Tensor | None, cache: Any) -> tupl
         return layer.keys, layer.values
     if encoder_states is None:
         raise InvalidArgumentError("encoder_hidden_states", "None", "the encoder's states, or a cache filled with them")
+    _check_states(encoder_states, hidden_states)
     both = split_heads(module.c_attn(encoder_states), 2 * module.head_dim)
     key, value = both.split(module.head_dim, dim=-1)
     if filled is not None:
         key, value = cache.cross_attention_cache.update(key, value, module.layer_idx)
         filled[module.layer_idx] = True
     return key, value
+
+
+def _check_states(encoder_states: object, hidden_states: Tensor) -> None:
+    """Raise unless the encoder's states are like the decoder's but for length, device, and dtype under autocast."""
+    batch, _, width = hidden_states.shape
+    if (
+        not isinstance(encoder_states, Tensor)
+        or encoder_states.ndim != 3
+        or (encoder_states.shape[0], encoder_states.shape[2]) != (batch, width)
+        or compute_dtype(encoder_states) != compute_dtype(hidden_states)
+    ):
+        dtype = str(hidden_states.dtype).removeprefix("torch.")
+        allowed = f"({batch}, encoder_length, {width}) {dtype}, as the decoder's states"
+        raise InvalidArgumentError("encoder_hidden_states", describe(encoder_states), allowed)
 
 
 def _masks(given: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:

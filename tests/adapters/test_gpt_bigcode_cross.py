@@ -270,6 +270,26 @@ def test_a_bad_encoder_mask_is_named(bad: str) -> None:
         model(tokens(3, 6), encoder_hidden_states=encoder(), encoder_attention_mask=mask)
 
 
+@pytest.mark.parametrize(
+    "states",
+    [encoder()[0], encoder()[..., 1:], encoder(2), encoder().half(), encoder().long(), [1.0]],
+    ids=["rank", "width", "batch", "dtype", "integers", "no tensor"],
+)
+def test_bad_encoder_states_are_named(states: Any) -> None:
+    model = build_cross()
+    allowed = r"encoder_hidden_states: got .*; allowed: \(3, encoder_length, \d+\) float32"
+    with attnzoo.patch(model, "sdpa") as handle, pytest.raises(attnzoo.InvalidArgumentError, match=allowed):
+        model.transformer.h[0].crossattention(encoder(3, 6), encoder_hidden_states=states)
+    assert {site.calls for site in handle.sites} == {0}
+
+
+def test_encoder_states_of_another_dtype_under_autocast() -> None:
+    model = build_cross()
+    with attnzoo.patch(model, "sdpa"), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        got = model(tokens(3, 6), encoder_hidden_states=encoder().bfloat16()).logits
+        torch.testing.assert_close(got, model(tokens(3, 6), encoder_hidden_states=encoder()).logits)
+
+
 def test_bad_calls_of_cross_attention_are_named() -> None:
     model, hidden = build_cross(), encoder(3, 6)
     module = model.transformer.h[0].crossattention
