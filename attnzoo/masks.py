@@ -40,7 +40,7 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
     """Read a 4-D ``attention_mask``: bool (True: visible) or additive.
 
     Args:
-        attention_mask: ``(batch or 1, heads or 1, q_len, kv_len)``.
+        attention_mask: ``(batch or 1, heads or 1, q_len or 1, kv_len or 1)``; PyTorch's attention repeats what is 1.
         sizes: ``(batch, q_len, kv_len)`` of the attention it is for.
         floor: additive values at or below it mean "not visible"; None: half of the dtype's most negative number.
 
@@ -51,9 +51,10 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4 or 0 in attention_mask.shape:
         raise InvalidArgumentError("attention_mask", describe(attention_mask), allowed)
     batch, *lengths = sizes
-    if list(attention_mask.shape[2:]) != lengths or attention_mask.shape[0] not in (1, batch):
-        fits = f"(1 or {batch}, heads or 1, {lengths[0]}, {lengths[1]})"
+    if any(attention_mask.shape[dim] not in (1, size) for dim, size in zip((0, 2, 3), sizes, strict=True)):
+        fits = f"(1 or {batch}, heads or 1, {lengths[0]}, {lengths[1]}), or 1 in place of a length"
         raise InvalidArgumentError("attention_mask", describe(attention_mask), fits)
+    attention_mask = attention_mask.expand(-1, -1, *lengths)
     if attention_mask.dtype == torch.bool:
         return ReadMask(*_structured(attention_mask, batch), None)
     if not attention_mask.is_floating_point():

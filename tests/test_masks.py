@@ -76,6 +76,15 @@ def test_a_mask_per_head_stays_dense():
     assert torch.equal(read_attention_mask(visible, (3, KEYS, KEYS)).mask, visible)
 
 
+@pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
+def test_a_row_for_all_queries_is_key_padding(additive):
+    given = padding("left")[:, None, None]
+    hidden = torch.zeros(given.shape).masked_fill(~given, float("-inf"))
+    read = read_attention_mask(hidden if additive else given, (3, NEW, KEYS))
+    assert (read.pattern, read.mask, read.bias) == (attnzoo.Full(), None, None)
+    assert torch.equal(read.key_mask, padding("left"))
+
+
 def test_what_is_finite_in_an_additive_mask_is_a_bias():
     given = torch.zeros((3, 1, KEYS, KEYS)).masked_fill(~causal(KEYS, KEYS, 0), float("-inf"))
     given[0, 0, 4, 1] = -2.5

@@ -82,6 +82,22 @@ def test_other_dtypes(family, backend, dtype):
     assert report.ok, str(report)
 
 
+@backends
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("build", [gpt_neox, gpt_bigcode])
+def test_a_users_mask_with_a_row_for_all_queries(build, implementation, backend):
+    """The original repeats it; no query is causal then."""
+    model, inputs = build(), causal_inputs(11, "left")
+    model.set_attn_implementation(implementation)
+    real = inputs["attention_mask"].bool()
+    hidden = torch.zeros(real.shape).masked_fill(~real, torch.finfo(torch.float32).min)
+    given = dict(inputs, attention_mask=hidden[:, None, None], position_ids=torch.arange(11)[None])
+    with torch.no_grad():
+        before = model(**given).logits
+        with attnzoo.patch(model, backend):
+            torch.testing.assert_close(model(**given).logits, before, rtol=1e-5, atol=1e-5 * before.abs().max().item())
+
+
 @families
 @backends
 def test_logits_equal_the_original_to_1e_5_of_their_size(family, backend):
