@@ -129,8 +129,9 @@ def patch(
     Args:
         model: a Hugging Face model of a family with an adapter (see ``attnzoo doctor``), or a part of one.
         backend: a backend name or alias, ``"auto"`` (the best that refuses nothing), ``"native"`` (the model's own
-            code, counted), or ``{glob over module names: name}``: the first glob that matches decides; modules that
-            none matches stay as they are. A configured :class:`Backend` may stand for its name.
+            code, counted), or ``{glob over module names: name}``: the first glob that matches decides, so that
+            narrower ones come first; modules that none matches stay as they are. A configured :class:`Backend` may
+            stand for its name.
         fallback: ``"error"``: what the backend cannot do raises; ``"native"``: that forward runs the model's own
             code, and is counted in ``Site.fallbacks``. What only shows within a forward (a mask that is more than
             causality and padding) falls back where the attention function is all that is replaced; where the whole
@@ -143,7 +144,8 @@ def patch(
 
     Raises:
         InvalidArgumentError, UnknownNameError: a bad argument.
-        PatchError: no site is reached. DriftError: the model's code is not what the adapter was verified against.
+        PatchError: no site is reached, or one of the globs decides nothing.
+        DriftError: the model's code is not what the adapter was verified against.
         BackendRefusedError: a site will ask what the backend cannot do (unless ``fallback="native"``).
         Whatever is raised, nothing was changed.
     """
@@ -261,13 +263,21 @@ def _assign(sites: list[Found], backend: str | Backend | Mapping[str, str | Back
     if not pairs or not all(isinstance(glob, str) and isinstance(name, (str, Backend)) for glob, name in pairs):
         raise InvalidArgumentError("backend", repr(backend), "a name, or {glob over module names: name}")
     names = [found.name for found in sites]
+    matched: dict[str, set[str]] = {}
     for glob in backend:
-        if not fnmatch.filter(names, glob):
+        matched[glob] = {name for name in names if fnmatch.fnmatchcase(name, glob)}
+        if not matched[glob]:
             raise PatchError(f"backend: got glob {glob!r}, which matches no site; allowed: one that does of {names}")
+        wider = next((other for other in matched if matched[glob] < matched[other]), None)
+        if wider is not None:
+            raise PatchError(
+                f"backend: got glob {glob!r} behind {wider!r}, which matches all its sites and decides first; allowed: "
+                "narrower globs before wider ones"
+            )
     return [
         (found, name)
         for found in sites
-        for name in [next((name for glob, name in backend.items() if fnmatch.fnmatchcase(found.name, glob)), None)]
+        for name in [next((name for glob, name in backend.items() if found.name in matched[glob]), None)]
         if name is not None
     ]
 

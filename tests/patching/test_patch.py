@@ -209,6 +209,22 @@ def test_a_glob_that_matches_nothing_raises(led, as_it_was):
     before.check()
 
 
+def test_a_glob_behind_a_wider_one_raises(led, as_it_was):
+    before = as_it_was(led)
+    with pytest.raises(
+        PatchError, match=r"got glob '\*decoder\*' behind '\*', which .*; allowed: narrower globs before"
+    ):
+        attnzoo.patch(led.model, {"*": "native", "*decoder*": "sdpa"})
+    before.check()
+
+
+def test_a_glob_for_the_rest_may_find_none_left(led):
+    handle = attnzoo.patch(
+        led.model, {"*self_attn*": "sdpa", "*encoder_attn*": "native", "*coder*": "eager", "*": "eager"}
+    )
+    assert {site.backend for site in handle.sites} == {"sdpa", "native"}
+
+
 def test_options_reach_the_backend(neox, add_backend):
     seen = []
     base = add_backend("base")
