@@ -158,7 +158,7 @@ def test_masks_made_in_inference_mode_can_be_trained_with():
 def test_a_trained_bias_beside_keys_in_an_order_of_their_own(pattern, dtype):
     """They are a pass of their own, and their weight counts in the gradient of the bias, too."""
     whole = Case(dtype, pattern, q_len=300, kv_len=300).attention()
-    key, value = (torch.randn(3, 4, 40, 8).to(dtype) for _ in range(2))
+    key, value = (torch.randn(3, 4, 40, whole.head_dim).to(dtype) for _ in range(2))
     bias = attnzoo.RelativeBias(torch.randn(4, 5).to(dtype).requires_grad_(), 2)
     biased = attnzoo.Segment(key, value, attnzoo.Window(200, 200, 0), bias=bias)
     report = check_site("case", replace(whole, segments=(*whole.segments, biased)), make_backend("sdpa"), grad=True)
