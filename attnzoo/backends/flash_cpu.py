@@ -21,7 +21,7 @@ from torch import Tensor
 
 from attnzoo.backends.blocks import Block, Masks, Part, additive, block_size, blocks, passes
 from attnzoo.backends.hash_terms import HashTerms
-from attnzoo.backends.stacks import Stack, stacks
+from attnzoo.backends.stacks import Scratch, Stack, stacks
 from attnzoo.backends.tokens import TokenTerms
 from attnzoo.bias import Bias
 from attnzoo.hashed import HashedChunks
@@ -160,26 +160,30 @@ class _Calls:
 
     def __init__(self, attention: Attention, places: list[int], keys_values: Sequence[Tensor]) -> None:
         self._attention, self._places, self._keys_values = attention, places, keys_values
-        self._terms = _Terms(attention)
+        self._terms, self._scratch = _Terms(attention), (Scratch(), Scratch())
 
     def forward(self, stack: Stack, number: int, sample: slice, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Out ``(samples, heads, rows, dim)`` and lse ``(samples, heads, rows)`` of a stack's queries at one part."""
+        """Out ``(samples, heads, rows, dim)`` and lse ``(samples, heads, rows)`` of a stack's queries at one part.
+
+        Or, of more than one block, ``(heads, depth, rows, dim)`` and ``(heads, depth, rows)``.
+        """
         part = stack.block.parts[number]
         term, live = self._terms.of(stack.block, part)
-        if term is None and stack.steps[number] == 0:
-            stack = stack.flat()
-        elif term is not None:
-            term = stack.pile(term[sample])
+        call = stack.flat() if term is None and stack.steps[number] == 0 else stack
         key, value = (
-            stack.keys(number, self._keys_values[place][sample], self._attention.heads)
-            for place in self._places[2 * part.segment : 2 * part.segment + 2]
+            call.keys(number, self._keys_values[place][sample], self._attention.heads, scratch)
+            for place, scratch in zip(self._places[2 * part.segment :], self._scratch, strict=False)
         )
         out, lse = getattr(_operators, _FORWARD)(
-            stack.queries(query[sample]), key, value, 0.0, False, attn_mask=term, scale=self._attention.scale
+            *(call.queries(query[sample]), key, value, 0.0, False),
+            attn_mask=None if term is None else call.repeat(term[sample]),
+            scale=self._attention.scale,
         )
+        if call is not stack:
+            out, lse = stack.pile(out), stack.pile(lse)
         if live is not None:  # the kernel returns lse 0 for a row that sees nothing; its true lse is -inf
-            lse = lse.masked_fill(~live[sample], float("-inf"))
-        return stack.rows(out), stack.rows(lse)
+            lse = lse.masked_fill(~stack.repeat(live[sample]), float("-inf"))
+        return out, lse
 
 
 class _Blocked(torch.autograd.Function):
@@ -199,9 +203,8 @@ class _Blocked(torch.autograd.Function):
         calls = _Calls(attention, places, keys_values)
         for number, group in enumerate(groups):
             for stack in stacks(attention, group):
-                whole = stack.whole()
                 for sample in stack.samples(batch):
-                    so_far = (whole.take(out[sample]), whole.take(lse[sample])) if number else None
+                    so_far = (stack.queries(out[sample]), stack.queries(lse[sample])) if number else None
                     for part in range(len(stack.block.parts)):
                         found = calls.forward(stack, part, sample, query)
                         if so_far is None:
@@ -209,10 +212,10 @@ class _Blocked(torch.autograd.Function):
                         else:
                             merge_(*so_far, *found)
                     if so_far is None:  # the first pass, and nothing to see
-                        whole.put(out[sample], torch.zeros_like(whole.take(query[sample])))
+                        stack.put(out[sample], torch.zeros_like(stack.queries(query[sample])))
                     else:
-                        whole.put(out[sample], so_far[0])
-                        whole.put(lse[sample], so_far[1])
+                        stack.put(out[sample], so_far[0])
+                        stack.put(lse[sample], so_far[1])
         out, live = out.to(query.dtype), lse != float("-inf")
         ctx.attention, ctx.places, ctx.biases = attention, places, biases
         ctx.mark_non_differentiable(live)

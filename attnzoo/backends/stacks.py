@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from attnzoo.backends.blocks import Block, Masks, block_at, block_size, blocks
@@ -26,7 +27,8 @@ class Stack(NamedTuple):
 
     Attributes:
         block: the first of them.
-        depth: how many there are with it. More than one are of one sample; a single block is of the whole batch.
+        depth: how many there are with it. More than one are of one sample, and in a call heads are the samples, so that
+            a head's blocks follow one another; a single block is of the whole batch.
         steps: for each part of the block, how many keys further on it is in the next block.
     """
 
@@ -51,30 +53,52 @@ class Stack(NamedTuple):
         return self._replace(block=self.whole()._replace(parts=self.block.parts), depth=1)
 
     def queries(self, tensor: Tensor) -> Tensor:
-        """Its rows of ``(batch, heads, q_len, dim)``: ``(depth, heads, rows, dim)``, or the single block's."""
-        rows = self.whole().take(tensor)
-        return rows if self.depth == 1 else _piled(rows, self.depth, self.block.rows, self.block.rows)
+        """Its rows of ``(batch, heads, q_len, ...)``: ``(heads, depth, rows, ...)``, or the single block's."""
+        return self.pile(self.whole().take(tensor))
 
-    def keys(self, number: int, tensor: Tensor, heads: int) -> Tensor:
-        """Keys or values of part ``number``: ``(depth, heads, m, dim)``, or the single block's."""
+    def put(self, tensor: Tensor, values: Tensor) -> None:
+        """Write its rows back."""
+        if self.depth == 1:
+            self.block.put(tensor, values)
+        else:
+            self.queries(tensor).copy_(values)
+
+    def pile(self, rows: Tensor) -> Tensor:
+        """All its rows ``(1, heads, depth * rows, ...)`` by block, a view: ``(heads, depth, rows, ...)``."""
+        return rows if self.depth == 1 else rows[0].unflatten(1, (self.depth, self.block.rows))
+
+    def repeat(self, rows: Tensor) -> Tensor:
+        """What is said of each block's rows alike ``(1, heads, rows, ...)``, for all blocks."""
+        return rows if self.depth == 1 else rows[0][:, None].expand(-1, self.depth, *rows.shape[2:])
+
+    def keys(self, number: int, tensor: Tensor, heads: int, scratch: Scratch) -> Tensor:
+        """Keys or values of part ``number``: ``(heads, depth, m, dim)``, or the single block's."""
         part, step = self.block.parts[number], self.steps[number]
         if self.depth == 1:
             return part.take(tensor, heads)
-        seen = expand_heads(tensor[:, :, part.kv_start : part.kv_stop + (self.depth - 1) * step], heads)
-        return _piled(seen, self.depth, part.kv_stop - part.kv_start, step)
-
-    def pile(self, term: Tensor) -> Tensor:
-        """What is added to the scores of each block ``(1, heads, rows, m)``, for all of them."""
-        return term if self.depth == 1 else term.expand(self.depth, -1, -1, -1)
-
-    def rows(self, piled: Tensor) -> Tensor:
-        """``(depth, heads, rows, ...)`` as rows of the sample, ``(1, heads, depth * rows, ...)``."""
-        return piled if self.depth == 1 else piled.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
+        seen = tensor[:, :, part.kv_start : part.kv_stop + (self.depth - 1) * step]
+        seen = expand_heads(scratch.close(seen), heads)[0]
+        if step == 0:
+            return seen[:, None].expand(-1, self.depth, -1, -1)
+        return seen.unfold(1, part.kv_stop - part.kv_start, step).transpose(2, 3)
 
 
-def _piled(tensor: Tensor, depth: int, length: int, step: int) -> Tensor:
-    """``depth`` overlapping pieces of ``(1, heads, n, dim)``, ``step`` rows apart, one on top of the other: a view."""
-    return tensor.expand(depth, -1, -1, -1) if step == 0 else tensor[0].unfold(1, length, step).permute(1, 0, 3, 2)
+class Scratch:
+    """Memory for keys or values whose rows lie apart, as projections leave those of a head.
+
+    Each block of a stack reads most of what the one before it did: side by side, it stays in the cache.
+    """
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def close(self, tensor: Tensor) -> Tensor:
+        """The rows of ``(..., n, dim)`` side by side, until the next call."""
+        if tensor.stride(-2) == tensor.shape[-1]:
+            return tensor
+        if self._memory is None or self._memory.numel() < tensor.numel():
+            self._memory = torch.empty(tensor.numel(), dtype=tensor.dtype)
+        return self._memory[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
 def stacks(attention: Attention, segments: list[int]) -> Iterator[Stack]:

@@ -8,7 +8,7 @@ import torch
 import attnzoo
 from attnzoo import Attention, Causal, Chunks, Full, RelativeBias, Segment, Window
 from attnzoo.backends import flash_cpu
-from attnzoo.backends.stacks import stacks
+from attnzoo.backends.stacks import Scratch, stacks
 from attnzoo.patterns import Pattern
 from attnzoo.registry import make_backend
 
@@ -32,18 +32,38 @@ def test_the_inside_of_a_window_is_one_stack():
     assert max(found) >= 5 and sum(found) == 10
 
 
-def test_a_stack_covers_its_blocks_in_place():
+@pytest.mark.parametrize("apart", [False, True], ids=["rows side by side", "rows apart"])
+def test_a_stack_covers_its_blocks(apart):
     attention = windowed()
     stack = max(stacks(attention, [0]), key=lambda stack: stack.depth)
     query, key = attention.query[:1], attention.segments[0].key[:1]
-    queries, keys = stack.queries(query), stack.keys(0, key, 2)
-    assert keys.data_ptr() == key[:, :, stack.block.parts[0].kv_start].data_ptr(), "a view"
+    if apart:  # as projections leave those of a head
+        query, key = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (query, key))
+    queries, keys = stack.queries(query), stack.keys(0, key, 2, Scratch())
+    assert queries.untyped_storage().data_ptr() == query.untyped_storage().data_ptr(), "a view"
+    assert (keys.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()) == (not apart)
+    assert keys.stride(-2) == keys.shape[-1]
     for number in range(stack.depth):
         q, k = (block.q_start + number * stack.steps[0] for block in (stack.block, stack.block))
         k += stack.block.parts[0].kv_start - stack.block.q_start
-        assert torch.equal(queries[number], query[0, :, q : q + 32])
-        assert torch.equal(keys[number], key[0, :, k : k + 112])
-    assert torch.equal(stack.rows(queries), stack.whole().take(query))
+        assert torch.equal(queries[:, number], query[0, :, q : q + 32])
+        assert torch.equal(keys[:, number], key[0, :, k : k + 112])
+    written = torch.zeros_like(query)
+    stack.put(written, queries)
+    first, last = stack.whole()[:2]
+    assert torch.equal(written[:, :, first:last], query[:, :, first:last])
+    assert not written[:, :, :first].any() and not written[:, :, last:].any()
+
+
+def test_memory_for_keys_is_taken_once():
+    scratch = Scratch()
+    given = [torch.randn(2, n, 3, 4).transpose(1, 2) for n in (9, 5, 9)]
+    places = set()
+    for tensor in given:
+        close = scratch.close(tensor)
+        assert torch.equal(close, tensor) and close.is_contiguous()
+        places.add(close.data_ptr())
+    assert len(places) == 1
 
 
 def test_what_looks_alike_depends_on_pattern_bias_and_masks():
@@ -111,8 +131,11 @@ CASES = {
 
 @pytest.mark.parametrize("make", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_stacked_blocks_agree_with_the_definition(make, batch):
+@pytest.mark.parametrize("apart", [False, True], ids=["rows side by side", "rows apart"])
+def test_stacked_blocks_agree_with_the_definition(make, batch, apart):
     query, key, value = tensors(batch)
+    if apart:
+        query, key, value = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (query, key, value))
     seen = torch.ones(batch, 300, dtype=torch.bool)
     seen[-1, 150:160] = False
     attention = Attention(query, tuple(make(key, value, seen)), 0.3)
