@@ -19,8 +19,8 @@ backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
 STEPS = 30
 
 
-def load(family, dtype=torch.float32, **changes):
-    return getattr(transformers, RECIPES[family].cls).from_pretrained(HERE / family, dtype=dtype, **changes).eval()
+def load(family, dtype=torch.float32):
+    return getattr(transformers, RECIPES[family].cls).from_pretrained(HERE / family, dtype=dtype).eval()
 
 
 def held_out(family, batch=4):
@@ -52,17 +52,15 @@ def test_perplexity_is_the_originals_to_four_digits(family, backend):
     assert f"{patched:.4g}" == f"{original:.4g}" or patched == pytest.approx(original, rel=1e-5)
 
 
-def fine_tune(family, backend, dtype=torch.float32, choices=None):
+def fine_tune(family, backend, dtype=torch.float32, choices=None, rate=0.01):
     """Losses and final parameters of 30 steps of plain SGD on the text, and the random choices of the run.
 
-    What jumps sends runs apart for a rounding: hash buckets are those of ``choices``, if given, and the family that
-    hashes gets a smooth activation in place of its ReLU.
+    Hash buckets are those of ``choices``, if given: a rounding may move a token into another one.
     """
-    hashes = family == "reformer"
-    model = load(family, dtype, **({"hidden_act": "gelu"} if hashes else {})).train()
+    model = load(family, dtype).train()
     sites = {found.name: (found.module, found.seam.replay) for found in find_sites(model) if found.seam.replay}
     handle = attnzoo.patch(model, backend) if backend else None
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01 if hashes else 0.05)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     generator, losses = torch.Generator().manual_seed(3), []
     with recording(sites) if choices is None else replaying(model, choices) as made:
         for _ in range(STEPS):
@@ -72,29 +70,46 @@ def fine_tune(family, backend, dtype=torch.float32, choices=None):
             optimizer.step()
             losses.append(loss.detach())
     assert handle is None or all(site.calls >= STEPS for site in handle.sites)
-    parameters = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-    return torch.stack(losses), parameters, made
+    return torch.stack(losses), parameters_of(model), made
+
+
+def parameters_of(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 @families
 def test_thirty_steps_of_fine_tuning_are_the_originals(family):
-    *original, choices = fine_tune(family, None)
-    assert (family == "reformer") == bool(choices)
-    eager, fused = (fine_tune(family, backend, choices=choices) for backend in ("eager", "sdpa"))
-    reference = fine_tune(family, "eager", torch.float64, choices)
-    candidates = [fused, original]
-    if family == "reformer":
-        # Its own float32 is off by tenths of a percent for tokens that see only themselves, as it hides them with -1e5:
-        # other runs are nearer to the reference than it is. In float64 it is exact.
-        candidates = [fused]
-        exact = fine_tune(family, None, torch.float64, choices)
-        torch.testing.assert_close(exact[1], reference[1], rtol=0.0, atol=1e-10)
-        torch.testing.assert_close(exact[0], reference[0], rtol=1e-6, atol=0.0)  # the loss is computed in float32
+    # Steps are so small that no loss goes up and away: then roundings would grow with it, the original's own too. On
+    # which side of a ReLU's corner they fall matters less, the smaller the steps are.
+    hashes = family == "reformer"
+    rate = 0.003 if hashes else 0.01
+    *original, choices = fine_tune(family, None, rate=rate)
+    assert hashes == bool(choices)
+    eager, fused = (fine_tune(family, backend, choices=choices, rate=rate) for backend in ("eager", "sdpa"))
+    reference = fine_tune(family, "eager", torch.float64, choices, rate)
+    # Reformer's own float32 is off by tenths of a percent for tokens that see only themselves, as it hides them with
+    # -1e5: others are nearer to the reference than it is, which in float64 is what it computes (see below).
+    candidates, plain = ([eager, fused], original) if hashes else ([fused, original], eager)
     for what, k, index in (("losses", FORWARD, 0), ("parameters", GRADIENT, 1)):
         for run in candidates:
-            verdict = check(what, run[index], reference[index], eager[index], k)
+            verdict = check(what, run[index], reference[index], plain[index], k)
             assert verdict.ok, str(verdict)
-    start = torch.cat([parameter.detach().flatten() for parameter in load(family).parameters()])
-    moved = (original[1] - start).abs().max()
+    moved = (original[1] - parameters_of(load(family))).abs().max()
     assert moved > 1e-3, "and it is training"
-    assert moved > 100 * (fused[1] - original[1]).abs().max(), "training moves them far more than they differ"
+    assert moved > (50 if hashes else 100) * (fused[1] - original[1]).abs().max(), "far more than they differ"
+
+
+def test_thirty_steps_of_the_family_that_hashes_with_nothing_replayed():
+    """Patched and original each hash for themselves, in float64, where no rounding sends a token elsewhere."""
+    original, *patched = (fine_tune("reformer", backend, torch.float64) for backend in (None, "eager", "sdpa"))
+    for run in patched:
+        for what, k, index in (("losses", FORWARD, 0), ("parameters", GRADIENT, 1)):
+            verdict = check(what, run[index], original[index], original[index], k)  # a few roundings, no more
+            assert verdict.ok, str(verdict)
+        for name, calls in original[2].items():
+            assert len(run[2][name]) == len(calls) == 2 * STEPS
+            assert all(
+                torch.equal(ours["buckets"], own["buckets"]) for ours, own in zip(run[2][name], calls, strict=True)
+            )
+    moved = (original[1] - parameters_of(load("reformer"))).abs().max()
+    assert moved > 1e-3, "and it is training"
