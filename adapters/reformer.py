@@ -18,7 +18,9 @@ Decisions:
   slice by slice (``reformer_local``): what the model computes, less of it at a time.
 - Padding. Padding queries get zeros, and so do tokens of local attention that see nothing.
 - Decoding with the cache shows a token what the model shows it, without causal or padding mask: with several samples,
-  the model looks up the cached states of the first for all of them, and so do we.
+  the model looks up the cached states of the first for all of them, and so do we. So a token sees the padding of its
+  prompt, too, where a call had one (``generate`` hands no mask on): zeros went into it, where the model has leftovers.
+- ``output_attentions`` in training gives tokens that see only themselves their whole weight, dropped or not.
 - ``output_attentions`` gives the layout of the model: weights within each chunk's neighbourhood, in sorted order,
   normalised per round.
 """
