@@ -53,7 +53,7 @@ def test_perplexity_is_the_originals_to_four_digits(family, backend):
 
 
 def fine_tune(family, backend, dtype=torch.float32, choices=None, rate=0.01):
-    """Losses and final parameters of 30 steps of plain SGD on the text, and the random choices of the run.
+    """Losses and final parameters of 30 steps of SGD on the text, gradients clipped, and the random choices of the run.
 
     Hash buckets are those of ``choices``, if given: a rounding may move a token into another one.
     """
@@ -67,6 +67,7 @@ def fine_tune(family, backend, dtype=torch.float32, choices=None, rate=0.01):
             loss = model(**RECIPES[family].inputs(windows(2, LENGTH, True, generator))).loss
             optimizer.zero_grad()
             loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             losses.append(loss.detach())
     assert handle is None or all(site.calls >= STEPS for site in handle.sites)
@@ -79,10 +80,10 @@ def parameters_of(model):
 
 @families
 def test_thirty_steps_of_fine_tuning_are_the_originals(family):
-    # Steps are so small that no loss goes up and away: then roundings would grow with it, the original's own too. On
-    # which side of a ReLU's corner they fall matters less, the smaller the steps are.
+    # Training is stable, as the assertion on the budget says: where losses go up and away, roundings grow with them,
+    # and a budget made of them says nothing. On which side of a ReLU's corner they fall matters less in small steps.
     hashes = family == "reformer"
-    rate = 0.003 if hashes else 0.01
+    rate = 0.004 if hashes else 0.01
     *original, choices = fine_tune(family, None, rate=rate)
     assert hashes == bool(choices)
     eager, fused = (fine_tune(family, backend, choices=choices, rate=rate) for backend in ("eager", "sdpa"))
@@ -94,9 +95,10 @@ def test_thirty_steps_of_fine_tuning_are_the_originals(family):
         for run in candidates:
             verdict = check(what, run[index], reference[index], plain[index], k)
             assert verdict.ok, str(verdict)
+            assert verdict.budget < 1e-3 * verdict.scale, "which is one of roundings"
     moved = (original[1] - parameters_of(load(family))).abs().max()
     assert moved > 1e-3, "and it is training"
-    assert moved > (50 if hashes else 100) * (fused[1] - original[1]).abs().max(), "far more than they differ"
+    assert moved > 20 * (fused[1] - original[1]).abs().max(), "far more than they differ"
 
 
 def test_thirty_steps_of_the_family_that_hashes_with_nothing_replayed():
