@@ -18,13 +18,17 @@ from attnzoo.errors import InvalidArgumentError
 INTRODUCTION = """\
 # Results
 
-Made by `make docs-results` from the JSON under `benchmarks/results/`, a folder for each machine; do not edit.
+Made by `make docs-results` from the JSON under `benchmarks/results/`, a folder for each machine and the state it was in;
+do not edit.
 
 Each line is one contender of a shootout against the original model in the same run, after its correctness gate. *Time*
 is the median of runs that take turns with those of the other contenders, with the fastest and the slowest of them.
 *Speed* is the original's median over it, *memory* its extra peak over the original's. Scope `attention` is one module's
-time less that of its projections. Where the original fills gigabytes, its time is largely the machine's to hand out
-memory, which differs between machines more than arithmetic does: compare lines of one machine, not machines."""
+time less that of its projections.
+
+Where the original fills gigabytes, much of its time is the machine's to hand out memory. On a virtual machine that had
+just started, originals took twice their later time or more, and contenders that need little memory took no longer: folders
+whose name ends in `just-started` are from there and flatter the latter. Compare lines of one folder."""
 _COLUMNS = ("S", "contender", "kernel executed", "time", "speed", "peak", "memory")
 _RIGHT = {"S", "time", "speed", "peak", "memory"}
 
@@ -41,13 +45,13 @@ def page(folder: Path) -> str:
     files = sorted(folder.glob("*/*.json"))
     if not files:
         raise InvalidArgumentError("folder", f"{folder}, with no JSON a folder below it", "results by machine")
-    lines, machine = [INTRODUCTION], None
+    lines, machine = [INTRODUCTION], ""
     for path in files:
         found = Shootout.read(path)
         if not found.ok:
             raise InvalidArgumentError("folder", f"{path}, which has red or failed rows", "results with green gates")
-        if machine != (machine := _machine(found)):
-            lines += ["", f"## {machine}"]
+        if machine != (machine := f"## `{path.parent.name}`: {_machine(found)}"):
+            lines += ["", machine]
         for family, scope, mode in dict.fromkeys((row.family, row.scope, row.mode) for row in found.rows):
             rows = [row for row in found.rows if (row.family, row.scope, row.mode) == (family, scope, mode)]
             lines += ["", f"### {family}, {scope}, {mode}", "", f"`{command(found)}`", "", *_table(rows)]

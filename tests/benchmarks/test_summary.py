@@ -51,7 +51,7 @@ def test_every_line_is_a_row(shootout, tmp_path):
     text = summary.page(tmp_path)
     lines = [line for line in text.splitlines() if line.startswith("| 40 |")]
     assert [line.split(" | ")[1] for line in lines] == ["original", "`sdpa`"], "absent has no numbers"
-    assert f"## {found.versions['cpu']}" in text and "### tiny, model, forward" in text
+    assert f"## `one`: {found.versions['cpu']}" in text and "### tiny, model, forward" in text
 
 
 def test_red_rows_are_no_results(shootout, tmp_path):
