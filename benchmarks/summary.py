@@ -18,8 +18,7 @@ from attnzoo.errors import InvalidArgumentError
 INTRODUCTION = """\
 # Results
 
-Made by `make docs-results` from the JSON under `benchmarks/results/`, a folder for each machine and the state it was in;
-do not edit.
+Made by `make docs-results` from the JSON under `benchmarks/results/`, a folder for each machine and state; do not edit.
 
 Each line is one contender of a shootout against the original model in the same run, after its correctness gate. *Time*
 is the median of runs that take turns with those of the other contenders, with the fastest and the slowest of them.
@@ -27,8 +26,8 @@ is the median of runs that take turns with those of the other contenders, with t
 time less that of its projections.
 
 Where the original fills gigabytes, much of its time is the machine's to hand out memory. On a virtual machine that had
-just started, originals took twice their later time or more, and contenders that need little memory took no longer: folders
-whose name ends in `just-started` are from there and flatter the latter. Compare lines of one folder."""
+just started, originals took twice their later time or more, and contenders that need little memory took no longer:
+folders whose name ends in `just-started` are from there and flatter the latter. Compare lines of one folder."""
 _COLUMNS = ("S", "contender", "kernel executed", "time", "speed", "peak", "memory")
 _RIGHT = {"S", "time", "speed", "peak", "memory"}
 

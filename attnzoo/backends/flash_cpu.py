@@ -1,7 +1,8 @@
 """Blocked union attention on PyTorch's CPU FlashAttention kernel, forward and backward.
 
 Each block of queries attends to each of its parts with the kernel, which returns ``(out, lse)``; parts are united by
-log-sum-exp (:mod:`attnzoo.union`). Keys and values are read in place: a part is a view, nothing is gathered or copied.
+log-sum-exp (:mod:`attnzoo.union`). Parts are views of keys and values; of blocks that look alike, which read the same
+keys many times, the rows are laid side by side first (:mod:`attnzoo.backends.stacks`).
 Saved for the backward are the inputs, the output and ``lse``; each part's backward gets the final out and lse.
 
 The kernel behind ``scaled_dot_product_attention`` on the CPU does not hand out its ``lse`` through a public function,

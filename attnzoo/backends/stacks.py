@@ -1,7 +1,7 @@
 """Blocks of queries that look alike, stacked, so that one kernel call does many of them.
 
 Away from the ends of a sequence each block of a window sees as many keys, as far away, under the same mask as the
-block before it. Such blocks are views into the same tensors, a few rows further on: they can be the batch of a call.
+block before it. Such blocks are views into the same tensors, a few rows further on: they can go in one call.
 """
 
 from __future__ import annotations
