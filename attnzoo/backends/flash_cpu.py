@@ -173,7 +173,7 @@ class _Calls:
         call = stack.flat() if term is None and stack.steps[number] == 0 else stack
         key, value = (
             call.keys(number, self._keys_values[place][sample], self._attention.heads, scratch)
-            for place, scratch in zip(self._places[2 * part.segment :], self._scratch, strict=False)
+            for place, scratch in zip(self._places[2 * part.segment :][:2], self._scratch, strict=True)
         )
         out, lse = getattr(_operators, _FORWARD)(
             *(call.queries(query[sample]), key, value, 0.0, False),

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from attnzoo.backends.blocks import Block, Masks, block_at, block_size, blocks
@@ -97,7 +96,7 @@ class Scratch:
         if tensor.stride(-2) == tensor.shape[-1]:
             return tensor
         if self._memory is None or self._memory.numel() < tensor.numel():
-            self._memory = torch.empty(tensor.numel(), dtype=tensor.dtype)
+            self._memory = tensor.new_empty(tensor.numel())  # on the CPU, whatever device is the default
         return self._memory[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
 

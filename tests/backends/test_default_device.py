@@ -34,6 +34,15 @@ def test_a_check_passes_whatever_the_default_device(case, name, options):
     assert report.ok, report
 
 
+def test_keys_whose_rows_lie_apart():
+    """Blocks that look alike have them laid side by side, in memory of their own."""
+    query, key, value = (torch.randn(1, 600, 2, 8).transpose(1, 2) for _ in range(3))
+    whole = attnzoo.Attention(query, (attnzoo.Segment(key, value, attnzoo.Window(32, 32)),), 0.3)
+    with torch.device("meta"):
+        report = check_site("case", whole, make_backend("sdpa"), grad=True, max_rows=20)
+    assert report.ok, report
+
+
 def test_plain_operations_on_several_passes():
     whole = Case(pattern=HashedChunks(5), dropout=0.25).attention()
     with torch.device("meta"):
