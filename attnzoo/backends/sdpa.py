@@ -146,25 +146,53 @@ def _call(
     return output, live, _NAMES[kernel]
 
 
-_switching = threading.RLock()
+class _Switches:
+    """PyTorch's switches of kernels, which are the process's: other threads' models meet them.
+
+    Calls that rely on them as they are run side by side; who sets them waits for those, runs alone, and puts them back.
+    """
+
+    def __init__(self) -> None:
+        self._free, self._relied_on = threading.Condition(), 0
+
+    @contextmanager
+    def as_they_are(self) -> Iterator[None]:
+        with self._free:
+            self._relied_on += 1
+        try:
+            yield
+        finally:
+            with self._free:
+                self._relied_on -= 1
+                self._free.notify_all()
+
+    @contextmanager
+    def set_to(self, kernel: SDPBackend) -> Iterator[None]:
+        with self._free:
+            self._free.wait_for(lambda: self._relied_on == 0)
+            with sdpa_kernel(kernel):
+                yield
+
+
+_switches = _Switches()
 
 
 @contextmanager
 def _enforced(kernel: SDPBackend, query: Tensor, key: Tensor, value: Tensor, terms: dict[str, Any]) -> Iterator[None]:
     """Within, PyTorch takes this kernel for this call, or raises.
 
-    Kernels are switched on and off for the whole process: other threads' models would meet the switches, and of two
-    threads that set them and put them back, one puts back the other's. So they are touched only where PyTorch would
-    take another kernel of its own accord, and by one thread at a time.
+    Its switches are touched only where it would take another one of its own accord.
     """
     if torch.compiler.is_compiling():  # torch.compile traces neither a choice nor a lock; it sets the switches itself
         with sdpa_kernel(kernel):
             yield
-    elif _own_choice(query, key, value, terms) == kernel:
-        yield
-    else:
-        with _switching, sdpa_kernel(kernel):
+        return
+    with _switches.as_they_are():
+        if _own_choice(query, key, value, terms) == kernel:
             yield
+            return
+    with _switches.set_to(kernel):
+        yield
 
 
 def _own_choice(query: Tensor, key: Tensor, value: Tensor, terms: dict[str, Any]) -> SDPBackend | None:

@@ -87,24 +87,29 @@ def test_what_pytorch_takes_by_itself_is_not_switched_on(monkeypatch, way):
     execute(sdpa.SdpaBackend(), WAYS[way][0].attention())
 
 
-def test_threads_switch_kernels_one_at_a_time(monkeypatch):
+@pytest.mark.parametrize("switching", [{0.0, 0.25}, {0.25}], ids=["all", "some"])
+def test_who_switches_kernels_is_alone(monkeypatch, switching):
     """Of two at once, one would put back what the other had set: kernels stayed off for good, for everybody."""
-    monkeypatch.setattr(sdpa, "_own_choice", lambda *args: None)
-    attend, within, most = torch.nn.functional.scaled_dot_product_attention, [], []
+    own, attend, within, met = sdpa._own_choice, torch.nn.functional.scaled_dot_product_attention, [], []
+
+    def choice(query, key, value, terms):
+        return None if terms["dropout_p"] in switching else own(query, key, value, terms)
 
     def slowly(*args, **kwargs):
-        within.append(args)
-        most.append(len(within))
+        within.append(kwargs["dropout_p"])
+        met.append(tuple(within))
         time.sleep(0.02)
-        within.pop()
+        met.append(tuple(within))
+        within.remove(kwargs["dropout_p"])
         return attend(*args, **kwargs)
 
+    monkeypatch.setattr(sdpa, "_own_choice", choice)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", slowly)
-    attentions = [Case(dropout=dropout).attention() for dropout in (0.0, 0.25, 0.0, 0.25)]
+    attentions = [Case(dropout=dropout).attention() for dropout in (0.0, 0.25) * 3]
     with ThreadPoolExecutor(len(attentions)) as threads:
         kernels = [done.kernel for done in threads.map(partial(execute, sdpa.SdpaBackend()), attentions)]
-    assert kernels == ["flash", "math"] * 2
-    assert set(most) == {1}
+    assert kernels == ["flash", "math"] * 3
+    assert not [calls for calls in met if len(calls) > 1 and switching & set(calls)]
     assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
 
 
