@@ -14,11 +14,12 @@ from attnzoo.segments import describe
 MODULE = "transformers.models.reformer.modeling_reformer"
 
 
-def _real(attention_mask: Tensor) -> Tensor | None:
+def where_real(attention_mask: Tensor) -> Tensor | None:
+    """Where a mask is not 0; None: nowhere is it."""
     if attention_mask.is_floating_point() and bool(attention_mask.isnan().any()):
         raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)} with NaN in it", "no NaN")
-    real = attention_mask.bool()
-    return None if bool(real.all()) else real
+    found = attention_mask.bool()
+    return None if bool(found.all()) else found
 
 
 def real_tokens(attend: Attend, attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
@@ -27,7 +28,7 @@ def real_tokens(attend: Attend, attention_mask: Tensor | None, batch: int, lengt
         return None
     if tuple(attention_mask.shape) != (batch, length):
         raise InvalidArgumentError("attention_mask", describe(attention_mask), f"({batch}, {length}), 0 for padding")
-    return attend.once(attention_mask, "real", _real)
+    return attend.once(attention_mask, "real", where_real)
 
 
 def cached(module: Any, past_buckets_states: Any, batch: int) -> tuple[Tensor, Tensor] | None:

@@ -22,6 +22,7 @@ from attnzoo.adapters.reformer_layout import (
     real_tokens,
     refuse_unknown,
     steps_ahead,
+    where_real,
     with_own_token,
 )
 from attnzoo.errors import InvalidArgumentError
@@ -65,10 +66,8 @@ class LSHForward:
             if length > 1:
                 raise InvalidArgumentError("hidden_states", f"{length} tokens on a filled cache", "one token at a time")
             past_buckets, states = past
-            # A mask is for hashing: of the new token, or of all of them, where they have no buckets yet.
-            alone = past_buckets.numel() > 0 or (attention_mask is not None and attention_mask.shape[1:] == (1,))
-            real_tokens(self._attend, attention_mask, batch, 1 if alone else states.shape[1] + 1)
-            one = (hidden_states, attention_mask, hashes, wanted, states)
+            lengths = (1,) if past_buckets.numel() else (1, states.shape[1] + 1)
+            one = (hidden_states, _mask_of_step(attention_mask, batch, lengths), hashes, wanted, states)
             output, weights, buckets = self._decode(*one, past_buckets) if past_buckets.numel() else self._extend(*one)
         else:
             query = split_heads(module.query_key(hidden_states), module.attention_head_size)
@@ -247,6 +246,16 @@ class LSHForward:
             for tensor in (result.probabilities[0], result.dropped[0], own)
         )
         return output, with_own_token(kept, weights.sum(-1, keepdim=True), own), buckets
+
+
+def _mask_of_step(attention_mask: Tensor | None, batch: int, lengths: tuple[int, ...]) -> Tensor | None:
+    """What hashing goes by: the new token's mask, or that of all where none has a bucket; None if it hides nothing."""
+    if attention_mask is None or where_real(attention_mask) is None:
+        return None
+    if tuple(attention_mask.shape) not in [(batch, length) for length in lengths]:
+        allowed = " or ".join(str((batch, length)) for length in lengths)
+        raise InvalidArgumentError("attention_mask", describe(attention_mask), f"{allowed}, 0 for padding")
+    return attention_mask
 
 
 def _rounds(hashes: Any) -> int:

@@ -105,9 +105,15 @@ def test_several_tokens_on_a_filled_cache_are_refused(kind):
 
 
 MASK = "attention_mask"
+
+
+def hiding(length):
+    return (torch.arange(length) > 0).long().expand(2, -1)
+
+
 BAD_STEPS = {
-    "a mask of all tokens": ("lsh", 9, {MASK: torch.ones(2, 10)}, r"attention_mask: got .2, 10.*allowed: .2, 1."),
-    "a mask of other tokens": ("lsh", 3, {MASK: torch.ones(2, 5)}, r"attention_mask: got .2, 5.*allowed: .2, 4."),
+    "a mask of all tokens": ("lsh", 9, {MASK: hiding(10)}, r"attention_mask: got .2, 10.*allowed: .2, 1., 0 for"),
+    "a mask of other tokens": ("lsh", 3, {MASK: hiding(5)}, r"attention_mask: got .2, 5.*allowed: .2, 1. or .2, 4., 0"),
     "NaN": ("lsh", 9, {MASK: torch.full((2, 1), math.nan)}, r"attention_mask: got .* with NaN"),
     "other hashes": ("lsh", 9, dict(num_hashes=3), r"num_hashes: got 3; allowed: 2, as past_buckets_states"),
     **{
@@ -124,6 +130,18 @@ def test_a_step_that_does_not_fit_its_cache_is_named(kind, prompt, changes, mess
         past = model(ids(2, prompt), use_cache=True).past_buckets_states
         with pytest.raises(InvalidArgumentError, match=message):
             model(**{"input_ids": ids(2, 1), "past_buckets_states": past, "use_cache": True, **changes})
+
+
+@pytest.mark.parametrize(("prompt", "length"), [(9, 10), (3, 4), (3, 5)])
+def test_a_mask_that_hides_nothing_is_no_mask_of_a_step(prompt, length):
+    """Loops of one's own hand the growing mask of all tokens to every step; the original looks at what it hides."""
+    model = reformer(attn_layers=["lsh"])
+    step = dict(input_ids=ids(2, 1), attention_mask=torch.ones(2, length), use_cache=True)
+    with torch.no_grad():
+        past = model(ids(2, prompt), use_cache=True).past_buckets_states
+        expected = model(past_buckets_states=copy.deepcopy(past), **step).logits
+        with attnzoo.patch(model, "eager"):
+            torch.testing.assert_close(model(past_buckets_states=past, **step).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_decoding_from_a_short_prompt_derives_a_number_of_buckets_where_the_original_fails():
