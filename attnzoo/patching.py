@@ -144,7 +144,7 @@ def patch(
 
     Raises:
         InvalidArgumentError, UnknownNameError: a bad argument.
-        PatchError: no site is reached, or one of the globs decides nothing.
+        PatchError: no site is reached, or none by one of the globs, or one stands behind a wider one.
         DriftError: the model's code is not what the adapter was verified against.
         BackendRefusedError: a site will ask what the backend cannot do (unless ``fallback="native"``).
         Whatever is raised, nothing was changed.
@@ -268,12 +268,12 @@ def _assign(sites: list[Found], backend: str | Backend | Mapping[str, str | Back
         matched[glob] = {name for name in names if fnmatch.fnmatchcase(name, glob)}
         if not matched[glob]:
             raise PatchError(f"backend: got glob {glob!r}, which matches no site; allowed: one that does of {names}")
-        wider = next((other for other in matched if matched[glob] < matched[other]), None)
-        if wider is not None:
-            raise PatchError(
-                f"backend: got glob {glob!r} behind {wider!r}, which matches all its sites and decides first; allowed: "
-                "narrower globs before wider ones"
-            )
+        for first in [one for one in matched if one != glob]:
+            if matched[glob] <= matched[first] and not fnmatch.fnmatchcase(first, glob):  # then it is for the rest
+                raise PatchError(
+                    f"backend: got glob {glob!r} behind {first!r}, which matches all its sites and decides first; "
+                    "allowed: narrower globs before wider ones"
+                )
     return [
         (found, name)
         for found in sites
