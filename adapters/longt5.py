@@ -235,21 +235,18 @@ def _bind_transient(module: Any, attend: Attend) -> Forward:
     return partial(_transient_forward, module, attend)
 
 
-def _requests(module: Any, tables: dict[str, Pattern]) -> tuple[Request, ...]:
+def _requests(module: Any, *patterns: Pattern) -> tuple[Request, ...]:
     heads = module.n_heads
-    segments = (
-        SegmentRequest(pattern, heads, key_mask=True, bias="relative", bias_grad=learns(module, table))
-        for table, pattern in tables.items()
-    )
+    segments = (SegmentRequest(pattern, heads, key_mask=True, bias="relative") for pattern in patterns)
     return request(module, *segments)
 
 
 def _local_requests(module: Any) -> tuple[Request, ...]:
-    return _requests(module, {_TABLE: _window(module)})
+    return _requests(module, _window(module))
 
 
 def _transient_requests(module: Any) -> tuple[Request, ...]:
-    return _requests(module, {_TABLE: _window(module), _SIDE_TABLE: Full()})
+    return _requests(module, _window(module), Full())
 
 
 def _check_encoder(module: Any) -> None:
@@ -315,6 +312,7 @@ def _decoder_seam(pattern: str, when: Callable[[Any], bool]) -> Seam:
         bind=bind_decoder,
         describe=lambda module: pattern,
         requests=decoder_requests,
+        learns=lambda module: learns(module, _TABLE),
         dropout=_dropout,
         check=check_decoder,
         native_probabilities=native_probabilities,
@@ -333,6 +331,7 @@ LONGT5 = Adapter(
             bind=_bind_local,
             describe=lambda module: f"window {module.local_radius} + {module.local_radius}, relative bias",
             requests=_local_requests,
+            learns=lambda module: learns(module, _TABLE),
             dropout=_dropout,
             check=_check_encoder,
             verified=_verified(_LOCAL),
@@ -346,6 +345,7 @@ LONGT5 = Adapter(
                 "relative biases"
             ),
             requests=_transient_requests,
+            learns=lambda module: learns(module, _TABLE, _SIDE_TABLE),
             dropout=_dropout,
             check=_check_encoder,
             verified=_verified(_TRANSIENT),

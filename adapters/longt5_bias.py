@@ -55,9 +55,10 @@ def check_buckets(module: Any) -> None:
         )
 
 
-def learns(module: Any, table: str) -> bool:
-    """Whether the module has the table, and it is not frozen."""
-    return bool(module.has_relative_attention_bias and getattr(module, table).weight.requires_grad)
+def learns(module: Any, *tables: str) -> bool:
+    """Whether the module has the tables, and they are not all frozen."""
+    trained = (getattr(module, table).weight.requires_grad for table in tables)
+    return bool(module.has_relative_attention_bias) and any(trained)
 
 
 def bucketed(module: Any, table: str, reach: int) -> Tensor:

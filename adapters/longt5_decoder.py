@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.adapter import Attend, Forward, parameter_of
-from attnzoo.adapters.longt5_bias import bucketed, check_buckets, learns, side_reach
+from attnzoo.adapters.longt5_bias import bucketed, check_buckets, side_reach
 from attnzoo.bias import Bias, DenseBias, RelativeBias
 from attnzoo.errors import BackendRefusedError
 from attnzoo.functional import compute_dtype
@@ -126,12 +126,10 @@ def request(module: Any, *segments: SegmentRequest) -> tuple[Request, ...]:
 
 def decoder_requests(module: Any) -> tuple[Request, ...]:
     """What a decoder site will ask of its backend."""
-    bias, trained = ("relative", learns(module, _TABLE)) if module.is_causal else (None, False)
+    bias = "relative" if module.is_causal else None
     patterns: tuple[Pattern, ...] = (Causal(offset=0), Full()) if module.is_causal else (Full(cross=True),)
     return tuple(
-        one
-        for pattern in patterns
-        for one in request(module, SegmentRequest(pattern, module.n_heads, True, bias=bias, bias_grad=trained))
+        one for pattern in patterns for one in request(module, SegmentRequest(pattern, module.n_heads, True, bias=bias))
     )
 
 

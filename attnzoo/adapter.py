@@ -73,8 +73,8 @@ class Seam:
         cls: ``"package.module:Class"``; modules of exactly this class, or subclasses that keep its forward.
         bind: ``bind(module, attend)`` returns the forward that replaces the module's own.
         describe: the site's pattern, for people.
-        requests: what the module will ask of a backend, as far as its weights and configuration tell; ``bias_grad``
-            says that its bias is not frozen, in whatever mode the module is.
+        requests: what the module will ask of a backend, as far as its weights and configuration tell.
+        learns: whether the module has a bias of its own that is not frozen.
         dropout: the attention dropout the module applies in training.
         verified: ``{"package.module:Class.method": fingerprints}`` of the original functions this seam relies on.
         check: raises if the module is configured in a way the seam cannot serve.
@@ -96,6 +96,7 @@ class Seam:
     describe: Callable[[Any], str]
     verified: Mapping[str, tuple[str, ...]]
     requests: Callable[[Any], tuple[Request, ...]] = _no_requests
+    learns: Callable[[Any], bool] = lambda module: False
     dropout: Callable[[Any], float] = lambda module: 0.0
     check: Callable[[Any], None] = lambda module: None
     wants_probabilities: Callable[[Any, Mapping[str, Any]], bool] = _asks_for_probabilities

@@ -130,16 +130,9 @@ def expected_requests(
         grad: whether something will get a gradient, if that is known; None: if anything trains.
         sharers: :attr:`Found.sharers`, if they are at hand.
     """
-    module, requests = site.module, site.seam.requests(site.module)
-    learned = False  # a bias that one module makes for all that share it
+    module, learned = site.module, False
     if module.training if grad is None else grad:
-        together = site.sharers if sharers is None else sharers
-        learned = any(
-            segment.bias_grad
-            for one in together
-            for request in (requests if one is module else site.seam.requests(one))
-            for segment in request.segments
-        )
+        learned = any(map(site.seam.learns, site.sharers if sharers is None else sharers))  # one makes it for all
     if grad is None:
         grad = module.training and (learned or trains(module))
     dropout = module.training and site.seam.dropout(module) > 0.0
@@ -149,7 +142,7 @@ def expected_requests(
         dtype = autocast_dtype(request.dtype, request.device)
         return replace(request, dropout=dropout, grad=bool(grad), dtype=dtype, segments=tuple(segments))
 
-    return tuple(map(of_now, requests))
+    return tuple(map(of_now, site.seam.requests(module)))
 
 
 def expected_changes(backend: Backend, requests: tuple[Request, ...]) -> tuple[str, ...]:
