@@ -54,19 +54,18 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
     if any(attention_mask.shape[dim] not in (1, size) for dim, size in zip((0, 2, 3), sizes, strict=True)):
         fits = f"(1 or {batch}, heads or 1, {lengths[0]}, {lengths[1]}), or 1 in place of a length"
         raise InvalidArgumentError("attention_mask", describe(attention_mask), fits)
-    attention_mask = attention_mask.expand(-1, -1, *lengths)
     if attention_mask.dtype == torch.bool:
-        return ReadMask(*_structured(attention_mask, batch), None)
+        return ReadMask(*_structured(attention_mask.expand(-1, -1, *lengths), batch), None)
     if not attention_mask.is_floating_point():
         raise InvalidArgumentError("attention_mask", describe(attention_mask), allowed)
     if bool(attention_mask.isnan().any()):
         raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)} with NaN in it", allowed)
     visible = attention_mask > (torch.finfo(attention_mask.dtype).min / 2 if floor is None else floor)
     rest = attention_mask.masked_fill(~visible, 0.0)
-    bias = DenseBias(rest) if bool((rest != 0).any()) else None
-    if bias is not None and not bool(rest.isfinite().all()):
+    if not bool(rest.isfinite().all()):
         raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)} with +Inf in it", allowed)
-    return ReadMask(*_structured(visible, batch), bias)
+    bias = DenseBias(rest.expand(-1, -1, *lengths)) if bool((rest != 0).any()) else None
+    return ReadMask(*_structured(visible.expand(-1, -1, *lengths), batch), bias)
 
 
 def _structured(visible: Tensor, batch: int) -> tuple[Pattern, Tensor | None, Tensor | None]:
