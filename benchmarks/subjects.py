@@ -62,5 +62,5 @@ def subject(name: str, seq_len: int) -> tuple[nn.Module, dict[str, Any]]:
             model(**inputs)
     except Exception as error:  # configurations have many names for how many positions there are
         got = f"{seq_len}, on which {type(model).__name__} itself raises {type(error).__name__}: {error}"
-        raise InvalidArgumentError("seq-len", got, "as many tokens as the checkpoint has positions for") from error
+        raise InvalidArgumentError("seq-len", got, "a length that the model itself takes") from error
     return model, inputs

@@ -26,7 +26,7 @@ is the median of runs that take turns with those of the other contenders, with t
 time less that of its projections.
 
 Where the original fills gigabytes, much of its time is the machine's to hand out memory. On a virtual machine that had
-just started, originals took twice their later time or more, and contenders that need little memory took no longer:
+just started, originals took twice their later time or more, and contenders that need little memory hardly longer:
 folders whose name ends in `just-started` are from there and flatter the latter. Compare lines of one folder."""
 _COLUMNS = ("S", "contender", "kernel executed", "time", "speed", "peak", "memory")
 _RIGHT = {"S", "time", "speed", "peak", "memory"}
