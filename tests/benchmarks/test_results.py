@@ -135,7 +135,7 @@ def test_plans():
 
 def test_a_row_has_a_process_of_its_own():
     plan = Plan(families=("tiny",), backends=(), seq_lens=(40,), modes=(False,), rounds=2)
-    made = context(["transformers.models.led.modeling_led"])
+    made, random = context(["transformers.models.led.modeling_led"]), torch.get_rng_state()
     found = run(
         plan,
         launch=lambda contender, case: ProcessWorker(made, contender, case),
@@ -144,6 +144,7 @@ def test_a_row_has_a_process_of_its_own():
     original, dead = found.rows
     assert original.status == "ok" and len(original.runs) == 2, original.reason
     assert dead.status == "failed" and "exit code 3" in dead.reason and dead.seconds is None
+    assert torch.equal(torch.get_rng_state(), random), "nor is anything drawn here"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the high-water mark is Linux's")

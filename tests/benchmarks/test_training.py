@@ -49,6 +49,15 @@ def test_reversible_layers_train_without_dropout_on_the_published_positions() ->
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
+def test_a_number_of_buckets_is_never_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WORKLOADS, "derived", replace(TINY, published={**TINY.published, "num_buckets": None}))
+    subject = build(replace(case(32, False), family="derived"))
+    handle = subject.patch("sdpa")
+    subject.forward()
+    assert all(site.calls for site in handle.sites)
+    assert subject.module.config.num_buckets is None
+
+
 def test_the_shootout_trains_the_whole_model() -> None:
     plan = Plan(families=("tiny_reformer",), seq_lens=(32,), backends=("sdpa",), modes=(True,), rounds=1)
     rows = run(plan, launch=LocalWorker, check=lambda job: (True, "")).rows
