@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from attnzoo.benchmarks import source
+
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -153,6 +155,7 @@ def machine(device: str) -> dict[str, str]:
 
     found = {
         "attnzoo": attnzoo.__version__,
+        "source": source.installed(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
