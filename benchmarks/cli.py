@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def bench(
         require_matplotlib()
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     target = FOLDER / f"{'+'.join(plan.families)}-{plan.scope}-{stamp}.json" if json is None else json
+    os.environ.setdefault("KINETO_LOG_LEVEL", "4")  # PyTorch's profiler, the witness of a row, tells when it starts
     found = _run(plan)
     console = Console() if Console().is_terminal else Console(width=120)
     found.write(target)

@@ -167,9 +167,10 @@ def _gates(shootout: Shootout) -> list[Text]:
         )
     for verdict in shootout.end_to_end:
         word = "within the error rule" if verdict.status == status.OK else _VERDICTS[verdict.status]
+        what = "forward+backward" if verdict.gradients else "forward"
         lines.append(
             Text(
-                f"end to end, {verdict.family} at S={verdict.seq_len}, {verdict.backend}: {word}",
+                f"end to end, {verdict.family} at S={verdict.seq_len}, {verdict.backend}, {what}: {word}",
                 style=_STYLES.get(verdict.status, "dim"),
             )
         )

@@ -100,13 +100,22 @@ class Row:
 
 @dataclass(frozen=True)
 class EndToEnd:
-    """:func:`attnzoo.verify`'s verdict on a backend for a whole small model of the family."""
+    """:func:`attnzoo.verify`'s verdict on a backend for a whole small model of the family.
+
+    Attributes:
+        gradients: whether they were compared too; None in results from before this was told.
+    """
 
     family: str
     backend: str
     seq_len: int
     status: str
     report: str
+    gradients: bool | None = None
+
+    def bars(self, train: bool) -> bool:
+        """Whether rows of a mode show no numbers for it: who refuses gradients may well run without."""
+        return self.status != OK and (self.status != REFUSED or self.gradients is train)
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,7 @@ class Shootout:
     Attributes:
         plan: what was asked for.
         versions: versions and hardware.
-        end_to_end: one verdict per family and backend.
+        end_to_end: a verdict per family and backend; two for a backend that refuses gradients and not the rest.
         rows: one per case and contender, refused and skipped ones included.
         created: when, ISO 8601, UTC.
         seconds: how long it took in all.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from attnzoo import registry
@@ -163,7 +163,6 @@ def run(
     shares = [float(case.seq_len) * (3 if case.train else 1) for case in cases]
     gates = 0.1
     verdicts = _end_to_end(plan, chosen, check, lambda done, text: progress(gates * done, text))
-    barred = {(v.family, v.backend): v for v in verdicts if v.status != status.OK}
     found: list[Row] = []
     for number, case in enumerate(cases):
         start = gates + (1 - gates) * sum(shares[:number]) / sum(shares)
@@ -172,7 +171,7 @@ def run(
         def inside(done: float, text: str, start: float = start, share: float = share) -> None:
             progress(start + share * done, text)
 
-        found += _Cell(plan, case, versions, barred, launch, inside).run(chosen)
+        found += _Cell(plan, case, versions, verdicts, launch, inside).run(chosen)
     return Shootout(
         plan=json.loads(json.dumps(asdict(plan))),
         versions=versions,
@@ -189,13 +188,16 @@ def _end_to_end(plan: Plan, chosen: Iterable[Contender], check: Check, progress:
     pairs = [(family, name) for family in plan.families for name in names]
     for number, (family, name) in enumerate(pairs):
         progress(number / len(pairs), f"{family}: {name}, whole model against float64")
-        job = Verify(family, name, plan.verify_len, plan.dtype, plan.device, plan.threads, True in plan.modes)
-        try:
-            ok, report = check(job)
-            verdict = status.OK if ok else status.RED
-        except Problem as problem:
-            verdict, report = problem.status, problem.reason
-        verdicts.append(EndToEnd(family, name, plan.verify_len, verdict, report))
+        for gradients in sorted(set(plan.modes), reverse=True):
+            job = Verify(family, name, plan.verify_len, plan.dtype, plan.device, plan.threads, gradients)
+            try:
+                ok, report = check(job)
+                verdict = status.OK if ok else status.RED
+            except Problem as problem:
+                verdict, report = problem.status, problem.reason
+            verdicts.append(EndToEnd(family, name, plan.verify_len, verdict, report, gradients))
+            if verdict != status.REFUSED:
+                break  # outputs were compared as well
     return verdicts
 
 
@@ -203,10 +205,10 @@ class _Cell:
     """One case, all contenders."""
 
     def __init__(
-        self, plan: Plan, case: Case, versions: dict[str, str], barred: dict[tuple[str, str], EndToEnd], launch: Launch,
+        self, plan: Plan, case: Case, versions: dict[str, str], verdicts: Sequence[EndToEnd], launch: Launch,
         progress: Progress,
     ) -> None:  # fmt: skip
-        self._plan, self._case, self._versions, self._barred = plan, case, versions, barred
+        self._plan, self._case, self._versions, self._verdicts = plan, case, versions, verdicts
         self._launch, self._progress = launch, progress
         self._workers: dict[str, Worker] = {}
         self._rows: dict[str, Row] = {}
@@ -261,7 +263,8 @@ class _Cell:
         if obstacle is not None:
             available = not isinstance(contender, BackendContender) or registry.backends()[contender.backend].available
             return self._drop(name, status.SKIPPED if available else status.REFUSED, obstacle)
-        verdict = self._barred.get((case.family, name))
+        of_this = (v for v in self._verdicts if (v.family, v.backend) == (case.family, name))
+        verdict = next((one for one in of_this if one.bars(case.train)), None)
         if verdict is not None:
             return self._drop(name, verdict.status, f"whole model, end to end: {verdict.report}")
         try:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from attnzoo.benchmarks.report import show
 from attnzoo.benchmarks.rows import Row, Shootout
+from attnzoo.benchmarks.worker import Problem
 from tests.benchmarks.conftest import row_of
 
 MODES = (False, True)
@@ -63,6 +64,23 @@ def test_red_end_to_end_shows_no_speed(shootout):
     assert row.status == "red" and "end to end: logits: FAILS" in row.reason
     assert_silent(row)
     assert row_of(found, "native").seconds is not None
+
+
+def test_who_refuses_gradients_end_to_end_runs_forward(shootout):
+    asked = []
+
+    def check(job):
+        asked.append((job.backend, job.gradients))
+        if job.gradients and job.backend == "sdpa":
+            raise Problem("refused", "grad: got requested")
+        return True, ""
+
+    found = shootout("sdpa", "eager", modes=(False, True), check=check)
+    assert asked == [("sdpa", True), ("sdpa", False), ("eager", True)]
+    assert row_of(found, "sdpa").status == row_of(found, "eager", "forward+backward").status == "ok"
+    refused = row_of(found, "sdpa", "forward+backward")
+    assert refused.status == "refused" and "end to end: grad: got requested" in refused.reason
+    assert "sdpa, forward+backward: refused" in printed(found) and "sdpa, forward: within" in printed(found)
 
 
 def test_end_to_end_verdict_comes_from_verify(shootout):
