@@ -15,7 +15,7 @@ MODULE = "transformers.models.reformer.modeling_reformer"
 
 
 def where_real(attention_mask: Tensor) -> Tensor | None:
-    """Where a mask is not 0; None: nowhere is it."""
+    """Where a mask is not 0; None: everywhere."""
     if attention_mask.is_floating_point() and bool(attention_mask.isnan().any()):
         raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)} with NaN in it", "no NaN")
     found = attention_mask.bool()
