@@ -27,14 +27,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import partial
-from types import MethodType
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
-from attnzoo.adapter import Adapter, Attend, Forward, Seam, parameter_of
+from attnzoo.adapter import Adapter, Attend, Forward, Seam, bind_function, parameter_of
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.functional import compute_dtype
 from attnzoo.heads import merge_heads, split_heads
@@ -56,10 +54,14 @@ def _wants_probabilities(module: Any, kwargs: Mapping[str, Any]) -> bool:
 
 
 class _WithProbabilities:
-    """An :class:`Attend` that asks for the attention probabilities of one module."""
+    """An :class:`Attend` that asks for attention probabilities.
 
-    def __init__(self, module: Any, attend: Attend) -> None:
-        self._module, self._attend = module, attend
+    Attributes:
+        module: the module that is being called.
+    """
+
+    def __init__(self, attend: Attend, module: Any) -> None:
+        self._attend, self._module = attend, module
 
     @property
     def complete(self) -> bool:
@@ -78,12 +80,14 @@ class _WithProbabilities:
         return self._attend.once(tensor, name, make)
 
 
-def _self_bind(module: Any, attend: Attend) -> Forward:
+def _self_bind(cls: type, attend: Attend) -> Forward:
     """The module's own forward. It does not tell its attention function of ``output_attentions``; we do."""
-    plain, asking = bind_interface(module, attend), bind_interface(module, _WithProbabilities(module, attend))
+    plain = bind_interface(cls, attend)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return (asking if _wants_probabilities(module, kwargs) else plain)(*args, **kwargs)
+    def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = _wants_probabilities(module, kwargs)
+        run = bind_interface(cls, _WithProbabilities(attend, module)) if asked else plain
+        return run(module, *args, **kwargs)
 
     return forward
 
@@ -204,17 +208,17 @@ def _cross_requests(module: Any) -> tuple[Request, ...]:
     return (Request(parameter.device.type, parameter.dtype, module.num_heads, dim, dim, (segment,)),)
 
 
-def _model_bind(module: Any, attend: Attend) -> Forward:
+def _model_bind(cls: Any, attend: Attend) -> Forward:
     """The model's own forward, which asserts that an encoder mask has three dimensions; it gets one that has."""
-    own = MethodType(type(module).forward, module)
-    index = list(inspect.signature(own).parameters).index(_MASK)
+    own = cls.forward
+    index = list(inspect.signature(own).parameters).index(_MASK) - 1  # without self
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) > index:
             args = (*args[:index], _three_dimensional(args[index]), *args[index + 1 :])
         elif _MASK in kwargs:
             kwargs[_MASK] = _three_dimensional(kwargs[_MASK])
-        return own(*args, **kwargs)
+        return own(module, *args, **kwargs)
 
     return forward
 
@@ -253,7 +257,7 @@ GPT_BIGCODE = Adapter(
         Seam(
             cls=f"{_MODULE}:GPTBigCodeAttention",
             when=lambda module: module.is_cross_attention,
-            bind=lambda module, attend: partial(_cross_forward, module, attend),
+            bind=bind_function(_cross_forward),
             describe=lambda module: "cross, key padding (repaired)",
             fault=lambda module: (
                 "transformers' cross-attention of GPTBigCode splits keys and values at the wrong width"

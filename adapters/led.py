@@ -6,12 +6,11 @@ The encoder attends as Longformer does; the decoder has causal self-attention an
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from attnzoo.adapter import Adapter, Attend, Forward, Seam, parameter_of
+from attnzoo.adapter import Adapter, Attend, Seam, bind_function, parameter_of
 from attnzoo.adapters.longformer import VERSIONS, encoder_seam
 from attnzoo.heads import merge_heads, split_heads
 from attnzoo.masks import read_attention_mask
@@ -70,10 +69,6 @@ def _keys_values(
     return key, value
 
 
-def _decoder_bind(module: Any, attend: Attend) -> Forward:
-    return partial(_decoder_forward, module, attend)
-
-
 def _decoder_requests(module: Any) -> tuple[Request, ...]:
     parameter, heads, dim = parameter_of(module), module.num_heads, module.head_dim
     return tuple(
@@ -100,7 +95,7 @@ LED = Adapter(
         ),
         Seam(
             cls=f"{_MODULE}:LEDDecoderAttention",
-            bind=_decoder_bind,
+            bind=bind_function(_decoder_forward),
             describe=lambda module: "masked (decoder self or cross)",
             requests=_decoder_requests,
             dropout=lambda module: float(module.dropout),

@@ -6,14 +6,13 @@ Global tokens look at everything, through projections of their own. LED's encode
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from attnzoo.adapter import Adapter, Attend, Forward, Seam, parameter_of
+from attnzoo.adapter import Adapter, Attend, Seam, bind_function, parameter_of
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.globals import locate
 from attnzoo.heads import merge_heads, split_heads
@@ -162,10 +161,6 @@ def _banded(weights: tuple[Tensor, ...], window: int, is_global: Tensor | None) 
     return whole if is_global is None else whole.masked_fill(is_global[:, :, None, None], 0.0)
 
 
-def _bind(module: Any, attend: Attend) -> Forward:
-    return partial(_forward, module, attend)
-
-
 def _requests(module: Any) -> tuple[Request, ...]:
     parameter, heads = parameter_of(module), module.num_heads
 
@@ -191,7 +186,7 @@ def encoder_seam(module: str, cls: str, verified: dict[str, tuple[str, ...]]) ->
     """
     return Seam(
         cls=f"{module}:{cls}",
-        bind=_bind,
+        bind=bind_function(_forward),
         describe=_describe,
         requests=_requests,
         dropout=_dropout,

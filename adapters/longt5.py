@@ -11,13 +11,12 @@ is added to its scores; here it is the ``(heads, R)`` values of a :class:`~attnz
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnzoo.adapter import Adapter, Attend, Forward, Seam
+from attnzoo.adapter import Adapter, Attend, Seam, bind_function
 from attnzoo.adapters.longt5_bias import (
     Globals,
     bucketed,
@@ -227,14 +226,6 @@ def _aggregate(hidden_states: Tensor, blocks: Globals) -> Tensor:
 # --- seams
 
 
-def _bind_local(module: Any, attend: Attend) -> Forward:
-    return partial(_local_forward, module, attend)
-
-
-def _bind_transient(module: Any, attend: Attend) -> Forward:
-    return partial(_transient_forward, module, attend)
-
-
 def _requests(module: Any, *patterns: Pattern) -> tuple[Request, ...]:
     heads = module.n_heads
     segments = (SegmentRequest(pattern, heads, key_mask=True, bias="relative") for pattern in patterns)
@@ -328,7 +319,7 @@ LONGT5 = Adapter(
     seams=(
         Seam(
             cls=f"{_MODULE}:LongT5LocalAttention",
-            bind=_bind_local,
+            bind=bind_function(_local_forward),
             describe=lambda module: f"window {module.local_radius} + {module.local_radius}, relative bias",
             requests=_local_requests,
             learns=lambda module: learns(module, _TABLE),
@@ -339,7 +330,7 @@ LONGT5 = Adapter(
         ),
         Seam(
             cls=f"{_MODULE}:LongT5TransientGlobalAttention",
-            bind=_bind_transient,
+            bind=bind_function(_transient_forward),
             describe=lambda module: (
                 f"window {module.local_radius} + {module.local_radius} + a key per {module.global_block_size} tokens, "
                 "relative biases"

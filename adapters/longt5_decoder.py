@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -111,11 +110,11 @@ def _sum(query: Tensor, key: Tensor, bias: Bias, rest: DenseBias) -> DenseBias:
     return DenseBias(rest.values if dense is None else rest.values + dense)
 
 
-def bind_decoder(module: Any, attend: Attend) -> Forward:
-    """The module's own forward, whose attention function is the site's backend."""
-    own = inspect.unwrap(type(module).forward).__globals__["ALL_ATTENTION_FUNCTIONS"]
-    run = MethodType(rebind(type(module).forward, ALL_ATTENTION_FUNCTIONS=_Interface(attend, own)), module)
-    return partial(_decoder_forward, module, attend, run)
+def bind_decoder(cls: Any, attend: Attend) -> Forward:
+    """The forward of the class, whose attention function is the site's backend."""
+    own = inspect.unwrap(cls.forward).__globals__["ALL_ATTENTION_FUNCTIONS"]
+    run = rebind(cls.forward, ALL_ATTENTION_FUNCTIONS=_Interface(attend, own))
+    return lambda module, *args, **kwargs: _decoder_forward(module, attend, partial(run, module), *args, **kwargs)
 
 
 def request(module: Any, *segments: SegmentRequest) -> tuple[Request, ...]:

@@ -30,10 +30,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from attnzoo.adapter import Adapter, Seam, parameter_of
+from attnzoo.adapter import Adapter, Seam, bind_function, parameter_of
 from attnzoo.adapters.reformer_layout import MODULE
-from attnzoo.adapters.reformer_local import LocalForward
-from attnzoo.adapters.reformer_lsh import LSHForward, after_itself
+from attnzoo.adapters.reformer_local import forward_local
+from attnzoo.adapters.reformer_lsh import after_itself, bind_lsh
 from attnzoo.patterns import Causal, Chunks, Full, SortedChunks
 from attnzoo.segments import Request, SegmentRequest
 
@@ -115,7 +115,7 @@ REFORMER = Adapter(
     seams=(
         Seam(
             cls=f"{MODULE}:LocalSelfAttention",
-            bind=LocalForward,
+            bind=bind_function(forward_local),
             describe=lambda module: _describe("chunks of", module),
             requests=_local_requests,
             dropout=_dropout,
@@ -124,7 +124,7 @@ REFORMER = Adapter(
         ),
         Seam(
             cls=f"{MODULE}:LSHSelfAttention",
-            bind=LSHForward,
+            bind=bind_lsh,
             describe=lambda module: _describe(f"LSH, {module.num_hashes} hashes, chunks of", module),
             requests=_lsh_requests,
             dropout=_dropout,

@@ -31,8 +31,13 @@ from attnzoo.segments import Attention, Result, Segment
 SLICE, SLICE_PER_NEIGHBOURHOOD = 2048, 8
 
 
-class LocalForward:
+def forward_local(module: Any, attend: Attend, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
     """The forward of a local attention."""
+    return _Call(module, attend)(*args, **kwargs)
+
+
+class _Call:
+    """One call of a local attention."""
 
     def __init__(self, module: Any, attend: Attend) -> None:
         self._module, self._attend = module, attend

@@ -6,13 +6,14 @@ import contextlib
 import copy
 import math
 import operator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnzoo.adapter import Attend
+from attnzoo.adapter import Attend, Forward
 from attnzoo.adapters.reformer_layout import (
     MODULE,
     cached,
@@ -38,12 +39,24 @@ from attnzoo.segments import Attention, Segment, describe
 HASHED_AT_ONCE = 384
 
 
-class LSHForward:
-    """The forward of an LSH attention; remembers the number of buckets it derived, if it had to."""
+@dataclass
+class _Derived:
+    """The number of buckets of one site, once it had to be derived from a length. Every call keeps to it."""
 
-    def __init__(self, module: Any, attend: Attend) -> None:
-        self._module, self._attend = module, attend
-        self._num_buckets: int | list[int] | None = None
+    num_buckets: int | list[int] | None = None
+
+
+def bind_lsh(cls: type, attend: Attend) -> Forward:
+    """The forward of an LSH attention."""
+    derived = _Derived()
+    return lambda module, *args, **kwargs: _Call(module, attend, derived)(*args, **kwargs)
+
+
+class _Call:
+    """One call of an LSH attention."""
+
+    def __init__(self, module: Any, attend: Attend, derived: _Derived) -> None:
+        self._module, self._attend, self._derived = module, attend, derived
 
     def __call__(
         self,
@@ -122,12 +135,12 @@ class LSHForward:
         if module.num_buckets is not None:
             return module
         twin = copy.copy(module)
-        if self._num_buckets is None:
+        if self._derived.num_buckets is None:
             twin.config = SimpleNamespace()
             silent = SimpleNamespace(warning=lambda text: None)  # it would say that the config is being written
             rebind(type(module)._set_num_buckets, logger=silent)(twin, length)
-            self._num_buckets = twin.num_buckets
-        twin.num_buckets = self._num_buckets
+            self._derived.num_buckets = twin.num_buckets
+        twin.num_buckets = self._derived.num_buckets
         return twin
 
     def _attention(

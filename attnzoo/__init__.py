@@ -5,7 +5,7 @@ proves that nothing else changed. Importing attnzoo has no effect on transformer
 """
 
 import attnzoo.backends  # noqa: F401  loaded first: a later import of it would rebind `attnzoo.backends`, the function
-from attnzoo.adapter import Adapter, Attend, Seam
+from attnzoo.adapter import Adapter, Attend, Seam, bind_function
 from attnzoo.backend import Backend, BackendInfo, Capabilities
 from attnzoo.bias import DenseBias, RelativeBias
 from attnzoo.errors import (
@@ -21,7 +21,7 @@ from attnzoo.errors import (
 from attnzoo.explanation import explain
 from attnzoo.functional import attention, compute_dtype
 from attnzoo.masks import read_attention_mask
-from attnzoo.patching import Handle, patch, unpatch
+from attnzoo.patching import Handle, handle, is_patched, patch, unpatch
 from attnzoo.patterns import Causal, Chunks, Full, Pattern, Window
 from attnzoo.registry import (
     backends,
@@ -73,9 +73,12 @@ __all__ = [
     "Window",
     "attention",
     "backends",
+    "bind_function",
     "compute_dtype",
     "configure",
     "explain",
+    "handle",
+    "is_patched",
     "patch",
     "read_attention_mask",
     "register_adapter",

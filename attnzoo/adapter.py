@@ -53,6 +53,19 @@ class Attend(Protocol):
 Forward = Callable[..., Any]
 
 
+def bind_function(function: Forward) -> Callable[[type, Attend], Forward]:
+    """``Seam.bind`` of a forward that is a plain function ``function(module, attend, *args, **kwargs)``.
+
+    Example:
+        >>> bind = bind_function(lambda module, attend, states: attend(module.attention_of(states)).output)
+    """
+
+    def bind(cls: type, attend: Attend) -> Forward:
+        return lambda module, *args, **kwargs: function(module, attend, *args, **kwargs)
+
+    return bind
+
+
 def _no_requests(module: nn.Module) -> tuple[Request, ...]:
     return ()
 
@@ -71,7 +84,8 @@ class Seam:
 
     Attributes:
         cls: ``"package.module:Class"``; modules of exactly this class, or subclasses that keep its forward.
-        bind: ``bind(module, attend)`` returns the forward that replaces the module's own.
+        bind: ``bind(cls, attend)`` returns the forward that replaces that of the class in one module. It is called as
+            a method is: the module comes first, which may be a copy of the one that was patched.
         describe: the site's pattern, for people.
         requests: what the module will ask of a backend, as far as its weights and configuration tell.
         learns: whether the module has a bias of its own that is not frozen.
@@ -92,7 +106,7 @@ class Seam:
     """
 
     cls: str
-    bind: Callable[[Any, Attend], Forward]
+    bind: Callable[[type, Attend], Forward]
     describe: Callable[[Any], str]
     verified: Mapping[str, tuple[str, ...]]
     requests: Callable[[Any], tuple[Request, ...]] = _no_requests
@@ -179,14 +193,25 @@ def _path(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
+def parameters_of(module: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Every parameter of a module, with the module inside it that holds the parameter.
+
+    Replicas of ``nn.DataParallel`` list none: theirs are plain tensors, which only a private attribute tells
+    (torch/nn/parallel/replicate.py). Where that is gone, a replica is taken for a module without parameters.
+    """
+    for owner in module.modules():
+        replicated = vars(owner).get("_former_parameters") or {}
+        for parameter in (*owner.parameters(recurse=False), *replicated.values()):
+            yield owner, parameter
+
+
 def parameter_of(module: nn.Module) -> Tensor:
     """A floating-point parameter of the module, or an empty tensor like it: tells device and dtype when it runs.
 
     Weights that accelerate offloads are on the meta device between forwards; told is the device they are brought to.
     """
-    for owner in module.modules():
-        for parameter in owner.parameters(recurse=False):
-            if parameter.is_floating_point():
-                brought = slots.runs_on(owner) or slots.runs_on(module) if parameter.is_meta else None
-                return parameter if brought is None else torch.empty(0, dtype=parameter.dtype, device=brought)
+    for owner, parameter in parameters_of(module):
+        if parameter.is_floating_point():
+            brought = slots.runs_on(owner) or slots.runs_on(module) if parameter.is_meta else None
+            return parameter if brought is None else torch.empty(0, dtype=parameter.dtype, device=brought)
     return torch.empty(0)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from attnzoo import registry, slots
@@ -23,23 +27,50 @@ from attnzoo.sites import Found, Site, expected_requests, trains
 T = TypeVar("T")
 
 
-class SiteAttend:
-    """What a seam's forward computes with: a backend, a site to record on, and the patch's per-forward memory."""
+@dataclass(eq=False)
+class Patch:
+    """What the forwards of one patch share. It holds no module, as forwards hold it and modules hold forwards.
 
-    def __init__(self, patched: PatchedForward, memory: WeakTensorKeyDictionary) -> None:
+    Attributes:
+        number: patches of later calls have higher numbers.
+        root: the model that was patched, weakly.
+        names: names of the modules in the model that the patch has taken over.
+        memory: what :meth:`SiteAttend.once` remembers.
+    """
+
+    number: int
+    root: weakref.ref[nn.Module]
+    names: list[str] = field(default_factory=list)
+    memory: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+
+
+class SiteAttend:
+    """What a seam's forward computes with: a backend, a site to record on, and the patch's per-forward memory.
+
+    Attributes:
+        sharers: the modules that share values with the site (``Seam.shared_in``), itself among them; empty if none do.
+    """
+
+    def __init__(self, patched: PatchedForward, owner: nn.Module | None) -> None:
         self.site, self.backend, self._fallback = patched.site, patched.backend, patched.fallback
-        self._found, self._memory = patched.found, memory
+        self._seam, self._memory = patched.seam, patched.patch.memory
+        self._owner = None if owner is None else weakref.ref(owner)
 
     @functools.cached_property
+    def _weak_sharers(self) -> tuple[weakref.ref[nn.Module], ...]:
+        # Looked up at the first call, since the owner of a deep copy is not whole while it is being copied.
+        owner = None if self._owner is None else self._owner()
+        return () if owner is None else tuple(map(weakref.ref, self._seam.sharers(owner)))
+
+    @property
     def sharers(self) -> tuple[nn.Module, ...]:
-        """The modules the site shares values with, itself among them; of a deep copy, when that is whole."""
-        return self._found.sharers
+        return tuple(module for sharer in self._weak_sharers if (module := sharer()) is not None)
 
     @property
     def complete(self) -> bool:
         last = [next(patches_of(module), None) for module in self.sharers]
-        shared = self._found.owner is not None
-        return shared and not any(patched is None or patched.native or patched.fallback for patched in last)
+        whole = bool(last) and len(last) == len(self._weak_sharers)
+        return whole and not any(patched is None or patched.native or patched.fallback for patched in last)
 
     def __call__(self, attention: Attention, probabilities: bool = False) -> Result:
         backend, choice = self.backend, None
@@ -88,49 +119,110 @@ def _shares_memory(value: Any, tensor: Tensor) -> bool:
     return any(isinstance(part, Tensor) and part.untyped_storage().data_ptr() == pointer for part in parts)
 
 
+class _Noted(threading.local):
+    """The module that a pre-hook saw being called on this thread, weakly; None once its forward runs."""
+
+    module: weakref.ref[nn.Module] | None = None
+
+    def __reduce__(
+        self,
+    ) -> Any:  # accelerate copies the attributes of a forward to its wrapper, and wrappers are copied
+        return _Noted, ()
+
+
 class PatchedForward:
     """What sits in a patched module's forward slot. Copies itself with the module; refuses to be pickled.
 
+    Copies of the module that share its attributes (``copy.copy``, replicas of ``nn.DataParallel``) share this object,
+    and an instance attribute is not told which module it is called on. So a forward pre-hook tells it, on the same
+    thread, and every call computes with the weights of the module that was called.
+
     Attributes:
-        number: of the patch.
-        group: names of all sites of the patch.
+        patch: what all forwards of the patch share.
         removed: whether its patch was taken off again.
+        original: the forward beneath it; None: that of the module's class.
     """
 
     def __init__(
-        self,
-        number: int,
-        group: list[str],
-        found: Found,
-        site: Site,
-        backend: Backend | None,
-        native: bool,
-        fallback: bool,
-        memory: WeakTensorKeyDictionary,
+        self, patch: Patch, found: Found, site: Site, backend: Backend | None, native: bool, fallback: bool
     ) -> None:
-        self.number, self.group, self.found, self.site = number, group, found, site
+        self.patch, self.site, self.removed = patch, site, False
+        self.seam, self._adapter, self._cls = found.seam, found.adapter, type(found.module)
         self.backend, self.native, self.fallback = backend, native, fallback
-        self.original, self.removed = slots.current(found.module), False
-        self._bind(memory)
-
-    def _bind(self, memory: WeakTensorKeyDictionary) -> None:
-        self._attend = SiteAttend(self, memory)
-        self._forward: Callable[..., Any] | None = None
-        if not self.native:
-            self._forward = self.found.seam.bind(self.found.module, self._attend)
-        functools.update_wrapper(self, self.original, updated=())
+        self.original = slots.current(found.module)
+        self._bind(found.module, found.owner)
+        self._pre_hook: RemovableHandle | None = None
+        functools.update_wrapper(self, self.original or self._cls.forward, updated=())
+        self.__signature__ = inspect.signature(found.module.forward)
         # torch.compile stumbles over a forward with other globals, and over what looks at the data. So it leaves
         # patched modules alone and compiles what is around them; backends may compile inside. As a decorator this
         # would import the compiler with attnzoo; transformers has imported it when there is a model.
         self._uncompiled = torch.compiler.disable(PatchedForward._run, reason="attnzoo runs patched modules uncompiled")
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._uncompiled(self, *args, **kwargs)
+    def _bind(self, module: nn.Module | None, owner: nn.Module | None) -> None:
+        self._module = None if module is None else weakref.ref(module)
+        self._owner = None if owner is None else weakref.ref(owner)
+        self._noted = _Noted()
+        self._attend = SiteAttend(self, owner)
+        self._forward = None if self.native else self.seam.bind(self._cls, self._attend)
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that was patched; None if it is gone."""
+        return None if self._module is None else self._module()
+
+    @property
+    def owner(self) -> nn.Module | None:
+        """The module in which it shares values with others (``Seam.shared_in``), if there is one."""
+        return None if self._owner is None else self._owner()
+
+    def of(self, module: nn.Module) -> Found:
+        """The patch target that a module is: the one that was patched, or a copy of it."""
+        return Found(self.site.name, module, self.seam, self._adapter, self.owner)
+
+    def put(self) -> None:
+        """Take the module's forward over."""
+        if self.module is not None:
+            slots.put(self.module, self)
+            self._pre_hook = self.module.register_forward_pre_hook(self._note_call)
+
+    def take_off(self, module: nn.Module) -> None:
+        """Give a module's forward back: that of the module that was patched, or of a copy of it."""
+        slots.take_back(module, self, self.original)
+        if module is self.module:
+            self.removed = True
+            if self._pre_hook is not None:
+                self._pre_hook.remove()
+
+    def _note_call(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling():
+            self._noted.module = weakref.ref(module)
+
+    def _module_of_call(self) -> nn.Module:
+        """The module that is being called: the pre-hook told, or nobody did and it is the one that was patched."""
+        noted, self._noted.module = self._noted.module, None
+        module = None if noted is None else noted()
+        if module is not None and self in patches_of(module):
+            return module
+        if self.module is None or self.removed:
+            raise PatchError(
+                f"{self.site.name}: got a call through a copy of a module whose patch is gone; allowed: "
+                "attnzoo.unpatch(copy) before the original's patch is removed, or copy.deepcopy"
+            )
+        return self.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.native and torch.compiler.is_compiling():
+            # What is compiled here is the model's own code. Its calls are not counted: a graph counts nothing.
+            return self._run_own(self.module, args, kwargs)
+        if args and isinstance(args[0], nn.Module):  # called as a method
+            return self._uncompiled(self, args[0], args[1:], kwargs)
+        return self._uncompiled(self, self._module_of_call(), args, kwargs)
+
+    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._forward is None:
             self.site.kernels["native"] += 1
-            return self.own(*args, **kwargs)
+            return self._run_own(module, args, kwargs)
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             # What masks say is read from them: a trace would keep what the example's said, whatever comes later.
             raise PatchError(
@@ -141,35 +233,31 @@ class PatchedForward:
         if isinstance(states, Tensor) and 0 in states.shape:  # models fail on those in words of their own
             raise InvalidArgumentError(f"input of {self.site.name}", describe(states), "a tensor, none of its sizes 0")
         try:
-            self._negotiate((*args, *kwargs.values()), kwargs)
+            self._negotiate(module, (*args, *kwargs.values()), kwargs)
         except BackendRefusedError:
-            seam, module = self.found.seam, self.found.module
-            serves = seam.native_probabilities(module) or not self._wants_probabilities(kwargs)
-            if not self._attend.falls_back(serves and seam.fault(module) is None):
+            serves = self.seam.native_probabilities(module) or not self.seam.wants_probabilities(module, kwargs)
+            if not self._attend.falls_back(serves and self.seam.fault(module) is None):
                 raise
-            return self.own(*args, **kwargs)
-        return self._forward(*args, **kwargs)
+            return self._run_own(module, args, kwargs)
+        return self._forward(module, *args, **kwargs)
 
-    @property
-    def own(self) -> Callable[..., Any]:
-        """The model's own forward, beneath every patch."""
+    def _run_own(self, module: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the model's own forward of a module, beneath every patch."""
         forward = self.original
         while isinstance(forward, PatchedForward):
             forward = forward.original
-        return forward
+        return self._cls.forward(module, *args, **kwargs) if forward is None else forward(*args, **kwargs)
 
-    def _wants_probabilities(self, kwargs: Mapping[str, Any]) -> bool:
-        return self.found.seam.wants_probabilities(self.found.module, kwargs)
-
-    def _negotiate(self, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _negotiate(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Refuse before anything happens what can be known before anything happens."""
         if self.backend is None:
             return
-        probabilities = self._wants_probabilities(kwargs)
+        probabilities = self.seam.wants_probabilities(module, kwargs)
         grad = torch.is_grad_enabled() and (
-            trains(self.found.module) or any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+            trains(module) or any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
         )
-        for request in expected_requests(self.found, grad, self._attend.sharers):
+        sharers = self._attend.sharers or (module,)
+        for request in expected_requests(self.of(module), grad, sharers):
             dtype = compute_dtype(torch.empty(0, dtype=request.dtype, device=request.device))
             asked = replace(request, probabilities=probabilities, dtype=dtype)
             negotiate(self.backend, asked, self.site.name)
@@ -178,15 +266,21 @@ class PatchedForward:
         twin = object.__new__(PatchedForward)
         memo[id(self)] = twin
         vars(twin).update(vars(self))
-        # Of a part of a model, the copy is a patch of just that part.
-        twin.group = memo.setdefault((PatchedForward, self.number), [])
-        twin.group.append(self.site.name)
-        owner = memo.get(id(self.found.owner))
-        twin.found = self.found._replace(module=copy.deepcopy(self.found.module, memo), owner=owner)
-        twin.site = replace(self.site, kernels=Counter(self.site.kernels), choices=Counter(self.site.choices))
-        twin.site.changed = Counter(self.site.changed)
+        root = self.patch.root()
+        whole = root is not None and id(root) in memo
+        # The copy of a whole model is a patch with its own counts. The copy of a part may be put into the model, as
+        # PEFT does: its calls count at the site of the original, and it belongs to the same patch.
+        key = (Patch, self.patch.number)
+        if key not in memo:
+            memo[key] = Patch(self.patch.number, weakref.ref(memo[id(root)]) if whole else self.patch.root)
+        twin.patch = memo[key]
+        twin.patch.names.append(self.site.name)
+        if whole:
+            twin.site = replace(self.site, kernels=Counter(self.site.kernels), choices=Counter(self.site.choices))
+            twin.site.changed = Counter(self.site.changed)
         twin.original = copy.deepcopy(self.original, memo)
-        twin._bind(memo.setdefault((SiteAttend, self.number), WeakTensorKeyDictionary()))
+        twin._bind(memo.get(id(self.module)), memo.get(id(self.owner)))
+        twin._pre_hook = copy.deepcopy(self._pre_hook, memo)
         return twin
 
     def __reduce__(self) -> Any:
@@ -198,8 +292,8 @@ class PatchedForward:
 
 def patches_of(module: nn.Module) -> Iterator[PatchedForward]:
     """The patches of one module, last in first."""
-    for slot in ("_old_forward", "forward"):
-        forward = vars(module).get(slot)
+    for slot in slots.SLOTS:
+        forward = slots.unbound(vars(module).get(slot))
         while isinstance(forward, PatchedForward):
             yield forward
             forward = forward.original

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,11 +58,10 @@ def refuse_unknown(kwargs: Mapping[str, Any]) -> None:
             raise InvalidArgumentError(keyword, got, f"None, or one of {sorted(_NEUTRAL)}")
 
 
-def bind_interface(module: nn.Module, attend: Attend) -> Forward:
-    """The module's own forward, whose attention function is the site's backend."""
-    own = inspect.unwrap(type(module).forward).__globals__.get(_NAME)
-    forward = rebind(type(module).forward, **{_NAME: _Interface(attend, own)})
-    return MethodType(forward, module)
+def bind_interface(cls: Any, attend: Attend) -> Forward:
+    """The forward of the class, whose attention function is the site's backend."""
+    own = inspect.unwrap(cls.forward).__globals__.get(_NAME)
+    return rebind(cls.forward, **{_NAME: _Interface(attend, own)})
 
 
 def check_interface(module: nn.Module) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from attnzoo import registry, slots
 from attnzoo.backend import Backend
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError, Refusal
-from attnzoo.forwards import PatchedForward, patches_of
+from attnzoo.forwards import Patch, PatchedForward, patches_of
 from attnzoo.functional import negotiate
 from attnzoo.segments import Request
 from attnzoo.sites import Found, Site, check_options, expected_changes, expected_requests, find_sites
@@ -39,16 +39,24 @@ class Handle:
     @property
     def active(self) -> bool:
         """Whether the patch is in place."""
-        return any(forward in patches_of(forward.found.module) for forward in self.forwards)
+        return any(forward in patches_of(forward.module) for forward in self.forwards if forward.module is not None)
 
     def remove(self) -> None:
-        """Put the original forwards back, exactly.
+        """Put the original forwards back, exactly. Does nothing if that was done already.
+
+        Copies of patched modules that are now part of the model (PEFT's ``modules_to_save``) get theirs back, too.
 
         Raises:
-            PatchError: the patch is not in place any more, or is not the last one (patches come off last in, first
-                out), or something else has replaced a patched forward since; nothing is changed then.
+            PatchError: a later patch is on top (patches come off last in, first out), or something else has replaced a
+                patched forward since; nothing is changed then.
         """
-        _remove(self.forwards)
+        if all(forward.removed for forward in self.forwards):
+            return
+        number, root = self.forwards[0].patch.number, self.forwards[0].patch.root()
+        places = {(id(f.module), f): (f.module, f) for f in self.forwards if f.module is not None}
+        if root is not None:
+            places |= {(id(module), f): (module, f) for module, f in _layers(root) if f.patch.number == number}
+        _remove(list(places.values()))
 
     def __enter__(self) -> Handle:
         return self
@@ -56,8 +64,7 @@ class Handle:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not all(forward.removed for forward in self.forwards):
-            self.remove()
+        self.remove()
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("site", "class", "pattern", "backend", "kernel", "calls", "fallbacks")]
@@ -72,43 +79,105 @@ class Handle:
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def _remove(forwards: Sequence[PatchedForward]) -> None:
-    for forward in forwards:
-        layers = list(patches_of(forward.found.module))
+def _layers(model: nn.Module) -> list[tuple[nn.Module, PatchedForward]]:
+    """Every patched forward in a model, with the module it sits in."""
+    return [(module, forward) for module in model.modules() for forward in patches_of(module)]
+
+
+def _remove(places: list[tuple[nn.Module, PatchedForward]]) -> None:
+    for module, forward in places:
+        layers = list(patches_of(module))
         if forward not in layers:
             raise PatchError(
-                f"{forward.site.name}: got a module whose forward is not this patch's; allowed: removing a patch once, "
-                "and while nothing else has replaced the forward since"
+                f"{forward.site.name}: got a module whose forward is not this patch's; allowed: removing a patch "
+                "while nothing else has replaced the forward since"
             )
         if layers[0] is not forward:
             raise PatchError(
                 f"{forward.site.name}: got a patch with a later one on top; allowed: removing them last in, first out"
             )
-    for forward in forwards:
-        slots.take_back(forward.found.module, forward, forward.original)
-        forward.removed = True
+    for module, forward in places:
+        forward.take_off(module)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether a patch is in place in a model.
+
+    Raises:
+        InvalidArgumentError: not a module.
+
+    Example:
+        >>> from transformers import GPTNeoXConfig, GPTNeoXModel
+        >>> sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=9)
+        >>> model = GPTNeoXModel(GPTNeoXConfig(**sizes))
+        >>> is_patched(model)
+        False
+        >>> with patch(model, "sdpa"):
+        ...     is_patched(model)
+        True
+    """
+    return bool(_layers(_checked(model)))
+
+
+def handle(model: nn.Module) -> Handle:
+    """The handle of the last patch of a model: of a deep copy, of the copy's own.
+
+    Args:
+        model: a patched model.
+
+    Returns:
+        A :class:`Handle` with the same sites as the one that :func:`patch` returned.
+
+    Raises:
+        InvalidArgumentError: not a module.
+        PatchError: the model is not patched.
+
+    Example:
+        >>> from transformers import GPTNeoXConfig, GPTNeoXModel
+        >>> sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=9)
+        >>> model = GPTNeoXModel(GPTNeoXConfig(**sizes))
+        >>> sites = patch(model, "sdpa").sites
+        >>> handle(model).sites == sites
+        True
+    """
+    forwards = dict.fromkeys(forward for _, forward in _last(model))
+    sites = dict.fromkeys(forward.site for forward in forwards if forward.seam.attends)
+    return Handle(tuple(sites), tuple(forwards))
+
+
+def _checked(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise InvalidArgumentError("model", type(model).__name__, "a torch.nn.Module")
+    return model
+
+
+def _last(model: nn.Module) -> list[tuple[nn.Module, PatchedForward]]:
+    """The forwards of the last patch of a model, with the modules they sit in."""
+    layers = _layers(_checked(model))
+    if not layers:
+        raise PatchError(f"model: got {type(model).__name__}, which is not patched; allowed: a patched model")
+    number = max(forward.patch.number for _, forward in layers)
+    return [(module, forward) for module, forward in layers if forward.patch.number == number]
 
 
 def unpatch(model: nn.Module) -> None:
-    """Remove the last patch of a model, exactly. Works on deep copies of a patched model too.
+    """Remove the last patch of a model, exactly. Works on copies of a patched model too.
 
     Raises:
-        PatchError: the model is not patched.
+        InvalidArgumentError: not a module.
+        PatchError: the model is not patched, or its last patch is not in place everywhere any more.
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidArgumentError("model", type(model).__name__, "a torch.nn.Module")
-    layers = [forward for module in model.modules() for forward in patches_of(module)]
-    if not layers:
-        raise PatchError(f"model: got {type(model).__name__}, which is not patched; allowed: a patched model")
-    last = max(forward.number for forward in layers)
-    forwards = [forward for forward in layers if forward.number == last]
-    lost = [name for name in forwards[0].group if name not in {forward.site.name for forward in forwards}]
+    places = _last(model)
+    in_place = {forward.site.name for _, forward in places}
+    # A shallow copy of a part is not what was patched, and stands alone.
+    expected = [name for module, forward in places if module is forward.module for name in forward.patch.names]
+    lost = [name for name in dict.fromkeys(expected) if name not in in_place]
     if lost:
         raise PatchError(
             f"model: got one in which the last patch is no longer in place at {', '.join(lost)}; allowed: the whole "
             "model, while nothing else has replaced a patched forward"
         )
-    _remove(forwards)
+    _remove(places)
 
 
 def unpatch_all(model: nn.Module) -> None:
@@ -122,6 +191,7 @@ def patch(
     backend: str | Backend | Mapping[str, str | Backend] = "auto",
     *,
     fallback: str = "error",
+    replace: bool = False,
     **options: Any,
 ) -> Handle:
     """Replace how a model attends, in place.
@@ -136,6 +206,8 @@ def patch(
             code, and is counted in ``Site.fallbacks``. What only shows within a forward (a mask that is more than
             causality and padding) falls back where the attention function is all that is replaced; where the whole
             forward is, as its caches may be filled by then, it raises under either.
+        replace: remove the patches that are in place, once it is clear that the new one can be made. A notebook cell
+            that patches can then run again. Otherwise patches stack.
         options: go to the backends that are named, e.g. ``window=1024``; a configured one (:func:`attnzoo.configure`)
             has its own.
 
@@ -191,8 +263,9 @@ def patch(
                     alternatives[where] = tuple(name for name in others if name in error.alternatives[where])
     if refused:
         raise BackendRefusedError(", ".join(dict.fromkeys(refusers)), refused, alternatives)
-    number, memory = next(_patch_numbers), WeakTensorKeyDictionary()
-    group = [found.name for found, _ in chosen]
+    if replace:
+        unpatch_all(model)
+    made_patch = Patch(next(_patch_numbers), weakref.ref(model), [found.name for found, _ in chosen])
     forwards: list[PatchedForward] = []
     for found, name in chosen:
         cls = type(found.module).__name__
@@ -201,10 +274,10 @@ def patch(
         changes = () if instance is None else expected_changes(instance, expected_requests(found))
         site = Site(found.name, cls, found.seam.describe(found.module), shown, changes)
         native, falls = name == "native", fallback == "native"
-        forwards.append(PatchedForward(number, group, found, site, instance, native, falls, memory))
+        forwards.append(PatchedForward(made_patch, found, site, instance, native, falls))
     for forward in forwards:
-        slots.put(forward.found.module, forward)
-    return Handle(tuple(forward.site for forward in forwards if forward.found.seam.attends), tuple(forwards))
+        forward.put()
+    return Handle(tuple(forward.site for forward in forwards if forward.seam.attends), tuple(forwards))
 
 
 def _nobody_takes(requests: tuple[Request, ...]) -> dict[str, tuple[Refusal, ...]]:
@@ -248,8 +321,7 @@ def check_forward(found: Found) -> None:
         PatchError: the module's forward is neither its class's nor a patch of ours.
     """
     forward = slots.current(found.module)
-    plain = getattr(forward, "__func__", None) is type(found.module).forward
-    if not plain and not isinstance(forward, PatchedForward):
+    if forward is not None and not isinstance(forward, PatchedForward):
         raise PatchError(
             f"{found.name}: got a module whose forward was replaced by {forward!r}; allowed: the class's own forward "
             "(accelerate's hooks may be around it), or attnzoo's patches"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import nn
 
 from attnzoo import registry
-from attnzoo.adapter import Adapter, Seam
+from attnzoo.adapter import Adapter, Seam, parameters_of
 from attnzoo.backend import Backend
 from attnzoo.errors import InvalidArgumentError, PatchError
 from attnzoo.functional import autocast_dtype
@@ -166,4 +166,4 @@ def check_options(settled: Iterable[Backend]) -> None:
 
 def trains(module: nn.Module) -> bool:
     """Whether any parameter of the module requires grad."""
-    return any(parameter.requires_grad for parameter in module.parameters())
+    return any(parameter.requires_grad for _, parameter in parameters_of(module))

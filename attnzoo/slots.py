@@ -1,35 +1,64 @@
 """The place in a module where its forward is kept, and putting another one there, reversibly.
 
 A forward is replaced per instance, as an instance attribute. When accelerate has hooked the module, its hook sits in
-``forward`` and calls ``_old_forward`` (accelerate/hooks.py), so that is where the replacement goes: the hook
-stays in front. Hooks may come and go while a patch is in place; the replacement is looked for wherever it is then.
+``forward`` and calls ``_old_forward`` (accelerate/hooks.py), so the replacement goes there and the hook stays in front.
+Hooks may come and go while a patch is in place; the replacement is looked for wherever it is then.
+
+Nothing that is put there may hold the module, or a patched module would live until the cycle collector runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-_SLOTS = ("_old_forward", "forward")
+SLOTS = ("_old_forward", "forward")
 
 
 def active_slot(module: nn.Module) -> str:
-    """Where a new forward goes: behind accelerate's hook if there is one."""
+    """The attribute that a new forward goes to: behind accelerate's hook if there is one."""
     return "_old_forward" if "_old_forward" in vars(module) else "forward"
 
 
-def current(module: nn.Module) -> Callable[..., Any]:
-    """The forward that runs behind any hook."""
-    found: Callable[..., Any] = getattr(module, active_slot(module))
-    return found
+def current(module: nn.Module) -> Callable[..., Any] | None:
+    """The instance's forward behind any hook; None where that is the forward of the module's class."""
+    value = vars(module).get(active_slot(module))
+    plain = isinstance(value, MethodType) and value.__self__ is module and value.__func__ is type(module).forward
+    return None if plain else unbound(value)
+
+
+def unbound(value: Any) -> Any:
+    """The callable object in a bound method, as accelerate's ``unwrap_model`` leaves it; any other value as it is."""
+    if isinstance(value, MethodType) and not isinstance(value.__func__, FunctionType):
+        return value.__func__
+    return value
 
 
 def put(module: nn.Module, forward: Callable[..., Any]) -> None:
     """Put a forward in the active slot."""
     vars(module)[active_slot(module)] = forward
+
+
+def take_back(module: nn.Module, replacement: Callable[..., Any], original: Callable[..., Any] | None) -> None:
+    """Put the original forward back where the replacement is now.
+
+    Args:
+        module: holds the replacement.
+        replacement: the forward that leaves.
+        original: what :func:`current` gave when the replacement came. None: the forward of the class, which leaves no
+            trace in ``forward``.
+    """
+    slot = next(slot for slot in SLOTS if unbound(vars(module).get(slot)) is replacement)
+    if original is not None:
+        vars(module)[slot] = original
+    elif slot == "forward":
+        del vars(module)["forward"]
+    else:
+        vars(module)[slot] = MethodType(type(module).forward, module)
 
 
 def runs_on(module: nn.Module) -> torch.device | None:
@@ -43,18 +72,3 @@ def runs_on(module: nn.Module) -> torch.device | None:
         if device is not None:
             return torch.device(device)
     return None
-
-
-def take_back(module: nn.Module, replacement: Callable[..., Any], original: Callable[..., Any]) -> None:
-    """Put the original forward back where the replacement is now; the class's own leaves no trace in ``forward``.
-
-    The caller has made sure that the replacement is there.
-    """
-    slot = next(slot for slot in _SLOTS if vars(module).get(slot) is replacement)
-    plain = (
-        getattr(original, "__self__", None) is module and getattr(original, "__func__", None) is type(module).forward
-    )
-    if slot == "forward" and plain:
-        del vars(module)["forward"]
-    else:
-        vars(module)[slot] = original

@@ -85,7 +85,7 @@ def verify(
         with patch(model, backend, **options) as handle:
             for site in handle.sites:
                 site.observer = observe
-            found = [forward.found for forward in handle.forwards]
+            found = [forward.of(module) for forward in handle.forwards if (module := forward.module) is not None]
             fault = next((reason for one in found if (reason := one.seam.fault(one.module))), "")
             choosing = {one.name: (one.module, one.seam.replay) for one in found if one.seam.replay is not None}
             # Whose backward works in training only is compared end to end forward; its attentions, backward too.

@@ -8,7 +8,7 @@ import torch
 
 import attnzoo
 
-from ..models.zoo import causal_inputs, gpt_neox, led, led_inputs, longt5
+from ..models.zoo import causal_inputs, gpt_bigcode, gpt_neox, led, led_inputs, longt5, longt5_inputs
 
 
 def run(model, inputs):
@@ -34,6 +34,22 @@ def test_a_patched_model_compiles(build, inputs):
     for got, wanted in zip(found, expected, strict=True):
         for one, other in zip(got, wanted, strict=True):
             torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs"), [(gpt_neox, causal_inputs), (gpt_bigcode, causal_inputs), (longt5, longt5_inputs)]
+)
+def test_native_compiles_in_one_graph_where_the_original_does(build, inputs):
+    """Calls within the graph are not counted: counting would break it."""
+    model, given = build().eval(), inputs(20, "none")
+    with torch.no_grad():
+        expected = torch.compile(model, backend="eager", fullgraph=True)(**given).logits
+        torch.compiler.reset()
+        with attnzoo.patch(model, "native") as handle:
+            assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(**given).logits, expected)
+            assert not any(site.calls for site in handle.sites)
+            model(**given)
+            assert all(site.calls for site in handle.sites)
 
 
 class Logits(torch.nn.Module):

@@ -327,3 +327,55 @@ def test_layers_of_a_copy_share_what_they_remember_and_nothing_with_the_original
             read.clear()
             model(**inputs)
             assert len(read) == 1
+
+
+# Asking a model
+
+
+def test_a_model_tells_its_patch(subject):
+    assert not attnzoo.is_patched(subject.model)
+    with pytest.raises(attnzoo.PatchError, match="not patched"):
+        attnzoo.handle(subject.model)
+    below = attnzoo.patch(subject.model, "sdpa")
+    above = attnzoo.patch(subject.model, "eager")
+    assert attnzoo.is_patched(subject.model)
+    assert attnzoo.handle(subject.model).sites == above.sites
+    subject.logits()
+    assert all(site.calls for site in attnzoo.handle(subject.model).sites)
+    attnzoo.handle(subject.model).remove()
+    assert not above.active and attnzoo.handle(subject.model).sites == below.sites
+
+
+def test_a_deep_copy_tells_its_own_patch(subject):
+    original = attnzoo.patch(subject.model, "sdpa")
+    twin = copy.deepcopy(subject.model)
+    subject.logits(twin)
+    assert all(site.calls for site in attnzoo.handle(twin).sites)
+    attnzoo.handle(twin).remove()
+    assert not attnzoo.is_patched(twin) and original.active
+
+
+@pytest.mark.parametrize("ask", [attnzoo.is_patched, attnzoo.handle, attnzoo.unpatch])
+def test_only_modules_are_asked(ask):
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"model: got str; allowed: a torch\.nn\.Module"):
+        ask("led")
+
+
+# Replacing patches
+
+
+def test_a_replacing_patch_is_the_only_one(subject, as_it_was):
+    before = as_it_was(subject)
+    for backend in ("sdpa", "eager", "sdpa"):
+        handle = attnzoo.patch(subject.model, backend, replace=True)
+        subject.logits()
+        assert {site.backend for site in handle.sites} == {backend} and all(site.calls for site in handle.sites)
+    handle.remove()
+    before.check()
+
+
+def test_a_replacing_patch_that_is_refused_leaves_the_old_ones(subject):
+    old = attnzoo.patch(subject.model, "sdpa")
+    with pytest.raises(attnzoo.BackendRefusedError):
+        attnzoo.patch(subject.model, "flash", replace=True)
+    assert old.active and attnzoo.handle(subject.model).sites == old.sites

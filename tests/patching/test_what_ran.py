@@ -5,7 +5,6 @@ The witnesses: a counter around the backend's own ``run``, and PyTorch's profile
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from types import MethodType
 from typing import ClassVar
 
 import pytest
@@ -119,9 +118,9 @@ def test_calls_that_are_not_counted_are_caught(subject, judge, monkeypatch):
 def original_in_disguise():
     """An adapter whose forward is the model's own in the first layer: nothing is asked of the backend there."""
 
-    def bind(module, attend):
-        own = seam.bind(module, attend)
-        return MethodType(type(module).forward, module) if module.layer_idx == 0 else own
+    def bind(cls, attend):
+        own = seam.bind(cls, attend)
+        return lambda module, *args, **kwargs: (cls.forward if module.layer_idx == 0 else own)(module, *args, **kwargs)
 
     honest = registry.find_adapter("gpt_neox")
     (seam,) = honest.seams

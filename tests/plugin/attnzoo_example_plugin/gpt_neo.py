@@ -4,7 +4,6 @@ transformers has one dense code for both. The narrowest cut is the method ``_att
 and caches stay the model's.
 """
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -79,7 +78,7 @@ GPT_NEO = attnzoo.Adapter(
     seams=(
         attnzoo.Seam(
             cls=f"{_MODULE}:GPTNeoSelfAttention",
-            bind=lambda module, attend: partial(_forward, module, attend),
+            bind=attnzoo.bind_function(_forward),
             describe=lambda module: f"causal, {module.attention_type}",
             requests=_requests,
             dropout=lambda module: module.attn_dropout.p,
