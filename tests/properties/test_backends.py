@@ -1,5 +1,7 @@
 """Every backend equals the oracle on anything: shapes, dtypes, patterns, masks, biases, forward and backward."""
 
+from dataclasses import replace
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -12,6 +14,8 @@ from attnzoo.globals import locate
 from attnzoo.registry import make_backend, refusals
 from attnzoo.segments import Attention, Segment
 from attnzoo.verification import check_site
+
+from ..conftest import DEVICES
 
 BACKENDS = [name for name, info in attnzoo.backends().items() if info.available and info.exact and name != "eager"]
 LENGTHS = st.one_of(st.integers(1, 9), st.integers(10, 80), st.sampled_from([63, 64, 65, 127, 128, 129, 200, 300]))
@@ -123,10 +127,30 @@ def attentions(draw):
     return Attention(query, tuple(segments), scale, query_mask=query_mask)
 
 
+def on(device, attention):
+    """The attention with all its tensors on a device."""
+
+    def moved(tensor):
+        return None if tensor is None else tensor.detach().to(device).requires_grad_(tensor.requires_grad)
+
+    def segment(one):
+        bias = one.bias
+        if isinstance(bias, RelativeBias):
+            bias = replace(bias, positions=moved(bias.positions))
+        return replace(one, key_mask=moved(one.key_mask), mask=moved(one.mask), bias=bias)
+
+    # Tensors of different devices do not make an attention, so it is made once, when all of them have moved.
+    parts = object.__new__(Attention)
+    vars(parts).update(vars(attention), query_mask=moved(attention.query_mask))
+    vars(parts)["segments"] = tuple(map(segment, attention.segments))
+    return parts.with_tensors(tuple(map(moved, attention.tensors())))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(attention=attentions(), grad=st.booleans())
-def test_a_backend_equals_the_oracle(backend, attention, grad):
-    made = make_backend(backend)
+def test_a_backend_equals_the_oracle(device, backend, attention, grad):
+    made, attention = make_backend(backend), on(device, attention)
     note(f"{attention.request()}")
     if refusals(made, attention.request()):
         with pytest.raises(attnzoo.BackendRefusedError):
@@ -136,17 +160,18 @@ def test_a_backend_equals_the_oracle(backend, attention, grad):
     assert report.ok, "\n".join(map(str, report.checks))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", [*BACKENDS, "eager"])
 @given(attention=attentions())
-def test_rows_that_see_nothing_are_zero_forward_and_backward(backend, attention):
-    made = make_backend(backend)
+def test_rows_that_see_nothing_are_zero_forward_and_backward(device, backend, attention):
+    made, attention = make_backend(backend), on(device, attention)
     if refusals(made, attention.request()):
         return
-    rows = torch.arange(attention.q_len)
-    live = torch.zeros((attention.batch, attention.heads, attention.q_len), dtype=torch.bool)
+    rows = torch.arange(attention.q_len, device=device)
+    live = torch.zeros((attention.batch, attention.heads, attention.q_len), dtype=torch.bool, device=device)
     for segment in attention.segments:
-        seen = segment.visible(rows, torch.arange(segment.kv_len), attention.q_len)
-        live |= torch.ones(()).bool() if seen is None else seen.any(-1)
+        seen = segment.visible(rows, torch.arange(segment.kv_len, device=device), attention.q_len)
+        live |= torch.ones((), dtype=torch.bool, device=device) if seen is None else seen.any(-1)
     if attention.query_mask is not None:
         live &= attention.query_mask[:, None]
     output = execute(made, attention).output
