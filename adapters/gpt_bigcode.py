@@ -249,9 +249,9 @@ GPT_BIGCODE = Adapter(
             wants_probabilities=_wants_probabilities,
             native_probabilities=native_probabilities,
             verified={
-                f"{_MODULE}:GPTBigCodeAttention.forward": ("286f36b73298d4c8",),
-                f"{_MODULE}:GPTBigCodeBlock.forward": ("bee25af89b87c58f",),
-                f"{_MODULE}:eager_attention_forward": ("bde158d77194b50c",),
+                f"{_MODULE}:GPTBigCodeAttention.forward": ("c39be72d161b452f",),
+                f"{_MODULE}:GPTBigCodeBlock.forward": ("4e057486e762c36c",),
+                f"{_MODULE}:eager_attention_forward": ("092b81b99e8fc6eb",),
             },
         ),
         Seam(
@@ -266,9 +266,9 @@ GPT_BIGCODE = Adapter(
             dropout=lambda module: float(module.attn_dropout),
             wants_probabilities=_wants_probabilities,
             verified={
-                f"{_MODULE}:GPTBigCodeAttention.__init__": ("61c5b13f012a795e",),
-                f"{_MODULE}:GPTBigCodeAttention.forward": ("286f36b73298d4c8",),
-                f"{_MODULE}:GPTBigCodeBlock.forward": ("bee25af89b87c58f",),
+                f"{_MODULE}:GPTBigCodeAttention.__init__": ("3df96d659edfe3dd",),
+                f"{_MODULE}:GPTBigCodeAttention.forward": ("c39be72d161b452f",),
+                f"{_MODULE}:GPTBigCodeBlock.forward": ("4e057486e762c36c",),
             },
         ),
         Seam(
@@ -277,7 +277,7 @@ GPT_BIGCODE = Adapter(
             bind=_model_bind,
             attends=False,
             describe=lambda module: "prepares the encoder mask",
-            verified={f"{_MODULE}:GPTBigCodeModel.forward": ("d7ee7bdaafe5124b",)},
+            verified={f"{_MODULE}:GPTBigCodeModel.forward": ("19f5b50c3ae23f0f",)},
         ),
     ),
 )

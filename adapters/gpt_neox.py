@@ -35,7 +35,7 @@ GPT_NEOX = Adapter(
             check=check_interface,
             wants_probabilities=wants_probabilities,
             native_probabilities=native_probabilities,
-            verified={f"{_MODULE}:GPTNeoXAttention.forward": ("df7c269ecb2fcd1f", "8dc035b22e87fc8c")},
+            verified={f"{_MODULE}:GPTNeoXAttention.forward": ("680bb9e237b1e0ff", "0019986976651fef")},
         ),
     ),
 )

@@ -87,10 +87,10 @@ LED = Adapter(
             _MODULE,
             "LEDEncoderSelfAttention",
             {
-                "forward": ("113f057ecbc8018a",),
-                "_concat_with_global_key_attn_probs": ("6e6cffd4d47dab33",),
-                "_compute_global_attn_output_from_hidden": ("601856eea8f8e150",),
-                "LEDEncoder.forward": ("9c34f18e10b4916b", "82e0062137823b74"),
+                "forward": ("6d782e2d0280dde0",),
+                "_concat_with_global_key_attn_probs": ("2bd1410c2ba1cc7d",),
+                "_compute_global_attn_output_from_hidden": ("c6f95642ee01b416",),
+                "LEDEncoder.forward": ("47720093331635f3", "d710ce36e019c88c"),
             },
         ),
         Seam(
@@ -100,8 +100,8 @@ LED = Adapter(
             requests=_decoder_requests,
             dropout=lambda module: float(module.dropout),
             verified={
-                f"{_MODULE}:LEDDecoderAttention.forward": ("521bd65567b58900",),
-                f"{_MODULE}:LEDDecoder.forward": ("19c5e7cabe237a18", "5ec7173308edfd86"),
+                f"{_MODULE}:LEDDecoderAttention.forward": ("3eb1956ac64b70a7",),
+                f"{_MODULE}:LEDDecoder.forward": ("4797df659fe32543", "efe619d6f6d3eef9"),
             },
         ),
     ),

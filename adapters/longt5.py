@@ -248,44 +248,44 @@ def _check_encoder(module: Any) -> None:
 
 # Fingerprints of what each seam relies on: whoever calls it, and whatever it calls or does in the model's place.
 _STACK: dict[str, tuple[str, ...]] = {
-    "LongT5Stack.forward": ("f7fb5f512c5a3e1a",),
-    "LongT5Block.forward": ("d7ac5df6de403a30",),
+    "LongT5Stack.forward": ("500d61b6a9e97b7d",),
+    "LongT5Block.forward": ("fc0a577f7b4979e7",),
 }
 _ENCODER: dict[str, tuple[str, ...]] = {
     **_STACK,
-    "_get_local_attention_mask": ("3eb8c0f8f0be8cf3",),
-    "_mask_local_attention_mask": ("62fa5613f79ca15f",),
-    "_make_3block_relative_position_ids": ("2dc6295650c0d63f",),
-    "_concatenate_3_blocks": ("b0033d93368699e2",),
-    "_split_into_blocks": ("bcf721d6ae50df89",),
-    "_pad_to_multiple": ("f7f72de3a7c8fb34",),
+    "_get_local_attention_mask": ("8c3c356dda8b03b3",),
+    "_mask_local_attention_mask": ("f68cbe2bcbc24544",),
+    "_make_3block_relative_position_ids": ("7b7c3a25bae46dfd",),
+    "_concatenate_3_blocks": ("26a6a4dbe78d5c68",),
+    "_split_into_blocks": ("7615bc05f415e7b9",),
+    "_pad_to_multiple": ("19198c455e7ba271",),
 }
 _LOCAL: dict[str, tuple[str, ...]] = {
     **_ENCODER,
-    "LongT5LocalAttention.forward": ("b9aa72a78aea8aaf",),
-    "LongT5LocalAttention.compute_bias": ("fe0dab95b15feb1c",),
-    "LongT5LocalAttention._relative_position_bucket": ("3c5a357d3faa12c1",),
-    "LongT5LayerLocalSelfAttention.forward": ("15fd86ee726a7012",),
+    "LongT5LocalAttention.forward": ("df95b904490c1634",),
+    "LongT5LocalAttention.compute_bias": ("4df568a8408a94de",),
+    "LongT5LocalAttention._relative_position_bucket": ("fdeaabc98f494585",),
+    "LongT5LayerLocalSelfAttention.forward": ("757d200f2b32f60d",),
 }
 _TRANSIENT: dict[str, tuple[str, ...]] = {
     **_ENCODER,
-    "LongT5TransientGlobalAttention.forward": ("1f5f4f73737e4b7d",),
-    "LongT5TransientGlobalAttention.compute_bias": ("fe0dab95b15feb1c",),
-    "LongT5TransientGlobalAttention.compute_side_bias": ("0b79aa2281f7b7d4",),
-    "LongT5TransientGlobalAttention._relative_position_bucket": ("3c5a357d3faa12c1",),
-    "LongT5LayerTransientGlobalSelfAttention.forward": ("6bf53413185fbabc",),
-    "_make_global_fixed_block_ids": ("4eef6fca1d7c91a4",),
-    "_make_side_relative_position_ids": ("5fa5c76ab2b0ba52",),
-    "_create_global_aggregates": ("3e64bb197756b99b",),
+    "LongT5TransientGlobalAttention.forward": ("84fa33fd94ba9fba",),
+    "LongT5TransientGlobalAttention.compute_bias": ("4df568a8408a94de",),
+    "LongT5TransientGlobalAttention.compute_side_bias": ("e24c69d133c057bc",),
+    "LongT5TransientGlobalAttention._relative_position_bucket": ("fdeaabc98f494585",),
+    "LongT5LayerTransientGlobalSelfAttention.forward": ("a552a2fe934f8d39",),
+    "_make_global_fixed_block_ids": ("12bdc1a09ee50df2",),
+    "_make_side_relative_position_ids": ("ed42e5fafb96dbcb",),
+    "_create_global_aggregates": ("dc970e90563c1643",),
 }
 _DECODER: dict[str, tuple[str, ...]] = {
     **_STACK,
-    "LongT5Attention.forward": ("1ffdb05e9cb451d9",),
-    "LongT5Attention.compute_bias": ("d4229870b11d18d8",),
-    "LongT5Attention._relative_position_bucket": ("3c5a357d3faa12c1",),
-    "LongT5LayerSelfAttention.forward": ("0477d2e2d1d2e951",),
-    "LongT5LayerCrossAttention.forward": ("0ba193f1e2e7483d",),
-    "eager_attention_forward": ("6523fd90939c969a",),
+    "LongT5Attention.forward": ("bc4d27e2ffcb970f",),
+    "LongT5Attention.compute_bias": ("0ffa4b1ad6bfc683",),
+    "LongT5Attention._relative_position_bucket": ("fdeaabc98f494585",),
+    "LongT5LayerSelfAttention.forward": ("e6450811d6dcddc9",),
+    "LongT5LayerCrossAttention.forward": ("56937a3257c398b4",),
+    "eager_attention_forward": ("cbe822ba4dc3de42",),
 }
 
 

@@ -1,6 +1,9 @@
 """Fingerprints of the functions an adapter was verified against.
 
-A fingerprint is a hash of a function's tokens: comments, docstrings and layout do not count, code does.
+A fingerprint is a hash of a function's tokens: comments, docstrings, blank lines and layout do not count, code does.
+The same source has the same fingerprint on every Python. This module therefore reads source text with a lexer of its
+own: ``tokenize`` splits f-strings since Python 3.12, and ``ast`` and ``inspect.getsource`` differ between versions too.
+The module needs the standard library only.
 """
 
 from __future__ import annotations
@@ -8,18 +11,29 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
-import io
-import textwrap
-import tokenize
-from collections.abc import Callable
+import linecache
+import re
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from types import FunctionType
 from typing import Any
 
-# What structures a program without having a text of its own, and what has a text without structuring it.
-_STRUCTURE = {tokenize.NEWLINE: ";", tokenize.INDENT: "<", tokenize.DEDENT: ">"}
-_DOCSTRING = -1
-_LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER}
+# Characters beyond ASCII belong to names, as in CPython's tokenizer: the Unicode tables of an interpreter do not matter.
+# Operators are single characters: no two programs differ only in whether the characters of an operator touch.
+# No keyword is made of the letters of string prefixes alone, so a word of them that touches a quote is a prefix.
+_TOKEN = re.compile(
+    r"""
+    (?P<space> [ \t\f]+ | \\\n | \#[^\n]* )
+  | (?P<newline> \n )
+  | (?P<string> (?P<prefix> [bdfrtuBDFRTU]{0,3} ) (?P<quote> '{3} | "{3} | ' | " ) )
+  | (?P<number> 0[xX][0-9a-fA-F_]+ | 0[oO][0-7_]+ | 0[bB][01_]+
+              | (?: [0-9][0-9_]*\.?[0-9_]* | \.[0-9][0-9_]* ) (?: [eE][+-]?[0-9][0-9_]* )? [jJ]? )
+  | (?P<name> [A-Za-z_\x80-\U0010ffff][0-9A-Za-z_\x80-\U0010ffff]* )
+  | (?P<operator> . )
+    """,
+    re.VERBOSE,
+)
+_NEWLINE, _INDENT, _DEDENT = "\n", "\n>", "\n<"
 
 
 def locate(path: str) -> Any:
@@ -34,25 +48,130 @@ def locate(path: str) -> Any:
 def fingerprint(function: Callable[..., Any]) -> str:
     """Sixteen hex digits that change when the code of a Python function does.
 
+    Decorators count; a function wrapped with :func:`functools.wraps` has the fingerprint of the wrapped one.
+
     Raises:
         OSError: the source of the function is not available.
+        TypeError: not a function written in Python with ``def``.
+    """
+    return fingerprint_of_source(source_from(function))
+
+
+def source_from(function: Callable[..., Any]) -> str:
+    """The file that defines a function, from the function's first decorator (or its ``def``) on.
+
+    Raises:
+        OSError: the source is not available.
+        TypeError: not a function written in Python with ``def``.
     """
     plain = inspect.unwrap(function)
-    source = textwrap.dedent(inspect.getsource(plain))
-    tokens, previous, depth = [], tokenize.NEWLINE, 0
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.OP:
-            depth += (token.string in "([{") - (token.string in ")]}")
-        statement_starts = depth == 0 and previous in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-        docstring = token.type == tokenize.STRING and statement_starts
-        ends_docstring = token.type == tokenize.NEWLINE and previous == _DOCSTRING
-        if token.type not in _LAYOUT and not docstring and not ends_docstring:
-            tokens.append(_STRUCTURE.get(token.type, token.string))
-        if token.type not in (tokenize.COMMENT, tokenize.NL):
-            previous = _DOCSTRING if docstring else token.type
-    # Python 3.12 splits f-strings into tokens and undoubles their braces; undouble everywhere.
-    text = "".join(tokens).replace("{{", "{").replace("}}", "}")
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    plain = getattr(plain, "__func__", plain)
+    if not isinstance(plain, FunctionType) or plain.__name__ == "<lambda>":
+        raise TypeError(f"got {function!r}; allowed: a function written in Python with def")
+    code = plain.__code__
+    linecache.checkcache(code.co_filename)
+    lines = linecache.getlines(code.co_filename, plain.__globals__)[code.co_firstlineno - 1 :]
+    if not lines:
+        raise OSError(f"the source of {plain.__qualname__} is not available: {code.co_filename}")
+    return "".join(lines)
+
+
+def fingerprint_of_source(source: str) -> str:
+    """The fingerprint of the function whose first decorator, or whose ``def``, begins the source.
+
+    Args:
+        source: text that may go on after the end of the function, and may be indented.
+
+    Raises:
+        OSError: the source does not begin with a function, or ends inside a string.
+    """
+    tokens: list[str] = []
+    columns: list[int] = []
+    defined = False
+    for column, line, is_docstring in _logical_lines(source.replace("\r\n", "\n").replace("\r", "\n")):
+        columns = columns or [column]
+        if defined and column <= columns[0]:
+            break
+        if not defined and line[0] not in ("@", "async", "def"):
+            raise OSError(f"the source begins with {' '.join(line[:5])!r}, not with a function; it may have changed")
+        defined = defined or line[0] != "@"
+        if is_docstring:
+            continue
+        if column > columns[-1]:
+            columns.append(column)
+            tokens.append(_INDENT)
+        while column < columns[-1]:
+            columns.pop()
+            tokens.append(_DEDENT)
+        tokens.extend((*line, _NEWLINE))
+    if not defined:
+        raise OSError("the source ends before a function begins")
+    return hashlib.sha256("\0".join(tokens).encode()).hexdigest()[:16]
+
+
+def _logical_lines(text: str) -> Iterator[tuple[int, list[str], bool]]:
+    """Every logical line: its column, its tokens, and whether it is a docstring (a statement of plain strings only)."""
+    at, depth, column, line, is_docstring = 0, 0, 0, list[str](), True
+    while match := _TOKEN.match(text, at):
+        kind, end = match.lastgroup, _end_of(text, match)
+        token = text[at:end]
+        if kind == "newline" and depth == 0 and line:
+            yield column, line, is_docstring
+            line, is_docstring = [], True
+        elif kind not in ("newline", "space"):
+            if not line:
+                margin = text[text.rfind("\n", 0, at) + 1 : at]
+                column = len(margin.rpartition("\f")[2].expandtabs())
+            line.append(token)
+            is_docstring = is_docstring and kind == "string" and not set(match["prefix"].lower()) & set("bft")
+            depth += _nesting(kind, token)
+        at = end
+    if line:
+        yield column, line, is_docstring
+
+
+def _nesting(kind: str | None, token: str) -> int:
+    """How many brackets a token opens; closing is negative."""
+    return 0 if kind != "operator" else (token in "([{") - (token in ")]}")
+
+
+def _end_of(text: str, match: re.Match[str]) -> int:
+    """Where a token ends; the expression matches no more than the opening quote of a string."""
+    if match.lastgroup != "string":
+        return match.end()
+    has_fields, quote, at = bool(set(match["prefix"].lower()) & set("ft")), match["quote"], match.end()
+    while not text.startswith(quote, at):
+        if at >= len(text):
+            raise OSError(f"the source ends inside a string: {text[match.start() :][:20]!r}")
+        if text[at] == "\\":
+            at += 1 if has_fields and text.startswith(("{", "}"), at + 1) else 2
+        elif has_fields and text[at] == "{":
+            at = at + 2 if text.startswith("{{", at) else _end_of_field(text, at + 1)
+        else:
+            at += 1
+    return at + len(quote)
+
+
+def _end_of_field(text: str, at: int) -> int:
+    """Where a replacement field of an f-string ends, from its expression on; the expression may hold any string."""
+    depth = 0
+    while match := _TOKEN.match(text, at):
+        at, token = _end_of(text, match), match[0]
+        if depth == 0 and token == "}":
+            return at
+        if depth == 0 and token == ":":
+            return _end_of_format(text, at)
+        depth += _nesting(match.lastgroup, token)
+    raise OSError("the source ends inside an f-string")
+
+
+def _end_of_format(text: str, at: int) -> int:
+    """Where a replacement field ends, from its format specification on."""
+    while not text.startswith("}", at):
+        if at >= len(text):
+            raise OSError("the source ends inside an f-string")
+        at = _end_of_field(text, at + 1) if text[at] == "{" else at + 1
+    return at + 1
 
 
 @cache
@@ -60,7 +179,7 @@ def _fingerprint_at(path: str, function: FunctionType) -> str:
     return fingerprint(function)
 
 
-def drift(verified: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+def drift(verified: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
     """What differs from the verified functions.
 
     Args:

@@ -84,9 +84,9 @@ GPT_NEO = attnzoo.Adapter(
             dropout=lambda module: module.attn_dropout.p,
             # What this relies on. A new release of transformers that changes any of it is refused until somebody looks.
             verified={
-                f"{_MODULE}:GPTNeoSelfAttention.forward": ("37130337fe8ee6b3",),
-                f"{_MODULE}:GPTNeoSelfAttention._attn": ("1a105d12426d5207",),
-                f"{_MODULE}:GPTNeoModel.forward": ("f3017fc9ce23cea9",),
+                f"{_MODULE}:GPTNeoSelfAttention.forward": ("32c25ae9bcab8eba",),
+                f"{_MODULE}:GPTNeoSelfAttention._attn": ("3923e8104a326804",),
+                f"{_MODULE}:GPTNeoModel.forward": ("7a0ec434559688d8",),
             },
         ),
     ),
