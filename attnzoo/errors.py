@@ -9,6 +9,17 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+_MOST = 200  # characters of what was got: with the argument and what is allowed, a message stays under 400
+
+
+def shorten(text: str, most: int = _MOST) -> str:
+    """The text on one line, without its middle where it has more than ``most`` characters."""
+    line = " ".join(text.split()) if "\n" in text else text
+    if len(line) <= most:
+        return line
+    tail = most // 4
+    return f"{line[: most - tail - 5]} ... {line[-tail:]}"
+
 
 class AttnzooError(Exception):
     """Base class of every exception attnzoo raises on purpose."""
@@ -19,13 +30,13 @@ class InvalidArgumentError(AttnzooError, ValueError):
 
     Attributes:
         argument: name of the argument.
-        got: what was received, in words.
+        got: what was received, in words; shortened, as it may be the representation of anything.
         allowed: what would have been accepted, in words.
     """
 
     def __init__(self, argument: str, got: object, allowed: object) -> None:
-        self.argument, self.got, self.allowed = argument, str(got), str(allowed)
-        super().__init__(f"{argument}: got {got}; allowed: {allowed}")
+        self.argument, self.got, self.allowed = argument, shorten(str(got)), str(allowed)
+        super().__init__(f"{argument}: got {self.got}; allowed: {self.allowed}")
 
 
 class UnknownNameError(InvalidArgumentError, LookupError):
@@ -37,7 +48,7 @@ class UnknownNameError(InvalidArgumentError, LookupError):
         near = [folded[name] for name in difflib.get_close_matches(str(got).casefold(), folded, n=2, cutoff=0.5)]
         hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
         told = [*map(repr, names), *([f"or {also}"] if also else [])]
-        super().__init__(argument, f"{got!r}{hint}", ", ".join(told) or "none")
+        super().__init__(argument, f"{shorten(repr(got), _MOST // 2)}{hint}", ", ".join(told) or "none")
 
 
 @dataclass(frozen=True)

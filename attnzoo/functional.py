@@ -105,7 +105,7 @@ def attention(
         UnknownNameError: no such backend.
         BackendRefusedError: the named backend cannot do this; every reason is listed.
     """
-    if backend != "auto" and not isinstance(backend, Backend):
+    if not isinstance(backend, Backend) and not (isinstance(backend, str) and backend == "auto"):
         backend = registry.configure(backend)
     for name, tensor in dict(q=q, k=k, v=v).items():
         check_heads_tensor(name, tensor)

@@ -14,7 +14,7 @@ from torch import nn
 
 from attnzoo import registry, slots
 from attnzoo.backend import Backend
-from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError, Refusal
+from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError, Refusal, shorten
 from attnzoo.forwards import Patch, PatchedForward, patches_of
 from attnzoo.functional import negotiate
 from attnzoo.segments import Request
@@ -323,8 +323,8 @@ def check_forward(found: Found) -> None:
     forward = slots.current(found.module)
     if forward is not None and not isinstance(forward, PatchedForward):
         raise PatchError(
-            f"{found.name}: got a module whose forward was replaced by {forward!r}; allowed: the class's own forward "
-            "(accelerate's hooks may be around it), or attnzoo's patches"
+            f"{found.name}: got a module whose forward was replaced by {shorten(repr(forward))}; allowed: the class's "
+            "own forward (accelerate's hooks may be around it), or attnzoo's patches"
         )
 
 

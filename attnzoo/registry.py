@@ -146,13 +146,29 @@ def find_adapter(model_type: str) -> Adapter | None:
     with _lock:
         if model_type in _adapters:
             return _adapters[model_type]
-        for entry in metadata.entry_points(group="attnzoo.adapters", name=model_type):
-            try:
-                return register_adapter(entry.load())
-            except BaseException as error:
-                raise_interrupts(error)
-                _broken_adapters[model_type] = f"{entry.value} failed to load: {type(error).__name__}: {error}"
-    return None
+        offers = metadata.entry_points(group="attnzoo.adapters", name=model_type)
+        return next((adapter for entry in offers if (adapter := _load_adapter(entry)) is not None), None)
+
+
+def adapters() -> dict[str, Adapter]:
+    """Every adapter by model type: the registered ones, and those offered by entry point that load."""
+    with _lock:
+        for entry in metadata.entry_points(group="attnzoo.adapters"):
+            if entry.name not in _adapters:
+                _load_adapter(entry)
+        return dict(_adapters)
+
+
+def _load_adapter(entry: metadata.EntryPoint) -> Adapter | None:
+    """Load and register an offered adapter; None, and a reason to show, where that fails."""
+    try:
+        adapter = register_adapter(entry.load())
+    except BaseException as error:
+        raise_interrupts(error)
+        _broken_adapters[entry.name] = f"{entry.value} failed to load: {type(error).__name__}: {error}"
+        return None
+    _broken_adapters.pop(entry.name, None)
+    return adapter
 
 
 def left_out_adapters(model_type: str) -> tuple[str, ...]:
@@ -171,6 +187,11 @@ def left_out_adapters(model_type: str) -> tuple[str, ...]:
 def broken_adapter(model_type: str) -> str | None:
     """Why an offered adapter could not be loaded."""
     return _broken_adapters.get(model_type)
+
+
+def broken_adapters() -> dict[str, str]:
+    """By model type, why an offered adapter could not be loaded when it was last asked for."""
+    return dict(_broken_adapters)
 
 
 def model_types() -> tuple[str, ...]:
@@ -217,13 +238,14 @@ def backend_class(name: str) -> type[Backend]:
         UnknownNameError: the name is not registered; near misses are suggested.
     """
     _discover()
-    owner = _owner(name)
+    named = name if isinstance(name, str) else ""  # an array, say, cannot even be compared with names
+    owner = _owner(named)
     if owner is not None:
         return owner
-    if isinstance(name, str) and name in _broken_backends:
+    if named in _broken_backends:
         raise InvalidArgumentError("backend", f"{name!r}: {_broken_backends[name]}", "a backend that loads")
     known = {alias for cls in _backends.values() for alias in (cls.name, *_aliases(cls))}
-    if name in RESERVED:
+    if named in RESERVED:
         raise InvalidArgumentError("backend", f"{name!r}, which is none itself", ", ".join(map(repr, sorted(known))))
     raise UnknownNameError("backend", name, known | set(RESERVED))
 

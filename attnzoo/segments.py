@@ -7,6 +7,7 @@ one softmax normalises over all of them together.
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -14,17 +15,22 @@ import torch
 from torch import Tensor
 
 from attnzoo.bias import Bias
-from attnzoo.errors import InvalidArgumentError
+from attnzoo.errors import InvalidArgumentError, shorten
 from attnzoo.patterns import Full, Pattern
 
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 80
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def describe(tensor: object) -> str:
-    """A tensor in words: shape, dtype and device; anything else by its type."""
-    if isinstance(tensor, Tensor):
-        return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
-    return f"{type(tensor).__name__} {tensor!r}"
+def describe(given: object) -> str:
+    """A tensor as shape, dtype and device; another library's array as shape and dtype; else type and value."""
+    if isinstance(given, Tensor):
+        return f"{tuple(given.shape)} {str(given.dtype).removeprefix('torch.')} on {given.device}"
+    shape, dtype = getattr(given, "shape", None), getattr(given, "dtype", None)
+    if shape is not None and dtype is not None:
+        return f"{type(given).__module__}.{type(given).__name__} {shape} {dtype}"
+    return f"{type(given).__name__} {shorten(_BRIEF.repr(given), 120)}"
 
 
 @dataclass(frozen=True, eq=False)
