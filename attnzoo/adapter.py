@@ -7,7 +7,7 @@ be taken over: a function that turns the module's inputs into an :class:`~attnzo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -124,14 +124,14 @@ class Seam:
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the seam is for the module: one of its class (subclasses included), :attr:`when` that says so."""
-        return any(_path(base) == self.cls for base in type(module).__mro__) and self.when(module)
+        return any(path_of(base) == self.cls for base in type(module).__mro__) and self.when(module)
 
     def owner(self, model: nn.Module, module: nn.Module) -> nn.Module | None:
         """The module of the model in which a module shares values with others (:attr:`shared_in`), if it is there."""
         if self.shared_in is None:
             return None
         for owner in model.modules():
-            shares = any(_path(base) == self.shared_in for base in type(owner).__mro__)
+            shares = any(path_of(base) == self.shared_in for base in type(owner).__mro__)
             if shares and any(found is module for found in self.sharers(owner)):
                 return owner
         return None
@@ -146,7 +146,8 @@ class Adapter:
     """What attnzoo knows of a model family.
 
     Attributes:
-        model_types: ``config.model_type`` values it serves.
+        model_types: ``config.model_type`` values it serves. Its seams match by class in any model; the type decides
+            between adapters that know the same class.
         seams: the attention classes of the family.
         versions: the transformers versions it was verified against, for people.
         examples: what to change of the default configuration to see the family's modules: in one example or the other,
@@ -157,13 +158,6 @@ class Adapter:
     seams: tuple[Seam, ...]
     versions: str = field(default="unknown")
     examples: tuple[Mapping[str, Any], ...] = ({},)
-
-    def sites(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, Seam]]:
-        """Every module of the model this adapter can take over: its name, itself and its seam."""
-        for name, module in model.named_modules():
-            for seam in self.seams:
-                if seam.matches(module):
-                    yield name, module, seam
 
     def check_drift(self, seam: Seam, module: nn.Module | None = None) -> None:
         """Raise unless the functions the seam relies on are those it was verified against.
@@ -177,9 +171,9 @@ class Adapter:
         """
         found = list(drift(dict(seam.verified)))
         if module is not None and not any(f"{seam.cls}.forward" in line for line in found):
-            base = next(base for base in type(module).__mro__ if _path(base) == seam.cls)
+            base = next(base for base in type(module).__mro__ if path_of(base) == seam.cls)
             if type(module).forward is not base.forward:  # type: ignore[attr-defined]
-                found.append(f"{_path(type(module))} overrides the forward of {seam.cls}")
+                found.append(f"{path_of(type(module))} overrides the forward of {seam.cls}")
         if found:
             import transformers
 
@@ -189,7 +183,8 @@ class Adapter:
             )
 
 
-def _path(cls: type) -> str:
+def path_of(cls: type) -> str:
+    """A class as seams name it: ``"package.module:Class"``."""
     return f"{cls.__module__}:{cls.__qualname__}"
 
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from torch import nn
 
 from attnzoo import registry
-from attnzoo.adapter import Adapter, Seam, parameters_of
+from attnzoo.adapter import Adapter, Seam, parameters_of, path_of
 from attnzoo.backend import Backend
-from attnzoo.errors import InvalidArgumentError, PatchError
+from attnzoo.errors import InvalidArgumentError, PatchError, shorten
 from attnzoo.functional import autocast_dtype
 from attnzoo.segments import Attention, Request, Result
 from attnzoo.tuning.choice import Choice
@@ -90,34 +90,55 @@ class Found(NamedTuple):
 
 
 def find_sites(model: nn.Module) -> list[Found]:
-    """Every attention module of a model that a registered adapter can take over.
+    """Every module of a model that a registered adapter can take over, found by class, whatever the config says.
+
+    Where several seams match, the one for the nearest class wins, then the adapter of a model type found in the model.
 
     Raises:
         InvalidArgumentError: not a module.
-        PatchError: no adapter serves any model type found in the model.
+        PatchError: no adapter knows an attention module in the model.
     """
     if not isinstance(model, nn.Module):
         raise InvalidArgumentError("model", f"{type(model).__name__}", "a torch.nn.Module, e.g. from from_pretrained")
-    types = dict.fromkeys(
-        str(config.model_type)
-        for module in model.modules()
-        if (config := getattr(module, "config", None)) is not None and getattr(config, "model_type", None)
+    types = _model_types(model)
+    adapters = registry.adapters()
+    preferred = [adapters[name] for name in types if name in adapters]
+    seams: dict[str, list[tuple[Adapter, Seam]]] = {}
+    for adapter in {id(adapter): adapter for adapter in (*preferred, *adapters.values())}.values():
+        for seam in adapter.seams:
+            seams.setdefault(seam.cls, []).append((adapter, seam))
+    found = []
+    for name, module in model.named_modules():
+        claims = (claim for cls in type(module).__mro__ for claim in seams.get(path_of(cls), ()))
+        for adapter, seam in claims:
+            if seam.when(module):
+                found.append(Found(name, module, seam, adapter, seam.owner(model, module)))
+                break
+    if not any(one.seam.attends for one in found):
+        raise _nothing_found(model, types, seams)
+    return found
+
+
+def _model_types(model: nn.Module) -> tuple[str, ...]:
+    configs = (getattr(module, "config", None) for module in model.modules())
+    names = (getattr(config, "model_type", None) for config in configs)
+    return tuple(dict.fromkeys(str(name) for name in names if name))
+
+
+def _nothing_found(model: nn.Module, types: tuple[str, ...], seams: Iterable[str]) -> PatchError:
+    """The error for a model without a site: its type, adapters that did not load, a class with a known name."""
+    reasons = [f"{name}: {reason}" for name, reason in registry.broken_adapters().items()]
+    why = f" (an adapter exists but did not load: {shorten('; '.join(reasons), 200)})" if reasons else ""
+    known = {path.rpartition(":")[2]: path for path in seams}
+    for cls in (cls for module in model.modules() for cls in type(module).__mro__):
+        if cls.__name__ in known:
+            why += f" ({path_of(cls)} is another class than {known[cls.__name__]})"
+            break
+    return PatchError(
+        f"model: got {type(model).__name__} of model type {', '.join(types) or 'none (no config)'}, "
+        f"in which no adapter finds an attention module{why}; allowed: a model with modules of type "
+        f"{', '.join(registry.model_types())}, or register one with attnzoo.register_adapter"
     )
-    adapters = {id(adapter): adapter for name in types if (adapter := registry.find_adapter(name)) is not None}
-    found = {
-        id(module): Found(name, module, seam, adapter, seam.owner(model, module))
-        for adapter in adapters.values()
-        for name, module, seam in adapter.sites(model)
-    }
-    if not any(one.seam.attends for one in found.values()):
-        broken = [f"{name}: {reason}" for name in types if (reason := registry.broken_adapter(name))]
-        why = f" (an adapter exists but did not load: {'; '.join(broken)})" if broken else ""
-        raise PatchError(
-            f"model: got {type(model).__name__} of model type {', '.join(types) or 'none (no config)'}, "
-            f"in which no adapter finds an attention module{why}; allowed: a model with modules of type "
-            f"{', '.join(registry.model_types())}, or register one with attnzoo.register_adapter"
-        )
-    return list(found.values())
 
 
 def expected_requests(

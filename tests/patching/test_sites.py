@@ -1,0 +1,132 @@
+"""Which modules a patch reaches: those of a class that an adapter knows, whatever configuration the model has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import RobertaConfig, RobertaModel
+from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
+
+import attnzoo
+from attnzoo import DriftError, PatchError, registry
+
+from ..models.zoo import causal_inputs, gpt_neox, led, led_inputs, spread
+
+
+def foreign_config():
+    """A RoBERTa's configuration, with the fields a Longformer attention reads."""
+    sizes = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = RobertaConfig(**sizes, max_position_embeddings=80, pad_token_id=1, attn_implementation="eager")
+    config.attention_window, config.attention_probs_dropout_prob = [8, 4], 0.0
+    return config
+
+
+class Converted(nn.Module):
+    """What stands in a RoBERTa layer in place of its attention: makes the arguments of a Longformer attention."""
+
+    def __init__(self, config, layer, cls=LongformerSelfAttention):
+        super().__init__()
+        self.longformer = cls(config, layer_id=layer)
+
+    def forward(self, hidden_states, *args, **kwargs):
+        mask = torch.zeros(hidden_states.shape[:2])
+        mask[:, 0], mask[0, -3:] = 1.0, -1e4
+        given = dict(is_index_masked=mask < 0, is_index_global_attn=mask > 0, is_global_attn=True)
+        return self.longformer(hidden_states, attention_mask=mask, **given)[0], None
+
+
+def converted_roberta(cls=LongformerSelfAttention):
+    config = foreign_config()
+    model = RobertaModel(config, add_pooling_layer=False)
+    for number, layer in enumerate(model.encoder.layer):
+        layer.attention.self = Converted(config, number, cls)
+    return spread(model)
+
+
+def test_an_attention_in_a_model_of_another_family():
+    model, tokens = converted_roberta(), torch.arange(32).view(2, 16) + 3
+    with torch.no_grad():
+        expected = model(tokens).last_hidden_state
+        with attnzoo.patch(model, "sdpa") as handle:
+            found = model(tokens).last_hidden_state
+        assert [(site.cls, site.calls) for site in handle.sites] == [("LongformerSelfAttention", 2)] * 2
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(model(tokens).last_hidden_state, expected)
+    assert [verdict.runs for verdict in attnzoo.explain(model, "sdpa")] == [True, True]
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["in a module", "the attention itself"])
+def test_an_attention_whose_config_has_no_model_type(bare):
+    module, states = spread(Converted(foreign_config(), 0)), torch.randn(2, 16, 32)
+    module.longformer.config = SimpleNamespace(attention_window=[8, 4])
+    expected = module(states)[0]
+    with attnzoo.patch(module.longformer if bare else module, "eager") as handle:
+        torch.testing.assert_close(module(states)[0], expected)
+    assert [site.calls for site in handle.sites] == [2]
+
+
+def test_two_families_in_one_model():
+    model = nn.ModuleDict({"one": gpt_neox(), "other": led()})
+    inputs = {"one": causal_inputs(16, "left"), "other": led_inputs(24, "right")}
+    with torch.no_grad():
+        expected = {name: part(**inputs[name]).logits for name, part in model.items()}
+        with attnzoo.patch(model, {"one.*": "eager", "other.*": "sdpa"}) as handle:
+            for name, part in model.items():
+                real = inputs[name].get("decoder_attention_mask", inputs[name]["attention_mask"]).bool()
+                found = part(**inputs[name]).logits
+                torch.testing.assert_close(found[real], expected[name][real], atol=1e-3, rtol=1e-3)
+    assert [site.backend for site in handle.sites] == ["eager"] * 2 + ["sdpa"] * 6
+    assert all(site.calls for site in handle.sites)
+
+
+class HandsOn(LongformerSelfAttention):
+    """As in published conversions: a forward of its own around the class's."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_named():
+    model = converted_roberta(HandsOn)
+    with pytest.raises(DriftError, match=r"test_sites:HandsOn overrides the forward of .*:LongformerSelfAttention"):
+        attnzoo.patch(model, "sdpa")
+
+
+def test_the_adapter_of_the_nearest_class_wins(registry_of_its_own):
+    """A subclass has an adapter of its own: it is asked first, whatever the model type."""
+    (seam,) = registry.find_adapter("longformer").seams
+    own = replace(seam, cls=f"{__name__}:HandsOn", verified={}, describe=lambda module: "by hand")
+    attnzoo.register_adapter(attnzoo.Adapter(model_types=("handed_on",), seams=(own,)))
+    with attnzoo.patch(converted_roberta(HandsOn), "sdpa") as handle:
+        assert {site.pattern for site in handle.sites} == {"by hand"}
+    with attnzoo.patch(converted_roberta(), "sdpa") as handle:
+        assert {site.pattern for site in handle.sites} == {"window 8 + global keys", "window 4 + global keys"}
+
+
+@pytest.mark.parametrize("type_", ["roberta", "mine"])
+def test_of_two_adapters_for_one_class_that_of_the_model_type_wins(registry_of_its_own, type_):
+    (seam,) = registry.find_adapter("longformer").seams
+    own = replace(seam, describe=lambda module: "by hand")
+    attnzoo.register_adapter(attnzoo.Adapter(model_types=("mine",), seams=(own,)))
+    model = converted_roberta()
+    model.config.model_type = type_
+    with attnzoo.patch(model, "sdpa") as handle:
+        assert ({site.pattern for site in handle.sites} == {"by hand"}) == (type_ == "mine")
+
+
+def test_a_copy_of_a_known_class_is_named():
+    """Code that came with a checkpoint has classes of the same names in another module."""
+
+    class Parent(nn.Module):
+        pass
+
+    copied = type("LongformerSelfAttention", (Parent,), {"__module__": "their.modeling"})
+    with pytest.raises(PatchError) as caught:
+        attnzoo.patch(nn.Sequential(copied()), "sdpa")
+    assert "their.modeling:LongformerSelfAttention is another class than transformers.models" in str(caught.value)
+    assert "allowed: a model with modules of type gpt_bigcode, gpt_neox, led" in str(caught.value)
+    assert len(str(caught.value)) < 500
