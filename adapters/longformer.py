@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
+from torch import Tensor
 
 from attnzoo.adapter import Adapter, Attend, Seam, bind_function, parameter_of
 from attnzoo.errors import InvalidArgumentError
@@ -75,20 +74,15 @@ def _forward(
         return output, _banded(local.dropped, module.one_sided_attn_window_size, None)
 
     states = hidden_states.gather(1, found.positions[:, :, None].expand(-1, -1, hidden_states.shape[2]))
+    # Filler is zero, as in the model: a layer that quantises its input goes by the largest number in it.
+    states = states.masked_fill(~found.valid[:, :, None], 0.0)
     query = split_heads(module.query_global(states), module.head_dim)
-    absorbed = None
-    if _absorbs(module, query, output_attentions):
-        absorbed = _absorbed(module, query, hidden_states, real, scale)
-    if absorbed is not None and attend.takes(absorbed):
-        result = attend(absorbed)
-        result = result._replace(output=_released(module, query, result.output))
-    else:
-        everything = Segment(
-            split_heads(module.key_global(hidden_states), module.head_dim),
-            split_heads(module.value_global(hidden_states), module.head_dim),
-            key_mask=real,
-        )
-        result = attend(Attention(query, (everything,), scale, dropout, query_mask=found.valid), output_attentions)
+    everything = Segment(
+        split_heads(module.key_global(hidden_states), module.head_dim),
+        split_heads(module.value_global(hidden_states), module.head_dim),
+        key_mask=real,
+    )
+    result = attend(Attention(query, (everything,), scale, dropout, query_mask=found.valid), output_attentions)
     sample, number = attend.once(is_index_global_attn, "places", lambda _: found.valid.nonzero(as_tuple=True))
     rows = merge_heads(result.output)[sample, number].to(output.dtype)
     places = (sample, found.positions[sample, number])
@@ -97,55 +91,6 @@ def _forward(
     if local.dropped is None or result.dropped is None:
         return (output,)
     return output, _banded(local.dropped, module.one_sided_attn_window_size, is_index_global_attn), result.dropped[0]
-
-
-def _absorbs(module: Any, query: Tensor, output_attentions: bool) -> bool:
-    """Whether the projections of all keys and values had better be moved to the few global queries.
-
-    Only where nobody can tell: without gradients, dropout or probabilities, and with plain linear layers.
-    """
-    linears = (module.key_global, module.value_global)
-    few = 2 * query.shape[1] * query.shape[2] <= module.embed_dim
-    return (
-        few
-        and not (torch.is_grad_enabled() or module.training or output_attentions)
-        and all(_is_plain(linear) for linear in linears)
-    )
-
-
-def _is_plain(linear: Any) -> bool:
-    # Adapters, quantisation and parametrisation change the type; accelerate's hooks set a forward; torch has no public
-    # way to ask for the other hooks, its own or those of all modules.
-    of_all = getattr(torch_module, "_has_any_global_hook", lambda: True)()
-    hooked = of_all or linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
-    return type(linear) is nn.Linear and not hooked
-
-
-def _absorbed(module: Any, query: Tensor, hidden_states: Tensor, real: Tensor | None, scale: float) -> Attention:
-    """Global queries ``(batch, heads, most, head_dim)`` on the hidden states themselves, all heads' as one head's.
-
-    ``q . (W h + b) = (W^T q) . h + q . b``, where the last term shifts all scores of a row alike, and
-    ``sum(p (W h + b)) = W sum(p h) + b``: all keys and values of all heads are the states ``(batch, length, embed)``,
-    which need not be projected (the absorption of DeepSeek-V2's latent attention, arXiv:2405.04434).
-    """
-    weight = _weight(module.key_global, query)
-    states = hidden_states.to(query.dtype)[:, None]
-    return Attention((query @ weight).flatten(1, 2)[:, None], (Segment(states, states, key_mask=real),), scale)
-
-
-def _released(module: Any, query: Tensor, mixed: Tensor) -> Tensor:
-    """The values ``(batch, heads, most, head_dim)`` of mixed states ``(batch, 1, heads * most, embed)``."""
-    linear = module.value_global
-    output = mixed.squeeze(1).unflatten(1, query.shape[1:3]) @ _weight(linear, query).transpose(-1, -2)
-    if linear.bias is None:
-        return output
-    return output + linear.bias.to(query.dtype).unflatten(0, (query.shape[1], 1, -1))
-
-
-def _weight(linear: Any, query: Tensor) -> Tensor:
-    """A projection's weight by heads: ``(heads, head_dim, embed)``."""
-    weight: Tensor = linear.weight.to(query.dtype)
-    return weight.unflatten(0, (query.shape[1], -1))
 
 
 def _banded(weights: tuple[Tensor, ...], window: int, is_global: Tensor | None) -> Tensor:

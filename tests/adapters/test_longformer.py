@@ -1,119 +1,76 @@
-"""Longformer's and LED's global tokens: their projections are absorbed into the few queries where nobody can tell."""
-
-from dataclasses import dataclass
+"""Longformer's and LED's projections are layers that are called, whatever they are and whatever their weights are."""
 
 import pytest
 import torch
 from torch import nn
 
 import attnzoo
-from attnzoo.backends.eager import EagerBackend
 
-from ..models.zoo import led, led_inputs
+from ..models.zoo import led, led_inputs, longformer, longformer_inputs
+from .weights import LowRank, pack, quantise
 
-
-def calls_of(linear):
-    """Counts calls of a linear layer without a hook on it: hooks are what is to be respected."""
-    seen = []
-    original = nn.functional.linear
-
-    def counting(input, weight, bias=None):
-        seen.extend([1] if weight is linear.weight else [])
-        return original(input, weight, bias)
-
-    return seen, counting
+PROJECTIONS = ("query", "key", "value", "query_global", "key_global", "value_global")
+BUILDS = {"led": (led, led_inputs), "longformer": (longformer, longformer_inputs)}
 
 
-@pytest.fixture
-def model():
-    return led()
+@pytest.fixture(params=BUILDS)
+def family(request):
+    return BUILDS[request.param]
 
 
-def key_global(model):
-    return model.led.encoder.layers[0].self_attn.longformer_self_attn.key_global
+def attention_of(model):
+    return next(module for module in model.modules() if all(hasattr(module, name) for name in PROJECTIONS))
 
 
-def projected(model, monkeypatch, grad=False, globals_="one", **kwargs):
-    """Whether the patched model projected all keys of the first layer for the global tokens."""
-    seen, counting = calls_of(key_global(model))
-    monkeypatch.setattr(nn.functional, "linear", counting)
-    with attnzoo.patch(model, kwargs.pop("backend", "sdpa")), torch.set_grad_enabled(grad):
-        model(**led_inputs(37, "left", globals_), **kwargs)
-    return bool(seen)
+def outputs(model, inputs):
+    with torch.no_grad():
+        return model(**inputs)[0][inputs.get("decoder_attention_mask", inputs["attention_mask"]).bool()]
 
 
-def test_few_global_tokens_absorb_the_projection(model, monkeypatch):
-    assert not projected(model, monkeypatch)
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("globals_", ["zero", "one", "varying", "all"])
+@pytest.mark.parametrize("change", [pack, quantise], ids=["only linear()", "quantize_dynamic"])
+def test_weights_that_cannot_be_computed_with(family, change, globals_, backend):
+    build, inputs = family
+    model, given = build(), inputs(24, "right", globals_)
+    model = change(model)
+    expected = outputs(model, given)
+    with attnzoo.patch(model, backend):
+        torch.testing.assert_close(outputs(model, given), expected, atol=1e-3, rtol=1e-3)
 
 
-def test_many_global_tokens_do_not(model, monkeypatch):
-    assert projected(model, monkeypatch, globals_="all")
+@pytest.mark.parametrize("globals_", ["one", "all"])
+def test_low_rank_layers_around_the_projections(family, globals_):
+    build, inputs = family
+    model, given = build(), inputs(24, "right", globals_)
+    plain, attention = outputs(model, given), attention_of(model)
+    for name in PROJECTIONS:
+        setattr(attention, name, LowRank(getattr(attention, name)))
+    expected = outputs(model, given)
+    assert (expected - plain).abs().max() > 0.1
+    with attnzoo.patch(model, "sdpa"):
+        torch.testing.assert_close(outputs(model, given), expected, atol=1e-3, rtol=1e-3)
 
 
-def test_with_gradients_the_projection_runs(model, monkeypatch):
-    assert projected(model, monkeypatch, grad=True)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_hook_on_each_projection_is_called_once(family, grad, training):
+    build, inputs = family
+    model, seen = build().train(training), []
+    for name in PROJECTIONS:
+        getattr(attention_of(model), name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    with attnzoo.patch(model, "sdpa"), torch.set_grad_enabled(grad):
+        model(**inputs(24, "left", "one"))
+    assert sorted(seen) == sorted(PROJECTIONS)
 
 
-def test_in_training_the_projection_runs(model, monkeypatch):
-    assert projected(model.train(), monkeypatch)
-
-
-def test_for_probabilities_the_projection_runs(model, monkeypatch):
-    assert projected(model, monkeypatch, backend="eager", output_attentions=True)
-
-
-def test_a_hook_on_all_modules_sees_the_projection(model):
-    seen = []
-    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+def test_a_hook_on_all_modules_sees_the_projections(family):
+    build, inputs = family
+    model, seen = build(), []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
     try:
         with attnzoo.patch(model, "sdpa"), torch.no_grad():
-            model(**led_inputs(37, "left", "one"))
+            model(**inputs(24, "left", "one"))
     finally:
         hook.remove()
-    assert key_global(model) in seen
-
-
-def test_a_hook_on_the_projection_is_called(model):
-    seen = []
-    key_global(model).register_forward_hook(lambda *_: seen.append(1))
-    with attnzoo.patch(model, "sdpa"), torch.no_grad():
-        model(**led_inputs(37, "left", "one"))
-    assert seen == [1]
-
-
-def test_a_projection_of_another_type_is_called(model):
-    class Adapted(nn.Linear):
-        calls = 0
-
-        def forward(self, states):
-            Adapted.calls += 1
-            return 2 * super().forward(states)
-
-    attention = model.led.encoder.layers[0].self_attn.longformer_self_attn
-    adapted = Adapted(attention.embed_dim, attention.embed_dim)
-    adapted.load_state_dict(attention.key_global.state_dict())
-    attention.key_global = adapted
-    report = attnzoo.verify(model, led_inputs(37, "left", "one"), "sdpa", gradients=False)
-    assert report.ok, str(report)
-    assert Adapted.calls
-
-
-def test_a_backend_that_does_not_take_heads_as_wide_as_the_states_gets_the_projection(model, monkeypatch):
-    @dataclass(frozen=True)
-    class Narrow(EagerBackend):
-        def refusals(self, request):
-            wide = request.head_dim > 16
-            return (attnzoo.Refusal("head_dim", str(request.head_dim), "at most 16"),) if wide else ()
-
-    Narrow.name = "narrow"
-    attnzoo.register_backend(Narrow)
-    try:
-        assert projected(model, monkeypatch, backend="narrow")
-        report = attnzoo.verify(model, led_inputs(37, "left", "one"), "narrow", gradients=False)
-        assert report.ok, str(report)
-    finally:
-        attnzoo.unregister_backend("narrow")
-
-
-def test_auto_absorbs_where_any_backend_takes_it(model, monkeypatch):
-    assert not projected(model, monkeypatch, backend="auto")
+    assert all(getattr(attention_of(model), name) in seen for name in PROJECTIONS)

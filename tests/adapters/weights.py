@@ -1,0 +1,73 @@
+"""Layers whose weights arithmetic must not look at: quantised ones, and ones that adapters were put around."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+_TOLD = ("__get__", "__repr__", "detach", "requires_grad_", "is_floating_point", "size", "dim", "numel")
+
+
+class Packed(torch.Tensor):
+    """A weight as torchao's quantised tensors are: it knows ``linear()``, and tells its shape, dtype and device."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
+
+    def __init__(self, weight):
+        self.held = weight
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            return nn.functional.linear(args[0], args[1].held, *args[2:], **(kwargs or {}))
+        if getattr(function, "__name__", "") in _TOLD:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+        raise NotImplementedError(f"packed weight: {getattr(function, '__name__', function)} is not implemented")
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return Packed(args[0].held)
+        raise NotImplementedError(f"packed weight: {function} is not implemented")
+
+
+def pack(model):
+    """Pack the weights of all linear layers, which stay plain ``nn.Linear``."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.weight = nn.Parameter(Packed(module.weight.data), requires_grad=False)
+    return model
+
+
+def quantise(model):
+    """PyTorch's dynamic quantisation, which puts modules without parameters in place of linear ones."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+class LowRank(nn.Module):
+    """A low-rank adapter (LoRA) around a linear layer, which it looks like."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        random = torch.Generator().manual_seed(5)
+        self.down = nn.Parameter(torch.randn(2, base.in_features, generator=random))
+        self.up = nn.Parameter(torch.randn(base.out_features, 2, generator=random))
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+    def forward(self, states):
+        return self.base(states) + states @ self.down.T @ self.up.T
