@@ -6,18 +6,21 @@ The encoder attends as Longformer does; the decoder has causal self-attention an
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from attnzoo.adapter import Adapter, Attend, Seam, bind_function, parameter_of
 from attnzoo.adapters.longformer import VERSIONS, encoder_seam
+from attnzoo.adapters.longformer_mask import MaskFunction, mask_seam
 from attnzoo.heads import merge_heads, split_heads
 from attnzoo.masks import read_attention_mask
 from attnzoo.patterns import Causal, Full
 from attnzoo.segments import Attention, Request, Segment, SegmentRequest
 
 _MODULE = "transformers.models.led.modeling_led"
+_ENCODER_FORWARD = ("47720093331635f3", "d710ce36e019c88c")
 
 
 def _decoder_forward(
@@ -79,6 +82,10 @@ def _decoder_requests(module: Any) -> tuple[Request, ...]:
     )
 
 
+def _one_row(prepare: MaskFunction) -> MaskFunction:
+    return partial(prepare, tgt_len=1)
+
+
 LED = Adapter(
     model_types=("led",),
     versions=VERSIONS,
@@ -90,7 +97,16 @@ LED = Adapter(
                 "forward": ("6d782e2d0280dde0",),
                 "_concat_with_global_key_attn_probs": ("2bd1410c2ba1cc7d",),
                 "_compute_global_attn_output_from_hidden": ("c6f95642ee01b416",),
-                "LEDEncoder.forward": ("47720093331635f3", "d710ce36e019c88c"),
+                "LEDEncoder.forward": _ENCODER_FORWARD,
+            },
+        ),
+        mask_seam(
+            f"{_MODULE}:LEDEncoder",
+            "_prepare_4d_attention_mask_inverted",
+            _one_row,
+            {
+                f"{_MODULE}:LEDEncoder.forward": _ENCODER_FORWARD,
+                f"{_MODULE}:_prepare_4d_attention_mask_inverted": ("024fcf92449bc256",),
             },
         ),
         Seam(

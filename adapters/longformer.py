@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.adapter import Adapter, Attend, Seam, bind_function, parameter_of
+from attnzoo.adapters.longformer_mask import MaskFunction, mask_seam
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.globals import locate
 from attnzoo.heads import merge_heads, split_heads
@@ -141,6 +142,17 @@ def encoder_seam(module: str, cls: str, verified: dict[str, tuple[str, ...]]) ->
 
 _MODULE = "transformers.models.longformer.modeling_longformer"
 
+
+def _one_row(create: MaskFunction) -> MaskFunction:
+    """``create_bidirectional_mask`` of transformers for one query instead of as many as there are keys."""
+
+    def create_one_row(inputs_embeds: Tensor, **kwargs: Any) -> Tensor:
+        mask: Tensor = create(inputs_embeds=inputs_embeds[:, :1], encoder_hidden_states=inputs_embeds, **kwargs)
+        return mask
+
+    return create_one_row
+
+
 LONGFORMER = Adapter(
     model_types=("longformer",),
     versions=VERSIONS,
@@ -154,6 +166,12 @@ LONGFORMER = Adapter(
                 "_compute_global_attn_output_from_hidden": ("c6f95642ee01b416",),
                 "LongformerEncoder.forward": ("7912f2f28477b3eb",),
             },
+        ),
+        mask_seam(
+            f"{_MODULE}:LongformerModel",
+            "create_bidirectional_mask",
+            _one_row,
+            {f"{_MODULE}:LongformerModel.forward": ("2df9dae463217103",)},
         ),
     ),
 )

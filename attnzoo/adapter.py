@@ -101,8 +101,8 @@ class Seam:
         backward_in_training: the model's own backward works in training mode only.
         shared_in: ``"package.module:Class"`` of the module in which the sites of this seam hand values to one another
             (a bias that the first layer of a stack computes for all of them), or None.
-        attends: False for a module that attends nothing itself and is taken over with those inside it, because it
-            stands in their way; it is not listed as a site.
+        attends: False for a module that attends nothing itself and is taken over with those inside it, because what it
+            makes for them is wrong or larger than they need; it is not listed as a site.
     """
 
     cls: str

@@ -130,7 +130,7 @@ class _Noted(threading.local):
         return _Noted, ()
 
 
-class PatchedForward:
+class PatchedForward(slots.Replacement):
     """What sits in a patched module's forward slot. Copies itself with the module; refuses to be pickled.
 
     Copies of the module that share its attributes (``copy.copy``, replicas of ``nn.DataParallel``) share this object,
@@ -157,7 +157,12 @@ class PatchedForward:
         # torch.compile stumbles over a forward with other globals, and over what looks at the data. So it leaves
         # patched modules alone and compiles what is around them; backends may compile inside. As a decorator this
         # would import the compiler with attnzoo; transformers has imported it when there is a model.
-        self._uncompiled = torch.compiler.disable(PatchedForward._run, reason="attnzoo runs patched modules uncompiled")
+        # A module that attends nothing holds most of the model: of that, only this frame stays uncompiled.
+        self._uncompiled = torch.compiler.disable(
+            PatchedForward._run,
+            reason="attnzoo runs patched modules uncompiled",
+            recursive=self.seam.attends,
+        )
 
     def _bind(self, module: nn.Module | None, owner: nn.Module | None) -> None:
         self._module = None if module is None else weakref.ref(module)

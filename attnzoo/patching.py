@@ -320,10 +320,10 @@ def check_forward(found: Found) -> None:
     Raises:
         PatchError: the module's forward is neither its class's nor a patch of ours.
     """
-    forward = slots.current(found.module)
-    if forward is not None and not isinstance(forward, PatchedForward):
+    if slots.is_foreign(found.module):
+        forward = shorten(repr(slots.current(found.module)))
         raise PatchError(
-            f"{found.name}: got a module whose forward was replaced by {shorten(repr(forward))}; allowed: the class's "
+            f"{found.name}: got a module whose forward was replaced by {forward}; allowed: the class's "
             "own forward (accelerate's hooks may be around it), or attnzoo's patches"
         )
 

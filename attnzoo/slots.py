@@ -19,6 +19,10 @@ from torch import nn
 SLOTS = ("_old_forward", "forward")
 
 
+class Replacement:
+    """A forward that attnzoo puts in the place of a module's own."""
+
+
 def active_slot(module: nn.Module) -> str:
     """The attribute that a new forward goes to: behind accelerate's hook if there is one."""
     return "_old_forward" if "_old_forward" in vars(module) else "forward"
@@ -29,6 +33,12 @@ def current(module: nn.Module) -> Callable[..., Any] | None:
     value = vars(module).get(active_slot(module))
     plain = isinstance(value, MethodType) and value.__self__ is module and value.__func__ is type(module).forward
     return None if plain else unbound(value)
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Whether something else than attnzoo has replaced the instance's forward; accelerate's hooks do not count."""
+    forward = current(module)
+    return forward is not None and not isinstance(forward, Replacement)
 
 
 def unbound(value: Any) -> Any:

@@ -8,7 +8,17 @@ import torch
 
 import attnzoo
 
-from ..models.zoo import causal_inputs, gpt_bigcode, gpt_neox, led, led_inputs, longt5, longt5_inputs
+from ..models.zoo import (
+    causal_inputs,
+    gpt_bigcode,
+    gpt_neox,
+    led,
+    led_inputs,
+    longformer,
+    longformer_inputs,
+    longt5,
+    longt5_inputs,
+)
 
 
 def run(model, inputs):
@@ -50,6 +60,32 @@ def test_native_compiles_in_one_graph_where_the_original_does(build, inputs):
             assert not any(site.calls for site in handle.sites)
             model(**given)
             assert all(site.calls for site in handle.sites)
+
+
+@pytest.mark.parametrize(("build", "inputs"), [(led, led_inputs), (longformer, longformer_inputs)])
+def test_a_module_taken_over_around_attention_is_compiled(build, inputs):
+    """The encoder is taken over for its mask; all in it but attention is compiled as in a patch of its layers alone."""
+
+    def compiled_calls(model):
+        counted = []
+
+        def count(graph, example):
+            counted.append(sum(node.op.startswith("call") for node in graph.graph.nodes))
+            return graph
+
+        torch.compiler.reset()
+        torch.compile(model, backend=count)(**inputs(24, "left"))
+        return sum(counted)
+
+    model = build()
+    layers = next(
+        module for name, module in model.named_modules() if name.endswith(("encoder.layers", "encoder.layer"))
+    )
+    with torch.no_grad():
+        with attnzoo.patch(layers, "sdpa"):
+            expected = compiled_calls(model)
+        with attnzoo.patch(model, {"*encoder.*": "sdpa"}):
+            assert compiled_calls(model) == expected
 
 
 class Logits(torch.nn.Module):

@@ -1,0 +1,62 @@
+"""One row for the padding masks that Longformer and LED make around their encoders.
+
+Both models expand their padding mask to ``(batch, 1, length, length)`` and then read row 0 of it (``[:, 0, 0, :]``).
+All rows are equal, but the grid and the temporaries on the way to it take several times ``4 * length**2`` bytes per
+sample: 4 GiB of the 4.3 GiB that a whole LED needs at 16384 tokens. The seam runs the model's own forward with one
+global name rebound: the function that makes the mask makes one row. Every layer gets the same ``(batch, length)`` mask,
+whether it is patched or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any
+
+from attnzoo import slots
+from attnzoo.adapter import Attend, Forward, Seam
+from attnzoo.fingerprint import locate
+from attnzoo.interface import rebind
+
+MaskFunction = Callable[..., Any]
+OneRow = Callable[[MaskFunction], MaskFunction]
+
+
+# By the original's forward. Not functools.cache, which torch.compile warns of and runs anew in every trace.
+_REBOUND: dict[FunctionType, FunctionType] = {}
+
+
+def _with_one_row(forward: FunctionType, name: str, one_row: OneRow) -> FunctionType:
+    """The forward of the model's class with its mask function rebound: one function for all models of the class."""
+    if forward not in _REBOUND:
+        _REBOUND[forward] = rebind(forward, **{name: one_row(forward.__globals__[name])})
+    return _REBOUND[forward]
+
+
+def mask_seam(cls: str, name: str, one_row: OneRow, verified: Mapping[str, tuple[str, ...]]) -> Seam:
+    """Return the seam of a module that makes a square mask and reads one row of it.
+
+    A module whose forward is not the original's, by a subclass or on the instance, is left alone: its results do not
+    depend on this seam, only its memory does.
+
+    Args:
+        cls: ``"package.module:Class"`` of the module.
+        name: the global name under which its forward calls the function that makes the mask.
+        one_row: ``one_row(function)`` takes the arguments of that function and returns its mask with one row.
+        verified: fingerprints, as :attr:`~attnzoo.adapter.Seam.verified`.
+    """
+
+    def bind(original: Any, attend: Attend) -> Forward:
+        return _with_one_row(original.forward, name, one_row)
+
+    def runs_the_original(module: Any) -> bool:
+        return type(module).forward is locate(f"{cls}.forward") and not slots.is_foreign(module)
+
+    return Seam(
+        cls=cls,
+        bind=bind,
+        when=runs_the_original,
+        attends=False,
+        describe=lambda module: "makes a padding mask of one row",
+        verified=verified,
+    )

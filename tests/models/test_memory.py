@@ -1,0 +1,88 @@
+"""Whole models: no tensor that a patched model makes is as large as the square of the input length.
+
+Only single tensors are looked at, so that the test needs no long inputs: a tensor of ``length ** 2`` elements is found
+at any length at which the sizes of the tiny models are small beside it.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import attnzoo
+
+from .zoo import FAMILIES, led_inputs, longformer_inputs
+
+LENGTH = 1024
+ENCODERS = ("led", "longformer", "longt5-local", "longt5-tglobal", "reformer")
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the operation that returned the largest tensor, by the elements its memory has room for."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.operation = 0, None
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+                if elements > self.elements:
+                    self.elements, self.operation = elements, f"{operation} of shape {tuple(tensor.shape)}"
+        return result
+
+
+def largest_tensor(model, inputs, mode):
+    """The largest tensor of a forward, or of a forward and its backward in any other mode."""
+    model.train(mode in ("train", "checkpointed"))
+    if mode == "checkpointed":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with torch.set_grad_enabled(mode != "forward"), LargestTensor() as largest:
+        output = model(**inputs)[0]
+        if mode != "forward":
+            output.square().mean().backward()
+    return largest
+
+
+def modes(family):
+    return "forward", "train", *(["checkpointed"] if family.build().supports_gradient_checkpointing else [])
+
+
+@pytest.mark.parametrize("side", ["none", "every"])
+@pytest.mark.parametrize(
+    ("family", "mode"), [(FAMILIES[name], mode) for name in ENCODERS for mode in modes(FAMILIES[name])], ids=str
+)
+def test_a_patched_encoder_makes_no_square(family, mode, side):
+    model = family.build()
+    with attnzoo.patch(model, "sdpa") as handle:
+        largest = largest_tensor(model, family.inputs(LENGTH, side), mode)
+        assert all(site.calls for site in handle.sites)
+    assert largest.elements < LENGTH**2, largest.operation
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt_bigcode-mqa", "gpt_bigcode-mha"])
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_a_patched_decoder_makes_no_square_without_padding(name, mode):
+    family = FAMILIES[name]
+    model = family.build()
+    with attnzoo.patch(model, "sdpa"):
+        largest = largest_tensor(model, family.inputs(LENGTH, "none"), mode)
+    assert largest.elements < LENGTH**2, largest.operation
+
+
+@pytest.mark.parametrize("globals_", ["zero", "one", "varying"])
+@pytest.mark.parametrize(("family", "inputs"), [("led", led_inputs), ("longformer", longformer_inputs)])
+def test_global_tokens_make_no_square(family, inputs, globals_):
+    model = FAMILIES[family].build()
+    with attnzoo.patch(model, "sdpa"):
+        largest = largest_tensor(model, inputs(LENGTH, "every", globals_), "forward")
+    assert largest.elements < LENGTH**2, largest.operation
+
+
+@pytest.mark.parametrize("name", ["led", "longformer"])
+def test_the_originals_make_one(name):
+    """Else the tests above prove nothing."""
+    family = FAMILIES[name]
+    assert largest_tensor(family.build(), family.inputs(LENGTH, "none"), "forward").elements >= LENGTH**2
