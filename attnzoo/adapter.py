@@ -7,7 +7,7 @@ be taken over: a function that turns the module's inputs into an :class:`~attnzo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
