@@ -36,7 +36,7 @@ from attnzoo.adapter import Adapter, Attend, Forward, Seam, bind_function, param
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.functional import compute_dtype
 from attnzoo.heads import merge_heads, split_heads
-from attnzoo.interface import bind_interface, check_interface, native_probabilities, refuse_unknown
+from attnzoo.interface import bind_interface, check_interface
 from attnzoo.patterns import Causal, Full
 from attnzoo.segments import Attention, Request, Result, Segment, SegmentRequest, describe
 
@@ -54,14 +54,10 @@ def _wants_probabilities(module: Any, kwargs: Mapping[str, Any]) -> bool:
 
 
 class _WithProbabilities:
-    """An :class:`Attend` that asks for attention probabilities.
+    """An :class:`Attend` that asks for the attention probabilities."""
 
-    Attributes:
-        module: the module that is being called.
-    """
-
-    def __init__(self, attend: Attend, module: Any) -> None:
-        self._attend, self._module = attend, module
+    def __init__(self, attend: Attend) -> None:
+        self._attend = attend
 
     @property
     def complete(self) -> bool:
@@ -74,7 +70,7 @@ class _WithProbabilities:
         return self._attend.takes(attention)
 
     def falls_back(self, can: bool = True) -> bool:
-        return self._attend.falls_back(can and native_probabilities(self._module))
+        return self._attend.falls_back(can)
 
     def once(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
         return self._attend.once(tensor, name, make)
@@ -82,12 +78,10 @@ class _WithProbabilities:
 
 def _self_bind(cls: type, attend: Attend) -> Forward:
     """The module's own forward. It does not tell its attention function of ``output_attentions``; we do."""
-    plain = bind_interface(cls, attend)
+    plain, asking = bind_interface(cls, attend), bind_interface(cls, _WithProbabilities(attend))
 
     def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-        asked = _wants_probabilities(module, kwargs)
-        run = bind_interface(cls, _WithProbabilities(attend, module)) if asked else plain
-        return run(module, *args, **kwargs)
+        return (asking if _wants_probabilities(module, kwargs) else plain)(module, *args, **kwargs)
 
     return forward
 
@@ -119,10 +113,9 @@ def _cross_forward(
     ``attention_mask`` and ``is_causal`` are the decoder's own: they say nothing of the encoder's tokens.
 
     Raises:
-        InvalidArgumentError: a keyword we do not know, a cache without room for cross-attention, neither encoder states
-            nor a filled cache, or an encoder mask that does not fit.
+        InvalidArgumentError: a cache without room for cross-attention, neither encoder states nor a filled cache, or
+            an encoder mask that does not fit.
     """
-    refuse_unknown(kwargs)
     query = split_heads(module.q_attn(hidden_states), module.head_dim)
     key, value = _keys_values(module, hidden_states, encoder_hidden_states, layer_past)
     query, key, value = (tensor.to(compute_dtype(query)) for tensor in (query, key, value))
@@ -247,7 +240,6 @@ GPT_BIGCODE = Adapter(
             dropout=lambda module: float(module.attn_dropout),
             check=check_interface,
             wants_probabilities=_wants_probabilities,
-            native_probabilities=native_probabilities,
             verified={
                 f"{_MODULE}:GPTBigCodeAttention.forward": ("c39be72d161b452f",),
                 f"{_MODULE}:GPTBigCodeBlock.forward": ("4e057486e762c36c",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from attnzoo.adapter import Adapter, Seam, parameter_of
-from attnzoo.interface import bind_interface, check_interface, native_probabilities, wants_probabilities
+from attnzoo.interface import bind_interface, check_interface, wants_probabilities
 from attnzoo.patterns import Causal
 from attnzoo.segments import Request, SegmentRequest
 
@@ -34,7 +34,6 @@ GPT_NEOX = Adapter(
             dropout=lambda module: float(module.attention_dropout),
             check=check_interface,
             wants_probabilities=wants_probabilities,
-            native_probabilities=native_probabilities,
             verified={f"{_MODULE}:GPTNeoXAttention.forward": ("680bb9e237b1e0ff", "0019986976651fef")},
         ),
     ),

@@ -32,7 +32,6 @@ from attnzoo.bias import RelativeBias
 from attnzoo.errors import InvalidArgumentError, PatchError
 from attnzoo.fingerprint import locate
 from attnzoo.heads import merge_heads, split_heads
-from attnzoo.interface import native_probabilities
 from attnzoo.patterns import Full, Pattern, Window
 from attnzoo.segments import Attention, Request, Segment, SegmentRequest, describe
 
@@ -306,7 +305,6 @@ def _decoder_seam(pattern: str, when: Callable[[Any], bool]) -> Seam:
         learns=lambda module: learns(module, _TABLE),
         dropout=_dropout,
         check=check_decoder,
-        native_probabilities=native_probabilities,
         verified=_verified(_DECODER),
         shared_in=_OWNER,
     )

@@ -17,9 +17,10 @@ from torch import Tensor
 from attnzoo.adapter import Attend, Forward, parameter_of
 from attnzoo.adapters.longt5_bias import bucketed, check_buckets, side_reach
 from attnzoo.bias import Bias, DenseBias, RelativeBias
-from attnzoo.errors import BackendRefusedError
+from attnzoo.errors import BackendRefusedError, KeywordRefusedError
 from attnzoo.functional import compute_dtype
-from attnzoo.interface import check_interface, native_probabilities, read_interface_mask, rebind
+from attnzoo.interface import check_interface, read_interface_mask, rebind
+from attnzoo.keywords import parameters, refuse_uncomputed
 from attnzoo.patterns import Causal, Full, Pattern
 from attnzoo.segments import Attention, Request, Segment, SegmentRequest
 
@@ -62,16 +63,17 @@ class _Interface:
 
     def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor | None]]:
         def attention_function(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+            own: Callable[..., tuple[Tensor, Tensor | None]] = self._own.get_interface(name, default)
             try:
+                refuse_uncomputed(kwargs, also=parameters(own), known=_COMPUTED)
                 return self._call(name, module, *args, **kwargs)
-            except BackendRefusedError:
+            except (BackendRefusedError, KeywordRefusedError):
                 # The module's cache is filled by now: what falls back is the attention function, not the forward.
-                if not self._attend.falls_back(native_probabilities(module) or not kwargs.get("output_attentions")):
+                if not self._attend.falls_back():
                     raise
                 if kwargs["position_bias"] is _NO_BIAS:
                     kwargs["position_bias"] = None
-                own: tuple[Tensor, Tensor | None] = self._own.get_interface(name, default)(module, *args, **kwargs)
-                return own
+                return own(module, *args, **kwargs)
 
         return attention_function
 
@@ -86,8 +88,8 @@ class _Interface:
         dropout: float,
         scaling: float,
         position_bias: Any,
-        use_cache: bool | None = None,
         output_attentions: bool = False,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         check_interface(module)
         bias = DenseBias(position_bias) if isinstance(position_bias, Tensor) else position_bias
@@ -100,6 +102,9 @@ class _Interface:
         segment = Segment(key, value, pattern, read.key_mask, read.mask, bias)
         result = self._attend(Attention(query, (segment,), scaling, dropout), output_attentions)
         return result.output.transpose(1, 2).contiguous(), None if result.dropped is None else result.dropped[0]
+
+
+_COMPUTED = parameters(_Interface._call)
 
 
 def _sum(query: Tensor, key: Tensor, bias: Bias, rest: DenseBias) -> DenseBias:

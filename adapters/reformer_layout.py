@@ -52,13 +52,6 @@ def check_length(module: Any, length: int, copies: int = 1) -> int:
     return length * copies // module.chunk_length
 
 
-def refuse_unknown(kwargs: dict[str, Any]) -> None:
-    """Raise for a keyword argument with a value that this attention would ignore."""
-    for name, given in kwargs.items():
-        if given is not None:
-            raise InvalidArgumentError(name, describe(given), "None: this attention does not know it")
-
-
 def steps_ahead(module: Any, count: int) -> list[int]:
     """How many chunks ahead of a query's own each chunk of its neighbourhood stands, one of ``count`` chunks in all.
 

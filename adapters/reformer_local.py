@@ -16,7 +16,6 @@ from attnzoo.adapters.reformer_layout import (
     in_chunks,
     neighbourhoods,
     real_tokens,
-    refuse_unknown,
     steps_ahead,
 )
 from attnzoo.errors import InvalidArgumentError
@@ -54,7 +53,6 @@ class _Call:
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         """``(batch, length, embed)`` in and out; ``num_hashes`` and ``buckets`` mean nothing here."""
-        refuse_unknown(kwargs)
         module, wanted = self._module, bool(output_attentions)
         batch, length, _ = hidden_states.shape
         chunk, causal = module.chunk_length, bool(module.is_decoder)

@@ -21,7 +21,6 @@ from attnzoo.adapters.reformer_layout import (
     neighbourhoods,
     of_rounds,
     real_tokens,
-    refuse_unknown,
     steps_ahead,
     where_real,
     with_own_token,
@@ -70,7 +69,6 @@ class _Call:
         **kwargs: Any,
     ) -> tuple[Tensor, Any, Tensor | None]:
         """``(batch, length, embed)`` in and out, with buckets ``(batch, heads, hashes, length)`` where it hashes."""
-        refuse_unknown(kwargs)
         module = self._module
         hashes = _rounds(module.num_hashes if num_hashes is None else num_hashes)
         batch, length, _ = hidden_states.shape

@@ -93,7 +93,6 @@ class Seam:
         verified: ``{"package.module:Class.method": fingerprints}`` of the original functions this seam relies on.
         check: raises if the module is configured in a way the seam cannot serve.
         wants_probabilities: whether a call with these keyword arguments asks for attention probabilities.
-        native_probabilities: whether the module's own forward can return them.
         when: which modules of the class the seam is for, where that is not all of them.
         fault: why the module's own forward is wrong, or None; there is no falling back to a forward that is.
         replay: ``replay(output)`` gives the keyword arguments that make the module repeat the random choices of the
@@ -114,7 +113,6 @@ class Seam:
     dropout: Callable[[Any], float] = lambda module: 0.0
     check: Callable[[Any], None] = lambda module: None
     wants_probabilities: Callable[[Any, Mapping[str, Any]], bool] = _asks_for_probabilities
-    native_probabilities: Callable[[Any], bool] = _always
     when: Callable[[Any], bool] = _always
     fault: Callable[[Any], str | None] = lambda module: None
     replay: Callable[[Any], dict[str, Any]] | None = None

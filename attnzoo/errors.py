@@ -39,6 +39,10 @@ class InvalidArgumentError(AttnzooError, ValueError):
         super().__init__(f"{argument}: got {self.got}; allowed: {self.allowed}")
 
 
+class KeywordRefusedError(InvalidArgumentError):
+    """A model's keyword argument changes what its attention gives, and no backend computes that."""
+
+
 class UnknownNameError(InvalidArgumentError, LookupError):
     """A name is not registered; the message suggests near misses."""
 

@@ -19,8 +19,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from attnzoo import registry, slots
 from attnzoo.backend import Backend
-from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError
+from attnzoo.errors import BackendRefusedError, InvalidArgumentError, KeywordRefusedError, PatchError
 from attnzoo.functional import compute_dtype, execute, negotiate
+from attnzoo.keywords import check_keywords
 from attnzoo.segments import Attention, Result, describe
 from attnzoo.sites import Found, Site, expected_requests, trains
 
@@ -238,10 +239,11 @@ class PatchedForward(slots.Replacement):
         if isinstance(states, Tensor) and 0 in states.shape:  # models fail on those in words of their own
             raise InvalidArgumentError(f"input of {self.site.name}", describe(states), "a tensor, none of its sizes 0")
         try:
+            if self.seam.attends:
+                check_keywords(module, kwargs)
             self._negotiate(module, (*args, *kwargs.values()), kwargs)
-        except BackendRefusedError:
-            serves = self.seam.native_probabilities(module) or not self.seam.wants_probabilities(module, kwargs)
-            if not self._attend.falls_back(serves and self.seam.fault(module) is None):
+        except (BackendRefusedError, KeywordRefusedError):
+            if not self._attend.falls_back(self.seam.fault(module) is None):
                 raise
             return self._run_own(module, args, kwargs)
         return self._forward(module, *args, **kwargs)

@@ -16,18 +16,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnzoo.adapter import Attend, Forward
-from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError
+from attnzoo.errors import BackendRefusedError, KeywordRefusedError, PatchError
 from attnzoo.functional import compute_dtype
+from attnzoo.keywords import parameters, refuse_uncomputed
 from attnzoo.masks import ReadMask, read_attention_mask
 from attnzoo.patterns import Causal, Full
-from attnzoo.segments import Attention, Segment, describe
+from attnzoo.segments import Attention, Segment
 
 _NAME = "ALL_ATTENTION_FUNCTIONS"
-# What models pass along to every attention function, and what no attention function computes with.
-_NEUTRAL = {
-    *("position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
-    *("num_items_in_batch", "cache_position"),
-}
 
 
 def rebind(function: Callable[..., Any], **names: Any) -> FunctionType:
@@ -46,18 +42,6 @@ def rebind(function: Callable[..., Any], **names: Any) -> FunctionType:
     return twin
 
 
-def refuse_unknown(kwargs: Mapping[str, Any]) -> None:
-    """Raise on keyword arguments that attention would have to compute with: nothing is dropped.
-
-    Raises:
-        InvalidArgumentError: names the keyword, what was got, and which keywords do not matter.
-    """
-    for keyword, given in kwargs.items():
-        if keyword not in _NEUTRAL and given is not None:
-            got = describe(given) if isinstance(given, Tensor) else repr(given)
-            raise InvalidArgumentError(keyword, got, f"None, or one of {sorted(_NEUTRAL)}")
-
-
 def bind_interface(cls: Any, attend: Attend) -> Forward:
     """The forward of the class, whose attention function is the site's backend."""
     own = inspect.unwrap(cls.forward).__globals__.get(_NAME)
@@ -73,11 +57,6 @@ def wants_probabilities(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     """Whether attention probabilities are asked for: by keyword, else by config."""
     asked = kwargs.get("output_attentions")
     return bool(getattr(module.config, "output_attentions", False) if asked is None else asked)
-
-
-def native_probabilities(module: nn.Module) -> bool:
-    """Whether the model's own attention function returns probabilities: only ``eager`` does."""
-    return _implementation(module) == "eager"
 
 
 def _implementation(module: Any) -> str | None:
@@ -101,14 +80,15 @@ class _Interface:
         _check_implementation(name)
 
         def attention_function(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+            own: Callable[..., tuple[Tensor, Tensor | None]] = self._own.get_interface(name, default)
             try:
+                refuse_uncomputed(kwargs, also=parameters(own), known=_COMPUTED)
                 return self._call(name, module, *args, **kwargs)
-            except BackendRefusedError:
+            except (BackendRefusedError, KeywordRefusedError):
                 # The module's cache is filled by now: what falls back is the attention function, not the forward.
-                if not self._attend.falls_back(native_probabilities(module) or not wants_probabilities(module, kwargs)):
+                if not self._attend.falls_back():
                     raise
-                own: tuple[Tensor, Tensor | None] = self._own.get_interface(name, default)(module, *args, **kwargs)
-                return own
+                return own(module, *args, **kwargs)
 
         return attention_function
 
@@ -126,7 +106,6 @@ class _Interface:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """What an attention function of transformers does: returns ``(batch, q_len, heads, head_dim)`` and weights."""
-        refuse_unknown(kwargs)
         if is_causal is None:
             is_causal = bool(getattr(module, "is_causal", True))
         read = read_interface_mask(self._attend, name, query, key, attention_mask, is_causal)
@@ -138,6 +117,9 @@ class _Interface:
         result = self._attend(Attention(query, (segment,), scale, dropout), probabilities)
         weights = None if result.dropped is None else result.dropped[0]
         return result.output.transpose(1, 2).contiguous(), weights
+
+
+_COMPUTED = parameters(_Interface._call)
 
 
 def read_interface_mask(

@@ -8,6 +8,7 @@ import torch
 import attnzoo
 from attnzoo import BackendRefusedError
 
+from ..models.zoo import gpt_bigcode, gpt_neox, ids, longt5
 from .conftest import calls
 
 
@@ -58,13 +59,28 @@ def test_fallback_over_another_patch_is_the_models_own_code(led):
     assert set(calls(below).values()) == {0}, "native was asked for and eager ran"
 
 
-def test_fallback_where_the_original_has_no_probabilities_either_still_refuses(neox):
-    assert neox.model.config._attn_implementation == "sdpa"
-    with (
-        attnzoo.patch(neox.model, "sdpa", fallback="native"),
-        pytest.raises(BackendRefusedError, match="attention probabilities"),
-    ):
-        neox.logits(output_attentions=True)
+@pytest.mark.parametrize(
+    ("build", "implementation"),
+    [(gpt_neox, "sdpa"), (gpt_neox, "eager"), (gpt_bigcode, "sdpa"), (gpt_bigcode, "eager"), (longt5, "eager")],
+)
+def test_fallback_returns_the_probabilities_that_the_original_returns_or_none(build, implementation):
+    """Loaded with sdpa, transformers' own code returns none: falling back means what the unpatched model does."""
+    model = build()
+    model.set_attn_implementation(implementation)
+    inputs = dict(input_ids=ids(2, 9), **(dict(decoder_input_ids=ids(2, 5)) if build is longt5 else {}))
+    with torch.no_grad():
+        native = model(**inputs, output_attentions=True)
+        with attnzoo.patch(model, "sdpa", fallback="native") as handle:
+            patched = model(**inputs, output_attentions=True)
+            assert {(site.calls, site.fallbacks) for site in handle.sites} == {(0, 1)}
+        with attnzoo.patch(model, "sdpa"), pytest.raises(BackendRefusedError, match="attention probabilities"):
+            model(**inputs, output_attentions=True)
+    assert list(patched) == list(native)
+    for field in (field for field in native if "attentions" in field):
+        assert len(patched[field]) == len(native[field]), field
+        pairs = zip(patched[field], native[field], strict=True)
+        assert all(torch.equal(*pair) if None not in pair else pair == (None, None) for pair in pairs), field
+    assert torch.equal(patched.logits, native.logits)
 
 
 def test_fallback_takes_what_is_refused_at_patch_time(led, add_backend):
