@@ -67,7 +67,7 @@ class _WithProbabilities:
         return self._attend(attention, True)
 
     def takes(self, attention: Attention) -> bool:
-        return self._attend.takes(attention)
+        return False  # the parts that an attention may be split into give no probabilities of the whole
 
     def falls_back(self, can: bool = True) -> bool:
         return self._attend.falls_back(can)

@@ -14,6 +14,7 @@ from torch import Tensor
 from attnzoo.adapter import Adapter, Attend, Seam, bind_function, parameter_of
 from attnzoo.adapters.longformer import VERSIONS, encoder_seam
 from attnzoo.adapters.longformer_mask import MaskFunction, mask_seam
+from attnzoo.documents import attend_documents
 from attnzoo.heads import merge_heads, split_heads
 from attnzoo.masks import read_attention_mask
 from attnzoo.patterns import Causal, Full
@@ -36,14 +37,16 @@ def _decoder_forward(
     query = split_heads(module.q_proj(hidden_states), module.head_dim)
     key, value = _keys_values(module, hidden_states, key_value_states, past_key_values)
     cross = key_value_states is not None
-    segment = Segment(key.to(query.dtype), value.to(query.dtype), Full(cross))
+    segment, documents = Segment(key.to(query.dtype), value.to(query.dtype), Full(cross)), None
     if attention_mask is not None:
         sizes = (query.shape[0], query.shape[2], key.shape[2])
         read = attend.once(attention_mask, "read", lambda given: read_attention_mask(given, sizes))
         pattern = Full(cross) if isinstance(read.pattern, Full) else read.pattern
         segment = replace(segment, pattern=pattern, key_mask=read.key_mask, mask=read.mask, bias=read.bias)
+        documents = read.documents
     dropout = module.dropout if module.training else 0.0
-    result = attend(Attention(query, (segment,), module.scaling, dropout), output_attentions)
+    attention = Attention(query, (segment,), module.scaling, dropout)
+    result = attend_documents(attend, attention, documents, output_attentions)
     output = module.out_proj(merge_heads(result.output))
     return output, None if result.probabilities is None else result.probabilities[0], past_key_values
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from attnzoo.adapter import Attend, Forward, parameter_of
 from attnzoo.adapters.longt5_bias import bucketed, check_buckets, side_reach
 from attnzoo.bias import Bias, DenseBias, RelativeBias
+from attnzoo.documents import attend_documents
 from attnzoo.errors import BackendRefusedError, KeywordRefusedError
 from attnzoo.functional import compute_dtype
 from attnzoo.interface import check_interface, read_interface_mask, rebind
@@ -100,7 +101,8 @@ class _Interface:
         query, key, value = (tensor.to(compute_dtype(tensor)) for tensor in (query, key, value))
         pattern = Full(cross=not module.is_causal) if isinstance(read.pattern, Full) else read.pattern
         segment = Segment(key, value, pattern, read.key_mask, read.mask, bias)
-        result = self._attend(Attention(query, (segment,), scaling, dropout), output_attentions)
+        attention = Attention(query, (segment,), scaling, dropout)
+        result = attend_documents(self._attend, attention, read.documents, output_attentions)
         return result.output.transpose(1, 2).contiguous(), None if result.dropped is None else result.dropped[0]
 
 

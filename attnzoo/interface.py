@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnzoo.adapter import Attend, Forward
+from attnzoo.documents import attend_documents
 from attnzoo.errors import BackendRefusedError, KeywordRefusedError, PatchError
 from attnzoo.functional import compute_dtype
 from attnzoo.keywords import parameters, refuse_uncomputed
@@ -114,7 +115,8 @@ class _Interface:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         segment = Segment(key, value, read.pattern, read.key_mask, read.mask, read.bias)
         probabilities = wants_probabilities(module, kwargs)
-        result = self._attend(Attention(query, (segment,), scale, dropout), probabilities)
+        attention = Attention(query, (segment,), scale, dropout)
+        result = attend_documents(self._attend, attention, read.documents, probabilities)
         weights = None if result.dropped is None else result.dropped[0]
         return result.output.transpose(1, 2).contiguous(), weights
 

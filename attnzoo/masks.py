@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.bias import DenseBias
+from attnzoo.documents import Pack, find_documents
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.patterns import Causal, Full, Pattern
 from attnzoo.segments import describe
@@ -28,12 +29,14 @@ class ReadMask(NamedTuple):
         key_mask: ``(batch, kv_len)`` bool, False for padding; or None.
         mask: dense ``(batch or 1, heads or 1, q_len, kv_len)`` bool, where pattern and key mask cannot say it; or None.
         bias: the finite additive rest, or None.
+        documents: the documents of packed rows, where ``mask`` shows just those; or None.
     """
 
     pattern: Pattern
     key_mask: Tensor | None
     mask: Tensor | None
     bias: DenseBias | None
+    documents: tuple[Pack, ...] | None = None
 
 
 def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], floor: float | None = None) -> ReadMask:
@@ -55,7 +58,7 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
         fits = f"(1 or {batch}, heads or 1, {lengths[0]}, {lengths[1]}), or 1 in place of a length"
         raise InvalidArgumentError("attention_mask", describe(attention_mask), fits)
     if attention_mask.dtype == torch.bool:
-        return ReadMask(*_structured(attention_mask.expand(-1, -1, *lengths), batch), None)
+        return _structured(attention_mask.expand(-1, -1, *lengths), batch)
     if not attention_mask.is_floating_point():
         raise InvalidArgumentError("attention_mask", describe(attention_mask), allowed)
     if bool(attention_mask.isnan().any()):
@@ -65,13 +68,13 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
     if not bool(rest.isfinite().all()):
         raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)} with +Inf in it", allowed)
     bias = DenseBias(rest.expand(-1, -1, *lengths)) if bool((rest != 0).any()) else None
-    return ReadMask(*_structured(visible.expand(-1, -1, *lengths), batch), bias)
+    return _structured(visible.expand(-1, -1, *lengths), batch)._replace(bias=bias)
 
 
-def _structured(visible: Tensor, batch: int) -> tuple[Pattern, Tensor | None, Tensor | None]:
-    """Pattern, key mask and dense mask that show what is visible: causality and padding by name, if that is all."""
+def _structured(visible: Tensor, batch: int) -> ReadMask:
+    """What is visible, without a dense mask if it is causality and padding; with the documents if it is packed rows."""
     if visible.shape[1] != 1:
-        return Full(), None, visible
+        return ReadMask(Full(), None, visible, None)
     grid = visible[:, 0]
     q_len, kv_len = grid.shape[1:]
     real = grid.any(1)
@@ -81,8 +84,8 @@ def _structured(visible: Tensor, batch: int) -> tuple[Pattern, Tensor | None, Te
     offsets = dict.fromkeys((last - (q_len - 1), kv_len - q_len, 0)) if q_len > 1 else {}
     for pattern in (Full(), *(Causal(None if offset == kv_len - q_len != 0 else offset) for offset in offsets)):
         if _shows(pattern, real, grid):
-            return pattern, key_mask, None
-    return Full(), None, visible
+            return ReadMask(pattern, key_mask, None, None)
+    return ReadMask(Full(), None, visible, None, find_documents(grid, batch))
 
 
 def _shows(pattern: Pattern, real: Tensor, grid: Tensor) -> bool:

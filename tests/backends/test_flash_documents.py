@@ -1,0 +1,43 @@
+"""Packed rows on kernels for sequences of varying lengths: documents become sequences, and no mask is needed."""
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo.backends.flash import FlashBackend
+from attnzoo.documents import attend_documents, find_documents
+
+from ..models.test_packed_rows import LENGTHS, ROW
+from ..models.zoo import gpt_neox
+from ..test_documents import Site, grid_of
+from .half import HALF, heads
+
+
+@pytest.mark.parametrize("lengths", [(5, 9, 6), (10, 10), (3, -2, 15), (1,) * 20], ids=str)
+def test_documents_are_sequences_of_one_call(varlen, lengths):
+    """Hidden tokens are in no sequence, and padding beside short documents is packed away."""
+    mask = grid_of(lengths)[:, None].expand(2, -1, -1, -1)
+    whole = attnzoo.Attention(heads(20), (attnzoo.Segment(heads(20, seed=1), heads(20, seed=2), mask=mask),), 0.3)
+    site = Site("flash_attention_2")
+    site.backend = FlashBackend(kernel="varlen")
+    output = attend_documents(site, whole, find_documents(mask[:, 0], 2)).output
+    ((name, call),) = varlen
+    real = [length for length in lengths if length > 0]
+    ends = [0, *torch.tensor(real * 2).cumsum(0).tolist()]
+    assert (name, call["cu_q"].tolist(), call["cu_k"].tolist()) == ("forward", ends, ends)
+    assert call["causal"] or max(real) == 1
+    expected = Site("eager")(whole).output
+    assert torch.allclose(output.float(), expected.float(), atol=2e-3)
+
+
+def test_a_model_on_a_packed_row(varlen):
+    """Refused before: this backend takes no dense mask."""
+    model = gpt_neox().to(HALF)
+    with torch.no_grad():
+        native = model(**ROW).logits
+        with attnzoo.patch(model, FlashBackend(kernel="varlen")) as handle:
+            patched = model(**ROW).logits
+    tokens = [call["cu_q"].tolist()[-1] for _, call in varlen]
+    assert sum(tokens) == 2 * sum(LENGTHS), "each token is in one sequence of each layer"
+    assert [site.calls for site in handle.sites] == [1, 1]
+    assert float((patched - native).abs().max()) < 2e-2 * float(native.abs().max())

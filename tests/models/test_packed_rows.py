@@ -1,0 +1,141 @@
+"""Packed rows through whole models: the patched model gives what the unpatched one gives, whoever says the boundaries.
+
+Transformers finds the documents of a row in ``position_ids`` that start anew, where no 2-D mask and no cache is given,
+and writes them into the 4-D mask. ``eager`` and ``sdpa`` go by that mask alone.
+"""
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo.backends.eager import EagerBackend
+from attnzoo.segments import Result
+
+from .zoo import gpt_bigcode, gpt_neox, ids, led
+
+LENGTHS = (5, 7, 1, 11)
+LENGTH = sum(LENGTHS)
+POSITIONS = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+ENDS = torch.tensor([0, 5, 12, 13, LENGTH], dtype=torch.int32)
+BOUNDARIES = dict(cu_seq_lens_q=ENDS, cu_seq_lens_k=ENDS, max_length_q=11, max_length_k=11)
+ROW = dict(input_ids=ids(1, LENGTH), position_ids=POSITIONS, use_cache=False)
+GRID = torch.block_diag(*(torch.ones(length, length).tril() for length in LENGTHS)).bool()[None, None]
+MODELS = [(gpt_neox, "sdpa"), (gpt_neox, "eager"), (gpt_bigcode, "sdpa"), (gpt_bigcode, "eager")]
+
+
+@pytest.fixture(params=MODELS, ids=lambda one: f"{one[0].__name__}-{one[1]}")
+def model(request):
+    build, implementation = request.param
+    made = build()
+    made.set_attn_implementation(implementation)
+    return made
+
+
+def close(got, expected):
+    return bool((got - expected).abs().max() < 1e-4 * expected.abs().max())
+
+
+@pytest.fixture
+def maskless():
+    """A backend without dense masks, as kernels for sequences of varying lengths are."""
+
+    class Maskless(attnzoo.Backend):
+        name = "maskless"
+        capabilities = attnzoo.Capabilities(
+            devices=frozenset({"cpu"}), patterns=EagerBackend.capabilities.patterns, key_mask=True, gqa=True, grad=True
+        )
+
+        def run(self, attention: attnzoo.Attention, probabilities: bool = False) -> Result:
+            assert attention.segments[0].mask is None
+            return EagerBackend().run(attention)._replace(kernel="maskless")
+
+    attnzoo.backends()
+    attnzoo.register_backend(Maskless)
+    yield "maskless"
+    attnzoo.unregister_backend("maskless")
+
+
+@pytest.mark.parametrize("boundaries", [{}, BOUNDARIES], ids=["positions", "positions and boundaries"])
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "auto", "maskless"])
+def test_a_packed_row_is_that_of_the_unpatched_model(model, backend, boundaries, maskless):
+    """Forward and backward; a document gives what it gives alone."""
+    native = model(**ROW, labels=ROW["input_ids"])
+    native.loss.backward()
+    expected = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+    model.zero_grad()
+    with attnzoo.patch(model, backend) as handle:
+        patched = model(**ROW, **boundaries, labels=ROW["input_ids"])
+        patched.loss.backward()
+        alone = [model(tokens).logits for tokens in ROW["input_ids"].split(LENGTHS, dim=1)]
+    assert all(site.calls and not site.fallbacks for site in handle.sites)
+    assert close(patched.logits, native.logits)
+    assert close(patched.logits, torch.cat(alone, dim=1))
+    largest = max(float(one.abs().max()) for one in expected.values())
+    for name, one in model.named_parameters():
+        if name in expected:
+            assert float((one.grad - expected[name]).abs().max()) < 1e-4 * largest, name
+
+
+def test_rows_that_are_packed_differently(model, maskless):
+    """In a batch, each row has documents of its own."""
+    other = torch.cat([torch.arange(9), torch.arange(LENGTH - 9)])[None]
+    row = dict(input_ids=ids(2, LENGTH), position_ids=torch.cat([POSITIONS, other]), use_cache=False)
+    with torch.no_grad():
+        native = model(**row).logits
+        for backend in ("sdpa", maskless):
+            with attnzoo.patch(model, backend):
+                assert close(model(**row).logits, native)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "maskless"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(BOUNDARIES),
+        dict(attention_mask=torch.ones(1, LENGTH, dtype=torch.long), position_ids=POSITIONS),
+        dict(attention_mask=torch.ones(1, LENGTH, dtype=torch.long), position_ids=POSITIONS, **BOUNDARIES),
+    ],
+    ids=["boundaries alone", "positions beside a 2-D mask", "all three"],
+)
+def test_what_the_original_does_not_take_for_a_packed_row_is_none(model, backend, given, maskless):
+    """One document: ``eager`` and ``sdpa`` ignore boundaries, and a 2-D mask keeps positions from being looked at."""
+    row = dict(input_ids=ROW["input_ids"], use_cache=False, **given)
+    with torch.no_grad():
+        native = model(**row).logits
+        packed = model(**ROW).logits
+        with attnzoo.patch(model, backend):
+            assert close(model(**row).logits, native)
+    assert not close(native, packed)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "maskless"])
+@pytest.mark.parametrize("positions", [{}, dict(position_ids=POSITIONS)], ids=["no positions", "positions"])
+@pytest.mark.parametrize("grid", [GRID, torch.ones_like(GRID).tril()], ids=["documents", "causal"])
+def test_a_4d_mask_alone_says_who_sees_whom(model, backend, positions, grid, maskless):
+    mask = torch.zeros(grid.shape).masked_fill(~grid, torch.finfo(torch.float32).min)
+    row = dict(input_ids=ROW["input_ids"], attention_mask=mask, use_cache=False, **positions)
+    with torch.no_grad():
+        native = model(**row).logits
+        with attnzoo.patch(model, backend):
+            assert close(model(**row).logits, native)
+
+
+def test_probabilities_of_a_packed_row_are_those_of_the_whole_row(model):
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        native = model(**ROW, output_attentions=True)
+        with attnzoo.patch(model, "eager"):
+            patched = model(**ROW, output_attentions=True)
+    assert len(native.attentions) == 2
+    for got, expected in zip(patched.attentions, native.attentions, strict=True):
+        assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_the_decoder_of_an_encoder_decoder_takes_documents_too(maskless):
+    model = led()
+    row = dict(input_ids=ids(1, 16), decoder_input_ids=ids(1, LENGTH), decoder_attention_mask=GRID, use_cache=False)
+    additive = torch.zeros(GRID.shape).masked_fill(~GRID, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        native = model(**{**row, "decoder_attention_mask": additive}).logits
+        with attnzoo.patch(model, {"*decoder*": maskless, "*": "sdpa"}):
+            assert close(model(**{**row, "decoder_attention_mask": additive}).logits, native)
