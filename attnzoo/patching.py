@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from attnzoo import registry, slots
+from attnzoo import engines, registry, slots
 from attnzoo.backend import Backend
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError, Refusal, shorten
 from attnzoo.forwards import Patch, PatchedForward, patches_of
@@ -57,6 +57,8 @@ class Handle:
         if root is not None:
             places |= {(id(module), f): (module, f) for module, f in _layers(root) if f.patch.number == number}
         _remove(list(places.values()))
+        if root is not None:
+            engines.guard(root)
 
     def __enter__(self) -> Handle:
         return self
@@ -178,6 +180,7 @@ def unpatch(model: nn.Module) -> None:
             "model, while nothing else has replaced a patched forward"
         )
     _remove(places)
+    engines.guard(model)
 
 
 def unpatch_all(model: nn.Module) -> None:
@@ -277,6 +280,7 @@ def patch(
         forwards.append(PatchedForward(made_patch, found, site, instance, native, falls))
     for forward in forwards:
         forward.put()
+    engines.guard(model)
     return Handle(tuple(forward.site for forward in forwards if forward.seam.attends), tuple(forwards))
 
 
