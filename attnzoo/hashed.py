@@ -25,14 +25,27 @@ class HashRound:
     Attributes:
         keys: ``(batch, kv_heads, kv_len)`` long, the keys in sorted order.
         ranks: the same shape, where each key stands: the inverse of ``keys``.
+        chunks: ``(batch, kv_len)`` long, the chunk of each rank, ascending from 0 without gaps.
         queries: ``(batch, heads, q_len)`` long, the queries in the order of their places.
         places: the same shape, at which rank each query stands.
     """
 
     keys: Tensor
     ranks: Tensor
+    chunks: Tensor
     queries: Tensor
     places: Tensor
+
+    def key_chunks(self) -> Tensor:
+        """The chunk each key is in: ``(batch, kv_heads, kv_len)``."""
+        return self._at(self.ranks)
+
+    def query_chunks(self) -> Tensor:
+        """The chunk each query stands in: ``(batch, heads, q_len)``."""
+        return self._at(self.places)
+
+    def _at(self, ranks: Tensor) -> Tensor:
+        return self.chunks[:, None].expand(-1, ranks.shape[1], -1).gather(2, ranks)
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,7 @@ class HashedChunks(Pattern):
     once, as Reformer's paper has it; its code counts keys as often as they are met.
 
     Attributes:
-        length: keys per chunk.
+        length: keys per chunk, at most: the rounds say which ranks are one chunk.
         before, after: neighbouring chunks.
         causal: a query sees keys up to its own position only.
         apart: keys closer than this to the query's position are left out: another segment shows them.
@@ -75,8 +88,8 @@ class HashedChunks(Pattern):
             kv_heads = one.keys.shape[1] if one.keys.ndim == 3 else 0
             if not kv_heads or heads % kv_heads:
                 raise InvalidArgumentError("pattern keys", tuple(one.keys.shape), f"({batch}, kv_heads, {kv_len})")
-            shapes = {"keys": (kv_heads, kv_len), "ranks": (kv_heads, kv_len), "queries": (heads, q_len)}
-            for name, shape in {**shapes, "places": (heads, q_len)}.items():
+            shapes = {"keys": (kv_heads, kv_len), "ranks": (kv_heads, kv_len), "chunks": (kv_len,)}
+            for name, shape in {**shapes, "queries": (heads, q_len), "places": (heads, q_len)}.items():
                 tensor = getattr(one, name)
                 if tuple(tensor.shape) != (batch, *shape) or tensor.dtype != torch.long:
                     got = f"{tuple(tensor.shape)} {tensor.dtype}"
@@ -110,7 +123,7 @@ class HashedChunks(Pattern):
     def _near(self, one: HashRound, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         """True where a key's chunk is in the neighbourhood of that of a query's place."""
         group = one.places.shape[1] // one.ranks.shape[1]
-        ahead = one.ranks[b, h // group, kv] // self.length - one.places[b, h, q] // self.length
+        ahead = one.chunks[b, one.ranks[b, h // group, kv]] - one.chunks[b, one.places[b, h, q]]
         return (ahead >= -self.before) & (ahead <= self.after)
 
     def block_size(self, q_len: int, kv_len: int) -> int:
@@ -123,10 +136,10 @@ class HashedChunks(Pattern):
         Each head has its own, a run of neighbours in sorted order, as many as the head with the longest run.
         """
         one = self.rounds[-1]
-        ends = one.queries[:, :, [q_start, q_stop - 1]]
-        chunks = one.places.gather(2, ends) // self.length
-        starts = ((chunks[:, :, 0] - self.before) * self.length).clamp(min=0)
-        stops = ((chunks[:, :, 1] + self.after + 1) * self.length).clamp(max=kv_len)
+        ends = one.places.gather(2, one.queries[:, :, [q_start, q_stop - 1]])
+        chunks = one.chunks.gather(1, ends.flatten(1)).view_as(ends)
+        starts = torch.searchsorted(one.chunks, chunks[:, :, 0] - self.before)
+        stops = torch.searchsorted(one.chunks, chunks[:, :, 1] + self.after, right=True)
         most = int((stops - starts).max())
         for first in range(0, most, _KEYS_AT_ONCE):
             ranks = starts[:, :, None] + torch.arange(first, min(most, first + _KEYS_AT_ONCE), device=starts.device)

@@ -136,7 +136,8 @@ class Case:
         for _ in range(2):
             keys = torch.rand((_BATCH, self.kv_heads, self.kv_len), generator=random).argsort(-1)
             places = torch.randint(0, self.kv_len, (_BATCH, _HEADS, self.q_len), generator=random)
-            one = (keys, keys.argsort(-1), places.argsort(-1), places)
+            chunks = (torch.arange(self.kv_len) // pattern.length).repeat(_BATCH, 1)
+            one = (keys, keys.argsort(-1), chunks, places.argsort(-1), places)
             rounds += (HashRound(*(tensor.to(device) for tensor in one)),)
         return [replace(segment, pattern=replace(pattern, rounds=rounds[:number])) for number in (1, 2)]
 

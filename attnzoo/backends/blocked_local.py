@@ -2,9 +2,10 @@
 
 ``attnzoo.patch(model, backend="blocked-local", window=1024, sinks=4)``. A causal query sees the last ``window`` keys,
 its own included, as in Mistral (Jiang et al. 2023, arXiv:2310.06825); where attention is not causal, it sees the
-``window - 1`` keys on either side of it. The first ``sinks`` real keys of a sample stay visible for good, as in
-StreamingLLM (Xiao et al. 2023, arXiv:2309.17453): models park attention there. Positions are those of the whole
-sequence, and the cache keeps all keys: decoding with it gives what a forward without it gives.
+``window - 1`` keys on either side of it. The first ``sinks`` keys that the masks show a query stay visible for good, as
+in StreamingLLM (Xiao et al. 2023, arXiv:2309.17453): models park attention there. In a packed row these are the first
+keys of the query's document. The window counts positions of the whole sequence, and the cache keeps all keys: decoding
+with it gives what a forward without it gives.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnzoo.backends.rewriting import Rewriting, aligned_offset, check_count, first_position, real_keys
+from attnzoo.backends.rewriting import Rewriting, check_count
+from attnzoo.backends.shown import Standing, aligned_offset, first_keys, standing
 from attnzoo.bias import DenseBias
 from attnzoo.globals import locate
 from attnzoo.patterns import Causal, Full, Window
@@ -29,7 +31,7 @@ class BlockedLocalBackend(Rewriting):
 
     Attributes:
         window: keys a query sees, its own included, on each side it looks to; at least 2. Dense attention needs it.
-        sinks: how many of the first real keys of each sample every query sees besides.
+        sinks: how many of the first keys that the masks show a query it sees besides.
     """
 
     name: ClassVar[str] = "blocked-local"
@@ -49,16 +51,17 @@ class BlockedLocalBackend(Rewriting):
         sinks = f" and {self.sinks} sinks" if self.sinks else ""
         return f"window of {self.window} keys{sinks}"
 
-    def _window(self, pattern: object, offset: int | None) -> Window:
+    def _window(self, causal: bool, offset: int | None) -> Window:
         reach = (self.window or 0) - 1
-        return Window(reach, 0 if isinstance(pattern, Causal) else reach, offset)
+        return Window(reach, 0 if causal else reach, offset)
 
     def rewrite_request(self, request: Request) -> Request:
         (segment,) = request.segments
         offset = segment.pattern.offset if isinstance(segment.pattern, Causal) else None
-        causal = isinstance(segment.pattern, Causal) and not segment.mask
-        found = [replace(segment, pattern=self._window(segment.pattern, offset))]
+        causal = isinstance(segment.pattern, Causal)
+        found = [replace(segment, pattern=self._window(causal, offset))]
         if self.sinks:
+            causal = causal and not segment.mask
             bias = None if segment.bias is None else DenseBias.kind
             pattern = Causal(-(self.window or 0)) if causal else Full()
             found.append(SegmentRequest(pattern, segment.kv_heads, False, not causal, bias, segment.bias_grad))
@@ -66,56 +69,70 @@ class BlockedLocalBackend(Rewriting):
 
     def rewrite_dense(self, attention: Attention, choices: Any) -> tuple[Segment, ...]:
         (segment,) = attention.segments
-        position = first_position(self.name, segment, attention.q_len)
-        window = self._window(segment.pattern, aligned_offset(position, attention.q_len, segment.kv_len))
-        far = _sinks(attention, window, position, self.sinks) if self.sinks else None
+        place = standing(self.name, attention)
+        window = self._window(place.causal, aligned_offset(place.position, attention.q_len, segment.kv_len))
+        far = _sinks(attention, window, place, self.sinks) if self.sinks else None
         near = replace(segment, pattern=window)
         return (near,) if far is None else (near, far)
 
 
-def _sinks(attention: Attention, window: Window, position: int, count: int) -> Segment | None:
-    """The first ``count`` real keys of each sample, to be seen by the queries whose window does not reach them.
+def _sinks(attention: Attention, window: Window, place: Standing, count: int) -> Segment | None:
+    """The first ``count`` keys that each query is shown, to be seen by the queries whose window does not reach them.
 
-    None if there are none. ``position`` is the key position of query 0.
+    None if there are none.
     """
     (segment,) = attention.segments
-    count, real = min(count, segment.kv_len), real_keys(segment)
-    if real is not None and not bool(real[:, :count].all()):
-        return _scattered_sinks(attention, window, position, real & (real.cumsum(1) <= count))
-    key, value = segment.key[:, :, :count], segment.value[:, :, :count]
-    places = torch.arange(count, device=key.device)[None]
-    bias = _bias_at(attention, places)
-    if window.right == 0 and segment.mask is None:
-        return Segment(key, value, Causal(position - window.left - 1), bias=bias)
-    mask = _beyond(attention, window, position, places)
+    count = min(count, segment.kv_len)
     if segment.mask is not None:
-        mask = mask & segment.mask[..., :count]
-    return Segment(key, value, mask=mask, bias=bias)
+        return _sinks_by_query(attention, segment.mask, window, place.position, count)
+    real = place.real
+    if real is None or bool(real[:, :count].all()):
+        places, valid = torch.arange(count, device=segment.key.device)[None], None
+        key, value = segment.key[:, :, :count], segment.value[:, :, :count]
+    else:  # padding before the first of them: they are elsewhere in each sample
+        found = locate((real & (real.cumsum(1) <= count)).expand(attention.batch, -1))
+        if found is None:
+            return None
+        places, valid = found
+        key, value = found.take(segment.key), found.take(segment.value)
+    bias = _bias_at(attention, places)
+    if window.right == 0 and valid is None:
+        return Segment(key, value, Causal(place.position - window.left - 1), bias=bias)
+    mask = _beyond(attention, window, place.position, places[:, None, None])
+    return Segment(key, value, mask=mask if valid is None else mask & valid[:, None, None], bias=bias)
 
 
-def _scattered_sinks(attention: Attention, window: Window, position: int, chosen: Tensor) -> Segment | None:
-    """Sinks ``chosen`` ``(batch or 1, kv_len)``, at positions of their own in each sample: there is padding before."""
+def _sinks_by_query(attention: Attention, grid: Tensor, window: Window, position: int, count: int) -> Segment | None:
+    """The same where a dense mask shows each query keys of its own, as it does in a packed row.
+
+    The keys are those that are a sink of some query and beyond its window. Of a packed row these are at most ``count``
+    per document that is longer than the window.
+    """
     (segment,) = attention.segments
+    sinks, seen = first_keys(segment, grid, attention.q_len, count)
+    seen = seen & _beyond(attention, window, position, sinks)
+    spare = segment.kv_len  # where what is no sink is written to
+    chosen = torch.zeros((len(sinks), spare + 1), dtype=torch.bool, device=sinks.device)
+    chosen = chosen.scatter_(1, sinks.masked_fill(~seen, spare).flatten(1), True)[:, :spare]
     found = locate(chosen.expand(attention.batch, -1))
     if found is None:
         return None
-    mask = _beyond(attention, window, position, found.positions) & found.valid[:, None, None]
-    if segment.mask is not None:
-        dense = segment.mask.expand(attention.batch, -1, -1, -1)
-        mask = mask & dense.gather(3, found.positions[:, None, None].expand(-1, *dense.shape[1:3], -1))
+    spare = found.positions.shape[1]
+    places = (chosen.cumsum(1) - 1).gather(1, sinks.flatten(1)).view_as(sinks)
+    mask = torch.zeros((*sinks.shape[:3], spare + 1), dtype=torch.bool, device=sinks.device)
+    mask = mask.scatter_(3, places.masked_fill(~seen, spare), True)[..., :spare]
     bias = _bias_at(attention, found.positions)
     return Segment(found.take(segment.key), found.take(segment.value), mask=mask, bias=bias)
 
 
-def _beyond(attention: Attention, window: Window, position: int, places: Tensor) -> Tensor:
-    """Which queries see keys at ``places`` ``(batch or 1, m)`` beyond their window: ``(batch or 1, 1, q_len, m)``.
+def _beyond(attention: Attention, window: Window, position: int, keys: Tensor) -> Tensor:
+    """Which queries see keys beyond their window: bool, of the shape that keys ``(..., q_len or 1, m)`` broadcast to.
 
     Of a causal query these are the keys before its window; those after it are not beyond but hidden.
     """
-    query = torch.arange(position, position + attention.q_len, device=places.device)[:, None]
-    places = places[:, None, None]
-    before = places < query - window.left
-    return before if window.right == 0 else before | (places > query + window.right)
+    query = torch.arange(position, position + attention.q_len, device=keys.device)[:, None]
+    before = keys < query - window.left
+    return before if window.right == 0 else before | (keys > query + window.right)
 
 
 def _bias_at(attention: Attention, places: Tensor) -> DenseBias | None:

@@ -36,8 +36,7 @@ class HashTerms:
 
     def _numbers(self, one: HashRound) -> tuple[Tensor, Tensor]:
         """The chunks of all queries ``(batch, heads, q_len)`` and of all keys ``(batch, kv_heads, kv_len)``."""
-        length = self._pattern.length
-        return (one.places // length).to(self._wide) + self._centre, (one.ranks // length).to(self._wide)
+        return one.query_chunks().to(self._wide) + self._centre, one.key_chunks().to(self._wide)
 
     def of(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
         """The term ``(batch, heads, n, m)``, and which rows see a key ``(batch, heads, n)``; None: all do.

@@ -14,6 +14,8 @@ rounds are united. What differs from Reformer:
   still sees something.
 - A key that several rounds show counts once, as in the paper; Reformer's code counts it as often as it is met. With one
   bucket and chunks as long as the sequence, this is full attention.
+- A packed row holds documents that its mask hides from each other. Each is sorted and cut into chunks by itself, so
+  that it gives what it gives alone.
 
 The rotations are drawn from ``seed`` by a generator of their own; hashing has no gradient.
 """
@@ -23,13 +25,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnzoo import registry
-from attnzoo.backends.rewriting import Rewriting, aligned_offset, check_count, first_position, real_keys
+from attnzoo.backends.rewriting import Rewriting, check_count
+from attnzoo.backends.shown import Documents, Standing, aligned_offset, documents, standing
 from attnzoo.errors import InvalidArgumentError, Refusal
 from attnzoo.hashed import HashedChunks, HashRound
 from attnzoo.patterns import Causal, Window
@@ -103,56 +106,76 @@ class LshBackend(Rewriting):
 
     def rewrite_dense(self, attention: Attention, choices: Any) -> tuple[Segment, ...]:
         (segment,) = attention.segments
-        rounds = self.choices(attention) if choices is None else choices
-        position = first_position(self.name, segment, attention.q_len)
-        offset = aligned_offset(position, attention.q_len, segment.kv_len)
-        patterns = self._patterns(_is_causal(attention), offset, rounds)
+        place = standing(self.name, attention)
+        rounds = self._rounds(attention, place) if choices is None else choices
+        offset = aligned_offset(place.position, attention.q_len, segment.kv_len)
+        patterns = self._patterns(place.causal, offset, rounds)
         return tuple(replace(segment, pattern=pattern) for pattern in patterns)
 
-    @torch.no_grad()
     def choices(self, attention: Attention) -> Any:
         """One :class:`HashRound` per round of hashing; None where nothing is changed."""
         if self.changes(attention.request()) is None:
             return None
-        (segment,) = attention.segments
-        position = first_position(self.name, segment, attention.q_len)
-        rotations = _rotations(self.seed, self.num_hashes or 0, attention.head_dim, self.num_buckets or 0)
-        real = _shown(segment, position + attention.q_len if _is_causal(attention) else segment.kv_len)
-        return tuple(self._round(attention, real, position, one.to(segment.key.device)) for one in rotations)
+        return self._rounds(attention, standing(self.name, attention))
 
-    def _round(self, attention: Attention, real: Tensor | None, position: int, rotation: Tensor) -> HashRound:
+    @torch.no_grad()
+    def _rounds(self, attention: Attention, place: Standing) -> tuple[HashRound, ...]:
         (segment,) = attention.segments
-        kv_len, kv_heads = segment.kv_len, segment.key.shape[1]
+        layout = _Layout.of(attention, place, self.chunk_length or 0)
+        rotations = _rotations(self.seed, self.num_hashes or 0, attention.head_dim, self.num_buckets or 0)
+        return tuple(self._round(attention, place, layout, one.to(segment.key.device)) for one in rotations)
+
+    def _round(self, attention: Attention, place: Standing, layout: _Layout, rotation: Tensor) -> HashRound:
+        (segment,) = attention.segments
+        kv_len, kv_heads, buckets = segment.kv_len, segment.key.shape[1], self.num_buckets or 0
         places = torch.arange(kv_len, device=rotation.device)
-        codes = _buckets(segment.key, rotation) * kv_len + places
-        last = torch.full((1, 1, 1), kv_len - 1, device=rotation.device)
-        if real is not None:  # hidden keys stand behind all others, so that they fill no chunk
-            codes = torch.where(real[:, None], codes, (self.num_buckets or 0) * kv_len + places)
-            last = (real.sum(1) - 1).clamp(min=0)[:, None, None]
-        codes, keys = codes.sort(dim=-1)
-        own = torch.arange(position, position + attention.q_len, device=rotation.device).clamp(0, kv_len - 1)
-        asked = _buckets(attention.query, rotation) * kv_len + own
+        of_keys, of_queries = (numbers[:, None] * buckets for numbers in layout.documents)
+        codes = (of_keys + _buckets(segment.key, rotation)) * kv_len + places
+        # Hidden keys stand behind all others, so that they fill no chunk.
+        hidden = kv_len * buckets * kv_len + places
+        codes, keys = torch.where(layout.real[:, None], codes, hidden).sort(dim=-1)
+        own = torch.arange(place.position, place.position + attention.q_len, device=rotation.device)
+        asked = (of_queries + _buckets(attention.query, rotation)) * kv_len + own.clamp(0, kv_len - 1)
         # A key head serves neighbouring query heads.
         found = torch.searchsorted(codes, asked.reshape(attention.batch, kv_heads, -1)).view_as(asked)
-        found = torch.minimum(found, last)
-        return HashRound(keys, keys.argsort(dim=-1), found.argsort(dim=-1, stable=True), found)
+        found = torch.minimum(found, layout.last[:, None])
+        return HashRound(keys, keys.argsort(dim=-1), layout.chunks, found.argsort(dim=-1, stable=True), found)
 
 
-def _is_causal(attention: Attention) -> bool:
-    """A single query is a decoding step: nothing comes after it, and its neighbourhood is that of causal attention."""
-    return isinstance(attention.segments[0].pattern, Causal) or attention.q_len == 1
+class _Layout(NamedTuple):
+    """How the sorted keys of a sample are cut into chunks: the same in all heads and rounds.
 
+    Each document is sorted and cut by itself, so that its queries see what they would see if it stood alone.
 
-def _shown(segment: Segment, stop: int) -> Tensor | None:
-    """Keys before ``stop`` that some query may see: bool ``(batch or 1, kv_len)``; None: all of the segment's.
-
-    A static cache has room behind the last query, which no mask need hide from causal attention.
+    Attributes:
+        real: ``(batch or 1, kv_len)`` bool, the keys that some query may see.
+        documents: of keys and queries, by number.
+        chunks: ``(batch, kv_len)`` long, the chunk of each rank.
+        last: ``(batch or 1, q_len)`` long, the last rank in the document of each query.
     """
-    real = real_keys(segment)
-    if stop >= segment.kv_len:
-        return real
-    before = torch.arange(segment.kv_len, device=segment.key.device)[None] < stop
-    return before if real is None else real & before
+
+    real: Tensor
+    documents: Documents
+    chunks: Tensor
+    last: Tensor
+
+    @classmethod
+    def of(cls, attention: Attention, place: Standing, length: int) -> _Layout:
+        (segment,) = attention.segments
+        kv_len, ranks = segment.kv_len, torch.arange(segment.kv_len, device=segment.key.device)
+        # A static cache has room behind the last query, which no mask need hide from causal attention.
+        stop = place.position + attention.q_len if place.causal else kv_len
+        real = (ranks < stop)[None] if place.real is None else place.real & (ranks < stop)
+        numbers = documents(attention, place.spans)
+        sizes = torch.zeros(real.shape, dtype=torch.long, device=real.device)
+        sizes = sizes.scatter_add(1, numbers.keys.expand(real.shape), real.long())
+        ends, counts = sizes.cumsum(1), -(-sizes // length)
+        # What is hidden from all has the ranks behind all documents, and goes on counting from the last one.
+        at = torch.searchsorted(ends, ranks.expand(real.shape).contiguous(), right=True).clamp(max=kv_len - 1)
+        begin, chunk = ((whole - each).gather(1, at) for whole, each in ((ends, sizes), (counts.cumsum(1), counts)))
+        chunks = chunk + (ranks - begin) // length
+        last = (ends.gather(1, numbers.queries.expand(len(real), -1)) - 1).clamp(min=0)
+        return cls(real, numbers, chunks.expand(attention.batch, -1).contiguous(), last)
 
 
 @lru_cache(maxsize=64)

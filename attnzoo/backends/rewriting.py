@@ -10,16 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from attnzoo import registry
 from attnzoo.backend import Backend, Capabilities
 from attnzoo.backends.eager import EagerBackend
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal, UnknownNameError
 from attnzoo.functional import execute
 from attnzoo.hashed import HashedChunks
-from attnzoo.patterns import Causal, Chunks, Full, Pattern, Window
+from attnzoo.patterns import Chunks, Full, Pattern, Window
 from attnzoo.segments import Attention, Request, Result, Segment
 
 LOCAL = (Window, Chunks)
@@ -151,43 +148,3 @@ def _kernel_refusals(kernel: str, request: Request) -> tuple[Refusal, ...]:
     except BackendRefusedError as error:
         return tuple(dict.fromkeys(reason for reasons in error.refusals.values() for reason in reasons))
     return ()
-
-
-# --- where queries stand
-
-
-def real_keys(segment: Segment) -> Tensor | None:
-    """Keys that the masks show to some query: bool ``(batch or 1, kv_len)``; None: all."""
-    real = segment.key_mask
-    if segment.mask is not None:
-        shown = segment.mask.any(2).any(1)
-        real = shown if real is None else shown & real
-    return real
-
-
-def first_position(backend: str, segment: Segment, q_len: int) -> int:
-    """The key position of query 0.
-
-    What the pattern says, if it does; else the last query is aligned with the last key. But a single query is a
-    decoding step, and stands at the last key that any sample shows: a static cache has room behind it.
-
-    Raises:
-        BackendRefusedError: several queries that are not causal, on a longer cache that hides its end in all samples:
-            their positions cannot be known.
-    """
-    pattern, aligned, real = segment.pattern, segment.kv_len - q_len, real_keys(segment)
-    if isinstance(pattern, Causal) and pattern.offset is not None:
-        return pattern.offset
-    told = aligned == 0 or (isinstance(pattern, Causal) and q_len > 1)
-    if real is None or told or bool(real[:, -1].any()):
-        return aligned
-    if q_len == 1:
-        places = torch.arange(segment.kv_len, device=real.device)
-        return int((places * real.any(0)).max())
-    got = f"the end of {segment.kv_len} keys hidden from all {q_len} queries, whose positions it would tell"
-    raise BackendRefusedError(backend, {"attention": (Refusal("key_mask", got, "Causal(offset=...)"),)}, {})
-
-
-def aligned_offset(position: int, q_len: int, kv_len: int) -> int | None:
-    """The offset of a pattern whose query 0 is at a position; None, which fits all lengths, where that says it."""
-    return None if position == kv_len - q_len != 0 else position

@@ -25,7 +25,7 @@ def local(window, sinks=0, kernel="sdpa"):
 
 
 def definition(whole, window, sinks):
-    """Who sees whom, said once more: by place in the sequence, and by number among a sample's real keys."""
+    """Who sees whom, said once more: by place in the sequence, and by number among the keys a query is shown."""
     (segment,) = whole.segments
     real = torch.ones(whole.batch, segment.kv_len, dtype=torch.bool) if segment.key_mask is None else segment.key_mask
     if segment.mask is not None:
@@ -34,12 +34,17 @@ def definition(whole, window, sinks):
     first = segment.pattern.offset if causal and segment.pattern.offset is not None else segment.kv_len - whole.q_len
     if whole.q_len == 1 and real.any():
         first = int(real.any(0).nonzero().max())
-    number = (real.cumsum(1) - 1).tolist()
+    shown = real[:, None, None].expand(-1, 4, whole.q_len, -1)
+    if segment.mask is not None:
+        shown = shown & segment.mask
+    if causal:
+        shown = shown & (torch.arange(segment.kv_len) <= first + torch.arange(whole.q_len)[:, None])
+    number = (shown.cumsum(3) - 1).tolist()
 
     def sees(b, h, q, k):
         at = first + q
         near = at - k < window if causal else abs(at - k) < window
-        return (near or number[b][k] < sinks) and (k <= at or not causal)
+        return (near or number[b][h][q][k] < sinks) and (k <= at or not causal)
 
     return sees
 
@@ -88,7 +93,11 @@ def test_several_tokens_before_a_hidden_end_are_refused_unless_their_place_is_to
 @pytest.mark.parametrize("pattern", [Causal(), Full()], ids=str)
 def test_a_bias_and_a_dense_mask_stay(pattern, keys):
     mask = torch.rand(2, 1, 13, 13, generator=torch.Generator().manual_seed(3)) < 0.7
-    for extra in (dict(bias=True), dict(mask=mask), dict(mask=mask[:1], kv_heads=1), dict(bias=True, mask=mask)):
+    by_head = mask ^ (torch.rand(1, 4, 13, 13, generator=torch.Generator().manual_seed(4)) < 0.2)
+    for extra in (
+        *(dict(bias=True), dict(mask=mask), dict(mask=mask[:1], kv_heads=1), dict(bias=True, mask=mask)),
+        *(dict(mask=by_head), dict(mask=by_head[:1])),
+    ):
         whole = attention(pattern, key_mask(KEYS[keys]), **extra)
         assert is_definition(local(4, 3), whole, definition(whole, 4, 3))
 

@@ -1,0 +1,264 @@
+"""Packed rows: under a backend that changes the pattern, every document gives what it gives alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import attnzoo
+from attnzoo.backends import shown
+from attnzoo.backends.blocked_local import BlockedLocalBackend
+from attnzoo.backends.lsh import LshBackend
+from attnzoo.patterns import Causal, Full
+from attnzoo.segments import Attention, Segment
+from attnzoo.verification import check_site
+
+from ..models import zoo
+from .changed import attention, refused
+
+BACKENDS = {
+    "window": BlockedLocalBackend(window=3, kernel="sdpa"),
+    "sinks": BlockedLocalBackend(window=3, sinks=2, kernel="sdpa"),
+    "more sinks than a document has": BlockedLocalBackend(window=2, sinks=6, kernel="eager"),
+    "lsh": LshBackend(num_hashes=2, chunk_length=3, num_buckets=4, kernel="sdpa"),
+    "lsh, one bucket": LshBackend(num_hashes=1, chunk_length=2, num_buckets=1, kernel="eager"),
+}
+every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+
+# Document of each of 19 tokens; -1 is padding.
+ROWS = (
+    [0] * 7 + [1] + [2] * 11,
+    [-1] * 3 + [0] * 9 + [1] * 5 + [-1] * 2,
+    [0] * 2 + [1] * 2 + [2] * 14 + [-1],
+    [-1] * 19,
+)
+LENGTH = len(ROWS[0])
+
+
+def numbers(rows=ROWS):
+    return torch.tensor(rows)
+
+
+def grid(documents, causal=True):
+    """``(batch, 1, length, length)``: keys of the query's own document, up to the query itself if causal."""
+    own = (documents[:, :, None] == documents[:, None]) & (documents >= 0)[:, None]
+    return (own & torch.ones(own.shape[1:], dtype=torch.bool).tril() if causal else own)[:, None]
+
+
+def whole(documents, causal=True, seed=0, **terms):
+    """A packed attention in float64: what varies between the tests is how its mask is said."""
+    random = torch.Generator().manual_seed(seed)
+    shape = (len(documents), 4, documents.shape[1], 8)
+    query, key, value = (torch.randn(shape, generator=random, dtype=torch.float64) for _ in range(3))
+    segment = Segment(key[:, :2], value[:, :2], **({"mask": grid(documents, causal)} | terms))
+    return Attention(query, (segment,), 0.4)
+
+
+def runs(documents):
+    """``(sample, start, stop)`` of every document."""
+    for sample, row in enumerate(documents.tolist()):
+        for number in sorted(set(row) - {-1}):
+            yield sample, row.index(number), row.index(number) + row.count(number)
+
+
+def cut(packed, sample, start, stop, pattern):
+    """A document by itself, and its keys."""
+    (segment,) = packed.segments
+    key, value = (tensor[sample : sample + 1, :, start:stop] for tensor in (segment.key, segment.value))
+    return Attention(packed.query[sample : sample + 1, :, start:stop], (Segment(key, value, pattern),), packed.scale)
+
+
+def assert_each_as_alone(backend, packed, documents, pattern):
+    output = backend.run(packed).output
+    for sample, start, stop in runs(documents):
+        alone = backend.run(cut(packed, sample, start, stop, pattern)).output[0]
+        off = float((output[sample, :, start:stop] - alone).abs().max())
+        assert off <= 1e-12, f"sample {sample}, tokens {start} to {stop}: {off}"
+    assert not output.transpose(1, 2)[documents < 0].any()
+
+
+# What is computed
+
+
+@every_backend
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both sides"])
+def test_every_document_gives_what_it_gives_alone(backend, causal):
+    documents = numbers()
+    assert_each_as_alone(backend, whole(documents, causal), documents, Causal() if causal else Full())
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "said",
+    [
+        dict(pattern=Causal(), mask=grid(numbers(), causal=False)),
+        dict(pattern=Causal(offset=0), mask=grid(numbers())),
+        dict(key_mask=numbers() >= 0, mask=grid(numbers() + 1)),
+        dict(mask=grid(numbers()).expand(-1, 4, -1, -1)),
+    ],
+    ids=["a causal pattern", "an offset", "a key mask", "heads"],
+)
+def test_however_the_mask_is_said(backend, said):
+    assert_each_as_alone(backend, whole(numbers(), **said), numbers(), Causal())
+
+
+@every_backend
+def test_one_mask_for_all_samples(backend):
+    documents = numbers([ROWS[0]] * 2)
+    packed = whole(documents, mask=grid(documents[:1]))
+    assert_each_as_alone(backend, packed, documents, Causal())
+
+
+@every_backend
+@pytest.mark.parametrize("room", [0, 4], ids=["dynamic", "static"])
+@pytest.mark.parametrize("new", [1, 6, 13])
+def test_new_tokens_on_a_cache_of_documents_are_the_last_rows(backend, new, room):
+    """Also where they begin in one document and end in another."""
+    if isinstance(backend, LshBackend):
+        rows = [ROWS[0], [0] * 19]  # its earlier rows are those of other chunks: the last document has to be all new
+        rows = rows if new == 13 else [[0] * 13 + [1] * 6] * 2 if new == 6 else [[0] * 8 + [1] * 11] * 2
+    else:
+        rows = [ROWS[0], [0] * 4 + [1] * 15]
+    documents = numbers(rows)
+    packed = whole(documents)
+    (segment,) = packed.segments
+    expected = backend.run(packed).output[:, :, -new:]
+    behind = torch.randn(2, 2, room, 8, dtype=torch.float64)
+    key, value = (torch.cat([tensor, behind], dim=2) for tensor in (segment.key, segment.value))
+    mask = torch.nn.functional.pad(grid(documents)[:, :, -new:], (0, room))
+    step = Attention(packed.query[:, :, -new:], (Segment(key, value, mask=mask),), packed.scale)
+    torch.testing.assert_close(backend.run(step).output, expected, rtol=0, atol=1e-12)
+
+
+@every_backend
+def test_bias_and_gradient_are_each_documents(backend):
+    """In lsh only ``eager`` takes a bias on hashed keys."""
+    backend, documents = replace(backend, kernel="eager"), numbers()
+    bias = attention(Full(), None, bias=True, dtype=torch.float64).segments[0].bias
+    packed = whole(documents, bias=bias)
+    assert check_site("site", packed, backend, grad=True).ok
+    output = backend.run(packed).output
+    for sample, start, stop in runs(documents):
+        alone = cut(packed, sample, start, stop, Causal())
+        alone = replace(alone, segments=(replace(alone.segments[0], bias=bias),))
+        torch.testing.assert_close(output[sample, :, start:stop], backend.run(alone).output[0], rtol=0, atol=1e-12)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_equals_the_oracle_forward_and_backward(backend, dtype):
+    packed = whole(numbers())
+    packed = packed.with_tensors(tuple(tensor.to(dtype) for tensor in packed.tensors()))
+    report = check_site("site", packed, backend, grad=True)
+    assert report.ok, str(report)
+
+
+@every_backend
+def test_recall_is_that_of_the_documents(backend):
+    documents = numbers()
+    packed, rows, total = whole(documents), 0, 0.0
+    for sample, start, stop in runs(documents):
+        recall = check_site("site", cut(packed, sample, start, stop, Causal()), backend, grad=False).recall
+        rows, total = rows + stop - start, total + recall * (stop - start)
+    found = check_site("site", packed, backend, grad=False).recall
+    assert found == pytest.approx(total / rows, abs=1e-9) and found < 1.0
+
+
+# Masks that are no documents
+
+
+def prefix(length, first):
+    """``(1, 1, length, length)``: causal, but everybody sees the first keys."""
+    return (torch.ones(length, length, dtype=torch.bool).tril() | (torch.arange(length) < first))[None, None]
+
+
+@every_backend
+def test_a_prefix_is_one_document(backend):
+    """Every key of it may be seen by every query of it: its mask is that of two-sided attention, with less shown."""
+    packed = whole(numbers([[0] * 19] * 2), mask=prefix(19, 5))
+    assert check_site("site", packed, backend, grad=True).ok
+    rewritten = backend.rewrite(packed)
+    assert all(getattr(segment.pattern, "right", 1) for segment in rewritten.segments)
+    assert all(bool((segment.mask <= prefix(19, 5)).all()) for segment in rewritten.segments if segment.kv_len == 19)
+
+
+@every_backend
+def test_cross_attention_to_documents_is_handed_on(backend):
+    packed = whole(numbers(), pattern=Full(cross=True))
+    assert backend.rewrite(packed) is packed
+
+
+@every_backend
+def test_positions_that_no_mask_tells_are_refused_by_name(backend):
+    packed = whole(numbers([[0] * 19] * 2))
+    (segment,) = packed.segments
+    mask = prefix(19, 5)[:, :, 2:6].expand(2, -1, -1, -1)
+    step = Attention(packed.query[:, :, 2:6], (replace(segment, mask=mask),), packed.scale)
+    refused(lambda: backend.run(step), "key_mask", "19 keys", "4 queries", "Causal(offset=...)")
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "said", [dict(mask=torch.zeros(1, 1, 4, 19, dtype=torch.bool)), dict(mask=None)], ids=["mask", "keys"]
+)
+def test_where_nothing_is_shown_the_output_is_zero(backend, said):
+    """No position is needed for that."""
+    packed = whole(numbers(ROWS[-1:]), key_mask=torch.zeros(1, 19, dtype=torch.bool), mask=None)
+    step = Attention(packed.query[:, :, :4], (replace(packed.segments[0], **said),), packed.scale)
+    assert not backend.run(step).output.any()
+
+
+# Memory
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that any operation makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.storage_offset() == 0:
+                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
+        return result
+
+
+@pytest.mark.parametrize("name", ["sinks", "lsh"])
+def test_nothing_else_is_as_large_as_the_mask(name, monkeypatch):
+    monkeypatch.setattr(shown, "_ENTRIES_AT_ONCE", 1 << 14)
+    documents = torch.arange(1024)[None] // 128
+    packed = whole(documents)
+    backend = replace(BACKENDS[name], window=16) if name == "sinks" else replace(BACKENDS[name], chunk_length=16)
+    with Largest() as most:
+        backend.rewrite(packed)
+    assert 0 < most.bytes <= 1024 * 1024 // 4
+    far = backend.rewrite(packed).segments[1]
+    assert name == "lsh" or far.kv_len == 8 * backend.sinks
+
+
+# Models
+
+
+@pytest.mark.parametrize("build", [zoo.gpt_neox, lambda: zoo.gpt_bigcode(multi_query=True)], ids=["neox", "mqa"])
+@pytest.mark.parametrize("said", ["4-D mask", "position_ids"])
+@every_backend
+def test_documents_of_a_packed_batch_give_the_logits_of_each_alone(build, said, backend):
+    model, tokens = build(), zoo.ids(1, 24)
+    lengths = (11, 4, 9)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    documents = torch.cat([torch.full((length,), number) for number, length in enumerate(lengths)])[None]
+    inputs = dict(input_ids=tokens, position_ids=positions, use_cache=False)
+    if said == "4-D mask":
+        inputs["attention_mask"] = grid(documents)
+    with torch.no_grad(), attnzoo.patch(model, backend) as handle:
+        together = model(**inputs).logits
+        start = 0
+        for length in lengths:
+            alone = model(tokens[:, start : start + length], use_cache=False).logits
+            torch.testing.assert_close(
+                together[:, start : start + length], alone, rtol=0, atol=2e-5 * float(alone.abs().max())
+            )
+            start += length
+    assert all(site.approximate for site in handle.sites)
