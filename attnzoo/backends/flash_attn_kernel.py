@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.backends.kernels import Inputs, Kernel, drift, import_package
+from attnzoo.errors import raise_interrupts
 
 _PUBLIC = (
     *("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
@@ -27,13 +28,32 @@ _PARTS = {
     ),
 }
 
+# Where the interface keeps the compiled extension (2.7.1 renamed it), and what is called of it.
+_EXTENSIONS, _SYMBOLS = ("flash_attn_gpu", "flash_attn_cuda"), ("varlen_fwd", "varlen_bwd")
+
 
 @cache
 def _package() -> tuple[ModuleType | None, str]:
     found, why = import_package("flash_attn.flash_attn_interface", "flash-attn")
-    if found is not None and (changed := drift(found, {"flash_attn_varlen_func": _PUBLIC}, "flash_attn")):
-        return None, changed
-    return found, why
+    if found is not None:
+        why = drift(found, {"flash_attn_varlen_func": _PUBLIC}, "flash_attn") or _symbols_missing(found) or ""
+    return (None if why else found), why
+
+
+def _symbols_missing(interface: Any) -> str | None:
+    """Why the functions of the compiled extension, which all others call, cannot be used; or None.
+
+    The extension is a private name of the interface, but whether it is loaded shows nowhere else without a call.
+    """
+    try:
+        extension = next((one for name in _EXTENSIONS if (one := getattr(interface, name, None)) is not None), None)
+        if extension is None:
+            return f"flash_attn has loaded no compiled extension: none of {', '.join(_EXTENSIONS)}"
+        missing = [name for name in _SYMBOLS if not callable(getattr(extension, name, None))]
+    except BaseException as error:
+        raise_interrupts(error)
+        return f"flash_attn's compiled extension does not load: {type(error).__name__}: {error}"
+    return f"flash_attn's compiled extension has no {', '.join(missing)}" if missing else None
 
 
 @cache

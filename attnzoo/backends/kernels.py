@@ -114,6 +114,11 @@ def no_device(capability: tuple[int, int] = (8, 0)) -> str | None:
     return None
 
 
+def example_device() -> torch.device | None:
+    """Where to put a small example that a package is asked about; None without a device, where CUDA stays untouched."""
+    return torch.device("cuda") if no_device() is None else None
+
+
 def import_package(name: str, install: str) -> tuple[ModuleType | None, str]:
     """A module of an optional package, or None and why not: it may be missing, or raise anything while it loads."""
     try:

@@ -33,6 +33,9 @@ def _function() -> tuple[Any, str]:
     lacking = [name for name in (*_PUBLIC, "scale", "window_size") if name not in names]
     if lacking:
         return None, f"torch {torch.__version__}: varlen_attn has no {', '.join(lacking)}: 2.11 is needed"
+    # A build without CUDA says so itself; one with CUDA may leave FlashAttention out, and keeps the Python function.
+    if torch.version.cuda is not None and not torch.backends.cuda.is_flash_attention_available():
+        return None, f"torch {torch.__version__} is built without FlashAttention"
     # Fewer key heads have to be asked for since 2.12, and are taken without being asked before.
     return (partial(function, enable_gqa=True) if "enable_gqa" in names else function), ""
 

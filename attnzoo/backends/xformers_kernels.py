@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 from itertools import groupby
+from textwrap import shorten
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.backends.calls import UNLIMITED, Sequences, rows_of
-from attnzoo.backends.kernels import Inputs, Kernel, drift, import_package
+from attnzoo.backends.kernels import Inputs, Kernel, drift, example_device, import_package
 from attnzoo.errors import Refusal, raise_interrupts
 from attnzoo.patterns import Window
 from attnzoo.segments import Request
@@ -28,6 +29,7 @@ _FUNCTIONS = {
     "memory_efficient_attention_backward": ("grad", "output", "lse", *_INPUTS),
 }
 _LSE_ALIGNMENT = 32
+_LONGEST_REASON = 120  # of an operator, in characters: two operators' reasons make one message
 
 
 @cache
@@ -39,23 +41,45 @@ def _package() -> tuple[ModuleType | None, str]:
 
 
 @cache
-def _operator_unavailable(name: str) -> str | None:
-    """Why an operator, a module of xformers' with ``FwOp`` and ``BwOp``, cannot be used; or None."""
+def _operator_unavailable(name: str, deterministic: bool) -> str | None:
+    """Why an operator, a module of xformers' with ``FwOp`` and ``BwOp``, cannot be used; or None.
+
+    ``is_available()`` alone is not enough: the operators are registered even where xformers' compiled extension does
+    not load (a wheel for another CUDA), and then every call raises. So both are asked about a small example, in the
+    words that a call would raise.
+
+    Args:
+        name: of the operator.
+        deterministic: whether PyTorch's deterministic algorithms are on, which an operator may refuse.
+    """
     fmha, why = _package()
     if fmha is None:
         return why
+    reasons: list[str] = []
     try:
         both = [getattr(getattr(fmha, name, None), one, None) for one in ("FwOp", "BwOp")]
-        works = all(one is not None and one.is_available() for one in both)
+        if not all(one is not None and one.is_available() for one in both):
+            return f"xformers has no working operator {name!r}: see python -m xformers.info"
+        example = _example(fmha)
+        for one in both if example is not None else []:
+            reasons += one.not_supported_reasons(example)
     except BaseException as error:
         raise_interrupts(error)
         return f"xformers' operator {name!r} cannot tell whether it works: {type(error).__name__}: {error}"
-    if not works:
-        return f"xformers has no working operator {name!r}: see python -m xformers.info"
-    newest = [most for one in both if (most := getattr(one, "CUDA_MAXIMUM_COMPUTE_CAPABILITY", None)) is not None]
-    if newest and torch.cuda.is_available() and torch.cuda.get_device_capability() > min(newest):
-        return f"{torch.cuda.get_device_name()} is newer than what xformers' operator {name!r} was made for"
-    return None
+    if not reasons:
+        return None
+    said = shorten("; ".join(dict.fromkeys(reasons)), _LONGEST_REASON, placeholder=" ...")
+    return f"xformers' operator {name!r} does not run here: {said}: see python -m xformers.info"
+
+
+def _example(fmha: Any) -> Any:
+    """What an operator is asked about: 8 tokens, in the form of all calls made here. None without a device."""
+    device = example_device()
+    if device is None:
+        return None
+    query = torch.zeros((1, 8, 1, 32), dtype=torch.float16, device=device)
+    bias = fmha.attn_bias.BlockDiagonalMask.from_seqlens([8], [8], device=device)
+    return fmha.Inputs(query, query, query, attn_bias=bias, scale=1.0)
 
 
 class _Bias(NamedTuple):
@@ -74,7 +98,7 @@ class _XformersKernel(Kernel):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        return _operator_unavailable(cls.operator)
+        return _operator_unavailable(cls.operator, torch.are_deterministic_algorithms_enabled())
 
     @classmethod
     def attend(cls, inputs: Inputs) -> Tensor:

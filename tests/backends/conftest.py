@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from attnzoo import registry
 from attnzoo.backends import flash_attn_kernel, packed, varlen_kernel, xformers_kernels
@@ -50,6 +51,7 @@ def fresh(monkeypatch):
 def on_cpu(fresh):
     """The CPU is taken for a device that the kernels run on."""
     fresh.setattr(packed, "no_device", lambda: None)
+    fresh.setattr(xformers_kernels, "example_device", lambda: torch.device("cpu"))
     for backend in (FlashBackend, XformersBackend):
         fresh.setattr(backend, "capabilities", replace(backend.capabilities, devices=frozenset({"cpu"})))
     return fresh

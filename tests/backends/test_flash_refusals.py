@@ -89,9 +89,23 @@ def plant(monkeypatch, tmp_path, text):
     monkeypatch.syspath_prepend(tmp_path)
 
 
+FUNCTION = f"def flash_attn_varlen_func({', '.join(flash_attn_kernel._PUBLIC)}): ...\n"
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [
+        (FUNCTION, "flash_attn has loaded no compiled extension: none of flash_attn_gpu, flash_attn_cuda"),
+        (FUNCTION + "flash_attn_gpu = None", "flash_attn has loaded no compiled extension"),
+        (
+            FUNCTION + "class flash_attn_gpu: varlen_fwd = len",
+            "flash_attn's compiled extension has no varlen_bwd",
+        ),
+        (
+            FUNCTION + "class Lazy:\n    def __getattr__(self, name): raise OSError('undefined symbol: _ZN3c10')\n"
+            "flash_attn_cuda = Lazy()",
+            "flash_attn's compiled extension does not load: OSError: undefined symbol: _ZN3c10",
+        ),
         ("raise ImportError('libcudart.so.12: cannot open')", "ImportError: libcudart.so.12: cannot open"),
         ("raise SystemExit('no')", "SystemExit: no"),
         ("import no_such_dependency", "ModuleNotFoundError: No module named 'no_such_dependency'"),
@@ -103,7 +117,19 @@ def plant(monkeypatch, tmp_path, text):
         ("flash_attn_varlen_func = max", "flash_attn's flash_attn_varlen_func does not tell its parameters"),
         ("def __getattr__(name): raise RuntimeError('too lazy')", "RuntimeError: too lazy"),
     ],
-    ids=["import error", "system exit", "dependency", "drift", "empty", "no signature", "lazy"],
+    ids=[
+        "no extension",
+        "none",
+        "a symbol missing",
+        "a symbol that does not load",
+        "import error",
+        "system exit",
+        "dependency",
+        "drift",
+        "empty",
+        "no signature",
+        "lazy",
+    ],
 )
 def test_a_broken_package_is_a_reason_and_breaks_nothing(fresh, tmp_path, monkeypatch, text, why):
     plant(fresh, tmp_path, text)
@@ -113,6 +139,14 @@ def test_a_broken_package_is_a_reason_and_breaks_nothing(fresh, tmp_path, monkey
     (line,) = [found for found in doctor.examine() if found.name.startswith("flash_attention_2")]
     assert not line.ok and why in line.detail
     assert attnzoo.backends()["sdpa"].available
+
+
+def test_torch_with_cuda_and_without_flash_attention_is_a_reason(varlen, monkeypatch):
+    assert varlen_kernel.VarlenKernel.unavailable() is None
+    varlen_kernel._function.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    assert varlen_kernel.VarlenKernel.unavailable() == f"torch {torch.__version__} is built without FlashAttention"
 
 
 def test_where_the_package_is_broken_however_torchs_kernels_run(on_cpu, varlen, tmp_path):

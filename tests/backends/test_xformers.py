@@ -1,5 +1,6 @@
 """``xformers`` on a fake package: every attention it takes against the oracle, and the biases that reach it."""
 
+import importlib
 import inspect
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import torch
 
 import attnzoo
 from attnzoo import doctor, testing
-from attnzoo.backends import xformers_kernels
+from attnzoo.backends import kernels, xformers_kernels
 from attnzoo.backends.xformers import XformersBackend
 from attnzoo.testing import Case
 
@@ -214,11 +215,86 @@ def test_an_operator_that_cannot_tell_whether_it_works_is_a_reason(xformers, mon
     assert XformersBackend().run(attention(attnzoo.Causal())).kernel == "xformers_cutlass"
 
 
+NOT_BUILT = "xFormers wasn't build with CUDA support"
+
+
+def test_a_wheel_whose_extension_does_not_load_is_not_available(xformers, monkeypatch):
+    """Its operators are registered and say they are available, and every call of them raises."""
+    monkeypatch.setattr(operators().EXTENSION, "loaded", False)
+    assert xformers.flash.FwOp.is_available() and xformers.cutlass.BwOp.is_available()
+    with pytest.raises(ValueError, match=NOT_BUILT):
+        XformersBackend().run(attention(attnzoo.Causal()))
+    info, model = attnzoo.backends()["xformers"], gpt_neox().half()
+    assert not info.available and NOT_BUILT in info.reason and len(info.reason) < 400
+    (line,) = [found for found in doctor.examine() if found.kind == "backend" and found.name == "xformers"]
+    assert not line.ok and NOT_BUILT in line.detail
+    explained = attnzoo.explain(model, "xformers")
+    assert all(any(NOT_BUILT in one.got for one in verdict.refusals) for verdict in explained)
+    with pytest.raises(attnzoo.BackendRefusedError, match=NOT_BUILT) as caught:
+        attnzoo.patch(model, "xformers")
+    assert not any("xformers" in names for names in caught.value.alternatives.values())
+    named = XformersBackend(kernel="xformers_cutlass")
+    assert NOT_BUILT in refusals(named)["kernel"][0]
+
+
+def operators():
+    return importlib.import_module("xformers.ops.fmha.operators")
+
+
+@pytest.mark.parametrize("half", ["FwOp", "BwOp"])
+def test_an_operator_that_does_not_support_a_small_example_is_passed_by(xformers, monkeypatch, half):
+    monkeypatch.setattr(
+        getattr(xformers.flash, half), "not_supported_reasons", classmethod(lambda *_: ["it is Monday"])
+    )
+    assert "'flash' does not run here: it is Monday" in xformers_kernels.XformersFlashKernel.unavailable()
+    assert XformersBackend.unavailable() is None
+    assert XformersBackend().run(attention(attnzoo.Causal())).kernel == "xformers_cutlass"
+
+
+def test_the_small_example_is_asked_for_once_and_in_the_form_of_every_call(xformers, monkeypatch):
+    asked = []
+    monkeypatch.setattr(xformers.flash.FwOp, "not_supported_reasons", classmethod(lambda _, d: asked.append(d) or []))
+    for _ in range(3):
+        assert xformers_kernels.XformersFlashKernel.unavailable() is None
+    # BwOp inherits from FwOp in the fake: one question to each
+    assert len(asked) == 2 and asked[0] is asked[1]
+    assert (tuple(asked[0].query.shape), asked[0].scale) == ((1, 8, 1, 32), 1.0)
+    assert type(asked[0].attn_bias).__name__ == "BlockDiagonalMask"
+
+
+def test_long_reasons_are_cut(xformers, monkeypatch):
+    long = classmethod(lambda *_: ["word " * 100])
+    for operator in (xformers.flash, xformers.cutlass):
+        monkeypatch.setattr(operator.FwOp, "not_supported_reasons", long)
+    assert len(XformersBackend.unavailable()) < 400
+
+
+def test_without_a_device_nothing_is_allocated_and_cuda_stays_untouched(xformers, monkeypatch):
+    monkeypatch.setattr(xformers_kernels, "example_device", kernels.example_device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: pytest.fail("CUDA was asked for"))
+    monkeypatch.setattr(xformers.flash.FwOp, "not_supported_reasons", lambda _: pytest.fail("an example was made"))
+    assert xformers_kernels.XformersFlashKernel.unavailable() is None  # no device is the backend's own reason
+    assert not torch.cuda.is_initialized()
+
+
+def test_an_operator_that_is_not_deterministic_is_passed_by_where_it_has_to_be(xformers):
+    training = attention(attnzoo.Causal(), grad=True)
+    assert XformersBackend().run(training).kernel == "xformers_flash"
+    torch.use_deterministic_algorithms(True)
+    try:
+        result = XformersBackend().run(training)
+        result.output.backward(torch.ones_like(result.output).contiguous())
+        assert result.kernel == "xformers_cutlass"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert XformersBackend().run(training).kernel == "xformers_flash"
+
+
 def test_a_device_too_new_for_an_operator(xformers, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "B200")
-    assert xformers_kernels.XformersCutlassKernel.unavailable().startswith("B200 is newer than")
+    assert "capability (10, 0) (too new)" in xformers_kernels.XformersCutlassKernel.unavailable()
     assert xformers_kernels.XformersFlashKernel.unavailable() is None
 
 

@@ -1,8 +1,13 @@
 """The functions of ``flash_attn`` 2.8 that are called, with its signatures, on a kernel in plain torch."""
 
+from types import SimpleNamespace
+
 import torch
 
 from tests.backends.fakes import kernel
+
+# The compiled extension; here nothing goes through it.
+flash_attn_gpu = SimpleNamespace(varlen_fwd=kernel.forward, varlen_bwd=kernel.backward)
 
 CALLS = []  # what was called, in order: name and arguments
 

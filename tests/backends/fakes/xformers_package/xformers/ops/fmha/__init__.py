@@ -4,6 +4,7 @@ import torch
 
 import xformers.ops.fmha.attn_bias  # noqa: F401  as xformers.ops.fmha.attn_bias it is used
 from xformers.ops.fmha import cutlass, flash  # noqa: F401
+from xformers.ops.fmha.operators import Inputs  # noqa: F401
 
 CALLS = []  # what was called, in order: name, operator, bias and tensors
 

@@ -14,3 +14,4 @@ class FwOp(Operator):
 
 class BwOp(FwOp):
     NAME = "fa2B@2.8.3"
+    IS_DETERMINISTIC = False

@@ -1,6 +1,8 @@
 """What the operators of xformers 0.0.35 take and give, on a kernel in plain torch."""
 
+from dataclasses import dataclass
 from itertools import pairwise
+from types import SimpleNamespace
 
 import torch
 
@@ -29,11 +31,29 @@ def sequences(query, key, bias):
     return (*starts, n, m), (False, bias.window_left, bias.window_right)
 
 
+@dataclass
+class Inputs:
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attn_bias: object = None
+    p: float = 0.0
+    scale: float | None = None
+    output_dtype: torch.dtype | None = None
+    is_partial: bool = False
+
+
+# Whether the compiled extension loaded. A wheel of another CUDA leaves every operator registered, and so "available".
+EXTENSION = SimpleNamespace(loaded=True)
+
+
 class Operator:
     CUDA_MAXIMUM_COMPUTE_CAPABILITY = None
+    SUPPORTED_DEVICES = frozenset({"cuda", "cpu"})  # the CPU stands for CUDA
     SUPPORTED_ATTN_BIAS_TYPES = ()
     SUPPORTED_DTYPES = HALF
     SUPPORTED_MAX_K = 256
+    IS_DETERMINISTIC = True
     VARLEN_LSE_PACKED = True
     BUILT = True
 
@@ -42,18 +62,37 @@ class Operator:
         return cls.BUILT
 
     @classmethod
-    def check(cls, query, key, value, bias):
-        """Raise, as xformers does, on what the operator does not support."""
+    def not_supported_reasons(cls, d):
+        """What the operator does not support of its inputs, in xformers' words."""
         reasons = []
-        if type(bias) not in cls.SUPPORTED_ATTN_BIAS_TYPES:
-            reasons.append(f"attn_bias type is {type(bias)}")
-        if query.dtype not in cls.SUPPORTED_DTYPES:
-            reasons.append(f"dtype={query.dtype} (supported: {cls.SUPPORTED_DTYPES})")
-        if max(query.shape[-1], value.shape[-1]) > cls.SUPPORTED_MAX_K:
+        if max(d.query.shape[-1], d.value.shape[-1]) > cls.SUPPORTED_MAX_K:
             reasons.append(f"max(query.shape[-1], value.shape[-1]) > {cls.SUPPORTED_MAX_K}")
-        for name, tensor in dict(query=query, key=key, value=value).items():
+        if d.query.device.type not in cls.SUPPORTED_DEVICES:
+            reasons.append(f"device={d.query.device.type} (supported: {cls.SUPPORTED_DEVICES})")
+        if not EXTENSION.loaded:
+            reasons.append("xFormers wasn't build with CUDA support")
+        newest, found = cls.CUDA_MAXIMUM_COMPUTE_CAPABILITY, (8, 0)
+        if torch.cuda.is_available():
+            found = torch.cuda.get_device_capability()
+        if newest is not None and found > newest:
+            reasons.append(f"requires device with capability <= {newest} but your GPU has capability {found} (too new)")
+        if d.query.dtype not in cls.SUPPORTED_DTYPES:
+            reasons.append(f"dtype={d.query.dtype} (supported: {cls.SUPPORTED_DTYPES})")
+        if type(d.attn_bias) not in cls.SUPPORTED_ATTN_BIAS_TYPES:
+            reasons.append(f"attn_bias type is {type(d.attn_bias)}")
+        if not cls.is_available():
+            reasons.append("operator wasn't built - see `python -m xformers.info` for more info")
+        if not cls.IS_DETERMINISTIC and torch.are_deterministic_algorithms_enabled():
+            reasons.append("operator is non-deterministic, but `torch.use_deterministic_algorithms` is set")
+        for name, tensor in dict(query=d.query, key=d.key, value=d.value).items():
             if tensor.shape[-1] % 8 or tensor.stride(-2) % 8 or tensor.stride(-1) > 1:
                 reasons.append(f"{name}.shape[-1] % 8 != 0, or its strides")
+        return reasons
+
+    @classmethod
+    def check(cls, query, key, value, bias):
+        """Raise, as xformers does, on what the operator does not support."""
+        reasons = cls.not_supported_reasons(Inputs(query, key, value, bias))
         if reasons:
             raise ValueError(f"Operator {cls.NAME} does not support inputs: {reasons}")
         if isinstance(bias, BlockDiagonalMask) and query.shape[0] != 1:
