@@ -20,6 +20,8 @@ Decisions:
 - Decoding with the cache shows a token what the model shows it, without causal or padding mask: with several samples,
   the model looks up the cached states of the first for all of them, and so do we. So a token sees the padding of its
   prompt, too, where a call had one (``generate`` hands no mask on): zeros went into it, where the model has leftovers.
+- Decoding with the cache calls the projections. The model multiplies by their weights there, so that it ignores hooks
+  and low-rank adapters, and fails on quantised weights; a plain linear layer gives the same either way.
 - ``output_attentions`` in training gives tokens that see only themselves their whole weight, dropped or not.
 - ``output_attentions`` gives the layout of the model: weights within each chunk's neighbourhood, in sorted order,
   normalised per round.

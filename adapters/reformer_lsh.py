@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.adapter import Attend, Forward
+from attnzoo.adapters.projections import project_by_head
 from attnzoo.adapters.reformer_layout import (
     MODULE,
     cached,
@@ -241,8 +242,9 @@ class _Call:
         )
         tokens = tokens.flatten(2)  # (batch, heads, hashes * neighbours): which token each of the states is of
         dtype = compute_dtype(query)
-        key = self._keys(module._query_per_attn_head(states)).to(dtype)
-        value = module._value_per_attn_head(states).to(dtype)
+        heads = module.num_attention_heads
+        key = self._keys(project_by_head(module.query_key, states, heads)).to(dtype)
+        value = project_by_head(module.value, states, heads).to(dtype)
         own = (tokens == past.shape[1])[:, :, None]
         itself = _rows(value, own[:, :, 0].long().argmax(-1, keepdim=True))
         # Each head has keys of its own to hide: heads are samples here, so that this is a mask of keys.

@@ -58,8 +58,9 @@ class LowRank(nn.Module):
         super().__init__()
         self.base = base
         random = torch.Generator().manual_seed(5)
-        self.down = nn.Parameter(torch.randn(2, base.in_features, generator=random))
-        self.up = nn.Parameter(torch.randn(base.out_features, 2, generator=random))
+        dtype = base.weight.dtype
+        self.down = nn.Parameter(torch.randn(2, base.in_features, generator=random, dtype=dtype))
+        self.up = nn.Parameter(torch.randn(base.out_features, 2, generator=random, dtype=dtype))
 
     @property
     def weight(self):
