@@ -37,6 +37,9 @@ from attnzoo.segments import Attention, Segment, describe
 # Tokens the module hashes in one call: few enough that what they are rotated to stays in a cache until it is compared,
 # and enough to make up for drawing the rotations again.
 HASHED_AT_ONCE = 384
+# Bytes of sorted keys and values to have at once: those of all heads and 4 rounds are 8 times as large as the output.
+# Smaller calls take longer: a quarter of the heads at a time, 5 % at 8192 tokens.
+SORTED_AT_ONCE = 3 << 26
 
 
 @dataclass
@@ -95,7 +98,11 @@ class _Call:
                 if buckets.numel() != math.prod(shape):  # the way back knows nothing of a call's own ``num_hashes``
                     raise InvalidArgumentError("buckets", describe(buckets), f"{shape}: {hashes} hashes")
                 buckets = buckets.view(shape)
-                output, weights = self._sorted(query, value, buckets, real, wanted)
+                size = self._heads_at_once(query, hashes, wanted)
+                if size < shape[1]:
+                    output, weights = self._by_heads(query, value, buckets, real, size), None
+                else:
+                    output, weights = self._sorted(query, value, buckets, real, wanted)
         if buckets is not None:
             buckets = buckets.view(batch, module.num_attention_heads, hashes, -1)
         returned: tuple[Tensor, Any, Tensor | None] = locate(f"{MODULE}:LSHSelfAttentionOutput")(
@@ -165,6 +172,27 @@ class _Call:
         own = torch.eye(length, dtype=torch.bool, device=query.device)[None, None]
         dropped, weights = (torch.stack(grids).sum(0) for grids in (result.dropped, result.probabilities))
         return result.output, with_own_token(dropped, weights.sum(-1, keepdim=True), own)
+
+    def _heads_at_once(self, query: Tensor, hashes: int, wanted: bool) -> int:
+        """How many heads to sort at a time.
+
+        Fewer than all on the CPU only, without gradients, dropout and probabilities: heads do not see one another, so
+        that only the number of attentions differs. Elsewhere many small launches would cost more time than memory costs.
+        """
+        batch, heads, length, dim = query.shape
+        if query.device.type != "cpu" or torch.is_grad_enabled() or self._module.training or wanted:
+            return heads
+        of_a_head = 2 * batch * hashes * length * dim * compute_dtype(query).itemsize
+        return min(heads, max(1, SORTED_AT_ONCE // of_a_head))
+
+    def _by_heads(self, query: Tensor, value: Tensor, buckets: Tensor, real: Tensor | None, size: int) -> Tensor:
+        """The output ``(batch, heads, length, dim)`` of :meth:`_sorted`, for ``size`` heads at a time."""
+        batch, heads, length, dim = query.shape
+        output = query.new_empty((batch, length, heads, dim), dtype=compute_dtype(query)).transpose(1, 2)
+        for start in range(0, heads, size):
+            part = slice(start, start + size)
+            output[:, part], _ = self._sorted(query[:, part], value[:, part], buckets[:, part], real, wanted=False)
+        return output
 
     def _sorted(
         self, query: Tensor, value: Tensor, buckets: Tensor, real: Tensor | None, wanted: bool

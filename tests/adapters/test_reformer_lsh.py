@@ -7,6 +7,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import attnzoo
+from attnzoo.adapters import reformer_lsh
 from attnzoo.adapters.reformer_lsh import HASHED_AT_ONCE
 
 from .reformer import (
@@ -92,6 +93,61 @@ def test_with_one_bucket_and_a_chunk_as_long_as_the_sequence_lsh_is_full_attenti
     expected = (weights @ value).transpose(1, 2).flatten(2)
     torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(chunked, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- some heads at a time
+
+
+def calls(module, states, buckets, *, at_once, monkeypatch, train=False, grad=False, backend="sdpa", **arguments):
+    """The output, and how many attentions it took with room for ``at_once`` heads of ``(batch, length)`` states."""
+    batch, length = states.shape[:2]
+    head = 2 * batch * module.num_hashes * length * module.attention_head_size * states.element_size()
+    monkeypatch.setattr(reformer_lsh, "SORTED_AT_ONCE", at_once * head)
+    with torch.set_grad_enabled(grad), attnzoo.patch(module.train(train), backend) as handle:
+        output = module(states, buckets=buckets, **arguments).hidden_states
+    return output, handle.sites[0].calls
+
+
+@backends
+@causal
+@sides
+@pytest.mark.parametrize("at_once", [0, 1, 2])
+def test_some_heads_at_a_time_give_the_same_bit_for_bit(monkeypatch, is_decoder, backend, side, at_once):
+    module, states = lsh(is_decoder=is_decoder), hidden(2, 32)
+    given = dict(monkeypatch=monkeypatch, backend=backend, attention_mask=padding(side, 2, 32))
+    with torch.no_grad():
+        buckets = module(states).buckets
+    expected, one = calls(module, states, buckets, at_once=3, **given)
+    output, several = calls(module, states, buckets, at_once=at_once, **given)
+    assert torch.equal(output, expected)
+    assert (one, several) == (1, 3 if at_once < 2 else 2)
+
+
+def test_all_heads_at_once_where_it_can_be_told(monkeypatch):
+    module, states = lsh(), hidden(2, 32)
+    with torch.no_grad():
+        buckets = module(states).buckets
+    given = dict(at_once=1, monkeypatch=monkeypatch)
+    assert calls(module, states, buckets, **given)[1] == 3
+    for more in (dict(grad=True), dict(train=True), dict(backend="eager", output_attentions=True)):
+        assert calls(module, states, buckets, **more, **given)[1] == 1
+
+
+def test_sorted_keys_of_all_heads_are_never_there_at_once(monkeypatch):
+    """They were half of what a whole Reformer needed at 16384 tokens."""
+    module, states, sizes = lsh(num_hashes=8), hidden(1, 512), []
+
+    class Sizes(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            sizes.append(result.numel() if isinstance(result, torch.Tensor) and result.is_floating_point() else 0)
+            return result
+
+    with torch.no_grad():
+        buckets = module(states).buckets
+    with Sizes():
+        calls(module, states, buckets, at_once=1, monkeypatch=monkeypatch)
+    assert max(sizes) <= 8 * 512 * 8, "hashes, tokens, head_size: the rows of one head"
 
 
 # --- hashing
