@@ -18,7 +18,7 @@ from functools import cache
 from types import FunctionType
 from typing import Any
 
-# Characters beyond ASCII belong to names, as in CPython's tokenizer: no interpreter's Unicode tables matter.
+# Characters beyond ASCII belong to names, as in CPython's tokenizer, so that no interpreter's Unicode tables matter.
 # Operators are single characters: no two programs differ only in whether the characters of an operator touch.
 # No keyword is made of the letters of string prefixes alone, so a word of them that touches a quote is a prefix.
 _TOKEN = re.compile(

@@ -1,10 +1,6 @@
-"""A fingerprint changes when code does, and only then; an adapter refuses code it was not verified against."""
+"""An adapter refuses code it was not verified against, and says whose change it is."""
 
 from __future__ import annotations
-
-import importlib.util
-import itertools
-import textwrap
 
 import pytest
 import torch
@@ -15,89 +11,6 @@ from transformers.models.gpt_neox import modeling_gpt_neox
 import attnzoo
 from attnzoo import registry
 from attnzoo.fingerprint import drift, fingerprint
-
-ORIGINAL = '''
-def f(x, scale=1.0):
-    """What it does."""
-    # why
-    if x > 0:
-        y = x * scale
-        y = y + 1
-    return (y, f"{x:.2f} of {{y}}")
-'''
-
-
-@pytest.fixture
-def function_of(tmp_path):
-    """A function from source, read from a file as inspect wants it."""
-    number = itertools.count()
-
-    def make(source):
-        path = tmp_path / f"source_{next(number)}.py"
-        path.write_text(textwrap.dedent(source))
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.f
-
-    return make
-
-
-@pytest.mark.parametrize(
-    ("what", "old", "new"),
-    [
-        ("a comment", "    # why\n", ""),
-        ("another comment", "# why", "# because"),
-        ("a comment at the end of a line", "y = y + 1", "y = y + 1  # one more"),
-        ("no docstring", '    """What it does."""\n', ""),
-        ("another docstring", "What it does.", "What it\n\n    does, and why."),
-        ("blank lines", "    if x", "\n\n    if x"),
-        ("spaces", "x * scale", "x  *  scale"),
-        (
-            "deeper indentation",
-            "        y = x * scale\n        y = y + 1",
-            "            y = x * scale\n            y = y + 1",
-        ),
-        ("a broken line", "(y, f", "(\n        y,\n        f"),
-    ],
-)
-def test_layout_comments_and_docstrings_do_not_count(function_of, what, old, new):
-    assert old in ORIGINAL
-    assert fingerprint(function_of(ORIGINAL.replace(old, new))) == fingerprint(function_of(ORIGINAL)), what
-
-
-@pytest.mark.parametrize(
-    ("what", "old", "new"),
-    [
-        ("a constant", "y + 1", "y + 2"),
-        ("an operator", "x * scale", "x / scale"),
-        ("a default", "scale=1.0", "scale=2.0"),
-        ("a name", "(y, ", "(x, "),
-        ("another argument", "x, scale", "x, other, scale"),
-        ("a decorator", "\ndef f", "\n@staticmethod\ndef f"),
-        ("a statement less", "        y = y + 1\n", ""),
-        ("a string", ".2f} of", ".3f} of"),
-        ("a string that is no docstring", "return (y, ", 'return ("y", '),
-        ("a statement in another block", "        y = y + 1\n", "    y = y + 1\n"),
-    ],
-)
-def test_code_counts(function_of, what, old, new):
-    assert old in ORIGINAL
-    assert fingerprint(function_of(ORIGINAL.replace(old, new))) != fingerprint(function_of(ORIGINAL)), what
-
-
-def test_a_method_and_a_wrapped_function_are_read_at_their_source(function_of):
-    import functools
-
-    plain = function_of(ORIGINAL)
-
-    @functools.wraps(plain)
-    def wrapper(*args):
-        return plain(*args)
-
-    assert fingerprint(wrapper) == fingerprint(plain)
-    inside = "class C:\n" + textwrap.indent(ORIGINAL, "    ") + "f = C.f\n"
-    assert fingerprint(function_of(inside)) == fingerprint(plain)
 
 
 def test_drift_tells_what_is_gone_and_what_is_other():
