@@ -1,25 +1,55 @@
-"""The command line: ``attnzoo doctor``, ``matrix``, ``verify``, ``explain``, ``tune`` and ``bench``."""
+"""The command line: ``attnzoo doctor``, ``matrix``, ``verify``, ``explain``, ``tune`` and ``bench``.
+
+Everything it prints fits the terminal: see :mod:`attnzoo.layout`.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from typer.core import TyperGroup
 
+import attnzoo
 from attnzoo.errors import AttnzooError, InvalidArgumentError
+from attnzoo.layout import aligned, alike
 from attnzoo.tuning.cli import tune
 
+
+class _Commands(TyperGroup):
+    """Lists commands with the whole first paragraph of their help, where click cuts it to a line."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        for command in self.commands.values():
+            command.short_help = (command.help or "").partition("\n\n")[0]
+        super().format_commands(ctx, formatter)
+
+
 app = typer.Typer(
-    help="A pluggable attention-backend registry for Hugging Face models.",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # typer's boxes cut words in narrow terminals
     pretty_exceptions_enable=False,
 )
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"attnzoo {attnzoo.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """A pluggable attention-backend registry for Hugging Face models."""
 
 
 @app.command()
@@ -31,11 +61,9 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(to_dicts(findings), indent=2))
         return
-    table = Table("", "what", "", "detail", title="attnzoo doctor")
-    for finding in findings:
-        mark = "[green]yes[/]" if finding.ok else "[yellow]no[/]"
-        table.add_row(finding.kind, finding.name, mark, finding.detail)
-    Console().print(table)
+    for group in alike(findings, lambda finding: finding.kind):
+        print(group[0].kind)
+        print(aligned([(finding.name, "yes" if finding.ok else "no", finding.detail) for finding in group], indent=2))
 
 
 @app.command()
@@ -56,13 +84,15 @@ def matrix(
     elif markdown:
         print(matrix_text.markdown(found))
     else:
-        matrix_text.show(found, Console())
+        print(matrix_text.text(found))
 
 
 @app.command()
 def verify(
     model: Annotated[str, typer.Argument(help="A family of the shootout (see bench --help), or a local checkpoint.")],
-    backend: Annotated[str, typer.Option(help="The backend to verify, e.g. blocked-local:window=64,sinks=4.")] = "sdpa",
+    backend: Annotated[
+        str, typer.Option(help="The backend to verify, maybe with options (name:option=value,...).")
+    ] = "sdpa",
     seq_len: Annotated[int, typer.Option(help="Tokens of real text to run on.", min=1)] = 256,
     gradients: Annotated[bool, typer.Option(help="Compare gradients too.")] = True,
     as_json: Json = False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from attnzoo import registry
 from attnzoo.backend import Backend
 from attnzoo.errors import InvalidArgumentError, PatchError, Refusal
+from attnzoo.layout import alike, fit, heading
 from attnzoo.patching import check_forward
 from attnzoo.sites import check_options, expected_changes, expected_requests, find_sites
 from attnzoo.tuning.outlook import auto_at
@@ -61,21 +62,22 @@ class Explanation(tuple[Verdict, ...]):
         return {"verdicts": [{**asdict(verdict), "runs": verdict.runs} for verdict in self], "auto": self.auto}
 
     def __str__(self) -> str:
-        groups: dict[tuple[tuple[Any, ...], ...], list[str]] = {}
-        for site in dict.fromkeys(verdict.site for verdict in self):
-            own = [verdict for verdict in self if verdict.site == site]
-            told = [(verdict.backend, verdict.refusals, verdict.changes) for verdict in own]
-            groups.setdefault(((own[0].cls, own[0].pattern), (*told,), self.auto.get(site, ())), []).append(site)
         lines = []
-        for ((cls, pattern), verdicts, auto), sites in groups.items():
-            more = f" and {len(sites) - 1} more" if len(sites) > 1 else ""
-            lines.append(f"{sites[0]}{more} ({cls}, {pattern})")
-            for backend, reasons, changes in verdicts:
-                runs = f"runs, approximate: {'; '.join(changes)}" if changes else "runs"
-                lines.append(f"  {backend}: {'refuses' if reasons else runs}")
-                lines.extend(f"    {reason}" for reason in reasons)
-            lines.extend(f"  auto: {line}" for line in auto)
-        return "\n".join(lines)
+        for sites in alike(alike(self, lambda verdict: verdict.site), self._told):
+            first = sites[0][0]
+            lines.append(heading([verdicts[0].site for verdicts in sites], first.cls, first.pattern))
+            for verdict in sites[0]:
+                runs = f"runs, approximate: {'; '.join(verdict.changes)}" if verdict.changes else "runs"
+                lines.append(f"  {verdict.backend}: {runs if verdict.runs else 'refuses'}")
+                lines.extend(f"    {reason}" for reason in verdict.refusals)
+            lines.extend(f"  auto: {line}" for line in self.auto.get(first.site, ()))
+        return fit("\n".join(lines))
+
+    def _told(self, verdicts: list[Verdict]) -> Hashable:
+        """What is printed of a site, but for its name."""
+        first = verdicts[0]
+        told = tuple((verdict.backend, verdict.refusals, verdict.changes) for verdict in verdicts)
+        return first.cls, first.pattern, told, self.auto.get(first.site, ())
 
 
 def explain(model: nn.Module, backend: str | Backend | None = None, **options: Any) -> Explanation:

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from attnzoo import registry
 from attnzoo.backend import BackendInfo, Capabilities
 from attnzoo.errors import Refusal
+from attnzoo.layout import aligned, fit
 from attnzoo.matrix import DEVICES, FEATURES, Module, Row, rows
 from attnzoo.segments import FLOATS, Request
 
@@ -88,15 +87,15 @@ class Reasons:
         return ((number, text) for text, number in self._numbers.items())
 
 
-def _cells(row: Row, reasons: Reasons, code: Callable[[str], str]) -> list[str]:
-    """What to show per feature. ``code`` marks words of a program."""
+def _outcomes(row: Row, reasons: Reasons, code: Callable[[str], str]) -> list[tuple[str, str]]:
+    """Per feature: where it runs, and the numbers of the reasons for the rest. ``code`` marks words of a program."""
     found = []
     for feature in FEATURES:
         own = set() if feature == "forward" else set(row.reasons("forward"))
         numbers = sorted({reasons.number(reason) for reason in row.reasons(feature) if reason not in own})
         note = f" [{', '.join(map(str, numbers))}]" if numbers else ""
         cpu, cuda = (row.runs(feature, device) for device in DEVICES)
-        found.append(_where(cpu, cuda, code) + note)
+        found.append((_where(cpu, cuda, code), note))
     return found
 
 
@@ -140,18 +139,23 @@ def markdown(families: Families) -> str:
             lines += [modules, ""]
             continue
         for module in modules:
-            lines += [_heading(module), "", _line(["backend", *FEATURES]), "|---" * (len(FEATURES) + 1) + "|"]
+            lines += [
+                f"**{module.cls}**: {module.pattern}{_asks_for(module)}",
+                "",
+                _line(["backend", *FEATURES]),
+                "|---" * (len(FEATURES) + 1) + "|",
+            ]
             for row in rows(module):
                 name, mark = _label(row)
-                lines.append(_line([code(name) + mark, *_cells(row, reasons, code)]))
+                lines.append(_line([code(name) + mark, *map("".join, _outcomes(row, reasons, code))]))
             lines.append("")
     lines += ["## Reasons", "", *(f"{number}. {text}" for number, text in reasons.listed())]
     return "\n".join(lines)
 
 
-def _heading(module: Module) -> str:
+def _asks_for(module: Module) -> str:
     asks = ", ".join(_asks(module))
-    return f"**{module.cls}**: {module.pattern}" + (f" (asks for: {asks})" if asks else "")
+    return f" (asks for: {asks})" if asks else ""
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -178,31 +182,39 @@ def _words(value: object) -> str:
     return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
 
 
-def show(families: Families, console: Console) -> None:
-    """Print everything as tables."""
+def text(families: Families) -> str:
+    """Everything for a terminal: per backend what it declares, then per module and backend what runs."""
     infos = [info for info in registry.backends().values() if info.capabilities is not None]
-    table = _table("declared capabilities", "", *(info.name for info in infos))
-    for cells in _declared_lines(infos):
-        table.add_row(*cells)
-    console.print(table)
+    parts = ["Declared capabilities", *map(_declared_text, infos)]
     reasons = Reasons()
     for model_type, modules in families.items():
         if isinstance(modules, str):
-            console.print(f"{model_type}: {modules}", markup=False)
+            parts.append(fit(f"{model_type}: {modules}"))
             continue
         for module in modules:
-            table = _table(str(module), "backend", *FEATURES)
-            for row in rows(module):
-                table.add_row("".join(_label(row)), *(cell.replace("[", r"\[") for cell in _cells(row, reasons, str)))
-            console.print(table)
-    console.print(LEGEND.replace("*", "").replace("`", ""), markup=False)
-    for number, text in reasons.listed():
-        console.print(f"{number}. {text}", markup=False, highlight=False)
+            shown = [line for row in rows(module) for line in _row_text(row, reasons)]
+            parts.append(fit(f"{module}{_asks_for(module)}") + "\n" + aligned(shown, indent=2))
+    parts.append(aligned([[LEGEND.translate(dict.fromkeys(map(ord, "*`")))]]))
+    if listed := [(f"{number}.", reason) for number, reason in reasons.listed()]:
+        parts.append(aligned(listed))
+    return "\n\n".join(parts)
 
 
-def _table(title: str, *columns: str) -> Table:
-    """A table that never leaves out a letter, however narrow the terminal."""
-    table = Table(title=title)
-    for number, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=not number)
-    return table
+def _declared_text(info: BackendInfo) -> str:
+    declared = {"aliases": list(info.aliases), **_plain_capabilities(info.capabilities)}
+    lines = [(key, _words(value)) for key, value in declared.items() if not isinstance(value, bool)]
+    for word, flag in (("yes", True), ("no", False)):
+        lines.append((word, _words([key for key, value in declared.items() if value is flag])))
+    return f"{info.name}\n{aligned(lines, indent=2)}"
+
+
+def _row_text(row: Row, reasons: Reasons) -> list[tuple[str, str]]:
+    """The backend, then one line per outcome with the features that have it."""
+    name, mark = _label(row)
+    outcomes: dict[str, list[str]] = {}
+    for feature, (where, note) in zip(FEATURES, _outcomes(row, reasons, str), strict=True):
+        outcomes.setdefault(where, []).append(feature + note)
+    lines = [f"{where}: {', '.join(features)}" for where, features in outcomes.items()]
+    lines = ["yes: everything"] if lines == [f"yes: {', '.join(FEATURES)}"] else lines
+    lines = [f"{name[len(row.backend) :]}{mark}".strip(), *lines] if mark else lines
+    return [(row.backend if not number else "", line) for number, line in enumerate(lines)]

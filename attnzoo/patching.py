@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -18,6 +18,7 @@ from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError
 from attnzoo.forwards import Patch, PatchedForward, patches_of
 from attnzoo.functional import negotiate
 from attnzoo.segments import Request
+from attnzoo.site_table import table
 from attnzoo.sites import Found, Site, check_options, expected_changes, expected_requests, find_sites
 from attnzoo.tuning.choice import by_priority_because
 
@@ -69,16 +70,7 @@ class Handle:
         self.remove()
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("site", "class", "pattern", "backend", "kernel", "calls", "fallbacks")]
-        for site in self.sites:
-            numbers = (str(site.calls), str(site.fallbacks))
-            names = (site.name, site.cls, site.pattern, site.ran, site.kernel or "-")
-            rows.append((*names, *numbers))
-        if any(site.approximate for site in self.sites):
-            told = ("approximate", *(site.approximate or "exact" for site in self.sites))
-            rows = [(*row, cell) for row, cell in zip(rows, told, strict=True)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return table(self.sites)
 
 
 def _layers(model: nn.Module) -> list[tuple[nn.Module, PatchedForward]]:
@@ -193,7 +185,7 @@ def patch(
     model: nn.Module,
     backend: str | Backend | Mapping[str, str | Backend] = "auto",
     *,
-    fallback: str = "error",
+    fallback: Literal["error", "native"] = "error",
     replace: bool = False,
     **options: Any,
 ) -> Handle:

@@ -95,6 +95,12 @@ def test_more_tokens_than_a_checkpoint_has_positions_for(tmp_path, command):
         run_raising(command, str(tmp_path), "--seq-len", "17")
 
 
+@pytest.mark.parametrize("command", [("-m", "attnzoo"), ("-m", "attnzoo.cli")], ids=" ".join)
+def test_the_version(command):
+    done = subprocess.run([sys.executable, *command, "--version"], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, f"attnzoo {attnzoo.__version__}\n"), done.stderr
+
+
 def test_help_lists_the_commands():
     output = attnzoo_command("--help").stdout
     for command in ("doctor", "matrix", "verify", "bench"):

@@ -10,6 +10,7 @@ import torch
 import typer
 
 from attnzoo.errors import InvalidArgumentError
+from attnzoo.layout import fit
 from attnzoo.spelling import dtype_name
 from attnzoo.tuning import cache
 from attnzoo.tuning.choice import by_priority_because
@@ -56,10 +57,10 @@ def tune(
         print(json.dumps(found.to_dict(), indent=2))
         return
     print(found)
-    print(f"kept in {cache.folder()}")
+    print(fit(f"kept in {cache.folder()}"))
     because = by_priority_because()
     if because is not None:
-        print(f"note: auto goes by priority all the same: {because}")
+        print(fit(f"note: auto goes by priority all the same: {because}"))
 
 
 def _measure(
@@ -107,11 +108,11 @@ def shown() -> str:
     """Every cache file in words."""
     files = cache.stored()
     if not files:
-        return f"nothing is kept in {cache.folder()}; attnzoo tune MODEL measures"
+        return fit(f"nothing is kept in {cache.folder()}; attnzoo tune MODEL measures")
     lines = []
     for file in files:
         versions = ", ".join(f"{name} {version}" for name, version in file.environment.get("versions", {}).items())
         threads = f", threads {file.environment['threads']}" if file.environment.get("threads") else ""
-        lines.append(f"{file.path}\n{file.environment.get('name', 'unknown device')}{threads}, {versions}")
-        lines += [f"cannot be read: {file.problem}"] if file.problem else map(table, file.measurements.values())
+        lines.append(fit(f"{file.path}\n{file.environment.get('name', 'unknown device')}{threads}, {versions}"))
+        lines += [fit(f"cannot be read: {file.problem}")] if file.problem else map(table, file.measurements.values())
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from attnzoo.layout import fit
 from attnzoo.tuning.measurements import Measurement, in_words
 
 
@@ -44,4 +45,4 @@ def table(measurement: Measurement, remark: str = "") -> str:
         lines.append(f"  {name:<20} {in_words(seconds):>8}  {remark}")
     timed = {name for _, name in ranking}
     lines += [f"  {name:<20} {one.reason}" for name, one in measurement.outcomes.items() if name not in timed]
-    return "\n".join(lines)
+    return fit("\n".join(lines))

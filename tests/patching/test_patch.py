@@ -262,22 +262,53 @@ def test_options_are_those_of_the_backend_that_is_named(neox, other):
 # What people see
 
 
-def test_a_handle_prints_as_a_table(led):
+def rows_of(handle):
+    """The printed table, one list of words per row; a wide terminal wraps nothing."""
+    return [line.split() for line in str(handle).splitlines()]
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+
+
+@pytest.mark.usefixtures("wide")
+def test_a_handle_prints_as_a_table_with_one_row_for_sites_that_are_alike(led):
     with attnzoo.patch(led.model, "eager") as handle:
         led.logits()
-    header, *rows = str(handle).splitlines()
-    assert header.split() == ["site", "class", "pattern", "backend", "kernel", "calls", "fallbacks"]
-    assert [row.split()[0] for row in rows] == list(led.sites)
-    starts = [header.index(column) for column in ("class", "backend", "kernel", "calls", "fallbacks")]
-    for row, site in zip(rows, handle.sites, strict=True):
-        assert row[starts[0] :].startswith(site.cls)
-        assert row[starts[1] :].split() == ["eager", "eager", str(site.calls), "0"]
-        assert all(row[start - 1] == " " and row[start] != " " for start in starts), "columns line up"
+    header, *rows = rows_of(handle)
+    assert header == ["backend", "kernel", "calls", "fallbacks", "sites"]
+    kinds = {(site.cls, site.pattern): site for site in reversed(handle.sites)}
+    assert len(rows) == len(kinds) < len(handle.sites)
+    for row, (kind, first) in zip(rows, reversed(kinds.items()), strict=True):
+        more = sum((site.cls, site.pattern) == kind for site in handle.sites) - 1
+        assert row[:5] == ["eager", "eager", str(first.calls), "0", first.name]
+        assert " ".join(row[5:]) == f"and {more} more " * bool(more) + f"({', '.join(kind)})"
 
 
+@pytest.mark.usefixtures("wide")
+def test_sites_at_which_something_else_ran_have_a_row_of_their_own(neox):
+    with attnzoo.patch(neox.model, {"*.0.*": "eager", "*": "sdpa"}) as handle:
+        assert [row[:4] for row in rows_of(handle)[1:]] == [["eager", "-", "0", "0"], ["sdpa", "-", "0", "0"]]
+        neox.logits()
+        assert [row[1:3] for row in rows_of(handle)[1:]] == [["eager", "1"], [handle.sites[1].kernel, "1"]]
+
+
+@pytest.mark.usefixtures("wide")
+def test_counts_that_differ_between_alike_sites_print_as_a_range(neox):
+    with attnzoo.patch(neox.model, "eager", fallback="native") as handle:
+        neox.logits()
+    first = handle.sites[0]
+    first.kernels["eager"] += 2
+    first.fallbacks += 1
+    ((backend, kernel, calls, fallbacks, *_),) = rows_of(handle)[1:]
+    assert (backend, kernel, calls, fallbacks) == ("eager", "eager", "1-3", "0-1")
+
+
+@pytest.mark.usefixtures("wide")
 def test_a_table_before_the_first_call_shows_that_nothing_ran(neox):
     with attnzoo.patch(neox.model, "sdpa") as handle:
-        assert str(handle).splitlines()[1].split()[-4:] == ["sdpa", "-", "0", "0"]
+        assert rows_of(handle)[1][:4] == ["sdpa", "-", "0", "0"]
 
 
 # What is remembered

@@ -1,0 +1,145 @@
+"""What attnzoo prints fits the terminal: another width changes blanks and line ends, and nothing else."""
+
+import pytest
+
+import attnzoo
+from attnzoo import cli
+from attnzoo.layout import aligned, alike, fit
+from attnzoo.tuning import tuner
+from attnzoo.tuning.cli import shown
+
+from .models.zoo import causal_inputs, gpt_neox, led
+
+WIDTHS = (60, 80, 120)
+WIDE = 10_000
+COMMANDS = ("doctor", "matrix", "verify", "explain", "tune", "bench")
+
+
+@pytest.fixture
+def columns(monkeypatch):
+    """Sets the width of the terminal; None: there is none, as in a pipe."""
+
+    def use(width):
+        if width is None:
+            monkeypatch.delenv("COLUMNS", raising=False)
+        else:
+            monkeypatch.setenv("COLUMNS", str(width))
+
+    return use
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("led")
+    led().save_pretrained(folder)
+    return str(folder)
+
+
+def assert_fits(text, width, wide):
+    """No line is longer than the terminal, unless it is one word; and no word is cut, dropped or added."""
+    too_long = [line for line in text.splitlines() if len(line) > width and len(line.split()) > 1]
+    assert not too_long, too_long
+    assert text.split() == wide.split()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command as it is started; returns what it prints. typer's CliRunner would pretend 80 columns."""
+    monkeypatch.setattr(cli.app, "registered_commands", list(cli.app.registered_commands))
+
+    def go(*arguments):
+        monkeypatch.setattr("sys.argv", ["attnzoo", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    return go
+
+
+@pytest.mark.parametrize("width", [*WIDTHS, None])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), *((command, "--help") for command in COMMANDS), ("doctor",), ("matrix",)], ids=" ".join
+)
+def test_commands_fit_the_terminal(run, columns, arguments, width):
+    columns(WIDE)
+    wide = run(*arguments)
+    columns(width)
+    assert_fits(run(*arguments), width or 80, wide)
+
+
+@pytest.mark.parametrize("width", [*WIDTHS, None])
+@pytest.mark.parametrize("options", [(), ("--backend", "flash"), ("--backend", "blocked-local:window=8")], ids=" ".join)
+def test_explain_fits_the_terminal(run, columns, checkpoint, options, width):
+    columns(WIDE)
+    wide = run("explain", checkpoint, *options)
+    columns(width)
+    assert_fits(run("explain", checkpoint, *options), width or 80, wide)
+
+
+def test_the_list_of_commands_has_the_whole_summary_of_each(run, columns):
+    columns(60)
+    listed = " ".join(run("--help").split())
+    for command in COMMANDS:
+        summary = run(command, "--help").split("\n\n")[1]
+        assert " ".join(summary.split()) in listed
+
+
+@pytest.mark.parametrize("width", [*WIDTHS, None])
+def test_measurements_fit_the_terminal(columns, monkeypatch, tmp_path, width):
+    monkeypatch.setenv("ATTNZOO_CACHE", str(tmp_path))
+    columns(WIDE)
+    found = tuner.tune(gpt_neox(), causal_inputs(16, "none"), rounds=1)
+    wide = str(found), shown()
+    columns(width)
+    for text, unwrapped in zip((str(found), shown()), wide, strict=True):
+        assert_fits(text, width or 80, unwrapped)
+
+
+@pytest.mark.parametrize("width", [*WIDTHS, None])
+@pytest.mark.parametrize(
+    ("backend", "options"), [("sdpa", {}), ("auto", {}), ("native", {}), ("blocked-local", dict(window=6, sinks=2))]
+)
+def test_a_handle_fits_the_terminal(columns, backend, options, width):
+    model = gpt_neox()
+    with attnzoo.patch(model, backend, **options) as handle:
+        model(**causal_inputs(16, "none"))
+    columns(WIDE)
+    wide = str(handle)
+    columns(width)
+    assert_fits(str(handle), width or 80, wide)
+
+
+# The pieces
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_long_line_wraps_at_spaces_and_keeps_its_indentation(columns, width):
+    columns(width)
+    text = "head:\n    " + "some-thing/with_names " * 20
+    assert_fits(fit(text), width, text)
+    assert all(line.startswith("    some" if number == 1 else "") for number, line in enumerate(fit(text).splitlines()))
+    assert fit("a\n\nb") == "a\n\nb"
+
+
+def test_a_word_longer_than_the_terminal_stays_whole(columns):
+    columns(60)
+    path = "/" + "folder-with-a-name/" * 5
+    assert path in fit(f"kept in {path} for now").splitlines()[1]
+    assert path in aligned([("name", "no", f"kept in {path} for now")])
+
+
+def test_columns_line_up_and_a_last_cell_without_room_goes_below(columns):
+    columns(30)
+    rows = [("a", "yes", "one two three four five six"), ("long-name", "no", "a-word-of-twenty-two")]
+    assert aligned(rows).splitlines() == [
+        "a          yes  one two three",
+        "                four five six",
+        "long-name  no",
+        "  a-word-of-twenty-two",
+    ]
+    assert aligned([("a", "")], indent=2) == "  a" and aligned([]) == ""
+
+
+def test_alike_items_come_together_in_order():
+    assert alike("bAaB", str.lower) == [["b", "B"], ["A", "a"]]
