@@ -72,7 +72,7 @@ def find_documents(visible: Tensor, batch: int) -> tuple[Pack, ...] | None:
     if q_len != kv_len:
         return None
     key = torch.arange(kv_len, device=visible.device)
-    found = []
+    found: list[Tensor] = []
     for rows in visible.split(max(1, _ENTRIES_AT_ONCE // (samples * kv_len)), dim=1):
         first = torch.where(rows.any(-1), rows.byte().argmax(-1), kv_len)
         query = key[sum(part.shape[1] for part in found) :][: rows.shape[1]]

@@ -57,12 +57,12 @@ def _operator_unavailable(name: str, deterministic: bool) -> str | None:
         return why
     reasons: list[str] = []
     try:
-        both = [getattr(getattr(fmha, name, None), one, None) for one in ("FwOp", "BwOp")]
-        if not all(one is not None and one.is_available() for one in both):
+        operators: list[Any] = [getattr(getattr(fmha, name, None), one, None) for one in ("FwOp", "BwOp")]
+        if not all(operator is not None and operator.is_available() for operator in operators):
             return f"xformers has no working operator {name!r}: see python -m xformers.info"
         example = _example(fmha)
-        for one in both if example is not None else []:
-            reasons += one.not_supported_reasons(example)
+        for operator in operators if example is not None else ():
+            reasons += operator.not_supported_reasons(example)
     except BaseException as error:
         raise_interrupts(error)
         return f"xformers' operator {name!r} cannot tell whether it works: {type(error).__name__}: {error}"
