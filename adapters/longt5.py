@@ -30,7 +30,6 @@ from attnzoo.adapters.longt5_bias import (
 from attnzoo.adapters.longt5_decoder import bind_decoder, check_decoder, decoder_requests, request
 from attnzoo.bias import RelativeBias
 from attnzoo.errors import InvalidArgumentError, PatchError
-from attnzoo.fingerprint import locate
 from attnzoo.heads import merge_heads, split_heads
 from attnzoo.patterns import Full, Pattern, Window
 from attnzoo.segments import Attention, Request, Segment, SegmentRequest, describe
@@ -206,10 +205,18 @@ def _read_flat(mask: Tensor, hidden_states: Tensor) -> Tensor:
     return mask != 0
 
 
-def _globals(mask: Tensor, block_size: int) -> Globals:
-    """The model's own assignment of tokens to blocks: tokens that fill none join the last one that is full."""
-    of, exists = locate(f"{_MODULE}:_make_global_fixed_block_ids")(mask, block_size)
-    return Globals(of.long(), exists.bool(), None if bool(exists.all()) else exists.bool())
+def _globals(mask: Tensor, size: int) -> Globals:
+    """Blocks of ``size`` tokens by position; tokens behind the last block whose end is real join the last full one.
+
+    The model's own code adds up ``1 / size`` in torch's default dtype to number blocks, and goes wrong where these sums
+    are rounded: in bfloat16 from token 256 on, and in float32 at the ends of some blocks where the size is no power of
+    two. The numbers here are those of exact sums.
+    """
+    real, position = mask != 0, torch.arange(mask.shape[1], device=mask.device)
+    full = (real & (position % size == size - 1)).sum(1, keepdim=True)
+    of = torch.minimum(position // size, full - 1).masked_fill(~real, -1)
+    exists = torch.arange(mask.shape[1] // size, device=mask.device) <= of.amax(1, keepdim=True)
+    return Globals(of, exists, None if bool(exists.all()) else exists)
 
 
 def _aggregate(hidden_states: Tensor, blocks: Globals) -> Tensor:

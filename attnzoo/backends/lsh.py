@@ -182,7 +182,8 @@ class _Layout(NamedTuple):
 def _rotations(seed: int, rounds: int, dim: int, buckets: int) -> tuple[Tensor, ...]:
     """Per round ``(dim, buckets / 2)``: a direction and its opposite are two buckets."""
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn((rounds, dim, buckets // 2), generator=generator, device="cpu").unbind())
+    shape = (rounds, dim, buckets // 2)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").unbind()
 
 
 def _buckets(vectors: Tensor, rotation: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from transformers.models.longt5 import modeling_longt5
 
 import attnzoo
 from attnzoo.adapters.longt5 import LONGT5, _aggregate, _globals
@@ -140,6 +141,25 @@ def test_blocks_are_summed_in_float32():
     exact = [[states[b, blocks.of[b] == g].double().sum(0) for g in range(3)] for b in range(2)]
     exact = torch.stack([torch.stack(sample) for sample in exact])
     torch.testing.assert_close(_aggregate(states, blocks).double(), exact, rtol=torch.finfo(states.dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right", "sample", "holes"])
+@pytest.mark.parametrize("size", [1, 4, 25, 64])
+def test_blocks_are_numbered_by_position_whatever_the_default_dtype(size, side):
+    """As the model's own code numbers them while its sums are exact: with sizes that are powers of two."""
+    mask = padding(3, 700, side)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        blocks = _globals(mask, size)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for sample, row in enumerate(mask.tolist()):
+        full = sum(bool(row[end]) for end in range(size - 1, 700, size))
+        assert blocks.of[sample].tolist() == [min(at // size, full - 1) if one else -1 for at, one in enumerate(row)]
+    assert blocks.number == 700 // size
+    if size != 25:
+        of, exists = modeling_longt5._make_global_fixed_block_ids(mask, size)
+        assert torch.equal(blocks.of, of.long()) and torch.equal(blocks.exists, exists.bool())
 
 
 @kinds
