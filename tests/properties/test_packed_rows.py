@@ -1,75 +1,67 @@
-"""Packed rows on every backend: documents as samples equal the oracle on the dense mask, forward and backward."""
+"""Every document of a packed row gives what it gives alone, under every backend that takes a dense mask."""
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import replace
 
 import hypothesis.strategies as st
-import pytest
 import torch
 from hypothesis import given, note
 
-import attnzoo
-from attnzoo.backends.eager import EagerBackend
-from attnzoo.bias import RelativeBias
-from attnzoo.documents import attend_documents
-from attnzoo.masks import read_attention_mask
-from attnzoo.registry import make_backend, refusals
+from attnzoo.patterns import Causal, Full
+from attnzoo.registry import make_backend
 from attnzoo.segments import Attention, Segment
-from attnzoo.verification import check_site
-
-from ..test_documents import Site, grid_of, packed_rows
-
-BACKENDS = [name for name, info in attnzoo.backends().items() if info.available and info.exact]
-
-
-@dataclass(frozen=True)
-class ByDocuments(attnzoo.Backend):
-    """A backend that computes an attention by its documents on another one; judged by the oracle on the mask."""
-
-    site: Site = field(compare=False)
-    documents: tuple = field(compare=False)
-
-    name: ClassVar[str] = "by-documents"
-    capabilities: ClassVar[attnzoo.Capabilities] = EagerBackend.capabilities
-
-    def run(self, attention, probabilities=False):
-        return attend_documents(self.site, attention, self.documents, probabilities)
 
 
 @st.composite
-def packed_attentions(draw):
-    """Rows of documents, a few tokens in none, with grouped heads and maybe a bias by distance."""
-    batch, kv_heads, ratio = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    heads, dim = kv_heads * ratio, draw(st.sampled_from([8, 16]))
-    length = draw(st.one_of(st.integers(2, 40), st.sampled_from([64, 65, 129, 200])))
-    mask = grid_of(*draw(packed_rows(batch, length)))[:, None]
-    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
-    random = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-
-    def normal(*shape):
-        return torch.randn(shape, generator=random, dtype=torch.float64).to(dtype).requires_grad_()
-
-    bias = None
-    if draw(st.booleans()):
-        width = draw(st.integers(1, 12))
-        values = normal(draw(st.sampled_from([1, heads])), width).detach().requires_grad_(draw(st.booleans()))
-        bias = RelativeBias(values, zero=draw(st.integers(0, width - 1)))
-    query, key, value = normal(batch, heads, length, dim), *(normal(batch, kv_heads, length, dim) for _ in range(2))
-    return Attention(query, (Segment(key, value, mask=mask, bias=bias),), dim**-0.5)
+def rows(draw):
+    """``(batch, length)``: the document of each token, -1 for padding, which may also stand between documents."""
+    length = draw(st.integers(1, 40))
+    found = []
+    for _ in range(draw(st.integers(1, 3))):
+        row, number = [], 0
+        while len(row) < length:
+            count = draw(st.integers(1, 20))
+            padding = draw(st.sampled_from([False, False, False, True]))
+            row += [-1 if padding else number] * count
+            number += 1
+        found.append(row[:length])
+    return torch.tensor(found)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@given(attention=packed_attentions(), grad=st.booleans())
-def test_documents_on_a_backend_equal_the_oracle_on_the_mask(backend, attention, grad):
-    note(f"{attention.request()}")
-    read = read_attention_mask(attention.segments[0].mask, (attention.batch, attention.q_len, attention.q_len))
-    site = Site(backend)
-    if read.documents is None:  # causality and padding, which no documents are needed for
-        assert read.mask is None
-        return
-    if refusals(make_backend(backend), read.documents[0].of(attention).request()):
-        return
-    made = ByDocuments(site, read.documents)
-    report = check_site("drawn", attention, made, grad=grad, max_rows=1 << 30)
-    assert report.ok, "\n".join(map(str, report.checks))
-    assert all(segment.mask is None for one in site.ran for segment in one.segments), "the mask was computed with"
+@st.composite
+def backends(draw):
+    kind = draw(st.sampled_from(["eager", "sdpa", "blocked-local", "blocked-local", "lsh", "lsh"]))
+    if kind == "blocked-local":
+        window, sinks = draw(st.integers(2, 12)), draw(st.integers(0, 6))
+        return make_backend(kind, window=window, sinks=sinks, kernel=draw(st.sampled_from(["eager", "sdpa"])))
+    if kind == "lsh":
+        options = dict(num_hashes=draw(st.integers(1, 3)), chunk_length=draw(st.integers(1, 8)))
+        buckets = draw(st.sampled_from([1, 2, 4, 8]))
+        return make_backend(kind, **options, num_buckets=buckets, kernel=draw(st.sampled_from(["eager", "sdpa"])))
+    return make_backend(kind)
+
+
+@given(st.data())
+def test_every_document_gives_what_it_gives_alone(data):
+    documents, backend, causal = data.draw(rows()), data.draw(backends()), data.draw(st.booleans())
+    note(backend)
+    batch, length = documents.shape
+    kv_heads, dim = data.draw(st.sampled_from([1, 2, 4])), data.draw(st.sampled_from([1, 4, 8]))
+    random = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+
+    def normal(heads):
+        return torch.randn((batch, heads, length, dim), generator=random, dtype=torch.float64)
+
+    query, key, value = normal(4), normal(kv_heads), normal(kv_heads)
+    mask = (documents[:, :, None] == documents[:, None]) & (documents >= 0)[:, None]
+    mask = (mask & torch.ones(length, length, dtype=torch.bool).tril() if causal else mask)[:, None]
+    packed = Attention(query, (Segment(key, value, mask=mask),), 0.5)
+    output = backend.run(packed).output
+    assert not output.transpose(1, 2)[documents < 0].any()
+    pattern = Causal() if causal else Full()
+    for sample, row in enumerate(documents.tolist()):
+        for number in sorted(set(row) - {-1}):
+            start, count = row.index(number), row.count(number)
+            own = (slice(sample, sample + 1), slice(None), slice(start, start + count))
+            alone = replace(packed, query=query[own], segments=(Segment(key[own], value[own], pattern),))
+            expected = backend.run(alone).output
+            torch.testing.assert_close(output[own], expected, rtol=0, atol=1e-12, msg=f"{sample}, {start}, {count}")

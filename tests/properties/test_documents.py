@@ -1,0 +1,75 @@
+"""Packed rows on every backend: documents as samples equal the oracle on the dense mask, forward and backward."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, note
+
+import attnzoo
+from attnzoo.backends.eager import EagerBackend
+from attnzoo.bias import RelativeBias
+from attnzoo.documents import attend_documents
+from attnzoo.masks import read_attention_mask
+from attnzoo.registry import make_backend, refusals
+from attnzoo.segments import Attention, Segment
+from attnzoo.verification import check_site
+
+from ..test_documents import Site, grid_of, packed_rows
+
+BACKENDS = [name for name, info in attnzoo.backends().items() if info.available and info.exact]
+
+
+@dataclass(frozen=True)
+class ByDocuments(attnzoo.Backend):
+    """A backend that computes an attention by its documents on another one; judged by the oracle on the mask."""
+
+    site: Site = field(compare=False)
+    documents: tuple = field(compare=False)
+
+    name: ClassVar[str] = "by-documents"
+    capabilities: ClassVar[attnzoo.Capabilities] = EagerBackend.capabilities
+
+    def run(self, attention, probabilities=False):
+        return attend_documents(self.site, attention, self.documents, probabilities)
+
+
+@st.composite
+def packed_attentions(draw):
+    """Rows of documents, a few tokens in none, with grouped heads and maybe a bias by distance."""
+    batch, kv_heads, ratio = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    heads, dim = kv_heads * ratio, draw(st.sampled_from([8, 16]))
+    length = draw(st.one_of(st.integers(2, 40), st.sampled_from([64, 65, 129, 200])))
+    mask = grid_of(*draw(packed_rows(batch, length)))[:, None]
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+
+    def normal(*shape):
+        return torch.randn(shape, generator=random, dtype=torch.float64).to(dtype).requires_grad_()
+
+    bias = None
+    if draw(st.booleans()):
+        width = draw(st.integers(1, 12))
+        values = normal(draw(st.sampled_from([1, heads])), width).detach().requires_grad_(draw(st.booleans()))
+        bias = RelativeBias(values, zero=draw(st.integers(0, width - 1)))
+    query, key, value = normal(batch, heads, length, dim), *(normal(batch, kv_heads, length, dim) for _ in range(2))
+    return Attention(query, (Segment(key, value, mask=mask, bias=bias),), dim**-0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(attention=packed_attentions(), grad=st.booleans())
+def test_documents_on_a_backend_equal_the_oracle_on_the_mask(backend, attention, grad):
+    note(f"{attention.request()}")
+    read = read_attention_mask(attention.segments[0].mask, (attention.batch, attention.q_len, attention.q_len))
+    site = Site(backend)
+    if read.documents is None:  # causality and padding, which no documents are needed for
+        assert read.mask is None
+        return
+    if refusals(make_backend(backend), read.documents[0].of(attention).request()):
+        return
+    made = ByDocuments(site, read.documents)
+    report = check_site("drawn", attention, made, grad=grad, max_rows=1 << 30)
+    assert report.ok, "\n".join(map(str, report.checks))
+    assert all(segment.mask is None for one in site.ran for segment in one.segments), "the mask was computed with"
