@@ -19,7 +19,15 @@ from attnzoo.forwards import Patch, PatchedForward, patches_of
 from attnzoo.functional import negotiate
 from attnzoo.segments import Request
 from attnzoo.site_table import table
-from attnzoo.sites import Found, Site, check_options, expected_changes, expected_requests, find_sites
+from attnzoo.sites import (
+    Found,
+    Site,
+    check_loaded,
+    check_options,
+    expected_changes,
+    expected_requests,
+    find_sites,
+)
 from attnzoo.tuning.choice import by_priority_because
 
 _patch_numbers = itertools.count(1)
@@ -211,7 +219,8 @@ def patch(
 
     Raises:
         InvalidArgumentError, UnknownNameError: a bad argument.
-        PatchError: no site is reached, or none by one of the globs, or one stands behind a wider one.
+        PatchError: no site is reached, or none by one of the globs, or one stands behind a wider one; or weights are
+            not loaded yet.
         DriftError: the model's code is not what the adapter was verified against.
         BackendRefusedError: a site will ask what the backend cannot do (unless ``fallback="native"``).
         Whatever is raised, nothing was changed.
@@ -232,6 +241,7 @@ def patch(
             found.adapter.check_drift(found.seam, found.module)
             check_forward(found)
             found.seam.check(found.module)
+    check_loaded(model, (found for found, name in chosen if name != "native"))
     settled = _settle(chosen, made)
     for found, name in chosen:
         instance = settled[found.name]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from attnzoo import registry
+from attnzoo import registry, slots
 from attnzoo.adapter import Adapter, Seam, parameters_of, path_of
 from attnzoo.backend import Backend
 from attnzoo.errors import InvalidArgumentError, PatchError, shorten
@@ -139,6 +139,29 @@ def _nothing_found(model: nn.Module, types: tuple[str, ...], seams: Iterable[str
         f"in which no adapter finds an attention module{why}; allowed: a model with modules of type "
         f"{', '.join(registry.model_types())}, or register one with attnzoo.register_adapter"
     )
+
+
+def check_loaded(model: nn.Module, sites: Iterable[Found]) -> None:
+    """Raise if a site has weights on the meta device that no hook of accelerate brings to another one.
+
+    Raises:
+        PatchError: names the first such parameter.
+    """
+    for found in sites:
+        for name, parameter in found.module.named_parameters(prefix=found.name):
+            if parameter.is_meta and not _is_brought(model, name):
+                raise PatchError(
+                    f"{name}: got a parameter on the meta device, without data; allowed: a model whose weights are "
+                    "loaded (from_pretrained, or accelerate.load_checkpoint_and_dispatch after init_empty_weights): "
+                    "load the weights first, then patch"
+                )
+
+
+def _is_brought(model: nn.Module, parameter: str) -> bool:
+    """Whether a hook on a module around a parameter brings its weights to a device for each forward."""
+    path = parameter.split(".")[:-1]
+    around = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1))
+    return any(slots.runs_on(module) is not None for module in around)
 
 
 def expected_requests(

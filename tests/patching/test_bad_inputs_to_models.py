@@ -28,11 +28,26 @@ def test_a_cpu_model_to_a_cuda_backend(subject, add_backend, as_it_was):
 
 def test_a_model_nobody_takes_to_auto(subject):
     """It names every site and backend, and nothing is changed."""
-    subject.model.to("meta")
-    with pytest.raises(BackendRefusedError, match="device: got meta; allowed: cpu, cuda") as caught:
+    subject.model.to(torch.float8_e4m3fn)
+    with pytest.raises(BackendRefusedError, match=r"dtype: got float8_e4m3fn; allowed: .*float32") as caught:
         attnzoo.patch(subject.model, "auto")
     assert set(caught.value.refusals) >= {f"{site}, backend 'sdpa'" for site in subject.sites}
     assert not any("forward" in vars(module) for module in subject.model.modules())
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "sdpa"])
+def test_a_model_whose_weights_are_not_loaded_yet(subject, backend):
+    """As accelerate.init_empty_weights leaves it; or one parameter that the checkpoint lacked."""
+    name, parameter = next(subject.module().named_parameters())
+    whole = f"{subject.sites[0]}.{name}"
+    owner, _, last = whole.rpartition(".")
+    setattr(subject.model.get_submodule(owner), last, torch.nn.Parameter(parameter.to("meta")))
+    for _ in range(2):
+        with pytest.raises(PatchError, match=rf"^{whole}: got a parameter on the meta .*; allowed: .*load the weights"):
+            attnzoo.patch(subject.model, backend)
+        assert not any("forward" in vars(module) for module in subject.model.modules())
+        subject.model.to("meta")
+    attnzoo.patch(subject.model, "native").remove()
 
 
 def test_a_dtype_a_backend_cannot(subject, add_backend):
