@@ -39,6 +39,7 @@ from attnzoo.heads import merge_heads, split_heads
 from attnzoo.interface import bind_interface, check_interface
 from attnzoo.patterns import Causal, Full
 from attnzoo.segments import Attention, Request, Result, Segment, SegmentRequest, describe
+from attnzoo.transforms import readable
 
 T = TypeVar("T")
 _MODULE = "transformers.models.gpt_bigcode.modeling_gpt_bigcode"
@@ -190,6 +191,8 @@ def _visible(mask: Tensor) -> Tensor:
     """A mask of bool, or of 0 and 1, as bool. An additive mask means the opposite, so it is refused, as NaN is."""
     if mask.dtype == torch.bool:
         return mask
+    if not readable(mask):
+        raise InvalidArgumentError(_MASK, f"{describe(mask)} under vmap, where its values cannot be checked", "bool")
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise InvalidArgumentError(_MASK, f"{describe(mask)} with other values than 0 and 1", "bool, or 0 and 1")
     return mask.bool()

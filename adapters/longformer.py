@@ -18,6 +18,7 @@ from attnzoo.globals import locate
 from attnzoo.heads import merge_heads, split_heads
 from attnzoo.patterns import Full, Window
 from attnzoo.segments import Attention, Request, Segment, SegmentRequest, describe
+from attnzoo.transforms import holds, readable
 
 VERSIONS = "5.17 to 5.23"
 
@@ -31,12 +32,12 @@ def _dropout(module: Any) -> float:
 
 
 def _real(is_index_masked: Tensor) -> Tensor | None:
-    return ~is_index_masked if bool(is_index_masked.any()) else None
+    return ~is_index_masked if holds(is_index_masked.any(), unknown=True) else None
 
 
 def _ordinary(attention_mask: Tensor) -> Tensor:
     """Keys for the window: neither padding (negative) nor global (positive)."""
-    if bool(attention_mask.isnan().any()):
+    if holds(attention_mask.isnan().any(), unknown=False):
         raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)} with NaN in it", "no NaN")
     return attention_mask == 0
 
@@ -55,6 +56,9 @@ def _forward(
 
     ``attention_mask`` ``(batch, length)`` is negative for padding, positive for global tokens, else 0.
     """
+    if is_global_attn and not readable(is_index_global_attn):  # how many there are decides on shapes
+        got = f"one per sample of vmap, {describe(is_index_global_attn)}"
+        raise InvalidArgumentError("is_index_global_attn", got, "one for all samples that vmap maps over")
     dropout = module.dropout if module.training else 0.0
     scale = module.head_dim**-0.5
     ordinary = attend.once(attention_mask, "ordinary", _ordinary)

@@ -33,6 +33,7 @@ from attnzoo.errors import InvalidArgumentError, PatchError
 from attnzoo.heads import merge_heads, split_heads
 from attnzoo.patterns import Full, Pattern, Window
 from attnzoo.segments import Attention, Request, Segment, SegmentRequest, describe
+from attnzoo.transforms import holds, readable
 
 _MODULE = "transformers.models.longt5.modeling_longt5"
 VERSIONS = "5.17 to 5.23"
@@ -47,7 +48,7 @@ class _Tokens(NamedTuple):
 
 
 def _tokens(real: Tensor) -> _Tokens:
-    return _Tokens(real, None if bool(real.all()) else real)
+    return _Tokens(real, None if holds(real.all(), unknown=False) else real)
 
 
 def _window(module: Any) -> Window:
@@ -135,7 +136,7 @@ def _read_blocked(mask: Tensor, block_len: int, hidden_states: Tensor) -> Tensor
     keys = torch.nn.functional.pad(real.flatten(1), (block_len, block_len)).unfold(1, 3 * block_len, block_len)
     position = torch.arange(3 * block_len, device=mask.device)
     near = (position - position[block_len : 2 * block_len, None]).abs() < block_len
-    if not torch.equal(real[..., None] & keys[:, :, None] & near, mask[:, 0]):
+    if readable(mask) and not torch.equal(real[..., None] & keys[:, :, None] & near, mask[:, 0]):
         raise InvalidArgumentError("mask", "one that is not made of padding", "the mask that the model's stack makes")
     return real.flatten(1)[:, :length]
 
@@ -200,7 +201,7 @@ def _read_flat(mask: Tensor, hidden_states: Tensor) -> Tensor:
     shape = tuple(hidden_states.shape[:2])
     if not mask.dtype.is_signed:  # the model's own code numbers padding -1
         raise InvalidArgumentError("attention_mask", describe(mask), "a dtype with negative numbers, e.g. torch.long")
-    if tuple(mask.shape) != shape or not bool(((mask == 0) | (mask == 1)).all()):
+    if tuple(mask.shape) != shape or not holds(((mask == 0) | (mask == 1)).all(), unknown=True):
         raise InvalidArgumentError("attention_mask", describe(mask), f"{shape} of ones (tokens) and zeros (padding)")
     return mask != 0
 
@@ -216,7 +217,7 @@ def _globals(mask: Tensor, size: int) -> Globals:
     full = (real & (position % size == size - 1)).sum(1, keepdim=True)
     of = torch.minimum(position // size, full - 1).masked_fill(~real, -1)
     exists = torch.arange(mask.shape[1] // size, device=mask.device) <= of.amax(1, keepdim=True)
-    return Globals(of, exists, None if bool(exists.all()) else exists)
+    return Globals(of, exists, None if holds(exists.all(), unknown=False) else exists)
 
 
 def _aggregate(hidden_states: Tensor, blocks: Globals) -> Tensor:

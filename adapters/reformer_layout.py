@@ -10,16 +10,17 @@ from torch import Tensor
 from attnzoo.adapter import Attend
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.segments import describe
+from attnzoo.transforms import holds
 
 MODULE = "transformers.models.reformer.modeling_reformer"
 
 
 def where_real(attention_mask: Tensor) -> Tensor | None:
     """Where a mask is not 0; None: everywhere."""
-    if attention_mask.is_floating_point() and bool(attention_mask.isnan().any()):
+    if attention_mask.is_floating_point() and holds(attention_mask.isnan().any(), unknown=False):
         raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)} with NaN in it", "no NaN")
     found = attention_mask.bool()
-    return None if bool(found.all()) else found
+    return None if holds(found.all(), unknown=False) else found
 
 
 def real_tokens(attend: Attend, attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:

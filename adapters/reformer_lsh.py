@@ -33,6 +33,7 @@ from attnzoo.heads import merge_heads, split_heads
 from attnzoo.interface import rebind
 from attnzoo.patterns import Causal, SortedChunks, Window
 from attnzoo.segments import Attention, Segment, describe
+from attnzoo.transforms import holds, readable
 
 # Tokens the module hashes in one call: few enough that what they are rotated to stays in a cache until it is compared,
 # and enough to make up for drawing the rotations again.
@@ -119,6 +120,10 @@ class _Call:
         for very few; elsewhere kernels are chosen by size, and all queries go at once.
         """
         length = query.shape[2]
+        if attention_mask is not None and not readable(attention_mask):  # the module's own hashing looks at it
+            raise InvalidArgumentError(
+                "attention_mask", f"one per sample of vmap, {describe(attention_mask)}", "one for all"
+            )
         module, count = self._hasher(length), length // HASHED_AT_ONCE
         if count < 2 or query.device.type != "cpu":
             return torch.as_tensor(module._hash_vectors(query, hashes, attention_mask))
@@ -200,7 +205,7 @@ class _Call:
         """Chunks of the sorted list of all rounds; ``buckets`` is ``(batch, heads, hashes, length)``."""
         module, dtype = self._module, compute_dtype(query)
         hashes, length = buckets.shape[2:]
-        if hashes > 1 and bool((buckets[:, :, 1:].amin(-1) <= buckets[:, :, :-1].amax(-1)).any()):
+        if hashes > 1 and holds((buckets[:, :, 1:].amin(-1) <= buckets[:, :, :-1].amax(-1)).any(), unknown=False):
             raise InvalidArgumentError(
                 "buckets", describe(buckets), "numbers that grow from one hash round to the next"
             )

@@ -39,6 +39,8 @@ class Capabilities:
         dropout: drops softmax weights.
         grad: has a backward.
         probabilities: can return the softmax weights.
+        transforms: function transforms it runs under, of ``"grad"``, ``"vmap"``, ``"jvp"`` and ``"functionalize"`` of
+            ``torch.func``.
         exact: computes exactly what any request says (False: changes the pattern of dense attention, see
             :meth:`Backend.changes`).
     """
@@ -56,6 +58,7 @@ class Capabilities:
     dropout: bool = False
     grad: bool = False
     probabilities: bool = False
+    transforms: frozenset[str] = frozenset()
     exact: bool = True
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
@@ -88,6 +91,9 @@ class Capabilities:
         need("dropout", request.dropout, self.dropout, "dropout=0.0")
         need("grad", request.grad, self.grad, "torch.no_grad(), or inputs that do not require grad")
         need("attention probabilities", request.probabilities, self.probabilities, "output_attentions=False")
+        transforms = set(request.transforms) - self.transforms
+        if transforms:
+            found.append(Refusal("torch.func transform", _names(transforms), _names(self.transforms)))
         return tuple(dict.fromkeys(found))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.errors import InvalidArgumentError
+from attnzoo.transforms import readable
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -113,7 +114,8 @@ class RelativeBias(Bias):
         per_head = self.values.shape[0] > 1
 
         def add(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            if self.positions is not None and q.device.type == "cpu" and kv.numel() == kv.shape[-1]:
+            by_position = self.positions is not None and q.device.type == "cpu" and kv.numel() == kv.shape[-1]
+            if by_position and readable(self.positions):
                 return self._by_position(self.positions[b, q], kv)
             return self.values[h if per_head else torch.zeros_like(h), self._index(b, q, kv, q_len, kv_len)]
 

@@ -24,6 +24,7 @@ from attnzoo.functional import compute_dtype, execute, negotiate
 from attnzoo.keywords import check_keywords
 from attnzoo.segments import Attention, Result, describe
 from attnzoo.sites import Found, Site, expected_requests, trains
+from attnzoo.transforms import transforms_around
 
 T = TypeVar("T")
 
@@ -101,6 +102,8 @@ class SiteAttend:
         # A forward asks once at each site: one that asks again is in the next forward. That tells what versions do not,
         # as inference tensors have none, and writing through ``.data`` or numpy changes none. What is made in inference
         # mode cannot be saved for a backward.
+        if transforms_around(()):  # what is made under torch.func has no storage, and is of no use outside
+            return make(tensor)
         made = self._memory.setdefault(tensor, {})
         version = (None if tensor.is_inference() else tensor._version, torch.is_inference_mode_enabled())
         if name not in made or made[name][0] != version or self.site.name in made[name][1]:
@@ -259,14 +262,14 @@ class PatchedForward(slots.Replacement):
         """Refuse before anything happens what can be known before anything happens."""
         if self.backend is None:
             return
-        probabilities = self.seam.wants_probabilities(module, kwargs)
+        probabilities, transforms = self.seam.wants_probabilities(module, kwargs), transforms_around(inputs)
         grad = torch.is_grad_enabled() and (
             trains(module) or any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
         )
         sharers = self._attend.sharers or (module,)
         for request in expected_requests(self.of(module), grad, sharers):
             dtype = compute_dtype(torch.empty(0, dtype=request.dtype, device=request.device))
-            asked = replace(request, probabilities=probabilities, dtype=dtype)
+            asked = replace(request, probabilities=probabilities, dtype=dtype, transforms=transforms)
             negotiate(self.backend, asked, self.site.name)
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> PatchedForward:

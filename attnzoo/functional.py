@@ -14,6 +14,7 @@ from attnzoo.errors import BackendRefusedError, InvalidArgumentError
 from attnzoo.globals import locate
 from attnzoo.patterns import Full, Pattern
 from attnzoo.segments import Attention, Request, Result, Segment, check_heads_tensor, describe
+from attnzoo.transforms import holds
 
 PROBABILITIES_REMEDY = (
     'to get attention probabilities: backend="eager", or patch(..., fallback="native") where the model\'s own code '
@@ -122,7 +123,7 @@ def attention(
     if global_keys is not None:
         segments = _split_globals(Attention(q, (segment,), 1.0), global_keys)
     whole = Attention(q, segments, q.shape[-1] ** -0.5 if scale is None else scale, dropout, query_mask)
-    if bias is not None and not bool(bias.values.to(q.dtype).isfinite().all()):
+    if bias is not None and not holds(bias.values.to(q.dtype).isfinite().all(), unknown=True):
         got = f"{describe(bias.values)} with NaN, Inf, or more than {q.dtype} can hold"
         raise InvalidArgumentError("bias", got, f"finite values of {q.dtype}, the query's; hide keys with mask=")
     return execute(backend if isinstance(backend, Backend) else registry.choose_for(whole).backend, whole).output

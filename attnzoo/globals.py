@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attnzoo.transforms import readable
+
 
 class GlobalKeys(NamedTuple):
     """Where the global tokens of a batch are.
@@ -26,9 +28,12 @@ class GlobalKeys(NamedTuple):
 
 
 def locate(is_global: Tensor) -> GlobalKeys | None:
-    """Find the global tokens of ``is_global`` ``(batch, length)`` bool, None for none. Waits for the device."""
+    """Find the global tokens of ``is_global`` ``(batch, length)`` bool, None for none. Waits for the device.
+
+    Under ``vmap`` nobody can count them, and each token has a place.
+    """
     counts = is_global.sum(1)
-    most = int(counts.max())
+    most = int(counts.max()) if readable(counts) else is_global.shape[1]
     if most == 0:
         return None
     index = torch.argsort(~is_global, dim=1, stable=True)[:, :most]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.patterns import MaskMod, Pattern, power_of_two
+from attnzoo.transforms import readable
 
 _KEYS_AT_ONCE = 1024
 
@@ -140,7 +141,7 @@ class HashedChunks(Pattern):
         chunks = one.chunks.gather(1, ends.flatten(1)).view_as(ends)
         starts = torch.searchsorted(one.chunks, chunks[:, :, 0] - self.before)
         stops = torch.searchsorted(one.chunks, chunks[:, :, 1] + self.after, right=True)
-        most = int((stops - starts).max())
+        most = int((stops - starts).max()) if readable(starts) else kv_len
         for first in range(0, most, _KEYS_AT_ONCE):
             ranks = starts[:, :, None] + torch.arange(first, min(most, first + _KEYS_AT_ONCE), device=starts.device)
             # A key head serves neighbouring query heads.

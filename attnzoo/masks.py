@@ -2,7 +2,8 @@
 
 Models mask with finite numbers (``finfo.min``, ``-1e9``, ...), and write causality and padding out as one dense grid.
 Nothing is lost in the reading: what is not a mask in an additive mask becomes a bias, and a grid is taken for
-causality and padding only if it is exactly that.
+causality and padding only if it is exactly that. Under ``vmap`` nobody can look at the values
+of a mask: there it stays dense.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from attnzoo.documents import Pack, find_documents
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.patterns import Causal, Full, Pattern
 from attnzoo.segments import describe
+from attnzoo.transforms import readable
 
 _ENTRIES_AT_ONCE = 1 << 24
 
@@ -48,7 +50,8 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
         floor: additive values at or below it mean "not visible"; None: half of the dtype's most negative number.
 
     Raises:
-        InvalidArgumentError: not a 4-D bool or floating-point tensor of these sizes, or NaN or +Inf in it.
+        InvalidArgumentError: not a 4-D bool or floating-point tensor of these sizes, or NaN or +Inf in it (not under
+            ``vmap``: there NaN and +Inf make the output NaN).
     """
     allowed = "a 4-D bool mask (True: visible) or additive floating-point mask without NaN and +Inf"
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4 or 0 in attention_mask.shape:
@@ -58,17 +61,20 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
         fits = f"(1 or {batch}, heads or 1, {lengths[0]}, {lengths[1]}), or 1 in place of a length"
         raise InvalidArgumentError("attention_mask", describe(attention_mask), fits)
     if attention_mask.dtype == torch.bool:
-        return _structured(attention_mask.expand(-1, -1, *lengths), batch)
+        visible = attention_mask.expand(-1, -1, *lengths)
+        return _structured(visible, batch) if readable(visible) else ReadMask(Full(), None, visible, None)
     if not attention_mask.is_floating_point():
         raise InvalidArgumentError("attention_mask", describe(attention_mask), allowed)
+    hidden = attention_mask <= (torch.finfo(attention_mask.dtype).min / 2 if floor is None else floor)
+    rest = attention_mask.masked_fill(hidden, 0.0)
+    visible, bias = (~hidden).expand(-1, -1, *lengths), DenseBias(rest.expand(-1, -1, *lengths))
+    if not readable(attention_mask):  # NaN and +Inf cannot be refused: they stay in the bias, and reach the output
+        return ReadMask(Full(), None, visible, bias)
     if bool(attention_mask.isnan().any()):
         raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)} with NaN in it", allowed)
-    visible = attention_mask > (torch.finfo(attention_mask.dtype).min / 2 if floor is None else floor)
-    rest = attention_mask.masked_fill(~visible, 0.0)
     if not bool(rest.isfinite().all()):
         raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)} with +Inf in it", allowed)
-    bias = DenseBias(rest.expand(-1, -1, *lengths)) if bool((rest != 0).any()) else None
-    return _structured(visible.expand(-1, -1, *lengths), batch)._replace(bias=bias)
+    return _structured(visible, batch)._replace(bias=bias if bool((rest != 0).any()) else None)
 
 
 def _structured(visible: Tensor, batch: int) -> ReadMask:

@@ -49,6 +49,7 @@ def _plain_capabilities(capabilities: Capabilities | None) -> dict[str, Any]:
         "patterns": sorted(pattern.__name__ for pattern in capabilities.patterns),
         "segments": "any" if capabilities.segments >= 1 << 16 else str(capabilities.segments),
         "bias": sorted(capabilities.bias),
+        "transforms": sorted(capabilities.transforms),
         **{flag: getattr(capabilities, flag) for flag in _FLAGS},
     }
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from attnzoo.bias import Bias
 from attnzoo.errors import InvalidArgumentError, shorten
 from attnzoo.patterns import Full, Pattern
+from attnzoo.transforms import holds, transforms_around
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = 80
@@ -98,7 +99,10 @@ class SegmentRequest:
 
 @dataclass(frozen=True)
 class Request:
-    """What selection needs to know of an attention: hashable, no tensors, no lengths."""
+    """What selection needs to know of an attention: hashable, no tensors, no lengths.
+
+    ``transforms`` names the function transforms it runs under (:func:`attnzoo.transforms.transforms_around`).
+    """
 
     device: str
     dtype: torch.dtype
@@ -109,6 +113,7 @@ class Request:
     dropout: bool = False
     grad: bool = False
     probabilities: bool = False
+    transforms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +253,7 @@ class Attention:
 
     def request(self, probabilities: bool = False) -> Request:
         """The hashable summary that backends are selected by."""
-        grad = torch.is_grad_enabled()
+        grad, tensors = torch.is_grad_enabled(), self.tensors()
         return Request(
             device=self.query.device.type,
             dtype=self.query.dtype,
@@ -267,8 +272,9 @@ class Attention:
                 for segment in self.segments
             ),
             dropout=self.dropout > 0.0,
-            grad=grad and any(tensor.requires_grad for tensor in self.tensors()),
+            grad=grad and any(tensor.requires_grad for tensor in tensors),
             probabilities=probabilities,
+            transforms=transforms_around(tensors),
         )
 
 
@@ -303,7 +309,7 @@ def _check_mask(name: str, mask: object, shapes: tuple[tuple[int, ...], ...], de
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) not in shapes:
-        nan = isinstance(mask, Tensor) and mask.is_floating_point() and bool(mask.isnan().any())
+        nan = isinstance(mask, Tensor) and mask.is_floating_point() and holds(mask.isnan().any(), unknown=False)
         got = describe(mask) + (" with NaN in it" if nan else "")
         raise InvalidArgumentError(name, got, f"bool, True where visible, {' or '.join(map(str, sorted(shapes)))}")
     if mask.device != device:

@@ -30,6 +30,7 @@ from attnzoo.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window
 from attnzoo.samples import Sample
 from attnzoo.segments import FLOATS, Attention, Segment
 from attnzoo.site_check import check_site
+from attnzoo.transform_check import CHECKED, check_transform
 
 PATTERNS: tuple[Pattern, ...] = (
     Full(),
@@ -68,6 +69,7 @@ class Case:
         uneven: value_dim differs from head_dim.
         probabilities: the softmax weights are asked for.
         strided: head_dim is not the fastest dimension of query, key and value in memory.
+        transform: what of ``torch.func`` it runs under, of :data:`attnzoo.transform_check.CHECKED`; empty: nothing.
     """
 
     dtype: torch.dtype = torch.float32
@@ -82,12 +84,14 @@ class Case:
     uneven: bool = False
     probabilities: bool = False
     strided: bool = False
+    transform: str = ""
 
     def __str__(self) -> str:
         parts = [str(self.dtype).removeprefix("torch."), str(self.pattern), f"mask {self.mask}", f"bias {self.bias}"]
         parts.append(f"{_HEADS}/{self.kv_heads} heads, {self.q_len} x {self.kv_len}")
         flags = ("grad", "dropout", "uneven", "probabilities", "strided")
-        return ", ".join([*parts, *(flag for flag in flags if getattr(self, flag))])
+        parts += [flag for flag in flags if getattr(self, flag)]
+        return ", ".join([*parts, *([f"under {self.transform}"] if self.transform else [])])
 
     def attention(self, device: str = "cpu", seed: int = 0) -> Attention:
         """The case's attention on fresh random tensors."""
@@ -218,11 +222,27 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[Case]:
         if dtype in (torch.float32, torch.bfloat16):  # one wide, one narrow: the oracle takes its time
             mask = "keys" if isinstance(pattern, SortedChunks) else "globals"
             yield Case(dtype, pattern, mask, kv_heads=2, q_len=700, kv_len=700)
+    for dtype in dtypes:
+        if dtype in (torch.float32, torch.bfloat16):
+            yield from _transformed_cases(dtype)
+
+
+def _transformed_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for transform, mask in itertools.product(CHECKED, MASKS):
+        for pattern in (Full(), Causal(offset=0), Window(5, 3), Chunks(8, 1, 1)):
+            yield Case(dtype, pattern, mask, transform=transform)
+        yield Case(dtype, Causal(), mask, kv_heads=2, q_len=5, kv_len=23, transform=transform)
+        if mask in ("none", "keys"):
+            yield Case(dtype, SortedChunks(8, 1, 0, causal=True), mask, transform=transform)
+    for transform, bias in itertools.product(CHECKED, ("relative", "trained relative", "trained dense")):
+        yield Case(dtype, Window(5, 3), "keys", bias, transform=transform)
 
 
 def run_case(backend: Backend, case: Case | Sample, device: str = "cpu", seed: int = 0) -> Outcome:
     """Put one case, or a sample of a request, to a backend and judge what it does."""
     attention = case.attention(device, seed)
+    if isinstance(case, Case) and case.transform:
+        return _run_transformed(backend, case, attention)
     reasons = registry.refusals(backend, attention.request(case.probabilities))
     if reasons:
         try:
@@ -240,6 +260,21 @@ def run_case(backend: Backend, case: Case | Sample, device: str = "cpu", seed: i
         return Outcome(case, False, report.checks, failure)
     except Exception as error:  # declared as running: whatever it raises is the failure to report
         return Outcome(case, False, (), f"declared to run, yet it raised {type(error).__name__}: {error}")
+
+
+def _run_transformed(backend: Backend, case: Case, attention: Attention) -> Outcome:
+    """Put a case to a backend under a transform: it runs there and agrees, or is refused there."""
+    names = tuple(case.transform.split(" of "))
+    reasons = registry.refusals(backend, replace(attention.request(), transforms=names))
+    try:
+        verdict = check_transform(attention, backend, case.transform)
+    except BackendRefusedError as error:
+        return Outcome(case, True, (), "" if reasons else f"declared to run, yet it raised {error}")
+    except Exception as error:
+        return Outcome(case, False, (), f"declared to run, yet it raised {type(error).__name__}: {error}")
+    if reasons:
+        return Outcome(case, True, (), f"declared refused, yet it ran: {'; '.join(map(str, reasons))}")
+    return Outcome(case, False, (verdict,), "" if verdict.ok else str(verdict))
 
 
 def _result_failure(backend: Backend, case: Case | Sample, attention: Attention) -> str:

@@ -17,12 +17,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from attnzoo.backend import Capabilities
 from attnzoo.backends.rewriting import Rewriting, check_count
 from attnzoo.backends.shown import Standing, aligned_offset, first_keys, standing
 from attnzoo.bias import DenseBias
 from attnzoo.globals import locate
 from attnzoo.patterns import Causal, Full, Window
 from attnzoo.segments import Attention, Request, Segment, SegmentRequest
+from attnzoo.transforms import TRANSFORMS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,8 @@ class BlockedLocalBackend(Rewriting):
     name: ClassVar[str] = "blocked-local"
     needed: ClassVar[tuple[str, ...]] = ("window",)
     example: ClassVar[Mapping[str, object]] = {"window": 8, "sinks": 2}
+    # Not under vmap: where sinks are and where queries stand is read from the masks.
+    capabilities: ClassVar[Capabilities] = replace(Rewriting.capabilities, transforms=TRANSFORMS - {"vmap"})
 
     window: int | None = None
     sinks: int = 0

@@ -17,6 +17,7 @@ from attnzoo.backends import rows
 from attnzoo.backends.eager import expand_heads
 from attnzoo.patterns import SortedChunks
 from attnzoo.segments import Attention, Segment
+from attnzoo.transforms import holds
 
 # Where a mask has to be materialised for a dense pattern, this many query rows of it exist at a time.
 DENSE_ROWS = 512
@@ -239,7 +240,7 @@ class Masks:
             key_mask = segment.key_mask[:, keys]
             # Worth a look at the data on the CPU, where most blocks of most batches have no padding; elsewhere it
             # would make the device wait.
-            if key_mask.device.type != "cpu" or not bool(key_mask.all()):
+            if key_mask.device.type != "cpu" or not holds(key_mask.all(), unknown=False):
                 seen = key_mask[:, None, None]
         if segment.mask is not None:
             dense = segment.mask[..., keys].expand(self._attention.batch, self._attention.heads, -1, -1)
@@ -253,7 +254,8 @@ class Masks:
         """Whether the key mask of a segment hides nothing, as far as that is known without waiting for a device."""
         if index not in self._open:
             key_mask = self._attention.segments[index].key_mask
-            self._open[index] = key_mask is None or (key_mask.device.type == "cpu" and bool(key_mask.all()))
+            on_cpu = key_mask is not None and key_mask.device.type == "cpu"
+            self._open[index] = key_mask is None or (on_cpu and holds(key_mask.all(), unknown=False))
         return self._open[index]
 
     def bias(self, block: Block, part: Part) -> Tensor | None:
@@ -295,5 +297,5 @@ def additive(seen: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Te
     if seen is None:
         return None if bias is None else bias.to(dtype)
     if bias is None:
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+        return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))
     return bias.to(dtype).masked_fill(~seen, float("-inf"))

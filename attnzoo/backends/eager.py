@@ -16,6 +16,7 @@ from attnzoo.backend import Backend, Capabilities
 from attnzoo.hashed import HashedChunks
 from attnzoo.patterns import Causal, Chunks, Full, SortedChunks, Window
 from attnzoo.segments import FLOATS, Attention, Result, Segment
+from attnzoo.transforms import TRANSFORMS
 
 
 def expand_heads(tensor: Tensor, heads: int) -> Tensor:
@@ -103,6 +104,7 @@ class EagerBackend(Backend):
         dropout=True,
         grad=True,
         probabilities=True,
+        transforms=TRANSFORMS,
     )
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:

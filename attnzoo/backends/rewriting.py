@@ -43,6 +43,7 @@ class Rewriting(Backend):
         EagerBackend.capabilities,
         patterns=EagerBackend.capabilities.patterns - {HashedChunks},
         probabilities=False,
+        transforms=frozenset(),  # how a rewrite reads masks and hashes is up to each backend
         exact=False,
     )
 

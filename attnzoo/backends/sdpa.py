@@ -27,6 +27,7 @@ from attnzoo.errors import Refusal
 from attnzoo.hashed import HashedChunks
 from attnzoo.patterns import Causal, SortedChunks
 from attnzoo.segments import Attention, Request, Result
+from attnzoo.transforms import transforms_around
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def _lse_kernel_takes(attention: Attention) -> bool:
         attention.query.device.type == "cpu"
         and attention.dropout == 0.0
         and attention.value_dim == attention.head_dim
+        and not transforms_around(attention.tensors())  # an autograd.Function of private operators: no rules for those
         and flash_cpu.unavailable() is None
     )
 
@@ -196,7 +198,12 @@ def _enforced(kernel: SDPBackend, query: Tensor, key: Tensor, value: Tensor, ter
 
 
 def _own_choice(query: Tensor, key: Tensor, value: Tensor, terms: dict[str, Any]) -> SDPBackend | None:
-    """The kernel PyTorch would take of its own accord; None where it does not tell, as of tensors under vmap."""
+    """The kernel PyTorch would take of its own accord; None where it does not tell.
+
+    Under ``torch.func`` it chooses anew at each level: a bias may need a gradient at one level and not at the next.
+    """
+    if transforms_around((query, key, value)):
+        return None
     try:
         return SDPBackend(torch._fused_sdp_choice(query, key, value, **terms))
     except (AttributeError, RuntimeError, TypeError, ValueError):
@@ -212,7 +219,14 @@ _NAMES = {
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> SDPBackend:
-    """The fastest kernel that takes this call."""
+    """The fastest kernel that takes this call.
+
+    Of PyTorch's kernels only the plain operations of ``MATH`` have batching rules, tangents and second derivatives. One
+    level of ``torch.func.grad`` asks for none of those; but whether a mask gets a gradient shows at that level alone.
+    """
+    transforms = transforms_around((query, key, value))
+    if transforms and (transforms != ("grad",) or mask is not None):
+        return SDPBackend.MATH
     trained_mask = mask is not None and mask.requires_grad and torch.is_grad_enabled()
     if query.device.type == "cpu":
         fused = dropout == 0.0 and not trained_mask and query.shape[-1] == value.shape[-1]
