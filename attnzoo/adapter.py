@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo import slots
+from attnzoo.drift import bypassed, drift, message
 from attnzoo.errors import DriftError
-from attnzoo.fingerprint import drift
+from attnzoo.fingerprint import locate
 from attnzoo.segments import Attention, Request, Result
 
 T = TypeVar("T")
@@ -162,23 +163,21 @@ class Adapter:
 
         Args:
             seam: one of the adapter's.
-            module: also look whether this module's class overrides the seam's forward.
+            module: one of the seam's; its class must not override the forward, or a method the seam relies on.
 
         Raises:
-            DriftError: a function is gone, or was changed by another version or by a subclass.
+            DriftError: a function is gone, or was changed by a subclass, at run time or by another version; the message
+                says which.
         """
-        found = list(drift(dict(seam.verified)))
-        if module is not None and not any(f"{seam.cls}.forward" in line for line in found):
-            base = next(base for base in type(module).__mro__ if path_of(base) == seam.cls)
-            if type(module).forward is not base.forward:  # type: ignore[attr-defined]
-                found.append(f"{path_of(type(module))} overrides the forward of {seam.cls}")
-        if found:
+        differences = drift(seam.verified)
+        if not differences:
+            base = locate(seam.cls)
+            differences = bypassed(base if module is None else type(module), base, seam.verified)
+        if differences:
             import transformers
 
-            raise DriftError(
-                f"the adapter for {', '.join(self.model_types)} was verified against transformers {self.versions}; "
-                f"installed is {transformers.__version__}, and what it relies on differs:\n  " + "\n  ".join(found)
-            )
+            family = ", ".join(self.model_types)
+            raise DriftError(message(differences, family, self.versions, transformers.__version__))
 
 
 def path_of(cls: type) -> str:

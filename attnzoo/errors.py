@@ -130,7 +130,7 @@ class CacheError(AttnzooError, OSError):
 
 
 class DriftError(PatchError):
-    """The installed transformers differs from every version an adapter was verified against."""
+    """A model's code differs from what its adapter was verified against: by version, by subclass or at run time."""
 
 
 def raise_interrupts(error: BaseException) -> None:

@@ -13,8 +13,8 @@ import importlib
 import inspect
 import linecache
 import re
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Iterator
+from pathlib import PurePath
 from types import FunctionType
 from typing import Any
 
@@ -72,7 +72,7 @@ def source_from(function: Callable[..., Any]) -> str:
     linecache.checkcache(code.co_filename)
     lines = linecache.getlines(code.co_filename, plain.__globals__)[code.co_firstlineno - 1 :]
     if not lines:
-        raise OSError(f"the source of {plain.__qualname__} is not available: {code.co_filename}")
+        raise OSError(f"its source is not available ({PurePath(code.co_filename).name})")
     return "".join(lines)
 
 
@@ -93,7 +93,7 @@ def fingerprint_of_source(source: str) -> str:
         if defined and column <= columns[0]:
             break
         if not defined and line[0] not in ("@", "async", "def"):
-            raise OSError(f"the source begins with {' '.join(line[:5])!r}, not with a function; it may have changed")
+            raise OSError(f"the source begins with {' '.join(line[:5])!r}, not with a function: did the file change?")
         defined = defined or line[0] != "@"
         if is_docstring:
             continue
@@ -172,29 +172,3 @@ def _end_of_format(text: str, at: int) -> int:
             raise OSError("the source ends inside an f-string")
         at = _end_of_field(text, at + 1) if text[at] == "{" else at + 1
     return at + 1
-
-
-@cache
-def _fingerprint_at(path: str, function: FunctionType) -> str:
-    return fingerprint(function)
-
-
-def drift(verified: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """What differs from the verified functions.
-
-    Args:
-        verified: ``{"module:Class.method": known fingerprints}``.
-
-    Returns:
-        One line per function that is gone or has another fingerprint.
-    """
-    found = []
-    for path, known in verified.items():
-        try:
-            got = _fingerprint_at(path, locate(path))
-        except (ImportError, AttributeError, OSError, TypeError) as error:
-            found.append(f"{path}: {type(error).__name__}: {error}")
-            continue
-        if got not in known:
-            found.append(f"{path}: got fingerprint {got}; allowed: {', '.join(known)}")
-    return tuple(found)

@@ -9,8 +9,8 @@ from transformers.models.longt5 import modeling_longt5
 
 import attnzoo
 from attnzoo.adapters.longt5 import LONGT5, _aggregate, _globals
+from attnzoo.drift import drift
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError
-from attnzoo.fingerprint import drift
 
 from .longt5 import (
     BLOCK,

@@ -9,8 +9,8 @@ import transformers
 
 import attnzoo
 from attnzoo.adapters.reformer import REFORMER
+from attnzoo.drift import drift
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError
-from attnzoo.fingerprint import drift
 
 from .reformer import (
     CHUNK,
