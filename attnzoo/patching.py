@@ -206,9 +206,9 @@ def patch(
             narrower ones come first; modules that none matches stay as they are. A configured :class:`Backend` may
             stand for its name.
         fallback: ``"error"``: what the backend cannot do raises; ``"native"``: that forward runs the model's own
-            code, and is counted in ``Site.fallbacks``. What only shows within a forward (a mask that is more than
-            causality and padding) falls back where the attention function is all that is replaced; where the whole
-            forward is, as its caches may be filled by then, it raises under either.
+            code and returns what that returns; it is counted in ``Site.fallbacks``. What only shows within a forward
+            (a mask that is more than causality and padding) falls back where the attention function is all that is
+            replaced; where the whole forward is, as its caches may be filled by then, it raises under either.
         replace: remove the patches that are in place, once it is clear that the new one can be made. A notebook cell
             that patches can then run again. Otherwise patches stack.
         options: go to the backends that are named, e.g. ``window=1024``; a configured one (:func:`attnzoo.configure`)

@@ -120,6 +120,16 @@ def test_a_4d_mask_alone_says_who_sees_whom(model, backend, positions, grid, mas
             assert close(model(**row).logits, native)
 
 
+@pytest.mark.parametrize("options", [dict(window=3, sinks=2), dict(window=2)], ids=str)
+def test_windows_and_sinks_are_each_documents(options):
+    """Under a backend that changes what is seen, too, a document gives what it gives alone."""
+    model = gpt_neox()
+    with torch.no_grad(), attnzoo.patch(model, "blocked-local", **options):
+        packed = model(**ROW).logits
+        alone = [model(tokens).logits for tokens in ROW["input_ids"].split(LENGTHS, dim=1)]
+    assert close(packed, torch.cat(alone, dim=1))
+
+
 def test_probabilities_of_a_packed_row_are_those_of_the_whole_row(model):
     model.set_attn_implementation("eager")
     with torch.no_grad():
