@@ -103,8 +103,13 @@ def _attend(
     query = split_heads(module.q(hidden_states), module.key_value_proj_dim)
     dropout = module.dropout if module.training else 0.0
     result = attend(Attention(query, segments, 1.0, dropout, query_mask=tokens.mask), probabilities)
-    output = module.o(merge_heads(result.output))
-    return output, None if result.dropped is None else _blocked(result.dropped, module.block_len)
+    if result.dropped is None:
+        return module.o(merge_heads(result.output)), None
+    blocked, mixed = _blocked(result.dropped, module.block_len), result.output
+    if blocked.requires_grad:  # the output is computed from the weights that are returned, so that they get a gradient
+        dense = torch.cat(_unblocked(blocked, module.block_len, query.shape[2]), dim=-1)
+        mixed = dense @ torch.cat([segment.value for segment in segments], dim=2)
+    return module.o(merge_heads(mixed)), blocked
 
 
 def _pass_on(module: Any, attend: Attend, values: Tensor, hidden_states: Tensor, mask: Tensor) -> Tensor:
@@ -154,6 +159,19 @@ def _blocked(weights: tuple[Tensor, ...], block_len: int) -> Tensor:
     # (batch, heads, blocks of rows, block_len, blocks of columns, 3 * block_len): those of equal number
     local = local.diagonal(0, 2, 4).permute(0, 1, 4, 2, 3)
     return torch.cat([local, *rows[1:]], dim=-1).transpose(1, 2)
+
+
+def _unblocked(blocked: Tensor, block_len: int, length: int) -> tuple[Tensor, Tensor]:
+    """What :func:`_blocked` was made of: dense weights ``(batch, heads, length, length)`` and ``(..., globals)``."""
+    rows = blocked.transpose(1, 2)  # (batch, heads, blocks, block_len, 3 * block_len + globals)
+    batch, heads, blocks = rows.shape[:3]
+    local, rest = rows.split([3 * block_len, rows.shape[4] - 3 * block_len], dim=-1)
+    columns = torch.arange(3 * block_len, device=blocked.device) + block_len * torch.arange(
+        blocks, device=blocked.device
+    ).view(-1, 1, 1)
+    wide = local.new_zeros((batch, heads, blocks, block_len, (blocks + 2) * block_len))
+    dense = wide.scatter(4, columns.expand_as(local), local).flatten(2, 3)
+    return dense[:, :, :length, block_len : block_len + length], rest.flatten(2, 3)[:, :, :length]
 
 
 # --- the encoder, transient-global

@@ -56,11 +56,26 @@ def evaluate(attention: Attention, rows: Tensor | None = None) -> Result:
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32 if half else None).to(scores.dtype) * live
     if attention.query_mask is not None:
         weights = weights * attention.query_mask[:, None, rows, None]
-    dropped = torch.nn.functional.dropout(weights, attention.dropout) if attention.dropout > 0.0 else weights
-    values = torch.cat([expand_heads(segment.value, heads) for segment in attention.segments], dim=2)
     lengths = [segment.kv_len for segment in attention.segments]
+    weights, probabilities = _by_segment(weights, lengths)
+    dropped, after_dropout = weights, probabilities
+    if attention.dropout > 0.0:
+        dropped, after_dropout = _by_segment(torch.nn.functional.dropout(weights, attention.dropout), lengths)
+    values = torch.cat([expand_heads(segment.value, heads) for segment in attention.segments], dim=2)
     output = attention.fill(dropped @ values, live.squeeze(-1), rows)
-    return Result(output, "eager", weights.split(lengths, dim=-1), dropped.split(lengths, dim=-1))
+    return Result(output, "eager", probabilities, after_dropout)
+
+
+def _by_segment(weights: Tensor, lengths: list[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Weights of all segments, and those of each.
+
+    Where gradients flow, the first is made of the second, so that what is returned as probabilities lies on the way to
+    the output and gets a gradient (``retain_grad``), as it does in models.
+    """
+    if len(lengths) == 1:
+        return weights, (weights,)
+    parts = weights.split(lengths, dim=-1)
+    return torch.cat(parts, dim=-1) if weights.requires_grad else weights, parts
 
 
 def log_mass(attention: Attention, rows: Tensor) -> Tensor:
