@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 import attnzoo
-from attnzoo.benchmarks.models import SEED, find_workload
+from attnzoo.benchmarks.models import find_workload
+from attnzoo.benchmarks.workload import SEED
 from attnzoo.spelling import configured
 
 SCOPES = ("model", "module", "attention")

@@ -5,132 +5,14 @@ A family is one entry of :data:`WORKLOADS`; nothing else knows a family by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attnzoo.benchmarks.text import read_tokens
-from attnzoo.benchmarks.weights import skip_initialisation, spread
+from attnzoo.benchmarks.workload import Inputs, Peer, Workload
 from attnzoo.errors import InvalidArgumentError, UnknownNameError
-
-SEED = 0
-
-
-class Inputs(NamedTuple):
-    """What a model reads in a run.
-
-    Attributes:
-        kwargs: keyword arguments of the model's forward.
-        targets: ``(batch, n)`` token ids the logits ``(batch, n, vocabulary)`` are trained on.
-    """
-
-    kwargs: dict[str, Any]
-    targets: Tensor
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Another library's attention that resembles a family's.
-
-    Attributes:
-        package: a key of ``peers.LIBRARIES``.
-        dim_head: size of a head.
-        options: arguments of the library's class.
-    """
-
-    package: str
-    dim_head: int
-    options: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One family at a published configuration.
-
-    Attributes:
-        name: what ``--model`` takes.
-        checkpoint: whose configuration it is.
-        published: the configuration's numbers, as published.
-        config_class: ``"module:Class"`` of the configuration.
-        model_class: ``"module:Class"`` of the model.
-        attention: class name of the self-attention module that the scopes ``module`` and ``attention`` run.
-        heads: attention heads, for the memory estimate of the dense oracle.
-        layers: layers that attend over the whole input, for the same.
-        special_tokens: the id of byte 0.
-        inputs: tokens in, model inputs out: ``inputs(tokens)`` with :attr:`extra` more tokens than the input length.
-        extra: how many tokens ``inputs`` needs beyond the input length.
-        shrink: ``shrink(published, layers)`` is the same configuration with fewer layers.
-        positions: the configuration's field that limits the input length, or None.
-        training: ``training(published, seq_len)`` is what the configuration has otherwise to train the whole model at a
-            length, for a model whose own backward works in training mode only; raises InvalidArgumentError for a length
-            it cannot train at. None: it trains in eval mode, which drops nothing.
-        peer: whose attention stands beside it in scope ``attention``, or None.
-    """
-
-    name: str
-    checkpoint: str
-    published: Mapping[str, Any]
-    config_class: str
-    model_class: str
-    attention: str
-    heads: int
-    layers: int
-    special_tokens: int
-    inputs: Callable[[Tensor], Inputs]
-    extra: int
-    shrink: Callable[[Mapping[str, Any], int], dict[str, Any]]
-    positions: str | None = None
-    training: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
-    peer: Peer | None = None
-
-    def obstacle(self, seq_len: int, train: bool) -> str | None:
-        """Why the whole model does not take inputs of a length in tokens, or cannot be trained at it; None: it can."""
-        most = None if self.positions is None else int(self.published[self.positions])
-        if most is not None and seq_len > most:
-            return f"the published configuration has {most} positions"
-        if train and self.training is not None:
-            try:
-                self.training(self.published, seq_len)
-            except InvalidArgumentError as error:
-                return str(error)
-        return None
-
-    def build(self, layers: int | None = None, seq_len: int | None = None, train_at: int | None = None) -> nn.Module:
-        """The model with seeded spread weights, float32 on CPU; in eval mode, or one without dropout.
-
-        Args:
-            layers: fewer layers than published; None: as published.
-            seq_len: make the position table at least as long (for modules that never use positions themselves).
-            train_at: input length to train the whole model at; None: it is not trained.
-
-        Raises:
-            InvalidArgumentError: it cannot be trained at that length.
-        """
-        values = dict(self.published) if layers is None else self.shrink(self.published, layers)
-        if self.positions is not None and seq_len is not None:
-            values[self.positions] = max(values[self.positions], seq_len)
-        trained = train_at is not None and self.training is not None
-        if train_at is not None and self.training is not None:
-            values.update(self.training(values, train_at))
-        with skip_initialisation():
-            model: nn.Module = _load(self.model_class)(_load(self.config_class)(**values))
-        model.tie_weights()  # type: ignore[operator]
-        spread(model, SEED)
-        return model.train(trained)
-
-    def read(self, batch: int, seq_len: int) -> Inputs:
-        """Inputs of ``batch`` passages of ``seq_len`` tokens of the book."""
-        return self.inputs(read_tokens(batch, seq_len + self.extra, self.special_tokens))
-
-
-def _load(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
-
 
 DECODER_TOKENS = 64
 
@@ -382,10 +264,57 @@ GPT_BIGCODE = Workload(
     positions="n_positions",
 )
 
+
+def _masked_inputs(tokens: Tensor) -> Inputs:
+    """The first token global, as for classification; the text itself is what is predicted."""
+    marks = torch.zeros_like(tokens)
+    marks[:, 0] = 1
+    kwargs = dict(input_ids=tokens, attention_mask=torch.ones_like(tokens), global_attention_mask=marks)
+    return Inputs(kwargs, tokens)
+
+
+LONGFORMER = Workload(
+    name="longformer",
+    checkpoint="allenai/longformer-base-4096",
+    published=dict(
+        vocab_size=50265,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        attention_window=[512] * 12,
+        max_position_embeddings=4098,
+        type_vocab_size=1,
+        hidden_act="gelu",
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
+        layer_norm_eps=1e-5,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+        sep_token_id=2,
+    ),
+    config_class="transformers.models.longformer.configuration_longformer:LongformerConfig",
+    model_class="transformers.models.longformer.modeling_longformer:LongformerForMaskedLM",
+    attention="LongformerSelfAttention",
+    heads=12,
+    layers=12,
+    special_tokens=4,
+    inputs=_masked_inputs,
+    extra=0,
+    shrink=lambda published, layers: {
+        **published,
+        "num_hidden_layers": layers,
+        "attention_window": published["attention_window"][:layers],
+    },
+    positions="max_position_embeddings",
+    reserved=2,  # positions count from pad_token_id + 1
+)
+
 # Rotary positions need no table, so GPT-NeoX runs (and is timed) beyond its published 2048 positions.
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
-    for workload in (LED, LONGT5_LOCAL, LONGT5_TGLOBAL, REFORMER, REFORMER_LOCAL, GPT_NEOX, GPT_BIGCODE)
+    for workload in (LED, LONGFORMER, LONGT5_LOCAL, LONGT5_TGLOBAL, REFORMER, REFORMER_LOCAL, GPT_NEOX, GPT_BIGCODE)
 }
 
 

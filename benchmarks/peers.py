@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from attnzoo.benchmarks import rows as status
 from attnzoo.benchmarks.cases import DTYPES, Case, Subject, first_tensor
 from attnzoo.benchmarks.contenders import Contender, Entry
-from attnzoo.benchmarks.models import SEED, Peer, find_workload
+from attnzoo.benchmarks.models import find_workload
 from attnzoo.benchmarks.worker import Problem
+from attnzoo.benchmarks.workload import SEED, Peer
 
 SCOPE = "attention"
 

@@ -9,7 +9,8 @@ from typing import ClassVar
 from attnzoo.backends.eager import EagerBackend
 from attnzoo.benchmarks.cases import Case
 from attnzoo.benchmarks.contenders import Contender, Entry, Original
-from attnzoo.benchmarks.models import LED, WORKLOADS, Workload
+from attnzoo.benchmarks.models import LED, WORKLOADS
+from attnzoo.benchmarks.workload import Workload
 from attnzoo.segments import Attention, Result
 
 SMALL = dict(
