@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +96,8 @@ def bench(
         require_matplotlib()
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     target = FOLDER / f"{'+'.join(plan.families)}-{plan.scope}-{stamp}.json" if json is None else json
-    os.environ.setdefault("KINETO_LOG_LEVEL", "4")  # PyTorch's profiler, the witness of a row, tells when it starts
     found = _run(plan)
-    console = Console() if Console().is_terminal else Console(width=120)
+    console = Console()
     found.write(target)
     show(found, console)
     console.print(f"\n{found.seconds:.0f} s in all; JSON: {target}", highlight=False, soft_wrap=True)

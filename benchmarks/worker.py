@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -120,11 +121,26 @@ def _use_threads(threads: int) -> None:
 
 def context(preload: Iterable[str]) -> multiprocessing.context.BaseContext:
     """How worker processes start: forked from a server that has the heavy imports done, else spawned."""
+    # PyTorch's profiler, the witness of a row, logs its start and stop one level above its errors (torch 2.13), and
+    # reads the level while it loads: this silences the processes that start from here, not this one.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     made = multiprocessing.get_context("forkserver")
     made.set_forkserver_preload(["torch", "attnzoo", __name__, *preload])
     return made
+
+
+def _end(process: Any) -> None:
+    """Wait for a process that has nothing left to do.
+
+    One that is terminated at once leaves semaphores behind (those of tqdm's lock, which compiling makes), of which
+    multiprocessing warns at the very end.
+    """
+    process.join(10)
+    if process.is_alive():
+        process.terminate()
+        process.join()
 
 
 class ProcessWorker:
@@ -171,10 +187,7 @@ class ProcessWorker:
     def close(self) -> None:
         """Let go of everything."""
         self._connection.close()
-        self._process.join(0.5)
-        if self._process.is_alive():
-            self._process.terminate()
-            self._process.join()
+        _end(self._process)
 
 
 def _serve(connection: Connection, contender: Contender, case: Case) -> None:
@@ -238,8 +251,7 @@ def verify_in_process(made: multiprocessing.context.BaseContext, job: Verify) ->
         answer = Problem("failed", f"the end-to-end check's process ended with exit code {process.exitcode}")
     finally:
         ours.close()
-        process.terminate()
-        process.join()
+        _end(process)
     if isinstance(answer, Problem):
         raise answer
     ok, text = answer
