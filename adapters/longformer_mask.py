@@ -13,9 +13,8 @@ from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
-from attnzoo import slots
 from attnzoo.adapter import Attend, Forward, Seam
-from attnzoo.fingerprint import locate
+from attnzoo.companions import companion
 from attnzoo.interface import rebind
 
 MaskFunction = Callable[..., Any]
@@ -36,9 +35,6 @@ def _with_one_row(forward: FunctionType, name: str, one_row: OneRow) -> Function
 def mask_seam(cls: str, name: str, one_row: OneRow, verified: Mapping[str, tuple[str, ...]]) -> Seam:
     """Return the seam of a module that makes a square mask and reads one row of it.
 
-    A module whose forward is not the original's, by a subclass or on the instance, is left alone: its results do not
-    depend on this seam, only its memory does.
-
     Args:
         cls: ``"package.module:Class"`` of the module.
         name: the global name under which its forward calls the function that makes the mask.
@@ -49,14 +45,4 @@ def mask_seam(cls: str, name: str, one_row: OneRow, verified: Mapping[str, tuple
     def bind(original: Any, attend: Attend) -> Forward:
         return _with_one_row(original.forward, name, one_row)
 
-    def runs_the_original(module: Any) -> bool:
-        return type(module).forward is locate(f"{cls}.forward") and not slots.is_foreign(module)
-
-    return Seam(
-        cls=cls,
-        bind=bind,
-        when=runs_the_original,
-        attends=False,
-        describe=lambda module: "makes a padding mask of one row",
-        verified=verified,
-    )
+    return companion(cls, bind, verified, "makes a padding mask of one row")

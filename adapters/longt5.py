@@ -29,6 +29,7 @@ from attnzoo.adapters.longt5_bias import (
 )
 from attnzoo.adapters.longt5_decoder import bind_decoder, check_decoder, decoder_requests, request
 from attnzoo.bias import RelativeBias
+from attnzoo.companions import by_slices, companion
 from attnzoo.errors import InvalidArgumentError, PatchError
 from attnzoo.heads import merge_heads, split_heads
 from attnzoo.patterns import Full, Pattern, Window
@@ -317,6 +318,11 @@ _DECODER: dict[str, tuple[str, ...]] = {
 _OWNER = f"{_MODULE}:LongT5Stack"
 
 
+def _feed_forward(module: Any, attend: Attend, hidden_states: Tensor) -> Tensor:
+    """Slice by slice: gated GELU holds four ``(batch, length, d_ff)`` tensors at once, most of what a model needs."""
+    return by_slices(module, attend, hidden_states)
+
+
 def _verified(prints: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     return {f"{_MODULE}:{name}": known for name, known in prints.items()}
 
@@ -365,6 +371,20 @@ LONGT5 = Adapter(
             check=_check_encoder,
             verified=_verified(_TRANSIENT),
             shared_in=_OWNER,
+        ),
+        companion(
+            f"{_MODULE}:LongT5LayerFF",
+            bind_function(_feed_forward),
+            _verified(
+                {
+                    "LongT5LayerFF.forward": ("432b21633ac2f248",),
+                    "LongT5LayerNorm.forward": ("81edbc9fcff1f983",),
+                    "LongT5DenseActDense.forward": ("bafc30496281f182",),
+                    "LongT5DenseGatedActDense.forward": ("2587af75f025ee35",),
+                }
+            ),
+            "feeds forward slice by slice",
+            shared_in=f"{_MODULE}:LongT5Block",
         ),
         _decoder_seam("masked, relative bias", lambda module: bool(module.is_causal)),
         _decoder_seam("masked (cross)", lambda module: not module.is_causal),

@@ -32,10 +32,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from attnzoo.adapter import Adapter, Seam, bind_function, parameter_of
+from torch import Tensor
+
+from attnzoo.adapter import Adapter, Attend, Seam, bind_function, parameter_of
 from attnzoo.adapters.reformer_layout import MODULE
 from attnzoo.adapters.reformer_local import forward_local
 from attnzoo.adapters.reformer_lsh import after_itself, bind_lsh
+from attnzoo.companions import by_slices, companion
 from attnzoo.patterns import Causal, Chunks, Full, SortedChunks
 from attnzoo.segments import Request, SegmentRequest
 
@@ -110,6 +113,22 @@ _LSH = {
     f"{MODULE}:ReverseSort.backward": ("8994d4915a22b6bb",),
 }
 
+_FEED_FORWARD = {
+    f"{MODULE}:ChunkReformerFeedForward.forward": ("194cb8fcf34372ba",),
+    f"{MODULE}:ChunkReformerFeedForward.forward_chunk": ("d25d89dfa6ed0cf7",),
+    f"{MODULE}:ReformerFeedForwardDense.forward": ("69f3eb2cfcc943a4",),
+    f"{MODULE}:ReformerFeedForwardOutput.forward": ("1bf50c31d3a97c5d",),
+}
+
+
+def _feed_forward(module: Any, attend: Attend, attention_output: Tensor) -> Tensor:
+    """Slice by slice, unless ``config.chunk_size_feed_forward`` says how long the model's own slices are."""
+    if module.chunk_size_feed_forward:
+        output: Tensor = type(module).forward(module, attention_output)
+        return output
+    return by_slices(module, attend, attention_output)
+
+
 REFORMER = Adapter(
     model_types=("reformer",),
     versions="5.17 to 5.23",
@@ -133,6 +152,13 @@ REFORMER = Adapter(
             replay=lambda output: {} if output.buckets is None else {"buckets": output.buckets},
             backward_in_training=True,
             verified=_LSH,
+        ),
+        companion(
+            f"{MODULE}:ChunkReformerFeedForward",
+            bind_function(_feed_forward),
+            _FEED_FORWARD,
+            "feeds forward slice by slice",
+            shared_in=f"{MODULE}:ReformerLayer",
         ),
     ),
 )

@@ -182,7 +182,7 @@ class _Call:
         """How many heads to sort at a time.
 
         Fewer than all on the CPU only, without gradients, dropout and probabilities: heads do not see one another, so
-        that only the number of attentions differs. Elsewhere many small launches would cost too much time.
+        that only the number of attentions differs. On a GPU the launches of small kernels would take longer.
         """
         batch, heads, length, dim = query.shape
         if query.device.type != "cpu" or torch.is_grad_enabled() or self._module.training or wanted:

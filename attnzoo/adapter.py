@@ -100,7 +100,8 @@ class Seam:
             call that returned this output (the hash buckets of LSH attention); None: it makes none.
         backward_in_training: the model's own backward works in training mode only.
         shared_in: ``"package.module:Class"`` of the module in which the sites of this seam hand values to one another
-            (a bias that the first layer of a stack computes for all of them), or None.
+            (a bias that the first layer of a stack computes for all of them), or None. Of a module that attends
+            nothing: the module with whose sites it is taken over; None: with those inside itself.
         attends: False for a module that attends nothing itself and is taken over with those inside it, because what it
             makes for them is wrong or larger than they need; it is not listed as a site.
     """

@@ -311,12 +311,12 @@ def _settle(chosen: list[_Assigned], made: Mapping[str | Backend, Backend | None
 
 
 def _companions(everything: list[Found], chosen: list[_Assigned]) -> list[_Assigned]:
-    """Modules that attend nothing, and are taken over because a module inside them is."""
+    """Modules that attend nothing, and are taken over because a module inside them, or beside them, is."""
     inside = [found.module for found, name in chosen if name != "native"]
     return [
         (found, "auto")
         for found in everything
-        if not found.seam.attends and any(module in inside for module in found.module.modules())
+        if not found.seam.attends and any(module in inside for module in (found.owner or found.module).modules())
     ]
 
 
