@@ -1,4 +1,4 @@
-"""The command line: ``attnzoo doctor``, ``matrix``, ``verify``, ``explain``, ``tune`` and ``bench``.
+"""The command line: ``attnzoo doctor``, ``matrix``, ``verify``, ``explain``, ``tune``, ``fingerprint``, ``bench``.
 
 Everything it prints fits the terminal: see :mod:`attnzoo.layout`.
 """
@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 import attnzoo
 from attnzoo.errors import AttnzooError, InvalidArgumentError
+from attnzoo.fingerprint_cli import fingerprint
 from attnzoo.layout import aligned, alike
 from attnzoo.tuning.cli import tune
 
@@ -130,6 +131,7 @@ def explain(
 
 
 app.command()(tune)
+app.command()(fingerprint)
 
 
 def _mount() -> None:

@@ -48,11 +48,16 @@ class UnknownNameError(InvalidArgumentError, LookupError):
 
     def __init__(self, argument: str, got: str, allowed: Iterable[str], also: str = "") -> None:
         names = sorted(allowed)
-        folded = {name.casefold(): name for name in names}
-        near = [folded[name] for name in difflib.get_close_matches(str(got).casefold(), folded, n=2, cutoff=0.5)]
-        hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
         told = [*map(repr, names), *([f"or {also}"] if also else [])]
-        super().__init__(argument, f"{shorten(repr(got), _MOST // 2)}{hint}", ", ".join(told) or "none")
+        shown = shorten(repr(got), _MOST // 2)
+        super().__init__(argument, f"{shown}{suggestion(str(got), names)}", ", ".join(told) or "none")
+
+
+def suggestion(got: str, names: Iterable[str]) -> str:
+    """`` (did you mean ...?)`` with the names most alike; empty if none is."""
+    folded = {name.casefold(): name for name in names}
+    near = [folded[name] for name in difflib.get_close_matches(got.casefold(), folded, n=2, cutoff=0.5)]
+    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
 
 
 @dataclass(frozen=True)
