@@ -72,14 +72,14 @@ def find_documents(visible: Tensor, batch: int) -> tuple[Pack, ...] | None:
     if q_len != kv_len:
         return None
     key = torch.arange(kv_len, device=visible.device)
-    found: list[Tensor] = []
+    firsts: list[Tensor] = []
     for rows in visible.split(max(1, _ENTRIES_AT_ONCE // (samples * kv_len)), dim=1):
         first = torch.where(rows.any(-1), rows.byte().argmax(-1), kv_len)
-        query = key[sum(part.shape[1] for part in found) :][: rows.shape[1]]
+        query = key[sum(part.shape[1] for part in firsts) :][: rows.shape[1]]
         if not torch.equal((key >= first[..., None]) & (key <= query[:, None]), rows):
             return None
-        found.append(first)
-    first = torch.cat(found, dim=1)  # the first key each query sees; behind the last key where it sees none
+        firsts.append(first)
+    first = torch.cat(firsts, dim=1)  # the first key each query sees; behind the last key where it sees none
     before = torch.nn.functional.pad(first, (1, 0), value=-1)[:, :-1]
     starts = first == key
     if not bool((starts | (first == before) | (first == kv_len)).all()):
