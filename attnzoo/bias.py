@@ -114,9 +114,9 @@ class RelativeBias(Bias):
         per_head = self.values.shape[0] > 1
 
         def add(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            by_position = self.positions is not None and q.device.type == "cpu" and kv.numel() == kv.shape[-1]
-            if by_position and readable(self.positions):
-                return self._by_position(self.positions[b, q], kv)
+            positions, one_row = self.positions, q.device.type == "cpu" and kv.numel() == kv.shape[-1]
+            if positions is not None and one_row and readable(positions):
+                return self._by_position(positions[b, q], kv)
             return self.values[h if per_head else torch.zeros_like(h), self._index(b, q, kv, q_len, kv_len)]
 
         return add

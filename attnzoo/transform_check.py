@@ -133,8 +133,8 @@ class _Run:
             direction = torch.zeros_like(output, requires_grad=True)
             grads = torch.autograd.grad(output, leaves, direction, create_graph=True, allow_unused=True)
             pairs = zip(grads, self._tangents, strict=True)
-            along = sum((grad * tangent).sum() for grad, tangent in pairs if grad is not None)
-            return torch.autograd.grad(along, direction)[0]
+            along = [(grad * tangent).sum() for grad, tangent in pairs if grad is not None]
+            return torch.autograd.grad(torch.stack(along).sum(), direction)[0]
         compute_one = compute if transform == "vmap" else lambda one: self._gradient(one, compute)
         return torch.stack([compute_one(one) for one in self._pair()])
 
