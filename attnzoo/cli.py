@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 import attnzoo
 from attnzoo.errors import AttnzooError, InvalidArgumentError
 from attnzoo.fingerprint_cli import fingerprint
-from attnzoo.layout import aligned, alike
+from attnzoo.layout import aligned, alike, fit
 from attnzoo.tuning.cli import tune
 
 
@@ -146,7 +146,8 @@ def main() -> None:
     try:
         app()
     except AttnzooError as error:
-        print(f"attnzoo: {error}", file=sys.stderr)
+        message = f"attnzoo: {error}"
+        print(fit(message) if sys.stderr.isatty() else message, file=sys.stderr)
         sys.exit(2)
 
 

@@ -96,15 +96,31 @@ def bench(
         require_matplotlib()
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     target = FOLDER / f"{'+'.join(plan.families)}-{plan.scope}-{stamp}.json" if json is None else json
+    _require_writable("json", target)
+    drawn = None if no_plot else target.with_suffix(".png") if plot is None else plot
+    if drawn is not None:
+        _require_writable("plot", drawn)
     found = _run(plan)
     console = Console()
     found.write(target)
     show(found, console)
     console.print(f"\n{found.seconds:.0f} s in all; JSON: {target}", highlight=False, soft_wrap=True)
-    if not no_plot:
-        _draw(found, target.with_suffix(".png") if plot is None else plot, console, plot is not None)
+    if drawn is not None:
+        _draw(found, drawn, console, plot is not None)
     if not found.ok:
         raise typer.Exit(1)
+
+
+def _require_writable(option: str, path: Path) -> None:
+    """Refuse a file that cannot be written before anything is measured for it."""
+    existed = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise InvalidArgumentError(option, f"{path}: {error.strerror}", "a file that can be written") from error
+    if not existed:
+        path.unlink()
 
 
 def _run(plan: Plan) -> Shootout:

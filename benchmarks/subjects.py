@@ -33,12 +33,14 @@ def load(name: str) -> nn.Module:
         raise UnknownNameError("model", name, WORKLOADS, also="the folder of a checkpoint on this machine")
     import transformers
 
+    allowed = "the folder of a checkpoint that save_pretrained wrote"
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-        return getattr(transformers, config.architectures[0]).from_pretrained(name).eval()
+        if config.architectures:
+            return getattr(transformers, config.architectures[0]).from_pretrained(name).eval()
     except Exception as error:  # of transformers, safetensors, torch: whatever is wrong with the files
-        allowed = "the folder of a checkpoint that save_pretrained wrote"
         raise InvalidArgumentError("model", f"{name!r}: {type(error).__name__}: {error}", allowed) from error
+    raise InvalidArgumentError("model", f"{name!r}, whose config.json names no architecture", allowed)
 
 
 def subject(name: str, seq_len: int) -> tuple[nn.Module, dict[str, Any]]:

@@ -66,6 +66,7 @@ def test_explain_takes_options(tmp_path):
     ("arguments", "message"),
     [
         (("verify", "lde"), "did you mean 'led'"),
+        (("explain", "longforme"), "did you mean 'longformer'"),
         (("verify", "led", "--backend", "spda", "--seq-len", "8"), "did you mean 'sdpa'"),
         (("verify", "."), "model: got '.'"),
         (("explain", "EleutherAI/pythia-160m"), "'reformer_local', or the folder of a checkpoint"),
@@ -85,6 +86,12 @@ def test_a_checkpoint_that_does_not_load(tmp_path):
     with pytest.raises(
         attnzoo.InvalidArgumentError, match=r"model: got .*Safetensor.*; allowed: the folder of a checkp"
     ):
+        run_raising("explain", str(tmp_path))
+
+
+def test_a_checkpoint_that_names_no_architecture(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "led"}')
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"model: got .*names no architecture; allowed: the folder"):
         run_raising("explain", str(tmp_path))
 
 

@@ -99,6 +99,20 @@ def test_the_command_without_matplotlib(command, tmp_path, monkeypatch):
     assert isinstance(result.exception, InvalidArgumentError) and not (tmp_path / "b.json").exists()
 
 
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(command, tmp_path, monkeypatch, option):
+    monkeypatch.setattr(cli, "run", lambda *_: pytest.fail("it ran"))
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    Path("folder.png").mkdir()
+    for path in ("file/below.png", "folder.png"):
+        result = command(option, path)
+        assert isinstance(result.exception, InvalidArgumentError) and f"{option[2:]}: got {path}" in str(
+            result.exception
+        )
+    assert not list(tmp_path.glob("shootout/*"))
+
+
 @pytest.mark.parametrize(
     ("values", "error", "words"),
     [
