@@ -125,7 +125,8 @@ def build(case: Case) -> Subject:
 
 def _whole_model(case: Case) -> Subject:
     workload = find_workload(case.family)
-    model = workload.build(train_at=case.seq_len if case.train else None).to(case.device, DTYPES[case.dtype])
+    train_at = case.seq_len if case.train else None
+    model = workload.build(seq_len=case.seq_len, train_at=train_at).to(case.device, DTYPES[case.dtype])
     kwargs, targets = workload.read(case.batch, case.seq_len)
     kwargs = tree_map(lambda value: value.to(case.device) if isinstance(value, Tensor) else value, kwargs)
     targets = targets.to(case.device)

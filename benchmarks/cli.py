@@ -38,6 +38,7 @@ def make_plan(
     batch: int = 1,
     full: bool = False,
     peers: bool | None = None,
+    original: bool = True,
 ) -> Plan:
     """The plan behind the options of the command line.
 
@@ -57,6 +58,7 @@ def make_plan(
         batch=batch,
         rounds=rounds,
         peers=peers,
+        original=original,
     )
     if full:
         values.update(seconds_per_case=60.0, dense_limit=None)
@@ -81,6 +83,9 @@ def bench(
     peers: bool = typer.Option(
         None, "--peers/--no-peers", help="Other libraries' attention too; default: in scope attention."
     ),
+    original: bool = typer.Option(
+        True, "--original/--no-original", help="The original too; without it no ratios, where it does not fit memory."
+    ),
     json: Path = typer.Option(None, "--json", help="Where the JSON goes; default shootout/<name>.json."),
     plot: Path = typer.Option(None, "--plot", help="Where the PNG goes; default beside the JSON."),
     no_plot: bool = typer.Option(False, "--no-plot", help="Draw nothing."),
@@ -89,7 +94,9 @@ def bench(
 
     No speed is shown for wrong numbers or for a kernel that was not asked for; such a run ends with exit code 1.
     """
-    plan = make_plan(model, backend, seq_len, dtype, device, threads, train, scope, rounds, batch, full, peers)
+    plan = make_plan(
+        model, backend, seq_len, dtype, device, threads, train, scope, rounds, batch, full, peers, original
+    )
     if plot is not None and no_plot:
         raise InvalidArgumentError("plot", f"{plot} together with --no-plot", "one of the two")
     if plot is not None:

@@ -56,6 +56,10 @@ def _parts(shootout: Shootout, width: int) -> Iterator[Table | Text]:
         yield Text()
         yield from _not_run(rows)
         yield from _complaints(rows)
+        yield from (
+            Text(note, style="dim")
+            for note in dict.fromkeys(f"S={row.seq_len}: {row.note}" for row in rows if row.note)
+        )
     yield Text(_LEGEND, style="dim")
     if any(row.recall is not None for row in shootout.rows):
         yield Text(_RECALL, style="dim")

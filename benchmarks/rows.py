@@ -45,6 +45,7 @@ class Row:
         recall: of a backend that changes the pattern: the share of full attention's weight on the keys it sees, mean
             over heads and judged rows.
         peer: another library's attention: its numbers are not judged, and it never counts as ours.
+        note: what differs from the published configuration, in words; empty: nothing.
         versions: versions and hardware.
     """
 
@@ -77,6 +78,7 @@ class Row:
     checks: int = 0
     recall: float | None = None
     peer: bool = False
+    note: str = ""
 
     def timed(self, runs: tuple[float, ...]) -> Row:
         """The row with its times."""

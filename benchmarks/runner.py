@@ -51,6 +51,7 @@ class Plan:
         device: ``"cpu"`` or ``"cuda"``.
         threads: CPU threads.
         batch: passages.
+        original: whether the original runs; without it there are no ratios (where it does not fit into memory).
         rounds: timed runs per row; None: from 3 to 9, as :attr:`seconds_per_case` allows.
         seconds_per_case: what the timed runs of one case may take in all, if ``rounds`` is None.
         dense_limit: longest input of dense backends; None: as memory allows.
@@ -68,6 +69,7 @@ class Plan:
     device: str = "cpu"
     threads: int = 1
     batch: int = 1
+    original: bool = True
     rounds: int | None = None
     seconds_per_case: float = 10.0
     dense_limit: int | None = 1024
@@ -114,7 +116,8 @@ class Plan:
             names = list(dict.fromkeys(spell(name, options) for name, options in parsed))
             limit = None
         peers = peers_of(self.families) if self.scope == PEER_SCOPE and self.peers is not False else ()
-        return (Original(), *(BackendContender(name, limit) for name in names), *peers)
+        originals = (Original(),) if self.original else ()
+        return (*originals, *(BackendContender(name, limit) for name in names), *peers)
 
     def cases(self) -> Iterable[Case]:
         """Every cell."""
@@ -234,10 +237,12 @@ class _Cell:
 
     def _blank(self, contender: Contender) -> Row:
         case = self._case
-        checkpoint = find_workload(case.family).checkpoint
+        workload = find_workload(case.family)
+        beyond = workload.beyond(case.seq_len)
         return Row(
-            case.family, checkpoint, case.scope, contender.name, case.seq_len, case.batch, case.dtype, case.device,
-            case.threads, case.mode, self._versions, peer=contender.peer,
+            case.family, workload.checkpoint, case.scope, contender.name, case.seq_len, case.batch, case.dtype,
+            case.device, case.threads, case.mode, self._versions, peer=contender.peer,
+            note="" if beyond is None else f"{beyond}; here there are {case.seq_len}",
         )  # fmt: skip
 
     def _say(self, name: str, what: str) -> None:

@@ -50,7 +50,7 @@ def subject(name: str, seq_len: int) -> tuple[nn.Module, dict[str, Any]]:
         UnknownNameError, InvalidArgumentError: as :func:`load`; or more tokens than the model has positions for.
     """
     if name in WORKLOADS:
-        too_long = WORKLOADS[name].obstacle(seq_len, train=False)
+        too_long = WORKLOADS[name].beyond(seq_len)
         if too_long is not None:
             raise InvalidArgumentError("seq-len", seq_len, f"less: {too_long}")
         return load(name), WORKLOADS[name].read(1, seq_len).kwargs

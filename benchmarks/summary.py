@@ -71,6 +71,8 @@ def command(found: Shootout) -> str:
     words += [*_option("seq-len", plan["seq_lens"]), *_option("backend", plan["backends"] or ())]
     if len(plan["modes"]) == 1:
         words.append("--train" if plan["modes"][0] else "--no-train")
+    if not plan.get("original", True):  # results from before there was the option have the original
+        words.append("--no-original")
     words += [f"--batch {plan['batch']}", *(_option("rounds", [plan["rounds"]]) if plan["rounds"] else ())]
     return " ".join(words)
 
@@ -85,6 +87,9 @@ def _table(rows: list[Row]) -> Iterator[str]:
     for row in rows:
         if row.status == status.OK:
             yield _line(_cells(row))
+    notes = dict.fromkeys(f"S = {row.seq_len}: {row.note}." for row in rows if row.note)
+    if notes:
+        yield from ("", *notes)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

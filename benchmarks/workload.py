@@ -85,11 +85,15 @@ class Workload:
     training: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
     peer: Peer | None = None
 
-    def obstacle(self, seq_len: int, train: bool) -> str | None:
-        """Why the whole model does not take inputs of a length in tokens, or cannot be trained at it; None: it can."""
+    def beyond(self, seq_len: int) -> str | None:
+        """Return what the published configuration says against inputs of a length in tokens; None: nothing."""
         most = None if self.positions is None else int(self.published[self.positions]) - self.reserved
-        if most is not None and seq_len > most:
-            return f"the published configuration has {most} positions"
+        if most is None or seq_len <= most:
+            return None
+        return f"the published configuration has {most} positions"
+
+    def obstacle(self, seq_len: int, train: bool) -> str | None:
+        """Return why the whole model cannot be trained at a length in tokens; None: it can, or is not trained."""
         if train and self.training is not None:
             try:
                 self.training(self.published, seq_len)
@@ -102,7 +106,7 @@ class Workload:
 
         Args:
             layers: fewer layers than published; None: as published.
-            seq_len: make the position table at least as long (for modules that never use positions themselves).
+            seq_len: make the position table at least as long; None: as published.
             train_at: input length to train the whole model at; None: it is not trained.
 
         Raises:

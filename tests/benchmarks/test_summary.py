@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from attnzoo.benchmarks import cli, summary
 from attnzoo.benchmarks.rows import Shootout
+from attnzoo.benchmarks.runner import Plan
 from attnzoo.errors import InvalidArgumentError
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +43,8 @@ def test_the_command_of_a_table_plans_its_shootout(path, monkeypatch):
     app.command()(cli.bench)
     ran = CliRunner().invoke(app, shlex.split(summary.command(found))[2:])
     assert isinstance(ran.exception, Planned), ran.output
-    assert json.loads(json.dumps(asdict(ran.exception.args[0]))) == found.plan
+    defaults = json.loads(json.dumps(asdict(Plan())))  # of options that are younger than the results
+    assert json.loads(json.dumps(asdict(ran.exception.args[0]))) == {**defaults, **found.plan}
 
 
 def test_every_line_is_a_row(shootout, tmp_path):
@@ -52,6 +54,23 @@ def test_every_line_is_a_row(shootout, tmp_path):
     lines = [line for line in text.splitlines() if line.startswith("| 40 |")]
     assert [line.split(" | ")[1] for line in lines] == ["original", "`sdpa`"], "absent has no numbers"
     assert f"## `one`: {found.versions['cpu']}" in text and "### tiny, model, forward" in text
+
+
+def test_results_without_the_original_say_so_in_their_command(shootout, tmp_path):
+    found = shootout("sdpa", original=False)
+    found.write(tmp_path / "one" / "tiny.json")
+    (row,) = found.rows
+    assert row.backend == "sdpa" and row.seconds and row.peak_bytes and row.speedup is row.peak_ratio is None
+    assert " --no-original " in summary.command(found) and " --no-original " not in summary.command(shootout("sdpa"))
+    assert "| - |" in summary.page(tmp_path)
+
+
+def test_what_differs_from_the_published_configuration_is_below_the_table(shootout, tmp_path):
+    found = shootout("sdpa", seq_lens=(40, 160))
+    found.write(tmp_path / "one" / "tiny.json")
+    lines = summary.page(tmp_path).splitlines()
+    assert lines[-1] == "S = 160: the published configuration has 128 positions; here there are 160."
+    assert lines[-3].startswith("| 160 | `sdpa` |")
 
 
 def test_red_rows_are_no_results(shootout, tmp_path):
