@@ -25,19 +25,22 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
     )
 
 
-def guard(model: nn.Module) -> None:
+def guard(model: nn.Module) -> list[nn.Module]:
     """Refuse continuous batching on a model and the models in it while a patch needs it; else let it through.
 
     To be called after each change of patches. A model whose parts were patched by themselves is not reached: there the
     forward refuses ``cache`` in the engine's thread, and the requests carry the message as their ``error``.
+
+    Returns:
+        The models that have continuous batching.
     """
-    for module in model.modules():
-        if not hasattr(type(module), _ENTRY):
-            continue
+    models = [module for module in model.modules() if hasattr(type(module), _ENTRY)]
+    for module in models:
         if any(map(_refuses, module.modules())):
             vars(module)[_ENTRY] = _refuse
         elif vars(module).get(_ENTRY) is _refuse:
             del vars(module)[_ENTRY]
+    return models
 
 
 def _refuses(module: nn.Module) -> bool:

@@ -37,12 +37,14 @@ class Patch:
         number: patches of later calls have higher numbers.
         root: the model that was patched, weakly.
         names: names of the modules in the model that the patch has taken over.
+        guarded: the models in it that refuse continuous batching while it is in place (:mod:`attnzoo.engines`), weakly.
         memory: what :meth:`SiteAttend.once` remembers.
     """
 
     number: int
     root: weakref.ref[nn.Module]
     names: list[str] = field(default_factory=list)
+    guarded: list[weakref.ref[nn.Module]] = field(default_factory=list)
     memory: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
 

@@ -66,8 +66,9 @@ class Handle:
         if root is not None:
             places |= {(id(module), f): (module, f) for module, f in _layers(root) if f.patch.number == number}
         _remove(list(places.values()))
-        if root is not None:
-            engines.guard(root)
+        for guarded in self.forwards[0].patch.guarded:
+            if (model := guarded()) is not None:
+                engines.guard(model)
 
     def __enter__(self) -> Handle:
         return self
@@ -282,7 +283,7 @@ def patch(
         forwards.append(PatchedForward(made_patch, found, site, instance, native, falls))
     for forward in forwards:
         forward.put()
-    engines.guard(model)
+    made_patch.guarded.extend(map(weakref.ref, engines.guard(model)))
     return Handle(tuple(forward.site for forward in forwards if forward.seam.attends), tuple(forwards))
 
 

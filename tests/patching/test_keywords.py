@@ -6,6 +6,7 @@ What the unpatched model does with a keyword is the measure: the same result, or
 from __future__ import annotations
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -188,7 +189,7 @@ def test_what_the_originals_attention_function_declares_is_not_ignored(fallback,
     module, states = model.gpt_neox.layers[0].attention, torch.randn(1, 3, 32)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", _declares_more)
     attend = _Record(fallback)
-    forward = bind_interface(module, attend)
+    forward = partial(bind_interface(type(module), attend), module)
     rotary = (torch.ones(1, 3, module.rotary_ndims), torch.zeros(1, 3, module.rotary_ndims))
     inputs = dict(attention_mask=None, position_embeddings=rotary)
     forward(states, **inputs, colour="blue")
