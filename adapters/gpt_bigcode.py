@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.adapter import Adapter, Attend, Forward, Seam, bind_function, parameter_of
+from attnzoo.companions import companion
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.functional import compute_dtype
 from attnzoo.heads import merge_heads, split_heads
@@ -40,6 +41,7 @@ from attnzoo.interface import bind_interface, check_interface
 from attnzoo.patterns import Causal, Full
 from attnzoo.segments import Attention, Request, Result, Segment, SegmentRequest, describe
 from attnzoo.transforms import readable
+from attnzoo.typed_masks import DECODER_MASK, checking
 
 T = TypeVar("T")
 _MODULE = "transformers.models.gpt_bigcode.modeling_gpt_bigcode"
@@ -229,6 +231,8 @@ def _three_dimensional(mask: Tensor | None) -> Tensor | None:
     return visible[:, None] if visible.ndim == 2 else visible
 
 
+_SELF_MASK = {"attention_mask": DECODER_MASK}
+
 GPT_BIGCODE = Adapter(
     model_types=("gpt_bigcode",),
     versions="5.17 to 5.23",
@@ -269,10 +273,11 @@ GPT_BIGCODE = Adapter(
         Seam(
             cls=f"{_MODULE}:GPTBigCodeModel",
             when=lambda module: module.config.add_cross_attention,
-            bind=_model_bind,
+            bind=checking(lambda module: _SELF_MASK, _model_bind),
             attends=False,
             describe=lambda module: "prepares the encoder mask",
             verified={f"{_MODULE}:GPTBigCodeModel.forward": ("19f5b50c3ae23f0f",)},
         ),
+        companion(f"{_MODULE}:GPTBigCodeModel", checking(lambda module: _SELF_MASK), {}, "checks masks"),
     ),
 )

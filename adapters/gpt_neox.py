@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from attnzoo.adapter import Adapter, Seam, parameter_of
+from attnzoo.companions import companion
 from attnzoo.interface import bind_interface, check_interface, wants_probabilities
 from attnzoo.patterns import Causal
 from attnzoo.segments import Request, SegmentRequest
+from attnzoo.typed_masks import DECODER_MASK, checking
 
+_MASKS = {"attention_mask": DECODER_MASK}
 _MODULE = "transformers.models.gpt_neox.modeling_gpt_neox"
 
 
@@ -36,5 +39,6 @@ GPT_NEOX = Adapter(
             wants_probabilities=wants_probabilities,
             verified={f"{_MODULE}:GPTNeoXAttention.forward": ("680bb9e237b1e0ff", "0019986976651fef")},
         ),
+        companion(f"{_MODULE}:GPTNeoXModel", checking(lambda module: _MASKS), {}, "checks masks"),
     ),
 )

@@ -14,11 +14,13 @@ from torch import Tensor
 from attnzoo.adapter import Adapter, Attend, Seam, bind_function, parameter_of
 from attnzoo.adapters.longformer import VERSIONS, encoder_seam
 from attnzoo.adapters.longformer_mask import MaskFunction, mask_seam
+from attnzoo.companions import companion
 from attnzoo.documents import attend_documents
 from attnzoo.heads import merge_heads, split_heads
 from attnzoo.masks import read_attention_mask
 from attnzoo.patterns import Causal, Full
 from attnzoo.segments import Attention, Request, Segment, SegmentRequest
+from attnzoo.typed_masks import CROSS_MASK, DECODER_MASK, TypedMasks, checking
 
 _MODULE = "transformers.models.led.modeling_led"
 _ENCODER_FORWARD = ("47720093331635f3", "d710ce36e019c88c")
@@ -85,6 +87,14 @@ def _decoder_requests(module: Any) -> tuple[Request, ...]:
     )
 
 
+def _decoder_masks(module: Any) -> TypedMasks:
+    """What a decoder takes, by what users call it: the cross-attention has the model's ``attention_mask``."""
+    return {
+        "attention_mask": replace(DECODER_MASK, name="decoder_attention_mask"),
+        "encoder_attention_mask": replace(CROSS_MASK, name="attention_mask"),
+    }
+
+
 def _one_row(prepare: MaskFunction) -> MaskFunction:
     return partial(prepare, tgt_len=1)
 
@@ -112,6 +122,7 @@ LED = Adapter(
                 f"{_MODULE}:_prepare_4d_attention_mask_inverted": ("024fcf92449bc256",),
             },
         ),
+        companion(f"{_MODULE}:LEDDecoder", checking(_decoder_masks), {}, "checks masks"),
         Seam(
             cls=f"{_MODULE}:LEDDecoderAttention",
             bind=bind_function(_decoder_forward),

@@ -19,6 +19,7 @@ from attnzoo.heads import merge_heads, split_heads
 from attnzoo.patterns import Full, Window
 from attnzoo.segments import Attention, Request, Segment, SegmentRequest, describe
 from attnzoo.transforms import holds, readable
+from attnzoo.typed_masks import check_mask, refuse_nan
 
 VERSIONS = "5.17 to 5.23"
 
@@ -31,14 +32,21 @@ def _dropout(module: Any) -> float:
     return float(module.dropout)
 
 
+def _flags(name: str, given: Tensor, *like: Any) -> Tensor:
+    """Checked flags of tokens, of bool."""
+    flags = check_mask(name, given, *like)
+    if flags.dtype != torch.bool:
+        raise InvalidArgumentError(name, describe(flags), "bool")
+    return flags
+
+
 def _real(is_index_masked: Tensor) -> Tensor | None:
     return ~is_index_masked if holds(is_index_masked.any(), unknown=True) else None
 
 
 def _ordinary(attention_mask: Tensor) -> Tensor:
     """Keys for the window: neither padding (negative) nor global (positive)."""
-    if holds(attention_mask.isnan().any(), unknown=False):
-        raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)} with NaN in it", "no NaN")
+    refuse_nan("attention_mask", attention_mask)
     return attention_mask == 0
 
 
@@ -61,6 +69,10 @@ def _forward(
         raise InvalidArgumentError("is_index_global_attn", got, "one for all samples that vmap maps over")
     dropout = module.dropout if module.training else 0.0
     scale = module.head_dim**-0.5
+    like = (*hidden_states.shape[:2], hidden_states.device)
+    attention_mask = check_mask("attention_mask", attention_mask, *like)
+    is_index_masked = _flags("is_index_masked", is_index_masked, *like)
+    is_index_global_attn = _flags("is_index_global_attn", is_index_global_attn, *like)
     ordinary = attend.once(attention_mask, "ordinary", _ordinary)
     real = attend.once(is_index_masked, "real", _real)
     found = attend.once(is_index_global_attn, "globals", locate) if is_global_attn else None

@@ -16,7 +16,9 @@ from typing import Any
 from attnzoo.adapter import Attend, Forward, Seam
 from attnzoo.companions import companion
 from attnzoo.interface import rebind
+from attnzoo.typed_masks import ENCODER_MASK, checking
 
+_MASKS = {"attention_mask": ENCODER_MASK, "global_attention_mask": ENCODER_MASK}
 MaskFunction = Callable[..., Any]
 OneRow = Callable[[MaskFunction], MaskFunction]
 
@@ -33,7 +35,7 @@ def _with_one_row(forward: FunctionType, name: str, one_row: OneRow) -> Function
 
 
 def mask_seam(cls: str, name: str, one_row: OneRow, verified: Mapping[str, tuple[str, ...]]) -> Seam:
-    """Return the seam of a module that makes a square mask and reads one row of it.
+    """Return the seam of a module that makes a square mask and reads one row of it; it checks what users give, too.
 
     Args:
         cls: ``"package.module:Class"`` of the module.
@@ -45,4 +47,4 @@ def mask_seam(cls: str, name: str, one_row: OneRow, verified: Mapping[str, tuple
     def bind(original: Any, attend: Attend) -> Forward:
         return _with_one_row(original.forward, name, one_row)
 
-    return companion(cls, bind, verified, "makes a padding mask of one row")
+    return companion(cls, checking(lambda module: _MASKS, bind), verified, "makes a padding mask of one row")

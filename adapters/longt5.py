@@ -11,6 +11,7 @@ is added to its scores; here it is the ``(heads, R)`` values of a :class:`~attnz
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ from attnzoo.heads import merge_heads, split_heads
 from attnzoo.patterns import Full, Pattern, Window
 from attnzoo.segments import Attention, Request, Segment, SegmentRequest, describe
 from attnzoo.transforms import holds, readable
+from attnzoo.typed_masks import CROSS_MASK, DECODER_MASK, ENCODER_MASK, TypedMasks, checking
 
 _MODULE = "transformers.models.longt5.modeling_longt5"
 VERSIONS = "5.17 to 5.23"
@@ -123,8 +125,8 @@ def _pass_on(module: Any, attend: Attend, values: Tensor, hidden_states: Tensor,
 
 def _given(mask: Tensor | None) -> Tensor:
     """The mask; without one the model's own code does not even keep to the window, and no stack calls it so."""
-    if mask is None:
-        raise InvalidArgumentError("mask", None, "the mask that the model's stack makes")
+    if not isinstance(mask, Tensor):
+        raise InvalidArgumentError("mask", describe(mask), "the mask that the model's stack makes")
     return mask
 
 
@@ -342,6 +344,16 @@ def _decoder_seam(pattern: str, when: Callable[[Any], bool]) -> Seam:
     )
 
 
+def _masks(module: Any) -> TypedMasks:
+    """What a stack takes, by what users call it: the decoder's cross-attention has the model's ``attention_mask``."""
+    if not module.is_decoder:
+        return {"attention_mask": ENCODER_MASK}
+    return {
+        "attention_mask": replace(DECODER_MASK, name="decoder_attention_mask"),
+        "encoder_attention_mask": replace(CROSS_MASK, name="attention_mask"),
+    }
+
+
 LONGT5 = Adapter(
     model_types=("longt5",),
     versions=VERSIONS,
@@ -372,6 +384,7 @@ LONGT5 = Adapter(
             verified=_verified(_TRANSIENT),
             shared_in=_OWNER,
         ),
+        companion(_OWNER, checking(_masks), {}, "checks masks"),
         companion(
             f"{_MODULE}:LongT5LayerFF",
             bind_function(_feed_forward),

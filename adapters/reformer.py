@@ -41,6 +41,7 @@ from attnzoo.adapters.reformer_lsh import after_itself, bind_lsh
 from attnzoo.companions import by_slices, companion
 from attnzoo.patterns import Causal, Chunks, Full, SortedChunks
 from attnzoo.segments import Request, SegmentRequest
+from attnzoo.typed_masks import ENCODER_MASK, checking
 
 
 def _request(module: Any, *segments: SegmentRequest) -> Request:
@@ -134,6 +135,12 @@ REFORMER = Adapter(
     versions="5.17 to 5.23",
     examples=({"is_decoder": True, "num_hashes": 4}, {"is_decoder": False, "num_hashes": 4}),
     seams=(
+        companion(
+            f"{MODULE}:ReformerModel",
+            checking(lambda module: {"attention_mask": replace(ENCODER_MASK, cache="past_buckets_states")}),
+            {},
+            "checks masks",
+        ),
         Seam(
             cls=f"{MODULE}:LocalSelfAttention",
             bind=bind_function(forward_local),

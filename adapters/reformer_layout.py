@@ -9,16 +9,15 @@ from torch import Tensor
 
 from attnzoo.adapter import Attend
 from attnzoo.errors import InvalidArgumentError
-from attnzoo.segments import describe
 from attnzoo.transforms import holds
+from attnzoo.typed_masks import check_mask, refuse_nan
 
 MODULE = "transformers.models.reformer.modeling_reformer"
 
 
 def where_real(attention_mask: Tensor) -> Tensor | None:
     """Where a mask is not 0; None: everywhere."""
-    if attention_mask.is_floating_point() and holds(attention_mask.isnan().any(), unknown=False):
-        raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)} with NaN in it", "no NaN")
+    refuse_nan("attention_mask", attention_mask)
     found = attention_mask.bool()
     return None if holds(found.all(), unknown=False) else found
 
@@ -27,9 +26,7 @@ def real_tokens(attend: Attend, attention_mask: Tensor | None, batch: int, lengt
     """Which tokens are not padding, by a mask ``(batch, length)`` of 0 and 1; None: all of them."""
     if attention_mask is None:
         return None
-    if tuple(attention_mask.shape) != (batch, length):
-        raise InvalidArgumentError("attention_mask", describe(attention_mask), f"({batch}, {length}), 0 for padding")
-    return attend.once(attention_mask, "real", where_real)
+    return attend.once(check_mask("attention_mask", attention_mask, batch, length, None), "real", where_real)
 
 
 def cached(module: Any, past_buckets_states: Any, batch: int) -> tuple[Tensor, Tensor] | None:

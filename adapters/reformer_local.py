@@ -64,7 +64,7 @@ class _Call:
             if length > (1 if causal else chunk):
                 raise InvalidArgumentError("hidden_states", f"{length} tokens on a filled cache", "one token at a time")
         # On a filled cache, a mask of the new token alone will do, too.
-        one = attention_mask is not None and attention_mask.shape[1:] == (1,)
+        one = isinstance(attention_mask, Tensor) and attention_mask.shape[1:] == (1,)
         real = real_tokens(self._attend, attention_mask, batch, 1 if one else states.shape[1])
         real = None if real is None else real.expand(-1, states.shape[1])
         weights: Any = ()

@@ -1,7 +1,8 @@
-"""Seams of modules that attend nothing, but make tensors around attention that are larger than they need be.
+"""Seams of modules that attend nothing, but make larger tensors around attention than they need, or take users' masks.
 
 ``patch`` takes such a module over together with the attention it belongs to. Its results do not depend on that, only
-its memory does, so that a module whose forward is not the original's, by a subclass or on the instance, is left alone.
+its memory and messages do, so that a module whose forward is not the original's, by a subclass or on the instance, is
+left alone.
 """
 
 from __future__ import annotations

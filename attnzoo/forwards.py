@@ -226,6 +226,12 @@ class PatchedForward(slots.Replacement):
         if self.native and torch.compiler.is_compiling():
             # What is compiled here is the model's own code. Its calls are not counted: a graph counts nothing.
             return self._run_own(self.module, args, kwargs)
+        if self._forward is not None and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+            # What masks say is read from them: a trace would keep what the example's said, whatever comes later.
+            raise PatchError(
+                f'{self.site.name}: got a patched model to trace or export; allowed: one patched with "native", or '
+                "attnzoo.unpatch(model) first"
+            )
         if args and isinstance(args[0], nn.Module):  # called as a method
             return self._uncompiled(self, args[0], args[1:], kwargs)
         return self._uncompiled(self, self._module_of_call(), args, kwargs)
@@ -234,12 +240,6 @@ class PatchedForward(slots.Replacement):
         if self._forward is None:
             self.site.kernels["native"] += 1
             return self._run_own(module, args, kwargs)
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            # What masks say is read from them: a trace would keep what the example's said, whatever comes later.
-            raise PatchError(
-                f'{self.site.name}: got a patched model to trace or export; allowed: one patched with "native", or '
-                "attnzoo.unpatch(model) first"
-            )
         states = args[0] if args else kwargs.get("hidden_states")
         if isinstance(states, Tensor) and 0 in states.shape:  # models fail on those in words of their own
             raise InvalidArgumentError(f"input of {self.site.name}", describe(states), "a tensor, none of its sizes 0")

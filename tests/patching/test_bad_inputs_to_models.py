@@ -160,7 +160,7 @@ def test_nan_in_a_float_mask_through_gpt_neox(neox, as_it_was, backend):
         neox.model(input_ids=neox.inputs["input_ids"], attention_mask=mask)
         mask[1, 0, 2, 3] = float("nan")
         with pytest.raises(
-            InvalidArgumentError, match=r"attention_mask: got \(3, 1, 11, 11\) float32 .*NaN.*; allowed: .*without NaN"
+            InvalidArgumentError, match=r"attention_mask: got \(3, 1, 11, 11\) float32 .*NaN.*; allowed: no NaN"
         ):
             neox.model(input_ids=neox.inputs["input_ids"], attention_mask=mask)
     before.check()
@@ -252,6 +252,6 @@ def test_a_model_given_no_tokens(multi_query, implementation):
     model.set_attn_implementation(implementation)
     with attnzoo.patch(model, "sdpa") as handle, torch.no_grad():
         for form in (0, 3), (3, 0):
-            with pytest.raises(InvalidArgumentError, match=r"att\w+: got \([03], [03], 32\) .*; allowed: .*none"):
+            with pytest.raises(InvalidArgumentError, match=r"^input of \w+: got \([03], [03]\) .*; allowed: .*none"):
                 model(torch.zeros(form, dtype=torch.long))
         assert {site.calls for site in handle.sites} == {0}

@@ -120,3 +120,20 @@ def test_what_would_forget_the_masks_to_come_is_refused(build, record):
         with attnzoo.patch(model, "native"):
             recorded = record(wrapped, example)
         torch.testing.assert_close(recorded(*other.values()), wrapped(*other.values()))
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs", "fewest"), [(gpt_neox, causal_inputs, 3), (led, led_inputs, 6)], ids=["gpt_neox", "led"]
+)
+def test_what_is_between_patched_modules_is_compiled(build, inputs, fewest):
+    """A model that is taken over to check masks attends nothing: the rest of its layers, by graph, is compiled."""
+    model, compiled = build(), []
+
+    def count(graph, example):
+        compiled.extend(node for node in graph.graph.nodes if getattr(node.target, "__name__", "") == "linear")
+        return graph.forward
+
+    torch.compiler.reset()
+    with attnzoo.patch(model, "sdpa"), torch.no_grad():
+        torch.compile(model, backend=count)(**inputs(24, "none"))
+    assert len(compiled) >= fewest
