@@ -45,8 +45,10 @@ def page(folder: Path) -> str:
     if not files:
         raise InvalidArgumentError("folder", f"{folder}, with no JSON a folder below it", "results by machine")
     lines, machine = [INTRODUCTION], ""
-    for path in files:
-        found = Shootout.read(path)
+    results = [(path, Shootout.read(path)) for path in files]
+    # Whole models first: they are what people run.
+    results.sort(key=lambda one: (one[0].parent.name, one[1].plan["scope"] != "model", one[0].name))
+    for path, found in results:
         if not found.ok:
             raise InvalidArgumentError("folder", f"{path}, which has red or failed rows", "results with green gates")
         if machine != (machine := f"## `{path.parent.name}`: {_machine(found)}"):

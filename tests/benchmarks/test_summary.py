@@ -73,6 +73,13 @@ def test_what_differs_from_the_published_configuration_is_below_the_table(shooto
     assert lines[-3].startswith("| 160 | `sdpa` |")
 
 
+def test_whole_models_come_first(shootout, tmp_path):
+    shootout("sdpa", scope="attention", peers=False).write(tmp_path / "one" / "a.json")
+    shootout("sdpa").write(tmp_path / "one" / "b.json")
+    headings = [line for line in summary.page(tmp_path).splitlines() if line.startswith("### ")]
+    assert headings == ["### tiny, model, forward", "### tiny, attention, forward"]
+
+
 def test_red_rows_are_no_results(shootout, tmp_path):
     shootout("wrong").write(tmp_path / "one" / "tiny.json")
     with pytest.raises(InvalidArgumentError, match=r"folder: got .*tiny\.json, which has red or failed rows"):
