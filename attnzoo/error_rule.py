@@ -1,13 +1,19 @@
 """The one error rule, used by tests, ``verify`` and benchmarks alike.
 
-Against the float64 oracle, ``error <= k * (eager_error + 4 * eps(dtype) * max|reference|)``: a kernel may be about as
+Against the float64 oracle, ``error <= k * (plain_error + 4 * eps(dtype) * max|reference|)``: a kernel may be about as
 wrong as plain operations in the same dtype are (the rule of flash-attention's tests), plus a few roundings. ``k`` is 2
 for outputs and 3 for gradients; errors are the largest absolute differences; NaN or Inf never passes.
+
+For outputs, ``plain_error`` is that of ``eager`` in the same dtype. For gradients it is the larger of two: that of
+``eager``, which keeps its weights from the forward, and that of plain operations which compute the scores again in the
+backward (:mod:`attnzoo.recomputed`), as every kernel does that stores no weights. Both are measured on the same inputs,
+neither knows the candidate, and the second is wrong in nothing but how often the scores are rounded.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +21,7 @@ from torch import Tensor
 
 FORWARD = 2.0
 GRADIENT = 3.0
+_AT_ONCE = 1 << 17
 
 
 def factor(what: str) -> float:
@@ -32,6 +39,7 @@ class Check:
         eager_error: the same for plain operations in the candidate's dtype.
         scale: largest absolute value of the reference.
         budget: the largest error that passes.
+        recomputed_error: of a gradient, the same for plain operations whose backward computes the scores again.
     """
 
     what: str
@@ -39,6 +47,14 @@ class Check:
     eager_error: float
     scale: float
     budget: float
+    recomputed_error: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """The error in parts of the budget: at most 1 passes."""
+        if self.error == 0.0 or not math.isfinite(self.error):
+            return self.error
+        return self.error / self.budget if self.budget else math.inf
 
     @property
     def ok(self) -> bool:
@@ -47,9 +63,10 @@ class Check:
 
     def __str__(self) -> str:
         verdict = "ok" if self.ok else "FAILS"
-        return (
-            f"{self.what}: error {self.error:.3g}, budget {self.budget:.3g} (eager {self.eager_error:.3g}): {verdict}"
-        )
+        plain = f"eager {self.eager_error:.3g}"
+        if self.recomputed_error:
+            plain += f", recomputed {self.recomputed_error:.3g}"
+        return f"{self.what}: error {self.error:.3g}, budget {self.budget:.3g} ({plain}): {verdict}"
 
 
 def largest_difference(got: Tensor, reference: Tensor) -> float:
@@ -58,8 +75,14 @@ def largest_difference(got: Tensor, reference: Tensor) -> float:
         return math.inf
     if got.numel() == 0:
         return 0.0
-    worst = float((got.detach().double() - reference.detach().double()).abs().max())
-    return worst if math.isfinite(worst) else math.inf
+    worst = 0.0
+    pieces = (tensor.detach().flatten().split(_AT_ONCE) for tensor in (got, reference))
+    for piece, true in zip(*pieces, strict=True):  # wide copies of all of it would not stay in the cache
+        far = float((piece.double() - true.double()).abs().max())
+        if not math.isfinite(far):
+            return math.inf
+        worst = max(worst, far)
+    return worst
 
 
 def check(
@@ -70,6 +93,7 @@ def check(
     k: float,
     dtype: torch.dtype | None = None,
     eager_dtype: torch.dtype | None = None,
+    recomputed: Sequence[Tensor] = (),
 ) -> Check:
     """Compare a result with the float64 reference, given plain operations' result in the same dtype.
 
@@ -82,11 +106,13 @@ def check(
         dtype: the dtype computed in; None: that of ``got``.
         eager_dtype: the dtype of the plain operations, if it is another one (for a float64 candidate there is no
             wider reference to see their error against); their error then counts in proportion of the roundings.
+        recomputed: of a gradient, what plain operations of that dtype give whose backward computes the scores again,
+            each in another order of summation; the largest of their errors counts.
     """
     eps = torch.finfo(got.dtype if dtype is None else dtype).eps
-    eager_error = largest_difference(eager, reference)
-    if eager_dtype is not None:
-        eager_error *= eps / torch.finfo(eager_dtype).eps
+    ratio = 1.0 if eager_dtype is None else eps / torch.finfo(eager_dtype).eps
+    eager_error = largest_difference(eager, reference) * ratio
+    recomputed_error = max((largest_difference(other, reference) for other in recomputed), default=0.0) * ratio
     scale = float(reference.detach().abs().max()) if reference.numel() else 0.0
-    budget = k * (eager_error + 4 * eps * scale)
-    return Check(what, largest_difference(got, reference), eager_error, scale, budget)
+    budget = k * (max(eager_error, recomputed_error) + 4 * eps * scale)
+    return Check(what, largest_difference(got, reference), eager_error, scale, budget, recomputed_error)

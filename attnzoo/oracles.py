@@ -16,11 +16,12 @@ from attnzoo.segments import Attention, Result
 
 @dataclass(frozen=True, eq=False)
 class Rewritten(Backend):
-    """``eager`` on what another backend makes of each attention.
+    """Plain operations on what another backend makes of each attention.
 
     Attributes:
         backend: the other.
         repeated: its choices, call by call.
+        plain: the plain operations.
     """
 
     __eq__ = object.__eq__  # two of them are not one because they have as little to tell as any backend
@@ -31,18 +32,23 @@ class Rewritten(Backend):
 
     backend: Backend
     repeated: Iterator[object]
+    plain: Backend
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
-        return EagerBackend().run(self.backend.rewrite(attention, next(self.repeated)), probabilities)
+        return self.plain.run(self.backend.rewrite(attention, next(self.repeated)), probabilities)
 
 
-def oracles(rewriters: Mapping[str, tuple[Backend, list[object]]]) -> dict[str, str | Backend]:
+def oracles(
+    rewriters: Mapping[str, tuple[Backend, list[object]]], plain: Backend | None = None
+) -> dict[str, str | Backend]:
     """What to patch a model with for it to compute by definition, by glob over site names.
 
     Args:
         rewriters: by site, the backend that may have changed the pattern there, and its choices call by call.
+        plain: the plain operations to compute with; None: ``eager``.
     """
+    plain = EagerBackend() if plain is None else plain
     found: dict[str, str | Backend] = {
-        site: Rewritten(backend, iter(choices)) for site, (backend, choices) in rewriters.items()
+        site: Rewritten(backend, iter(choices), plain) for site, (backend, choices) in rewriters.items()
     }
-    return {**found, "*": "eager"}
+    return {**found, "*": plain}

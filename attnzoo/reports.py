@@ -51,6 +51,7 @@ class Report:
         sites: per attention, against the float64 oracle on the inputs the model gave it.
         end_to_end: outputs and parameter gradients on real tokens, against the model with the oracle in float64.
         original: the model's own code against the same: it says that the oracle computes what the model means.
+        original_sites: each attention module's own code against the module with the oracle, on the same inputs.
         fault: why the model's own code is wrong, and so was not run; empty where it is right.
         note: what was not compared, and why; empty where everything was.
         changed: what the backend changed of the pattern; everything is judged with that change then. Empty: nothing.
@@ -62,6 +63,7 @@ class Report:
     sites: tuple[SiteReport, ...]
     end_to_end: tuple[Check, ...]
     original: tuple[Check, ...]
+    original_sites: tuple[SiteReport, ...] = ()
     fault: str = ""
     note: str = ""
     changed: str = ""
@@ -71,22 +73,18 @@ class Report:
     def ok(self) -> bool:
         """Whether everything is within its error budget, and something was checked."""
         checks = (*self.end_to_end, *self.original)
-        return bool(self.sites and checks) and all(site.ok for site in self.sites) and all(one.ok for one in checks)
+        sites = (*self.sites, *self.original_sites)
+        return bool(self.sites and checks) and all(site.ok for site in sites) and all(check.ok for check in checks)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: every check with its error, budget and verdict."""
         return {
             "backend": self.backend,
             "ok": self.ok,
-            "sites": [
-                {
-                    **{"name": site.name, "kernel": site.kernel, "ok": site.ok, "recall": site.recall},
-                    "checks": [_plain(c) for c in site.checks],
-                }
-                for site in self.sites
-            ],
+            "sites": [_plain_site(site) for site in self.sites],
             "end_to_end": [_plain(check) for check in self.end_to_end],
             "original": [_plain(check) for check in self.original],
+            "original_sites": [_plain_site(site) for site in self.original_sites],
             "fault": self.fault,
             "note": self.note,
             "changed": self.changed,
@@ -117,6 +115,11 @@ class Report:
         for what, far in self.distance.items():
             lines.append(f"{what} is off the unchanged model's by {far:.2g} of its largest value")
         return "\n".join([*lines, f"backend {self.backend!r}: {verdict}"])
+
+
+def _plain_site(site: SiteReport) -> dict[str, Any]:
+    said = {"name": site.name, "kernel": site.kernel, "ok": site.ok, "recall": site.recall}
+    return {**said, "checks": [_plain(check) for check in site.checks]}
 
 
 def _plain(check: Check) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,13 +15,20 @@ from attnzoo import error_rule
 from attnzoo.backend import Backend
 from attnzoo.error_rule import Check
 from attnzoo.errors import InvalidArgumentError
+from attnzoo.excerpt import excerpt
+from attnzoo.model_runs import GRADIENT, cast, rows_of_modules, run_model
+from attnzoo.module_check import ModuleRuns, recorded
 from attnzoo.oracles import oracles
 from attnzoo.patching import patch, unpatch_all
+from attnzoo.recomputed import RecomputedBackend
 from attnzoo.replay import own_random_stream, recording, replaying
 from attnzoo.reports import Report, SiteReport, worst
 from attnzoo.segments import Attention, Request, Result
 from attnzoo.site_check import check_rows, check_site
 from attnzoo.sites import Site
+from attnzoo.spelling import spell
+
+Progress = Callable[[float, str], None]
 
 __all__ = ["Report", "SiteReport", "check_site", "verify", "worst"]
 
@@ -34,15 +41,18 @@ def verify(
     gradients: bool = True,
     max_rows: int = 128,
     seed: int = 0,
+    fast: bool = False,
+    progress: Progress = lambda done, what: None,
     **options: Any,
 ) -> Report:
     """Compare a patched model with the original, end to end and per attention, under the error rule of the contract.
 
     The reference is the model with the dense oracle in float64 (models' own code takes its softmax in float32 even
-    there, so the original of a float64 model is judged in float32). Against it stand, on real tokens
-    (``attention_mask``), the patched model, with the oracle in the model's own dtype for the budget, and the model's
-    own code, which shows that the oracle computes what the model means. Each attention is compared with the oracle on
-    the inputs the model gave it, too.
+    there, so the original of a float64 model is judged in float32). On real tokens (``attention_mask``), the patched
+    model and the model's own code are compared with it; plain operations in the model's own dtype set the budgets. Each
+    attention of the patched model is compared with the oracle on the inputs that the model gave it, and each attention
+    module of the model's own code with the oracle on the inputs of the module. So the report shows the original's own
+    kernels under the same rule. ``backend="native"`` reports them alone.
 
     Runs in eval mode (no dropout); leaves the model, its gradients and the random stream as they were. Takes a copy of
     the model, twice as wide for float32, and dense ``length x length`` scores: mind the length of the inputs.
@@ -54,6 +64,8 @@ def verify(
         gradients: compare parameter gradients too.
         max_rows: query rows to judge per attention.
         seed: of the random cotangents.
+        fast: read one sample only, and no more than its first 256 real tokens.
+        progress: called with how much of the work is done (0 to 1) and what happens next.
         options: go to the backend.
 
     Returns:
@@ -70,14 +82,17 @@ def verify(
         raise InvalidArgumentError("inputs", type(inputs).__name__, "a mapping of keyword arguments of model.forward")
     if gradients and torch.is_inference_mode_enabled():
         raise InvalidArgumentError("gradients", "True inside torch.inference_mode()", "False, or outside of it")
-    inputs = dict(inputs)
+    inputs = excerpt(inputs) if fast else dict(inputs)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     wide = dtype == torch.float64
     seen: dict[tuple[str, Request], tuple[Attention, str, Backend]] = {}
     rewriters: dict[str, tuple[Backend, list[object]]] = {}
 
     def observe(site: Site, attention: Attention, result: Result, ran: Backend) -> None:
-        seen.setdefault((site.name, attention.request()), (attention, result.kernel, ran))
+        request = attention.request()
+        asked = site.name, _without_gradients(request)
+        if request.grad or asked not in seen:  # where both are asked, the one that trains is judged both ways
+            seen[asked] = attention, result.kernel, ran
         if not ran.capabilities.exact:
             rewriters.setdefault(site.name, (ran, []))[1].append(ran.choices(attention))
 
@@ -92,56 +107,123 @@ def verify(
             whole = gradients and not any(one.seam.backward_in_training for one in found)
             if whole and any(p.is_meta and p.requires_grad for p in model.parameters()):
                 raise InvalidArgumentError("gradients", "True for offloaded weights, which have none", "False")
+            progress(0.0, "the patched model")
             with recording(choosing) as choices:
-                got = _run(model, inputs, whole, seed)
+                got = run_model(model, inputs, whole, seed, inference=True)
         unreached = [site.name for site in handle.sites if not site.calls]
+        native = [site.name for site in handle.sites if site.backend == "native" and site.calls]
         changed = "; ".join(dict.fromkeys(site.approximate for site in handle.sites if site.approximate))
         plain = copy.deepcopy(model)
         unpatch_all(plain)
         # There is no wider reference to see the roundings of a float64 model against: take those of float32 instead.
+        # Models' own code takes its softmax in float32 even there, so it is run and judged in float32.
         narrow = copy.deepcopy(plain).float() if wide else plain
-        narrow_inputs = _cast(inputs, torch.float32) if wide else inputs
-        with replaying(narrow, choices):
-            original = {} if fault or choices else _run(narrow, narrow_inputs, whole, seed)
+        narrow_inputs = cast(inputs, torch.float32) if wide else inputs
+        own_dtype = torch.float32 if wide else dtype
+        # LSH models hide a token from itself with -1e5, which leaves float32 little of the score: their own code runs
+        # in float64, and is judged by the roundings of the model's dtype.
+        coarse = [name for name in choices if not fault]
+        original: dict[str, Tensor] = {}
+        again: dict[str, Tensor] = {}
+        progress(0.1, "the model's own code")
+        attending = [] if fault else [site.name for site in handle.sites]
+        with replaying(narrow, choices), recorded(narrow, attending) as calls:
+            if not fault:
+                original = run_model(narrow, narrow_inputs, whole and not coarse, seed, inference=True)
+        if native and wide and not coarse:
+            with replaying(narrow, choices), patch(narrow, backend, **options):
+                got = run_model(narrow, narrow_inputs, whole, seed, inference=True)
+        progress(0.2, "the model's own code, module by module")
+        modules = ModuleRuns(calls, choices, rows_of_modules(model, inputs), gradients, seed)
+        modules.run_own(narrow, [name for name in calls if name not in coarse])
+        modules.run_plain(narrow)
+        progress(0.3, "plain operations")
         with replaying(narrow, choices), patch(narrow, oracles(rewriters)):
-            eager = _run(narrow, narrow_inputs, whole, seed)
-        double = _cast(inputs, torch.float64)
-        if choices and not fault:
-            # LSH models hide a token from itself with -1e5, which leaves float32 little of the score: judge in float64.
-            with replaying(plain.double(), choices):
-                original = _run(plain, double, whole, seed)
-        with replaying(plain.double(), choices), patch(plain, oracles(rewriters)):
-            reference = _run(plain, double, whole, seed)
-        sites = tuple(
-            check_site(name, attention, ran, grad=gradients, max_rows=max_rows, seed=seed, kernel=kernel)
-            for (name, _), (attention, kernel, ran) in seen.items()
-        )
-    eager_dtype = torch.float32 if wide else None
+            eager = run_model(narrow, narrow_inputs, whole, seed)
+        if whole:
+            progress(0.4, "plain operations that compute scores again")
+            with replaying(narrow, choices), patch(narrow, oracles(rewriters, RecomputedBackend())):
+                again = run_model(narrow, narrow_inputs, whole, seed)
+        double = cast(inputs, torch.float64)
+        del narrow
+        plain.double()
+        if coarse:
+            progress(0.5, "the model's own code in float64")
+            with replaying(plain, choices):
+                original = run_model(plain, double, whole, seed)
+            modules.run_own(plain, coarse, torch.float64)
+            if native:
+                with replaying(plain, choices), patch(plain, backend, **options):
+                    got = run_model(plain, double, whole, seed, inference=True)
+        progress(0.6, "the oracle in float64")
+        with replaying(plain, choices), patch(plain, oracles(rewriters)):
+            reference = run_model(plain, double, whole, seed)
+        progress(0.8, "the oracle in float64, module by module")
+        original_sites = modules.reports(plain, own_dtype)
+        del plain
+        sites = [report for report in original_sites if report.name in native]
+        for number, ((name, _), (attention, kernel, ran)) in enumerate(seen.items()):
+            progress(0.9 + 0.1 * number / len(seen), name)
+            sites.append(check_site(name, attention, ran, grad=gradients, max_rows=max_rows, seed=seed, kernel=kernel))
+    progress(1.0, "done")
 
     def compare(values: dict[str, Tensor], computed: torch.dtype) -> tuple[Check, ...]:
+        names = [what for what in reference if what in values]
+        others = {what: (again[what],) for what in names if what == GRADIENT}
+        narrower = torch.float32 if computed == torch.float64 else None
         return tuple(
             error_rule.check(
-                what, values[what], reference[what], eager[what], error_rule.factor(what), computed, eager_dtype
+                what,
+                values[what],
+                reference[what],
+                eager[what],
+                error_rule.factor(what),
+                computed,
+                narrower,
+                others.get(what, ()),
             )
-            for what in reference
-            if what in values
+            for what in names
         )
 
-    name = str(dict(backend)) if isinstance(backend, Mapping) else str(backend)
-    note, distance = "", {}
+    notes, distance = [], {}
+    if gradients and not whole:
+        notes.append("gradients are compared per attention only: this model's backward works in training mode alone")
+    if coarse:
+        notes.append(f"the model's own code was run in float64 at {', '.join(coarse)}")
+    if unreached:
+        notes.append(f"not said of what these inputs never reach: {', '.join(unreached)}")
     if changed:
         distance = {
             what: float((original[what].double() - true).abs().max() / true.abs().max())
             for what, true in reference.items()
-            if what in original and "gradient" not in what
+            if what in original and what != GRADIENT
         }
         original = {}
-    if gradients and not whole:
-        note = "gradients are compared per attention only: this model's backward works in training mode alone"
-    if unreached:
-        note = "; ".join(filter(None, (note, f"not said of what these inputs never reach: {', '.join(unreached)}")))
-    own = compare(original, torch.float32 if wide else dtype)
-    return Report(name, sites, compare(got, dtype), own, fault, note, changed, distance)
+    return Report(
+        backend=_label(backend),
+        sites=tuple(sites),
+        end_to_end=compare(got, own_dtype if native else dtype),
+        original=compare(original, own_dtype),
+        original_sites=original_sites,
+        fault=fault,
+        note="; ".join(notes),
+        changed=changed,
+        distance=distance,
+    )
+
+
+def _without_gradients(request: Request) -> Request:
+    segments = tuple(replace(segment, bias_grad=False) for segment in request.segments)
+    return replace(request, grad=False, segments=segments)
+
+
+def _label(backend: str | Backend | Mapping[str, str | Backend]) -> str:
+    if isinstance(backend, Mapping):
+        return ", ".join(f"{glob}={_label(name)}" for glob, name in backend.items())
+    if isinstance(backend, str):
+        return backend
+    options = {name: value for name, value in vars(backend).items() if value is not None}
+    return spell(backend.name, options)
 
 
 @contextmanager
@@ -153,75 +235,3 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    return {key: _cast(item, dtype) for key, item in value.items()} if isinstance(value, Mapping) else value
-
-
-def _run(model: nn.Module, inputs: dict[str, Any], gradients: bool, seed: int) -> dict[str, Tensor]:
-    """Outputs on real tokens by name, and the gradient of a random function of them.
-
-    The gradient is one vector over all parameters that require grad: a single one may be zero but for rounding (a key
-    projection's bias shifts every score of a row alike), and rounding has no budget of its own. To judge one parameter,
-    freeze the others.
-    """
-    torch.manual_seed(seed)
-    with torch.no_grad():  # as inference runs, which may go other ways than training
-        found = _outputs(model, inputs)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not (gradients and parameters):
-        return found
-    torch.manual_seed(seed)
-    with torch.enable_grad():
-        outputs = _outputs(model, inputs)
-        generator = torch.Generator().manual_seed(seed)
-        total = sum(
-            (
-                output * torch.randn(output.shape, generator=generator, dtype=torch.float64, device="cpu").to(output)
-            ).sum()
-            for output in outputs.values()
-        )
-    grads = torch.autograd.grad(total, parameters, allow_unused=True)  # type: ignore[arg-type]
-    flat = [
-        (torch.zeros_like(parameter) if grad is None else grad).flatten()
-        for parameter, grad in zip(parameters, grads, strict=True)
-    ]
-    found["gradient of all parameters"] = torch.cat(flat)
-    return found
-
-
-def _outputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Every floating-point tensor the model returns by name; rows of padding tokens are left out."""
-    returned = model(**inputs)
-    items = returned.items() if isinstance(returned, Mapping) else [("output", returned)]
-    found = {}
-    for name, output in items:
-        if isinstance(output, Tensor) and output.is_floating_point():
-            real = _real_tokens(model, inputs, name, output)
-            found[name] = output if real is None else output[real]
-    if not found:
-        raise InvalidArgumentError(
-            "inputs", f"{sorted(inputs)}, for which the model returns no tensor", "a real forward"
-        )
-    return found
-
-
-def _real_tokens(model: nn.Module, inputs: dict[str, Any], name: str, output: Tensor) -> Tensor | None:
-    """Which rows ``(batch, length)`` of an output belong to real tokens; None if the inputs do not say.
-
-    A decoder's rows count where its sample has a source to attend to.
-    """
-    mask = inputs.get("attention_mask")
-    decodes = "decoder_input_ids" in inspect.signature(model.forward).parameters  # an encoder alone shares the config
-    if decodes and not name.startswith("encoder"):
-        sources = None if mask is None else mask.bool().flatten(1).any(1)
-        mask = inputs.get("decoder_attention_mask")
-        if mask is None and sources is not None and output.ndim > 1:
-            mask = torch.ones(output.shape[:2], dtype=torch.bool, device=output.device)
-        mask = mask if mask is None or sources is None else mask.bool() & sources[:, None]
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or output.shape[:2] != mask.shape:
-        return None
-    return mask.bool()

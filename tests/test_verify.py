@@ -10,7 +10,7 @@ import attnzoo
 from attnzoo import error_rule
 from attnzoo.backends.eager import EagerBackend
 
-from .models.zoo import FAMILIES, gpt_neox, led, led_inputs, reformer
+from .models.zoo import FAMILIES, gpt_bigcode, gpt_neox, led, led_inputs, reformer
 
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
@@ -60,6 +60,8 @@ def test_an_adapter_that_means_something_else_than_the_model_is_found(monkeypatc
     assert all(site.ok for site in report.sites), "the backend computes what the adapter says"
     assert all(check.ok for check in report.end_to_end)
     assert not report.ok and not all(check.ok for check in report.original), "but the model means something else"
+    wrong = {site.name for site in report.original_sites if not site.ok}
+    assert wrong == {f"led.encoder.layers.{n}.self_attn.longformer_self_attn" for n in (0, 1)}, "and in these modules"
 
 
 @families
@@ -107,7 +109,8 @@ def test_the_report_is_plain_data_too():
     data = attnzoo.verify(led(), led_inputs(26, "left"), "sdpa").to_dict()
     assert data["ok"] is True and data["backend"] == "sdpa"
     check = data["end_to_end"][0]
-    assert check.keys() == {"what", "error", "eager_error", "scale", "budget", "ok"}
+    assert check.keys() == {"what", "error", "eager_error", "recomputed_error", "scale", "budget", "ok"}
+    assert [site["name"] for site in data["original_sites"]] == list(dict.fromkeys(s["name"] for s in data["sites"]))
     assert {site["kernel"] for site in data["sites"]} == {"flash", "flash_cpu"}
 
 
@@ -129,9 +132,31 @@ def test_too_few_rows_to_judge(rows):
         attnzoo.verify(led(), led_inputs(26, "none"), max_rows=rows)
 
 
-def test_the_models_own_code_proves_nothing():
-    report = attnzoo.verify(led(), led_inputs(26, "none"), "native", gradients=False)
-    assert not report.ok and "none of its attentions ran" in str(report)
+@families
+@pytest.mark.parametrize("side", ["none", "left", "right", "sample"])
+def test_the_models_own_code_is_judged_module_by_module(family, side):
+    report = attnzoo.verify(family.build(), family.inputs(37, side), "native")
+    assert report.ok, str(report)
+    assert report.sites == report.original_sites and {site.kernel for site in report.sites} == {"native"}
+    assert {check.what for site in report.sites for check in site.checks} == {"output", "gradient"}
+
+
+def test_native_in_a_part_of_the_model():
+    model = led()
+    report = attnzoo.verify(model, led_inputs(26, "left"), {"*encoder_attn": "native", "*": "sdpa"})
+    kernels = {site.name: site.kernel for site in report.sites}
+    assert report.ok, str(report)
+    assert {name for name, kernel in kernels.items() if kernel == "native"} == {
+        f"led.decoder.layers.{number}.encoder_attn" for number in (0, 1)
+    }
+
+
+def test_where_the_models_own_code_is_wrong_it_proves_nothing():
+    model = gpt_bigcode(multi_query=False, add_cross_attention=True, is_decoder=True)
+    states = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1))
+    inputs = dict(input_ids=torch.full((3, 9), 5), encoder_hidden_states=states)
+    report = attnzoo.verify(model, inputs, "sdpa")
+    assert report.ok and report.fault and not report.original_sites
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -156,6 +181,32 @@ def test_the_rule_is_the_contracts():
     assert check.budget == pytest.approx(budget, rel=1e-4) and check.ok
     assert not error_rule.check("output", over, reference, eager, error_rule.FORWARD).ok
     assert error_rule.check("gradient", over, reference, eager, error_rule.GRADIENT).ok
+
+
+def test_scores_that_are_computed_again_count_by_the_larger_error():
+    reference = torch.tensor([4.0, -1.0], dtype=torch.float64)
+    eager, *others = (reference.float() + torch.tensor([off, 0.0]) for off in (0.01, 0.02, 0.05))
+    few = 4 * torch.finfo(torch.float32).eps * 4.0
+
+    def budget(*recomputed):
+        return error_rule.check("gradient", eager, reference, eager, 3.0, recomputed=recomputed).budget
+
+    assert budget() == pytest.approx(3 * (0.01 + few), rel=1e-4)
+    assert budget(others[0]) == pytest.approx(3 * (0.02 + few), rel=1e-4)
+    assert budget(*others) == pytest.approx(3 * (0.05 + few), rel=1e-4)
+    assert budget(reference.float()) == budget()
+    assert not error_rule.check("gradient", eager, reference, eager, 3.0, recomputed=[eager * float("nan")]).ok
+
+
+def test_a_difference_in_any_piece_of_a_long_tensor_counts(monkeypatch):
+    monkeypatch.setattr(error_rule, "_AT_ONCE", 8)
+    reference = torch.zeros(5, 7, dtype=torch.float64)
+    for place in ((0, 0), (2, 3), (4, 6)):
+        got = torch.zeros(5, 7)
+        got[place] = -0.5
+        assert error_rule.largest_difference(got, reference) == 0.5
+        got[place] = float("nan")
+        assert error_rule.largest_difference(got, reference) == float("inf")
 
 
 def test_explain_lists_every_site_and_backend_and_every_reason():

@@ -40,15 +40,9 @@ def evaluate(attention: Attention, rows: Tensor | None = None) -> Result:
     Returns:
         Output ``(batch, heads, n, value_dim)`` with the probabilities of each segment, before and after dropout.
     """
-    heads, q_len = attention.heads, attention.q_len
     if rows is None:
-        rows = torch.arange(q_len, device=attention.query.device)
-        query = attention.query
-    else:
-        query = attention.query[:, :, rows]
-    grids = [_scores(attention, segment, query, rows) for segment in attention.segments]
-    scores = torch.cat([score for score, _ in grids], dim=-1)
-    seen = torch.cat([mask.expand(attention.batch, heads, -1, -1) for _, mask in grids], dim=-1)
+        rows = torch.arange(attention.q_len, device=attention.query.device)
+    scores, seen = grid(attention, rows)
     live = seen.any(-1, keepdim=True)
     # A row that sees nothing gets finite scores and then weight zero, so that neither it nor its gradient is NaN.
     scores = scores.masked_fill(~seen & live, float("-inf"))
@@ -61,8 +55,7 @@ def evaluate(attention: Attention, rows: Tensor | None = None) -> Result:
     dropped, after_dropout = weights, probabilities
     if attention.dropout > 0.0:
         dropped, after_dropout = _by_segment(torch.nn.functional.dropout(weights, attention.dropout), lengths)
-    values = torch.cat([expand_heads(segment.value, heads) for segment in attention.segments], dim=2)
-    output = attention.fill(dropped @ values, live.squeeze(-1), rows)
+    output = attention.fill(dropped @ joined_values(attention), live.squeeze(-1), rows)
     return Result(output, "eager", probabilities, after_dropout)
 
 
@@ -80,9 +73,24 @@ def _by_segment(weights: Tensor, lengths: list[int]) -> tuple[Tensor, tuple[Tens
 
 def log_mass(attention: Attention, rows: Tensor) -> Tensor:
     """The log-sum-exp of the scores that query rows ``(n,)`` see: ``(batch, heads, n)``, ``-inf`` for nothing."""
+    scores, seen = grid(attention, rows)
+    return scores.masked_fill(~seen, float("-inf")).logsumexp(-1)
+
+
+def grid(attention: Attention, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Scaled and biased scores of query rows ``(n,)`` at the keys of all segments, and which of these the rows see.
+
+    Both are ``(batch, heads, n, kv_len of all segments)``; scores are finite where nothing is seen.
+    """
     query = attention.query[:, :, rows]
     grids = [_scores(attention, segment, query, rows) for segment in attention.segments]
-    return torch.cat([scores.masked_fill(~seen, float("-inf")) for scores, seen in grids], dim=-1).logsumexp(-1)
+    scores = torch.cat([score for score, _ in grids], dim=-1)
+    return scores, torch.cat([mask.expand(attention.batch, attention.heads, -1, -1) for _, mask in grids], dim=-1)
+
+
+def joined_values(attention: Attention) -> Tensor:
+    """The values of all segments, one after the other: ``(batch, heads, kv_len of all segments, value_dim)``."""
+    return torch.cat([expand_heads(segment.value, attention.heads) for segment in attention.segments], dim=2)
 
 
 def _scores(attention: Attention, segment: Segment, query: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
