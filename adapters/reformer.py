@@ -137,7 +137,7 @@ REFORMER = Adapter(
     seams=(
         companion(
             f"{MODULE}:ReformerModel",
-            checking(lambda module: {"attention_mask": replace(ENCODER_MASK, cache="past_buckets_states")}),
+            checking(lambda module: {"attention_mask": replace(ENCODER_MASK, cache=("past_buckets_states",))}),
             {},
             "checks masks",
         ),

@@ -31,7 +31,7 @@ class TypedMask:
         grids: whether it may be a grid ``(batch or 1, heads or 1, q_len or 1, kv_len or 1)`` too.
         queries: the arguments that may hold the queries of a grid, where those are other tokens.
         cut: whether the model cuts and fills a mask of another length itself, and moves it to its device.
-        cache: the argument with the cache. With it, a grid has the cache's columns, and other masks any length.
+        cache: the arguments that may hold a cache. With one, a grid has its columns, and other masks any length.
     """
 
     of: tuple[str, ...]
@@ -39,14 +39,14 @@ class TypedMask:
     grids: bool = False
     queries: tuple[str, ...] = ()
     cut: bool = False
-    cache: str = ""
+    cache: tuple[str, ...] = ()
 
 
 TypedMasks = Mapping[str, TypedMask]
 Bind = Callable[[type, Attend], Forward]
 _INPUTS = ("input_ids", "inputs_embeds")
 ENCODER_MASK = TypedMask(of=_INPUTS)
-DECODER_MASK = TypedMask(of=_INPUTS, grids=True, cut=True, cache="past_key_values")
+DECODER_MASK = TypedMask(of=_INPUTS, grids=True, cut=True, cache=("past_key_values", "cache"))
 CROSS_MASK = TypedMask(of=("encoder_hidden_states",), grids=True, queries=_INPUTS)
 
 
@@ -136,7 +136,7 @@ def check_masks(
         if given.get(argument) is None or tokens is None:
             continue
         batch, length = tokens.shape[:2]
-        cache = given.get(typed.cache)
+        cache = next((given[name] for name in typed.cache if given.get(name) is not None), None)
         grid = None
         if typed.grids:
             queries = _tokens(given, typed.queries) if typed.queries else tokens
@@ -160,7 +160,7 @@ def _tokens(given: Mapping[str, Any], names: tuple[str, ...]) -> Tensor | None:
 
 
 def _columns(cache: Any, length: int) -> int:
-    """How many keys the first layer's attention will have; -1 where that is not known."""
+    """How many keys the first layer's attention will have; -1 where that is not known (pages of many requests)."""
     if cache is None:
         return length
     sizes = getattr(cache, "get_mask_sizes", None)
