@@ -9,10 +9,11 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-_MOST = 200  # characters of what was got: with the argument and what is allowed, a message stays under 400
+_LONGEST = 399  # characters of a message, as far as shortening what was got can make it so
+_FEWEST = 100  # characters that are left of what was got, however long the rest is
 
 
-def shorten(text: str, most: int = _MOST) -> str:
+def shorten(text: str, most: int = 200) -> str:
     """The text on one line, without its middle where it has more than ``most`` characters."""
     line = " ".join(text.split()) if "\n" in text else text
     if len(line) <= most:
@@ -35,7 +36,9 @@ class InvalidArgumentError(AttnzooError, ValueError):
     """
 
     def __init__(self, argument: str, got: object, allowed: object) -> None:
-        self.argument, self.got, self.allowed = argument, shorten(str(got)), str(allowed)
+        self.argument, self.allowed = argument, str(allowed)
+        rest = len(f"{argument}: got ; allowed: {allowed}")
+        self.got = shorten(str(got), max(_FEWEST, _LONGEST - rest))
         super().__init__(f"{argument}: got {self.got}; allowed: {self.allowed}")
 
 
@@ -49,7 +52,7 @@ class UnknownNameError(InvalidArgumentError, LookupError):
     def __init__(self, argument: str, got: str, allowed: Iterable[str], also: str = "") -> None:
         names = sorted(allowed)
         told = [*map(repr, names), *([f"or {also}"] if also else [])]
-        shown = shorten(repr(got), _MOST // 2)
+        shown = shorten(repr(got), _FEWEST)
         super().__init__(argument, f"{shown}{suggestion(str(got), names)}", ", ".join(told) or "none")
 
 

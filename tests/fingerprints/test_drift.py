@@ -72,9 +72,9 @@ def runs_natively(model):
 
 def test_another_version_is_refused_with_the_versions_known(monkeypatch):
     adapter = registry.find_adapter("gpt_neox")
-    (seam,) = adapter.seams
+    seam = adapter.seams[0]
     other = replace(adapter, seams=(replace(seam, verified={FORWARD: ("0123456789abcdef",)}),))
-    monkeypatch.setattr(registry, "find_adapter", {"gpt_neox": other}.get)
+    monkeypatch.setattr(registry, "adapters", lambda: {"gpt_neox": other})
     model = tiny()
     message = refusal(model)
     assert f"verified against transformers {adapter.versions}" in message
@@ -281,7 +281,7 @@ SEAMS = [
 
 @pytest.mark.parametrize("seam", SEAMS)
 def test_every_adapter_is_verified_against_the_installed_transformers(seam):
-    assert seam.verified, "an adapter says what it relies on"
+    assert seam.verified or not seam.attends, "an adapter says what it relies on"  # who checks masks: on names alone
     assert drift(dict(seam.verified)) == ()
 
 

@@ -123,8 +123,8 @@ def original_in_disguise():
         return lambda module, *args, **kwargs: (cls.forward if module.layer_idx == 0 else own)(module, *args, **kwargs)
 
     honest = registry.find_adapter("gpt_neox")
-    (seam,) = honest.seams
-    attnzoo.register_adapter(replace(honest, seams=(replace(seam, bind=bind),)), replace=True)
+    seam, *companions = honest.seams
+    attnzoo.register_adapter(replace(honest, seams=(replace(seam, bind=bind), *companions)), replace=True)
     yield
     attnzoo.register_adapter(honest, replace=True)
 
