@@ -76,7 +76,7 @@ def bench(
     device: str = typer.Option("cpu", help="cpu or cuda."),
     threads: int = typer.Option(None, help="CPU threads; default: torch's."),
     train: bool = typer.Option(None, "--train/--no-train", help="Only forward+backward / only forward; default both."),
-    scope: str = typer.Option("model", help="What is timed: model, module (one self-attention) or attention."),
+    scope: str = typer.Option("model", help="What is timed: model, module (of attention) or attention."),
     rounds: int = typer.Option(None, help="Timed runs per row; default 3 to 9, as time allows."),
     batch: int = typer.Option(1, help="Passages per run."),
     full: bool = typer.Option(False, "--full", help="Longer inputs, more rounds, the dense oracle where it fits."),

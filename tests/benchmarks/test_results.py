@@ -232,8 +232,8 @@ def test_published_configurations_build(workload):
 
 def test_longformer_reads_as_many_tokens_as_it_has_positions_for():
     """Two rows of its table come before the first token's."""
-    assert LONGFORMER.obstacle(4096, train=False) is None
-    assert "4096 positions" in str(LONGFORMER.obstacle(4097, train=False))
+    assert LONGFORMER.beyond(4096) is None
+    assert "4096 positions" in str(LONGFORMER.beyond(4097))
     assert LONGFORMER.build(layers=1, seq_len=4097).config.max_position_embeddings == 4099
 
 
@@ -284,6 +284,7 @@ def test_states_get_gradients_in_training_and_in_its_projections(family, train):
 
 
 def test_projections_of_a_patched_module_are_those_it_really_runs():
+    """Query, key and value, and the same three for global tokens, of which there is one."""
     subject = build(Case("tiny", "attention", 40, 1, "float32", "cpu", 1, False))
     subject.patch("sdpa")
-    assert len(Projections(subject)._calls) == 4  # keys and values for the one global token are not projected
+    assert len(Projections(subject)._calls) == 6
