@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 from typer.core import TyperGroup
 
 import attnzoo
@@ -92,24 +97,56 @@ def matrix(
 def verify(
     model: Annotated[str, typer.Argument(help="A family of the shootout (see bench --help), or a local checkpoint.")],
     backend: Annotated[
-        str, typer.Option(help="The backend to verify, maybe with options (name:option=value,...).")
+        str, typer.Option(help="The backend to verify, maybe with options (name:option=value,...), or native.")
     ] = "sdpa",
-    seq_len: Annotated[int, typer.Option(help="Tokens of real text to run on.", min=1)] = 256,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a passage.", min=1)] = 256,
+    passages: Annotated[int, typer.Option(help="Passages of the shipped text, each judged by itself.", min=1)] = 8,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights; default: as they are stored.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="A look: one passage, no more than 256 tokens.")] = False,
     gradients: Annotated[bool, typer.Option(help="Compare gradients too.")] = True,
     as_json: Json = False,
 ) -> None:
     """Compare a patched model with its original under the error rule; exit status 1 if it is not within."""
-    from attnzoo.benchmarks.subjects import subject
+    from attnzoo.benchmarks.subjects import subject_with_passages
+    from attnzoo.excerpt import LENGTH
     from attnzoo.registry import RESERVED
-    from attnzoo.spelling import configured
+    from attnzoo.reports import Passages
+    from attnzoo.spelling import configured, named_dtype
     from attnzoo.verification import verify as compare
 
     chosen = backend if backend in RESERVED else configured(backend)
-    loaded, inputs = subject(model, seq_len)
-    report = compare(loaded, inputs, chosen, gradients=gradients)
+    weights = None if dtype is None else named_dtype(dtype)
+    count, length = (1, min(seq_len, LENGTH)) if fast else (passages, seq_len)
+    with _progress() as progress:
+        progress(0.0, f"loading {model}")
+        loaded, inputs = subject_with_passages(model, length, count, weights)
+        reports = []
+        for number, passage in enumerate(inputs):
+
+            def tell(done: float, what: str, number: int = number) -> None:
+                progress((number + done) / count, f"passage {number + 1} of {count}: {what}" if count > 1 else what)
+
+            reports.append(compare(loaded, passage, chosen, gradients=gradients, fast=fast, progress=tell))
+    report = reports[0] if count == 1 else Passages(tuple(reports))
     print(json.dumps(report.to_dict(), indent=2) if as_json else report)
     if not report.ok:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[float, str], None]]:
+    """A progress bar on stderr, if that is a terminal: a function of how much is done (0 to 1) and what is next."""
+    console = Console(stderr=True)
+    columns = (BarColumn(24), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+    with Progress(
+        *columns,
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda done, what: bar.update(task, completed=done, description=what)
 
 
 @app.command()

@@ -38,7 +38,12 @@ def cast(value: Any, dtype: torch.dtype | None) -> Any:
 
 
 def run_model(
-    model: nn.Module, inputs: dict[str, Any], gradients: bool, seed: int, inference: bool = False
+    model: nn.Module,
+    inputs: dict[str, Any],
+    gradients: bool,
+    seed: int,
+    inference: bool = False,
+    graph: bool = False,
 ) -> dict[str, Tensor]:
     """Outputs on real tokens by name, and the gradient of a random function of them.
 
@@ -52,21 +57,22 @@ def run_model(
         gradients: whether to compute the gradient.
         seed: of the random function, and of what the model draws.
         inference: take the outputs from a forward without gradients, which may go other ways than training.
+        graph: where no gradient is computed, run the forward as if one were.
     """
     parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = gradients and bool(parameters)
     found = {}
     if inference or not gradients:
         torch.manual_seed(seed)
-        with torch.no_grad():
-            found = _outputs(model, inputs)
+        with torch.set_grad_enabled(graph and not inference):
+            found = {what: output.detach() for what, output in _outputs(model, inputs).items()}
     if not gradients:
         return found
     torch.manual_seed(seed)
     with torch.enable_grad():
         outputs = _outputs(model, inputs)
     gradient = gradient_of(outputs.values(), parameters, seed)
-    return {**{name: output.detach() for name, output in outputs.items()}, **found, GRADIENT: gradient}
+    return {**{what: output.detach() for what, output in outputs.items()}, **found, GRADIENT: gradient}
 
 
 def gradient_of(outputs: Iterable[Tensor], wanted: list[Tensor], seed: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""What a comparison with the oracle found: per attention, and of a whole model."""
+"""What a comparison with the oracle found: per attention, of a whole model, and of a model on several passages."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -37,14 +37,14 @@ class SiteReport:
         return worst(self.checks)
 
 
-def worst(checks: tuple[Check, ...]) -> Check:
+def worst(checks: Iterable[Check]) -> Check:
     """The check with the largest error for its budget."""
-    return max(checks, key=lambda check: (not check.ok, check.error / check.budget if check.budget else 0.0))
+    return max(checks, key=lambda check: (not check.ok, check.share))
 
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`verify` found. Prints as a table; :meth:`to_dict` for JSON.
+    """What :func:`verify` found. Prints as a table, each site once; :meth:`to_dict` for JSON.
 
     Attributes:
         backend: the backend verified.
@@ -92,29 +92,35 @@ class Report:
         }
 
     def __str__(self) -> str:
-        rows = [("what", "kernel", "error", "budget", "verdict")]
-        for site in self.sites:
-            rows.append((f"{site.name}: {site.worst.what}", site.kernel, *_cells(site.worst)))
-        for label, checks in (("model", self.end_to_end), ("original", self.original)):
-            rows += [(f"{label}: {check.what}", "", *_cells(check)) for check in checks]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        verdict = "within the error rule" if self.ok else "NOT within the error rule"
-        if not self.sites:
-            verdict = "NOT shown to be within the error rule: none of its attentions ran"
-        if self.fault:
-            lines.append(f"the original was not run: {self.fault}")
-        if self.note:
-            lines.append(self.note)
-        if self.changed:
-            lines.append(f"the pattern was changed, and is judged as changed: {self.changed}")
-        recalls = [site.recall for site in self.sites if site.recall is not None]
-        if recalls:
-            mean = sum(recalls) / len(recalls)
-            lines.append(f"recall: {mean:.3f} of the unchanged attention's weight is on keys still seen")
-        for what, far in self.distance.items():
-            lines.append(f"{what} is off the unchanged model's by {far:.2g} of its largest value")
-        return "\n".join([*lines, f"backend {self.backend!r}: {verdict}"])
+        from attnzoo.report_text import text
+
+        return text([self])
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Reports on several inputs of one model. Prints as one table, of the worst passage at each site.
+
+    Attributes:
+        reports: one per passage, of which there is one at least.
+    """
+
+    reports: tuple[Report, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every passage is within the error rule."""
+        return all(report.ok for report in self.reports)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: every report whole."""
+        reports = [report.to_dict() for report in self.reports]
+        return {"backend": self.reports[0].backend, "ok": self.ok, "passages": reports}
+
+    def __str__(self) -> str:
+        from attnzoo.report_text import text
+
+        return text(self.reports)
 
 
 def _plain_site(site: SiteReport) -> dict[str, Any]:
@@ -124,7 +130,3 @@ def _plain_site(site: SiteReport) -> dict[str, Any]:
 
 def _plain(check: Check) -> dict[str, Any]:
     return {**asdict(check), "ok": check.ok}
-
-
-def _cells(check: Check) -> tuple[str, str, str]:
-    return f"{check.error:.2e}", f"{check.budget:.2e}", "ok" if check.ok else "FAILS"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from attnzoo import registry
 from attnzoo.backend import Backend
 from attnzoo.errors import InvalidArgumentError
+from attnzoo.segments import FLOATS
 
 
 def parse(text: str) -> tuple[str, dict[str, int | str]]:
@@ -46,3 +49,16 @@ _DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "fl
 def dtype_name(text: str) -> str:
     """torch's name of a dtype that may be typed short (``bf16``); anything else as it is."""
     return _DTYPES.get(text, text)
+
+
+def named_dtype(text: str) -> torch.dtype:
+    """The floating-point dtype of a name.
+
+    Raises:
+        InvalidArgumentError: attention is not computed in a dtype of that name.
+    """
+    names = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+    name = dtype_name(text)
+    if name not in names:
+        raise InvalidArgumentError("dtype", repr(text), ", ".join(names))
+    return names[name]

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,9 @@ def verify(
         gradients: compare parameter gradients too.
         max_rows: query rows to judge per attention.
         seed: of the random cotangents.
-        fast: read one sample only, and no more than its first 256 real tokens.
+        fast: for a look that takes seconds: read one sample only, and no more than its first 256 real tokens; compare
+            gradients at each attention but not end to end, and the model's own code end to end but not by modules
+            (unless ``"native"`` runs there).
         progress: called with how much of the work is done (0 to 1) and what happens next.
         options: go to the backend.
 
@@ -104,12 +107,14 @@ def verify(
             fault = next((reason for one in found if (reason := one.seam.fault(one.module))), "")
             choosing = {one.name: (one.module, one.seam.replay) for one in found if one.seam.replay is not None}
             # Whose backward works in training only is compared end to end forward; its attentions, backward too.
-            whole = gradients and not any(one.seam.backward_in_training for one in found)
+            trainable = not any(one.seam.backward_in_training for one in found)
+            whole = gradients and trainable and not fast
             if whole and any(p.is_meta and p.requires_grad for p in model.parameters()):
                 raise InvalidArgumentError("gradients", "True for offloaded weights, which have none", "False")
+            run = partial(run_model, gradients=whole, seed=seed)
             progress(0.0, "the patched model")
             with recording(choosing) as choices:
-                got = run_model(model, inputs, whole, seed, inference=True)
+                got = run(model, inputs, inference=not fast, graph=gradients)
         unreached = [site.name for site in handle.sites if not site.calls]
         native = [site.name for site in handle.sites if site.backend == "native" and site.calls]
         changed = "; ".join(dict.fromkeys(site.approximate for site in handle.sites if site.approximate))
@@ -126,38 +131,38 @@ def verify(
         original: dict[str, Tensor] = {}
         again: dict[str, Tensor] = {}
         progress(0.1, "the model's own code")
-        attending = [] if fault else [site.name for site in handle.sites]
+        attending = [] if fault else [site.name for site in handle.sites if site.name in native or not fast]
         with replaying(narrow, choices), recorded(narrow, attending) as calls:
             if not fault:
-                original = run_model(narrow, narrow_inputs, whole and not coarse, seed, inference=True)
+                original = run(narrow, narrow_inputs, gradients=whole and not coarse, inference=True)
         if native and wide and not coarse:
             with replaying(narrow, choices), patch(narrow, backend, **options):
-                got = run_model(narrow, narrow_inputs, whole, seed, inference=True)
+                got = run(narrow, narrow_inputs, inference=True)
         progress(0.2, "the model's own code, module by module")
         modules = ModuleRuns(calls, choices, rows_of_modules(model, inputs), gradients, seed)
         modules.run_own(narrow, [name for name in calls if name not in coarse])
         modules.run_plain(narrow)
         progress(0.3, "plain operations")
         with replaying(narrow, choices), patch(narrow, oracles(rewriters)):
-            eager = run_model(narrow, narrow_inputs, whole, seed)
+            eager = run(narrow, narrow_inputs)
         if whole:
             progress(0.4, "plain operations that compute scores again")
             with replaying(narrow, choices), patch(narrow, oracles(rewriters, RecomputedBackend())):
-                again = run_model(narrow, narrow_inputs, whole, seed)
+                again = run(narrow, narrow_inputs)
         double = cast(inputs, torch.float64)
         del narrow
         plain.double()
         if coarse:
             progress(0.5, "the model's own code in float64")
             with replaying(plain, choices):
-                original = run_model(plain, double, whole, seed)
-            modules.run_own(plain, coarse, torch.float64)
+                original = run(plain, double)
+            modules.run_own(plain, [name for name in coarse if name in calls], torch.float64)
             if native:
                 with replaying(plain, choices), patch(plain, backend, **options):
-                    got = run_model(plain, double, whole, seed, inference=True)
+                    got = run(plain, double, inference=True)
         progress(0.6, "the oracle in float64")
         with replaying(plain, choices), patch(plain, oracles(rewriters)):
-            reference = run_model(plain, double, whole, seed)
+            reference = run(plain, double)
         progress(0.8, "the oracle in float64, module by module")
         original_sites = modules.reports(plain, own_dtype)
         del plain
@@ -186,7 +191,9 @@ def verify(
         )
 
     notes, distance = [], {}
-    if gradients and not whole:
+    if gradients and fast:
+        notes.append("a fast look: no gradients end to end")
+    elif gradients and not trainable:
         notes.append("gradients are compared per attention only: this model's backward works in training mode alone")
     if coarse:
         notes.append(f"the model's own code was run in float64 at {', '.join(coarse)}")

@@ -1,14 +1,18 @@
 """The command line, as a user meets it."""
 
+import itertools
 import json
 import subprocess
 import sys
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 from typer.testing import CliRunner
 
 import attnzoo
 from attnzoo import cli
+from attnzoo.backends.eager import EagerBackend
 
 from .models.zoo import gpt_bigcode, led
 
@@ -50,8 +54,59 @@ def test_verify_a_checkpoint_on_disk(tmp_path):
     result = run("verify", str(tmp_path), "--seq-len", "40")
     assert result.exit_code == 0, result.output
     assert "within the error rule" in result.output
+    assert "on all 8 passages" in result.output
     data = json.loads(run("verify", str(tmp_path), "--seq-len", "40", "--json", "--no-gradients").stdout)
-    assert data["ok"] is True
+    assert data["ok"] is True and len(data["passages"]) == 8
+    assert all(passage["ok"] and len(passage["sites"]) >= 6 for passage in data["passages"])
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "native"])
+def test_verify_prints_each_site_once_in_80_columns(tmp_path, backend, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    led().save_pretrained(tmp_path)
+    arguments = (str(tmp_path), "--seq-len", "40", "--dtype", "fp32", "--backend", backend, "--passages", "2")
+    result = run("verify", *arguments)
+    assert result.exit_code == 0, result.output
+    assert all(len(line) <= 80 for line in result.stdout.splitlines())
+    for layer, name in itertools.product((0, 1), ("decoder", "encoder")):
+        attention = "encoder_attn" if name == "decoder" else "self_attn.longformer_self_attn"
+        assert result.stdout.count(f"led.{name}.layers.{layer}.{attention}\n") == 1
+
+
+def test_verify_fails_by_its_exit_status(tmp_path):
+    @attnzoo.register_backend
+    @dataclass(frozen=True)
+    class Sloppy(EagerBackend):
+        name: ClassVar[str] = "sloppy"
+
+        def run(self, attention, probabilities=False):
+            return super().run(replace(attention, scale=attention.scale * 1.01))
+
+    led().save_pretrained(tmp_path)
+    try:
+        result = run("verify", str(tmp_path), "--seq-len", "40", "--backend", "sloppy", "--passages", "2")
+    finally:
+        attnzoo.unregister_backend("sloppy")
+    assert result.exit_code == 1
+    assert "NOT within the error rule on 2 of 2 passages" in result.output and "FAILS" in result.output
+    assert "led.encoder.layers.0.self_attn.longformer_self_attn: output: error" in result.output
+
+
+def test_verify_in_a_hurry(tmp_path):
+    led().save_pretrained(tmp_path)
+    data = json.loads(run("verify", str(tmp_path), "--fast", "--seq-len", "40", "--json").stdout)
+    assert data["ok"] is True and data["sites"] and not data["original_sites"] and data["original"]
+    assert {check["what"] for site in data["sites"] for check in site["checks"]} == {"output", "gradient"}
+    assert not any("gradient" in check["what"] for check in data["end_to_end"])
+    assert "fast" in data["note"]
+    native = json.loads(run("verify", str(tmp_path), "--fast", "--json", "--backend", "native").stdout)
+    assert native["ok"] is True and native["sites"] == native["original_sites"]
+
+
+def test_there_is_no_progress_bar_where_there_is_no_terminal(tmp_path):
+    led().save_pretrained(tmp_path)
+    done = attnzoo_command("verify", str(tmp_path), "--fast", "--seq-len", "32")
+    assert done.returncode == 0 and "%" not in done.stderr and "Loading" not in done.stderr
 
 
 def test_explain_takes_options(tmp_path):
@@ -69,6 +124,7 @@ def test_explain_takes_options(tmp_path):
         (("explain", "longforme"), "did you mean 'longformer'"),
         (("verify", "led", "--backend", "spda", "--seq-len", "8"), "did you mean 'sdpa'"),
         (("verify", "."), "model: got '.'"),
+        (("verify", "led", "--dtype", "int8"), "dtype: got 'int8'; allowed: "),
         (("explain", "EleutherAI/pythia-160m"), "'reformer_local', or the folder of a checkpoint"),
         (("matrix", "led", "--json", "--markdown"), "format: got --json and --markdown; allowed: one of the two"),
         (("verify", "gpt_bigcode", "--seq-len", "4096"), "seq-len: got 4096; allowed: less: the published conf"),
