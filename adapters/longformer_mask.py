@@ -10,7 +10,6 @@ whether it is patched or not.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import FunctionType
 from typing import Any
 
 from attnzoo.adapter import Attend, Forward, Seam
@@ -21,17 +20,6 @@ from attnzoo.typed_masks import ENCODER_MASK, checking
 _MASKS = {"attention_mask": ENCODER_MASK, "global_attention_mask": ENCODER_MASK}
 MaskFunction = Callable[..., Any]
 OneRow = Callable[[MaskFunction], MaskFunction]
-
-
-# By the original's forward. Not functools.cache, which torch.compile warns of and runs anew in every trace.
-_REBOUND: dict[FunctionType, FunctionType] = {}
-
-
-def _with_one_row(forward: FunctionType, name: str, one_row: OneRow) -> FunctionType:
-    """The forward of the model's class with its mask function rebound: one function for all models of the class."""
-    if forward not in _REBOUND:
-        _REBOUND[forward] = rebind(forward, **{name: one_row(forward.__globals__[name])})
-    return _REBOUND[forward]
 
 
 def mask_seam(cls: str, name: str, one_row: OneRow, verified: Mapping[str, tuple[str, ...]]) -> Seam:
@@ -45,6 +33,7 @@ def mask_seam(cls: str, name: str, one_row: OneRow, verified: Mapping[str, tuple
     """
 
     def bind(original: Any, attend: Attend) -> Forward:
-        return _with_one_row(original.forward, name, one_row)
+        make = original.forward.__globals__[name]
+        return rebind(original.forward, **{name: one_row(make)})
 
     return companion(cls, checking(lambda module: _MASKS, bind), verified, "makes a padding mask of one row")

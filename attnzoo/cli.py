@@ -5,6 +5,7 @@ Everything it prints fits the terminal: see :mod:`attnzoo.layout`.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -180,6 +181,9 @@ def _mount() -> None:
 def main() -> None:
     """Entry point of the ``attnzoo`` command; attnzoo's own errors print as one message without a traceback."""
     _mount()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a character that the encoding lacks must not end the command
     try:
         app()
     except AttnzooError as error:

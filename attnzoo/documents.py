@@ -113,8 +113,9 @@ def attend_documents(
     It runs as it is, too, where the backend does not take the documents, where a bias does not move with them, and
     where probabilities are asked for, which are as large as the mask.
     """
-    bias = attention.segments[0].bias
-    if documents is None or probabilities or not _moves(bias):
+    (segment,) = attention.segments
+    more = (attention.query_mask, attention.empty, segment.key_mask)
+    if documents is None or probabilities or not _moves(segment.bias) or any(one is not None for one in more):
         return attend(attention, probabilities)
     parts = [pack.of(attention) for pack in documents]
     if not all(map(attend.takes, parts)):

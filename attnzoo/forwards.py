@@ -130,9 +130,8 @@ class _Noted(threading.local):
 
     module: weakref.ref[nn.Module] | None = None
 
-    def __reduce__(
-        self,
-    ) -> Any:  # accelerate copies the attributes of a forward to its wrapper, and wrappers are copied
+    def __reduce__(self) -> Any:
+        # accelerate copies the attributes of a forward to its wrapper, and wrappers are copied with their models.
         return _Noted, ()
 
 
@@ -169,6 +168,10 @@ class PatchedForward(slots.Replacement):
             reason="attnzoo runs patched modules uncompiled",
             recursive=self.seam.attends,
         )
+        # Notes belong to a thread: the compiler would guard on them, and they change with each call.
+        self._note = torch.compiler.disable(PatchedForward._note_module)
+        self._find_module = torch.compiler.disable(PatchedForward._module_of_call)
+        self._traced: nn.Module | None = None  # what is noted inside a graph, until the forward runs
 
     def _bind(self, module: nn.Module | None, owner: nn.Module | None) -> None:
         self._module = None if module is None else weakref.ref(module)
@@ -206,11 +209,16 @@ class PatchedForward(slots.Replacement):
                 self._pre_hook.remove()
 
     def _note_call(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not torch.compiler.is_compiling():
-            self._noted.module = weakref.ref(module)
+        if self.native and torch.compiler.is_compiling():
+            self._traced = module  # the compiler follows an attribute through its graph, and not a thread's own
+        else:
+            self._note(self, module)
+
+    def _note_module(self, module: nn.Module) -> None:
+        self._noted.module = weakref.ref(module)
 
     def _module_of_call(self) -> nn.Module:
-        """The module that is being called: the pre-hook told, or nobody did and it is the one that was patched."""
+        """The module being called: the one the pre-hook noted; without a note, the one that was patched."""
         noted, self._noted.module = self._noted.module, None
         module = None if noted is None else noted()
         if module is not None and self in patches_of(module):
@@ -225,18 +233,21 @@ class PatchedForward(slots.Replacement):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.native and torch.compiler.is_compiling():
             # What is compiled here is the model's own code. Its calls are not counted: a graph counts nothing.
-            return self._run_own(self.module, args, kwargs)
+            module, self._traced = self._traced or self.module, None
+            return self._run_own(module, args, kwargs)
         if self._forward is not None and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
             # What masks say is read from them: a trace would keep what the example's said, whatever comes later.
             raise PatchError(
                 f'{self.site.name}: got a patched model to trace or export; allowed: one patched with "native", or '
                 "attnzoo.unpatch(model) first"
             )
-        if args and isinstance(args[0], nn.Module):  # called as a method
-            return self._uncompiled(self, args[0], args[1:], kwargs)
-        return self._uncompiled(self, self._module_of_call(), args, kwargs)
+        return self._uncompiled(self, args, kwargs)
 
-    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args and isinstance(args[0], nn.Module):  # called as a method
+            module, args = args[0], args[1:]
+        else:
+            module = self._find_module(self)
         if self._forward is None:
             self.site.kernels["native"] += 1
             return self._run_own(module, args, kwargs)

@@ -62,7 +62,9 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
         raise InvalidArgumentError("attention_mask", describe(attention_mask), fits)
     if attention_mask.dtype == torch.bool:
         visible = attention_mask.expand(-1, -1, *lengths)
-        return _structured(visible, batch) if readable(visible) else ReadMask(Full(), None, visible, None)
+        read = _structured(visible, batch) if readable(visible) else ReadMask(Full(), None, visible, None)
+        # A copy, since what shares memory with the mask is not remembered and would be read again by every layer.
+        return read if read.mask is None else read._replace(mask=read.mask.clone())
     if not attention_mask.is_floating_point():
         raise InvalidArgumentError("attention_mask", describe(attention_mask), allowed)
     hidden = attention_mask <= (torch.finfo(attention_mask.dtype).min / 2 if floor is None else floor)

@@ -5,6 +5,7 @@ Runs in several dtypes are compared only if they make the same choices (hash buc
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -49,6 +50,6 @@ def oracles(
     """
     plain = EagerBackend() if plain is None else plain
     found: dict[str, str | Backend] = {
-        site: Rewritten(backend, iter(choices), plain) for site, (backend, choices) in rewriters.items()
+        glob.escape(site): Rewritten(backend, iter(choices), plain) for site, (backend, choices) in rewriters.items()
     }
     return {**found, "*": plain}

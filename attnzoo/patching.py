@@ -66,8 +66,8 @@ class Handle:
         if root is not None:
             places |= {(id(module), f): (module, f) for module, f in _layers(root) if f.patch.number == number}
         _remove(list(places.values()))
-        for guarded in self.forwards[0].patch.guarded:
-            if (model := guarded()) is not None:
+        for model in (root, *(guarded() for guarded in self.forwards[0].patch.guarded)):
+            if model is not None:
                 engines.guard(model)
 
     def __enter__(self) -> Handle:
@@ -232,8 +232,10 @@ def patch(
     chosen = _assign([found for found in everything if found.seam.attends], backend)
     if any(name == "auto" for _, name in chosen):
         by_priority_because()  # raises if what it goes by is told wrongly
-    chosen += _companions(everything, chosen)
     made = _make(dict.fromkeys(name for _, name in chosen), options)
+    companions = _companions(everything, chosen)
+    made |= dict.fromkeys((name for _, name in companions), None)
+    chosen += companions
     refused: dict[str, tuple[Refusal, ...]] = {}
     alternatives: dict[str, tuple[str, ...]] = {}
     refusers: list[str] = []

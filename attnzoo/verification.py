@@ -229,7 +229,7 @@ def _label(backend: str | Backend | Mapping[str, str | Backend]) -> str:
         return ", ".join(f"{glob}={_label(name)}" for glob, name in backend.items())
     if isinstance(backend, str):
         return backend
-    options = {name: value for name, value in vars(backend).items() if value is not None}
+    options = {name: value for name in backend.options() if (value := getattr(backend, name)) is not None}
     return spell(backend.name, options)
 
 

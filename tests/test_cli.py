@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -168,3 +169,10 @@ def test_help_lists_the_commands():
     output = attnzoo_command("--help").stdout
     for command in ("doctor", "matrix", "verify", "bench"):
         assert command in output
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_narrow_encoding_ends_no_command(encoding):
+    command = [sys.executable, "-m", "attnzoo", "matrix", "gpt_neox"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import attnzoo
+from attnzoo import documents, masks
 from attnzoo.backends.eager import EagerBackend
 from attnzoo.segments import Result
 
@@ -149,3 +150,15 @@ def test_the_decoder_of_an_encoder_decoder_takes_documents_too(maskless):
         native = model(**{**row, "decoder_attention_mask": additive}).logits
         with attnzoo.patch(model, {"*decoder*": maskless, "*": "sdpa"}):
             assert close(model(**{**row, "decoder_attention_mask": additive}).logits, native)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_packed_mask_is_read_once_per_forward(implementation, monkeypatch):
+    """Whatever the number of layers, and also where the mask is bool, so that a reading could share its memory."""
+    reads, read = [], documents.find_documents
+    monkeypatch.setattr(masks, "find_documents", lambda *given: reads.append(given) or read(*given))
+    model = gpt_neox()
+    model.set_attn_implementation(implementation)
+    with attnzoo.patch(model, "sdpa"), torch.no_grad():
+        model(**ROW)
+    assert len(reads) == 1 < model.config.num_hidden_layers

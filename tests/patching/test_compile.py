@@ -3,6 +3,8 @@
 With a compiler backend that runs what is traced, as it is: what is tested is the tracing.
 """
 
+import copy
+
 import pytest
 import torch
 
@@ -44,6 +46,41 @@ def test_a_patched_model_compiles(build, inputs):
     for got, wanted in zip(found, expected, strict=True):
         for one, other in zip(got, wanted, strict=True):
             torch.testing.assert_close(one, other)
+
+
+FOUR = [(gpt_neox, causal_inputs), (gpt_bigcode, causal_inputs), (longt5, longt5_inputs), (led, led_inputs)]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("build", "inputs"), FOUR)
+def test_equal_calls_compile_nothing_anew(build, inputs, grad):
+    model, given, graphs = build().eval(), inputs(20, "left"), []
+    torch.compiler.reset()
+    with attnzoo.patch(model, "sdpa"), torch.set_grad_enabled(grad):
+        expected = model(**given).logits
+        compiled = torch.compile(model, backend=lambda graph, example: graphs.append(1) or graph)
+        counts = []
+        for _ in range(3):
+            assert torch.equal(compiled(**given).logits, expected)
+            counts.append(len(graphs))
+    assert counts[0] == counts[1] == counts[2]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "native"])
+def test_a_compiled_shallow_copy_computes_with_its_own_weights(backend):
+    model = gpt_neox().eval()
+    module = model.gpt_neox.layers[0].attention
+    states = torch.randn(1, 5, model.config.hidden_size)
+    rotary = model.gpt_neox.rotary_emb(states, torch.arange(5)[None])
+    torch.compiler.reset()
+    with attnzoo.patch(model, backend), torch.no_grad():
+        twin, dense = copy.copy(module), copy.deepcopy(module.dense)
+        twin._modules = {**module._modules, "dense": dense}
+        dense.weight.zero_(), dense.bias.zero_()
+        compiled = torch.compile(twin, backend="eager")
+        for _ in range(2):
+            assert compiled(states, None, position_embeddings=rotary)[0].abs().max() == 0.0
+        assert module(states, None, position_embeddings=rotary)[0].abs().max() > 0.0
 
 
 @pytest.mark.parametrize(
