@@ -226,7 +226,7 @@ def test_bad_arguments_are_named():
         for module in attentions(model):
             with pytest.raises(InvalidArgumentError, match=r"attention_mask: got .* with NaN"):
                 module(hidden(2, 8), attention_mask=mask.masked_fill(mask > 0, math.nan))
-            with pytest.raises(InvalidArgumentError, match=r"attention_mask: got .*allowed: .2, 8."):
+            with pytest.raises(InvalidArgumentError, match=r"attention_mask: got .*allowed: a tensor .2, 8. of bool"):
                 module(hidden(2, 8), attention_mask=torch.ones(2, 7))
             with pytest.raises(InvalidArgumentError, match="position_bias"):
                 module(hidden(2, 8), position_bias=torch.ones(1))
