@@ -1,8 +1,8 @@
 """Seams of modules that attend nothing, but make larger tensors around attention than they need, or take users' masks.
 
-``patch`` takes such a module over together with the attention it belongs to. Its results do not depend on that, only
-its memory and messages do, so that a module whose forward is not the original's, by a subclass or on the instance, is
-left alone.
+``patch`` takes such a module over together with the attention it belongs to. The takeover
+changes memory and messages, never results. So a module whose forward was overridden, by a subclass or on the instance,
+is left alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from attnzoo import slots
 from attnzoo.adapter import Attend, Forward, Seam
 from attnzoo.fingerprint import locate
 
-# Tokens that a module takes at once: their hidden layers fit in tens of MiB, and matrix products are no slower.
+# Fewest tokens of a slice: their hidden layers fit in tens of MiB, and matrix products are no slower.
 TOKENS_AT_ONCE = 2048
 
 

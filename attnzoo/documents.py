@@ -110,8 +110,8 @@ def attend_documents(
 ) -> Result:
     """Run an attention of one segment, whose mask shows these documents; without documents, as it is.
 
-    It runs as it is, too, where the backend does not take the documents, where a bias does not move with them, and
-    where probabilities are asked for, which are as large as the mask.
+    It keeps the dense mask in four cases: the backend refuses the documents, a bias depends on the place in the row,
+    probabilities are asked for, or the attention has more masks.
     """
     (segment,) = attention.segments
     more = (attention.query_mask, attention.empty, segment.key_mask)

@@ -6,8 +6,8 @@ for outputs and 3 for gradients; errors are the largest absolute differences; Na
 
 For outputs, ``plain_error`` is that of ``eager`` in the same dtype. For gradients it is the larger of two: that of
 ``eager``, which keeps its weights from the forward, and that of plain operations which compute the scores again in the
-backward (:mod:`attnzoo.recomputed`), as every kernel does that stores no weights. Both are measured on the same inputs,
-neither knows the candidate, and the second is wrong in nothing but how often the scores are rounded.
+backward (:mod:`attnzoo.recomputed`), as every kernel does that stores no weights. Both are measured on the same inputs.
+Neither depends on the candidate. The second differs from ``eager`` only in that it rounds the scores twice.
 """
 
 from __future__ import annotations

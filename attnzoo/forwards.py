@@ -81,7 +81,7 @@ class SiteAttend:
         if backend is None:
             choice = registry.choose_for(attention, probabilities)
             backend = choice.backend
-        result = execute(backend, attention, probabilities, self.site.name)
+        result = execute(backend, attention, probabilities, self.site.label)
         self.site.kernels[result.kernel] += 1
         changed = None if backend.capabilities.exact else backend.changes(attention.request(probabilities))
         if changed is not None:
@@ -101,9 +101,9 @@ class SiteAttend:
         return self._fallback and can
 
     def once(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
-        # A forward asks once at each site: one that asks again is in the next forward. That tells what versions do not,
-        # as inference tensors have none, and writing through ``.data`` or numpy changes none. What is made in inference
-        # mode cannot be saved for a backward.
+        # A forward asks once at each site, so a site that asks again is in the next forward. Version counters are not
+        # enough: inference tensors have none, and writes through ``.data`` or numpy do not change them. What is made in
+        # inference mode cannot be saved for a backward.
         if transforms_around(()):  # what is made under torch.func has no storage, and is of no use outside
             return make(tensor)
         made = self._memory.setdefault(tensor, {})
@@ -225,7 +225,7 @@ class PatchedForward(slots.Replacement):
             return module
         if self.module is None or self.removed:
             raise PatchError(
-                f"{self.site.name}: got a call through a copy of a module whose patch is gone; allowed: "
+                f"{self.site.label}: got a call through a copy of a module whose patch is gone; allowed: "
                 "attnzoo.unpatch(copy) before the original's patch is removed, or copy.deepcopy"
             )
         return self.module
@@ -238,7 +238,7 @@ class PatchedForward(slots.Replacement):
         if self._forward is not None and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
             # What masks say is read from them: a trace would keep what the example's said, whatever comes later.
             raise PatchError(
-                f'{self.site.name}: got a patched model to trace or export; allowed: one patched with "native", or '
+                f'{self.site.label}: got a patched model to trace or export; allowed: one patched with "native", or '
                 "attnzoo.unpatch(model) first"
             )
         return self._uncompiled(self, args, kwargs)
@@ -253,7 +253,7 @@ class PatchedForward(slots.Replacement):
             return self._run_own(module, args, kwargs)
         states = args[0] if args else kwargs.get("hidden_states")
         if isinstance(states, Tensor) and 0 in states.shape:  # models fail on those in words of their own
-            raise InvalidArgumentError(f"input of {self.site.name}", describe(states), "a tensor, none of its sizes 0")
+            raise InvalidArgumentError(f"input of {self.site.label}", describe(states), "a tensor, none of its sizes 0")
         try:
             if self.seam.attends:
                 check_keywords(module, kwargs)
@@ -283,7 +283,7 @@ class PatchedForward(slots.Replacement):
         for request in expected_requests(self.of(module), grad, sharers):
             dtype = compute_dtype(torch.empty(0, dtype=request.dtype, device=request.device))
             asked = replace(request, probabilities=probabilities, dtype=dtype, transforms=transforms)
-            negotiate(self.backend, asked, self.site.name)
+            negotiate(self.backend, asked, self.site.label)
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> PatchedForward:
         twin = object.__new__(PatchedForward)
@@ -308,7 +308,7 @@ class PatchedForward(slots.Replacement):
 
     def __reduce__(self) -> Any:
         raise PatchError(
-            f"{self.site.name}: a patched model cannot be pickled; allowed: model.save_pretrained, "
+            f"{self.site.label}: a patched model cannot be pickled; allowed: model.save_pretrained, "
             "state_dict, or attnzoo.unpatch(model) first"
         )
 

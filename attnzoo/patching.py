@@ -92,12 +92,12 @@ def _remove(places: list[tuple[nn.Module, PatchedForward]]) -> None:
         layers = list(patches_of(module))
         if forward not in layers:
             raise PatchError(
-                f"{forward.site.name}: got a module whose forward is not this patch's; allowed: removing a patch "
+                f"{forward.site.label}: got a module whose forward is not this patch's; allowed: removing a patch "
                 "while nothing else has replaced the forward since"
             )
         if layers[0] is not forward:
             raise PatchError(
-                f"{forward.site.name}: got a patch with a later one on top; allowed: removing them last in, first out"
+                f"{forward.site.label}: got a patch with a later one on top; allowed: removing them last in, first out"
             )
     for module, forward in places:
         forward.take_off(module)
@@ -171,22 +171,35 @@ def unpatch(model: nn.Module) -> None:
         PatchError: the model is not patched, or its last patch is not in place everywhere any more.
     """
     places = _last(model)
-    in_place = {forward.site.name for _, forward in places}
-    # A shallow copy of a part is not what was patched, and stands alone.
-    expected = [name for module, forward in places if module is forward.module for name in forward.patch.names]
-    lost = [name for name in dict.fromkeys(expected) if name not in in_place]
-    if lost:
-        raise PatchError(
-            f"model: got one in which the last patch is no longer in place at {', '.join(lost)}; allowed: the whole "
-            "model, while nothing else has replaced a patched forward"
-        )
+    _check_whole(places)
     _remove(places)
     engines.guard(model)
 
 
+def _check_whole(places: list[tuple[nn.Module, PatchedForward]]) -> None:
+    """Raise unless a patch is in place everywhere: ``places`` are its forwards in a model."""
+    in_place = {forward.site.name for _, forward in places}
+    # A shallow copy of a part is not what was patched, and stands alone.
+    expected = [name for module, forward in places if module is forward.module for name in forward.patch.names]
+    lost = [name or "the model that was patched" for name in dict.fromkeys(expected) if name not in in_place]
+    if lost:
+        raise PatchError(
+            f"model: got one in which the last patch is no longer in place at {shorten(', '.join(lost))}; allowed: the "
+            "whole model that was patched, while nothing else has replaced a patched forward"
+        )
+
+
 def unpatch_all(model: nn.Module) -> None:
-    """Remove every patch of a model, if there is any."""
-    while any(True for module in model.modules() for _ in patches_of(module)):
+    """Remove every patch of a model, if there is any: all of them, or none if one cannot be removed.
+
+    Raises:
+        PatchError: a patch is not in place everywhere any more, or belongs to a larger model.
+    """
+    layers = _layers(model)
+    numbers = sorted({forward.patch.number for _, forward in layers}, reverse=True)
+    for number in numbers:
+        _check_whole([(module, forward) for module, forward in layers if forward.patch.number == number])
+    for _ in numbers:
         unpatch(model)
 
 
@@ -207,9 +220,9 @@ def patch(
             narrower ones come first; modules that none matches stay as they are. A configured :class:`Backend` may
             stand for its name.
         fallback: ``"error"``: what the backend cannot do raises; ``"native"``: that forward runs the model's own
-            code and returns what that returns; it is counted in ``Site.fallbacks``. What only shows within a forward
-            (a mask that is more than causality and padding) falls back where the attention function is all that is
-            replaced; where the whole forward is, as its caches may be filled by then, it raises under either.
+            code and returns what that returns; it is counted in ``Site.fallbacks``. Some refusals show only
+            inside the forward (a mask that is more than causality and padding). Where the attention function is all
+            that is replaced, they fall back. Where the whole forward is, they raise, as its cache may be filled.
         replace: remove the patches that are in place, once it is clear that the new one can be made. A notebook cell
             that patches can then run again. Otherwise patches stack.
         options: go to the backends that are named, e.g. ``window=1024``; a configured one (:func:`attnzoo.configure`)

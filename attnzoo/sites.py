@@ -50,6 +50,11 @@ class Site:
     observer: Observer | None = field(default=None, repr=False)
 
     @property
+    def label(self) -> str:
+        """The name for messages: the class where the module is the model that was patched, which has none."""
+        return self.name or self.cls
+
+    @property
     def calls(self) -> int:
         return sum(self.kernels.values())
 

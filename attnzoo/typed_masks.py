@@ -27,7 +27,7 @@ class TypedMask:
 
     Attributes:
         of: the arguments that may hold its tokens, ``(batch, length, ...)``; the first that is given counts.
-        name: what users call the mask, where the model is handed it under another name.
+        name: the user's name of the mask, if the module's argument has another name.
         grids: whether it may be a grid ``(batch or 1, heads or 1, q_len or 1, kv_len or 1)`` too.
         queries: the arguments that may hold the queries of a grid, where those are other tokens.
         cut: whether the model cuts and fills a mask of another length itself, and moves it to its device.
@@ -106,7 +106,8 @@ def refuse_nan(name: str, mask: Tensor) -> None:
 
 
 def checking(masks: Callable[[Any], TypedMasks], bind: Bind | None = None) -> Bind:
-    """The ``bind`` of a seam that checks masks in front of another forward. It relies on names of arguments alone.
+    """The ``bind`` of a seam that checks masks in front of another forward. It needs only the names of the
+    forward's arguments, so it has no fingerprints.
 
     Args:
         masks: by argument, what a module takes.

@@ -198,7 +198,7 @@ def verify(
     if coarse:
         notes.append(f"the model's own code was run in float64 at {', '.join(coarse)}")
     if unreached:
-        notes.append(f"not said of what these inputs never reach: {', '.join(unreached)}")
+        notes.append(f"not checked, as these inputs do not reach it: {', '.join(unreached)}")
     if changed:
         distance = {
             what: float((original[what].double() - true).abs().max() / true.abs().max())

@@ -410,3 +410,18 @@ def test_a_replacing_patch_that_is_refused_leaves_the_old_ones(subject):
     with pytest.raises(attnzoo.BackendRefusedError):
         attnzoo.patch(subject.model, "flash", replace=True)
     assert old.active and attnzoo.handle(subject.model).sites == old.sites
+
+
+def test_replacing_in_a_part_of_a_patched_model_changes_nothing(neox):
+    """The part's own patch could go, the model's could not: both stay."""
+    outer = attnzoo.patch(neox.model, "sdpa")
+    part = neox.model.gpt_neox.layers[1]
+    inner = attnzoo.patch(part, "eager")
+    with pytest.raises(attnzoo.PatchError, match=r"no longer in place at .*allowed: the whole model that was patched"):
+        attnzoo.patch(part, "native", replace=True)
+    assert inner.active and outer.active
+
+
+def test_a_module_that_is_the_model_is_named_by_its_class(neox):
+    with attnzoo.patch(neox.module(), "sdpa"), pytest.raises(attnzoo.InvalidArgumentError, match="GPTNeoXAttention"):
+        neox.module()(torch.empty(1, 0, 16), None)

@@ -147,5 +147,5 @@ def test_a_handle_shows_that_nothing_ran_where_the_models_own_code_did(neox):
 def test_verify_says_where_it_saw_nothing(neox):
     report = attnzoo.verify(neox.model, neox.inputs, "sdpa")
     assert report.ok and {site.name for site in report.sites} == {neox.sites[1]}
-    assert report.note == f"not said of what these inputs never reach: {neox.sites[0]}"
+    assert report.note == f"not checked, as these inputs do not reach it: {neox.sites[0]}"
     assert report.note in str(report) and report.to_dict()["note"] == report.note
