@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -190,6 +191,8 @@ def verify(
             for what in names
         )
 
+    # An output that the patched model loses fails, whatever the other outputs are.
+    lost = tuple(Check(what, math.inf, 0.0, 0.0, 0.0) for what in reference if what not in got)
     notes, distance = [], {}
     if gradients and fast:
         notes.append("a fast look: no gradients end to end")
@@ -209,7 +212,7 @@ def verify(
     return Report(
         backend=_label(backend),
         sites=tuple(sites),
-        end_to_end=compare(got, own_dtype if native else dtype),
+        end_to_end=(*compare(got, own_dtype if native else dtype), *lost),
         original=compare(original, own_dtype),
         original_sites=original_sites,
         fault=fault,

@@ -271,3 +271,23 @@ def test_explain_sees_a_replaced_forward_as_patch_does():
     assert [verdict.site for verdict in verdicts] == ["led.encoder.layers.0.self_attn.longformer_self_attn"]
     with pytest.raises(attnzoo.PatchError, match="forward was replaced"):
         attnzoo.patch(model, "sdpa")
+
+
+class Loses(torch.nn.Module):
+    """A model that returns one output less where it is patched with sdpa."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = gpt_neox()
+
+    def forward(self, **inputs):
+        logits = self.inner(**inputs).logits
+        loses = attnzoo.is_patched(self) and attnzoo.handle(self).sites[0].backend == "sdpa"
+        return {"logits": logits} if loses else {"logits": logits, "square": logits.square()}
+
+
+def test_an_output_that_is_lost_fails():
+    inputs = dict(input_ids=torch.arange(3, 15)[None])
+    report = attnzoo.verify(Loses().eval(), inputs, "sdpa", gradients=False)
+    assert not report.ok and {check.what: check.ok for check in report.end_to_end} == {"logits": True, "square": False}
+    assert attnzoo.verify(Loses().eval(), inputs, "native", gradients=False).ok
