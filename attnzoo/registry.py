@@ -246,7 +246,8 @@ def backend_class(name: str) -> type[Backend]:
         raise InvalidArgumentError("backend", f"{name!r}: {_broken_backends[name]}", "a backend that loads")
     known = {alias for cls in _backends.values() for alias in (cls.name, *_aliases(cls))}
     if named in RESERVED:
-        raise InvalidArgumentError("backend", f"{name!r}, which is none itself", ", ".join(map(repr, sorted(known))))
+        names = ", ".join(map(repr, sorted(known)))
+        raise InvalidArgumentError("backend", f"{name!r}, a selection mode and no backend", names)
     raise UnknownNameError("backend", name, known | set(RESERVED))
 
 

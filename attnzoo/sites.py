@@ -209,7 +209,7 @@ def check_options(settled: Iterable[Backend]) -> None:
     everywhere = list(settled)
     idle = [backend.idle() for backend in everywhere]
     if idle and all(idle):
-        allowed = "none of them: all attention here stays as it is, being local of its own (or beside such attention)"
+        allowed = "no options: every attention in this patch is already local, so they would have no effect"
         raise InvalidArgumentError(f"options of backend {everywhere[0].name!r}", ", ".join(idle[0]), allowed)
 
 
