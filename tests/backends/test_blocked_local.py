@@ -178,7 +178,7 @@ def test_options_that_would_do_nothing_are_refused():
         words = (
             "options of backend 'blocked-local': got window=8, sinks=1;",
             "allowed: no options",
-            "local of its own",
+            "already local",
         )
         refused(lambda call=call: call(model, "blocked-local", window=8, sinks=1, kernel="sdpa"), *words)
     assert not any("forward" in vars(module) for module in model.modules())
