@@ -39,6 +39,7 @@ class Case:
         device: ``"cpu"`` or ``"cuda"``.
         threads: CPU threads.
         train: forward and backward, dropout off; else forward without gradients.
+        layers: of each stack of the whole model; None: as published.
     """
 
     family: str
@@ -49,6 +50,7 @@ class Case:
     device: str
     threads: int
     train: bool
+    layers: int | None = None
 
     @property
     def mode(self) -> str:
@@ -126,7 +128,7 @@ def build(case: Case) -> Subject:
 def _whole_model(case: Case) -> Subject:
     workload = find_workload(case.family)
     train_at = case.seq_len if case.train else None
-    model = workload.build(seq_len=case.seq_len, train_at=train_at).to(case.device, DTYPES[case.dtype])
+    model = workload.build(case.layers, case.seq_len, train_at).to(case.device, DTYPES[case.dtype])
     kwargs, targets = workload.read(case.batch, case.seq_len)
     kwargs = tree_map(lambda value: value.to(case.device) if isinstance(value, Tensor) else value, kwargs)
     targets = targets.to(case.device)

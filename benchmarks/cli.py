@@ -39,6 +39,7 @@ def make_plan(
     full: bool = False,
     peers: bool | None = None,
     original: bool = True,
+    layers: int | None = None,
 ) -> Plan:
     """The plan behind the options of the command line.
 
@@ -59,6 +60,7 @@ def make_plan(
         rounds=rounds,
         peers=peers,
         original=original,
+        layers=layers,
     )
     if full:
         values.update(seconds_per_case=60.0, dense_limit=None)
@@ -86,6 +88,7 @@ def bench(
     original: bool = typer.Option(
         True, "--original/--no-original", help="The original too; without it no ratios, where it does not fit memory."
     ),
+    layers: int = typer.Option(None, help="Layers of each stack of a whole model; default: as published."),
     json: Path = typer.Option(None, "--json", help="Where the JSON goes; default shootout/<name>.json."),
     plot: Path = typer.Option(None, "--plot", help="Where the PNG goes; default beside the JSON."),
     no_plot: bool = typer.Option(False, "--no-plot", help="Draw nothing."),
@@ -95,7 +98,7 @@ def bench(
     No speed is shown for wrong numbers or for a kernel that was not asked for; such a run ends with exit code 1.
     """
     plan = make_plan(
-        model, backend, seq_len, dtype, device, threads, train, scope, rounds, batch, full, peers, original
+        model, backend, seq_len, dtype, device, threads, train, scope, rounds, batch, full, peers, original, layers
     )
     if plot is not None and no_plot:
         raise InvalidArgumentError("plot", f"{plot} together with --no-plot", "one of the two")

@@ -52,6 +52,7 @@ class Plan:
         threads: CPU threads.
         batch: passages.
         original: whether the original runs; without it there are no ratios (where it does not fit into memory).
+        layers: of each stack of a whole model, for its memory at lengths that take long; None: as published.
         rounds: timed runs per row; None: from 3 to 9, as :attr:`seconds_per_case` allows.
         seconds_per_case: what the timed runs of one case may take in all, if ``rounds`` is None.
         dense_limit: longest input of dense backends; None: as memory allows.
@@ -70,6 +71,7 @@ class Plan:
     threads: int = 1
     batch: int = 1
     original: bool = True
+    layers: int | None = None
     rounds: int | None = None
     seconds_per_case: float = 10.0
     dense_limit: int | None = 1024
@@ -84,6 +86,8 @@ class Plan:
             raise UnknownNameError("scope", self.scope, SCOPES)
         if self.dtype not in DTYPES:
             raise UnknownNameError("dtype", self.dtype, DTYPES)
+        if self.layers is not None and self.scope != "model":
+            raise InvalidArgumentError("layers", f"--layers with scope {self.scope!r}", "--scope model")
         if self.peers and self.scope != PEER_SCOPE:
             raise InvalidArgumentError("peers", f"--peers with scope {self.scope!r}", f"--scope {PEER_SCOPE}")
         _check_device(self.device)
@@ -91,8 +95,8 @@ class Plan:
             raise InvalidArgumentError("plan", "no model, sequence length or mode", "at least one of each")
         counts = [("seq-len", value) for value in self.seq_lens]
         counts += [("threads", self.threads), ("batch", self.batch)]
-        if self.rounds is not None:
-            counts.append(("rounds", self.rounds))
+        optional = (("rounds", self.rounds), ("layers", self.layers))
+        counts += [(name, value) for name, value in optional if value is not None]
         for name, value in counts:
             if value < 1:
                 raise InvalidArgumentError(name, value, "an integer >= 1")
@@ -124,7 +128,8 @@ class Plan:
         for family in self.families:
             for seq_len in self.seq_lens:
                 for train in self.modes:
-                    yield Case(family, self.scope, seq_len, self.batch, self.dtype, self.device, self.threads, train)
+                    machine = (self.dtype, self.device, self.threads)
+                    yield Case(family, self.scope, seq_len, self.batch, *machine, train, self.layers)
 
 
 def _check_device(device: str) -> None:
@@ -238,11 +243,15 @@ class _Cell:
     def _blank(self, contender: Contender) -> Row:
         case = self._case
         workload = find_workload(case.family)
-        beyond = workload.beyond(case.seq_len)
+        beyond, notes = workload.beyond(case.seq_len), []
+        if beyond is not None:
+            notes.append(f"{beyond}; here there are {case.seq_len}")
+        if case.layers is not None:
+            notes.append(f"{case.layers} layer(s) in each stack, fewer than published")
         return Row(
             case.family, workload.checkpoint, case.scope, contender.name, case.seq_len, case.batch, case.dtype,
             case.device, case.threads, case.mode, self._versions, peer=contender.peer,
-            note="" if beyond is None else f"{beyond}; here there are {case.seq_len}",
+            note="; ".join(notes),
         )  # fmt: skip
 
     def _say(self, name: str, what: str) -> None:

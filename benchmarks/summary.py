@@ -75,6 +75,8 @@ def command(found: Shootout) -> str:
         words.append("--train" if plan["modes"][0] else "--no-train")
     if not plan.get("original", True):  # results from before there was the option have the original
         words.append("--no-original")
+    if plan.get("layers"):
+        words.append(f"--layers {plan['layers']}")
     words += [f"--batch {plan['batch']}", *(_option("rounds", [plan["rounds"]]) if plan["rounds"] else ())]
     return " ".join(words)
 

@@ -89,3 +89,18 @@ def test_red_rows_are_no_results(shootout, tmp_path):
 def test_a_folder_without_results(tmp_path):
     with pytest.raises(InvalidArgumentError, match=r"folder: got .*no JSON"):
         summary.page(tmp_path)
+
+
+def test_results_of_fewer_layers_say_so_in_their_command_and_below_the_table(shootout, tmp_path):
+    found = shootout("sdpa", layers=1)
+    found.write(tmp_path / "one" / "tiny.json")
+    assert {row.note for row in found.rows} == {"1 layer(s) in each stack, fewer than published"}
+    assert " --layers 1 " in summary.command(found) and " --layers " not in summary.command(shootout("sdpa"))
+    assert "1 layer(s) in each stack" in summary.page(tmp_path)
+
+
+def test_layers_are_of_whole_models():
+    with pytest.raises(InvalidArgumentError, match=r"layers: got --layers with scope 'module'; allowed: --scope model"):
+        Plan(families=("tiny",), scope="module", layers=1)
+    with pytest.raises(InvalidArgumentError, match="layers: got 0"):
+        Plan(families=("tiny",), layers=0)
