@@ -27,7 +27,9 @@ time less that of its projections.
 
 Where the original fills gigabytes, much of its time is the machine's to hand out memory. On a virtual machine that had
 just started, originals took twice their later time or more, and contenders that need little memory hardly longer:
-folders whose name ends in `just-started` are from there and flatter the latter. Compare lines of one folder."""
+folders whose name ends in `just-started` are from there and flatter the latter. Compare lines of one folder.
+
+In folders whose name ends in `shared`, other programs ran on the same cores: read memory there, not time or speed."""
 _COLUMNS = ("S", "contender", "kernel executed", "time", "speed", "peak", "memory")
 _RIGHT = {"S", "time", "speed", "peak", "memory"}
 
