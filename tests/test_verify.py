@@ -229,7 +229,7 @@ def test_explain_takes_a_configured_backend_as_patch_does():
     assert [verdict.changes for verdict in verdicts] == [("window of 6 keys",)] * 2 and not verdicts.auto
     with pytest.raises(attnzoo.InvalidArgumentError, match=r"options: got \['sinks'\] with backend .*Blocked"):
         attnzoo.explain(model, configured, sinks=1)
-    with pytest.raises(attnzoo.InvalidArgumentError, match="blocked-local': got window=6; allowed: none of them"):
+    with pytest.raises(attnzoo.InvalidArgumentError, match="blocked-local': got window=6; allowed: no options"):
         attnzoo.explain(reformer(), configured)
 
 
