@@ -86,7 +86,7 @@ class Seam:
     Attributes:
         cls: ``"package.module:Class"``; modules of exactly this class, or subclasses that keep its forward.
         bind: ``bind(cls, attend)`` returns the forward that replaces that of the class in one module. It is called as
-            a method is: the module comes first, which may be a copy of the one that was patched.
+            a method is, with the module first. That module may be a copy of the patched module.
         describe: the site's pattern, for people.
         requests: what the module will ask of a backend, as far as its weights and configuration tell.
         learns: whether the module has a bias of its own that is not frozen.

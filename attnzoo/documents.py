@@ -1,7 +1,7 @@
 """Packed rows: several documents one after the other in one row, each of which sees its own tokens alone, causally.
 
 Models write packed rows out as a dense mask. Here that mask is read back into documents, and the attention is computed
-with each document as a sample of its own. Every backend that takes causal attention with padding keys then takes packed
+with each document as a separate sample. Every backend that takes causal attention with padding keys then takes packed
 rows, and no query pays for the keys of another document.
 """
 

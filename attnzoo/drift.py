@@ -151,7 +151,7 @@ def _package(path: str) -> str:
 
 
 def _stands_at(path: str, function: Any) -> bool:
-    """Whether a function was defined where it stands; a method that a class inherits replaces none of its own."""
+    """Whether a function was defined in this class or module; an inherited method replaces nothing."""
     module, _, attribute = path.partition(":")
     owner, _, name = attribute.rpartition(".")
     inherited = owner and name not in vars(locate(f"{module}:{owner}"))

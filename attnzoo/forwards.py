@@ -191,7 +191,7 @@ class PatchedForward(slots.Replacement):
         return None if self._owner is None else self._owner()
 
     def of(self, module: nn.Module) -> Found:
-        """The patch target that a module is: the one that was patched, or a copy of it."""
+        """The patch target for a module: the patched module or a copy of it."""
         return Found(self.site.name, module, self.seam, self._adapter, self.owner)
 
     def put(self) -> None:
@@ -218,7 +218,7 @@ class PatchedForward(slots.Replacement):
         self._noted.module = weakref.ref(module)
 
     def _module_of_call(self) -> nn.Module:
-        """The module being called: the one the pre-hook noted; without a note, the one that was patched."""
+        """The module being called: what the pre-hook noted; without a note, the patched module."""
         noted, self._noted.module = self._noted.module, None
         module = None if noted is None else noted()
         if module is not None and self in patches_of(module):

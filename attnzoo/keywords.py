@@ -28,7 +28,7 @@ from attnzoo.segments import describe
 # Change what attention gives, in `eager`, `sdpa`, `flash_attention_2`, `flex_attention` or their paged forms.
 UNCOMPUTED = frozenset({
     *("sliding_window", "softcap", "s_aux", "sinks", "head_mask", "position_bias"),
-    *("cache", "block_table"),  # paged attention (continuous batching) keeps keys and values in a cache of its own
+    *("cache", "block_table"),  # paged attention (continuous batching) keeps keys and values in a separate cache
 })  # fmt: skip
 
 

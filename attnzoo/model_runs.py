@@ -48,7 +48,7 @@ def run_model(
     """Outputs on real tokens by name, and the gradient of a random function of them.
 
     The gradient is one vector over all parameters that require grad: a single one may be zero but for rounding (a key
-    projection's bias shifts every score of a row alike), and rounding has no budget of its own. To judge one parameter,
+    projection's bias shifts every score of a row alike), and rounding alone has no budget. To judge one parameter,
     freeze the others.
 
     Args:

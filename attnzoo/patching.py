@@ -129,7 +129,7 @@ def handle(model: nn.Module) -> Handle:
         model: a patched model.
 
     Returns:
-        A :class:`Handle` with the same sites as the one that :func:`patch` returned.
+        A :class:`Handle` with the same sites as the handle from :func:`patch`.
 
     Raises:
         InvalidArgumentError: not a module.
