@@ -1,7 +1,7 @@
 """Masks as users type them, checked where a model takes them: before it builds its own, and before a cache is filled.
 
-The code of a model turns masks into grids. On a list, an array or a wrong rank it fails with an unrelated message, or it
-takes a mask that does not fit. A patched attention sees only the grid. So an adapter names the masks its models
+The code of a model turns masks into grids. On a list, an array or a wrong rank it fails with an unrelated message, or
+it takes a mask that does not fit. A patched attention sees only the grid. So an adapter names the masks its models
 take (:class:`TypedMask`), and a companion of the model (:mod:`attnzoo.companions`) checks them in front of its forward.
 """
 
