@@ -33,15 +33,15 @@ import torch
 from torch import Tensor
 
 from attnzoo.adapter import Adapter, Attend, Forward, Seam, bind_function, parameter_of
-from attnzoo.companions import companion
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.functional import compute_dtype
-from attnzoo.heads import merge_heads, split_heads
-from attnzoo.interface import bind_interface, check_interface
-from attnzoo.patterns import Causal, Full
-from attnzoo.segments import Attention, Request, Result, Segment, SegmentRequest, describe
-from attnzoo.transforms import readable
-from attnzoo.typed_masks import DECODER_MASK, checking
+from attnzoo.patching.companions import companion
+from attnzoo.patching.interface import bind_interface, check_interface
+from attnzoo.patching.mask_arguments import DECODER_MASK, checking
+from attnzoo.spec.heads import merge_heads, split_heads
+from attnzoo.spec.patterns import Causal, Full
+from attnzoo.spec.segments import Attention, Request, Result, Segment, SegmentRequest, describe
+from attnzoo.spec.transforms import readable
 
 T = TypeVar("T")
 _MODULE = "transformers.models.gpt_bigcode.modeling_gpt_bigcode"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from attnzoo.adapter import Adapter, Seam, parameter_of
-from attnzoo.companions import companion
-from attnzoo.interface import bind_interface, check_interface, wants_probabilities
-from attnzoo.patterns import Causal
-from attnzoo.segments import Request, SegmentRequest
-from attnzoo.typed_masks import DECODER_MASK, checking
+from attnzoo.patching.companions import companion
+from attnzoo.patching.interface import bind_interface, check_interface, wants_probabilities
+from attnzoo.patching.mask_arguments import DECODER_MASK, checking
+from attnzoo.spec.patterns import Causal
+from attnzoo.spec.segments import Request, SegmentRequest
 
 _MASKS = {"attention_mask": DECODER_MASK}
 _MODULE = "transformers.models.gpt_neox.modeling_gpt_neox"

@@ -14,13 +14,13 @@ from torch import Tensor
 from attnzoo.adapter import Adapter, Attend, Seam, bind_function, parameter_of
 from attnzoo.adapters.longformer import VERSIONS, encoder_seam
 from attnzoo.adapters.longformer_mask import MaskFunction, mask_seam
-from attnzoo.companions import companion
-from attnzoo.documents import attend_documents
-from attnzoo.heads import merge_heads, split_heads
-from attnzoo.masks import read_attention_mask
-from attnzoo.patterns import Causal, Full
-from attnzoo.segments import Attention, Request, Segment, SegmentRequest
-from attnzoo.typed_masks import CROSS_MASK, DECODER_MASK, TypedMasks, checking
+from attnzoo.patching.companions import companion
+from attnzoo.patching.mask_arguments import CROSS_MASK, DECODER_MASK, TypedMasks, checking
+from attnzoo.spec.documents import attend_documents
+from attnzoo.spec.heads import merge_heads, split_heads
+from attnzoo.spec.masks import read_attention_mask
+from attnzoo.spec.patterns import Causal, Full
+from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest
 
 _MODULE = "transformers.models.led.modeling_led"
 _ENCODER_FORWARD = ("47720093331635f3", "d710ce36e019c88c")

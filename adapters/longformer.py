@@ -14,12 +14,12 @@ from torch import Tensor
 from attnzoo.adapter import Adapter, Attend, Seam, bind_function, parameter_of
 from attnzoo.adapters.longformer_mask import MaskFunction, mask_seam
 from attnzoo.errors import InvalidArgumentError
-from attnzoo.globals import locate
-from attnzoo.heads import merge_heads, split_heads
-from attnzoo.patterns import Full, Window
-from attnzoo.segments import Attention, Request, Segment, SegmentRequest, describe
-from attnzoo.transforms import holds, readable
-from attnzoo.typed_masks import check_mask, refuse_nan
+from attnzoo.patching.mask_arguments import check_mask, refuse_nan
+from attnzoo.spec.global_keys import locate
+from attnzoo.spec.heads import merge_heads, split_heads
+from attnzoo.spec.patterns import Full, Window
+from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest, describe
+from attnzoo.spec.transforms import holds, readable
 
 VERSIONS = "5.17 to 5.23"
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from attnzoo.adapter import Attend, Forward, Seam
-from attnzoo.companions import companion
-from attnzoo.interface import rebind
-from attnzoo.typed_masks import ENCODER_MASK, checking
+from attnzoo.patching.companions import companion
+from attnzoo.patching.interface import rebind
+from attnzoo.patching.mask_arguments import ENCODER_MASK, checking
 
 _MASKS = {"attention_mask": ENCODER_MASK, "global_attention_mask": ENCODER_MASK}
 MaskFunction = Callable[..., Any]

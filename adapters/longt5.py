@@ -5,7 +5,7 @@ segment: a key per full block of ``global_block_size`` tokens, projected from th
 causal self-attention and cross-attention (:mod:`attnzoo.adapters.longt5_decoder`).
 
 The first layer of a stack computes the learned bias, and the stack passes it on to the others. The model passes on what
-is added to its scores; here it is the ``(heads, R)`` values of a :class:`~attnzoo.bias.RelativeBias`.
+is added to its scores; here it is the ``(heads, R)`` values of a :class:`~attnzoo.spec.bias.RelativeBias`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from attnzoo.adapters.longt5_bias import (
     side_reach,
 )
 from attnzoo.adapters.longt5_decoder import bind_decoder, check_decoder, decoder_requests, request
-from attnzoo.bias import RelativeBias
-from attnzoo.companions import by_slices, companion
 from attnzoo.errors import InvalidArgumentError, PatchError
-from attnzoo.heads import merge_heads, split_heads
-from attnzoo.patterns import Full, Pattern, Window
-from attnzoo.segments import Attention, Request, Segment, SegmentRequest, describe
-from attnzoo.transforms import holds, readable
-from attnzoo.typed_masks import CROSS_MASK, DECODER_MASK, ENCODER_MASK, TypedMasks, checking
+from attnzoo.patching.companions import by_slices, companion
+from attnzoo.patching.mask_arguments import CROSS_MASK, DECODER_MASK, ENCODER_MASK, TypedMasks, checking
+from attnzoo.spec.bias import RelativeBias
+from attnzoo.spec.heads import merge_heads, split_heads
+from attnzoo.spec.patterns import Full, Pattern, Window
+from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest, describe
+from attnzoo.spec.transforms import holds, readable
 
 _MODULE = "transformers.models.longt5.modeling_longt5"
 VERSIONS = "5.17 to 5.23"

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from attnzoo.adapter import Attend, Forward, parameter_of
 from attnzoo.adapters.longt5_bias import bucketed, check_buckets, side_reach
-from attnzoo.bias import Bias, DenseBias, RelativeBias
-from attnzoo.documents import attend_documents
 from attnzoo.errors import BackendRefusedError, KeywordRefusedError
 from attnzoo.functional import compute_dtype
-from attnzoo.interface import check_interface, read_interface_mask, rebind
-from attnzoo.keywords import parameters, refuse_uncomputed
-from attnzoo.patterns import Causal, Full, Pattern
-from attnzoo.segments import Attention, Request, Segment, SegmentRequest
+from attnzoo.patching.interface import check_interface, read_interface_mask, rebind
+from attnzoo.patching.keywords import parameters, refuse_uncomputed
+from attnzoo.spec.bias import Bias, DenseBias, RelativeBias
+from attnzoo.spec.documents import attend_documents
+from attnzoo.spec.patterns import Causal, Full, Pattern
+from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest
 
 _TABLE = "relative_attention_bias"
 _NO_BIAS = object()  # keeps the model's forward from making a bias of zeros as large as the scores

@@ -38,10 +38,10 @@ from attnzoo.adapter import Adapter, Attend, Seam, bind_function, parameter_of
 from attnzoo.adapters.reformer_layout import MODULE
 from attnzoo.adapters.reformer_local import forward_local
 from attnzoo.adapters.reformer_lsh import after_itself, bind_lsh
-from attnzoo.companions import by_slices, companion
-from attnzoo.patterns import Causal, Chunks, Full, SortedChunks
-from attnzoo.segments import Request, SegmentRequest
-from attnzoo.typed_masks import ENCODER_MASK, checking
+from attnzoo.patching.companions import by_slices, companion
+from attnzoo.patching.mask_arguments import ENCODER_MASK, checking
+from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks
+from attnzoo.spec.segments import Request, SegmentRequest
 
 
 def _request(module: Any, *segments: SegmentRequest) -> Request:

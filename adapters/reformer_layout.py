@@ -9,8 +9,8 @@ from torch import Tensor
 
 from attnzoo.adapter import Attend
 from attnzoo.errors import InvalidArgumentError
-from attnzoo.transforms import holds
-from attnzoo.typed_masks import check_mask, refuse_nan
+from attnzoo.patching.mask_arguments import check_mask, refuse_nan
+from attnzoo.spec.transforms import holds
 
 MODULE = "transformers.models.reformer.modeling_reformer"
 

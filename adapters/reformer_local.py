@@ -19,11 +19,11 @@ from attnzoo.adapters.reformer_layout import (
     steps_ahead,
 )
 from attnzoo.errors import InvalidArgumentError
-from attnzoo.fingerprint import locate
 from attnzoo.functional import compute_dtype
-from attnzoo.heads import merge_heads, split_heads
-from attnzoo.patterns import Causal, Chunks, Full, Pattern
-from attnzoo.segments import Attention, Result, Segment
+from attnzoo.originals.fingerprint import locate
+from attnzoo.spec.heads import merge_heads, split_heads
+from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern
+from attnzoo.spec.segments import Attention, Result, Segment
 
 # Tokens that are projected and attend at once, where it goes by slices. A neighbourhood is computed anew for each, so
 # that a slice is at least so many times as long.

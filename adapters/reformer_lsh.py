@@ -27,13 +27,13 @@ from attnzoo.adapters.reformer_layout import (
     with_own_token,
 )
 from attnzoo.errors import InvalidArgumentError
-from attnzoo.fingerprint import locate
 from attnzoo.functional import compute_dtype
-from attnzoo.heads import merge_heads, split_heads
-from attnzoo.interface import rebind
-from attnzoo.patterns import Causal, SortedChunks, Window
-from attnzoo.segments import Attention, Segment, describe
-from attnzoo.transforms import holds, readable
+from attnzoo.originals.fingerprint import locate
+from attnzoo.patching.interface import rebind
+from attnzoo.spec.heads import merge_heads, split_heads
+from attnzoo.spec.patterns import Causal, SortedChunks, Window
+from attnzoo.spec.segments import Attention, Segment, describe
+from attnzoo.spec.transforms import holds, readable
 
 # Tokens the module hashes in one call: few enough that what they are rotated to stays in a cache until it is compared,
 # and enough to make up for drawing the rotations again.

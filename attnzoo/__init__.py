@@ -6,8 +6,8 @@ proves that nothing else changed. Importing attnzoo has no effect on transformer
 
 import attnzoo.backends  # noqa: F401  loaded first: a later import of it would rebind `attnzoo.backends`, the function
 from attnzoo.adapter import Adapter, Attend, Seam, bind_function
+from attnzoo.auto.choice import Choice
 from attnzoo.backend import Backend, BackendInfo, Capabilities
-from attnzoo.bias import DenseBias, RelativeBias
 from attnzoo.errors import (
     AttnzooError,
     BackendRefusedError,
@@ -19,11 +19,9 @@ from attnzoo.errors import (
     Refusal,
     UnknownNameError,
 )
-from attnzoo.explanation import explain
 from attnzoo.functional import attention, compute_dtype
-from attnzoo.masks import read_attention_mask
-from attnzoo.patching import Handle, handle, is_patched, patch, unpatch
-from attnzoo.patterns import Causal, Chunks, Full, Pattern, Window
+from attnzoo.patching.patch import Handle, handle, is_patched, patch, unpatch
+from attnzoo.patching.sites import Site
 from attnzoo.registry import (
     backends,
     configure,
@@ -32,11 +30,13 @@ from attnzoo.registry import (
     unregister_adapter,
     unregister_backend,
 )
-from attnzoo.segments import Attention, Request, Result, Segment, SegmentRequest
-from attnzoo.sites import Site
-from attnzoo.tuning.choice import Choice
+from attnzoo.reporting.explain import explain
+from attnzoo.spec.bias import DenseBias, RelativeBias
+from attnzoo.spec.masks import read_attention_mask
+from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern, Window
+from attnzoo.spec.segments import Attention, Request, Result, Segment, SegmentRequest
 from attnzoo.tuning.tuner import tune
-from attnzoo.verification import verify
+from attnzoo.verification.verify import verify
 
 from attnzoo import testing  # isort: skip  (after what it imports)
 

@@ -1,5 +1,5 @@
 """``python -m attnzoo`` is the ``attnzoo`` command."""
 
-from attnzoo.cli import main
+from attnzoo.cli.app import main
 
 main()

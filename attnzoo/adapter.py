@@ -1,7 +1,7 @@
 """Where: what an adapter tells of a model family.
 
 An adapter lists *seams*. A seam is one class of modules that attend, and the narrowest place at which its attention can
-be taken over: a function that turns the module's inputs into an :class:`~attnzoo.segments.Attention`, hands it to an
+be taken over: a function that turns the module's inputs into an ``Attention``, hands it to an
 :class:`Attend`, and returns the result as the model expects it. Adapters know no backend by name.
 """
 
@@ -14,11 +14,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from attnzoo import slots
-from attnzoo.drift import bypassed, drift, message
 from attnzoo.errors import DriftError
-from attnzoo.fingerprint import locate
-from attnzoo.segments import Attention, Request, Result
+from attnzoo.originals import slots
+from attnzoo.originals.drift import bypassed, drift, message
+from attnzoo.originals.fingerprint import locate
+from attnzoo.spec.segments import Attention, Request, Result
 
 T = TypeVar("T")
 

@@ -1,7 +1,7 @@
 """How it is computed: what a backend declares and does.
 
 A backend is a frozen dataclass: its fields are its options. It declares capabilities as data, answers
-:meth:`Backend.refusals` with every reason it has, and runs an :class:`~attnzoo.segments.Attention`.
+:meth:`Backend.refusals` with every reason it has, and runs an :class:`~attnzoo.spec.segments.Attention`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 
 from attnzoo.errors import Refusal
-from attnzoo.patterns import Pattern
-from attnzoo.segments import FLOATS, Attention, Request, Result
+from attnzoo.spec.patterns import Pattern
+from attnzoo.spec.segments import FLOATS, Attention, Request, Result
 
 
 def _names(items: object) -> str:

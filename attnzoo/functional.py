@@ -7,14 +7,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attnzoo import registry
+from attnzoo.auto import selection
 from attnzoo.backend import Backend
-from attnzoo.bias import Bias, DenseBias
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError
-from attnzoo.globals import locate
-from attnzoo.patterns import Full, Pattern
-from attnzoo.segments import Attention, Request, Result, Segment, check_heads_tensor, describe
-from attnzoo.transforms import holds
+from attnzoo.registry import registry
+from attnzoo.spec.bias import Bias, DenseBias
+from attnzoo.spec.global_keys import locate
+from attnzoo.spec.patterns import Full, Pattern
+from attnzoo.spec.segments import Attention, Request, Result, Segment, check_heads_tensor, describe
+from attnzoo.spec.transforms import holds
 
 PROBABILITIES_REMEDY = (
     'to get attention probabilities: backend="eager", or patch(..., fallback="native") where the model\'s own code '
@@ -31,7 +32,12 @@ def negotiate(backend: Backend, request: Request, where: str) -> None:
     reasons = registry.refusals(backend, request)
     if reasons:
         remedy = PROBABILITIES_REMEDY if request.probabilities else ""
-        raise BackendRefusedError(backend.name, {where: reasons}, {where: registry.takers(request)}, remedy)
+        raise BackendRefusedError(
+            backend.name,
+            {where: reasons},
+            {where: tuple(other.name for other in registry.supporting_backends(request))},
+            remedy,
+        )
 
 
 def execute(backend: Backend, attention: Attention, probabilities: bool = False, where: str = "attention") -> Result:
@@ -126,7 +132,7 @@ def attention(
     if bias is not None and not holds(bias.values.to(q.dtype).isfinite().all(), unknown=True):
         got = f"{describe(bias.values)} with NaN, Inf, or more than {q.dtype} can hold"
         raise InvalidArgumentError("bias", got, f"finite values of {q.dtype}, the query's; hide keys with mask=")
-    return execute(backend if isinstance(backend, Backend) else registry.choose_for(whole).backend, whole).output
+    return execute(backend if isinstance(backend, Backend) else selection.choose_for(whole).backend, whole).output
 
 
 def _split_globals(checked: Attention, global_keys: Tensor) -> tuple[Segment, ...]:

@@ -1,228 +1,377 @@
-"""The registry: names to backends, model types to adapters.
+"""The registry: backend names to backend classes, model types to adapters.
 
-Nothing is imported before it is asked for. What cannot be imported is remembered with its reason, never raised at
-import time. attnzoo's own backends and adapters arrive the same way as anybody's: by entry point
-(groups ``attnzoo.backends`` and ``attnzoo.adapters``) or by decorator.
+Nothing is imported before it is asked for. An entry point that fails to load becomes a reason that ``attnzoo doctor``
+shows; it never raises. The backends and adapters of attnzoo arrive as those of any package do: by entry point (groups
+``attnzoo.backends`` and ``attnzoo.adapters``) or by decorator. Which backend ``auto`` takes is decided above the
+registry, in :mod:`attnzoo.auto.selection`.
 """
 
 from __future__ import annotations
 
 import threading
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from attnzoo.backend import Backend, BackendInfo
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal, UnknownNameError, raise_interrupts
-from attnzoo.tuning import cache
-from attnzoo.tuning.choice import Choice, by_measurement, by_priority_because, wrongs
-from attnzoo.tuning.environment import Environment, environment_of
-from attnzoo.tuning.measurements import SizeClass, key_of, mode_of, size_class
 
 if TYPE_CHECKING:
     from attnzoo.adapter import Adapter
-    from attnzoo.segments import Attention, Request
+    from attnzoo.spec.segments import Request
 
-RESERVED = ("auto", "native")
+RESERVED_NAMES = ("auto", "native")
+BACKEND_GROUP, ADAPTER_GROUP = "attnzoo.backends", "attnzoo.adapters"
+
+_MOST_REFUSALS = 4096
 
 _BackendType = TypeVar("_BackendType", bound=type[Backend])
-_lock = threading.RLock()
-_backends: dict[str, type[Backend]] = {}
-_adapters: dict[str, Adapter] = {}
-_broken_backends: dict[str, str] = {}
-_left_out: dict[str, str] = {}
-_broken_adapters: dict[str, str] = {}
-_discovered = False
 
 
-def _discover() -> None:
-    """Load the backends of all entry points, once. A broken one becomes a reason."""
-    global _discovered
-    with _lock:
-        if _discovered:
-            return
-        _discovered = True
-        for entry in metadata.entry_points(group="attnzoo.backends"):
-            reason = ""
-            try:
-                cls = entry.load()
-                owner = _backends.get(entry.name)  # a class may register itself when it is loaded
-                if owner is None:
-                    register_backend(cls)
-                elif owner is not cls:
-                    reason = f"{entry.value} is left out: {owner.__module__}:{owner.__qualname__} has the name"
-            except BaseException as error:
-                raise_interrupts(error)
-                reason = f"{entry.value} failed to load: {type(error).__name__}: {error}"
-            if reason:
-                (_left_out if entry.name in _backends else _broken_backends)[entry.name] = reason
+class UnusedEntryPoint(NamedTuple):
+    """An entry point whose name belongs to another backend or adapter, and why it is not used."""
+
+    name: str
+    reason: str
 
 
-def left_out() -> dict[str, str]:
-    """By the name of a registered backend: why another one that was offered under it (the last such) is none."""
-    _discover()
-    return dict(_left_out)
+class Registry:
+    """Backends by name and adapters by model type.
 
+    The process uses one registry, :data:`registry`. Tests build fresh ones and put them in its place with
+    :meth:`replaced_by`.
 
-def register_backend(cls: _BackendType, *, replace: bool = False) -> _BackendType:
-    """Register a backend class; usable as a decorator.
-
-    Args:
-        cls: a subclass of :class:`attnzoo.Backend` with a name of its own.
-        replace: allow taking over a name that is registered already.
-
-    Returns:
-        The class, unchanged.
-
-    Raises:
-        InvalidArgumentError: not a backend class, or one of its names is taken or reserved.
+    Attributes:
+        generation: grows with every change, so that callers can cache decisions that depend on the content.
     """
-    if not (isinstance(cls, type) and issubclass(cls, Backend) and cls.name):
-        raise InvalidArgumentError("cls", repr(cls), "a subclass of attnzoo.Backend with a name")
-    _discover()
-    with _lock:
-        others = {name for other in _backends.values() if other is not cls for name in (other.name, *other.aliases)}
-        taken = set(RESERVED) if replace else others | set(RESERVED)
-        for name in (cls.name, *cls.aliases):
-            if name in taken:
-                raise InvalidArgumentError("backend name", repr(name), f"a name other than {sorted(taken)}")
-        _backends.pop(cls.name, None)  # the last registered owns a name
-        _backends[cls.name] = cls
-        _broken_backends.pop(cls.name, None)
-        _forget()
-    return cls
 
+    def __init__(self, discover: bool = True) -> None:
+        """Start empty.
 
-def _forget() -> None:
-    """Forget what was decided with other backends registered: what ``auto`` takes, and refusals that follow from it."""
-    choose.cache_clear()
-    refusals.cache_clear()
+        Args:
+            discover: whether the entry points of installed packages are loaded on first use.
+        """
+        self.generation = 0
+        self._discover_entry_points = discover
+        self._lock = threading.RLock()
+        self._backends: dict[str, type[Backend]] = {}
+        self._adapters: dict[str, Adapter] = {}
+        self._broken_backends: dict[str, str] = {}
+        self._broken_adapters: dict[str, str] = {}
+        self._refusals: dict[tuple[Backend, Request], tuple[Refusal, ...]] = {}
 
+    def copy(self) -> Registry:
+        """A registry with the same content that changes on its own. Entry points count as discovered."""
+        self._discover()
+        twin = Registry(discover=False)
+        for name in ("_backends", "_adapters", "_broken_backends", "_broken_adapters"):
+            setattr(twin, name, dict(getattr(self, name)))
+        return twin
 
-def unregister_backend(name: str) -> None:
-    """Forget a registered backend. Models patched with it keep it.
+    @contextmanager
+    def replaced_by(self, other: Registry) -> Iterator[Registry]:
+        """Use the content of another registry within a ``with`` block, and put this one's back afterwards.
 
-    Raises:
-        UnknownNameError: no backend of that name is registered.
-    """
-    cls = backend_class(name)
-    with _lock:
-        del _backends[cls.name]
-        _forget()
-
-
-def register_adapter(adapter: Adapter, *, replace: bool = False) -> Adapter:
-    """Register the adapter of one or more model types.
-
-    Args:
-        adapter: tells which modules of a model attend, and how.
-        replace: allow taking over a model type that has an adapter already.
-
-    Raises:
-        InvalidArgumentError: not an adapter, or a model type is taken.
-    """
-    from attnzoo.adapter import Adapter
-
-    if not isinstance(adapter, Adapter):
-        raise InvalidArgumentError("adapter", repr(adapter), "an attnzoo.Adapter")
-    with _lock:
-        for model_type in adapter.model_types:
-            if not replace and _adapters.get(model_type, adapter) is not adapter:
-                raise InvalidArgumentError("model_type", repr(model_type), "one without an adapter, or replace=True")
-        for model_type in adapter.model_types:
-            _adapters[model_type] = adapter
-    return adapter
-
-
-def unregister_adapter(model_type: str) -> None:
-    """Forget the registered adapter of a model type; one that came by entry point is found again when needed."""
-    with _lock:
-        if _adapters.pop(model_type, None) is None:
-            raise UnknownNameError("model_type", model_type, _adapters)
-
-
-def find_adapter(model_type: str) -> Adapter | None:
-    """The adapter of a transformers ``config.model_type``, loaded when first asked for; None if nobody offers one."""
-    with _lock:
-        if model_type in _adapters:
-            return _adapters[model_type]
-        offers = metadata.entry_points(group="attnzoo.adapters", name=model_type)
-        return next((adapter for entry in offers if (adapter := _load_adapter(entry)) is not None), None)
-
-
-def adapters() -> dict[str, Adapter]:
-    """Every adapter by model type: the registered ones, and those offered by entry point that load."""
-    with _lock:
-        for entry in metadata.entry_points(group="attnzoo.adapters"):
-            if entry.name not in _adapters:
-                _load_adapter(entry)
-        return dict(_adapters)
-
-
-def _load_adapter(entry: metadata.EntryPoint) -> Adapter | None:
-    """Load and register an offered adapter; None, and a reason to show, where that fails."""
-    try:
-        adapter = register_adapter(entry.load())
-    except BaseException as error:
-        raise_interrupts(error)
-        _broken_adapters[entry.name] = f"{entry.value} failed to load: {type(error).__name__}: {error}"
-        return None
-    _broken_adapters.pop(entry.name, None)
-    return adapter
-
-
-def left_out_adapters(model_type: str) -> tuple[str, ...]:
-    """Why others that are offered for a model type are not its adapter: it has one, or they do not load."""
-    owner, reasons = find_adapter(model_type), []
-    for entry in metadata.entry_points(group="attnzoo.adapters", name=model_type):
+        Yields:
+            This registry, with the content of ``other``.
+        """
+        before = dict(vars(self))
+        vars(self).update(vars(other), generation=before["generation"] + 1)
         try:
-            if entry.load() is not owner:
-                reasons.append(f"{entry.value} is left out: the model type has an adapter")
+            yield self
+        finally:
+            vars(self).update(before, generation=self.generation + 1)
+
+    def forget(self) -> None:
+        """Forget decisions that depend on the content, or on what is installed: call it after either has changed."""
+        self.generation += 1
+        self._refusals.clear()
+
+    # Backends
+
+    def _discover(self) -> None:
+        """Load the backends of all entry points, once."""
+        with self._lock:
+            if not self._discover_entry_points:
+                return
+            self._discover_entry_points = False
+            for entry in metadata.entry_points(group=BACKEND_GROUP):
+                try:
+                    cls = entry.load()
+                    if entry.name not in self._backends:  # a class may register itself when its module is loaded
+                        self.register_backend(cls)
+                except BaseException as error:
+                    raise_interrupts(error)
+                    if entry.name not in self._backends:
+                        self._broken_backends[entry.name] = _failure(entry, error)
+
+    def register_backend(self, cls: _BackendType, *, replace: bool = False) -> _BackendType:
+        """Register a backend class; usable as a decorator.
+
+        Args:
+            cls: a subclass of :class:`attnzoo.Backend` that sets ``name``.
+            replace: allow taking over a name that is registered already.
+
+        Returns:
+            The class, unchanged.
+
+        Raises:
+            InvalidArgumentError: not a backend class, or one of its names is taken or reserved.
+        """
+        if not (isinstance(cls, type) and issubclass(cls, Backend) and cls.name):
+            raise InvalidArgumentError("cls", repr(cls), "a subclass of attnzoo.Backend with a name")
+        self._discover()
+        with self._lock:
+            others = [other for other in self._backends.values() if other is not cls]
+            taken = {name for other in others for name in (other.name, *other.aliases)}
+            taken = set(RESERVED_NAMES) if replace else taken | set(RESERVED_NAMES)
+            for name in (cls.name, *cls.aliases):
+                if name in taken:
+                    raise InvalidArgumentError("backend name", repr(name), f"a name other than {sorted(taken)}")
+            self._backends.pop(cls.name, None)  # the class registered last owns a name
+            self._backends[cls.name] = cls
+            self._broken_backends.pop(cls.name, None)
+            self.forget()
+        return cls
+
+    def unregister_backend(self, name: str) -> None:
+        """Remove a backend from the registry. Models patched with it keep it.
+
+        Raises:
+            UnknownNameError: no backend of that name is registered.
+        """
+        cls = self.backend_class(name)
+        with self._lock:
+            del self._backends[cls.name]
+            self.forget()
+
+    def backend_classes(self) -> tuple[type[Backend], ...]:
+        """Every registered backend class, in the order of registration."""
+        self._discover()
+        return tuple(self._backends.values())
+
+    def backends(self) -> dict[str, BackendInfo]:
+        """Every registered backend by name: aliases, availability and its reason, capabilities, option names.
+
+        Example:
+            >>> import attnzoo
+            >>> attnzoo.backends()["sdpa"].available
+            True
+        """
+        infos = {}
+        for cls in self.backend_classes():
+            reason = unavailable_reason(cls)
+            infos[cls.name] = BackendInfo(
+                cls.name,
+                self._aliases(cls),
+                reason is None,
+                reason or "",
+                cls.capabilities.exact,
+                cls.capabilities,
+                cls.options(),
+            )
+        for name, reason in self._broken_backends.items():
+            infos[name] = BackendInfo(name, (), False, reason, False, None)
+        return dict(sorted(infos.items()))
+
+    def _owner(self, name: str) -> type[Backend] | None:
+        """The backend registered last that has the name or alias."""
+        return next((cls for cls in reversed(self._backends.values()) if name in (cls.name, *cls.aliases)), None)
+
+    def _aliases(self, cls: type[Backend]) -> tuple[str, ...]:
+        return tuple(alias for alias in cls.aliases if self._owner(alias) is cls)
+
+    def backend_class(self, name: str) -> type[Backend]:
+        """The class of a backend name or alias.
+
+        Raises:
+            InvalidArgumentError: the name is a selection mode, or belongs to a backend that failed to load.
+            UnknownNameError: the name is not registered; similar names are suggested.
+        """
+        self._discover()
+        text = name if isinstance(name, str) else ""  # an array cannot be compared with names
+        owner = self._owner(text)
+        if owner is not None:
+            return owner
+        if text in self._broken_backends:
+            raise InvalidArgumentError("backend", f"{text!r}: {self._broken_backends[text]}", "a backend that loads")
+        known = {alias for cls in self._backends.values() for alias in (cls.name, *self._aliases(cls))}
+        if text in RESERVED_NAMES:
+            names = ", ".join(map(repr, sorted(known)))
+            raise InvalidArgumentError("backend", f"{text!r}, which is a selection mode, not a backend", names)
+        raise UnknownNameError("backend", name, known | set(RESERVED_NAMES))
+
+    def configure(self, name: str, **options: Any) -> Backend:
+        """A configured backend, whether this machine can run it or not. It can stand wherever a backend name can.
+
+        Args:
+            name: of a backend, or an alias.
+            options: of that backend, e.g. ``window=1024``; :func:`attnzoo.backends` lists their names.
+
+        Raises:
+            UnknownNameError: unknown backend or option name.
+            InvalidArgumentError: a required option is missing, or a value is not allowed.
+
+        Example:
+            >>> import attnzoo
+            >>> attnzoo.configure("blocked-local", window=64, sinks=4).window
+            64
+        """
+        cls = self.backend_class(name)
+        for option in options:
+            if option not in cls.options():
+                raise UnknownNameError(f"option of backend {cls.name!r}", option, cls.options())
+        missing = [option for option in cls.required_options() if option not in options]
+        if missing:
+            raise InvalidArgumentError(
+                f"options of backend {cls.name!r}", f"no {', '.join(missing)}", f"{missing[0]}=..."
+            )
+        return cls(**options)
+
+    # Adapters
+
+    def register_adapter(self, adapter: Adapter, *, replace: bool = False) -> Adapter:
+        """Register the adapter of one or more model types.
+
+        Args:
+            adapter: describes which modules of a model attend, and how.
+            replace: allow taking over a model type that has an adapter already.
+
+        Raises:
+            InvalidArgumentError: not an adapter, or a model type is taken.
+        """
+        from attnzoo.adapter import Adapter
+
+        if not isinstance(adapter, Adapter):
+            raise InvalidArgumentError("adapter", repr(adapter), "an attnzoo.Adapter")
+        with self._lock:
+            for model_type in adapter.model_types:
+                if not replace and self._adapters.get(model_type, adapter) is not adapter:
+                    allowed = "a model type without an adapter, or replace=True"
+                    raise InvalidArgumentError("model_type", repr(model_type), allowed)
+            for model_type in adapter.model_types:
+                self._adapters[model_type] = adapter
+            self.forget()
+        return adapter
+
+    def unregister_adapter(self, model_type: str) -> None:
+        """Remove the adapter of a model type; an adapter that came by entry point is loaded again when needed.
+
+        Raises:
+            UnknownNameError: the model type has no registered adapter.
+        """
+        with self._lock:
+            if self._adapters.pop(model_type, None) is None:
+                raise UnknownNameError("model_type", model_type, self._adapters)
+            self.forget()
+
+    def find_adapter(self, model_type: str) -> Adapter | None:
+        """The adapter of a transformers ``config.model_type``, loaded on first use; None if there is none."""
+        with self._lock:
+            if model_type in self._adapters:
+                return self._adapters[model_type]
+            entries = metadata.entry_points(group=ADAPTER_GROUP, name=model_type)
+            return next((adapter for entry in entries if (adapter := self._load_adapter(entry)) is not None), None)
+
+    def adapters(self) -> dict[str, Adapter]:
+        """Every adapter by model type: registered ones, and those of entry points that load."""
+        with self._lock:
+            for entry in metadata.entry_points(group=ADAPTER_GROUP):
+                if entry.name not in self._adapters:
+                    self._load_adapter(entry)
+            return dict(self._adapters)
+
+    def _load_adapter(self, entry: metadata.EntryPoint) -> Adapter | None:
+        try:
+            adapter = self.register_adapter(entry.load())
         except BaseException as error:
             raise_interrupts(error)
-            reasons.append(f"{entry.value} failed to load: {type(error).__name__}: {error}")
-    return tuple(reasons) if owner is not None else ()
+            self._broken_adapters[entry.name] = _failure(entry, error)
+            return None
+        self._broken_adapters.pop(entry.name, None)
+        return adapter
+
+    def broken_adapters(self) -> dict[str, str]:
+        """By model type: why the entry point of its adapter failed to load when it was last needed."""
+        return dict(self._broken_adapters)
+
+    def model_types(self) -> tuple[str, ...]:
+        """Every model type with an adapter, loaded or not."""
+        entries = metadata.entry_points(group=ADAPTER_GROUP)
+        return tuple(sorted({*self._adapters, *(entry.name for entry in entries)}))
+
+    # What a backend can do here
+
+    def availability(self, backend: Backend) -> tuple[Refusal, ...]:
+        """Why a backend cannot run on this machine, as a refusal; empty if it can."""
+        reason = unavailable_reason(type(backend))
+        return () if reason is None else (Refusal("availability", reason, "a machine that has it"),)
+
+    def refusals(self, backend: Backend, request: Request) -> tuple[Refusal, ...]:
+        """Every reason why a backend cannot run a request on this machine. Remembered until the registry changes."""
+        key = (backend, request)
+        known = self._refusals.get(key)
+        if known is None:
+            if len(self._refusals) >= _MOST_REFUSALS:
+                self._refusals.clear()
+            known = self._refusals[key] = (*self.availability(backend), *backend.refusals(request))
+        return known
+
+    def make_backend(self, name: str, **options: Any) -> Backend:
+        """A configured backend that this machine can run.
+
+        Raises:
+            UnknownNameError, InvalidArgumentError: as :meth:`configure`.
+            BackendRefusedError: the backend cannot run on this machine.
+        """
+        backend = self.configure(name, **options)
+        reasons = self.availability(backend)
+        if reasons:
+            usable = tuple(other.name for other in self.exact_backends())
+            raise BackendRefusedError(backend.name, {"this machine": reasons}, {"this machine": usable})
+        return backend
+
+    def exact_backends(self) -> tuple[Backend, ...]:
+        """The available backends that change no pattern and need no options, by priority."""
+        usable = [
+            cls
+            for cls in self.backend_classes()
+            if cls.capabilities.exact and not cls.required_options() and unavailable_reason(cls) is None
+        ]
+        return tuple(cls() for cls in sorted(usable, key=lambda cls: (-cls.priority, cls.name)))
+
+    def supporting_backends(self, request: Request) -> tuple[Backend, ...]:
+        """The exact backends that refuse nothing of a request, by priority: what ``auto`` chooses from."""
+        return tuple(backend for backend in self.exact_backends() if not backend.refusals(request))
+
+    # Diagnosis
+
+    def unused_entry_points(self) -> tuple[UnusedEntryPoint, ...]:
+        """Entry points of installed packages whose name belongs to another backend or adapter."""
+        self._discover()
+        adapters = self.adapters()
+        unused = []
+        for group, owners in ((BACKEND_GROUP, self._backends), (ADAPTER_GROUP, adapters)):
+            for entry in metadata.entry_points(group=group):
+                owner = owners.get(entry.name)
+                if owner is None:
+                    continue
+                try:
+                    if entry.load() is not owner:
+                        unused.append(UnusedEntryPoint(entry.name, f"{entry.value} is not used: the name is taken"))
+                except BaseException as error:
+                    raise_interrupts(error)
+                    unused.append(UnusedEntryPoint(entry.name, _failure(entry, error)))
+        return tuple(unused)
 
 
-def broken_adapter(model_type: str) -> str | None:
-    """Why an offered adapter could not be loaded."""
-    return _broken_adapters.get(model_type)
+def _failure(entry: metadata.EntryPoint, error: BaseException) -> str:
+    return f"{entry.value} failed to load: {type(error).__name__}: {error}"
 
 
-def broken_adapters() -> dict[str, str]:
-    """By model type, why an offered adapter could not be loaded when it was last asked for."""
-    return dict(_broken_adapters)
-
-
-def model_types() -> tuple[str, ...]:
-    """Every model type somebody offers an adapter for."""
-    return tuple(sorted({*_adapters, *(entry.name for entry in metadata.entry_points(group="attnzoo.adapters"))}))
-
-
-def backends() -> dict[str, BackendInfo]:
-    """Every registered backend: name, aliases, available, reason (why not), exact, capabilities, options."""
-    _discover()
-    found = {}
-    for name, cls in _backends.items():
-        reason = _unavailable(cls)
-        found[name] = BackendInfo(
-            name, _aliases(cls), reason is None, reason or "", cls.capabilities.exact, cls.capabilities, cls.options()
-        )
-    for name, reason in _broken_backends.items():
-        found[name] = BackendInfo(name, (), False, reason, False, None)
-    return dict(sorted(found.items()))
-
-
-def _owner(name: str) -> type[Backend] | None:
-    """The last registered backend that goes by the name."""
-    return next((cls for cls in reversed(_backends.values()) if name in (cls.name, *cls.aliases)), None)
-
-
-def _aliases(cls: type[Backend]) -> tuple[str, ...]:
-    return tuple(alias for alias in cls.aliases if _owner(alias) is cls)
-
-
-def _unavailable(cls: type[Backend]) -> str | None:
+def unavailable_reason(cls: type[Backend]) -> str | None:
+    """Why a backend cannot run on this machine, or None. A check that raises is a reason too."""
     try:
         return cls.unavailable()
     except BaseException as error:
@@ -230,147 +379,10 @@ def _unavailable(cls: type[Backend]) -> str | None:
         return f"availability check failed: {type(error).__name__}: {error}"
 
 
-def backend_class(name: str) -> type[Backend]:
-    """The class behind a name or alias.
-
-    Raises:
-        InvalidArgumentError: the name belongs to a backend that failed to load.
-        UnknownNameError: the name is not registered; near misses are suggested.
-    """
-    _discover()
-    named = name if isinstance(name, str) else ""  # an array, say, cannot even be compared with names
-    owner = _owner(named)
-    if owner is not None:
-        return owner
-    if named in _broken_backends:
-        raise InvalidArgumentError("backend", f"{name!r}: {_broken_backends[name]}", "a backend that loads")
-    known = {alias for cls in _backends.values() for alias in (cls.name, *_aliases(cls))}
-    if named in RESERVED:
-        names = ", ".join(map(repr, sorted(known)))
-        raise InvalidArgumentError("backend", f"{name!r}, a selection mode and no backend", names)
-    raise UnknownNameError("backend", name, known | set(RESERVED))
-
-
-def configure(name: str, **options: Any) -> Backend:
-    """A configured backend, whether it can run on this machine or not: for wherever a backend's name may stand.
-
-    Args:
-        name: of a backend, or an alias.
-        options: its own, e.g. ``window=1024``; :func:`backends` lists their names.
-
-    Raises:
-        UnknownNameError: unknown backend or option name.
-        InvalidArgumentError: an option is missing or has a value that is not allowed.
-    """
-    cls = backend_class(name)
-    for option in options:
-        if option not in cls.options():
-            raise UnknownNameError(f"option of backend {cls.name!r}", option, cls.options())
-    missing = [option for option in cls.required_options() if option not in options]
-    if missing:
-        raise InvalidArgumentError(f"options of backend {cls.name!r}", f"no {', '.join(missing)}", f"{missing[0]}=...")
-    return cls(**options)
-
-
-def availability(backend: Backend) -> tuple[Refusal, ...]:
-    """Why a backend cannot run on this machine; empty if it can."""
-    reason = _unavailable(type(backend))
-    return () if reason is None else (Refusal("availability", reason, "a machine that has it"),)
-
-
-@lru_cache(maxsize=4096)
-def refusals(backend: Backend, request: Request) -> tuple[Refusal, ...]:
-    """The backend's refusals of a request, and why it cannot run here at all, remembered."""
-    return (*availability(backend), *backend.refusals(request))
-
-
-def make_backend(name: str, **options: Any) -> Backend:
-    """A configured backend that can run on this machine.
-
-    Raises:
-        UnknownNameError, InvalidArgumentError: see :func:`configure`.
-        BackendRefusedError: the backend cannot run on this machine.
-    """
-    made = configure(name, **options)
-    reasons = availability(made)
-    if reasons:
-        usable = tuple(backend.name for backend in exact_backends())
-        raise BackendRefusedError(made.name, {"this machine": reasons}, {"this machine": usable})
-    return made
-
-
-def takers(request: Request) -> tuple[str, ...]:
-    """Names of the available exact backends that refuse nothing of the request, best first."""
-    return tuple(backend.name for backend in candidates(request))
-
-
-def candidates(request: Request) -> tuple[Backend, ...]:
-    """What ``auto`` chooses from: the available exact backends that refuse nothing, by priority.
-
-    Backends that change a dense model's pattern are none, nor those whose options have to be given.
-    """
-    return tuple(backend for backend in exact_backends() if not backend.refusals(request))
-
-
-def exact_backends() -> list[Backend]:
-    """The available backends that compute exactly what is asked and need no options, by priority."""
-    _discover()
-    usable = [
-        cls
-        for cls in _backends.values()
-        if cls.capabilities.exact and not cls.required_options() and _unavailable(cls) is None
-    ]
-    return [cls() for cls in sorted(usable, key=lambda cls: (-cls.priority, cls.name))]
-
-
-def choose_for(attention: Attention, probabilities: bool = False) -> Choice:
-    """What ``auto`` takes for an attention: see :func:`choose`.
-
-    Raises:
-        BackendRefusedError: every backend refuses, or was found to be wrong; all reasons of all of them are listed.
-        InvalidArgumentError: ``ATTNZOO_AUTO`` has a value it cannot have.
-    """
-    request = attention.request(probabilities)
-    because = by_priority_because()
-    if because is not None:
-        return choose(request, because=because)
-    return choose(request, size_class(attention), environment_of(attention.query.device))
-
-
-@lru_cache(maxsize=4096)
-def choose(
-    request: Request,
-    size: SizeClass | None = None,
-    environment: Environment | None = None,
-    because: str = "no size was given",
-) -> Choice:
-    """What ``auto`` takes: of the available exact backends that refuse nothing, the fastest that was measured.
-
-    Where nothing was measured, the one of highest priority that was not found to be wrong.
-
-    Args:
-        request: what is asked.
-        size: its size class; None: go by priority, whatever was measured.
-        environment: the device and versions it runs on; given with the size.
-        because: why to go by priority, where it is not by size.
-
-    Raises:
-        BackendRefusedError: every backend refuses, or was found to be wrong; all reasons of all of them are listed.
-    """
-    takes = candidates(request)
-    wrong: dict[str, str] = {}
-    if size is not None and environment is not None:
-        because = f"nothing measured for {mode_of(request.grad)} at {size}; attnzoo.tune measures"
-        measurement = cache.find(environment, key_of(request, size))
-        if measurement is not None:
-            measured = by_measurement(measurement, takes)
-            if measured is not None:
-                return measured
-            wrong = wrongs(measurement, takes)
-    right = [backend for backend in takes if backend.name not in wrong]
-    if right:
-        return Choice(right[0], "the only one that refuses nothing" if len(takes) == 1 else f"by priority: {because}")
-    refused = {f"backend {backend.name!r}": backend.refusals(request) for backend in exact_backends()}
-    for name, reason in wrong.items():
-        refused[f"backend {name!r}"] = (Refusal("measured", reason, "what agrees with the oracle; attnzoo tune"),)
-    raise BackendRefusedError("auto", refused, {})
+registry = Registry()
+backends = registry.backends
+configure = registry.configure
+register_backend = registry.register_backend
+unregister_backend = registry.unregister_backend
+register_adapter = registry.register_adapter
+unregister_adapter = registry.unregister_adapter

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from attnzoo import registry
 from attnzoo.backend import Backend
 from attnzoo.errors import InvalidArgumentError
-from attnzoo.segments import FLOATS
+from attnzoo.registry import registry
+from attnzoo.spec.segments import FLOATS
 
 
 def parse(text: str) -> tuple[str, dict[str, int | str]]:

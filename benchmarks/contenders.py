@@ -18,15 +18,15 @@ from attnzoo.backend import Backend
 from attnzoo.benchmarks.cases import DTYPES, Case, Subject, build
 from attnzoo.benchmarks.measure import available_memory
 from attnzoo.benchmarks.models import find_workload
-from attnzoo.error_rule import Check
-from attnzoo.patching import Handle
-from attnzoo.registry import backend_class
-from attnzoo.segments import Attention, Result
-from attnzoo.sites import Site
+from attnzoo.benchmarks.witness import false_claims, witness
+from attnzoo.conformance.error_rule import Check
+from attnzoo.patching.patch import Handle
+from attnzoo.patching.sites import Site
+from attnzoo.registry import registry
+from attnzoo.spec.segments import Attention, Result
 from attnzoo.spelling import configured, parse
 from attnzoo.tuning.race import GRIDS, GRIDS_KEPT
-from attnzoo.verification import SiteReport, check_site, worst
-from attnzoo.witness import false_claims, witness
+from attnzoo.verification.verify import SiteReport, check_site, worst
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class BackendContender(Contender):
         info = attnzoo.backends()[self.backend]
         if not info.available:
             return info.reason
-        if not backend_class(self.backend).dense:
+        if not registry.backend_class(self.backend).dense:
             return None
         if self.dense_limit is not None and case.seq_len > self.dense_limit:
             asked = f"--backend {self.backend} or --full runs it"
@@ -158,7 +158,7 @@ class BackendContender(Contender):
 
     def prepare(self, case: Case) -> Entry:
         """Build the model and patch it."""
-        if backend_class(self.backend).compiles:
+        if registry.backend_class(self.backend).compiles:
             self._compile(case)
         subject = build(case)
         return BackendEntry(subject, self.backend, subject.patch(self.name))

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from attnzoo import registry
 from attnzoo.benchmarks import rows as status
 from attnzoo.benchmarks.cases import DTYPES, SCOPES, Case
 from attnzoo.benchmarks.contenders import ORIGINAL, BackendContender, Contender, Original
@@ -27,6 +26,7 @@ from attnzoo.benchmarks.worker import (
     verify_in_process,
 )
 from attnzoo.errors import InvalidArgumentError, UnknownNameError
+from attnzoo.registry import registry
 from attnzoo.spelling import parse, spell
 
 Launch = Callable[[Contender, Case], Worker]

@@ -6,8 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-import attnzoo
-from attnzoo import registry
+from attnzoo.registry import registry
 
 torch.set_num_threads(1)
 _common = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -44,15 +43,10 @@ def no_measurements(tmp_path_factory):
 
 
 @pytest.fixture
-def registry_of_its_own(monkeypatch):
+def registry_of_its_own():
     """Each test gets a registry it may change, and entry points it may break."""
-    attnzoo.backends()
-    for name in ("_backends", "_adapters", "_broken_backends", "_broken_adapters", "_left_out"):
-        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
-    monkeypatch.setattr(registry, "_discovered", True)
-    registry.choose.cache_clear()
-    yield
-    registry.choose.cache_clear()
+    with registry.replaced_by(registry.copy()):
+        yield
 
 
 @pytest.fixture(autouse=True)

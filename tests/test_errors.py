@@ -6,10 +6,9 @@ import torch
 
 import attnzoo
 from attnzoo import InvalidArgumentError, PatchError, UnknownNameError
-from attnzoo.segments import describe
-
-from .models.zoo import gpt_neox
-from .registering import small
+from attnzoo.spec.segments import describe
+from tests.support.fake_backends import small
+from tests.support.models import gpt_neox
 
 LONG = {
     "a list of lists": [[1] * 3000] * 3,

@@ -3,12 +3,11 @@
 import pytest
 
 import attnzoo
-from attnzoo import cli
+from attnzoo.cli import app as cli
+from attnzoo.cli.tune import shown
 from attnzoo.layout import aligned, alike, fit
 from attnzoo.tuning import tuner
-from attnzoo.tuning.cli import shown
-
-from .models.zoo import causal_inputs, gpt_neox, led
+from tests.support.models import causal_inputs, gpt_neox, led
 
 WIDTHS = (60, 80, 120)
 WIDE = 10_000

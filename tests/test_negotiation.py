@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo import BackendRefusedError, InvalidArgumentError, Refusal, registry
-
-from .registering import backend, small
+from attnzoo import BackendRefusedError, InvalidArgumentError, Refusal
+from attnzoo.registry import Registry, registry
+from tests.support.fake_backends import backend, small
 
 pytestmark = pytest.mark.usefixtures("registry_of_its_own")
 
@@ -66,9 +66,16 @@ def test_what_cannot_run_here_is_refused_with_every_other_reason_and_no_remedy_t
         assert "sdpa" in others and not {"blocked-local", "lsh"} & set(others)
 
 
-def test_a_refusal_nobody_else_takes_says_so(monkeypatch):
-    monkeypatch.setattr(registry, "_backends", {"narrow": backend("narrow", gqa=False)})
-    with pytest.raises(BackendRefusedError, match="would run there: no registered backend"):
+def registry_of(*classes):
+    fresh = Registry(discover=False)
+    for cls in classes:
+        fresh.register_backend(cls)
+    return fresh
+
+
+def test_a_refusal_nobody_else_takes_says_so():
+    only = registry_of(backend("narrow", gqa=False))
+    with registry.replaced_by(only), pytest.raises(BackendRefusedError, match="would run there: no registered backend"):
         attnzoo.attention(torch.randn(1, 4, 3, 8), *torch.randn(2, 1, 2, 3, 8), backend="narrow")
 
 
@@ -94,13 +101,11 @@ def test_auto_never_takes_what_changes_the_pattern():
     assert not attnzoo.backends()["changing"].exact
 
 
-def test_auto_when_everybody_refuses_lists_everybody(monkeypatch):
-    only = {
-        "first": backend("first", patterns=frozenset({attnzoo.Full})),
-        "second": backend("second", dtypes=frozenset({torch.float64})),
-    }
-    monkeypatch.setattr(registry, "_backends", only)
-    with pytest.raises(BackendRefusedError) as caught:
+def test_auto_when_everybody_refuses_lists_everybody():
+    only = registry_of(
+        backend("first", patterns=frozenset({attnzoo.Full})), backend("second", dtypes=frozenset({torch.float64}))
+    )
+    with registry.replaced_by(only), pytest.raises(BackendRefusedError) as caught:
         attnzoo.attention(**small(), pattern=attnzoo.Causal())
     message = str(caught.value)
     assert "'first'" in message

@@ -48,7 +48,7 @@ def test_an_installed_plugin_is_found_and_conforms(installed):
 
 
 def test_the_command_line_knows_an_installed_plugin(installed):
-    output = succeed("attnzoo.cli", "doctor", PYTHONPATH=str(installed), COLUMNS="200")
+    output = succeed("attnzoo.cli.app", "doctor", PYTHONPATH=str(installed), COLUMNS="200")
     assert "tiled (also online-softmax)" in output and "GPTNeoSelfAttention; transformers 5.17 to 5.23" in output
 
 

@@ -13,10 +13,11 @@ import torch
 from transformers import BertConfig, BertModel
 
 import attnzoo
-from attnzoo import BackendRefusedError, InvalidArgumentError, UnknownNameError, doctor, registry
+from attnzoo import BackendRefusedError, InvalidArgumentError, UnknownNameError
 from attnzoo.backends.eager import EagerBackend
-
-from .registering import backend, small
+from attnzoo.registry import Registry, registry
+from attnzoo.reporting import doctor
+from tests.support.fake_backends import backend, small
 
 pytestmark = pytest.mark.usefixtures("registry_of_its_own")
 
@@ -183,6 +184,10 @@ def test_unknown_options_are_refused():
 # Broken things are reasons
 
 
+def unused(name):
+    return [found for found in doctor.examine() if (found.kind, found.name) == ("entry point", name)]
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -195,53 +200,49 @@ def test_unknown_options_are_refused():
 )
 def test_a_broken_entry_point_shows_its_reason_and_breaks_nothing(monkeypatch, error):
     offer(monkeypatch, "attnzoo.backends", broken=error, good=backend("good"))
-    monkeypatch.setattr(registry, "_backends", {})
-    monkeypatch.setattr(registry, "_discovered", False)
-    found = attnzoo.backends()
-    assert {"broken", "eager", "good", "sdpa"} <= set(found)
-    info = found["broken"]
-    assert (info.available, info.exact, info.capabilities) == (False, False, None)
-    assert info.reason == f"third_party.broken:Thing failed to load: {type(error).__name__}: {error}"
-    assert found["good"].available
-    assert found["sdpa"].available
-    attnzoo.attention(**small())
-    attnzoo.attention(**small(), backend="good")
-    with pytest.raises(InvalidArgumentError) as caught:
-        attnzoo.attention(**small(), backend="broken")
-    assert str(error) in str(caught.value)
-    assert "allowed: a backend that loads" in str(caught.value)
+    with registry.replaced_by(Registry()):
+        found = attnzoo.backends()
+        assert {"broken", "eager", "good", "sdpa"} <= set(found)
+        info = found["broken"]
+        assert (info.available, info.exact, info.capabilities) == (False, False, None)
+        assert info.reason == f"third_party.broken:Thing failed to load: {type(error).__name__}: {error}"
+        assert found["good"].available
+        assert found["sdpa"].available
+        attnzoo.attention(**small())
+        attnzoo.attention(**small(), backend="good")
+        with pytest.raises(InvalidArgumentError) as caught:
+            attnzoo.attention(**small(), backend="broken")
+        assert str(error) in str(caught.value)
+        assert "allowed: a backend that loads" in str(caught.value)
 
 
 def test_an_entry_point_that_is_no_backend_or_takes_a_taken_name_is_a_reason(monkeypatch):
     offer(monkeypatch, "attnzoo.backends", nonsense=print, thief=backend("thief", names=("sdpa",)))
-    monkeypatch.setattr(registry, "_backends", {})
-    monkeypatch.setattr(registry, "_discovered", False)
-    found = attnzoo.backends()
-    assert "a subclass of attnzoo.Backend" in found["nonsense"].reason
-    assert "got 'sdpa'" in found["thief"].reason
-    assert registry.backend_class("sdpa").__module__.startswith("attnzoo.")
+    with registry.replaced_by(Registry()):
+        found = attnzoo.backends()
+        assert "a subclass of attnzoo.Backend" in found["nonsense"].reason
+        assert "got 'sdpa'" in found["thief"].reason
+        assert registry.backend_class("sdpa").__module__.startswith("attnzoo.")
 
 
 @pytest.mark.parametrize(
     ("second", "words"),
-    [(backend("sdpa"), "Thing is left out: attnzoo.backends.sdpa:SdpaBackend has"), (OSError("no"), "OSError: no")],
+    [(backend("sdpa"), "Thing is not used: the name is taken"), (OSError("no"), "OSError: no")],
 )
-def test_a_second_offer_of_a_name_changes_nothing_and_is_told_by_doctor(monkeypatch, second, words):
+def test_a_second_entry_point_of_a_backend_name_is_unused_and_doctor_says_so(monkeypatch, second, words):
     offer(monkeypatch, "attnzoo.backends", sdpa=second)
-    for name, fresh in (("_backends", {}), ("_left_out", {}), ("_discovered", False)):
-        monkeypatch.setattr(registry, name, fresh)
-    info = attnzoo.backends()["sdpa"]
-    assert info.available and registry.backend_class("sdpa").__module__ == "attnzoo.backends.sdpa"
-    (finding,) = [finding for finding in doctor._backends() if finding.name == "another sdpa"]
+    with registry.replaced_by(Registry()):
+        assert attnzoo.backends()["sdpa"].available
+        assert registry.backend_class("sdpa").__module__ == "attnzoo.backends.sdpa.backend"
+        (finding,) = unused("sdpa")
     assert not finding.ok and "third_party.sdpa:Thing" in finding.detail and words in finding.detail
 
 
-def test_what_is_offered_twice_is_left_out_of_nothing(monkeypatch):
+def test_two_entry_points_of_one_class_are_no_conflict(monkeypatch):
     """Two records of one installation name the same class."""
     offer(monkeypatch, "attnzoo.backends", eager=EagerBackend)
-    for name, fresh in (("_backends", {}), ("_left_out", {}), ("_discovered", False)):
-        monkeypatch.setattr(registry, name, fresh)
-    assert attnzoo.backends()["eager"].available and not registry.left_out()
+    with registry.replaced_by(Registry()):
+        assert attnzoo.backends()["eager"].available and not unused("eager")
 
 
 def test_a_broken_adapter_is_named_when_its_model_is_patched(monkeypatch):
@@ -257,15 +258,15 @@ def test_a_broken_adapter_is_named_when_its_model_is_patched(monkeypatch):
 @pytest.mark.parametrize(
     ("second", "words"),
     [
-        (attnzoo.Adapter(model_types=("gpt_neox",), seams=()), "Thing is left out: the model type has an adapter"),
+        (attnzoo.Adapter(model_types=("gpt_neox",), seams=()), "Thing is not used: the name is taken"),
         (OSError("no"), "failed to load: OSError: no"),
     ],
 )
-def test_a_second_adapter_for_a_model_type_changes_nothing_and_is_told_by_doctor(monkeypatch, second, words):
+def test_a_second_entry_point_of_a_model_type_is_unused_and_doctor_says_so(monkeypatch, second, words):
     honest = registry.find_adapter("gpt_neox")
     offer(monkeypatch, "attnzoo.adapters", gpt_neox=second)
     assert registry.find_adapter("gpt_neox") is honest
-    (finding,) = [finding for finding in doctor._models() if finding.name == "another gpt_neox"]
+    (finding,) = unused("gpt_neox")
     assert not finding.ok and "third_party.gpt_neox:Thing" in finding.detail and words in finding.detail
     assert [finding.ok for finding in doctor._models() if finding.name == "gpt_neox"] == [True]
 

@@ -12,7 +12,7 @@ from attnzoo.spelling import configured, parse, spell
         ("sdpa", ("sdpa", {})),
         ("flash", ("flash_attention_2", {})),
         ("blocked-local:window=8, sinks=2", ("blocked-local", {"window": 8, "sinks": 2})),
-        ("lsh:kernel=eager,seed=-1", ("lsh", {"kernel": "eager", "seed": -1})),
+        ("lsh:inner=eager,seed=-1", ("lsh", {"inner": "eager", "seed": -1})),
     ],
 )
 def test_a_name_and_its_options(text, parsed):

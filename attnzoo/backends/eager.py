@@ -13,21 +13,11 @@ import torch
 from torch import Tensor
 
 from attnzoo.backend import Backend, Capabilities
-from attnzoo.hashed import HashedChunks
-from attnzoo.patterns import Causal, Chunks, Full, SortedChunks, Window
-from attnzoo.segments import FLOATS, Attention, Result, Segment
-from attnzoo.transforms import TRANSFORMS
-
-
-def expand_heads(tensor: Tensor, heads: int) -> Tensor:
-    """``(batch, kv_heads, n, d)`` to ``(batch, heads, n, d)``: a key head serves neighbouring query heads.
-
-    A view when there is one key head; its gradient is the sum over the group.
-    """
-    batch, kv_heads, length, dim = tensor.shape
-    if kv_heads == heads:
-        return tensor
-    return tensor[:, :, None].expand(batch, kv_heads, heads // kv_heads, length, dim).reshape(batch, heads, length, dim)
+from attnzoo.spec.hashed import HashedChunks
+from attnzoo.spec.heads import expand_heads
+from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
+from attnzoo.spec.segments import FLOATS, Attention, Result, Segment
+from attnzoo.spec.transforms import TRANSFORMS
 
 
 def evaluate(attention: Attention, rows: Tensor | None = None) -> Result:

@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import torch
 
+from attnzoo.auto.environment import code_of
+from attnzoo.auto.measurements import Outcome
 from attnzoo.backend import Backend
+from attnzoo.conformance.attention_check import check_site
 from attnzoo.functional import execute
-from attnzoo.segments import Attention
-from attnzoo.site_check import check_site
-from attnzoo.tuning.environment import code_of
-from attnzoo.tuning.measurements import Outcome
+from attnzoo.spec.segments import Attention
 
 Clock = Callable[[], float]
 

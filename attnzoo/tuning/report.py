@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from attnzoo.auto.measurements import Measurement, in_words
 from attnzoo.layout import fit
-from attnzoo.tuning.measurements import Measurement, in_words
 
 
 class Tuning(tuple[Measurement, ...]):

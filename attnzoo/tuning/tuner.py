@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attnzoo import registry
+from attnzoo.auto import cache
+from attnzoo.auto.choice import is_current
+from attnzoo.auto.environment import Environment, environment_of
+from attnzoo.auto.measurements import Measurement, SizeClass, key_of, plain, size_class
 from attnzoo.backend import Backend
 from attnzoo.errors import InvalidArgumentError
-from attnzoo.patching import patch
-from attnzoo.replay import own_random_stream
-from attnzoo.segments import Attention, Request, Result
-from attnzoo.sites import Site
-from attnzoo.tuning import cache
-from attnzoo.tuning.choice import is_current
-from attnzoo.tuning.environment import Environment, environment_of
-from attnzoo.tuning.measurements import Measurement, SizeClass, key_of, plain, size_class
+from attnzoo.patching.patch import patch
+from attnzoo.patching.replay import own_random_stream
+from attnzoo.patching.sites import Site
+from attnzoo.registry import registry
+from attnzoo.spec.segments import Attention, Request, Result
 from attnzoo.tuning.race import ROUNDS, Clock, race
 from attnzoo.tuning.report import Tuning
 
@@ -94,7 +94,7 @@ def tune(
     with own_random_stream(model):
         meetings = _meet(model, inputs, trains)
         for number, met in enumerate(meetings, 1):
-            takes = registry.candidates(met.request)
+            takes = registry.supporting_backends(met.request)
             old = cache.find(met.environment, key_of(met.request, met.size))
             if old is not None and not again and all(is_current(old, backend) for backend in takes):
                 found.append(old)
@@ -104,10 +104,7 @@ def tune(
             outcomes = race(met.attention, takes, grad=met.request.grad, rounds=rounds, clock=clock)
             new = Measurement(plain(met.request), met.size, outcomes, met.where)
             # Kept at once: what was measured before an interruption need not be measured again.
-            try:
-                cache.add(met.environment, [new], save=save)
-            finally:
-                registry.choose.cache_clear()
+            cache.add(met.environment, [new], save=save)
             found.append(new)
             fresh.add(new.key)
     return Tuning(found, frozenset(fresh))
@@ -119,10 +116,7 @@ def clear() -> list[Path]:
     Raises:
         CacheError: a file cannot be removed.
     """
-    try:
-        return cache.clear()
-    finally:
-        registry.choose.cache_clear()
+    return cache.clear()
 
 
 def _meet(model: nn.Module, inputs: Mapping[str, Any] | Callable[[], object], gradients: bool) -> list[Met]:
@@ -133,7 +127,7 @@ def _meet(model: nn.Module, inputs: Mapping[str, Any] | Callable[[], object], gr
         request, size = attention.request(result.probabilities is not None), size_class(attention)
         environment = environment_of(attention.query.device)
         key = (key_of(request, size), environment)
-        if key not in met and len(registry.candidates(request)) > 1:
+        if key not in met and len(registry.supporting_backends(request)) > 1:
             met[key] = Met(request, size, environment, _without_history(attention), f"{site.cls}, {site.pattern}")
 
     with _left_as_is(model), patch(model, "auto") as handle, torch.set_grad_enabled(gradients):

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo import companions, slots
-from attnzoo.forwards import PatchedForward
-
-from ..models.zoo import causal_inputs, longt5, longt5_inputs, reformer
+from attnzoo.originals import slots
+from attnzoo.patching import companions
+from attnzoo.patching.forwards import PatchedForward
+from tests.support.models import causal_inputs, longt5, longt5_inputs, reformer
 
 LENGTH, AT_ONCE = 48, 8
 CASES = {

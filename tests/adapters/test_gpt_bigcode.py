@@ -11,8 +11,7 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo.backends.eager import EagerBackend
-
-from .gpt_bigcode import BACKENDS, BOTH, HEADS, KINDS, build, check, padded, results, twin
+from tests.support.gpt_bigcode import BACKENDS, BOTH, HEADS, KINDS, build, check, padded, results, twin
 
 
 @KINDS

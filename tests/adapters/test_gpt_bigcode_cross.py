@@ -14,8 +14,19 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeAttention
 
 import attnzoo
-
-from .gpt_bigcode import BOTH, HEADS, KINDS, WIDTH, build, check, padded, results, spread_weights, tokens, twin
+from tests.support.gpt_bigcode import (
+    BOTH,
+    HEADS,
+    KINDS,
+    WIDTH,
+    build,
+    check,
+    padded,
+    results,
+    spread_weights,
+    tokens,
+    twin,
+)
 
 
 def build_cross(multi_query: bool = False, implementation: str = "sdpa", **changes: Any) -> Any:

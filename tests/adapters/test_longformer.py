@@ -5,9 +5,8 @@ import torch
 from torch import nn
 
 import attnzoo
-
-from ..models.zoo import led, led_inputs, longformer, longformer_inputs
-from .weights import LowRank, pack, quantise
+from tests.support.models import led, led_inputs, longformer, longformer_inputs
+from tests.support.weights import LowRank, pack, quantise
 
 PROJECTIONS = ("query", "key", "value", "query_global", "key_global", "value_global")
 BUILDS = {"led": (led, led_inputs), "longformer": (longformer, longformer_inputs)}

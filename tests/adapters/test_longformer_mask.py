@@ -6,10 +6,9 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo import slots
-from attnzoo.forwards import PatchedForward
-
-from ..models.zoo import led, led_inputs, longformer, longformer_inputs
+from attnzoo.originals import slots
+from attnzoo.patching.forwards import PatchedForward
+from tests.support.models import led, led_inputs, longformer, longformer_inputs
 
 LENGTH = 37
 CASES = {

@@ -9,10 +9,9 @@ from transformers.models.longt5 import modeling_longt5
 
 import attnzoo
 from attnzoo.adapters.longt5 import LONGT5, _aggregate, _globals
-from attnzoo.drift import drift
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError
-
-from .longt5 import (
+from attnzoo.originals.drift import drift
+from tests.support.longt5 import (
     BLOCK,
     RADIUS,
     TABLES,

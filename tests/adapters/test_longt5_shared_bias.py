@@ -8,10 +8,9 @@ import torch
 
 import attnzoo
 from attnzoo.backends.eager import EagerBackend
-from attnzoo.error_rule import GRADIENT, check
+from attnzoo.conformance.error_rule import GRADIENT, check
 from attnzoo.errors import BackendRefusedError
-
-from .longt5 import RADIUS, TABLES, assert_equal_to_the_original, backends, inputs, kinds, longt5, outcome
+from tests.support.longt5 import RADIUS, TABLES, assert_equal_to_the_original, backends, inputs, kinds, longt5, outcome
 
 MIXTURES = {
     "the first layer": {"encoder.block.0*": "sdpa", "decoder.block.0*": "sdpa"},

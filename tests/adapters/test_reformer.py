@@ -9,10 +9,9 @@ import transformers
 
 import attnzoo
 from attnzoo.adapters.reformer import REFORMER
-from attnzoo.drift import drift
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError
-
-from .reformer import (
+from attnzoo.originals.drift import drift
+from tests.support.reformer import (
     CHUNK,
     VOCAB,
     assert_model_equals_the_original,

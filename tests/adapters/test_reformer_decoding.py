@@ -8,8 +8,7 @@ import torch
 
 import attnzoo
 from attnzoo.errors import InvalidArgumentError
-
-from .reformer import CHUNK, attentions, backends, ids, local, reformer
+from tests.support.reformer import CHUNK, attentions, backends, ids, local, reformer
 
 
 @backends

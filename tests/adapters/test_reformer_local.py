@@ -5,8 +5,7 @@ import torch
 
 import attnzoo
 from attnzoo.adapters import reformer_local
-
-from .reformer import (
+from tests.support.reformer import (
     CHUNK,
     NEIGHBOURS,
     assert_module_equals_the_original,

@@ -9,8 +9,7 @@ from torch.overrides import TorchFunctionMode
 import attnzoo
 from attnzoo.adapters import reformer_lsh
 from attnzoo.adapters.reformer_lsh import HASHED_AT_ONCE
-
-from .reformer import (
+from tests.support.reformer import (
     CHUNK,
     NEIGHBOURS,
     assert_module_equals_the_original,

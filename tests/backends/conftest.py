@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnzoo import registry
-from attnzoo.backends import flash_attn_kernel, packed, varlen_kernel, xformers_kernels
-from attnzoo.backends.flash import FlashBackend
-from attnzoo.backends.xformers import XformersBackend
-
-from .fakes import aten
+from attnzoo.backends.varlen import flash_attn_kernel, packed, varlen_kernel, xformers_kernels
+from attnzoo.backends.varlen.flash import FlashBackend
+from attnzoo.backends.varlen.xformers import XformersBackend
+from attnzoo.registry import registry
+from tests.backends.fakes import aten
 
 FAKES = Path(__file__).parent / "fakes"
 PACKAGES = ("flash_attn", "xformers")
@@ -25,8 +24,7 @@ def forget():
         for value in vars(module).values():
             if hasattr(value, "cache_clear") and value.__module__ == module.__name__:
                 value.cache_clear()
-    registry.refusals.cache_clear()
-    registry.choose.cache_clear()
+    registry.forget()
 
 
 def unload():

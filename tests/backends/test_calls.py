@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attnzoo
-from attnzoo.backends import calls
-from attnzoo.backends.calls import hides, plan
-from attnzoo.backends.remember import Memory
-from attnzoo.backends.sorted_calls import fold_heads
-from attnzoo.patterns import Causal, Chunks, Full, SortedChunks, Window
+from attnzoo.backends.common.remember import Memory
+from attnzoo.backends.varlen import calls
+from attnzoo.backends.varlen.calls import hides, plan
+from attnzoo.backends.varlen.sorted_calls import fold_heads
+from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
 
 
 def meetings(attention, planned):

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo import error_rule, testing
-from attnzoo.backends import packed
-from attnzoo.backends.flash import FlashBackend
-from attnzoo.patterns import SortedChunks
+from attnzoo import testing
+from attnzoo.backends.varlen import packed
+from attnzoo.backends.varlen.flash import FlashBackend
+from attnzoo.conformance import error_rule
+from attnzoo.spec.patterns import SortedChunks
 from attnzoo.testing import Case
-
-from ..models.zoo import (
+from tests.support.half import HALF, agrees, attention, heads, real
+from tests.support.models import (
     causal_inputs,
     causal_prompt,
     gpt_bigcode,
@@ -24,7 +25,6 @@ from ..models.zoo import (
     longformer_inputs,
     reformer,
 )
-from .half import HALF, agrees, attention, heads, real
 
 
 def test_the_kit_on_flash_attn(flash_attn):

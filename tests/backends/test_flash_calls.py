@@ -7,12 +7,11 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.backends import flash_attn_kernel
-from attnzoo.backends.flash import FlashBackend
-from attnzoo.patterns import SortedChunks
+from attnzoo.backends.varlen import flash_attn_kernel
+from attnzoo.backends.varlen.flash import FlashBackend
+from attnzoo.spec.patterns import SortedChunks
 from attnzoo.testing import Case
-
-from .half import HALF, agrees, attention, real
+from tests.support.half import HALF, agrees, attention, real
 
 
 def ran(flash_attn, whole):

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.backends import flash_cpu
-from attnzoo.hashed import HashedChunks
-from attnzoo.patterns import SortedChunks
-from attnzoo.registry import make_backend
-from attnzoo.site_check import check_site
+from attnzoo.backends.sdpa import flash_cpu
+from attnzoo.conformance.attention_check import check_site
+from attnzoo.registry import registry
+from attnzoo.spec.hashed import HashedChunks
+from attnzoo.spec.patterns import SortedChunks
 from attnzoo.testing import Case
 
 forward = getattr(torch.ops.aten, flash_cpu._FORWARD)
@@ -78,7 +78,7 @@ def test_without_them_sdpa_runs_on_public_functions(monkeypatch, missing):
         assert not report.failures
         query, key, value = tensors(torch.float32, 40, 40)
         attention = attnzoo.Attention(query, (attnzoo.Segment(key, value, attnzoo.Window(3, 3)),), 1.0)
-        assert "flash_cpu" not in make_backend("sdpa").run(attention).kernel
+        assert "flash_cpu" not in registry.make_backend("sdpa").run(attention).kernel
     finally:
         monkeypatch.undo()
         flash_cpu.unavailable.cache_clear()
@@ -101,7 +101,7 @@ def test_a_backward_inside_autocast_is_as_exact_as_outside(trained):
     leaves = [tensor for tensor in attention.tensors() if tensor.requires_grad]
 
     def gradients(autocast):
-        output = make_backend("sdpa").run(attention).output
+        output = registry.make_backend("sdpa").run(attention).output
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             return torch.autograd.grad(output, leaves, torch.ones_like(output))
 
@@ -137,7 +137,7 @@ def test_masks_and_biases_written_to_before_the_backward_are_noticed(written):
         **{name: mask for name, mask in masks.items() if name == written},
         bias=None if written in masks else attnzoo.RelativeBias(table, 3),
     )
-    output = make_backend("sdpa").run(attnzoo.Attention(query, (segment,), 0.3)).output
+    output = registry.make_backend("sdpa").run(attnzoo.Attention(query, (segment,), 0.3)).output
     with torch.no_grad():
         masks.get(written, table).zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -149,7 +149,7 @@ def test_masks_made_in_inference_mode_can_be_trained_with():
         key_mask = torch.arange(5).expand(2, 5) < 4
     query, key, value = (tensor.requires_grad_() for tensor in tensors(kv_len=5))
     segment = attnzoo.Segment(key, value, attnzoo.Window(2, 1), key_mask)
-    make_backend("sdpa").run(attnzoo.Attention(query, (segment,), 0.3)).output.sum().backward()
+    registry.make_backend("sdpa").run(attnzoo.Attention(query, (segment,), 0.3)).output.sum().backward()
     assert (key.grad[:, :, 4] == 0.0).all() and (key.grad[:, :, :4] != 0.0).any()
 
 
@@ -161,5 +161,7 @@ def test_a_trained_bias_beside_keys_in_an_order_of_their_own(pattern, dtype):
     key, value = (torch.randn(3, 4, 40, whole.head_dim).to(dtype) for _ in range(2))
     bias = attnzoo.RelativeBias(torch.randn(4, 5).to(dtype).requires_grad_(), 2)
     biased = attnzoo.Segment(key, value, attnzoo.Window(200, 200, 0), bias=bias)
-    report = check_site("case", replace(whole, segments=(*whole.segments, biased)), make_backend("sdpa"), grad=True)
+    report = check_site(
+        "case", replace(whole, segments=(*whole.segments, biased)), registry.make_backend("sdpa"), grad=True
+    )
     assert report.ok and report.kernel == flash_cpu.KERNEL, report

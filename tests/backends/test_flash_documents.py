@@ -4,13 +4,12 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.backends.flash import FlashBackend
-from attnzoo.documents import attend_documents, find_documents
-
-from ..models.test_packed_rows import LENGTHS, ROW
-from ..models.zoo import gpt_neox
-from ..test_documents import Site, grid_of
-from .half import HALF, heads
+from attnzoo.backends.varlen.flash import FlashBackend
+from attnzoo.spec.documents import attend_documents, find_documents
+from tests.models.test_packed_rows import LENGTHS, ROW
+from tests.spec.test_documents import Site, grid_of
+from tests.support.half import HALF, heads
+from tests.support.models import gpt_neox
 
 
 @pytest.mark.parametrize("lengths", [(5, 9, 6), (10, 10), (3, -2, 15), (1,) * 20], ids=str)

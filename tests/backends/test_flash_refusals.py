@@ -7,12 +7,11 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo import doctor
-from attnzoo.backends import flash_attn_kernel, packed, varlen_kernel
-from attnzoo.backends.flash import FlashBackend
-
-from ..models.zoo import longt5
-from .half import HALF, agrees, attention, real, refusals
+from attnzoo.backends.varlen import flash_attn_kernel, packed, varlen_kernel
+from attnzoo.backends.varlen.flash import FlashBackend
+from attnzoo.reporting import doctor
+from tests.support.half import HALF, agrees, attention, real, refusals
+from tests.support.models import longt5
 
 
 def test_reasons_say_what_was_got_and_what_is_allowed(flash_attn):

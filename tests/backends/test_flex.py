@@ -10,12 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode  # no public way to s
 from torch.utils._pytree import tree_leaves
 
 import attnzoo
-from attnzoo.backends import flex, flex_blocks, flex_kernel
-from attnzoo.backends.flex import FlexBackend
+from attnzoo.backends.flex import backend as flex
+from attnzoo.backends.flex import block_lists as flex_blocks
+from attnzoo.backends.flex import kernel as flex_kernel
+from attnzoo.backends.flex.backend import FlexBackend
 from attnzoo.functional import execute
-from attnzoo.patterns import SortedChunks
-from attnzoo.segments import Attention, Segment
-from attnzoo.verification import check_site
+from attnzoo.spec.patterns import SortedChunks
+from attnzoo.spec.segments import Attention, Segment
+from attnzoo.verification.verify import check_site
 
 HEADS, DIM = 4, 16
 needs_compiler = pytest.mark.skipif(

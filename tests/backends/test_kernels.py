@@ -12,13 +12,14 @@ import torch
 from torch.nn.attention import SDPBackend
 
 import attnzoo
-from attnzoo.backends import flash_cpu, math_blocks, sdpa
 from attnzoo.backends.eager import EagerBackend
+from attnzoo.backends.sdpa import backend as sdpa
+from attnzoo.backends.sdpa import flash_cpu, math_blocks
+from attnzoo.benchmarks.witness import claimed, false_claims, witness
 from attnzoo.functional import execute
-from attnzoo.patterns import SortedChunks
-from attnzoo.registry import refusals
+from attnzoo.registry import registry
+from attnzoo.spec.patterns import SortedChunks
 from attnzoo.testing import Case, cases
-from attnzoo.witness import claimed, false_claims, witness
 
 # One of every way that sdpa goes on the CPU, and the kernel behind scaled_dot_product_attention that it takes.
 WAYS = {
@@ -60,7 +61,7 @@ def test_the_kernel_reported_ran_in_the_cases_of_the_kit(device):
     backend, judged = sdpa.SdpaBackend(), set()
     for case in cases((torch.float32,)):
         telling = case.q_len < 100 and case.kv_heads == 4 and case.bias in ("none", "trained relative")
-        if telling and not refusals(backend, case.attention(device).request(case.probabilities)):
+        if telling and not registry.refusals(backend, case.attention(device).request(case.probabilities)):
             judged |= {judge(backend, case, device)}
     assert device != "cpu" or judged == {"flash", "math", flash_cpu.KERNEL, math_blocks.KERNEL}
 

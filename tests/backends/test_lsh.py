@@ -7,21 +7,21 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo import registry, testing
+from attnzoo import testing
+from attnzoo.backends.approximate.lsh import LshBackend
 from attnzoo.backends.eager import evaluate
-from attnzoo.backends.lsh import LshBackend
-from attnzoo.error_rule import FORWARD, check
-from attnzoo.oracles import oracles
-from attnzoo.patterns import Causal, Full
-from attnzoo.segments import Attention, Segment
-from attnzoo.verification import check_site
+from attnzoo.conformance.error_rule import FORWARD, check
+from attnzoo.registry import registry
+from attnzoo.spec.patterns import Causal, Full
+from attnzoo.spec.segments import Attention, Segment
+from attnzoo.verification.oracles import oracles
+from attnzoo.verification.verify import check_site
+from tests.support import models as zoo
+from tests.support.changed import KEYS, attention, is_definition, key_mask, refused
+from tests.support.fake_backends import backend
+from tests.support.judge import chunked, in_one_forward
 
-from ..models import zoo
-from ..models.judge import chunked, in_one_forward
-from ..registering import backend
-from .changed import KEYS, attention, is_definition, key_mask, refused
-
-OPTIONS = dict(num_hashes=2, chunk_length=3, num_buckets=4, kernel="sdpa")
+OPTIONS = dict(num_hashes=2, chunk_length=3, num_buckets=4, inner="sdpa")
 
 
 def lsh(**changes):
@@ -272,25 +272,25 @@ def test_bad_options_name_the_argument(changes, words):
 def test_a_bias_is_refused_where_the_kernel_has_no_place_for_it():
     biased = attention(Causal(), None, bias=True)
     assert {reason.field for reason in lsh().refusals(biased.request())} == {"bias"}
-    assert check_site("site", biased, replace(lsh(), kernel="eager"), grad=True).ok
+    assert check_site("site", biased, replace(lsh(), inner="eager"), grad=True).ok
 
 
 def test_a_bias_never_means_dense_scores_unless_they_are_asked_for_by_name():
-    """``kernel="auto"`` would find only the oracle: ``seq_len x seq_len`` scores where chunks were asked for."""
-    auto, biased = lsh(kernel="auto"), attention(Causal(), None, bias=True).request()
-    assert all(taker.dense for taker in registry.candidates(auto.rewrite_request(biased)))
+    """``inner="auto"`` would find only the oracle: ``seq_len x seq_len`` scores where chunks were asked for."""
+    auto, biased = lsh(inner="auto"), attention(Causal(), None, bias=True).request()
+    assert all(taker.dense for taker in registry.supporting_backends(auto.rewrite_request(biased)))
     (refusal,) = auto.refusals(biased)
     assert (refusal.field, "a relative bias" in refusal.got) == ("bias", True)
-    assert "no bias" in refusal.allowed and 'kernel="eager"' in refusal.allowed
-    assert not lsh(kernel="eager").refusals(biased)
+    assert "no bias" in refusal.allowed and 'inner="eager"' in refusal.allowed
+    assert not lsh(inner="eager").refusals(biased)
     assert not auto.refusals(attention(Causal(), None).request())
 
 
 def test_a_bias_runs_where_a_kernel_takes_it_in_chunks(request):
     able, whole = backend("able", rank=1), attention(Causal(), None, bias=True)
-    assert registry.refusals(lsh(kernel="auto"), whole.request())
+    assert registry.refusals(lsh(inner="auto"), whole.request())
     attnzoo.register_backend(able)
     request.addfinalizer(lambda: attnzoo.unregister_backend("able"))
-    assert not registry.refusals(lsh(kernel="auto"), whole.request()), "what was refused without it is forgotten"
-    lsh(kernel="auto").run(whole)
+    assert not registry.refusals(lsh(inner="auto"), whole.request()), "what was refused without it is forgotten"
+    lsh(inner="auto").run(whole)
     assert able.runs

@@ -7,15 +7,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnzoo
-from attnzoo.backends import shown
-from attnzoo.backends.blocked_local import BlockedLocalBackend
-from attnzoo.backends.lsh import LshBackend
-from attnzoo.patterns import Causal, Full
-from attnzoo.segments import Attention, Segment
-from attnzoo.verification import check_site
-
-from ..models import zoo
-from .changed import attention, refused
+from attnzoo.backends.approximate import shown
+from attnzoo.backends.approximate.blocked_local import BlockedLocalBackend
+from attnzoo.backends.approximate.lsh import LshBackend
+from attnzoo.spec.patterns import Causal, Full
+from attnzoo.spec.segments import Attention, Segment
+from attnzoo.verification.verify import check_site
+from tests.support import models as zoo
+from tests.support.changed import attention, refused
 
 BACKENDS = {
     "window": BlockedLocalBackend(window=3, kernel="sdpa"),

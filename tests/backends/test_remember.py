@@ -5,8 +5,8 @@ import weakref
 import pytest
 import torch
 
-from attnzoo.backends import remember
-from attnzoo.backends.remember import Memory
+from attnzoo.backends.common import remember
+from attnzoo.backends.common.remember import Memory
 
 
 class Made:

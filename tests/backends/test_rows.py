@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from attnzoo.backends import rows
-from attnzoo.backends.tokens import TokenTerms
-from attnzoo.patterns import SortedChunks
+from attnzoo.backends.common import rows
+from attnzoo.backends.common.tokens import TokenTerms
+from attnzoo.spec.patterns import SortedChunks
 
 LAYOUTS = {
     "contiguous": lambda *shape: torch.randn(*shape),

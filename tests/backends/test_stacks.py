@@ -7,10 +7,10 @@ import torch
 
 import attnzoo
 from attnzoo import Attention, Causal, Chunks, Full, RelativeBias, Segment, Window
-from attnzoo.backends import flash_cpu
-from attnzoo.backends.stacks import Scratch, stacks
-from attnzoo.patterns import Pattern
-from attnzoo.registry import make_backend
+from attnzoo.backends.sdpa import flash_cpu
+from attnzoo.backends.sdpa.stacks import Scratch, stacks
+from attnzoo.registry import registry
+from attnzoo.spec.patterns import Pattern
 
 
 def tensors(batch=2, q_len=300, kv_len=300, heads=4, kv_heads=2, dtype=torch.float64):
@@ -139,7 +139,7 @@ def test_stacked_blocks_agree_with_the_definition(make, batch, apart):
     seen = torch.ones(batch, 300, dtype=torch.bool)
     seen[-1, 150:160] = False
     attention = Attention(query, tuple(make(key, value, seen)), 0.3)
-    expected = make_backend("eager").run(attention).output
+    expected = registry.make_backend("eager").run(attention).output
     torch.testing.assert_close(flash_cpu.attend(attention), expected)
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo import doctor, testing
-from attnzoo.backends import kernels, xformers_kernels
-from attnzoo.backends.xformers import XformersBackend
+from attnzoo import testing
+from attnzoo.backends.varlen import kernels, xformers_kernels
+from attnzoo.backends.varlen.xformers import XformersBackend
+from attnzoo.reporting import doctor
 from attnzoo.testing import Case
-
-from ..models.zoo import gpt_neox, led, led_inputs
-from .half import HALF, agrees, attention, real, refusals
+from tests.support.half import HALF, agrees, attention, real, refusals
+from tests.support.models import gpt_neox, led, led_inputs
 
 # --- against the oracle
 

@@ -14,7 +14,7 @@ from attnzoo.benchmarks.models import WORKLOADS
 from attnzoo.benchmarks.rows import Row, Shootout
 from attnzoo.benchmarks.runner import Plan, run
 from attnzoo.benchmarks.worker import LocalWorker
-from tests.benchmarks import planted
+from tests.support import planted
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -105,7 +105,7 @@ def test_something_else_ran(shootout, backend, words):
 
 
 def test_another_backend_ran(shootout, monkeypatch):
-    from attnzoo import forwards
+    from attnzoo.patching import forwards
 
     eager = forwards.registry.make_backend("eager")
     monkeypatch.setattr(forwards, "execute", lambda backend, attention, *rest: eager.run(attention))
@@ -133,7 +133,7 @@ def test_a_kernel_that_is_reported_and_did_not_run_is_red(shootout):
 
 
 def test_calls_that_did_not_happen_are_red(shootout, monkeypatch):
-    from attnzoo import forwards
+    from attnzoo.patching import forwards
 
     def call(self, attention, probabilities=False):
         self.site.kernels["eager"] += self.site.observer is not None
@@ -276,7 +276,7 @@ def dense(monkeypatch):
 def test_who_changes_the_pattern_is_judged_with_that_and_shows_its_recall(shootout, dense, scope):
     from attnzoo.benchmarks.contenders import end_to_end
 
-    local, hashed = "blocked-local:window=6,sinks=2", "lsh:num_hashes=2,chunk_length=8,num_buckets=4,kernel=sdpa"
+    local, hashed = "blocked-local:window=6,sinks=2", "lsh:num_hashes=2,chunk_length=8,num_buckets=4,inner=sdpa"
     found = shootout(local, hashed, "sdpa", "lsh", scope=scope, peers=False)
     for name in (local, hashed):
         row = row_of(found, name)
@@ -290,8 +290,8 @@ def test_who_changes_the_pattern_is_judged_with_that_and_shows_its_recall(shooto
 
 
 def test_a_lie_about_the_changed_pattern_is_red(shootout, dense, monkeypatch):
-    from attnzoo.backends.blocked_local import BlockedLocalBackend
-    from attnzoo.backends.sdpa import SdpaBackend
+    from attnzoo.backends.approximate.blocked_local import BlockedLocalBackend
+    from attnzoo.backends.sdpa.backend import SdpaBackend
 
     monkeypatch.setattr(BlockedLocalBackend, "run", lambda self, attention, *_: SdpaBackend().run(attention))
     row = row_of(shootout("blocked-local:window=6"), "blocked-local:window=6")

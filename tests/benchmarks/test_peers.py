@@ -24,9 +24,9 @@ from attnzoo.benchmarks.runner import Plan
 from attnzoo.benchmarks.worker import LocalWorker
 from attnzoo.benchmarks.workload import Peer
 from attnzoo.errors import InvalidArgumentError
-from tests.benchmarks import planted
 from tests.benchmarks.conftest import row_of
 from tests.benchmarks.test_gates import MODES, assert_silent, line_of, printed
+from tests.support import planted
 
 PACKAGE, MODULE = "fake-attention", "attnzoo_fake_attention"
 

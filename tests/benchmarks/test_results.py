@@ -24,7 +24,7 @@ from attnzoo.benchmarks.runner import Plan, run
 from attnzoo.benchmarks.text import book, read_tokens
 from attnzoo.benchmarks.worker import LocalWorker, ProcessWorker, context
 from attnzoo.errors import InvalidArgumentError, UnknownNameError
-from tests.benchmarks import planted
+from tests.support import planted
 
 CASE = Case("tiny", "model", 40, 1, "float32", "cpu", 1, True)
 
@@ -167,7 +167,7 @@ _NOISY = """
 from attnzoo.benchmarks.worker import Verify, context, verify_in_process
 
 job = Verify("tiny", "sdpa", 16, "float32", "cpu", 1, False)
-print(verify_in_process(context(["tests.benchmarks.noisy"]), job))
+print(verify_in_process(context(["tests.support.noisy"]), job))
 """
 
 

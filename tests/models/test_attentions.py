@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import attnzoo
-
-from .zoo import FAMILIES, gpt_bigcode, ids
+from tests.support.models import FAMILIES, gpt_bigcode, ids
 
 KINDS = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions")
 

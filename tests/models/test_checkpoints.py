@@ -8,11 +8,10 @@ import torch
 import transformers
 
 import attnzoo
-from attnzoo.error_rule import FORWARD, GRADIENT, check
-from attnzoo.replay import recording, replaying
-from attnzoo.sites import find_sites
-
-from ..checkpoints.train import HERE, LENGTH, RECIPES, unigram_bits, windows
+from attnzoo.conformance.error_rule import FORWARD, GRADIENT, check
+from attnzoo.patching.replay import recording, replaying
+from attnzoo.patching.sites import find_sites
+from tests.checkpoints.train import HERE, LENGTH, RECIPES, unigram_bits, windows
 
 families = pytest.mark.parametrize("family", RECIPES)
 backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.backends import lsh
-from attnzoo.backends.rewriting import Rewriting
-from attnzoo.registry import make_backend
+from attnzoo.backends.approximate import lsh
+from attnzoo.backends.approximate.base import ApproximateBackend
+from attnzoo.registry import registry
 from attnzoo.testing import Case
-
-from . import zoo
-from .judge import logits_of
+from tests.support import models as zoo
+from tests.support.judge import logits_of
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float64]
 LENGTH = 300  # sums of 1 / 4 are rounded in bfloat16 from the 256th token on
@@ -61,8 +60,8 @@ CASES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_backend_does_not_depend_on_the_default_dtype(name, dtype):
-    backend = make_backend(name, **BACKENDS[name])
-    if isinstance(backend, Rewriting):
+    backend = registry.make_backend(name, **BACKENDS[name])
+    if isinstance(backend, ApproximateBackend):
         backend = type(backend)(**BACKENDS[name], kernel="eager")
     for case in CASES:
         whole = case.attention()

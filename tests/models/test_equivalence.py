@@ -4,11 +4,10 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.error_rule import FORWARD, check
-from attnzoo.replay import replaying
-
-from .judge import hashes_of, judge, logits_of
-from .zoo import (
+from attnzoo.conformance.error_rule import FORWARD, check
+from attnzoo.patching.replay import replaying
+from tests.support.judge import hashes_of, judge, logits_of
+from tests.support.models import (
     FAMILIES,
     causal_inputs,
     gpt_bigcode,

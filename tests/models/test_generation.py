@@ -7,11 +7,10 @@ import torch
 import transformers
 
 import attnzoo
-from attnzoo.error_rule import FORWARD, check
-
-from ..checkpoints.train import HERE, RECIPES, windows
-from .judge import chunked, in_one_forward
-from .zoo import FAMILIES, ids
+from attnzoo.conformance.error_rule import FORWARD, check
+from tests.checkpoints.train import HERE, RECIPES, windows
+from tests.support.judge import chunked, in_one_forward
+from tests.support.models import FAMILIES, ids
 
 backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
 searches = pytest.mark.parametrize("beams", [1, 4], ids=["greedy", "beam 4"])

@@ -11,8 +11,17 @@ from transformers import DynamicCache
 
 import attnzoo
 from attnzoo import InvalidArgumentError
-
-from .zoo import FAMILIES, causal_inputs, gpt_bigcode, gpt_neox, ids, led, led_inputs, longformer, longt5
+from tests.support.models import (
+    FAMILIES,
+    causal_inputs,
+    gpt_bigcode,
+    gpt_neox,
+    ids,
+    led,
+    led_inputs,
+    longformer,
+    longt5,
+)
 
 ARGUMENTS = [
     (name, argument)

@@ -10,8 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import attnzoo
-
-from .zoo import FAMILIES, led_inputs, longformer_inputs
+from tests.support.models import FAMILIES, led_inputs, longformer_inputs
 
 LENGTH = 1024
 ENCODERS = ("led", "longformer", "longt5-local", "longt5-tglobal", "reformer")

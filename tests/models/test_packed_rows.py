@@ -8,11 +8,10 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo import documents, masks
 from attnzoo.backends.eager import EagerBackend
-from attnzoo.segments import Result
-
-from .zoo import gpt_bigcode, gpt_neox, ids, led
+from attnzoo.spec import documents, masks
+from attnzoo.spec.segments import Result
+from tests.support.models import gpt_bigcode, gpt_neox, ids, led
 
 LENGTHS = (5, 7, 1, 11)
 LENGTH = sum(LENGTHS)

@@ -13,8 +13,7 @@ from transformers import BertConfig, BertModel
 
 import attnzoo
 from attnzoo import AttnzooError, BackendRefusedError, InvalidArgumentError, PatchError, UnknownNameError
-
-from ..models.zoo import gpt_bigcode, gpt_neox
+from tests.support.models import gpt_bigcode, gpt_neox
 
 
 def test_a_cpu_model_to_a_cuda_backend(subject, add_backend, as_it_was):

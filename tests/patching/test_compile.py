@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import attnzoo
-
-from ..models.zoo import (
+from tests.support.models import (
     causal_inputs,
     gpt_bigcode,
     gpt_neox,

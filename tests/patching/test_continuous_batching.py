@@ -15,8 +15,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import attnzoo
 from attnzoo import KeywordRefusedError, PatchError
-
-from ..models.zoo import gpt_bigcode, gpt_neox
+from tests.support.models import gpt_bigcode, gpt_neox
 
 PROMPTS = [[5, 6, 7, 8], [9, 10]]
 SETTINGS = dict(

@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 import attnzoo
-
-from ..models.zoo import FAMILIES, gpt_bigcode
+from tests.support.models import FAMILIES, gpt_bigcode
 
 
 def logits(model, inputs):

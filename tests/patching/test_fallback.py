@@ -7,9 +7,8 @@ import torch
 
 import attnzoo
 from attnzoo import BackendRefusedError
-
-from ..models.zoo import gpt_bigcode, gpt_neox, ids, longt5
-from .conftest import calls
+from tests.patching.conftest import calls
+from tests.support.models import gpt_bigcode, gpt_neox, ids, longt5
 
 
 def test_probabilities_under_a_fused_backend_are_refused_with_the_remedy(subject, as_it_was):

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import attnzoo
-
-from ..models.zoo import FAMILIES
+from tests.support.models import FAMILIES
 
 accelerate = pytest.importorskip("accelerate")
 hooks = pytest.importorskip("accelerate.hooks")

@@ -15,10 +15,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import attnzoo
 from attnzoo import BackendRefusedError, KeywordRefusedError
-from attnzoo.interface import bind_interface
-from attnzoo.keywords import UNCOMPUTED
-
-from ..models.zoo import FAMILIES, gpt_bigcode, gpt_neox, ids, longt5
+from attnzoo.patching.interface import bind_interface
+from attnzoo.patching.keywords import UNCOMPUTED
+from tests.support.models import FAMILIES, gpt_bigcode, gpt_neox, ids, longt5
 
 LENGTH = 12
 ENDS = torch.tensor([0, 5, LENGTH], dtype=torch.int32)

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo import BackendRefusedError, PatchError, Refusal, UnknownNameError, interface
+from attnzoo import BackendRefusedError, PatchError, Refusal, UnknownNameError
 from attnzoo.backends.eager import EagerBackend
-from attnzoo.backends.sdpa import SdpaBackend
-
-from .conftest import calls
+from attnzoo.backends.sdpa.backend import SdpaBackend
+from attnzoo.patching import interface
+from tests.patching.conftest import calls
 
 CLASSES = {"eager": EagerBackend, "sdpa": SdpaBackend}
 

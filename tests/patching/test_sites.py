@@ -12,9 +12,9 @@ from transformers import RobertaConfig, RobertaModel
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
 import attnzoo
-from attnzoo import DriftError, PatchError, registry
-
-from ..models.zoo import causal_inputs, gpt_neox, led, led_inputs, spread
+from attnzoo import DriftError, PatchError
+from attnzoo.registry import registry
+from tests.support.models import causal_inputs, gpt_neox, led, led_inputs, spread
 
 
 def foreign_config():

@@ -11,9 +11,8 @@ import torch
 
 import attnzoo
 from attnzoo import PatchError
-from attnzoo.backends.sdpa import SdpaBackend
-
-from .conftest import calls
+from attnzoo.backends.sdpa.backend import SdpaBackend
+from tests.patching.conftest import calls
 
 
 def test_patches_stack_last_in_first_out(subject):

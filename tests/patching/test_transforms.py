@@ -14,11 +14,10 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp
 from torch.utils._pytree import tree_leaves, tree_map
 
 import attnzoo
-from attnzoo.masks import read_attention_mask
-from attnzoo.patterns import Full
-from attnzoo.transforms import readable, transforms_around
-
-from ..models.zoo import FAMILIES, gpt_neox, longformer, longt5, reformer
+from attnzoo.spec.masks import read_attention_mask
+from attnzoo.spec.patterns import Full
+from attnzoo.spec.transforms import readable, transforms_around
+from tests.support.models import FAMILIES, gpt_neox, longformer, longt5, reformer
 
 # LED draws a number for each layer, in older releases of transformers in eval mode too.
 vmap = partial(torch.func.vmap, randomness="same")

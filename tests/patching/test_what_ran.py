@@ -10,10 +10,11 @@ from typing import ClassVar
 import pytest
 
 import attnzoo
-from attnzoo import forwards, registry
 from attnzoo.backends.eager import EagerBackend
-from attnzoo.backends.sdpa import SdpaBackend
-from attnzoo.witness import false_claims, witness
+from attnzoo.backends.sdpa.backend import SdpaBackend
+from attnzoo.benchmarks.witness import false_claims, witness
+from attnzoo.patching import forwards
+from attnzoo.registry import registry
 
 
 @dataclass(frozen=True)

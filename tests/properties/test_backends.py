@@ -8,14 +8,13 @@ import torch
 from hypothesis import given, note
 
 import attnzoo
-from attnzoo.bias import DenseBias, RelativeBias
 from attnzoo.functional import execute
-from attnzoo.globals import locate
-from attnzoo.registry import make_backend, refusals
-from attnzoo.segments import Attention, Segment
-from attnzoo.verification import check_site
-
-from ..conftest import DEVICES
+from attnzoo.registry import registry
+from attnzoo.spec.bias import DenseBias, RelativeBias
+from attnzoo.spec.global_keys import locate
+from attnzoo.spec.segments import Attention, Segment
+from attnzoo.verification.verify import check_site
+from tests.conftest import DEVICES
 
 BACKENDS = [name for name, info in attnzoo.backends().items() if info.available and info.exact and name != "eager"]
 LENGTHS = st.one_of(st.integers(1, 9), st.integers(10, 80), st.sampled_from([63, 64, 65, 127, 128, 129, 200, 300]))
@@ -150,9 +149,9 @@ def on(device, attention):
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(attention=attentions(), grad=st.booleans())
 def test_a_backend_equals_the_oracle(device, backend, attention, grad):
-    made, attention = make_backend(backend), on(device, attention)
+    made, attention = registry.make_backend(backend), on(device, attention)
     note(f"{attention.request()}")
-    if refusals(made, attention.request()):
+    if registry.refusals(made, attention.request()):
         with pytest.raises(attnzoo.BackendRefusedError):
             execute(made, attention)
         return
@@ -164,8 +163,8 @@ def test_a_backend_equals_the_oracle(device, backend, attention, grad):
 @pytest.mark.parametrize("backend", [*BACKENDS, "eager"])
 @given(attention=attentions())
 def test_rows_that_see_nothing_are_zero_forward_and_backward(device, backend, attention):
-    made, attention = make_backend(backend), on(device, attention)
-    if refusals(made, attention.request()):
+    made, attention = registry.make_backend(backend), on(device, attention)
+    if registry.refusals(made, attention.request()):
         return
     rows = torch.arange(attention.q_len, device=device)
     live = torch.zeros((attention.batch, attention.heads, attention.q_len), dtype=torch.bool, device=device)

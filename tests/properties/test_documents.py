@@ -10,14 +10,13 @@ from hypothesis import given, note
 
 import attnzoo
 from attnzoo.backends.eager import EagerBackend
-from attnzoo.bias import RelativeBias
-from attnzoo.documents import attend_documents
-from attnzoo.masks import read_attention_mask
-from attnzoo.registry import make_backend, refusals
-from attnzoo.segments import Attention, Segment
-from attnzoo.verification import check_site
-
-from ..test_documents import Site, grid_of, packed_rows
+from attnzoo.registry import registry
+from attnzoo.spec.bias import RelativeBias
+from attnzoo.spec.documents import attend_documents
+from attnzoo.spec.masks import read_attention_mask
+from attnzoo.spec.segments import Attention, Segment
+from attnzoo.verification.verify import check_site
+from tests.spec.test_documents import Site, grid_of, packed_rows
 
 BACKENDS = [name for name, info in attnzoo.backends().items() if info.available and info.exact]
 
@@ -67,7 +66,7 @@ def test_documents_on_a_backend_equal_the_oracle_on_the_mask(backend, attention,
     if read.documents is None:  # causality and padding, which no documents are needed for
         assert read.mask is None
         return
-    if refusals(make_backend(backend), read.documents[0].of(attention).request()):
+    if registry.refusals(registry.make_backend(backend), read.documents[0].of(attention).request()):
         return
     made = ByDocuments(site, read.documents)
     report = check_site("drawn", attention, made, grad=grad, max_rows=1 << 30)

@@ -6,9 +6,9 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given, note
 
-from attnzoo.patterns import Causal, Full
-from attnzoo.registry import make_backend
-from attnzoo.segments import Attention, Segment
+from attnzoo.registry import registry
+from attnzoo.spec.patterns import Causal, Full
+from attnzoo.spec.segments import Attention, Segment
 
 
 @st.composite
@@ -32,12 +32,14 @@ def backends(draw):
     kind = draw(st.sampled_from(["eager", "sdpa", "blocked-local", "blocked-local", "lsh", "lsh"]))
     if kind == "blocked-local":
         window, sinks = draw(st.integers(2, 12)), draw(st.integers(0, 6))
-        return make_backend(kind, window=window, sinks=sinks, kernel=draw(st.sampled_from(["eager", "sdpa"])))
+        return registry.make_backend(kind, window=window, sinks=sinks, inner=draw(st.sampled_from(["eager", "sdpa"])))
     if kind == "lsh":
         options = dict(num_hashes=draw(st.integers(1, 3)), chunk_length=draw(st.integers(1, 8)))
         buckets = draw(st.sampled_from([1, 2, 4, 8]))
-        return make_backend(kind, **options, num_buckets=buckets, kernel=draw(st.sampled_from(["eager", "sdpa"])))
-    return make_backend(kind)
+        return registry.make_backend(
+            kind, **options, num_buckets=buckets, inner=draw(st.sampled_from(["eager", "sdpa"]))
+        )
+    return registry.make_backend(kind)
 
 
 @given(st.data())

@@ -4,17 +4,16 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, note
 
-from attnzoo.registry import make_backend, refusals
-from attnzoo.transform_check import CHECKED, check_transform
-
-from .test_backends import attentions
+from attnzoo.conformance.transform_check import CHECKED, check_transform
+from attnzoo.registry import registry
+from tests.properties.test_backends import attentions
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @given(attention=attentions(), transform=st.sampled_from(CHECKED))
 def test_a_backend_equals_the_oracle_under_transforms(backend, attention, transform):
-    made = make_backend(backend)
+    made = registry.make_backend(backend)
     note(f"{attention.request()}")
-    assert not refusals(made, attention.request())
+    assert not registry.refusals(made, attention.request())
     verdict = check_transform(attention, made, transform)
     assert verdict.ok, str(verdict)

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo import registry
+from attnzoo.auto import selection
 from attnzoo.backends.eager import EagerBackend
+from attnzoo.registry import registry
 from attnzoo.tuning import race
-
-from ..models.zoo import gpt_neox
-from .conftest import CAN_ALL
-from .subjects import attention, measured, took, tune
+from tests.support.fake_clock import CAN_ALL
+from tests.support.models import gpt_neox
+from tests.support.tuning import attention, measured, took, tune
 
 
 def test_times_are_medians_of_turns_after_a_first_run_that_does_not_count(add, clock):
@@ -32,7 +32,7 @@ def test_rounds_take_turns(add, clock):
         cls = add(name, seconds=1.0)
         run = cls.run
         cls.run = lambda self, *args, _run=run, _name=name: (order.append(_name), _run(self, *args))[1]
-    race.race(attention(), [cls() for cls in registry._backends.values()], grad=False, rounds=3, clock=clock)
+    race.race(attention(), [cls() for cls in registry.backend_classes()], grad=False, rounds=3, clock=clock)
     assert order[-6:] == ["first", "second"] * 3
 
 
@@ -129,7 +129,7 @@ def test_where_all_were_wrong_auto_refuses_with_what_was_found(add):
     add("one"), add("two"), add("three", grad=False, dtypes=frozenset({torch.float64}))
     measured(attention(), {"one": "output: error 1", "two": "raised OSError"})
     with pytest.raises(attnzoo.BackendRefusedError) as caught:
-        registry.choose_for(attention())
+        selection.choose_for(attention())
     for line in ("measured: got output: error 1; allowed: ", "measured: got raised OSError", "dtype: got float32"):
         assert line in str(caught.value)
 
@@ -169,7 +169,7 @@ def test_dense_backends_are_left_out_where_they_would_fill_the_memory(add, clock
     assert len(dense.runs) == 2, "by the model's two layers, not timed"
     assert "GiB for dense scores" in found.outcomes["dense"].reason
     assert took().backend.name == "blocked"
-    assert EagerBackend.dense and not attnzoo.registry.Backend.dense
+    assert EagerBackend.dense and not attnzoo.Backend.dense
 
 
 def test_dense_bytes_are_those_of_grids_of_scores():

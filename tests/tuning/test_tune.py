@@ -4,9 +4,8 @@ import pytest
 import torch
 
 import attnzoo
-
-from ..models.zoo import gpt_neox, led, led_inputs, reformer
-from .subjects import neox_inputs, tune
+from tests.support.models import gpt_neox, led, led_inputs, reformer
+from tests.support.tuning import neox_inputs, tune
 
 
 def test_tuning_leaves_the_model_and_the_random_streams_as_they_were(add, clock):

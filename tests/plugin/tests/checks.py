@@ -5,7 +5,7 @@ import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 import attnzoo
-from attnzoo import matrix, matrix_text
+from attnzoo.reporting import matrix, matrix_text
 
 
 @pytest.fixture

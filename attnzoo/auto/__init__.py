@@ -1,0 +1,1 @@
+"""Selection of a backend: measurements, the environment they hold in, and what ``auto`` takes."""

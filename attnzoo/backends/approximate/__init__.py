@@ -1,0 +1,1 @@
+"""Backends that change the pattern of dense attention: ``blocked-local`` and ``lsh``."""

@@ -1,0 +1,1 @@
+"""The ``flex_attention`` backend: block masks and the compiled kernel."""

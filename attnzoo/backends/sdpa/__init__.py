@@ -1,0 +1,1 @@
+"""The ``sdpa`` backend: ``scaled_dot_product_attention`` and the CPU kernel behind it."""

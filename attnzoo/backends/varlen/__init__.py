@@ -1,0 +1,1 @@
+"""Backends on kernels for packed sequences (varlen): FlashAttention and xformers."""

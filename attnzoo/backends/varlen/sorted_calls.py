@@ -1,0 +1,89 @@
+"""LSH's sorted chunks as calls of a causal kernel: exact, without masks.
+
+A query sees the keys near it whose token is not its own (or is before its own), which follows no order of places. But
+within a neighbourhood, keys and queries may be put in the order of their tokens: then "before its own" is causal
+attention, and "after its own" the same in the opposite order; both together are all tokens but its own. Queries and
+keys of a neighbourhood become one sequence, each query just before the keys of its own token; where one side has a row,
+the other has one that is not there: the spare row, whose query is dropped and whose key is hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attnzoo.spec.heads import expand_heads
+from attnzoo.spec.patterns import SortedChunks
+from attnzoo.spec.segments import Attention, Segment
+
+_LAST = torch.iinfo(torch.long).max
+
+
+def fold_heads(attention: Attention) -> Attention:
+    """The same attention with heads as samples, as each head has an order of its own; without ``empty``."""
+    batch, heads = attention.batch, attention.heads
+
+    def fold(tensor: Tensor) -> Tensor:
+        return expand_heads(tensor, heads).flatten(0, 1).unsqueeze(1)
+
+    def repeat(mask: Tensor | None) -> Tensor | None:
+        return None if mask is None else mask.repeat_interleave(heads, dim=0)
+
+    folded: dict[int, Tensor] = {}  # rounds share their keys, and go on sharing them
+    segments = []
+    for segment in attention.segments:
+        for tensor in (segment.key, segment.value):
+            if id(tensor) not in folded:
+                folded[id(tensor)] = fold(tensor)
+        pattern = segment.pattern
+        if isinstance(pattern, SortedChunks):
+            order, token = (tensor.reshape(batch * heads, 1, -1) for tensor in pattern.sorted_tensors())
+            pattern = replace(pattern, order=order, token=token)
+        key, value = folded[id(segment.key)], folded[id(segment.value)]
+        segments.append(Segment(key, value, pattern, repeat(segment.key_mask)))
+    query_mask = repeat(attention.query_mask)
+    return replace(attention, query=fold(attention.query), segments=tuple(segments), query_mask=query_mask, empty=None)
+
+
+def sorted_rows(
+    attention: Attention, segment: Segment, pattern: SortedChunks
+) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
+    """Causal calls of a segment with one head: the length of each sequence, and the rows of its queries and keys."""
+    order, token = (tensor.squeeze(1) for tensor in pattern.sorted_tensors())
+    if segment.key_mask is not None:
+        token = token.masked_fill(~segment.key_mask, -1)
+    samples = torch.arange(attention.batch, device=order.device)[:, None, None]
+    for q_places, k_places in _pieces(pattern, attention.q_len, segment.kv_len):
+        q_at, k_at = torch.tensor(q_places, device=order.device), torch.tensor(k_places, device=order.device)
+        queries, tokens = order[:, q_at], token[:, k_at]  # (samples, pieces, n) and (samples, pieces, m)
+        n, m = queries.shape[2], tokens.shape[2]
+        for sign in (1,) if pattern.causal else (1, -1):
+            places = (2 * sign * tokens + 1).masked_fill(tokens < 0, _LAST)  # hidden keys come after every query
+            merged = torch.argsort(torch.cat([2 * sign * queries, places], dim=-1), dim=-1)
+            is_query = merged < n
+            q_rows = queries.gather(2, merged.clamp(max=n - 1)) + samples * attention.q_len
+            k_rows = k_at.expand_as(tokens).gather(2, (merged - n).clamp(min=0)) + samples * segment.kv_len
+            lens = (n + m,) * (attention.batch * len(q_places))
+            yield (
+                lens,
+                q_rows.masked_fill(~is_query, attention.batch * attention.q_len).flatten(),
+                k_rows.masked_fill(is_query, attention.batch * segment.kv_len).flatten(),
+            )
+
+
+def _pieces(pattern: SortedChunks, q_len: int, kv_len: int) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
+    """Places of sorted queries in one chunk, and of the keys near them; pieces of equal sizes together."""
+    groups: dict[tuple[int, int], tuple[list[list[int]], list[list[int]]]] = {}
+    start = 0
+    while start < q_len:
+        stop = min(q_len, start + pattern.length - (pattern.start + start) % pattern.length)
+        keys = [place for span in pattern.kv_spans(start, stop, q_len, kv_len) for place in range(*span)]
+        if keys:
+            group = groups.setdefault((stop - start, len(keys)), ([], []))
+            group[0].append(list(range(start, stop)))
+            group[1].append(keys)
+        start = stop
+    yield from groups.values()

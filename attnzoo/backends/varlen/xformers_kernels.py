@@ -1,0 +1,239 @@
+"""The kernels behind ``xformers.ops.memory_efficient_attention`` (Lefaudeux et al. 2022), by its structured biases.
+
+xformers takes tensors ``(batch, rows, heads, dim)``, and a bias object that says which sequences there are and what is
+seen within each. The operator is named in every call, so that what is reported is what ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from itertools import groupby
+from textwrap import shorten
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnzoo.backends.varlen.calls import UNLIMITED, Sequences, rows_of
+from attnzoo.backends.varlen.kernels import Inputs, Kernel, drift, example_device, import_package
+from attnzoo.errors import Refusal, raise_interrupts
+from attnzoo.spec.patterns import Window
+from attnzoo.spec.segments import Request
+
+_INPUTS = ("query", "key", "value", "attn_bias", "p", "scale", "op")
+_FUNCTIONS = {
+    "memory_efficient_attention": _INPUTS,
+    "memory_efficient_attention_forward_requires_grad": _INPUTS,
+    "memory_efficient_attention_backward": ("grad", "output", "lse", *_INPUTS),
+}
+_LSE_ALIGNMENT = 32
+_LONGEST_REASON = 120  # of an operator, in characters: two operators' reasons make one message
+
+
+@cache
+def _package() -> tuple[ModuleType | None, str]:
+    found, why = import_package("xformers.ops.fmha", "xformers")
+    if found is not None and (changed := drift(found, _FUNCTIONS, "xformers")):
+        return None, changed
+    return found, why
+
+
+@cache
+def _operator_unavailable(name: str, deterministic: bool) -> str | None:
+    """Why an operator, a module of xformers' with ``FwOp`` and ``BwOp``, cannot be used; or None.
+
+    ``is_available()`` alone is not enough: the operators are registered even where xformers' compiled extension does
+    not load (a wheel for another CUDA), and then every call raises. So both are asked about a small example, in the
+    words that a call would raise.
+
+    Args:
+        name: of the operator.
+        deterministic: whether PyTorch's deterministic algorithms are on, which an operator may refuse.
+    """
+    fmha, why = _package()
+    if fmha is None:
+        return why
+    reasons: list[str] = []
+    try:
+        operators: list[Any] = [getattr(getattr(fmha, name, None), one, None) for one in ("FwOp", "BwOp")]
+        if not all(operator is not None and operator.is_available() for operator in operators):
+            return f"xformers has no working operator {name!r}: see python -m xformers.info"
+        example = _example(fmha)
+        for operator in operators if example is not None else ():
+            reasons += operator.not_supported_reasons(example)
+    except BaseException as error:
+        raise_interrupts(error)
+        return f"xformers' operator {name!r} cannot tell whether it works: {type(error).__name__}: {error}"
+    if not reasons:
+        return None
+    said = shorten("; ".join(dict.fromkeys(reasons)), _LONGEST_REASON, placeholder=" ...")
+    return f"xformers' operator {name!r} does not run here: {said}: see python -m xformers.info"
+
+
+def _example(fmha: Any) -> Any:
+    """What an operator is asked about: 8 tokens, in the form of all calls made here. None without a device."""
+    device = example_device()
+    if device is None:
+        return None
+    query = torch.zeros((1, 8, 1, 32), dtype=torch.float16, device=device)
+    bias = fmha.attn_bias.BlockDiagonalMask.from_seqlens([8], [8], device=device)
+    return fmha.Inputs(query, query, query, attn_bias=bias, scale=1.0)
+
+
+class _Bias(NamedTuple):
+    """One bias of xformers', and the rows it is for, cut into so many samples of equal length."""
+
+    bias: Any
+    q_rows: slice
+    k_rows: slice
+    samples: int
+
+
+class _XformersKernel(Kernel):
+    """What the two operators have in common."""
+
+    operator: ClassVar[str]
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        return _operator_unavailable(cls.operator, torch.are_deterministic_algorithms_enabled())
+
+    @classmethod
+    def attend(cls, inputs: Inputs) -> Tensor:
+        operators = getattr(_fmha(), cls.operator)
+        outputs = []
+        for bias in _biases(inputs.sequences):
+            output = _fmha().memory_efficient_attention(
+                *_rows(bias, inputs), attn_bias=bias.bias, scale=inputs.scale, op=(operators.FwOp, operators.BwOp)
+            )
+            outputs.append(output.flatten(0, 1))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    @classmethod
+    def forward(cls, inputs: Inputs) -> tuple[Tensor, Tensor, Any]:
+        operator = getattr(_fmha(), cls.operator).FwOp
+        outputs, lses = [], []
+        for bias in _biases(inputs.sequences):
+            output, lse = _fmha().memory_efficient_attention_forward_requires_grad(
+                *_rows(bias, inputs), attn_bias=bias.bias, scale=inputs.scale, op=operator
+            )
+            outputs.append(output.flatten(0, 1))
+            lses.append(cls.from_lse(lse, inputs.sequences))
+        return torch.cat(outputs), torch.cat(lses, dim=1), None
+
+    @classmethod
+    def backward(
+        cls, inputs: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor, state: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        operator = getattr(_fmha(), cls.operator).BwOp
+        parts = []
+        for bias in _biases(inputs.sequences):
+            results = [tensor[bias.q_rows].unflatten(0, (bias.samples, -1)) for tensor in (grad_out, out)]
+            results.append(cls.to_lse(lse[:, bias.q_rows], bias.samples, inputs.sequences))
+            grads = _fmha().memory_efficient_attention_backward(
+                *results, *_rows(bias, inputs), attn_bias=bias.bias, scale=inputs.scale, op=operator
+            )
+            parts.append([grad.flatten(0, 1) for grad in grads])
+        grad_q, grad_k, grad_v = (torch.cat(grads) for grads in zip(*parts, strict=True))
+        kv_heads = inputs.key.shape[1]
+        return grad_q, _sum_groups(grad_k, kv_heads), _sum_groups(grad_v, kv_heads)
+
+    @classmethod
+    def from_lse(cls, lse: Tensor, sequences: Sequences) -> Tensor:
+        """Log-sum-exp ``(heads, rows)`` from what the operator gives."""
+        return lse.transpose(0, 1).flatten(1)
+
+    @classmethod
+    def to_lse(cls, lse: Tensor, samples: int, sequences: Sequences) -> Tensor:
+        """The same back: what the operator takes."""
+        return lse.unflatten(1, (samples, -1)).transpose(0, 1).contiguous()
+
+
+class XformersFlashKernel(_XformersKernel):
+    """FlashAttention 2, as xformers finds it: the ``flash_attn`` package's, or PyTorch's."""
+
+    name: ClassVar[str] = "xformers_flash"
+    operator: ClassVar[str] = "flash"
+
+
+class XformersCutlassKernel(_XformersKernel):
+    """xformers' own kernel: float32 and wide heads, but no windows (its backward has none from the bottom right).
+
+    It keeps log-sum-exps by sequence, ``(sequences, heads, longest)``.
+    """
+
+    name: ClassVar[str] = "xformers_cutlass"
+    operator: ClassVar[str] = "cutlass"
+    dtypes: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32, torch.bfloat16, torch.float16})
+    max_dim: ClassVar[int] = 65536
+    windows: ClassVar[bool] = False
+
+    @classmethod
+    def refusals(cls, request: Request) -> tuple[Refusal, ...]:
+        found = [segment.pattern for segment in request.segments if isinstance(segment.pattern, Window)]
+        allowed = f"no window with {cls.name}"
+        return (*super().refusals(request), *(Refusal("pattern", str(pattern), allowed) for pattern in found))
+
+    @classmethod
+    def from_lse(cls, lse: Tensor, sequences: Sequences) -> Tensor:
+        places = _places(sequences, lse.shape[2])
+        return super().from_lse(lse, sequences).index_select(1, places)
+
+    @classmethod
+    def to_lse(cls, lse: Tensor, samples: int, sequences: Sequences) -> Tensor:
+        width = -(-max(sequences.q_lens) // _LSE_ALIGNMENT) * _LSE_ALIGNMENT
+        count = len(sequences.q_lens)
+        padded = lse.new_full((lse.shape[0], count * width), torch.inf)
+        padded.index_copy_(1, _places(sequences, width), lse)
+        return padded.unflatten(1, (count, width)).transpose(0, 1).contiguous()
+
+
+def _fmha() -> Any:
+    return _package()[0]
+
+
+def _places(sequences: Sequences, width: int) -> Tensor:
+    """Where the rows of sequences are if each is padded to a width."""
+    starts = range(0, len(sequences.q_lens) * width, width)
+    return rows_of(starts, sequences.q_lens, sequences.device)
+
+
+def _biases(sequences: Sequences) -> Iterator[_Bias]:
+    """xformers has no bias for sequences of any length with two-sided windows: there, runs of equal lengths are one."""
+    masks, (left, right) = _fmha().attn_bias, (sequences.left, sequences.right)
+    q_lens, k_lens = list(sequences.q_lens), list(sequences.k_lens)
+    if (left, right) == (UNLIMITED, UNLIMITED) or right == 0:
+        bias = masks.BlockDiagonalMask.from_seqlens(q_lens, k_lens, device=sequences.device)
+        if right == 0:
+            causal = left == UNLIMITED
+            bias = (
+                bias.make_causal_from_bottomright() if causal else bias.make_local_attention_from_bottomright(left + 1)
+            )
+        yield _Bias(bias, slice(None), slice(None), 1)
+        return
+    q_start = k_start = 0
+    for (q_len, k_len), run in groupby(zip(q_lens, k_lens, strict=True)):
+        samples = len(list(run))
+        reach = [q_len + k_len if extent == UNLIMITED else extent for extent in (left, right)]
+        bias = masks.LocalAttentionFromBottomRightMask(window_left=reach[0], window_right=reach[1])
+        q_stop, k_stop = q_start + samples * q_len, k_start + samples * k_len
+        yield _Bias(bias, slice(q_start, q_stop), slice(k_start, k_stop), samples)
+        q_start, k_start = q_stop, k_stop
+
+
+def _rows(bias: _Bias, inputs: Inputs) -> list[Tensor]:
+    """A bias's ``(samples, rows, heads, dim)``. xformers has no backward for fewer key heads than query heads."""
+    heads = inputs.query.shape[1]
+    keys_values = (_expand(tensor[bias.k_rows], heads) for tensor in (inputs.key, inputs.value))
+    return [tensor.unflatten(0, (bias.samples, -1)) for tensor in (inputs.query[bias.q_rows], *keys_values)]
+
+
+def _expand(tensor: Tensor, heads: int) -> Tensor:
+    rows, kv_heads, dim = tensor.shape
+    return tensor[:, :, None].expand(rows, kv_heads, heads // kv_heads, dim).flatten(1, 2)
+
+
+def _sum_groups(grad: Tensor, kv_heads: int) -> Tensor:
+    return grad if grad.shape[1] == kv_heads else grad.unflatten(1, (kv_heads, -1)).float().sum(2).to(grad.dtype)

@@ -1,0 +1,83 @@
+"""``attnzoo fingerprint``: what an adapter records of the functions it relies on."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from typing import Annotated, Any
+
+import typer
+
+from attnzoo.errors import InvalidArgumentError, suggestion
+from attnzoo.originals.fingerprint import fingerprint as compute
+
+_EXAMPLE = "transformers.models.gpt_neox.modeling_gpt_neox:GPTNeoXAttention.forward"
+
+
+def fingerprint(
+    paths: Annotated[list[str], typer.Argument(metavar="MODULE:FUNCTION", help="E.g. package.module:Class.method")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Fingerprints of functions as installed here, to record in an adapter; the same on every Python."""
+    computed = {path: fingerprint_at(path) for path in paths}
+    if as_json:
+        print(json.dumps(computed, indent=2))
+    else:
+        print("\n".join(f"{path}  {value}" for path, value in computed.items()))
+
+
+def fingerprint_at(path: str) -> str:
+    """The fingerprint of the function at ``"package.module:Class.method"``.
+
+    Raises:
+        InvalidArgumentError: nothing is there, or no function written in Python; names near misses.
+    """
+    module, _, attribute = path.partition(":")
+    if not module or not attribute:
+        near = _with_colon(path)
+        raise InvalidArgumentError("path", f"{path!r}{near}", f"MODULE:FUNCTION, e.g. {_EXAMPLE}")
+    found, where = _import(path, module), module
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            near = suggestion(name, dir(found))
+            raise InvalidArgumentError("path", f"{path!r}, but {where} has no {name!r}{near}", "a function that exists")
+        found, where = getattr(found, name), f"{where}.{name}"
+    try:
+        return compute(found)
+    except TypeError as error:
+        kind = "a class" if isinstance(found, type) else f"an object of type {type(found).__name__}"
+        raise InvalidArgumentError("path", f"{path!r}, {kind}", "a function written in Python with def") from error
+    except OSError as error:
+        raise InvalidArgumentError("path", f"{path!r}, but {error}", "a function with its source") from error
+
+
+def _import(path: str, module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = error.name or module
+        if not f"{module}.".startswith(f"{missing}."):
+            reason = f"which cannot be imported here ({error})"
+            raise InvalidArgumentError("path", f"{path!r}, {reason}", "a module that can be imported") from error
+        parent, _, name = missing.rpartition(".")
+        folders = getattr(importlib.import_module(parent), "__path__", []) if parent else None
+        near = suggestion(name, (info.name for info in pkgutil.iter_modules(folders)))
+        got = f"{path!r}, but there is no module {missing!r}{near}"
+        raise InvalidArgumentError("path", got, "a module that can be imported") from error
+    except Exception as error:  # importing runs the module, which may raise anything
+        got = f"{path!r}, whose module raises {type(error).__name__} when imported"
+        raise InvalidArgumentError("path", got, "a module that can be imported") from error
+
+
+def _with_colon(path: str) -> str:
+    """The suggestion for a path with dots only: a colon behind the part that can be imported."""
+    names = path.strip(":").split(".")
+    for length in range(len(names) - 1, 0, -1):
+        module = ".".join(names[:length])
+        try:
+            importlib.import_module(module)
+        except Exception:  # then a shorter part may be a module; importing runs it, and it may raise anything
+            continue
+        return f" (did you mean {module + ':' + '.'.join(names[length:])!r}?)"
+    return ""

@@ -1,0 +1,1 @@
+"""Patching models in place: sites, plans, forwards, and what adapters build on."""

@@ -1,0 +1,1 @@
+"""Reports for people: ``explain``, ``doctor`` and the support matrix."""

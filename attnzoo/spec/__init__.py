@@ -1,0 +1,1 @@
+"""What is computed: an attention as plain data, without device code and without kernels."""

@@ -1,0 +1,1 @@
+"""Judging a whole model against the oracle: ``attnzoo.verify``."""

@@ -1,0 +1,217 @@
+"""What was measured is kept in a file: read once, replaced whole, and no harm when it is spoilt."""
+
+import json
+import multiprocessing
+import time
+import warnings
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo.auto import cache, environment, selection
+from attnzoo.reporting import doctor
+from attnzoo.tuning import race
+from tests.support.tuning import attention, files, forget, measured, neox_inputs, took, tune
+
+
+def test_what_is_known_is_not_measured_again_unless_asked(add, clock):
+    slow, fast = add("slow", seconds=4.0), add("fast")
+    first = tune(clock)
+    slow.runs.clear(), fast.runs.clear()
+    second = tune(clock)
+    assert second == first and (first.fresh, second.fresh) == ({first[0].key}, frozenset())
+    assert "known already" in str(second) and "known already" not in str(first)
+    assert max(len(slow.runs), len(fast.runs)) <= 2, "run by the model's two layers, not timed"
+    assert tune(clock, again=True).fresh == first.fresh
+
+
+@pytest.mark.parametrize("change", ["a newcomer", "other code"])
+def test_another_backend_makes_it_measured_again(add, clock, change):
+    add("slow", seconds=4.0), add("fast")
+    tune(clock)
+    add("faster", seconds=0.5) if change == "a newcomer" else add("slow", seconds=0.5, version="2")
+    assert tune(clock).fresh
+    assert took().reason.startswith("measured 500 ms")
+
+
+def test_another_process_reads_it_from_the_file(add, clock):
+    add("slow", seconds=4.0, rank=5), add("fast")
+    (found,) = tune(clock)
+    forget()
+    assert took().backend.name == "fast"
+    (file,) = cache.stored()
+    assert file.measurements == {found.key: found} and not file.problem
+    assert file.environment["versions"]["torch"] == torch.__version__
+    assert json.loads(file.path.read_text())["format"] == cache.FORMAT
+
+
+@pytest.mark.parametrize("other", ["threads", "version", "device"])
+def test_the_file_is_of_one_device_and_versions(add, clock, monkeypatch, other):
+    add("slow", seconds=4.0, rank=5), add("fast")
+    tune(clock)
+    if other == "threads":
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 63)
+    else:
+        name = "_version" if other == "version" else "_cpu_model"
+        monkeypatch.setattr(environment, name, lambda *package: "9.9")
+        monkeypatch.setattr(environment, "_environment", environment._environment.__wrapped__)
+    assert took().backend.name == "slow"
+    (known,) = cache.stored()
+    tune(clock)
+    assert len(cache.stored()) == 2 and known in cache.stored()
+
+
+def test_without_saving_it_holds_for_this_process(add, clock):
+    add("slow", seconds=4.0, rank=5), add("fast")
+    tune(clock, save=False)
+    assert took().backend.name == "fast" and files() == []
+    forget()
+    assert took().backend.name == "slow"
+
+
+def test_no_forward_ever_measures_or_writes(add, monkeypatch):
+    add("slow", rank=5), add("fast")
+    monkeypatch.setattr(race, "race", lambda *args, **kwargs: pytest.fail("measured"))
+    took()
+    selection.choose_for(attention())
+    assert files() == []
+
+
+def test_where_the_file_is(monkeypatch, tmp_path):
+    assert cache.folder() == tmp_path / "cache" / "auto"
+    monkeypatch.delenv("ATTNZOO_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache.folder() == tmp_path / "xdg" / "attnzoo" / "auto"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache.folder() == tmp_path / "home" / ".cache" / "attnzoo" / "auto"
+
+
+def spoil(path, kind):
+    data = json.loads(path.read_text())
+    if kind == "an entry without seconds' type":
+        next(iter(data["measurements"][0]["outcomes"].values()))["seconds"] = "fast"
+    elif kind == "not finite":
+        next(iter(data["measurements"][0]["outcomes"].values()))["seconds"] = float("nan")
+    elif kind == "a first run without a number":
+        next(iter(data["measurements"][0]["outcomes"].values()))["first"] = None
+    elif kind == "an entry of another kind":
+        data["measurements"].append(7)
+    elif kind == "a request without segments":
+        del data["measurements"][0]["request"]["segments"]
+    elif kind == "another format":
+        data["format"] = "attnzoo auto 99"
+    elif kind == "another environment":
+        data["environment"]["name"] = "somebody else's"
+    else:
+        plain = {"binary": b"\x80\xff\x00", "empty": b"", "a list": b"[]", "endless lists": b"[" * 100_000}
+        path.write_bytes(plain.get(kind, path.read_bytes()[:-40]))
+        return
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["an entry without seconds' type", "not finite", "a first run without a number", "an entry of another kind",
+     "a request without segments", "another format", "another environment", "cut off", "binary", "empty", "a list",
+     "endless lists"],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_is_warned_of_once_ignored_and_replaced(add, clock, kind):
+    add("slow", seconds=4.0, rank=5), add("fast")
+    tune(clock)
+    (path,) = cache.folder().glob("*.json")
+    spoil(path, kind)
+    forget()
+    with pytest.warns(cache.CacheWarning, match=f"{path.name} is ignored, 'auto' goes by priority: .*tune --clear"):
+        assert took().backend.name == "slow"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert took().backend.name == "slow"
+        assert tune(clock).fresh
+    if kind != "another environment":  # which is a sound file, for whoever it is of
+        assert "is ignored" not in finding().detail
+    forget()
+    assert took().backend.name == "fast"
+
+
+def finding():
+    (found,) = [one for one in doctor.examine() if one.name == "measurements for auto"]
+    return found
+
+
+def test_doctor_tells_what_auto_goes_by(add, clock, monkeypatch, tmp_path):
+    assert finding().ok and "none in" in finding().detail
+    assert not (tmp_path / "cache").exists(), "looking makes nothing"
+    add("slow"), add("fast")
+    tune(clock)
+    assert finding().detail.startswith("1 in ")
+    monkeypatch.setenv("ATTNZOO_AUTO", "priority")
+    assert "not used: ATTNZOO_AUTO=priority" in finding().detail
+    monkeypatch.setenv("ATTNZOO_AUTO", "fastest")
+    assert not finding().ok and "ATTNZOO_AUTO: got 'fastest'" in finding().detail
+    monkeypatch.delenv("ATTNZOO_AUTO")
+    next(cache.folder().glob("*.json")).write_text("{")
+    assert not finding().ok and "is ignored: " in finding().detail
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_measuring(add, clock, monkeypatch, tmp_path):
+    slow, fast = add("slow", seconds=4.0, rank=5), add("fast")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ATTNZOO_CACHE_DIR", str(tmp_path / "file" / "below"))
+    with pytest.raises(
+        attnzoo.CacheError, match=r"cache: got .*below.*; allowed: a folder .*ATTNZOO_CACHE_DIR.*save=F"
+    ):
+        tune(clock)
+    assert slow.runs == fast.runs == []
+    assert not finding().ok and "cannot be written" in finding().detail
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert took().backend.name == "slow", "a forward does not care"
+    tune(clock, save=False)
+    assert took().backend.name == "fast"
+
+
+def test_a_write_that_fails_leaves_the_old_file(add, clock, monkeypatch):
+    add("slow", seconds=4.0), add("fast")
+    tune(clock)
+    before = next(cache.folder().glob("*.json")).read_bytes()
+
+    def full(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(cache.folder()), "replace", full)
+    with pytest.raises(attnzoo.CacheError, match="No space left on device"):
+        tune(clock, inputs=neox_inputs(50))
+    assert next(cache.folder().glob("*.json")).read_bytes() == before
+    assert not list(cache.folder().glob("*.part"))
+    assert took(inputs=neox_inputs(50)).reason.startswith("measured"), "this process knows it all the same"
+
+
+def _measure_in_a_process(number):
+    for length in range(4):
+        measured(attention(2 ** (4 * number + length), batch=1), {"slow": 2.0, "fast": 1.0})
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_processes_that_measure_at_once_lose_nothing(add, monkeypatch):
+    """Each reads what is there, adds its own and writes; with time in between for another to do the same."""
+    read = cache._others
+
+    def read_slowly(path):
+        found = read(path)
+        time.sleep(0.02)
+        return found
+
+    monkeypatch.setattr(cache, "_others", read_slowly)
+    add("slow"), add("fast")
+    made = multiprocessing.get_context("fork")
+    processes = [made.Process(target=_measure_in_a_process, args=(number,)) for number in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    (file,) = cache.stored()
+    assert len(file.measurements) == 12 and not list(cache.folder().glob("*.part"))

@@ -1,0 +1,177 @@
+"""The command line, as a user meets it."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+from typer.testing import CliRunner
+
+import attnzoo
+from attnzoo.backends.eager import EagerBackend
+from attnzoo.cli import app as cli
+from tests.support.models import gpt_bigcode, led
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+def run_raising(*arguments):
+    CliRunner().invoke(cli.app, list(arguments), catch_exceptions=False)
+
+
+def attnzoo_command(*arguments):
+    command = [sys.executable, "-m", "attnzoo.cli.app", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_doctor_names_every_backend_model_and_package():
+    output = run("doctor").output
+    for name in (*attnzoo.backends(), *attnzoo.registry.model_types(), "torch", "transformers", "cuda"):
+        assert name in output
+
+
+def test_doctor_says_nothing_twice():
+    for finding in json.loads(run("doctor", "--json").output):
+        for separator in ("; ", ", "):
+            parts = finding["detail"].split(separator)
+            assert len(parts) == len(set(parts)), finding
+
+
+def test_doctor_as_json():
+    findings = json.loads(run("doctor", "--json").output)
+    assert {finding["kind"] for finding in findings} == {"machine", "package", "backend", "model"}
+    assert all(finding["detail"] for finding in findings)
+
+
+def test_verify_a_checkpoint_on_disk(tmp_path):
+    led().save_pretrained(tmp_path)
+    result = run("verify", str(tmp_path), "--seq-len", "40")
+    assert result.exit_code == 0, result.output
+    assert "within the error rule" in result.output
+    assert "on all 8 passages" in result.output
+    data = json.loads(run("verify", str(tmp_path), "--seq-len", "40", "--json", "--no-gradients").stdout)
+    assert data["ok"] is True and len(data["passages"]) == 8
+    assert all(passage["ok"] and len(passage["sites"]) >= 6 for passage in data["passages"])
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "native"])
+def test_verify_prints_each_site_once_in_80_columns(tmp_path, backend, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    led().save_pretrained(tmp_path)
+    arguments = (str(tmp_path), "--seq-len", "40", "--dtype", "fp32", "--backend", backend, "--passages", "2")
+    result = run("verify", *arguments)
+    assert result.exit_code == 0, result.output
+    assert all(len(line) <= 80 for line in result.stdout.splitlines())
+    for layer, name in itertools.product((0, 1), ("decoder", "encoder")):
+        attention = "encoder_attn" if name == "decoder" else "self_attn.longformer_self_attn"
+        assert result.stdout.count(f"led.{name}.layers.{layer}.{attention}\n") == 1
+
+
+def test_verify_fails_by_its_exit_status(tmp_path):
+    @attnzoo.register_backend
+    @dataclass(frozen=True)
+    class Sloppy(EagerBackend):
+        name: ClassVar[str] = "sloppy"
+
+        def run(self, attention, probabilities=False):
+            return super().run(replace(attention, scale=attention.scale * 1.01))
+
+    led().save_pretrained(tmp_path)
+    try:
+        result = run("verify", str(tmp_path), "--seq-len", "40", "--backend", "sloppy", "--passages", "2")
+    finally:
+        attnzoo.unregister_backend("sloppy")
+    assert result.exit_code == 1
+    assert "NOT within the error rule on 2 of 2 passages" in result.output and "FAILS" in result.output
+    assert "led.encoder.layers.0.self_attn.longformer_self_attn: output: error" in result.output
+
+
+def test_verify_in_a_hurry(tmp_path):
+    led().save_pretrained(tmp_path)
+    data = json.loads(run("verify", str(tmp_path), "--fast", "--seq-len", "40", "--json").stdout)
+    assert data["ok"] is True and data["sites"] and not data["original_sites"] and data["original"]
+    assert {check["what"] for site in data["sites"] for check in site["checks"]} == {"output", "gradient"}
+    assert not any("gradient" in check["what"] for check in data["end_to_end"])
+    assert "fast" in data["note"]
+    native = json.loads(run("verify", str(tmp_path), "--fast", "--json", "--backend", "native").stdout)
+    assert native["ok"] is True and native["sites"] == native["original_sites"]
+
+
+def test_there_is_no_progress_bar_where_there_is_no_terminal(tmp_path):
+    led().save_pretrained(tmp_path)
+    done = attnzoo_command("verify", str(tmp_path), "--fast", "--seq-len", "32")
+    assert done.returncode == 0 and "%" not in done.stderr and "Loading" not in done.stderr
+
+
+def test_explain_takes_options(tmp_path):
+    led().save_pretrained(tmp_path)
+    told = run("explain", str(tmp_path), "--backend", "blocked-local:window=8")
+    assert told.exit_code == 0, told.output
+    assert "approximate: window of 8 keys" in told.output
+    assert "runs" in run("explain", str(tmp_path), "--backend", "auto").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("verify", "lde"), "did you mean 'led'"),
+        (("explain", "longforme"), "did you mean 'longformer'"),
+        (("verify", "led", "--backend", "spda", "--seq-len", "8"), "did you mean 'sdpa'"),
+        (("verify", "."), "model: got '.'"),
+        (("verify", "led", "--dtype", "int8"), "dtype: got 'int8'; allowed: "),
+        (("explain", "EleutherAI/pythia-160m"), "'reformer_local', or the folder of a checkpoint"),
+        (("matrix", "led", "--json", "--markdown"), "format: got --json and --markdown; allowed: one of the two"),
+        (("verify", "gpt_bigcode", "--seq-len", "4096"), "seq-len: got 4096; allowed: less: the published conf"),
+    ],
+)
+def test_errors_are_one_message_without_a_traceback(arguments, message):
+    done = attnzoo_command(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_that_does_not_load(tmp_path):
+    led().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(
+        attnzoo.InvalidArgumentError, match=r"model: got .*Safetensor.*; allowed: the folder of a checkp"
+    ):
+        run_raising("explain", str(tmp_path))
+
+
+def test_a_checkpoint_that_names_no_architecture(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "led"}')
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"model: got .*names no architecture; allowed: the folder"):
+        run_raising("explain", str(tmp_path))
+
+
+@pytest.mark.parametrize("command", ["verify", "tune"])
+def test_more_tokens_than_a_checkpoint_has_positions_for(tmp_path, command):
+    gpt_bigcode(n_positions=16).save_pretrained(tmp_path)
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"seq-len: got 17, on which GPTBigCode.* raises IndexError"):
+        run_raising(command, str(tmp_path), "--seq-len", "17")
+
+
+@pytest.mark.parametrize("command", [("-m", "attnzoo"), ("-m", "attnzoo.cli.app")], ids=" ".join)
+def test_the_version(command):
+    done = subprocess.run([sys.executable, *command, "--version"], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, f"attnzoo {attnzoo.__version__}\n"), done.stderr
+
+
+def test_help_lists_the_commands():
+    output = attnzoo_command("--help").stdout
+    for command in ("doctor", "matrix", "verify", "bench"):
+        assert command in output
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_narrow_encoding_ends_no_command(encoding):
+    command = [sys.executable, "-m", "attnzoo", "matrix", "gpt_neox"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,96 @@
+"""``attnzoo fingerprint``, as an adapter's author meets it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import attnzoo
+from attnzoo.cli import app as cli
+from attnzoo.originals.fingerprint import fingerprint, locate
+from attnzoo.registry import registry
+
+MODULE = "transformers.models.gpt_neox.modeling_gpt_neox"
+PATHS = [f"{MODULE}:GPTNeoXAttention.forward", f"{MODULE}:rotate_half"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, ["fingerprint", *arguments], catch_exceptions=False)
+
+
+def test_one_line_for_each_path():
+    result = run(*PATHS)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [f"{path}  {fingerprint(locate(path))}" for path in PATHS]
+
+
+def test_json():
+    assert json.loads(run("--json", *PATHS).stdout) == {path: fingerprint(locate(path)) for path in PATHS}
+
+
+def test_what_it_prints_is_what_adapters_record():
+    seam = registry.find_adapter("gpt_neox").seams[0]
+    for path, known in seam.verified.items():
+        assert run(path).stdout.split()[1] in known
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("nothing", "allowed: MODULE:FUNCTION, e.g. transformers."),
+        (f"{MODULE}:", "allowed: MODULE:FUNCTION, e.g. transformers."),
+        (PATHS[0].replace(":", "."), f"(did you mean {PATHS[0]!r}?)"),
+        ("transfomers:X", "there is no module 'transfomers' (did you mean 'transformers'"),
+        (
+            "transformers.models.gptneox.modeling_gpt_neox:X",
+            "there is no module 'transformers.models.gptneox' (did you mean 'gpt_neox'",
+        ),
+        (
+            "transformers.models.gpt_neox.modelling_gpt_neox:X",
+            "no module 'transformers.models.gpt_neox.modelling_gpt_neox' (did you mean 'modeling_gpt_neox'",
+        ),
+        (f"{MODULE}.deeper:X", f"there is no module '{MODULE}.deeper'; allowed: a module that can be imported"),
+        (f"{MODULE}:GPTNeoXAtention.forward", f"{MODULE} has no 'GPTNeoXAtention' (did you mean 'GPTNeoXAttention'"),
+        (f"{MODULE}:GPTNeoXAttention.foward", "GPTNeoXAttention has no 'foward' (did you mean 'forward'"),
+        (f"{MODULE}:rotate_halve", "has no 'rotate_halve' (did you mean 'rotate_half'"),
+        (f"{MODULE}:GPTNeoXAttention", "a class; allowed: a function written in Python with def"),
+        (
+            "builtins:len",
+            "an object of type builtin_function_or_method; allowed: a function written in Python with def",
+        ),
+    ],
+)
+def test_a_wrong_path_is_refused_with_near_misses(path, told):
+    with pytest.raises(attnzoo.InvalidArgumentError) as caught:
+        run(PATHS[0], path)
+    assert str(caught.value).startswith(f"path: got {path!r}")
+    assert told in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("import no_such_dependency", "which cannot be imported here (No module named 'no_such_dependency')"),
+        ("raise RuntimeError('no device')", "whose module raises RuntimeError when imported"),
+        ("exec('def f(): pass')", "but its source is not available (<string>)"),
+    ],
+)
+def test_a_module_that_does_not_serve_is_refused(tmp_path, monkeypatch, source, told):
+    (tmp_path / "no_serving_module.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "no_serving_module", raising=False)
+    with pytest.raises(attnzoo.InvalidArgumentError, match=re.escape(told)):
+        run("no_serving_module:f")
+
+
+def test_the_documented_example_is_recorded():
+    seam = registry.find_adapter("gpt_neox").seams[0]
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (documented,) = re.findall(rf"^{re.escape(PATHS[0])}  (\w+)$", text, re.MULTILINE)
+    assert documented in seam.verified[PATHS[0]]

@@ -1,0 +1,80 @@
+"""``attnzoo tune`` on the command line."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import attnzoo
+from attnzoo.auto import cache
+from attnzoo.cli import app as cli
+from tests.support.models import gpt_neox
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, ["tune", *map(str, arguments)])
+
+
+@pytest.fixture
+def checkpoint(add, tmp_path):
+    add("one"), add("two")
+    gpt_neox().save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def test_the_command_tunes_shows_and_forgets(checkpoint):
+    tuned = run(checkpoint, "--seq-len", 20, "--rounds", 1)
+    assert tuned.exit_code == 0, tuned.output
+    assert "GPTNeoXAttention, causal: float32" in tuned.stdout and "queries <= 32" in tuned.stdout
+    assert "one-kernel" in tuned.stdout and "kept in" in tuned.stdout
+    (again,) = json.loads(run(checkpoint, "--seq-len", 20, "--json").stdout)
+    assert again["fresh"] is False and set(again["outcomes"]) == {"one", "two"}
+    shown = run("--show")
+    assert shown.exit_code == 0 and "threads 1, torch" in shown.stdout and "queries <= 32" in shown.stdout
+    (file,) = json.loads(run("--show", "--json").stdout)
+    assert len(file["measurements"]) == 1 and file["problem"] == ""
+    assert "removed 1 file" in run("--clear").stdout
+    assert "nothing is kept" in run("--show").stdout and json.loads(run("--show", "--json").stdout) == []
+
+
+def test_a_dtype_may_be_typed_short(checkpoint):
+    tuned = run(checkpoint, "--seq-len", 9, "--rounds", 1, "--dtype", "bf16")
+    assert tuned.exit_code == 0 and "bfloat16" in tuned.stdout, tuned.output
+
+
+def test_explain_is_a_command_too(checkpoint):
+    run(checkpoint, "--seq-len", 20, "--rounds", 1)
+    told = CliRunner().invoke(cli.app, ["explain", str(checkpoint)])
+    assert told.exit_code == 0, told.output
+    assert (
+        "one: runs" in told.stdout and "for forward at batch <= 1, queries <= 32, keys <= 32: measured" in told.stdout
+    )
+    data = json.loads(CliRunner().invoke(cli.app, ["explain", str(checkpoint), "--backend", "two", "--json"]).stdout)
+    assert data["auto"] == {} and {verdict["backend"] for verdict in data["verdicts"]} == {"two"}
+
+
+def test_the_command_says_when_auto_does_not_go_by_it(checkpoint, monkeypatch):
+    monkeypatch.setenv("ATTNZOO_AUTO", "priority")
+    assert "by priority all the same: ATTNZOO_AUTO=pri" in run(checkpoint, "--seq-len", 9, "--train").stdout
+
+
+def test_the_command_shows_a_file_that_cannot_be_read():
+    cache.folder().mkdir(parents=True)
+    (cache.folder() / "odd.json").write_text("{")
+    assert "odd.json" in run("--show").stdout and "cannot be read: " in run("--show").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "model: got nothing; allowed: a family or a checkpoint; or --show, or --clear"),
+        (("led", "--show"), "model: got 'led' with --show; allowed: none: --show measures nothing"),
+        (("lde",), "did you mean 'led'"),
+        (("led", "--dtype", "fp8"), "dtype: got 'fp8'; allowed: float32, bfloat16, float16"),
+        (("led", "--device", "tpu"), "device: got 'tpu'; allowed: cpu"),
+        (("led", "--seq-len", "0"), "seq-len: got 0; allowed: an integer >= 1"),
+    ],
+)
+def test_errors_of_the_command(arguments, message):
+    result = run(*arguments)
+    assert isinstance(result.exception, attnzoo.AttnzooError) and message in str(result.exception)

@@ -1,0 +1,170 @@
+"""The support matrix: every registered backend against the conformance kit, both directions."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo import testing
+from attnzoo.backends.eager import EagerBackend, evaluate
+from attnzoo.backends.sdpa.backend import SdpaBackend
+from attnzoo.registry import registry
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def exact_backends():
+    return [name for name, info in attnzoo.backends().items() if info.available and info.exact]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", exact_backends())
+def test_a_backend_does_what_it_declares_and_refuses_the_rest(backend, dtype, device):
+    if dtype not in attnzoo.backends()[backend].capabilities.dtypes:
+        with pytest.raises(testing.ConformanceError, match=r"0 cases ran.* 0 failed.*refuses everything"):
+            testing.check_backend(backend, device=device, dtypes=(dtype,))
+        return
+    report = testing.check_backend(backend, device=device, dtypes=(dtype,))
+    assert len(report.outcomes) > 200
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", sorted(attnzoo.backends()))
+def test_the_kit_has_cases_for_every_device_that_is_declared(backend, dtype):
+    """Also for devices that are not here: what a backend refuses of all cases would go unseen, or fail there alone."""
+    made = registry.configure(backend, **registry.backend_class(backend).example)
+    for device in sorted(made.capabilities.devices) if dtype in made.capabilities.dtypes else ():
+        asked = (case.attention().request(case.probabilities) for case in testing.cases((dtype,)))
+        assert any(not made.refusals_anywhere(replace(request, device=device)) for request in asked), device
+
+
+@pytest.fixture
+def registered():
+    """Registers backend classes for one test."""
+    made = []
+
+    def register(cls):
+        attnzoo.register_backend(cls)
+        made.append(cls.name)
+        return cls.name
+
+    yield register
+    for name in made:
+        attnzoo.unregister_backend(name)
+
+
+def narrow(**capabilities):
+    base = dict(devices=frozenset({"cpu"}), patterns=EagerBackend.capabilities.patterns, segments=9, grad=True)
+    return attnzoo.Capabilities(**{**base, **capabilities})
+
+
+@dataclass(frozen=True)
+class Liar(attnzoo.Backend):
+    """Computes what eager does, with something wrong or missing."""
+
+    name: ClassVar[str] = "liar"
+    capabilities: ClassVar[attnzoo.Capabilities] = EagerBackend.capabilities
+
+    def run(self, attention, probabilities=False):
+        return EagerBackend().run(self.change(attention), probabilities)
+
+    def change(self, attention):
+        return attention
+
+
+def changes(**fields):
+    return lambda self, attention: replace(
+        attention, segments=tuple(replace(segment, **fields) for segment in attention.segments)
+    )
+
+
+@pytest.mark.parametrize(
+    ("lie", "caught_by"),
+    [
+        (changes(key_mask=None), "mask keys"),
+        (changes(mask=None), "mask dense"),
+        (changes(bias=None), "bias relative"),
+        (changes(pattern=attnzoo.Full()), "Causal"),
+        (lambda self, attention: attention.__class__(**{**vars(attention), "query_mask": None}), "mask globals"),
+        (lambda self, attention: attention.__class__(**{**vars(attention), "dropout": 0.0}), "dropout"),
+        (
+            lambda self, attention: attention.__class__(**{**vars(attention), "dropout": attention.dropout / 2}),
+            "dropout",
+        ),
+        (lambda self, attention: attention.__class__(**{**vars(attention), "scale": attention.scale * 1.01}), "output"),
+        (
+            lambda self, attention: attention.__class__(**{**vars(attention), "segments": attention.segments[:1]}),
+            "globals",
+        ),
+    ],
+    ids=["key mask", "dense mask", "bias", "pattern", "query mask", "no dropout", "half dropout", "scale", "segment"],
+)
+def test_the_kit_catches_a_backend_that_drops_something(registered, lie, caught_by):
+    name = registered(type("Lying", (Liar,), {"change": lie}))
+    with pytest.raises(testing.ConformanceError, match=caught_by):
+        testing.check_backend(name, dtypes=(torch.float32,))
+
+
+def test_the_kit_catches_wrong_gradients(registered):
+    class Detached(Liar):
+        def run(self, attention, probabilities=False):
+            output = evaluate(attention).output
+            return attnzoo.Result(output.detach() + 0.5 * (output - output.detach()), "half")
+
+    with pytest.raises(testing.ConformanceError, match="gradient"):
+        testing.check_backend(registered(Detached), dtypes=(torch.float32,))
+
+
+def test_the_kit_catches_a_backend_that_crashes_on_what_it_declares(registered):
+    class Crashing(Liar):
+        def run(self, attention, probabilities=False):
+            raise RuntimeError("kernel exploded")
+
+    with pytest.raises(testing.ConformanceError, match="declared to run, yet it raised RuntimeError: kernel exploded"):
+        testing.check_backend(registered(Crashing), dtypes=(torch.float32,))
+
+
+def test_the_kit_catches_probabilities_that_are_declared_and_not_returned(registered):
+    class Silent(Liar):
+        def run(self, attention, probabilities=False):
+            return EagerBackend().run(attention, False)
+
+    with pytest.raises(testing.ConformanceError, match="probabilities were asked for"):
+        testing.check_backend(registered(Silent), dtypes=(torch.float32,))
+
+
+def test_the_kit_catches_vague_refusals(registered):
+    class Vague(Liar):
+        def refusals(self, request):
+            return (attnzoo.Refusal("dtype", "", ""),) if request.dropout else ()
+
+    with pytest.raises(testing.ConformanceError, match="without field, got or allowed"):
+        testing.check_backend(registered(Vague), dtypes=(torch.float32,))
+
+
+def test_refused_cases_are_really_refused(registered):
+    class Narrow(Liar):
+        capabilities: ClassVar[attnzoo.Capabilities] = narrow(dtypes=frozenset({torch.float32}))
+
+    report = testing.check_backend(registered(Narrow), dtypes=(torch.float32, torch.float64))
+    assert {outcome.case.dtype for outcome in report.outcomes if not outcome.refused} == {torch.float32}
+
+
+def test_a_backend_that_refuses_everything_does_not_conform(registered):
+    class Nothing(Liar):
+        capabilities: ClassVar[attnzoo.Capabilities] = narrow(dtypes=frozenset())
+
+    with pytest.raises(testing.ConformanceError, match="refuses everything"):
+        testing.check_backend(registered(Nothing), dtypes=(torch.float32,))
+
+
+def test_a_configured_backend_can_be_checked_too():
+    assert not testing.check_backend(SdpaBackend(), dtypes=(torch.float32,)).failures
+
+
+@pytest.mark.parametrize("backend", [SdpaBackend, None, 3])
+def test_only_a_backend_is_checked(backend):
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"backend: got .*; allowed: a registered name, or a config"):
+        testing.check_backend(backend)

@@ -1,0 +1,292 @@
+"""An adapter refuses code it was not verified against, and says whose change it is."""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import sys
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers.models.gpt_neox import modeling_gpt_neox
+from transformers.models.llama import modeling_llama
+
+import attnzoo
+from attnzoo.originals import drift as drift_module
+from attnzoo.originals.drift import Difference, drift
+from attnzoo.originals.fingerprint import fingerprint, locate
+from attnzoo.registry import registry
+
+WHERE = "transformers.models.gpt_neox.modeling_gpt_neox"
+FORWARD = f"{WHERE}:GPTNeoXAttention.forward"
+
+
+def differences(path, *known):
+    return [(difference.path, difference.cause, difference.detail) for difference in drift({path: known})]
+
+
+def test_drift_tells_what_is_gone_and_what_is_other():
+    known = fingerprint(modeling_gpt_neox.GPTNeoXAttention.forward)
+    assert differences(FORWARD, "other", known) == []
+    changed = f"got fingerprint {known}; allowed: 0123456789abcdef, other"
+    assert differences(FORWARD, "0123456789abcdef", "other") == [(FORWARD, "changed", changed)]
+    for path, error in [
+        (f"{WHERE}:GPTNeoXAttention.backward_", "AttributeError"),
+        (f"{WHERE}:GPTNeoYAttention.forward", "AttributeError"),
+        ("transformers.models.gpt_neoy:X.forward", "ModuleNotFoundError"),
+    ]:
+        [(where, cause, detail)] = differences(path, known)
+        assert (where, cause) == (path, "changed") and detail.startswith(error)
+
+
+def tiny(cls=GPTNeoXForCausalLM):
+    config = GPTNeoXConfig(
+        vocab_size=19, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8
+    )
+    return cls(config).eval()
+
+
+def refusal(model):
+    """The message with which patching is refused; the model is left as it was, and its own code still runs."""
+    with pytest.raises(attnzoo.DriftError) as caught:
+        attnzoo.patch(model, "sdpa")
+    assert all("forward" not in vars(module) for module in model.modules())
+    refused = [reason.got for verdict in attnzoo.explain(model, "sdpa") for reason in verdict.refusals]
+    assert str(caught.value) in refused
+    assert len(str(caught.value)) < 400
+    return str(caught.value)
+
+
+def runs_natively(model):
+    with attnzoo.patch(model, "native") as handle, torch.no_grad():
+        model(torch.arange(4)[None])
+    return handle
+
+
+# By version
+
+
+def test_another_version_is_refused_with_the_versions_known(monkeypatch):
+    adapter = registry.find_adapter("gpt_neox")
+    seam = adapter.seams[0]
+    other = replace(adapter, seams=(replace(seam, verified={FORWARD: ("0123456789abcdef",)}),))
+    monkeypatch.setattr(registry, "adapters", lambda: {"gpt_neox": other})
+    model = tiny()
+    message = refusal(model)
+    assert f"verified against transformers {adapter.versions}" in message
+    assert f"installed is {transformers.__version__}" in message
+    assert f"{FORWARD}: got fingerprint " in message and "allowed: 0123456789abcdef." in message
+    assert "Install a verified version, or use backend 'native'" in message
+    runs_natively(model)
+
+
+def test_a_forward_that_is_gone_is_refused_as_another_version(monkeypatch):
+    model = tiny()
+    monkeypatch.delattr(modeling_gpt_neox.GPTNeoXAttention, "forward")
+    assert "was verified against transformers" in refusal(model)
+
+
+# At run time
+
+
+def replacement(original):
+    def forward(self, *args, **kwargs):
+        return original(self, *args, **kwargs)
+
+    return forward
+
+
+def wrapper(original):
+    return functools.wraps(original)(replacement(original))
+
+
+class Callable_:
+    def __init__(self, original):
+        functools.update_wrapper(self, original)
+        self.original = original
+
+    def __get__(self, instance, owner=None):
+        return self if instance is None else functools.partial(self.original, instance)
+
+    def __call__(self, *args, **kwargs):
+        return self.original(*args, **kwargs)
+
+
+def of_another_model(original):
+    return modeling_llama.LlamaAttention.forward
+
+
+def mocked(original):
+    return mock.Mock(spec=["__call__"])
+
+
+REPLACEMENTS = [
+    (
+        replacement,
+        "replaced at run time by replacement.<locals>.forward of module tests.originals.test_drift, line ",
+    ),
+    (wrapper, "wrapped at run time by replacement.<locals>.forward of module tests.originals.test_drift, line "),
+    (Callable_, "wrapped at run time by an object of type tests.originals.test_drift.Callable_;"),
+    (functools.partial, "replaced at run time by an object of type functools.partial;"),
+    (of_another_model, "replaced at run time by LlamaAttention.forward of module transformers.models.llama."),
+    (mocked, "replaced at run time by an object of type unittest.mock.Mock;"),
+]
+
+
+@pytest.mark.parametrize(("make", "told"), REPLACEMENTS, ids=[make.__name__ for make, _ in REPLACEMENTS])
+def test_what_replaced_a_method_at_run_time_is_named(monkeypatch, make, told):
+    model, original = tiny(), modeling_gpt_neox.GPTNeoXAttention.forward
+    monkeypatch.setattr(modeling_gpt_neox.GPTNeoXAttention, "forward", make(original))
+    message = refusal(model)
+    if sys.version_info < (3, 11):  # code has its short name only
+        told = told.replace("replacement.<locals>.", "").replace("LlamaAttention.", "")
+    assert message.startswith(f"{FORWARD}: {told}")
+    assert "Restore it, or use backend 'native'" in message
+    assert "version" not in message
+    if make in (replacement, wrapper):
+        runs_natively(model)
+
+
+@pytest.mark.parametrize("make", [replacement, wrapper])
+def test_what_replaced_a_function_of_the_module_at_run_time_is_named(monkeypatch, make):
+    where = "transformers.models.gpt_bigcode.modeling_gpt_bigcode:eager_attention_forward"
+    adapter = registry.find_adapter("gpt_bigcode")
+    seam = next(seam for seam in adapter.seams if where in seam.verified)
+    adapter.check_drift(seam)
+    monkeypatch.setattr(where.replace(":", "."), make(locate(where)))
+    with pytest.raises(
+        attnzoo.DriftError, match=rf"{where}: (replaced|wrapped) at run time by \S*forward of module tests"
+    ):
+        adapter.check_drift(seam)
+
+
+def test_wrappers_of_what_is_not_bypassed_are_served(monkeypatch):
+    led = "transformers.models.led.modeling_led"
+    adapter = registry.find_adapter("led")
+    seam = next(seam for seam in adapter.seams if f"{led}:LEDEncoder.forward" in seam.verified)
+    encoder = locate(f"{led}:LEDEncoder")
+    monkeypatch.setattr(encoder, "forward", wrapper(encoder.forward))
+    adapter.check_drift(seam)
+    monkeypatch.setattr(encoder, "forward", replacement(encoder.forward))
+    with pytest.raises(attnzoo.DriftError, match=r"LEDEncoder\.forward: replaced at run time by"):
+        adapter.check_drift(seam)
+
+
+# Without source
+
+
+def test_a_package_without_source_is_told_apart(monkeypatch):
+    model = tiny()
+    monkeypatch.setattr(linecache, "getlines", lambda *args: [])
+    drift_module._fingerprint_at.cache_clear()
+    message = refusal(model)
+    assert message.startswith(
+        f"{FORWARD}: its source is not available (modeling_gpt_neox.py); the adapter for gpt_neox"
+    )
+    assert "Install the package with its .py files" in message and "version" not in message
+    runs_natively(model)
+
+
+def test_compiled_functions_are_told_apart():
+    assert [(path, cause) for path, cause, _ in differences("builtins:len", "0123")] == [("builtins:len", "unreadable")]
+
+
+# By a subclass
+
+
+class Louder(modeling_gpt_neox.GPTNeoXAttention):
+    def forward(self, *args, **kwargs):
+        output, weights = super().forward(*args, **kwargs)
+        return 2 * output, weights
+
+
+class LouderStill(Louder):
+    """Inherits the override."""
+
+
+@pytest.mark.parametrize("cls", [Louder, LouderStill])
+def test_a_subclass_that_overrides_the_forward_is_refused(cls):
+    model = tiny()
+    model.gpt_neox.layers[1].attention = cls(model.config, layer_idx=1)
+    message = refusal(model)
+    assert message.startswith(
+        f"tests.originals.test_drift:{cls.__name__}.forward: overrides GPTNeoXAttention.forward, which the adapter "
+        "for gpt_neox replaces or relies on; allowed: subclasses that keep it"
+    )
+    assert "backend 'native', or register an adapter" in message and "version" not in message
+    runs_natively(model)
+    backends = {"*layers.1.*": "native", "*": "sdpa"}
+    with attnzoo.patch(model, backends) as handle, torch.no_grad():
+        model(torch.arange(4)[None])
+    assert handle.sites[0].calls == 1
+
+
+def seams():
+    adapters = {id(adapter): adapter for name in registry.model_types() if (adapter := registry.find_adapter(name))}
+    return [(adapter, seam) for adapter in adapters.values() for seam in adapter.seams]
+
+
+@pytest.mark.parametrize(("adapter", "seam"), seams(), ids=[seam.cls.partition(":")[2] for _, seam in seams()])
+def test_every_method_a_seam_relies_on_may_not_be_overridden(adapter, seam):
+    base = locate(seam.cls)
+    paths = [path.rpartition(".") for path in seam.verified]
+    names = {name for owner, _, name in paths if owner == seam.cls} | {"forward"}
+    for name in names:
+        cls = type("Sub", (base,), {name: lambda *args: None, "__module__": "theirs"})
+        module = cls.__new__(cls)
+        if name == "__init__":  # it has run before a module is patched
+            adapter.check_drift(seam, module)
+            continue
+        with pytest.raises(attnzoo.DriftError) as caught:
+            adapter.check_drift(seam, module)
+        assert str(caught.value).startswith(f"theirs:Sub.{name}: overrides {base.__name__}.{name}, which")
+        assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(("adapter", "seam"), seams(), ids=[seam.cls.partition(":")[2] for _, seam in seams()])
+@pytest.mark.parametrize("cause", ["changed", "replaced", "unreadable"])
+def test_messages_stay_short_however_much_differs(adapter, seam, cause):
+    family = ", ".join(adapter.model_types)
+    detail = {
+        "changed": "got fingerprint 0123456789abcdef; allowed: 0123456789abcdef, 0123456789abcdef",
+        "replaced": "replaced at run time by function.<locals>.forward of module package.module, line 1000",
+        "unreadable": "its source is not available (modeling_reformer.py)",
+    }[cause]
+    for path in seam.verified:
+        everything = (Difference(path, cause, detail), *(Difference(other, cause, detail) for other in seam.verified))
+        assert len(drift_module.message(everything, family, adapter.versions, transformers.__version__)) < 400
+
+
+def test_a_subclass_that_keeps_the_forward_is_served():
+    class Marked(modeling_gpt_neox.GPTNeoXAttention):
+        """Nothing of its own."""
+
+    model = tiny()
+    model.gpt_neox.layers[1].attention = Marked(model.config, layer_idx=1)
+    with attnzoo.patch(model, "sdpa") as handle, torch.no_grad():
+        model(torch.arange(4)[None])
+    assert [(site.cls, site.calls) for site in handle.sites] == [("GPTNeoXAttention", 1), ("Marked", 1)]
+
+
+SEAMS = [
+    pytest.param(seam, id=f"{model_type}-{seam.cls.partition(':')[2]}")
+    for model_type in registry.model_types()
+    for seam in (registry.find_adapter(model_type) or pytest.fail(model_type)).seams
+]
+
+
+@pytest.mark.parametrize("seam", SEAMS)
+def test_every_adapter_is_verified_against_the_installed_transformers(seam):
+    assert seam.verified or not seam.attends, "an adapter says what it relies on"  # who checks masks: on names alone
+    assert drift(dict(seam.verified)) == ()
+
+
+@pytest.mark.parametrize("model_type", registry.model_types())
+def test_every_adapter_says_which_versions_it_knows(model_type):
+    adapter = registry.find_adapter(model_type)
+    assert model_type in adapter.model_types
+    assert adapter.versions != "unknown"

@@ -1,0 +1,112 @@
+"""A fingerprint changes when code does, and only then, whichever Python computes it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import textwrap
+
+import pytest
+
+from attnzoo.originals.fingerprint import fingerprint, fingerprint_of_source
+from tests.originals.sources import DIFFERENT, EQUAL, HARD, ORIGINAL, changed
+
+PLAIN = ORIGINAL.removeprefix("@same\n")
+
+
+@pytest.fixture
+def module_of(tmp_path):
+    """A module from source, read from a file."""
+    number = itertools.count()
+
+    def make(source):
+        path = tmp_path / f"source_{next(number)}.py"
+        path.write_text(source, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return make
+
+
+@pytest.mark.parametrize(("what", "old", "new"), EQUAL, ids=[what for what, _, _ in EQUAL])
+def test_layout_comments_and_docstrings_do_not_count(what, old, new):
+    assert fingerprint_of_source(changed(old, new)) == fingerprint_of_source(ORIGINAL)
+
+
+@pytest.mark.parametrize(("what", "old", "new"), DIFFERENT, ids=[what for what, _, _ in DIFFERENT])
+def test_code_counts(what, old, new):
+    assert fingerprint_of_source(changed(old, new)) != fingerprint_of_source(ORIGINAL)
+
+
+def test_no_two_changes_have_the_same_fingerprint():
+    sources = [ORIGINAL, *(changed(old, new) for _, old, new in DIFFERENT)]
+    assert len({fingerprint_of_source(text) for text in sources}) == len(sources)
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_what_follows_a_function_is_not_read(name):
+    _, text = HARD[name]
+    for rest in ("x = '''\n'''", "def g(): return f'{1}'\n", "# }'\n", "@f\nclass C: pass\n", "(1)\n"):
+        assert fingerprint_of_source(text + rest) == fingerprint_of_source(text), rest
+
+
+def test_indented_source_has_the_fingerprint_of_the_same_source_at_the_margin():
+    for indentation in ("    ", "\t", "  "):
+        assert fingerprint_of_source(textwrap.indent(ORIGINAL, indentation)) == fingerprint_of_source(ORIGINAL)
+
+
+def test_a_function_is_read_where_it_is_defined(module_of):
+    inside = "class C:\n    'Doc.'\n" + textwrap.indent(PLAIN, "    ") + "    @classmethod\n    def g(cls): pass\n"
+    module = module_of("x = 1\n\n\n" + PLAIN + "\n\n" + inside)
+    known = fingerprint_of_source(PLAIN)
+    assert fingerprint(module.f) == fingerprint(module.C.f) == fingerprint(module.C().f) == known
+    assert fingerprint(module.C.g) == fingerprint_of_source("@classmethod\ndef g(cls): pass")
+
+
+def test_a_wrapped_function_is_read_at_its_source(module_of):
+    plain = module_of(PLAIN).f
+
+    @functools.wraps(plain)
+    def wrapper(*args):
+        return plain(*args)
+
+    assert fingerprint(wrapper) == fingerprint(functools.lru_cache(wrapper)) == fingerprint(plain)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [len, int, functools.partial(len), lambda: 1, "text"],
+    ids=["built in", "class", "partial", "lambda", "str"],
+)
+def test_what_is_no_python_function_is_refused(function):
+    with pytest.raises(TypeError, match=r"got .*; allowed: a function written in Python with def"):
+        fingerprint(function)
+
+
+def test_a_function_without_source_is_refused():
+    names = {}
+    exec(compile(PLAIN, "<nowhere>", "exec"), names)
+    with pytest.raises(OSError, match=r"its source is not available \(<nowhere>\)"):
+        fingerprint(names["f"])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "ends before a function begins"),
+        ("# nothing\n@same\n", "ends before a function begins"),
+        ("x = 1\ndef f(): pass\n", "begins with 'x = 1'"),
+        ("class C:\n    def f(): pass\n", "begins with 'class C :'"),
+        ("def f():\n    return 'a", "ends inside a string"),
+        ("def f():\n    return '''a''\n", "ends inside a string"),
+        ("def f():\n    return f'{x", "ends inside an f-string"),
+        ("def f():\n    return f'{x:'\n", "ends inside an f-string"),
+        ("def f():\n    return f'{\"a}'\n", "ends inside a string"),
+    ],
+)
+def test_source_of_something_else_is_refused(source, message):
+    with pytest.raises(OSError, match=message):
+        fingerprint_of_source(source)

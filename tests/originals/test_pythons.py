@@ -1,0 +1,56 @@
+"""Every Python of this machine computes the same fingerprints, of what adapters rely on and of hard sources."""
+
+from __future__ import annotations
+
+import pytest
+
+from attnzoo.originals.fingerprint import fingerprint_of_source, locate, source_from
+from attnzoo.registry import registry
+from tests.originals.pythons import VERSIONS, fingerprints_on, interpreters
+from tests.originals.sources import HARD, every_source
+
+PRELUDE = "def same(function): return function\ndef marked(*args, **options): return same\n\n# '\n"
+AFTER = "\n    # still inside\n# after\nlast = '''\n'''\n"
+
+
+@pytest.fixture(params=VERSIONS)
+def version(request):
+    """A version of Python that this machine has."""
+    if request.param not in interpreters():
+        pytest.skip(f"no Python {request.param} here that starts; there are {', '.join(sorted(interpreters()))}")
+    return request.param
+
+
+def recorded():
+    """``{path: fingerprints}`` of every function that a registered adapter relies on."""
+    adapters = [adapter for name in registry.model_types() if (adapter := registry.find_adapter(name)) is not None]
+    return {path: known for adapter in adapters for seam in adapter.seams for path, known in seam.verified.items()}
+
+
+def test_every_function_adapters_rely_on_has_a_recorded_fingerprint(version):
+    known = recorded()
+    sources = {path: source_from(locate(path)) for path in known}
+    assert sources, "no adapter is registered"
+    got = fingerprints_on(interpreters()[version], sources, {})["sources"]
+    assert {path: value for path, value in got.items() if value not in known[path]} == {}
+
+
+def test_hard_sources_have_the_same_fingerprint(version):
+    sources = every_source()
+    got = fingerprints_on(interpreters()[version], sources, {})["sources"]
+    assert got == {name: fingerprint_of_source(text) for name, text in sources.items()}
+
+
+def test_functions_are_read_where_they_are_defined(version, tmp_path):
+    expected, files = {}, {}
+    for number, (name, (first, text)) in enumerate(HARD.items()):
+        file = tmp_path / f"source_{number}.py"
+        file.write_text(PRELUDE + text + AFTER, encoding="utf-8")
+        files[name] = str(file)
+        known = tuple(map(int, version.split("."))) >= first
+        expected[name] = fingerprint_of_source(text) if known else None
+    assert fingerprints_on(interpreters()[version], {}, files)["files"] == expected
+
+
+def test_the_running_python_is_among_them():
+    assert interpreters()

@@ -1,0 +1,179 @@
+"""A broken optional package is a line of ``attnzoo doctor``, with the reason, and breaks nothing else."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+
+import attnzoo
+from attnzoo.reporting import doctor
+
+# Whatever a package may raise when it is imported, and what doctor says of it.
+KINDS = {
+    "ImportError": ("raise ImportError('libcudart.so.12: cannot open')", "ImportError: libcudart.so.12: cannot open"),
+    "OSError": ("raise OSError('libcuda.so.1: wrong ELF class')", "OSError: libcuda.so.1: wrong ELF class"),
+    "SystemExit": ("raise SystemExit('needs a GPU')", "SystemExit: needs a GPU"),
+    "RuntimeError": ("raise RuntimeError('driver too old')", "RuntimeError: driver too old"),
+    "AttributeError": ("import torch; torch.no_such_thing", "AttributeError: module 'torch' has no attribute"),
+    "BaseException": ("class Own(BaseException): pass\nraise Own('anything')", "Own: anything"),
+    "missing": ("import no_such_dependency", "ModuleNotFoundError: No module named 'no_such_dependency'"),
+    "syntax": ("def broken(:", "SyntaxError: "),
+}
+MODULES = {"flash-attn": "flash_attn", "xformers": "xformers", "accelerate": "accelerate", "matplotlib": "matplotlib"}
+
+
+def plant(folder, distribution, source, metadata=True):
+    """A package as pip would have left it, whose import does something."""
+    (folder / MODULES[distribution]).mkdir(parents=True)
+    (folder / MODULES[distribution] / "__init__.py").write_text(source)
+    if metadata:
+        about = folder / f"{MODULES[distribution]}-9.9.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 9.9\n")
+
+
+def models():
+    return {finding.name: finding for finding in doctor.examine() if finding.kind == "model"}
+
+
+def look_at(distribution):
+    """What doctor says of one package. Not of backends: they remember for good what they found of theirs."""
+    (package,) = [package for package in doctor._PACKAGES if package[0] == distribution]
+    return doctor._package(package)
+
+
+@pytest.fixture
+def planted(monkeypatch, tmp_path):
+    """Plants packages on the path of this process; those that are loaded already are loaded anew."""
+
+    def put(distribution, source, metadata=True):
+        plant(tmp_path, distribution, source, metadata)
+        for name in [name for name in sys.modules if name.partition(".")[0] == MODULES[distribution]]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.syspath_prepend(tmp_path)
+
+    return put
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("distribution", MODULES)
+def test_whatever_a_package_raises_is_its_reason(planted, distribution, kind):
+    source, reason = KINDS[kind]
+    planted(distribution, source)
+    found = look_at(distribution)
+    assert (found.kind, found.name, found.ok) == ("package", distribution, False)
+    assert found.detail.startswith(f"9.9 is broken: {reason}")
+
+
+def test_a_broken_copy_that_nobody_installed_is_no_missing_package(planted):
+    planted("xformers", "raise OSError('half a build')", metadata=False)
+    assert look_at("xformers").detail == "a copy without a version is broken: OSError: half a build"
+
+
+def test_a_working_package_is_told_with_its_version(planted):
+    planted("xformers", "")
+    assert look_at("xformers").ok and look_at("xformers").detail.startswith("9.9 (")
+
+
+def test_a_missing_package_is_told_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(doctor, "_PACKAGES", (("no-such-thing", "no_such_thing", "nothing; optional"),))
+    found = look_at("no-such-thing")
+    assert not found.ok and found.detail == "not installed (nothing; optional): pip install no-such-thing"
+
+
+def test_an_interrupt_is_no_finding(planted):
+    planted("xformers", "raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        look_at("xformers")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("planted"), SystemExit(3), ImportError("planted")])
+def test_a_model_whose_code_cannot_be_imported_is_a_line(monkeypatch, error):
+    def broken(name):
+        if "gpt_neox" in name:
+            raise error
+        return importlib.import_module(name)
+
+    monkeypatch.setattr(doctor, "importlib", SimpleNamespace(import_module=broken))
+    found = models()
+    assert found["gpt_neox"].detail == f"its code cannot be imported: {type(error).__name__}: {error}"
+    assert found["led"].ok and found["longt5"].ok
+
+
+# In a process of its own: nothing was imported before
+
+PROBE = """
+    import json
+    import sys
+
+    import attnzoo
+    import torch
+    from attnzoo import doctor
+
+    told = {f"{finding.kind} {finding.name}": [finding.ok, finding.detail] for finding in doctor.examine()}
+    infos = {name: [info.available, info.reason] for name, info in attnzoo.backends().items()}
+    q = torch.randn(1, 2, 5, 8)
+    attended = list(attnzoo.attention(q, q, q, backend="sdpa").shape)
+    found = dict(told=told, infos=infos, attended=attended)
+    if "models" in sys.argv:
+        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+        config = GPTNeoXConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                               intermediate_size=16, max_position_embeddings=32)
+        model = GPTNeoXForCausalLM(config).eval()
+        verdicts = attnzoo.explain(model)
+        found["explained"] = {verdict.backend: [str(reason) for reason in verdict.refusals] for verdict in verdicts}
+        with attnzoo.patch(model, "sdpa") as handle:
+            model(input_ids=torch.tensor([[1, 2, 3]]))
+        found["ran"] = [[site.kernel, site.calls] for site in handle.sites]
+        from attnzoo.benchmarks.plots import require_matplotlib
+
+        try:
+            require_matplotlib()
+        except attnzoo.InvalidArgumentError as error:
+            found["plots"] = str(error)
+    print(json.dumps(found))
+"""
+
+
+def probe(folder, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    command = [sys.executable, "-c", textwrap.dedent(PROBE), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "kinds", [("SystemExit", "OSError", "AttributeError"), ("RuntimeError", "ImportError", "SystemExit")], ids="-".join
+)
+def test_broken_kernels_and_plots_break_nothing_else(tmp_path, kinds):
+    for distribution, kind in zip(("flash-attn", "xformers", "matplotlib"), kinds, strict=True):
+        plant(tmp_path, distribution, KINDS[kind][0])
+    found = probe(tmp_path, "models")
+    for distribution, kind in zip(("flash-attn", "xformers", "matplotlib"), kinds, strict=True):
+        ok, detail = found["told"][f"package {distribution}"]
+        assert not ok and f"9.9 is broken: {KINDS[kind][1]}" in detail
+    assert set(found["infos"]) == set(attnzoo.backends()), "a backend is gone because a package is broken"
+    available, reason = found["infos"]["xformers"]
+    assert not available and f"xformers is broken: {KINDS[kinds[1]][1]}" in reason
+    assert any(KINDS[kinds[1]][1] in line for line in found["explained"]["xformers"])
+    assert all(found["told"][f"model {model_type}"][0] for model_type in attnzoo.registry.model_types())
+    assert found["explained"]["sdpa"] == found["explained"]["eager"] == []
+    assert found["ran"] == [["flash", 1]] and found["attended"] == [1, 2, 5, 8]
+    assert f"({KINDS[kinds[2]][1]}" in found["plots"] and "--no-plot" in found["plots"]
+
+
+def test_a_broken_accelerate_breaks_transformers_and_nothing_of_ours(tmp_path):
+    """transformers imports it with every model, so there is no model to patch; all that needs none works."""
+    plant(tmp_path, "accelerate", KINDS["SystemExit"][0])
+    found = probe(tmp_path)
+    assert "9.9 is broken: SystemExit: needs a GPU" in found["told"]["package accelerate"][1]
+    assert found["infos"]["sdpa"][0] and found["attended"] == [1, 2, 5, 8]
+    for model_type in attnzoo.registry.model_types():
+        assert "cannot be imported: SystemExit: needs a GPU" in found["told"][f"model {model_type}"][1]

@@ -1,0 +1,197 @@
+"""Packed rows: which masks are read as documents, and what an attention over them becomes."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+import attnzoo
+from attnzoo.functional import execute
+from attnzoo.registry import registry
+from attnzoo.spec.bias import DenseBias, RelativeBias
+from attnzoo.spec.documents import attend_documents, find_documents
+from attnzoo.spec.masks import read_attention_mask
+from attnzoo.spec.segments import Attention, Segment
+
+
+def grid_of(*samples):
+    """``(samples, length, length)`` bool of packed rows, by lengths of documents; negative ones are hidden tokens."""
+
+    def block(length):
+        return torch.ones(length, length).tril() if length > 0 else torch.zeros(-length, -length)
+
+    return torch.stack([torch.block_diag(*map(block, lengths)).bool() for lengths in samples])
+
+
+def written_out(documents, batch, length):
+    """What documents show, as a grid."""
+    number = torch.full((batch * length,), -1)
+    for pack in documents:
+        real = torch.ones_like(pack.rows, dtype=torch.bool) if pack.real is None else pack.real
+        for places, inside in zip(pack.rows, real, strict=True):
+            assert bool((number[places[inside]] == -1).all()), "a token is in two documents"
+            number[places[inside]] = places[0]
+    number = number.view(batch, length)
+    together = (number[:, :, None] == number[:, None]) & (number >= 0)[:, None]
+    return together & torch.ones(length, length, dtype=torch.bool).tril()
+
+
+@st.composite
+def packed_rows(draw, batch, length):
+    """Lengths of documents, for each sample; some of them hidden tokens."""
+    samples = []
+    for _ in range(batch):
+        lengths, left = [], length
+        while left:
+            count = draw(st.one_of(st.integers(1, left), st.integers(1, min(left, 3))))
+            hidden = draw(st.integers(0, 5)) == 0
+            lengths.append(-count if hidden else count)
+            left -= count
+        samples.append(tuple(lengths))
+    return tuple(samples)
+
+
+@given(data=st.data())
+def test_documents_are_found_and_show_exactly_the_mask(data):
+    batch, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 70))
+    grid = grid_of(*data.draw(packed_rows(batch, length)))
+    documents = find_documents(grid, batch)
+    if not bool(grid.any()):
+        assert documents is None
+        return
+    assert torch.equal(written_out(documents, batch, length), grid)
+
+
+@given(data=st.data())
+def test_a_mask_with_any_entry_changed_is_no_documents_or_exactly_those(data):
+    batch, length = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 12))
+    grid = grid_of(*data.draw(packed_rows(batch, length)))
+    place = tuple(data.draw(st.integers(0, size - 1)) for size in grid.shape)
+    grid[place] = ~grid[place]
+    documents = find_documents(grid, batch)
+    assert documents is None or torch.equal(written_out(documents, batch, length), grid)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        torch.ones(1, 6, 6, dtype=torch.bool),
+        grid_of((3, 3)).transpose(1, 2),
+        (torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)) > 0)[None],
+        torch.ones(6, 6, dtype=torch.bool).tril().triu(-2)[None],
+        torch.ones(1, 4, 6, dtype=torch.bool).tril(),
+    ],
+    ids=["full", "anticausal", "bidirectional documents", "a window", "more keys than queries"],
+)
+def test_what_is_not_causal_documents_is_none(grid):
+    assert find_documents(grid, 1) is None
+
+
+@pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
+def test_masks_of_packed_rows_are_read_as_documents(additive):
+    grid = grid_of((3, 4, 2), (9,))[:, None]
+    given = torch.zeros(grid.shape).masked_fill(~grid, torch.finfo(torch.float32).min) if additive else grid
+    read = read_attention_mask(given, (2, 9, 9))
+    assert torch.equal(read.mask, grid), "the mask stays the truth"
+    assert torch.equal(written_out(read.documents, 2, 9), grid[:, 0])
+
+
+def test_one_mask_for_a_batch_has_the_documents_of_every_sample():
+    read = read_attention_mask(grid_of((2, 5))[:, None], (3, 7, 7))
+    assert torch.equal(written_out(read.documents, 3, 7), grid_of((2, 5)).expand(3, -1, -1))
+
+
+def test_masks_by_head_causality_and_padding_are_no_documents():
+    by_head = grid_of((2, 5)).expand(2, -1, -1)[None]
+    assert read_attention_mask(by_head, (1, 7, 7)).documents is None
+    assert read_attention_mask(grid_of((7,))[:, None], (1, 7, 7)).documents is None
+
+
+def test_padding_at_most_doubles_long_documents():
+    lengths = (300, 3, 5, 70, 90, 64, 1, 128, 129, 2)
+    packs = find_documents(grid_of(lengths), 1)
+    for pack in packs:
+        longest = pack.rows.shape[1]
+        counts = [longest] * len(pack.rows) if pack.real is None else pack.real.sum(1).tolist()
+        assert longest <= 64 or all(2 * count >= longest for count in counts)
+    assert len(packs) == 4, "up to 64, 65 to 128, 129 to 256, and 257 to 512 tokens"
+
+
+class Site:
+    """An :class:`attnzoo.Attend` on a backend, which remembers what it ran."""
+
+    def __init__(self, backend, takes=True):
+        self.backend, self.ran, self._takes = registry.make_backend(backend), [], takes
+
+    def __call__(self, attention, probabilities=False):
+        self.ran.append(attention)
+        return execute(self.backend, attention, probabilities)
+
+    def takes(self, attention):
+        return self._takes and not registry.refusals(self.backend, attention.request())
+
+
+def packed_attention(bias=None):
+    """Of rows of documents with 5 and 4 tokens, and of 9; and its documents."""
+    random = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(2, 2, 9, 8, generator=random, dtype=torch.float64) for _ in range(3))
+    mask = grid_of((5, 4), (9,))[:, None]
+    documents = read_attention_mask(mask, (2, 9, 9)).documents
+    return Attention(query, (Segment(key, value, mask=mask, bias=bias),), 0.3), documents
+
+
+RELATIVE = RelativeBias(torch.randn(2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), zero=4)
+
+
+@pytest.mark.parametrize("bias", [None, RELATIVE], ids=["no bias", "by distance"])
+def test_each_document_attends_by_itself(bias):
+    attention, documents = packed_attention(bias)
+    site = Site("eager")
+    result = attend_documents(site, attention, documents)
+    assert torch.allclose(result.output, execute(registry.make_backend("eager"), attention).output, atol=1e-12)
+    assert [tuple(one.query.shape) for one in site.ran] == [(3, 2, 9, 8)]
+    assert all(segment.mask is None for one in site.ran for segment in one.segments)
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [
+        DenseBias(torch.zeros(1, 1, 9, 9, dtype=torch.float64)),
+        RelativeBias(RELATIVE.values, zero=4, offset=2),
+        RelativeBias(RELATIVE.values, zero=4, positions=torch.arange(9).expand(2, -1).contiguous()),
+    ],
+    ids=["dense", "shifted", "placed"],
+)
+def test_a_bias_that_does_not_move_with_the_documents_keeps_the_mask(bias):
+    attention, documents = packed_attention(bias)
+    site = Site("eager")
+    attend_documents(site, attention, documents)
+    assert site.ran == [attention]
+
+
+def test_a_backend_that_does_not_take_documents_gets_the_mask():
+    attention, documents = packed_attention()
+    site = Site("eager", takes=False)
+    attend_documents(site, attention, documents)
+    assert site.ran == [attention]
+
+
+def test_probabilities_are_those_of_the_mask():
+    attention, documents = packed_attention()
+    site = Site("eager")
+    result = attend_documents(site, attention, documents, probabilities=True)
+    assert site.ran == [attention]
+    assert result.probabilities[0].shape == (2, 2, 9, 9)
+
+
+def test_without_documents_it_runs_as_it_is():
+    attention, _ = packed_attention()
+    site = Site("eager")
+    attend_documents(site, attention, None)
+    assert site.ran == [attention]
+
+
+def test_no_pattern_but_the_mask_says_documents():
+    """Adapters of others read ``pattern``, ``key_mask``, ``mask`` and ``bias``, and need not know documents."""
+    read = attnzoo.read_attention_mask(grid_of((2, 5))[:, None], (1, 7, 7))
+    assert (read.pattern, read.key_mask) == (attnzoo.Full(), None)

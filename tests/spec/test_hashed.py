@@ -1,0 +1,115 @@
+"""Hashed chunks against their definition in plain loops, and their structure against their mask."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attnzoo import InvalidArgumentError
+from attnzoo.spec.hashed import HashedChunks, HashRound
+
+
+@st.composite
+def cases(draw):
+    q_len, kv_len, length = draw(st.integers(1, 9)), draw(st.integers(1, 12)), draw(st.integers(1, 5))
+    batch, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+
+    def one():
+        keys = torch.rand((batch, kv_heads, kv_len), generator=random).argsort(-1)
+        places = torch.randint(0, kv_len, (batch, kv_heads * group, q_len), generator=random)
+        begins = torch.rand((batch, kv_len), generator=random) < 1 / length  # chunks of any lengths
+        begins[:, 0] = False
+        return HashRound(keys, keys.argsort(-1), begins.cumsum(1), places.argsort(dim=-1), places)
+
+    pattern = HashedChunks(
+        length, draw(st.integers(0, 2)), draw(st.integers(0, 2)), draw(st.booleans()),
+        draw(st.integers(0, 2)), draw(st.sampled_from([None, 0, 3])),
+        tuple(one() for _ in range(draw(st.integers(1, 3)))),
+    )  # fmt: skip
+    return pattern, q_len, kv_len
+
+
+def truth(pattern, q_len, kv_len):
+    """``(batch, heads, q_len, kv_len)``: by counting through the sorted keys of each round."""
+    batch, heads = pattern.rounds[0].places.shape[:2]
+    first = kv_len - q_len if pattern.offset is None else pattern.offset
+
+    def near(one, b, h, q, k):
+        order, chunks = one.keys[b, h // (heads // one.keys.shape[1])].tolist(), one.chunks[b].tolist()
+        chunk = chunks[one.places[b, h, q]]
+        return chunk - pattern.before <= chunks[order.index(k)] <= chunk + pattern.after
+
+    def sees(b, h, q, k):
+        *earlier, own = (near(one, b, h, q, k) for one in pattern.rounds)
+        distance = first + q - k
+        allowed = distance >= pattern.apart if pattern.causal else abs(distance) >= pattern.apart
+        return own and allowed and not any(earlier)
+
+    places = [range(batch), range(heads), range(q_len), range(kv_len)]
+    return torch.tensor(
+        [[[[sees(b, h, q, k) for k in places[3]] for q in places[2]] for h in places[1]] for b in places[0]]
+    )
+
+
+def mask(pattern, q_len, kv_len):
+    b, h = pattern.batch_and_heads(torch.device("cpu"))
+    return pattern.mask_mod(q_len, kv_len)(b, h, torch.arange(q_len)[:, None], torch.arange(kv_len))
+
+
+@given(cases())
+def test_the_mask_is_the_definition(case):
+    pattern, q_len, kv_len = case
+    batch, heads = pattern.rounds[0].places.shape[:2]
+    pattern.check(batch, heads, q_len, kv_len)
+    assert mask(*case).expand(batch, heads, q_len, kv_len).tolist() == truth(*case).tolist()
+
+
+@given(cases(), st.data())
+def test_what_a_block_gathers_holds_every_visible_key_once(case, data):
+    pattern, q_len, kv_len = case
+    start = data.draw(st.integers(0, q_len - 1))
+    stop = data.draw(st.integers(start + 1, q_len))
+    gathered = torch.cat(list(pattern.gathered(start, stop, q_len, kv_len)), dim=2)
+    seen = truth(*case)
+    for b in range(seen.shape[0]):
+        for h in range(seen.shape[1]):
+            keys = [key for key in gathered[b, h].tolist() if key >= 0]
+            assert len(keys) == len(set(keys))
+            queries = pattern.query_order[b, h, start:stop]
+            assert set(seen[b, h, queries].any(0).nonzero().flatten().tolist()) <= set(keys)
+    stand = pattern.rounds[-1].query_chunks().gather(2, pattern.query_order)[:, :, start:stop]
+    low, high = stand[:, :, :1] - pattern.before, stand[:, :, -1:] + pattern.after
+    among = pattern.rounds[-1].chunks[:, None]
+    assert gathered.shape[2] == int(((among >= low) & (among <= high)).sum(-1).max()), "no more than the neighbourhood"
+
+
+def test_long_runs_come_in_pieces():
+    keys = torch.arange(5000).view(1, 1, -1)
+    places, chunks = torch.tensor([0, 4999]).view(1, 1, -1), keys[0] // 64
+    pattern = HashedChunks(64, rounds=(HashRound(keys, keys, chunks, torch.arange(2).view(1, 1, -1), places),))
+    pieces = list(pattern.gathered(0, 2, 2, 5000))
+    assert max(piece.shape[2] for piece in pieces) <= 1024
+    assert torch.equal(torch.cat(pieces, dim=2), keys)
+
+
+def test_it_is_a_value_without_its_tensors():
+    keys = torch.arange(4).view(1, 1, -1)
+    pattern = HashedChunks(2, causal=True, rounds=(HashRound(keys, keys, keys[0] // 2, keys, keys),))
+    assert pattern.structure == pattern == HashedChunks(2, causal=True) and hash(pattern.structure) == hash(pattern)
+    assert not pattern.structure.rounds and pattern.structure.query_order is None
+    assert replace(pattern, offset=5).coarse == HashedChunks(2, causal=True, offset=8)
+
+
+@pytest.mark.parametrize("name", HashRound.__dataclass_fields__)
+def test_tensors_that_do_not_fit_are_named(name):
+    keys = torch.arange(4).view(1, 1, -1)
+    good = dict(keys=keys, ranks=keys, chunks=keys[0], queries=keys, places=keys)
+    HashedChunks(2, rounds=(HashRound(**good),)).check(1, 1, 4, 4)
+    for bad in (good[name].int(), good[name][0], good[name][..., :3]):
+        with pytest.raises(InvalidArgumentError, match=rf"pattern (keys|{name}): got .*; allowed: (torch\.int64 )?\("):
+            HashedChunks(2, rounds=(HashRound(**{**good, name: bad}),)).check(1, 1, 4, 4)
+    with pytest.raises(InvalidArgumentError, match="pattern rounds: got none"):
+        HashedChunks(2).check(1, 1, 4, 4)

@@ -1,0 +1,117 @@
+"""Dense masks of models, read back: causality and padding by name where that is all they say, else as they are."""
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo.spec.masks import read_attention_mask
+
+KEYS, NEW = 11, 4
+
+
+def causal(q_len, kv_len, offset):
+    return torch.arange(kv_len) <= torch.arange(q_len)[:, None] + offset
+
+
+def padding(side):
+    real = torch.ones((3, KEYS), dtype=torch.bool)
+    real[0, : 3 if side == "left" else None] = side == "none"
+    if side == "right":
+        real[0, :] = True
+        real[0, -3:] = False
+    return real
+
+
+def written_out(read, q_len, kv_len, batch=3):
+    """What a reading shows, as a grid."""
+    zero = torch.zeros((), dtype=torch.long)
+    seen = read.pattern.mask_mod(q_len, kv_len)(zero, zero, torch.arange(q_len)[:, None], torch.arange(kv_len))
+    seen = seen.expand(batch, 1, q_len, kv_len)
+    for part in (None if read.key_mask is None else read.key_mask[:, None, None], read.mask):
+        seen = seen if part is None else seen & part
+    return seen
+
+
+@pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize(
+    ("q_len", "offset", "pattern"),
+    [
+        (KEYS, 0, attnzoo.Causal(0)),
+        (NEW, KEYS - NEW, attnzoo.Causal()),
+        (NEW, 0, attnzoo.Causal(0)),
+        (NEW, 2, attnzoo.Causal(2)),
+        (KEYS, KEYS, attnzoo.Full()),
+        (1, KEYS, attnzoo.Full()),
+    ],
+    ids=["prefill", "new tokens", "static cache, empty", "static cache, filled", "bidirectional", "decoding"],
+)
+def test_causality_and_padding_are_read_by_name(q_len, offset, pattern, side, additive):
+    visible = (causal(q_len, KEYS, offset) & padding(side)[:, None])[:, None]
+    given = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min) if additive else visible
+    read = read_attention_mask(given, (3, q_len, KEYS))
+    assert (read.pattern, read.mask, read.bias) == (pattern, None, None)
+    assert torch.equal(written_out(read, q_len, KEYS), visible)
+    # Keys after the last query of a causal mask may be called padding, or not: nobody sees them.
+    assert read.key_mask is not None or bool((padding(side) | (torch.arange(KEYS) >= q_len + offset)).all())
+
+
+def test_one_mask_for_a_batch_becomes_a_key_mask_of_the_batch():
+    read = read_attention_mask(padding("left")[:1, None, None].expand(-1, -1, KEYS, -1), (3, KEYS, KEYS))
+    assert tuple(read.key_mask.shape) == (3, KEYS)
+
+
+@pytest.mark.parametrize("where", [(0, 0, 5, 2), (2, 0, 10, 3), (1, 0, 0, 9)])
+def test_a_grid_that_differs_in_one_place_stays_dense(where):
+    visible = causal(KEYS, KEYS, 0).expand(3, 1, -1, -1).clone()
+    visible[where] = ~visible[where]
+    read = read_attention_mask(visible, (3, KEYS, KEYS))
+    assert read.pattern == attnzoo.Full()
+    assert torch.equal(written_out(read, KEYS, KEYS), visible)
+    assert read.mask is not None
+
+
+def test_a_mask_per_head_stays_dense():
+    visible = causal(KEYS, KEYS, 0).expand(3, 2, -1, -1)
+    assert torch.equal(read_attention_mask(visible, (3, KEYS, KEYS)).mask, visible)
+
+
+@pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
+def test_a_row_for_all_queries_is_key_padding(additive):
+    given = padding("left")[:, None, None]
+    hidden = torch.zeros(given.shape).masked_fill(~given, float("-inf"))
+    read = read_attention_mask(hidden if additive else given, (3, NEW, KEYS))
+    assert (read.pattern, read.mask, read.bias) == (attnzoo.Full(), None, None)
+    assert torch.equal(read.key_mask, padding("left"))
+
+
+def test_what_is_finite_in_an_additive_mask_is_a_bias():
+    given = torch.zeros((3, 1, KEYS, KEYS)).masked_fill(~causal(KEYS, KEYS, 0), float("-inf"))
+    given[0, 0, 4, 1] = -2.5
+    read = read_attention_mask(given, (3, KEYS, KEYS))
+    assert read.pattern == attnzoo.Causal(0)
+    assert read.bias.values[0, 0, 4, 1] == -2.5
+    assert read.bias.values.count_nonzero() == 1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        torch.ones(3, KEYS),
+        torch.ones((3, 1, KEYS, KEYS), dtype=torch.long),
+        torch.ones((2, 1, KEYS, KEYS), dtype=torch.bool),
+        torch.ones((3, 1, KEYS, KEYS + 1), dtype=torch.bool),
+        torch.full((3, 1, KEYS, KEYS), float("nan")),
+        torch.full((3, 1, KEYS, KEYS), float("inf")),
+    ],
+    ids=["2-D", "long", "another batch", "another length", "NaN", "Inf"],
+)
+def test_what_is_no_mask_of_these_sizes_is_refused(given):
+    with pytest.raises(attnzoo.InvalidArgumentError, match="attention_mask"):
+        read_attention_mask(given, (3, KEYS, KEYS))
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 4), (3, 0, 4), (3, 4, 0)])
+def test_a_mask_of_nothing_is_refused(sizes):
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"attention_mask: got .*0.*; allowed"):
+        read_attention_mask(torch.ones((sizes[0], 1, *sizes[1:]), dtype=torch.bool), sizes)

@@ -1,0 +1,81 @@
+"""A cache and a registry for each test, and backends that charge a fake clock: no test reads a real one."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo.auto import cache
+from attnzoo.backends.eager import EagerBackend, evaluate
+from attnzoo.registry import Registry, registry
+
+CAN_ALL = replace(EagerBackend.capabilities, probabilities=False)
+
+
+class FakeClock:
+    """Tells the seconds that fake backends have charged."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+class Charge(torch.autograd.Function):
+    """Charges the clock when gradients pass."""
+
+    @staticmethod
+    def forward(ctx, output, clock, seconds):
+        ctx.clock, ctx.seconds = clock, seconds
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.clock.now += ctx.seconds
+        return grad, None, None
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    """A cache folder, and what the process remembers of it, for each test."""
+    monkeypatch.setenv("ATTNZOO_CACHE_DIR", str(tmp_path / "cache"))
+    cache.forget()
+    yield
+    cache.forget()
+
+
+@pytest.fixture
+def add(clock):
+    """Register a backend in an empty registry: ``add("fast", seconds=1.0)``; correct unless it ``spoils``."""
+
+    def made(name, seconds=1.0, rank=0, costs=None, backward=0.0, spoils=None, raises=None, version="", **narrower):
+        """``costs``: seconds of each run in turn, the last for all that follow."""
+
+        @dataclass(frozen=True)
+        class Fake(attnzoo.Backend):
+            runs: ClassVar[list] = []
+            capabilities: ClassVar[attnzoo.Capabilities] = replace(CAN_ALL, **narrower)
+
+            def run(self, attention, probabilities=False):
+                self.runs.append(attention)
+                if raises is not None:
+                    raise raises
+                turns = [seconds] if costs is None else costs
+                clock.now += turns[min(len(self.runs), len(turns)) - 1]
+                output = evaluate(attention).output
+                output = Charge.apply(output, clock, backward) if backward else output
+                return attnzoo.Result(output if spoils is None else spoils(output), f"{name}-kernel")
+
+        Fake.name, Fake.priority, Fake.__qualname__ = name, rank, f"Fake{version}"
+        return attnzoo.register_backend(Fake, replace=True)
+
+    with registry.replaced_by(Registry(discover=False)):
+        yield made

@@ -1,0 +1,292 @@
+"""``verify`` says yes to what is right, no to what is wrong, and changes nothing."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo.backends.eager import EagerBackend
+from attnzoo.conformance import error_rule
+from tests.support.models import FAMILIES, gpt_bigcode, gpt_neox, led, led_inputs, reformer
+
+families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+
+@dataclass(frozen=True)
+class Wrong(attnzoo.Backend):
+    """Computes what eager does, and lets ``spoil`` change what is asked."""
+
+    name: ClassVar[str] = "wrong"
+    capabilities: ClassVar[attnzoo.Capabilities] = replace(EagerBackend.capabilities, probabilities=False)
+
+    def run(self, attention, probabilities=False):
+        return EagerBackend().run(self.spoil(attention))
+
+
+SPOILS = {
+    "scale": lambda self, a: replace(a, scale=a.scale * 1.001),
+    "key mask": lambda self, a: replace(a, segments=tuple(replace(s, key_mask=None) for s in a.segments)),
+    "pattern": lambda self, a: replace(a, segments=tuple(replace(s, pattern=attnzoo.Full()) for s in a.segments)),
+    "a segment": lambda self, a: replace(a, segments=a.segments[:1]),
+}
+
+
+@pytest.fixture
+def wrong(request):
+    cls = attnzoo.register_backend(type("Spoiled", (Wrong,), {"spoil": SPOILS[request.param]}))
+    yield cls.name
+    attnzoo.unregister_backend(cls.name)
+
+
+@pytest.mark.parametrize("wrong", SPOILS, indirect=True)
+def test_a_wrong_backend_is_found_at_its_sites_and_end_to_end(wrong):
+    report = attnzoo.verify(led(), led_inputs(37, "left"), wrong)
+    assert not report.ok
+    assert any(not site.ok for site in report.sites)
+    assert any(not check.ok for check in report.end_to_end)
+    assert all(check.ok for check in report.original), "the original is not to blame"
+    assert "FAILS" in str(report) and "NOT within the error rule" in str(report)
+
+
+def test_an_adapter_that_means_something_else_than_the_model_is_found(monkeypatch):
+    from attnzoo.adapters import longformer
+
+    narrower = longformer._window
+    monkeypatch.setattr(longformer, "_window", lambda module: attnzoo.Window(narrower(module).left - 1, 2))
+    report = attnzoo.verify(led(), led_inputs(37, "left"), "sdpa")
+    assert all(site.ok for site in report.sites), "the backend computes what the adapter says"
+    assert all(check.ok for check in report.end_to_end)
+    assert not report.ok and not all(check.ok for check in report.original), "but the model means something else"
+    wrong = {site.name for site in report.original_sites if not site.ok}
+    assert wrong == {f"led.encoder.layers.{n}.self_attn.longformer_self_attn" for n in (0, 1)}, "and in these modules"
+
+
+@families
+def test_it_changes_nothing(family):
+    model, inputs = family.build().train(), family.inputs(37, "left")
+    random, config = torch.get_rng_state(), model.config.to_dict()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    report = attnzoo.verify(model, inputs, "sdpa")
+    assert report.ok, str(report)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.config.to_dict() == config
+    assert all(module.training for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name])
+
+
+def test_a_patched_model_is_compared_with_the_unpatched_one():
+    model = led()
+    with attnzoo.patch(model, "eager") as handle:
+        assert attnzoo.verify(model, led_inputs(26, "none"), "sdpa").ok
+        assert handle.active
+
+
+def test_without_gradients_and_with_frozen_parameters():
+    model = led().requires_grad_(False)
+    report = attnzoo.verify(model, led_inputs(26, "none"), "sdpa")
+    assert report.ok and not any("gradient" in check.what for check in report.end_to_end)
+    report = attnzoo.verify(led(), led_inputs(26, "none"), "sdpa", gradients=False)
+    assert report.ok and not any("gradient" in check.what for site in report.sites for check in site.checks)
+
+
+def test_gradients_do_not_depend_on_where_it_is_called():
+    with torch.no_grad():
+        report = attnzoo.verify(led(), led_inputs(26, "none"))
+    assert report.ok and any("gradient" in check.what for check in report.end_to_end)
+    with torch.inference_mode():
+        assert attnzoo.verify(led(), led_inputs(26, "none"), gradients=False).ok
+        with pytest.raises(attnzoo.InvalidArgumentError, match=r"gradients: got True inside .*; allowed: False, or"):
+            attnzoo.verify(led(), led_inputs(26, "none"))
+
+
+def test_the_report_is_plain_data_too():
+    data = attnzoo.verify(led(), led_inputs(26, "left"), "sdpa").to_dict()
+    assert data["ok"] is True and data["backend"] == "sdpa"
+    check = data["end_to_end"][0]
+    assert check.keys() == {"what", "error", "eager_error", "recomputed_error", "scale", "budget", "ok"}
+    assert [site["name"] for site in data["original_sites"]] == list(dict.fromkeys(s["name"] for s in data["sites"]))
+    assert {site["kernel"] for site in data["sites"]} == {"flash", "flash_cpu"}
+
+
+@pytest.mark.parametrize("inputs", [None, [1, 2], torch.zeros(2, 3)])
+def test_inputs_have_to_be_keyword_arguments(inputs):
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"inputs: got .*; allowed: a mapping of keyword arguments"):
+        attnzoo.verify(led(), inputs)
+
+
+@pytest.mark.parametrize("model", [None, "led", dict])
+def test_a_model_has_to_be_one(model):
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"model: got .*; allowed: a torch\.nn\.Module"):
+        attnzoo.verify(model, {})
+
+
+@pytest.mark.parametrize("rows", [0, 1, -3, 2.5, "all", True])
+def test_too_few_rows_to_judge(rows):
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"max_rows: got .*; allowed: an integer >= 2"):
+        attnzoo.verify(led(), led_inputs(26, "none"), max_rows=rows)
+
+
+@families
+@pytest.mark.parametrize("side", ["none", "left", "right", "sample"])
+def test_the_models_own_code_is_judged_module_by_module(family, side):
+    report = attnzoo.verify(family.build(), family.inputs(37, side), "native")
+    assert report.ok, str(report)
+    assert report.sites == report.original_sites and {site.kernel for site in report.sites} == {"native"}
+    assert {check.what for site in report.sites for check in site.checks} == {"output", "gradient"}
+
+
+def test_native_in_a_part_of_the_model():
+    model = led()
+    report = attnzoo.verify(model, led_inputs(26, "left"), {"*encoder_attn": "native", "*": "sdpa"})
+    kernels = {site.name: site.kernel for site in report.sites}
+    assert report.ok, str(report)
+    assert {name for name, kernel in kernels.items() if kernel == "native"} == {
+        f"led.decoder.layers.{number}.encoder_attn" for number in (0, 1)
+    }
+
+
+def test_where_the_models_own_code_is_wrong_it_proves_nothing():
+    model = gpt_bigcode(multi_query=False, add_cross_attention=True, is_decoder=True)
+    states = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1))
+    inputs = dict(input_ids=torch.full((3, 9), 5), encoder_hidden_states=states)
+    report = attnzoo.verify(model, inputs, "sdpa")
+    assert report.ok and report.fault and not report.original_sites
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nothing_that_is_not_finite_ever_passes(bad):
+    values = torch.ones(3, dtype=torch.float64)
+    spoiled = values.clone()
+    spoiled[1] = bad
+    assert error_rule.check("output", values, values, values, 2.0).ok
+    assert not error_rule.check("output", spoiled, values, values, 2.0).ok
+    assert not error_rule.check("output", values, spoiled, values, 2.0).ok
+    assert not error_rule.check("output", values, values, spoiled, 2.0).ok, "not even when plain operations fail too"
+
+
+def test_the_rule_is_the_contracts():
+    reference = torch.tensor([4.0, -1.0], dtype=torch.float64)
+    eager = reference.float() + torch.tensor([0.01, 0.0])
+    budget = 2 * (0.01 + 4 * torch.finfo(torch.float32).eps * 4.0)
+    just, over = reference.float(), reference.float()
+    just[1] += 0.99 * budget
+    over[1] += 1.01 * budget
+    check = error_rule.check("output", just, reference, eager, error_rule.FORWARD)
+    assert check.budget == pytest.approx(budget, rel=1e-4) and check.ok
+    assert not error_rule.check("output", over, reference, eager, error_rule.FORWARD).ok
+    assert error_rule.check("gradient", over, reference, eager, error_rule.GRADIENT).ok
+
+
+def test_scores_that_are_computed_again_count_by_the_larger_error():
+    reference = torch.tensor([4.0, -1.0], dtype=torch.float64)
+    eager, *others = (reference.float() + torch.tensor([off, 0.0]) for off in (0.01, 0.02, 0.05))
+    few = 4 * torch.finfo(torch.float32).eps * 4.0
+
+    def budget(*recomputed):
+        return error_rule.check("gradient", eager, reference, eager, 3.0, recomputed=recomputed).budget
+
+    assert budget() == pytest.approx(3 * (0.01 + few), rel=1e-4)
+    assert budget(others[0]) == pytest.approx(3 * (0.02 + few), rel=1e-4)
+    assert budget(*others) == pytest.approx(3 * (0.05 + few), rel=1e-4)
+    assert budget(reference.float()) == budget()
+    assert not error_rule.check("gradient", eager, reference, eager, 3.0, recomputed=[eager * float("nan")]).ok
+
+
+def test_a_difference_in_any_piece_of_a_long_tensor_counts(monkeypatch):
+    monkeypatch.setattr(error_rule, "_AT_ONCE", 8)
+    reference = torch.zeros(5, 7, dtype=torch.float64)
+    for place in ((0, 0), (2, 3), (4, 6)):
+        got = torch.zeros(5, 7)
+        got[place] = -0.5
+        assert error_rule.largest_difference(got, reference) == 0.5
+        got[place] = float("nan")
+        assert error_rule.largest_difference(got, reference) == float("inf")
+
+
+def test_explain_lists_every_site_and_backend_and_every_reason():
+    explanation = attnzoo.explain(led())
+    assert {verdict.backend for verdict in explanation} == set(attnzoo.backends())
+    assert len({verdict.site for verdict in explanation}) == 6
+    assert all(verdict.runs for verdict in explanation if verdict.backend in ("eager", "sdpa"))
+    assert "and 3 more" in str(explanation) and "sdpa: runs" in str(explanation)
+    only = attnzoo.explain(led(), "sdpa")
+    assert {verdict.backend for verdict in only} == {"sdpa"}
+    with pytest.raises(attnzoo.UnknownNameError, match="did you mean 'sdpa'"):
+        attnzoo.explain(led(), "spda")
+
+
+def test_explain_takes_a_configured_backend_as_patch_does():
+    model = gpt_neox()
+    configured = attnzoo.configure("blocked-local", window=6)
+    verdicts = attnzoo.explain(model, configured)
+    assert verdicts == attnzoo.explain(model, "blocked-local", window=6)
+    assert [verdict.changes for verdict in verdicts] == [("window of 6 keys",)] * 2 and not verdicts.auto
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"options: got \['sinks'\] with backend .*Blocked"):
+        attnzoo.explain(model, configured, sinks=1)
+    with pytest.raises(attnzoo.InvalidArgumentError, match="blocked-local': got window=6; allowed: no options"):
+        attnzoo.explain(reformer(), configured)
+
+
+def test_explain_tells_refusals():
+    @attnzoo.register_backend
+    @dataclass(frozen=True)
+    class Narrow(attnzoo.Backend):
+        name: ClassVar[str] = "narrow"
+        capabilities: ClassVar[attnzoo.Capabilities] = attnzoo.Capabilities(devices=frozenset({"cuda"}))
+
+    try:
+        (verdict, *_) = attnzoo.explain(led(), "narrow")
+        assert not verdict.runs
+        assert {reason.field for reason in verdict.refusals} >= {"device", "pattern", "key_mask", "segments"}
+        assert "device: got cpu; allowed: cuda" in str(attnzoo.explain(led(), "narrow"))
+    finally:
+        attnzoo.unregister_backend("narrow")
+
+
+def test_a_bias_on_sorted_keys_is_refused_by_sdpa_and_taken_by_eager():
+    request = attnzoo.Request(
+        "cpu",
+        torch.float32,
+        4,
+        8,
+        8,
+        (attnzoo.spec.segments.SegmentRequest(attnzoo.spec.patterns.SortedChunks(4), 4, bias="relative"),),
+    )
+    (refusal,) = attnzoo.registry.make_backend("sdpa").refusals(request)
+    assert refusal.field == "bias" and "sorted" in refusal.got
+    assert not attnzoo.registry.make_backend("eager").refusals(request)
+
+
+def test_explain_sees_a_replaced_forward_as_patch_does():
+    model = led()
+    module = model.led.encoder.layers[0].self_attn.longformer_self_attn
+    module.forward = lambda *args, **kwargs: None
+    verdicts = [verdict for verdict in attnzoo.explain(model, "sdpa") if not verdict.runs]
+    assert [verdict.site for verdict in verdicts] == ["led.encoder.layers.0.self_attn.longformer_self_attn"]
+    with pytest.raises(attnzoo.PatchError, match="forward was replaced"):
+        attnzoo.patch(model, "sdpa")
+
+
+class Loses(torch.nn.Module):
+    """A model that returns one output less where it is patched with sdpa."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = gpt_neox()
+
+    def forward(self, **inputs):
+        logits = self.inner(**inputs).logits
+        loses = attnzoo.is_patched(self) and attnzoo.handle(self).sites[0].backend == "sdpa"
+        return {"logits": logits} if loses else {"logits": logits, "square": logits.square()}
+
+
+def test_an_output_that_is_lost_fails():
+    inputs = dict(input_ids=torch.arange(3, 15)[None])
+    report = attnzoo.verify(Loses().eval(), inputs, "sdpa", gradients=False)
+    assert not report.ok and {check.what: check.ok for check in report.end_to_end} == {"logits": True, "square": False}
+    assert attnzoo.verify(Loses().eval(), inputs, "native", gradients=False).ok
