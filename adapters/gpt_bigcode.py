@@ -1,6 +1,6 @@
 """GPTBigCode (SantaCoder, StarCoder): multi-query or multi-head attention (Shazeer 2019, arXiv:1911.02150).
 
-Self-attention looks its attention function up in transformers' interface, so that is its seam: projections, the split
+Self-attention looks its attention function up in transformers' interface, so that is its point: projections, the split
 of queries, keys and values, and caches stay the model's. Its code computes the softmax of half precision in float32
 whatever ``attention_softmax_in_fp32`` and ``scale_attention_softmax_in_fp32`` say, and so do we; ``scale_attn_weights``
 decides the scale.
@@ -32,7 +32,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from attnzoo.adapter import Adapter, Attend, Forward, Seam, bind_function, parameter_of
+from attnzoo.adapter import Adapter, Attend, Forward, PatchPoint, bind_function, parameter_of
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.functional import compute_dtype
 from attnzoo.patching.companions import companion
@@ -75,8 +75,8 @@ class _WithProbabilities:
     def falls_back(self, can: bool = True) -> bool:
         return self._attend.falls_back(can)
 
-    def once(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
-        return self._attend.once(tensor, name, make)
+    def cached_per_forward(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
+        return self._attend.cached_per_forward(tensor, name, make)
 
 
 def _self_bind(cls: type, attend: Attend) -> Forward:
@@ -237,8 +237,8 @@ GPT_BIGCODE = Adapter(
     model_types=("gpt_bigcode",),
     versions="5.17 to 5.23",
     examples=({"multi_query": True}, {"multi_query": False, "add_cross_attention": True}),
-    seams=(
-        Seam(
+    points=(
+        PatchPoint(
             cls=f"{_MODULE}:GPTBigCodeAttention",
             when=lambda module: not module.is_cross_attention,
             bind=_self_bind,
@@ -253,7 +253,7 @@ GPT_BIGCODE = Adapter(
                 f"{_MODULE}:eager_attention_forward": ("092b81b99e8fc6eb",),
             },
         ),
-        Seam(
+        PatchPoint(
             cls=f"{_MODULE}:GPTBigCodeAttention",
             when=lambda module: module.is_cross_attention,
             bind=bind_function(_cross_forward),
@@ -270,7 +270,7 @@ GPT_BIGCODE = Adapter(
                 f"{_MODULE}:GPTBigCodeBlock.forward": ("4e057486e762c36c",),
             },
         ),
-        Seam(
+        PatchPoint(
             cls=f"{_MODULE}:GPTBigCodeModel",
             when=lambda module: module.config.add_cross_attention,
             bind=checking(lambda module: _SELF_MASK, _model_bind),

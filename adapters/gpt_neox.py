@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnzoo.adapter import Adapter, Seam, parameter_of
+from attnzoo.adapter import Adapter, PatchPoint, parameter_of
 from attnzoo.patching.companions import companion
 from attnzoo.patching.interface import bind_interface, check_interface, wants_probabilities
 from attnzoo.patching.mask_arguments import DECODER_MASK, checking
@@ -28,8 +28,8 @@ def _requests(module: Any) -> tuple[Request, ...]:
 GPT_NEOX = Adapter(
     model_types=("gpt_neox",),
     versions="5.17 to 5.23",
-    seams=(
-        Seam(
+    points=(
+        PatchPoint(
             cls=f"{_MODULE}:GPTNeoXAttention",
             bind=bind_interface,
             describe=lambda module: "causal",

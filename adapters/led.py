@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attnzoo.adapter import Adapter, Attend, Seam, bind_function, parameter_of
+from attnzoo.adapter import Adapter, Attend, PatchPoint, bind_function, parameter_of
 from attnzoo.adapters.longformer import VERSIONS, encoder_seam
 from attnzoo.adapters.longformer_mask import MaskFunction, mask_seam
 from attnzoo.patching.companions import companion
@@ -42,7 +42,7 @@ def _decoder_forward(
     segment, documents = Segment(key.to(query.dtype), value.to(query.dtype), Full(cross)), None
     if attention_mask is not None:
         sizes = (query.shape[0], query.shape[2], key.shape[2])
-        read = attend.once(attention_mask, "read", lambda given: read_attention_mask(given, sizes))
+        read = attend.cached_per_forward(attention_mask, "read", lambda given: read_attention_mask(given, sizes))
         pattern = Full(cross) if isinstance(read.pattern, Full) else read.pattern
         segment = replace(segment, pattern=pattern, key_mask=read.key_mask, mask=read.mask, bias=read.bias)
         documents = read.documents
@@ -102,7 +102,7 @@ def _one_row(prepare: MaskFunction) -> MaskFunction:
 LED = Adapter(
     model_types=("led",),
     versions=VERSIONS,
-    seams=(
+    points=(
         encoder_seam(
             _MODULE,
             "LEDEncoderSelfAttention",
@@ -123,7 +123,7 @@ LED = Adapter(
             },
         ),
         companion(f"{_MODULE}:LEDDecoder", checking(_decoder_masks), {}, "checks masks"),
-        Seam(
+        PatchPoint(
             cls=f"{_MODULE}:LEDDecoderAttention",
             bind=bind_function(_decoder_forward),
             describe=lambda module: "masked (decoder self or cross)",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.adapter import Adapter, Attend, Seam, bind_function, parameter_of
+from attnzoo.adapter import Adapter, Attend, PatchPoint, bind_function, parameter_of
 from attnzoo.adapters.longformer_mask import MaskFunction, mask_seam
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.patching.mask_arguments import check_mask, refuse_nan
@@ -73,9 +73,9 @@ def _forward(
     attention_mask = check_mask("attention_mask", attention_mask, *like)
     is_index_masked = _flags("is_index_masked", is_index_masked, *like)
     is_index_global_attn = _flags("is_index_global_attn", is_index_global_attn, *like)
-    ordinary = attend.once(attention_mask, "ordinary", _ordinary)
-    real = attend.once(is_index_masked, "real", _real)
-    found = attend.once(is_index_global_attn, "globals", locate) if is_global_attn else None
+    ordinary = attend.cached_per_forward(attention_mask, "ordinary", _ordinary)
+    real = attend.cached_per_forward(is_index_masked, "real", _real)
+    found = attend.cached_per_forward(is_index_global_attn, "globals", locate) if is_global_attn else None
 
     query = split_heads(module.query(hidden_states), module.head_dim)
     key = split_heads(module.key(hidden_states), module.head_dim)
@@ -100,7 +100,9 @@ def _forward(
         key_mask=real,
     )
     result = attend(Attention(query, (everything,), scale, dropout, query_mask=found.valid), output_attentions)
-    sample, number = attend.once(is_index_global_attn, "places", lambda _: found.valid.nonzero(as_tuple=True))
+    sample, number = attend.cached_per_forward(
+        is_index_global_attn, "places", lambda _: found.valid.nonzero(as_tuple=True)
+    )
     rows = merge_heads(result.output)[sample, number].to(output.dtype)
     places = (sample, found.positions[sample, number])
     # What a backward needs of the output must stay; otherwise copying it would be all that writing a few rows costs.
@@ -138,15 +140,15 @@ def _describe(module: Any) -> str:
     return f"window {2 * module.one_sided_attn_window_size} + global keys"
 
 
-def encoder_seam(module: str, cls: str, verified: dict[str, tuple[str, ...]]) -> Seam:
-    """The seam of a Longformer-like self-attention.
+def encoder_seam(module: str, cls: str, verified: dict[str, tuple[str, ...]]) -> PatchPoint:
+    """The point of a Longformer-like self-attention.
 
     Args:
         module: the modelling module.
         cls: the attention class in it.
         verified: fingerprints by method: of ``cls``, or ``"Class.method"`` for whoever builds the masks it reads.
     """
-    return Seam(
+    return PatchPoint(
         cls=f"{module}:{cls}",
         bind=bind_function(_forward),
         describe=_describe,
@@ -172,7 +174,7 @@ def _one_row(create: MaskFunction) -> MaskFunction:
 LONGFORMER = Adapter(
     model_types=("longformer",),
     versions=VERSIONS,
-    seams=(
+    points=(
         encoder_seam(
             _MODULE,
             "LongformerSelfAttention",

@@ -17,16 +17,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnzoo.adapter import Adapter, Attend, Seam, bind_function
+from attnzoo.adapter import Adapter, Attend, PatchPoint, bind_function
 from attnzoo.adapters.longt5_bias import (
     Globals,
     bucketed,
     check_buckets,
-    learns,
     local_reach,
     read_local,
     read_side,
     side_reach,
+    trains_bias,
 )
 from attnzoo.adapters.longt5_decoder import bind_decoder, check_decoder, decoder_requests, request
 from attnzoo.errors import InvalidArgumentError, PatchError
@@ -76,7 +76,9 @@ def _local_forward(
 ) -> tuple[Tensor | None, ...]:
     """The module's forward: ``(batch, length, d_model)`` in and out, with the shared bias and weights if asked for."""
     mask = _given(mask)
-    tokens = attend.once(mask, "tokens", lambda mask: _tokens(_read_blocked(mask, module.block_len, hidden_states)))
+    tokens = attend.cached_per_forward(
+        mask, "tokens", lambda mask: _tokens(_read_blocked(mask, module.block_len, hidden_states))
+    )
     passed, values = position_bias, position_bias
     if position_bias is None and module.has_relative_attention_bias:
         values = bucketed(module, _TABLE, local_reach(module))
@@ -190,9 +192,9 @@ def _transient_forward(
 ) -> tuple[Tensor | None, ...]:
     """As :func:`_local_forward`, with a second segment. The values of both biases are passed on side by side."""
     mask = _given(mask)
-    tokens = attend.once(mask, "tokens", lambda mask: _tokens(_read_flat(mask, hidden_states)))
+    tokens = attend.cached_per_forward(mask, "tokens", lambda mask: _tokens(_read_flat(mask, hidden_states)))
     size = module.global_block_size  # encoders that are given the same mask need not have blocks of the same size
-    blocks = attend.once(mask, f"globals of {size} tokens", lambda mask: _globals(mask, size))
+    blocks = attend.cached_per_forward(mask, f"globals of {size} tokens", lambda mask: _globals(mask, size))
     tables = (_TABLE, _SIDE_TABLE)[: 2 if blocks.number else 1]
     reaches = (local_reach(module), side_reach(module))[: len(tables)]
     passed, values = position_bias, position_bias
@@ -251,7 +253,7 @@ def _aggregate(hidden_states: Tensor, blocks: Globals) -> Tensor:
     return sums[:, : blocks.number].to(hidden_states.dtype)
 
 
-# --- seams
+# --- points
 
 
 def _requests(module: Any, *patterns: Pattern) -> tuple[Request, ...]:
@@ -274,7 +276,7 @@ def _check_encoder(module: Any) -> None:
     check_buckets(module)
 
 
-# Fingerprints of what each seam relies on: whoever calls it, and whatever it calls or does in the model's place.
+# Fingerprints of what each point relies on: whoever calls it, and whatever it calls or does in the model's place.
 _STACK: dict[str, tuple[str, ...]] = {
     "LongT5Stack.forward": ("500d61b6a9e97b7d",),
     "LongT5Block.forward": ("fc0a577f7b4979e7",),
@@ -329,14 +331,14 @@ def _verified(prints: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     return {f"{_MODULE}:{name}": known for name, known in prints.items()}
 
 
-def _decoder_seam(pattern: str, when: Callable[[Any], bool]) -> Seam:
-    return Seam(
+def _decoder_seam(pattern: str, when: Callable[[Any], bool]) -> PatchPoint:
+    return PatchPoint(
         cls=f"{_MODULE}:LongT5Attention",
         when=when,
         bind=bind_decoder,
         describe=lambda module: pattern,
         requests=decoder_requests,
-        learns=lambda module: learns(module, _TABLE),
+        trains_bias=lambda module: trains_bias(module, _TABLE),
         dropout=_dropout,
         check=check_decoder,
         verified=_verified(_DECODER),
@@ -358,19 +360,19 @@ LONGT5 = Adapter(
     model_types=("longt5",),
     versions=VERSIONS,
     examples=({"encoder_attention_type": "local"}, {"encoder_attention_type": "transient-global"}),
-    seams=(
-        Seam(
+    points=(
+        PatchPoint(
             cls=f"{_MODULE}:LongT5LocalAttention",
             bind=bind_function(_local_forward),
             describe=lambda module: f"window {module.local_radius} + {module.local_radius}, relative bias",
             requests=_local_requests,
-            learns=lambda module: learns(module, _TABLE),
+            trains_bias=lambda module: trains_bias(module, _TABLE),
             dropout=_dropout,
             check=_check_encoder,
             verified=_verified(_LOCAL),
             shared_in=_OWNER,
         ),
-        Seam(
+        PatchPoint(
             cls=f"{_MODULE}:LongT5TransientGlobalAttention",
             bind=bind_function(_transient_forward),
             describe=lambda module: (
@@ -378,7 +380,7 @@ LONGT5 = Adapter(
                 "relative biases"
             ),
             requests=_transient_requests,
-            learns=lambda module: learns(module, _TABLE, _SIDE_TABLE),
+            trains_bias=lambda module: trains_bias(module, _TABLE, _SIDE_TABLE),
             dropout=_dropout,
             check=_check_encoder,
             verified=_verified(_TRANSIENT),

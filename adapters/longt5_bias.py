@@ -55,7 +55,7 @@ def check_buckets(module: Any) -> None:
         )
 
 
-def learns(module: Any, *tables: str) -> bool:
+def trains_bias(module: Any, *tables: str) -> bool:
     """Whether the module has the tables, and they are not all frozen."""
     trained = (getattr(module, table).weight.requires_grad for table in tables)
     return bool(module.has_relative_attention_bias) and any(trained)

@@ -140,6 +140,6 @@ def decoder_requests(module: Any) -> tuple[Request, ...]:
 
 
 def check_decoder(module: Any) -> None:
-    """Raise if the module is configured in a way its seam cannot serve."""
+    """Raise if the module is configured in a way its point cannot serve."""
     check_interface(module)
     check_buckets(module)

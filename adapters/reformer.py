@@ -34,7 +34,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attnzoo.adapter import Adapter, Attend, Seam, bind_function, parameter_of
+from attnzoo.adapter import Adapter, Attend, PatchPoint, bind_function, parameter_of
 from attnzoo.adapters.reformer_layout import MODULE
 from attnzoo.adapters.reformer_local import forward_local
 from attnzoo.adapters.reformer_lsh import after_itself, bind_lsh
@@ -134,14 +134,14 @@ REFORMER = Adapter(
     model_types=("reformer",),
     versions="5.17 to 5.23",
     examples=({"is_decoder": True, "num_hashes": 4}, {"is_decoder": False, "num_hashes": 4}),
-    seams=(
+    points=(
         companion(
             f"{MODULE}:ReformerModel",
             checking(lambda module: {"attention_mask": replace(ENCODER_MASK, cache=("past_buckets_states",))}),
             {},
             "checks masks",
         ),
-        Seam(
+        PatchPoint(
             cls=f"{MODULE}:LocalSelfAttention",
             bind=bind_function(forward_local),
             describe=lambda module: _describe("chunks of", module),
@@ -150,7 +150,7 @@ REFORMER = Adapter(
             backward_in_training=True,
             verified=_LOCAL,
         ),
-        Seam(
+        PatchPoint(
             cls=f"{MODULE}:LSHSelfAttention",
             bind=bind_lsh,
             describe=lambda module: _describe(f"LSH, {module.num_hashes} hashes, chunks of", module),

@@ -26,7 +26,9 @@ def real_tokens(attend: Attend, attention_mask: Tensor | None, batch: int, lengt
     """Which tokens are not padding, by a mask ``(batch, length)`` of 0 and 1; None: all of them."""
     if attention_mask is None:
         return None
-    return attend.once(check_mask("attention_mask", attention_mask, batch, length, None), "real", where_real)
+    return attend.cached_per_forward(
+        check_mask("attention_mask", attention_mask, batch, length, None), "real", where_real
+    )
 
 
 def cached(module: Any, past_buckets_states: Any, batch: int) -> tuple[Tensor, Tensor] | None:

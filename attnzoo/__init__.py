@@ -5,7 +5,7 @@ proves that nothing else changed. Importing attnzoo has no effect on transformer
 """
 
 import attnzoo.backends  # noqa: F401  loaded first: a later import of it would rebind `attnzoo.backends`, the function
-from attnzoo.adapter import Adapter, Attend, Seam, bind_function
+from attnzoo.adapter import Adapter, Attend, PatchPoint, bind_function
 from attnzoo.auto.choice import Choice
 from attnzoo.backend import Backend, BackendInfo, Capabilities
 from attnzoo.errors import (
@@ -62,12 +62,12 @@ __all__ = [
     "InvalidArgumentError",
     "KeywordRefusedError",
     "PatchError",
+    "PatchPoint",
     "Pattern",
     "Refusal",
     "RelativeBias",
     "Request",
     "Result",
-    "Seam",
     "Segment",
     "SegmentRequest",
     "Site",

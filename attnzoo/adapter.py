@@ -1,6 +1,6 @@
 """Where: what an adapter tells of a model family.
 
-An adapter lists *seams*. A seam is one class of modules that attend, and the narrowest place at which its attention can
+An adapter lists *points*. A point is one class of modules that attend, and the narrowest place at which its attention can
 be taken over: a function that turns the module's inputs into an ``Attention``, hands it to an
 :class:`Attend`, and returns the result as the model expects it. Adapters know no backend by name.
 """
@@ -24,10 +24,10 @@ T = TypeVar("T")
 
 
 class Attend(Protocol):
-    """What a seam's forward gets to compute attentions with.
+    """What a point's forward gets to compute attentions with.
 
     Attributes:
-        complete: whether all sites that share values with this one (:attr:`Seam.shared_in`) are patched at the moment,
+        complete: whether all sites that share values with this one (:attr:`PatchPoint.shared_in`) are patched at the moment,
             and none may run the model's own code: only then can they hand one another values of their own kind.
     """
 
@@ -43,7 +43,7 @@ class Attend(Protocol):
     def falls_back(self, can: bool = True) -> bool:
         """After a refusal: whether to run the model's own code instead, if it ``can`` serve; counts it if so."""
 
-    def once(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
+    def cached_per_forward(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
         """``make(tensor)``, computed once per tensor for all sites of the patch: per forward, not per layer.
 
         To be asked once per forward and name: a site that asks again is taken to be in the next forward. The name says
@@ -55,7 +55,7 @@ Forward = Callable[..., Any]
 
 
 def bind_function(function: Forward) -> Callable[[type, Attend], Forward]:
-    """``Seam.bind`` of a forward that is a plain function ``function(module, attend, *args, **kwargs)``.
+    """``PatchPoint.bind`` of a forward that is a plain function ``function(module, attend, *args, **kwargs)``.
 
     Example:
         >>> bind = bind_function(lambda module, attend, states: attend(module.attention_of(states)).output)
@@ -80,7 +80,7 @@ def _always(module: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class Seam:
+class PatchPoint:
     """One class of attention modules and how to take its attention over.
 
     Attributes:
@@ -89,17 +89,17 @@ class Seam:
             a method is, with the module first. That module may be a copy of the patched module.
         describe: the site's pattern, for people.
         requests: what the module will ask of a backend, as far as its weights and configuration tell.
-        learns: whether the module has a bias of its own that is not frozen.
+        trains_bias: whether the module has a bias of its own that is not frozen.
         dropout: the attention dropout the module applies in training.
-        verified: ``{"package.module:Class.method": fingerprints}`` of the original functions this seam relies on.
-        check: raises if the module is configured in a way the seam cannot serve.
+        verified: ``{"package.module:Class.method": fingerprints}`` of the original functions this point relies on.
+        check: raises if the module is configured in a way the point cannot serve.
         wants_probabilities: whether a call with these keyword arguments asks for attention probabilities.
-        when: which modules of the class the seam is for, where that is not all of them.
+        when: which modules of the class the point is for, where that is not all of them.
         fault: why the module's own forward is wrong, or None; there is no falling back to a forward that is.
         replay: ``replay(output)`` gives the keyword arguments that make the module repeat the random choices of the
             call that returned this output (the hash buckets of LSH attention); None: it makes none.
         backward_in_training: the model's own backward works in training mode only.
-        shared_in: ``"package.module:Class"`` of the module in which the sites of this seam hand values to one another
+        shared_in: ``"package.module:Class"`` of the module in which the sites of this point hand values to one another
             (a bias that the first layer of a stack computes for all of them), or None. Of a module that attends
             nothing: the module with whose sites it is taken over; None: with those inside itself.
         attends: False for a module that attends nothing itself and is taken over with those inside it, because what it
@@ -111,7 +111,7 @@ class Seam:
     describe: Callable[[Any], str]
     verified: Mapping[str, tuple[str, ...]]
     requests: Callable[[Any], tuple[Request, ...]] = _no_requests
-    learns: Callable[[Any], bool] = lambda module: False
+    trains_bias: Callable[[Any], bool] = lambda module: False
     dropout: Callable[[Any], float] = lambda module: 0.0
     check: Callable[[Any], None] = lambda module: None
     wants_probabilities: Callable[[Any, Mapping[str, Any]], bool] = _asks_for_probabilities
@@ -123,7 +123,7 @@ class Seam:
     attends: bool = True
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether the seam is for the module: one of its class (subclasses included), :attr:`when` that says so."""
+        """Whether the point is for the module: one of its class (subclasses included), :attr:`when` that says so."""
         return any(path_of(base) == self.cls for base in type(module).__mro__) and self.when(module)
 
     def owner(self, model: nn.Module, module: nn.Module) -> nn.Module | None:
@@ -146,34 +146,34 @@ class Adapter:
     """What attnzoo knows of a model family.
 
     Attributes:
-        model_types: ``config.model_type`` values it serves. Its seams match by class in any model; the type decides
+        model_types: ``config.model_type`` values it serves. Its points match by class in any model; the type decides
             between adapters that know the same class.
-        seams: the attention classes of the family.
+        points: the attention classes of the family.
         versions: the transformers versions it was verified against, for people.
         examples: what to change of the default configuration to see the family's modules: in one example or the other,
-            every seam has one. The support matrix is made of them.
+            every point has one. The support matrix is made of them.
     """
 
     model_types: tuple[str, ...]
-    seams: tuple[Seam, ...]
+    points: tuple[PatchPoint, ...]
     versions: str = field(default="unknown")
     examples: tuple[Mapping[str, Any], ...] = ({},)
 
-    def check_drift(self, seam: Seam, module: nn.Module | None = None) -> None:
-        """Raise unless the functions the seam relies on are those it was verified against.
+    def check_drift(self, point: PatchPoint, module: nn.Module | None = None) -> None:
+        """Raise unless the functions the point relies on are those it was verified against.
 
         Args:
-            seam: one of the adapter's.
-            module: one of the seam's; its class must not override the forward, or a method the seam relies on.
+            point: one of the adapter's.
+            module: one of the point's; its class must not override the forward, or a method the point relies on.
 
         Raises:
             DriftError: a function is gone, or was changed by a subclass, at run time or by another version; the message
                 says which.
         """
-        differences = drift(seam.verified)
+        differences = drift(point.verified)
         if not differences:
-            base = locate(seam.cls)
-            differences = bypassed(base if module is None else type(module), base, seam.verified)
+            base = locate(point.cls)
+            differences = bypassed(base if module is None else type(module), base, point.verified)
         if differences:
             import transformers
 
@@ -182,7 +182,7 @@ class Adapter:
 
 
 def path_of(cls: type) -> str:
-    """A class as seams name it: ``"package.module:Class"``."""
+    """A class as points name it: ``"package.module:Class"``."""
     return f"{cls.__module__}:{cls.__qualname__}"
 
 

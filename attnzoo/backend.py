@@ -143,7 +143,7 @@ class Backend:
         """The reasons that hold on every machine, whatever it has installed: what the support matrix shows."""
         return self.refusals(request)
 
-    def settle(self, site: tuple[Request, ...], patch: tuple[Request, ...]) -> Backend:
+    def bind_to_site(self, site: tuple[Request, ...], patch: tuple[Request, ...]) -> Backend:
         """This backend as it serves one site.
 
         Args:
@@ -152,7 +152,7 @@ class Backend:
         """
         return self
 
-    def idle(self) -> tuple[str, ...]:
+    def unused_options(self) -> tuple[str, ...]:
         """Which of its options, as ``name=value``, were given and do nothing at the site it was settled for."""
         return ()
 

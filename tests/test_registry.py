@@ -258,7 +258,7 @@ def test_a_broken_adapter_is_named_when_its_model_is_patched(monkeypatch):
 @pytest.mark.parametrize(
     ("second", "words"),
     [
-        (attnzoo.Adapter(model_types=("gpt_neox",), seams=()), "Thing is not used: the name is taken"),
+        (attnzoo.Adapter(model_types=("gpt_neox",), points=()), "Thing is not used: the name is taken"),
         (OSError("no"), "failed to load: OSError: no"),
     ],
 )
@@ -303,11 +303,11 @@ def test_an_availability_check_that_raises_is_a_reason():
 
 
 def test_adapters_register_collide_and_go():
-    adapter = attnzoo.Adapter(model_types=("mine", "mine_too"), seams=(), versions="5")
+    adapter = attnzoo.Adapter(model_types=("mine", "mine_too"), points=(), versions="5")
     assert attnzoo.register_adapter(adapter) is adapter
     attnzoo.register_adapter(adapter)
     assert {"mine", "mine_too", "led", "gpt_neox"} <= set(registry.model_types())
-    other = attnzoo.Adapter(model_types=("new", "mine_too"), seams=())
+    other = attnzoo.Adapter(model_types=("new", "mine_too"), points=())
     with pytest.raises(InvalidArgumentError, match=r"model_type: got 'mine_too'; allowed: .*replace=True"):
         attnzoo.register_adapter(other)
     assert registry.find_adapter("new") is None

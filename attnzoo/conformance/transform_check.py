@@ -81,12 +81,12 @@ class _Run:
 
     def _leaves(self, attention: Attention) -> tuple[Tensor, ...]:
         pairs = zip(attention.tensors(), self._learns, strict=True)
-        return tuple(tensor for tensor, learns in pairs if learns)
+        return tuple(tensor for tensor, trains_bias in pairs if trains_bias)
 
     def _with_leaves(self, attention: Attention, leaves: tuple[Tensor, ...]) -> Attention:
         rest = iter(leaves)
         pairs = zip(attention.tensors(), self._learns, strict=True)
-        return attention.with_tensors(tuple(next(rest) if learns else tensor for tensor, learns in pairs))
+        return attention.with_tensors(tuple(next(rest) if trains_bias else tensor for tensor, trains_bias in pairs))
 
     # --- under torch.func
 

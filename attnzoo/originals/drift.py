@@ -98,7 +98,7 @@ def message(differences: Sequence[Difference], family: str, versions: str, insta
     if cause == "overridden":
         return (
             f"{example}, which {adapter} replaces or relies on; allowed: subclasses that keep it. Leave these modules "
-            "to backend 'native', or register an adapter with a seam for the subclass"
+            "to backend 'native', or register an adapter with a point for the subclass"
         )
     if cause == "replaced":
         return (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.adapter import Attend, Forward, Seam
+from attnzoo.adapter import Attend, Forward, PatchPoint
 from attnzoo.originals import slots
 from attnzoo.originals.fingerprint import locate
 
@@ -27,19 +27,19 @@ def companion(
     verified: Mapping[str, tuple[str, ...]],
     describe: str,
     shared_in: str | None = None,
-) -> Seam:
-    """Return the seam of a module that attends nothing.
+) -> PatchPoint:
+    """Return the point of a module that attends nothing.
 
     Args:
         cls: ``"package.module:Class"`` of the module.
-        bind, verified, shared_in: as in :class:`~attnzoo.adapter.Seam`.
+        bind, verified, shared_in: as in :class:`~attnzoo.adapter.PatchPoint`.
         describe: what the module does, for people.
     """
 
     def runs_the_original(module: Any) -> bool:
         return type(module).forward is locate(f"{cls}.forward") and not slots.is_foreign(module)
 
-    return Seam(
+    return PatchPoint(
         cls=cls,
         bind=bind,
         when=runs_the_original,

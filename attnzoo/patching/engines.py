@@ -46,4 +46,4 @@ def guard(model: nn.Module) -> list[nn.Module]:
 def _refuses(module: nn.Module) -> bool:
     """Whether the patch that runs at a module, if any, would raise on a paged cache."""
     patched = next(patches_of(module), None)
-    return patched is not None and patched.seam.attends and not (patched.native or patched.fallback)
+    return patched is not None and patched.point.attends and not (patched.native or patched.fallback)

@@ -23,7 +23,7 @@ from attnzoo.errors import BackendRefusedError, InvalidArgumentError, KeywordRef
 from attnzoo.functional import compute_dtype, execute, negotiate
 from attnzoo.originals import slots
 from attnzoo.patching.keywords import check_keywords
-from attnzoo.patching.sites import Found, Site, expected_requests, trains
+from attnzoo.patching.sites import PatchTarget, Site, expected_requests, trains
 from attnzoo.registry import registry
 from attnzoo.spec.segments import Attention, Result, describe
 from attnzoo.spec.transforms import transforms_around
@@ -40,7 +40,7 @@ class Patch:
         root: the model that was patched, weakly.
         names: names of the modules in the model that the patch has taken over.
         guarded: the models in it that refuse continuous batching while it is in place (``engines``), weakly.
-        memory: what :meth:`SiteAttend.once` remembers.
+        memory: what :meth:`SiteAttend.cached_per_forward` remembers.
     """
 
     number: int
@@ -51,15 +51,15 @@ class Patch:
 
 
 class SiteAttend:
-    """What a seam's forward computes with: a backend, a site to record on, and the patch's per-forward memory.
+    """What a point's forward computes with: a backend, a site to record on, and the patch's per-forward memory.
 
     Attributes:
-        sharers: the modules that share values with the site (``Seam.shared_in``), itself among them; empty if none do.
+        sharers: the modules that share values with the site (``PatchPoint.shared_in``), itself among them; empty if none do.
     """
 
     def __init__(self, patched: PatchedForward, owner: nn.Module | None) -> None:
         self.site, self.backend, self._fallback = patched.site, patched.backend, patched.fallback
-        self._seam, self._memory = patched.seam, patched.patch.memory
+        self._seam, self._memory = patched.point, patched.patch.memory
         self._owner = None if owner is None else weakref.ref(owner)
 
     @functools.cached_property
@@ -106,7 +106,7 @@ class SiteAttend:
         self.site.fallbacks += self._fallback and can
         return self._fallback and can
 
-    def once(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
+    def cached_per_forward(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
         # A forward asks once at each site, so a site that asks again is in the next forward. Version counters are not
         # enough: inference tensors have none, and writes through ``.data`` or numpy do not change them. What is made in
         # inference mode cannot be saved for a backward.
@@ -155,10 +155,10 @@ class PatchedForward(slots.Replacement):
     """
 
     def __init__(
-        self, patch: Patch, found: Found, site: Site, backend: Backend | None, native: bool, fallback: bool
+        self, patch: Patch, found: PatchTarget, site: Site, backend: Backend | None, native: bool, fallback: bool
     ) -> None:
         self.patch, self.site, self.removed = patch, site, False
-        self.seam, self._adapter, self._cls = found.seam, found.adapter, type(found.module)
+        self.point, self._adapter, self._cls = found.point, found.adapter, type(found.module)
         self.backend, self.native, self.fallback = backend, native, fallback
         self.original = slots.current(found.module)
         self._bind(found.module, found.owner)
@@ -172,7 +172,7 @@ class PatchedForward(slots.Replacement):
         self._uncompiled = torch.compiler.disable(
             PatchedForward._run,
             reason="attnzoo runs patched modules uncompiled",
-            recursive=self.seam.attends,
+            recursive=self.point.attends,
         )
         # Notes belong to a thread: the compiler would guard on them, and they change with each call.
         self._note = torch.compiler.disable(PatchedForward._note_module)
@@ -184,7 +184,7 @@ class PatchedForward(slots.Replacement):
         self._owner = None if owner is None else weakref.ref(owner)
         self._noted = _Noted()
         self._attend = SiteAttend(self, owner)
-        self._forward = None if self.native else self.seam.bind(self._cls, self._attend)
+        self._forward = None if self.native else self.point.bind(self._cls, self._attend)
 
     @property
     def module(self) -> nn.Module | None:
@@ -193,12 +193,12 @@ class PatchedForward(slots.Replacement):
 
     @property
     def owner(self) -> nn.Module | None:
-        """The module in which it shares values with others (``Seam.shared_in``), if there is one."""
+        """The module in which it shares values with others (``PatchPoint.shared_in``), if there is one."""
         return None if self._owner is None else self._owner()
 
-    def of(self, module: nn.Module) -> Found:
+    def of(self, module: nn.Module) -> PatchTarget:
         """The patch target for a module: the patched module or a copy of it."""
-        return Found(self.site.name, module, self.seam, self._adapter, self.owner)
+        return PatchTarget(self.site.name, module, self.point, self._adapter, self.owner)
 
     def put(self) -> None:
         """Take the module's forward over."""
@@ -261,11 +261,11 @@ class PatchedForward(slots.Replacement):
         if isinstance(states, Tensor) and 0 in states.shape:  # models fail on those in words of their own
             raise InvalidArgumentError(f"input of {self.site.label}", describe(states), "a tensor, none of its sizes 0")
         try:
-            if self.seam.attends:
+            if self.point.attends:
                 check_keywords(module, kwargs)
             self._negotiate(module, (*args, *kwargs.values()), kwargs)
         except (BackendRefusedError, KeywordRefusedError):
-            if not self._attend.falls_back(self.seam.fault(module) is None):
+            if not self._attend.falls_back(self.point.fault(module) is None):
                 raise
             return self._run_own(module, args, kwargs)
         return self._forward(module, *args, **kwargs)
@@ -281,7 +281,7 @@ class PatchedForward(slots.Replacement):
         """Refuse before anything happens what can be known before anything happens."""
         if self.backend is None:
             return
-        probabilities, transforms = self.seam.wants_probabilities(module, kwargs), transforms_around(inputs)
+        probabilities, transforms = self.point.wants_probabilities(module, kwargs), transforms_around(inputs)
         grad = torch.is_grad_enabled() and (
             trains(module) or any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
         )

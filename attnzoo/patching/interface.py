@@ -1,4 +1,4 @@
-"""The seam of models that look their attention function up in transformers' ``AttentionInterface``.
+"""The point of models that look their attention function up in transformers' ``AttentionInterface``.
 
 Such a module's forward calls ``ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, ...)``. The name is a
 global of the modelling file and the field is on a config that models may share, so neither is touched: the module runs
@@ -50,7 +50,7 @@ def bind_interface(cls: Any, attend: Attend) -> Forward:
 
 
 def check_interface(module: nn.Module) -> None:
-    """Raise unless the model builds the masks of ``eager`` or ``sdpa``, the formats this seam reads exactly."""
+    """Raise unless the model builds the masks of ``eager`` or ``sdpa``, the formats this point reads exactly."""
     _check_implementation(_implementation(module))
 
 
@@ -136,4 +136,4 @@ def read_interface_mask(
         causal = name == "sdpa" and is_causal and query.shape[2] > 1
         return ReadMask(Causal(offset=0) if causal else Full(), None, None, None)
     sizes = (query.shape[0], query.shape[2], key.shape[2])
-    return attend.once(attention_mask, "read", lambda given: read_attention_mask(given, sizes))
+    return attend.cached_per_forward(attention_mask, "read", lambda given: read_attention_mask(given, sizes))

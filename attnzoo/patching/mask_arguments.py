@@ -106,7 +106,7 @@ def refuse_nan(name: str, mask: Tensor) -> None:
 
 
 def checking(masks: Callable[[Any], TypedMasks], bind: Bind | None = None) -> Bind:
-    """The ``bind`` of a seam that checks masks in front of another forward. It needs only the names of the
+    """The ``bind`` of a point that checks masks in front of another forward. It needs only the names of the
     forward's arguments, so it has no fingerprints.
 
     Args:

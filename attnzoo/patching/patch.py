@@ -22,7 +22,7 @@ from attnzoo.patching import engines
 from attnzoo.patching.forwards import Patch, PatchedForward, patches_of
 from attnzoo.patching.site_table import table
 from attnzoo.patching.sites import (
-    Found,
+    PatchTarget,
     Site,
     check_loaded,
     check_options,
@@ -34,7 +34,7 @@ from attnzoo.registry import RESERVED_NAMES, registry
 from attnzoo.spec.segments import Request
 
 _patch_numbers = itertools.count(1)
-_Assigned = tuple[Found, str | Backend]
+_Assigned = tuple[PatchTarget, str | Backend]
 
 
 @dataclass(eq=False)
@@ -147,7 +147,7 @@ def handle(model: nn.Module) -> Handle:
         True
     """
     forwards = dict.fromkeys(forward for _, forward in _last(model))
-    sites = dict.fromkeys(forward.site for forward in forwards if forward.seam.attends)
+    sites = dict.fromkeys(forward.site for forward in forwards if forward.point.attends)
     return Handle(tuple(sites), tuple(forwards))
 
 
@@ -245,7 +245,7 @@ def patch(
     if fallback not in ("error", "native"):
         raise InvalidArgumentError("fallback", repr(fallback), "'error' or 'native'")
     everything = find_sites(model)
-    chosen = _assign([found for found in everything if found.seam.attends], backend)
+    chosen = _assign([found for found in everything if found.point.attends], backend)
     if any(name == "auto" for _, name in chosen):
         by_priority_because()  # raises if what it goes by is told wrongly
     made = _make(dict.fromkeys(name for _, name in chosen), options)
@@ -257,9 +257,9 @@ def patch(
     refusers: list[str] = []
     for found, name in chosen:
         if name != "native":
-            found.adapter.check_drift(found.seam, found.module)
+            found.adapter.check_drift(found.point, found.module)
             check_forward(found)
-            found.seam.check(found.module)
+            found.point.check(found.module)
     check_loaded(model, (found for found, name in chosen if name != "native"))
     settled = _settle(chosen, made)
     for found, name in chosen:
@@ -296,13 +296,13 @@ def patch(
         instance = settled[found.name]
         shown = instance.name if instance is not None else str(name)
         changes = () if instance is None else expected_changes(instance, expected_requests(found))
-        site = Site(found.name, cls, found.seam.describe(found.module), shown, changes)
+        site = Site(found.name, cls, found.point.describe(found.module), shown, changes)
         native, falls = name == "native", fallback == "native"
         forwards.append(PatchedForward(made_patch, found, site, instance, native, falls))
     for forward in forwards:
         forward.put()
     made_patch.guarded.extend(map(weakref.ref, engines.guard(model)))
-    return Handle(tuple(forward.site for forward in forwards if forward.seam.attends), tuple(forwards))
+    return Handle(tuple(forward.site for forward in forwards if forward.point.attends), tuple(forwards))
 
 
 def _nobody_takes(requests: tuple[Request, ...]) -> dict[str, tuple[Refusal, ...]]:
@@ -323,23 +323,23 @@ def _settle(chosen: list[_Assigned], made: Mapping[str | Backend, Backend | None
             continue
         asked = {found.name: expected_requests(found) for found, other in chosen if other == name}
         together = tuple(request for requests in asked.values() for request in requests)
-        serving = {site: instance.settle(requests, together) for site, requests in asked.items()}
+        serving = {site: instance.bind_to_site(requests, together) for site, requests in asked.items()}
         check_options(serving.values())
         settled.update(serving)
     return settled
 
 
-def _companions(everything: list[Found], chosen: list[_Assigned]) -> list[_Assigned]:
+def _companions(everything: list[PatchTarget], chosen: list[_Assigned]) -> list[_Assigned]:
     """Modules that attend nothing, and are taken over because a module inside them, or beside them, is."""
     inside = [found.module for found, name in chosen if name != "native"]
     return [
         (found, "auto")
         for found in everything
-        if not found.seam.attends and any(module in inside for module in (found.owner or found.module).modules())
+        if not found.point.attends and any(module in inside for module in (found.owner or found.module).modules())
     ]
 
 
-def check_forward(found: Found) -> None:
+def check_forward(found: PatchTarget) -> None:
     """Refuse to bypass a forward that somebody put on the instance.
 
     Raises:
@@ -353,7 +353,7 @@ def check_forward(found: Found) -> None:
         )
 
 
-def _assign(sites: list[Found], backend: str | Backend | Mapping[str, str | Backend]) -> list[_Assigned]:
+def _assign(sites: list[PatchTarget], backend: str | Backend | Mapping[str, str | Backend]) -> list[_Assigned]:
     if isinstance(backend, (str, Backend)):
         return [(found, backend) for found in sites]
     pairs = backend.items() if isinstance(backend, Mapping) else ()

@@ -1,7 +1,7 @@
 """Making runs of a model repeat one run's random choices, whatever their dtype.
 
 LSH attention hashes by random rotations, drawn in the dtype of the model: the same seed gives others in float64. Runs
-are comparable only if all of them hash alike. A seam says what to repeat (``Seam.replay``): keyword arguments of the
+are comparable only if all of them hash alike. A point says what to repeat (``PatchPoint.replay``): keyword arguments of the
 module, taken from its own output.
 """
 
@@ -23,7 +23,7 @@ def recording(modules: Mapping[str, tuple[nn.Module, Callable[[Any], dict[str, A
     """Record what each call of the modules chose.
 
     Args:
-        modules: by name, each with its seam's ``replay``.
+        modules: by name, each with its point's ``replay``.
 
     Yields:
         By name, in the order of the calls, the keyword arguments that make a call choose the same.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from attnzoo.adapter import Adapter, Seam, parameters_of, path_of
+from attnzoo.adapter import Adapter, PatchPoint, parameters_of, path_of
 from attnzoo.auto.choice import Choice
 from attnzoo.backend import Backend
 from attnzoo.errors import InvalidArgumentError, PatchError, shorten
@@ -76,29 +76,29 @@ class Site:
         return f"{self.backend}: {'+'.join(took)}" if took else self.backend
 
 
-class Found(NamedTuple):
+class PatchTarget(NamedTuple):
     """A module that can be patched.
 
     Attributes:
-        owner: the module in which it shares values with others (``Seam.shared_in``), or None.
+        owner: the module in which it shares values with others (``PatchPoint.shared_in``), or None.
     """
 
     name: str
     module: nn.Module
-    seam: Seam
+    point: PatchPoint
     adapter: Adapter
     owner: nn.Module | None
 
     @property
     def sharers(self) -> tuple[nn.Module, ...]:
         """The modules it shares values with, itself among them."""
-        return (self.module,) if self.owner is None else self.seam.sharers(self.owner)
+        return (self.module,) if self.owner is None else self.point.sharers(self.owner)
 
 
-def find_sites(model: nn.Module) -> list[Found]:
+def find_sites(model: nn.Module) -> list[PatchTarget]:
     """Every module of a model that a registered adapter can take over, found by class, whatever the config says.
 
-    Where several seams match, the one for the nearest class wins, then the adapter of a model type found in the model.
+    Where several points match, the one for the nearest class wins, then the adapter of a model type found in the model.
 
     Raises:
         InvalidArgumentError: not a module.
@@ -109,19 +109,19 @@ def find_sites(model: nn.Module) -> list[Found]:
     types = _model_types(model)
     adapters = registry.adapters()
     preferred = [adapters[name] for name in types if name in adapters]
-    seams: dict[str, list[tuple[Adapter, Seam]]] = {}
+    points: dict[str, list[tuple[Adapter, PatchPoint]]] = {}
     for adapter in {id(adapter): adapter for adapter in (*preferred, *adapters.values())}.values():
-        for seam in adapter.seams:
-            seams.setdefault(seam.cls, []).append((adapter, seam))
+        for point in adapter.points:
+            points.setdefault(point.cls, []).append((adapter, point))
     found = []
     for name, module in model.named_modules():
-        claims = (claim for cls in type(module).__mro__ for claim in seams.get(path_of(cls), ()))
-        for adapter, seam in claims:
-            if seam.when(module):
-                found.append(Found(name, module, seam, adapter, seam.owner(model, module)))
+        claims = (claim for cls in type(module).__mro__ for claim in points.get(path_of(cls), ()))
+        for adapter, point in claims:
+            if point.when(module):
+                found.append(PatchTarget(name, module, point, adapter, point.owner(model, module)))
                 break
-    if not any(one.seam.attends for one in found):
-        raise _nothing_found(model, types, seams)
+    if not any(one.point.attends for one in found):
+        raise _nothing_found(model, types, points)
     return found
 
 
@@ -131,11 +131,11 @@ def _model_types(model: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(name) for name in names if name))
 
 
-def _nothing_found(model: nn.Module, types: tuple[str, ...], seams: Iterable[str]) -> PatchError:
+def _nothing_found(model: nn.Module, types: tuple[str, ...], points: Iterable[str]) -> PatchError:
     """The error for a model without a site: its type, adapters that did not load, a class with a known name."""
     reasons = [f"{name}: {reason}" for name, reason in registry.broken_adapters().items()]
     why = f" (an adapter exists but did not load: {shorten('; '.join(reasons), 200)})" if reasons else ""
-    known = {path.rpartition(":")[2]: path for path in seams}
+    known = {path.rpartition(":")[2]: path for path in points}
     for cls in (cls for module in model.modules() for cls in type(module).__mro__):
         if cls.__name__ in known:
             why += f" ({path_of(cls)} is another class than {known[cls.__name__]})"
@@ -147,7 +147,7 @@ def _nothing_found(model: nn.Module, types: tuple[str, ...], seams: Iterable[str
     )
 
 
-def check_loaded(model: nn.Module, sites: Iterable[Found]) -> None:
+def check_loaded(model: nn.Module, sites: Iterable[PatchTarget]) -> None:
     """Raise if a site has weights on the meta device that no hook of accelerate brings to another one.
 
     Raises:
@@ -171,28 +171,28 @@ def _is_brought(model: nn.Module, parameter: str) -> bool:
 
 
 def expected_requests(
-    site: Found, grad: bool | None = None, sharers: tuple[nn.Module, ...] | None = None
+    site: PatchTarget, grad: bool | None = None, sharers: tuple[nn.Module, ...] | None = None
 ) -> tuple[Request, ...]:
     """What a site will ask of its backend, for the model as it is now (train or eval, device, dtype, autocast).
 
     Args:
         site: a site.
         grad: whether something will get a gradient, if that is known; None: if anything trains.
-        sharers: :attr:`Found.sharers`, if they are at hand.
+        sharers: :attr:`PatchTarget.sharers`, if they are at hand.
     """
     module, learned = site.module, False
     if module.training if grad is None else grad:
-        learned = any(map(site.seam.learns, site.sharers if sharers is None else sharers))  # one makes it for all
+        learned = any(map(site.point.trains_bias, site.sharers if sharers is None else sharers))  # one makes it for all
     if grad is None:
         grad = module.training and (learned or trains(module))
-    dropout = module.training and site.seam.dropout(module) > 0.0
+    dropout = module.training and site.point.dropout(module) > 0.0
 
     def of_now(request: Request) -> Request:
         segments = (replace(one, bias_grad=learned and one.bias is not None) for one in request.segments)
         dtype = autocast_dtype(request.dtype, request.device)
         return replace(request, dropout=dropout, grad=bool(grad), dtype=dtype, segments=tuple(segments))
 
-    return tuple(map(of_now, site.seam.requests(module)))
+    return tuple(map(of_now, site.point.requests(module)))
 
 
 def expected_changes(backend: Backend, requests: tuple[Request, ...]) -> tuple[str, ...]:
@@ -208,7 +208,7 @@ def check_options(settled: Iterable[Backend]) -> None:
         InvalidArgumentError: names these options.
     """
     everywhere = list(settled)
-    idle = [backend.idle() for backend in everywhere]
+    idle = [backend.unused_options() for backend in everywhere]
     if idle and all(idle):
         allowed = "no options: every attention in this patch is already local, so they would have no effect"
         raise InvalidArgumentError(f"options of backend {everywhere[0].name!r}", ", ".join(idle[0]), allowed)

@@ -130,9 +130,9 @@ def _models() -> list[Finding]:
             )
             continue
         try:
-            for seam in adapter.seams:
-                importlib.import_module(seam.cls.partition(":")[0])
-                adapter.check_drift(seam)
+            for point in adapter.points:
+                importlib.import_module(point.cls.partition(":")[0])
+                adapter.check_drift(point)
         except DriftError as error:
             found.append(Finding("model", model_type, False, str(error)))
         except BaseException as error:  # transformers imports optional packages too, and stumbles over broken ones
@@ -140,6 +140,6 @@ def _models() -> list[Finding]:
             reason = f"its code cannot be imported: {type(error).__name__}: {error}"
             found.append(Finding("model", model_type, False, reason))
         else:
-            names = ", ".join(dict.fromkeys(seam.cls.rpartition(":")[2] for seam in adapter.seams))
+            names = ", ".join(dict.fromkeys(point.cls.rpartition(":")[2] for point in adapter.points))
             found.append(Finding("model", model_type, True, f"{names}; transformers {adapter.versions}"))
     return found

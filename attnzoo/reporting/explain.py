@@ -99,7 +99,7 @@ def explain(model: nn.Module, backend: str | Backend | None = None, **options: A
     if options and not isinstance(backend, str):
         given = "without a backend" if backend is None else f"with backend {backend}"
         raise InvalidArgumentError("options", f"{sorted(options)} {given}", "options of a named backend")
-    everything = [found for found in find_sites(model) if found.seam.attends]
+    everything = [found for found in find_sites(model) if found.point.attends]
     together = tuple(request for found in everything for request in expected_requests(found))
     if isinstance(backend, Backend):
         made: dict[str, Backend | Refusal] = {backend.name: backend}
@@ -110,15 +110,15 @@ def explain(model: nn.Module, backend: str | Backend | None = None, **options: A
         made = {name: _make(name, options)}
     for one in made.values():
         if isinstance(one, Backend) and backend is not None:
-            check_options(one.settle(expected_requests(found), together) for found in everything)
+            check_options(one.bind_to_site(expected_requests(found), together) for found in everything)
     verdicts = []
     auto: dict[str, tuple[str, ...]] = {}
     for found in everything:
         common: tuple[Refusal, ...] = ()
         try:
-            found.adapter.check_drift(found.seam, found.module)
+            found.adapter.check_drift(found.point, found.module)
             check_forward(found)
-            found.seam.check(found.module)
+            found.point.check(found.module)
         except PatchError as error:
             common = (Refusal("adapter", str(error), "what the adapter was verified against"),)
         for name, one in made.items():
@@ -128,12 +128,12 @@ def explain(model: nn.Module, backend: str | Backend | None = None, **options: A
                 reasons += (one,)
             else:
                 asked = expected_requests(found)
-                settled = one.settle(asked, together)
+                settled = one.bind_to_site(asked, together)
                 reasons += registry.availability(settled)
                 for request in asked:
                     reasons += registry.refusals(settled, request)
                 changes = expected_changes(settled, asked)
-            pattern, cls = found.seam.describe(found.module), type(found.module).__name__
+            pattern, cls = found.point.describe(found.module), type(found.module).__name__
             verdicts.append(Verdict(found.name, cls, pattern, name, tuple(dict.fromkeys(reasons)), changes))
         if backend is None and not common:
             auto[found.name] = auto_at(found)

@@ -149,11 +149,11 @@ def _modules(model_type: str) -> tuple[Module, ...]:
     for example in adapter.examples:
         with torch.device("meta"):
             model = AutoModel.from_config(AutoConfig.for_model(model_type, **example)).eval()
-        sites = [site for site in find_sites(model) if site.seam.attends]
+        sites = [site for site in find_sites(model) if site.point.attends]
         asked = [expected_requests(site) for site in sites]
         beside = tuple(dict.fromkeys(request for requests in asked for request in requests))
         for site, requests in zip(sites, asked, strict=True):
-            key = (type(site.module).__name__, site.seam.describe(site.module), requests)
+            key = (type(site.module).__name__, site.point.describe(site.module), requests)
             found.setdefault(key, Module(model_type, *key, beside))
     return tuple(found.values())
 
@@ -162,11 +162,11 @@ def configured(cls: type[Backend], module: Module, device: str = "cpu", dtype: t
     """A backend as it serves a module: without options where that will do, else with those of its example."""
     requests, beside = _on(module.requests, device, dtype), _on(module.beside, device, dtype)
     if not cls.required_options():
-        plain = cls().settle(requests, beside)
+        plain = cls().bind_to_site(requests, beside)
         reasons = (reason for request in requests for reason in plain.refusals_anywhere(request))
         if not cls.example or not any(reason.field == "options" for reason in reasons):
             return plain
-    return cls(**cls.example).settle(requests, beside)
+    return cls(**cls.example).bind_to_site(requests, beside)
 
 
 def row(cls: type[Backend], module: Module) -> Row:

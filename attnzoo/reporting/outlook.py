@@ -8,14 +8,14 @@ from attnzoo.auto.choice import by_measurement, by_priority_because
 from attnzoo.auto.environment import environment_of
 from attnzoo.auto.measurements import Measurement, plain
 from attnzoo.errors import BackendRefusedError
-from attnzoo.patching.sites import Found, expected_requests
+from attnzoo.patching.sites import PatchTarget, expected_requests
 from attnzoo.registry import registry
 from attnzoo.spec.segments import Request
 
 _ALIKE = ("device", "dtype", "heads", "head_dim", "value_dim")
 
 
-def auto_at(site: Found) -> tuple[str, ...]:
+def auto_at(site: PatchTarget) -> tuple[str, ...]:
     """One line per size class that was measured for attentions like the site's, and one for all others.
 
     Which masks, gradients and lengths will be asked for is not known before a run; like means the same device, dtype,

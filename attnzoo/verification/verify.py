@@ -106,10 +106,10 @@ def verify(
             for site in handle.sites:
                 site.observer = observe
             found = [forward.of(module) for forward in handle.forwards if (module := forward.module) is not None]
-            fault = next((reason for one in found if (reason := one.seam.fault(one.module))), "")
-            choosing = {one.name: (one.module, one.seam.replay) for one in found if one.seam.replay is not None}
+            fault = next((reason for one in found if (reason := one.point.fault(one.module))), "")
+            choosing = {one.name: (one.module, one.point.replay) for one in found if one.point.replay is not None}
             # Whose backward works in training only is compared end to end forward; its attentions, backward too.
-            trainable = not any(one.seam.backward_in_training for one in found)
+            trainable = not any(one.point.backward_in_training for one in found)
             whole = gradients and trainable and not fast
             if whole and any(p.is_meta and p.requires_grad for p in model.parameters()):
                 raise InvalidArgumentError("gradients", "True for offloaded weights, which have none", "False")

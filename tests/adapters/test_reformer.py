@@ -250,8 +250,8 @@ def test_training_with_another_number_of_hashes_than_the_way_back_knows_is_named
 
 
 def test_what_the_adapter_relies_on_is_what_it_was_verified_against():
-    for seam in REFORMER.seams:
-        assert drift(dict(seam.verified)) == ()
+    for point in REFORMER.points:
+        assert drift(dict(point.verified)) == ()
 
 
 # --- nothing is left behind

@@ -116,7 +116,7 @@ def test_what_only_one_backend_takes_is_not_measured(add, clock):
     assert tune(clock) == ()
     assert str(tune(clock)).startswith("nothing to measure") and files() == []
     only.runs.clear()
-    assert took() == attnzoo.Choice(only(), "the only one that refuses nothing")
+    assert took() == attnzoo.Choice(only(), "the only backend that supports this")
 
 
 # Deterministic when told so

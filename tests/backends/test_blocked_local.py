@@ -298,7 +298,7 @@ def test_dense_models_need_the_window_and_nothing_is_changed_without():
         (dict(window=True), ("window", "got True")),
         (dict(window=8, sinks=-1), ("sinks", "got -1", "an integer >= 0")),
         (dict(windw=8), ("'windw'", "did you mean 'window'?")),
-        (dict(window=8, kept=True), ("'kept'", "'kernel', 'sinks', 'window'")),
+        (dict(window=8, kept=True), ("'kept'", "'inner', 'sinks', 'window'")),
         (dict(window=8, inner="sdap"), ("inner of backend 'blocked-local': got 'sdap'", "did you mean 'sdpa'?")),
         (dict(window=8, inner="lsh"), ("inner of", "got 'lsh'", "allowed: 'auto', 'eager'")),
         (dict(window=8, inner="native"), ("inner of", "got 'native'", "allowed: 'auto', 'eager'")),

@@ -32,7 +32,7 @@ def attnzoo_command(*arguments):
 
 def test_doctor_names_every_backend_model_and_package():
     output = run("doctor").output
-    for name in (*attnzoo.backends(), *attnzoo.registry.model_types(), "torch", "transformers", "cuda"):
+    for name in (*attnzoo.backends(), *attnzoo.registry.registry.model_types(), "torch", "transformers", "cuda"):
         assert name in output
 
 

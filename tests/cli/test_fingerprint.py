@@ -34,8 +34,8 @@ def test_json():
 
 
 def test_what_it_prints_is_what_adapters_record():
-    seam = registry.find_adapter("gpt_neox").seams[0]
-    for path, known in seam.verified.items():
+    point = registry.find_adapter("gpt_neox").points[0]
+    for path, known in point.verified.items():
         assert run(path).stdout.split()[1] in known
 
 
@@ -90,7 +90,7 @@ def test_a_module_that_does_not_serve_is_refused(tmp_path, monkeypatch, source, 
 
 
 def test_the_documented_example_is_recorded():
-    seam = registry.find_adapter("gpt_neox").seams[0]
+    point = registry.find_adapter("gpt_neox").points[0]
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (documented,) = re.findall(rf"^{re.escape(PATHS[0])}  (\w+)$", text, re.MULTILINE)
-    assert documented in seam.verified[PATHS[0]]
+    assert documented in point.verified[PATHS[0]]

@@ -72,8 +72,8 @@ def runs_natively(model):
 
 def test_another_version_is_refused_with_the_versions_known(monkeypatch):
     adapter = registry.find_adapter("gpt_neox")
-    seam = adapter.seams[0]
-    other = replace(adapter, seams=(replace(seam, verified={FORWARD: ("0123456789abcdef",)}),))
+    point = adapter.points[0]
+    other = replace(adapter, points=(replace(point, verified={FORWARD: ("0123456789abcdef",)}),))
     monkeypatch.setattr(registry, "adapters", lambda: {"gpt_neox": other})
     model = tiny()
     message = refusal(model)
@@ -155,25 +155,25 @@ def test_what_replaced_a_method_at_run_time_is_named(monkeypatch, make, told):
 def test_what_replaced_a_function_of_the_module_at_run_time_is_named(monkeypatch, make):
     where = "transformers.models.gpt_bigcode.modeling_gpt_bigcode:eager_attention_forward"
     adapter = registry.find_adapter("gpt_bigcode")
-    seam = next(seam for seam in adapter.seams if where in seam.verified)
-    adapter.check_drift(seam)
+    point = next(point for point in adapter.points if where in point.verified)
+    adapter.check_drift(point)
     monkeypatch.setattr(where.replace(":", "."), make(locate(where)))
     with pytest.raises(
         attnzoo.DriftError, match=rf"{where}: (replaced|wrapped) at run time by \S*forward of module tests"
     ):
-        adapter.check_drift(seam)
+        adapter.check_drift(point)
 
 
 def test_wrappers_of_what_is_not_bypassed_are_served(monkeypatch):
     led = "transformers.models.led.modeling_led"
     adapter = registry.find_adapter("led")
-    seam = next(seam for seam in adapter.seams if f"{led}:LEDEncoder.forward" in seam.verified)
+    point = next(point for point in adapter.points if f"{led}:LEDEncoder.forward" in point.verified)
     encoder = locate(f"{led}:LEDEncoder")
     monkeypatch.setattr(encoder, "forward", wrapper(encoder.forward))
-    adapter.check_drift(seam)
+    adapter.check_drift(point)
     monkeypatch.setattr(encoder, "forward", replacement(encoder.forward))
     with pytest.raises(attnzoo.DriftError, match=r"LEDEncoder\.forward: replaced at run time by"):
-        adapter.check_drift(seam)
+        adapter.check_drift(point)
 
 
 # Without source
@@ -225,39 +225,39 @@ def test_a_subclass_that_overrides_the_forward_is_refused(cls):
     assert handle.sites[0].calls == 1
 
 
-def seams():
+def points():
     adapters = {id(adapter): adapter for name in registry.model_types() if (adapter := registry.find_adapter(name))}
-    return [(adapter, seam) for adapter in adapters.values() for seam in adapter.seams]
+    return [(adapter, point) for adapter in adapters.values() for point in adapter.points]
 
 
-@pytest.mark.parametrize(("adapter", "seam"), seams(), ids=[seam.cls.partition(":")[2] for _, seam in seams()])
-def test_every_method_a_seam_relies_on_may_not_be_overridden(adapter, seam):
-    base = locate(seam.cls)
-    paths = [path.rpartition(".") for path in seam.verified]
-    names = {name for owner, _, name in paths if owner == seam.cls} | {"forward"}
+@pytest.mark.parametrize(("adapter", "point"), points(), ids=[point.cls.partition(":")[2] for _, point in points()])
+def test_every_method_a_seam_relies_on_may_not_be_overridden(adapter, point):
+    base = locate(point.cls)
+    paths = [path.rpartition(".") for path in point.verified]
+    names = {name for owner, _, name in paths if owner == point.cls} | {"forward"}
     for name in names:
         cls = type("Sub", (base,), {name: lambda *args: None, "__module__": "theirs"})
         module = cls.__new__(cls)
         if name == "__init__":  # it has run before a module is patched
-            adapter.check_drift(seam, module)
+            adapter.check_drift(point, module)
             continue
         with pytest.raises(attnzoo.DriftError) as caught:
-            adapter.check_drift(seam, module)
+            adapter.check_drift(point, module)
         assert str(caught.value).startswith(f"theirs:Sub.{name}: overrides {base.__name__}.{name}, which")
         assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize(("adapter", "seam"), seams(), ids=[seam.cls.partition(":")[2] for _, seam in seams()])
+@pytest.mark.parametrize(("adapter", "point"), points(), ids=[point.cls.partition(":")[2] for _, point in points()])
 @pytest.mark.parametrize("cause", ["changed", "replaced", "unreadable"])
-def test_messages_stay_short_however_much_differs(adapter, seam, cause):
+def test_messages_stay_short_however_much_differs(adapter, point, cause):
     family = ", ".join(adapter.model_types)
     detail = {
         "changed": "got fingerprint 0123456789abcdef; allowed: 0123456789abcdef, 0123456789abcdef",
         "replaced": "replaced at run time by function.<locals>.forward of module package.module, line 1000",
         "unreadable": "its source is not available (modeling_reformer.py)",
     }[cause]
-    for path in seam.verified:
-        everything = (Difference(path, cause, detail), *(Difference(other, cause, detail) for other in seam.verified))
+    for path in point.verified:
+        everything = (Difference(path, cause, detail), *(Difference(other, cause, detail) for other in point.verified))
         assert len(drift_module.message(everything, family, adapter.versions, transformers.__version__)) < 400
 
 
@@ -273,16 +273,16 @@ def test_a_subclass_that_keeps_the_forward_is_served():
 
 
 SEAMS = [
-    pytest.param(seam, id=f"{model_type}-{seam.cls.partition(':')[2]}")
+    pytest.param(point, id=f"{model_type}-{point.cls.partition(':')[2]}")
     for model_type in registry.model_types()
-    for seam in (registry.find_adapter(model_type) or pytest.fail(model_type)).seams
+    for point in (registry.find_adapter(model_type) or pytest.fail(model_type)).points
 ]
 
 
-@pytest.mark.parametrize("seam", SEAMS)
-def test_every_adapter_is_verified_against_the_installed_transformers(seam):
-    assert seam.verified or not seam.attends, "an adapter says what it relies on"  # who checks masks: on names alone
-    assert drift(dict(seam.verified)) == ()
+@pytest.mark.parametrize("point", SEAMS)
+def test_every_adapter_is_verified_against_the_installed_transformers(point):
+    assert point.verified or not point.attends, "an adapter says what it relies on"  # who checks masks: on names alone
+    assert drift(dict(point.verified)) == ()
 
 
 @pytest.mark.parametrize("model_type", registry.model_types())

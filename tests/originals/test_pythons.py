@@ -24,7 +24,7 @@ def version(request):
 def recorded():
     """``{path: fingerprints}`` of every function that a registered adapter relies on."""
     adapters = [adapter for name in registry.model_types() if (adapter := registry.find_adapter(name)) is not None]
-    return {path: known for adapter in adapters for seam in adapter.seams for path, known in seam.verified.items()}
+    return {path: known for adapter in adapters for point in adapter.points for path, known in point.verified.items()}
 
 
 def test_every_function_adapters_rely_on_has_a_recorded_fingerprint(version):

@@ -98,9 +98,9 @@ def test_a_subclass_with_a_forward_of_its_own_is_named():
 
 def test_the_adapter_of_the_nearest_class_wins(registry_of_its_own):
     """A subclass has an adapter of its own: it is asked first, whatever the model type."""
-    seam = next(seam for seam in registry.find_adapter("longformer").seams if seam.attends)
-    own = replace(seam, cls=f"{__name__}:HandsOn", verified={}, describe=lambda module: "by hand")
-    attnzoo.register_adapter(attnzoo.Adapter(model_types=("handed_on",), seams=(own,)))
+    point = next(point for point in registry.find_adapter("longformer").points if point.attends)
+    own = replace(point, cls=f"{__name__}:HandsOn", verified={}, describe=lambda module: "by hand")
+    attnzoo.register_adapter(attnzoo.Adapter(model_types=("handed_on",), points=(own,)))
     with attnzoo.patch(converted_roberta(HandsOn), "sdpa") as handle:
         assert {site.pattern for site in handle.sites} == {"by hand"}
     with attnzoo.patch(converted_roberta(), "sdpa") as handle:
@@ -109,9 +109,9 @@ def test_the_adapter_of_the_nearest_class_wins(registry_of_its_own):
 
 @pytest.mark.parametrize("type_", ["roberta", "mine"])
 def test_of_two_adapters_for_one_class_that_of_the_model_type_wins(registry_of_its_own, type_):
-    seam = next(seam for seam in registry.find_adapter("longformer").seams if seam.attends)
-    own = replace(seam, describe=lambda module: "by hand")
-    attnzoo.register_adapter(attnzoo.Adapter(model_types=("mine",), seams=(own,)))
+    point = next(point for point in registry.find_adapter("longformer").points if point.attends)
+    own = replace(point, describe=lambda module: "by hand")
+    attnzoo.register_adapter(attnzoo.Adapter(model_types=("mine",), points=(own,)))
     model = converted_roberta()
     model.config.model_type = type_
     with attnzoo.patch(model, "sdpa") as handle:

@@ -120,12 +120,12 @@ def original_in_disguise():
     """An adapter whose forward is the model's own in the first layer: nothing is asked of the backend there."""
 
     def bind(cls, attend):
-        own = seam.bind(cls, attend)
+        own = point.bind(cls, attend)
         return lambda module, *args, **kwargs: (cls.forward if module.layer_idx == 0 else own)(module, *args, **kwargs)
 
     honest = registry.find_adapter("gpt_neox")
-    seam, *companions = honest.seams
-    attnzoo.register_adapter(replace(honest, seams=(replace(seam, bind=bind), *companions)), replace=True)
+    point, *companions = honest.points
+    attnzoo.register_adapter(replace(honest, points=(replace(point, bind=bind), *companions)), replace=True)
     yield
     attnzoo.register_adapter(honest, replace=True)
 

@@ -113,7 +113,7 @@ PROBE = """
 
     import attnzoo
     import torch
-    from attnzoo import doctor
+    from attnzoo.reporting import doctor
 
     told = {f"{finding.kind} {finding.name}": [finding.ok, finding.detail] for finding in doctor.examine()}
     infos = {name: [info.available, info.reason] for name, info in attnzoo.backends().items()}

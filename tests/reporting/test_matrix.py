@@ -67,13 +67,13 @@ def hold(backend, modules, device):
 
 
 def test_every_kind_of_attention_module_is_there(families):
-    """Of every adapter, every seam: its examples reach them all, and at each site a patch finds nothing else."""
+    """Of every adapter, every point: its examples reach them all, and at each site a patch finds nothing else."""
     assert set(families) == set(registry.model_types())
     for model_type, modules in families.items():
         assert not isinstance(modules, str), f"{model_type}: {modules}"
-        seams = [seam for seam in registry.find_adapter(model_type).seams if seam.attends]
-        assert len(modules) >= len(seams)
-        assert {seam.cls.rpartition(":")[2] for seam in seams} == {module.cls for module in modules}
+        points = [point for point in registry.find_adapter(model_type).points if point.attends]
+        assert len(modules) >= len(points)
+        assert {point.cls.rpartition(":")[2] for point in points} == {module.cls for module in modules}
 
 
 def test_every_cell_is_there_and_runs_or_says_why_not(families):
@@ -239,7 +239,7 @@ def test_an_unknown_family_is_named():
 
 
 def test_a_family_that_cannot_be_built_says_why(monkeypatch):
-    adapter = attnzoo.Adapter(model_types=("no_such_type",), seams=())
+    adapter = attnzoo.Adapter(model_types=("no_such_type",), points=())
     attnzoo.register_adapter(adapter)
     try:
         found = matrix.families(("no_such_type",))

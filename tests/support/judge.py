@@ -54,7 +54,7 @@ def chunked(model, inputs, sizes, static):
 def hashes_of(model):
     """A context that records what the model's attentions choose at random: the buckets of those that hash."""
     found = find_sites(model)
-    return recording({one.name: (one.module, one.seam.replay) for one in found if one.seam.replay is not None})
+    return recording({one.name: (one.module, one.point.replay) for one in found if one.point.replay is not None})
 
 
 def run(model, inputs, mode, patch=None):
@@ -104,7 +104,7 @@ def judge(family, inputs, mode, dtype=torch.float32):
     oracle = again("eager", torch.float64, "train" if mode == "checkpointed" else mode)
     assert oracle.pop("refused", None) == original.get("refused") == eager.get("refused") == fused.get("refused")
     assert oracle.keys() == original.keys() - {"refused"}
-    whole = not any(one.seam.backward_in_training for one in find_sites(model))
+    whole = not any(one.point.backward_in_training for one in find_sites(model))
     assert oracle.keys() >= ({"logits", "gradient"} if whole else {"logits"} if mode == "eval" else set())
     for what, reference in oracle.items():
         verdicts = [

@@ -34,7 +34,7 @@ class ApproximateBackend(Backend):
     Attributes:
         inner: the exact backend that computes, by name; ``"auto"`` chooses one.
         kept: the attention is bounded by the model itself, so that nothing of it is changed. Not an option:
-            :meth:`settle` finds it out.
+            :meth:`bind_to_site` finds it out.
     """
 
     needed: ClassVar[tuple[str, ...]] = ()
@@ -65,7 +65,7 @@ class ApproximateBackend(Backend):
 
     # --- what is changed
 
-    def settle(self, site: tuple[Request, ...], patch: tuple[Request, ...]) -> Backend:
+    def bind_to_site(self, site: tuple[Request, ...], patch: tuple[Request, ...]) -> Backend:
         """A site that is local of its own is left alone, in whatever it asks (short inputs, global tokens, decoding).
 
         So is, without options, all that stands beside such a site: nothing of a model that is local needs options.
@@ -74,7 +74,7 @@ class ApproximateBackend(Backend):
         bounded = any(map(_is_local, site)) or (bare and any(map(_is_local, patch)))
         return replace(self, kept=True) if bounded else self
 
-    def idle(self) -> tuple[str, ...]:
+    def unused_options(self) -> tuple[str, ...]:
         """All but ``inner``, where the attention is kept."""
         own = [one for one in fields(self) if self.kept and one.name in self.options() and one.name != "inner"]
         given = {one.name: getattr(self, one.name) for one in own if getattr(self, one.name) != one.default}

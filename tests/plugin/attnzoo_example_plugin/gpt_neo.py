@@ -47,7 +47,9 @@ class _Twin:
         if attention_mask is not None:
             sizes = (query.shape[0], query.shape[2], key.shape[2])
             # Once per forward, not per layer.
-            read = self._attend.once(attention_mask, "read", lambda given: attnzoo.read_attention_mask(given, sizes))
+            read = self._attend.cached_per_forward(
+                attention_mask, "read", lambda given: attnzoo.read_attention_mask(given, sizes)
+            )
             key_mask, mask, bias = read.key_mask, read.mask, read.bias
             # Every layer is causal up to the last key anyway.
             if read.pattern not in (attnzoo.Full(), attnzoo.Causal(), attnzoo.Causal(offset=sizes[2] - sizes[1])):
@@ -75,8 +77,8 @@ def _requests(module: Any) -> tuple[attnzoo.Request, ...]:
 GPT_NEO = attnzoo.Adapter(
     model_types=("gpt_neo",),
     versions="5.17 to 5.23",
-    seams=(
-        attnzoo.Seam(
+    points=(
+        attnzoo.PatchPoint(
             cls=f"{_MODULE}:GPTNeoSelfAttention",
             bind=attnzoo.bind_function(_forward),
             describe=lambda module: f"causal, {module.attention_type}",
