@@ -163,7 +163,7 @@ def test_broken_kernels_and_plots_break_nothing_else(tmp_path, kinds):
     available, reason = found["infos"]["xformers"]
     assert not available and f"xformers is broken: {KINDS[kinds[1]][1]}" in reason
     assert any(KINDS[kinds[1]][1] in line for line in found["explained"]["xformers"])
-    assert all(found["told"][f"model {model_type}"][0] for model_type in attnzoo.registry.model_types())
+    assert all(found["told"][f"model {model_type}"][0] for model_type in attnzoo.registry.registry.model_types())
     assert found["explained"]["sdpa"] == found["explained"]["eager"] == []
     assert found["ran"] == [["flash", 1]] and found["attended"] == [1, 2, 5, 8]
     assert f"({KINDS[kinds[2]][1]}" in found["plots"] and "--no-plot" in found["plots"]
@@ -175,5 +175,5 @@ def test_a_broken_accelerate_breaks_transformers_and_nothing_of_ours(tmp_path):
     found = probe(tmp_path)
     assert "9.9 is broken: SystemExit: needs a GPU" in found["told"]["package accelerate"][1]
     assert found["infos"]["sdpa"][0] and found["attended"] == [1, 2, 5, 8]
-    for model_type in attnzoo.registry.model_types():
+    for model_type in attnzoo.registry.registry.model_types():
         assert "cannot be imported: SystemExit: needs a GPU" in found["told"][f"model {model_type}"][1]
