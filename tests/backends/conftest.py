@@ -1,4 +1,4 @@
-"""Kernels that are not here: fake packages, planted for one test, on a machine that seems to have a device for them."""
+"""Fixtures for kernels that are not installed: fake packages on a CPU that stands for a GPU."""
 
 import importlib
 import sys
@@ -18,8 +18,8 @@ FAKES = Path(__file__).parent / "fakes"
 PACKAGES = ("flash_attn", "xformers")
 
 
-def forget():
-    """Forget what was looked up and what was refused."""
+def clear_caches():
+    """Clear the caches of package look-ups and of refusals."""
     for module in (flash_attn_kernel, varlen_kernel, xformers_kernels):
         for value in vars(module).values():
             if hasattr(value, "cache_clear") and value.__module__ == module.__name__:
@@ -28,26 +28,26 @@ def forget():
 
 
 def unload():
-    """Forget the optional packages, as if nobody had imported them; returns what they were."""
+    """Remove the optional packages from sys.modules and return them."""
     names = [name for name in sys.modules if name.partition(".")[0] in PACKAGES]
     return {name: sys.modules.pop(name) for name in names}
 
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """Everything optional is looked up anew, before the test and after it."""
+    """Look up optional packages again, before and after the test."""
     imported = unload()
-    forget()
+    clear_caches()
     yield monkeypatch
     monkeypatch.undo()
     unload()
     sys.modules.update(imported)
-    forget()
+    clear_caches()
 
 
 @pytest.fixture
 def on_cpu(fresh):
-    """The CPU is taken for a device that the kernels run on."""
+    """Let the kernels run on the CPU."""
     fresh.setattr(packed, "no_device", lambda: None)
     fresh.setattr(xformers_kernels, "example_device", lambda: torch.device("cpu"))
     for backend in (FlashBackend, XformersBackend):
@@ -57,20 +57,20 @@ def on_cpu(fresh):
 
 @pytest.fixture
 def flash_attn(on_cpu):
-    """The fake flash_attn; what is called of it is in ``CALLS``."""
+    """The fake flash_attn, which records its calls in ``CALLS``."""
     on_cpu.syspath_prepend(FAKES / "flash_attn_package")
     return importlib.import_module("flash_attn.flash_attn_interface")
 
 
 @pytest.fixture
 def xformers(on_cpu):
-    """The fake xformers; what is called of it is in ``CALLS``."""
+    """The fake xformers, which records its calls in ``CALLS``."""
     on_cpu.syspath_prepend(FAKES / "xformers_package")
     return importlib.import_module("xformers.ops.fmha")
 
 
 @pytest.fixture
 def varlen(on_cpu):
-    """PyTorch's operators behind ``varlen_attn``, on the CPU; gives the calls made of them."""
-    with aten.planted() as made:
-        yield made
+    """PyTorch's operators behind ``varlen_attn`` on the CPU; yields their calls."""
+    with aten.cpu_operators() as calls:
+        yield calls

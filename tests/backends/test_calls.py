@@ -1,4 +1,4 @@
-"""The arithmetic of calls: whatever the pattern and the masks, each query meets each key it sees exactly once."""
+"""The plan of calls: for any pattern and masks, each query meets each key it sees exactly once."""
 
 import pytest
 import torch
@@ -13,16 +13,15 @@ from attnzoo.backends.varlen.sorted_calls import fold_heads
 from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
 
 
-def meetings(attention, planned):
-    """How often each query meets each key of each segment in the calls, ``(batch, q_len, kv_len)``; hidden keys do not.
+def meetings(attention, plan):
+    """How often each query meets each visible key of each segment in the calls: ``(batch, q_len, kv_len)`` each.
 
-    Read off the calls as a kernel would: the last query of each sequence stands at its last key. FlashAttention takes
-    an extent for none that is as long as the longest sequence of keys; and instead of none, it puts that length beside
-    an extent that there is.
+    It reads the calls as FlashAttention does: the last query of a sequence is at its last key, an extent >= the longest
+    sequence of keys means no limit, and if only one extent has no limit, it becomes that length.
     """
     counts = [torch.zeros(attention.batch * attention.q_len + 1, attention.batch * s.kv_len + 1, dtype=torch.long)
               for s in attention.segments]  # fmt: skip
-    for call in planned.calls:
+    for call in plan.calls:
         sequences = call.sequences
         left, right = (
             -1 if extent >= max(sequences.k_lens) else extent for extent in (sequences.left, sequences.right)
@@ -34,44 +33,44 @@ def meetings(attention, planned):
         assert len(q_rows) == sum(sequences.q_lens) and len(k_rows) == sum(sequences.k_lens)
         pairs = zip(q_rows.split(sequences.q_lens), k_rows.split(sequences.k_lens), strict=True)
         for queries, keys in pairs:
-            place = torch.arange(len(queries))[:, None] + len(keys) - len(queries)
+            position = torch.arange(len(queries))[:, None] + len(keys) - len(queries)
             key = torch.arange(len(keys))
-            seen = torch.ones((len(queries), len(keys)), dtype=torch.bool)
+            visible = torch.ones((len(queries), len(keys)), dtype=torch.bool)
             if left >= 0:
-                seen &= key >= place - left
+                visible &= key >= position - left
             if right >= 0:
-                seen &= key <= place + right
-            assert seen.any(1).all(), "a query in a call that sees no key of it"
-            counts[call.segment].index_put_((queries[:, None], keys[None]), seen.long(), accumulate=True)
-    found = []
-    for count, segment, hidden in zip(counts, attention.segments, planned.hidden, strict=True):
+                visible &= key <= position + right
+            assert visible.any(1).all(), "a query of the call sees no key of the call"
+            counts[call.segment].index_put_((queries[:, None], keys[None]), visible.long(), accumulate=True)
+    met = []
+    for count, segment, hidden in zip(counts, attention.segments, plan.hidden, strict=True):
         count = count[:-1, :-1].unflatten(1, (attention.batch, -1)).unflatten(0, (attention.batch, -1))
-        own = torch.stack([count[sample, :, sample] for sample in range(attention.batch)])
-        assert int(own.sum()) == int(count.sum()), "a query meets the keys of another sample"
+        per_sample = torch.stack([count[sample, :, sample] for sample in range(attention.batch)])
+        assert int(per_sample.sum()) == int(count.sum()), "a query meets the keys of another sample"
         if hidden is not None:
             assert segment.key_mask is not None
-            own = own * ~hidden[:, None]
-        found.append(own)
-    return found
+            per_sample = per_sample * ~hidden[:, None]
+        met.append(per_sample)
+    return met
 
 
-def truth(attention, segment):
-    """Who sees whom by definition, ``(batch, q_len, kv_len)`` bool, for one head."""
-    seen = segment.visible(torch.arange(attention.q_len), torch.arange(segment.kv_len), attention.q_len)
+def visible_keys(attention, segment):
+    """Which keys each query sees by definition, ``(batch, q_len, kv_len)`` bool, for one head."""
+    visible = segment.visible(torch.arange(attention.q_len), torch.arange(segment.kv_len), attention.q_len)
     shape = (attention.batch, attention.q_len, segment.kv_len)
-    return torch.ones(shape, dtype=torch.bool) if seen is None else seen[:, 0].expand(shape)
+    return torch.ones(shape, dtype=torch.bool) if visible is None else visible[:, 0].expand(shape)
 
 
 def check(attention, windows=True):
-    planned = plan_calls(attention, windows)
-    for segment, met in zip(attention.segments, meetings(attention, planned), strict=True):
+    plan = plan_calls(attention, windows)
+    for segment, met in zip(attention.segments, meetings(attention, plan), strict=True):
         real = torch.ones(attention.batch, attention.q_len, 1, dtype=torch.bool)
         if attention.query_mask is not None:
             real = attention.query_mask[..., None]
-        expected = truth(attention, segment)
+        expected = visible_keys(attention, segment)
         assert torch.equal((met * real).bool(), expected & real)
         assert int(met.max()) <= 1, "a query meets a key twice"
-    return planned
+    return plan
 
 
 masks = st.sampled_from(["none", "left", "right", "both", "holes", "sample", "nothing"])
@@ -87,7 +86,7 @@ patterns = st.one_of(
 
 
 def mask_of(kind, length):
-    """Bool ``(3, length)``, of the kind in one way or another in each sample."""
+    """Bool ``(3, length)``: a mask of this kind, different in each sample."""
     mask = torch.ones((3, length), dtype=torch.bool)
     for row in range(3):
         cut = (row + 1) * length // 4
@@ -111,20 +110,20 @@ def test_every_query_meets_every_key_it_sees_once(pattern, q_len, kv_len, of_key
     key = torch.zeros(3, 1, kv_len, 2)
     segment = attnzoo.Segment(key, key, pattern, key_mask=mask_of(of_keys, kv_len))
     attention = attnzoo.Attention(torch.zeros(3, 1, q_len, 2), (segment,), 1.0, query_mask=mask_of(of_queries, q_len))
-    planned = check(attention, windows)
+    plan = check(attention, windows)
     (request,) = attention.request().segments
-    if planned.hidden[0] is not None:
+    if plan.hidden[0] is not None:
         assert may_hide_keys(request)
     if not may_hide_keys(request):
-        rows = [call.q_rows for call in planned.calls]
-        total = sum(sum(call.sequences.q_lens) for call in planned.calls)
+        rows = [call.q_rows for call in plan.calls]
+        total = sum(sum(call.sequences.q_lens) for call in plan.calls)
         assert total <= 3 * q_len and (len(rows) <= 1 or len(torch.cat(rows).unique()) == total), "a query in two calls"
     if not windows:
-        assert all((call.sequences.left, call.sequences.right) in ((-1, -1), (-1, 0)) for call in planned.calls)
+        assert all((call.sequences.left, call.sequences.right) in ((-1, -1), (-1, 0)) for call in plan.calls)
 
 
 @given(st.integers(1, 5), st.integers(0, 2), st.integers(0, 2), st.booleans(), st.integers(1, 13), masks)
-def test_sorted_chunks_meet_by_token(length, before, after, causal, tokens, of_keys):
+def test_sorted_chunks_meet_the_keys_that_their_tokens_allow(length, before, after, causal, tokens, of_keys):
     random = torch.Generator().manual_seed(tokens)
     orders = [torch.rand((3, 2, tokens), generator=random).argsort(-1) for _ in range(2)]
     token = torch.cat(orders, dim=2)
@@ -140,8 +139,8 @@ def test_sorted_chunks_meet_by_token(length, before, after, causal, tokens, of_k
 
 
 @pytest.fixture
-def few(monkeypatch):
-    """Kernels count no more than two sequences."""
+def two_sequences(monkeypatch):
+    """Let kernels count at most two sequences."""
     monkeypatch.setattr(calls, "MAX_SEQUENCES", 2)
     monkeypatch.setattr(calls, "_plans", TensorCache())
 
@@ -150,65 +149,65 @@ def few(monkeypatch):
 @pytest.mark.parametrize(
     "pattern", [Full(), Causal(), Window(4, 3), Chunks(3, 1, 1), Chunks(4, 1, 0, causal=True), SortedChunks(4)], ids=str
 )
-def test_too_many_sequences_are_several_calls(few, pattern, of_keys):
+def test_too_many_sequences_become_several_calls(two_sequences, pattern, of_keys):
     key = torch.zeros(3, 1, 14, 2)
     if isinstance(pattern, SortedChunks):
         order = torch.arange(14).flip(0).expand(3, 1, 14)
         pattern = SortedChunks(4, 1, 0, order=order, token=order)
     segment = attnzoo.Segment(key, key, pattern, key_mask=mask_of(of_keys, 14))
-    planned = check(attnzoo.Attention(key, (segment,), 1.0))
-    assert len(planned.calls) > 1 and max(len(call.sequences.q_lens) for call in planned.calls) <= 2
+    plan = check(attnzoo.Attention(key, (segment,), 1.0))
+    assert len(plan.calls) > 1 and max(len(call.sequences.q_lens) for call in plan.calls) <= 2
 
 
-def one(pattern, q_len, kv_len, key_mask=None, query_mask=None):
+def single_head(pattern, q_len, kv_len, key_mask=None, query_mask=None):
     key = torch.zeros(1, 1, kv_len, 2)
     segment = attnzoo.Segment(key, key, pattern, key_mask=key_mask)
     return attnzoo.Attention(torch.zeros(1, 1, q_len, 2), (segment,), 1.0, query_mask=query_mask)
 
 
 @pytest.mark.parametrize("pattern", [Full(), Causal(), Window(4, 4), Window(4, 0)], ids=str)
-def test_without_masks_nothing_is_gathered(pattern):
-    (call,) = plan_calls(one(pattern, 20, 20)).calls
+def test_a_plan_without_masks_gathers_no_rows(pattern):
+    (call,) = plan_calls(single_head(pattern, 20, 20)).calls
     assert call.q_rows is None and call.k_rows is None
     window = (pattern.left, pattern.right) if isinstance(pattern, Window) else (-1, 0 if pattern == Causal() else -1)
     assert (call.sequences.left, call.sequences.right) == window
 
 
-def test_right_padding_of_a_window_moves_nothing():
+def test_right_padding_does_not_change_the_window():
     real = torch.arange(20)[None] < 13
-    planned = plan_calls(one(Window(4, 4), 20, 20, key_mask=real, query_mask=real))
-    (call,) = planned.calls
-    assert planned.hidden == (None,)
+    plan = plan_calls(single_head(Window(4, 4), 20, 20, key_mask=real, query_mask=real))
+    (call,) = plan.calls
+    assert plan.hidden == (None,)
     assert (call.sequences.q_lens, call.sequences.k_lens) == ((13,), (13,))
     assert (call.sequences.left, call.sequences.right) == (4, 4)
 
 
-def test_a_leading_global_token_out_of_the_window_hides_nothing():
+def test_a_hidden_first_key_is_left_out_of_the_call():
     ordinary = torch.arange(20)[None] > 0
-    planned = plan_calls(one(Window(4, 4), 20, 20, key_mask=ordinary))
-    (call,) = planned.calls
-    assert planned.hidden == (None,) and (call.sequences.q_lens, call.sequences.k_lens) == ((20,), (19,))
+    plan = plan_calls(single_head(Window(4, 4), 20, 20, key_mask=ordinary))
+    (call,) = plan.calls
+    assert plan.hidden == (None,) and (call.sequences.q_lens, call.sequences.k_lens) == ((20,), (19,))
 
 
-def test_a_global_token_in_the_middle_is_hidden_where_it_is():
+def test_a_hidden_key_in_the_middle_keeps_its_position():
     ordinary = torch.arange(20)[None] != 9
-    planned = plan_calls(one(Window(4, 4), 20, 20, key_mask=ordinary))
-    (hidden,) = planned.hidden
+    plan = plan_calls(single_head(Window(4, 4), 20, 20, key_mask=ordinary))
+    (hidden,) = plan.hidden
     assert hidden.nonzero().tolist() == [[0, 9]]
-    assert planned.calls[0].q_rows is None and planned.calls[0].k_rows is None
+    assert plan.calls[0].q_rows is None and plan.calls[0].k_rows is None
 
 
-def test_one_new_token_sees_its_window_of_the_cache():
-    (call,) = plan_calls(one(Window(4, 0), 1, 20)).calls
+def test_a_new_token_reads_only_its_window_of_the_cache():
+    (call,) = plan_calls(single_head(Window(4, 0), 1, 20)).calls
     assert call.sequences.k_lens == (5,) and call.k_rows.tolist() == [15, 16, 17, 18, 19]
 
 
-def test_layers_that_share_masks_share_the_plan_calls():
+def test_layers_with_equal_masks_share_the_plan():
     mask = torch.arange(20)[None] < 13
-    first = plan_calls(one(Window(4, 4), 20, 20, key_mask=mask))
-    assert plan_calls(one(Window(4, 4), 20, 20, key_mask=mask)) is first
-    assert plan_calls(one(Window(4, 3), 20, 20, key_mask=mask)) is not first
-    assert plan_calls(one(Window(4, 4), 20, 20, query_mask=mask)) is not first
-    assert plan_calls(one(Window(4, 4), 20, 20, key_mask=mask.clone())) is first, "the same content"
+    first = plan_calls(single_head(Window(4, 4), 20, 20, key_mask=mask))
+    assert plan_calls(single_head(Window(4, 4), 20, 20, key_mask=mask)) is first
+    assert plan_calls(single_head(Window(4, 3), 20, 20, key_mask=mask)) is not first
+    assert plan_calls(single_head(Window(4, 4), 20, 20, query_mask=mask)) is not first
+    assert plan_calls(single_head(Window(4, 4), 20, 20, key_mask=mask.clone())) is first, "the same content"
     mask.numpy()[0, 13] = True
-    assert plan_calls(one(Window(4, 4), 20, 20, key_mask=mask)).calls[0].sequences.k_lens == (14,)
+    assert plan_calls(single_head(Window(4, 4), 20, 20, key_mask=mask)).calls[0].sequences.k_lens == (14,)

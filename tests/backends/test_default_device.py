@@ -1,4 +1,4 @@
-"""Tensors are made where the attention's are, whatever device the user made the default."""
+"""Backends create tensors on the attention's device, whatever the default device is."""
 
 import pytest
 import torch
@@ -27,15 +27,15 @@ LSH = {"num_hashes": 2, "chunk_length": 8, "num_buckets": 4}
         ("causal", "blocked-local", {"window": 4, "sinks": 2}),
     ],
 )
-def test_a_check_passes_whatever_the_default_device(case, name, options):
+def test_a_check_passes_with_another_default_device(case, name, options):
     whole, backend = CASES[case].attention(), registry.make_backend(name, **options)
-    with torch.device("meta"):  # nothing can be computed there
+    with torch.device("meta"):  # no operation can compute there
         report = check_site("case", whole, backend, grad=True, max_rows=20)
     assert report.ok, report
 
 
-def test_keys_whose_rows_lie_apart():
-    """Blocks that look alike have them laid side by side, in memory of their own."""
+def test_scratch_memory_is_on_the_cpu():
+    """Stacked blocks copy keys whose rows are apart to scratch memory."""
     query, key, value = (torch.randn(1, 600, 2, 8).transpose(1, 2) for _ in range(3))
     whole = attnzoo.Attention(query, (attnzoo.Segment(key, value, attnzoo.Window(32, 32)),), 0.3)
     with torch.device("meta"):
@@ -43,13 +43,13 @@ def test_keys_whose_rows_lie_apart():
     assert report.ok, report
 
 
-def test_plain_operations_on_several_passes():
+def test_math_blocks_work_with_another_default_device():
     whole = Case(pattern=HashedChunks(5), dropout=0.25).attention()
     with torch.device("meta"):
         assert registry.make_backend("sdpa").run(whole).output.device.type == "cpu"
 
 
-def test_blocks_of_flex_attention():
+def test_block_lists_work_with_another_default_device():
     whole = Case(pattern=attnzoo.Window(7, 1), mask="keys", q_len=143, kv_len=143, grad=False).attention()
     with torch.device("meta"):
         assert all(indices.device.type == "cpu" for indices in block_lists(whole, BlockShape(64, 64)))

@@ -1,4 +1,4 @@
-"""What ``flash_attention_2`` gives to the kernels: packed rows, extents, heads, scales, and which kernel gets them."""
+"""What ``flash_attention_2`` passes to its kernels: packed rows, window extents, heads, scales."""
 
 import functools
 from dataclasses import replace
@@ -11,7 +11,7 @@ from attnzoo.backends.varlen import flash_attn_kernel
 from attnzoo.backends.varlen.flash import FlashBackend
 from attnzoo.spec.patterns import SortedChunks
 from attnzoo.testing import Case
-from tests.support.half import HALF, agrees, attention, real
+from tests.support.half import HALF, agrees, attention, unpadded
 
 
 def ran(flash_attn, whole):
@@ -21,7 +21,7 @@ def ran(flash_attn, whole):
     return [(name, given) for name, given in flash_attn.CALLS], result.output
 
 
-def test_one_call_is_one_call_of_the_public_function(flash_attn):
+def test_a_single_call_uses_the_public_function(flash_attn):
     for pattern, causal, window in (
         (attnzoo.Full(), False, (-1, -1)),
         (attnzoo.Causal(), True, (-1, 0)),
@@ -33,8 +33,8 @@ def test_one_call_is_one_call_of_the_public_function(flash_attn):
         assert given["cu_q"].tolist() == given["cu_k"].tolist() == [0, 20, 40]
 
 
-def test_padding_is_packed_away(flash_attn):
-    mask = real(13, 7)
+def test_padding_is_left_out_of_the_packed_rows(flash_attn):
+    mask = unpadded(13, 7)
     for pattern in (attnzoo.Full(), attnzoo.Causal(), attnzoo.Window(4, 4)):
         [(name, given)], _ = ran(flash_attn, attention(pattern, key_mask=mask, query_mask=mask))
         assert name == "func"
@@ -44,14 +44,14 @@ def test_padding_is_packed_away(flash_attn):
 
 @pytest.mark.parametrize("pattern", [attnzoo.Causal(), attnzoo.Window(9, 7), attnzoo.Window(2, 9)], ids=str)
 @pytest.mark.parametrize("kernel", [None, "varlen"])
-def test_a_sample_shorter_than_half_of_the_batch_keeps_its_extents(flash_attn, varlen, pattern, kernel):
-    """Kernels take an extent for none that is as long as the keys are: see :func:`calls._cut`."""
-    agrees(attention(pattern, key_mask=real(6, 3)), FlashBackend(kernel=kernel))
-    agrees(attention(pattern, key_mask=real(20, 6).flip(1)), FlashBackend(kernel=kernel))
+def test_a_short_sample_in_a_long_batch_keeps_its_window(flash_attn, varlen, pattern, kernel):
+    """Kernels treat an extent >= the longest sequence of keys as no limit: see :func:`calls._cut`."""
+    agrees(attention(pattern, key_mask=unpadded(6, 3)), FlashBackend(kernel=kernel))
+    agrees(attention(pattern, key_mask=unpadded(20, 6).flip(1)), FlashBackend(kernel=kernel))
 
 
-def test_a_sample_of_padding_is_in_no_call(flash_attn):
-    [(_, given)], output = ran(flash_attn, attention(attnzoo.Full(), key_mask=real(20, 0)))
+def test_a_sample_that_is_all_padding_is_in_no_call(flash_attn):
+    [(_, given)], output = ran(flash_attn, attention(attnzoo.Full(), key_mask=unpadded(20, 0)))
     assert given["cu_q"].tolist() == [0, 20]
     assert (output[1] == 0).all()
 
@@ -68,7 +68,7 @@ def test_an_odd_head_dim_is_padded_and_the_scale_kept(flash_attn):
     agrees(whole, FlashBackend())
 
 
-def test_nothing_is_copied_that_need_not_be(flash_attn):
+def test_aligned_rows_are_not_copied(flash_attn):
     query, key, value = (torch.randn(2, 20, 2, 8, dtype=HALF).transpose(1, 2) for _ in range(3))
     whole = attnzoo.Attention(query, (attnzoo.Segment(key, value, attnzoo.Causal()),), 1.0)
     [(_, given)], _ = ran(flash_attn, whole)
@@ -76,23 +76,23 @@ def test_nothing_is_copied_that_need_not_be(flash_attn):
 
 
 @pytest.mark.parametrize("width", [9, 16])
-def test_what_does_not_lie_on_16_bytes_is_copied(flash_attn, width):
+def test_rows_that_are_not_aligned_to_16_bytes_are_copied(flash_attn, width):
     query, key, value = (torch.randn(2, 20, 2, width).half()[..., 1:9].transpose(1, 2) for _ in range(3))
-    crooked = attnzoo.Attention(query, (attnzoo.Segment(key, value, attnzoo.Causal()),), 0.3)
-    straight = crooked.with_tensors(tuple(tensor.contiguous() for tensor in crooked.tensors()))
-    assert torch.equal(FlashBackend().run(crooked).output, FlashBackend().run(straight).output)
+    unaligned = attnzoo.Attention(query, (attnzoo.Segment(key, value, attnzoo.Causal()),), 0.3)
+    aligned = unaligned.with_tensors(tuple(tensor.contiguous() for tensor in unaligned.tensors()))
+    assert torch.equal(FlashBackend().run(unaligned).output, FlashBackend().run(aligned).output)
 
 
 @pytest.mark.parametrize("kernel", ["flash_attn", "varlen"])
-def test_more_sequences_than_a_grid_has_places_for_are_more_calls(flash_attn, varlen, kernel):
+def test_more_sequences_than_the_grid_allows_become_several_calls(flash_attn, varlen, kernel):
     key, value = (torch.randn(2, 1, 33000, 8, dtype=HALF) for _ in range(2))
     segment = attnzoo.Segment(key, value, attnzoo.Chunks(1, 0, 0))
     output = FlashBackend(kernel=kernel).run(attnzoo.Attention(key, (segment,), 1.0)).output
     assert torch.equal(output, value)
 
 
-def test_where_nothing_is_seen_no_kernel_runs(flash_attn):
-    whole = attention(attnzoo.Causal(), key_mask=real(0, 0), grad=True)
+def test_no_kernel_runs_if_no_query_sees_a_key(flash_attn):
+    whole = attention(attnzoo.Causal(), key_mask=unpadded(0, 0), grad=True)
     flash_attn.CALLS.clear()
     result = FlashBackend().run(whole)
     result.output.sum().backward()
@@ -119,24 +119,24 @@ def test_window_and_globals_are_united_and_each_backward_gets_the_final_lse(flas
     torch.testing.assert_close(first["lse"], true, atol=1e-5, rtol=0.0)
 
 
-def test_lsh_rounds_are_causal_calls_that_meet_by_token(flash_attn):
+def test_lsh_rounds_become_causal_calls(flash_attn):
     whole = Case(HALF, SortedChunks(8, 1, 0, causal=True), q_len=16, kv_len=16, grad=False).attention()
     calls, _ = ran(flash_attn, whole)
     assert [given["causal"] for _, given in calls] == [True] * len(calls)
-    assert {given["q"].shape[1] for _, given in calls} == {1}  # each head sorts its own
+    assert {given["q"].shape[1] for _, given in calls} == {1}  # each head has another order
     both = Case(HALF, SortedChunks(8, 1, 0), q_len=16, kv_len=16, grad=False).attention()
-    assert len(ran(flash_attn, both)[0]) == 2 * len(calls)  # tokens before its own, and after it
+    assert len(ran(flash_attn, both)[0]) == 2 * len(calls)  # earlier tokens, and later tokens
 
 
-def test_sorted_keys_beside_others(flash_attn):
-    """The spare row of sorted keys is in no other call: the fake checks that lengths add up to the rows given."""
+def test_sorted_segments_mix_with_others(flash_attn):
+    """Other calls do not use the spare row: the fake checks that the lengths sum to the number of rows."""
     whole = Case(HALF, SortedChunks(8, 1, 0, causal=True), q_len=16, kv_len=16).attention()
     few, every = (torch.randn((*whole.query.shape[:2], n, whole.head_dim)).to(HALF) for n in (5, 16))
     others = (attnzoo.Segment(few, few), attnzoo.Segment(every, every, attnzoo.Causal()))
     agrees(attnzoo.Attention(whole.query, (*whole.segments, *others), whole.scale), FlashBackend())
 
 
-def test_the_kernel_is_the_packages_if_it_is_there_and_torchs_if_not(flash_attn, varlen, monkeypatch):
+def test_the_flash_attn_kernel_comes_before_the_one_of_torch(flash_attn, varlen, monkeypatch):
     whole = attention(attnzoo.Causal())
     assert FlashBackend().run(whole).kernel == "flash_attn"
     assert FlashBackend(kernel="varlen").run(whole).kernel == "varlen"
@@ -144,16 +144,16 @@ def test_the_kernel_is_the_packages_if_it_is_there_and_torchs_if_not(flash_attn,
     assert FlashBackend().run(whole).kernel == "varlen"
 
 
-def test_deterministic_algorithms_are_asked_for(flash_attn, monkeypatch):
-    asked, original = [], flash_attn.flash_attn_varlen_func
+def test_deterministic_algorithms_are_requested_from_the_kernel(flash_attn, monkeypatch):
+    requested, original = [], flash_attn.flash_attn_varlen_func
 
     @functools.wraps(original)
-    def noting(*args, **kwargs):
-        asked.append(kwargs["deterministic"])
+    def record(*args, **kwargs):
+        requested.append(kwargs["deterministic"])
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", noting)
+    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", record)
     FlashBackend().run(attention(attnzoo.Full()))
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     FlashBackend().run(attention(attnzoo.Full()))
-    assert asked == [False, True]
+    assert requested == [False, True]

@@ -1,4 +1,4 @@
-"""What the private CPU FlashAttention operators are relied on to do, and that the backend does without them."""
+"""The private CPU FlashAttention operators do what the backend relies on, and the backend also works without them."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def tensors(dtype=torch.float64, q_len=5, kv_len=7):
     return [torch.randn(2, 3, n, 8, dtype=dtype) for n in (q_len, kv_len, kv_len)]
 
 
-def test_the_installed_torch_has_them():
+def test_the_installed_torch_has_the_operators():
     assert flash_cpu.unavailable() is None
 
 
@@ -36,7 +36,7 @@ def test_lse_is_the_logsumexp_of_the_masked_scores(dtype):
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=8 * torch.finfo(dtype).eps, rtol=0.0)
 
 
-def test_a_row_that_sees_nothing_has_output_0_and_lse_0():
+def test_a_row_that_sees_no_key_has_output_0_and_lse_0():
     query, key, value = tensors()
     mask = torch.zeros(2, 3, 5, 7, dtype=query.dtype)
     mask[0, 0, 2] = float("-inf")
@@ -59,12 +59,12 @@ def test_the_backward_of_a_part_is_exact_with_the_final_out_and_lse():
         got[0].add_(grads[0])
         got[1].append(grads[1])
         got[2].append(grads[2])
-    for one, other in zip((got[0], torch.cat(got[1], 2), torch.cat(got[2], 2)), expected, strict=True):
-        torch.testing.assert_close(one, other)
+    for actual, wanted in zip((got[0], torch.cat(got[1], 2), torch.cat(got[2], 2)), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
 
 
 @pytest.mark.parametrize("missing", [flash_cpu._FORWARD, flash_cpu._BACKWARD])
-def test_without_them_sdpa_runs_on_public_functions(monkeypatch, missing):
+def test_sdpa_runs_on_public_functions_without_the_operators(monkeypatch, missing):
     class Ops:
         def __getattr__(self, name):
             if name == missing:
@@ -85,11 +85,11 @@ def test_without_them_sdpa_runs_on_public_functions(monkeypatch, missing):
         flash_cpu.unavailable.cache_clear()
 
 
-def test_the_graph_does_not_keep_query_keys_and_values_twice():
+def test_the_graph_keeps_each_tensor_only_once():
     query, key, value = (tensor.requires_grad_() for tensor in tensors(torch.float32, 300, 300))
     attention = attnzoo.Attention(query, (attnzoo.Segment(key, value, attnzoo.Window(8, 8)),), 1.0)
-    hollow = flash_cpu._without_storage(attention)
-    for tensor in (hollow.query, hollow.segments[0].key, hollow.segments[0].value):
+    shells = flash_cpu._without_storage(attention)
+    for tensor in (shells.query, shells.segments[0].key, shells.segments[0].value):
         assert tensor.untyped_storage().nbytes() <= 8
 
 
@@ -110,26 +110,26 @@ def test_a_backward_inside_autocast_is_as_exact_as_outside(trained):
         assert torch.equal(inside, outside)
 
 
-def test_gradients_by_hand_do_not_inherit_the_kernels_roundings():
+def test_gradients_by_hand_do_not_use_the_rounded_out_and_lse():
     query, key, value = (tensor.requires_grad_() for tensor in tensors(torch.float64))
     scores = query @ key.transpose(-1, -2) * 0.4
     out, lse = torch.softmax(scores, -1) @ value, scores.logsumexp(-1)
     cotangent = torch.randn_like(out)
     expected = torch.autograd.grad(out, (query, key, value, scores), cotangent)
-    rows = [tensor.detach() for tensor in (cotangent, query, out + 0.1, lse + 0.1)]  # as wrong as can be
+    rows = [tensor.detach() for tensor in (cotangent, query, out + 0.1, lse + 0.1)]  # wrong on purpose
     pairs = [(key.detach()[:, :, part], value.detach()[:, :, part]) for part in (slice(0, 3), slice(3, 7))]
     parts = backward_by_hand(rows, pairs, [None, None], 0.4, is_whole=True)
     got = [sum(part[0] for part in parts), *(torch.cat([p[i] for p in parts], 2) for i in (1, 2))]
-    for one, other in zip(got, expected, strict=False):
-        torch.testing.assert_close(one, other)
+    for actual, wanted in zip(got, expected, strict=False):
+        torch.testing.assert_close(actual, wanted)
     grad_scores = torch.cat([part[3] for part in parts], dim=-1)
     torch.testing.assert_close(grad_scores, expected[3])
     assert grad_scores.sum(-1).abs().max() < 1e-14, "a constant added to a row's scores changes nothing"
 
 
 @pytest.mark.parametrize("written", ["key_mask", "mask", "bias", "trained"])
-def test_masks_and_biases_written_to_before_the_backward_are_noticed(written):
-    """It makes its terms from them again: gradients of another attention, were it silent."""
+def test_writing_to_a_mask_or_bias_before_the_backward_raises(written):
+    """The backward reads them again, so its gradients would silently be those of another attention."""
     query, key, value = (tensor.requires_grad_() for tensor in tensors(kv_len=5))
     masks = {"key_mask": torch.ones(2, 5, dtype=torch.bool), "mask": torch.rand(1, 1, 5, 5) < 0.8}
     table = torch.randn(3, 7, requires_grad=written == "trained") * 1.0
@@ -145,7 +145,7 @@ def test_masks_and_biases_written_to_before_the_backward_are_noticed(written):
         output.sum().backward()
 
 
-def test_masks_made_in_inference_mode_can_be_trained_with():
+def test_masks_from_inference_mode_work_in_training():
     with torch.inference_mode():
         key_mask = torch.arange(5).expand(2, 5) < 4
     query, key, value = (tensor.requires_grad_() for tensor in tensors(kv_len=5))
@@ -156,8 +156,8 @@ def test_masks_made_in_inference_mode_can_be_trained_with():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("pattern", [SortedChunks(8, 1, 1), HashedChunks(5, 1, 1)], ids=str)
-def test_a_trained_bias_beside_keys_in_an_order_of_their_own(pattern, dtype):
-    """They are a pass of their own, and their weight counts in the gradient of the bias, too."""
+def test_a_trained_bias_works_beside_reordered_keys(pattern, dtype):
+    """The reordered keys are another pass, whose softmax weight enters the gradient of the bias."""
     whole = Case(dtype, pattern, q_len=300, kv_len=300).attention()
     key, value = (torch.randn(3, 4, 40, whole.head_dim).to(dtype) for _ in range(2))
     bias = attnzoo.RelativeBias(torch.randn(4, 5).to(dtype).requires_grad_(), 2)

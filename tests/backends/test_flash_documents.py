@@ -1,4 +1,4 @@
-"""Packed rows on kernels for sequences of varying lengths: documents become sequences, and no mask is needed."""
+"""Packed rows on kernels for packed sequences: documents become sequences and need no mask."""
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ from tests.support.models import gpt_neox
 
 
 @pytest.mark.parametrize("lengths", [(5, 9, 6), (10, 10), (3, -2, 15), (1,) * 20], ids=str)
-def test_documents_are_sequences_of_one_call(varlen, lengths):
-    """Hidden tokens are in no sequence, and padding beside short documents is packed away."""
+def test_documents_become_the_sequences_of_one_call(varlen, lengths):
+    """Hidden tokens and padding are in no sequence."""
     mask = grid_of(lengths)[:, None].expand(2, -1, -1, -1)
     whole = attnzoo.Attention(heads(20), (attnzoo.Segment(heads(20, seed=1), heads(20, seed=2), mask=mask),), 0.3)
     site = Site("flash_attention_2")
@@ -29,8 +29,8 @@ def test_documents_are_sequences_of_one_call(varlen, lengths):
     assert torch.allclose(output.float(), expected.float(), atol=2e-3)
 
 
-def test_a_model_on_a_packed_row(varlen):
-    """Refused before: this backend takes no dense mask."""
+def test_a_model_runs_a_packed_row(varlen):
+    """The backend has no dense masks, so it refused packed rows before."""
     model = gpt_neox().to(HALF)
     with torch.no_grad():
         native = model(**ROW).logits

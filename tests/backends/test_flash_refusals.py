@@ -1,4 +1,4 @@
-"""What ``flash_attention_2`` refuses, and what it says where a kernel, a package or a device is missing."""
+"""What ``flash_attention_2`` refuses, and its messages if a kernel, a package or a device is missing."""
 
 import inspect
 import sys
@@ -10,11 +10,11 @@ import attnzoo
 from attnzoo.backends.varlen import flash_attn_kernel, packed, varlen_kernel
 from attnzoo.backends.varlen.flash import FlashBackend
 from attnzoo.reporting import doctor
-from tests.support.half import HALF, agrees, attention, real, refusals
+from tests.support.half import HALF, agrees, attention, refusals, unpadded
 from tests.support.models import longt5
 
 
-def test_reasons_say_what_was_got_and_what_is_allowed(flash_attn):
+def test_refusals_name_what_was_got_and_what_is_allowed(flash_attn):
     assert refusals() == {}
     assert refusals(dtype=torch.float32)["dtype"] == ("float32", "bfloat16, float16, or torch.autocast to one of them")
     assert refusals(bias="relative")["bias"] == ("relative", "none")
@@ -28,35 +28,35 @@ def wide(dim, pattern, key_mask):
     return {refusal.field: (refusal.got, refusal.allowed) for refusal in FlashBackend().refusals(request)}
 
 
-def test_wide_heads(flash_attn):
+def test_heads_that_are_too_wide_are_refused(flash_attn):
     assert not wide(256, attnzoo.Causal(), False) and not wide(256, attnzoo.Full(), True)
     assert wide(264, attnzoo.Full(), False)["head_dim"] == ("264", "at most 256")
     assert wide(256, attnzoo.Causal(), True)["head_dim"] == ("256", "at most 255, and one more to hide keys")
 
 
-def test_a_scale_too_small_to_hide_keys_by_is_refused(flash_attn):
+def test_a_scale_too_small_to_hide_keys_is_refused(flash_attn):
     holes = torch.arange(20)[None].expand(2, 20) != 9
     with pytest.raises(attnzoo.InvalidArgumentError, match=r"scale: got 1e-08; allowed: at least 2\*\*-19"):
         FlashBackend().run(attention(attnzoo.Causal(), key_mask=holes, scale=1e-8))
 
 
-def test_torchs_kernels_have_no_dropout(varlen):
+def test_varlen_refuses_dropout(varlen):
     backend = FlashBackend(kernel="varlen")
     assert refusals(backend, dropout=0.1) == {"dropout": ("requested of varlen", "dropout=0.0")}
 
 
-def test_the_cpu_is_refused_where_it_is_no_fake(fresh):
+def test_the_cpu_is_refused(fresh):
     assert refusals()["device"] == ("cpu", "cuda")
 
 
-def test_an_unknown_kernel(fresh):
+def test_an_unknown_kernel_raises(fresh):
     with pytest.raises(
         attnzoo.InvalidArgumentError, match=r"kernel: got 'fa3'; allowed: None, or one of \['flash_attn'"
     ):
         FlashBackend(kernel="fa3")
 
 
-def test_a_kernel_asked_for_by_name_that_is_not_there(on_cpu, monkeypatch):
+def test_a_named_kernel_that_is_missing_is_refused(on_cpu, monkeypatch):
     monkeypatch.setattr(flash_attn_kernel.FlashAttnKernel, "unavailable", classmethod(lambda cls: "gone"))
     assert refusals(FlashBackend(kernel="flash_attn")) == {"kernel": ("'flash_attn': gone", "kernel=None")}
 
@@ -74,11 +74,13 @@ def test_a_relative_bias_is_refused_by_site_before_anything_is_patched(fresh):
     assert {"eager", "sdpa"} <= set(caught.value.alternatives[site])
     assert "flash_attention_2" not in caught.value.alternatives[site]
     assert not any("forward" in vars(module) for module in model.modules())
-    told = {verdict.site: {one.field for one in verdict.refusals} for verdict in attnzoo.explain(model, "flash")}
-    assert {"availability", "bias", "device", "dtype"} <= told[site]
+    fields = {
+        verdict.site: {reason.field for reason in verdict.refusals} for verdict in attnzoo.explain(model, "flash")
+    }
+    assert {"availability", "bias", "device", "dtype"} <= fields[site]
 
 
-# --- what is missing
+# What is missing
 
 
 def plant(monkeypatch, tmp_path, text):
@@ -130,17 +132,17 @@ FUNCTION = f"def flash_attn_varlen_func({', '.join(flash_attn_kernel._PUBLIC)}):
         "lazy",
     ],
 )
-def test_a_broken_package_is_a_reason_and_breaks_nothing(fresh, tmp_path, monkeypatch, text, why):
+def test_a_broken_package_only_makes_its_kernel_unavailable(fresh, tmp_path, monkeypatch, text, why):
     plant(fresh, tmp_path, text)
     assert why in flash_attn_kernel.FlashAttnKernel.unavailable()
     fresh.setattr(varlen_kernel, "import_package", lambda *_: (None, "gone"))
     assert why in attnzoo.backends()["flash_attention_2"].reason
-    (line,) = [found for found in doctor.examine() if found.name.startswith("flash_attention_2")]
+    (line,) = [line for line in doctor.examine() if line.name.startswith("flash_attention_2")]
     assert not line.ok and why in line.detail
     assert attnzoo.backends()["sdpa"].available
 
 
-def test_torch_with_cuda_and_without_flash_attention_is_a_reason(varlen, monkeypatch):
+def test_varlen_is_unavailable_if_torch_lacks_flash_attention(varlen, monkeypatch):
     assert varlen_kernel.VarlenKernel.unavailable() is None
     varlen_kernel._function.cache_clear()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -148,14 +150,14 @@ def test_torch_with_cuda_and_without_flash_attention_is_a_reason(varlen, monkeyp
     assert varlen_kernel.VarlenKernel.unavailable() == f"torch {torch.__version__} is built without FlashAttention"
 
 
-def test_where_the_package_is_broken_however_torchs_kernels_run(on_cpu, varlen, tmp_path):
+def test_varlen_runs_if_the_flash_attn_package_is_broken(on_cpu, varlen, tmp_path):
     plant(on_cpu, tmp_path, "def __getattr__(name): raise RuntimeError('too lazy')")
     assert FlashBackend.unavailable() is None
     assert agrees(attention(attnzoo.Causal()), FlashBackend()) == "varlen"
 
 
-class Nowhere:
-    """Finds no flash_attn, whether there is one or not."""
+class HidesFlashAttn:
+    """An import finder that hides an installed flash_attn."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
@@ -163,26 +165,26 @@ class Nowhere:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def test_a_missing_package_says_what_to_install(fresh):
-    fresh.setattr(sys, "meta_path", [Nowhere, *sys.meta_path])
+def test_a_missing_package_names_what_to_install(fresh):
+    fresh.setattr(sys, "meta_path", [HidesFlashAttn, *sys.meta_path])
     why = flash_attn_kernel.FlashAttnKernel.unavailable()
     assert why == "flash_attn is not installed: pip install flash-attn"
 
 
-def test_an_old_torch_says_what_is_needed(fresh, monkeypatch):
+def test_an_old_torch_names_the_version_needed(fresh, monkeypatch):
     def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None): ...
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     assert "varlen_attn has no scale, window_size: 2.11 is needed" in varlen_kernel.VarlenKernel.unavailable()
 
 
-def test_without_a_device_the_backend_says_so(fresh):
+def test_the_backend_is_unavailable_without_a_device(fresh):
     fresh.setattr(torch.cuda, "is_available", lambda: False)
     info = attnzoo.backends()["flash_attention_2"]
     assert not info.available and f"torch {torch.__version__}" in info.reason and "CUDA" in info.reason
 
 
-def test_an_old_device_is_told(fresh):
+def test_an_old_device_names_the_capability_needed(fresh):
     fresh.setattr(torch.cuda, "is_available", lambda: True)
     fresh.setattr(torch.version, "cuda", "12.8")
     fresh.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
@@ -191,22 +193,22 @@ def test_an_old_device_is_told(fresh):
 
 
 @pytest.mark.parametrize("lost", [flash_attn_kernel._FORWARD, flash_attn_kernel._BACKWARD])
-def test_without_the_private_functions_parts_are_refused_and_single_calls_run(flash_attn, monkeypatch, lost):
+def test_only_unions_need_the_private_functions(flash_attn, monkeypatch, lost):
     monkeypatch.delattr(flash_attn, lost)
     backend = FlashBackend(kernel="flash_attn")
     assert refusals(backend, mask="globals")["segments"][0].endswith(f"has no {lost}")
     assert refusals(backend, pattern=attnzoo.Causal(), mask="keys")["segments"][1] == "one segment without a key mask"
-    for query_mask in (None, real(20, 7)):  # several calls, but none that has to be united with another
+    for query_mask in (None, unpadded(20, 7)):  # several calls on different rows: no union
         assert agrees(attention(attnzoo.Window(4, 4), query_mask=query_mask), FlashBackend()) == "flash_attn"
-    assert not refusals(mask="globals")  # torch's kernels take those
+    assert not refusals(mask="globals")  # varlen unites them
 
 
-def test_torchs_private_operators_are_what_is_relied_on():
+def test_the_private_operators_of_torch_have_the_expected_parameters():
     assert varlen_kernel._parts_unavailable() is None
     changed = flash_attn_kernel.changed_signature(torch.ops.torch_attn, {"_varlen_attn": ("query", "keys")}, "torch")
     assert changed is not None and changed.startswith("torch changed the parameters of _varlen_attn to query, key, ")
 
 
-def test_the_fake_has_the_signatures_that_are_guarded_for(flash_attn):
+def test_the_fake_has_the_expected_signatures(flash_attn):
     for name, names in {**flash_attn_kernel._PARTS, "flash_attn_varlen_func": flash_attn_kernel._PUBLIC}.items():
         assert tuple(inspect.signature(getattr(flash_attn, name)).parameters)[: len(names)] == names

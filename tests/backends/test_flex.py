@@ -1,10 +1,10 @@
-"""flex_attention: blocks from structure, one compilation per form, exact where it runs, and kind where it does not."""
+"""``flex_attention``: one compilation per form, exact results, and its refusals."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from torch._dynamo.utils import counters  # the compiler's own count of graphs
+from torch._dynamo.utils import counters  # the compiler's count of graphs
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import attnzoo
@@ -26,7 +26,7 @@ WINDOW = attnzoo.Window(40, 30)
 
 
 def attention(length=150, kv_len=None, batch=2, pattern=WINDOW, bias=True, keys=True, kv_heads=HEADS):
-    """A pattern with a relative bias, padding on either side, and a second segment whose queries have positions."""
+    """A padded segment with a relative bias, and a second segment whose bias has query positions."""
     kv_len = length if kv_len is None else kv_len
     random = torch.Generator().manual_seed(length)
 
@@ -36,8 +36,8 @@ def attention(length=150, kv_len=None, batch=2, pattern=WINDOW, bias=True, keys=
     query, key, value = (normal(batch, n, size, DIM) for n, size in ((HEADS, length), *[(kv_heads, kv_len)] * 2))
     real = torch.ones((batch, kv_len), dtype=torch.bool)
     real[0, : kv_len // 3], real[-1, kv_len - kv_len // 4 :] = False, False
-    own = attnzoo.RelativeBias(normal(HEADS, 41), zero=20) if bias else None
-    segments = [Segment(key, value, pattern, key_mask=real if keys else None, bias=own)]
+    relative = attnzoo.RelativeBias(normal(HEADS, 41), zero=20) if bias else None
+    segments = [Segment(key, value, pattern, key_mask=real if keys else None, bias=relative)]
     few = -(-length // 7)
     positions = (torch.arange(length) // 7).expand(batch, -1)
     side = attnzoo.RelativeBias(normal(HEADS, 9), zero=4, positions=positions) if bias else None
@@ -70,23 +70,23 @@ def test_a_new_length_window_or_table_compiles_nothing():
 @needs_compiler
 @pytest.mark.parametrize(("batch", "length"), [(2, 70), (1, 1)])
 def test_the_layout_of_queries_compiles_nothing(batch, length):
-    """Of a model's projections queries are views, alone or beside keys and values; others are copies."""
+    """In models, queries are views of a projection, alone or beside keys and values, or copies."""
     whole = attention(length, kv_len=70, pattern=attnzoo.Causal(), bias=False, batch=batch)
     rows = whole.query.transpose(1, 2).flatten(2)
     beside = torch.cat([rows, rows, rows], dim=2)[..., : HEADS * DIM]
     assert agrees(whole)
     compiled = counters["stats"]["unique_graphs"]
-    for one in (rows, beside, rows.transpose(0, 1).contiguous().transpose(0, 1)):
-        assert agrees(replace(whole, query=one.unflatten(2, (HEADS, DIM)).transpose(1, 2)))
+    for layout in (rows, beside, rows.transpose(0, 1).contiguous().transpose(0, 1)):
+        assert agrees(replace(whole, query=layout.unflatten(2, (HEADS, DIM)).transpose(1, 2)))
     assert agrees(replace(whole, query=whole.query.mT.contiguous().mT))
     assert counters["stats"]["unique_graphs"] == compiled
 
 
 @needs_compiler
-def test_inference_mode_compiles_once_more_and_not_by_length():
+def test_inference_mode_compiles_once_more_for_all_lengths():
     assert agrees(attention(150, bias=False))
     compiled = counters["stats"]["unique_graphs"]
-    for length in (64, 333):  # in the first there are as many blocks as samples
+    for length in (64, 333):  # the first has as many blocks as samples
         with torch.inference_mode():
             assert execute(FlexBackend(), attention(length, bias=False)).output.is_inference()
         assert agrees(attention(length, bias=False))
@@ -94,8 +94,8 @@ def test_inference_mode_compiles_once_more_and_not_by_length():
 
 
 @needs_compiler
-def test_where_compilation_is_switched_off_it_refuses():
-    """Uncompiled, FlexAttention would make whole grids of scores, under the same name."""
+def test_it_refuses_if_compilation_is_switched_off():
+    """Uncompiled FlexAttention would make whole grids of scores."""
     whole = attention(150, bias=False)
     assert agrees(whole)
     with (
@@ -108,29 +108,29 @@ def test_where_compilation_is_switched_off_it_refuses():
 
 @needs_compiler
 @pytest.mark.parametrize("kv_heads", [1, 2])
-def test_grouped_keys_chunks_and_single_queries(kv_heads):
+def test_grouped_keys_chunks_and_single_queries_agree_with_eager(kv_heads):
     assert agrees(attention(61, pattern=attnzoo.Chunks(8, 1, 1), kv_heads=kv_heads))
     assert agrees(attention(61, pattern=attnzoo.Chunks(8, 1, 0, causal=True), kv_heads=kv_heads))
     assert agrees(attention(1, kv_len=70, pattern=attnzoo.Full(), batch=1, kv_heads=kv_heads))
 
 
 @needs_compiler
-def test_one_key_of_several_samples():
+def test_a_single_key_per_sample_agrees_with_eager():
     query, key = torch.randn(2, HEADS, 9, DIM), torch.randn(2, HEADS, 1, DIM)
     assert agrees(Attention(query, (Segment(key, key),), 0.3))
 
 
 @needs_compiler
-def test_rows_that_see_nothing_get_zero_or_their_own_value():
+def test_rows_that_see_no_key_get_zero_or_empty():
     whole = attention(70, bias=False)
     local = replace(whole, segments=whole.segments[:1])
-    dead = torch.ones((2, 70), dtype=torch.bool)
-    dead[1] = False
-    local = replace(local, segments=(replace(local.segments[0], key_mask=dead),))
+    key_mask = torch.ones((2, 70), dtype=torch.bool)
+    key_mask[1] = False
+    local = replace(local, segments=(replace(local.segments[0], key_mask=key_mask),))
     output = execute(FlexBackend(), local).output
     assert not output[1].any() and output[0].any()
-    own = torch.randn(2, HEADS, 70, DIM)
-    assert torch.equal(execute(FlexBackend(), replace(local, empty=own)).output[1], own[1])
+    empty = torch.randn(2, HEADS, 70, DIM)
+    assert torch.equal(execute(FlexBackend(), replace(local, empty=empty)).output[1], empty[1])
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_rows_that_see_nothing_get_zero_or_their_own_value():
     ],
     ids=["dropout", "backward on cpu", "float64"],
 )
-def test_what_it_cannot_do_is_refused_with_those_who_can(change, field):
+def test_refusals_name_the_backends_that_can(change, field):
     with pytest.raises(attnzoo.BackendRefusedError, match=f"{field}: got .*allowed.*") as caught:
         execute(FlexBackend(), change(attention()))
     assert "sdpa" in str(caught.value)
@@ -156,26 +156,26 @@ def test_narrow_heads_are_refused_on_cuda(head_dim, value_dim, fits):
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_trained_tables_are_looked_up_by_index(monkeypatch, trained):
-    """PyTorch's CUDA kernels scatter the gradient of an index, and of no other lookup."""
-    whole, looked_up = attention(), []
+def test_trained_tables_are_read_by_index(monkeypatch, trained):
+    """PyTorch's CUDA kernels compute the gradient of indexing, and of no other lookup."""
+    whole, graphs = attention(), []
     key, value = flex._joined_keys_values(whole)
     form = flex._form(whole, whole.query, key, value)._replace(trained=(False, False, False, trained))
 
-    def noting(query, key, value, score_mod, *rest, **options):
+    def record(query, key, value, score_mod, *rest, **options):
         numbers = torch.zeros((4, 2), dtype=torch.long)
-        looked_up.append(make_fx(score_mod)(torch.zeros(2), *numbers).code)
+        graphs.append(make_fx(score_mod)(torch.zeros(2), *numbers).code)
         return query
 
-    monkeypatch.setattr(flex_kernel, "flex_attention", noting)
+    monkeypatch.setattr(flex_kernel, "flex_attention", record)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     flex_kernel.compiled_kernel.__wrapped__(form)
-    (code,) = looked_up
+    (code,) = graphs
     assert ("aten.index" in code) == trained
 
 
-def test_hashed_keys_are_refused():
+def test_sorted_keys_are_refused():
     order = torch.arange(8).expand(1, 1, 8)
     query = torch.randn(1, 1, 8, 4)
     segment = Segment(query, query, SortedChunks(4, 1, 0, order=order, token=order.contiguous()))
@@ -184,17 +184,17 @@ def test_hashed_keys_are_refused():
 
 
 class Distance(attnzoo.RelativeBias):
-    """A user's own: lower the further away, without end."""
+    """A user's bias that falls with the distance without limit."""
 
     def gather(self, q_len, kv_len):
         return lambda b, h, q, kv: self.values[h, 0] * (q - kv).abs()
 
 
-def test_a_bias_with_a_truth_of_its_own_is_refused_and_not_taken_for_a_table():
+def test_a_subclass_of_a_bias_with_other_values_is_refused():
     whole = attention(bias=False)
     near, few = whole.segments
-    own = replace(whole, segments=(replace(near, bias=Distance(torch.randn(HEADS, 1), zero=0)), few))
+    biased = replace(whole, segments=(replace(near, bias=Distance(torch.randn(HEADS, 1), zero=0)), few))
     with pytest.raises(
         attnzoo.BackendRefusedError, match="bias: got Distance; allowed: RelativeBias itself, not a subclass"
     ):
-        FlexBackend().run(own)
+        FlexBackend().run(biased)

@@ -1,4 +1,4 @@
-"""The kernel that ``sdpa`` reports is the one that ran, by a witness that trusts no backend: PyTorch's profiler."""
+"""The kernel that ``sdpa`` reports is the one that ran. The witness is PyTorch's profiler, which trusts no backend."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ from attnzoo.registry import registry
 from attnzoo.spec.patterns import SortedChunks
 from attnzoo.testing import Case, cases
 
-# One of every way that sdpa goes on the CPU, and the kernel behind scaled_dot_product_attention that it takes.
+# A case for every way sdpa runs on the CPU, with the reported kernel and the kernels that the profiler must see.
 WAYS = {
     "one call": (Case(), "flash", {"flash"}),
     "one causal call": (Case(pattern=attnzoo.Causal()), "flash", {"flash"}),
@@ -42,7 +42,7 @@ WAYS = {
 
 
 def judge(backend, case, device="cpu"):
-    """What a backend reports of a case; raises unless exactly the kernels it claims did run."""
+    """The kernel a backend reports for a case; raises unless exactly the reported kernels ran."""
     attention = case.attention(device)
     with witness() as ran:
         kernel = execute(backend, attention).kernel
@@ -51,13 +51,13 @@ def judge(backend, case, device="cpu"):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_reports_what_ran(way):
+def test_every_way_reports_the_kernel_that_ran(way):
     case, kernel, ran = WAYS[way]
     assert judge(sdpa.SdpaBackend(), case) == kernel
     assert claimed([kernel]) == ran
 
 
-def test_the_kernel_reported_ran_in_the_cases_of_the_kit(device):
+def test_every_case_of_the_kit_reports_the_kernel_that_ran(device):
     backend, judged = sdpa.SdpaBackend(), set()
     for case in cases((torch.float32,)):
         telling = case.q_len < 100 and case.kv_heads == 4 and case.bias in ("none", "trained relative")
@@ -68,33 +68,33 @@ def test_the_kernel_reported_ran_in_the_cases_of_the_kit(device):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_way_reports_what_ran_on_cuda(dtype):
+def test_every_way_reports_the_kernel_that_ran_on_cuda(dtype):
     for case, _, _ in WAYS.values():
         judge(sdpa.SdpaBackend(), Case(**{**vars(case), "dtype": dtype}), "cuda")
 
 
 @pytest.mark.filterwarnings("ignore:Flash attention kernel", "ignore:Both fused kernels")
-def test_a_kernel_that_cannot_run_raises_and_is_not_replaced(monkeypatch):
-    """The kernel is enforced: PyTorch has no way out to another."""
+def test_a_kernel_that_cannot_run_raises(monkeypatch):
+    """The kernel is enforced, so PyTorch cannot choose another."""
     monkeypatch.setattr(sdpa, "_kernel", lambda *args: SDPBackend.FLASH_ATTENTION)
     with pytest.raises(RuntimeError, match="No available kernel"):
         execute(sdpa.SdpaBackend(), Case(dropout=0.25).attention())
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_pytorch_takes_by_itself_is_not_switched_on(monkeypatch, way):
-    """The switches are the process's: other models, in other threads, would meet them."""
+def test_the_default_kernel_changes_no_switches(monkeypatch, way):
+    """The switches are global: models in other threads would see the change."""
     monkeypatch.setattr(sdpa, "sdpa_kernel", lambda kernel: pytest.fail(f"switched to {kernel}"))
     execute(sdpa.SdpaBackend(), WAYS[way][0].attention())
 
 
 @pytest.mark.parametrize("switching", [{0.0, 0.25}, {0.25}], ids=["all", "some"])
-def test_who_switches_kernels_is_alone(monkeypatch, switching):
-    """Of two at once, one would put back what the other had set: kernels stayed off for good, for everybody."""
-    own, attend, within, met = sdpa._default_kernel, torch.nn.functional.scaled_dot_product_attention, [], []
+def test_a_call_that_changes_the_switches_runs_alone(monkeypatch, switching):
+    """Two at once would restore each other's changes: kernels stayed off for good, in all threads."""
+    default, attend, within, met = sdpa._default_kernel, torch.nn.functional.scaled_dot_product_attention, [], []
 
     def choice(query, key, value, terms):
-        return None if terms["dropout_p"] in switching else own(query, key, value, terms)
+        return None if terms["dropout_p"] in switching else default(query, key, value, terms)
 
     def slowly(*args, **kwargs):
         within.append(kwargs["dropout_p"])
@@ -114,21 +114,21 @@ def test_who_switches_kernels_is_alone(monkeypatch, switching):
     assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
 
 
-def test_key_padding_is_a_row_of_keys_and_not_a_grid(monkeypatch):
-    """PyTorch's CPU kernels make a bool mask additive first: of one that is expanded they would make a whole grid."""
+def test_a_key_mask_is_expanded_without_memory(monkeypatch):
+    """PyTorch's CPU kernels make a bool mask additive, and would make an expanded one a whole grid."""
     masks, attend = [], torch.nn.functional.scaled_dot_product_attention
 
-    def noting(*args, attn_mask=None, **kwargs):
+    def record(*args, attn_mask=None, **kwargs):
         masks.append(attn_mask)
         return attend(*args, attn_mask=attn_mask, **kwargs)
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
     execute(sdpa.SdpaBackend(), Case(mask="keys").attention())
     (mask,) = masks
     assert mask.is_floating_point() and mask.shape[2] > 1 and mask.stride(2) == 0
 
 
-# Lies, each caught
+# Wrong reports
 
 
 def swapped(monkeypatch):
@@ -137,7 +137,7 @@ def swapped(monkeypatch):
 
 
 def not_enforced(monkeypatch):
-    """Chooses flash, and lets PyTorch run what it likes: here, math."""
+    """Reports flash, but lets PyTorch choose: here, math."""
     monkeypatch.setattr(sdpa, "sdpa_kernel", lambda kernel: nullcontext())
     torch.backends.cuda.enable_flash_sdp(False)
 
@@ -149,19 +149,19 @@ def another_enforced(monkeypatch):
 
 
 def other_code(monkeypatch):
-    """Falls back to the oracle and keeps the name."""
+    """Runs eager and reports flash."""
     monkeypatch.setattr(sdpa, "_call", partial(_by_hand, sdpa._call))
 
 
-def _by_hand(own, attention, *args):
+def _by_hand(original, attention, *args):
     return EagerBackend().run(attention).output, None, "flash"
 
 
-@pytest.mark.parametrize("lie", [swapped, not_enforced, another_enforced, other_code])
-def test_a_lie_about_the_kernel_is_caught(monkeypatch, lie):
+@pytest.mark.parametrize("report", [swapped, not_enforced, another_enforced, other_code])
+def test_a_wrong_report_is_caught(monkeypatch, report):
     enabled = torch.backends.cuda.flash_sdp_enabled()
     try:
-        lie(monkeypatch)
+        report(monkeypatch)
         with pytest.raises(AssertionError, match=r"reported \w+, ran"):
             judge(sdpa.SdpaBackend(), Case())
     finally:
@@ -170,7 +170,7 @@ def test_a_lie_about_the_kernel_is_caught(monkeypatch, lie):
 
 @dataclass(frozen=True)
 class Renaming(attnzoo.Backend):
-    """Falls back to another backend, silently, under a name that claims a kernel."""
+    """Silently runs another backend and reports this kernel."""
 
     name: ClassVar[str] = "renaming"
     capabilities: ClassVar[attnzoo.Capabilities] = EagerBackend.capabilities
@@ -181,13 +181,13 @@ class Renaming(attnzoo.Backend):
 
 
 @pytest.mark.parametrize("kernel", ["flash", "math", "flash_cpu", "efficient", "cudnn", "eager+flash"])
-def test_a_silent_fallback_under_a_kernels_name_is_caught(kernel):
+def test_a_silent_fallback_that_reports_a_kernel_is_caught(kernel):
     with pytest.raises(AssertionError, match="reported"):
         judge(Renaming(kernel), Case())
     assert judge(Renaming("renaming"), Case()) == "renaming"
 
 
-# The witness itself
+# The witness
 
 
 def test_the_witness_counts_every_call():
@@ -202,7 +202,7 @@ def test_the_witness_counts_every_call():
     assert not ran
 
 
-def test_claims_are_read_from_what_is_reported():
+def test_claims_are_read_from_the_reported_kernel():
     assert claimed(["flash+math", "eager", "flash_cpu"]) == {"flash", "math"}
     assert false_claims(["flash+math", "eager"], ["math"]) == ("flash",)
     assert false_claims(["math_blocks", "flex_cpu", "native"], []) == ()

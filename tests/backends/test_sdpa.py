@@ -1,4 +1,4 @@
-"""``sdpa``: what its single calls count on."""
+"""``sdpa``: single calls."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from attnzoo.registry import registry
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
 @pytest.mark.parametrize("pattern", [attnzoo.Full(), attnzoo.Causal(), attnzoo.Window(3, 2)], ids=str)
-def test_a_scale_that_is_not_positive(pattern, scale):
-    """The CPU's kernel hides what comes after a query by -inf before it scales."""
+def test_the_scale_may_be_zero_or_negative(pattern, scale):
+    """The CPU kernel hides later keys by -inf before it scales."""
     query, key, value = (torch.randn(2, 3, 9, 8) for _ in range(3))
     whole = attnzoo.Attention(query, (attnzoo.Segment(key, value, pattern),), scale)
     report = check_site("case", whole, registry.make_backend("sdpa"), grad=True)

@@ -1,4 +1,4 @@
-"""Blocks that look alike go to the CPU kernel together: fewer calls, the same attention."""
+"""Blocks with equal masks share a call of the CPU kernel: fewer calls, the same attention."""
 
 from dataclasses import dataclass
 
@@ -28,8 +28,8 @@ def counts(attention):
 
 
 def test_the_inside_of_a_window_is_one_stack():
-    found = counts(windowed())
-    assert max(found) >= 5 and sum(found) == 10
+    depths = counts(windowed())
+    assert max(depths) >= 5 and sum(depths) == 10
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["rows side by side", "rows apart"])
@@ -37,7 +37,7 @@ def test_a_stack_covers_its_blocks(apart):
     attention = windowed()
     stack = max(stacks(attention, [0]), key=lambda stack: stack.depth)
     query, key = attention.query[:1], attention.segments[0].key[:1]
-    if apart:  # as projections leave those of a head
+    if apart:  # as in a projection
         query, key = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (query, key))
     queries, keys = stack.take(query), stack.keys(0, key, 2, Scratch())
     assert queries.untyped_storage().data_ptr() == query.untyped_storage().data_ptr(), "a view"
@@ -55,7 +55,7 @@ def test_a_stack_covers_its_blocks(apart):
     assert not written[:, :, :first].any() and not written[:, :, last:].any()
 
 
-def test_memory_for_keys_is_taken_once():
+def test_scratch_memory_is_allocated_once():
     scratch = Scratch()
     given = [torch.randn(2, n, 3, 4).transpose(1, 2) for n in (9, 5, 9)]
     places = set()
@@ -66,23 +66,23 @@ def test_memory_for_keys_is_taken_once():
     assert len(places) == 1
 
 
-def test_what_looks_alike_depends_on_pattern_bias_and_masks():
+def test_stacks_depend_on_pattern_bias_and_masks():
     query, key, value = tensors()
     seen = torch.ones(2, 300, dtype=torch.bool)
     seen[1, 150] = False
     relative = RelativeBias(torch.randn(4, 81, dtype=torch.float64), zero=40)
     assert max(counts(windowed(bias=relative))) >= 5
     assert max(counts(windowed(key_mask=seen | True))) >= 5
-    assert 1 < max(counts(windowed(key_mask=seen))) < 5, "the blocks that see the hidden key stand alone"
+    assert 1 < max(counts(windowed(key_mask=seen))) < 5, "blocks that see the hidden key are not stacked"
     assert max(counts(windowed(mask=torch.rand(2, 1, 300, 300) < 0.5))) == 1
     assert max(counts(windowed(bias=attnzoo.DenseBias(torch.randn(1, 1, 300, 300, dtype=torch.float64))))) == 1
     assert max(counts(Attention(query, (Segment(key, value, Causal()),), 0.3))) == 1
-    assert counts(Attention(query, (Segment(key, value, Full()),), 0.3)) == [1], "one block has nothing to gain"
+    assert counts(Attention(query, (Segment(key, value, Full()),), 0.3)) == [1], "there is only one block"
 
 
 @dataclass(frozen=True)
-class Hurrying(Pattern):
-    """Each 32 queries see 16 keys, and every time these are a few keys further on than the time before."""
+class Accelerating(Pattern):
+    """Each block of 32 queries sees 16 keys, and moves further than the block before."""
 
     def mask_mod(self, q_len, kv_len):
         def seen(b, h, q, kv):
@@ -121,7 +121,7 @@ CASES = {
         Segment(key, value, Window(40, 40), bias=RelativeBias(torch.randn(4, 81, dtype=key.dtype), zero=40))
     ],
     "chunks": lambda key, value, seen: [Segment(key, value, Chunks(20, 1, 1))],
-    "uneven steps": lambda key, value, seen: [Segment(key, value, Hurrying())],
+    "uneven steps": lambda key, value, seen: [Segment(key, value, Accelerating())],
     "two windows": lambda key, value, seen: [
         Segment(key, value, Window(40, 0)),
         Segment(key.flip(2), value.flip(2), Window(0, 40)),
@@ -132,7 +132,7 @@ CASES = {
 @pytest.mark.parametrize("make", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("apart", [False, True], ids=["rows side by side", "rows apart"])
-def test_stacked_blocks_agree_with_the_definition(make, batch, apart):
+def test_stacked_blocks_agree_with_eager(make, batch, apart):
     query, key, value = tensors(batch)
     if apart:
         query, key, value = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (query, key, value))
@@ -143,7 +143,7 @@ def test_stacked_blocks_agree_with_the_definition(make, batch, apart):
     torch.testing.assert_close(flash_cpu.attend(attention), expected)
 
 
-def test_stacks_save_calls(monkeypatch):
+def test_stacks_need_fewer_calls(monkeypatch):
     calls = []
 
     class Counting:

@@ -1,4 +1,4 @@
-"""What backends remember of tensors: nothing of others, nothing that has changed, and not for ever."""
+"""The tensor cache returns no value of another or changed tensor, and drops old values."""
 
 import weakref
 
@@ -9,27 +9,27 @@ from attnzoo.backends.common import tensor_cache
 from attnzoo.backends.common.tensor_cache import TensorCache
 
 
-class Made:
-    """A value made, which can be watched."""
+class Value:
+    """A value that a weak reference can watch."""
 
 
 @pytest.fixture
-def memory():
+def cache():
     return TensorCache(size=3)
 
 
 def away():
-    """A tensor of another device, whose content cannot be looked at."""
+    """A tensor on another device, whose content cannot be read."""
     return torch.ones(3, device="meta")
 
 
-@pytest.mark.parametrize("one", [torch.ones(3), away()], ids=["cpu", "elsewhere"])
-def test_the_same_tensors_and_key_give_the_same_value(memory, one):
+@pytest.mark.parametrize("tensor", [torch.ones(3), away()], ids=["cpu", "another device"])
+def test_equal_tensors_and_keys_give_the_cached_value(cache, tensor):
     other = torch.zeros(3)
-    made = memory.get("key", (one, other), Made)
-    assert memory.get("key", (one, other), Made) is made
-    for key, tensors in (("another", (one, other)), ("key", (other, one)), ("key", (one,)), ("key", ())):
-        assert memory.get(key, tensors, Made) is not made
+    value = cache.get("key", (tensor, other), Value)
+    assert cache.get("key", (tensor, other), Value) is value
+    for key, tensors in (("another", (tensor, other)), ("key", (other, tensor)), ("key", (tensor,)), ("key", ())):
+        assert cache.get(key, tensors, Value) is not value
 
 
 WRITES = {
@@ -43,57 +43,57 @@ UNSEEN = {"data": lambda tensor: tensor.data.zero_(), "numpy": lambda tensor: te
 
 @pytest.mark.parametrize("write", (WRITES | UNSEEN).values(), ids=WRITES | UNSEEN)
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_a_tensor_that_was_written_to_is_another(memory, write, mode):
+def test_a_write_to_a_tensor_invalidates_its_value(cache, write, mode):
     tensor = torch.ones(3)
-    made = memory.get("key", (tensor,), Made)
+    value = cache.get("key", (tensor,), Value)
     with mode():
         write(tensor)
-    assert memory.get("key", (tensor,), Made) is not made
+    assert cache.get("key", (tensor,), Value) is not value
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_so_is_one_on_another_device(memory, write):
+def test_a_write_to_a_tensor_on_another_device_invalidates_its_value(cache, write):
     tensor = away()
-    made = memory.get("key", (tensor,), Made)
+    value = cache.get("key", (tensor,), Value)
     write(tensor)
-    assert memory.get("key", (tensor,), Made) is not made
+    assert cache.get("key", (tensor,), Value) is not value
 
 
-def test_on_the_cpu_equal_content_is_enough_in_inference_mode_too(memory):
+def test_on_the_cpu_equal_content_is_enough_in_inference_mode(cache):
     with torch.inference_mode():
-        made = memory.get("key", (torch.ones(3, dtype=torch.bool),), Made)
-        assert memory.get("key", (torch.ones(6, dtype=torch.bool)[::2],), Made) is made
-        assert memory.get("key", (torch.ones(3, 1, dtype=torch.bool),), Made) is not made
-        assert memory.get("key", (torch.ones(3, dtype=torch.uint8),), Made) is not made
+        value = cache.get("key", (torch.ones(3, dtype=torch.bool),), Value)
+        assert cache.get("key", (torch.ones(6, dtype=torch.bool)[::2],), Value) is value
+        assert cache.get("key", (torch.ones(3, 1, dtype=torch.bool),), Value) is not value
+        assert cache.get("key", (torch.ones(3, dtype=torch.uint8),), Value) is not value
 
 
-def test_a_tensor_at_the_place_of_one_that_is_gone_is_another(memory, monkeypatch):
+def test_a_new_tensor_with_the_id_of_a_dead_one_gets_a_new_value(cache, monkeypatch):
     monkeypatch.setattr(tensor_cache, "id", lambda tensor: 7, raising=False)
-    made = memory.get("key", (away(),), Made)
-    assert memory.get("key", (away(),), Made) is not made
+    value = cache.get("key", (away(),), Value)
+    assert cache.get("key", (away(),), Value) is not value
 
 
-def test_values_go_with_their_tensors_and_after_a_while(memory):
+def test_values_are_dropped_with_their_tensors_and_by_age(cache):
     tensor = away()
-    gone, old = (weakref.ref(memory.get(name, tensors, Made)) for name, tensors in (("gone", (tensor,)), ("old", ())))
+    gone, old = (weakref.ref(cache.get(name, tensors, Value)) for name, tensors in (("gone", (tensor,)), ("old", ())))
     assert gone() is not None
     del tensor
-    memory.get("next", (), Made)
+    cache.get("next", (), Value)
     assert gone() is None and old() is not None
     for name in ("second", "third"):
-        memory.get(name, (), Made)
+        cache.get(name, (), Value)
     assert old() is None
 
 
-def test_elsewhere_inference_tensors_are_not_remembered(memory):
+def test_inference_tensors_on_another_device_are_not_cached(cache):
     with torch.inference_mode():
-        own = away()
-        assert memory.get("key", (own,), Made) is not memory.get("key", (own,), Made)
+        tensor = away()
+        assert cache.get("key", (tensor,), Value) is not cache.get("key", (tensor,), Value)
 
 
-def test_what_is_made_in_inference_mode_is_not_for_training(memory):
+def test_values_from_inference_mode_are_not_used_in_training(cache):
     tensor = torch.ones(3)
     with torch.inference_mode():
-        made = memory.get("key", (tensor,), lambda: tensor + 1)
-        assert memory.get("key", (tensor,), lambda: tensor + 1) is made
-    assert not memory.get("key", (tensor,), lambda: tensor + 1).is_inference()
+        value = cache.get("key", (tensor,), lambda: tensor + 1)
+        assert cache.get("key", (tensor,), lambda: tensor + 1) is value
+    assert not cache.get("key", (tensor,), lambda: tensor + 1).is_inference()

@@ -1,4 +1,4 @@
-"""``xformers`` on a fake package: every attention it takes against the oracle, and the biases that reach it."""
+"""``xformers`` on a fake package: every supported attention against the oracle, and the biases it gets."""
 
 import importlib
 import inspect
@@ -13,21 +13,21 @@ from attnzoo.backends.varlen import kernels, xformers_kernels
 from attnzoo.backends.varlen.xformers import XformersBackend
 from attnzoo.reporting import doctor
 from attnzoo.testing import Case
-from tests.support.half import HALF, agrees, attention, real, refusals
+from tests.support.half import HALF, agrees, attention, refusals, unpadded
 from tests.support.models import gpt_neox, led, led_inputs
 
-# --- against the oracle
+# Against the oracle
 
 
 @pytest.mark.parametrize("kernel", ["xformers_flash", "xformers_cutlass"])
-def test_the_kit(xformers, kernel):
+def test_both_kernels_pass_the_kit(xformers, kernel):
     report = testing.check_backend(XformersBackend(kernel=kernel), dtypes=(HALF, torch.float64))
     taken = {type(outcome.case.pattern) for outcome in report.outcomes if not outcome.refused}
     windows = {attnzoo.Window} if kernel == "xformers_cutlass" else set()
     assert taken == XformersBackend.capabilities.patterns - windows
 
 
-def test_the_kit_in_float32(xformers):
+def test_float32_passes_the_kit(xformers):
     backend, cases = XformersBackend(), [case for case in testing.cases((torch.float32,)) if case.q_len < 700]
     outcomes = [testing.run_case(backend, case) for case in cases]
     assert not [str(outcome) for outcome in outcomes if outcome.failure]
@@ -37,14 +37,14 @@ def test_the_kit_in_float32(xformers):
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("kernel", ["xformers_flash", "xformers_cutlass"])
-def test_the_kit_on_the_real_kernels(kernel, dtype):
-    lacking = {one.name: one.unavailable() for one in XformersBackend.kernels}[kernel]
-    if lacking or (dtype == torch.float32 and kernel == "xformers_flash"):
-        pytest.skip(lacking or "half precision only")
+def test_the_real_kernels_pass_the_kit(kernel, dtype):
+    reason = {each.name: each.unavailable() for each in XformersBackend.kernels}[kernel]
+    if reason or (dtype == torch.float32 and kernel == "xformers_flash"):
+        pytest.skip(reason or "half precision only")
     testing.check_backend(XformersBackend(kernel=kernel), device="cuda", dtypes=(dtype,))
 
 
-# --- what reaches xformers
+# What xformers gets
 
 
 def ran(xformers, whole, backend=None):
@@ -64,28 +64,28 @@ def ran(xformers, whole, backend=None):
     ],
     ids=str,
 )
-def test_every_pattern_has_its_bias(xformers, pattern, bias):
+def test_each_pattern_becomes_its_bias(xformers, pattern, bias):
     [(name, operator, given)], result = ran(xformers, attention(pattern))
     assert (name, operator, type(given).__name__) == ("attention", "fa2F@2.8.3", bias)
     assert result.kernel == "xformers_flash"
     agrees(attention(pattern), XformersBackend())
 
 
-def test_padding_is_packed_away(xformers):
-    mask = real(13, 7)
+def test_padding_is_left_out_of_the_packed_rows(xformers):
+    mask = unpadded(13, 7)
     [(_, _, bias)], _ = ran(xformers, attention(attnzoo.Causal(), key_mask=mask, query_mask=mask))
     assert bias.q_seqinfo.lengths == bias.k_seqinfo.lengths == [13, 7]
 
 
-def test_two_sided_windows_take_runs_of_equal_lengths(xformers):
-    mask = real(13, 7)
+def test_two_sided_windows_need_a_call_per_length(xformers):
+    mask = unpadded(13, 7)
     calls, _ = ran(xformers, attention(attnzoo.Window(4, 3), key_mask=mask, query_mask=mask))
     assert [(bias.window_left, bias.window_right) for *_, bias in calls] == [(4, 3), (4, 3)]
     calls, _ = ran(xformers, attention(attnzoo.Window(4, 3)))
     assert len(calls) == 1
 
 
-def test_window_and_globals_are_united_by_the_forms_that_return_lse(xformers):
+def test_unions_use_the_functions_with_lse(xformers):
     whole = attention(attnzoo.Window(4, 3), grad=True)
     (window,) = whole.segments
     whole = replace(whole, segments=(window, attnzoo.Segment(window.key[:, :, :2], window.value[:, :, :2])))
@@ -97,7 +97,7 @@ def test_window_and_globals_are_united_by_the_forms_that_return_lse(xformers):
     agrees(whole, XformersBackend())
 
 
-def test_float32_and_wide_heads_go_to_the_other_operator(xformers):
+def test_float32_and_wide_heads_use_cutlass(xformers):
     for whole in (
         replace(Case(torch.float32, attnzoo.Causal(), grad=False).attention()),
         attention(attnzoo.Full(), dim=264),
@@ -106,8 +106,8 @@ def test_float32_and_wide_heads_go_to_the_other_operator(xformers):
         assert (operator, result.kernel) == ("cutlassF-pt", "xformers_cutlass")
 
 
-def test_causal_attention_on_keys_that_end_early_needs_no_window(xformers):
-    mask = real(13, 20)
+def test_causal_attention_on_padded_keys_needs_no_window(xformers):
+    mask = unpadded(13, 20)
     whole = attention(attnzoo.Causal(), key_mask=mask)
     calls, _ = ran(xformers, whole, XformersBackend(kernel="xformers_cutlass"))
     assert sorted(type(bias).__name__ for *_, bias in calls) == [
@@ -117,7 +117,7 @@ def test_causal_attention_on_keys_that_end_early_needs_no_window(xformers):
     agrees(whole, XformersBackend(kernel="xformers_cutlass"))
 
 
-def test_key_heads_are_repeated_and_their_gradients_summed(xformers):
+def test_grouped_key_heads_are_repeated_and_their_gradients_summed(xformers):
     whole = attention(attnzoo.Window(4, 3), kv_heads=1, grad=True)
     xformers.CALLS.clear()
     XformersBackend().run(whole)
@@ -128,10 +128,10 @@ def test_key_heads_are_repeated_and_their_gradients_summed(xformers):
     agrees(parts, XformersBackend())
 
 
-# --- what is refused
+# Refusals
 
 
-def test_reasons(xformers):
+def test_refusals_name_what_was_got_and_what_is_allowed(xformers):
     backend = XformersBackend()
     assert refusals(backend) == {}
     assert refusals(backend, dtype=torch.float64)["dtype"] == ("float64", "bfloat16, float16, float32")
@@ -151,14 +151,14 @@ def test_the_cpu_is_refused_by_site_before_anything_is_patched(fresh):
     sites = {verdict.site for verdict in attnzoo.explain(model, "xformers")}
     assert set(caught.value.refusals) == sites
     for site, reasons in caught.value.refusals.items():
-        told = {reason.field: reason for reason in reasons}
-        assert (told["device"].got, told["device"].allowed) == ("cpu", "cuda")
+        by_field = {reason.field: reason for reason in reasons}
+        assert (by_field["device"].got, by_field["device"].allowed) == ("cpu", "cuda")
         assert f"would run there: '{caught.value.alternatives[site][0]}'" in str(caught.value)
         assert {"eager", "sdpa"} <= set(caught.value.alternatives[site])
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_without_a_device_it_says_so_and_what_to_install(fresh, monkeypatch):
+def test_it_is_unavailable_without_a_device_and_names_what_to_install(fresh, monkeypatch):
     fresh.setattr(torch.cuda, "is_available", lambda: False)
     missing = "xformers is not installed: pip install xformers"
     fresh.setattr(xformers_kernels, "import_package", lambda *_: (None, missing))
@@ -166,7 +166,7 @@ def test_without_a_device_it_says_so_and_what_to_install(fresh, monkeypatch):
     assert reason.startswith(f"torch {torch.__version__}") and reason.endswith(missing)
 
 
-# --- what is missing
+# What is missing
 
 
 def plant(monkeypatch, tmp_path, text):
@@ -186,17 +186,17 @@ def plant(monkeypatch, tmp_path, text):
     ],
     ids=["error", "system exit", "drift"],
 )
-def test_a_broken_package_is_a_reason_and_breaks_nothing(fresh, tmp_path, text, why):
+def test_a_broken_package_only_makes_the_backend_unavailable(fresh, tmp_path, text, why):
     plant(fresh, tmp_path, text)
     assert why in attnzoo.backends()["xformers"].reason
-    (line,) = [found for found in doctor.examine() if found.kind == "backend" and found.name == "xformers"]
+    (line,) = [line for line in doctor.examine() if line.kind == "backend" and line.name == "xformers"]
     assert not line.ok and why in line.detail
     model = gpt_neox()
     with attnzoo.patch(model, "sdpa"):
         model(input_ids=torch.arange(3, 9)[None])
 
 
-def test_operators_that_were_not_built_are_passed_by(xformers, monkeypatch):
+def test_operators_that_were_not_built_are_skipped(xformers, monkeypatch):
     monkeypatch.setattr(xformers.flash.FwOp, "BUILT", False)
     assert "no working operator 'flash'" in xformers_kernels.XformersFlashKernel.unavailable()
     assert XformersBackend().run(attention(attnzoo.Causal())).kernel == "xformers_cutlass"
@@ -205,7 +205,7 @@ def test_operators_that_were_not_built_are_passed_by(xformers, monkeypatch):
     assert "no working operator 'cutlass'" in XformersBackend.unavailable()
 
 
-def test_an_operator_that_cannot_tell_whether_it_works_is_a_reason(xformers, monkeypatch):
+def test_an_operator_whose_check_raises_is_skipped(xformers, monkeypatch):
     def broken(cls):
         raise OSError("libcudart.so.12: cannot open shared object file")
 
@@ -218,18 +218,18 @@ def test_an_operator_that_cannot_tell_whether_it_works_is_a_reason(xformers, mon
 NOT_BUILT = "xFormers wasn't build with CUDA support"
 
 
-def test_a_wheel_whose_extension_does_not_load_is_not_available(xformers, monkeypatch):
-    """Its operators are registered and say they are available, and every call of them raises."""
+def test_a_wheel_whose_extension_does_not_load_is_unavailable(xformers, monkeypatch):
+    """Its operators report that they are available, but every call raises."""
     monkeypatch.setattr(operators().EXTENSION, "loaded", False)
     assert xformers.flash.FwOp.is_available() and xformers.cutlass.BwOp.is_available()
     with pytest.raises(ValueError, match=NOT_BUILT):
         XformersBackend().run(attention(attnzoo.Causal()))
     info, model = attnzoo.backends()["xformers"], gpt_neox().half()
     assert not info.available and NOT_BUILT in info.reason and len(info.reason) < 400
-    (line,) = [found for found in doctor.examine() if found.kind == "backend" and found.name == "xformers"]
+    (line,) = [line for line in doctor.examine() if line.kind == "backend" and line.name == "xformers"]
     assert not line.ok and NOT_BUILT in line.detail
     explained = attnzoo.explain(model, "xformers")
-    assert all(any(NOT_BUILT in one.got for one in verdict.refusals) for verdict in explained)
+    assert all(any(NOT_BUILT in reason.got for reason in verdict.refusals) for verdict in explained)
     with pytest.raises(attnzoo.BackendRefusedError, match=NOT_BUILT) as caught:
         attnzoo.patch(model, "xformers")
     assert not any("xformers" in names for names in caught.value.alternatives.values())
@@ -242,7 +242,7 @@ def operators():
 
 
 @pytest.mark.parametrize("half", ["FwOp", "BwOp"])
-def test_an_operator_that_does_not_support_a_small_example_is_passed_by(xformers, monkeypatch, half):
+def test_an_operator_that_does_not_support_a_small_example_is_skipped(xformers, monkeypatch, half):
     monkeypatch.setattr(
         getattr(xformers.flash, half), "not_supported_reasons", classmethod(lambda *_: ["it is Monday"])
     )
@@ -251,34 +251,36 @@ def test_an_operator_that_does_not_support_a_small_example_is_passed_by(xformers
     assert XformersBackend().run(attention(attnzoo.Causal())).kernel == "xformers_cutlass"
 
 
-def test_the_small_example_is_asked_for_once_and_in_the_form_of_every_call(xformers, monkeypatch):
-    asked = []
-    monkeypatch.setattr(xformers.flash.FwOp, "not_supported_reasons", classmethod(lambda _, d: asked.append(d) or []))
+def test_the_small_example_is_checked_once(xformers, monkeypatch):
+    examples = []
+    monkeypatch.setattr(
+        xformers.flash.FwOp, "not_supported_reasons", classmethod(lambda _, d: examples.append(d) or [])
+    )
     for _ in range(3):
         assert xformers_kernels.XformersFlashKernel.unavailable() is None
-    # BwOp inherits from FwOp in the fake: one question to each
-    assert len(asked) == 2 and asked[0] is asked[1]
-    assert (tuple(asked[0].query.shape), asked[0].scale) == ((1, 8, 1, 32), 1.0)
-    assert type(asked[0].attn_bias).__name__ == "BlockDiagonalMask"
+    # one check of each class: BwOp inherits from FwOp in the fake
+    assert len(examples) == 2 and examples[0] is examples[1]
+    assert (tuple(examples[0].query.shape), examples[0].scale) == ((1, 8, 1, 32), 1.0)
+    assert type(examples[0].attn_bias).__name__ == "BlockDiagonalMask"
 
 
-def test_long_reasons_are_cut(xformers, monkeypatch):
+def test_long_reasons_are_shortened(xformers, monkeypatch):
     long = classmethod(lambda *_: ["word " * 100])
     for operator in (xformers.flash, xformers.cutlass):
         monkeypatch.setattr(operator.FwOp, "not_supported_reasons", long)
     assert len(XformersBackend.unavailable()) < 400
 
 
-def test_without_a_device_nothing_is_allocated_and_cuda_stays_untouched(xformers, monkeypatch):
+def test_without_a_device_cuda_is_not_initialised(xformers, monkeypatch):
     monkeypatch.setattr(xformers_kernels, "example_device", kernels.example_device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: pytest.fail("CUDA was asked for"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: pytest.fail("CUDA was examples for"))
     monkeypatch.setattr(xformers.flash.FwOp, "not_supported_reasons", lambda _: pytest.fail("an example was made"))
-    assert xformers_kernels.XformersFlashKernel.unavailable() is None  # no device is the backend's own reason
+    assert xformers_kernels.XformersFlashKernel.unavailable() is None  # the backend reports a missing device
     assert not torch.cuda.is_initialized()
 
 
-def test_an_operator_that_is_not_deterministic_is_passed_by_where_it_has_to_be(xformers):
+def test_deterministic_algorithms_skip_an_operator_that_is_not(xformers):
     training = attention(attnzoo.Causal(), grad=True)
     assert XformersBackend().run(training).kernel == "xformers_flash"
     torch.use_deterministic_algorithms(True)
@@ -291,19 +293,19 @@ def test_an_operator_that_is_not_deterministic_is_passed_by_where_it_has_to_be(x
     assert XformersBackend().run(training).kernel == "xformers_flash"
 
 
-def test_a_device_too_new_for_an_operator(xformers, monkeypatch):
+def test_a_device_too_new_for_an_operator_is_a_reason(xformers, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
     assert "capability (10, 0) (too new)" in xformers_kernels.XformersCutlassKernel.unavailable()
     assert xformers_kernels.XformersFlashKernel.unavailable() is None
 
 
-def test_the_fake_has_the_signatures_that_are_guarded_for(xformers):
+def test_the_fake_has_the_expected_signatures(xformers):
     for name, names in xformers_kernels._FUNCTIONS.items():
         assert tuple(inspect.signature(getattr(xformers, name)).parameters)[: len(names)] == names
 
 
-# --- models
+# Models
 
 
 def test_led_trains_and_infers(xformers):

@@ -1,4 +1,4 @@
-"""Each pattern against its definition in plain loops, and its structure against its mask."""
+"""Each pattern agrees with its definition in plain loops, and its structure with its mask."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LONG = os.environ.get("ATTNZOO_HYPOTHESIS_PROFILE") == "long"
 some = settings(max_examples=settings().max_examples if LONG else 150, deadline=None)
 
 
-# Who sees whom, said once more and differently
+# The definitions, independent of the code under test
 
 
-def truth(pattern: Pattern, q_len: int, kv_len: int) -> list[list[bool]]:
+def definition(pattern: Pattern, q_len: int, kv_len: int) -> list[list[bool]]:
     return [[sees(pattern, i, j, q_len, kv_len) for j in range(kv_len)] for i in range(q_len)]
 
 
@@ -63,14 +63,27 @@ def blocks_of(draw, length: int) -> tuple[int, int]:
 
 @some
 @given(cases)
-def test_the_mask_is_the_definition(case):
+def test_the_mask_agrees_with_the_definition(case):
     pattern, q_len, kv_len = case
-    assert mask(pattern, q_len, kv_len).tolist() == truth(pattern, q_len, kv_len)
+    assert mask(pattern, q_len, kv_len).tolist() == definition(pattern, q_len, kv_len)
+
+
+@some
+@given(aligned, lengths, lengths)
+def test_a_band_agrees_with_the_definition(pattern, q_len, kv_len):
+    lowest, highest = pattern.band(q_len, kv_len)
+    distance = torch.arange(kv_len) - torch.arange(q_len)[:, None]
+    visible = (distance >= lowest) & (distance <= highest)
+    assert visible.tolist() == definition(pattern, q_len, kv_len)
+
+
+def test_chunks_are_no_band():
+    assert Chunks(4).band(8, 8) is None
 
 
 @some
 @given(cases, st.data())
-def test_spans_hold_every_visible_key_in_order_and_once(case, data):
+def test_spans_contain_every_visible_key_in_order_and_once(case, data):
     pattern, q_len, kv_len = case
     start, stop = blocks_of(data.draw, q_len)
     spans = pattern.kv_spans(start, stop, q_len, kv_len)
@@ -85,8 +98,8 @@ def test_spans_hold_every_visible_key_in_order_and_once(case, data):
 
 @some
 @given(cases, st.data())
-def test_spans_of_a_local_pattern_hold_little_else(case, data):
-    """What makes it worth being local: the keys of a block are bounded by the block and the pattern, not the length."""
+def test_spans_of_a_local_pattern_are_short(case, data):
+    """The number of keys of a block depends on the block and the pattern, not on the length."""
     pattern, q_len, kv_len = case
     start, stop = blocks_of(data.draw, q_len)
     covered = sum(high - low for low, high in pattern.kv_spans(start, stop, q_len, kv_len))
@@ -135,7 +148,7 @@ def test_block_sizes_fit(case):
     assert 1 <= pattern.block_size(q_len, kv_len) <= q_len
 
 
-# What the contract says of alignment and wrapping
+# Alignment and wrapping
 
 
 def rows(pattern: Pattern, q_len: int, kv_len: int) -> list[str]:
@@ -148,7 +161,7 @@ def test_new_tokens_see_the_whole_cache():
     assert rows(Window(1, 0), 2, 5) == ["..##.", "...##"]
 
 
-def test_more_queries_than_keys_leaves_rows_that_see_nothing():
+def test_with_more_queries_than_keys_some_rows_see_no_key():
     assert rows(Causal(), 4, 2) == ["..", "..", "#.", "##"]
     assert Causal().kv_spans(0, 2, 4, 2) == ()
 
@@ -160,7 +173,7 @@ def test_chunks_wrap_around_with_a_partial_last_chunk():
     assert Chunks(2, after=1).kv_spans(4, 5, 5, 5) == ((0, 5),)
 
 
-def test_causal_chunks_see_nothing_wrapped_from_the_end():
+def test_causal_chunks_do_not_wrap():
     assert rows(Chunks(2, before=1, causal=True), 5, 5) == ["#....", "##...", "###..", "####.", "..###"]
 
 
@@ -175,11 +188,11 @@ def test_chunks_need_as_many_queries_as_keys():
         Chunks(2).check(1, 1, 3, 4)
 
 
-def test_chunks_that_do_not_see_their_own():
+def test_chunks_may_see_only_their_neighbours():
     assert rows(Chunks(2, before=-1, after=1), 6, 6) == ["..##..", "..##..", "....##", "....##", "##....", "##...."]
 
 
-# Sorted chunks: keys stand sorted, round after round, and each query has its place in its round
+# Sorted chunks: keys stand in sorted order, round after round, and each query has a place in its round
 
 
 @st.composite
@@ -204,7 +217,7 @@ def sorted_cases(draw):
 
 @some
 @given(sorted_cases(), st.data())
-def test_sorted_chunks_are_their_definition(case, data):
+def test_sorted_chunks_agree_with_the_definition(case, data):
     pattern, q_len, kv_len = case
     pattern.check(*pattern.order.shape[:2], q_len, kv_len)
     batch, heads = pattern.order.shape[:2]
@@ -265,7 +278,7 @@ def test_sorted_chunks_need_order_and_token(name):
         (lambda: Chunks(4, before=1.0), r"chunks before.*: got .*1\.0; allowed: an integer"),
     ],
 )
-def test_bad_sizes_say_what_is_allowed(make, message):
+def test_bad_sizes_name_what_is_allowed(make, message):
     with pytest.raises(InvalidArgumentError, match=message):
         make()
 

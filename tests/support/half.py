@@ -1,4 +1,4 @@
-"""What tests of packed kernels on fakes share: attentions in half precision, and judging what takes them."""
+"""Helpers for tests of packed kernels: attentions in half precision, and their checks."""
 
 import torch
 
@@ -21,17 +21,17 @@ def attention(pattern, q_len=20, kv_len=20, dim=8, kv_heads=2, key_mask=None, qu
     return attnzoo.Attention(heads(q_len, 2, dim, grad=grad), (segment,), scale, query_mask=query_mask)
 
 
-def real(*lengths, of=20):
+def unpadded(*lengths, of=20):
     return torch.arange(of)[None] < torch.tensor(lengths)[:, None]
 
 
 def agrees(whole, backend):
     report = check_site("case", whole, backend, grad=True, max_rows=1 << 30)
-    assert all(one.ok for one in report.checks), str(report.checks)
+    assert all(check.ok for check in report.checks), str(report.checks)
     return report.kernel
 
 
 def refusals(backend=None, **changes):
     case = Case(**{**dict(dtype=HALF, grad=False), **changes})
-    found = (backend or FlashBackend()).refusals(case.attention().request(case.probabilities))
-    return {refusal.field: (refusal.got, refusal.allowed) for refusal in found}
+    reasons = (backend or FlashBackend()).refusals(case.attention().request(case.probabilities))
+    return {reason.field: (reason.got, reason.allowed) for reason in reasons}

@@ -1,4 +1,4 @@
-"""PyTorch's own FlashAttention operators, on the CPU: what ``torch.nn.attention.varlen`` is made of."""
+"""PyTorch's FlashAttention operators, which ``torch.nn.attention.varlen`` calls, on the CPU."""
 
 import contextlib
 
@@ -8,8 +8,8 @@ from tests.backends.fakes import kernel
 
 
 @contextlib.contextmanager
-def planted():
-    """Registers the two operators for CPU tensors; yields the calls made of them."""
+def cpu_operators():
+    """Register the two operators for CPU tensors, and yield a list that records their calls."""
     calls = []
 
     def forward(

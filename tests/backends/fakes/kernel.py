@@ -1,7 +1,7 @@
-"""What FlashAttention 2's kernels for packed sequences do, in plain torch on the CPU, to the letter of their interface.
+"""FlashAttention 2's kernels for packed sequences in plain torch on the CPU, with exactly their interface.
 
 Written from the documented semantics and the checks of ``csrc/flash_attn/flash_api.cpp`` (2.6 to 2.8). Softmax in
-float32, results rounded to the inputs' dtype; the backward computes from the ``out`` and ``lse`` it is handed.
+float32, results rounded to the dtype of the inputs; the backward computes from its arguments ``out`` and ``lse``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def check(q, k, v, cu_q, cu_k, max_q, max_k):
-    """Raise on whatever the kernels do not take."""
+    """Raise on everything the kernels do not accept."""
     for name, tensor in dict(q=q, k=k, v=v).items():
         assert tensor.ndim == 3, f"{name} has shape {tuple(tensor.shape)}"
         assert tensor.dtype in HALF and tensor.dtype == q.dtype, f"{name} is {tensor.dtype}"
@@ -28,21 +28,21 @@ def check(q, k, v, cu_q, cu_k, max_q, max_k):
 
 
 def visible(n, m, causal, left, right, max_k):
-    """Who sees whom in a sequence of ``n`` queries and ``m`` keys: aligned at the end.
+    """Which of ``m`` keys each of ``n`` queries sees; the last query is aligned with the last key.
 
-    An extent of ``max_k`` or more is none, and none beside another one is ``max_k``.
+    An extent of ``max_k`` or more means no limit. If only one extent has no limit, it becomes ``max_k``.
     """
     left, right = (-1 if extent >= max_k else extent for extent in (left, 0 if causal else right))
-    place = torch.arange(n)[:, None] + (m - n)
+    position = torch.arange(n)[:, None] + (m - n)
     key = torch.arange(m)
     if left < 0 and right < 0:
         return torch.ones((n, m), dtype=torch.bool)
     left, right = (max_k if extent < 0 else extent for extent in (left, right))
-    return (key >= place - left) & (key <= place + right)
+    return (key >= position - left) & (key <= position + right)
 
 
 def sequences(cu_q, cu_k):
-    """Rows of queries ``(count, n)`` and keys ``(count, m)`` of the sequences, those of equal lengths together."""
+    """Rows of queries ``(count, n)`` and keys ``(count, m)``, for all sequences of equal lengths at once."""
     assert len(cu_q) <= 65536, "CUDA: invalid configuration argument"  # the grid's second dimension is the sequences
     groups = {}
     q, k = cu_q.tolist(), cu_k.tolist()
@@ -54,11 +54,11 @@ def sequences(cu_q, cu_k):
         yield torch.tensor(q_starts)[:, None] + torch.arange(n), torch.tensor(k_starts)[:, None] + torch.arange(m)
 
 
-def scores(q, k, scale, seen):
+def scores(q, k, scale, visible):
     """``(count, heads, n, m)`` in float32."""
     keys = k.float().repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-    shown = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
-    return torch.einsum("cnhd,cmhd->chnm", q.float(), keys) * scale + shown
+    mask = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
+    return torch.einsum("cnhd,cmhd->chnm", q.float(), keys) * scale + mask
 
 
 def kept(shape, dropout, generator):
@@ -68,7 +68,7 @@ def kept(shape, dropout, generator):
 
 @torch.autocast("cpu", enabled=False)
 def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, scale, causal, left, right, check=check):
-    """Output ``(total_q, heads, dim)``, lse ``(heads, total_q)`` float32 (inf where nothing is seen), random state."""
+    """Output ``(total_q, heads, dim)``, lse ``(heads, total_q)`` float32 (inf if the row sees no key), random state."""
     check(q, k, v, cu_q, cu_k, max_q, max_k)
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty(q.shape[1], q.shape[0])
     state = torch.randint(1 << 40, (2,)) if dropout else torch.zeros(2, dtype=torch.long)

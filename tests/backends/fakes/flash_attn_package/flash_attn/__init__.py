@@ -1,4 +1,4 @@
-"""Stands in for the ``flash_attn`` package where there is no GPU."""
+"""A fake of the ``flash_attn`` package for machines without a GPU."""
 
 from flash_attn.flash_attn_interface import flash_attn_varlen_func  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""The functions of ``flash_attn`` 2.8 that are called, with its signatures, on a kernel in plain torch."""
+"""The functions of ``flash_attn`` 2.8 that attnzoo calls, with their signatures, on a kernel in plain torch."""
 
 from types import SimpleNamespace
 
@@ -6,10 +6,10 @@ import torch
 
 from tests.backends.fakes import kernel
 
-# The compiled extension; here nothing goes through it.
+# The compiled extension, which the fake functions do not call.
 flash_attn_gpu = SimpleNamespace(varlen_fwd=kernel.forward, varlen_bwd=kernel.backward)
 
-CALLS = []  # what was called, in order: name and arguments
+CALLS = []  # name and arguments of each call
 
 
 def _note(name, **arguments):

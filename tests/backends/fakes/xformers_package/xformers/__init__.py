@@ -1,3 +1,3 @@
-"""Stands in for the ``xformers`` package where there is no GPU."""
+"""A fake of the ``xformers`` package for machines without a GPU."""
 
 __version__ = "0.0.35"

@@ -1,12 +1,12 @@
-"""The functions of xformers 0.0.35 that are called, with its signatures, on operators in plain torch."""
+"""The functions of xformers 0.0.35 that attnzoo calls, with their signatures, on operators in plain torch."""
 
 import torch
 
-import xformers.ops.fmha.attn_bias  # noqa: F401  as xformers.ops.fmha.attn_bias it is used
+import xformers.ops.fmha.attn_bias  # noqa: F401  attnzoo reads it as an attribute
 from xformers.ops.fmha import cutlass, flash  # noqa: F401
 from xformers.ops.fmha.operators import Inputs  # noqa: F401
 
-CALLS = []  # what was called, in order: name, operator, bias and tensors
+CALLS = []  # name, operator, bias and tensors of each call
 
 
 class _fMHA(torch.autograd.Function):
@@ -21,7 +21,7 @@ class _fMHA(torch.autograd.Function):
     def backward(ctx, grad):
         op, attn_bias, scale = ctx.rest
         out, lse, *inputs = ctx.saved_tensors
-        lse = lse.nan_to_num(nan=torch.inf)  # what the kernel left unwritten
+        lse = lse.nan_to_num(nan=torch.inf)  # entries that the kernel did not write
         return None, None, None, *op[1].backward(grad, out, lse, *inputs, attn_bias, scale)
 
 

@@ -1,4 +1,4 @@
-"""The biases of xformers 0.0.35 that are used, with its constructors and the errors they raise."""
+"""The biases of xformers 0.0.35 that attnzoo uses, with their constructors and errors."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What the operators of xformers 0.0.35 take and give, on a kernel in plain torch."""
+"""The operators of xformers 0.0.35 on a kernel in plain torch."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,7 +19,7 @@ DENSE = (LocalAttentionFromBottomRightMask,)
 
 
 def sequences(query, key, bias):
-    """Sequence starts, longest sequences, causality and window that a bias says of ``(batch, rows, ...)`` tensors."""
+    """The sequence starts, longest sequences, causality and window of a bias."""
     if isinstance(bias, BlockDiagonalMask):
         q, k = bias.q_seqinfo, bias.k_seqinfo
         lengths = (q.seqstart, k.seqstart, q.max_seqlen, k.max_seqlen)
@@ -43,7 +43,7 @@ class Inputs:
     is_partial: bool = False
 
 
-# Whether the compiled extension loaded. A wheel of another CUDA leaves every operator registered, and so "available".
+# Whether the compiled extension loaded. With a wheel for another CUDA, operators are registered and so "available".
 EXTENSION = SimpleNamespace(loaded=True)
 
 
@@ -63,7 +63,7 @@ class Operator:
 
     @classmethod
     def not_supported_reasons(cls, d):
-        """What the operator does not support of its inputs, in xformers' words."""
+        """Why the operator does not support its inputs, with xformers' messages."""
         reasons = []
         if max(d.query.shape[-1], d.value.shape[-1]) > cls.SUPPORTED_MAX_K:
             reasons.append(f"max(query.shape[-1], value.shape[-1]) > {cls.SUPPORTED_MAX_K}")
@@ -91,7 +91,7 @@ class Operator:
 
     @classmethod
     def check(cls, query, key, value, bias):
-        """Raise, as xformers does, on what the operator does not support."""
+        """Raise on inputs that the operator does not support, as xformers does."""
         reasons = cls.not_supported_reasons(Inputs(query, key, value, bias))
         if reasons:
             raise ValueError(f"Operator {cls.NAME} does not support inputs: {reasons}")
@@ -102,7 +102,7 @@ class Operator:
 
     @classmethod
     def lse_out(cls, lse, query, bias):
-        """``(heads, rows)`` as the operator gives it: packed, or one row of each sample or sequence."""
+        """``(heads, rows)`` as the operator returns it: packed, or one row per sample or sequence."""
         if isinstance(bias, BlockDiagonalMask) and not cls.VARLEN_LSE_PACKED:
             starts = bias.q_seqinfo.seqstart_py
             width = -(-bias.q_seqinfo.max_seqlen // 32) * 32
@@ -114,7 +114,7 @@ class Operator:
 
     @classmethod
     def lse_in(cls, lse, query, bias):
-        """The same back."""
+        """The inverse of :meth:`lse_out`."""
         if isinstance(bias, BlockDiagonalMask) and not cls.VARLEN_LSE_PACKED:
             starts = bias.q_seqinfo.seqstart_py
             if lse.shape[0] != len(starts) - 1 or lse.shape[2] < bias.q_seqinfo.max_seqlen:
@@ -144,7 +144,7 @@ class Operator:
         lengths, seen = sequences(query, key, bias)
         rows = [tensor.flatten(0, 1) for tensor in (grad, query, key, value, out)]
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        theirs = cls.lse_in(lse, query, bias).contiguous()
+        packed_lse = cls.lse_in(lse, query, bias).contiguous()
         state = torch.zeros(2, dtype=torch.long)
-        grads = kernel.backward(*rows, theirs, *lengths, 0.0, scale, *seen, state, check=lambda *_: None)
+        grads = kernel.backward(*rows, packed_lse, *lengths, 0.0, scale, *seen, state, check=lambda *_: None)
         return tuple(grad.view(tensor.shape) for grad, tensor in zip(grads, (query, key, value), strict=True))
