@@ -278,9 +278,9 @@ class Masks:
     def key(self, block: Block, part: Part) -> tuple[object, ...] | None:
         """Return a value that is equal only for parts with equal pattern masks and equal biases; or None."""
         segment, tile = self._attention.segments[part.segment], self._tile(block, part)
-        by_pattern: tuple[object, ...] | None = segment.pattern.block_key(tile)
-        if segment.pattern.sees_all(tile):
-            by_pattern = ("all", block.rows, part.kv_stop - part.kv_start)
+        by_pattern: tuple[object, ...] | None = ("all", block.rows, part.kv_stop - part.kv_start)
+        if not segment.pattern.sees_all(tile):
+            by_pattern = segment.pattern.block_key(tile)
         by_bias = () if segment.bias is None else segment.bias.block_key(*tile)
         return None if by_pattern is None or by_bias is None else (by_pattern, by_bias)
 

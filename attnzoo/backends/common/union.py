@@ -14,65 +14,41 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class SegmentPart(Protocol):
-    """Some keys of one segment."""
-
-    @property
-    def segment(self) -> int:
-        """The number of the segment."""
-
-
-class QueryRows(Protocol):
-    """Some query rows, and the parts of the keys they see."""
-
-    @property
-    def parts(self) -> Sequence[SegmentPart]:
-        """What the rows see; may be empty."""
-
-    def take(self, tensor: Tensor) -> Tensor:
-        """Return these rows of a query-shaped tensor, or of one without its last dimension (lse)."""
-
-    def put(self, tensor: Tensor, values: Tensor) -> None:
-        """Write these rows."""
-
-    def add(self, tensor: Tensor, values: Tensor) -> None:
-        """Add to these rows."""
-
-
-R = TypeVar("R", bound=QueryRows)
 Grads = tuple[Tensor, Tensor, Tensor]
 
 
-class PartialKernel(ABC, Generic[R]):
-    """A kernel that returns ``(out, lse)`` of a part, bound to the tensors of one attention.
+class PartialKernel(ABC):
+    """A kernel that returns ``(out, lse)`` of a part of the keys, bound to the tensors of one attention.
 
-    The rows that a plan yields with ``is_first=True`` must not overlap; they are written without being read.
+    A plan yields ``(is_first, rows)``. ``rows.parts`` are the parts of the keys that these query rows see, each with
+    the number of its ``segment``. ``rows.take(tensor)``, ``rows.put(tensor, values)`` and ``rows.add(tensor, values)``
+    read and write these rows of out, lse and gradients. First rows are written without being read: they must not
+    overlap.
     """
 
     @abstractmethod
     def new_results(self) -> tuple[Tensor, Tensor]:
-        """Return memory for out, and lse filled with ``-inf``; out may hold garbage where first rows will write."""
+        """Return memory for out, which may hold garbage where first rows will write, and lse filled with ``-inf``."""
 
     @abstractmethod
-    def forward_plan(self) -> Iterable[tuple[bool, R]]:
-        """Yield ``(is_first, rows)`` until every query has met every key it sees."""
+    def forward_plan(self) -> Iterable[tuple[bool, Any]]:
+        """Yield rows until every query has met every key it sees."""
 
     @abstractmethod
-    def forward(self, rows: R, number: int) -> tuple[Tensor, Tensor]:
+    def forward(self, rows: Any, number: int) -> tuple[Tensor, Tensor]:
         """Return out and lse of the rows over part ``number``; lse is ``-inf`` and out finite if a row sees no key."""
 
-    def backward_plan(self) -> Iterable[tuple[bool, R]]:
-        """Yield ``(is_first, rows)`` for the backward, by default those of the forward."""
+    def backward_plan(self) -> Iterable[tuple[bool, Any]]:
+        """Yield the rows of the backward, by default those of the forward."""
         return self.forward_plan()
 
     @abstractmethod
-    def backward(self, rows: R, grad_out: Tensor, out: Tensor, lse: Tensor) -> Iterable[Grads]:
+    def backward(self, rows: Any, grad_out: Tensor, out: Tensor, lse: Tensor) -> Iterable[Grads]:
         """Return the gradients of query, key and value for each part, given these rows of the final out and lse."""
 
     @abstractmethod
@@ -84,7 +60,7 @@ class PartialKernel(ABC, Generic[R]):
         return []
 
 
-Bind = Callable[[Tensor, Sequence[Tensor]], PartialKernel[Any]]
+Bind = Callable[[Tensor, Sequence[Tensor]], PartialKernel]
 
 
 def unite(
@@ -102,14 +78,14 @@ def unite(
     Returns:
         The output in the query's dtype, and lse without a gradient, ``-inf`` in rows that see no key.
     """
-    output, lse = _Union.apply(bind, tuple(places), tuple(watched), query, *tensors)
+    output, lse = _Union.apply(bind, places, watched, query, *tensors)
     return output, lse
 
 
 class _Union(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, bind: Bind, places: tuple[int, ...], watched: tuple[Tensor, ...], query: Tensor, *tensors: Tensor
+        ctx: Any, bind: Bind, places: Sequence[int], watched: Sequence[Tensor], query: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         kernel = bind(query, tensors)
         out, lse = kernel.new_results()
@@ -137,26 +113,20 @@ class _Union(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         query, out, lse, *tensors = ctx.saved_tensors[: 3 + ctx.count]
         with torch.autocast(query.device.type, enabled=False):  # the caller of backward() may be in one
-            kernel = ctx.bind(query, tensors)
-            return None, None, None, *_backward(kernel, ctx.places, grad_out, query, out, lse, tensors)
+            return None, None, None, *_backward(ctx.bind, ctx.places, grad_out, out, lse, query, tensors)
 
 
 def _backward(
-    kernel: PartialKernel[QueryRows],
-    places: tuple[int, ...],
-    grad_out: Tensor,
-    query: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    tensors: list[Tensor],
+    bind: Bind, places: Sequence[int], grad_out: Tensor, out: Tensor, lse: Tensor, query: Tensor, tensors: list[Tensor]
 ) -> list[Tensor]:
+    kernel = bind(query, tensors)
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     # A row that sees no key has lse -inf, and a kernel would compute inf - inf; with 0 its weights become 0.
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
     # zeros_like keeps the layout of the input: projections merge heads in memory, and then need no copy of a gradient.
-    grad_query = torch.zeros_like(query, dtype=lse.dtype)
-    grads = [torch.zeros_like(tensor, dtype=lse.dtype) for tensor in tensors[: 1 + max(places)]]
+    trained = (query, *tensors[: 1 + max(places)])
+    grad_query, *grads = (torch.zeros_like(tensor, dtype=lse.dtype) for tensor in trained)
     for is_first, rows in kernel.backward_plan():
         write = rows.put if is_first else rows.add
         gradients = kernel.backward(rows, rows.take(grad_out), rows.take(out), rows.take(lse))

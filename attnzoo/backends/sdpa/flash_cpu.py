@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,7 +145,7 @@ class _AdditiveMasks:
         return mask, visible_rows
 
 
-class _CpuKernel(PartialKernel[Any]):
+class _CpuKernel(PartialKernel):
     """The two operators on an attention's parts: on stacks of blocks in the forward, on blocks in the backward."""
 
     def __init__(self, attention: Attention, places: list[int], query: Tensor, tensors: Sequence[Tensor]) -> None:

@@ -29,13 +29,13 @@ class Stack(NamedTuple):
         depth: the number of blocks. A stack of several blocks is of one sample, and its call has the heads in place of
             samples and the blocks in place of heads; a single block is of the whole batch.
         steps: for each part of the block, by how many keys it moves from one block to the next.
-        sample: which samples the stack is of.
+        sample: the sample that the stack is of; None: all.
     """
 
     block: Block
     depth: int
     steps: tuple[int, ...]
-    sample: slice = slice(None)
+    sample: int | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -55,7 +55,7 @@ class Stack(NamedTuple):
         if self.depth == 1:
             yield self
         else:
-            yield from (self._replace(sample=slice(sample, sample + 1)) for sample in range(batch))
+            yield from (self._replace(sample=sample) for sample in range(batch))
 
     def flat(self) -> Stack:
         """Return the stack as a single block, for parts that do not move and need no mask."""
@@ -63,14 +63,17 @@ class Stack(NamedTuple):
 
     def take(self, tensor: Tensor) -> Tensor:
         """Return the rows of ``(batch, heads, q_len, ...)`` as ``(heads, depth, rows, ...)``, or a single block's."""
-        return self.by_block(self.whole().take(tensor[self.sample]))
+        return self.by_block(self.whole().take(self._of_sample(tensor)))
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
         """Write the rows."""
         if self.depth == 1:
-            self.block.put(tensor[self.sample], values)
+            self.block.put(self._of_sample(tensor), values)
         else:
             self.take(tensor).copy_(values)
+
+    def _of_sample(self, tensor: Tensor) -> Tensor:
+        return tensor if self.sample is None else tensor[self.sample : self.sample + 1]
 
     def by_block(self, rows: Tensor) -> Tensor:
         """View ``(1, heads, depth * rows, ...)`` as ``(heads, depth, rows, ...)``."""
@@ -78,12 +81,12 @@ class Stack(NamedTuple):
 
     def repeat(self, rows: Tensor) -> Tensor:
         """Return values of one block's rows ``(batch, heads, rows, ...)`` for all blocks."""
-        rows = rows[self.sample]
+        rows = self._of_sample(rows)
         return rows if self.depth == 1 else rows[0][:, None].expand(-1, self.depth, *rows.shape[2:])
 
     def keys(self, number: int, tensor: Tensor, heads: int, scratch: Scratch) -> Tensor:
         """Return keys or values of part ``number`` as ``(heads, depth, m, dim)``, or a single block's."""
-        part, step, tensor = self.block.parts[number], self.steps[number], tensor[self.sample]
+        part, step, tensor = self.block.parts[number], self.steps[number], self._of_sample(tensor)
         if self.depth == 1:
             return part.take(tensor, heads)
         keys = tensor[:, :, part.kv_start : part.kv_stop + (self.depth - 1) * step]

@@ -268,7 +268,7 @@ def _add(tensor: Tensor, index: Tensor | None, values: Tensor) -> None:
         tensor.index_add_(0, index, values.to(tensor.dtype))
 
 
-class _PackedCalls(PartialKernel[_CallRows]):
+class _PackedCalls(PartialKernel):
     """A packed kernel as the union takes it: out ``(rows, heads, dim)``, lse ``(rows, heads)``, one part per call."""
 
     def __init__(self, settings: _Settings, query: Tensor, keys_values: Sequence[Tensor]) -> None:
