@@ -111,7 +111,7 @@ def attend(attention: Attention, kernel: type[PackedKernel]) -> Result:
     plan = plan_calls(attention, kernel.windows)
     hides = plan.has_spare_row or any(mask is not None for mask in plan.hidden)
     packed = _Packing(attention, plan, _Hiding(attention.scale) if hides else None)
-    bind = partial(_PackedCalls, _Settings(kernel, plan, packed.places, attention.scale, attention.dropout, {}))
+    bind = partial(_PackedCalls, kernel, plan, packed.places, attention.scale, attention.dropout, {})
     visible_rows: Tensor | None
     if len(attention.segments) == 1 and plan.calls and not hides:
         output, visible_rows = packed.attend(bind(packed.query, packed.keys_values))
@@ -200,8 +200,8 @@ class _Packing:
 
         No key is hidden, so no query is in two calls (:func:`attnzoo.backends.varlen.calls.needs_no_union`).
         """
-        calls, settings = self._plan.calls, packed.settings
-        outputs = [settings.kernel.attend(packed.inputs(call)) for call in calls]
+        calls = self._plan.calls
+        outputs = [packed.kernel.attend(packed.inputs(call)) for call in calls]
         rows = [call.q_rows for call in calls if call.q_rows is not None]
         if not rows:
             return outputs[0], None
@@ -225,17 +225,6 @@ def _is_aligned(rows: Tensor) -> bool:
 
 def _rows(tensor: Tensor, index: Tensor | None) -> Tensor:
     return tensor if index is None else tensor.index_select(0, index)
-
-
-class _Settings(NamedTuple):
-    """What the calls need beside tensors; ``states`` holds what the forward of each call returns for its backward."""
-
-    kernel: type[PackedKernel]
-    plan: CallPlan
-    places: list[int]
-    scale: float
-    dropout: float
-    states: dict[int, Any]
 
 
 class _CallRows(NamedTuple):
@@ -268,36 +257,46 @@ def _add(tensor: Tensor, index: Tensor | None, values: Tensor) -> None:
         tensor.index_add_(0, index, values.to(tensor.dtype))
 
 
+@dataclass(eq=False)
 class _PackedCalls(PartialKernel):
-    """A packed kernel as the union takes it: out ``(rows, heads, dim)``, lse ``(rows, heads)``, one part per call."""
+    """A packed kernel as the union takes it: out ``(rows, heads, dim)``, lse ``(rows, heads)``, one part per call.
 
-    def __init__(self, settings: _Settings, query: Tensor, keys_values: Sequence[Tensor]) -> None:
-        self.settings, self._query, self._keys_values = settings, query, keys_values
+    ``states`` holds what the forward of each call returns for its backward.
+    """
+
+    kernel: type[PackedKernel]
+    plan: CallPlan
+    places: list[int]
+    scale: float
+    dropout: float
+    states: dict[int, Any]
+    query: Tensor
+    keys_values: Sequence[Tensor]
 
     def inputs(self, call: Call) -> Inputs:
         """Return the arguments of one call."""
-        places = self.settings.places[2 * call.segment : 2 * call.segment + 2]
-        key, value = (_rows(self._keys_values[place], call.k_rows) for place in places)
-        query = _rows(self._query, call.q_rows)
-        return Inputs(query, key, value, call.sequences, self.settings.scale, self.settings.dropout)
+        places = self.places[2 * call.segment : 2 * call.segment + 2]
+        key, value = (_rows(self.keys_values[place], call.k_rows) for place in places)
+        query = _rows(self.query, call.q_rows)
+        return Inputs(query, key, value, call.sequences, self.scale, self.dropout)
 
     def new_results(self) -> tuple[Tensor, Tensor]:
-        rows, heads, _ = self._query.shape
-        out = self._query.new_zeros(self._query.shape, dtype=torch.float32)
+        rows, heads, _ = self.query.shape
+        out = self.query.new_zeros(self.query.shape, dtype=torch.float32)
         # (heads, rows) in memory, as kernels take it
-        return out, self._query.new_full((heads, rows), -math.inf, dtype=torch.float32).transpose(0, 1)
+        return out, self.query.new_full((heads, rows), -math.inf, dtype=torch.float32).transpose(0, 1)
 
     def forward_plan(self) -> Iterator[tuple[bool, _CallRows]]:
-        for number, call in enumerate(self.settings.plan.calls):
+        for number, call in enumerate(self.plan.calls):
             yield number == 0, _CallRows(number, call)
 
     def forward(self, rows: _CallRows, number: int) -> tuple[Tensor, Tensor]:
-        out, lse, self.settings.states[rows.number] = self.settings.kernel.forward(self.inputs(rows.call))
+        out, lse, self.states[rows.number] = self.kernel.forward(self.inputs(rows.call))
         return out, lse.transpose(0, 1)
 
     def backward(self, rows: _CallRows, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Grads]:
         results = (grad_out.contiguous(), out, lse.transpose(0, 1).contiguous())
-        return (self.settings.kernel.backward(self.inputs(rows.call), *results, self.settings.states[rows.number]),)
+        return (self.kernel.backward(self.inputs(rows.call), *results, self.states[rows.number]),)
 
     def add_keys(self, part: Call, grad: Tensor, values: Tensor) -> None:
         _add(grad, part.k_rows, values)
