@@ -1,6 +1,6 @@
 """Which rounding of PyTorch's CPU FlashAttention kernel makes its gradients worse than those of plain operations.
 
-    python -m tests.conformance.rounding_experiment        # the table of docs/design.md
+    python -m tests.conformance.rounding_experiment        # the table of docs/decisions.md
 
 The attentions are those of trained checkpoints. Everything is computed in float64 but for one thing at a time, which is
 taken as the kernel has it. Shown is the largest error of the gradient, over the budget without the term for scores that

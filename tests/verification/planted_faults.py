@@ -1,6 +1,6 @@
 """Faults planted in a backend that is right, and what ``verify`` says of each on the trained checkpoints in float32.
 
-    python -m tests.verification.planted_faults        # the table of docs/design.md
+    python -m tests.verification.planted_faults        # the table of docs/decisions.md
 
 Each fault is wrong in one place only. The ratio is that of the worst check: its error over its budget, with the term
 for scores that are computed again, and without it.
