@@ -243,7 +243,7 @@ class _Cell:
     def _blank(self, contender: Contender) -> Row:
         case = self._case
         workload = find_workload(case.family)
-        beyond, notes = workload.beyond(case.seq_len), []
+        beyond, notes = workload.too_long(case.seq_len), []
         if beyond is not None:
             notes.append(f"{beyond}; here there are {case.seq_len}")
         if case.layers is not None:

@@ -85,7 +85,7 @@ class Workload:
     training: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
     peer: Peer | None = None
 
-    def beyond(self, seq_len: int) -> str | None:
+    def too_long(self, seq_len: int) -> str | None:
         """Return what the published configuration says against inputs of a length in tokens; None: nothing."""
         most = None if self.positions is None else int(self.published[self.positions]) - self.reserved
         if most is None or seq_len <= most:

@@ -232,8 +232,8 @@ def test_published_configurations_build(workload):
 
 def test_longformer_reads_as_many_tokens_as_it_has_positions_for():
     """Two rows of its table come before the first token's."""
-    assert LONGFORMER.beyond(4096) is None
-    assert "4096 positions" in str(LONGFORMER.beyond(4097))
+    assert LONGFORMER.too_long(4096) is None
+    assert "4096 positions" in str(LONGFORMER.too_long(4097))
     assert LONGFORMER.build(layers=1, seq_len=4097).config.max_position_embeddings == 4099
 
 
