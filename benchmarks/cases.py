@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +17,7 @@ from attnzoo.benchmarks.workload import SEED
 from attnzoo.spelling import configured
 
 SCOPES = ("model", "module", "attention")
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
 
 @dataclass(frozen=True)
@@ -85,10 +80,6 @@ class Subject:
         handle = attnzoo.patch(self.model, {self.patched: configured(backend)})
         self.release()
         return handle
-
-    def implementation(self) -> str:
-        """Return the name that transformers has for the attention of the unpatched model."""
-        return str(getattr(self.model.config, "_attn_implementation", None))
 
     def release(self) -> None:
         """Free the rest of the model, so that only the module's memory is measured."""
@@ -153,18 +144,34 @@ def _one_module(case: Case) -> Subject:
         return leaf
 
     args, keywords = tree_map(copy_input, model_args), tree_map(copy_input, model_kwargs)
+    return module_subject(case, model, module, name, lambda: module(*args, **keywords), inputs)
 
-    def call() -> Tensor:
-        return first_tensor(module(*args, **keywords))
 
-    shape = inputs[0].shape if inputs else None
-    generator = torch.Generator().manual_seed(SEED)
-    cotangent = None if shape is None else torch.randn(shape, generator=generator).to(case.device, DTYPES[case.dtype])
+def module_subject(
+    case: Case, model: nn.Module, module: nn.Module, patched: str, call: Callable[[], Any], inputs: list[Tensor]
+) -> Subject:
+    """Return a subject for one module whose ``call`` returns a tensor, or tuples that start with it.
+
+    The backward starts from a random tensor, the same in every process.
+    """
+    shape = inputs[0].shape if case.train and inputs else None
+    cotangent = None if shape is None else random_normal(case, shape, torch.Generator().manual_seed(SEED))
+
+    def first_tensor() -> Tensor:
+        output = call()
+        while not isinstance(output, Tensor):
+            output = output[0]
+        return output
 
     def backward(output: Tensor) -> None:
         output.backward(cotangent if cotangent is not None and cotangent.shape == output.shape else output.detach())
 
-    return Subject(case, model, module, name, call, backward, inputs)
+    return Subject(case, model, module, patched, first_tensor, backward, inputs)
+
+
+def random_normal(case: Case, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Return a tensor of the case's dtype on its device; its values depend on the generator only."""
+    return torch.randn(shape, generator=generator).to(case.device, DTYPES[case.dtype])
 
 
 class _CapturedError(Exception):
@@ -190,13 +197,6 @@ def _capture(
     finally:
         hook.remove()
     return calls[0]
-
-
-def first_tensor(value: Any) -> Tensor:
-    """Return the output tensor of a module that returns nested tuples."""
-    while not isinstance(value, Tensor):
-        value = value[0]
-    return value
 
 
 class _LinearRecorder(TorchFunctionMode):

@@ -36,17 +36,7 @@ def make_plan(
     full: bool = False,
     **fields: Any,
 ) -> ShootoutPlan:
-    """Return the plan for values of the command line's options.
-
-    Args:
-        models: families; None: LED.
-        backends: backends, also with options; None: every exact backend.
-        seq_lens: input lengths; None: the defaults, which are longer with ``full``.
-        dtype: name of a dtype, also short (``bf16``).
-        threads: CPU threads; None: torch's number.
-        train: only forward+backward, or only forward; None: both.
-        full: longer inputs, more rounds, no limits that save time.
-        fields: further fields of :class:`ShootoutPlan`, unchanged.
+    """Return the plan for the options of :func:`bench`; ``fields`` are fields of :class:`ShootoutPlan`.
 
     Raises:
         InvalidArgumentError, UnknownNameError: a wrong value; names the allowed ones.
@@ -71,19 +61,15 @@ def make_plan(
 def bench(
     model: list[str] = typer.Option(["led"], help=_WORKLOADS),
     backend: list[str] = typer.Option(
-        None, help="Backend, repeatable, also with options (name:option=value,...); default: every exact backend."
+        None, help="Backend, also with options (name:option=value,...), repeatable; default: every exact backend."
     ),
     seq_len: list[int] = typer.Option(None, help="Input length in tokens, repeatable; default: 1024, 2048, 4096."),
     dtype: str = typer.Option("float32", help="float32, bfloat16, float16 or float64."),
     device: str = typer.Option("cpu", help="cpu or cuda."),
     threads: int = typer.Option(None, help="CPU threads; default: torch's number."),
-    train: bool = typer.Option(
-        None, "--train/--no-train", help="Time only forward+backward, or only forward; default: both."
-    ),
+    train: bool = typer.Option(None, "--train/--no-train", help="Only forward+backward, or forward; default: both."),
     scope: str = typer.Option(
-        "model",
-        help="What is timed: the whole model, one attention module with its projections (module), or without them "
-        "(attention).",
+        "model", help="What is timed: model, module (one attention with its projections) or attention (without them)."
     ),
     rounds: int = typer.Option(None, help="Timed runs per row; default: 3 to 9, depending on their duration."),
     batch: int = typer.Option(1, help="Passages per run."),

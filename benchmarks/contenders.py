@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import attnzoo
 from attnzoo.backend import Backend
@@ -49,14 +49,8 @@ class GateVerdict:
     recall: float | None = None
 
 
-@dataclass(frozen=True)
-class Execution:
-    """What ran in the measured runs.
-
-    Attributes:
-        kernel: the kernels, most frequent first.
-        complaint: why this is not what the user requested; empty if it is.
-    """
+class Execution(NamedTuple):
+    """The kernels that ran, most frequent first, and why they are not what the user requested (empty if they are)."""
 
     kernel: str
     complaint: str = ""
@@ -109,7 +103,7 @@ class Original(Contender):
 
     def prepare(self, case: Case) -> PreparedContender:
         subject = build(case)
-        kernel = f"original ({subject.implementation()})"
+        kernel = f"original ({getattr(subject.model.config, '_attn_implementation', None)})"
         subject.release()
         return PreparedContender(subject, kernel)
 

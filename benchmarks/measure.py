@@ -18,13 +18,7 @@ from attnzoo.benchmarks import source
 
 
 class Peak(NamedTuple):
-    """Peak memory of one run.
-
-    Attributes:
-        extra: bytes above ``before``.
-        before: bytes in use before the run, weights and inputs included.
-        method: how the peak was measured.
-    """
+    """Peak memory of a run: bytes above ``before``, bytes in use before it, and how it was measured."""
 
     extra: int
     before: int

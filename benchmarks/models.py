@@ -5,7 +5,7 @@ To add a family, add a workload to :data:`WORKLOADS`; no other module knows a fa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +47,17 @@ def _led_inputs(tokens: Tensor) -> Inputs:
     return inputs._replace(kwargs=_with_global_token(inputs.kwargs))
 
 
+def _layers_in(*fields: str) -> Callable[[Mapping[str, Any], int], dict[str, Any]]:
+    """Return a ``shrink`` function that sets the fields to the number of layers, or shortens their lists to it."""
+
+    def shrink(published: Mapping[str, Any], layers: int) -> dict[str, Any]:
+        old = {name: published[name] for name in fields}
+        new = {name: value[:layers] if isinstance(value, list) else layers for name, value in old.items()}
+        return {**published, **new}
+
+    return shrink
+
+
 _LED = dict(
     vocab_size=50265, d_model=768, encoder_layers=6, decoder_layers=6, encoder_attention_heads=12,
     decoder_attention_heads=12, encoder_ffn_dim=3072, decoder_ffn_dim=3072, attention_window=[1024] * 6,
@@ -65,12 +76,7 @@ LED = Workload(
     special_tokens=4,
     inputs=_led_inputs,
     extra=DECODER_TOKENS + 1,
-    shrink=lambda published, layers: {
-        **published,
-        "encoder_layers": layers,
-        "decoder_layers": layers,
-        "attention_window": published["attention_window"][:layers],
-    },
+    shrink=_layers_in("encoder_layers", "decoder_layers", "attention_window"),
     positions="max_encoder_position_embeddings",
 )
 
@@ -91,11 +97,7 @@ LONGFORMER = Workload(
     special_tokens=4,
     inputs=_masked_language_inputs,
     extra=0,
-    shrink=lambda published, layers: {
-        **published,
-        "num_hidden_layers": layers,
-        "attention_window": published["attention_window"][:layers],
-    },
+    shrink=_layers_in("num_hidden_layers", "attention_window"),
     positions="max_position_embeddings",
     reserved=2,  # the position of the first token is pad_token_id + 1
 )
@@ -116,7 +118,7 @@ GPT_NEOX = Workload(
     special_tokens=1,
     inputs=_causal_inputs,
     extra=1,
-    shrink=lambda published, layers: {**published, "num_hidden_layers": layers},
+    shrink=_layers_in("num_hidden_layers"),
     positions=None,  # rotary positions have no table, so any length runs
 )
 
@@ -136,7 +138,7 @@ GPT_BIGCODE = Workload(
     special_tokens=0,
     inputs=_causal_inputs,
     extra=1,
-    shrink=lambda published, layers: {**published, "n_layer": layers},
+    shrink=_layers_in("n_layer"),
     positions="n_positions",
 )
 
@@ -157,7 +159,7 @@ LONGT5_LOCAL = Workload(
     special_tokens=3,
     inputs=_encoder_decoder_inputs,
     extra=DECODER_TOKENS + 1,
-    shrink=lambda published, layers: {**published, "num_layers": layers, "num_decoder_layers": layers},
+    shrink=_layers_in("num_layers", "num_decoder_layers"),
     # The same three blocks of 128, without the bias and without the mask that narrows them to the radius.
     peer=Peer(
         "local-attention", 64, dict(window_size=128, causal=False, look_backward=1, look_forward=1, autopad=True)

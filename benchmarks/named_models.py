@@ -49,12 +49,6 @@ def load_model(name: str) -> nn.Module:
     raise InvalidArgumentError("model", f"{name!r}, whose config.json names no architecture", allowed)
 
 
-def load_with_text(name: str, seq_len: int) -> tuple[nn.Module, dict[str, Any]]:
-    """Load a model and forward arguments with ``seq_len`` tokens of real text; see :func:`load_with_passages`."""
-    model, (inputs,) = load_with_passages(name, seq_len, 1)
-    return model, inputs
-
-
 def load_with_passages(
     name: str, seq_len: int, passages: int, dtype: torch.dtype | None = None
 ) -> tuple[nn.Module, list[dict[str, Any]]]:

@@ -13,9 +13,9 @@ from importlib import import_module, metadata
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from attnzoo.benchmarks.cases import DTYPES, Case, Subject, first_tensor
+from attnzoo.benchmarks.cases import DTYPES, Case, module_subject, random_normal
 from attnzoo.benchmarks.contenders import Contender, PreparedContender
 from attnzoo.benchmarks.models import find_workload
 from attnzoo.benchmarks.rows import SKIPPED, Problem
@@ -67,11 +67,14 @@ class PeerContender(Contender):
         cls, peer, library = _import(self.name), _peer(case), LIBRARIES[self.name]
         module = cls(**peer.options).to(case.device, DTYPES[case.dtype]).eval()
         shape = (case.batch * find_workload(case.family).heads, case.seq_len, peer.dim_head)
+        generator = torch.Generator().manual_seed(SEED)
+        inputs = [random_normal(case, shape, generator).requires_grad_(case.train) for _ in range(library.inputs)]
+        subject = module_subject(case, module, module, "", lambda: module(*inputs), inputs)
         try:
             version = metadata.version(self.name)
         except metadata.PackageNotFoundError:
             version = "of unknown version"
-        return PreparedContender(_subject(case, module, shape, library.inputs), f"{library.cls} {version}")
+        return PreparedContender(subject, f"{library.cls} {version}")
 
 
 def peers_of(families: Iterable[str]) -> tuple[PeerContender, ...]:
@@ -99,22 +102,3 @@ def _import(package: str) -> Callable[..., nn.Module]:
         broken = f"the package {package!r} cannot be imported ({type(error).__name__}: {error})"
         raise Problem(SKIPPED, f"{broken}: {remedy}") from error
     return cls
-
-
-def _subject(case: Case, module: nn.Module, shape: tuple[int, ...], count: int) -> Subject:
-    """The module with ``count`` seeded random inputs of one shape."""
-    generator = torch.Generator().manual_seed(SEED)
-
-    def normal() -> Tensor:
-        return torch.randn(shape, generator=generator).to(case.device, DTYPES[case.dtype])
-
-    inputs = [normal().requires_grad_(case.train) for _ in range(count)]
-    cotangent = normal() if case.train else None
-
-    def call() -> Tensor:
-        return first_tensor(module(*inputs))
-
-    def backward(output: Tensor) -> None:
-        output.backward(cotangent)
-
-    return Subject(case, module, module, "", call, backward, inputs)

@@ -67,7 +67,7 @@ def _draw_family(rows: list[Row], path: Path) -> None:
             of_label = [row for row in ok_rows if row.label == label]
             if of_label:
                 lines.setdefault(label, _draw_time(time_axis, of_label, style))
-                memory_axis.plot(_lengths(of_label), [float(row.peak_bytes or 0) for row in of_label], **style)
+                memory_axis.plot([row.seq_len for row in of_label], [row.peak_bytes or 0 for row in of_label], **style)
                 _draw_error(error_axis, [row for row in of_label if row.error is not None], style)
         mode, lengths = of_mode[0].mode, sorted({row.seq_len for row in ok_rows})
         _decorate(time_axis, f"{mode}: time", "median and range", lengths, duration)
@@ -93,12 +93,8 @@ def _style(row: Row, number: int) -> dict[str, Any]:
     return dict(color=_COLOURS[index], marker=_MARKERS[(index + 1) % len(_MARKERS)], linewidth=2.0, markersize=6)
 
 
-def _lengths(rows: list[Row]) -> list[int]:
-    return [row.seq_len for row in rows]
-
-
 def _draw_time(axis: Any, rows: list[Row], style: dict[str, Any]) -> Any:
-    x, colour, last = _lengths(rows), style["color"], rows[-1]
+    x, colour, last = [row.seq_len for row in rows], style["color"], rows[-1]
     axis.fill_between(x, [row.fastest for row in rows], [row.slowest for row in rows], color=colour, alpha=0.15)
     (line,) = axis.plot(x, [row.seconds for row in rows], **style)
     if not last.is_original and last.speedup is not None:
@@ -112,10 +108,10 @@ def _draw_time(axis: Any, rows: list[Row], style: dict[str, Any]) -> Any:
 def _draw_error(axis: Any, rows: list[Row], style: dict[str, Any]) -> None:
     if not rows:
         return
-    axis.plot(_lengths(rows), [row.error for row in rows], **style)
-    marker = "_" if len(rows) == 1 else ""
+    lengths, marker = [row.seq_len for row in rows], "_" if len(rows) == 1 else ""
+    axis.plot(lengths, [row.error for row in rows], **style)
     dashes = dict(color=style["color"], linestyle="--", linewidth=1.2, marker=marker, markersize=12)
-    axis.plot(_lengths(rows), [row.budget for row in rows], **dashes)
+    axis.plot(lengths, [row.budget for row in rows], **dashes)
 
 
 def _decorate(

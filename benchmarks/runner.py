@@ -19,14 +19,7 @@ from attnzoo.benchmarks.models import find_workload
 from attnzoo.benchmarks.peers import SCOPE as PEER_SCOPE
 from attnzoo.benchmarks.peers import peers_of
 from attnzoo.benchmarks.rows import OK, ORIGINAL, RED, REFUSED, SKIPPED, EndToEnd, Problem, Row, Shootout
-from attnzoo.benchmarks.worker import (
-    EndToEndJob,
-    ProcessWorker,
-    Worker,
-    as_problem,
-    process_context,
-    verify_in_process,
-)
+from attnzoo.benchmarks.worker import EndToEndJob, ProcessWorker, Worker, as_problem, process_context, verify_in_process
 from attnzoo.errors import InvalidArgumentError, UnknownNameError
 from attnzoo.registry import registry
 from attnzoo.spelling import parse, spell
@@ -281,16 +274,15 @@ class _CaseRun:
         name = contender.name
         self._report(name, "first run, memory")
         worker = self._workers[name] = self._launch(contender, self._case)
-        setup = worker.setup()
+        peak, self._first_seconds[name] = worker.setup()
         self._report(name, "gate")
         gate = worker.gate()
         closest = gate.closest
-        self._first_seconds[name] = setup.seconds
         self._rows[name] = replace(
             self._rows[name],
-            peak_bytes=setup.peak.extra,
-            before_bytes=setup.peak.before,
-            memory_method=setup.peak.method,
+            peak_bytes=peak.extra,
+            before_bytes=peak.before,
+            memory_method=peak.method,
             error=closest.error if closest else None,
             budget=closest.budget if closest else None,
             worst=closest.what if closest else None,
@@ -300,15 +292,11 @@ class _CaseRun:
         if gate.complaint:
             raise Problem(RED, gate.complaint)
 
-    def _round_count(self) -> int:
-        if self._plan.rounds is not None:
-            return self._plan.rounds
-        expected = sum(self._first_seconds[name] for name in self._workers)
-        return max(MIN_ROUNDS, min(MAX_ROUNDS, int(self._plan.seconds_per_case / max(expected, 1e-3))))
-
     def _time(self) -> None:
         """Each round runs every contender once, from another first one, so that noise hits all of them alike."""
-        rounds = self._round_count()
+        expected = sum(self._first_seconds[name] for name in self._workers)
+        affordable = int(self._plan.seconds_per_case / max(expected, 1e-3))
+        rounds = self._plan.rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, affordable))
         times: dict[str, list[float]] = {name: [] for name in self._workers}
         for number in range(rounds):
             names = list(self._workers)

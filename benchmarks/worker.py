@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -29,13 +29,6 @@ Served = TypeVar("Served")
 Answer = TypeVar("Answer")
 
 
-class Setup(NamedTuple):
-    """The first run: its peak memory, and its seconds (a warm-up, not a result)."""
-
-    peak: Peak
-    seconds: float
-
-
 class Worker:
     """Measures one contender in one case, in the calling process."""
 
@@ -43,8 +36,8 @@ class Worker:
         self._contender, self._case = contender, case
         self._projections: Projections | None = None
 
-    def setup(self) -> Setup:
-        """Build the subject, then measure the peak memory of its first run."""
+    def setup(self) -> tuple[Peak, float]:
+        """Build the subject; return the peak memory and the seconds of its first run, which is also a warm-up."""
         torch.set_num_threads(self._case.threads)
         self._prepared = self._contender.prepare(self._case)
         subject, device = self._prepared.subject, self._case.device
@@ -53,7 +46,7 @@ class Worker:
         subject.clear()
         if self._case.scope == "attention":
             self._projections = Projections(subject)
-        return Setup(peak, durations[0])
+        return peak, durations[0]
 
     def gate(self) -> GateVerdict:
         """Check correctness."""
@@ -188,7 +181,7 @@ class ProcessWorker(Worker):
     def __init__(self, context: BaseContext, contender: Contender, case: Case) -> None:
         self._remote = Remote(context, Worker(contender, case))
 
-    def setup(self) -> Setup:
+    def setup(self) -> tuple[Peak, float]:
         return self._remote.call(Worker.setup)
 
     def gate(self) -> GateVerdict:

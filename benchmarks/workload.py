@@ -17,12 +17,7 @@ SEED = 0
 
 
 class Inputs(NamedTuple):
-    """The inputs of a model in one run.
-
-    Attributes:
-        kwargs: keyword arguments of the model's forward.
-        targets: token ids ``(batch, n)`` of the loss; the logits are ``(batch, n, vocabulary)``.
-    """
+    """Keyword arguments of a forward, and the token ids ``(batch, n)`` that the loss compares its logits with."""
 
     kwargs: dict[str, Any]
     targets: Tensor
@@ -30,13 +25,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Peer:
-    """The attention of another library that resembles a family's.
-
-    Attributes:
-        package: a key of ``peers.LIBRARIES``.
-        dim_head: size of a head.
-        options: arguments of the library's class.
-    """
+    """A peer: a key of ``peers.LIBRARIES``, the size of a head, and the arguments of the library's attention class."""
 
     package: str
     dim_head: int
