@@ -108,7 +108,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare a patched model with its original under the error rule; exit status 1 if it is not within."""
-    from attnzoo.benchmarks.subjects import subject_with_passages
+    from attnzoo.benchmarks.named_models import load_with_passages
     from attnzoo.registry import RESERVED_NAMES
     from attnzoo.spelling import configured, named_dtype
     from attnzoo.verification.excerpt import LENGTH
@@ -120,7 +120,7 @@ def verify(
     count, length = (1, min(seq_len, LENGTH)) if fast else (passages, seq_len)
     with _progress() as progress:
         progress(0.0, f"loading {model}")
-        loaded, inputs = subject_with_passages(model, length, count, weights)
+        loaded, inputs = load_with_passages(model, length, count, weights)
         reports = []
         for number, passage in enumerate(inputs):
 
@@ -159,12 +159,12 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """What each backend would do at each attention module of a model, and what auto takes there and why."""
-    from attnzoo.benchmarks.subjects import load
+    from attnzoo.benchmarks.named_models import load_model
     from attnzoo.reporting.explain import explain as look
     from attnzoo.spelling import parse
 
     name, options = (None, {}) if backend is None or backend == "auto" else parse(backend)
-    explanation = look(load(model), name, **options)
+    explanation = look(load_model(model), name, **options)
     print(json.dumps(explanation.to_dict(), indent=2) if as_json else explanation)
 
 

@@ -66,7 +66,7 @@ def tune(
 def _measure(
     name: str, lengths: list[int], dtype: str, device: str, threads: int | None, train: bool, again: bool, rounds: int
 ) -> Tuning:
-    from attnzoo.benchmarks.subjects import subject
+    from attnzoo.benchmarks.named_models import load_with_passages
 
     dtype = dtype_name(dtype)
     if dtype not in _DTYPES:
@@ -80,7 +80,7 @@ def _measure(
     found: dict[str, Measurement] = {}
     fresh: set[str] = set()
     for length in lengths:
-        loaded, inputs = subject(name, length)
+        loaded, (inputs,) = load_with_passages(name, length, 1)
         loaded.train(train).to(device, _DTYPES[dtype])
         given: dict[str, Any] = {
             key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from attnzoo.backends.eager import EagerBackend
 from attnzoo.benchmarks.cases import Case
-from attnzoo.benchmarks.contenders import Contender, Entry, Original
+from attnzoo.benchmarks.contenders import Contender, Original, PreparedContender
 from attnzoo.benchmarks.models import LED, WORKLOADS
 from attnzoo.benchmarks.workload import Workload
 from attnzoo.spec.segments import Attention, Result
@@ -110,7 +110,7 @@ BACKENDS = (Wrong, Elsewhere, Pretending, Switching, ForwardOnly, Absent, Broken
 class TinyOriginal(Original):
     """The original, in a process that has to be told of the tiny family first."""
 
-    def prepare(self, case: Case) -> Entry:
+    def prepare(self, case: Case) -> PreparedContender:
         plant()
         return super().prepare(case)
 
@@ -119,5 +119,5 @@ class TinyOriginal(Original):
 class Suicidal(Contender):
     """Its process ends without a word."""
 
-    def prepare(self, case: Case) -> Entry:
+    def prepare(self, case: Case) -> PreparedContender:
         os._exit(3)
