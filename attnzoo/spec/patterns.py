@@ -1,14 +1,15 @@
-"""Patterns: who sees whom, as plain frozen data.
+"""Patterns: which query sees which key, as plain frozen data.
 
-A pattern states its truth once, as a FlexAttention ``mask_mod(b, h, q, kv) -> bool``, and beside it its *structure*:
-which spans of keys a block of queries can see at all (so that a kernel may skip the rest), and whether a block is
-visible without a mask. Indices are positions in the query and key sequences; ``offset`` is the key position of query 0.
+A pattern defines its visibility once, as a FlexAttention ``mask_mod(b, h, q, kv) -> bool``. Its *structure* lets a
+kernel skip work: which key ranges a block of queries can see, and whether a tile needs no mask. Indices are positions
+in the query and key sequences; ``offset`` is the key position of query 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,30 @@ from attnzoo.errors import InvalidArgumentError
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Span = tuple[int, int]
+UNLIMITED = 1 << 40  # farther than any two tokens are apart, and far from the limits of int64
+
+
+class Band(NamedTuple):
+    """The visible distances, key index minus query index; a side without a limit is ``-UNLIMITED`` or ``UNLIMITED``."""
+
+    lowest: int
+    highest: int
+
+
+class Tile(NamedTuple):
+    """Queries ``q_start:q_stop`` and keys ``kv_start:kv_stop`` of a ``q_len x kv_len`` grid."""
+
+    q_start: int
+    q_stop: int
+    kv_start: int
+    kv_stop: int
+    q_len: int
+    kv_len: int
+
+    @property
+    def shape_and_distance(self) -> tuple[int, int, int]:
+        """Equal for tiles of the same size whose first query and first key are equally far apart."""
+        return (self.q_stop - self.q_start, self.kv_stop - self.kv_start, self.kv_start - self.q_start)
 
 
 def _check_count(argument: str, value: object, minimum: int) -> None:
@@ -25,7 +50,7 @@ def _check_count(argument: str, value: object, minimum: int) -> None:
 
 
 def power_of_two(count: int) -> int:
-    """The next power of two in size, of the same sign; 0 stays 0."""
+    """Round the magnitude of a number up to a power of two and keep its sign; 0 stays 0."""
     rounded = 1 << (abs(count) - 1).bit_length() if count else 0
     return rounded if count >= 0 else -rounded
 
@@ -36,54 +61,56 @@ class Pattern:
 
     @property
     def structure(self) -> Pattern:
-        """The pattern without tensors: what requests hold."""
+        """The pattern without its tensors, as requests hold it."""
         return self
 
     @property
     def coarse(self) -> Pattern:
-        """The structure, with what grows with the lengths rounded up to a power of two: what is measured once."""
+        """The structure with every length-dependent number rounded up to a power of two: the key of a measurement."""
         return self.structure
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         """Raise :class:`InvalidArgumentError` if the pattern has no meaning for an attention of this size."""
 
     def mask_mod(self, q_len: int, kv_len: int) -> MaskMod:
-        """The truth: a function of broadcastable index tensors, True where query ``q`` sees key ``kv``."""
+        """Return the definition: a function of broadcastable index tensors, True where query ``q`` sees key ``kv``."""
         raise NotImplementedError
 
+    def band(self, q_len: int, kv_len: int) -> Band | None:
+        """Return the band, if the key index minus the query index alone decides what is visible; else None."""
+        return None
+
     def batch_and_heads(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The batch and head indices a mask has to be evaluated at: one of each, unless they differ."""
-        one = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=device)
-        return one, one
+        """Return the batch and head indices to evaluate a mask at: a zero each, unless samples or heads differ."""
+        zero = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=device)
+        return zero, zero
 
     def kv_spans(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> tuple[Span, ...]:
-        """Disjoint ``(start, stop)`` key ranges outside which queries ``q_start:q_stop`` see nothing."""
+        """Return disjoint ``(start, stop)`` key ranges that contain every key visible to queries ``q_start:q_stop``."""
         return ((0, kv_len),)
 
-    def sees_all(self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int) -> bool:
-        """True when every query of the block certainly sees every key of the block: no mask is needed."""
+    def sees_all(self, tile: Tile) -> bool:
+        """Return True only if every query of the tile sees every key of the tile, so that it needs no mask."""
         return False
 
     def block_size(self, q_len: int, kv_len: int) -> int:
-        """Number of queries a blocked kernel had best take at once."""
+        """Return how many queries a blocked kernel should take at once."""
         return q_len
 
     @property
     def query_order(self) -> Tensor | None:
-        """``(batch, heads, q_len)``: query indices in the order the structure speaks of, if it is not their own."""
+        """Query indices ``(batch, heads, q_len)`` in the order that the structure counts them; None: first to last."""
         return None
 
     def gathered(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> Iterator[Tensor] | None:
-        """Where the queries of a block see no common range of keys: which keys, for each head its own.
+        """Yield the keys that a block of queries sees, if each head sees other keys.
 
-        Some ``(batch, heads, m)`` at a time, each key once, -1 for none; None: :meth:`kv_spans` tells.
+        Yields key indices ``(batch, heads, m)``, each key once, -1 for no key. None: :meth:`kv_spans` has the keys.
         """
         return None
 
-    def block_key(
-        self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int
-    ) -> tuple[int, ...] | None:
-        """A key such that blocks of equal key have equal masks, so that a kernel may reuse one; None: no promise."""
+    def block_key(self, tile: Tile) -> tuple[int, ...] | None:
+        """Return a value that is equal only for tiles with equal masks, so that a kernel can reuse a mask; or None."""
         return None
 
 
@@ -92,8 +119,8 @@ class Full(Pattern):
     """Every query sees every key.
 
     Attributes:
-        cross: the keys are another sequence's (cross-attention), so that no key is near a query or far from it. Who
-            sees whom is the same; backends that keep to what is near leave such attention as it is.
+        cross: the keys come from another sequence (cross-attention), so distances between queries and keys mean
+            nothing. Approximate backends leave such an attention unchanged.
     """
 
     cross: bool = False
@@ -105,24 +132,30 @@ class Full(Pattern):
     def coarse(self) -> Pattern:
         return Full()
 
+    def band(self, q_len: int, kv_len: int) -> Band:
+        return Band(-UNLIMITED, UNLIMITED)
+
     def mask_mod(self, q_len: int, kv_len: int) -> MaskMod:
         return lambda b, h, q, kv: (q >= 0) & (kv >= 0)
 
-    def sees_all(self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int) -> bool:
+    def sees_all(self, tile: Tile) -> bool:
         return True
 
 
 @dataclass(frozen=True)
-class _Aligned(Pattern):
-    """Patterns by relative position. ``offset=None`` aligns the last query with the last key (bottom right)."""
+class _Banded(Pattern):
+    """A pattern that is a :class:`Band`. ``offset=None`` aligns the last query with the last key (bottom right)."""
 
     def __post_init__(self) -> None:
         offset: object = getattr(self, "offset", None)
         if offset is not None and (isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt))):
             raise InvalidArgumentError(f"offset of {type(self).__name__}", repr(offset), "an integer, or None")
 
+    def band(self, q_len: int, kv_len: int) -> Band:
+        raise NotImplementedError
+
     def shift(self, q_len: int, kv_len: int) -> int:
-        """Key position of query 0."""
+        """Return the key position of query 0."""
         offset: int | None = getattr(self, "offset", None)
         return kv_len - q_len if offset is None else offset
 
@@ -131,45 +164,58 @@ class _Aligned(Pattern):
         offset: int | None = getattr(self, "offset", None)
         return self if offset is None else replace(self, offset=power_of_two(offset))  # type: ignore[call-arg]
 
-    def block_key(
-        self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int
-    ) -> tuple[int, ...]:
-        return (q_start + self.shift(q_len, kv_len) - kv_start, q_stop - q_start, kv_stop - kv_start)
+    def mask_mod(self, q_len: int, kv_len: int) -> MaskMod:
+        lowest, highest = self.band(q_len, kv_len)
+        if lowest == -UNLIMITED:
+            return lambda b, h, q, kv: kv <= q + highest
+        return lambda b, h, q, kv: (kv >= q + lowest) & (kv <= q + highest)
+
+    def kv_spans(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> tuple[Span, ...]:
+        lowest, highest = self.band(q_len, kv_len)
+        start, stop = max(0, q_start + lowest), min(kv_len, q_stop + highest)
+        return ((start, stop),) if start < stop else ()
+
+    def sees_all(self, tile: Tile) -> bool:
+        lowest, highest = self.band(tile.q_len, tile.kv_len)
+        return tile.kv_start - (tile.q_stop - 1) >= lowest and (tile.kv_stop - 1) - tile.q_start <= highest
+
+    def block_key(self, tile: Tile) -> tuple[int, ...]:
+        return tile.shape_and_distance
 
 
 @dataclass(frozen=True)
-class Causal(_Aligned):
+class Causal(_Banded):
     """Query ``i`` sees keys up to its own position ``i + offset``.
 
     The default offset aligns bottom right, as FlashAttention does: new tokens on a longer cache see all of the cache.
 
     Raises:
         InvalidArgumentError: the offset is neither an integer nor None.
+
+    Example:
+        >>> Causal().kv_spans(0, 2, q_len=2, kv_len=5)  # two new tokens on a cache of three
+        ((0, 5),)
     """
 
     offset: int | None = None
 
-    def mask_mod(self, q_len: int, kv_len: int) -> MaskMod:
-        shift = self.shift(q_len, kv_len)
-        return lambda b, h, q, kv: kv <= q + shift
-
-    def kv_spans(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> tuple[Span, ...]:
-        stop = min(kv_len, q_stop + self.shift(q_len, kv_len))
-        return ((0, stop),) if stop > 0 else ()
-
-    def sees_all(self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int) -> bool:
-        return kv_stop <= q_start + self.shift(q_len, kv_len) + 1
+    def band(self, q_len: int, kv_len: int) -> Band:
+        return Band(-UNLIMITED, self.shift(q_len, kv_len))
 
 
 @dataclass(frozen=True)
-class Window(_Aligned):
-    """Sliding window: query at position ``p`` sees keys ``p - left .. p + right``, itself included.
+class Window(_Banded):
+    """Sliding window: a query at position ``p`` sees keys ``p - left`` to ``p + right``, both included.
 
     ``Window(w, 0)`` is the causal window of Mistral; ``Window(w, w)`` that of Longformer (Beltagy et al. 2020,
     arXiv:2004.05150) with ``attention_window = 2 * w``.
 
     Raises:
         InvalidArgumentError: a side is negative, or both are zero; the offset is neither an integer nor None.
+
+    Example:
+        >>> Window(left=3, right=1).kv_spans(8, 10, q_len=20, kv_len=20)  # what queries 8 and 9 see
+        ((5, 11),)
     """
 
     left: int
@@ -183,21 +229,12 @@ class Window(_Aligned):
         if self.left + self.right == 0:
             raise InvalidArgumentError("window", "left=0, right=0", "a window > 0 on at least one side")
 
-    def mask_mod(self, q_len: int, kv_len: int) -> MaskMod:
-        shift, left, right = self.shift(q_len, kv_len), self.left, self.right
-        return lambda b, h, q, kv: (kv >= q + (shift - left)) & (kv <= q + (shift + right))
-
-    def kv_spans(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> tuple[Span, ...]:
+    def band(self, q_len: int, kv_len: int) -> Band:
         shift = self.shift(q_len, kv_len)
-        start, stop = max(0, q_start + shift - self.left), min(kv_len, q_stop + shift + self.right)
-        return ((start, stop),) if start < stop else ()
-
-    def sees_all(self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int) -> bool:
-        shift = self.shift(q_len, kv_len)
-        return kv_start >= q_stop - 1 + shift - self.left and kv_stop - 1 <= q_start + shift + self.right
+        return Band(shift - self.left, shift + self.right)
 
     def block_size(self, q_len: int, kv_len: int) -> int:
-        # A block of n queries touches n + left + right keys: small blocks waste little, but each costs a kernel call.
+        # A block of n queries reads n + left + right keys: small blocks waste few, but each costs a kernel call.
         return min(q_len, max(64, min(256, (self.left + self.right) // 16)))
 
 
@@ -206,14 +243,18 @@ class Chunks(Pattern):
     """Chunked attention of Reformer (Kitaev et al. 2020, arXiv:2001.04451).
 
     The sequence is cut into chunks of ``length`` tokens; a query in chunk ``c`` sees chunks ``c - before`` to
-    ``c + after``. The neighbourhood wraps around the end of the sequence; with ``causal`` a query sees only keys up to
-    its own position, so that nothing wrapped from the end is visible.
+    ``c + after``. This neighbourhood wraps around the end of the sequence. With ``causal`` a query sees only keys up to
+    its own position, so it sees nothing that wrapped around.
 
-    The last chunk may be partial. Each key is seen at most once, however often the neighbourhood wraps onto it. One of
-    ``before`` and ``after`` may be negative: ``Chunks(n, -1, 1)`` sees the next chunk alone.
+    The last chunk may be partial. A query sees each key at most once, however often the neighbourhood wraps onto it.
+    ``before`` or ``after`` may be negative: ``Chunks(n, -1, 1)`` sees the next chunk alone.
 
     Raises:
         InvalidArgumentError: ``length < 1``, an empty neighbourhood, or (in use) query and key lengths that differ.
+
+    Example:
+        >>> Chunks(4, before=1).kv_spans(8, 12, q_len=16, kv_len=16)  # the third chunk sees the second and itself
+        ((4, 12),)
     """
 
     length: int
@@ -230,12 +271,11 @@ class Chunks(Pattern):
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         if q_len != kv_len:
-            raise InvalidArgumentError(
-                "pattern", f"{self} with {q_len} queries and {kv_len} keys", "as many queries as keys"
-            )
+            got = f"{self} with {q_len} queries and {kv_len} keys"
+            raise InvalidArgumentError("pattern", got, "as many queries as keys")
 
     def near(self, query_position: Tensor, kv: Tensor, kv_len: int) -> Tensor:
-        """True where the key's chunk is in the neighbourhood of that of a query at a position."""
+        """Return True where a key's chunk is in the neighbourhood of the chunk of a query position."""
         ahead = kv // self.length - query_position // self.length
         return (ahead + self.before) % -(-kv_len // self.length) <= self.before + self.after
 
@@ -250,7 +290,7 @@ class Chunks(Pattern):
         return self.spans_near(q_start, q_stop, kv_len, q_stop if self.causal else kv_len)
 
     def spans_near(self, start: int, stop: int, kv_len: int, limit: int) -> tuple[Span, ...]:
-        """Key ranges below ``limit`` in the neighbourhood of queries at positions ``start:stop``."""
+        """Return the key ranges below ``limit`` in the neighbourhood of query positions ``start:stop``."""
         count = -(-kv_len // self.length)
         first, last = start // self.length - self.before, (stop - 1) // self.length + self.after
         chunks = range(count) if last - first + 1 >= count else sorted({c % count for c in range(first, last + 1)})
@@ -265,25 +305,19 @@ class Chunks(Pattern):
                 spans.append((begin, end))
         return tuple(spans)
 
-    def sees_all(self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int) -> bool:
-        if self.causal and kv_stop > q_start + 1:
-            return False
-        return self._all_near(q_start, q_stop, kv_start, kv_stop, kv_len)
+    def sees_all(self, tile: Tile) -> bool:
+        return (not self.causal or tile.kv_stop <= tile.q_start + 1) and self._all_near(tile)
 
-    def _all_near(self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, kv_len: int) -> bool:
-        """True when every key of the block is in the neighbourhood of every query, whatever causality says."""
-        if self.before + self.after + 1 >= -(-kv_len // self.length):
+    def _all_near(self, tile: Tile) -> bool:
+        """Whether every key of the tile is in the neighbourhood of every query, causal or not."""
+        if self.before + self.after + 1 >= -(-tile.kv_len // self.length):
             return True
-        one_chunk = q_start // self.length == (q_stop - 1) // self.length
-        spans = self.spans_near(q_start, q_stop, kv_len, kv_len)
-        return one_chunk and any(start <= kv_start and kv_stop <= stop for start, stop in spans)
+        one_chunk = tile.q_start // self.length == (tile.q_stop - 1) // self.length
+        spans = self.spans_near(tile.q_start, tile.q_stop, tile.kv_len, tile.kv_len)
+        return one_chunk and any(start <= tile.kv_start and tile.kv_stop <= stop for start, stop in spans)
 
-    def block_key(
-        self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int
-    ) -> tuple[int, ...] | None:
-        if not self._all_near(q_start, q_stop, kv_start, kv_stop, kv_len):
-            return None
-        return (q_start - kv_start, q_stop - q_start, kv_stop - kv_start)  # causality alone
+    def block_key(self, tile: Tile) -> tuple[int, ...] | None:
+        return tile.shape_and_distance if self._all_near(tile) else None  # causality alone decides
 
     def block_size(self, q_len: int, kv_len: int) -> int:
         return min(q_len, self.length)
@@ -291,20 +325,19 @@ class Chunks(Pattern):
 
 @dataclass(frozen=True)
 class SortedChunks(Chunks):
-    """Chunks of keys that are sorted, as LSH attention sorts them by bucket; each query has its place among them.
+    """Chunks of sorted keys, as LSH attention sorts them by bucket; each query has a place among the keys.
 
-    Queries are in their own order; ``order`` says where they stand: the query with index ``order[b, h, j]`` stands at
-    key position ``start + j``. Keys are in sorted order; ``token`` says which query's token each of them is. With
-    several hash rounds the keys of all rounds stand one after the other, and each round is a segment with its own
-    ``start`` on the same keys: neighbourhoods reach into the round before, as in Reformer. A query never sees its own
-    token: with shared queries and keys it would see little else (what it gets when it sees nothing at all is up to
-    ``Attention.empty``).
+    Keys stand in sorted order, and ``token`` has the token index of each. Queries stand in sequence order, and
+    ``order`` has their places: the query with index ``order[b, h, j]`` stands at key position ``start + j``. With
+    several hash rounds the keys of all rounds stand one after the other. Each round is a segment with its own ``start``
+    on the same keys, so that a neighbourhood reaches into the round before, as in Reformer. A query never sees its own
+    token: with shared queries and keys it would see little else.
 
     Attributes:
         start: key position of the first sorted query.
         order: ``(batch, heads, q_len)`` long, a permutation of the query indices per head.
-        token: ``(batch, heads, kv_len)`` long, the query index each key belongs to; -1 hides the key (padding).
-        causal: a query sees only keys whose token is before it.
+        token: ``(batch, heads, kv_len)`` long, the token index of each key; -1 hides the key (padding).
+        causal: a query sees only keys of earlier tokens.
     """
 
     start: int = 0
@@ -330,11 +363,8 @@ class SortedChunks(Chunks):
     def query_order(self) -> Tensor | None:
         return self.order
 
-    def block_size(self, q_len: int, kv_len: int) -> int:
-        return min(q_len, self.length)
-
     def sorted_tensors(self) -> tuple[Tensor, Tensor]:
-        """``order`` and ``token``, which every pattern in use has."""
+        """Return ``order`` and ``token``, or raise :class:`InvalidArgumentError`."""
         if self.order is None or self.token is None:
             raise InvalidArgumentError("pattern", f"{self} without order and token", "both")
         return self.order, self.token
@@ -347,7 +377,7 @@ class SortedChunks(Chunks):
         )
 
     def visible(self, query: Tensor, token: Tensor) -> Tensor:
-        """True where a query index may see a key of a token index, near or not."""
+        """Return True where a query may see a key of this token, wherever the key stands."""
         return (token >= 0) & ((token < query) if self.causal else (token != query))
 
     def mask_mod(self, q_len: int, kv_len: int) -> MaskMod:
@@ -360,13 +390,11 @@ class SortedChunks(Chunks):
         return mask
 
     def kv_spans(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> tuple[Span, ...]:
-        """Key ranges in the neighbourhood of *sorted* queries ``q_start:q_stop``."""
+        """Return the key ranges in the neighbourhood of *sorted* queries ``q_start:q_stop``."""
         return self.spans_near(q_start + self.start, q_stop + self.start, kv_len, kv_len)
 
-    def sees_all(self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int) -> bool:
+    def sees_all(self, tile: Tile) -> bool:
         return False
 
-    def block_key(
-        self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int
-    ) -> tuple[int, ...] | None:
+    def block_key(self, tile: Tile) -> tuple[int, ...] | None:
         return None

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attnzoo
-from attnzoo.backends.common.remember import Memory
+from attnzoo.backends.common.tensor_cache import TensorCache
 from attnzoo.backends.varlen import calls
-from attnzoo.backends.varlen.calls import hides, plan
+from attnzoo.backends.varlen.calls import may_hide_keys, plan_calls
 from attnzoo.backends.varlen.sorted_calls import fold_heads
 from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
 
@@ -63,7 +63,7 @@ def truth(attention, segment):
 
 
 def check(attention, windows=True):
-    planned = plan(attention, windows)
+    planned = plan_calls(attention, windows)
     for segment, met in zip(attention.segments, meetings(attention, planned), strict=True):
         real = torch.ones(attention.batch, attention.q_len, 1, dtype=torch.bool)
         if attention.query_mask is not None:
@@ -114,8 +114,8 @@ def test_every_query_meets_every_key_it_sees_once(pattern, q_len, kv_len, of_key
     planned = check(attention, windows)
     (request,) = attention.request().segments
     if planned.hidden[0] is not None:
-        assert hides(request)
-    if not hides(request):
+        assert may_hide_keys(request)
+    if not may_hide_keys(request):
         rows = [call.q_rows for call in planned.calls]
         total = sum(sum(call.sequences.q_lens) for call in planned.calls)
         assert total <= 3 * q_len and (len(rows) <= 1 or len(torch.cat(rows).unique()) == total), "a query in two calls"
@@ -135,15 +135,15 @@ def test_sorted_chunks_meet_by_token(length, before, after, causal, tokens, of_k
     key_mask = mask_of(of_keys, 2 * tokens)
     rounds = [attnzoo.Segment(key, key, SortedChunks(length, before, after, causal, start, order, token), key_mask)
               for start, order in zip((0, tokens), orders, strict=True)]  # fmt: skip
-    assert hides(attnzoo.SegmentRequest(chunks, 2))
+    assert may_hide_keys(attnzoo.SegmentRequest(chunks, 2))
     check(fold_heads(attnzoo.Attention(torch.zeros(3, 2, tokens, 2), tuple(rounds), 1.0)))
 
 
 @pytest.fixture
 def few(monkeypatch):
     """Kernels count no more than two sequences."""
-    monkeypatch.setattr(calls, "MOST_SEQUENCES", 2)
-    monkeypatch.setattr(calls, "_plans", Memory())
+    monkeypatch.setattr(calls, "MAX_SEQUENCES", 2)
+    monkeypatch.setattr(calls, "_plans", TensorCache())
 
 
 @pytest.mark.parametrize("of_keys", ["none", "left", "holes"])
@@ -168,7 +168,7 @@ def one(pattern, q_len, kv_len, key_mask=None, query_mask=None):
 
 @pytest.mark.parametrize("pattern", [Full(), Causal(), Window(4, 4), Window(4, 0)], ids=str)
 def test_without_masks_nothing_is_gathered(pattern):
-    (call,) = plan(one(pattern, 20, 20)).calls
+    (call,) = plan_calls(one(pattern, 20, 20)).calls
     assert call.q_rows is None and call.k_rows is None
     window = (pattern.left, pattern.right) if isinstance(pattern, Window) else (-1, 0 if pattern == Causal() else -1)
     assert (call.sequences.left, call.sequences.right) == window
@@ -176,7 +176,7 @@ def test_without_masks_nothing_is_gathered(pattern):
 
 def test_right_padding_of_a_window_moves_nothing():
     real = torch.arange(20)[None] < 13
-    planned = plan(one(Window(4, 4), 20, 20, key_mask=real, query_mask=real))
+    planned = plan_calls(one(Window(4, 4), 20, 20, key_mask=real, query_mask=real))
     (call,) = planned.calls
     assert planned.hidden == (None,)
     assert (call.sequences.q_lens, call.sequences.k_lens) == ((13,), (13,))
@@ -185,30 +185,30 @@ def test_right_padding_of_a_window_moves_nothing():
 
 def test_a_leading_global_token_out_of_the_window_hides_nothing():
     ordinary = torch.arange(20)[None] > 0
-    planned = plan(one(Window(4, 4), 20, 20, key_mask=ordinary))
+    planned = plan_calls(one(Window(4, 4), 20, 20, key_mask=ordinary))
     (call,) = planned.calls
     assert planned.hidden == (None,) and (call.sequences.q_lens, call.sequences.k_lens) == ((20,), (19,))
 
 
 def test_a_global_token_in_the_middle_is_hidden_where_it_is():
     ordinary = torch.arange(20)[None] != 9
-    planned = plan(one(Window(4, 4), 20, 20, key_mask=ordinary))
+    planned = plan_calls(one(Window(4, 4), 20, 20, key_mask=ordinary))
     (hidden,) = planned.hidden
     assert hidden.nonzero().tolist() == [[0, 9]]
     assert planned.calls[0].q_rows is None and planned.calls[0].k_rows is None
 
 
 def test_one_new_token_sees_its_window_of_the_cache():
-    (call,) = plan(one(Window(4, 0), 1, 20)).calls
+    (call,) = plan_calls(one(Window(4, 0), 1, 20)).calls
     assert call.sequences.k_lens == (5,) and call.k_rows.tolist() == [15, 16, 17, 18, 19]
 
 
-def test_layers_that_share_masks_share_the_plan():
+def test_layers_that_share_masks_share_the_plan_calls():
     mask = torch.arange(20)[None] < 13
-    first = plan(one(Window(4, 4), 20, 20, key_mask=mask))
-    assert plan(one(Window(4, 4), 20, 20, key_mask=mask)) is first
-    assert plan(one(Window(4, 3), 20, 20, key_mask=mask)) is not first
-    assert plan(one(Window(4, 4), 20, 20, query_mask=mask)) is not first
-    assert plan(one(Window(4, 4), 20, 20, key_mask=mask.clone())) is first, "the same content"
+    first = plan_calls(one(Window(4, 4), 20, 20, key_mask=mask))
+    assert plan_calls(one(Window(4, 4), 20, 20, key_mask=mask)) is first
+    assert plan_calls(one(Window(4, 3), 20, 20, key_mask=mask)) is not first
+    assert plan_calls(one(Window(4, 4), 20, 20, query_mask=mask)) is not first
+    assert plan_calls(one(Window(4, 4), 20, 20, key_mask=mask.clone())) is first, "the same content"
     mask.numpy()[0, 13] = True
-    assert plan(one(Window(4, 4), 20, 20, key_mask=mask)).calls[0].sequences.k_lens == (14,)
+    assert plan_calls(one(Window(4, 4), 20, 20, key_mask=mask)).calls[0].sequences.k_lens == (14,)

@@ -62,7 +62,7 @@ def test_the_kit_on_the_real_kernels(kernel, dtype):
 def test_hidden_keys_have_no_weight_whatever_the_scale(flash_attn, scale):
     holes = torch.arange(20)[None].expand(2, 20) % 3 != 1
     whole = attention(attnzoo.Window(2, 1), key_mask=holes, scale=scale)
-    assert packed.plan(whole).hidden[0] is not None
+    assert packed.plan_calls(whole).hidden[0] is not None
     agrees(whole, FlashBackend())
     query, (segment,) = whole.query, whole.segments
     shouting = replace(segment, value=segment.value.masked_fill(~holes[:, None, :, None], 60000.0))

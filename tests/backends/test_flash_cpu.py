@@ -7,6 +7,7 @@ import torch
 
 import attnzoo
 from attnzoo.backends.sdpa import flash_cpu
+from attnzoo.backends.sdpa.trained_bias import backward_by_hand
 from attnzoo.conformance.attention_check import check_site
 from attnzoo.registry import registry
 from attnzoo.spec.hashed import HashedChunks
@@ -87,7 +88,7 @@ def test_without_them_sdpa_runs_on_public_functions(monkeypatch, missing):
 def test_the_graph_does_not_keep_query_keys_and_values_twice():
     query, key, value = (tensor.requires_grad_() for tensor in tensors(torch.float32, 300, 300))
     attention = attnzoo.Attention(query, (attnzoo.Segment(key, value, attnzoo.Window(8, 8)),), 1.0)
-    hollow = flash_cpu._hollow(attention)
+    hollow = flash_cpu._without_storage(attention)
     for tensor in (hollow.query, hollow.segments[0].key, hollow.segments[0].value):
         assert tensor.untyped_storage().nbytes() <= 8
 
@@ -117,7 +118,7 @@ def test_gradients_by_hand_do_not_inherit_the_kernels_roundings():
     expected = torch.autograd.grad(out, (query, key, value, scores), cotangent)
     rows = [tensor.detach() for tensor in (cotangent, query, out + 0.1, lse + 0.1)]  # as wrong as can be
     pairs = [(key.detach()[:, :, part], value.detach()[:, :, part]) for part in (slice(0, 3), slice(3, 7))]
-    parts = flash_cpu._backward_by_hand(rows, pairs, [None, None], 0.4, whole=True)
+    parts = backward_by_hand(rows, pairs, [None, None], 0.4, is_whole=True)
     got = [sum(part[0] for part in parts), *(torch.cat([p[i] for p in parts], 2) for i in (1, 2))]
     for one, other in zip(got, expected, strict=False):
         torch.testing.assert_close(one, other)

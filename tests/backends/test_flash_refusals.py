@@ -113,7 +113,7 @@ FUNCTION = f"def flash_attn_varlen_func({', '.join(flash_attn_kernel._PUBLIC)}):
             "flash_attn changed the parameters of flash_attn_varlen_func to q, ",
         ),
         ("", "flash_attn has no flash_attn_varlen_func"),
-        ("flash_attn_varlen_func = max", "flash_attn's flash_attn_varlen_func does not tell its parameters"),
+        ("flash_attn_varlen_func = max", "flash_attn's flash_attn_varlen_func hides its parameters"),
         ("def __getattr__(name): raise RuntimeError('too lazy')", "RuntimeError: too lazy"),
     ],
     ids=[
@@ -203,7 +203,7 @@ def test_without_the_private_functions_parts_are_refused_and_single_calls_run(fl
 
 def test_torchs_private_operators_are_what_is_relied_on():
     assert varlen_kernel._parts_unavailable() is None
-    changed = flash_attn_kernel.drift(torch.ops.torch_attn, {"_varlen_attn": ("query", "keys")}, "torch")
+    changed = flash_attn_kernel.changed_signature(torch.ops.torch_attn, {"_varlen_attn": ("query", "keys")}, "torch")
     assert changed is not None and changed.startswith("torch changed the parameters of _varlen_attn to query, key, ")
 
 

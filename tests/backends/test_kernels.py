@@ -91,7 +91,7 @@ def test_what_pytorch_takes_by_itself_is_not_switched_on(monkeypatch, way):
 @pytest.mark.parametrize("switching", [{0.0, 0.25}, {0.25}], ids=["all", "some"])
 def test_who_switches_kernels_is_alone(monkeypatch, switching):
     """Of two at once, one would put back what the other had set: kernels stayed off for good, for everybody."""
-    own, attend, within, met = sdpa._own_choice, torch.nn.functional.scaled_dot_product_attention, [], []
+    own, attend, within, met = sdpa._default_kernel, torch.nn.functional.scaled_dot_product_attention, [], []
 
     def choice(query, key, value, terms):
         return None if terms["dropout_p"] in switching else own(query, key, value, terms)
@@ -104,7 +104,7 @@ def test_who_switches_kernels_is_alone(monkeypatch, switching):
         within.remove(kwargs["dropout_p"])
         return attend(*args, **kwargs)
 
-    monkeypatch.setattr(sdpa, "_own_choice", choice)
+    monkeypatch.setattr(sdpa, "_default_kernel", choice)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", slowly)
     attentions = [Case(dropout=dropout).attention() for dropout in (0.0, 0.25) * 3]
     with ThreadPoolExecutor(len(attentions)) as threads:

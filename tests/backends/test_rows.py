@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from attnzoo.backends.common import rows
-from attnzoo.backends.common.tokens import TokenTerms
+from attnzoo.backends.common.additive_masks import TokenMasks
 from attnzoo.spec.patterns import SortedChunks
 
 LAYOUTS = {
@@ -52,7 +52,7 @@ def test_rows_of_an_expanded_tensor():
 def test_terms_hide_what_the_pattern_hides(causal, hidden, dtype):
     token = torch.rand(2, 3, 9).argsort(-1).repeat(1, 1, 2)
     token = token.masked_fill(token < hidden, -1)
-    terms, pattern = TokenTerms(token, causal, dtype), SortedChunks(4, causal=causal)
+    terms, pattern = TokenMasks(token, causal, dtype), SortedChunks(4, causal=causal)
     for start, stop in ((0, 18), (3, 5), (2, 3)):
         queries = torch.rand(2, 3, 9).argsort(-1)[:, :, :5]
         term, live = terms.of(queries, start, stop)

@@ -39,7 +39,7 @@ def test_a_stack_covers_its_blocks(apart):
     query, key = attention.query[:1], attention.segments[0].key[:1]
     if apart:  # as projections leave those of a head
         query, key = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (query, key))
-    queries, keys = stack.queries(query), stack.keys(0, key, 2, Scratch())
+    queries, keys = stack.take(query), stack.keys(0, key, 2, Scratch())
     assert queries.untyped_storage().data_ptr() == query.untyped_storage().data_ptr(), "a view"
     assert (keys.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()) == (not apart)
     assert keys.stride(-2) == keys.shape[-1]
@@ -60,7 +60,7 @@ def test_memory_for_keys_is_taken_once():
     given = [torch.randn(2, n, 3, 4).transpose(1, 2) for n in (9, 5, 9)]
     places = set()
     for tensor in given:
-        close = scratch.close(tensor)
+        close = scratch.contiguous_rows(tensor)
         assert torch.equal(close, tensor) and close.is_contiguous()
         places.add(close.data_ptr())
     assert len(places) == 1
@@ -95,14 +95,14 @@ class Hurrying(Pattern):
         start = (q_start // 32) * (q_start // 32 + 1) // 2
         return ((start, start + 16),)
 
-    def sees_all(self, *extent):
+    def sees_all(self, tile):
         return False
 
     def block_size(self, q_len, kv_len):
         return 32
 
-    def block_key(self, q_start, q_stop, kv_start, kv_stop, q_len, kv_len):
-        return q_stop - q_start, kv_stop - kv_start
+    def block_key(self, tile):
+        return tile.q_stop - tile.q_start, tile.kv_stop - tile.kv_start
 
 
 CASES = {

@@ -211,7 +211,7 @@ def test_an_operator_that_cannot_tell_whether_it_works_is_a_reason(xformers, mon
 
     monkeypatch.setattr(xformers.flash.FwOp, "is_available", classmethod(broken))
     why = xformers_kernels.XformersFlashKernel.unavailable()
-    assert "'flash' cannot tell whether it works: OSError: libcudart" in why
+    assert "'flash' fails its check: OSError: libcudart" in why
     assert XformersBackend().run(attention(attnzoo.Causal())).kernel == "xformers_cutlass"
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnzoo import Causal, Chunks, Full, InvalidArgumentError, Window
-from attnzoo.spec.patterns import Pattern, SortedChunks
+from attnzoo.spec.patterns import Pattern, SortedChunks, Tile
 
 LONG = os.environ.get("ATTNZOO_HYPOTHESIS_PROFILE") == "long"
 some = settings(max_examples=settings().max_examples if LONG else 150, deadline=None)
@@ -103,7 +103,7 @@ def test_sees_all_is_never_wrong(case, data):
     pattern, q_len, kv_len = case
     q_start, q_stop = blocks_of(data.draw, q_len)
     kv_start, kv_stop = blocks_of(data.draw, kv_len)
-    if pattern.sees_all(q_start, q_stop, kv_start, kv_stop, q_len, kv_len):
+    if pattern.sees_all(Tile(q_start, q_stop, kv_start, kv_stop, q_len, kv_len)):
         assert mask(pattern, q_len, kv_len)[q_start:q_stop, kv_start:kv_stop].all()
 
 
@@ -116,7 +116,7 @@ def test_blocks_of_equal_key_have_equal_masks(case, data):
     for q_start in range(0, q_len, rows):
         for kv_start in range(0, kv_len, columns):
             q_stop, kv_stop = min(q_len, q_start + rows), min(kv_len, kv_start + columns)
-            key = pattern.block_key(q_start, q_stop, kv_start, kv_stop, q_len, kv_len)
+            key = pattern.block_key(Tile(q_start, q_stop, kv_start, kv_stop, q_len, kv_len))
             block = whole[q_start:q_stop, kv_start:kv_stop]
             if key is not None:
                 assert torch.equal(seen.setdefault(key, block), block)
@@ -124,7 +124,7 @@ def test_blocks_of_equal_key_have_equal_masks(case, data):
 
 def test_masks_of_a_sliding_window_are_reused():
     window = Window(3, 2)
-    keys = {window.block_key(q, q + 4, q - 3, q + 6, 64, 64) for q in range(4, 56, 4)}
+    keys = {window.block_key(Tile(q, q + 4, q - 3, q + 6, 64, 64)) for q in range(4, 56, 4)}
     assert len(keys) == 1
 
 
@@ -215,7 +215,7 @@ def test_sorted_chunks_are_their_definition(case, data):
     start, stop = blocks_of(data.draw, q_len)
     spans = pattern.kv_spans(start, stop, q_len, kv_len)
     covered = {key for low, high in spans for key in range(low, high)}
-    assert not pattern.sees_all(start, stop, 0, kv_len, q_len, kv_len)
+    assert not pattern.sees_all(Tile(start, stop, 0, kv_len, q_len, kv_len))
     for sample in range(batch):
         for head in range(heads):
             for place, query in enumerate(pattern.order[sample, head].tolist()):

@@ -1,1 +1,1 @@
-"""What several backends share: blocks of queries, rows, masks, the union of partial softmaxes."""
+"""Shared by several backends: blocks of queries, block lists, rows, masks, and the union of partial softmaxes."""

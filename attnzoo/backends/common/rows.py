@@ -1,7 +1,7 @@
-"""Rows of tensors by number, moved whole: for queries that stand in an order of their own.
+"""Read and write whole rows of tensors by index, for queries and keys that a pattern reorders.
 
-A row found by one number moves as one piece of memory, which is several times faster than gathering or scattering
-with an index per element.
+A row that moves as one piece of memory is several times faster than ``gather`` or ``scatter``, which take an index per
+element. A tensor whose memory is not made of whole rows goes through ``gather`` and ``scatter``.
 """
 
 from __future__ import annotations
@@ -11,45 +11,47 @@ from torch import Tensor
 
 
 def take(tensor: Tensor, index: Tensor) -> Tensor:
-    """Rows ``(batch, heads, m)`` or ``(batch, heads, m, dim)`` of a tensor that has ``n`` in place of ``m``.
+    """Return the rows of an index.
 
     Args:
         tensor: ``(batch, heads, n)`` or ``(batch, heads, n, dim)``.
         index: ``(batch, heads, m)`` long.
+
+    Returns:
+        ``(batch, heads, m)`` or ``(batch, heads, m, dim)``.
     """
-    found = _numbered(tensor, index)
-    if found is None:
+    flat = _as_rows(tensor, index)
+    if flat is None:
         return tensor.gather(2, _expanded(tensor, index))
-    rows, numbers = found
-    return rows.index_select(0, numbers).view(*index.shape, *tensor.shape[3:])
+    return flat[0].index_select(0, flat[1]).view(*index.shape, *tensor.shape[3:])
 
 
 def put_(tensor: Tensor, index: Tensor, values: Tensor) -> None:
     """Write rows; no index may occur twice."""
-    found, values = _numbered(tensor, index), values.to(tensor.dtype)
-    if found is None:
+    flat, values = _as_rows(tensor, index), values.to(tensor.dtype)
+    if flat is None:
         tensor.scatter_(2, _expanded(tensor, index), values)
     else:
-        found[0].index_copy_(0, found[1], values.reshape(-1, found[0].shape[1]))
+        flat[0].index_copy_(0, flat[1], values.reshape(-1, flat[0].shape[1]))
 
 
 def add_(tensor: Tensor, index: Tensor, values: Tensor) -> None:
     """Add to rows."""
-    found, values = _numbered(tensor, index), values.to(tensor.dtype)
-    if found is None:
+    flat, values = _as_rows(tensor, index), values.to(tensor.dtype)
+    if flat is None:
         tensor.scatter_add_(2, _expanded(tensor, index), values)
     else:
-        found[0].index_add_(0, found[1], values.reshape(-1, found[0].shape[1]))
+        flat[0].index_add_(0, flat[1], values.reshape(-1, flat[0].shape[1]))
 
 
 def _expanded(tensor: Tensor, index: Tensor) -> Tensor:
     return index if tensor.ndim == 3 else index[..., None].expand(-1, -1, -1, tensor.shape[3])
 
 
-def _numbered(tensor: Tensor, index: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The tensor's memory as rows ``(rows, dim)``, and which of them; None if its layout is not one of whole rows."""
+def _as_rows(tensor: Tensor, index: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The tensor's memory as ``(rows, dim)``, and the row number of each index; None if it is not whole rows."""
     dim = tensor.shape[3] if tensor.ndim == 4 else 1
-    # A stride along a dimension of one element means nothing.
+    # The stride of a dimension of size 1 is arbitrary.
     strides = [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     if dim > 1 and (strides[3] != 1 or any(stride % dim for stride in strides[:3])):
         return None

@@ -1,7 +1,7 @@
 """``flex_attention``: all segments in one call of compiled FlexAttention (Dong et al. 2024, arXiv:2412.05496).
 
-The keys of all segments stand side by side; masks and biases are the patterns' own ``mask_mod`` and ``score_mod``, and
-blocks that nobody sees are left out by structure (:mod:`attnzoo.backends.flex.block_lists`).
+The keys of all segments stand one after the other. The kernel evaluates masks and biases as the patterns define them,
+and skips blocks that no query sees (:mod:`attnzoo.backends.common.block_lists`).
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 
 from attnzoo.backend import Backend, Capabilities
-from attnzoo.backends.common.blocks import live_rows
-from attnzoo.backends.flex.block_lists import BLOCKS, block_indices, real_keys, starts_of
-from attnzoo.backends.flex.kernel import Form, Terms, in_rows, kernel, numbers
+from attnzoo.backends.common.block_lists import BlockShape, block_lists, segment_starts, unpadded_keys
+from attnzoo.backends.common.blocks import visible_rows
+from attnzoo.backends.flex.kernel import Form, Terms, compiled_kernel, in_rows, scalars
 from attnzoo.errors import BackendRefusedError, Refusal
 from attnzoo.spec.bias import RelativeBias
 from attnzoo.spec.heads import expand_heads
 from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern, Window
 from attnzoo.spec.segments import Attention, Request, Result
 
-_FAR = 1 << 40  # beyond any distance between two tokens
-_LEAST_DIM = 16  # of a matrix product in Triton, which PyTorch's CUDA kernels of FlexAttention are written in
+# Kernels on CUDA take tiles of up to 128 queries out of a block.
+BLOCK_SHAPES = {"cpu": BlockShape(64, 64), "cuda": BlockShape(128, 128)}
+_LEAST_DIM = 16  # of a matrix product in Triton, the language of PyTorch's CUDA kernels for FlexAttention
 
 
 @dataclass(frozen=True)
@@ -52,59 +53,59 @@ class FlexBackend(Backend):
     @classmethod
     def unavailable(cls) -> str | None:
         if os.environ.get("TORCHDYNAMO_DISABLE", "0") == "1":
-            return "torch.compile is off (TORCHDYNAMO_DISABLE=1), and FlexAttention is of use compiled only"
+            return "torch.compile is off (TORCHDYNAMO_DISABLE=1), and FlexAttention is only useful when compiled"
         return None
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
-        found = self.refusals_anywhere(request)
+        refusals = self.refusals_anywhere(request)
         if request.device == "cpu" and not _compiles_on_cpu():
-            found += (Refusal("device", "cpu without AVX2 or a C++ compiler", "cpu with both, or cuda"),)
-        return found
+            refusals += (Refusal("device", "cpu without AVX2 or a C++ compiler", "cpu with both, or cuda"),)
+        return refusals
 
     def refusals_anywhere(self, request: Request) -> tuple[Refusal, ...]:
-        found = self.capabilities.refusals(request)
+        refusals = self.capabilities.refusals(request)
         if request.device == "cpu" and request.grad:
-            found += (Refusal("grad", "requested on cpu", "torch.no_grad() on cpu, or cuda"),)
-        narrow = min(request.head_dim, request.value_dim)
-        if request.device == "cuda" and narrow < _LEAST_DIM:
-            found += (Refusal("head_dim", str(narrow), f"at least {_LEAST_DIM} on cuda"),)
-        return found
+            refusals += (Refusal("grad", "requested on cpu", "torch.no_grad() on cpu, or cuda"),)
+        dim = min(request.head_dim, request.value_dim)
+        if request.device == "cuda" and dim < _LEAST_DIM:
+            refusals += (Refusal("head_dim", str(dim), f"at least {_LEAST_DIM} on cuda"),)
+        return refusals
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
         _check_biases(attention)
-        # One layout, so that one kernel does: that of models for queries, which is the output's too; keys next to each
-        # other, which is a sixth faster on the CPU than in the layout of models.
+        # One layout for all calls, so that one compiled kernel serves them. Queries, and so the output, have the layout
+        # of models; the keys of a head lie side by side, which is a sixth faster on the CPU than the layout of models.
         query = in_rows(attention.query)
-        key, value = _side_by_side(attention)
+        key, value = _joined_keys_values(attention)
         form, terms = _form(attention, query, key, value), _terms(attention)
         with torch.set_grad_enabled(any(form.trained)):
-            output = kernel(form)(query, key, value, block_indices(attention), terms)
-        # Rows that see nothing are zero already.
-        live = None if attention.empty is None else live_rows(attention)
-        return Result(attention.fill(output, live), f"flex_{query.device.type}")
+            output = compiled_kernel(form)(query, key, value, block_lists(attention, form.block), terms)
+        # The kernel returns zeros for rows that see no key.
+        rows = None if attention.empty is None else visible_rows(attention)
+        return Result(attention.fill(output, rows), f"flex_{query.device.type}")
 
 
 def _check_biases(attention: Attention) -> None:
-    """Raise unless all biases are looked up in a table, as the kernel does: a subclass may have a truth of its own."""
+    """Raise unless every bias is a plain table, as the kernel reads it: a subclass may define other values."""
     for segment in attention.segments:
         if segment.bias is not None and type(segment.bias) is not RelativeBias:
-            reason = Refusal("bias", type(segment.bias).__name__, "RelativeBias itself, not another class of its kind")
+            reason = Refusal("bias", type(segment.bias).__name__, "RelativeBias itself, not a subclass")
             raise BackendRefusedError(FlexBackend.name, {"attention": (reason,)}, {})
 
 
 def _compiles_on_cpu() -> bool:
-    # PyTorch tells neither in public; these are the two conditions its CPU kernels of FlexAttention state.
+    # No public function of PyTorch tells; its CPU kernels for FlexAttention state these two conditions.
     compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
     return torch.backends.cpu.get_cpu_capability() != "DEFAULT" and any(
         name and shutil.which(name) for name in compilers
     )
 
 
-def _side_by_side(attention: Attention) -> tuple[Tensor, Tensor]:
-    """Keys and values of all segments."""
+def _joined_keys_values(attention: Attention) -> tuple[Tensor, Tensor]:
+    """Keys and values of all segments, one after the other."""
     segments = attention.segments
-    alike = len({segment.key.shape[1] for segment in segments}) == 1
-    heads = segments[0].key.shape[1] if alike else attention.heads
+    equal = len({segment.key.shape[1] for segment in segments}) == 1
+    heads = segments[0].key.shape[1] if equal else attention.heads
     key = torch.cat([expand_heads(segment.key, heads) for segment in segments], dim=2)
     value = torch.cat([expand_heads(segment.value, heads) for segment in segments], dim=2)
     return key.contiguous(), value.contiguous()
@@ -113,14 +114,14 @@ def _side_by_side(attention: Attention) -> tuple[Tensor, Tensor]:
 def _form(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Form:
     biases = [segment.bias for segment in attention.segments]
     sizes = (query.shape[0], query.shape[2], key.shape[2])
-    values = [bias.values for bias in biases if bias is not None]
+    tables = [bias.values for bias in biases if bias is not None]
     trains = torch.is_grad_enabled()
     return Form(
-        chunked=tuple(isinstance(segment.pattern, Chunks) for segment in attention.segments),
-        biased=bool(values),
-        placed=tuple(isinstance(bias, RelativeBias) and bias.positions is not None for bias in biases),
+        is_chunked=tuple(isinstance(segment.pattern, Chunks) for segment in attention.segments),
+        has_bias=bool(tables),
+        has_positions=tuple(isinstance(bias, RelativeBias) and bias.positions is not None for bias in biases),
         scale=float(attention.scale),
-        blocks=BLOCKS[query.device.type],
+        block=BLOCK_SHAPES[query.device.type],
         dtype=query.dtype,
         device=query.device,
         threads=torch.get_num_threads(),
@@ -128,44 +129,44 @@ def _form(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Fo
         kv_heads=key.shape[1],
         head_dim=query.shape[3],
         value_dim=value.shape[3],
-        single=tuple(size == 1 for size in sizes),
+        is_single=tuple(size == 1 for size in sizes),
         trained=(
             *(trains and tensor.requires_grad for tensor in (query, key, value)),
-            trains and any(one.requires_grad for one in values),
+            trains and any(table.requires_grad for table in tables),
         ),
     )
 
 
 def _terms(attention: Attention) -> Terms:
-    """What the kernel computes masks and biases from."""
-    starts, device = starts_of(attention), attention.query.device
-    patterns, biases, tables, positions, entries = [], [], [], [], 0
+    """The tensors from which the kernel computes masks and biases."""
+    starts, device = segment_starts(attention), attention.query.device
+    patterns, biases, tables, all_positions, entries = [], [], [], [], 0
     for segment, start in zip(attention.segments, starts, strict=False):
-        own = _numbers(segment.pattern, attention.q_len, segment.kv_len)
-        patterns.append(numbers(start, start + segment.kv_len, *own, device=device))
+        numbers = _pattern_numbers(segment.pattern, attention.q_len, segment.kv_len)
+        patterns.append(scalars(start, start + segment.kv_len, *numbers, device=device))
         bias, zero, shift = segment.bias, 0, 0
-        values = attention.query.new_zeros((1, 1), dtype=torch.float32) if bias is None else bias.values.float()
-        placed = torch.zeros(17, dtype=torch.long, device=device)
+        table = attention.query.new_zeros((1, 1), dtype=torch.float32) if bias is None else bias.values.float()
+        positions = torch.zeros(17, dtype=torch.long, device=device)
         if isinstance(bias, RelativeBias):
             zero, shift = bias.zero, segment.kv_len - attention.q_len if bias.offset is None else bias.offset
-            placed = placed if bias.positions is None else bias.positions.flatten().contiguous()
-        biases.append(numbers(zero, shift, entries, entries + values.shape[1] - 1, device=device))
-        tables.append(values.expand(attention.heads, -1))
-        positions.append(placed)
-        entries += values.shape[1]
-    real = real_keys(attention).expand(attention.batch, -1).flatten().contiguous()  # of one key it is a repeated one
-    sizes = numbers(starts[-1], entries, attention.q_len, device=device)
-    return Terms(sizes, tuple(patterns), real, tuple(biases), torch.cat(tables, dim=1).flatten(), tuple(positions))
+            positions = positions if bias.positions is None else bias.positions.flatten().contiguous()
+        biases.append(scalars(zero, shift, entries, entries + table.shape[1] - 1, device=device))
+        tables.append(table.expand(attention.heads, -1))
+        all_positions.append(positions)
+        entries += table.shape[1]
+    # contiguous(): with a single key, the flattened mask is a view of one repeated element.
+    unpadded = unpadded_keys(attention).expand(attention.batch, -1).flatten().contiguous()
+    sizes = scalars(starts[-1], entries, attention.q_len, device=device)
+    table = torch.cat(tables, dim=1).flatten()
+    return Terms(sizes, tuple(patterns), unpadded, tuple(biases), table, tuple(all_positions))
 
 
-def _numbers(pattern: Pattern, q_len: int, kv_len: int) -> list[int]:
-    """A pattern in the numbers of :class:`~attnzoo.backends.flex.kernel.Terms`."""
+def _pattern_numbers(pattern: Pattern, q_len: int, kv_len: int) -> list[int]:
+    """A pattern as the numbers that :class:`~attnzoo.backends.flex.kernel.Terms` describes."""
     if isinstance(pattern, Chunks):
         count = -(-kv_len // pattern.length)
         return [pattern.length, pattern.before, pattern.before + pattern.after, count, int(pattern.causal)]
-    lowest, highest = -_FAR, _FAR
-    if isinstance(pattern, (Causal, Window)):
-        highest = pattern.shift(q_len, kv_len)
-    if isinstance(pattern, Window):
-        lowest, highest = highest - pattern.left, highest + pattern.right
-    return [lowest, highest, 0, 0, 0]
+    band = pattern.band(q_len, kv_len)
+    if band is None:
+        raise NotImplementedError(f"{pattern} is neither chunks nor a band: the backend should have refused it")
+    return [*band, 0, 0, 0]

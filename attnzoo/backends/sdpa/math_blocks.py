@@ -1,8 +1,8 @@
-"""Blocked union attention in plain torch operations: any device, dropout, trained biases, and queries in any order.
+"""Blocked union attention in plain torch operations: any device, dropout, reordered queries, transforms.
 
-Slower than a fused kernel, as small: scores exist for all queries and the keys near them, never ``q_len x kv_len`` for
-a local pattern. Parts of a block share one softmax; passes (segments with an order of queries of their own) are united
-by log-sum-exp (:mod:`attnzoo.backends.common.union`), here with torch's own gradients.
+Slower than a fused kernel, but as small: for a local pattern scores exist only for a block of queries and the keys near
+it. The parts of a block share one softmax. Passes (segments that reorder the queries) are merged by log-sum-exp as in
+:mod:`attnzoo.backends.common.union`, but out of place, so that autograd differentiates the merge.
 """
 
 from __future__ import annotations
@@ -13,37 +13,37 @@ import torch
 from torch import Tensor
 
 from attnzoo.backends.common.blocks import Block, Masks, block_size, blocks, passes
-from attnzoo.backends.sdpa.pieces import Pieces, join_masks
+from attnzoo.backends.sdpa.pieces import KeyPieces, join_masks, join_parts
 from attnzoo.spec.segments import Attention
 
 KERNEL = "math_blocks"
-# Stands for the log-sum-exp of nothing: a constant without gradient, and exp() of its distance to anything else is 0.
+# The log-sum-exp of no key: a constant without gradient, so low that exp() of its distance to any score is 0.
 _NOTHING = -1e30
 
 
 def attend(attention: Attention) -> Tensor:
-    """The attention's output ``(batch, heads, q_len, value_dim)``."""
-    parts = [_pass(attention, group) for group in passes(attention)]
-    output = parts[0][0]
-    if len(parts) > 1:
-        weights = torch.softmax(torch.stack([lse for _, lse in parts]), dim=0)
-        mixed = [weight[..., None] * out for weight, (out, _) in zip(weights, parts, strict=True)]
-        output = reduce(torch.add, mixed).to(attention.query.dtype)
-    live = torch.stack([lse > _NOTHING for _, lse in parts]).any(0)
-    return attention.fill(output, live)
+    """Return the output ``(batch, heads, q_len, value_dim)`` of an attention."""
+    results = [_pass(attention, segments) for segments in passes(attention)]
+    output = results[0][0]
+    if len(results) > 1:
+        weights = torch.softmax(torch.stack([lse for _, lse in results]), dim=0)
+        weighted = [weight[..., None] * out for weight, (out, _) in zip(weights, results, strict=True)]
+        output = reduce(torch.add, weighted).to(attention.query.dtype)
+    visible_rows = torch.stack([lse > _NOTHING for _, lse in results]).any(0)
+    return attention.fill(output, visible_rows)
 
 
-def _pass(attention: Attention, group: list[int]) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp over the segments of one pass, queries in their own order."""
-    plan = list(blocks(attention, group, block_size(attention)))
-    pieces = {index: Pieces(attention, index, plan) for index in group}
+def _pass(attention: Attention, segments: list[int]) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp over the segments of one pass, queries in sequence order."""
+    all_blocks = list(blocks(attention, segments, block_size(attention)))
+    pieces = {index: KeyPieces(attention, index, all_blocks) for index in segments}
     masks = Masks(attention)
-    order = attention.segments[group[0]].pattern.query_order
+    order = attention.segments[segments[0]].pattern.query_order
     query = attention.query
     if order is not None:
         query = query.gather(2, order[..., None].expand(-1, -1, -1, query.shape[3]))
-    rows = query.split([block.q_stop - block.q_start for block in plan], dim=2)
-    results = [_block(attention, masks, pieces, block, q) for block, q in zip(plan, rows, strict=True)]
+    rows = query.split([block.rows for block in all_blocks], dim=2)
+    results = [_block(attention, masks, pieces, block, q) for block, q in zip(all_blocks, rows, strict=True)]
     output, lse = (torch.cat(tensors, dim=2) for tensors in zip(*results, strict=True))
     if order is not None:
         places = torch.argsort(order, dim=-1)
@@ -53,29 +53,28 @@ def _pass(attention: Attention, group: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def _block(
-    attention: Attention, masks: Masks, pieces: dict[int, Pieces], block: Block, query: Tensor
+    attention: Attention, masks: Masks, pieces: dict[int, KeyPieces], block: Block, query: Tensor
 ) -> tuple[Tensor, Tensor]:
     wide = torch.float32 if query.dtype in (torch.bfloat16, torch.float16) else query.dtype
     if not block.parts:
         empty = query.sum(-1, keepdim=True).expand(-1, -1, -1, attention.value_dim) * 0.0
         return empty, torch.full(query.shape[:3], _NOTHING, dtype=wide, device=query.device)
-    key = torch.cat([pieces[part.segment].key(part) for part in block.parts], dim=2)
-    value = torch.cat([pieces[part.segment].value(part) for part in block.parts], dim=2)
-    seen, bias = join_masks(attention, masks, block)
+    key, value = join_parts(pieces, block)
+    visible, bias = join_masks(attention, masks, block)
     scores = query @ key.transpose(-1, -2) * attention.scale
     if bias is not None:
         scores = scores + bias
     scores = scores.to(wide)
-    dead: Tensor | None = None
-    if seen is not None:
-        dead = ~seen.any(-1, keepdim=True)
-        scores = scores.masked_fill(~(seen | dead), float("-inf"))
+    hidden_rows: Tensor | None = None
+    if visible is not None:
+        hidden_rows = ~visible.any(-1, keepdim=True)
+        scores = scores.masked_fill(~(visible | hidden_rows), float("-inf"))
     lse = torch.logsumexp(scores, dim=-1, keepdim=True)
-    # Not exp(scores - lse): lse is rounded, and what the weights of a row then lack of 1 would weigh in its gradient.
+    # Not exp(scores - lse): lse is rounded, so the weights of a row would not sum to 1, and its gradient would be off.
     weights = torch.softmax(scores, dim=-1).to(query.dtype)
     if attention.dropout > 0.0:
         weights = torch.nn.functional.dropout(weights, attention.dropout)
     output = weights @ value
-    if dead is not None:
-        output, lse = output.masked_fill(dead, 0.0), lse.masked_fill(dead, _NOTHING)
+    if hidden_rows is not None:
+        output, lse = output.masked_fill(hidden_rows, 0.0), lse.masked_fill(hidden_rows, _NOTHING)
     return output, lse.squeeze(-1)

@@ -1,6 +1,8 @@
-"""Keys, values, masks and biases of a block's parts side by side, in ways autograd is quick with."""
+"""Join the keys, values, masks and biases of a block's parts, in a form that autograd differentiates fast."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -10,21 +12,21 @@ from attnzoo.spec.heads import expand_heads
 from attnzoo.spec.segments import Attention
 
 
-class Pieces:
-    """Keys and values of a segment, cut where any block's span begins or ends.
+class KeyPieces:
+    """Keys and values of a segment, cut wherever a part of any block begins or ends.
 
-    A slice per block would give autograd a whole-length gradient per block to add up; pieces that blocks share and
-    concatenate have gradients of their own size.
+    If each block took a slice, autograd would add up one gradient of whole length per block. The gradient of a piece is
+    as long as the piece.
     """
 
-    def __init__(self, attention: Attention, index: int, plan: list[Block]) -> None:
+    def __init__(self, attention: Attention, index: int, all_blocks: list[Block]) -> None:
         segment = attention.segments[index]
-        parts = [part for block in plan for part in block.parts if part.segment == index]
+        parts = [part for block in all_blocks for part in block.parts if part.segment == index]
         gathered = {id(part.keys): part.keys for part in parts if part.keys is not None}
         self._numbers = {key: number for number, key in enumerate(gathered)}
         if gathered:  # all at once, for one gradient of whole length; each block keeps its copy for the backward anyway
             keys = torch.cat(list(gathered.values()), dim=2)
-            whole, widths = Part(index, 0, keys.shape[2], keys), [one.shape[2] for one in gathered.values()]
+            whole, widths = Part(index, 0, keys.shape[2], keys), [keys.shape[2] for keys in gathered.values()]
             self._keys = whole.take(segment.key, attention.heads).split(widths, dim=2)
             self._values = whole.take(segment.value, attention.heads).split(widths, dim=2)
             return
@@ -34,44 +36,46 @@ class Pieces:
         self._values = expand_heads(segment.value, attention.heads).split(sizes, dim=2)
 
     def key(self, part: Part) -> Tensor:
-        """The keys of a part of the plan, for all heads."""
-        return self._of(part, self._keys)
+        """Return the keys of a part for all heads."""
+        return self._join(part, self._keys)
 
     def value(self, part: Part) -> Tensor:
-        """Its values."""
-        return self._of(part, self._values)
+        """Return the values of a part for all heads."""
+        return self._join(part, self._values)
 
-    def _of(self, part: Part, pieces: tuple[Tensor, ...]) -> Tensor:
+    def _join(self, part: Part, pieces: tuple[Tensor, ...]) -> Tensor:
         if part.keys is not None:
             return pieces[self._numbers[id(part.keys)]]
         return torch.cat(pieces[self._cuts.index(part.kv_start) : self._cuts.index(part.kv_stop)], dim=2)
 
 
+def join_parts(pieces: Mapping[int, KeyPieces], block: Block) -> tuple[Tensor, Tensor]:
+    """Concatenate the keys, and the values, of all parts of a block."""
+    key = torch.cat([pieces[part.segment].key(part) for part in block.parts], dim=2)
+    return key, torch.cat([pieces[part.segment].value(part) for part in block.parts], dim=2)
+
+
 def join_masks(attention: Attention, masks: Masks, block: Block) -> tuple[Tensor | None, Tensor | None]:
-    """Mask and bias of all parts of a block side by side."""
-    seen = [masks.of(block, part) for part in block.parts]
+    """Concatenate the masks, and the biases, of all parts of a block; None if no part has one."""
+    visible = [masks.of(block, part) for part in block.parts]
     bias = [masks.bias(block, part) for part in block.parts]
-    shape = (attention.batch, attention.heads, block.q_stop - block.q_start)
+    batch, heads, query = attention.batch, attention.heads, attention.query
     widths = [part.kv_stop - part.kv_start for part in block.parts]
-    query = attention.query
-    joined_seen = joined_bias = None
-    if any(mask is not None for mask in seen):
-        heads = max(1 if mask is None else mask.seen.shape[1] for mask in seen)
-        joined_seen = torch.cat(
-            [
-                torch.ones((1, 1, 1, 1), dtype=torch.bool, device=query.device).expand(shape[0], heads, shape[2], width)
-                if mask is None
-                else mask.seen.expand(shape[0], heads, shape[2], width)
-                for mask, width in zip(seen, widths, strict=True)
-            ],
-            dim=-1,
-        )
+    joined_visible = joined_bias = None
+    if any(mask is not None for mask in visible):
+        mask_heads = max(1 if mask is None else mask.visible.shape[1] for mask in visible)
+        everything = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=query.device)
+        expanded = [
+            (everything if mask is None else mask.visible).expand(batch, mask_heads, block.rows, width)
+            for mask, width in zip(visible, widths, strict=True)
+        ]
+        joined_visible = torch.cat(expanded, dim=-1)
     if any(term is not None for term in bias):
-        joined_bias = torch.cat(
-            [
-                (query.new_zeros((1, 1, 1, 1)) if term is None else term.to(query.dtype)).expand(*shape, width)
-                for term, width in zip(bias, widths, strict=True)
-            ],
-            dim=-1,
-        )
-    return joined_seen, joined_bias
+        expanded = [
+            (query.new_zeros((1, 1, 1, 1)) if term is None else term.to(query.dtype)).expand(
+                batch, heads, block.rows, width
+            )
+            for term, width in zip(bias, widths, strict=True)
+        ]
+        joined_bias = torch.cat(expanded, dim=-1)
+    return joined_visible, joined_bias

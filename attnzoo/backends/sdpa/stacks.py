@@ -1,7 +1,7 @@
-"""Blocks of queries that look alike, stacked, so that one kernel call does many of them.
+"""Stacks of blocks with equal masks, so that one kernel call computes many blocks.
 
-Away from the ends of a sequence each block of a window sees as many keys, as far away, under the same mask as the
-block before it. Such blocks are views into the same tensors, a few rows further on: they can go in one call.
+Away from the ends of a sequence, each block of a window sees the same number of keys, at the same distance and under
+the same mask, as the block before it. Such blocks are views into the same tensors with a constant step.
 """
 
 from __future__ import annotations
@@ -11,88 +11,99 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from attnzoo.backends.common.blocks import Block, Masks, block_at, block_size, blocks
+from attnzoo.backends.common.blocks import Block, Masks, Part, block_at, block_size, blocks
 from attnzoo.spec.heads import expand_heads
 from attnzoo.spec.segments import Attention
 
-# Blocks in a stack may be small, which wastes fewest keys; the CPU's kernel takes 32 queries at a time.
+# The CPU kernel computes 32 queries at a time; blocks in a stack can be that small, which wastes the fewest keys.
 _TILE = 32
-# What one call works on should stay in the cache.
+# Queries of one call: what the call reads should stay in the cache.
 _ROWS = 1024
 
 
 class Stack(NamedTuple):
-    """A block, and how many follow it that look like it.
+    """A block, and the blocks after it that have the same masks.
 
     Attributes:
-        block: the first of them.
-        depth: how many there are with it. More than one are of one sample, and in a call heads are the samples, so that
-            a head's blocks follow one another; a single block is of the whole batch.
-        steps: for each part of the block, how many keys further on it is in the next block.
+        block: the first block.
+        depth: the number of blocks. A stack of several blocks is of one sample, and its call has the heads in place of
+            samples and the blocks in place of heads; a single block is of the whole batch.
+        steps: for each part of the block, by how many keys it moves from one block to the next.
+        sample: which samples the stack is of.
     """
 
     block: Block
     depth: int
     steps: tuple[int, ...]
+    sample: slice = slice(None)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What the first block sees."""
+        return self.block.parts
 
     def whole(self) -> Block:
-        """All its queries as one block, without parts."""
+        """Return all queries as one block without parts."""
         return self.block._replace(q_stop=self.block.q_start + self.depth * self.block.rows, parts=())
 
-    def grows(self, steps: tuple[int, ...]) -> bool:
-        """Whether there is room for a further block, and it moves on as the others do."""
+    def can_grow(self, steps: tuple[int, ...]) -> bool:
+        """Return whether a further block with these steps fits."""
         return (self.depth + 1) * self.block.rows <= _ROWS and (self.depth == 1 or steps == self.steps)
 
-    def samples(self, batch: int) -> list[slice]:
-        """The samples to take one by one; a single block takes the whole batch."""
-        return [slice(None)] if self.depth == 1 else [slice(sample, sample + 1) for sample in range(batch)]
+    def by_sample(self, batch: int) -> Iterator[Stack]:
+        """Yield the stack of each sample; a single block is one stack of the whole batch."""
+        if self.depth == 1:
+            yield self
+        else:
+            yield from (self._replace(sample=slice(sample, sample + 1)) for sample in range(batch))
 
     def flat(self) -> Stack:
-        """The same as one block of many queries: good for parts that do not move and need no mask."""
+        """Return the stack as a single block, for parts that do not move and need no mask."""
         return self._replace(block=self.whole()._replace(parts=self.block.parts), depth=1)
 
-    def queries(self, tensor: Tensor) -> Tensor:
-        """Its rows of ``(batch, heads, q_len, ...)``: ``(heads, depth, rows, ...)``, or the single block's."""
-        return self.pile(self.whole().take(tensor))
+    def take(self, tensor: Tensor) -> Tensor:
+        """Return the rows of ``(batch, heads, q_len, ...)`` as ``(heads, depth, rows, ...)``, or a single block's."""
+        return self.by_block(self.whole().take(tensor[self.sample]))
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
-        """Write its rows back."""
+        """Write the rows."""
         if self.depth == 1:
-            self.block.put(tensor, values)
+            self.block.put(tensor[self.sample], values)
         else:
-            self.queries(tensor).copy_(values)
+            self.take(tensor).copy_(values)
 
-    def pile(self, rows: Tensor) -> Tensor:
-        """All its rows ``(1, heads, depth * rows, ...)`` by block, a view: ``(heads, depth, rows, ...)``."""
+    def by_block(self, rows: Tensor) -> Tensor:
+        """View ``(1, heads, depth * rows, ...)`` as ``(heads, depth, rows, ...)``."""
         return rows if self.depth == 1 else rows[0].unflatten(1, (self.depth, self.block.rows))
 
     def repeat(self, rows: Tensor) -> Tensor:
-        """What is said of each block's rows alike ``(1, heads, rows, ...)``, for all blocks."""
+        """Return values of one block's rows ``(batch, heads, rows, ...)`` for all blocks."""
+        rows = rows[self.sample]
         return rows if self.depth == 1 else rows[0][:, None].expand(-1, self.depth, *rows.shape[2:])
 
     def keys(self, number: int, tensor: Tensor, heads: int, scratch: Scratch) -> Tensor:
-        """Keys or values of part ``number``: ``(heads, depth, m, dim)``, or the single block's."""
-        part, step = self.block.parts[number], self.steps[number]
+        """Return keys or values of part ``number`` as ``(heads, depth, m, dim)``, or a single block's."""
+        part, step, tensor = self.block.parts[number], self.steps[number], tensor[self.sample]
         if self.depth == 1:
             return part.take(tensor, heads)
-        seen = tensor[:, :, part.kv_start : part.kv_stop + (self.depth - 1) * step]
-        seen = expand_heads(scratch.close(seen), heads)[0]
+        keys = tensor[:, :, part.kv_start : part.kv_stop + (self.depth - 1) * step]
+        keys = expand_heads(scratch.contiguous_rows(keys), heads)[0]
         if step == 0:
-            return seen[:, None].expand(-1, self.depth, -1, -1)
-        return seen.unfold(1, part.kv_stop - part.kv_start, step).transpose(2, 3)
+            return keys[:, None].expand(-1, self.depth, -1, -1)
+        return keys.unfold(1, part.kv_stop - part.kv_start, step).transpose(2, 3)
 
 
 class Scratch:
-    """Memory for keys or values whose rows lie apart, as projections leave those of a head.
+    """Memory to lay the rows of keys or values side by side; projections leave the rows of a head apart.
 
-    Each block of a stack reads most of what the one before it did: side by side, it stays in the cache.
+    Each block of a stack reads most of the keys of the block before it: side by side, they stay in the cache.
     """
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
 
-    def close(self, tensor: Tensor) -> Tensor:
-        """The rows of ``(..., n, dim)`` side by side, until the next call."""
+    def contiguous_rows(self, tensor: Tensor) -> Tensor:
+        """Return the rows of ``(..., n, dim)`` side by side; the result is valid until the next call."""
         if tensor.stride(-2) == tensor.shape[-1]:
             return tensor
         if self._memory is None or self._memory.numel() < tensor.numel():
@@ -101,16 +112,16 @@ class Scratch:
 
 
 def stacks(attention: Attention, segments: list[int]) -> Iterator[Stack]:
-    """All blocks of one pass, first query first; neighbours that look alike are together."""
+    """Yield all blocks of one pass, first query first, as stacks."""
     masks = Masks(attention)
     stack: Stack | None = None
-    end: Block | None = None  # the stack's last block
-    look: tuple[object, ...] | None = None  # of all its blocks
+    end: Block | None = None  # the last block of the stack
+    key: tuple[object, ...] | None = None  # of all its blocks
     for block in blocks(attention, segments, _size(attention, segments, masks)):
-        before, look = look, None if _hides(masks, block) else _look(masks, block)
+        previous, key = key, None if _hides_by_data(masks, block) else _mask_key(masks, block)
         if stack is not None and end is not None:
-            steps = _steps(end, block) if look is not None and look == before else None
-            if steps is not None and stack.grows(steps):
+            steps = _steps(end, block) if key is not None and key == previous else None
+            if steps is not None and stack.can_grow(steps):
                 stack, end = Stack(stack.block, stack.depth + 1, steps), block
                 continue
             yield stack
@@ -120,31 +131,31 @@ def stacks(attention: Attention, segments: list[int]) -> Iterator[Stack]:
 
 
 def _size(attention: Attention, segments: list[int], masks: Masks) -> int:
-    """How many queries to take at once: fewer than usual where blocks in the middle then look alike, and move on."""
+    """The number of queries per block: smaller than usual if the blocks in the middle then make a stack that moves."""
     size, middle = block_size(attention), attention.q_len // 2
     dense = any(attention.segments[index].mask is not None for index in segments)
     if dense or size <= _TILE or middle + 2 * _TILE > attention.q_len:
         return size
     first, second = (block_at(attention, segments, start, start + _TILE) for start in (middle, middle + _TILE))
-    look = _look(masks, first)
-    alike = look is not None and look == _look(masks, second)
+    key = _mask_key(masks, first)
+    alike = key is not None and key == _mask_key(masks, second)
     return _TILE if alike and any(_steps(first, second) or ()) else size
 
 
-def _look(masks: Masks, block: Block) -> tuple[object, ...] | None:
-    """Blocks that look equal have equal masks by pattern and equal biases; None: there is no telling."""
+def _mask_key(masks: Masks, block: Block) -> tuple[object, ...] | None:
+    """Equal only for blocks with equal masks by pattern and equal biases; None: unknown."""
     if block.queries is not None or any(part.keys is not None for part in block.parts):
         return None
-    looks = [(part.segment, part.kv_stop - part.kv_start, masks.key(block, part)) for part in block.parts]
-    return None if any(key is None for *_, key in looks) else (block.rows, *looks)
+    keys = [(part.segment, part.kv_stop - part.kv_start, masks.key(block, part)) for part in block.parts]
+    return None if any(key is None for *_, key in keys) else (block.rows, *keys)
 
 
 def _steps(block: Block, following: Block) -> tuple[int, ...] | None:
-    """By how many keys each part moves on to the next block; None: not all move forward."""
+    """By how many keys each part moves to the next block; None if a part moves back."""
     steps = tuple(b.kv_start - a.kv_start for a, b in zip(block.parts, following.parts, strict=True))
     return steps if min(steps, default=0) >= 0 else None
 
 
-def _hides(masks: Masks, block: Block) -> bool:
-    """Whether a key mask or dense mask hides any of its keys: data, not structure."""
+def _hides_by_data(masks: Masks, block: Block) -> bool:
+    """Whether a key mask or dense mask hides a key of the block."""
     return any(masks.of_keys(block, part) is not None for part in block.parts)

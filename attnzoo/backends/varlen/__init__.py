@@ -1,1 +1,1 @@
-"""Backends on kernels for packed sequences (varlen): FlashAttention and xformers."""
+"""Backends on kernels for packed sequences of varying lengths (varlen): FlashAttention and xformers."""

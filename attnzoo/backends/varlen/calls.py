@@ -1,17 +1,17 @@
-"""An attention as calls of a kernel for packed sequences: padding packed away, windows by arithmetic on spans.
+"""Plan an attention as calls of a kernel for packed sequences: padding is left out, windows are shifted arithmetic.
 
-FlashAttention's kernels (Dao 2023, arXiv:2307.08691) take sequences of varying lengths packed one after the other. In
-each, the last query is aligned with the last key, and a query sees keys up to ``left`` before and ``right`` after its
-place. :func:`plan` says any attention without bias and dense mask in such calls:
+FlashAttention's kernels (Dao 2023, arXiv:2307.08691) take sequences of varying lengths, packed one after the other. In
+each sequence the last query is aligned with the last key, and a query sees the keys from ``left`` before to ``right``
+after its position. :func:`plan_calls` expresses any attention without bias and dense mask in such calls:
 
-- Where places do not matter (``Full``, chunks that are seen whole), padding keys and queries are left out.
-- A window or a causal pattern moves with its keys: of each sample the span of real keys is a sequence, with the queries
-  that see any of it, and extents shifted by how far the alignment of both ends is off. Samples that are off by the same
-  share a call.
-- Hidden keys in the middle of such a span keep their places: they are left to the extra dimension of
-  :mod:`attnzoo.backends.varlen.packed`.
+- If positions do not matter (``Full``, chunks that are seen whole), padding keys and queries are left out.
+- In a band (windows, causal) positions matter: the sequence of a sample is its range of unpadded keys with the queries
+  that see any of them, and the window extents are shifted by how far this alignment differs from the pattern's. Samples
+  with the same extents share a call.
+- Hidden keys inside such a range keep their positions; :mod:`attnzoo.backends.varlen.packed` hides them by an extra
+  dimension.
 
-Every query row in a call sees at least one key of it, hidden or not.
+Every query row of a call sees at least one key of the call, hidden or not.
 """
 
 from __future__ import annotations
@@ -25,42 +25,42 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnzoo.backends.common.remember import Memory
+from attnzoo.backends.common.tensor_cache import TensorCache
 from attnzoo.backends.varlen.sorted_calls import sorted_rows
-from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
+from attnzoo.spec.patterns import Band, Chunks, Full, SortedChunks, Tile
 from attnzoo.spec.segments import Attention, Segment, SegmentRequest
 
-UNLIMITED = -1
-MOST_SEQUENCES = 65535  # per call: kernels count them in a dimension of CUDA's grid that ends there
-_plans = Memory()
+NO_LIMIT = -1  # how kernels spell a window extent without a limit
+MAX_SEQUENCES = 65535  # per call: the size of the dimension of CUDA's grid in which kernels count sequences
+_plans = TensorCache()
 
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """How packed queries and keys are cut into sequences, and what is seen within each.
+    """How packed queries and keys are cut into sequences, and what is visible within each.
 
     Attributes:
-        q_lens: the length of each sequence of queries; none is 0.
-        k_lens: the length of its keys.
+        q_lens: the number of queries of each sequence; none is 0.
+        k_lens: the number of keys of each sequence.
         device: of the tensors.
-        left: keys further than this before a query are not seen; -1: no limit.
-        right: the same after it. The last query of a sequence stands at its last key.
+        left: how many keys before its position a query sees; ``NO_LIMIT``: all.
+        right: the same for keys after its position. The last query of a sequence is at its last key.
     """
 
     q_lens: tuple[int, ...]
     k_lens: tuple[int, ...]
     device: torch.device
-    left: int = UNLIMITED
-    right: int = UNLIMITED
+    left: int = NO_LIMIT
+    right: int = NO_LIMIT
 
     @property
     def causal(self) -> bool:
-        return (self.left, self.right) == (UNLIMITED, 0)
+        return (self.left, self.right) == (NO_LIMIT, 0)
 
     @cached_property
     def cumulative(self) -> tuple[Tensor, Tensor, int, int]:
-        """As kernels take them: where sequences of queries begin and the last one ends, ``(sequences + 1,)`` int32,
-        the same of keys, and the longest of each.
+        """The arguments of kernels: starts of the sequences and the end of the last, ``(sequences + 1,)`` int32, of
+        queries and of keys; then the longest sequence of each.
         """
         starts = ([0, *accumulate(lens)] for lens in (self.q_lens, self.k_lens))
         cu_q, cu_k = (torch.tensor(start, dtype=torch.int32, device=self.device) for start in starts)
@@ -71,10 +71,10 @@ class Call(NamedTuple):
     """One call of a kernel.
 
     Attributes:
-        segment: number of the segment the keys are of.
+        segment: number of the segment that has the keys.
         sequences: how the rows are cut.
-        q_rows: ``(sum(q_lens),)`` which rows of the packed queries ``(batch * q_len, ...)``; None: all, in order.
-        k_rows: the same of the packed keys ``(batch * kv_len, ...)``. A row past the end is one that is not there.
+        q_rows: ``(sum(q_lens),)``, which rows of the packed queries ``(batch * q_len, ...)``; None: all, in order.
+        k_rows: the same for the packed keys ``(batch * kv_len, ...)``. The row past the end is the spare row.
     """
 
     segment: int
@@ -83,104 +83,116 @@ class Call(NamedTuple):
     k_rows: Tensor | None = None
 
 
-class Plan(NamedTuple):
-    """The calls an attention consists of; their outputs are united by log-sum-exp.
+class CallPlan(NamedTuple):
+    """The calls of an attention; their outputs are merged by log-sum-exp.
 
     Attributes:
-        calls: none if no query sees a key.
-        hidden: per segment ``(batch, kv_len)`` bool, keys that are in a call and must not be seen; or None.
-        spare: whether calls have rows that are not there.
+        calls: empty if no query sees a key.
+        hidden: per segment ``(batch, kv_len)`` bool, keys of a call that must not be seen; or None.
+        has_spare_row: whether calls use the spare row, a query and a key that do not exist.
     """
 
     calls: tuple[Call, ...]
     hidden: tuple[Tensor | None, ...]
-    spare: bool
+    has_spare_row: bool
 
 
-def hides(segment: SegmentRequest) -> bool:
-    """Whether a segment may need its keys hidden by an extra dimension."""
+class _Range(NamedTuple):
+    """The tokens of one sample from the first unpadded token to the last, and how many of them are unpadded."""
+
+    start: int
+    stop: int
+    unpadded: int
+
+
+class _Runs(NamedTuple):
+    """Runs of packed rows that make sequences: the length of each run, and which rows; None: all, in order."""
+
+    lens: list[int]
+    rows: Tensor | None = None
+
+
+def may_hide_keys(segment: SegmentRequest) -> bool:
+    """Return whether a segment may need the extra dimension that hides keys."""
     pattern = segment.pattern
     if isinstance(pattern, SortedChunks):
         return True
     return segment.key_mask and not isinstance(pattern, Full) and (not isinstance(pattern, Chunks) or pattern.causal)
 
 
-def disjoint(segments: tuple[SegmentRequest, ...]) -> bool:
-    """Whether each query row is in one call at most, without hidden keys: then there is nothing to unite."""
-    return len(segments) == 1 and not hides(segments[0])
+def needs_no_union(segments: tuple[SegmentRequest, ...]) -> bool:
+    """Return whether each query row is in one call at most and no key is hidden."""
+    return len(segments) == 1 and not may_hide_keys(segments[0])
 
 
-def plan(attention: Attention, windows: bool = True) -> Plan:
-    """The calls of an attention whose sorted segments, if any, have one head (see :func:`sorted_calls.fold_heads`).
-
-    Remembered for the next layer, which has the same masks, but for sorted segments.
+def plan_calls(attention: Attention, has_windows: bool = True) -> CallPlan:
+    """Return the calls of an attention, cached for the layers that share its masks if no segment is sorted.
 
     Args:
-        attention: without bias and dense mask.
-        windows: whether the kernel takes windows; if not, causal patterns come without.
+        attention: without bias and dense mask. If segments are sorted, it has one head (see
+            :func:`attnzoo.backends.varlen.sorted_calls.fold_heads`).
+        has_windows: whether the kernel has windows; if not, the calls of causal patterns have none.
     """
     segments = attention.segments
     if any(isinstance(segment.pattern, SortedChunks) for segment in segments):
-        return _plan(attention, windows)
+        return _plan(attention, has_windows)
     masks = [attention.query_mask, *(segment.key_mask for segment in segments)]
     given = tuple(mask is not None for mask in masks)
     lengths = (attention.batch, attention.q_len, *((segment.pattern, segment.kv_len) for segment in segments))
-    key = (windows, attention.query.device, lengths, given)
-    return _plans.get(key, tuple(mask for mask in masks if mask is not None), lambda: _plan(attention, windows))
+    key = (has_windows, attention.query.device, lengths, given)
+    return _plans.get(key, tuple(mask for mask in masks if mask is not None), lambda: _plan(attention, has_windows))
 
 
-def _plan(attention: Attention, windows: bool) -> Plan:
-    extents = _extents([attention.query_mask, *(segment.key_mask for segment in attention.segments)])
-    q_extents = extents[0] or [(0, attention.q_len, attention.q_len)] * attention.batch
+def _plan(attention: Attention, has_windows: bool) -> CallPlan:
+    batch, q_len = attention.batch, attention.q_len
+    q_ranges, *k_ranges = _ranges([attention.query_mask, *(segment.key_mask for segment in attention.segments)])
+    q_ranges = q_ranges or [_Range(0, q_len, q_len)] * batch
     calls: list[Call] = []
     hidden: list[Tensor | None] = []
-    spare = False
+    has_spare_row = False
     for number, segment in enumerate(attention.segments):
-        k_extents = extents[number + 1] or [(0, segment.kv_len, segment.kv_len)] * attention.batch
-        pattern, holes = segment.pattern, False
+        kv_len, pattern, has_holes = segment.kv_len, segment.pattern, False
+        ranges = k_ranges[number] or [_Range(0, kv_len, kv_len)] * batch
         if isinstance(pattern, SortedChunks):
             calls += (
                 Call(number, Sequences(lens, lens, attention.query.device, right=0), q_rows, k_rows)
                 for lens, q_rows, k_rows in sorted_rows(attention, segment, pattern)
             )
-            spare = True
+            has_spare_row = True
         elif isinstance(pattern, Chunks):
-            calls += _chunks(attention, number, segment, pattern)
-            holes = _ordered(pattern, segment.kv_len) and any(count < segment.kv_len for *_, count in k_extents)
-        elif isinstance(pattern, Window | Causal):
-            calls += _aligned(attention, number, segment, pattern, q_extents, k_extents, windows)
-            holes = any(count < stop - start for start, stop, count in k_extents)
+            calls += _chunk_calls(attention, number, segment, pattern)
+            has_holes = _is_ordered(pattern, kv_len) and any(keys.unpadded < kv_len for keys in ranges)
+        elif isinstance(pattern, Full):
+            calls += _unordered_calls(attention, number, _Runs([q_len] * batch), _Runs([kv_len] * batch))
         else:
-            lens = ([attention.q_len] * attention.batch, [segment.kv_len] * attention.batch)
-            calls += _unordered(attention, number, segment, None, None, *lens)
-        hidden.append(~segment.key_mask if holes and segment.key_mask is not None else None)
-    calls = [_counted(call) if spare else call for call in calls]
-    return Plan(tuple(piece for call in calls for piece in _pieces(call)), tuple(hidden), spare)
+            band = pattern.band(q_len, kv_len)
+            if band is None:
+                raise NotImplementedError(f"{pattern} is neither chunks nor a band: the backend should have refused it")
+            calls += _band_calls(attention, number, band, zip(q_ranges, ranges, strict=True), has_windows)
+            has_holes = any(keys.unpadded < keys.stop - keys.start for keys in ranges)
+        hidden.append(~segment.key_mask if has_holes and segment.key_mask is not None else None)
+    if has_spare_row:  # "all rows" would include the spare row
+        calls = [call._replace(q_rows=rows[0], k_rows=rows[1]) for call in calls for rows in [_row_numbers(call)]]
+    return CallPlan(tuple(piece for call in calls for piece in _split(call)), tuple(hidden), has_spare_row)
 
 
-def _pieces(call: Call) -> list[Call]:
-    """A call in as many as its sequences need."""
+def _split(call: Call) -> list[Call]:
+    """Split a call with more than ``MAX_SEQUENCES`` sequences."""
     whole, count = call.sequences, len(call.sequences.q_lens)
-    if count <= MOST_SEQUENCES:
+    if count <= MAX_SEQUENCES:
         return [call]
-    (q_rows, k_rows), found, q_start, k_start = _numbers(call), [], 0, 0
-    for start in range(0, count, MOST_SEQUENCES):
-        q_lens, k_lens = (lens[start : start + MOST_SEQUENCES] for lens in (whole.q_lens, whole.k_lens))
+    (q_rows, k_rows), pieces, q_start, k_start = _row_numbers(call), [], 0, 0
+    for start in range(0, count, MAX_SEQUENCES):
+        q_lens, k_lens = (lens[start : start + MAX_SEQUENCES] for lens in (whole.q_lens, whole.k_lens))
         q_stop, k_stop = q_start + sum(q_lens), k_start + sum(k_lens)
         sequences = replace(whole, q_lens=q_lens, k_lens=k_lens)
-        found.append(Call(call.segment, sequences, q_rows[q_start:q_stop], k_rows[k_start:k_stop]))
+        pieces.append(Call(call.segment, sequences, q_rows[q_start:q_stop], k_rows[k_start:k_stop]))
         q_start, k_start = q_stop, k_stop
-    return found
+    return pieces
 
 
-def _counted(call: Call) -> Call:
-    """The same with all its rows by number, as where there is a spare row, which would be one of all."""
-    q_rows, k_rows = _numbers(call)
-    return call._replace(q_rows=q_rows, k_rows=k_rows)
-
-
-def _numbers(call: Call) -> tuple[Tensor, Tensor]:
-    """The numbers of its rows of queries and of keys, all of them included."""
+def _row_numbers(call: Call) -> tuple[Tensor, Tensor]:
+    """The row numbers of a call's queries and keys, in place of None."""
     sequences = call.sequences
     q_rows, k_rows = (
         torch.arange(sum(lens), device=sequences.device) if rows is None else rows
@@ -189,173 +201,155 @@ def _numbers(call: Call) -> tuple[Tensor, Tensor]:
     return q_rows, k_rows
 
 
-def _extents(masks: list[Tensor | None]) -> list[list[tuple[int, int, int]] | None]:
-    """Per mask and sample: where the first True is, where the last one ends, and how many there are.
-
-    Waits for the device, once.
-    """
-    found = []
+def _ranges(masks: list[Tensor | None]) -> list[list[_Range] | None]:
+    """The range of each sample under each mask. Waits for the device, once."""
+    stacked = []
     for mask in masks:
         if mask is not None:
-            places = torch.arange(mask.shape[1], device=mask.device)
-            first = torch.where(mask, places, mask.shape[1]).amin(1)
-            stop = torch.where(mask, places + 1, 0).amax(1)
-            found.append(torch.stack([torch.minimum(first, stop), stop, mask.sum(1)], dim=1))
-    rows = iter(torch.cat(found).tolist() if found else [])
-    return [None if mask is None else [tuple(next(rows)) for _ in mask] for mask in masks]
+            positions = torch.arange(mask.shape[1], device=mask.device)
+            first = torch.where(mask, positions, mask.shape[1]).amin(1)
+            stop = torch.where(mask, positions + 1, 0).amax(1)
+            stacked.append(torch.stack([torch.minimum(first, stop), stop, mask.sum(1)], dim=1))
+    rows = iter(torch.cat(stacked).tolist() if stacked else [])
+    return [None if mask is None else [_Range(*next(rows)) for _ in mask] for mask in masks]
 
 
-def _aligned(
-    attention: Attention,
-    number: int,
-    segment: Segment,
-    pattern: Window | Causal,
-    q_extents: list[tuple[int, int, int]],
-    k_extents: list[tuple[int, int, int]],
-    windows: bool,
+def _band_calls(
+    attention: Attention, number: int, band: Band, ranges: Iterable[tuple[_Range, _Range]], has_windows: bool
 ) -> list[Call]:
-    """Windows and causal patterns: one sequence per sample, one call per shift."""
-    q_len, kv_len, device = attention.q_len, segment.kv_len, attention.query.device
-    shift, reach = pattern.shift(q_len, kv_len), q_len + kv_len
-    left, right = (pattern.left, pattern.right) if isinstance(pattern, Window) else (reach + abs(shift), 0)
+    """Windows and causal patterns: one sequence per sample, one call per pair of window extents."""
+    q_len, kv_len, device = attention.q_len, attention.segments[number].kv_len, attention.query.device
     groups: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}
-    for sample, ((q_start, q_stop, _), (k_start, k_stop, _)) in enumerate(zip(q_extents, k_extents, strict=True)):
-        # Query i stands at key i + shift and sees left before and right after it. What sees none, or is seen by none,
-        # is left out.
-        k_stop = min(k_stop, q_stop + shift + right)
-        k_start = max(k_start, q_start + shift - left)
-        q_stop = min(q_stop, k_stop - shift + left)
-        q_start = max(q_start, k_start - shift - right)
+    for sample, (queries, keys) in enumerate(ranges):
+        # Leave out keys that no query sees, and then queries that see no key.
+        k_stop = min(keys.stop, queries.stop + band.highest)
+        k_start = max(keys.start, queries.start + band.lowest)
+        q_stop = min(queries.stop, k_stop - band.lowest)
+        q_start = max(queries.start, k_start - band.highest)
         if q_start >= q_stop or k_start >= k_stop:
             continue
-        for start, stop in _cut(q_start, q_stop, k_start, k_stop, shift, left, right, windows):
-            off = k_stop - stop - shift  # the kernel puts the last query this much after its place
-            before, after = _window(left + off, right - off, stop - start, k_stop - k_start)
-            spans = groups.setdefault((before, after), [])
-            spans.append((sample * q_len + start, stop - start, sample * kv_len + k_start, k_stop - k_start))
+        for tile in _cut(Tile(q_start, q_stop, k_start, k_stop, q_len, kv_len), band, has_windows):
+            q_count, k_count = tile.q_stop - tile.q_start, k_stop - k_start
+            spans = groups.setdefault(_extents(tile, band), [])
+            spans.append((sample * q_len + tile.q_start, q_count, sample * kv_len + k_start, k_count))
     calls = []
-    for (before, after), spans in groups.items():
+    for extents, spans in groups.items():
         q_starts, q_lens, k_starts, k_lens = (tuple(column) for column in zip(*spans, strict=True))
-        sequences = Sequences(q_lens, k_lens, device, before, after)
         q_rows = None if _is_all(q_starts, q_lens, attention.batch, q_len) else rows_of(q_starts, q_lens, device)
         k_rows = None if _is_all(k_starts, k_lens, attention.batch, kv_len) else rows_of(k_starts, k_lens, device)
-        calls.append(Call(number, sequences, q_rows, k_rows))
+        calls.append(Call(number, Sequences(q_lens, k_lens, device, *extents), q_rows, k_rows))
     return calls
 
 
-def _window(left: int, right: int, q_count: int, k_count: int) -> tuple[int, int]:
-    """The extents of a sequence, without those that leave nothing out."""
-    return UNLIMITED if left >= k_count - 1 else left, UNLIMITED if right >= q_count - 1 else right
+def _extents(tile: Tile, band: Band) -> tuple[int, int]:
+    """The window extents of a tile as one sequence; ``NO_LIMIT`` where an extent would hide nothing."""
+    aligned = tile.kv_stop - tile.q_stop  # the distance at which the kernel puts each query's own position
+    left, right = aligned - band.lowest, band.highest - aligned
+    q_count, k_count = tile.q_stop - tile.q_start, tile.kv_stop - tile.kv_start
+    return NO_LIMIT if left >= k_count - 1 else left, NO_LIMIT if right >= q_count - 1 else right
 
 
-def _cut(
-    q_start: int, q_stop: int, k_start: int, k_stop: int, shift: int, left: int, right: int, windows: bool
-) -> list[tuple[int, int]]:
-    """The queries of one sample, in as many runs as it takes for kernels to do as they are told.
+def _cut(tile: Tile, band: Band, has_windows: bool) -> list[Tile]:
+    """Cut a sample by queries if kernels would compute other extents than asked for.
 
-    They take an extent for none that is as long as the longest sequence of keys, and instead of none beside another one
-    they put its length; which is wrong where many queries stand before the first key. Kernels without windows know one
-    extent, 0 after a query. So queries that do not see the last key are a run, and those that do not see the first.
+    FlashAttention treats an extent >= the longest sequence of keys as no limit. If only one extent has no limit, it
+    takes that length for it, which is wrong if many queries come before the first key. Kernels without windows have
+    one extent only: 0 keys after a query. So queries that do not see the last key, and queries that do not see the
+    first key, become tiles of their own.
     """
-    q_count, k_count, off = q_stop - q_start, k_stop - k_start, k_stop - q_stop - shift
-    before, after = _window(left + off, right - off, q_count, k_count)
-    obeyed = after < k_count and (after != UNLIMITED or before == UNLIMITED or q_count <= k_count + 1)
-    if obeyed and (windows or off == 0):
-        return [(q_start, q_stop)]
-    last = k_stop - shift - right  # from here on queries see the last key
-    first = k_start - shift + left + 1  # and from here on they do not see the first
-    cuts = [q_start, *(min(max(q_start, cut), q_stop) for cut in (last, max(first, last))), q_stop]
-    return [(start, stop) for start, stop in pairwise(cuts) if start < stop]
+    q_start, q_stop, k_start, k_stop, *_ = tile
+    q_count, k_count = q_stop - q_start, k_stop - k_start
+    left, right = _extents(tile, band)
+    is_exact = right < k_count and (right != NO_LIMIT or left == NO_LIMIT or q_count <= k_count + 1)
+    if is_exact and (has_windows or k_stop - q_stop == band.highest):
+        return [tile]
+    sees_last = k_stop - band.highest  # from this query on, queries see the last key
+    misses_first = k_start - band.lowest + 1  # from this query on, queries do not see the first key
+    inner = (min(max(q_start, cut), q_stop) for cut in (sees_last, max(misses_first, sees_last)))
+    return [
+        tile._replace(q_start=start, q_stop=stop) for start, stop in pairwise([q_start, *inner, q_stop]) if start < stop
+    ]
 
 
 def _is_all(starts: tuple[int, ...], lens: tuple[int, ...], batch: int, length: int) -> bool:
-    """Whether runs of rows are those of all samples, whole and in order."""
+    """Whether the runs are all samples, whole and in order."""
     return lens == (length,) * batch and starts == tuple(range(0, batch * length, length))
 
 
-def _ordered(pattern: Chunks, kv_len: int) -> bool:
-    """Whether a causal query sees a part of its own chunk, so that places within the chunk matter."""
+def _is_ordered(pattern: Chunks, kv_len: int) -> bool:
+    """Whether a causal query sees its own chunk in part, so that positions within the chunk matter."""
     return pattern.causal and pattern.before % -(-kv_len // pattern.length) <= pattern.before + pattern.after
 
 
 @lru_cache(maxsize=64)
 def _neighbourhoods(pattern: Chunks, length: int) -> tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]:
-    """Start and length of each chunk of queries that sees any, and start and length of each run of keys it sees."""
-    found = []
+    """Start and length of each chunk of queries that sees keys, and start and length of each run of these keys."""
+    chunks = []
     for start in range(0, length, pattern.length):
         stop = min(length, start + pattern.length)
-        limit = stop if pattern.causal else length
-        spans = pattern.spans_near(start, stop, length, limit)
+        spans = pattern.spans_near(start, stop, length, limit=stop if pattern.causal else length)
         if spans:
-            found.append((start, stop - start, tuple((begin, end - begin) for begin, end in spans)))
-    return tuple(found)
+            chunks.append((start, stop - start, tuple((begin, end - begin) for begin, end in spans)))
+    return tuple(chunks)
 
 
-def _chunks(attention: Attention, number: int, segment: Segment, pattern: Chunks) -> list[Call]:
-    """One sequence per sample and chunk. Keys seen causally end with the chunk's own, where the kernel aligns."""
+def _chunk_calls(attention: Attention, number: int, segment: Segment, pattern: Chunks) -> list[Call]:
+    """One sequence per sample and chunk. Causal keys end with the chunk itself, where the kernel aligns."""
     length, device = segment.kv_len, attention.query.device
-    found = _neighbourhoods(pattern, length)
-    if not found:
+    chunks = _neighbourhoods(pattern, length)
+    if not chunks:
         return []
-    spans = [span for _, _, spans in found for span in spans]
     samples = torch.arange(attention.batch, device=device)[:, None] * length
-    starts, counts = zip(*spans, strict=True)
+    starts, counts = zip(*(span for _, _, spans in chunks for span in spans), strict=True)
     k_rows = (rows_of(starts, counts, device) + samples).flatten()
-    q_lens = [count for _, count, _ in found]
+    q_lens = [count for _, count, _ in chunks]
     q_rows = None
     if sum(q_lens) < length:
-        q_rows = (rows_of([start for start, _, _ in found], q_lens, device) + samples).flatten()
-    k_lens = [sum(count for _, count in spans) for _, _, spans in found]
-    lens = (q_lens * attention.batch, k_lens * attention.batch)
-    if not _ordered(pattern, length):
-        return _unordered(attention, number, segment, q_rows, k_rows, *lens)
-    return [Call(number, Sequences(tuple(lens[0]), tuple(lens[1]), device, right=0), q_rows, k_rows)]
+        q_rows = (rows_of([start for start, _, _ in chunks], q_lens, device) + samples).flatten()
+    k_lens = [sum(count for _, count in spans) for _, _, spans in chunks]
+    queries, keys = _Runs(q_lens * attention.batch, q_rows), _Runs(k_lens * attention.batch, k_rows)
+    if not _is_ordered(pattern, length):
+        return _unordered_calls(attention, number, queries, keys)
+    return [Call(number, Sequences(tuple(queries.lens), tuple(keys.lens), device, right=0), q_rows, k_rows)]
 
 
-def _unordered(
-    attention: Attention,
-    number: int,
-    segment: Segment,
-    q_rows: Tensor | None,
-    k_rows: Tensor | None,
-    q_lens: list[int],
-    k_lens: list[int],
-) -> list[Call]:
-    """Sequences in which every query sees every key, without the rows that masks hide. Waits for the device if any."""
-    device = attention.query.device
-    if attention.query_mask is not None or segment.key_mask is not None:
-        q_kept, q_of = _kept(attention.query_mask, q_rows, q_lens, device)
-        k_kept, k_of = _kept(segment.key_mask, k_rows, k_lens, device)
-        counts = torch.zeros((2, len(q_lens)), dtype=torch.long, device=device)
+def _unordered_calls(attention: Attention, number: int, queries: _Runs, keys: _Runs) -> list[Call]:
+    """Sequences in which every query sees every key, without masked rows. Waits for the device if there is a mask."""
+    device, key_mask = attention.query.device, attention.segments[number].key_mask
+    if attention.query_mask is not None or key_mask is not None:
+        q_kept, q_of = _kept(attention.query_mask, queries, device)
+        k_kept, k_of = _kept(key_mask, keys, device)
+        counts = torch.zeros((2, len(queries.lens)), dtype=torch.long, device=device)
         counts[0].index_add_(0, q_of, q_kept.long())
         counts[1].index_add_(0, k_of, k_kept.long())
-        counts *= (counts > 0).all(0)  # queries without keys, and keys without queries, are left out
-        left = counts.tolist()
-        if sum(left[0]) < sum(q_lens):
-            q_rows = _pick(q_rows, q_kept & (counts[0] > 0)[q_of])
-        if sum(left[1]) < sum(k_lens):
-            k_rows = _pick(k_rows, k_kept & (counts[1] > 0)[k_of])
-        q_lens, k_lens = ([count for count in side if count] for side in left)
-    if not q_lens:
+        counts *= (counts > 0).all(0)  # leave out queries without keys, and keys without queries
+        q_lens, k_lens = counts.tolist()
+        queries = _pick(queries, q_kept & (counts[0] > 0)[q_of], q_lens)
+        keys = _pick(keys, k_kept & (counts[1] > 0)[k_of], k_lens)
+    if not queries.lens:
         return []
-    return [Call(number, Sequences(tuple(q_lens), tuple(k_lens), device), q_rows, k_rows)]
+    return [Call(number, Sequences(tuple(queries.lens), tuple(keys.lens), device), queries.rows, keys.rows)]
 
 
-def _kept(mask: Tensor | None, rows: Tensor | None, lens: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which of the rows a mask keeps, and the sequence each of them is in."""
-    total = sum(lens)
-    of = torch.arange(len(lens), device=device).repeat_interleave(torch.tensor(lens, device=device), output_size=total)
+def _kept(mask: Tensor | None, runs: _Runs, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which of the rows a mask keeps, and the sequence of each row."""
+    total, lens = sum(runs.lens), torch.tensor(runs.lens, device=device)
+    sequence = torch.arange(len(lens), device=device).repeat_interleave(lens, output_size=total)
     if mask is None:
-        return torch.ones(total, dtype=torch.bool, device=device), of
-    return (mask.flatten() if rows is None else mask.flatten()[rows]), of
+        return torch.ones(total, dtype=torch.bool, device=device), sequence
+    return (mask.flatten() if runs.rows is None else mask.flatten()[runs.rows]), sequence
 
 
-def _pick(rows: Tensor | None, kept: Tensor) -> Tensor:
-    return kept.nonzero().flatten() if rows is None else rows[kept]
+def _pick(runs: _Runs, kept: Tensor, lens: list[int]) -> _Runs:
+    """The kept rows, whose sequences have the lengths ``lens``; sequences without rows are dropped."""
+    index = runs.rows
+    if sum(lens) < sum(runs.lens):
+        index = kept.nonzero().flatten() if index is None else index[kept]
+    return _Runs([count for count in lens if count], index)
 
 
 def rows_of(starts: Iterable[int], lens: Iterable[int], device: torch.device) -> Tensor:
-    """The row numbers of runs of rows, one after the other."""
+    """Return the row numbers of runs of rows, one run after the other."""
     lens = list(lens)
     ends = list(accumulate(lens))
     begins = [start - end + count for start, end, count in zip(starts, ends, lens, strict=True)]

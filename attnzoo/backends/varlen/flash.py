@@ -1,4 +1,4 @@
-"""``flash_attention_2``: FlashAttention 2 by the ``flash_attn`` package, else by PyTorch's own kernels."""
+"""``flash_attention_2``: FlashAttention 2 by the ``flash_attn`` package, otherwise by PyTorch's built-in kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from attnzoo.backend import Capabilities
 from attnzoo.backends.varlen.flash_attn_kernel import FlashAttnKernel
-from attnzoo.backends.varlen.kernels import Kernel
+from attnzoo.backends.varlen.kernels import PackedKernel
 from attnzoo.backends.varlen.packed import CAPABILITIES, PackedBackend
 from attnzoo.backends.varlen.varlen_kernel import VarlenKernel
 
@@ -19,5 +19,7 @@ class FlashBackend(PackedBackend):
     name: ClassVar[str] = "flash_attention_2"
     aliases: ClassVar[tuple[str, ...]] = ("flash", "fa2")
     priority: ClassVar[int] = 20
-    kernels: ClassVar[tuple[type[Kernel], ...]] = (FlashAttnKernel, VarlenKernel)
-    capabilities: ClassVar[Capabilities] = replace(CAPABILITIES, dropout=True)  # flash_attn has it, varlen refuses
+    kernels: ClassVar[tuple[type[PackedKernel], ...]] = (FlashAttnKernel, VarlenKernel)
+    capabilities: ClassVar[Capabilities] = replace(
+        CAPABILITIES, dropout=True
+    )  # flash_attn has dropout; varlen refuses it

@@ -9,15 +9,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnzoo.backends.varlen.kernels import Inputs, Kernel, drift, import_package
+from attnzoo.backends.common.union import Grads
+from attnzoo.backends.varlen.kernels import Inputs, PackedKernel, changed_signature, import_package
 from attnzoo.errors import raise_interrupts
 
 _PUBLIC = (
     *("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
     *("dropout_p", "softmax_scale", "causal", "window_size"),
 )
-# The public function hands out lse, but takes none in its backward, which the union of parts needs: there the two
-# functions it wraps are called, as the package itself calls them.
+# The public function returns lse, but its backward takes none, and a union needs that. So a union calls the two
+# functions that the public function wraps, as the package itself does.
 _FORWARD, _BACKWARD = "_wrapped_flash_attn_varlen_forward", "_wrapped_flash_attn_varlen_backward"
 _PARTS = {
     _FORWARD: (*_PUBLIC[:-1], "window_size_left", "window_size_right", "softcap", "alibi_slopes", "return_softmax"),
@@ -28,25 +29,27 @@ _PARTS = {
     ),
 }
 
-# Where the interface keeps the compiled extension (2.7.1 renamed it), and what is called of it.
+# The names of the compiled extension in the interface (2.7.1 renamed it), and the functions that it must have.
 _EXTENSIONS, _SYMBOLS = ("flash_attn_gpu", "flash_attn_cuda"), ("varlen_fwd", "varlen_bwd")
 
 
 @cache
 def _package() -> tuple[ModuleType | None, str]:
-    found, why = import_package("flash_attn.flash_attn_interface", "flash-attn")
-    if found is not None:
-        why = drift(found, {"flash_attn_varlen_func": _PUBLIC}, "flash_attn") or _symbols_missing(found) or ""
-    return (None if why else found), why
+    module, why = import_package("flash_attn.flash_attn_interface", "flash-attn")
+    if module is not None:
+        expected = {"flash_attn_varlen_func": _PUBLIC}
+        why = changed_signature(module, expected, "flash_attn") or _missing_symbols(module) or ""
+    return (None if why else module), why
 
 
-def _symbols_missing(interface: Any) -> str | None:
+def _missing_symbols(interface: Any) -> str | None:
     """Why the functions of the compiled extension, which all others call, cannot be used; or None.
 
-    The extension is a private name of the interface, but whether it is loaded shows nowhere else without a call.
+    The extension is a private name of the interface, but without a call nothing else shows whether it is loaded.
     """
     try:
-        extension = next((one for name in _EXTENSIONS if (one := getattr(interface, name, None)) is not None), None)
+        extensions = [getattr(interface, name, None) for name in _EXTENSIONS]
+        extension = next((extension for extension in extensions if extension is not None), None)
         if extension is None:
             return f"flash_attn has loaded no compiled extension: none of {', '.join(_EXTENSIONS)}"
         missing = [name for name in _SYMBOLS if not callable(getattr(extension, name, None))]
@@ -58,12 +61,13 @@ def _symbols_missing(interface: Any) -> str | None:
 
 @cache
 def _parts_unavailable() -> str | None:
-    found, _ = _package()
-    return None if found is None else drift(found, _PARTS, "flash_attn (2.7 is the first known to have it)")
+    module, _ = _package()
+    whose = "flash_attn (2.7 is the first version known to have them)"
+    return None if module is None else changed_signature(module, _PARTS, whose)
 
 
-class FlashAttnKernel(Kernel):
-    """``flash_attn`` 2: drops softmax weights, too."""
+class FlashAttnKernel(PackedKernel):
+    """``flash_attn`` 2, which has dropout."""
 
     name: ClassVar[str] = "flash_attn"
     dropout: ClassVar[bool] = True
@@ -102,9 +106,7 @@ class FlashAttnKernel(Kernel):
         return out, lse, state
 
     @classmethod
-    def backward(
-        cls, inputs: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor, state: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(cls, inputs: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor, state: Any) -> Grads:
         sequences = inputs.sequences
         grads = tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs[:3])
         getattr(_interface(), _BACKWARD)(

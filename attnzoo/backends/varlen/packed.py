@@ -1,20 +1,20 @@
-"""Attention on kernels for packed sequences: calls, united by log-sum-exp, forward and backward.
+"""Attention on kernels for packed sequences: calls merged by log-sum-exp, forward and backward.
 
-Each call (:mod:`attnzoo.backends.varlen.calls`) gives an output and its log-sum-exp; they are united exactly
-(``union``), and each call's backward gets the final output and lse. Where no query is in two calls, the
-kernel's own public function runs.
+Each call (:mod:`attnzoo.backends.varlen.calls`) returns an output and its log-sum-exp;
+:mod:`attnzoo.backends.common.union` merges them. If no query is in two calls, the kernel's public function runs.
 
-Keys that have to keep their places though they are hidden get one more dimension: queries have a number there, hidden
-keys a negative one such that their scaled scores are 2^22 lower than those of visible keys, which have zero. Their
-weights underflow to zero exactly, forward and backward; a row that sees nothing but hidden keys is known by its lse.
-More than 2^22 would do harm: kernels round what they take the exponential of, and its error would overflow.
+Keys that are hidden but must keep their positions are hidden by one more dimension. Queries have a positive number
+there, hidden keys a negative one and visible keys 0, such that the scaled scores of hidden keys are 2^22 lower. Their
+weights underflow to exactly 0, forward and backward, and the lse of a row shows whether it saw hidden keys only. The
+offset is not larger because kernels round the argument of the exponential, and its error would overflow.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -22,16 +22,16 @@ from torch import Tensor
 
 from attnzoo.backend import Backend, Capabilities
 from attnzoo.backends.common.blocks import positive_scale
-from attnzoo.backends.common.union import merge_
-from attnzoo.backends.varlen.calls import Call, Plan, plan
-from attnzoo.backends.varlen.kernels import Inputs, Kernel, no_device
+from attnzoo.backends.common.union import Grads, PartialKernel, unite
+from attnzoo.backends.varlen.calls import Call, CallPlan, plan_calls
+from attnzoo.backends.varlen.kernels import Inputs, PackedKernel, no_device
 from attnzoo.backends.varlen.sorted_calls import fold_heads
 from attnzoo.errors import InvalidArgumentError, Refusal
 from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
 from attnzoo.spec.segments import Attention, Request, Result
 
-_HIDDEN = 22  # hidden keys score 2^22 lower
-_LARGEST = 15  # exponents of two that float16 holds
+_HIDING_EXPONENT = 22  # hidden keys score 2^22 lower
+_LARGEST_EXPONENT = 15  # of a power of two in float16
 
 CAPABILITIES = Capabilities(
     devices=frozenset({"cuda"}),
@@ -47,17 +47,17 @@ CAPABILITIES = Capabilities(
 
 @dataclass(frozen=True)
 class PackedBackend(Backend):
-    """A backend of such kernels.
+    """A backend on kernels for packed sequences.
 
     Options:
-        kernel: the name of the kernel to use; None: the first that takes the request.
+        kernel: the name of the kernel to use; None: the first that can run the request.
 
     Class attributes:
-        kernels: what there is to choose from, best first.
+        kernels: the kernels to choose from, best first.
     """
 
     kernel: str | None = None
-    kernels: ClassVar[tuple[type[Kernel], ...]] = ()
+    kernels: ClassVar[tuple[type[PackedKernel], ...]] = ()
 
     def __post_init__(self) -> None:
         names = [kernel.name for kernel in self.kernels]
@@ -71,81 +71,85 @@ class PackedBackend(Backend):
         return "; ".join(dict.fromkeys(reason for reason in (no_device(), *missing) if reason is not None)) or None
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
-        return self._told(request, self._choose(request)[1])
+        return self._joined(request, self._choose(request)[1])
 
     def refusals_anywhere(self, request: Request) -> tuple[Refusal, ...]:
-        named = (kernel for kernel in self.kernels if self.kernel in (None, kernel.name))
-        return self._told(request, min((kernel.refusals(request) for kernel in named), key=len))
+        return self._joined(request, min((kernel.refusals(request) for kernel in self._named()), key=len))
 
-    def _told(self, request: Request, chosen: tuple[Refusal, ...]) -> tuple[Refusal, ...]:
-        """Refusals of the backend, and of its kernel where they say something else."""
-        own = [
+    def _joined(self, request: Request, of_kernel: tuple[Refusal, ...]) -> tuple[Refusal, ...]:
+        """The refusals of the backend, and those of its kernel for other fields."""
+        refusals = [
             replace(reason, allowed=f"{reason.allowed}, or torch.autocast to one of them")
             if reason.field == "dtype" and request.dtype == torch.float32
             else reason
             for reason in super().refusals(request)
         ]
-        told = {reason.field for reason in own}
-        return (*own, *(reason for reason in chosen if reason.field not in told))
+        fields = {reason.field for reason in refusals}
+        return (*refusals, *(reason for reason in of_kernel if reason.field not in fields))
 
-    def _choose(self, request: Request) -> tuple[type[Kernel], tuple[Refusal, ...]]:
-        """The first kernel that takes a request; where none does, one of them and its refusals."""
-        named = [kernel for kernel in self.kernels if self.kernel in (None, kernel.name)]
+    def _named(self) -> list[type[PackedKernel]]:
+        return [kernel for kernel in self.kernels if self.kernel in (None, kernel.name)]
+
+    def _choose(self, request: Request) -> tuple[type[PackedKernel], tuple[Refusal, ...]]:
+        """The first kernel that can run a request; if none can, one of them and its refusals."""
+        named = self._named()
         usable = [kernel for kernel in named if kernel.unavailable() is None]
         if not usable and self.kernel is not None:
             return named[0], (Refusal("kernel", f"{self.kernel!r}: {named[0].unavailable()}", "kernel=None"),)
-        verdicts = [(kernel, (*kernel.refusals(request), *kernel.lacking(request))) for kernel in usable or named]
+        verdicts = [(kernel, (*kernel.refusals(request), *kernel.missing_parts(request))) for kernel in usable or named]
         return next((verdict for verdict in verdicts if not verdict[1]), verdicts[0])
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
         return attend(attention, self._choose(attention.request())[0])
 
 
-def attend(attention: Attention, kernel: type[Kernel]) -> Result:
-    """An attention without bias and dense mask on a kernel; on none if no query sees a key."""
+def attend(attention: Attention, kernel: type[PackedKernel]) -> Result:
+    """Run an attention without bias and dense mask on a kernel; it reports "none" if no query sees a key."""
     whole, attention = attention, positive_scale(attention)
     if any(isinstance(segment.pattern, SortedChunks) for segment in attention.segments):
         attention = fold_heads(attention)
-    planned = plan(attention, kernel.windows)
-    hiding = planned.spare or any(mask is not None for mask in planned.hidden)
-    packed = _Packing(attention, planned, _Hiding(attention.scale) if hiding else None)
-    settings = _Settings(kernel, planned, packed.places, attention.scale, attention.dropout)
-    if len(attention.segments) == 1 and planned.calls and not hiding:
-        output, live = packed.attend(settings)
+    plan = plan_calls(attention, kernel.windows)
+    hides = plan.has_spare_row or any(mask is not None for mask in plan.hidden)
+    packed = _Packing(attention, plan, _Hiding(attention.scale) if hides else None)
+    bind = partial(_PackedCalls, _Settings(kernel, plan, packed.places, attention.scale, attention.dropout, {}))
+    visible_rows: Tensor | None
+    if len(attention.segments) == 1 and plan.calls and not hides:
+        output, visible_rows = packed.attend(bind(packed.query, packed.keys_values))
     else:
-        output, lse = _Union.apply(settings, packed.query, *packed.keys_values)
-        live = packed.live(lse)
+        output, lse = unite(bind, packed.places, packed.query, packed.keys_values)
+        visible_rows = packed.visible_rows(lse)
     output = output[: attention.batch * attention.q_len, :, : attention.value_dim]
     output = output.unflatten(0, (attention.batch, attention.q_len)).transpose(1, 2)
-    if live is not None:
-        live = live.reshape(whole.batch, -1, whole.q_len)
-    output = whole.fill(output.reshape(whole.batch, whole.heads, whole.q_len, whole.value_dim), live)
-    return Result(output, kernel.name if planned.calls else "none")
+    if visible_rows is not None:
+        visible_rows = visible_rows.reshape(whole.batch, -1, whole.q_len)
+    output = whole.fill(output.reshape(whole.batch, whole.heads, whole.q_len, whole.value_dim), visible_rows)
+    return Result(output, kernel.name if plan.calls else "none")
 
 
 class _Hiding:
-    """The numbers in the extra dimension: powers of two, so that nothing is rounded."""
+    """The numbers in the extra dimension: powers of two, which multiply without rounding."""
 
     def __init__(self, scale: float) -> None:
-        exponent = min(math.ceil(_HIDDEN - math.log2(scale)), 2 * _LARGEST)
+        exponent = min(math.ceil(_HIDING_EXPONENT - math.log2(scale)), 2 * _LARGEST_EXPONENT)
         self.depth = scale * 2.0**exponent
-        if self.depth < 2.0 ** (_HIDDEN / 2):
-            raise InvalidArgumentError("scale", scale, f"at least 2**{_HIDDEN // 2 - 2 * _LARGEST}, to hide keys by")
-        self.query = 2.0 ** min(exponent - exponent // 2, _LARGEST)
+        if self.depth < 2.0 ** (_HIDING_EXPONENT / 2):
+            least = f"at least 2**{_HIDING_EXPONENT // 2 - 2 * _LARGEST_EXPONENT}, to hide keys by"
+            raise InvalidArgumentError("scale", scale, least)
+        self.query = 2.0 ** min(exponent - exponent // 2, _LARGEST_EXPONENT)
         self.key = -(2.0**exponent) / self.query
 
 
 class _Packing:
-    """Queries, keys and values as kernels want them, ``(rows, heads, dim)``; each distinct tensor once.
+    """Queries, keys and values in the layout of the kernels, ``(rows, heads, dim)``; each distinct tensor once.
 
     Attributes:
-        query: ``(batch * q_len, heads, dim)``, and the spare row if there is one.
+        query: ``(batch * q_len, heads, dim)``, plus the spare row if the plan uses it.
         keys_values: ``(batch * kv_len, kv_heads, dim)`` each, likewise.
-        places: which of them the segments' are: key, value, key, ...
+        places: for each segment, the number of its key and of its value: key, value, key, ...
     """
 
-    def __init__(self, attention: Attention, planned: Plan, hiding: _Hiding | None) -> None:
-        self._attention, self._planned, self._hiding = attention, planned, hiding
+    def __init__(self, attention: Attention, plan: CallPlan, hiding: _Hiding | None) -> None:
+        self._attention, self._plan, self._hiding = attention, plan, hiding
         dim = max(attention.head_dim + (hiding is not None), attention.value_dim)
         self._dim = -(-dim // 8) * 8
         rows = attention.query.new_full((attention.batch, attention.q_len), 0.0 if hiding is None else hiding.query)
@@ -153,7 +157,7 @@ class _Packing:
         self.keys_values: list[Tensor] = []
         self.places: list[int] = []
         known: dict[tuple[object, ...], int] = {}
-        for segment, hidden in zip(attention.segments, planned.hidden, strict=True):
+        for segment, hidden in zip(attention.segments, plan.hidden, strict=True):
             key_name = ("key", id(segment.key), None if hidden is None else id(segment.key_mask))
             if key_name not in known:
                 known[key_name] = len(self.keys_values)
@@ -173,49 +177,48 @@ class _Packing:
         return self._pack(key, numbers, self._hiding.key)
 
     def _pack(self, tensor: Tensor, numbers: Tensor | None, spare: float) -> Tensor:
-        """``(batch, heads, n, d)`` as ``(batch * n, heads, dim)``, ``numbers`` ``(batch, n)`` in the extra dimension.
+        """Pack ``(batch, heads, n, d)`` as ``(batch * n, heads, dim)``, numbers ``(batch, n)`` in the extra dimension.
 
-        The spare row is zero, but for a number of its own: as a query it scores all keys zero and its output is
-        dropped, so that its gradients are zero; as a key it is hidden.
+        The spare row is zero, except for ``spare`` in the extra dimension: as a query it scores all keys zero and its
+        output is dropped, so its gradients are zero; as a key it is hidden.
         """
         rows = tensor.transpose(1, 2).flatten(0, 1)
-        room = self._dim - rows.shape[2]
-        if room:
-            extra = rows.new_zeros((*rows.shape[:2], room))
+        padding = self._dim - rows.shape[2]
+        if padding:
+            extra = rows.new_zeros((*rows.shape[:2], padding))
             if numbers is not None:
                 extra[..., 0] = numbers.flatten()[:, None]
             rows = torch.cat([rows, extra], dim=2)
-        if self._planned.spare:
+        if self._plan.has_spare_row:
             last = rows.new_zeros((1, *rows.shape[1:]))
             last[..., tensor.shape[3] : tensor.shape[3] + 1] = spare
             rows = torch.cat([rows, last])
         return rows if _is_aligned(rows) else rows.clone(memory_format=torch.contiguous_format)
 
-    def attend(self, settings: _Settings) -> tuple[Tensor, Tensor | None]:
-        """The output of a single segment ``(rows, heads, dim)``, and which rows see a key, ``(batch, 1, q_len)``.
+    def attend(self, packed: _PackedCalls) -> tuple[Tensor, Tensor | None]:
+        """The output of a single segment ``(rows, heads, dim)`` and the rows that see a key, ``(batch, 1, q_len)``.
 
-        Without hidden keys no query is in two calls (:func:`calls.disjoint`): there is nothing to unite.
+        No key is hidden, so no query is in two calls (:func:`attnzoo.backends.varlen.calls.needs_no_union`).
         """
-        attention, calls = self._attention, self._planned.calls
-        outputs = [settings.kernel.attend(settings.inputs(call, self.query, self.keys_values)) for call in calls]
+        calls, settings = self._plan.calls, packed.settings
+        outputs = [settings.kernel.attend(packed.inputs(call)) for call in calls]
         rows = [call.q_rows for call in calls if call.q_rows is not None]
         if not rows:
             return outputs[0], None
         index = torch.cat(rows)
-        seen = torch.zeros(self.query.shape[0], dtype=torch.bool, device=index.device).index_fill(0, index, True)
+        visible = torch.zeros(self.query.shape[0], dtype=torch.bool, device=index.device).index_fill(0, index, True)
         whole = outputs[0].new_zeros(self.query.shape).index_copy(0, index, torch.cat(outputs))
-        return whole, seen.view(attention.batch, 1, attention.q_len)
+        return whole, visible.view(self._attention.batch, 1, self._attention.q_len)
 
-    def live(self, lse: Tensor) -> Tensor:
-        """Which rows see a key, ``(batch, heads, q_len)``, from the union's ``(heads, rows)``."""
-        attention = self._attention
+    def visible_rows(self, lse: Tensor) -> Tensor:
+        """Which rows see a key, ``(batch, heads, q_len)``, from the union's lse ``(rows, heads)``."""
+        batch, q_len = self._attention.batch, self._attention.q_len
         floor = -math.inf if self._hiding is None else -self._hiding.depth / 2
-        rows = lse[:, : attention.batch * attention.q_len] > floor
-        return rows.unflatten(1, (attention.batch, attention.q_len)).transpose(0, 1)
+        return (lse[: batch * q_len] > floor).unflatten(0, (batch, q_len)).transpose(1, 2)
 
 
 def _is_aligned(rows: Tensor) -> bool:
-    """Whether a kernel can load the rows as they lie in memory, 16 bytes at a time."""
+    """Whether a kernel can load the rows from where they are, 16 bytes at a time."""
     *outer, inner = rows.stride()
     return inner == 1 and all(step % 8 == 0 for step in (*outer, rows.storage_offset()))
 
@@ -225,68 +228,76 @@ def _rows(tensor: Tensor, index: Tensor | None) -> Tensor:
 
 
 class _Settings(NamedTuple):
-    """What a union needs beside its tensors."""
+    """What the calls need beside tensors; ``states`` holds what the forward of each call returns for its backward."""
 
-    kernel: type[Kernel]
-    planned: Plan
+    kernel: type[PackedKernel]
+    plan: CallPlan
     places: list[int]
     scale: float
     dropout: float
-
-    def inputs(self, call: Call, query: Tensor, keys_values: Sequence[Tensor]) -> Inputs:
-        """What the kernel gets for one call."""
-        key, value = (
-            _rows(keys_values[place], call.k_rows) for place in self.places[2 * call.segment : 2 * call.segment + 2]
-        )
-        return Inputs(_rows(query, call.q_rows), key, value, call.sequences, self.scale, self.dropout)
+    states: dict[int, Any]
 
 
-class _Union(torch.autograd.Function):
-    """Calls united by log-sum-exp, forward and backward."""
+class _CallRows(NamedTuple):
+    """The query rows of one call, as the union takes them."""
 
-    @staticmethod
-    def forward(ctx: Any, settings: _Settings, query: Tensor, *keys_values: Tensor) -> tuple[Tensor, Tensor]:
-        out = query.new_zeros(query.shape, dtype=torch.float32)
-        lse = query.new_full((query.shape[1], query.shape[0]), -math.inf, dtype=torch.float32)
-        states = []
-        for call in settings.planned.calls:
-            part_out, part_lse, state = settings.kernel.forward(settings.inputs(call, query, keys_values))
-            _unite_(out, lse, call.q_rows, part_out, part_lse)
-            states.append(state)
-        out = out.to(query.dtype)
-        ctx.settings, ctx.states = settings, states
-        ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(query, *keys_values, out, lse)
-        return out, lse
+    number: int
+    call: Call
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        settings: _Settings = ctx.settings
-        query, *keys_values, out, lse = ctx.saved_tensors
-        grad_out = grad_out.contiguous()
-        grads = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (query, *keys_values)]
-        for call, state in zip(settings.planned.calls, ctx.states, strict=True):
-            part_lse = lse if call.q_rows is None else lse.index_select(1, call.q_rows)
-            results = _rows(grad_out, call.q_rows), _rows(out, call.q_rows), part_lse.contiguous()
-            parts = settings.kernel.backward(settings.inputs(call, query, keys_values), *results, state)
-            key, value = (grads[place + 1] for place in settings.places[2 * call.segment : 2 * call.segment + 2])
-            for grad, index, part in zip(
-                (grads[0], key, value), (call.q_rows, call.k_rows, call.k_rows), parts, strict=True
-            ):
-                if index is None:
-                    grad += part
-                else:
-                    grad.index_add_(0, index, part.float())
-        return None, *(grad.to(query.dtype) for grad in grads)
+    @property
+    def parts(self) -> tuple[Call]:
+        return (self.call,)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        return _rows(tensor, self.call.q_rows)
+
+    def put(self, tensor: Tensor, values: Tensor) -> None:
+        if self.call.q_rows is None:
+            tensor.copy_(values)
+        else:
+            tensor.index_copy_(0, self.call.q_rows, values.to(tensor.dtype))
+
+    def add(self, tensor: Tensor, values: Tensor) -> None:
+        _add(tensor, self.call.q_rows, values)
 
 
-def _unite_(out: Tensor, lse: Tensor, rows: Tensor | None, part_out: Tensor, part_lse: Tensor) -> None:
-    """Unite a call's ``(rows, heads, dim)`` and ``(heads, rows)`` into the whole, in place."""
-    if rows is None:
-        merge_(out.transpose(0, 1), lse, part_out.transpose(0, 1), part_lse)
-        return
-    some_out, some_lse = out.index_select(0, rows), lse.index_select(1, rows)
-    merge_(some_out.transpose(0, 1), some_lse, part_out.transpose(0, 1), part_lse)
-    out.index_copy_(0, rows, some_out)
-    lse.index_copy_(1, rows, some_lse)
+def _add(tensor: Tensor, index: Tensor | None, values: Tensor) -> None:
+    if index is None:
+        tensor += values
+    else:
+        tensor.index_add_(0, index, values.to(tensor.dtype))
+
+
+class _PackedCalls(PartialKernel[_CallRows]):
+    """A packed kernel as the union takes it: out ``(rows, heads, dim)``, lse ``(rows, heads)``, one part per call."""
+
+    def __init__(self, settings: _Settings, query: Tensor, keys_values: Sequence[Tensor]) -> None:
+        self.settings, self._query, self._keys_values = settings, query, keys_values
+
+    def inputs(self, call: Call) -> Inputs:
+        """Return the arguments of one call."""
+        places = self.settings.places[2 * call.segment : 2 * call.segment + 2]
+        key, value = (_rows(self._keys_values[place], call.k_rows) for place in places)
+        query = _rows(self._query, call.q_rows)
+        return Inputs(query, key, value, call.sequences, self.settings.scale, self.settings.dropout)
+
+    def new_results(self) -> tuple[Tensor, Tensor]:
+        rows, heads, _ = self._query.shape
+        out = self._query.new_zeros(self._query.shape, dtype=torch.float32)
+        # (heads, rows) in memory, as kernels take it
+        return out, self._query.new_full((heads, rows), -math.inf, dtype=torch.float32).transpose(0, 1)
+
+    def forward_plan(self) -> Iterator[tuple[bool, _CallRows]]:
+        for number, call in enumerate(self.settings.plan.calls):
+            yield number == 0, _CallRows(number, call)
+
+    def forward(self, rows: _CallRows, number: int) -> tuple[Tensor, Tensor]:
+        out, lse, self.settings.states[rows.number] = self.settings.kernel.forward(self.inputs(rows.call))
+        return out, lse.transpose(0, 1)
+
+    def backward(self, rows: _CallRows, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Grads]:
+        results = (grad_out.contiguous(), out, lse.transpose(0, 1).contiguous())
+        return (self.settings.kernel.backward(self.inputs(rows.call), *results, self.settings.states[rows.number]),)
+
+    def add_keys(self, part: Call, grad: Tensor, values: Tensor) -> None:
+        _add(grad, part.k_rows, values)

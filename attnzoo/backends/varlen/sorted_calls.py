@@ -1,10 +1,10 @@
-"""LSH's sorted chunks as calls of a causal kernel: exact, without masks.
+"""Express LSH's sorted chunks as calls of a causal kernel: exact, without masks.
 
-A query sees the keys near it whose token is not its own (or is before its own), which follows no order of places. But
-within a neighbourhood, keys and queries may be put in the order of their tokens: then "before its own" is causal
-attention, and "after its own" the same in the opposite order; both together are all tokens but its own. Queries and
-keys of a neighbourhood become one sequence, each query just before the keys of its own token; where one side has a row,
-the other has one that is not there: the spare row, whose query is dropped and whose key is hidden.
+A query sees the keys near it whose token is not its own (causal: whose token is before its own); no order of the sorted
+positions expresses this. But within a neighbourhood, keys and queries can be sorted by token: then "before its own" is
+causal attention, "after its own" is causal attention in reverse order, and both together are all tokens but its own.
+The queries and keys of a neighbourhood become one sequence, with each query just before the keys of its own token.
+At each position one side is the spare row: as a query it is dropped, as a key it is hidden.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LAST = torch.iinfo(torch.long).max
 
 
 def fold_heads(attention: Attention) -> Attention:
-    """The same attention with heads as samples, as each head has an order of its own; without ``empty``."""
+    """Return the attention with heads as samples, because each head has another order; without ``empty``."""
     batch, heads = attention.batch, attention.heads
 
     def fold(tensor: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def fold_heads(attention: Attention) -> Attention:
     def repeat(mask: Tensor | None) -> Tensor | None:
         return None if mask is None else mask.repeat_interleave(heads, dim=0)
 
-    folded: dict[int, Tensor] = {}  # rounds share their keys, and go on sharing them
+    folded: dict[int, Tensor] = {}  # hash rounds share their keys, and must still share them
     segments = []
     for segment in attention.segments:
         for tensor in (segment.key, segment.value):
@@ -51,21 +51,21 @@ def fold_heads(attention: Attention) -> Attention:
 def sorted_rows(
     attention: Attention, segment: Segment, pattern: SortedChunks
 ) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
-    """Causal calls of a segment with one head: the length of each sequence, and the rows of its queries and keys."""
+    """Yield the causal calls of a segment with one head: sequence lengths, rows of the queries, rows of the keys."""
     order, token = (tensor.squeeze(1) for tensor in pattern.sorted_tensors())
     if segment.key_mask is not None:
         token = token.masked_fill(~segment.key_mask, -1)
     samples = torch.arange(attention.batch, device=order.device)[:, None, None]
-    for q_places, k_places in _pieces(pattern, attention.q_len, segment.kv_len):
-        q_at, k_at = torch.tensor(q_places, device=order.device), torch.tensor(k_places, device=order.device)
-        queries, tokens = order[:, q_at], token[:, k_at]  # (samples, pieces, n) and (samples, pieces, m)
+    for q_places, k_places in _neighbourhoods(pattern, attention.q_len, segment.kv_len):
+        q_index, k_index = torch.tensor(q_places, device=order.device), torch.tensor(k_places, device=order.device)
+        queries, tokens = order[:, q_index], token[:, k_index]  # (samples, chunks, n) and (samples, chunks, m)
         n, m = queries.shape[2], tokens.shape[2]
         for sign in (1,) if pattern.causal else (1, -1):
             places = (2 * sign * tokens + 1).masked_fill(tokens < 0, _LAST)  # hidden keys come after every query
             merged = torch.argsort(torch.cat([2 * sign * queries, places], dim=-1), dim=-1)
             is_query = merged < n
             q_rows = queries.gather(2, merged.clamp(max=n - 1)) + samples * attention.q_len
-            k_rows = k_at.expand_as(tokens).gather(2, (merged - n).clamp(min=0)) + samples * segment.kv_len
+            k_rows = k_index.expand_as(tokens).gather(2, (merged - n).clamp(min=0)) + samples * segment.kv_len
             lens = (n + m,) * (attention.batch * len(q_places))
             yield (
                 lens,
@@ -74,8 +74,10 @@ def sorted_rows(
             )
 
 
-def _pieces(pattern: SortedChunks, q_len: int, kv_len: int) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
-    """Places of sorted queries in one chunk, and of the keys near them; pieces of equal sizes together."""
+def _neighbourhoods(
+    pattern: SortedChunks, q_len: int, kv_len: int
+) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
+    """Places of the sorted queries of a chunk, and of the keys near them; chunks with equal counts together."""
     groups: dict[tuple[int, int], tuple[list[list[int]], list[list[int]]]] = {}
     start = 0
     while start < q_len:

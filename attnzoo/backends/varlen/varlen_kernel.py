@@ -1,4 +1,10 @@
-"""The FlashAttention kernels that ship inside PyTorch: ``torch.nn.attention.varlen``."""
+"""The FlashAttention kernels inside PyTorch (``torch.nn.attention.varlen``). Copy this file to add a GPU kernel.
+
+A kernel class has three functions: ``attend`` calls the kernel's public function; ``forward`` returns ``(out, lse,
+state)`` of a part of the keys, and ``backward`` takes the final out and lse of the whole union. The class says what it
+can do in class attributes, and ``unavailable`` says what is missing. :mod:`attnzoo.backends.varlen.packed` does the
+rest: it plans the calls, packs the rows, hides keys and merges the parts.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnzoo.backends.varlen.kernels import Inputs, Kernel, drift, import_package, parameters
+from attnzoo.backends.common.union import Grads
+from attnzoo.backends.varlen.kernels import Inputs, PackedKernel, changed_signature, import_package, parameters
 
 _PUBLIC = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
-# The public function hands out lse, but takes none in its backward, which the union of parts needs: there the two
-# operators it is made of are called.
+# The public function returns lse, but its backward takes none, and a union needs that. So a union calls the two
+# operators that the public function consists of.
 _FORWARD, _BACKWARD = "_varlen_attn", "_varlen_attn_backward"
 _PARTS = {
     _FORWARD: (*_PUBLIC, "is_causal", "scale", "window_size"),
@@ -30,23 +37,23 @@ def _function() -> tuple[Any, str]:
     if function is None:
         return None, f"torch {torch.__version__} has no torch.nn.attention.varlen.varlen_attn: 2.11 is needed. {why}"
     names = parameters(function)
-    lacking = [name for name in (*_PUBLIC, "scale", "window_size") if name not in names]
-    if lacking:
-        return None, f"torch {torch.__version__}: varlen_attn has no {', '.join(lacking)}: 2.11 is needed"
-    # A build without CUDA says so itself; one with CUDA may leave FlashAttention out, and keeps the Python function.
+    missing = [name for name in (*_PUBLIC, "scale", "window_size") if name not in names]
+    if missing:
+        return None, f"torch {torch.__version__}: varlen_attn has no {', '.join(missing)}: 2.11 is needed"
+    # A build with CUDA may lack FlashAttention and still have the Python function.
     if torch.version.cuda is not None and not torch.backends.cuda.is_flash_attention_available():
         return None, f"torch {torch.__version__} is built without FlashAttention"
-    # Fewer key heads have to be asked for since 2.12, and are taken without being asked before.
+    # Since 2.12 grouped key heads need enable_gqa=True; before, they need nothing.
     return (partial(function, enable_gqa=True) if "enable_gqa" in names else function), ""
 
 
 @cache
 def _parts_unavailable() -> str | None:
-    return drift(torch.ops.torch_attn, _PARTS, f"torch {torch.__version__}")
+    return changed_signature(torch.ops.torch_attn, _PARTS, f"torch {torch.__version__}")
 
 
-class VarlenKernel(Kernel):
-    """``varlen_attn``; it has no dropout."""
+class VarlenKernel(PackedKernel):
+    """``varlen_attn``, which has no dropout."""
 
     name: ClassVar[str] = "varlen"
 
@@ -77,9 +84,7 @@ class VarlenKernel(Kernel):
         )
 
     @classmethod
-    def backward(
-        cls, inputs: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor, state: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(cls, inputs: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor, state: Any) -> Grads:
         sequences = inputs.sequences
         window = [sequences.left, sequences.right]
         return getattr(torch.ops.torch_attn, _BACKWARD)(

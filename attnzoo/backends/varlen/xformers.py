@@ -1,4 +1,4 @@
-"""``xformers``: memory-efficient attention of the ``xformers`` package, by its structured biases."""
+"""``xformers``: memory-efficient attention of the ``xformers`` package, described by its structured biases."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from attnzoo.backend import Capabilities
-from attnzoo.backends.varlen.kernels import Kernel
+from attnzoo.backends.varlen.kernels import PackedKernel
 from attnzoo.backends.varlen.packed import CAPABILITIES, PackedBackend
 from attnzoo.backends.varlen.xformers_kernels import XformersCutlassKernel, XformersFlashKernel
 
@@ -19,7 +19,7 @@ class XformersBackend(PackedBackend):
 
     name: ClassVar[str] = "xformers"
     priority: ClassVar[int] = 5
-    kernels: ClassVar[tuple[type[Kernel], ...]] = (XformersFlashKernel, XformersCutlassKernel)
+    kernels: ClassVar[tuple[type[PackedKernel], ...]] = (XformersFlashKernel, XformersCutlassKernel)
     capabilities: ClassVar[Capabilities] = replace(
         CAPABILITIES, dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16})
     )

@@ -1,7 +1,7 @@
 """The kernels behind ``xformers.ops.memory_efficient_attention`` (Lefaudeux et al. 2022), by its structured biases.
 
-xformers takes tensors ``(batch, rows, heads, dim)``, and a bias object that says which sequences there are and what is
-seen within each. The operator is named in every call, so that what is reported is what ran.
+xformers takes tensors ``(batch, rows, heads, dim)`` and a bias object that describes the sequences and what is visible
+within each. Every call names its operator, so that the reported kernel is the one that ran.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from attnzoo.backends.varlen.calls import UNLIMITED, Sequences, rows_of
-from attnzoo.backends.varlen.kernels import Inputs, Kernel, drift, example_device, import_package
+from attnzoo.backends.common.union import Grads
+from attnzoo.backends.varlen.calls import NO_LIMIT, Sequences, rows_of
+from attnzoo.backends.varlen.kernels import Inputs, PackedKernel, changed_signature, example_device, import_package
 from attnzoo.errors import Refusal, raise_interrupts
 from attnzoo.spec.patterns import Window
 from attnzoo.spec.segments import Request
@@ -29,35 +30,35 @@ _FUNCTIONS = {
     "memory_efficient_attention_backward": ("grad", "output", "lse", *_INPUTS),
 }
 _LSE_ALIGNMENT = 32
-_LONGEST_REASON = 120  # of an operator, in characters: two operators' reasons make one message
+_LONGEST_REASON = 120  # characters per operator: one message has the reasons of two operators
 
 
 @cache
 def _package() -> tuple[ModuleType | None, str]:
-    found, why = import_package("xformers.ops.fmha", "xformers")
-    if found is not None and (changed := drift(found, _FUNCTIONS, "xformers")):
+    module, why = import_package("xformers.ops.fmha", "xformers")
+    if module is not None and (changed := changed_signature(module, _FUNCTIONS, "xformers")):
         return None, changed
-    return found, why
+    return module, why
 
 
 @cache
 def _operator_unavailable(name: str, deterministic: bool) -> str | None:
-    """Why an operator, a module of xformers' with ``FwOp`` and ``BwOp``, cannot be used; or None.
+    """Why an operator (a module of xformers with ``FwOp`` and ``BwOp``) cannot be used; or None.
 
-    ``is_available()`` alone is not enough: the operators are registered even where xformers' compiled extension does
-    not load (a wheel for another CUDA), and then every call raises. So both are asked about a small example, in the
-    words that a call would raise.
+    ``is_available()`` is not enough: it is True even if xformers' compiled extension does not load (a wheel for another
+    CUDA), and then every call raises. So both classes check a small example, with the message that a call would raise.
 
     Args:
         name: of the operator.
-        deterministic: whether PyTorch's deterministic algorithms are on, which an operator may refuse.
+        deterministic: whether PyTorch's deterministic algorithms are on, which some operators do not support. It is a
+            part of the cache's key.
     """
     fmha, why = _package()
     if fmha is None:
         return why
     reasons: list[str] = []
     try:
-        operators: list[Any] = [getattr(getattr(fmha, name, None), one, None) for one in ("FwOp", "BwOp")]
+        operators: list[Any] = [getattr(getattr(fmha, name, None), half, None) for half in ("FwOp", "BwOp")]
         if not all(operator is not None and operator.is_available() for operator in operators):
             return f"xformers has no working operator {name!r}: see python -m xformers.info"
         example = _example(fmha)
@@ -65,15 +66,15 @@ def _operator_unavailable(name: str, deterministic: bool) -> str | None:
             reasons += operator.not_supported_reasons(example)
     except BaseException as error:
         raise_interrupts(error)
-        return f"xformers' operator {name!r} cannot tell whether it works: {type(error).__name__}: {error}"
+        return f"xformers' operator {name!r} fails its check: {type(error).__name__}: {error}"
     if not reasons:
         return None
-    said = shorten("; ".join(dict.fromkeys(reasons)), _LONGEST_REASON, placeholder=" ...")
-    return f"xformers' operator {name!r} does not run here: {said}: see python -m xformers.info"
+    short = shorten("; ".join(dict.fromkeys(reasons)), _LONGEST_REASON, placeholder=" ...")
+    return f"xformers' operator {name!r} does not run here: {short}: see python -m xformers.info"
 
 
 def _example(fmha: Any) -> Any:
-    """What an operator is asked about: 8 tokens, in the form of all calls made here. None without a device."""
+    """Inputs of 8 tokens in the form of every call of this module; None without a device."""
     device = example_device()
     if device is None:
         return None
@@ -83,7 +84,7 @@ def _example(fmha: Any) -> Any:
 
 
 class _Bias(NamedTuple):
-    """One bias of xformers', and the rows it is for, cut into so many samples of equal length."""
+    """A bias of xformers, and its rows of queries and keys, cut into ``samples`` of equal length."""
 
     bias: Any
     q_rows: slice
@@ -91,8 +92,8 @@ class _Bias(NamedTuple):
     samples: int
 
 
-class _XformersKernel(Kernel):
-    """What the two operators have in common."""
+class _XformersKernel(PackedKernel):
+    """The base class of the two operators."""
 
     operator: ClassVar[str]
 
@@ -124,9 +125,7 @@ class _XformersKernel(Kernel):
         return torch.cat(outputs), torch.cat(lses, dim=1), None
 
     @classmethod
-    def backward(
-        cls, inputs: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor, state: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(cls, inputs: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor, state: Any) -> Grads:
         operator = getattr(_fmha(), cls.operator).BwOp
         parts = []
         for bias in _biases(inputs.sequences):
@@ -142,26 +141,26 @@ class _XformersKernel(Kernel):
 
     @classmethod
     def from_lse(cls, lse: Tensor, sequences: Sequences) -> Tensor:
-        """Log-sum-exp ``(heads, rows)`` from what the operator gives."""
+        """Return ``(heads, rows)`` from the lse that the operator returns."""
         return lse.transpose(0, 1).flatten(1)
 
     @classmethod
     def to_lse(cls, lse: Tensor, samples: int, sequences: Sequences) -> Tensor:
-        """The same back: what the operator takes."""
+        """Return the lse that the operator takes from ``(heads, rows)``."""
         return lse.unflatten(1, (samples, -1)).transpose(0, 1).contiguous()
 
 
 class XformersFlashKernel(_XformersKernel):
-    """FlashAttention 2, as xformers finds it: the ``flash_attn`` package's, or PyTorch's."""
+    """FlashAttention 2 from the ``flash_attn`` package or from PyTorch, as xformers finds it."""
 
     name: ClassVar[str] = "xformers_flash"
     operator: ClassVar[str] = "flash"
 
 
 class XformersCutlassKernel(_XformersKernel):
-    """xformers' own kernel: float32 and wide heads, but no windows (its backward has none from the bottom right).
+    """xformers' cutlass kernel: float32 and wide heads, but no windows: its backward has none aligned bottom right.
 
-    It keeps log-sum-exps by sequence, ``(sequences, heads, longest)``.
+    Its lse is by sequence, ``(sequences, heads, longest)``.
     """
 
     name: ClassVar[str] = "xformers_cutlass"
@@ -172,21 +171,20 @@ class XformersCutlassKernel(_XformersKernel):
 
     @classmethod
     def refusals(cls, request: Request) -> tuple[Refusal, ...]:
-        found = [segment.pattern for segment in request.segments if isinstance(segment.pattern, Window)]
+        windows = [segment.pattern for segment in request.segments if isinstance(segment.pattern, Window)]
         allowed = f"no window with {cls.name}"
-        return (*super().refusals(request), *(Refusal("pattern", str(pattern), allowed) for pattern in found))
+        return (*super().refusals(request), *(Refusal("pattern", str(window), allowed) for window in windows))
 
     @classmethod
     def from_lse(cls, lse: Tensor, sequences: Sequences) -> Tensor:
-        places = _places(sequences, lse.shape[2])
-        return super().from_lse(lse, sequences).index_select(1, places)
+        return super().from_lse(lse, sequences).index_select(1, _padded_rows(sequences, lse.shape[2]))
 
     @classmethod
     def to_lse(cls, lse: Tensor, samples: int, sequences: Sequences) -> Tensor:
         width = -(-max(sequences.q_lens) // _LSE_ALIGNMENT) * _LSE_ALIGNMENT
         count = len(sequences.q_lens)
         padded = lse.new_full((lse.shape[0], count * width), torch.inf)
-        padded.index_copy_(1, _places(sequences, width), lse)
+        padded.index_copy_(1, _padded_rows(sequences, width), lse)
         return padded.unflatten(1, (count, width)).transpose(0, 1).contiguous()
 
 
@@ -194,20 +192,20 @@ def _fmha() -> Any:
     return _package()[0]
 
 
-def _places(sequences: Sequences, width: int) -> Tensor:
-    """Where the rows of sequences are if each is padded to a width."""
+def _padded_rows(sequences: Sequences, width: int) -> Tensor:
+    """The row numbers of all queries if each sequence is padded to a width."""
     starts = range(0, len(sequences.q_lens) * width, width)
     return rows_of(starts, sequences.q_lens, sequences.device)
 
 
 def _biases(sequences: Sequences) -> Iterator[_Bias]:
-    """xformers has no bias for sequences of any length with two-sided windows: there, runs of equal lengths are one."""
+    """One bias for all sequences; with two-sided windows, which xformers has for equal lengths only, one per run."""
     masks, (left, right) = _fmha().attn_bias, (sequences.left, sequences.right)
     q_lens, k_lens = list(sequences.q_lens), list(sequences.k_lens)
-    if (left, right) == (UNLIMITED, UNLIMITED) or right == 0:
+    if (left, right) == (NO_LIMIT, NO_LIMIT) or right == 0:
         bias = masks.BlockDiagonalMask.from_seqlens(q_lens, k_lens, device=sequences.device)
         if right == 0:
-            causal = left == UNLIMITED
+            causal = left == NO_LIMIT
             bias = (
                 bias.make_causal_from_bottomright() if causal else bias.make_local_attention_from_bottomright(left + 1)
             )
@@ -216,7 +214,7 @@ def _biases(sequences: Sequences) -> Iterator[_Bias]:
     q_start = k_start = 0
     for (q_len, k_len), run in groupby(zip(q_lens, k_lens, strict=True)):
         samples = len(list(run))
-        reach = [q_len + k_len if extent == UNLIMITED else extent for extent in (left, right)]
+        reach = [q_len + k_len if extent == NO_LIMIT else extent for extent in (left, right)]
         bias = masks.LocalAttentionFromBottomRightMask(window_left=reach[0], window_right=reach[1])
         q_stop, k_stop = q_start + samples * q_len, k_start + samples * k_len
         yield _Bias(bias, slice(q_start, q_stop), slice(k_start, k_stop), samples)
@@ -224,7 +222,7 @@ def _biases(sequences: Sequences) -> Iterator[_Bias]:
 
 
 def _rows(bias: _Bias, inputs: Inputs) -> list[Tensor]:
-    """A bias's ``(samples, rows, heads, dim)``. xformers has no backward for fewer key heads than query heads."""
+    """Query, key and value as ``(samples, rows, heads, dim)``. xformers has no backward for grouped key heads."""
     heads = inputs.query.shape[1]
     keys_values = (_expand(tensor[bias.k_rows], heads) for tensor in (inputs.key, inputs.value))
     return [tensor.unflatten(0, (bias.samples, -1)) for tensor in (inputs.query[bias.q_rows], *keys_values)]

@@ -5,8 +5,8 @@ import weakref
 import pytest
 import torch
 
-from attnzoo.backends.common import remember
-from attnzoo.backends.common.remember import Memory
+from attnzoo.backends.common import tensor_cache
+from attnzoo.backends.common.tensor_cache import TensorCache
 
 
 class Made:
@@ -15,7 +15,7 @@ class Made:
 
 @pytest.fixture
 def memory():
-    return Memory(kept=3)
+    return TensorCache(size=3)
 
 
 def away():
@@ -68,7 +68,7 @@ def test_on_the_cpu_equal_content_is_enough_in_inference_mode_too(memory):
 
 
 def test_a_tensor_at_the_place_of_one_that_is_gone_is_another(memory, monkeypatch):
-    monkeypatch.setattr(remember, "id", lambda tensor: 7, raising=False)
+    monkeypatch.setattr(tensor_cache, "id", lambda tensor: 7, raising=False)
     made = memory.get("key", (away(),), Made)
     assert memory.get("key", (away(),), Made) is not made
 

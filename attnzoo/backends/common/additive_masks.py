@@ -1,0 +1,120 @@
+"""Additive masks of sorted and of hashed keys. Each block has another mask, so it must be fast to make.
+
+On the CPU a comparison of floating-point numbers that writes floating-point numbers runs at full vector width; one that
+writes bools, or a fill by a bool mask, runs at a tenth of it. So masks count, in floating point, the reasons to hide a
+key, and then scale the count. Token and chunk numbers are integers, which the chosen dtype holds exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnzoo.spec.hashed import HashedChunks, HashRound
+
+# Far below any score, and finite: -inf times a count of 0 would be NaN.
+_HIDDEN = -1e30
+_EXACT_IN_FLOAT32 = 1 << 24
+
+
+class TokenMasks:
+    """Additive masks of :class:`~attnzoo.spec.patterns.SortedChunks`; a mask is valid until the next one is made.
+
+    Args:
+        token: ``(batch, heads, kv_len)`` long, the token of each key, -1 for hidden keys.
+        causal: a query sees only keys of earlier tokens; otherwise keys of all tokens but its own.
+        dtype: of the masks.
+    """
+
+    def __init__(self, token: Tensor, causal: bool, dtype: torch.dtype) -> None:
+        self._causal, self._dtype = causal, dtype
+        wide = torch.float32 if int(token.max()) < _EXACT_IN_FLOAT32 else torch.float64
+        hidden = token < 0
+        self._any_hidden = bool(hidden.any())
+        # Hidden keys must not be the lowest token of a range, nor the highest.
+        self._for_lowest = token.to(wide).masked_fill_(hidden, float("inf"))
+        self._for_highest = token.to(wide).masked_fill_(hidden, float("-inf"))
+        self._hidden = hidden.to(wide)
+        self._buffers: dict[tuple[int, ...], Tensor] = {}
+
+    def of(self, queries: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Return the mask ``(batch, heads, n, stop - start)`` and the rows that see a key; None: all rows do.
+
+        Args:
+            queries: ``(batch, heads, n)`` long, query indices.
+            start, stop: the range of keys.
+        """
+        keys = slice(start, stop)
+        tokens, query = self._for_lowest[:, :, keys], queries.to(self._for_lowest.dtype)
+        shape = (*queries.shape, stop - start)
+        if shape not in self._buffers:
+            self._buffers[shape] = tokens.new_empty(shape)
+        count = self._buffers[shape]
+        lowest = tokens.amin(-1, keepdim=True)
+        if self._causal:
+            torch.ge(tokens[:, :, None], query[..., None], out=count)
+            visible_rows = lowest < query
+        else:
+            torch.eq(tokens[:, :, None], query[..., None], out=count)
+            if self._any_hidden:
+                count.add_(self._hidden[:, :, None, keys])
+            highest = self._for_highest[:, :, keys].amax(-1, keepdim=True)
+            visible_rows = (lowest <= highest) & ((lowest != query) | (highest != query))
+        return count.mul_(_HIDDEN).to(self._dtype), None if bool(visible_rows.all()) else visible_rows
+
+
+class HashMasks:
+    """Additive masks of one :class:`~attnzoo.spec.hashed.HashedChunks`; a mask is valid until the next one is made.
+
+    Args:
+        pattern: with its rounds.
+        q_len, kv_len: of the attention.
+        dtype: of the masks.
+    """
+
+    def __init__(self, pattern: HashedChunks, q_len: int, kv_len: int, dtype: torch.dtype) -> None:
+        self._pattern, self._dtype = pattern, dtype
+        self._shift = kv_len - q_len if pattern.offset is None else pattern.offset
+        self._wide = torch.float32 if abs(self._shift) + q_len + kv_len < _EXACT_IN_FLOAT32 else torch.float64
+        # A query sees chunks at a distance of at most _reach from its own chunk plus _centre.
+        self._centre, self._reach = (pattern.after - pattern.before) / 2, (pattern.after + pattern.before) / 2
+        self._chunks = [self._chunk_numbers(hash_round) for hash_round in pattern.rounds]
+        self._buffers: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def _chunk_numbers(self, hash_round: HashRound) -> tuple[Tensor, Tensor]:
+        """The chunks of all queries ``(batch, heads, q_len)`` and of all keys ``(batch, kv_heads, kv_len)``."""
+        return hash_round.query_chunks().to(self._wide) + self._centre, hash_round.key_chunks().to(self._wide)
+
+    def of(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the mask ``(batch, heads, n, m)`` and the rows that see a key ``(batch, heads, n)``; None: all do.
+
+        Args:
+            queries: ``(batch, heads, n)`` long, query indices.
+            keys: ``(batch, heads, m)`` long, key indices, -1 for no key.
+        """
+        shape = (*queries.shape, keys.shape[2])
+        if shape not in self._buffers:
+            empty = queries.new_empty
+            self._buffers[shape] = empty(shape, dtype=self._wide), empty(shape, dtype=self._wide)
+        count, scratch = self._buffers[shape]
+        position, apart = (queries + self._shift).to(self._wide), self._pattern.apart
+        if self._pattern.causal:
+            torch.gt(keys.to(self._wide)[:, :, None], (position - apart)[..., None], out=count)
+        else:
+            torch.sub(keys.to(self._wide)[:, :, None], position[..., None], out=count).abs_()
+            torch.lt(count, apart, out=count)
+        *earlier, last = self._chunks
+        self._distance(last, queries, keys, scratch)
+        count.add_(torch.gt(scratch, self._reach, out=scratch))
+        for chunks in earlier:
+            self._distance(chunks, queries, keys, scratch)
+            count.add_(torch.le(scratch, self._reach, out=scratch))
+        visible_rows = count.amin(-1) == 0.0
+        return count.mul_(_HIDDEN).to(self._dtype), None if bool(visible_rows.all()) else visible_rows
+
+    def _distance(self, chunks: tuple[Tensor, Tensor], queries: Tensor, keys: Tensor, out: Tensor) -> None:
+        """Write how many chunks a key is from the middle of what the query sees; infinitely many for no key."""
+        query_chunks, key_chunks = chunks
+        shared = keys.clamp(min=0).reshape(*key_chunks.shape[:2], -1)  # a key head serves neighbouring query heads
+        of_keys = key_chunks.gather(2, shared).view(keys.shape).masked_fill_(keys < 0, float("inf"))
+        torch.sub(of_keys[:, :, None], query_chunks.gather(2, queries)[..., None], out=out).abs_()

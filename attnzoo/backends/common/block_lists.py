@@ -1,0 +1,120 @@
+"""Block lists: which blocks of keys a block of queries sees, fully or partly, from structure alone.
+
+The keys of all segments stand one after the other. For a block of queries, a block of keys is *full* (every query sees
+every key), *partial* (the mask decides) or absent (no query sees a key). Any kernel that takes such lists can use this
+module, as FlexAttention does (Dong et al. 2024, arXiv:2412.05496). Nothing here is as large as ``q_len x kv_len``.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnzoo.backends.common.tensor_cache import TensorCache
+from attnzoo.spec.patterns import Pattern, Tile
+from attnzoo.spec.segments import Attention
+
+
+class BlockShape(NamedTuple):
+    """How many queries and how many keys make one block."""
+
+    queries: int
+    keys: int
+
+
+class BlockLists(NamedTuple):
+    """Key blocks per block of queries, int32: counts ``(batch, 1, n)`` and block numbers ``(batch, 1, n, m)``.
+
+    ``BlockMask.from_kv_blocks`` of FlexAttention takes these four. Numbers past the count mean nothing.
+    """
+
+    partial_count: Tensor
+    partial: Tensor
+    full_count: Tensor
+    full: Tensor
+
+
+_cache = TensorCache()
+
+
+def segment_starts(attention: Attention) -> tuple[int, ...]:
+    """Return where the keys of each segment start among all keys, and last the number of all keys."""
+    return (0, *accumulate(segment.kv_len for segment in attention.segments))
+
+
+def unpadded_keys(attention: Attention) -> Tensor:
+    """Return which keys of all segments the key masks show: ``(batch or 1, keys)`` bool."""
+    masks = [segment.key_mask for segment in attention.segments]
+    batch = 1 if all(mask is None for mask in masks) else attention.batch
+    ones = attention.query.new_ones
+    parts = [
+        ones((batch, segment.kv_len), dtype=torch.bool) if mask is None else mask
+        for segment, mask in zip(attention.segments, masks, strict=True)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def block_lists(attention: Attention, shape: BlockShape) -> BlockLists:
+    """Return the block lists of an attention, cached for all layers with equal patterns, lengths and key masks.
+
+    Args:
+        attention: its dense masks are ignored.
+        shape: the size of a block; blocks may reach across the end of a segment.
+    """
+    masks = [segment.key_mask for segment in attention.segments]
+    key = (
+        *(tuple(segment.pattern for segment in attention.segments), shape, attention.q_len, segment_starts(attention)),
+        *(tuple(mask is None for mask in masks), attention.batch, attention.query.device),
+    )
+    given = tuple(mask for mask in masks if mask is not None)
+    return _cache.get(key, given, lambda: _make_lists(attention, shape))
+
+
+def _make_lists(attention: Attention, shape: BlockShape) -> BlockLists:
+    starts, device = segment_starts(attention), attention.query.device
+    patterns = tuple(segment.pattern for segment in attention.segments)
+    visible, full = (grid[None].to(device) for grid in _grids(patterns, attention.q_len, starts, shape))
+    padding = visible.shape[2] * shape.keys - starts[-1]
+    unpadded = torch.nn.functional.pad(unpadded_keys(attention), (0, padding)).unflatten(1, (-1, shape.keys)).sum(-1)
+    visible, full = visible & (unpadded > 0)[:, None], full & (unpadded == shape.keys)[:, None]
+    visible, full = (grid.expand(attention.batch, -1, -1) for grid in (visible, full))
+    return BlockLists(*_listed(visible & ~full), *_listed(full))
+
+
+def _listed(grid: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts and numbers of the True blocks in ``(batch, n, m)``; the numbers of False blocks follow them."""
+    order = grid[:, None].byte().argsort(dim=-1, descending=True, stable=True)
+    return grid[:, None].sum(-1, dtype=torch.int32), order.to(torch.int32)
+
+
+@lru_cache(maxsize=64)
+def _grids(
+    patterns: tuple[Pattern, ...], q_len: int, starts: tuple[int, ...], shape: BlockShape
+) -> tuple[Tensor, Tensor]:
+    """Which blocks are visible and which are full by pattern alone: ``(blocks of queries, blocks of keys)`` bool.
+
+    A block that reaches across the end of a segment is never full. A grid has at least two blocks each way, because a
+    compiler treats a size of 1 as a constant.
+    """
+    counts = (-(-q_len // shape.queries), -(-starts[-1] // shape.keys))
+    visible, full = (torch.zeros([max(2, count) for count in counts], dtype=torch.bool, device="cpu") for _ in range(2))
+    for row in range(counts[0]):
+        queries = (row * shape.queries, min(q_len, (row + 1) * shape.queries))
+        for pattern, start, stop in zip(patterns, starts, starts[1:], strict=False):
+            for first, last in pattern.kv_spans(*queries, q_len, stop - start):
+                begin, end = (start + first) // shape.keys, -(-(start + last) // shape.keys)
+                visible[row, begin:end] = True
+                # Halve a run of blocks until it is full, or a single block.
+                runs = [(max(begin, -(-start // shape.keys)), min(end, stop // shape.keys))]
+                while runs:
+                    head, tail = runs.pop()
+                    keys = (head * shape.keys - start, tail * shape.keys - start)
+                    if head < tail and pattern.sees_all(Tile(*queries, *keys, q_len, stop - start)):
+                        full[row, head:tail] = True
+                    elif tail - head > 1:
+                        runs += [(head, (head + tail) // 2), ((head + tail) // 2, tail)]
+    return visible, full

@@ -1,0 +1,63 @@
+"""A cache of values derived from tensors, for what all layers of one forward share (plans and block lists from masks).
+
+On the CPU the key is a tensor's content. On other devices a look at the content would wait for the device: there the
+key is the tensor's identity and version, while the tensor is alive. A write through ``.data`` or DLPack does not raise
+the version, so the cache misses it; models and adapters make their masks anew in every forward.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+_SIZE = 16
+
+
+class TensorCache:
+    """Values by key and tensors, the most recent ``size`` of them; tensors on other devices are held weakly."""
+
+    def __init__(self, size: int = _SIZE) -> None:
+        self._size, self._lock = size, threading.Lock()
+        self._entries: OrderedDict[Hashable, tuple[tuple[weakref.ref[Tensor], ...], Any]] = OrderedDict()
+
+    def get(self, key: Hashable, tensors: tuple[Tensor, ...], make: Callable[[], T]) -> T:
+        """Return the cached value of this key and these tensors, or call ``make``.
+
+        Args:
+            key: what the value depends on beside the tensors.
+            tensors: what the value is derived from; the value must not share their memory.
+            make: makes the value.
+        """
+        watched = tuple(tensor for tensor in tensors if tensor.device.type != "cpu")
+        if any(tensor.is_inference() for tensor in watched):
+            return make()  # inference tensors count no versions
+        # A tensor made in inference mode cannot be saved for a backward.
+        whole = (key, torch.is_inference_mode_enabled(), *map(_state, tensors))
+        with self._lock:
+            entry = self._entries.get(whole)
+            if entry is not None and all(ref() is tensor for ref, tensor in zip(entry[0], watched, strict=True)):
+                self._entries.move_to_end(whole)
+                value: T = entry[1]
+                return value
+        value = make()
+        with self._lock:
+            for dead in [known for known, (refs, _) in self._entries.items() if any(ref() is None for ref in refs)]:
+                del self._entries[dead]
+            self._entries[whole] = (tuple(map(weakref.ref, watched)), value)
+            while len(self._entries) > self._size:
+                self._entries.popitem(last=False)
+        return value
+
+
+def _state(tensor: Tensor) -> Hashable:
+    """Equal for CPU tensors of equal content, and for a tensor elsewhere that nothing was written to."""
+    if tensor.device.type == "cpu":
+        return tensor.dtype, tensor.shape, tensor.detach().numpy().tobytes()
+    return id(tensor), tensor._version

@@ -1,0 +1,103 @@
+"""The backward of blocks with a trained bias. PyTorch's CPU kernel returns no gradient of the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attnzoo.backends.common.blocks import Block, Masks, Part
+from attnzoo.spec.bias import Bias
+from attnzoo.spec.segments import Attention
+
+
+def trained_biases(attention: Attention) -> dict[int, Bias]:
+    """Return the biases that need a gradient, by the number of their segment."""
+    return {
+        index: segment.bias
+        for index, segment in enumerate(attention.segments)
+        if segment.bias is not None and segment.bias.values.requires_grad
+    }
+
+
+def backward_by_hand(
+    rows: Sequence[Tensor],
+    pairs: Sequence[Sequence[Tensor]],
+    masks: Sequence[Tensor | None],
+    scale: float,
+    is_whole: bool,
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Return the gradients of query, key, value and scores for each part.
+
+    Args:
+        rows: grad_out, query, out and lse of a block.
+        pairs: key and value of each part.
+        masks: the additive mask of each part.
+        scale: factor on the scores.
+        is_whole: the parts are everything that the rows see. Then the softmax is computed again over all of them, so
+            that the gradients of a row's scores sum to zero as exactly as plain operations make them. A bias sums over
+            many rows, and with the kernel's rounded out and lse it would also sum their rounding errors. Of other
+            passes only out and lse are known.
+    """
+    grad_out, query, out, lse = rows
+    wide = lse.dtype
+    grad_out, query = grad_out.to(wide), query.to(wide)
+    keys, values = ([pair[index].to(wide) for pair in pairs] for index in (0, 1))
+    scores = [query @ key.transpose(-1, -2) * scale for key in keys]
+    masked = [score if mask is None else score + mask for score, mask in zip(scores, masks, strict=True)]
+    joined = torch.cat(masked, dim=-1)
+    grad_weights = torch.cat([grad_out @ value.transpose(-1, -2) for value in values], dim=-1)
+    if is_whole:
+        # A row that sees no key has only -inf: the clamps make its weights 0 instead of 0 / 0.
+        joined = torch.exp(joined - joined.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min))
+        weights = joined / joined.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
+        mean = (weights * grad_weights).sum(-1, keepdim=True)
+    else:
+        weights = torch.exp(joined - lse[..., None])
+        mean = (grad_out * out).sum(-1, keepdim=True)
+    grad_scores = weights * (grad_weights - mean)
+    lengths = [key.shape[2] for key in keys]
+    split = zip(weights.split(lengths, -1), grad_scores.split(lengths, -1), keys, strict=True)
+    return [
+        (grad @ key * scale, grad.transpose(-1, -2) @ query * scale, weight.transpose(-1, -2) @ grad_out, grad)
+        for weight, grad, key in split
+    ]
+
+
+class BiasGradients:
+    """Gradients of the trained biases. Sums the gradients of equal blocks before it scatters them by index."""
+
+    def __init__(self, attention: Attention) -> None:
+        self._attention, self._masks, self._biases = attention, Masks(attention), trained_biases(attention)
+        # One value may collect all scores, whose gradients sum to zero by row: float32 would keep rounding errors.
+        shapes = {index: bias.values.shape for index, bias in self._biases.items()}
+        self._grads = {i: torch.zeros(shape, dtype=torch.float64, device="cpu") for i, shape in shapes.items()}
+        self._sums: dict[int, tuple[object, Block, Part, Tensor]] = {}
+
+    def __contains__(self, segment: int) -> bool:
+        return segment in self._biases
+
+    def add(self, block: Block, part: Part, grad_scores: Tensor) -> None:
+        """Add the gradient of a part's scores."""
+        key, last = self._masks.key(block, part), self._sums.get(part.segment)
+        if last is not None and key is not None and last[0] == key:
+            last[3].add_(grad_scores)
+            return
+        self._flush(part.segment)
+        self._sums[part.segment] = (key, block, part, grad_scores.double())
+
+    def finished(self) -> list[Tensor]:
+        """Return the gradients in the order of the segments, each in the dtype of the bias values."""
+        for segment in self._biases:
+            self._flush(segment)
+        return [grad.to(self._biases[index].values.dtype) for index, grad in self._grads.items()]
+
+    def _flush(self, index: int) -> None:
+        if index not in self._sums:
+            return
+        _, block, part, total = self._sums.pop(index)
+        q = torch.arange(block.q_start, block.q_stop, device="cpu")
+        kv = torch.arange(part.kv_start, part.kv_stop, device="cpu")
+        lengths = (self._attention.q_len, self._attention.segments[index].kv_len)
+        self._biases[index].add_gradient_(self._grads[index], total, q, kv, *lengths)
