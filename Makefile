@@ -49,7 +49,7 @@ test-cuda: $(STAMP) ## run the tests that need a CUDA device
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make test-cuda needs a CUDA device; torch {torch.__version__} sees none here, so nothing was tested.")'
 	$(BIN)/python -m pytest -m cuda $(ARGS)
 
-lint: $(STAMP) ## run ruff (rules and format) and mypy
+lint: $(STAMP) ## run ruff (rules and format), mypy and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	.ci/typecheck $(BIN)/python
