@@ -293,7 +293,7 @@ class _CaseRun:
             raise Problem(RED, gate.complaint)
 
     def _time(self) -> None:
-        """Each round runs every contender once, from another first one, so that noise hits all of them alike."""
+        """Each round runs every contender once and starts with the next one, so that noise hits all of them alike."""
         expected = sum(self._first_seconds[name] for name in self._workers)
         affordable = int(self._plan.seconds_per_case / max(expected, 1e-3))
         rounds = self._plan.rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, affordable))
