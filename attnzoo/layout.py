@@ -64,7 +64,7 @@ def _wrap(text: str, first: str, others: str, columns: int | None = None) -> lis
     )
 
 
-def alike(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list[Item]]:
+def group_by(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list[Item]]:
     """Items with equal keys together, in the order in which their keys first appear."""
     groups: dict[Hashable, list[Item]] = {}
     for item in items:

@@ -11,7 +11,7 @@ from rich.text import Text
 from attnzoo.benchmarks import rows as status
 from attnzoo.benchmarks.contenders import ORIGINAL
 from attnzoo.benchmarks.rows import EndToEnd, Row, Shootout
-from attnzoo.layout import alike, fit
+from attnzoo.layout import fit, group_by
 
 _STYLES = {status.RED: "bold red", status.FAILED: "red"}
 _VERDICTS = {status.RED: "RED", status.FAILED: "failed", status.REFUSED: "refused", status.SKIPPED: "left out"}
@@ -48,9 +48,9 @@ def show(shootout: Shootout, console: Console) -> None:
 
 
 def _parts(shootout: Shootout, width: int) -> Iterator[Table | Text]:
-    for rows in alike(shootout.rows, lambda row: (row.family, row.scope)):
+    for rows in group_by(shootout.rows, lambda row: (row.family, row.scope)):
         yield from _headline(rows[0], shootout)
-        for shown in alike(_shown(rows), lambda row: row.mode):
+        for shown in group_by(_shown(rows), lambda row: row.mode):
             yield Text(f"\n{shown[0].mode}", style="italic")
             yield _table(shown, width)
         yield Text()
@@ -100,7 +100,7 @@ def _table(rows: list[Row], width: int) -> Table:
         more = max(0, min(spare, max(map(len, texts[name])) - needed[name]))
         spare -= more
         table.add_column(name, width=needed[name] + more, justify="left" if name in _LEFT else "right")
-    for same in alike(rows, lambda row: row.seq_len):
+    for same in group_by(rows, lambda row: row.seq_len):
         table.add_row(f"S = {same[0].seq_len}", style="italic")
         for row in same:
             table.add_row(*(cells[id(row)][name] for name in kept), style=_STYLES.get(row.status, ""))
@@ -167,7 +167,7 @@ def _not_run(rows: list[Row]) -> Iterator[Text]:
     """Contenders that were refused or left out, in one paragraph: equal reasons together."""
     silent = [row for row in rows if row.status in (status.REFUSED, status.SKIPPED)]
     told: dict[str, list[str]] = {}
-    for same in alike(silent, lambda row: (row.backend, row.reason)):
+    for same in group_by(silent, lambda row: (row.backend, row.reason)):
         told.setdefault(f"{_where(same, rows)} ({' '.join(same[0].reason.split())})", []).append(_name(same[0]))
     if told:
         yield Text(f"not run: {'; '.join(', '.join(names) + where for where, names in told.items())}", style="yellow")
@@ -188,7 +188,7 @@ def _name(row: Row) -> str:
 def _complaints(rows: Iterable[Row]) -> Iterator[Text]:
     """Why rows are red or failed, equal reasons together."""
     wrong = [row for row in rows if row.status in (status.RED, status.FAILED)]
-    for same in alike(wrong, lambda row: (row.status, row.reason)):
+    for same in group_by(wrong, lambda row: (row.status, row.reason)):
         where = ", ".join(f"{row.backend} S={row.seq_len} {row.mode}" for row in same)
         reason = same[0].reason.replace("\n", "\n    ")
         yield Text(f"{_VERDICTS[same[0].status]}: {where}\n    {reason}", style=_STYLES[same[0].status])
@@ -196,7 +196,9 @@ def _complaints(rows: Iterable[Row]) -> Iterator[Text]:
 
 def _gates(verdicts: Iterable[EndToEnd]) -> Iterator[Text]:
     """The verdicts on whole small models, equal ones together."""
-    for same in alike(verdicts, lambda verdict: (verdict.family, verdict.seq_len, verdict.gradients, verdict.status)):
+    for same in group_by(
+        verdicts, lambda verdict: (verdict.family, verdict.seq_len, verdict.gradients, verdict.status)
+    ):
         first = same[0]
         word = "within the error rule" if first.status == status.OK else _VERDICTS[first.status]
         what = "forward+backward" if first.gradients else "forward"

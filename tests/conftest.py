@@ -43,7 +43,7 @@ def no_measurements(tmp_path_factory):
 
 
 @pytest.fixture
-def registry_of_its_own():
+def isolated_registry():
     """Each test gets a registry it may change, and entry points it may break."""
     with registry.replaced_by(registry.copy()):
         yield

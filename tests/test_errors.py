@@ -7,7 +7,7 @@ import torch
 import attnzoo
 from attnzoo import InvalidArgumentError, PatchError, UnknownNameError
 from attnzoo.spec.segments import describe
-from tests.support.fake_backends import small
+from tests.support.fake_backends import small_inputs
 from tests.support.models import gpt_neox
 
 LONG = {
@@ -32,7 +32,7 @@ def test_what_was_got_is_short(given):
 @pytest.mark.parametrize("argument", ["q", "mask", "scale", "dropout", "pattern", "backend"])
 def test_whatever_an_attention_is_given_its_message_is_short(argument, given):
     with pytest.raises(InvalidArgumentError, match=f"^{argument}") as caught:
-        attnzoo.attention(**small(**{argument: given}))
+        attnzoo.attention(**small_inputs(**{argument: given}))
     assert len(str(caught.value)) < 400
 
 

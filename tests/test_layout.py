@@ -5,7 +5,7 @@ import pytest
 import attnzoo
 from attnzoo.cli import app as cli
 from attnzoo.cli.tune import shown
-from attnzoo.layout import aligned, alike, fit
+from attnzoo.layout import aligned, fit, group_by
 from attnzoo.tuning import tuner
 from tests.support.models import causal_inputs, gpt_neox, led
 
@@ -141,4 +141,4 @@ def test_columns_line_up_and_a_last_cell_without_room_goes_below(columns):
 
 
 def test_alike_items_come_together_in_order():
-    assert alike("bAaB", str.lower) == [["b", "B"], ["A", "a"]]
+    assert group_by("bAaB", str.lower) == [["b", "B"], ["A", "a"]]

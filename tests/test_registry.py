@@ -17,9 +17,9 @@ from attnzoo import BackendRefusedError, InvalidArgumentError, UnknownNameError
 from attnzoo.backends.eager import EagerBackend
 from attnzoo.registry import Registry, registry
 from attnzoo.reporting import doctor
-from tests.support.fake_backends import backend, small
+from tests.support.fake_backends import fake_backend, small_inputs
 
-pytestmark = pytest.mark.usefixtures("registry_of_its_own")
+pytestmark = pytest.mark.usefixtures("isolated_registry")
 
 
 def offer(monkeypatch, group, **loads):
@@ -49,15 +49,15 @@ def offer(monkeypatch, group, **loads):
 
 def test_a_third_party_backend_by_decorator():
     @attnzoo.register_backend
-    class Mine(backend("mine", names=("my-own",))):
+    class Mine(fake_backend("mine", names=("my-own",))):
         """As anybody would write it."""
 
     assert Mine.__doc__ == "As anybody would write it."
     info = attnzoo.backends()["mine"]
     assert (info.name, info.aliases, info.available, info.reason, info.exact) == ("mine", ("my-own",), True, "", True)
     assert info.capabilities == Mine.capabilities
-    out = attnzoo.attention(**small(), backend="mine")
-    again = attnzoo.attention(**small(), backend="my-own")
+    out = attnzoo.attention(**small_inputs(), backend="mine")
+    again = attnzoo.attention(**small_inputs(), backend="my-own")
     assert len(Mine.runs) == 2
     assert torch.equal(out, again)
 
@@ -78,37 +78,37 @@ def test_the_backends_of_attnzoo_are_there_and_say_what_they_can():
      ("mine", ("auto",))],
 )  # fmt: skip
 def test_a_taken_name_is_refused(name, names):
-    attnzoo.register_backend(backend("other", names=("other-alias",)))
+    attnzoo.register_backend(fake_backend("other", names=("other-alias",)))
     before = attnzoo.backends()
     taken = name if name != "mine" else names[0]
     with pytest.raises(
         InvalidArgumentError, match=f"backend name: got '{taken}'; allowed: a name other than .*'{taken}'"
     ):
-        attnzoo.register_backend(backend(name, names=names))
+        attnzoo.register_backend(fake_backend(name, names=names))
     assert attnzoo.backends() == before
 
 
 def test_registering_the_same_class_again_is_fine():
-    cls = attnzoo.register_backend(backend("mine", names=("my-own",)))
+    cls = attnzoo.register_backend(fake_backend("mine", names=("my-own",)))
     assert attnzoo.register_backend(cls) is cls
 
 
 def test_replace_takes_a_name_over_on_purpose():
-    cls = attnzoo.register_backend(backend("sdpa"), replace=True)
-    attnzoo.attention(**small(), backend="sdpa")
+    cls = attnzoo.register_backend(fake_backend("sdpa"), replace=True)
+    attnzoo.attention(**small_inputs(), backend="sdpa")
     assert len(cls.runs) == 1
 
 
 def test_replace_takes_an_alias_over_too():
-    first = attnzoo.register_backend(backend("first", names=("nick",)))
-    second = attnzoo.register_backend(backend("second", names=("nick",)), replace=True)
-    attnzoo.attention(**small(), backend="nick")
+    first = attnzoo.register_backend(fake_backend("first", names=("nick",)))
+    second = attnzoo.register_backend(fake_backend("second", names=("nick",)), replace=True)
+    attnzoo.attention(**small_inputs(), backend="nick")
     assert (len(first.runs), len(second.runs)) == (0, 1)
 
 
 def test_replace_does_not_take_reserved_names_over():
     with pytest.raises(InvalidArgumentError, match="backend name: got 'auto'"):
-        attnzoo.register_backend(backend("auto"), replace=True)
+        attnzoo.register_backend(fake_backend("auto"), replace=True)
 
 
 @pytest.mark.parametrize("thing", [lambda: None, EagerBackend(), attnzoo.Backend, "sdpa", object])
@@ -118,12 +118,12 @@ def test_what_is_no_backend_class_is_refused(thing):
 
 
 def test_unregistering_by_name_or_alias():
-    attnzoo.register_backend(backend("mine", names=("my-own",)))
+    attnzoo.register_backend(fake_backend("mine", names=("my-own",)))
     attnzoo.unregister_backend("my-own")
     assert "mine" not in attnzoo.backends()
     with pytest.raises(UnknownNameError, match="backend: got 'mine'"):
         attnzoo.unregister_backend("mine")
-    attnzoo.register_backend(backend("mine"))
+    attnzoo.register_backend(fake_backend("mine"))
 
 
 def test_a_name_taken_before_anything_was_looked_up_is_refused_too():
@@ -154,25 +154,25 @@ def test_near_misses_are_suggested(typed, meant):
     with pytest.raises(
         UnknownNameError, match=f"backend: got '{typed}' .did you mean .*'{meant}'.*allowed: 'auto', .*'eager'"
     ):
-        attnzoo.attention(**small(), backend=typed)
+        attnzoo.attention(**small_inputs(), backend=typed)
 
 
 def test_aliases_are_suggested_too():
-    attnzoo.register_backend(backend("mine", names=("imitation",)))
+    attnzoo.register_backend(fake_backend("mine", names=("imitation",)))
     with pytest.raises(UnknownNameError, match="did you mean 'imitation'"):
-        attnzoo.attention(**small(), backend="imitatoin")
+        attnzoo.attention(**small_inputs(), backend="imitatoin")
 
 
 @pytest.mark.parametrize("thing", [5, None, ["sdpa"]])
 def test_what_is_no_name_is_refused(thing):
     with pytest.raises(InvalidArgumentError, match=rf"backend: got {re.escape(repr(thing))}.*; allowed: .*'auto'"):
-        attnzoo.attention(**small(), backend=thing)
+        attnzoo.attention(**small_inputs(), backend=thing)
 
 
 @pytest.mark.parametrize("thing", ["zzzzzzzz", ""])
 def test_what_is_near_nothing_gets_the_list(thing):
     with pytest.raises(UnknownNameError, match=r"backend: got .*; allowed: .*'eager'.*'sdpa'") as caught:
-        attnzoo.attention(**small(), backend=thing)
+        attnzoo.attention(**small_inputs(), backend=thing)
     assert "did you mean" not in str(caught.value)
 
 
@@ -199,7 +199,7 @@ def unused(name):
     ],
 )
 def test_a_broken_entry_point_shows_its_reason_and_breaks_nothing(monkeypatch, error):
-    offer(monkeypatch, "attnzoo.backends", broken=error, good=backend("good"))
+    offer(monkeypatch, "attnzoo.backends", broken=error, good=fake_backend("good"))
     with registry.replaced_by(Registry()):
         found = attnzoo.backends()
         assert {"broken", "eager", "good", "sdpa"} <= set(found)
@@ -208,16 +208,16 @@ def test_a_broken_entry_point_shows_its_reason_and_breaks_nothing(monkeypatch, e
         assert info.reason == f"third_party.broken:Thing failed to load: {type(error).__name__}: {error}"
         assert found["good"].available
         assert found["sdpa"].available
-        attnzoo.attention(**small())
-        attnzoo.attention(**small(), backend="good")
+        attnzoo.attention(**small_inputs())
+        attnzoo.attention(**small_inputs(), backend="good")
         with pytest.raises(InvalidArgumentError) as caught:
-            attnzoo.attention(**small(), backend="broken")
+            attnzoo.attention(**small_inputs(), backend="broken")
         assert str(error) in str(caught.value)
         assert "allowed: a backend that loads" in str(caught.value)
 
 
 def test_an_entry_point_that_is_no_backend_or_takes_a_taken_name_is_a_reason(monkeypatch):
-    offer(monkeypatch, "attnzoo.backends", nonsense=print, thief=backend("thief", names=("sdpa",)))
+    offer(monkeypatch, "attnzoo.backends", nonsense=print, thief=fake_backend("thief", names=("sdpa",)))
     with registry.replaced_by(Registry()):
         found = attnzoo.backends()
         assert "a subclass of attnzoo.Backend" in found["nonsense"].reason
@@ -227,7 +227,7 @@ def test_an_entry_point_that_is_no_backend_or_takes_a_taken_name_is_a_reason(mon
 
 @pytest.mark.parametrize(
     ("second", "words"),
-    [(backend("sdpa"), "Thing is not used: the name is taken"), (OSError("no"), "OSError: no")],
+    [(fake_backend("sdpa"), "Thing is not used: the name is taken"), (OSError("no"), "OSError: no")],
 )
 def test_a_second_entry_point_of_a_backend_name_is_unused_and_doctor_says_so(monkeypatch, second, words):
     offer(monkeypatch, "attnzoo.backends", sdpa=second)
@@ -272,19 +272,19 @@ def test_a_second_entry_point_of_a_model_type_is_unused_and_doctor_says_so(monke
 
 
 def test_an_unavailable_backend_says_why():
-    attnzoo.register_backend(backend("mine", rank=1000, why_not="mine_kernels is not installed: pip install mine"))
+    attnzoo.register_backend(fake_backend("mine", rank=1000, why_not="mine_kernels is not installed: pip install mine"))
     info = attnzoo.backends()["mine"]
     assert not info.available
     assert info.reason == "mine_kernels is not installed: pip install mine"
     with pytest.raises(BackendRefusedError, match="availability: got mine_kernels is not installed") as caught:
-        attnzoo.attention(**small(), backend="mine")
+        attnzoo.attention(**small_inputs(), backend="mine")
     assert {"eager", "sdpa"} <= set(caught.value.alternatives["attention"])
     assert "mine" not in caught.value.alternatives["attention"]
-    attnzoo.attention(**small())  # auto passes it by
+    attnzoo.attention(**small_inputs())  # auto passes it by
 
 
 def test_an_availability_check_that_raises_is_a_reason():
-    cls = backend("mine", rank=1000)
+    cls = fake_backend("mine", rank=1000)
 
     def unavailable(cls):
         raise OSError("libmine.so: cannot open shared object file")
@@ -294,9 +294,9 @@ def test_an_availability_check_that_raises_is_a_reason():
     info = attnzoo.backends()["mine"]
     assert not info.available
     assert "OSError: libmine.so: cannot open shared object file" in info.reason
-    attnzoo.attention(**small())
+    attnzoo.attention(**small_inputs())
     with pytest.raises(BackendRefusedError, match=r"libmine\.so"):
-        attnzoo.attention(**small(), backend="mine")
+        attnzoo.attention(**small_inputs(), backend="mine")
 
 
 # Adapters

@@ -62,7 +62,7 @@ class Outcome:
     def warm_up(self) -> str:
         """What the first run of a process costs, in words, where that is worth knowing (compilation); else empty."""
         notable = self.seconds is not None and self.first > max(1.0, 3.0 * self.seconds)
-        return f"its first run took {in_words(self.first)}" if notable else ""
+        return f"its first run took {format_seconds(self.first)}" if notable else ""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Measurement:
     """How every backend did at one attention of one size class.
 
     Attributes:
-        request: the request, as :func:`plain` tells it.
+        request: the request, as :func:`to_plain_data` gives it.
         size: its size class.
         outcomes: by backend name.
         where: at which site it was met first, for people.
@@ -144,26 +144,26 @@ def mode_of(grad: bool) -> str:
     return "forward+backward" if grad else "forward"
 
 
-def plain(value: Any) -> Any:
+def to_plain_data(value: Any) -> Any:
     """A request as plain data; what grows with the lengths in its patterns is rounded as the lengths are."""
     if isinstance(value, Pattern):
         return repr(value.coarse)
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if isinstance(value, tuple):
-        return [plain(item) for item in value]
+        return [to_plain_data(item) for item in value]
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: to_plain_data(getattr(value, field.name)) for field in fields(value)}
     return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
 
 
 def key_of(request: Request | Mapping[str, Any], size: SizeClass) -> str:
     """What a measurement is found by: the request and the size class as text."""
-    told = plain(request) if isinstance(request, Request) else request
+    told = to_plain_data(request) if isinstance(request, Request) else request
     return json.dumps([told, asdict(size)], sort_keys=True)
 
 
-def in_words(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """A time in three digits and a unit that suits it."""
     for unit, scale in (("s", 1.0), ("ms", 1e3)):
         if seconds * scale >= 1.0:

@@ -27,7 +27,7 @@ from attnzoo.errors import AttnzooError, BackendRefusedError, InvalidArgumentErr
 from attnzoo.functional import execute
 from attnzoo.registry import registry
 from attnzoo.spec.bias import Bias, DenseBias, RelativeBias
-from attnzoo.spec.global_keys import locate
+from attnzoo.spec.global_keys import find_global_keys
 from attnzoo.spec.hashed import HashedChunks, HashRound
 from attnzoo.spec.heads import expand_heads
 from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window
@@ -126,7 +126,7 @@ class Case:
             real[1, self.kv_len - self.kv_len // 4 :] = False
             real[2] = False
             chosen = flags(_BATCH, self.kv_len, p=0.2) & real
-            found = locate(chosen) if self.mask == "globals" else None
+            found = find_global_keys(chosen) if self.mask == "globals" else None
             segments = [replace(one, key_mask=real if found is None else real & ~chosen) for one in segments]
             if found is not None:
                 segments.append(Segment(found.take(key), found.take(value), key_mask=found.valid))

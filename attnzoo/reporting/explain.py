@@ -10,7 +10,7 @@ from torch import nn
 
 from attnzoo.backend import Backend
 from attnzoo.errors import InvalidArgumentError, PatchError, Refusal
-from attnzoo.layout import alike, fit, heading
+from attnzoo.layout import fit, group_by, heading
 from attnzoo.patching.patch import check_forward
 from attnzoo.patching.sites import check_options, expected_changes, expected_requests, find_sites
 from attnzoo.registry import registry
@@ -63,7 +63,7 @@ class Explanation(tuple[Verdict, ...]):
 
     def __str__(self) -> str:
         lines = []
-        for sites in alike(alike(self, lambda verdict: verdict.site), self._told):
+        for sites in group_by(group_by(self, lambda verdict: verdict.site), self._told):
             first = sites[0][0]
             lines.append(heading([verdicts[0].site for verdicts in sites], first.cls, first.pattern))
             for verdict in sites[0]:

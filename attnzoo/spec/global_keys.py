@@ -27,7 +27,7 @@ class GlobalKeys(NamedTuple):
         return tensor.gather(2, index)
 
 
-def locate(is_global: Tensor) -> GlobalKeys | None:
+def find_global_keys(is_global: Tensor) -> GlobalKeys | None:
     """Find the global tokens of ``is_global`` ``(batch, length)`` bool, None for none. Waits for the device.
 
     Under ``vmap`` nobody can count them, and each token has a place.

@@ -8,7 +8,7 @@ import torch
 
 import attnzoo
 from attnzoo.auto import selection
-from attnzoo.auto.measurements import in_words, plain
+from attnzoo.auto.measurements import format_seconds, to_plain_data
 from attnzoo.spec.patterns import SortedChunks
 from attnzoo.spec.segments import SegmentRequest
 from tests.support.models import gpt_neox, led
@@ -83,7 +83,7 @@ def test_a_measurement_holds_for_nothing_else(add, change):
 
 def test_where_a_pattern_grows_with_the_lengths_it_is_rounded_with_them(add):
     def key(pattern):
-        return plain(SegmentRequest(pattern, 2))
+        return to_plain_data(SegmentRequest(pattern, 2))
 
     assert key(attnzoo.Causal(offset=17)) == key(attnzoo.Causal(offset=30)) != key(attnzoo.Causal(offset=33))
     assert key(attnzoo.Causal(offset=-1)) != key(attnzoo.Causal(offset=1)) != key(attnzoo.Causal())
@@ -222,4 +222,4 @@ def test_explain_tells_what_was_measured_and_what_goes_by_priority(add, clock):
     [(0.0, "0 us"), (8.19e-5, "81.9 us"), (0.00127, "1.27 ms"), (0.5, "500 ms"), (12.34, "12.3 s"), (1234.5, "1234 s")],
 )
 def test_times_in_words(seconds, words):
-    assert in_words(seconds) == words
+    assert format_seconds(seconds) == words

@@ -14,7 +14,7 @@ from attnzoo.registry import registry
 from attnzoo.spec.patterns import Causal, Full, SortedChunks, Window
 from attnzoo.verification.verify import check_site
 from tests.support import models as zoo
-from tests.support.changed import KEYS, attention, is_definition, key_mask, refused
+from tests.support.approximate import KEYS, assert_refused, attention, key_mask, matches_definition
 from tests.support.judge import chunked, in_one_forward
 
 SHAPES = [(2, 0), (4, 0), (3, 2), (5, 9), (40, 3)]
@@ -57,7 +57,7 @@ def definition(whole, window, sinks):
 @pytest.mark.parametrize("pattern", [Causal(), Causal(offset=0), Full()], ids=str)
 def test_a_query_sees_its_window_and_the_first_real_keys(pattern, window, sinks, keys):
     whole = attention(pattern, key_mask(keys))
-    assert is_definition(local(window, sinks), whole, definition(whole, window, sinks))
+    assert matches_definition(local(window, sinks), whole, definition(whole, window, sinks))
 
 
 @pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS)
@@ -67,26 +67,26 @@ def test_new_tokens_stand_at_the_end_of_the_cache(pattern, q_len, keys):
     whole = attention(pattern, key_mask(keys), q_len=q_len)
     if keys is not None and q_len > 1 and isinstance(pattern, Full) and not key_mask(keys)[:, -1].any():
         return
-    assert is_definition(local(4, 2), whole, definition(whole, 4, 2))
+    assert matches_definition(local(4, 2), whole, definition(whole, 4, 2))
 
 
 @pytest.mark.parametrize("pattern", [Causal(), Full()], ids=str)
 def test_a_single_token_stands_at_the_last_key_that_is_shown(pattern):
     """A static cache has room behind it."""
     whole = attention(pattern, key_mask([(3, 8), (0, 8)]), q_len=1)
-    assert is_definition(local(3, 1), whole, lambda b, h, q, k: 5 <= k <= 7 or k == (3 if b == 0 else 0))
+    assert matches_definition(local(3, 1), whole, lambda b, h, q, k: 5 <= k <= 7 or k == (3 if b == 0 else 0))
 
 
 def test_several_tokens_before_a_hidden_end_are_refused_unless_their_place_is_told():
     spans = key_mask([(0, 8), (0, 9)])
-    refused(lambda: local(3).run(attention(Full(), spans, q_len=2)), "key_mask", "13 keys", "Causal(offset=...)")
+    assert_refused(lambda: local(3).run(attention(Full(), spans, q_len=2)), "key_mask", "13 keys", "Causal(offset=...)")
     unknown = attention(Full(), spans, q_len=2)
-    error = refused(
+    error = assert_refused(
         lambda: execute(local(3), unknown, where="layers.0.attention"), "  layers.0.attention:\n    key_mask"
     )
     assert set(error.refusals) == {"layers.0.attention"}
     whole = attention(Causal(offset=7), spans, q_len=2)
-    assert is_definition(local(3), whole, definition(whole, 3, 0))
+    assert matches_definition(local(3), whole, definition(whole, 3, 0))
 
 
 @pytest.mark.parametrize("keys", ["no padding", "left"])
@@ -99,7 +99,7 @@ def test_a_bias_and_a_dense_mask_stay(pattern, keys):
         *(dict(mask=by_head), dict(mask=by_head[:1])),
     ):
         whole = attention(pattern, key_mask(KEYS[keys]), **extra)
-        assert is_definition(local(4, 3), whole, definition(whole, 4, 3))
+        assert matches_definition(local(4, 3), whole, definition(whole, 4, 3))
 
 
 @pytest.mark.parametrize("backend", [local(6), local(5, 3)], ids=["window", "window and sinks"])
@@ -180,9 +180,9 @@ def test_options_that_would_do_nothing_are_refused():
             "allowed: no options",
             "already local",
         )
-        refused(lambda call=call: call(model, "blocked-local", window=8, sinks=1, inner="sdpa"), *words)
+        assert_refused(lambda call=call: call(model, "blocked-local", window=8, sinks=1, inner="sdpa"), *words)
     assert not any("forward" in vars(module) for module in model.modules())
-    refused(lambda: attnzoo.patch(model, {"*.0.*": local(8), "*": "sdpa"}), "got window=8")
+    assert_refused(lambda: attnzoo.patch(model, {"*.0.*": local(8), "*": "sdpa"}), "got window=8")
     with attnzoo.patch(zoo.led(), local(8)):
         pass
     with attnzoo.patch(model, "blocked-local", inner="sdpa"):
@@ -190,7 +190,7 @@ def test_options_that_would_do_nothing_are_refused():
 
 
 def test_some_of_the_options_a_dense_site_needs_are_not_enough_beside_a_local_one():
-    refused(lambda: attnzoo.patch(zoo.led(), "lsh", num_hashes=2), "decoder", "no chunk_length, num_buckets")
+    assert_refused(lambda: attnzoo.patch(zoo.led(), "lsh", num_hashes=2), "decoder", "no chunk_length, num_buckets")
 
 
 def test_options_change_the_dense_sites_beside_local_ones_alone():
@@ -281,12 +281,14 @@ def test_training_reaches_every_parameter():
 
 def test_dense_models_need_the_window_and_nothing_is_changed_without():
     model = zoo.gpt_neox()
-    error = refused(
+    error = assert_refused(
         lambda: attnzoo.patch(model, "blocked-local"), "gpt_neox.layers.0.attention", "no window", "window=..."
     )
     assert {reason.field for reasons in error.refusals.values() for reason in reasons} == {"options"}
     assert not any("forward" in vars(module) for module in model.modules())
-    refused(lambda: attnzoo.attention(*torch.randn(3, 1, 2, 5, 8), backend="blocked-local"), "no window", "window=...")
+    assert_refused(
+        lambda: attnzoo.attention(*torch.randn(3, 1, 2, 5, 8), backend="blocked-local"), "no window", "window=..."
+    )
 
 
 @pytest.mark.parametrize(
@@ -306,7 +308,7 @@ def test_dense_models_need_the_window_and_nothing_is_changed_without():
     ],
 )
 def test_bad_options_name_the_argument(options, words):
-    refused(lambda: attnzoo.patch(zoo.gpt_neox(), "blocked-local", **options), *words)
+    assert_refused(lambda: attnzoo.patch(zoo.gpt_neox(), "blocked-local", **options), *words)
 
 
 def test_the_kernels_refusals_are_its_own():
@@ -345,7 +347,7 @@ def test_it_is_marked_approximate_wherever_it_is_listed():
     explained = attnzoo.explain(model, "blocked-local", window=6, sinks=2)
     assert all(verdict.runs and verdict.changes == ("window of 6 keys and 2 sinks",) for verdict in explained)
     assert "blocked-local: runs, approximate: window of 6 keys and 2 sinks" in str(explained)
-    refused(lambda: attnzoo.explain(model, window=6), "options", "without a backend")
+    assert_refused(lambda: attnzoo.explain(model, window=6), "options", "without a backend")
     with attnzoo.patch(model, "blocked-local", window=6, sinks=2, inner="sdpa") as handle:
         assert all(site.approximate == "window of 6 keys and 2 sinks" for site in handle.sites)
         assert "approximate: window of 6 keys and 2 sinks" in " ".join(str(handle).split())
@@ -362,4 +364,4 @@ def test_a_configured_backend_stands_for_its_name():
         assert {site.backend for site in handle.sites} == {"blocked-local"}
     with attnzoo.patch(model, {"*.0.attention": local(6), "*": "sdpa"}) as handle:
         assert [site.approximate for site in handle.sites] == ["window of 6 keys", ""]
-    refused(lambda: attnzoo.patch(model, local(6), window=7), "options", "window")
+    assert_refused(lambda: attnzoo.patch(model, local(6), window=7), "options", "window")

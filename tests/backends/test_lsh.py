@@ -17,8 +17,8 @@ from attnzoo.spec.segments import Attention, Segment
 from attnzoo.verification.oracles import oracles
 from attnzoo.verification.verify import check_site
 from tests.support import models as zoo
-from tests.support.changed import KEYS, attention, is_definition, key_mask, refused
-from tests.support.fake_backends import backend
+from tests.support.approximate import KEYS, assert_refused, attention, key_mask, matches_definition
+from tests.support.fake_backends import fake_backend
 from tests.support.judge import chunked, in_one_forward
 
 OPTIONS = dict(num_hashes=2, chunk_length=3, num_buckets=4, inner="sdpa")
@@ -77,14 +77,14 @@ def definition(backend, whole):
 @pytest.mark.parametrize("changes", [{}, dict(num_hashes=1, num_buckets=2), dict(chunk_length=5, seed=3)], ids=str)
 def test_a_query_sees_the_keys_that_stand_near_it_in_some_round(pattern, keys, changes):
     backend, whole = lsh(**changes), attention(pattern, key_mask(keys))
-    assert is_definition(backend, whole, definition(backend, whole))
+    assert matches_definition(backend, whole, definition(backend, whole))
 
 
 @pytest.mark.parametrize("q_len", [1, 4])
 @pytest.mark.parametrize("pattern", [Causal(), Full()], ids=str)
 def test_new_tokens_stand_at_the_end_of_the_cache(pattern, q_len):
     whole = attention(pattern, key_mask(KEYS["left"]), q_len=q_len)
-    assert is_definition(lsh(), whole, definition(lsh(), whole))
+    assert matches_definition(lsh(), whole, definition(lsh(), whole))
 
 
 @pytest.mark.parametrize("num_hashes", [1, 3])
@@ -248,7 +248,7 @@ def test_dense_models_need_three_options():
     for option in ("num_buckets", "num_hashes", "chunk_length"):
         missing.pop(option)
         words = ("gpt_neox.layers.1.attention", option, "num_hashes=..., chunk_length=..., num_buckets=...")
-        refused(lambda: attnzoo.patch(zoo.gpt_neox(), "lsh", **missing), *words)
+        assert_refused(lambda: attnzoo.patch(zoo.gpt_neox(), "lsh", **missing), *words)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_dense_models_need_three_options():
     ],
 )
 def test_bad_options_name_the_argument(changes, words):
-    refused(lambda: attnzoo.patch(zoo.gpt_neox(), "lsh", **{**OPTIONS, **changes}), *words)
+    assert_refused(lambda: attnzoo.patch(zoo.gpt_neox(), "lsh", **{**OPTIONS, **changes}), *words)
 
 
 def test_a_bias_is_refused_where_the_kernel_has_no_place_for_it():
@@ -287,7 +287,7 @@ def test_a_bias_never_means_dense_scores_unless_they_are_asked_for_by_name():
 
 
 def test_a_bias_runs_where_a_kernel_takes_it_in_chunks(request):
-    able, whole = backend("able", rank=1), attention(Causal(), None, bias=True)
+    able, whole = fake_backend("able", rank=1), attention(Causal(), None, bias=True)
     assert registry.refusals(lsh(inner="auto"), whole.request())
     attnzoo.register_backend(able)
     request.addfinalizer(lambda: attnzoo.unregister_backend("able"))

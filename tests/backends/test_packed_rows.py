@@ -7,21 +7,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnzoo
-from attnzoo.backends.approximate import shown
+from attnzoo.backends.approximate import visible_keys
 from attnzoo.backends.approximate.blocked_local import BlockedLocalBackend
 from attnzoo.backends.approximate.lsh import LshBackend
 from attnzoo.spec.patterns import Causal, Full
 from attnzoo.spec.segments import Attention, Segment
 from attnzoo.verification.verify import check_site
 from tests.support import models as zoo
-from tests.support.changed import attention, refused
+from tests.support.approximate import assert_refused, attention
 
 BACKENDS = {
-    "window": BlockedLocalBackend(window=3, kernel="sdpa"),
-    "sinks": BlockedLocalBackend(window=3, sinks=2, kernel="sdpa"),
-    "more sinks than a document has": BlockedLocalBackend(window=2, sinks=6, kernel="eager"),
-    "lsh": LshBackend(num_hashes=2, chunk_length=3, num_buckets=4, kernel="sdpa"),
-    "lsh, one bucket": LshBackend(num_hashes=1, chunk_length=2, num_buckets=1, kernel="eager"),
+    "window": BlockedLocalBackend(window=3, inner="sdpa"),
+    "sinks": BlockedLocalBackend(window=3, sinks=2, inner="sdpa"),
+    "more sinks than a document has": BlockedLocalBackend(window=2, sinks=6, inner="eager"),
+    "lsh": LshBackend(num_hashes=2, chunk_length=3, num_buckets=4, inner="sdpa"),
+    "lsh, one bucket": LshBackend(num_hashes=1, chunk_length=2, num_buckets=1, inner="eager"),
 }
 every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 
@@ -133,7 +133,7 @@ def test_new_tokens_on_a_cache_of_documents_are_the_last_rows(backend, new, room
 @every_backend
 def test_bias_and_gradient_are_each_documents(backend):
     """In lsh only ``eager`` takes a bias on hashed keys."""
-    backend, documents = replace(backend, kernel="eager"), numbers()
+    backend, documents = replace(backend, inner="eager"), numbers()
     bias = attention(Full(), None, bias=True, dtype=torch.float64).segments[0].bias
     packed = whole(documents, bias=bias)
     assert check_site("site", packed, backend, grad=True).ok
@@ -194,7 +194,7 @@ def test_positions_that_no_mask_tells_are_refused_by_name(backend):
     (segment,) = packed.segments
     mask = prefix(19, 5)[:, :, 2:6].expand(2, -1, -1, -1)
     step = Attention(packed.query[:, :, 2:6], (replace(segment, mask=mask),), packed.scale)
-    refused(lambda: backend.run(step), "key_mask", "19 keys", "4 queries", "Causal(offset=...)")
+    assert_refused(lambda: backend.run(step), "key_mask", "19 keys", "4 queries", "Causal(offset=...)")
 
 
 @every_backend
@@ -226,7 +226,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["sinks", "lsh"])
 def test_nothing_else_is_as_large_as_the_mask(name, monkeypatch):
-    monkeypatch.setattr(shown, "_ENTRIES_AT_ONCE", 1 << 14)
+    monkeypatch.setattr(visible_keys, "_ENTRIES_AT_ONCE", 1 << 14)
     documents = torch.arange(1024)[None] // 128
     packed = whole(documents)
     backend = replace(BACKENDS[name], window=16) if name == "sinks" else replace(BACKENDS[name], chunk_length=16)

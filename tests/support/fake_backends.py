@@ -13,7 +13,7 @@ from attnzoo.backends.eager import EagerBackend, evaluate
 CAN_ALL = EagerBackend.capabilities
 
 
-def backend(name="fake", names=(), rank=-1000, why_not=None, **narrower):
+def fake_backend(name="fake", names=(), rank=-1000, why_not=None, **narrower):
     """A backend that computes what eager computes, counts its runs, and can do less."""
 
     @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def backend(name="fake", names=(), rank=-1000, why_not=None, **narrower):
     return Fake
 
 
-def small(**changes):
+def small_inputs(**changes):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 5, 4)
     return {**dict(q=q, k=k, v=v), **changes}

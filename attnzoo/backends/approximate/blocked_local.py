@@ -19,9 +19,9 @@ from torch import Tensor
 
 from attnzoo.backend import Capabilities
 from attnzoo.backends.approximate.base import ApproximateBackend, check_count
-from attnzoo.backends.approximate.shown import Standing, aligned_offset, first_keys, standing
+from attnzoo.backends.approximate.visible_keys import Standing, aligned_offset, first_keys, standing
 from attnzoo.spec.bias import DenseBias
-from attnzoo.spec.global_keys import locate
+from attnzoo.spec.global_keys import find_global_keys
 from attnzoo.spec.patterns import Causal, Full, Window
 from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest
 from attnzoo.spec.transforms import TRANSFORMS
@@ -94,7 +94,7 @@ def _sinks(attention: Attention, window: Window, place: Standing, count: int) ->
         places, valid = torch.arange(count, device=segment.key.device)[None], None
         key, value = segment.key[:, :, :count], segment.value[:, :, :count]
     else:  # padding before the first of them: they are elsewhere in each sample
-        found = locate((real & (real.cumsum(1) <= count)).expand(attention.batch, -1))
+        found = find_global_keys((real & (real.cumsum(1) <= count)).expand(attention.batch, -1))
         if found is None:
             return None
         places, valid = found
@@ -118,7 +118,7 @@ def _sinks_by_query(attention: Attention, grid: Tensor, window: Window, position
     spare = segment.kv_len  # where what is no sink is written to
     chosen = torch.zeros((len(sinks), spare + 1), dtype=torch.bool, device=sinks.device)
     chosen = chosen.scatter_(1, sinks.masked_fill(~seen, spare).flatten(1), True)[:, :spare]
-    found = locate(chosen.expand(attention.batch, -1))
+    found = find_global_keys(chosen.expand(attention.batch, -1))
     if found is None:
         return None
     spare = found.positions.shape[1]

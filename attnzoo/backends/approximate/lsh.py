@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.backends.approximate.base import ApproximateBackend, check_count
-from attnzoo.backends.approximate.shown import Documents, Standing, aligned_offset, documents, standing
+from attnzoo.backends.approximate.visible_keys import Documents, Standing, aligned_offset, documents, standing
 from attnzoo.errors import InvalidArgumentError, Refusal
 from attnzoo.registry import registry
 from attnzoo.spec.hashed import HashedChunks, HashRound

@@ -49,13 +49,13 @@ def shown(whole, sees):
     return Attention(whole.query, (Segment(segment.key, segment.value, mask=grid, bias=segment.bias),), whole.scale)
 
 
-def is_definition(backend, whole, sees):
+def matches_definition(backend, whole, sees):
     """Whether a backend computes what ``sees`` says, in float64 and so to the last digits."""
     whole = whole.with_tensors(tuple(tensor.double() for tensor in whole.tensors()))
     return torch.allclose(backend.run(whole).output, evaluate(shown(whole, sees)).output, rtol=0, atol=1e-12)
 
 
-def refused(call, *words):
+def assert_refused(call, *words):
     """The message of the error a call raises, which has to name all of these."""
     try:
         call()
