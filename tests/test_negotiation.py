@@ -50,7 +50,7 @@ def test_a_refusal_lists_every_reason_and_who_would_take_it():
         assert f"{refusal.field}: got {refusal.got}; allowed: {refusal.allowed}" in str(error)
     assert "narrow" not in error.alternatives["attention"]
     assert {"eager", "sdpa"} <= set(error.alternatives["attention"])
-    assert "would run there: " in str(error)
+    assert "backends that support it: " in str(error)
     assert cls.runs == []
 
 
@@ -75,7 +75,7 @@ def registry_of(*classes):
 
 def test_a_refusal_nobody_else_takes_says_so():
     only = registry_of(fake_backend("narrow", gqa=False))
-    with registry.replaced_by(only), pytest.raises(BackendRefusedError, match="would run there: no registered backend"):
+    with registry.replaced_by(only), pytest.raises(BackendRefusedError, match="backends that support it: none"):
         attnzoo.attention(torch.randn(1, 4, 3, 8), *torch.randn(2, 1, 2, 3, 8), backend="narrow")
 
 
@@ -113,7 +113,7 @@ def test_auto_when_everybody_refuses_lists_everybody():
     assert "pattern: got Causal(offset=None); allowed: Full" in message
     assert "'second'" in message
     assert "dtype: got float32; allowed: float64" in message
-    assert "would run there" not in message, "nobody is left to name"
+    assert "backends that support it" not in message, "nobody is left to name"
 
 
 def test_an_explicit_request_is_never_replaced():

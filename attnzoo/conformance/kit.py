@@ -318,7 +318,7 @@ def _dropout_failure(backend: Backend, attention: Attention, seed: int = 0) -> s
         torch.manual_seed(seed)
         got = execute(backend, dropped).output
     wide = kept.with_tensors(tuple(t.double() for t in kept.tensors()))
-    weights = evaluate(backend.rewrite(wide, backend.choices(kept))).output
+    weights = evaluate(backend.rewrite(wide, backend.decisions(kept))).output
     scaled = weights / (1.0 - attention.dropout)
     gone = got == 0.0
     eps = torch.finfo(got.dtype).eps

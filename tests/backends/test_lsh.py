@@ -192,8 +192,8 @@ def test_verify_repeats_the_buckets_of_the_run_it_judges(side, dtype):
 
 def test_the_oracle_repeats_the_buckets_of_another_run_whatever_it_would_hash_to():
     whole, other = attention(Causal(), None), attention(Causal(), None, seed=1)
-    oracle = oracles({"site": (lsh(), [lsh().choices(whole)])})["site"]
-    expected = evaluate(lsh().rewrite(other, lsh().choices(whole))).output
+    oracle = oracles({"site": (lsh(), [lsh().decisions(whole)])})["site"]
+    expected = evaluate(lsh().rewrite(other, lsh().decisions(whole))).output
     assert torch.equal(oracle.run(other).output, expected)
     assert not torch.allclose(expected, evaluate(lsh().rewrite(other)).output, atol=0.1)
 

@@ -112,7 +112,7 @@ class LshBackend(ApproximateBackend):
         patterns = self._patterns(place.causal, offset, rounds)
         return tuple(replace(segment, pattern=pattern) for pattern in patterns)
 
-    def choices(self, attention: Attention) -> Any:
+    def decisions(self, attention: Attention) -> Any:
         """One :class:`HashRound` per round of hashing; None where nothing is changed."""
         if self.changes(attention.request()) is None:
             return None
