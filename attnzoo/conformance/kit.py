@@ -210,7 +210,7 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[Case]:
             yield Case(dtype, pattern, mask, grad=False, probabilities=True)
         if mask in ("none", "keys"):
             yield Case(dtype, SortedChunks(8, 1, 0, causal=True), mask, dropout=0.25)
-        for hashed in (HashedChunks(5, 1, 0, causal=True), HashedChunks(4, 1, 1, apart=2)):
+        for hashed in (HashedChunks(5, 1, 0, causal=True), HashedChunks(4, 1, 1, min_distance=2)):
             if mask != "globals":
                 yield Case(dtype, hashed, mask)
                 yield Case(dtype, hashed, mask, kv_heads=2, q_len=5, kv_len=23)

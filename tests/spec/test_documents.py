@@ -27,8 +27,8 @@ def written_out(documents, batch, length):
     """What documents show, as a grid."""
     number = torch.full((batch * length,), -1)
     for pack in documents:
-        real = torch.ones_like(pack.rows, dtype=torch.bool) if pack.real is None else pack.real
-        for places, inside in zip(pack.rows, real, strict=True):
+        real = torch.ones_like(pack.index, dtype=torch.bool) if pack.real is None else pack.real
+        for places, inside in zip(pack.index, real, strict=True):
             assert bool((number[places[inside]] == -1).all()), "a token is in two documents"
             number[places[inside]] = places[0]
     number = number.view(batch, length)
@@ -111,8 +111,8 @@ def test_padding_at_most_doubles_long_documents():
     lengths = (300, 3, 5, 70, 90, 64, 1, 128, 129, 2)
     packs = find_documents(grid_of(lengths), 1)
     for pack in packs:
-        longest = pack.rows.shape[1]
-        counts = [longest] * len(pack.rows) if pack.real is None else pack.real.sum(1).tolist()
+        longest = pack.index.shape[1]
+        counts = [longest] * len(pack.index) if pack.real is None else pack.real.sum(1).tolist()
         assert longest <= 64 or all(2 * count >= longest for count in counts)
     assert len(packs) == 4, "up to 64, 65 to 128, 129 to 256, and 257 to 512 tokens"
 

@@ -34,18 +34,18 @@ def cases(draw):
 
 def truth(pattern, q_len, kv_len):
     """``(batch, heads, q_len, kv_len)``: by counting through the sorted keys of each round."""
-    batch, heads = pattern.rounds[0].places.shape[:2]
+    batch, heads = pattern.rounds[0].query_ranks.shape[:2]
     first = kv_len - q_len if pattern.offset is None else pattern.offset
 
     def near(one, b, h, q, k):
         order, chunks = one.keys[b, h // (heads // one.keys.shape[1])].tolist(), one.chunks[b].tolist()
-        chunk = chunks[one.places[b, h, q]]
+        chunk = chunks[one.query_ranks[b, h, q]]
         return chunk - pattern.before <= chunks[order.index(k)] <= chunk + pattern.after
 
     def sees(b, h, q, k):
         *earlier, own = (near(one, b, h, q, k) for one in pattern.rounds)
         distance = first + q - k
-        allowed = distance >= pattern.apart if pattern.causal else abs(distance) >= pattern.apart
+        allowed = distance >= pattern.min_distance if pattern.causal else abs(distance) >= pattern.min_distance
         return own and allowed and not any(earlier)
 
     places = [range(batch), range(heads), range(q_len), range(kv_len)]
@@ -62,7 +62,7 @@ def mask(pattern, q_len, kv_len):
 @given(cases())
 def test_the_mask_is_the_definition(case):
     pattern, q_len, kv_len = case
-    batch, heads = pattern.rounds[0].places.shape[:2]
+    batch, heads = pattern.rounds[0].query_ranks.shape[:2]
     pattern.check(batch, heads, q_len, kv_len)
     assert mask(*case).expand(batch, heads, q_len, kv_len).tolist() == truth(*case).tolist()
 
@@ -106,7 +106,7 @@ def test_it_is_a_value_without_its_tensors():
 @pytest.mark.parametrize("name", HashRound.__dataclass_fields__)
 def test_tensors_that_do_not_fit_are_named(name):
     keys = torch.arange(4).view(1, 1, -1)
-    good = dict(keys=keys, ranks=keys, chunks=keys[0], queries=keys, places=keys)
+    good = dict(keys=keys, key_ranks=keys, chunks=keys[0], queries=keys, query_ranks=keys)
     HashedChunks(2, rounds=(HashRound(**good),)).check(1, 1, 4, 4)
     for bad in (good[name].int(), good[name][0], good[name][..., :3]):
         with pytest.raises(InvalidArgumentError, match=rf"pattern (keys|{name}): got .*; allowed: (torch\.int64 )?\("):

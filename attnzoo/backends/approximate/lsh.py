@@ -100,7 +100,7 @@ class LshBackend(ApproximateBackend):
         self, causal: bool, offset: int | None, rounds: tuple[HashRound, ...] = ()
     ) -> tuple[Window | HashedChunks, ...]:
         """The window of neighbours, then the rounds."""
-        hashed = HashedChunks(self.chunk_length or 0, 1, 0 if causal else 1, causal, apart=2, offset=offset)
+        hashed = HashedChunks(self.chunk_length or 0, 1, 0 if causal else 1, causal, min_distance=2, offset=offset)
         made = (replace(hashed, rounds=rounds[: number + 1]) for number in range(self.num_hashes or 0))
         return Window(1, 0 if causal else 1, offset), *made
 

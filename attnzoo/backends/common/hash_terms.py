@@ -52,7 +52,7 @@ class HashTerms:
                 queries.new_empty(shape, dtype=self._wide),
             )
         hidden, scratch = self._buffers[shape]
-        position, apart = (queries + self._shift).to(self._wide), self._pattern.apart
+        position, apart = (queries + self._shift).to(self._wide), self._pattern.min_distance
         if self._pattern.causal:
             torch.gt(keys.to(self._wide)[:, :, None], (position - apart)[..., None], out=hidden)
         else:
