@@ -123,7 +123,7 @@ def test_a_file_that_cannot_be_read_is_warned_of_once_ignored_and_replaced(add, 
     (path,) = cache.folder().glob("*.json")
     spoil(path, kind)
     forget()
-    with pytest.warns(cache.CacheWarning, match=f"{path.name} is ignored, 'auto' goes by priority: .*tune --clear"):
+    with pytest.warns(cache.CacheWarning, match=f"{path.name} is ignored, 'auto' selects by priority: .*tune --clear"):
         assert took().backend.name == "slow"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -160,7 +160,7 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_measuring(add, cloc
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ATTNZOO_CACHE_DIR", str(tmp_path / "file" / "below"))
     with pytest.raises(
-        attnzoo.CacheError, match=r"cache: got .*below.*; allowed: a folder .*ATTNZOO_CACHE_DIR.*save=F"
+        attnzoo.CacheError, match=r"cache: got .*below.*; allowed: a writable folder .*ATTNZOO_CACHE_DIR.*save=F"
     ):
         tune(clock)
     assert slow.runs == fast.runs == []
@@ -197,14 +197,14 @@ def _measure_in_a_process(number):
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_processes_that_measure_at_once_lose_nothing(add, monkeypatch):
     """Each reads what is there, adds its own and writes; with time in between for another to do the same."""
-    read = cache._others
+    read = cache._saved
 
     def read_slowly(path):
         found = read(path)
         time.sleep(0.02)
         return found
 
-    monkeypatch.setattr(cache, "_others", read_slowly)
+    monkeypatch.setattr(cache, "_saved", read_slowly)
     add("slow"), add("fast")
     made = multiprocessing.get_context("fork")
     processes = [made.Process(target=_measure_in_a_process, args=(number,)) for number in range(3)]
