@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from attnzoo.backend import Backend, BackendInfo
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal, UnknownNameError, raise_interrupts
@@ -26,13 +26,6 @@ BACKEND_GROUP, ADAPTER_GROUP = "attnzoo.backends", "attnzoo.adapters"
 _MOST_REFUSALS = 4096  # cached answers; requests with ever new offsets would fill the memory
 
 _BackendType = TypeVar("_BackendType", bound=type[Backend])
-
-
-class UnusedEntryPoint(NamedTuple):
-    """An entry point whose name belongs to another backend or adapter, and why it is not used."""
-
-    name: str
-    reason: str
 
 
 class Registry:
@@ -353,24 +346,18 @@ class Registry:
         """Return the exact backends that support a request, highest priority first: the candidates of ``auto``."""
         return tuple(backend for backend in self.exact_backends() if not backend.refusals(request))
 
-    # Diagnosis
-
-    def unused_entry_points(self) -> tuple[UnusedEntryPoint, ...]:
-        """Return the entry points of installed packages whose name belongs to another backend or adapter."""
+    def unused_entry_points(self) -> tuple[tuple[str, str], ...]:
+        """Return name and reason of entry points that are not used, because another object has their name."""
         self._discover()
-        adapters = self.adapters()
         unused = []
-        for group, owners in ((BACKEND_GROUP, self._backends), (ADAPTER_GROUP, adapters)):
+        for group, owners in ((BACKEND_GROUP, self._backends), (ADAPTER_GROUP, self.adapters())):
             for entry in metadata.entry_points(group=group):
-                owner = owners.get(entry.name)
-                if owner is None:
-                    continue
                 try:
-                    if entry.load() is not owner:
-                        unused.append(UnusedEntryPoint(entry.name, f"{entry.value} is not used: the name is taken"))
+                    if entry.name in owners and entry.load() is not owners[entry.name]:
+                        unused.append((entry.name, f"{entry.value} is not used: the name is taken"))
                 except BaseException as error:
                     raise_interrupts(error)
-                    unused.append(UnusedEntryPoint(entry.name, _failure(entry, error)))
+                    unused.append((entry.name, _failure(entry, error)))
         return tuple(unused)
 
 

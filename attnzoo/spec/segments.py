@@ -25,12 +25,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def describe(given: object) -> str:
-    """Describe a value for an error: shape, dtype and device of a tensor, shape and dtype of an array, else its type.
-
-    Example:
-        >>> describe(torch.ones(2, 3)), describe(4)
-        ('(2, 3) float32 on cpu', 'int 4')
-    """
+    """Describe a value in a message: shape, dtype and device of a tensor or array, else type and value."""
     if isinstance(given, Tensor):
         return f"{tuple(given.shape)} {str(given.dtype).removeprefix('torch.')} on {given.device}"
     shape, dtype = getattr(given, "shape", None), getattr(given, "dtype", None)

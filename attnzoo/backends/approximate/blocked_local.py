@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnzoo.backend import Capabilities
 from attnzoo.backends.approximate.base import ApproximateBackend, check_count
-from attnzoo.backends.approximate.visible_keys import QueryPlacement, aligned_offset, first_keys, place_queries
+from attnzoo.backends.approximate.visible_keys import QueryPlacement, first_keys, place_queries
 from attnzoo.spec.bias import DenseBias
 from attnzoo.spec.global_keys import find_global_keys
 from attnzoo.spec.patterns import Causal, Full, Window
@@ -80,8 +80,7 @@ class BlockedLocalBackend(ApproximateBackend):
     def rewrite_dense(self, attention: Attention, decisions: Any) -> tuple[Segment, ...]:
         (segment,) = attention.segments
         placement = place_queries(self.name, attention)
-        offset = aligned_offset(placement.position, attention.q_len, segment.kv_len)
-        window = self._window(placement.causal, offset)
+        window = self._window(placement.causal, placement.offset)
         near = replace(segment, pattern=window)
         sinks = _sinks(attention, window, placement, self.sinks) if self.sinks else None
         return (near,) if sinks is None else (near, sinks)

@@ -30,13 +30,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.backends.approximate.base import ApproximateBackend, check_count
-from attnzoo.backends.approximate.visible_keys import (
-    DocumentNumbers,
-    QueryPlacement,
-    aligned_offset,
-    number_documents,
-    place_queries,
-)
+from attnzoo.backends.approximate.visible_keys import DocumentNumbers, QueryPlacement, number_documents, place_queries
 from attnzoo.errors import InvalidArgumentError, Refusal
 from attnzoo.registry import registry
 from attnzoo.spec.hashed import HashedChunks, HashRound
@@ -120,8 +114,7 @@ class LshBackend(ApproximateBackend):
         (segment,) = attention.segments
         placement = place_queries(self.name, attention)
         rounds = self._rounds(attention, placement) if decisions is None else decisions
-        offset = aligned_offset(placement.position, attention.q_len, segment.kv_len)
-        patterns = self._patterns(placement.causal, offset, rounds)
+        patterns = self._patterns(placement.causal, placement.offset, rounds)
         return tuple(replace(segment, pattern=pattern) for pattern in patterns)
 
     def decisions(self, attention: Attention) -> Any:

@@ -57,15 +57,22 @@ class QueryPlacement:
 
     Attributes:
         position: key position of query 0.
+        aligned: key position of query 0 if the last query is at the last key.
         causal: whether no query sees a key after its own position.
         visible: ``(batch or 1, kv_len)`` bool, the keys that the masks show to some query; None: all keys.
         spans: the keys that a dense mask shows to each query; None without a dense mask.
     """
 
     position: int
+    aligned: int
     causal: bool
     visible: Tensor | None
     spans: Spans | None
+
+    @property
+    def offset(self) -> int | None:
+        """The offset for patterns; None, which suits all lengths, if alignment gives the same position."""
+        return None if self.position == self.aligned != 0 else self.position
 
 
 def place_queries(backend: str, attention: Attention) -> QueryPlacement:
@@ -81,37 +88,29 @@ def place_queries(backend: str, attention: Attention) -> QueryPlacement:
             in all samples. Their positions are unknown.
     """
     (segment,) = attention.segments
-    q_len, aligned = attention.q_len, segment.kv_len - attention.q_len
+    q_len, kv_len = attention.q_len, segment.kv_len
+    aligned = kv_len - q_len
     spans = None if segment.mask is None else read_spans(segment, segment.mask, q_len)
     visible = segment.key_mask if spans is None else spans.visible
     if isinstance(segment.pattern, Causal) and (segment.pattern.offset is not None or q_len > 1):
         offset = segment.pattern.offset
-        return QueryPlacement(aligned if offset is None else offset, True, visible, spans)
-    if q_len == 1:
-        position = _last_visible(visible) if aligned and _is_end_hidden(visible) else aligned
-        return QueryPlacement(position, True, visible, spans)
-    position, causal = (aligned, False) if spans is None else _position_by_mask(spans, q_len, aligned)
-    if aligned and not causal and _is_end_hidden(visible):
-        got = f"the last of {segment.kv_len} keys hidden, so that the positions of {q_len} queries are unknown"
-        raise BackendRefusedError(backend, {"attention": (Refusal("key_mask", got, "Causal(offset=...)"),)}, {})
-    return QueryPlacement(position, causal, visible, spans)
+        position, causal = aligned if offset is None else offset, True
+    elif q_len == 1:
+        position, causal = _last_visible(visible, kv_len) if aligned else 0, True
+    else:
+        position, causal = (aligned, False) if spans is None else _position_by_mask(spans, q_len, aligned)
+        if aligned and not causal and _last_visible(visible, kv_len) < kv_len - 1:
+            got = f"the last of {kv_len} keys hidden, so the positions of {q_len} queries are unknown"
+            raise BackendRefusedError(backend, {"attention": (Refusal("key_mask", got, "Causal(offset=...)"),)}, {})
+    return QueryPlacement(position, aligned, causal, visible, spans)
 
 
-def aligned_offset(position: int, q_len: int, kv_len: int) -> int | None:
-    """Return the pattern offset that puts query 0 at a position; None, which suits all lengths, if that does it."""
-    return None if position == kv_len - q_len != 0 else position
-
-
-def _is_end_hidden(visible: Tensor | None) -> bool:
-    """Whether some keys are visible, but the last one in no sample. Waits for the device."""
-    return visible is not None and bool(visible.any()) and not bool(visible[:, -1].any())
-
-
-def _last_visible(visible: Tensor | None) -> int:
-    """Return the last key that is visible in any sample; 0 if there is none."""
+def _last_visible(visible: Tensor | None, kv_len: int) -> int:
+    """Return the last key that is visible in any sample; the last of all keys if none is. Waits for the device."""
     if visible is None:
-        return 0
-    return int((torch.arange(visible.shape[1], device=visible.device) * visible.any(0)).max())
+        return kv_len - 1
+    count = int((torch.arange(1, kv_len + 1, device=visible.device) * visible.any(0)).max())
+    return (count or kv_len) - 1
 
 
 def _position_by_mask(spans: Spans, q_len: int, aligned: int) -> tuple[int, bool]:
