@@ -307,7 +307,7 @@ class Registry:
     def availability(self, backend: Backend) -> tuple[Refusal, ...]:
         """Return why a backend cannot run on this machine; empty if it can."""
         reason = unavailable_reason(type(backend))
-        return () if reason is None else (Refusal("availability", reason, "a machine that has it"),)
+        return () if reason is None else (Refusal("availability", reason, "a machine that can run it"),)
 
     def refusals(self, backend: Backend, request: Request) -> tuple[Refusal, ...]:
         """Return every reason why a backend cannot run a request on this machine. Cached until the registry changes."""
