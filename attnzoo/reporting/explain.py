@@ -144,7 +144,7 @@ def _make(name: str, options: Mapping[str, Any]) -> Backend | Refusal:
     """The configured backend of a name; or why it cannot be had, where that is not the options' fault."""
     info = registry.backends()[name]
     if info.capabilities is None:  # it did not load
-        return Refusal("availability", info.reason, "a machine that has it")
+        return Refusal("availability", info.reason, "a machine that can run it")
     missing = [option for option in registry.backend_class(name).required_options() if option not in options]
     if missing:
         return Refusal("options", f"no {', '.join(missing)}", f"{missing[0]}=...")
