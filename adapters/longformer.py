@@ -15,7 +15,7 @@ from attnzoo.adapter import Adapter, Attend, PatchPoint, bind_function, paramete
 from attnzoo.adapters.longformer_mask import MaskFunction, mask_seam
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.patching.mask_arguments import check_mask, refuse_nan
-from attnzoo.spec.global_keys import locate
+from attnzoo.spec.global_keys import find_global_keys
 from attnzoo.spec.heads import merge_heads, split_heads
 from attnzoo.spec.patterns import Full, Window
 from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest, describe
@@ -75,7 +75,7 @@ def _forward(
     is_index_global_attn = _flags("is_index_global_attn", is_index_global_attn, *like)
     ordinary = attend.cached_per_forward(attention_mask, "ordinary", _ordinary)
     real = attend.cached_per_forward(is_index_masked, "real", _real)
-    found = attend.cached_per_forward(is_index_global_attn, "globals", locate) if is_global_attn else None
+    found = attend.cached_per_forward(is_index_global_attn, "globals", find_global_keys) if is_global_attn else None
 
     query = split_heads(module.query(hidden_states), module.head_dim)
     key = split_heads(module.key(hidden_states), module.head_dim)

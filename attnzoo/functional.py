@@ -12,7 +12,7 @@ from attnzoo.backend import Backend
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError
 from attnzoo.registry import registry
 from attnzoo.spec.bias import Bias, DenseBias
-from attnzoo.spec.global_keys import locate
+from attnzoo.spec.global_keys import find_global_keys
 from attnzoo.spec.patterns import Full, Pattern
 from attnzoo.spec.segments import Attention, Request, Result, Segment, check_heads_tensor, describe
 from attnzoo.spec.transforms import holds
@@ -145,7 +145,7 @@ def _split_globals(checked: Attention, global_keys: Tensor) -> tuple[Segment, ..
     if segment.mask is not None or segment.bias is not None:
         raise InvalidArgumentError("global_keys", "together with mask or bias", "global_keys without mask and bias")
     visible = global_keys if segment.key_mask is None else global_keys & segment.key_mask
-    found = locate(visible)
+    found = find_global_keys(visible)
     if found is None:
         return (segment,)
     ordinary = ~global_keys if segment.key_mask is None else segment.key_mask & ~global_keys

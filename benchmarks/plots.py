@@ -10,7 +10,7 @@ from typing import Any
 from attnzoo.benchmarks.rows import OK, Row, Shootout
 from attnzoo.benchmarks.tables import SCOPE_TITLES, duration, size
 from attnzoo.errors import InvalidArgumentError
-from attnzoo.layout import alike
+from attnzoo.layout import group_by
 
 # Okabe and Ito's colours, which readers with any colour vision can distinguish.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7A3E9D")
@@ -43,7 +43,7 @@ def draw(shootout: Shootout, path: Path) -> tuple[Path, ...]:
     """
     require_matplotlib()
     path.parent.mkdir(parents=True, exist_ok=True)
-    by_family = {rows[0].family: rows for rows in alike(shootout.rows, lambda row: row.family)}
+    by_family = {rows[0].family: rows for rows in group_by(shootout.rows, lambda row: row.family)}
     targets = {name: path if len(by_family) == 1 else path.with_stem(f"{path.stem}-{name}") for name in by_family}
     for family, rows in by_family.items():
         _draw_family(rows, targets[family])
@@ -54,11 +54,11 @@ def _draw_family(rows: list[Row], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    by_mode = alike(rows, lambda row: row.mode)
+    by_mode = group_by(rows, lambda row: row.mode)
     figure = Figure(figsize=(13.5, 0.9 + 3.7 * len(by_mode)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(by_mode), 3, squeeze=False)
-    by_backend = sorted(alike(rows, lambda row: row.backend), key=lambda same: not same[0].is_original)
+    by_backend = sorted(group_by(rows, lambda row: row.backend), key=lambda same: not same[0].is_original)
     styles = {same[0].label: _style(same[0], number) for number, same in enumerate(by_backend)}
     lines: dict[str, Any] = {}
     for of_mode, (time_axis, memory_axis, error_axis) in zip(by_mode, grid, strict=True):

@@ -12,7 +12,7 @@ from pathlib import Path
 from attnzoo.benchmarks.rows import OK, Row, Shootout
 from attnzoo.benchmarks.tables import duration, notes, ratio, size
 from attnzoo.errors import InvalidArgumentError
-from attnzoo.layout import alike
+from attnzoo.layout import group_by
 
 INTRODUCTION = """\
 # Results
@@ -66,7 +66,7 @@ def page(folder: Path) -> str:
         software = f"torch {versions['torch']}, transformers {versions['transformers']}"
         if heading != (heading := f"## `{path.parent.name}`: {first.hardware}: {first.dtype}, {software}"):
             lines += ["", heading]
-        for rows in alike(shootout.rows, lambda row: (row.family, row.scope, row.mode)):
+        for rows in group_by(shootout.rows, lambda row: (row.family, row.scope, row.mode)):
             title = f"### {rows[0].family}, {rows[0].scope}, {rows[0].mode}"
             lines += ["", title, "", f"`{command(shootout)}`", "", *_table(rows)]
     return "\n".join(lines)

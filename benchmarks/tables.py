@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnzoo.benchmarks.rows import FAILED, OK, RED, REFUSED, SKIPPED, EndToEnd, Row, Shootout
-from attnzoo.layout import alike, fit
+from attnzoo.layout import fit, group_by
 
 SCOPE_TITLES = {
     "model": "whole model",
@@ -51,14 +51,14 @@ def show(shootout: Shootout, console: Console) -> None:
 
 
 def _parts(shootout: Shootout, width: int) -> Iterator[Table | Text]:
-    for rows in alike(shootout.rows, lambda row: (row.family, row.scope)):
+    for rows in group_by(shootout.rows, lambda row: (row.family, row.scope)):
         first, versions = rows[0], shootout.versions
         yield Text(f"\n{first.checkpoint}: {SCOPE_TITLES[first.scope]}", style="bold")
         software = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "attnzoo"))
         software += f", Python {versions['python']}"
         yield Text(f"{first.dtype}, batch {first.batch}, {first.hardware}; {software}", style="dim")
         in_table = [row for row in rows if row.status not in (REFUSED, SKIPPED)]
-        for of_mode in alike(in_table, lambda row: row.mode):
+        for of_mode in group_by(in_table, lambda row: row.mode):
             yield Text(f"\n{of_mode[0].mode}", style="italic")
             yield _table(of_mode, width)
         yield Text()
@@ -92,7 +92,7 @@ def _table(rows: list[Row], width: int) -> Table:
         spare -= more
         justify = "left" if name in _LEFT_COLUMNS else "right"
         table.add_column(name, width=needed[name] + more, justify=justify)  # type: ignore[arg-type]
-    for of_length in alike(zip(rows, cells, strict=True), lambda pair: pair[0].seq_len):
+    for of_length in group_by(zip(rows, cells, strict=True), lambda pair: pair[0].seq_len):
         table.add_row(f"S = {of_length[0][0].seq_len}", style="italic")
         for row, row_cells in of_length:
             table.add_row(*(row_cells[name] for name in kept), style=_STYLES.get(row.status, ""))
@@ -161,7 +161,7 @@ def _not_run(rows: list[Row]) -> Iterator[Text]:
     """One paragraph about the refused and skipped rows; contenders with equal reasons are listed together."""
     silent = [row for row in rows if row.status in (REFUSED, SKIPPED)]
     names: dict[str, list[str]] = {}
-    for same in alike(silent, lambda row: (row.backend, row.reason)):
+    for same in group_by(silent, lambda row: (row.backend, row.reason)):
         reason = " ".join(same[0].reason.split())
         names.setdefault(f"{_places(same, rows)} ({reason})", []).append(same[0].label)
     if names:
@@ -179,7 +179,7 @@ def _places(silent: list[Row], rows: list[Row]) -> str:
 def _complaints(rows: Iterable[Row]) -> Iterator[Text]:
     """Why rows are red or failed; rows with equal reasons are listed together."""
     wrong = [row for row in rows if row.status in (RED, FAILED)]
-    for same in alike(wrong, lambda row: (row.status, row.reason)):
+    for same in group_by(wrong, lambda row: (row.status, row.reason)):
         where = ", ".join(f"{row.backend} S={row.seq_len} {row.mode}" for row in same)
         reason = same[0].reason.replace("\n", "\n    ")
         yield Text(f"{_STATUS_WORDS[same[0].status]}: {where}\n    {reason}", style=_STYLES[same[0].status])
@@ -187,7 +187,9 @@ def _complaints(rows: Iterable[Row]) -> Iterator[Text]:
 
 def _end_to_end(verdicts: Iterable[EndToEnd]) -> Iterator[Text]:
     """The verdicts on whole models; equal ones are listed together."""
-    for same in alike(verdicts, lambda verdict: (verdict.family, verdict.seq_len, verdict.gradients, verdict.status)):
+    for same in group_by(
+        verdicts, lambda verdict: (verdict.family, verdict.seq_len, verdict.gradients, verdict.status)
+    ):
         first = same[0]
         word = "within the error budget" if first.status == OK else _STATUS_WORDS[first.status]
         mode = "forward+backward" if first.gradients else "forward"

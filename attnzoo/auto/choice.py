@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from attnzoo.auto.environment import code_of
-from attnzoo.auto.measurements import Measurement, in_words
+from attnzoo.auto.measurements import Measurement, format_seconds
 from attnzoo.backend import Backend
 from attnzoo.errors import InvalidArgumentError
 
@@ -63,9 +63,9 @@ def by_measurement(measurement: Measurement, candidates: Sequence[Backend]) -> C
     if not ranking:
         return None
     (fastest, name), *rest = ranking
-    others = "".join(f"; {other} {in_words(seconds)}" for seconds, other in rest)
+    others = "".join(f"; {other} {format_seconds(seconds)}" for seconds, other in rest)
     warm_up = measurement.outcomes[name].warm_up
-    return Choice(made[name], f"measured {in_words(fastest)}{f' ({warm_up})' if warm_up else ''}{others}")
+    return Choice(made[name], f"measured {format_seconds(fastest)}{f' ({warm_up})' if warm_up else ''}{others}")
 
 
 def wrongs(measurement: Measurement, candidates: Sequence[Backend]) -> dict[str, str]:

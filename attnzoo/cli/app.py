@@ -22,7 +22,7 @@ import attnzoo
 from attnzoo.cli.fingerprint import fingerprint
 from attnzoo.cli.tune import tune
 from attnzoo.errors import AttnzooError, InvalidArgumentError
-from attnzoo.layout import aligned, alike, fit
+from attnzoo.layout import aligned, fit, group_by
 
 
 class _Commands(TyperGroup):
@@ -68,7 +68,7 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(to_dicts(findings), indent=2))
         return
-    for group in alike(findings, lambda finding: finding.kind):
+    for group in group_by(findings, lambda finding: finding.kind):
         print(group[0].kind)
         print(aligned([(finding.name, "yes" if finding.ok else "no", finding.detail) for finding in group], indent=2))
 

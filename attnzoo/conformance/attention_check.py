@@ -56,7 +56,7 @@ def check_site(
     shape = (attention.batch, attention.heads, len(rows), attention.value_dim)
     cotangent = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(attention.query.device)
 
-    choices = made.choices(attention)
+    choices = made.decisions(attention)
 
     def plain(dtype: torch.dtype, run: Callable[[Attention, Tensor], Tensor] = _evaluated) -> tuple[Tensor, ...]:
         own = _leaves(attention, dtype, grad)

@@ -27,7 +27,7 @@ from attnzoo.errors import AttnzooError, BackendRefusedError, InvalidArgumentErr
 from attnzoo.functional import execute
 from attnzoo.registry import registry
 from attnzoo.spec.bias import Bias, DenseBias, RelativeBias
-from attnzoo.spec.global_keys import locate
+from attnzoo.spec.global_keys import find_global_keys
 from attnzoo.spec.hashed import HashedChunks, HashRound
 from attnzoo.spec.heads import expand_heads
 from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window
@@ -126,7 +126,7 @@ class Case:
             real[1, self.kv_len - self.kv_len // 4 :] = False
             real[2] = False
             chosen = flags(_BATCH, self.kv_len, p=0.2) & real
-            found = locate(chosen) if self.mask == "globals" else None
+            found = find_global_keys(chosen) if self.mask == "globals" else None
             segments = [replace(one, key_mask=real if found is None else real & ~chosen) for one in segments]
             if found is not None:
                 segments.append(Segment(found.take(key), found.take(value), key_mask=found.valid))
@@ -210,7 +210,7 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[Case]:
             yield Case(dtype, pattern, mask, grad=False, probabilities=True)
         if mask in ("none", "keys"):
             yield Case(dtype, SortedChunks(8, 1, 0, causal=True), mask, dropout=0.25)
-        for hashed in (HashedChunks(5, 1, 0, causal=True), HashedChunks(4, 1, 1, apart=2)):
+        for hashed in (HashedChunks(5, 1, 0, causal=True), HashedChunks(4, 1, 1, min_distance=2)):
             if mask != "globals":
                 yield Case(dtype, hashed, mask)
                 yield Case(dtype, hashed, mask, kv_heads=2, q_len=5, kv_len=23)
@@ -318,7 +318,7 @@ def _dropout_failure(backend: Backend, attention: Attention, seed: int = 0) -> s
         torch.manual_seed(seed)
         got = execute(backend, dropped).output
     wide = kept.with_tensors(tuple(t.double() for t in kept.tensors()))
-    weights = evaluate(backend.rewrite(wide, backend.choices(kept))).output
+    weights = evaluate(backend.rewrite(wide, backend.decisions(kept))).output
     scaled = weights / (1.0 - attention.dropout)
     gone = got == 0.0
     eps = torch.finfo(got.dtype).eps

@@ -43,7 +43,7 @@ def check_transform(attention: Attention, backend: Backend, transform: str, seed
     narrow = torch.float32 if dtype == torch.float64 else None  # float64 has no wider reference
 
     def by_definition(one: Attention) -> Tensor:
-        return evaluate(backend.rewrite(one, backend.choices(one))).output
+        return evaluate(backend.rewrite(one, backend.decisions(one))).output
 
     got = _Run(attention, dtype, seed).transformed(transform, lambda one: execute(backend, one).output)
     reference, eager = (

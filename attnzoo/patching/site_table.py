@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from attnzoo.layout import aligned, alike, heading
+from attnzoo.layout import aligned, group_by, heading
 from attnzoo.patching.sites import Site
 
 HEADER = ("backend", "kernel", "calls", "fallbacks", "sites")
@@ -12,7 +12,7 @@ HEADER = ("backend", "kernel", "calls", "fallbacks", "sites")
 
 def table(sites: Iterable[Site]) -> str:
     """One row for all sites at which the same ran. Counts are those of each site, a range where they differ."""
-    groups = alike(sites, lambda site: (site.cls, site.pattern, site.ran, site.kernel, site.approximate))
+    groups = group_by(sites, lambda site: (site.cls, site.pattern, site.ran, site.kernel, site.approximate))
     return aligned([HEADER, *map(_row, groups)])
 
 

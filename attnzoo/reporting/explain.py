@@ -10,7 +10,7 @@ from torch import nn
 
 from attnzoo.backend import Backend
 from attnzoo.errors import InvalidArgumentError, PatchError, Refusal
-from attnzoo.layout import alike, fit, heading
+from attnzoo.layout import fit, group_by, heading
 from attnzoo.patching.patch import check_forward
 from attnzoo.patching.sites import check_options, expected_changes, expected_requests, find_sites
 from attnzoo.registry import registry
@@ -63,7 +63,7 @@ class Explanation(tuple[Verdict, ...]):
 
     def __str__(self) -> str:
         lines = []
-        for sites in alike(alike(self, lambda verdict: verdict.site), self._told):
+        for sites in group_by(group_by(self, lambda verdict: verdict.site), self._told):
             first = sites[0][0]
             lines.append(heading([verdicts[0].site for verdicts in sites], first.cls, first.pattern))
             for verdict in sites[0]:
@@ -144,7 +144,7 @@ def _make(name: str, options: Mapping[str, Any]) -> Backend | Refusal:
     """The configured backend of a name; or why it cannot be had, where that is not the options' fault."""
     info = registry.backends()[name]
     if info.capabilities is None:  # it did not load
-        return Refusal("availability", info.reason, "a machine that has it")
+        return Refusal("availability", info.reason, "a machine that can run it")
     missing = [option for option in registry.backend_class(name).required_options() if option not in options]
     if missing:
         return Refusal("options", f"no {', '.join(missing)}", f"{missing[0]}=...")

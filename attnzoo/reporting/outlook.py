@@ -6,7 +6,7 @@ from attnzoo.adapter import parameter_of
 from attnzoo.auto import cache, selection
 from attnzoo.auto.choice import by_measurement, by_priority_because
 from attnzoo.auto.environment import environment_of
-from attnzoo.auto.measurements import Measurement, plain
+from attnzoo.auto.measurements import Measurement, to_plain_data
 from attnzoo.errors import BackendRefusedError
 from attnzoo.patching.sites import PatchTarget, expected_requests
 from attnzoo.registry import registry
@@ -46,7 +46,7 @@ def _by_priority(request: Request) -> str:
 
 
 def _alike(measurement: Measurement, request: Request) -> bool:
-    told, measured = plain(request), measurement.request
+    told, measured = to_plain_data(request), measurement.request
     same = all(measured.get(name) == told[name] for name in _ALIKE)
     segments = measured.get("segments") or [{}]
     return same and segments[0].get("pattern") == told["segments"][0]["pattern"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from attnzoo.auto.measurements import Measurement, in_words
+from attnzoo.auto.measurements import Measurement, format_seconds
 from attnzoo.layout import fit
 
 
@@ -42,7 +42,7 @@ def table(measurement: Measurement, remark: str = "") -> str:
     for seconds, name in ranking:
         one = measurement.outcomes[name]
         remark = f"{one.kernel} ({one.warm_up})" if one.warm_up else one.kernel
-        lines.append(f"  {name:<20} {in_words(seconds):>8}  {remark}")
+        lines.append(f"  {name:<20} {format_seconds(seconds):>8}  {remark}")
     timed = {name for _, name in ranking}
     lines += [f"  {name:<20} {one.reason}" for name, one in measurement.outcomes.items() if name not in timed]
     return fit("\n".join(lines))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attnzoo.auto import cache
 from attnzoo.auto.choice import is_current
 from attnzoo.auto.environment import Environment, environment_of
-from attnzoo.auto.measurements import Measurement, SizeClass, key_of, plain, size_class
+from attnzoo.auto.measurements import Measurement, SizeClass, key_of, size_class, to_plain_data
 from attnzoo.backend import Backend
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.patching.patch import patch
@@ -102,7 +102,7 @@ def tune(
             if progress is not None:
                 progress(f"{number}/{len(meetings)} {met.where}: {met.size}")
             outcomes = race(met.attention, takes, grad=met.request.grad, rounds=rounds, clock=clock)
-            new = Measurement(plain(met.request), met.size, outcomes, met.where)
+            new = Measurement(to_plain_data(met.request), met.size, outcomes, met.where)
             # Kept at once: what was measured before an interruption need not be measured again.
             cache.add(met.environment, [new], save=save)
             found.append(new)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from attnzoo.conformance.error_rule import Check
 from attnzoo.conformance.site_report import SiteReport, worst
-from attnzoo.layout import aligned, alike, fit
+from attnzoo.layout import aligned, fit, group_by
 from attnzoo.verification.reports import Report
 
 _HEADER = ("of budget", "original", "kernel", "attention, or output of the model")
@@ -78,11 +78,11 @@ def _named(sites: Iterable[SiteReport]) -> list[tuple[str, list[Check]]]:
 
 
 def _by_name(sites: Iterable[SiteReport]) -> dict[str, list[SiteReport]]:
-    return {group[0].name: group for group in alike(sites, lambda site: site.name)}
+    return {group[0].name: group for group in group_by(sites, lambda site: site.name)}
 
 
 def _by_what(checks: Iterable[Check]) -> dict[str, list[Check]]:
-    return {group[0].what: group for group in alike(checks, lambda check: check.what)}
+    return {group[0].what: group for group in group_by(checks, lambda check: check.what)}
 
 
 def _checks(sites: Iterable[SiteReport]) -> list[Check]:

@@ -99,7 +99,7 @@ def verify(
         if request.grad or asked not in seen:  # where both are asked, the one that trains is judged both ways
             seen[asked] = attention, result.kernel, ran
         if not ran.capabilities.exact:
-            rewriters.setdefault(site.name, (ran, []))[1].append(ran.choices(attention))
+            rewriters.setdefault(site.name, (ran, []))[1].append(ran.decisions(attention))
 
     with own_random_stream(model), _eval_mode(model):
         with patch(model, backend, **options) as handle:

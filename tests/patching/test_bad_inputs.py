@@ -152,7 +152,7 @@ BAD = {
         dict(global_keys=zeros(2, 7).bool().to("meta")), "global_keys device", "meta", "cpu, the query's",
     ),
     # names
-    "native without a model": (dict(backend="native"), "backend", "'native', a selection mode", "'eager'.*'sdpa'"),
+    "native without a model": (dict(backend="native"), "backend", "which is a selection mode", "'eager'.*'sdpa'"),
     "a nested q": (
         dict(q=torch.nested.nested_tensor([zeros(4, 6, 8)], layout=torch.jagged)), Q, "a nested or s", "a dense tensor",
     ),
@@ -204,7 +204,7 @@ def test_cpu_tensors_to_a_cuda_backend(add_backend):
     fake = add_backend("gpu", devices=frozenset({"cuda"}))
     with pytest.raises(BackendRefusedError, match="device: got cpu; allowed: cuda") as caught:
         call("gpu")
-    assert re.search(r"would run there: 'sdpa'.*, 'eager'$", str(caught.value), re.M)
+    assert re.search(r"backends that support it: 'sdpa'.*, 'eager'$", str(caught.value), re.M)
     assert fake.runs == 0
 
 

@@ -96,7 +96,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_named():
         attnzoo.patch(model, "sdpa")
 
 
-def test_the_adapter_of_the_nearest_class_wins(registry_of_its_own):
+def test_the_adapter_of_the_nearest_class_wins(isolated_registry):
     """A subclass has an adapter of its own: it is asked first, whatever the model type."""
     point = next(point for point in registry.find_adapter("longformer").points if point.attends)
     own = replace(point, cls=f"{__name__}:HandsOn", verified={}, describe=lambda module: "by hand")
@@ -108,7 +108,7 @@ def test_the_adapter_of_the_nearest_class_wins(registry_of_its_own):
 
 
 @pytest.mark.parametrize("type_", ["roberta", "mine"])
-def test_of_two_adapters_for_one_class_that_of_the_model_type_wins(registry_of_its_own, type_):
+def test_of_two_adapters_for_one_class_that_of_the_model_type_wins(isolated_registry, type_):
     point = next(point for point in registry.find_adapter("longformer").points if point.attends)
     own = replace(point, describe=lambda module: "by hand")
     attnzoo.register_adapter(attnzoo.Adapter(model_types=("mine",), points=(own,)))

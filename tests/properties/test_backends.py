@@ -11,7 +11,7 @@ import attnzoo
 from attnzoo.functional import execute
 from attnzoo.registry import registry
 from attnzoo.spec.bias import DenseBias, RelativeBias
-from attnzoo.spec.global_keys import locate
+from attnzoo.spec.global_keys import find_global_keys
 from attnzoo.spec.segments import Attention, Segment
 from attnzoo.verification.verify import check_site
 from tests.conftest import DEVICES
@@ -116,7 +116,7 @@ def attentions(draw):
     if extra == "globals":
         real = torch.ones((batch, kv_len), dtype=torch.bool) if key_mask is None else key_mask
         chosen = draw(global_tokens(batch, kv_len)) & real
-        found = locate(chosen)
+        found = find_global_keys(chosen)
         if found is not None:
             segments = [
                 Segment(key, value, pattern, real & ~chosen),

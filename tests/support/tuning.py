@@ -4,7 +4,7 @@ import torch
 
 import attnzoo
 from attnzoo.auto import cache, environment
-from attnzoo.auto.measurements import Measurement, Outcome, plain, size_class
+from attnzoo.auto.measurements import Measurement, Outcome, size_class, to_plain_data
 from attnzoo.registry import registry
 from tests.support.models import gpt_neox
 
@@ -48,5 +48,5 @@ def measured(attention, seconds):
     for name, found in seconds.items():
         code, wrong = environment.code_of(registry.backend_class(name)), isinstance(found, str)
         outcomes[name] = Outcome(code, None if wrong else found, reason=found if wrong else "", wrong=wrong)
-    one = Measurement(plain(attention.request()), size_class(attention), outcomes, "by hand")
+    one = Measurement(to_plain_data(attention.request()), size_class(attention), outcomes, "by hand")
     cache.add(environment.environment_of(attention.query.device), [one], save=True)

@@ -5,6 +5,7 @@ import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 import attnzoo
+from attnzoo.registry import registry
 from attnzoo.reporting import matrix, matrix_text
 
 
@@ -33,7 +34,7 @@ def inputs():
 def test_backend_and_adapter_are_found():
     info = attnzoo.backends()["tiled"]
     assert info.available and info.exact and info.aliases == ("online-softmax",) and info.options == ("tile",)
-    assert "gpt_neo" in attnzoo.registry.model_types()
+    assert "gpt_neo" in registry.model_types()
 
 
 def test_the_support_matrix_has_them():
@@ -51,7 +52,7 @@ def test_the_backend_conforms():
 
 
 def test_the_backend_conforms_on_tiles_that_fit_nothing():
-    backend = attnzoo.registry.make_backend("tiled", tile=7)
+    backend = attnzoo.configure("tiled", tile=7)
     for case in attnzoo.testing.cases((torch.float32,)):
         if case.mask != "none" and case.kv_heads == 2 and case.q_len < 100:
             assert not attnzoo.testing.run_case(backend, case).failure
@@ -60,7 +61,7 @@ def test_the_backend_conforms_on_tiles_that_fit_nothing():
 @pytest.mark.parametrize("tile", [0, -1, 2.5, True])
 def test_an_option_that_makes_no_sense_is_refused(tile):
     with pytest.raises(attnzoo.InvalidArgumentError, match=r"tile: got .*; allowed: a positive integer"):
-        attnzoo.registry.make_backend("tiled", tile=tile)
+        attnzoo.configure("tiled", tile=tile)
 
 
 @pytest.mark.parametrize("backend", ["tiled", "sdpa", "eager", "auto"])
