@@ -8,7 +8,8 @@ import torch
 from transformers.models.longt5 import modeling_longt5
 
 import attnzoo
-from attnzoo.adapters.longt5 import LONGT5, _aggregate, _globals
+from attnzoo.adapters.longt5 import LONGT5
+from attnzoo.adapters.longt5_blocks import find_global_blocks, sum_blocks
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError
 from attnzoo.originals.drift import drift
 from tests.support.longt5 import (
@@ -136,10 +137,10 @@ def test_masks_of_either_implementation_of_the_decoder(implementation, padded, b
 
 def test_blocks_are_summed_in_float32():
     states = torch.randn(2, 200, 5).bfloat16()
-    blocks = _globals(padding(2, 200, "left"), 64)
-    exact = [[states[b, blocks.of[b] == g].double().sum(0) for g in range(3)] for b in range(2)]
+    blocks = find_global_blocks(padding(2, 200, "left"), 64)
+    exact = [[states[b, blocks.block_of[b] == g].double().sum(0) for g in range(3)] for b in range(2)]
     exact = torch.stack([torch.stack(sample) for sample in exact])
-    torch.testing.assert_close(_aggregate(states, blocks).double(), exact, rtol=torch.finfo(states.dtype).eps, atol=0)
+    torch.testing.assert_close(sum_blocks(states, blocks).double(), exact, rtol=torch.finfo(states.dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right", "sample", "holes"])
@@ -149,16 +150,18 @@ def test_blocks_are_numbered_by_position_whatever_the_default_dtype(size, side):
     mask = padding(3, 700, side)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        blocks = _globals(mask, size)
+        blocks = find_global_blocks(mask, size)
     finally:
         torch.set_default_dtype(torch.float32)
     for sample, row in enumerate(mask.tolist()):
         full = sum(bool(row[end]) for end in range(size - 1, 700, size))
-        assert blocks.of[sample].tolist() == [min(at // size, full - 1) if one else -1 for at, one in enumerate(row)]
+        assert blocks.block_of[sample].tolist() == [
+            min(at // size, full - 1) if one else -1 for at, one in enumerate(row)
+        ]
     assert blocks.number == 700 // size
     if size != 25:
         of, exists = modeling_longt5._make_global_fixed_block_ids(mask, size)
-        assert torch.equal(blocks.of, of.long()) and torch.equal(blocks.exists, exists.bool())
+        assert torch.equal(blocks.block_of, of.long()) and torch.equal(blocks.exists, exists.bool())
 
 
 @kinds

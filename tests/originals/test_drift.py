@@ -72,8 +72,11 @@ def runs_natively(model):
 
 def test_another_version_is_refused_with_the_versions_known(monkeypatch):
     adapter = registry.find_adapter("gpt_neox")
-    point = adapter.points[0]
-    other = replace(adapter, points=(replace(point, verified={FORWARD: ("0123456789abcdef",)}),))
+
+    class OtherVersion(type(adapter.points[0])):
+        verified = {FORWARD: ("0123456789abcdef",)}
+
+    other = replace(adapter, points=(OtherVersion(),))
     monkeypatch.setattr(registry, "adapters", lambda: {"gpt_neox": other})
     model = tiny()
     message = refusal(model)
