@@ -225,7 +225,7 @@ class Adapter:
 
     def __post_init__(self) -> None:
         for point in self.points:
-            if not isinstance(point, PatchPoint) or not hasattr(point, "cls"):
+            if not isinstance(point, PatchPoint) or not getattr(point, "cls", ""):
                 got = getattr(point, "__name__", type(point).__name__)
                 raise InvalidArgumentError("points", got, "instances of PatchPoint subclasses that set cls")
 
