@@ -20,7 +20,7 @@ from attnzoo.adapters.reformer_layout import (
 )
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.functional import compute_dtype
-from attnzoo.originals.fingerprint import locate
+from attnzoo.originals.fingerprint import object_at
 from attnzoo.spec.heads import merge_heads, split_heads
 from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern
 from attnzoo.spec.segments import Attention, Result, Segment
@@ -76,7 +76,7 @@ class LocalCall:
             result = self._run(states, states, real, chunks, wanted)
             weights = () if result.dropped is None else in_chunks(result.dropped, chunk, steps_ahead(module, count))
             output = merge_heads(result.output)
-        returned: tuple[Tensor, Any] = locate(f"{MODULE}:LocalSelfAttentionOutput")(output, weights)
+        returned: tuple[Tensor, Any] = object_at(f"{MODULE}:LocalSelfAttentionOutput")(output, weights)
         return returned
 
     def _run(

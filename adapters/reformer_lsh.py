@@ -28,7 +28,7 @@ from attnzoo.adapters.reformer_layout import (
 )
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.functional import compute_dtype
-from attnzoo.originals.fingerprint import locate
+from attnzoo.originals.fingerprint import object_at
 from attnzoo.patching.interface import rebind
 from attnzoo.spec.heads import merge_heads, split_heads
 from attnzoo.spec.patterns import Causal, SortedChunks, Window
@@ -101,7 +101,7 @@ class LshCall:
                     output, weights = self._sorted(query, value, buckets, real, wanted)
         if buckets is not None:
             buckets = buckets.view(batch, module.num_attention_heads, hashes, -1)
-        returned: tuple[Tensor, Any, Tensor | None] = locate(f"{MODULE}:LSHSelfAttentionOutput")(
+        returned: tuple[Tensor, Any, Tensor | None] = object_at(f"{MODULE}:LSHSelfAttentionOutput")(
             merge_heads(output), () if weights is None else weights, buckets
         )
         return returned

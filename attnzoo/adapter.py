@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from attnzoo.errors import DriftError, InvalidArgumentError
 from attnzoo.originals import slots
-from attnzoo.originals.drift import bypassed, drift, message
-from attnzoo.originals.fingerprint import locate
+from attnzoo.originals.drift import drift_message, find_bypassed, find_drift
+from attnzoo.originals.fingerprint import object_at
 from attnzoo.spec.segments import Attention, Request, Result, SegmentRequest
 
 T = TypeVar("T")
@@ -241,15 +241,15 @@ class Adapter:
             DriftError: a function is missing, or was changed by a subclass, at run time or by another version. The
                 message says which.
         """
-        differences = drift(point.verified)
+        differences = find_drift(point.verified)
         if not differences:
-            base = locate(point.cls)
-            differences = bypassed(base if module is None else type(module), base, point.verified)
+            base = object_at(point.cls)
+            differences = find_bypassed(base if module is None else type(module), base, point.verified)
         if differences:
             import transformers
 
             family = ", ".join(self.model_types)
-            raise DriftError(message(differences, family, self.versions, transformers.__version__))
+            raise DriftError(drift_message(differences, family, self.versions, transformers.__version__))
 
 
 def path_of(cls: type) -> str:

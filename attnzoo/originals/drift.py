@@ -14,7 +14,7 @@ from functools import cache
 from types import FunctionType
 from typing import Any, Literal
 
-from attnzoo.originals.fingerprint import fingerprint, locate
+from attnzoo.originals.fingerprint import fingerprint, object_at
 
 Cause = Literal["overridden", "replaced", "unreadable", "changed"]
 _CAUSES: tuple[Cause, ...] = ("overridden", "replaced", "unreadable", "changed")  # in the order of reporting
@@ -40,7 +40,7 @@ class Difference:
         return f"{self.path}: {self.detail}"
 
 
-def drift(verified: Mapping[str, tuple[str, ...]]) -> tuple[Difference, ...]:
+def find_drift(verified: Mapping[str, tuple[str, ...]]) -> tuple[Difference, ...]:
     """Return the verified functions that are missing or have another fingerprint.
 
     Args:
@@ -50,7 +50,7 @@ def drift(verified: Mapping[str, tuple[str, ...]]) -> tuple[Difference, ...]:
     return tuple(difference for difference in differences if difference is not None)
 
 
-def bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]) -> tuple[Difference, ...]:
+def find_bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]) -> tuple[Difference, ...]:
     """Return overrides in a subclass and wrappers, which a patch would bypass although the originals are as verified.
 
     Constructors do not count, because they have run before a module is patched. Methods of other classes, such as the
@@ -59,7 +59,7 @@ def bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]) -> 
     Args:
         cls: the class of a module.
         base: the verified class, one of ``cls.__mro__``.
-        verified: as for :func:`drift`, which must have found nothing.
+        verified: as for :func:`find_drift`, which must have found nothing.
     """
     names = ["forward"]
     wrappers = []
@@ -71,7 +71,7 @@ def bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]) -> 
             names.append(name)
         wrappers += [
             Difference(path, "replaced", f"wrapped at run time by {_describe(wrapper)}")
-            for wrapper in _wrappers(locate(path))
+            for wrapper in _wrappers(object_at(path))
             if _package(_module(wrapper)) not in {_package(path), *_DECORATING}
         ]
     overrides = [
@@ -82,7 +82,7 @@ def bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]) -> 
     return (*overrides, *wrappers)
 
 
-def message(differences: Sequence[Difference], family: str, versions: str, installed: str) -> str:
+def drift_message(differences: Sequence[Difference], family: str, versions: str, installed: str) -> str:
     """Return the error message for differences: the first cause that applies, an example of it, and the remedy.
 
     Args:
@@ -119,7 +119,7 @@ def message(differences: Sequence[Difference], family: str, versions: str, insta
 def _difference(path: str, known: tuple[str, ...]) -> Difference | None:
     cause: Cause = "changed"
     try:
-        function = locate(path)
+        function = object_at(path)
     except (ImportError, AttributeError) as error:
         return Difference(path, cause, f"{type(error).__name__}: {error}")
     try:
@@ -153,7 +153,7 @@ def _is_defined_at(path: str, function: Any) -> bool:
     """Whether a function was defined in the class or module of the path. An inherited method counts as such."""
     module, _, attribute = path.partition(":")
     owner, _, name = attribute.rpartition(".")
-    inherited = owner and name not in vars(locate(f"{module}:{owner}"))
+    inherited = owner and name not in vars(object_at(f"{module}:{owner}"))
     defined_in = _module(function) if isinstance(function, FunctionType) else getattr(function, "__module__", "")
     named = getattr(function, "__qualname__", None) == attribute
     return bool(inherited or (named and _package(defined_in) == _package(module)))

@@ -36,7 +36,7 @@ _TOKEN = re.compile(
 _NEWLINE, _INDENT, _DEDENT = "\n", "\n>", "\n<"
 
 
-def locate(path: str) -> Any:
+def object_at(path: str) -> Any:
     """Return the object at ``"package.module:Class.attribute"``."""
     module, _, attribute = path.partition(":")
     value: Any = importlib.import_module(module)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnzoo.adapter import Attend, PatchPoint
 from attnzoo.originals import slots
-from attnzoo.originals.fingerprint import locate
+from attnzoo.originals.fingerprint import object_at
 
 # The smallest slice. Its hidden layers fit in tens of MiB, and matrix products are as fast as on all tokens at once.
 TOKENS_AT_ONCE = 2048
@@ -25,7 +25,7 @@ class CompanionPoint(PatchPoint):
     attends = False
 
     def serves(self, module: Any) -> bool:
-        return type(module).forward is locate(f"{self.cls}.forward") and not slots.is_foreign(module)
+        return type(module).forward is object_at(f"{self.cls}.forward") and not slots.is_foreign(module)
 
 
 class FeedForwardPoint(CompanionPoint):

@@ -17,8 +17,8 @@ from transformers.models.llama import modeling_llama
 
 import attnzoo
 from attnzoo.originals import drift as drift_module
-from attnzoo.originals.drift import Difference, drift
-from attnzoo.originals.fingerprint import fingerprint, locate
+from attnzoo.originals.drift import Difference, find_drift
+from attnzoo.originals.fingerprint import fingerprint, object_at
 from attnzoo.registry import registry
 
 WHERE = "transformers.models.gpt_neox.modeling_gpt_neox"
@@ -26,7 +26,7 @@ FORWARD = f"{WHERE}:GPTNeoXAttention.forward"
 
 
 def differences(path, *known):
-    return [(difference.path, difference.cause, difference.detail) for difference in drift({path: known})]
+    return [(difference.path, difference.cause, difference.detail) for difference in find_drift({path: known})]
 
 
 def test_drift_reports_missing_and_changed_functions():
@@ -160,7 +160,7 @@ def test_replacement_of_a_module_function_is_named(monkeypatch, make):
     adapter = registry.find_adapter("gpt_bigcode")
     point = next(point for point in adapter.points if where in point.verified)
     adapter.check_drift(point)
-    monkeypatch.setattr(where.replace(":", "."), make(locate(where)))
+    monkeypatch.setattr(where.replace(":", "."), make(object_at(where)))
     with pytest.raises(
         attnzoo.DriftError, match=rf"{where}: (replaced|wrapped) at run time by \S*forward of module tests"
     ):
@@ -171,7 +171,7 @@ def test_wrapper_of_a_function_that_still_runs_is_allowed(monkeypatch):
     led = "transformers.models.led.modeling_led"
     adapter = registry.find_adapter("led")
     point = next(point for point in adapter.points if f"{led}:LEDEncoder.forward" in point.verified)
-    encoder = locate(f"{led}:LEDEncoder")
+    encoder = object_at(f"{led}:LEDEncoder")
     monkeypatch.setattr(encoder, "forward", wrapper(encoder.forward))
     adapter.check_drift(point)
     monkeypatch.setattr(encoder, "forward", replacement(encoder.forward))
@@ -238,7 +238,7 @@ POINT_IDS = [type(point).__module__.rpartition(".")[2] + "-" + type(point).__nam
 
 @pytest.mark.parametrize(("adapter", "point"), points(), ids=POINT_IDS)
 def test_subclass_must_not_override_a_verified_method(adapter, point):
-    base = locate(point.cls)
+    base = object_at(point.cls)
     paths = [path.rpartition(".") for path in point.verified]
     names = {name for owner, _, name in paths if owner == point.cls} | {"forward"}
     for name in names:
@@ -265,7 +265,7 @@ def test_message_is_short_for_many_differences(adapter, point, cause):
     for path in point.verified:
         others = [Difference(other, cause, detail) for other in point.verified]
         differences = (Difference(path, cause, detail), *others)
-        assert len(drift_module.message(differences, family, adapter.versions, transformers.__version__)) < 400
+        assert len(drift_module.drift_message(differences, family, adapter.versions, transformers.__version__)) < 400
 
 
 def test_subclass_that_keeps_the_forward_is_served():
@@ -283,7 +283,7 @@ def test_subclass_that_keeps_the_forward_is_served():
 def test_every_point_is_verified_against_the_installed_transformers(point):
     # Points that only check masks rely on names of arguments, so they need no fingerprint.
     assert point.verified or not point.attends, "a point that attends records fingerprints"
-    assert drift(dict(point.verified)) == ()
+    assert find_drift(dict(point.verified)) == ()
 
 
 @pytest.mark.parametrize("model_type", registry.model_types())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from attnzoo.originals.fingerprint import fingerprint_of_source, locate, source_from
+from attnzoo.originals.fingerprint import fingerprint_of_source, object_at, source_from
 from attnzoo.registry import registry
 from tests.originals.pythons import VERSIONS, fingerprints_on, interpreters
 from tests.originals.sources import HARD, every_source
@@ -29,7 +29,7 @@ def recorded():
 
 def test_functions_of_adapters_have_a_recorded_fingerprint(version):
     known = recorded()
-    sources = {path: source_from(locate(path)) for path in known}
+    sources = {path: source_from(object_at(path)) for path in known}
     assert sources, "no adapter is registered"
     got = fingerprints_on(interpreters()[version], sources, {})["sources"]
     assert {path: value for path, value in got.items() if value not in known[path]} == {}
