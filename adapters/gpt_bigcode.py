@@ -77,10 +77,22 @@ class CrossModelMasks(ModelMasks):
         return {"attention_mask": DECODER_MASK, _MASK: CROSS_VISIBILITY}
 
 
-class SelfAttention(InterfacePoint):
-    """Causal self-attention."""
+class _Attention(PatchPoint):
+    """The common part of self-attention and cross-attention."""
 
     cls = f"{_MODULE}:GPTBigCodeAttention"
+
+    def dropout(self, module: Any) -> float:
+        return float(module.attn_dropout)
+
+    def wants_probabilities(self, module: Any, kwargs: Mapping[str, Any]) -> bool:
+        # The block passes `output_attentions=False` if the user passed nothing, so False does not overrule the config.
+        return bool(kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False))
+
+
+class SelfAttention(_Attention, InterfacePoint):
+    """Causal self-attention."""
+
     verified = {
         f"{_MODULE}:GPTBigCodeAttention.forward": ("c39be72d161b452f",),
         f"{_MODULE}:GPTBigCodeBlock.forward": ("4e057486e762c36c",),
@@ -97,12 +109,6 @@ class SelfAttention(InterfacePoint):
         segment = SegmentRequest(Causal(offset=0), module.kv_heads)
         return (request_for(module, module.num_heads, module.head_dim, segment),)
 
-    def dropout(self, module: Any) -> float:
-        return float(module.attn_dropout)
-
-    def wants_probabilities(self, module: Any, kwargs: Mapping[str, Any]) -> bool:
-        return _wants_probabilities(module, kwargs)
-
     def bind(self, cls: Any, attend: Attend) -> Forward:
         # The original forward does not pass `output_attentions` on to its attention function.
         plain = self.bind_interface(cls, attend)
@@ -115,10 +121,9 @@ class SelfAttention(InterfacePoint):
         return forward
 
 
-class CrossAttention(PatchPoint):
+class CrossAttention(_Attention):
     """Cross-attention, repaired."""
 
-    cls = f"{_MODULE}:GPTBigCodeAttention"
     verified = {
         f"{_MODULE}:GPTBigCodeAttention.__init__": ("3df96d659edfe3dd",),
         f"{_MODULE}:GPTBigCodeAttention.forward": ("c39be72d161b452f",),
@@ -138,12 +143,6 @@ class CrossAttention(PatchPoint):
         kv_heads = module.c_attn.out_features // (2 * module.head_dim)
         segment = SegmentRequest(Full(cross=True), kv_heads, key_mask=True)
         return (request_for(module, module.num_heads, module.head_dim, segment),)
-
-    def dropout(self, module: Any) -> float:
-        return float(module.attn_dropout)
-
-    def wants_probabilities(self, module: Any, kwargs: Mapping[str, Any]) -> bool:
-        return _wants_probabilities(module, kwargs)
 
     def forward(
         self,
@@ -177,11 +176,6 @@ class CrossAttention(PatchPoint):
         result = attend(Attention(query, (segment,), module.scaling, dropout), wanted)
         output = module.c_proj(merge_heads(result.output))
         return module.resid_dropout(output), None if result.dropped is None else result.dropped[0]
-
-
-def _wants_probabilities(module: Any, kwargs: Mapping[str, Any]) -> bool:
-    # The block passes `output_attentions=False` if the user passed nothing, so False does not overrule the config.
-    return bool(kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False))
 
 
 def _keys_values(

@@ -85,7 +85,16 @@ _SHARED_FINGERPRINTS: dict[str, tuple[str, ...]] = {
 }
 
 
-class LocalAttention(PatchPoint):
+class _Attention(PatchPoint):
+    """The common part of both kinds of attention."""
+
+    backward_in_training = True
+
+    def dropout(self, module: Any) -> float:
+        return float(module.dropout)
+
+
+class LocalAttention(_Attention):
     """Attention to chunks that are neighbours by position."""
 
     cls = f"{MODULE}:LocalSelfAttention"
@@ -96,7 +105,6 @@ class LocalAttention(PatchPoint):
         f"{MODULE}:LocalSelfAttention._compute_attn_mask": ("c9fa636953925706",),
         f"{MODULE}:LocalSelfAttention._retrieve_relevant_hidden_states": ("e65253d69019b769",),
     }
-    backward_in_training = True
 
     def describe(self, module: Any) -> str:
         return f"chunks of {_describe_chunks(module)}"
@@ -107,14 +115,11 @@ class LocalAttention(PatchPoint):
         patterns: tuple[Pattern, ...] = (chunks, Causal(offset=0), Full()) if causal else (chunks, Full())
         return tuple(_request(module, SegmentRequest(pattern, heads, key_mask=True)) for pattern in patterns)
 
-    def dropout(self, module: Any) -> float:
-        return float(module.dropout)
-
     def forward(self, module: Any, attend: Attend, *args: Any, **kwargs: Any) -> Any:
         return LocalCall(module, attend)(*args, **kwargs)
 
 
-class LshAttention(PatchPoint):
+class LshAttention(_Attention):
     """Attention to chunks that are neighbours by hash."""
 
     cls = f"{MODULE}:LSHSelfAttention"
@@ -139,7 +144,6 @@ class LshAttention(PatchPoint):
         f"{MODULE}:ReverseSort.backward": ("8994d4915a22b6bb",),
     }
     makes_random_choices = True
-    backward_in_training = True
 
     def describe(self, module: Any) -> str:
         return f"LSH, {module.num_hashes} hashes, chunks of {_describe_chunks(module)}"
@@ -154,9 +158,6 @@ class LshAttention(PatchPoint):
             return rounds, short
         decoding = replace(_request(module, SegmentRequest(Full(), 1, key_mask=True)), heads=1)
         return rounds, short, _request(module, SegmentRequest(Full(), heads)), decoding
-
-    def dropout(self, module: Any) -> float:
-        return float(module.dropout)
 
     def replay(self, output: Any) -> dict[str, Any]:
         return {} if output.buckets is None else {"buckets": output.buckets}
