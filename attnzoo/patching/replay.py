@@ -1,8 +1,8 @@
 """Making runs of a model repeat one run's random choices, whatever their dtype.
 
 LSH attention hashes by random rotations, drawn in the dtype of the model: the same seed gives others in float64. Runs
-are comparable only if all of them hash alike. A point says what to repeat (``PatchPoint.replay``): keyword arguments of the
-module, taken from its own output.
+are comparable only if all of them hash alike. ``PatchPoint.replay`` turns the output of a module into keyword arguments
+that make it repeat its choices.
 """
 
 from __future__ import annotations

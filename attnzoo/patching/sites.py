@@ -117,7 +117,7 @@ def find_sites(model: nn.Module) -> list[PatchTarget]:
     for name, module in model.named_modules():
         claims = (claim for cls in type(module).__mro__ for claim in points.get(path_of(cls), ()))
         for adapter, point in claims:
-            if point.when(module):
+            if point.serves(module):
                 found.append(PatchTarget(name, module, point, adapter, point.owner(model, module)))
                 break
     if not any(one.point.attends for one in found):

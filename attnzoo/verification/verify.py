@@ -107,7 +107,7 @@ def verify(
                 site.observer = observe
             found = [forward.of(module) for forward in handle.forwards if (module := forward.module) is not None]
             fault = next((reason for one in found if (reason := one.point.fault(one.module))), "")
-            choosing = {one.name: (one.module, one.point.replay) for one in found if one.point.replay is not None}
+            choosing = {one.name: (one.module, one.point.replay) for one in found if one.point.makes_random_choices}
             # Whose backward works in training only is compared end to end forward; its attentions, backward too.
             trainable = not any(one.point.backward_in_training for one in found)
             whole = gradients and trainable and not fast

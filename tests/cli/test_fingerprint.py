@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import attnzoo
 from attnzoo.cli import app as cli
-from attnzoo.originals.fingerprint import fingerprint, locate
+from attnzoo.originals.fingerprint import fingerprint, object_at
 from attnzoo.registry import registry
 
 MODULE = "transformers.models.gpt_neox.modeling_gpt_neox"
@@ -26,11 +26,11 @@ def run(*arguments):
 def test_one_line_for_each_path():
     result = run(*PATHS)
     assert result.exit_code == 0
-    assert result.stdout.splitlines() == [f"{path}  {fingerprint(locate(path))}" for path in PATHS]
+    assert result.stdout.splitlines() == [f"{path}  {fingerprint(object_at(path))}" for path in PATHS]
 
 
 def test_json():
-    assert json.loads(run("--json", *PATHS).stdout) == {path: fingerprint(locate(path)) for path in PATHS}
+    assert json.loads(run("--json", *PATHS).stdout) == {path: fingerprint(object_at(path)) for path in PATHS}
 
 
 def test_what_it_prints_is_what_adapters_record():

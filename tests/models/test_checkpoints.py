@@ -57,7 +57,11 @@ def fine_tune(family, backend, dtype=torch.float32, choices=None, rate=0.01):
     Hash buckets are those of ``choices``, if given: a rounding may move a token into another one.
     """
     model = load(family, dtype).train()
-    sites = {found.name: (found.module, found.point.replay) for found in find_sites(model) if found.point.replay}
+    sites = {
+        found.name: (found.module, found.point.replay)
+        for found in find_sites(model)
+        if found.point.makes_random_choices
+    }
     handle = attnzoo.patch(model, backend) if backend else None
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     generator, losses = torch.Generator().manual_seed(3), []

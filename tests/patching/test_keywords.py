@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import attnzoo
 from attnzoo import BackendRefusedError, KeywordRefusedError
-from attnzoo.patching.interface import bind_interface
+from attnzoo.adapters.gpt_neox import SelfAttention
 from attnzoo.patching.keywords import UNCOMPUTED
 from tests.support.models import FAMILIES, gpt_bigcode, gpt_neox, ids, longt5
 
@@ -188,7 +188,7 @@ def test_what_the_originals_attention_function_declares_is_not_ignored(fallback,
     module, states = model.gpt_neox.layers[0].attention, torch.randn(1, 3, 32)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", _declares_more)
     attend = _Record(fallback)
-    forward = partial(bind_interface(type(module), attend), module)
+    forward = partial(SelfAttention().bind(type(module), attend), module)
     rotary = (torch.ones(1, 3, module.rotary_ndims), torch.zeros(1, 3, module.rotary_ndims))
     inputs = dict(attention_mask=None, position_embeddings=rotary)
     forward(states, **inputs, colour="blue")

@@ -329,7 +329,7 @@ def test_what_is_remembered_in_inference_mode_is_for_inference_mode(neox):
     """It cannot be saved for a backward, though it be made of a tensor that can."""
     mask = torch.ones(3, 11)
     with attnzoo.patch(neox.model, "sdpa") as handle:
-        first, second = (forward._attend.once for forward in handle.forwards[:2])
+        first, second = (forward._attend.cached_per_forward for forward in handle.forwards[:2])
         with torch.inference_mode():
             made = first(mask, "more", lambda tensor: tensor + 1)
         assert not second(mask, "more", lambda tensor: tensor + 1).is_inference() and made.is_inference()
@@ -340,7 +340,7 @@ def test_what_is_made_of_a_mask_is_made_once_per_forward(neox, mode):
     """Whatever is done to the mask between forwards, even where its version does not tell."""
     with attnzoo.patch(neox.model, "sdpa") as handle, mode():
         mask = torch.ones(3, 11)
-        sites = [forward._attend.once for forward in handle.forwards]
+        sites = [forward._attend.cached_per_forward for forward in handle.forwards]
         for value in (1.0, 2.0, 3.0):
             mask.data.fill_(value)
             made = [once(mask, "more", lambda tensor: tensor + 1) for once in sites]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -99,7 +98,14 @@ def test_a_subclass_with_a_forward_of_its_own_is_named():
 def test_the_adapter_of_the_nearest_class_wins(isolated_registry):
     """A subclass has an adapter of its own: it is asked first, whatever the model type."""
     point = next(point for point in registry.find_adapter("longformer").points if point.attends)
-    own = replace(point, cls=f"{__name__}:HandsOn", verified={}, describe=lambda module: "by hand")
+
+    class HandsOnPoint(type(point)):
+        cls, verified = f"{__name__}:HandsOn", {}
+
+        def describe(self, module):
+            return "by hand"
+
+    own = HandsOnPoint()
     attnzoo.register_adapter(attnzoo.Adapter(model_types=("handed_on",), points=(own,)))
     with attnzoo.patch(converted_roberta(HandsOn), "sdpa") as handle:
         assert {site.pattern for site in handle.sites} == {"by hand"}
@@ -110,7 +116,12 @@ def test_the_adapter_of_the_nearest_class_wins(isolated_registry):
 @pytest.mark.parametrize("type_", ["roberta", "mine"])
 def test_of_two_adapters_for_one_class_that_of_the_model_type_wins(isolated_registry, type_):
     point = next(point for point in registry.find_adapter("longformer").points if point.attends)
-    own = replace(point, describe=lambda module: "by hand")
+
+    class ByHand(type(point)):
+        def describe(self, module):
+            return "by hand"
+
+    own = ByHand()
     attnzoo.register_adapter(attnzoo.Adapter(model_types=("mine",), points=(own,)))
     model = converted_roberta()
     model.config.model_type = type_

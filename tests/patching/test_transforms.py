@@ -353,11 +353,14 @@ def test_global_keys_per_sample(backend):
 
 
 def test_a_mask_of_numbers_that_means_one_thing_or_its_opposite_is_refused():
-    from attnzoo.adapters.gpt_bigcode import _visible
+    from attnzoo.patching.mask_arguments import check_visibility
+
+    def check(mask):
+        return check_visibility("encoder_attention_mask", mask, 1, 5, mask.device, 1)
 
     with pytest.raises(attnzoo.InvalidArgumentError, match=r"encoder_attention_mask: .*under vmap.*; allowed: bool"):
-        vmap(_visible)(torch.ones(2, 1, 5))
-    assert vmap(_visible)(torch.ones(2, 1, 5, dtype=torch.bool)).all()
+        vmap(check)(torch.ones(2, 1, 5))
+    assert vmap(check)(torch.ones(2, 1, 5, dtype=torch.bool)).all()
 
 
 # What PyTorch tells only in private

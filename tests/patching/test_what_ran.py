@@ -119,13 +119,17 @@ def test_calls_that_are_not_counted_are_caught(subject, judge, monkeypatch):
 def original_in_disguise():
     """An adapter whose forward is the model's own in the first layer: nothing is asked of the backend there."""
 
-    def bind(cls, attend):
-        own = point.bind(cls, attend)
-        return lambda module, *args, **kwargs: (cls.forward if module.layer_idx == 0 else own)(module, *args, **kwargs)
-
     honest = registry.find_adapter("gpt_neox")
     point, *companions = honest.points
-    attnzoo.register_adapter(replace(honest, points=(replace(point, bind=bind), *companions)), replace=True)
+
+    class InDisguise(type(point)):
+        def bind(self, cls, attend):
+            patched = super().bind(cls, attend)
+            return lambda module, *args, **kwargs: (cls.forward if module.layer_idx == 0 else patched)(
+                module, *args, **kwargs
+            )
+
+    attnzoo.register_adapter(replace(honest, points=(InDisguise(), *companions)), replace=True)
     yield
     attnzoo.register_adapter(honest, replace=True)
 

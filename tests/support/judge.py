@@ -54,7 +54,7 @@ def chunked(model, inputs, sizes, static):
 def hashes_of(model):
     """A context that records what the model's attentions choose at random: the buckets of those that hash."""
     found = find_sites(model)
-    return recording({one.name: (one.module, one.point.replay) for one in found if one.point.replay is not None})
+    return recording({one.name: (one.module, one.point.replay) for one in found if one.point.makes_random_choices})
 
 
 def run(model, inputs, mode, patch=None):
