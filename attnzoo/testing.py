@@ -6,6 +6,14 @@ Example:
     ()
 """
 
-from attnzoo.conformance.kit import Case, Conformance, ConformanceError, Outcome, cases, check_backend, run_case
+from attnzoo.conformance.kit import (
+    AttentionCase,
+    Conformance,
+    ConformanceError,
+    Outcome,
+    cases,
+    check_backend,
+    run_case,
+)
 
-__all__ = ["Case", "Conformance", "ConformanceError", "Outcome", "cases", "check_backend", "run_case"]
+__all__ = ["AttentionCase", "Conformance", "ConformanceError", "Outcome", "cases", "check_backend", "run_case"]

@@ -26,7 +26,7 @@ from attnzoo.registry import registry
 from attnzoo.spec.segments import Attention, Result
 from attnzoo.spelling import configured, parse
 from attnzoo.tuning.race import GRIDS, GRIDS_KEPT
-from attnzoo.verification.verify import SiteReport, check_site, worst
+from attnzoo.verification.verify import AttentionReport, check_attention, worst
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class BackendEntry(Entry):
         lies = [f"reported {name}, which did not run" for name in false_claims((k for _, k in observed), operators)]
         lies += _miscounted(self._counted() - counted, observed)
         train = self.subject.case.train
-        reports = tuple(check_site(name, attention, ran, grad=train) for name, attention, ran in seen.values())
+        reports = tuple(check_attention(name, attention, ran, grad=train) for name, attention, ran in seen.values())
         self._judged = {report.kernel for report in reports}
         self.subject.clear()
         return judge(reports, strangers, self._backend, lies)
@@ -244,7 +244,7 @@ def _miscounted(counted: Counter[tuple[str, str]], observed: Counter[tuple[str, 
     return [f"{site}: counted {counted[site, k]} calls of {k}, observed {observed[site, k]}" for site, k in places]
 
 
-def judge(reports: tuple[SiteReport, ...], strangers: set[str], backend: str, lies: Sequence[str] = ()) -> Gate:
+def judge(reports: tuple[AttentionReport, ...], strangers: set[str], backend: str, lies: Sequence[str] = ()) -> Gate:
     """The verdict on what the sites of a patched model did."""
     checks = tuple(check for report in reports for check in report.checks)
     if not checks:

@@ -12,8 +12,8 @@ from torch import Tensor
 from attnzoo.backend import Backend
 from attnzoo.backends.eager import evaluate, log_mass
 from attnzoo.conformance import error_rule
+from attnzoo.conformance.attention_report import AttentionReport
 from attnzoo.conformance.recomputed import recomputed
-from attnzoo.conformance.site_report import SiteReport
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.functional import execute
 from attnzoo.registry import registry
@@ -22,7 +22,7 @@ from attnzoo.spec.segments import Attention
 _ORDERS, _MANY_ROWS = 8, 256
 
 
-def check_site(
+def check_attention(
     name: str,
     attention: Attention,
     backend: str | Backend,
@@ -31,7 +31,7 @@ def check_site(
     max_rows: int = 128,
     seed: int = 0,
     kernel: str | None = None,
-) -> SiteReport:
+) -> AttentionReport:
     """Compare a backend with the float64 oracle on one attention, dropout off.
 
     A backend that changes the pattern is judged by the oracle on the changed one (:meth:`Backend.rewrite`).
@@ -83,7 +83,7 @@ def check_site(
         )
     )
     recall = None if made.changes(attention.request()) is None else _recall(made, attention, choices, rows)
-    return SiteReport(name, kernel or result.kernel, checks, recall)
+    return AttentionReport(name, kernel or result.kernel, checks, recall)
 
 
 def _orders(rows: int) -> int:

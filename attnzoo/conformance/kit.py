@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attnzoo.backend import Backend
 from attnzoo.backends.eager import evaluate
-from attnzoo.conformance.attention_check import check_site
+from attnzoo.conformance.attention_check import check_attention
 from attnzoo.conformance.error_rule import Check, check
 from attnzoo.conformance.samples import Sample
 from attnzoo.conformance.transform_check import CHECKED, check_transform
@@ -54,7 +54,7 @@ class ConformanceError(AttnzooError, AssertionError):
 
 
 @dataclass(frozen=True)
-class Case:
+class AttentionCase:
     """One attention of the matrix.
 
     Attributes:
@@ -185,13 +185,13 @@ class Outcome:
         failure: what is wrong, or empty.
     """
 
-    case: Case | Sample
+    case: AttentionCase | Sample
     refused: bool
     checks: tuple[Check, ...]
     failure: str
 
 
-def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[Case]:
+def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[AttentionCase]:
     """All cases of the matrix, whatever the backend."""
     for dtype, pattern, mask, bias in itertools.product(dtypes, PATTERNS, MASKS, BIASES):
         if mask == "globals" and bias != "none":
@@ -199,50 +199,50 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[Case]:
         if isinstance(pattern, SortedChunks) and (mask not in ("none", "keys") or bias.endswith("dense")):
             continue
         for kv_heads, grad in ((_HEADS, True), (1, False)):
-            yield Case(dtype, pattern, mask, bias, kv_heads, grad=grad)
+            yield AttentionCase(dtype, pattern, mask, bias, kv_heads, grad=grad)
     for dtype, mask in itertools.product(dtypes, MASKS):
         for pattern in (Full(), Causal(), Window(5, 3)):
-            yield Case(dtype, pattern, mask, kv_heads=2, q_len=5, kv_len=23)
-            yield Case(dtype, pattern, mask, kv_heads=2, q_len=1, kv_len=1)
-            yield Case(dtype, pattern, mask, dropout=0.25)
-            yield Case(dtype, pattern, mask, uneven=True)
-            yield Case(dtype, pattern, mask, strided=True)
-            yield Case(dtype, pattern, mask, grad=False, probabilities=True)
+            yield AttentionCase(dtype, pattern, mask, kv_heads=2, q_len=5, kv_len=23)
+            yield AttentionCase(dtype, pattern, mask, kv_heads=2, q_len=1, kv_len=1)
+            yield AttentionCase(dtype, pattern, mask, dropout=0.25)
+            yield AttentionCase(dtype, pattern, mask, uneven=True)
+            yield AttentionCase(dtype, pattern, mask, strided=True)
+            yield AttentionCase(dtype, pattern, mask, grad=False, probabilities=True)
         if mask in ("none", "keys"):
-            yield Case(dtype, SortedChunks(8, 1, 0, causal=True), mask, dropout=0.25)
+            yield AttentionCase(dtype, SortedChunks(8, 1, 0, causal=True), mask, dropout=0.25)
         for hashed in (HashedChunks(5, 1, 0, causal=True), HashedChunks(4, 1, 1, apart=2)):
             if mask != "globals":
-                yield Case(dtype, hashed, mask)
-                yield Case(dtype, hashed, mask, kv_heads=2, q_len=5, kv_len=23)
-                yield Case(dtype, hashed, mask, kv_heads=1, dropout=0.25)
-                yield Case(dtype, hashed, mask, uneven=True, grad=False)
+                yield AttentionCase(dtype, hashed, mask)
+                yield AttentionCase(dtype, hashed, mask, kv_heads=2, q_len=5, kv_len=23)
+                yield AttentionCase(dtype, hashed, mask, kv_heads=1, dropout=0.25)
+                yield AttentionCase(dtype, hashed, mask, uneven=True, grad=False)
         if mask == "none":
-            yield Case(dtype, HashedChunks(5), mask, bias="trained relative")
-            yield Case(dtype, SortedChunks(8, 1, 1), mask, uneven=True)
+            yield AttentionCase(dtype, HashedChunks(5), mask, bias="trained relative")
+            yield AttentionCase(dtype, SortedChunks(8, 1, 1), mask, uneven=True)
     for dtype, pattern in itertools.product(dtypes, PATTERNS):
         if dtype in (torch.float32, torch.bfloat16):  # one wide, one narrow: the oracle takes its time
             mask = "keys" if isinstance(pattern, SortedChunks) else "globals"
-            yield Case(dtype, pattern, mask, kv_heads=2, q_len=700, kv_len=700)
+            yield AttentionCase(dtype, pattern, mask, kv_heads=2, q_len=700, kv_len=700)
     for dtype in dtypes:
         if dtype in (torch.float32, torch.bfloat16):
             yield from _transformed_cases(dtype)
 
 
-def _transformed_cases(dtype: torch.dtype) -> Iterator[Case]:
+def _transformed_cases(dtype: torch.dtype) -> Iterator[AttentionCase]:
     for transform, mask in itertools.product(CHECKED, MASKS):
         for pattern in (Full(), Causal(offset=0), Window(5, 3), Chunks(8, 1, 1)):
-            yield Case(dtype, pattern, mask, transform=transform)
-        yield Case(dtype, Causal(), mask, kv_heads=2, q_len=5, kv_len=23, transform=transform)
+            yield AttentionCase(dtype, pattern, mask, transform=transform)
+        yield AttentionCase(dtype, Causal(), mask, kv_heads=2, q_len=5, kv_len=23, transform=transform)
         if mask in ("none", "keys"):
-            yield Case(dtype, SortedChunks(8, 1, 0, causal=True), mask, transform=transform)
+            yield AttentionCase(dtype, SortedChunks(8, 1, 0, causal=True), mask, transform=transform)
     for transform, bias in itertools.product(CHECKED, ("relative", "trained relative", "trained dense")):
-        yield Case(dtype, Window(5, 3), "keys", bias, transform=transform)
+        yield AttentionCase(dtype, Window(5, 3), "keys", bias, transform=transform)
 
 
-def run_case(backend: Backend, case: Case | Sample, device: str = "cpu", seed: int = 0) -> Outcome:
+def run_case(backend: Backend, case: AttentionCase | Sample, device: str = "cpu", seed: int = 0) -> Outcome:
     """Put one case, or a sample of a request, to a backend and judge what it does."""
     attention = case.attention(device, seed)
-    if isinstance(case, Case) and case.transform:
+    if isinstance(case, AttentionCase) and case.transform:
         return _run_transformed(backend, case, attention)
     reasons = registry.refusals(backend, attention.request(case.probabilities))
     if reasons:
@@ -255,7 +255,7 @@ def run_case(backend: Backend, case: Case | Sample, device: str = "cpu", seed: i
     try:
         if case.dropout:
             return Outcome(case, False, (), _dropout_failure(backend, attention))
-        report = check_site("case", attention, backend, grad=case.grad, max_rows=1 << 30, seed=seed)
+        report = check_attention("case", attention, backend, grad=case.grad, max_rows=1 << 30, seed=seed)
         wrong = "; ".join(str(one) for one in report.checks if not one.ok)
         failure = wrong or _result_failure(backend, case, attention)
         return Outcome(case, False, report.checks, failure)
@@ -263,7 +263,7 @@ def run_case(backend: Backend, case: Case | Sample, device: str = "cpu", seed: i
         return Outcome(case, False, (), f"declared to run, yet it raised {type(error).__name__}: {error}")
 
 
-def _run_transformed(backend: Backend, case: Case, attention: Attention) -> Outcome:
+def _run_transformed(backend: Backend, case: AttentionCase, attention: Attention) -> Outcome:
     """Put a case to a backend under a transform: it runs there and agrees, or is refused there."""
     names = tuple(case.transform.split(" of "))
     reasons = registry.refusals(backend, replace(attention.request(), transforms=names))
@@ -278,7 +278,7 @@ def _run_transformed(backend: Backend, case: Case, attention: Attention) -> Outc
     return Outcome(case, False, (verdict,), "" if verdict.ok else str(verdict))
 
 
-def _result_failure(backend: Backend, case: Case | Sample, attention: Attention) -> str:
+def _result_failure(backend: Backend, case: AttentionCase | Sample, attention: Attention) -> str:
     """What is wrong with the result beyond its values."""
     result = execute(backend, attention, case.probabilities)
     expected = (attention.batch, attention.heads, attention.q_len, attention.value_dim)

@@ -13,7 +13,7 @@ import torch
 from attnzoo.auto.environment import code_of
 from attnzoo.auto.measurements import Outcome
 from attnzoo.backend import Backend
-from attnzoo.conformance.attention_check import check_site
+from attnzoo.conformance.attention_check import check_attention
 from attnzoo.functional import execute
 from attnzoo.spec.segments import Attention
 
@@ -102,7 +102,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 def _wrong(backend: Backend, attention: Attention, grad: bool) -> str:
     """What is wrong with the backend's numbers; empty if they are within the error rule."""
-    report = check_site("tune", attention, backend, grad=grad, max_rows=ROWS)
+    report = check_attention("tune", attention, backend, grad=grad, max_rows=ROWS)
     return "; ".join(str(check) for check in report.checks if not check.ok)
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from attnzoo.backend import Backend
 from attnzoo.conformance import error_rule
+from attnzoo.conformance.attention_report import AttentionReport
 from attnzoo.conformance.recomputed import RecomputedBackend
-from attnzoo.conformance.site_report import SiteReport
 from attnzoo.patching.patch import patch
 from attnzoo.verification.model_runs import cast, gradient_of
 
@@ -87,7 +87,7 @@ class ModuleRuns:
             again = self._run(model, name, None, RecomputedBackend()) if self._gradients else {}
             self._plain[name] = self._run(model, name, None, "eager"), again
 
-    def reports(self, model: nn.Module, dtype: torch.dtype) -> tuple[SiteReport, ...]:
+    def reports(self, model: nn.Module, dtype: torch.dtype) -> tuple[AttentionReport, ...]:
         """Judge each module's own code by the oracle in an unpatched float64 model.
 
         Args:
@@ -95,7 +95,7 @@ class ModuleRuns:
             dtype: of the runs of the own code, or of the precision that is asked of it.
         """
         return tuple(
-            SiteReport(name, "native", self._checks(name, self._run(model, name, torch.float64, "eager"), dtype))
+            AttentionReport(name, "native", self._checks(name, self._run(model, name, torch.float64, "eager"), dtype))
             for name in self._own
         )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from attnzoo.conformance.attention_report import AttentionReport, worst
 from attnzoo.conformance.error_rule import Check
-from attnzoo.conformance.site_report import SiteReport, worst
 from attnzoo.layout import aligned, alike, fit
 from attnzoo.verification.reports import Report
 
@@ -56,7 +56,7 @@ def _failures(reports: Sequence[Report]) -> list[str]:
     return lines
 
 
-def _remarks(report: Report, sites: Sequence[SiteReport]) -> list[str]:
+def _remarks(report: Report, sites: Sequence[AttentionReport]) -> list[str]:
     lines = []
     if report.fault:
         lines.append(f"the original was not run: {report.fault}")
@@ -73,11 +73,11 @@ def _remarks(report: Report, sites: Sequence[SiteReport]) -> list[str]:
     return lines
 
 
-def _named(sites: Iterable[SiteReport]) -> list[tuple[str, list[Check]]]:
+def _named(sites: Iterable[AttentionReport]) -> list[tuple[str, list[Check]]]:
     return [(name, _checks(group)) for name, group in _by_name(sites).items()]
 
 
-def _by_name(sites: Iterable[SiteReport]) -> dict[str, list[SiteReport]]:
+def _by_name(sites: Iterable[AttentionReport]) -> dict[str, list[AttentionReport]]:
     return {group[0].name: group for group in alike(sites, lambda site: site.name)}
 
 
@@ -85,7 +85,7 @@ def _by_what(checks: Iterable[Check]) -> dict[str, list[Check]]:
     return {group[0].what: group for group in alike(checks, lambda check: check.what)}
 
 
-def _checks(sites: Iterable[SiteReport]) -> list[Check]:
+def _checks(sites: Iterable[AttentionReport]) -> list[Check]:
     return [check for site in sites for check in site.checks]
 
 

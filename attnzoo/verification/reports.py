@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from attnzoo.conformance.attention_report import AttentionReport
 from attnzoo.conformance.error_rule import Check
-from attnzoo.conformance.site_report import SiteReport
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Report:
     """
 
     backend: str
-    sites: tuple[SiteReport, ...]
+    sites: tuple[AttentionReport, ...]
     end_to_end: tuple[Check, ...]
     original: tuple[Check, ...]
-    original_sites: tuple[SiteReport, ...] = ()
+    original_sites: tuple[AttentionReport, ...] = ()
     fault: str = ""
     note: str = ""
     changed: str = ""
@@ -91,7 +91,7 @@ class Passages:
         return text(self.reports)
 
 
-def _plain_site(site: SiteReport) -> dict[str, Any]:
+def _plain_site(site: AttentionReport) -> dict[str, Any]:
     said = {"name": site.name, "kernel": site.kernel, "ok": site.ok, "recall": site.recall}
     return {**said, "checks": [_plain(check) for check in site.checks]}
 

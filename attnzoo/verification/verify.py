@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from attnzoo.backend import Backend
 from attnzoo.conformance import error_rule
-from attnzoo.conformance.attention_check import check_rows, check_site
+from attnzoo.conformance.attention_check import check_attention, check_rows
+from attnzoo.conformance.attention_report import AttentionReport, worst
 from attnzoo.conformance.error_rule import Check
 from attnzoo.conformance.recomputed import RecomputedBackend
-from attnzoo.conformance.site_report import SiteReport, worst
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.patching.patch import patch, unpatch_all
 from attnzoo.patching.replay import own_random_stream, recording, replaying
@@ -33,7 +33,7 @@ from attnzoo.verification.reports import Report
 
 Progress = Callable[[float, str], None]
 
-__all__ = ["Report", "SiteReport", "check_site", "verify", "worst"]
+__all__ = ["AttentionReport", "Report", "check_attention", "verify", "worst"]
 
 
 def verify(
@@ -171,7 +171,9 @@ def verify(
         sites = [report for report in original_sites if report.name in native]
         for number, ((name, _), (attention, kernel, ran)) in enumerate(seen.items()):
             progress(0.9 + 0.1 * number / len(seen), name)
-            sites.append(check_site(name, attention, ran, grad=gradients, max_rows=max_rows, seed=seed, kernel=kernel))
+            sites.append(
+                check_attention(name, attention, ran, grad=gradients, max_rows=max_rows, seed=seed, kernel=kernel)
+            )
     progress(1.0, "done")
 
     def compare(values: dict[str, Tensor], computed: torch.dtype) -> tuple[Check, ...]:

@@ -12,7 +12,7 @@ from attnzoo.backends.approximate.blocked_local import BlockedLocalBackend
 from attnzoo.functional import execute
 from attnzoo.registry import registry
 from attnzoo.spec.patterns import Causal, Full, SortedChunks, Window
-from attnzoo.verification.verify import check_site
+from attnzoo.verification.verify import check_attention
 from tests.support import models as zoo
 from tests.support.changed import KEYS, attention, is_definition, key_mask, refused
 from tests.support.judge import chunked, in_one_forward
@@ -119,9 +119,9 @@ def test_a_backend_that_computes_something_else_than_it_says_is_found(lie):
             truth = attention if told is None else told.rewrite(attention)
             return registry.make_backend("eager").run(truth)
 
-    report = check_site("site", attention(Causal(), None), Lying(window=4, sinks=2), grad=False)
+    report = check_attention("site", attention(Causal(), None), Lying(window=4, sinks=2), grad=False)
     assert not report.ok
-    assert check_site("site", attention(Causal(), None), local(4, 2), grad=False).ok
+    assert check_attention("site", attention(Causal(), None), local(4, 2), grad=False).ok
 
 
 # Where it is exact

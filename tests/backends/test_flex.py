@@ -17,7 +17,7 @@ from attnzoo.backends.flex.backend import FlexBackend
 from attnzoo.functional import execute
 from attnzoo.spec.patterns import SortedChunks
 from attnzoo.spec.segments import Attention, Segment
-from attnzoo.verification.verify import check_site
+from attnzoo.verification.verify import check_attention
 
 HEADS, DIM = 4, 16
 needs_compiler = pytest.mark.skipif(
@@ -49,7 +49,7 @@ def attention(length=150, kv_len=None, batch=2, pattern=WINDOW, bias=True, keys=
 
 
 def agrees(whole):
-    report = check_site("flex", whole, FlexBackend(), grad=False, max_rows=1 << 30)
+    report = check_attention("flex", whole, FlexBackend(), grad=False, max_rows=1 << 30)
     return all(check.ok for check in report.checks)
 
 

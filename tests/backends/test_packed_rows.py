@@ -12,7 +12,7 @@ from attnzoo.backends.approximate.blocked_local import BlockedLocalBackend
 from attnzoo.backends.approximate.lsh import LshBackend
 from attnzoo.spec.patterns import Causal, Full
 from attnzoo.spec.segments import Attention, Segment
-from attnzoo.verification.verify import check_site
+from attnzoo.verification.verify import check_attention
 from tests.support import models as zoo
 from tests.support.changed import attention, refused
 
@@ -136,7 +136,7 @@ def test_bias_and_gradient_are_each_documents(backend):
     backend, documents = replace(backend, kernel="eager"), numbers()
     bias = attention(Full(), None, bias=True, dtype=torch.float64).segments[0].bias
     packed = whole(documents, bias=bias)
-    assert check_site("site", packed, backend, grad=True).ok
+    assert check_attention("site", packed, backend, grad=True).ok
     output = backend.run(packed).output
     for sample, start, stop in runs(documents):
         alone = cut(packed, sample, start, stop, Causal())
@@ -149,7 +149,7 @@ def test_bias_and_gradient_are_each_documents(backend):
 def test_it_equals_the_oracle_forward_and_backward(backend, dtype):
     packed = whole(numbers())
     packed = packed.with_tensors(tuple(tensor.to(dtype) for tensor in packed.tensors()))
-    report = check_site("site", packed, backend, grad=True)
+    report = check_attention("site", packed, backend, grad=True)
     assert report.ok, str(report)
 
 
@@ -158,9 +158,9 @@ def test_recall_is_that_of_the_documents(backend):
     documents = numbers()
     packed, rows, total = whole(documents), 0, 0.0
     for sample, start, stop in runs(documents):
-        recall = check_site("site", cut(packed, sample, start, stop, Causal()), backend, grad=False).recall
+        recall = check_attention("site", cut(packed, sample, start, stop, Causal()), backend, grad=False).recall
         rows, total = rows + stop - start, total + recall * (stop - start)
-    found = check_site("site", packed, backend, grad=False).recall
+    found = check_attention("site", packed, backend, grad=False).recall
     assert found == pytest.approx(total / rows, abs=1e-9) and found < 1.0
 
 
@@ -176,7 +176,7 @@ def prefix(length, first):
 def test_a_prefix_is_one_document(backend):
     """Every key of it may be seen by every query of it: its mask is that of two-sided attention, with less shown."""
     packed = whole(numbers([[0] * 19] * 2), mask=prefix(19, 5))
-    assert check_site("site", packed, backend, grad=True).ok
+    assert check_attention("site", packed, backend, grad=True).ok
     rewritten = backend.rewrite(packed)
     assert all(getattr(segment.pattern, "right", 1) for segment in rewritten.segments)
     assert all(bool((segment.mask <= prefix(19, 5)).all()) for segment in rewritten.segments if segment.kv_len == 19)

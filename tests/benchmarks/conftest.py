@@ -14,13 +14,13 @@ from attnzoo.benchmarks.models import WORKLOADS
 from attnzoo.benchmarks.rows import Row, Shootout
 from attnzoo.benchmarks.runner import Plan, run
 from attnzoo.benchmarks.worker import LocalWorker
-from tests.support import planted
+from tests.support import fake_shootout
 
 
 @pytest.fixture(autouse=True, scope="package")
 def frozen() -> Iterator[None]:
     """What is loaded already needs no collecting before every single run."""
-    planted.TINY.build()
+    fake_shootout.TINY.build()
     machine("cpu")
     gc.collect()
     gc.freeze()
@@ -30,15 +30,15 @@ def frozen() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The tiny family and the planted backends, for the time of a test."""
-    monkeypatch.setitem(WORKLOADS, "tiny", planted.TINY)
+    """The tiny family and the fake backends, for the time of a test."""
+    monkeypatch.setitem(WORKLOADS, "tiny", fake_shootout.TINY)
     monkeypatch.setattr(weights, "_POOL", 65537)  # enough for tiny models
-    planted.Switch.calls = 0
+    fake_shootout.Switch.calls = 0
     threads = torch.get_num_threads()
-    for cls in planted.BACKENDS:
+    for cls in fake_shootout.BACKENDS:
         register_backend(cls)
     yield
-    for cls in planted.BACKENDS:
+    for cls in fake_shootout.BACKENDS:
         unregister_backend(cls.name)
     torch.set_num_threads(threads)
 

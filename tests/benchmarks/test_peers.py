@@ -26,7 +26,7 @@ from attnzoo.benchmarks.workload import Peer
 from attnzoo.errors import InvalidArgumentError
 from tests.benchmarks.conftest import row_of
 from tests.benchmarks.test_gates import MODES, assert_silent, line_of, printed
-from tests.support import planted
+from tests.support import fake_shootout
 
 PACKAGE, MODULE = "fake-attention", "attnzoo_fake_attention"
 
@@ -52,7 +52,7 @@ class Crashing(FakeAttention):
 def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The tiny family names a peer; its package is not there yet."""
     monkeypatch.setitem(LIBRARIES, PACKAGE, Library(MODULE, "FakeAttention", 3, lambda options: options["block"]))
-    monkeypatch.setitem(WORKLOADS, "tiny", replace(planted.TINY, peer=Peer(PACKAGE, 8, dict(block=8))))
+    monkeypatch.setitem(WORKLOADS, "tiny", replace(fake_shootout.TINY, peer=Peer(PACKAGE, 8, dict(block=8))))
     yield
     sys.modules.pop(MODULE, None)
 
@@ -145,7 +145,7 @@ def test_peers_are_listed_in_scope_attention_only(attention, values):
 
 
 def test_a_peer_stands_beside_its_own_family_only(monkeypatch):
-    other = replace(planted.TINY, name="other")
+    other = replace(fake_shootout.TINY, name="other")
     monkeypatch.setitem(WORKLOADS, "other", other)
     plan = Plan(families=("other", "tiny"), backends=(), scope="attention")
     (contender,) = [contender for contender in plan.contenders() if contender.peer]

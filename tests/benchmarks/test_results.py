@@ -24,7 +24,7 @@ from attnzoo.benchmarks.runner import Plan, run
 from attnzoo.benchmarks.text import book, read_tokens
 from attnzoo.benchmarks.worker import LocalWorker, ProcessWorker, context
 from attnzoo.errors import InvalidArgumentError, UnknownNameError
-from tests.support import planted
+from tests.support import fake_shootout
 
 CASE = Case("tiny", "model", 40, 1, "float32", "cpu", 1, True)
 
@@ -155,7 +155,7 @@ def test_a_row_has_a_process_of_its_own():
     found = run(
         plan,
         launch=lambda contender, case: ProcessWorker(made, contender, case),
-        contenders=(planted.TinyOriginal(), planted.Suicidal("suicidal")),
+        contenders=(fake_shootout.TinyOriginal(), fake_shootout.Suicidal("suicidal")),
     )
     original, dead = found.rows
     assert original.status == "ok" and len(original.runs) == 2, original.reason

@@ -7,8 +7,8 @@ import torch
 
 import attnzoo
 from attnzoo.backends.eager import evaluate
-from attnzoo.conformance.attention_check import _gradient, _leaves, check_site
-from attnzoo.conformance.kit import MASKS, Case
+from attnzoo.conformance.attention_check import _gradient, _leaves, check_attention
+from attnzoo.conformance.kit import MASKS, AttentionCase
 from attnzoo.conformance.recomputed import RecomputedBackend, recomputed
 from tests.verification.planted_faults import load, passage
 
@@ -21,11 +21,14 @@ def _both(attention, rows, dtype=torch.float64):
 
 
 CASES = [
-    *(Case(torch.float64, mask=mask, kv_heads=2) for mask in MASKS),
-    *(Case(torch.float64, attnzoo.Window(5, 3), mask=mask, bias="trained relative") for mask in ("none", "keys")),
-    Case(torch.float64, attnzoo.Causal(), bias="trained dense", kv_heads=1, uneven=True),
-    Case(torch.float64, attnzoo.spec.patterns.SortedChunks(8, 1, 0, causal=True), mask="keys"),
-    Case(torch.float64, attnzoo.Causal(), mask="keys", q_len=1, kv_len=23),
+    *(AttentionCase(torch.float64, mask=mask, kv_heads=2) for mask in MASKS),
+    *(
+        AttentionCase(torch.float64, attnzoo.Window(5, 3), mask=mask, bias="trained relative")
+        for mask in ("none", "keys")
+    ),
+    AttentionCase(torch.float64, attnzoo.Causal(), bias="trained dense", kv_heads=1, uneven=True),
+    AttentionCase(torch.float64, attnzoo.spec.patterns.SortedChunks(8, 1, 0, causal=True), mask="keys"),
+    AttentionCase(torch.float64, attnzoo.Causal(), mask="keys", q_len=1, kv_len=23),
 ]
 
 
@@ -41,7 +44,7 @@ def test_it_is_the_oracle_in_float64(case, some):
 
 def test_negative_and_zero_scales():
     for scale in (-0.5, 0.0):
-        attention = replace(Case(torch.float64).attention(), scale=scale)
+        attention = replace(AttentionCase(torch.float64).attention(), scale=scale)
         *_, gradient, other = _both(attention, torch.arange(37))
         assert torch.allclose(gradient, other, rtol=0, atol=1e-12 * float(gradient.abs().max()))
 
@@ -60,7 +63,7 @@ def test_it_is_as_wrong_as_the_kernel_where_plain_operations_are_not(family):
     """Trained weights make high scores and keys with much in common."""
     ratios = []
     for attention in _attentions(family):
-        report = check_site("site", attention, "sdpa", grad=True)
+        report = check_attention("site", attention, "sdpa", grad=True)
         (gradient,) = [check for check in report.checks if check.what == "gradient"]
         ratios.append((gradient.error / gradient.eager_error, gradient.error / gradient.recomputed_error))
     assert max(kept for kept, _ in ratios) > 3.0, "more wrong than plain operations by more than k"
@@ -68,7 +71,7 @@ def test_it_is_as_wrong_as_the_kernel_where_plain_operations_are_not(family):
 
 
 def test_half_precision_is_computed_as_kernels_do():
-    attention = Case(torch.bfloat16, attnzoo.Causal()).attention()
+    attention = AttentionCase(torch.bfloat16, attnzoo.Causal()).attention()
     rows = torch.arange(37)
     exact = evaluate(_leaves(attention, torch.float64, False), rows).output
     output = recomputed(attention, rows)
@@ -78,6 +81,6 @@ def test_half_precision_is_computed_as_kernels_do():
 
 def test_as_a_backend_it_refuses_what_it_does_not_compute():
     assert "recomputed" not in attnzoo.backends()
-    request = replace(Case().attention().request(), dropout=True, probabilities=True)
+    request = replace(AttentionCase().attention().request(), dropout=True, probabilities=True)
     fields = {refusal.field for refusal in RecomputedBackend().refusals(request)}
     assert fields == {"dropout", "attention probabilities"}

@@ -12,7 +12,7 @@ import attnzoo
 from attnzoo.backends.approximate import lsh
 from attnzoo.backends.approximate.base import ApproximateBackend
 from attnzoo.registry import registry
-from attnzoo.testing import Case
+from attnzoo.testing import AttentionCase
 from tests.support import models as zoo
 from tests.support.judge import logits_of
 
@@ -51,9 +51,13 @@ BACKENDS = {
     "lsh": dict(num_hashes=2, chunk_length=8, num_buckets=4),
 }
 CASES = [
-    *(Case(pattern=pattern, mask=mask) for pattern in (attnzoo.Causal(), attnzoo.Full()) for mask in ("keys", "dense")),
-    *(Case(pattern=attnzoo.Window(5, 3), mask=mask, bias="trained relative") for mask in ("none", "keys")),
-    Case(pattern=attnzoo.Chunks(8), mask="keys"),
+    *(
+        AttentionCase(pattern=pattern, mask=mask)
+        for pattern in (attnzoo.Causal(), attnzoo.Full())
+        for mask in ("keys", "dense")
+    ),
+    *(AttentionCase(pattern=attnzoo.Window(5, 3), mask=mask, bias="trained relative") for mask in ("none", "keys")),
+    AttentionCase(pattern=attnzoo.Chunks(8), mask="keys"),
 ]
 
 
@@ -62,7 +66,7 @@ CASES = [
 def test_a_backend_does_not_depend_on_the_default_dtype(name, dtype):
     backend = registry.make_backend(name, **BACKENDS[name])
     if isinstance(backend, ApproximateBackend):
-        backend = type(backend)(**BACKENDS[name], kernel="eager")
+        backend = type(backend)(**BACKENDS[name], inner="eager")
     for case in CASES:
         whole = case.attention()
         expected = backend.run(whole).output

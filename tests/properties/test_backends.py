@@ -13,7 +13,7 @@ from attnzoo.registry import registry
 from attnzoo.spec.bias import DenseBias, RelativeBias
 from attnzoo.spec.global_keys import locate
 from attnzoo.spec.segments import Attention, Segment
-from attnzoo.verification.verify import check_site
+from attnzoo.verification.verify import check_attention
 from tests.conftest import DEVICES
 
 BACKENDS = [name for name, info in attnzoo.backends().items() if info.available and info.exact and name != "eager"]
@@ -155,7 +155,7 @@ def test_a_backend_equals_the_oracle(device, backend, attention, grad):
         with pytest.raises(attnzoo.BackendRefusedError):
             execute(made, attention)
         return
-    report = check_site("drawn", attention, made, grad=grad, max_rows=1 << 30)
+    report = check_attention("drawn", attention, made, grad=grad, max_rows=1 << 30)
     assert report.ok, "\n".join(map(str, report.checks))
 
 

@@ -15,7 +15,7 @@ from attnzoo.spec.bias import RelativeBias
 from attnzoo.spec.documents import attend_documents
 from attnzoo.spec.masks import read_attention_mask
 from attnzoo.spec.segments import Attention, Segment
-from attnzoo.verification.verify import check_site
+from attnzoo.verification.verify import check_attention
 from tests.spec.test_documents import Site, grid_of, packed_rows
 
 BACKENDS = [name for name, info in attnzoo.backends().items() if info.available and info.exact]
@@ -69,6 +69,6 @@ def test_documents_on_a_backend_equal_the_oracle_on_the_mask(backend, attention,
     if registry.refusals(registry.make_backend(backend), read.documents[0].of(attention).request()):
         return
     made = ByDocuments(site, read.documents)
-    report = check_site("drawn", attention, made, grad=grad, max_rows=1 << 30)
+    report = check_attention("drawn", attention, made, grad=grad, max_rows=1 << 30)
     assert report.ok, "\n".join(map(str, report.checks))
     assert all(segment.mask is None for one in site.ran for segment in one.segments), "the mask was computed with"

@@ -2,8 +2,8 @@
 
 import pytest
 
+from attnzoo.conformance.attention_report import AttentionReport
 from attnzoo.conformance.error_rule import Check
-from attnzoo.conformance.site_report import SiteReport
 from attnzoo.verification.reports import Passages, Report
 
 LONG = "model.encoder.layers.0.some_quite_long_name.of_an_attention_module.self_attention"
@@ -15,11 +15,11 @@ def check(what, error, budget=1.0):
 
 def report(error=0.5, original=0.25, names=(LONG, "b")):
     sites = tuple(
-        SiteReport(name, kernel, (check("output", part), check("gradient", error)))
+        AttentionReport(name, kernel, (check("output", part), check("gradient", error)))
         for name in names
         for kernel, part in (("flash", 0.1), ("flash_cpu", 0.2))
     )
-    own = tuple(SiteReport(name, "native", (check("output", original),)) for name in names)
+    own = tuple(AttentionReport(name, "native", (check("output", original),)) for name in names)
     return Report("sdpa", sites, (check("logits", 0.125),), (check("logits", 0.0625),), own)
 
 

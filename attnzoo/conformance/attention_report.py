@@ -9,7 +9,7 @@ from attnzoo.conformance.error_rule import Check
 
 
 @dataclass(frozen=True)
-class SiteReport:
+class AttentionReport:
     """How one attention of one site compares with the float64 oracle on the same inputs.
 
     Attributes:
