@@ -10,14 +10,14 @@ from attnzoo.conformance.error_rule import Check
 
 @dataclass(frozen=True)
 class AttentionReport:
-    """How one attention of one site compares with the float64 oracle on the same inputs.
+    """How one attention compares with the float64 oracle on the same inputs.
 
     Attributes:
-        name: the site.
-        kernel: what really ran in the model.
-        checks: the output, and the gradient with respect to queries, keys and values (and trained biases) together.
-        recall: where the backend changes the pattern, the share of the unchanged attention's weight that lies on the
-            keys still seen, mean over the judged rows and heads; else None.
+        name: name of the attention; in a model, of its site.
+        kernel: the kernel that ran.
+        checks: the output; and the gradient with respect to queries, keys, values and trained biases, as one vector.
+        recall: for a backend that changes the pattern, the share of the unchanged attention's softmax weight that lies
+            on keys that are still visible, mean over the compared rows and heads; else None.
     """
 
     name: str
@@ -32,10 +32,10 @@ class AttentionReport:
 
     @property
     def worst(self) -> Check:
-        """The check that comes closest to its budget, or exceeds it most."""
+        """The check with the largest error relative to its budget."""
         return worst(self.checks)
 
 
 def worst(checks: Iterable[Check]) -> Check:
-    """The check with the largest error for its budget."""
+    """The check with the largest error relative to its budget."""
     return max(checks, key=lambda check: (not check.ok, check.share))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from attnzoo.backend import Backend
 from attnzoo.conformance import error_rule
-from attnzoo.conformance.attention_check import check_attention, check_rows
+from attnzoo.conformance.attention_check import check_attention, check_max_rows
 from attnzoo.conformance.attention_report import AttentionReport, worst
 from attnzoo.conformance.error_rule import Check
 from attnzoo.conformance.recomputed import RecomputedBackend
@@ -82,7 +82,7 @@ def verify(
     """
     if not isinstance(model, nn.Module):
         raise InvalidArgumentError("model", type(model).__name__, "a torch.nn.Module")
-    check_rows(max_rows)
+    check_max_rows(max_rows)
     if not isinstance(inputs, Mapping):
         raise InvalidArgumentError("inputs", type(inputs).__name__, "a mapping of keyword arguments of model.forward")
     if gradients and torch.is_inference_mode_enabled():
@@ -171,9 +171,8 @@ def verify(
         sites = [report for report in original_sites if report.name in native]
         for number, ((name, _), (attention, kernel, ran)) in enumerate(seen.items()):
             progress(0.9 + 0.1 * number / len(seen), name)
-            sites.append(
-                check_attention(name, attention, ran, grad=gradients, max_rows=max_rows, seed=seed, kernel=kernel)
-            )
+            report = check_attention(name, attention, ran, grad=gradients, max_rows=max_rows, seed=seed)
+            sites.append(replace(report, kernel=kernel))
     progress(1.0, "done")
 
     def compare(values: dict[str, Tensor], computed: torch.dtype) -> tuple[Check, ...]:

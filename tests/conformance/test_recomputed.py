@@ -7,17 +7,17 @@ import torch
 
 import attnzoo
 from attnzoo.backends.eager import evaluate
-from attnzoo.conformance.attention_check import _gradient, _leaves, check_attention
-from attnzoo.conformance.kit import MASKS, AttentionCase
+from attnzoo.conformance.attention_check import check_attention, detached, gradient_vector
+from attnzoo.conformance.cases import MASKS, AttentionCase
 from attnzoo.conformance.recomputed import RecomputedBackend, recomputed
 from tests.verification.planted_faults import load, passage
 
 
 def _both(attention, rows, dtype=torch.float64):
-    kept, again = (_leaves(attention, dtype, True) for _ in range(2))
+    kept, again = (detached(attention, dtype, True) for _ in range(2))
     outputs = evaluate(kept, rows).output, recomputed(again, rows)
     weights = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    return (*outputs, _gradient(outputs[0], kept, weights), _gradient(outputs[1], again, weights))
+    return (*outputs, gradient_vector(outputs[0], kept, weights), gradient_vector(outputs[1], again, weights))
 
 
 CASES = [
@@ -73,7 +73,7 @@ def test_it_is_as_wrong_as_the_kernel_where_plain_operations_are_not(family):
 def test_half_precision_is_computed_as_kernels_do():
     attention = AttentionCase(torch.bfloat16, attnzoo.Causal()).attention()
     rows = torch.arange(37)
-    exact = evaluate(_leaves(attention, torch.float64, False), rows).output
+    exact = evaluate(detached(attention, torch.float64, False), rows).output
     output = recomputed(attention, rows)
     assert output.dtype == torch.bfloat16
     assert torch.equal(output, exact.to(torch.bfloat16)) or (output - exact).abs().max() < 2**-8 * exact.abs().max()
