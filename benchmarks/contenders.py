@@ -19,6 +19,8 @@ from attnzoo.benchmarks.cases import DTYPES, Case, Subject, build
 from attnzoo.benchmarks.measure import available_memory
 from attnzoo.benchmarks.models import find_workload
 from attnzoo.benchmarks.witness import false_claims, witness
+from attnzoo.conformance.attention_check import check_attention
+from attnzoo.conformance.attention_report import AttentionReport, worst
 from attnzoo.conformance.error_rule import Check
 from attnzoo.patching.patch import Handle
 from attnzoo.patching.sites import Site
@@ -26,7 +28,6 @@ from attnzoo.registry import registry
 from attnzoo.spec.segments import Attention, Result
 from attnzoo.spelling import configured, parse
 from attnzoo.tuning.race import GRIDS, GRIDS_KEPT
-from attnzoo.verification.verify import AttentionReport, check_attention, worst
 
 
 @dataclass(frozen=True)

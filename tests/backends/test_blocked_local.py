@@ -9,10 +9,10 @@ import torch
 import attnzoo
 from attnzoo import testing
 from attnzoo.backends.approximate.blocked_local import BlockedLocalBackend
+from attnzoo.conformance.attention_check import check_attention
 from attnzoo.functional import execute
 from attnzoo.registry import registry
 from attnzoo.spec.patterns import Causal, Full, SortedChunks, Window
-from attnzoo.verification.verify import check_attention
 from tests.support import models as zoo
 from tests.support.changed import KEYS, attention, is_definition, key_mask, refused
 from tests.support.judge import chunked, in_one_forward

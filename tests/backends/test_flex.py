@@ -14,10 +14,10 @@ from attnzoo.backends.flex import backend as flex
 from attnzoo.backends.flex import block_lists as flex_blocks
 from attnzoo.backends.flex import kernel as flex_kernel
 from attnzoo.backends.flex.backend import FlexBackend
+from attnzoo.conformance.attention_check import check_attention
 from attnzoo.functional import execute
 from attnzoo.spec.patterns import SortedChunks
 from attnzoo.spec.segments import Attention, Segment
-from attnzoo.verification.verify import check_attention
 
 HEADS, DIM = 4, 16
 needs_compiler = pytest.mark.skipif(

@@ -10,12 +10,12 @@ import attnzoo
 from attnzoo import testing
 from attnzoo.backends.approximate.lsh import LshBackend
 from attnzoo.backends.eager import evaluate
+from attnzoo.conformance.attention_check import check_attention
 from attnzoo.conformance.error_rule import FORWARD, check
 from attnzoo.registry import registry
 from attnzoo.spec.patterns import Causal, Full
 from attnzoo.spec.segments import Attention, Segment
 from attnzoo.verification.oracles import oracles
-from attnzoo.verification.verify import check_attention
 from tests.support import models as zoo
 from tests.support.changed import KEYS, attention, is_definition, key_mask, refused
 from tests.support.fake_backends import backend

@@ -10,9 +10,9 @@ import attnzoo
 from attnzoo.backends.approximate import shown
 from attnzoo.backends.approximate.blocked_local import BlockedLocalBackend
 from attnzoo.backends.approximate.lsh import LshBackend
+from attnzoo.conformance.attention_check import check_attention
 from attnzoo.spec.patterns import Causal, Full
 from attnzoo.spec.segments import Attention, Segment
-from attnzoo.verification.verify import check_attention
 from tests.support import models as zoo
 from tests.support.changed import attention, refused
 

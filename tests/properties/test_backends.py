@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, note
 
 import attnzoo
+from attnzoo.conformance.attention_check import check_attention
 from attnzoo.functional import execute
 from attnzoo.registry import registry
 from attnzoo.spec.bias import DenseBias, RelativeBias
 from attnzoo.spec.global_keys import locate
 from attnzoo.spec.segments import Attention, Segment
-from attnzoo.verification.verify import check_attention
 from tests.conftest import DEVICES
 
 BACKENDS = [name for name, info in attnzoo.backends().items() if info.available and info.exact and name != "eager"]

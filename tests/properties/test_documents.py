@@ -10,12 +10,12 @@ from hypothesis import given, note
 
 import attnzoo
 from attnzoo.backends.eager import EagerBackend
+from attnzoo.conformance.attention_check import check_attention
 from attnzoo.registry import registry
 from attnzoo.spec.bias import RelativeBias
 from attnzoo.spec.documents import attend_documents
 from attnzoo.spec.masks import read_attention_mask
 from attnzoo.spec.segments import Attention, Segment
-from attnzoo.verification.verify import check_attention
 from tests.spec.test_documents import Site, grid_of, packed_rows
 
 BACKENDS = [name for name, info in attnzoo.backends().items() if info.available and info.exact]

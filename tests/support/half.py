@@ -4,8 +4,8 @@ import torch
 
 import attnzoo
 from attnzoo.backends.varlen.flash import FlashBackend
+from attnzoo.conformance.attention_check import check_attention
 from attnzoo.testing import AttentionCase
-from attnzoo.verification.verify import check_attention
 
 HALF = torch.float16
 
