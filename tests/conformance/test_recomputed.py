@@ -1,4 +1,4 @@
-"""The yardstick whose backward computes the scores again: exact in float64, and as wrong as kernels are in float32."""
+"""``recomputed`` is exact in float64, and its gradients are as wrong in float32 as those of kernels."""
 
 from dataclasses import replace
 
@@ -10,10 +10,11 @@ from attnzoo.backends.eager import evaluate
 from attnzoo.conformance.attention_check import check_attention, detached, gradient_vector
 from attnzoo.conformance.cases import MASKS, AttentionCase
 from attnzoo.conformance.recomputed import RecomputedBackend, recomputed
-from tests.verification.planted_faults import load, passage
+from tests.support.checkpoints import load, passage
 
 
 def _both(attention, rows, dtype=torch.float64):
+    """Outputs and gradients of eager and of recomputed."""
     kept, again = (detached(attention, dtype, True) for _ in range(2))
     outputs = evaluate(kept, rows).output, recomputed(again, rows)
     weights = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -33,16 +34,16 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("some", [False, True])
-def test_it_is_the_oracle_in_float64(case, some):
+@pytest.mark.parametrize("some_rows", [False, True])
+def test_recomputed_equals_the_oracle_in_float64(case, some_rows):
     attention = case.attention()
-    rows = torch.arange(0, case.q_len, 2) if some else torch.arange(case.q_len)
+    rows = torch.arange(0, case.q_len, 2) if some_rows else torch.arange(case.q_len)
     kept, again, gradient, other = _both(attention, rows)
     assert torch.allclose(kept, again, rtol=0, atol=1e-13)
     assert torch.allclose(gradient, other, rtol=0, atol=1e-12 * float(gradient.abs().max()))
 
 
-def test_negative_and_zero_scales():
+def test_recomputed_supports_negative_and_zero_scales():
     for scale in (-0.5, 0.0):
         attention = replace(AttentionCase(torch.float64).attention(), scale=scale)
         *_, gradient, other = _both(attention, torch.arange(37))
@@ -50,27 +51,27 @@ def test_negative_and_zero_scales():
 
 
 def _attentions(family):
-    seen, model = [], load(family)
+    observed, model = [], load(family)
     with attnzoo.patch(model, "sdpa") as handle:
         for site in handle.sites:
-            site.observer = lambda site, attention, result, backend: seen.append(attention)
+            site.observer = lambda site, attention, result, backend: observed.append(attention)
         model(**passage(family, 0, 256))
-    return seen
+    return observed
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "led"])
-def test_it_is_as_wrong_as_the_kernel_where_plain_operations_are_not(family):
-    """Trained weights make high scores and keys with much in common."""
+def test_recomputed_is_as_wrong_as_the_kernel_and_eager_is_not(family):
+    """Trained weights give large scores, and keys with a large common component."""
     ratios = []
     for attention in _attentions(family):
         report = check_attention("site", attention, "sdpa", grad=True)
         (gradient,) = [check for check in report.checks if check.what == "gradient"]
         ratios.append((gradient.error / gradient.eager_error, gradient.error / gradient.recomputed_error))
-    assert max(kept for kept, _ in ratios) > 3.0, "more wrong than plain operations by more than k"
-    assert max(again for _, again in ratios) < 2.5, "and no more wrong than plain operations that compute again"
+    assert max(kept for kept, _ in ratios) > 3.0, "the kernel exceeds k times the error of eager"
+    assert max(again for _, again in ratios) < 2.5, "but not k times the error of recomputed"
 
 
-def test_half_precision_is_computed_as_kernels_do():
+def test_recomputed_uses_float32_scores_in_half_precision():
     attention = AttentionCase(torch.bfloat16, attnzoo.Causal()).attention()
     rows = torch.arange(37)
     exact = evaluate(detached(attention, torch.float64, False), rows).output
@@ -79,7 +80,7 @@ def test_half_precision_is_computed_as_kernels_do():
     assert torch.equal(output, exact.to(torch.bfloat16)) or (output - exact).abs().max() < 2**-8 * exact.abs().max()
 
 
-def test_as_a_backend_it_refuses_what_it_does_not_compute():
+def test_recomputed_backend_refuses_dropout_and_probabilities():
     assert "recomputed" not in attnzoo.backends()
     request = replace(AttentionCase().attention().request(), dropout=True, probabilities=True)
     fields = {refusal.field for refusal in RecomputedBackend().refusals(request)}
