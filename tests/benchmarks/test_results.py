@@ -155,7 +155,7 @@ def test_a_row_has_a_process_of_its_own():
     found = run(
         plan,
         launch=lambda contender, case: ProcessWorker(made, contender, case),
-        contenders=(fake_shootout.TinyOriginal(), fake_shootout.Suicidal("suicidal")),
+        contenders=(fake_shootout.TinyOriginal(), fake_shootout.Exiting("suicidal")),
     )
     original, dead = found.rows
     assert original.status == "ok" and len(original.runs) == 2, original.reason
