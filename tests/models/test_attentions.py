@@ -10,7 +10,7 @@ KINDS = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attent
 
 
 def gradients(model, inputs):
-    """By name, the gradient of each returned attention tensor (None: no path to the output), and where it is positive."""
+    """By name: the gradient of each returned attention tensor (None: no path to the output); where it is positive."""
     returned = model(**inputs, output_attentions=True)
     tensors = {f"{kind} {n}": tensor for kind in KINDS for n, tensor in enumerate(getattr(returned, kind, None) or ())}
     for tensor in tensors.values():
