@@ -16,7 +16,9 @@ _EXAMPLE = "transformers.models.gpt_neox.modeling_gpt_neox:GPTNeoXAttention.forw
 
 
 def fingerprint(
-    paths: Annotated[list[str], typer.Argument(metavar="MODULE:FUNCTION", help="For example package.module:Class.method.")],
+    paths: Annotated[
+        list[str], typer.Argument(metavar="MODULE:FUNCTION", help="For example package.module:Class.method.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print the fingerprints of installed functions, to record in an adapter. All Python versions give the same."""
