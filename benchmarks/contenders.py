@@ -19,8 +19,7 @@ from attnzoo.benchmarks.cases import DTYPES, Case, Subject, build
 from attnzoo.benchmarks.measure import available_memory
 from attnzoo.benchmarks.models import find_workload
 from attnzoo.benchmarks.witness import false_claims, witness
-from attnzoo.conformance.attention_check import check_attention
-from attnzoo.conformance.attention_report import AttentionReport, worst
+from attnzoo.conformance.attention_check import AttentionReport, check_attention, worst
 from attnzoo.conformance.error_rule import Check
 from attnzoo.patching.patch import Handle
 from attnzoo.patching.sites import Site

@@ -170,15 +170,11 @@ app.command()(tune)
 app.command()(fingerprint)
 
 
-def _mount() -> None:
+def main() -> None:
+    """Run the ``attnzoo`` command. An error of attnzoo prints as one message without a traceback."""
     from attnzoo.benchmarks.cli import bench
 
     app.command()(bench)
-
-
-def main() -> None:
-    """Run the ``attnzoo`` command. An error of attnzoo prints as one message without a traceback."""
-    _mount()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # the encoding of the terminal may lack a character

@@ -90,17 +90,8 @@ class AttentionCase:
             segments.append(first)  # a second hash round
         elif self.mask == "globals":
             segments.append(SegmentRequest(Full(), self.kv_heads, key_mask=True))
-        return Request(
-            device,
-            self.dtype,
-            _HEADS,
-            _HEAD_DIM,
-            _UNEVEN_VALUE_DIM if self.uneven else _HEAD_DIM,
-            tuple(segments),
-            self.dropout > 0.0,
-            self.grad,
-            self.probabilities,
-        )
+        value_dim, flags = _UNEVEN_VALUE_DIM if self.uneven else _HEAD_DIM, (self.dropout > 0.0, self.grad)
+        return Request(device, self.dtype, _HEADS, _HEAD_DIM, value_dim, tuple(segments), *flags, self.probabilities)
 
     def attention(self, device: str = "cpu", seed: int = 0) -> Attention:
         """The attention of the case on fresh random tensors. Sorted keys have their padding in the pattern."""
@@ -122,9 +113,6 @@ class RequestCase:
 
     request: Request
     transform: ClassVar[str] = ""
-
-    def __str__(self) -> str:
-        return str(self.request)
 
     @property
     def probabilities(self) -> bool:

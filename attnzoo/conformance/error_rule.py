@@ -32,14 +32,7 @@ def factor(what: str) -> float:
 
 
 def allowed_error(k: float, plain_error: float, scale: float, dtype: torch.dtype) -> float:
-    """The largest error that passes.
-
-    Args:
-        k: :data:`FORWARD` or :data:`GRADIENT`.
-        plain_error: the error of plain operations.
-        scale: the largest absolute value of the reference.
-        dtype: the dtype of the candidate.
-    """
+    """The largest error that passes; ``scale`` is the largest absolute value of the reference."""
     return k * (plain_error + ROUNDINGS * torch.finfo(dtype).eps * scale)
 
 

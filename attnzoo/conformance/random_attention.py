@@ -32,17 +32,16 @@ def random_attention(
     """Build an attention with random tensors that makes a given request.
 
     A second segment with :class:`Full` pattern and a key mask holds the global keys of the first segment, as in LED.
-    Any other further segment has :data:`FEW_KEYS` keys. Segments with hash rounds share their keys.
+    Other further segments have :data:`FEW_KEYS` keys. Hash rounds share their keys.
 
     Args:
-        request: the request that the attention makes. The ``start`` of sorted rounds may differ.
+        request: the request to make; only the ``start`` of sorted rounds may differ.
         q_len: number of queries.
         kv_len: number of keys of the first segment. Sorted rounds have ``q_len`` keys each.
         dropout: probability of dropping a softmax weight, if the request has dropout.
         query_mask: mask a fifth of the queries.
         padded_tokens: the first third of the tokens of sorted rounds is padding.
         strided: ``head_dim`` is not the innermost dimension of query, key and value in memory.
-        seed: seed of all random numbers.
     """
     draw = _Draw(request, q_len, kv_len, strided, torch.Generator().manual_seed(seed))
     query = draw.normal(_BATCH, request.heads, q_len, request.head_dim)

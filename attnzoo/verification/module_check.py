@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from attnzoo.backend import Backend
 from attnzoo.conformance import error_rule
-from attnzoo.conformance.attention_report import AttentionReport
+from attnzoo.conformance.attention_check import AttentionReport
 from attnzoo.conformance.recomputed import RecomputedBackend
 from attnzoo.patching.patch import patch
 from attnzoo.verification.model_runs import cast, gradient_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from attnzoo.conformance.attention_report import AttentionReport, worst
+from attnzoo.conformance.attention_check import AttentionReport, worst
 from attnzoo.conformance.error_rule import Check
 from attnzoo.layout import aligned, alike, fit
 from attnzoo.verification.reports import Report

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from attnzoo.conformance.attention_report import AttentionReport
+from attnzoo.conformance.attention_check import AttentionReport
 from attnzoo.conformance.error_rule import Check
 
 

@@ -45,17 +45,13 @@ def verify(
 ) -> Report:
     """Compare a patched model with the original under the error rule, end to end and attention by attention.
 
-    The reference is the model with the dense oracle in float64. ``verify`` compares with it, on real tokens
-    (``attention_mask``):
+    The reference is the model with the dense oracle in float64. ``verify`` compares the patched model and the model's
+    own code with it on real tokens (``attention_mask``): the outputs, the parameter gradient, and each attention on the
+    inputs that it got in the model. Plain operations in the model's dtype set the budgets. ``backend="native"`` checks
+    the model's own code alone.
 
-    - the outputs and the parameter gradient of the patched model and of the model's own code,
-    - each attention of the patched model, on the inputs that it got in the model,
-    - each attention module of the model's own code, on the inputs that it got in the model.
-
-    Plain operations in the model's dtype set the budgets. ``backend="native"`` checks the model's own code alone.
-
-    The model runs in eval mode, without dropout. The model, its gradients and the random streams stay as they were.
-    ``verify`` needs memory for a copy of the model in float64 and for ``length x length`` scores.
+    The model runs in eval mode, and ``verify`` leaves it, its gradients and the random streams unchanged. It needs
+    memory for a copy of the model in float64 and for ``length x length`` scores.
 
     Args:
         model: a model of a family with an adapter. It may be patched; it is compared with an unpatched copy.
@@ -104,7 +100,7 @@ def verify(
 
     with own_random_stream(model), _eval_mode(model):
         progress(0.0, "the patched model")
-        patched = _PatchedRun(model, inputs, apply_patch, gradients, seed, fast)
+        patched = _PatchedRun(model, inputs, apply_patch(model), gradients, seed, fast)
         got, native, random_choices = patched.outputs, patched.native, patched.random_choices
         run = partial(run_model, gradients=patched.whole, seed=seed)
         oracle = partial(oracles, patched.approximate)
@@ -162,22 +158,11 @@ def verify(
             sites.append(replace(report, kernel=kernel))
     progress(1.0, "done")
 
-    def compare(values: dict[str, Tensor], dtype: torch.dtype) -> tuple[Check, ...]:
-        plain_dtype = error_rule.plain_dtype(dtype)
-        return tuple(
-            error_rule.check(
-                what,
-                values[what],
-                exact,
-                eager[what],
-                error_rule.factor(what),
-                dtype,
-                plain_dtype,
-                (again[what],) if what == GRADIENT else (),
-            )
-            for what, exact in reference.items()
-            if what in values
-        )
+    def compare(values: dict[str, Tensor], dtype: torch.dtype) -> Iterator[Check]:
+        for what in filter(values.__contains__, reference):
+            recomputed = (again[what],) if what == GRADIENT else ()
+            dtypes, k = (dtype, error_rule.plain_dtype(dtype)), error_rule.factor(what)
+            yield error_rule.check(what, values[what], reference[what], eager[what], k, *dtypes, recomputed)
 
     # An output that the patched model does not return fails, whatever the other outputs are.
     lost = tuple(Check(what, math.inf, 0.0, 0.0, 0.0) for what in reference if what not in got)
@@ -193,7 +178,7 @@ def verify(
         backend=_label(backend),
         sites=tuple(sites),
         end_to_end=(*compare(got, own_dtype if native else dtype), *lost),
-        original=compare(original, own_dtype),
+        original=tuple(compare(original, own_dtype)),
         original_sites=original_sites,
         fault=patched.fault,
         note="; ".join(patched.notes(in_float64)),
@@ -206,28 +191,20 @@ class _PatchedRun:
     """One run of the patched model, and what it shows.
 
     Attributes:
-        sites: the patched sites.
         attentions: by site and request, an attention, the kernel that computed it and its backend.
         approximate: by site, the backend that changed the pattern, and its random choices call by call.
         random_choices: by module, the arguments that make a call repeat its hash buckets (``replay.py``).
         fault: why the model's own code is wrong; empty if it is right.
-        whole: whether gradients are compared end to end.
-        outputs: outputs of the model, and its parameter gradient if ``whole``.
+        whole: whether gradients are compared end to end; ``outputs`` has the parameter gradient then.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        apply_patch: Callable[[nn.Module], Handle],
-        gradients: bool,
-        seed: int,
-        fast: bool,
+        self, model: nn.Module, inputs: dict[str, Any], patching: Handle, gradients: bool, seed: int, fast: bool
     ) -> None:
         self._gradients, self._fast = gradients, fast
         self.attentions: dict[tuple[str, Request], tuple[Attention, str, Backend]] = {}
         self.approximate: dict[str, tuple[Backend, list[object]]] = {}
-        with apply_patch(model) as handle:
+        with patching as handle:
             self.sites = handle.sites
             for site in handle.sites:
                 site.observer = self._observe

@@ -57,18 +57,10 @@ def add(clock):
     """A function that registers a fake backend in an empty registry: ``add("fast", seconds=1.0)``."""
 
     def register(name, seconds=1.0, rank=0, costs=None, backward=0.0, spoils=None, raises=None, version="", **narrower):
-        """Register a backend that computes as eager does.
+        """Register a backend that computes as eager does; each run advances the clock by ``seconds``.
 
-        Args:
-            name: its name.
-            seconds: by which each run advances the clock.
-            rank: its priority.
-            costs: instead of ``seconds``, the seconds of each run in turn; the last number holds for all later runs.
-            backward: seconds of each backward.
-            spoils: maps the right output to the returned output.
-            raises: an exception that each run raises.
-            version: part of the class name; another version is other code.
-            narrower: capabilities that differ from those of eager.
+        ``costs`` gives the seconds of each run in turn, and its last number holds for all later runs. ``spoils``
+        changes the output. ``version`` is part of the class name: another version is other code.
         """
 
         @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from attnzoo.conformance.attention_report import AttentionReport
+from attnzoo.conformance.attention_check import AttentionReport
 from attnzoo.conformance.error_rule import Check
 from attnzoo.verification.reports import Passages, Report
 
