@@ -19,6 +19,7 @@ from attnzoo.benchmarks.measure import available_memory
 from attnzoo.benchmarks.models import find_workload
 from attnzoo.benchmarks.rows import ORIGINAL, REFUSED, SKIPPED, Problem
 from attnzoo.benchmarks.witness import false_claims, witness
+from attnzoo.conformance.attention_check import AttentionReport, check_attention, worst
 from attnzoo.conformance.error_rule import Check
 from attnzoo.patching.patch import Handle
 from attnzoo.patching.sites import Site
@@ -26,7 +27,6 @@ from attnzoo.registry import registry
 from attnzoo.spec.segments import Attention, Result
 from attnzoo.spelling import parse
 from attnzoo.tuning.race import GRIDS, GRIDS_KEPT
-from attnzoo.verification.verify import SiteReport, check_site, worst
 
 # Input length, in tokens, of the run that compiles a backend before its measured runs.
 _COMPILE_LEN = 1024
@@ -185,7 +185,7 @@ class PreparedBackend(PreparedContender):
         lies = [f"reported {kernel}, which did not run" for kernel in false]
         lies += _miscounts(self._kernel_counts() - before, observed)
         train = self.subject.case.train
-        reports = tuple(check_site(name, attention, ran, grad=train) for name, attention, ran in kinds.values())
+        reports = tuple(check_attention(name, attention, ran, grad=train) for name, attention, ran in kinds.values())
         self._checked_kernels = {report.kernel for report in reports}
         self.subject.clear()
         return _verdict(reports, others, self._backend, lies)
@@ -229,7 +229,7 @@ def _miscounts(counted: Counter[tuple[str, str]], observed: Counter[tuple[str, s
     return [f"{site}: counted {counted[site, k]} calls of {k}, observed {observed[site, k]}" for site, k in wrong]
 
 
-def _verdict(reports: Sequence[SiteReport], others: set[str], backend: str, lies: Sequence[str]) -> GateVerdict:
+def _verdict(reports: Sequence[AttentionReport], others: set[str], backend: str, lies: Sequence[str]) -> GateVerdict:
     checks = [check for report in reports for check in report.checks]
     failed = [f"{report.name} {report.worst}" for report in reports if not report.ok]
     recalls = [report.recall for report in reports if report.recall is not None]

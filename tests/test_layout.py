@@ -4,7 +4,7 @@ import pytest
 
 import attnzoo
 from attnzoo.cli import app as cli
-from attnzoo.cli.tune import shown
+from attnzoo.cli.tune import stored_measurements_text
 from attnzoo.layout import aligned, fit, group_by
 from attnzoo.tuning import tuner
 from tests.support.models import causal_inputs, gpt_neox, led
@@ -89,7 +89,7 @@ def test_measurements_fit_the_terminal(columns, monkeypatch, tmp_path, width):
     monkeypatch.setenv("ATTNZOO_CACHE_DIR", str(tmp_path))
     columns(WIDE)
     report = tuner.tune(gpt_neox(), causal_inputs(16, "none"), rounds=1)
-    wide = str(report), shown()
+    wide = str(report), stored_measurements_text()
     columns(width)
     for text, unwrapped in zip((str(report), shown()), wide, strict=True):
         assert_fits(text, width or 80, unwrapped)

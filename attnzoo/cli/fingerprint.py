@@ -16,7 +16,9 @@ _EXAMPLE = "transformers.models.gpt_neox.modeling_gpt_neox:GPTNeoXAttention.forw
 
 
 def fingerprint(
-    paths: Annotated[list[str], typer.Argument(metavar="MODULE:FUNCTION", help="E.g. package.module:Class.method")],
+    paths: Annotated[
+        list[str], typer.Argument(metavar="MODULE:FUNCTION", help="For example package.module:Class.method.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print fingerprints of installed functions, to record in an adapter. They are the same on every Python."""
@@ -62,10 +64,10 @@ def _import(path: str, module: str) -> Any:
             raise InvalidArgumentError("path", f"{path!r}, {reason}", "a module that can be imported") from error
         parent, _, name = missing.rpartition(".")
         folders = getattr(importlib.import_module(parent), "__path__", []) if parent else None
-        near = suggestion(name, (info.name for info in pkgutil.iter_modules(folders)))
-        got = f"{path!r}, but there is no module {missing!r}{near}"
+        similar = suggestion(name, (info.name for info in pkgutil.iter_modules(folders)))
+        got = f"{path!r}, but there is no module {missing!r}{similar}"
         raise InvalidArgumentError("path", got, "a module that can be imported") from error
-    except Exception as error:  # importing runs the module, which may raise anything
+    except Exception as error:  # a module may raise anything when it is imported
         got = f"{path!r}, whose module raises {type(error).__name__} when imported"
         raise InvalidArgumentError("path", got, "a module that can be imported") from error
 

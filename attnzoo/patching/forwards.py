@@ -54,7 +54,7 @@ class SiteAttend:
     """What a point's forward computes with: a backend, a site to record on, and the patch's per-forward memory.
 
     Attributes:
-        sharers: the modules that share values with the site (``PatchPoint.shared_in``), itself among them; empty if none do.
+        sharers: modules that share values with the site (``PatchPoint.shared_in``), itself included; empty if none do.
     """
 
     def __init__(self, patched: PatchedForward, owner: nn.Module | None) -> None:

@@ -9,10 +9,10 @@ import torch
 import attnzoo
 from attnzoo import testing
 from attnzoo.backends.approximate.blocked_local import BlockedLocalBackend
+from attnzoo.conformance.attention_check import check_attention
 from attnzoo.functional import execute
 from attnzoo.registry import registry
 from attnzoo.spec.patterns import Causal, Full, SortedChunks, Window
-from attnzoo.verification.verify import check_site
 from tests.support import models as zoo
 from tests.support.approximate import KEYS, assert_refused, attention, key_mask, matches_definition
 from tests.support.judge import chunked, in_one_forward
@@ -118,9 +118,9 @@ def test_check_site_detects_another_pattern_than_declared(lie):
             other = {"nothing changed": None, "no sinks": local(4), "a wider window": local(5, 2)}[lie]
             return registry.make_backend("eager").run(attention if other is None else other.rewrite(attention))
 
-    report = check_site("site", attention(Causal(), None), Lying(window=4, sinks=2), grad=False)
+    report = check_attention("site", attention(Causal(), None), Lying(window=4, sinks=2), grad=False)
     assert not report.ok
-    assert check_site("site", attention(Causal(), None), local(4, 2), grad=False).ok
+    assert check_attention("site", attention(Causal(), None), local(4, 2), grad=False).ok
 
 
 # Attention that is not rewritten

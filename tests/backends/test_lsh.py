@@ -10,12 +10,12 @@ import attnzoo
 from attnzoo import testing
 from attnzoo.backends.approximate.lsh import LshBackend
 from attnzoo.backends.eager import evaluate
+from attnzoo.conformance.attention_check import check_attention
 from attnzoo.conformance.error_rule import FORWARD, check
 from attnzoo.registry import registry
 from attnzoo.spec.patterns import Causal, Full
 from attnzoo.spec.segments import Attention, Segment
 from attnzoo.verification.oracles import oracles
-from attnzoo.verification.verify import check_site
 from tests.support import models as zoo
 from tests.support.approximate import KEYS, assert_refused, attention, key_mask, matches_definition
 from tests.support.fake_backends import fake_backend
@@ -95,7 +95,7 @@ def test_one_bucket_and_long_chunks_are_full_attention(pattern, keys, num_hashes
     double = whole.with_tensors(tuple(tensor.double() for tensor in whole.tensors()))
     verdict = check("output", backend.run(whole).output, evaluate(double).output, evaluate(whole).output, FORWARD)
     assert verdict.ok, str(verdict)
-    assert check_site("site", whole, backend, grad=True).recall == pytest.approx(1.0)
+    assert check_attention("site", whole, backend, grad=True).recall == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("keys", ["no padding", "left"])
@@ -141,8 +141,8 @@ def test_check_site_detects_other_buckets_than_declared():
             return lsh(seed=self.seed + 1).run(attention)
 
     whole = attention(Causal(), None)
-    assert not check_site("site", whole, Lying(**OPTIONS), grad=False).ok
-    assert check_site("site", whole, lsh(), grad=False).ok
+    assert not check_attention("site", whole, Lying(**OPTIONS), grad=False).ok
+    assert check_attention("site", whole, lsh(), grad=False).ok
 
 
 # Recall
@@ -161,8 +161,8 @@ def clusters(count=8, each=16, dim=16):
 def test_recall_is_high_on_clusters_and_rises_with_the_rounds():
     whole = clusters()
     options = dict(chunk_length=16, num_buckets=16)
-    recalls = [check_site("site", whole, lsh(**options, num_hashes=n), grad=False).recall for n in (1, 4)]
-    blind = check_site("site", whole, lsh(num_hashes=1, chunk_length=16, num_buckets=1), grad=False).recall
+    recalls = [check_attention("site", whole, lsh(**options, num_hashes=n), grad=False).recall for n in (1, 4)]
+    blind = check_attention("site", whole, lsh(num_hashes=1, chunk_length=16, num_buckets=1), grad=False).recall
     assert blind < 0.5 < 0.8 < recalls[0] < 0.99 < recalls[1], (blind, recalls)
 
 
@@ -175,7 +175,7 @@ def test_recall_is_the_weight_of_the_visible_keys():
     )
     has_visible_key = weights.sum(-1) > 0
     expected = (weights * seen).sum(-1)[has_visible_key].mean()
-    assert check_site("site", whole, lsh(), grad=False).recall == pytest.approx(float(expected), abs=1e-9)
+    assert check_attention("site", whole, lsh(), grad=False).recall == pytest.approx(float(expected), abs=1e-9)
 
 
 # Models
@@ -272,7 +272,7 @@ def test_bad_options_name_the_argument(changes, words):
 def test_a_bias_is_refused_unless_inner_supports_it():
     biased = attention(Causal(), None, bias=True)
     assert {reason.field for reason in lsh().refusals(biased.request())} == {"bias"}
-    assert check_site("site", biased, replace(lsh(), inner="eager"), grad=True).ok
+    assert check_attention("site", biased, replace(lsh(), inner="eager"), grad=True).ok
 
 
 def test_a_bias_needs_a_dense_backend_by_name():

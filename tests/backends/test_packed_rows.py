@@ -10,9 +10,9 @@ import attnzoo
 from attnzoo.backends.approximate import visible_keys
 from attnzoo.backends.approximate.blocked_local import BlockedLocalBackend
 from attnzoo.backends.approximate.lsh import LshBackend
+from attnzoo.conformance.attention_check import check_attention
 from attnzoo.spec.patterns import Causal, Full
 from attnzoo.spec.segments import Attention, Segment
-from attnzoo.verification.verify import check_site
 from tests.support import models as zoo
 from tests.support.approximate import assert_refused, attention
 
@@ -136,7 +136,7 @@ def test_bias_and_gradient_match_each_document_alone(backend):
     backend, documents = replace(backend, inner="eager"), numbers()
     bias = attention(Full(), None, bias=True, dtype=torch.float64).segments[0].bias
     packed = whole(documents, bias=bias)
-    assert check_site("site", packed, backend, grad=True).ok
+    assert check_attention("site", packed, backend, grad=True).ok
     output = backend.run(packed).output
     for sample, start, stop in runs(documents):
         alone = cut(packed, sample, start, stop, Causal())
@@ -149,7 +149,7 @@ def test_bias_and_gradient_match_each_document_alone(backend):
 def test_forward_and_backward_equal_the_oracle(backend, dtype):
     packed = whole(numbers())
     packed = packed.with_tensors(tuple(tensor.to(dtype) for tensor in packed.tensors()))
-    report = check_site("site", packed, backend, grad=True)
+    report = check_attention("site", packed, backend, grad=True)
     assert report.ok, str(report)
 
 
@@ -158,9 +158,9 @@ def test_recall_is_the_mean_recall_of_the_documents(backend):
     documents = numbers()
     packed, rows, total = whole(documents), 0, 0.0
     for sample, start, stop in runs(documents):
-        recall = check_site("site", cut(packed, sample, start, stop, Causal()), backend, grad=False).recall
+        recall = check_attention("site", cut(packed, sample, start, stop, Causal()), backend, grad=False).recall
         rows, total = rows + stop - start, total + recall * (stop - start)
-    recall = check_site("site", packed, backend, grad=False).recall
+    recall = check_attention("site", packed, backend, grad=False).recall
     assert recall == pytest.approx(total / rows, abs=1e-9) and recall < 1.0
 
 
@@ -176,7 +176,7 @@ def prefix(length, first):
 def test_a_prefix_mask_is_one_document(backend):
     """It is rewritten like attention that is not causal, with the mask on top."""
     packed = whole(numbers([[0] * 19] * 2), mask=prefix(19, 5))
-    assert check_site("site", packed, backend, grad=True).ok
+    assert check_attention("site", packed, backend, grad=True).ok
     rewritten = backend.rewrite(packed)
     assert all(getattr(segment.pattern, "right", 1) for segment in rewritten.segments)
     assert all(bool((segment.mask <= prefix(19, 5)).all()) for segment in rewritten.segments if segment.kv_len == 19)

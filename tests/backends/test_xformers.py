@@ -12,7 +12,7 @@ from attnzoo import testing
 from attnzoo.backends.varlen import kernels, xformers_kernels
 from attnzoo.backends.varlen.xformers import XformersBackend
 from attnzoo.reporting import doctor
-from attnzoo.testing import Case
+from attnzoo.testing import AttentionCase
 from tests.support.half import HALF, agrees, attention, real, refusals
 from tests.support.models import gpt_neox, led, led_inputs
 
@@ -99,7 +99,7 @@ def test_window_and_globals_are_united_by_the_forms_that_return_lse(xformers):
 
 def test_float32_and_wide_heads_go_to_the_other_operator(xformers):
     for whole in (
-        replace(Case(torch.float32, attnzoo.Causal(), grad=False).attention()),
+        replace(AttentionCase(torch.float32, attnzoo.Causal(), grad=False).attention()),
         attention(attnzoo.Full(), dim=264),
     ):
         [(_, operator, _)], result = ran(xformers, whole)

@@ -19,7 +19,7 @@ from attnzoo.benchmarks.rows import Row, Shootout
 from attnzoo.benchmarks.runner import ShootoutPlan, run
 from attnzoo.benchmarks.tables import show
 from attnzoo.benchmarks.worker import Worker
-from tests.support import planted
+from tests.support import fake_shootout
 
 MODES = (False, True)
 
@@ -27,7 +27,7 @@ MODES = (False, True)
 @pytest.fixture(autouse=True, scope="package")
 def frozen() -> Iterator[None]:
     """Exclude everything that is loaded from the garbage collection before every timed run."""
-    planted.TINY.build()
+    fake_shootout.TINY.build()
     machine("cpu")
     gc.collect()
     gc.freeze()
@@ -38,14 +38,14 @@ def frozen() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Register the tiny family and the planted backends during a test."""
-    monkeypatch.setitem(WORKLOADS, "tiny", planted.TINY)
+    monkeypatch.setitem(WORKLOADS, "tiny", fake_shootout.TINY)
     monkeypatch.setattr(weights, "_POOL", 65537)  # enough for tiny models
-    planted.Switch.calls = 0
+    fake_shootout.Switch.calls = 0
     threads = torch.get_num_threads()
-    for cls in planted.BACKENDS:
+    for cls in fake_shootout.BACKENDS:
         register_backend(cls)
     yield
-    for cls in planted.BACKENDS:
+    for cls in fake_shootout.BACKENDS:
         unregister_backend(cls.name)
     torch.set_num_threads(threads)
 

@@ -24,7 +24,7 @@ from attnzoo.benchmarks.worker import Worker
 from attnzoo.benchmarks.workload import Peer
 from attnzoo.errors import InvalidArgumentError
 from tests.benchmarks.conftest import MODES, assert_no_measurements, invoke_bench, line_of, printed, row_of
-from tests.support import planted
+from tests.support import fake_shootout
 
 PACKAGE, MODULE = "fake-attention", "attnzoo_fake_attention"
 
@@ -50,7 +50,7 @@ class Crashing(FakeAttention):
 def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The tiny family names a peer whose package is not installed."""
     monkeypatch.setitem(LIBRARIES, PACKAGE, Library(MODULE, "FakeAttention", 3, lambda options: options["block"]))
-    monkeypatch.setitem(WORKLOADS, "tiny", replace(planted.TINY, peer=Peer(PACKAGE, 8, dict(block=8))))
+    monkeypatch.setitem(WORKLOADS, "tiny", replace(fake_shootout.TINY, peer=Peer(PACKAGE, 8, dict(block=8))))
     yield
     sys.modules.pop(MODULE, None)
 
@@ -143,7 +143,7 @@ def test_peers_have_rows_only_in_scope_attention(attention, values):
 
 
 def test_peer_has_rows_only_for_its_family(monkeypatch):
-    monkeypatch.setitem(WORKLOADS, "other", replace(planted.TINY, name="other"))
+    monkeypatch.setitem(WORKLOADS, "other", replace(fake_shootout.TINY, name="other"))
     plan = ShootoutPlan(families=("other", "tiny"), backends=(), scope="attention")
     (contender,) = [contender for contender in plan.contenders() if contender.peer]
     assert [contender.has_row(case) for case in plan.cases()] == [case.family == "tiny" for case in plan.cases()]

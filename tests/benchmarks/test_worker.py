@@ -14,13 +14,13 @@ import torch
 from attnzoo.benchmarks.measure import peak_of
 from attnzoo.benchmarks.runner import ShootoutPlan, run
 from attnzoo.benchmarks.worker import ProcessWorker, process_context
-from tests.support import planted
+from tests.support import fake_shootout
 
 
 def test_every_row_has_its_own_process():
     plan = ShootoutPlan(families=("tiny",), backends=(), seq_lens=(40,), modes=(False,), rounds=2)
     context, random_state = process_context(["transformers.models.led.modeling_led"]), torch.get_rng_state()
-    contenders = (planted.TinyOriginal(), planted.Suicidal("suicidal"))
+    contenders = (fake_shootout.TinyOriginal(), fake_shootout.Suicidal("suicidal"))
     original, dead = run(plan, launch=partial(ProcessWorker, context), contenders=contenders).rows
     assert original.status == "ok" and len(original.runs) == 2, original.reason
     assert dead.status == "failed" and "exit code 3" in dead.reason and dead.seconds is None

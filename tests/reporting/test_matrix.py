@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import attnzoo
 from attnzoo.backends.eager import EagerBackend
 from attnzoo.cli import app as cli
-from attnzoo.conformance.samples import Sample, shrink
+from attnzoo.conformance.cases import RequestCase, shrink
 from attnzoo.registry import registry
 from attnzoo.reporting import matrix, matrix_text
 from attnzoo.spec.segments import FLOATS
@@ -50,7 +50,7 @@ def hold(backend, modules, device):
             asked = module.asks(feature, device, dtype)
             for request in map(shrink, asked):
                 if (made, request) not in outcomes:
-                    outcomes[made, request] = run_case(made, Sample(request), device)
+                    outcomes[made, request] = run_case(made, RequestCase(request), device)
                 refused |= outcomes[made, request].refused
                 if outcomes[made, request].failure:
                     wrong[outcomes[made, request].failure].append(f"{module}, {feature}, {dtype}")
@@ -111,7 +111,7 @@ def test_what_this_machine_cannot_run_is_still_shown_and_refused_here(families, 
     assert any(not reasons for reasons in row.cells.values())
     assert all(reason.field != "availability" for feature in matrix.FEATURES for reason in row.reasons(feature))
     (request, *_) = module.asks("forward", "cpu", torch.bfloat16)
-    outcome = run_case(matrix.configured(registry.backend_class(backend), module), Sample(shrink(request)))
+    outcome = run_case(matrix.configured(registry.backend_class(backend), module), RequestCase(shrink(request)))
     assert outcome.refused and not outcome.failure
 
 
@@ -172,7 +172,7 @@ def test_a_sample_asks_exactly_what_the_request_says(families):
     for module in modules_of(families):
         for feature in matrix.FEATURES:
             for request in map(shrink, module.asks(feature, "cpu", torch.float32)):
-                got = Sample(request).attention().request()
+                got = RequestCase(request).attention().request()
                 segments = tuple(
                     replace(segment, pattern=replace(segment.pattern, start=0))
                     if hasattr(segment.pattern, "start")
