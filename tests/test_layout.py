@@ -91,7 +91,7 @@ def test_measurements_fit_the_terminal(columns, monkeypatch, tmp_path, width):
     report = tuner.tune(gpt_neox(), causal_inputs(16, "none"), rounds=1)
     wide = str(report), stored_measurements_text()
     columns(width)
-    for text, unwrapped in zip((str(report), shown()), wide, strict=True):
+    for text, unwrapped in zip((str(report), stored_measurements_text()), wide, strict=True):
         assert_fits(text, width or 80, unwrapped)
 
 
