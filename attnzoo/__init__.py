@@ -6,8 +6,7 @@ proves that nothing else changed. Importing attnzoo has no effect on transformer
 
 import attnzoo.backends  # noqa: F401  loaded first: a later import of it would rebind `attnzoo.backends`, the function
 from attnzoo.adapter import Adapter, Attend, PatchPoint, bind_function
-from attnzoo.auto.choice import Choice
-from attnzoo.backend import Backend, BackendInfo, Capabilities
+from attnzoo.backend import Backend, BackendInfo, Capabilities, Choice
 from attnzoo.errors import (
     AttnzooError,
     BackendRefusedError,

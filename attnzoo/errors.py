@@ -8,6 +8,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+Stage = Literal["patch", "before the call", "in the call"]
 
 _LONGEST = 399  # characters of a message, as far as shortening what was got can make it so
 _FEWEST = 100  # characters that are left of what was got, however long the rest is
@@ -82,11 +85,15 @@ class Refusal:
 
 
 class BackendRefusedError(AttnzooError, NotImplementedError):
-    """An explicitly requested backend cannot do what was asked; nothing was replaced silently.
+    """The requested backend cannot run what was requested, and no other backend was used in its place.
 
     Attributes:
-        refusals: ``{where: refusals}``, where names a module (or ``"attention"`` for the functional call).
-        alternatives: ``{where: names of backends that would take the same request}``; nothing where that is not known.
+        backend: name of the backend.
+        refusals: ``{place: reasons}``; a place is a module's name, or ``"attention"`` for a call of a function.
+        alternatives: ``{place: names of the backends that support the same requests}``; a place is missing where these
+            are not known.
+        stage: when the backend refused: at ``"patch"`` time, ``"before the call"`` of a module (the module has done
+            nothing) or ``"in the call"`` (its cache may be filled); None outside of these.
     """
 
     def __init__(
@@ -95,15 +102,17 @@ class BackendRefusedError(AttnzooError, NotImplementedError):
         refusals: Mapping[str, tuple[Refusal, ...]],
         alternatives: Mapping[str, tuple[str, ...]],
         remedy: str = "",
+        stage: Stage | None = None,
     ) -> None:
         self.backend, self.refusals, self.alternatives = backend, dict(refusals), dict(alternatives)
-        self._remedy = remedy
-        lines = [f"backend {backend!r} refuses"]
-        alike: dict[tuple[tuple[Refusal, ...], tuple[str, ...] | None], list[str]] = {}
-        for where, reasons in self.refusals.items():
-            others = tuple(self.alternatives[where]) if where in self.alternatives else None
-            alike.setdefault((tuple(reasons), others), []).append(where)
-        for (reasons, names), places in alike.items():
+        self.remedy, self.stage = remedy, stage
+        when = "" if stage is None else " at patch time" if stage == "patch" else f" {stage}"
+        lines = [f"backend {backend!r} refuses{when}"]
+        groups: dict[tuple[tuple[Refusal, ...], tuple[str, ...] | None], list[str]] = {}
+        for place, reasons in self.refusals.items():
+            others = tuple(self.alternatives[place]) if place in self.alternatives else None
+            groups.setdefault((tuple(reasons), others), []).append(place)
+        for (reasons, names), places in groups.items():
             lines.append(f"  {_counted(places)}:")
             lines.extend(f"    {reason}" for reason in reasons)
             if names is not None:
@@ -112,15 +121,15 @@ class BackendRefusedError(AttnzooError, NotImplementedError):
             lines.append(f"  {remedy}")
         super().__init__("\n".join(lines))
 
-    def at(self, where: str) -> BackendRefusedError:
-        """The same, said of a place by name where it was said of just ``"attention"``."""
+    def at(self, place: str, stage: Stage) -> BackendRefusedError:
+        """Return the same error with the stage, and with this place where the error has only ``"attention"``."""
 
-        def named(place: str) -> str:
-            return where if place == "attention" else place
+        def name_place(known: str) -> str:
+            return place if known == "attention" else known
 
-        refusals = {named(place): reasons for place, reasons in self.refusals.items()}
-        alternatives = {named(place): names for place, names in self.alternatives.items()}
-        return BackendRefusedError(self.backend, refusals, alternatives, self._remedy)
+        refusals = {name_place(known): reasons for known, reasons in self.refusals.items()}
+        alternatives = {name_place(known): names for known, names in self.alternatives.items()}
+        return BackendRefusedError(self.backend, refusals, alternatives, self.remedy, stage)
 
 
 def _counted(places: list[str]) -> str:

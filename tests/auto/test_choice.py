@@ -184,11 +184,11 @@ def test_a_handle_shows_what_auto_took_and_why(add, clock):
     site = handle.sites[0]
     assert (site.backend, site.ran, site.kernel) == ("auto", "auto: fast+slow", "fast-kernel+slow-kernel")
     assert "auto: fast+slow" in str(handle)
-    assert [(choice.backend.name, count) for choice, count in site.choices.most_common()] == [("fast", 2), ("slow", 1)]
-    assert str(site.choices.most_common()[0][0]) == "fast: measured 1 s; slow 4 s"
+    assert [(choice.backend.name, count) for choice, count in site.selections.most_common()] == [("fast", 2), ("slow", 1)]
+    assert str(site.selections.most_common()[0][0]) == "fast: measured 1 s; slow 4 s"
     with torch.no_grad():
         twin(**neox_inputs())
-    assert site.choices.total() == 3, "the copy counts its own"
+    assert site.selections.total() == 3, "the copy counts its own"
 
 
 def test_what_was_asked_for_by_name_is_no_choice(add):
@@ -196,7 +196,7 @@ def test_what_was_asked_for_by_name_is_no_choice(add):
     model = gpt_neox()
     with attnzoo.patch(model, "two") as handle:
         model(**neox_inputs())
-    assert handle.sites[0].choices == {} and handle.sites[0].ran == "two"
+    assert handle.sites[0].selections == {} and handle.sites[0].ran == "two"
 
 
 def test_explain_tells_what_was_measured_and_what_goes_by_priority(add, clock):

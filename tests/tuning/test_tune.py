@@ -56,7 +56,7 @@ def test_a_function_can_run_the_model_in_its_own_way(add, clock):
     assert {one.size.q_len for one in found} == {16, 1}, "the prompt, and then one token at a time"
     with attnzoo.patch(model) as handle:
         model.generate(**prompt)
-    assert {choice.backend.name for choice in handle.sites[0].choices} == {"fast"}
+    assert {choice.backend.name for choice in handle.sites[0].selections} == {"fast"}
 
 
 def test_it_tunes_for_the_dtype_of_autocast(add, clock):
