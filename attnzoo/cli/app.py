@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 import attnzoo
 from attnzoo.cli.fingerprint import fingerprint
 from attnzoo.cli.tune import tune
-from attnzoo.errors import AttnzooError, InvalidArgumentError
+from attnzoo.errors import AttnzooError
 from attnzoo.layout import aligned, alike, fit
 
 
@@ -76,22 +76,14 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 def matrix(
     model_types: Annotated[list[str] | None, typer.Argument(help="Only these; none: all with an adapter.")] = None,
-    as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
     """Which backend runs at which attention module, in which dtype, on what, with what; and for the rest: why not."""
     from attnzoo.reporting import matrix_text
     from attnzoo.reporting.matrix import families
 
-    if as_json and markdown:
-        raise InvalidArgumentError("format", "--json and --markdown", "one of the two, or neither")
-    found = families(tuple(model_types or ()))
-    if as_json:
-        print(json.dumps(matrix_text.plain(found), indent=2))
-    elif markdown:
-        print(matrix_text.markdown(found))
-    else:
-        print(matrix_text.text(found))
+    modules = families(tuple(model_types or ()))
+    print(matrix_text.markdown(modules) if markdown else matrix_text.text(modules))
 
 
 @app.command()

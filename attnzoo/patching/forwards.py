@@ -7,7 +7,6 @@ import functools
 import inspect
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -294,8 +293,7 @@ class PatchedForward(slots.Replacement):
         twin.patch = memo[key]
         twin.patch.names.append(self.site.name)
         if whole:
-            counters = ("kernels", "selections", "changed")
-            twin.site = replace(self.site, **{name: Counter(getattr(self.site, name)) for name in counters})
+            twin.site = self.site.copy()
         twin.original = copy.deepcopy(self.original, memo)
         twin.plan = replace(self.plan, target=target.at(memo.get(id(target.alive)), memo.get(id(target.owner))))
         twin._bind()

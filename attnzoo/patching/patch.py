@@ -285,12 +285,8 @@ def _assign(
                     f"backend: got glob {glob!r} behind {first!r}, which matches all its sites and decides first; "
                     "allowed: narrower globs before wider ones"
                 )
-    assigned: dict[PatchTarget, str | Backend] = {}
-    for site in sites:
-        glob = next((glob for glob in backend if site in matched[glob]), None)
-        if glob is not None:
-            assigned[site] = backend[glob]
-    return assigned
+    deciding = {site: glob for glob in reversed(matched) for site in matched[glob]}
+    return {site: backend[deciding[site]] for site in sites if site in deciding}
 
 
 def _configure(requested: Iterable[str | Backend], options: Mapping[str, Any]) -> dict[str | Backend, Backend]:

@@ -73,6 +73,11 @@ class Site:
         selected = dict.fromkeys(choice.backend.name for choice, _ in self.selections.most_common())
         return f"{self.backend}: {'+'.join(selected)}" if selected else self.backend
 
+    def copy(self) -> Site:
+        """Return a site that starts with the same counts and counts separately."""
+        counters = Counter(self.kernels), Counter(self.selections), Counter(self.changed)
+        return replace(self, kernels=counters[0], selections=counters[1], changed=counters[2])
+
 
 class PatchTarget:
     """A module that an adapter can patch. Holds the module weakly: a patched module holds its target.
@@ -132,7 +137,12 @@ class PatchTarget:
 
 
 def expected_requests(
-    point: PatchPoint, module: nn.Module, sharers: Iterable[nn.Module], grad: bool | None = None
+    point: PatchPoint,
+    module: nn.Module,
+    sharers: Iterable[nn.Module],
+    grad: bool | None = None,
+    probabilities: bool = False,
+    transforms: tuple[str, ...] = (),
 ) -> tuple[Request, ...]:
     """Return what a module will request of its backend.
 
@@ -141,6 +151,8 @@ def expected_requests(
         module: the module.
         sharers: the modules that share values with it, itself among them.
         grad: whether gradients will be computed, if that is known; None: if the module is trained.
+        probabilities: whether the call returns attention probabilities.
+        transforms: the transforms of ``torch.func`` around the call.
     """
     trains_bias = False
     if module.training if grad is None else grad:
@@ -150,11 +162,18 @@ def expected_requests(
     dropout = module.training and point.dropout(module) > 0.0
 
     def complete(request: Request) -> Request:
-        segments = tuple(
-            replace(segment, bias_grad=trains_bias and segment.bias is not None) for segment in request.segments
+        segments = request.segments
+        if trains_bias:
+            segments = tuple(replace(segment, bias_grad=segment.bias is not None) for segment in segments)
+        return replace(
+            request,
+            segments=segments,
+            dropout=dropout,
+            grad=bool(grad),
+            dtype=autocast_dtype(request.dtype, request.device),
+            probabilities=probabilities,
+            transforms=transforms,
         )
-        dtype = autocast_dtype(request.dtype, request.device)
-        return replace(request, dropout=dropout, grad=bool(grad), dtype=dtype, segments=segments)
 
     return tuple(map(complete, point.requests(module)))
 

@@ -82,10 +82,10 @@ class Explanation(tuple[Verdict, ...]):
 
 
 def explain(model: nn.Module, backend: str | Backend | None = None, **options: Any) -> Explanation:
-    """Return what each backend would do at each attention module, for the model as it is (train or eval, device, dtype).
+    """Return what each backend would do at each attention module of a model.
 
     Args:
-        model: a model of a family with an adapter.
+        model: a model of a family with an adapter, as it is now (train or eval, device, dtype).
         backend: a backend's name, or a configured backend (:func:`attnzoo.configure`); None or ``"auto"``: all
             registered backends, and what ``auto`` selects.
         options: options of the named backend.
@@ -152,10 +152,12 @@ def _configure(backend: str | Backend | None, options: Mapping[str, Any]) -> dic
     """The backends to explain, by name."""
     if isinstance(backend, Backend):
         return {backend.name: backend}
+    if backend is None:
+        return {name: _configure_named(name, options) for name in registry.backends()}
     if backend in BUILT_IN:
         return {backend: BUILT_IN[backend]}
-    names = registry.backends() if backend is None else (registry.backend_class(backend).name,)
-    return {name: _configure_named(name, options) for name in names}
+    name = registry.backend_class(backend).name
+    return {name: _configure_named(name, options)}
 
 
 def _configure_named(name: str, options: Mapping[str, Any]) -> Backend:

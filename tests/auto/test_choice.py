@@ -184,7 +184,10 @@ def test_a_handle_shows_what_auto_took_and_why(add, clock):
     site = handle.sites[0]
     assert (site.backend, site.ran, site.kernel) == ("auto", "auto: fast+slow", "fast-kernel+slow-kernel")
     assert "auto: fast+slow" in str(handle)
-    assert [(choice.backend.name, count) for choice, count in site.selections.most_common()] == [("fast", 2), ("slow", 1)]
+    assert [(choice.backend.name, count) for choice, count in site.selections.most_common()] == [
+        ("fast", 2),
+        ("slow", 1),
+    ]
     assert str(site.selections.most_common()[0][0]) == "fast: measured 1 s; slow 4 s"
     with torch.no_grad():
         twin(**neox_inputs())

@@ -47,7 +47,7 @@ def hold(backend, modules, device):
             if where != device or (not reasons and dtype not in RUN_IN.get(backend, FLOATS)):
                 continue
             made, refused = matrix.configured(registry.backend_class(backend), module, device, dtype), False
-            asked = module.asks(feature, device, dtype)
+            asked = module.requests_with(feature, device, dtype)
             for request in map(shrink, asked):
                 if (made, request) not in outcomes:
                     outcomes[made, request] = run_case(made, Sample(request), device)
@@ -99,7 +99,7 @@ def test_what_runs_runs_in_small(families, backend):
     for module in modules_of(families):
         for (feature, device, dtype), reasons in matrix.row(registry.backend_class(backend), module).cells.items():
             made = matrix.configured(registry.backend_class(backend), module, device, dtype)
-            for request in module.asks(feature, device, dtype) if not reasons else ():
+            for request in module.requests_with(feature, device, dtype) if not reasons else ():
                 assert not made.refusals_anywhere(shrink(request)), (str(module), feature, device, dtype)
 
 
@@ -110,7 +110,7 @@ def test_what_this_machine_cannot_run_is_still_shown_and_refused_here(families, 
     row = matrix.row(registry.backend_class(backend), module)
     assert any(not reasons for reasons in row.cells.values())
     assert all(reason.field != "availability" for feature in matrix.FEATURES for reason in row.reasons(feature))
-    (request, *_) = module.asks("forward", "cpu", torch.bfloat16)
+    (request, *_) = module.requests_with("forward", "cpu", torch.bfloat16)
     outcome = run_case(matrix.configured(registry.backend_class(backend), module), Sample(shrink(request)))
     assert outcome.refused and not outcome.failure
 
@@ -171,7 +171,7 @@ def test_a_sample_asks_exactly_what_the_request_says(families):
     """But for the places of hash rounds, which stand one after the other."""
     for module in modules_of(families):
         for feature in matrix.FEATURES:
-            for request in map(shrink, module.asks(feature, "cpu", torch.float32)):
+            for request in map(shrink, module.requests_with(feature, "cpu", torch.float32)):
                 got = Sample(request).attention().request()
                 segments = tuple(
                     replace(segment, pattern=replace(segment.pattern, start=0))
@@ -184,12 +184,12 @@ def test_a_sample_asks_exactly_what_the_request_says(families):
 
 def test_features_are_asked_on_top_of_what_a_module_asks(families):
     local = next(module for module in families["longt5"] if module.cls == "LongT5LocalAttention")
-    (plain,) = local.asks("forward", "cuda", torch.bfloat16)
+    (plain,) = local.requests_with("forward", "cuda", torch.bfloat16)
     assert (plain.device, plain.dtype, plain.grad, plain.dropout) == ("cuda", torch.bfloat16, False, False)
     assert plain.segments[0].bias == "relative" and plain.segments[0].key_mask
-    (trained,) = local.asks("trained bias", "cpu", torch.float32)
+    (trained,) = local.requests_with("trained bias", "cpu", torch.float32)
     assert trained.grad and trained.segments[0].bias_grad
-    (grouped,) = local.asks("GQA", "cpu", torch.float32)
+    (grouped,) = local.requests_with("GQA", "cpu", torch.float32)
     assert grouped.segments[0].kv_heads * 2 == grouped.heads == plain.heads
 
 
