@@ -1,4 +1,4 @@
-"""A broken optional package is a line of ``attnzoo doctor``, with the reason, and breaks nothing else."""
+"""``attnzoo doctor`` reports a broken optional package with the reason, and it breaks nothing else."""
 
 import importlib
 import json
@@ -13,7 +13,7 @@ import pytest
 import attnzoo
 from attnzoo.reporting import doctor
 
-# Whatever a package may raise when it is imported, and what doctor says of it.
+# What a package may raise on import, and what doctor reports.
 KINDS = {
     "ImportError": ("raise ImportError('libcudart.so.12: cannot open')", "ImportError: libcudart.so.12: cannot open"),
     "OSError": ("raise OSError('libcuda.so.1: wrong ELF class')", "OSError: libcuda.so.1: wrong ELF class"),
@@ -28,7 +28,7 @@ MODULES = {"flash-attn": "flash_attn", "xformers": "xformers", "accelerate": "ac
 
 
 def plant(folder, distribution, source, metadata=True):
-    """A package as pip would have left it, whose import does something."""
+    """Write a package as pip installs it, with this source."""
     (folder / MODULES[distribution]).mkdir(parents=True)
     (folder / MODULES[distribution] / "__init__.py").write_text(source)
     if metadata:
@@ -42,14 +42,14 @@ def models():
 
 
 def look_at(distribution):
-    """What doctor says of one package. Not of backends: they remember for good what they found of theirs."""
+    """What doctor reports of a package. Not of backends, which keep what they have found."""
     (package,) = [package for package in doctor._PACKAGES if package[0] == distribution]
     return doctor._package(package)
 
 
 @pytest.fixture
 def planted(monkeypatch, tmp_path):
-    """Plants packages on the path of this process; those that are loaded already are loaded anew."""
+    """Put packages on the path of this process; loaded modules of the same names are loaded again."""
 
     def put(distribution, source, metadata=True):
         plant(tmp_path, distribution, source, metadata)
@@ -62,7 +62,7 @@ def planted(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("distribution", MODULES)
-def test_whatever_a_package_raises_is_its_reason(planted, distribution, kind):
+def test_doctor_reports_what_a_package_raises(planted, distribution, kind):
     source, reason = KINDS[kind]
     planted(distribution, source)
     found = look_at(distribution)
@@ -70,30 +70,30 @@ def test_whatever_a_package_raises_is_its_reason(planted, distribution, kind):
     assert found.detail.startswith(f"9.9 is broken: {reason}")
 
 
-def test_a_broken_copy_that_nobody_installed_is_no_missing_package(planted):
+def test_doctor_reports_a_broken_package_without_metadata(planted):
     planted("xformers", "raise OSError('half a build')", metadata=False)
     assert look_at("xformers").detail == "a copy without a version is broken: OSError: half a build"
 
 
-def test_a_working_package_is_told_with_its_version(planted):
+def test_doctor_reports_the_version_of_a_working_package(planted):
     planted("xformers", "")
     assert look_at("xformers").ok and look_at("xformers").detail.startswith("9.9 (")
 
 
-def test_a_missing_package_is_told_with_the_remedy(monkeypatch):
+def test_doctor_reports_a_missing_package_with_the_remedy(monkeypatch):
     monkeypatch.setattr(doctor, "_PACKAGES", (("no-such-thing", "no_such_thing", "nothing; optional"),))
     found = look_at("no-such-thing")
     assert not found.ok and found.detail == "not installed (nothing; optional): pip install no-such-thing"
 
 
-def test_an_interrupt_is_no_finding(planted):
+def test_doctor_does_not_catch_an_interrupt(planted):
     planted("xformers", "raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
         look_at("xformers")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("planted"), SystemExit(3), ImportError("planted")])
-def test_a_model_whose_code_cannot_be_imported_is_a_line(monkeypatch, error):
+def test_doctor_reports_a_model_whose_code_cannot_be_imported(monkeypatch, error):
     def broken(name):
         if "gpt_neox" in name:
             raise error
@@ -105,7 +105,7 @@ def test_a_model_whose_code_cannot_be_imported_is_a_line(monkeypatch, error):
     assert found["led"].ok and found["longt5"].ok
 
 
-# In a process of its own: nothing was imported before
+# In a new process, where nothing is imported yet
 
 PROBE = """
     import json
@@ -152,7 +152,7 @@ def probe(folder, *arguments):
 @pytest.mark.parametrize(
     "kinds", [("SystemExit", "OSError", "AttributeError"), ("RuntimeError", "ImportError", "SystemExit")], ids="-".join
 )
-def test_broken_kernels_and_plots_break_nothing_else(tmp_path, kinds):
+def test_broken_packages_break_nothing_else(tmp_path, kinds):
     for distribution, kind in zip(("flash-attn", "xformers", "matplotlib"), kinds, strict=True):
         plant(tmp_path, distribution, KINDS[kind][0])
     found = probe(tmp_path, "models")
@@ -169,8 +169,8 @@ def test_broken_kernels_and_plots_break_nothing_else(tmp_path, kinds):
     assert f"({KINDS[kinds[2]][1]}" in found["plots"] and "--no-plot" in found["plots"]
 
 
-def test_a_broken_accelerate_breaks_transformers_and_nothing_of_ours(tmp_path):
-    """transformers imports it with every model, so there is no model to patch; all that needs none works."""
+def test_a_broken_accelerate_breaks_only_transformers(tmp_path):
+    """transformers imports accelerate with every model, so there is no model to patch; the rest works."""
     plant(tmp_path, "accelerate", KINDS["SystemExit"][0])
     found = probe(tmp_path)
     assert "9.9 is broken: SystemExit: needs a GPU" in found["told"]["package accelerate"][1]
