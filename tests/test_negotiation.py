@@ -59,9 +59,9 @@ def test_an_unavailable_backend_is_refused_with_exact_alternatives_only():
     with pytest.raises(BackendRefusedError) as caught:
         attnzoo.attention(**small(), backend="elsewhere")
     assert {reason.field for reason in caught.value.refusals["attention"]} == {"availability", "dtype"}
-    with pytest.raises(BackendRefusedError, match="availability: got no such card") as made:
+    with pytest.raises(BackendRefusedError, match="availability: got no such card") as unavailable:
         registry.make_backend("elsewhere")
-    for error in (caught.value, made.value):
+    for error in (caught.value, unavailable.value):
         (others,) = error.alternatives.values()
         assert "sdpa" in others and not {"blocked-local", "lsh"} & set(others)
 

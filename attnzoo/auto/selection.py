@@ -43,38 +43,19 @@ class AutoBackend(Backend):
 
 
 def choose_for(attention: Attention, probabilities: bool = False) -> Choice:
-    """Return the backend that ``auto`` selects for an attention: see :func:`choose`.
+    """Return the backend that ``auto`` selects for an attention.
 
     Raises:
-        BackendRefusedError: as :func:`choose`.
+        BackendRefusedError: no candidate supports the request, or ``tune`` measured wrong results for those that do;
+            the error lists every reason of every candidate.
         InvalidArgumentError: ``ATTNZOO_AUTO`` has a value that is not allowed.
     """
     request = attention.request(probabilities)
     because = by_priority_because()
     if because is not None:
-        return choose(request, because=because)
-    return choose(request, size_class(attention), environment_of(attention.query.device))
-
-
-def choose(
-    request: Request,
-    size: SizeClass | None = None,
-    environment: Environment | None = None,
-    because: str = "no size was given",
-) -> Choice:
-    """Return the backend that ``auto`` selects for a request. Remembered until the registry or measurements change.
-
-    Args:
-        request: the request.
-        size: its size class; None: select by priority and ignore measurements.
-        environment: the device and versions the request runs on; required with a size.
-        because: why the selection ignores measurements, if no size is given.
-
-    Raises:
-        BackendRefusedError: no candidate supports the request, or ``tune`` measured wrong results for those that do;
-            the error lists every reason of every candidate.
-    """
-    return _choose(request, size, environment, because, registry.generation, cache.generation())
+        return _choose(request, None, None, because, registry.generation, cache.generation())
+    size, environment = size_class(attention), environment_of(attention.query.device)
+    return _choose(request, size, environment, "", registry.generation, cache.generation())
 
 
 @lru_cache(maxsize=4096)
@@ -86,6 +67,7 @@ def _choose(
     registry_generation: int,
     cache_generation: int,
 ) -> Choice:
+    """Remembered until the registry or the measurements change. Without a size, the priority decides ``because``."""
     supporting = registry.supporting_backends(request)
     wrong: dict[str, str] = {}
     if size is not None and environment is not None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from attnzoo.adapter import PatchPoint
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, KeywordRefusedError, PatchError
 from attnzoo.functional import execute
 from attnzoo.originals import slots
@@ -146,6 +145,8 @@ class PatchedForward(slots.Replacement):
         patch: what all forwards of the patch share.
         plan: which backend serves the site, and how.
         site: what ran.
+        point: the patch point of the module.
+        native: whether every call runs the model's own code.
         fallback: whether calls that the backend refuses run the model's own code.
         removed: whether the patch was removed.
         original: the forward beneath this one; None: that of the module's class.
@@ -154,6 +155,7 @@ class PatchedForward(slots.Replacement):
     def __init__(self, patch: Patch, plan: SitePlan, fallback: bool) -> None:
         target, module = plan.target, plan.target.module
         self.patch, self.plan, self.fallback, self.removed = patch, plan, fallback, False
+        self.point, self.native = target.point, plan.is_native
         pattern = target.point.describe(module)
         self.site = Site(target.name, target.cls.__name__, pattern, plan.backend.name, plan.changes)
         self.original = slots.current(module)
@@ -176,23 +178,12 @@ class PatchedForward(slots.Replacement):
     def _bind(self) -> None:
         self._called = _CalledModule()
         self._attend = SiteAttend(self.site, self.plan, self.fallback, self.patch.memory)
-        target = self.plan.target
-        self._forward = None if self.native else target.point.bind(target.cls, self._attend)
-
-    @property
-    def native(self) -> bool:
-        """Whether every call runs the model's own code."""
-        return self.plan.is_native
+        self._forward = None if self.native else self.point.bind(self.plan.target.cls, self._attend)
 
     @property
     def may_run_native(self) -> bool:
         """Whether a call can run the model's own code."""
         return self.native or self.fallback
-
-    @property
-    def point(self) -> PatchPoint:
-        """The patch point of the module."""
-        return self.plan.target.point
 
     @property
     def module(self) -> nn.Module | None:
@@ -248,7 +239,7 @@ class PatchedForward(slots.Replacement):
         if self._forward is not None and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
             # Patched modules read the values of masks: a trace would keep those of its example for all later inputs.
             raise PatchError(
-                f'{self.site.label}: got a patched model to trace or export; allowed: one patched with "native", or '
+                f'{self.site.label}: got a patched model to trace or export; allowed: a model patched with "native", or '
                 "attnzoo.unpatch(model) first"
             )
         return self._uncompiled(self, args, kwargs)

@@ -83,12 +83,13 @@ def _remove(places: list[tuple[nn.Module, PatchedForward]]) -> None:
         layers = list(patches_of(module))
         if forward not in layers:
             raise PatchError(
-                f"{forward.site.label}: got a module whose forward is not this patch's; allowed: removing a patch "
+                f"{forward.site.label}: got a module whose forward is not this patch's; allowed: to remove a patch "
                 "while nothing else has replaced the forward since"
             )
         if layers[0] is not forward:
             raise PatchError(
-                f"{forward.site.label}: got a patch with a later one on top; allowed: removing them last in, first out"
+                f"{forward.site.label}: got a patch with a later one on top; allowed: to remove the last patch first "
+                "(last in, first out)"
             )
     for module, forward in places:
         forward.take_off(module)
@@ -184,7 +185,7 @@ def _check_whole(places: list[tuple[nn.Module, PatchedForward]]) -> None:
     lost = [name or "the model that was patched" for name in dict.fromkeys(expected) if name not in in_place]
     if lost:
         raise PatchError(
-            f"model: got one in which the last patch is no longer in place at {shorten(', '.join(lost))}; allowed: the "
+            f"model: got a model whose last patch is no longer in place at {shorten(', '.join(lost))}; allowed: the "
             "whole model that was patched, while nothing else has replaced a patched forward"
         )
 
@@ -277,7 +278,7 @@ def _assign(
         matched[glob] = [site for site in sites if fnmatch.fnmatchcase(site.name, glob)]
         if not matched[glob]:
             names = [site.name for site in sites]
-            raise PatchError(f"backend: got glob {glob!r}, which matches no site; allowed: one that does of {names}")
+            raise PatchError(f"backend: got glob {glob!r}, which matches no site; allowed: a glob for some of {names}")
         for first in [other for other in matched if other != glob]:
             # A glob that matches the text of the earlier one is wider, and stands for the remaining sites.
             if set(matched[glob]) <= set(matched[first]) and not fnmatch.fnmatchcase(first, glob):

@@ -124,25 +124,22 @@ def plan_sites(
         together = tuple(request for target in sites for request in requests[target])
         bound |= {target: backend.bind_to_site(requests[target], together) for target in sites}
         _check_options([bound[target] for target in sites if not obstacles[target]])
-    plans = [_plan_site(target, bound[target], requests[target], obstacles[target]) for target in backends]
+    plans = []
+    for target in backends:
+        backend, expected = bound[target], requests[target]
+        refusals = refusals_of(backend, expected)
+        alternatives = alternatives_to(backend, expected) if refusals else None
+        changes = changes_of(backend, expected)
+        plans.append(SitePlan(target, backend, expected, refusals, alternatives, changes, obstacles[target]))
     return (*plans, *_plan_companions(model, targets, plans))
 
 
-def _plan_site(
-    target: PatchTarget, backend: Backend, requests: tuple[Request, ...], obstacle: PatchError | None
-) -> SitePlan:
-    if obstacle is not None:
-        return SitePlan(target, backend, obstacle=obstacle)
-    refusals = refusals_of(backend, requests)
-    alternatives = alternatives_to(backend, requests) if refusals else None
-    return SitePlan(target, backend, requests, refusals, alternatives, changes_of(backend, requests))
-
-
 def _plan_companions(model: nn.Module, targets: Sequence[PatchTarget], plans: Sequence[SitePlan]) -> Iterable[SitePlan]:
+    backends = {id(plan.target.module): plan.backend for plan in plans if not plan.is_native}
     for target in targets:
-        covered = (plan for plan in plans if not plan.is_native and target.covers(plan.target))
-        if not target.point.attends and (first := next(covered, None)) is not None:
-            yield SitePlan(target, first.backend, obstacle=_find_obstacle(model, target))
+        covered = (backends[id(module)] for module in target.covered_modules() if id(module) in backends)
+        if not target.point.attends and (backend := next(covered, None)) is not None:
+            yield SitePlan(target, backend, obstacle=_find_obstacle(model, target))
 
 
 def changes_of(backend: Backend, requests: Sequence[Request], anywhere: bool = False) -> tuple[str, ...]:

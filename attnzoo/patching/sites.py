@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -75,38 +76,39 @@ class Site:
 
     def copy(self) -> Site:
         """Return a site that starts with the same counts and counts separately."""
-        counters = Counter(self.kernels), Counter(self.selections), Counter(self.changed)
-        return replace(self, kernels=counters[0], selections=counters[1], changed=counters[2])
+        return replace(
+            self, kernels=self.kernels.copy(), selections=self.selections.copy(), changed=self.changed.copy()
+        )
 
 
 class PatchTarget:
-    """A module that an adapter can patch. Holds the module weakly: a patched module holds its target.
+    """A module that an adapter can patch. Holds the module weakly, because a patched module holds its target.
 
     Attributes:
         name: the module's name in the model.
         cls: the module's class.
         point: the patch point that matches the module.
         adapter: the adapter of the patch point.
+        alive: the module; None if it was freed, or for a copy whose module is not known.
+        module: the same, of which the caller knows that it is alive.
+        owner: the module in which it shares values with others (``PatchPoint.shared_in``), or None.
+        label: the name for messages: see :attr:`Site.label`.
     """
 
     def __init__(
         self, name: str, module: nn.Module, point: PatchPoint, adapter: Adapter, owner: nn.Module | None
     ) -> None:
         self.name, self.cls, self.point, self.adapter = name, type(module), point, adapter
-        self._module: weakref.ref[nn.Module] | None = weakref.ref(module)
-        self._owner = None if owner is None else weakref.ref(owner)
+        self._module, self._owner = _weak(module), _weak(owner)
 
     def at(self, module: nn.Module | None, owner: nn.Module | None) -> PatchTarget:
-        """Return the same target for a copy of the module; None for a copy whose module is not known yet."""
-        twin = object.__new__(PatchTarget)
-        vars(twin).update(vars(self))
-        twin._module = None if module is None else weakref.ref(module)
-        twin._owner = None if owner is None else weakref.ref(owner)
+        """Return the same target for a copy of the module."""
+        twin = copy.copy(self)
+        twin._module, twin._owner = _weak(module), _weak(owner)
         return twin
 
     @property
     def alive(self) -> nn.Module | None:
-        """The module; None if it was freed or is not known."""
         return None if self._module is None else self._module()
 
     @property
@@ -118,22 +120,24 @@ class PatchTarget:
 
     @property
     def owner(self) -> nn.Module | None:
-        """The module in which the target's module shares values with others (``PatchPoint.shared_in``), or None."""
         return None if self._owner is None else self._owner()
 
     @property
     def label(self) -> str:
-        """The name for messages: see :attr:`Site.label`."""
         return self.name or self.cls.__name__
 
-    def covers(self, other: PatchTarget) -> bool:
-        """Whether another target's module is inside this target's module, or inside its owner."""
-        return any(module is other.module for module in (self.owner or self.module).modules())
+    def covered_modules(self) -> Iterable[nn.Module]:
+        """Return the modules inside the owner, or inside the module if it has no owner."""
+        return (self.owner or self.module).modules()
 
     def expected_requests(self) -> tuple[Request, ...]:
         """Return what the module will request, for the model as it is now (train or eval, device, dtype, autocast)."""
         sharers = (self.module,) if self.owner is None else self.point.sharers(self.owner)
         return expected_requests(self.point, self.module, sharers)
+
+
+def _weak(module: nn.Module | None) -> weakref.ref[nn.Module] | None:
+    return None if module is None else weakref.ref(module)
 
 
 def expected_requests(
@@ -232,5 +236,5 @@ def _no_site_error(model: nn.Module, types: tuple[str, ...], points: Iterable[st
     return PatchError(
         f"model: got {type(model).__name__} of model type {', '.join(types) or 'none (no config)'}, "
         f"in which no adapter finds an attention module{why}; allowed: a model with modules of type "
-        f"{', '.join(registry.model_types())}, or register one with attnzoo.register_adapter"
+        f"{', '.join(registry.model_types())}, or an adapter for it, from attnzoo.register_adapter"
     )

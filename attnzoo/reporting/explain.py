@@ -128,11 +128,11 @@ def _plan(model: nn.Module, targets: Sequence[PatchTarget], backend: Backend) ->
 def _verdict(name: str, plan: SitePlan, plans: Sequence[SitePlan]) -> Verdict:
     """The verdict on a site. An obstacle at a companion of the site prevents a patch of the site, too."""
     target = plan.target
-    companions = [other for other in plans if not other.target.point.attends and other.target.covers(target)]
     obstacles = tuple(
-        Refusal("adapter", str(needed.obstacle), "what the adapter was verified against")
-        for needed in (plan, *companions)
-        if needed.obstacle is not None
+        Refusal("adapter", str(other.obstacle), "what the adapter was verified against")
+        for other in plans
+        if other.obstacle is not None
+        and (other is plan or (not other.target.point.attends and target.module in other.target.covered_modules()))
     )
     pattern = target.point.describe(target.module)
     return Verdict(target.name, target.cls.__name__, pattern, name, obstacles + plan.refusals, plan.changes)

@@ -146,7 +146,7 @@ def _modules(model_type: str) -> tuple[Module, ...]:
 
     adapter = registry.find_adapter(model_type)
     if adapter is None:
-        raise PatchError(f"adapter: got {registry.broken_adapters().get(model_type)}; allowed: one that loads")
+        raise PatchError(f"adapter: got {registry.broken_adapters().get(model_type)}; allowed: an adapter that loads")
     modules: dict[tuple[str, str, tuple[Request, ...]], Module] = {}
     for example in adapter.examples:
         with torch.device("meta"):

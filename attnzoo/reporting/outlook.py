@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from attnzoo.adapter import parameter_of
-from attnzoo.auto import cache, selection
+from attnzoo.auto import cache
 from attnzoo.auto.choice import by_measurement, by_priority_because
 from attnzoo.auto.environment import environment_of
 from attnzoo.auto.measurements import Measurement, plain
-from attnzoo.errors import BackendRefusedError
 from attnzoo.patching.plan import SitePlan
 from attnzoo.registry import registry
 from attnzoo.spec.segments import Request
@@ -31,17 +30,11 @@ def outlook(plan: SitePlan) -> tuple[str, ...]:
                 if choice is not None:
                     where = f"{measurement.mode} at {measurement.size}"
                     lines.append(f"{choice.backend.name} for {where}: {choice.reason}")
-    names = ", ".join(dict.fromkeys(map(_first_by_priority, plan.requests))) or "as asked"
+    best = (next(iter(registry.supporting_backends(request)), None) for request in plan.requests)
+    names = ", ".join(dict.fromkeys("nothing" if backend is None else backend.name for backend in best)) or "as asked"
     if lines:
         return (*lines, f"{names} for other sizes, by priority")
     return (f"{names} by priority: {because or 'nothing measured yet, see attnzoo tune'}",)
-
-
-def _first_by_priority(request: Request) -> str:
-    try:
-        return selection.choose(request).backend.name
-    except BackendRefusedError:
-        return "nothing"
 
 
 def _is_similar(measurement: Measurement, request: Request) -> bool:

@@ -151,7 +151,7 @@ BAD = {
         dict(global_keys=zeros(2, 7).bool().to("meta")), "global_keys device", "meta", "cpu, the query's",
     ),
     # names
-    "native without a model": (dict(backend="native"), "backend", "'native', which is a selection mode", "'eager'.*'sdpa'"),
+    "native without a model": (dict(backend="native"), "backend", "'native', which is a", "'eager'.*'sdpa'"),
     "a nested q": (
         dict(q=torch.nested.nested_tensor([zeros(4, 6, 8)], layout=torch.jagged)), Q, "a nested or s", "a dense tensor",
     ),

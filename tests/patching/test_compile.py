@@ -40,9 +40,9 @@ def test_a_patched_model_compiles(build, inputs):
         expected = [run(model, inputs(length, side)) for length, side in ((20, "left"), (33, "right"))]
         calls = handle.sites[0].calls
         compiled = torch.compile(model, backend="eager")
-        found = [run(compiled, inputs(length, side)) for length, side in ((20, "left"), (33, "right"))]
+        outputs = [run(compiled, inputs(length, side)) for length, side in ((20, "left"), (33, "right"))]
         assert handle.sites[0].calls == 2 * calls
-    for got, wanted in zip(found, expected, strict=True):
+    for got, wanted in zip(outputs, expected, strict=True):
         for one, other in zip(got, wanted, strict=True):
             torch.testing.assert_close(one, other)
 

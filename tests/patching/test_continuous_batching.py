@@ -29,9 +29,9 @@ MODELS = [(gpt_neox, "sdpa"), (gpt_neox, "eager"), (gpt_bigcode, "sdpa")]
 @pytest.fixture(params=MODELS, ids=lambda one: f"{one[0].__name__}-{one[1]}")
 def model(request):
     build, implementation = request.param
-    made = build()
-    made.set_attn_implementation(implementation)
-    return made
+    model = build()
+    model.set_attn_implementation(implementation)
+    return model
 
 
 def entries(model):

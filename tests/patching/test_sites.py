@@ -52,9 +52,9 @@ def test_patch_reaches_an_attention_in_a_model_of_another_family():
     with torch.no_grad():
         expected = model(tokens).last_hidden_state
         with attnzoo.patch(model, "sdpa") as handle:
-            found = model(tokens).last_hidden_state
+            output = model(tokens).last_hidden_state
         assert [(site.cls, site.calls) for site in handle.sites] == [("LongformerSelfAttention", 2)] * 2
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(output, expected)
         assert torch.equal(model(tokens).last_hidden_state, expected)
     assert [verdict.runs for verdict in attnzoo.explain(model, "sdpa")] == [True, True]
 
@@ -77,8 +77,8 @@ def test_patch_reaches_two_families_in_one_model():
         with attnzoo.patch(model, {"one.*": "eager", "other.*": "sdpa"}) as handle:
             for name, part in model.items():
                 real = inputs[name].get("decoder_attention_mask", inputs[name]["attention_mask"]).bool()
-                found = part(**inputs[name]).logits
-                torch.testing.assert_close(found[real], expected[name][real], atol=1e-3, rtol=1e-3)
+                output = part(**inputs[name]).logits
+                torch.testing.assert_close(output[real], expected[name][real], atol=1e-3, rtol=1e-3)
     assert [site.backend for site in handle.sites] == ["eager"] * 2 + ["sdpa"] * 6
     assert all(site.calls for site in handle.sites)
 

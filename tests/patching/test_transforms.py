@@ -314,9 +314,9 @@ def test_blocked_local_refuses_vmap_because_it_reads_masks():
 
 
 def test_capabilities_declare_transforms():
-    told = {name: info.capabilities.transforms for name, info in attnzoo.backends().items() if info.capabilities}
-    assert told["eager"] == told["sdpa"] == {"grad", "vmap", "jvp", "functionalize"}
-    assert not told["flash_attention_2"]
+    transforms = {name: info.capabilities.transforms for name, info in attnzoo.backends().items() if info.capabilities}
+    assert transforms["eager"] == transforms["sdpa"] == {"grad", "vmap", "jvp", "functionalize"}
+    assert not transforms["flash_attention_2"]
 
 
 # Values that cannot be read

@@ -45,19 +45,19 @@ def hold(backend, modules, device):
         for (feature, where, dtype), reasons in row.cells.items():
             if where != device or (not reasons and dtype not in RUN_IN.get(backend, FLOATS)):
                 continue
-            made, refused = matrix.configured(registry.backend_class(backend), module, device, dtype), False
-            asked = module.requests_with(feature, device, dtype)
-            for request in map(shrink, asked):
-                if (made, request) not in outcomes:
-                    outcomes[made, request] = run_case(made, Sample(request), device)
-                refused |= outcomes[made, request].refused
-                if outcomes[made, request].failure:
-                    wrong[outcomes[made, request].failure].append(f"{module}, {feature}, {dtype}")
+            configured, refused = matrix.configured(registry.backend_class(backend), module, device, dtype), False
+            requests = module.requests_with(feature, device, dtype)
+            for request in map(shrink, requests):
+                if (configured, request) not in outcomes:
+                    outcomes[configured, request] = run_case(configured, Sample(request), device)
+                refused |= outcomes[configured, request].refused
+                if outcomes[configured, request].failure:
+                    wrong[outcomes[configured, request].failure].append(f"{module}, {feature}, {dtype}")
             # Packages that this machine lacks may support more.
-            here = bool(reasons) or any(made.refusals(request) for request in asked)
+            here = bool(reasons) or any(configured.refusals(request) for request in requests)
             if refused != here:
-                said = f"the matrix says {reasons or 'it runs'}, but refused is {refused}"
-                wrong[said].append(f"{module}, {feature}, {dtype}")
+                difference = f"the matrix says {reasons or 'it runs'}, but refused is {refused}"
+                wrong[difference].append(f"{module}, {feature}, {dtype}")
     assert outcomes
     return dict(wrong)
 
@@ -77,9 +77,9 @@ def test_the_matrix_has_every_kind_of_attention_module(families):
 
 def test_the_matrix_has_every_cell_with_a_result_or_reasons(families):
     for module in modules_of(families):
-        found = matrix.rows(module)
-        assert [row.backend for row in found] == sorted(attnzoo.backends())
-        for row in found:
+        rows = matrix.rows(module)
+        assert [row.backend for row in rows] == sorted(attnzoo.backends())
+        for row in rows:
             places = {(f, d, t) for f in matrix.FEATURES for d in ("cpu", "cuda") for t in FLOATS}
             assert set(row.cells) == places
             for reasons in row.cells.values():
@@ -97,9 +97,9 @@ def test_a_sample_of_a_cell_that_runs_is_not_refused(families, backend):
     """On every device, also those this machine lacks. A sample that is refused proves nothing."""
     for module in modules_of(families):
         for (feature, device, dtype), reasons in matrix.row(registry.backend_class(backend), module).cells.items():
-            made = matrix.configured(registry.backend_class(backend), module, device, dtype)
+            configured = matrix.configured(registry.backend_class(backend), module, device, dtype)
             for request in module.requests_with(feature, device, dtype) if not reasons else ():
-                assert not made.refusals_anywhere(shrink(request)), (str(module), feature, device, dtype)
+                assert not configured.refusals_anywhere(shrink(request)), (str(module), feature, device, dtype)
 
 
 @pytest.mark.parametrize("backend", sorted(name for name, info in attnzoo.backends().items() if not info.available))
@@ -232,9 +232,9 @@ def test_a_family_that_cannot_be_built_has_a_reason(monkeypatch):
     adapter = attnzoo.Adapter(model_types=("no_such_type",), points=())
     attnzoo.register_adapter(adapter)
     try:
-        found = matrix.families(("no_such_type",))
-        assert "no_such_type" in found["no_such_type"]
-        assert found["no_such_type"] in matrix_text.markdown(found)
+        families = matrix.families(("no_such_type",))
+        assert "no_such_type" in families["no_such_type"]
+        assert families["no_such_type"] in matrix_text.markdown(families)
     finally:
         attnzoo.unregister_adapter("no_such_type")
 
