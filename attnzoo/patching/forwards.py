@@ -239,8 +239,8 @@ class PatchedForward(slots.Replacement):
         if self._forward is not None and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
             # Patched modules read the values of masks: a trace would keep those of its example for all later inputs.
             raise PatchError(
-                f'{self.site.label}: got a patched model to trace or export; allowed: a model patched with "native", or '
-                "attnzoo.unpatch(model) first"
+                f"{self.site.label}: got a patched model to trace or export; allowed: a model patched with "
+                '"native", or attnzoo.unpatch(model) first'
             )
         return self._uncompiled(self, args, kwargs)
 
