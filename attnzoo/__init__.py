@@ -7,8 +7,7 @@ the result against a float64 oracle. Importing attnzoo has no effect on transfor
 # The package attnzoo.backends is imported first: a later import would replace the function attnzoo.backends with it.
 import attnzoo.backends  # noqa: F401
 from attnzoo.adapter import Adapter, Attend, PatchPoint
-from attnzoo.auto.choice import Choice
-from attnzoo.backend import Backend, BackendInfo, Capabilities
+from attnzoo.backend import Backend, BackendInfo, Capabilities, Choice
 from attnzoo.errors import (
     AttnzooError,
     BackendRefusedError,

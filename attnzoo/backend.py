@@ -232,6 +232,26 @@ class Backend:
         """
         return attention
 
+    def select(self, attention: Attention, probabilities: bool = False) -> Choice:
+        """Return the backend that runs an attention: this backend itself; ``auto`` selects one per attention."""
+        return Choice(self)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that runs an attention.
+
+    Attributes:
+        backend: the backend, configured.
+        reason: why ``auto`` selected it; empty for a backend that was requested.
+    """
+
+    backend: Backend
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.backend.name}: {self.reason}"
+
 
 @dataclass(frozen=True)
 class BackendInfo:

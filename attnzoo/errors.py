@@ -13,6 +13,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+Stage = Literal["patch", "before the call", "in the call"]
 
 _LONGEST_MESSAGE = 399  # characters; a longer "got" part is shortened until the message fits
 _SHORTEST_GOT = 100  # characters of the "got" part that stay, however long the rest of the message is
@@ -96,15 +99,15 @@ class Refusal:
 
 
 class BackendRefusedError(AttnzooError, NotImplementedError):
-    """The requested backend does not support a request. attnzoo ran nothing else in its place.
+    """The requested backend cannot run what was requested, and no other backend was used in its place.
 
-    Args:
+    Attributes:
         backend: name of the backend.
-        refusals: ``{place: refusals}``. A place is the name of a module, or ``"attention"`` for the function
-            :func:`attnzoo.attention`.
-        alternatives: ``{place: names of the backends that support the same request}``. A place is missing if that is
-            unknown.
-        remedy: a last line that tells what to do.
+        refusals: ``{place: reasons}``; a place is a module's name, or ``"attention"`` for a call of a function.
+        alternatives: ``{place: names of the backends that support the same requests}``; a place is missing where these
+            are not known.
+        stage: when the backend refused: at ``"patch"`` time, ``"before the call"`` of a module (the module has done
+            nothing) or ``"in the call"`` (its cache may be filled); None outside of these.
     """
 
     def __init__(
@@ -113,29 +116,38 @@ class BackendRefusedError(AttnzooError, NotImplementedError):
         refusals: Mapping[str, tuple[Refusal, ...]],
         alternatives: Mapping[str, tuple[str, ...]],
         remedy: str = "",
+        stage: Stage | None = None,
     ) -> None:
         self.backend, self.refusals, self.alternatives = backend, dict(refusals), dict(alternatives)
-        self._remedy = remedy
+        self.remedy, self.stage = remedy, stage
+        when = "" if stage is None else " at patch time" if stage == "patch" else f" {stage}"
+        lines = [f"backend {backend!r} refuses{when}"]
         groups: dict[tuple[tuple[Refusal, ...], tuple[str, ...] | None], list[str]] = {}
         for place, reasons in self.refusals.items():
             others = tuple(self.alternatives[place]) if place in self.alternatives else None
             groups.setdefault((tuple(reasons), others), []).append(place)
-        lines = [f"backend {backend!r} refuses"]
         for (reasons, names), places in groups.items():
-            more = f" and {len(places) - 2} more" if len(places) > 2 else ""
-            lines.append(f"  {', '.join(places[:2])}{more}:")
+            lines.append(f"  {_counted(places)}:")
             lines.extend(f"    {reason}" for reason in reasons)
             if names is not None:
                 lines.append(f"    backends that support it: {', '.join(map(repr, names)) or 'none'}")
         super().__init__("\n".join([*lines, f"  {remedy}"] if remedy else lines))
 
-    def at(self, place: str) -> BackendRefusedError:
-        """Return the same error with ``place`` instead of ``"attention"``: a backend does not know where it runs."""
+    def at(self, place: str, stage: Stage) -> BackendRefusedError:
+        """Return the same error with the stage, and with this place where the error has only ``"attention"``."""
 
-        def renamed(values: Mapping[str, tuple]) -> dict[str, tuple]:
-            return {place if name == "attention" else name: value for name, value in values.items()}
+        def name_place(known: str) -> str:
+            return place if known == "attention" else known
 
-        return BackendRefusedError(self.backend, renamed(self.refusals), renamed(self.alternatives), self._remedy)
+        refusals = {name_place(known): reasons for known, reasons in self.refusals.items()}
+        alternatives = {name_place(known): names for known, names in self.alternatives.items()}
+        return BackendRefusedError(self.backend, refusals, alternatives, self.remedy, stage)
+
+
+def _counted(places: list[str]) -> str:
+    """A few places by name, and how many there are."""
+    shown = ", ".join(places[:2])
+    return shown if len(places) <= 2 else f"{shown} and {len(places) - 2} more alike"
 
 
 class PatchError(AttnzooError, RuntimeError):

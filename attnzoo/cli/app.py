@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 import attnzoo
 from attnzoo.cli.fingerprint import fingerprint
 from attnzoo.cli.tune import MODEL_HELP, tune
-from attnzoo.errors import AttnzooError, InvalidArgumentError
+from attnzoo.errors import AttnzooError
 from attnzoo.layout import aligned, fit, group_by
 
 
@@ -72,23 +72,15 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def matrix(
-    model_types: Annotated[
-        list[str] | None, typer.Argument(help="Model types to show.  [default: all model types with an adapter]")
-    ] = None,
-    as_json: Json = False,
+    model_types: Annotated[list[str] | None, typer.Argument(help="Only these; none: all with an adapter.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
     """Show the support matrix: for each attention module, the backends, devices, dtypes and features that work."""
     from attnzoo.reporting import matrix_text
     from attnzoo.reporting.matrix import families
 
-    if as_json and markdown:
-        raise InvalidArgumentError("format", "--json and --markdown", "one of the two, or neither")
     modules = families(tuple(model_types or ()))
-    if as_json:
-        print(json.dumps(matrix_text.plain(modules), indent=2))
-    else:
-        print(matrix_text.markdown(modules) if markdown else matrix_text.text(modules))
+    print(matrix_text.markdown(modules) if markdown else matrix_text.text(modules))
 
 
 @app.command()

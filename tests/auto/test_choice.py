@@ -184,11 +184,14 @@ def test_a_handle_shows_the_choices_of_auto(add, clock):
     site = handle.sites[0]
     assert (site.backend, site.ran, site.kernel) == ("auto", "auto: fast+slow", "fast-kernel+slow-kernel")
     assert "auto: fast+slow" in str(handle)
-    assert [(choice.backend.name, count) for choice, count in site.choices.most_common()] == [("fast", 2), ("slow", 1)]
-    assert str(site.choices.most_common()[0][0]) == "fast: measured 1 s; slow 4 s"
+    assert [(choice.backend.name, count) for choice, count in site.selections.most_common()] == [
+        ("fast", 2),
+        ("slow", 1),
+    ]
+    assert str(site.selections.most_common()[0][0]) == "fast: measured 1 s; slow 4 s"
     with torch.no_grad():
         twin(**neox_inputs())
-    assert site.choices.total() == 3, "the copy has a count of its own"
+    assert site.selections.total() == 3, "the copy counts its own"
 
 
 def test_a_backend_requested_by_name_is_no_choice(add):
@@ -196,7 +199,7 @@ def test_a_backend_requested_by_name_is_no_choice(add):
     model = gpt_neox()
     with attnzoo.patch(model, "two") as handle:
         model(**neox_inputs())
-    assert handle.sites[0].choices == {} and handle.sites[0].ran == "two"
+    assert handle.sites[0].selections == {} and handle.sites[0].ran == "two"
 
 
 def test_explain_shows_measured_and_unmeasured_sizes(add, clock):

@@ -82,7 +82,7 @@ def test_unknown_query_positions_are_refused():
     assert_refused(lambda: local(3).run(attention(Full(), spans, q_len=2)), "key_mask", "13 keys", "Causal(offset=...)")
     unknown = attention(Full(), spans, q_len=2)
     error = assert_refused(
-        lambda: execute(local(3), unknown, where="layers.0.attention"), "  layers.0.attention:\n    key_mask"
+        lambda: execute(local(3), unknown, place="layers.0.attention"), "  layers.0.attention:\n    key_mask"
     )
     assert set(error.refusals) == {"layers.0.attention"}
     whole = attention(Causal(offset=7), spans, q_len=2)

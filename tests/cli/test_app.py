@@ -126,7 +126,6 @@ def test_explain_accepts_backend_options(tmp_path):
         (("verify", "."), "model: got '.'"),
         (("verify", "led", "--dtype", "int8"), "dtype: got 'int8'; allowed: "),
         (("explain", "EleutherAI/pythia-160m"), "'reformer_local', or the folder of a checkpoint"),
-        (("matrix", "led", "--json", "--markdown"), "format: got --json and --markdown; allowed: one of the two"),
         (("verify", "gpt_bigcode", "--seq-len", "4096"), "seq-len: got 4096; allowed: less: the published conf"),
     ],
 )

@@ -29,7 +29,7 @@ def took(model=None, inputs=None):
     model = gpt_neox() if model is None else model
     with attnzoo.patch(model) as handle, torch.no_grad():
         model(**(inputs or neox_inputs()))
-    (choice,) = handle.sites[0].choices
+    (choice,) = handle.sites[0].selections
     return choice
 
 

@@ -56,7 +56,7 @@ def test_inputs_may_be_a_function_that_runs_the_model(add, clock):
     assert {measurement.size.q_len for measurement in report} == {16, 1}, "the prompt, then one token per step"
     with attnzoo.patch(model) as handle:
         model.generate(**prompt)
-    assert {choice.backend.name for choice in handle.sites[0].choices} == {"fast"}
+    assert {choice.backend.name for choice in handle.sites[0].selections} == {"fast"}
 
 
 def test_tune_uses_the_autocast_dtype(add, clock):

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from attnzoo.auto import selection
+from attnzoo.auto.selection import AutoBackend
 from attnzoo.backend import Backend, Capabilities
-from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal, UnknownNameError
+from attnzoo.errors import InvalidArgumentError, Refusal, UnknownNameError
 from attnzoo.functional import execute
 from attnzoo.registry import registry
 from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window
@@ -131,9 +131,8 @@ class ApproximateBackend(Backend):
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
         rewritten = self.rewrite(attention)
-        if self.inner == "auto":
-            return execute(selection.choose_for(rewritten, probabilities).backend, rewritten, probabilities)
-        return execute(registry.configure(self.inner), rewritten, probabilities)
+        inner = AutoBackend() if self.inner == "auto" else registry.configure(self.inner)
+        return execute(inner, rewritten, probabilities)
 
 
 def _is_local(request: Request) -> bool:
@@ -145,11 +144,7 @@ def _is_cross(pattern: Pattern) -> bool:
 
 
 def _inner_refusals(inner: str, request: Request) -> tuple[Refusal, ...]:
-    """Return why the inner backend cannot run a request; for ``"auto"``, why no exact backend can."""
-    if inner != "auto":
-        return registry.refusals(registry.configure(inner), request)
-    try:
-        selection.choose(request)
-    except BackendRefusedError as error:
-        return tuple(dict.fromkeys(reason for reasons in error.refusals.values() for reason in reasons))
-    return ()
+    """Why the inner backend cannot run a request; for ``"auto"``: why no exact backend can."""
+    candidates = registry.exact_backends() if inner == "auto" else (registry.configure(inner),)
+    answers = [registry.refusals(candidate, request) for candidate in candidates]
+    return tuple(dict.fromkeys(reason for reasons in answers for reason in reasons)) if all(answers) else ()
