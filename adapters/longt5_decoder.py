@@ -131,7 +131,7 @@ class DecoderSelfAttention(InterfacePoint):
 
 
 class DecoderCrossAttention(DecoderSelfAttention):
-    """Cross-attention, which has no bias of its own but may get a mask that adds one."""
+    """Cross-attention. It has no learned bias, but its mask may add one."""
 
     def serves(self, module: Any) -> bool:
         return not module.is_causal
