@@ -85,7 +85,7 @@ class SitePlan:
             return
         check_keywords(module, kwargs)
         if isinstance(self.backend, AutoBackend):
-            return  # it checks each attention when it selects; to expect the requests here takes 40 us per layer
+            return  # it checks each attention when it selects; a check here would take 20 us per layer and call
         inputs = (*args, *kwargs.values())
         grad = torch.is_grad_enabled() and (
             has_trained_parameters(module) or any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
