@@ -1,4 +1,4 @@
-# Every target works on a fresh clone: the first one to run makes .venv and installs all that CI uses.
+# Every target works in a fresh clone: the first one creates .venv and installs the versions that CI uses.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -7,19 +7,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Arguments for the tool behind a target: make test ARGS="-k led", make shootout ARGS="--full"
+# ARGS are arguments for the tool that a target runs: make test ARGS="-k led", make shootout ARGS="--full"
 ARGS ?=
 
-# The oldest transformers the package takes (pyproject.toml); constraints.txt has the newest it was verified with.
+# The oldest supported transformers (see pyproject.toml). constraints.txt pins the newest verified version.
 OLDEST := 5.17.0
 OLDEST_VENV := .venv-oldest
 
 .PHONY: help venv shootout test test-oldest test-long test-cuda lint typecheck format docs-matrix docs-results build clean distclean
 
-help: ## show this list
+help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-venv: $(STAMP) ## make .venv and install the package with its development tools
+venv: $(STAMP) ## create .venv and install the package with its development tools
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else f"constraints.txt needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}; set PYTHON=...")'
@@ -27,10 +27,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	@touch $@
 
-shootout: $(STAMP) ## every backend against the original, on real text: table, JSON, plots
+shootout: $(STAMP) ## run the benchmark: every backend against the original model; write JSON and plots
 	$(BIN)/attnzoo bench $(ARGS)
 
-test: $(STAMP) ## the test suite (what CI runs)
+test: $(STAMP) ## run the tests, as CI does
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 $(OLDEST_VENV)/.installed: pyproject.toml constraints.txt Makefile
@@ -39,40 +39,41 @@ $(OLDEST_VENV)/.installed: pyproject.toml constraints.txt Makefile
 	$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c $(OLDEST_VENV)/constraints.txt
 	@touch $@
 
-test-oldest: $(OLDEST_VENV)/.installed ## the test suite with the oldest transformers the package takes
+test-oldest: $(OLDEST_VENV)/.installed ## run the tests with the oldest supported transformers
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n 2 $(ARGS)
 
-test-long: $(STAMP) ## the property tests with many more examples
+test-long: $(STAMP) ## run the property tests with many more examples
 	ATTNZOO_HYPOTHESIS_PROFILE=long OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/properties $(ARGS)
 
-test-cuda: $(STAMP) ## the tests that need a CUDA device
+test-cuda: $(STAMP) ## run the tests that need a CUDA device
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make test-cuda needs a CUDA device; torch {torch.__version__} sees none here, so nothing was tested.")'
 	$(BIN)/python -m pytest -m cuda $(ARGS)
 
-lint: $(STAMP) ## ruff (rules and format) and mypy
+lint: $(STAMP) ## run ruff (rules and format), mypy and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	.ci/typecheck $(BIN)/python
+	.ci/lint-imports $(BIN)/python
 
-typecheck: $(STAMP) ## mypy alone
+typecheck: $(STAMP) ## run mypy
 	.ci/typecheck $(BIN)/python
 
-format: $(STAMP) ## let ruff fix and format
+format: $(STAMP) ## fix and format the code with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs-matrix: $(STAMP) ## docs/matrix.md anew, from what adapters and backends declare
+docs-matrix: $(STAMP) ## write docs/matrix.md from the declarations of adapters and backends
 	$(BIN)/attnzoo matrix --markdown > docs/matrix.md
 
-docs-results: $(STAMP) ## docs/results.md anew, from the JSON under benchmarks/results
+docs-results: $(STAMP) ## write docs/results.md from the JSON files in benchmarks/results
 	$(BIN)/python -m attnzoo.benchmarks.summary benchmarks/results > docs/results.md
 
-build: $(STAMP) ## wheel and sdist into dist/
+build: $(STAMP) ## build wheel and sdist in dist/
 	$(BIN)/python -m build
 
-clean: ## remove caches and build outputs; keeps .venv and shootout results
+clean: ## remove caches and build outputs; keep .venv and results of the shootout
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .mypy_tree .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -path ./.git -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-distclean: clean ## clean, and remove .venv
+distclean: clean ## the same, and remove .venv
 	rm -rf $(VENV) $(OLDEST_VENV)

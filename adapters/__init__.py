@@ -1,1 +1,1 @@
-"""Adapters: one file per model family, found by entry point, keyed by ``config.model_type``."""
+"""Adapters: one file per model family, registered by an entry point named after its ``config.model_type``."""

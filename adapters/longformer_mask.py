@@ -1,39 +1,43 @@
-"""One row for the padding masks that Longformer and LED make around their encoders.
+"""Padding masks of one row, for the models around the encoders of Longformer and LED.
 
 Both models expand their padding mask to ``(batch, 1, length, length)`` and then read row 0 of it (``[:, 0, 0, :]``).
-All rows are equal, but the grid and the temporaries on the way to it take several times ``4 * length**2`` bytes per
-sample: 4 GiB of the 4.3 GiB that a whole LED needs at 16384 tokens. The point runs the model's own forward with one
-global name rebound: the function that makes the mask makes one row. Every layer gets the same ``(batch, length)`` mask,
-whether it is patched or not.
+All rows are equal, but the grid and the temporaries used to make it take several times ``4 * length**2`` bytes per
+sample: 4 GiB of the 4.3 GiB that a whole LED needs at 16384 tokens. The patch point runs the model's original forward
+with one global name rebound: the function that makes the mask makes one row. Every layer, patched or not, gets the same
+``(batch, length)`` mask as before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from attnzoo.adapter import Attend, Forward, PatchPoint
-from attnzoo.patching.companions import companion
+from attnzoo.adapter import Attend, Forward
 from attnzoo.patching.interface import rebind
-from attnzoo.patching.mask_arguments import ENCODER_MASK, checking
+from attnzoo.patching.mask_arguments import ENCODER_MASK, MaskArguments, MaskCheckPoint
 
-_MASKS = {"attention_mask": ENCODER_MASK, "global_attention_mask": ENCODER_MASK}
 MaskFunction = Callable[..., Any]
-OneRow = Callable[[MaskFunction], MaskFunction]
 
 
-def mask_seam(cls: str, name: str, one_row: OneRow, verified: Mapping[str, tuple[str, ...]]) -> PatchPoint:
-    """Return the point of a module that makes a square mask and reads one row of it; it checks what users give, too.
+class OneRowMaskPoint(MaskCheckPoint):
+    """A module that makes a square mask and reads one row of it. Its mask arguments are checked, too.
 
-    Args:
-        cls: ``"package.module:Class"`` of the module.
-        name: the global name under which its forward calls the function that makes the mask.
-        one_row: ``one_row(function)`` takes the arguments of that function and returns its mask with one row.
-        verified: fingerprints, as :attr:`~attnzoo.adapter.PatchPoint.verified`.
+    Attributes:
+        mask_function: the global name under which the module's forward calls the function that makes the mask.
     """
 
-    def bind(original: Any, attend: Attend) -> Forward:
-        make = original.forward.__globals__[name]
-        return rebind(original.forward, **{name: one_row(make)})
+    mask_function: str
 
-    return companion(cls, checking(lambda module: _MASKS, bind), verified, "makes a padding mask of one row")
+    def one_row(self, make: MaskFunction) -> MaskFunction:
+        """Return a function with the arguments of ``make`` that returns its mask with one row."""
+        raise NotImplementedError
+
+    def describe(self, module: Any) -> str:
+        return "makes a padding mask of one row"
+
+    def masks(self, module: Any) -> MaskArguments:
+        return {"attention_mask": ENCODER_MASK, "global_attention_mask": ENCODER_MASK}
+
+    def bind_checked(self, cls: Any, attend: Attend) -> Forward:
+        make = cls.forward.__globals__[self.mask_function]
+        return rebind(cls.forward, **{self.mask_function: self.one_row(make)})

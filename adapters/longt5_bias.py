@@ -1,51 +1,36 @@
-"""The relative biases of LongT5 as values by distance: made from the learned tables, or read out of the model's own.
+"""The relative biases of LongT5 as values by distance: from the learned tables, or from the original's bias tensor.
 
-The model's own encoder passes a blocked tensor from layer to layer, mask and all. A patched layer gets it when the
-first layer runs the model's code; then the values are looked up in it, and gradients flow on through it.
+The original encoder passes a blocked tensor, which includes the mask, from layer to layer. A patched layer gets it if
+the first layer runs the original code. It then looks the values up in the tensor, and gradients flow through the
+lookup.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnzoo.adapter import parameter_of
+from attnzoo.adapters.longt5_blocks import GlobalBlocks
 from attnzoo.errors import PatchError
 
-
-class Globals(NamedTuple):
-    """The blocks of a batch that have a key of their own.
-
-    Attributes:
-        of: ``(batch, length)`` long, the block of each token; -1 where it has none.
-        exists: ``(batch, blocks)`` bool.
-        mask: the same as a mask: None if all exist.
-    """
-
-    of: Tensor
-    exists: Tensor
-    mask: Tensor | None
-
-    @property
-    def number(self) -> int:
-        """How many blocks the longest possible sample has."""
-        return self.exists.shape[1]
+TABLE, SIDE_TABLE = "relative_attention_bias", "global_relative_attention_bias"
 
 
 def local_reach(module: Any) -> int:
-    """How far an encoder token looks."""
+    """Return how many tokens an encoder token sees on either side."""
     return int(module.block_len) - 1
 
 
 def side_reach(module: Any) -> int:
-    """The distance beyond which every distance falls into the last bucket."""
+    """Return the distance beyond which all distances fall into the last bucket."""
     return int(module.relative_attention_max_distance)
 
 
 def check_buckets(module: Any) -> None:
-    """Raise unless the last bucket begins before :func:`side_reach`, as the bucket function is meant to be used."""
+    """Raise unless the last bucket begins before :func:`side_reach`, as the bucket function requires."""
     buckets, reach = int(module.relative_attention_num_buckets), side_reach(module)
     exact = buckets // (2 if module.is_decoder else 4)
     if not 0 < exact < reach:
@@ -56,13 +41,13 @@ def check_buckets(module: Any) -> None:
 
 
 def trains_bias(module: Any, *tables: str) -> bool:
-    """Whether the module has the tables, and they are not all frozen."""
+    """Whether the module has the tables and at least one of them is not frozen."""
     trained = (getattr(module, table).weight.requires_grad for table in tables)
     return bool(module.has_relative_attention_bias) and any(trained)
 
 
-def bucketed(module: Any, table: str, reach: int) -> Tensor:
-    """``(heads, 2 * reach + 1)``: what the module's learned table holds for the distances ``-reach .. reach``."""
+def values_by_distance(module: Any, table: str, reach: int) -> Tensor:
+    """Return the values ``(heads, 2 * reach + 1)`` of a learned table for the distances ``-reach .. reach``."""
     embedding = getattr(module, table)
     distances = torch.arange(-reach, reach + 1, device=parameter_of(embedding).device)
     buckets = module._relative_position_bucket(
@@ -75,37 +60,50 @@ def bucketed(module: Any, table: str, reach: int) -> Tensor:
     return values
 
 
-def read_local(blocked: Tensor, real: Tensor, block_len: int) -> Tensor:
-    """``(heads, 2 * block_len - 1)`` from ``(batch, blocks, heads, block_len, 3 * block_len or more)``.
+def read_local_bias(blocked: Tensor, real: Tensor, block_len: int) -> Tensor:
+    """Return ``(heads, 2 * block_len - 1)`` values by distance from the original's blocked bias.
 
-    For each distance, one pair of real tokens is found and looked up; where there is none, nobody asks for the value.
+    For each distance one pair of real tokens is looked up. Where there is no such pair, the value is not used.
+
+    Args:
+        blocked: ``(batch, blocks, heads, block_len, 3 * block_len or more)``.
+        real: ``(batch, length)`` bool, False for padding.
+        block_len: tokens per block.
     """
     length = real.shape[1]
     near = min(block_len, length)
     both = [real[:, : length - d] & real[:, d:] for d in range(near)]
     pairs = torch.stack([torch.nn.functional.pad(pair, (0, d)) for d, pair in enumerate(both)]).flatten(1)
-    found, at = pairs.any(1), pairs.byte().argmax(1)
-    sample, first = at // length, at % length
+    exists, place = pairs.any(1), pairs.byte().argmax(1)
+    sample, first = place // length, place % length
     second = first + torch.arange(near, device=real.device)
-    ahead = _look_up(blocked, sample, first, second, block_len, found)
-    behind = _look_up(blocked, sample, second, first, block_len, found)
+    ahead = _look_up(blocked, sample, first, second, block_len, exists)
+    behind = _look_up(blocked, sample, second, first, block_len, exists)
     values = torch.cat([behind[:, 1:].flip(1), ahead], dim=1)
     return torch.nn.functional.pad(values, (block_len - near, block_len - near))
 
 
-def _look_up(blocked: Tensor, sample: Tensor, query: Tensor, key: Tensor, block_len: int, found: Tensor) -> Tensor:
-    """``(heads, n)``: what a blocked bias adds for pairs of tokens ``(n,)``; 0 where no pair was found."""
-    query, key = (torch.where(found, index, 0) for index in (query, key))
+def _look_up(blocked: Tensor, sample: Tensor, query: Tensor, key: Tensor, block_len: int, exists: Tensor) -> Tensor:
+    """Return the bias ``(heads, n)`` of ``n`` pairs of tokens; 0 where the pair does not exist."""
+    query, key = (torch.where(exists, index, 0) for index in (query, key))
     block = query // block_len
     column = key - (block - 1) * block_len
-    return blocked[sample, block, :, query % block_len, column].masked_fill(~found[:, None], 0.0).T
+    return blocked[sample, block, :, query % block_len, column].masked_fill(~exists[:, None], 0.0).T
 
 
-def read_side(blocked: Tensor, blocks: Globals, block_len: int, reach: int) -> Tensor:
-    """``(heads, 2 * reach + 1)`` from ``(batch, blocks of tokens, heads, block_len, globals)``."""
-    batch, length = blocks.of.shape
-    # A token of each block (-1: none), then every such token with every block that exists, one of them per distance.
-    slots = blocks.of.where(blocks.of >= 0, blocks.number)
+def read_side_bias(blocked: Tensor, blocks: GlobalBlocks, block_len: int, reach: int) -> Tensor:
+    """Return ``(heads, 2 * reach + 1)`` values by distance from the original's bias of the global segment.
+
+    Args:
+        blocked: ``(batch, blocks of tokens, heads, block_len, globals)``.
+        blocks: the global blocks.
+        block_len: tokens per block of tokens.
+        reach: the largest distance.
+    """
+    batch, length = blocks.block_of.shape
+    # Find one token of each block (-1: none). Of all pairs of such a token and an existing block, keep one per
+    # distance.
+    slots = blocks.block_of.where(blocks.block_of >= 0, blocks.number)
     token = slots.new_full((batch, blocks.number + 1), -1)
     token = token.scatter(1, slots, _numbers(slots, length).expand(batch, -1))[:, :-1]
     sample, block, key = ((token >= 0)[:, :, None] & blocks.exists[:, None]).nonzero(as_tuple=True)

@@ -1,4 +1,4 @@
-"""Projections of states that differ from head to head."""
+"""Projections of states that are different for each head."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ from torch.nn.modules import module as torch_module
 
 
 def project_by_head(layer: Any, states: Tensor, heads: int) -> Tensor:
-    """Each head's projection of that head's states, ``(batch, heads, n, width)``: ``(batch, heads, n, head_dim)``.
+    """Project the states of each head by the head's part of a layer.
 
-    A plain linear layer is multiplied head by head with that head's rows of the weight. Any other layer is called, and
-    computes all heads of each state: a layer around it (LoRA), a hook, or a quantised weight decides the result.
+    A plain linear layer is multiplied head by head. Any other layer is called and computes all heads of each state,
+    because a layer around it (LoRA), a hook, or a quantised weight changes the result.
+
+    Args:
+        layer: maps ``width`` to ``heads * head_dim``.
+        states: ``(batch, heads, n, width)``.
+        heads: the number of heads.
+
+    Returns:
+        ``(batch, heads, n, head_dim)``.
     """
     if not is_plain(layer):
         projected: Tensor = layer(states)
@@ -23,15 +31,14 @@ def project_by_head(layer: Any, states: Tensor, heads: int) -> Tensor:
 
 
 def is_plain(layer: Any) -> bool:
-    """Whether calling a layer does nothing but multiply by its weight and add its bias.
+    """Whether calling a layer only multiplies by its weight and adds its bias.
 
-    Wrappers, quantisation and parametrisation change the type of the layer or of its weight; accelerate sets a forward
-    on the instance. torch has no public way to ask for hooks, a module's own or those of all modules; if the private
-    one is gone, no layer is plain.
+    Wrappers, quantisation and parametrisation change the type of the layer or of its weight. accelerate sets a forward
+    on the instance. torch has no public way to ask for hooks of a module or of all modules. If it removes the private
+    attributes, no layer is plain.
     """
     if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or "forward" in vars(layer):
         return False
     hooked_everywhere = getattr(torch_module, "_has_any_global_hook", lambda: True)()
-    own = (getattr(layer, name, True) for name in ("_forward_hooks", "_forward_pre_hooks"))
-    own_backward = (getattr(layer, name, True) for name in ("_backward_hooks", "_backward_pre_hooks"))
-    return not (hooked_everywhere or any(own) or any(own_backward))
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return not (hooked_everywhere or any(getattr(layer, kind, True) for kind in kinds))

@@ -1,4 +1,4 @@
-"""What Reformer's two kinds of attention share: heads, padding, neighbourhoods of chunks, and weights in its layout."""
+"""Helpers of both Reformer attentions: padding, caches, neighbourhoods of chunks, and the layout of weights."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MODULE = "transformers.models.reformer.modeling_reformer"
 
 
 def where_real(attention_mask: Tensor) -> Tensor | None:
-    """Where a mask is not 0; None: everywhere."""
+    """Return where a mask is not 0, or None if that is everywhere."""
     refuse_nan("attention_mask", attention_mask)
-    found = attention_mask.bool()
-    return None if holds(found.all(), unknown=False) else found
+    real = attention_mask.bool()
+    return None if holds(real.all(), unknown=False) else real
 
 
 def real_tokens(attend: Attend, attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """Which tokens are not padding, by a mask ``(batch, length)`` of 0 and 1; None: all of them."""
+    """Return which tokens are real by a mask ``(batch, length)`` of 0 and 1, or None if all are."""
     if attention_mask is None:
         return None
     return attend.cached_per_forward(
@@ -32,11 +32,11 @@ def real_tokens(attend: Attend, attention_mask: Tensor | None, batch: int, lengt
 
 
 def cached(module: Any, past_buckets_states: Any, batch: int) -> tuple[Tensor, Tensor] | None:
-    """The buckets and the states ``(batch, length, embed)`` a cache has of a module's tokens; None: it has none yet."""
+    """Return the buckets and the states ``(batch, length, embed)`` in the cache of a module, or None if it is empty."""
     if past_buckets_states is None or len(past_buckets_states) <= module.layer_idx:
         return None
     buckets, states = (
-        every[module.layer_idx] for every in (past_buckets_states.buckets_cache, past_buckets_states.states_cache)
+        layers[module.layer_idx] for layers in (past_buckets_states.buckets_cache, past_buckets_states.states_cache)
     )
     if states.shape[0] != batch:
         raise InvalidArgumentError("hidden_states", f"{batch} samples", f"{states.shape[0]}, as past_buckets_states")
@@ -44,7 +44,7 @@ def cached(module: Any, past_buckets_states: Any, batch: int) -> tuple[Tensor, T
 
 
 def check_length(module: Any, length: int, copies: int = 1) -> int:
-    """The number of chunks of the whole list."""
+    """Return the number of chunks in ``copies`` lists of ``length`` tokens; raise if they do not fill their chunks."""
     if length * copies % module.chunk_length:
         raise InvalidArgumentError(
             "hidden_states", f"{length} tokens", f"a multiple of the chunk length {module.chunk_length}"
@@ -53,18 +53,18 @@ def check_length(module: Any, length: int, copies: int = 1) -> int:
 
 
 def steps_ahead(module: Any, count: int) -> list[int]:
-    """How many chunks ahead of a query's own each chunk of its neighbourhood stands, one of ``count`` chunks in all.
+    """Return how many chunks ahead of a query each chunk of its neighbourhood is, in a list of ``count`` chunks.
 
-    The model rotates its chunks by slicing, so that a rotation by more than ``count`` is none.
+    The original rotates its chunks by slicing, so a rotation by ``count`` or more does nothing.
     """
     steps = range(-module.num_chunks_before, module.num_chunks_after + 1)
     return [step if abs(step) < count else 0 for step in steps]
 
 
 def neighbourhoods(module: Any, count: int) -> list[tuple[int, int]]:
-    """``(before, after)`` per segment, for all chunks of a neighbourhood together or, if any comes twice, for each.
+    """Return ``(before, after)`` per segment: one segment for the neighbourhood or, if a chunk repeats, one per chunk.
 
-    Where the neighbourhood is longer than the list, the model counts the same chunk several times over.
+    If the neighbourhood is longer than the list, the original counts a chunk several times.
     """
     before, after = module.num_chunks_before, module.num_chunks_after
     if before + after < count:
@@ -73,31 +73,33 @@ def neighbourhoods(module: Any, count: int) -> list[tuple[int, int]]:
 
 
 def in_chunks(weights: tuple[Tensor, ...], chunk: int, ahead: list[int]) -> Tensor:
-    """Dense weights as ``(batch, heads, chunks, chunk, len(ahead) * chunk)``: per chunk, its neighbourhood.
+    """Return dense weights as ``(batch, heads, chunks, chunk, len(ahead) * chunk)``: the neighbourhood of each chunk.
 
     Args:
         weights: one tensor ``(batch, heads, n, n)`` for all neighbours, or one for each.
         chunk: tokens per chunk.
-        ahead: how many chunks ahead each neighbour is.
+        ahead: how many chunks ahead each neighbour is (:func:`steps_ahead`).
     """
     batch, heads, length, _ = weights[0].shape
     starts = torch.arange(0, length, chunk, device=weights[0].device)
     within = torch.arange(chunk, device=weights[0].device)
-    found = []
+    parts = []
     for number, step in enumerate(ahead):
         dense = weights[number if len(weights) > 1 else 0].unflatten(2, (-1, chunk))
         keys = (starts[:, None] + step * chunk + within) % length  # (chunks, chunk)
-        found.append(dense.gather(4, keys[:, None].expand(batch, heads, -1, chunk, -1)))
-    return torch.cat(found, dim=-1)
+        parts.append(dense.gather(4, keys[:, None].expand(batch, heads, -1, chunk, -1)))
+    return torch.cat(parts, dim=-1)
 
 
 def with_own_token(weights: Tensor, share: Tensor, own: Tensor) -> Tensor:
-    """Weights over their share; rows without a share see nothing but themselves: their weight is on their own token.
+    """Return weights divided by their share.
+
+    A row without a share sees only itself and puts its weight on its own token.
 
     Args:
         weights: ``(..., n)``.
-        share: ``(..., 1)``, what they would sum to if none were dropped.
-        own: bool, broadcastable to ``weights``, True where the key is the query's own token, however often.
+        share: ``(..., 1)``, the sum of the weights before dropout.
+        own: bool, broadcastable to ``weights``, True where the key is the query's token, which may occur several times.
     """
     alone = share == 0.0
     itself = own / own.sum(-1, keepdim=True).clamp(min=1)
@@ -107,10 +109,10 @@ def with_own_token(weights: Tensor, share: Tensor, own: Tensor) -> Tensor:
 def of_rounds(
     probabilities: tuple[Tensor, ...], dropped: tuple[Tensor, ...], order: Tensor, chunk: int, ahead: list[int]
 ) -> Tensor:
-    """Weights of all rounds as ``(batch, heads, hashes * length / chunk, chunk, len(ahead) * chunk)``, in sorted order.
+    """Return sorted weights of all rounds, ``(batch, heads, hashes * length / chunk, chunk, len(ahead) * chunk)``.
 
     Args:
-        probabilities: per round and neighbour (or round alone) ``(batch, heads, length, hashes * length)``.
+        probabilities: per round and neighbour (or per round) ``(batch, heads, length, hashes * length)``.
         dropped: the same after dropout.
         order: ``(batch, heads, hashes, length)``: the token at each place of each round.
         chunk, ahead: as for :func:`in_chunks`.
@@ -123,9 +125,9 @@ def of_rounds(
     def sort(weights: Tensor, number: int) -> Tensor:
         return weights.gather(2, order[:, :, number, :, None].expand(-1, -1, -1, weights.shape[3]))
 
-    shares = [sum(part.sum(-1, keepdim=True) for part in probabilities[one]) for one in rounds]
+    shares = [sum(part.sum(-1, keepdim=True) for part in probabilities[segments]) for segments in rounds]
     lists = [
-        torch.cat([sort(dropped[one][neighbour], number) for number, one in enumerate(rounds)], dim=2)
+        torch.cat([sort(dropped[segments][neighbour], number) for number, segments in enumerate(rounds)], dim=2)
         for neighbour in range(per_round)
     ]
     share = torch.cat([sort(torch.as_tensor(part), number) for number, part in enumerate(shares)], dim=2)

@@ -1,4 +1,4 @@
-"""Reformer's local attention: chunks that see the chunks around them. The decisions are told in ``reformer``."""
+"""Reformer's local attention: chunks that see the chunks around them. ``reformer`` explains the decisions."""
 
 from __future__ import annotations
 
@@ -20,22 +20,17 @@ from attnzoo.adapters.reformer_layout import (
 )
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.functional import compute_dtype
-from attnzoo.originals.fingerprint import locate
+from attnzoo.originals.fingerprint import object_at
 from attnzoo.spec.heads import merge_heads, split_heads
 from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern
 from attnzoo.spec.segments import Attention, Result, Segment
 
-# Tokens that are projected and attend at once, where it goes by slices. A neighbourhood is computed anew for each, so
-# that a slice is at least so many times as long.
+# A slice has at least SLICE tokens. Every slice computes its neighbourhood again, so it is at least
+# SLICE_PER_NEIGHBOURHOOD times as long.
 SLICE, SLICE_PER_NEIGHBOURHOOD = 2048, 8
 
 
-def forward_local(module: Any, attend: Attend, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-    """The forward of a local attention."""
-    return _Call(module, attend)(*args, **kwargs)
-
-
-class _Call:
+class LocalCall:
     """One call of a local attention."""
 
     def __init__(self, module: Any, attend: Attend) -> None:
@@ -52,7 +47,7 @@ class _Call:
         buckets: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
-        """``(batch, length, embed)`` in and out; ``num_hashes`` and ``buckets`` mean nothing here."""
+        """Return states ``(batch, length, embed)``, and weights if asked for. Ignores hashes and buckets."""
         module, wanted = self._module, bool(output_attentions)
         batch, length, _ = hidden_states.shape
         chunk, causal = module.chunk_length, bool(module.is_decoder)
@@ -63,9 +58,9 @@ class _Call:
             states = torch.cat([relevant, hidden_states], dim=1)
             if length > (1 if causal else chunk):
                 raise InvalidArgumentError("hidden_states", f"{length} tokens on a filled cache", "one token at a time")
-        # On a filled cache, a mask of the new token alone will do, too.
-        one = isinstance(attention_mask, Tensor) and attention_mask.shape[1:] == (1,)
-        real = real_tokens(self._attend, attention_mask, batch, 1 if one else states.shape[1])
+        # On a filled cache, the mask may be that of the new token alone.
+        is_step = isinstance(attention_mask, Tensor) and attention_mask.shape[1:] == (1,)
+        real = real_tokens(self._attend, attention_mask, batch, 1 if is_step else states.shape[1])
         real = None if real is None else real.expand(-1, states.shape[1])
         weights: Any = ()
         if length <= chunk:
@@ -73,21 +68,21 @@ class _Call:
             result = self._run(hidden_states, states, real, (pattern,), wanted)
             weights = () if result.dropped is None else result.dropped[0]
             output = merge_heads(result.output)
-        elif (size := self._slice(length, wanted)) is not None:
-            output = self._by_slices(states, real, size)
+        elif (size := self._slice_length(length, wanted)) is not None:
+            output = self._in_slices(states, real, size)
         else:
             count = check_length(module, length)
             chunks = tuple(Chunks(chunk, *sides, causal=causal) for sides in neighbourhoods(module, count))
             result = self._run(states, states, real, chunks, wanted)
             weights = () if result.dropped is None else in_chunks(result.dropped, chunk, steps_ahead(module, count))
             output = merge_heads(result.output)
-        returned: tuple[Tensor, Any] = locate(f"{MODULE}:LocalSelfAttentionOutput")(output, weights)
+        returned: tuple[Tensor, Any] = object_at(f"{MODULE}:LocalSelfAttentionOutput")(output, weights)
         return returned
 
     def _run(
         self, states: Tensor, around: Tensor, real: Tensor | None, patterns: tuple[Pattern, ...], wanted: bool = False
     ) -> Result:
-        """The attention of tokens by their hidden states to those ``around``, of which ``real`` are no padding."""
+        """Attend from tokens to the tokens ``around``, given the hidden states of both; ``real`` marks no padding."""
         module = self._module
         query = split_heads(module.query(states), module.attention_head_size)
         key, value = (
@@ -100,11 +95,12 @@ class _Call:
         dropout = module.dropout if module.training else 0.0
         return self._attend(Attention(query, segments, scale, dropout, query_mask), wanted)
 
-    def _slice(self, length: int, wanted: bool) -> int | None:
-        """How many tokens to take at a time, or None: all.
+    def _slice_length(self, length: int, wanted: bool) -> int | None:
+        """Return the number of tokens to compute at a time, or None for all of them.
 
-        By slices only where it changes nothing: without gradients, dropout or probabilities, and where what a chunk
-        sees does not depend on where the sequence ends (of causal ones that look ahead, the last sees the first).
+        Slices are used only if they change no result: without gradients, dropout and probabilities, and if the end of
+        the sequence does not matter. It does for causal attention that looks ahead, where the last chunk sees the
+        first.
         """
         module = self._module
         around = module.num_chunks_before + module.num_chunks_after
@@ -113,11 +109,11 @@ class _Call:
         ends = bool(module.is_decoder) and module.num_chunks_after > 0
         return size if plain and not ends and length >= 2 * size else None
 
-    def _by_slices(self, states: Tensor, real: Tensor | None, size: int) -> Tensor:
-        """The merged output ``(batch, length, embed)``: slices with their neighbourhoods, whose own output is dropped.
+    def _in_slices(self, states: Tensor, real: Tensor | None, size: int) -> Tensor:
+        """Return the merged output ``(batch, length, embed)``, computed in slices.
 
-        Queries, keys and values of all tokens would be three times as large as the output. A projection is called once
-        per slice: it is taken to treat tokens alike.
+        Queries, keys and values of all tokens would be three times as large as the output. Each slice is computed with
+        its neighbourhood, whose output is dropped. Every slice calls the projections, which must treat tokens alike.
         """
         module, length = self._module, states.shape[1]
         check_length(module, length)
@@ -126,12 +122,12 @@ class _Call:
         output: Tensor | None = None
         for start in range(0, length, size):
             stop = min(start + size, length)
-            # Around the end of a causal sequence there is nothing to see.
+            # A causal sequence does not wrap around.
             first, last = start - before * chunk, stop + after * chunk
             first = max(0, first) if causal else first
             part = _around(states, first, last)
-            shown = None if real is None else _around(real, first, last)
-            result = self._run(part, part, shown, (Chunks(chunk, before, after, causal),))
+            part_real = None if real is None else _around(real, first, last)
+            result = self._run(part, part, part_real, (Chunks(chunk, before, after, causal),))
             merged = merge_heads(result.output)[:, start - first : stop - first]
             if output is None:
                 output = merged.new_empty((merged.shape[0], length, merged.shape[2]))
@@ -140,7 +136,7 @@ class _Call:
 
 
 def _around(tensor: Tensor, first: int, last: int) -> Tensor:
-    """Tokens ``first:last`` of ``(batch, length, ...)``, where what is before the first or after the last wraps."""
+    """Return tokens ``first:last`` of ``(batch, length, ...)``; positions outside wrap around."""
     parts = [tensor[:, max(0, first) : last]]
     if first < 0:
         parts.insert(0, tensor[:, first:])

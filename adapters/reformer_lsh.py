@@ -1,4 +1,4 @@
-"""Reformer's LSH attention: chunks of tokens sorted by hash bucket. The decisions are told in ``reformer``."""
+"""Reformer's LSH attention: chunks of tokens sorted by hash bucket. ``reformer`` explains the decisions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.adapter import Attend, Forward
+from attnzoo.adapter import Attend
 from attnzoo.adapters.projections import project_by_head
 from attnzoo.adapters.reformer_layout import (
     MODULE,
@@ -28,39 +28,33 @@ from attnzoo.adapters.reformer_layout import (
 )
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.functional import compute_dtype
-from attnzoo.originals.fingerprint import locate
+from attnzoo.originals.fingerprint import object_at
 from attnzoo.patching.interface import rebind
 from attnzoo.spec.heads import merge_heads, split_heads
 from attnzoo.spec.patterns import Causal, SortedChunks, Window
 from attnzoo.spec.segments import Attention, Segment, describe
 from attnzoo.spec.transforms import holds, readable
 
-# Tokens the module hashes in one call: few enough that what they are rotated to stays in a cache until it is compared,
+# Tokens the module hashes in one call: few enough that their rotations stay in the CPU's cache until they are compared,
 # and enough to make up for drawing the rotations again.
 HASHED_AT_ONCE = 384
-# Bytes of sorted keys and values to have at once: those of all heads and 4 rounds are 8 times as large as the output.
-# Smaller calls take longer: a quarter of the heads at a time, 5 % at 8192 tokens.
+# Bytes of sorted keys and values in memory at once. For all heads and 4 rounds they are 8 times as large as the output.
+# Smaller calls take longer: a quarter of the heads at a time takes 5 % longer at 8192 tokens.
 SORTED_AT_ONCE = 3 << 26
 
 
 @dataclass
-class _Derived:
-    """The number of buckets of one site, once it had to be derived from a length. Every call keeps to it."""
+class BucketNumber:
+    """The number of buckets of one site, if it was derived from a length. All later calls use it."""
 
-    num_buckets: int | list[int] | None = None
-
-
-def bind_lsh(cls: type, attend: Attend) -> Forward:
-    """The forward of an LSH attention."""
-    derived = _Derived()
-    return lambda module, *args, **kwargs: _Call(module, attend, derived)(*args, **kwargs)
+    derived: int | list[int] | None = None
 
 
-class _Call:
+class LshCall:
     """One call of an LSH attention."""
 
-    def __init__(self, module: Any, attend: Attend, derived: _Derived) -> None:
-        self._module, self._attend, self._derived = module, attend, derived
+    def __init__(self, module: Any, attend: Attend, bucket_number: BucketNumber) -> None:
+        self._module, self._attend, self._bucket_number = module, attend, bucket_number
 
     def __call__(
         self,
@@ -73,9 +67,9 @@ class _Call:
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Any, Tensor | None]:
-        """``(batch, length, embed)`` in and out, with buckets ``(batch, heads, hashes, length)`` where it hashes."""
+        """Return states ``(batch, length, embed)``, weights, and buckets ``(batch, heads, hashes, length)`` or None."""
         module = self._module
-        hashes = _rounds(module.num_hashes if num_hashes is None else num_hashes)
+        hashes = _check_rounds(module.num_hashes if num_hashes is None else num_hashes)
         batch, length, _ = hidden_states.shape
         wanted, past = bool(output_attentions), cached(module, past_buckets_states, batch)
         if past is not None:
@@ -83,8 +77,9 @@ class _Call:
                 raise InvalidArgumentError("hidden_states", f"{length} tokens on a filled cache", "one token at a time")
             past_buckets, states = past
             lengths = (1,) if past_buckets.numel() else (1, states.shape[1] + 1)
-            one = (hidden_states, _mask_of_step(attention_mask, batch, lengths), hashes, wanted, states)
-            output, weights, buckets = self._decode(*one, past_buckets) if past_buckets.numel() else self._extend(*one)
+            step = (hidden_states, _mask_of_step(attention_mask, batch, lengths), hashes, wanted, states)
+            has_buckets = past_buckets.numel() > 0
+            output, weights, buckets = self._decode(*step, past_buckets) if has_buckets else self._extend(*step)
         else:
             query = split_heads(module.query_key(hidden_states), module.attention_head_size)
             value = split_heads(module.value(hidden_states), module.attention_head_size)
@@ -96,7 +91,7 @@ class _Call:
                 if buckets is None:
                     buckets = self._hash(query, hashes, attention_mask)
                 shape = (batch, module.num_attention_heads, hashes, length)
-                if buckets.numel() != math.prod(shape):  # the way back knows nothing of a call's own ``num_hashes``
+                if buckets.numel() != math.prod(shape):  # the backward does not know the ``num_hashes`` of a call
                     raise InvalidArgumentError("buckets", describe(buckets), f"{shape}: {hashes} hashes")
                 buckets = buckets.view(shape)
                 size = self._heads_at_once(query, hashes, wanted)
@@ -106,21 +101,21 @@ class _Call:
                     output, weights = self._sorted(query, value, buckets, real, wanted)
         if buckets is not None:
             buckets = buckets.view(batch, module.num_attention_heads, hashes, -1)
-        returned: tuple[Tensor, Any, Tensor | None] = locate(f"{MODULE}:LSHSelfAttentionOutput")(
+        returned: tuple[Tensor, Any, Tensor | None] = object_at(f"{MODULE}:LSHSelfAttentionOutput")(
             merge_heads(output), () if weights is None else weights, buckets
         )
         return returned
 
     def _hash(self, query: Tensor, hashes: int, attention_mask: Tensor | None) -> Tensor:
-        """The module's own buckets of queries ``(batch, heads, length, dim)``: ``(batch, heads, hashes * length)``.
+        """Return the module's buckets ``(batch, heads, hashes * length)`` of queries ``(batch, heads, length, dim)``.
 
         The module rotates all queries by all rotations at once, which is many times as large as the queries. On the CPU
-        it gets them slice by slice: the random stream is wound back in between, so that each slice meets the same
-        rotations, and left where one call leaves it. Rows of a matrix product do not depend on how many there are, but
-        for very few; elsewhere kernels are chosen by size, and all queries go at once.
+        it gets them in slices. The random stream is reset between slices, so that every slice meets the same rotations,
+        and ends where one call leaves it. On the CPU a row of a matrix product does not depend on the number of rows,
+        unless there are very few. On other devices the number of rows selects the kernel, so all queries go at once.
         """
         length = query.shape[2]
-        if attention_mask is not None and not readable(attention_mask):  # the module's own hashing looks at it
+        if attention_mask is not None and not readable(attention_mask):  # the module's hashing reads its values
             raise InvalidArgumentError(
                 "attention_mask", f"one per sample of vmap, {describe(attention_mask)}", "one for all"
             )
@@ -131,45 +126,45 @@ class _Call:
         padded = attention_mask is not None and bool(attention_mask.sum() < attention_mask.numel())
         if attention_mask is not None and padded:
             masks = list(attention_mask.bool().expand(-1, length).tensor_split(count, dim=1))
-        found = []
+        parts = []
         for number, (rows, mask) in enumerate(zip(query.tensor_split(count, dim=2), masks, strict=True)):
             last = number == count - 1
             with contextlib.nullcontext() if last else torch.random.fork_rng(devices=()):
-                # A padding bucket counts for all slices, those without padding included.
+                # A padding bucket counts in all slices, including those without padding.
                 part = module._hash_vectors(rows, hashes, mask, increase_num_buckets=padded)
-            found.append(part.unflatten(2, (hashes, -1)))
-        return torch.cat(found, dim=-1).flatten(2)
+            parts.append(part.unflatten(2, (hashes, -1)))
+        return torch.cat(parts, dim=-1).flatten(2)
 
     def _hasher(self, length: int) -> Any:
-        """The module; with the number of buckets it would derive from a length, if it has none."""
+        """Return the module, or a copy with the number of buckets it would derive from a length if it has none."""
         module = self._module
         if module.num_buckets is not None:
             return module
         twin = copy.copy(module)
-        if self._derived.num_buckets is None:
+        if self._bucket_number.derived is None:
             twin.config = SimpleNamespace()
-            silent = SimpleNamespace(warning=lambda text: None)  # it would say that the config is being written
+            silent = SimpleNamespace(warning=lambda text: None)  # it would warn that the config is being written
             rebind(type(module)._set_num_buckets, logger=silent)(twin, length)
-            self._derived.num_buckets = twin.num_buckets
-        twin.num_buckets = self._derived.num_buckets
+            self._bucket_number.derived = twin.num_buckets
+        twin.num_buckets = self._bucket_number.derived
         return twin
 
     def _attention(
-        self, query: Tensor, segments: tuple[Segment, ...], own: Tensor, real: Tensor | None = None
+        self, query: Tensor, segments: tuple[Segment, ...], empty: Tensor, real: Tensor | None = None
     ) -> Attention:
         dropout = self._module.dropout if self._module.training else 0.0
-        return Attention(query, segments, 1.0, dropout, query_mask=real, empty=own)
+        return Attention(query, segments, 1.0, dropout, query_mask=real, empty=empty)
 
     def _keys(self, queries: Tensor) -> Tensor:
-        """Keys are the queries, each of length 1: that is all the scaling there is."""
+        """Return the queries, normalised. The attention has no other scale."""
         keys: Tensor = self._module._len_and_dim_norm(queries, math.sqrt(self._module.attention_head_size))
         return keys
 
     def _short(self, query: Tensor, value: Tensor, real: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor | None]:
-        """Everything at once, but for the own token."""
+        """Attend to all tokens except the query's own."""
         dtype, length = compute_dtype(query), query.shape[2]
         query, key, value = query.to(dtype), self._keys(query).to(dtype), value.to(dtype)
-        patterns = (Causal(offset=-1), *(() if self._module.is_decoder else (after_itself(self._module),)))
+        patterns = (Causal(offset=-1), *(() if self._module.is_decoder else (window_ahead(self._module),)))
         segments = tuple(Segment(key, value, pattern, key_mask=real) for pattern in patterns)
         result = self._attend(self._attention(query, segments, value, real), wanted)
         if result.dropped is None or result.probabilities is None:
@@ -179,19 +174,19 @@ class _Call:
         return result.output, with_own_token(dropped, weights.sum(-1, keepdim=True), own)
 
     def _heads_at_once(self, query: Tensor, hashes: int, wanted: bool) -> int:
-        """How many heads to sort at a time.
+        """Return how many heads to sort at a time.
 
-        Fewer than all on the CPU only, without gradients, dropout and probabilities: heads do not see one another, so
-        that only the number of attentions differs. On a GPU the launches of small kernels would take longer.
+        This is fewer than all only on the CPU, without gradients, dropout and probabilities. Heads do not see one
+        another, so only the number of attentions changes. On a GPU the launches of small kernels would take longer.
         """
         batch, heads, length, dim = query.shape
         if query.device.type != "cpu" or torch.is_grad_enabled() or self._module.training or wanted:
             return heads
-        of_a_head = 2 * batch * hashes * length * dim * compute_dtype(query).itemsize
-        return min(heads, max(1, SORTED_AT_ONCE // of_a_head))
+        bytes_per_head = 2 * batch * hashes * length * dim * compute_dtype(query).itemsize
+        return min(heads, max(1, SORTED_AT_ONCE // bytes_per_head))
 
     def _by_heads(self, query: Tensor, value: Tensor, buckets: Tensor, real: Tensor | None, size: int) -> Tensor:
-        """The output ``(batch, heads, length, dim)`` of :meth:`_sorted`, for ``size`` heads at a time."""
+        """Return the output ``(batch, heads, length, dim)`` of :meth:`_sorted`, computed ``size`` heads at a time."""
         batch, heads, length, dim = query.shape
         output = query.new_empty((batch, length, heads, dim), dtype=compute_dtype(query)).transpose(1, 2)
         for start in range(0, heads, size):
@@ -202,12 +197,12 @@ class _Call:
     def _sorted(
         self, query: Tensor, value: Tensor, buckets: Tensor, real: Tensor | None, wanted: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Chunks of the sorted list of all rounds; ``buckets`` is ``(batch, heads, hashes, length)``."""
+        """Attend within chunks of the sorted list of all rounds; ``buckets`` is ``(batch, heads, hashes, length)``."""
         module, dtype = self._module, compute_dtype(query)
         hashes, length = buckets.shape[2:]
         if hashes > 1 and holds((buckets[:, :, 1:].amin(-1) <= buckets[:, :, :-1].amax(-1)).any(), unknown=False):
             raise InvalidArgumentError(
-                "buckets", describe(buckets), "numbers that grow from one hash round to the next"
+                "buckets", describe(buckets), "numbers that increase from one hash round to the next"
             )
         order = buckets.argsort(dim=-1, stable=True)
         token = order.flatten(2)
@@ -235,7 +230,7 @@ class _Call:
     def _extend(
         self, hidden_states: Tensor, attention_mask: Tensor | None, hashes: int, wanted: bool, past: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """One token more, on a cache too short for buckets: it sees everything. Hashes once there is a chunk."""
+        """Decode one token on a cache too short for buckets: it sees all tokens. Hash once there is a whole chunk."""
         module = self._module
         states = torch.cat([past, hidden_states], dim=1)
         query, value = (
@@ -260,7 +255,7 @@ class _Call:
         past: Tensor,
         past_buckets: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """One token more, on cached states and buckets: it sees its neighbourhood in each round's sorted list."""
+        """Decode one token on cached states and buckets: it sees its neighbourhood in each round's sorted list."""
         module = self._module
         if past_buckets.shape[2] != hashes:
             raise InvalidArgumentError("num_hashes", hashes, f"{past_buckets.shape[2]}, as past_buckets_states")
@@ -273,15 +268,15 @@ class _Call:
             past_states=past,
             past_buckets=past_buckets,
         )
-        tokens = tokens.flatten(2)  # (batch, heads, hashes * neighbours): which token each of the states is of
+        tokens = tokens.flatten(2)  # (batch, heads, hashes * neighbours): the token of each state
         dtype = compute_dtype(query)
         heads = module.num_attention_heads
         key = self._keys(project_by_head(module.query_key, states, heads)).to(dtype)
         value = project_by_head(module.value, states, heads).to(dtype)
         own = (tokens == past.shape[1])[:, :, None]
         itself = _rows(value, own[:, :, 0].long().argmax(-1, keepdim=True))
-        # Each head has keys of its own to hide: heads are samples here, so that this is a mask of keys.
-        query, key, value, itself = (one.flatten(0, 1)[:, None] for one in (query.to(dtype), key, value, itself))
+        # Every head hides other keys. Heads are treated as samples, so that a key mask can say so.
+        query, key, value, itself = (tensor.flatten(0, 1)[:, None] for tensor in (query.to(dtype), key, value, itself))
         segment = Segment(key, value, key_mask=~own.flatten(0, 2))
         result = self._attend(self._attention(query, (segment,), itself), wanted)
         output = result.output.view(*own.shape[:3], -1)
@@ -295,7 +290,7 @@ class _Call:
 
 
 def _mask_of_step(attention_mask: Tensor | None, batch: int, lengths: tuple[int, ...]) -> Tensor | None:
-    """What hashing goes by: the new token's mask, or that of all where none has a bucket; None if it hides nothing."""
+    """Return the mask for hashing (of the new token, or of all if none has a bucket); None if it hides nothing."""
     if attention_mask is None or where_real(attention_mask) is None:
         return None
     if tuple(attention_mask.shape) not in [(batch, length) for length in lengths]:
@@ -304,8 +299,7 @@ def _mask_of_step(attention_mask: Tensor | None, batch: int, lengths: tuple[int,
     return attention_mask
 
 
-def _rounds(hashes: Any) -> int:
-    """A number of hash rounds, checked."""
+def _check_rounds(hashes: Any) -> int:
     try:
         number = operator.index(hashes)
     except TypeError:
@@ -315,15 +309,15 @@ def _rounds(hashes: Any) -> int:
     return number
 
 
-def after_itself(module: Any) -> Window:
-    """What a token sees of the tokens after it, of no more than a chunk."""
+def window_ahead(module: Any) -> Window:
+    """Return the tokens after a token in an input no longer than a chunk."""
     return Window(0, module.chunk_length, offset=1)
 
 
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """Rows of ``(batch, heads, n, dim)`` by ``(batch, heads, m)`` indices, moved whole: quicker than gathering."""
+    """Return rows of ``(batch, heads, n, dim)`` by ``(batch, heads, m)`` indices; faster than ``gather``."""
     batch, heads, length, dim = tensor.shape
     samples = torch.arange(batch, device=index.device)[:, None, None] * length
     numbers = (index + samples) * heads + torch.arange(heads, device=index.device)[:, None]
-    rows = tensor.transpose(1, 2).reshape(-1, dim)  # a view: projections lie in memory as (batch, length, heads, dim)
+    rows = tensor.transpose(1, 2).reshape(-1, dim)  # a view: the memory layout is (batch, length, heads, dim)
     return rows.index_select(0, numbers.flatten()).view(batch, heads, -1, dim)

@@ -1,13 +1,13 @@
 """attnzoo: a pluggable attention-backend registry for Hugging Face models.
 
-One line, ``attnzoo.patch(model, backend="sdpa")``, and the model attends with another kernel; ``attnzoo.verify``
-proves that nothing else changed. Importing attnzoo has no effect on transformers.
+``attnzoo.patch(model, backend="sdpa")`` makes a model run its attention on another kernel; ``attnzoo.verify`` checks
+the result against a float64 oracle. Importing attnzoo has no effect on transformers.
 """
 
-import attnzoo.backends  # noqa: F401  loaded first: a later import of it would rebind `attnzoo.backends`, the function
-from attnzoo.adapter import Adapter, Attend, PatchPoint, bind_function
-from attnzoo.auto.choice import Choice
-from attnzoo.backend import Backend, BackendInfo, Capabilities
+# The package attnzoo.backends is imported first: a later import would replace the function attnzoo.backends with it.
+import attnzoo.backends  # noqa: F401
+from attnzoo.adapter import Adapter, Attend, PatchPoint
+from attnzoo.backend import Backend, BackendInfo, Capabilities, Choice
 from attnzoo.errors import (
     AttnzooError,
     BackendRefusedError,
@@ -75,7 +75,6 @@ __all__ = [
     "Window",
     "attention",
     "backends",
-    "bind_function",
     "compute_dtype",
     "configure",
     "explain",

@@ -1,157 +1,221 @@
-"""Where: what an adapter tells of a model family.
+"""Where a backend is used: patch points, and the adapter that lists the patch points of a model family.
 
-An adapter lists *points*. A point is one class of modules that attend, and the narrowest place at which its attention can
-be taken over: a function that turns the module's inputs into an ``Attention``, hands it to an
-:class:`Attend`, and returns the result as the model expects it. Adapters know no backend by name.
+A patch point is one class of modules and the narrowest place at which a patch can take over their attention. Its
+forward turns the module's inputs into an ``Attention``, calls an :class:`Attend` with it, and returns what the module's
+original forward returns. Adapters name no backend.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 
-from attnzoo.errors import DriftError
+from attnzoo.errors import DriftError, InvalidArgumentError
 from attnzoo.originals import slots
-from attnzoo.originals.drift import bypassed, drift, message
-from attnzoo.originals.fingerprint import locate
-from attnzoo.spec.segments import Attention, Request, Result
+from attnzoo.originals.drift import drift_message, find_bypassed, find_drift
+from attnzoo.originals.fingerprint import object_at
+from attnzoo.spec.segments import Attention, Request, Result, SegmentRequest
 
 T = TypeVar("T")
+Forward = Callable[..., Any]
 
 
 class Attend(Protocol):
-    """What a point's forward gets to compute attentions with.
+    """Computes the attentions of one patched module.
 
     Attributes:
-        complete: whether all sites that share values with this one (:attr:`PatchPoint.shared_in`) are patched at the moment,
-            and none may run the model's own code: only then can they hand one another values of their own kind.
+        complete: whether every module that shares values with this module (:attr:`PatchPoint.shared_in`) is patched and
+            none of them may fall back to its original forward. Only then may they pass values in another format.
     """
 
     @property
     def complete(self) -> bool: ...
 
     def __call__(self, attention: Attention, probabilities: bool = False) -> Result:
-        """Run an attention on the site's backend."""
+        """Run an attention on the backend of the module."""
 
     def takes(self, attention: Attention) -> bool:
-        """Whether the site's backend would run an attention: for choosing between two ways to say the same."""
+        """Whether the backend would run an attention. Use it to choose between two equivalent descriptions."""
 
     def falls_back(self, can: bool = True) -> bool:
-        """After a refusal: whether to run the model's own code instead, if it ``can`` serve; counts it if so."""
+        """Whether to run the original code after a refusal. Counts a fallback if the answer is yes.
+
+        Args:
+            can: whether the original code can serve this call.
+        """
 
     def cached_per_forward(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
-        """``make(tensor)``, computed once per tensor for all sites of the patch: per forward, not per layer.
+        """Return ``make(tensor)``, computed once per forward of the model and shared by all layers of the patch.
 
-        To be asked once per forward and name: a site that asks again is taken to be in the next forward. The name says
-        what ``make`` goes by besides the tensor: the model of a patch may have parts that differ in it.
+        Call it once per forward and name: a second call of the same module starts the next forward.
+
+        Args:
+            tensor: what ``make`` reads, such as an attention mask.
+            name: identifies the result. Include every other value that ``make`` depends on, since parts of one model
+                may differ in it.
+            make: computes the result.
         """
 
 
-Forward = Callable[..., Any]
+class PatchPoint(ABC):
+    """One class of modules in a model family, and how a patch takes over its forward.
 
-
-def bind_function(function: Forward) -> Callable[[type, Attend], Forward]:
-    """``PatchPoint.bind`` of a forward that is a plain function ``function(module, attend, *args, **kwargs)``.
-
-    Example:
-        >>> bind = bind_function(lambda module, attend, states: attend(module.attention_of(states)).output)
-    """
-
-    def bind(cls: type, attend: Attend) -> Forward:
-        return lambda module, *args, **kwargs: function(module, attend, *args, **kwargs)
-
-    return bind
-
-
-def _no_requests(module: nn.Module) -> tuple[Request, ...]:
-    return ()
-
-
-def _asks_for_probabilities(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    return bool(kwargs.get("output_attentions"))
-
-
-def _always(module: nn.Module) -> bool:
-    return True
-
-
-@dataclass(frozen=True)
-class PatchPoint:
-    """One class of attention modules and how to take its attention over.
+    To support a class, write a subclass: set :attr:`cls` and :attr:`verified`, and define :meth:`describe`,
+    :meth:`requests` and :meth:`forward`. Override the other methods where their default is wrong for the class. Put an
+    instance into :attr:`Adapter.points`.
 
     Attributes:
-        cls: ``"package.module:Class"``; modules of exactly this class, or subclasses that keep its forward.
-        bind: ``bind(cls, attend)`` returns the forward that replaces that of the class in one module. It is called as
-            a method is, with the module first. That module may be a copy of the patched module.
-        describe: the site's pattern, for people.
-        requests: what the module will ask of a backend, as far as its weights and configuration tell.
-        trains_bias: whether the module has a bias of its own that is not frozen.
-        dropout: the attention dropout the module applies in training.
-        verified: ``{"package.module:Class.method": fingerprints}`` of the original functions this point relies on.
-        check: raises if the module is configured in a way the point cannot serve.
-        wants_probabilities: whether a call with these keyword arguments asks for attention probabilities.
-        when: which modules of the class the point is for, where that is not all of them.
-        fault: why the module's own forward is wrong, or None; there is no falling back to a forward that is.
-        replay: ``replay(output)`` gives the keyword arguments that make the module repeat the random choices of the
-            call that returned this output (the hash buckets of LSH attention); None: it makes none.
-        backward_in_training: the model's own backward works in training mode only.
-        shared_in: ``"package.module:Class"`` of the module in which the sites of this point hand values to one another
-            (a bias that the first layer of a stack computes for all of them), or None. Of a module that attends
-            nothing: the module with whose sites it is taken over; None: with those inside itself.
-        attends: False for a module that attends nothing itself and is taken over with those inside it, because what it
-            makes for them is wrong or larger than they need; it is not listed as a site.
+        cls: ``"package.module:Class"``. The point serves this class and subclasses that keep its forward.
+        verified: ``{"package.module:Class.method": (fingerprint, ...)}`` of every original function the point relies
+            on: those it replaces, calls or imitates. ``attnzoo fingerprint`` prints them. A patch refuses other code.
+        shared_in: ``"package.module:Class"`` of the module whose layers share values, such as a bias that the first
+            layer computes for all layers. None if the layers share nothing.
+        attends: whether the module computes attention. Use False for a module that is patched only because of the
+            attention inside it, such as a model whose masks need a check; with ``shared_in``, because of the attention
+            anywhere in that module. Such a module is not listed as a site.
+        makes_random_choices: whether the forward draws random numbers that decide which tokens attend to one another,
+            as hashing does. :meth:`replay` then repeats them.
+        backward_in_training: whether the original backward works in training mode only.
+
+    Example:
+        >>> from attnzoo import Attention, Full, PatchPoint, Request, Segment, SegmentRequest
+        >>> class OneHead(PatchPoint):
+        ...     cls = "package.modeling:OneHeadAttention"
+        ...
+        ...     def describe(self, module):
+        ...         return "full"
+        ...
+        ...     def requests(self, module):
+        ...         weight, dim = module.query.weight, module.dim
+        ...         segment = SegmentRequest(Full(), kv_heads=1)
+        ...         return (Request(weight.device.type, weight.dtype, 1, dim, dim, (segment,)),)
+        ...
+        ...     def forward(self, module, attend, states):
+        ...         query, key, value = (layer(states)[:, None] for layer in (module.query, module.key, module.value))
+        ...         return attend(Attention(query, (Segment(key, value),), module.dim**-0.5)).output[:, 0]
+        >>> OneHead().dropout(module=None)
+        0.0
     """
 
     cls: str
-    bind: Callable[[type, Attend], Forward]
-    describe: Callable[[Any], str]
-    verified: Mapping[str, tuple[str, ...]]
-    requests: Callable[[Any], tuple[Request, ...]] = _no_requests
-    trains_bias: Callable[[Any], bool] = lambda module: False
-    dropout: Callable[[Any], float] = lambda module: 0.0
-    check: Callable[[Any], None] = lambda module: None
-    wants_probabilities: Callable[[Any, Mapping[str, Any]], bool] = _asks_for_probabilities
-    when: Callable[[Any], bool] = _always
-    fault: Callable[[Any], str | None] = lambda module: None
-    replay: Callable[[Any], dict[str, Any]] | None = None
-    backward_in_training: bool = False
+    verified: Mapping[str, tuple[str, ...]] = {}
     shared_in: str | None = None
     attends: bool = True
+    makes_random_choices: bool = False
+    backward_in_training: bool = False
 
+    # To define.
+
+    @abstractmethod
+    def describe(self, module: Any) -> str:
+        """Return the module's attention pattern in words, such as ``"causal"``."""
+
+    def requests(self, module: Any) -> tuple[Request, ...]:
+        """Return what the module will request of a backend, as far as its weights and configuration tell.
+
+        A patch refuses a backend that cannot serve one of them. Set no dropout, gradients or transforms: attnzoo adds
+        these for each call.
+        """
+        return ()
+
+    def forward(self, module: Any, attend: Attend, *args: Any, **kwargs: Any) -> Any:
+        """Replace the module's forward.
+
+        Args:
+            module: the module that is called, which may be a copy of the patched module. Do not store it: a reference
+                would keep a model alive after its last user dropped it.
+            attend: computes attentions on the module's backend.
+            *args, **kwargs: the arguments of the original forward. Declare them by name.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: got neither forward nor bind; allowed: one of them")
+
+    # To override where the default is wrong.
+
+    def bind(self, cls: Any, attend: Attend) -> Forward:
+        """Return the function that replaces the forward of one module, called as ``function(module, *args, **kwargs)``.
+
+        Override it, instead of :meth:`forward`, to prepare something once per module.
+
+        Args:
+            cls: the class of the module.
+            attend: as for :meth:`forward`.
+        """
+        return lambda module, *args, **kwargs: self.forward(module, attend, *args, **kwargs)
+
+    def serves(self, module: Any) -> bool:
+        """Whether the point is for this module of the class. Override it if it is not for all of them."""
+        return True
+
+    def check(self, module: Any) -> None:  # noqa: B027  (the default accepts every configuration)
+        """Raise if the point cannot serve the configuration of the module."""
+
+    def fault(self, module: Any) -> str | None:
+        """Return why the original forward is wrong, or None. Nothing falls back to a wrong forward."""
+        return None
+
+    def dropout(self, module: Any) -> float:
+        """Return the attention dropout that the module applies in training."""
+        return 0.0
+
+    def trains_bias(self, module: Any) -> bool:
+        """Whether the module has a learned attention bias that is not frozen."""
+        return False
+
+    def wants_probabilities(self, module: Any, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call with these keyword arguments asks for attention probabilities."""
+        return bool(kwargs.get("output_attentions"))
+
+    def replay(self, output: Any) -> dict[str, Any]:
+        """Return keyword arguments that make the module repeat the random choices of the call with this output."""
+        return {}
+
+    # Not to override.
+
+    @final
     def matches(self, module: nn.Module) -> bool:
-        """Whether the point is for the module: one of its class (subclasses included), :attr:`when` that says so."""
-        return any(path_of(base) == self.cls for base in type(module).__mro__) and self.when(module)
+        """Whether the module is of the point's class, or a subclass, and the point serves it."""
+        return _is_a(module, self.cls) and self.serves(module)
 
+    @final
     def owner(self, model: nn.Module, module: nn.Module) -> nn.Module | None:
-        """The module of the model in which a module shares values with others (:attr:`shared_in`), if it is there."""
+        """Return the module of the model in which a module shares values (:attr:`shared_in`), or None."""
         if self.shared_in is None:
             return None
         for owner in model.modules():
-            shares = any(path_of(base) == self.shared_in for base in type(owner).__mro__)
-            if shares and any(found is module for found in self.sharers(owner)):
+            if _is_a(owner, self.shared_in) and any(sharer is module for sharer in self.sharers(owner)):
                 return owner
         return None
 
+    @final
     def sharers(self, owner: nn.Module) -> tuple[nn.Module, ...]:
-        """The modules that share values in an owner."""
-        return tuple(found for found in owner.modules() if self.matches(found))
+        """Return the modules that share values in an owner."""
+        return tuple(module for module in owner.modules() if self.matches(module))
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What attnzoo knows of a model family.
+    """The patch points of a model family.
 
     Attributes:
-        model_types: ``config.model_type`` values it serves. Its points match by class in any model; the type decides
-            between adapters that know the same class.
-        points: the attention classes of the family.
-        versions: the transformers versions it was verified against, for people.
-        examples: what to change of the default configuration to see the family's modules: in one example or the other,
-            every point has one. The support matrix is made of them.
+        model_types: ``config.model_type`` values of the family. Points match by class in any model; the model type only
+            decides between adapters with points for the same class.
+        points: instances of :class:`PatchPoint` subclasses.
+        versions: the transformers versions the points were verified against, for people.
+        examples: changes of the default configuration that together build a module for every point. The support matrix
+            is generated from them.
+
+    Raises:
+        InvalidArgumentError: one of ``points`` is not a :class:`PatchPoint` with a ``cls``.
+
+    Example:
+        >>> from attnzoo.adapters.gpt_neox import SelfAttention
+        >>> adapter = Adapter(model_types=("gpt_neox",), points=(SelfAttention(),), versions="5.17 to 5.23")
+        >>> adapter.check_drift(adapter.points[0])
     """
 
     model_types: tuple[str, ...]
@@ -159,38 +223,49 @@ class Adapter:
     versions: str = field(default="unknown")
     examples: tuple[Mapping[str, Any], ...] = ({},)
 
+    def __post_init__(self) -> None:
+        for point in self.points:
+            if not isinstance(point, PatchPoint) or not getattr(point, "cls", ""):
+                got = getattr(point, "__name__", type(point).__name__)
+                raise InvalidArgumentError("points", got, "instances of PatchPoint subclasses that set cls")
+
     def check_drift(self, point: PatchPoint, module: nn.Module | None = None) -> None:
-        """Raise unless the functions the point relies on are those it was verified against.
+        """Raise unless the functions a point relies on are those it was verified against.
 
         Args:
-            point: one of the adapter's.
-            module: one of the point's; its class must not override the forward, or a method the point relies on.
+            point: a point of the adapter.
+            module: a module the point serves. Its class must not override the forward or another method in
+                ``verified``.
 
         Raises:
-            DriftError: a function is gone, or was changed by a subclass, at run time or by another version; the message
-                says which.
+            DriftError: a function is missing, or was changed by a subclass, at run time or by another version. The
+                message says which.
         """
-        differences = drift(point.verified)
+        differences = find_drift(point.verified)
         if not differences:
-            base = locate(point.cls)
-            differences = bypassed(base if module is None else type(module), base, point.verified)
+            base = object_at(point.cls)
+            differences = find_bypassed(base if module is None else type(module), base, point.verified)
         if differences:
             import transformers
 
             family = ", ".join(self.model_types)
-            raise DriftError(message(differences, family, self.versions, transformers.__version__))
+            raise DriftError(drift_message(differences, family, self.versions, transformers.__version__))
 
 
 def path_of(cls: type) -> str:
-    """A class as points name it: ``"package.module:Class"``."""
+    """Return a class as ``"package.module:Class"``."""
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def parameters_of(module: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Every parameter of a module, with the module inside it that holds the parameter.
+def _is_a(module: nn.Module, path: str) -> bool:
+    return any(path_of(base) == path for base in type(module).__mro__)
 
-    Replicas of ``nn.DataParallel`` list none: theirs are plain tensors, which only a private attribute tells
-    (torch/nn/parallel/replicate.py). Where that is gone, a replica is taken for a module without parameters.
+
+def parameters_of(module: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Yield every parameter of a module, with the submodule that holds it.
+
+    Replicas of ``nn.DataParallel`` list no parameters: they hold plain tensors in a private attribute
+    (torch/nn/parallel/replicate.py). If torch removes that attribute, a replica seems to have no parameters.
     """
     for owner in module.modules():
         replicated = vars(owner).get("_former_parameters") or {}
@@ -199,12 +274,19 @@ def parameters_of(module: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
 
 
 def parameter_of(module: nn.Module) -> Tensor:
-    """A floating-point parameter of the module, or an empty tensor like it: tells device and dtype when it runs.
+    """Return a floating-point tensor with the dtype and device of the module's weights when it runs.
 
-    Weights that accelerate offloads are on the meta device between forwards; told is the device they are brought to.
+    accelerate keeps offloaded weights on the meta device between forwards. For those, the result is an empty tensor on
+    the device to which accelerate moves them.
     """
     for owner, parameter in parameters_of(module):
         if parameter.is_floating_point():
-            brought = slots.runs_on(owner) or slots.runs_on(module) if parameter.is_meta else None
-            return parameter if brought is None else torch.empty(0, dtype=parameter.dtype, device=brought)
+            device = slots.runs_on(owner) or slots.runs_on(module) if parameter.is_meta else None
+            return parameter if device is None else torch.empty(0, dtype=parameter.dtype, device=device)
     return torch.empty(0)
+
+
+def request_for(module: nn.Module, heads: int, head_dim: int, *segments: SegmentRequest) -> Request:
+    """Return the request of a module for one attention, on the device and in the dtype of its weights."""
+    parameter = parameter_of(module)
+    return Request(parameter.device.type, parameter.dtype, heads, head_dim, head_dim, segments)

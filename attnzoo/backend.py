@@ -1,12 +1,13 @@
-"""How it is computed: what a backend declares and does.
+"""The interface of backends: what a backend declares, and the methods its author implements.
 
-A backend is a frozen dataclass: its fields are its options. It declares capabilities as data, answers
-:meth:`Backend.refusals` with every reason it has, and runs an :class:`~attnzoo.spec.segments.Attention`.
+A backend is a frozen dataclass; its fields are its options. It declares its capabilities as data, answers a request
+with the reasons why it cannot run it (:meth:`Backend.refusals`), and runs an
+:class:`~attnzoo.spec.segments.Attention`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import ClassVar
 
@@ -17,32 +18,38 @@ from attnzoo.spec.patterns import Pattern
 from attnzoo.spec.segments import FLOATS, Attention, Request, Result
 
 
-def _names(items: object) -> str:
-    return ", ".join(sorted(str(item).removeprefix("torch.") for item in items)) or "none"  # type: ignore[attr-defined]
+def _names(items: Iterable[object]) -> str:
+    return ", ".join(sorted(str(item).removeprefix("torch.") for item in items)) or "none"
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can do, as data; the conformance kit generates its cases from this.
+    """What a backend supports. The conformance kit generates its cases from it.
 
     Attributes:
         devices: device types, e.g. ``{"cpu", "cuda"}``.
         dtypes: dtypes of query, key and value.
-        patterns: pattern classes it computes exactly.
-        segments: how many segments it can unite.
-        key_mask: masks keys per sample.
-        mask: takes a dense mask.
+        patterns: pattern classes that the backend computes exactly.
+        segments: the largest number of segments in one softmax.
+        key_mask: a mask of keys per sample.
+        mask: a dense mask.
         bias: kinds of additive bias, of ``"relative"`` and ``"dense"``.
-        bias_grad: gives gradients to the bias values.
-        gqa: takes fewer key heads than query heads.
-        uneven_value_dim: takes a value_dim other than head_dim.
-        dropout: drops softmax weights.
-        grad: has a backward.
-        probabilities: can return the softmax weights.
-        transforms: function transforms it runs under, of ``"grad"``, ``"vmap"``, ``"jvp"`` and ``"functionalize"`` of
-            ``torch.func``.
-        exact: computes exactly what any request says (False: changes the pattern of dense attention, see
-            :meth:`Backend.changes`).
+        bias_grad: gradients of the bias values.
+        gqa: fewer key heads than query heads.
+        uneven_value_dim: a ``value_dim`` that differs from ``head_dim``.
+        dropout: dropout of softmax weights.
+        grad: a backward pass.
+        probabilities: returns the softmax weights on request.
+        transforms: transforms of ``torch.func`` it runs under, of ``"grad"``, ``"vmap"``, ``"jvp"`` and
+            ``"functionalize"``.
+        exact: computes every request as it is. False: changes the pattern of dense attention
+            (:meth:`Backend.changes`).
+
+    Example:
+        >>> import attnzoo
+        >>> sdpa = attnzoo.backends()["sdpa"].capabilities
+        >>> sdpa.exact, sdpa.dropout, sdpa.probabilities
+        (True, True, False)
     """
 
     devices: frozenset[str]
@@ -62,54 +69,76 @@ class Capabilities:
     exact: bool = True
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
-        """Every way in which the request goes beyond these capabilities."""
-        found: list[Refusal] = []
+        """Return a :class:`Refusal` for every part of the request that these capabilities do not cover."""
+        refused: list[Refusal] = []
 
-        def need(name: str, wanted: bool, offered: bool, allowed: str) -> None:
-            if wanted and not offered:
-                found.append(Refusal(name, "requested", allowed))
+        def check(field: str, requested: bool, supported: bool, allowed: str) -> None:
+            if requested and not supported:
+                refused.append(Refusal(field, "requested", allowed))
 
         if request.device not in self.devices:
-            found.append(Refusal("device", request.device, _names(self.devices)))
+            refused.append(Refusal("device", request.device, _names(self.devices)))
         if request.dtype not in self.dtypes:
-            found.append(Refusal("dtype", _names([request.dtype]), _names(self.dtypes)))
+            refused.append(Refusal("dtype", _names([request.dtype]), _names(self.dtypes)))
         if len(request.segments) > self.segments:
-            found.append(Refusal("segments", str(len(request.segments)), f"at most {self.segments}"))
+            refused.append(Refusal("segments", str(len(request.segments)), f"at most {self.segments}"))
         for segment in request.segments:
             if type(segment.pattern) not in self.patterns:
-                found.append(Refusal("pattern", str(segment.pattern), _names(kind.__name__ for kind in self.patterns)))
+                allowed = _names(pattern.__name__ for pattern in self.patterns)
+                refused.append(Refusal("pattern", str(segment.pattern), allowed))
             if segment.bias is not None and segment.bias not in self.bias:
-                found.append(Refusal("bias", segment.bias, _names(self.bias)))
+                refused.append(Refusal("bias", segment.bias, _names(self.bias)))
             elif segment.bias_grad and not self.bias_grad:
-                found.append(Refusal("bias", "values that require grad", "values that do not require grad"))
+                refused.append(Refusal("bias", "values that require grad", "values that do not require grad"))
             if segment.kv_heads != request.heads and not self.gqa:
-                found.append(Refusal("key heads", str(segment.kv_heads), f"{request.heads}, the query's"))
-        need("key_mask", any(segment.key_mask for segment in request.segments), self.key_mask, "no key mask")
-        need("mask", any(segment.mask for segment in request.segments), self.mask, "no dense mask")
+                refused.append(Refusal("key heads", str(segment.kv_heads), f"{request.heads}, the query's"))
+        check("key_mask", any(segment.key_mask for segment in request.segments), self.key_mask, "no key mask")
+        check("mask", any(segment.mask for segment in request.segments), self.mask, "no dense mask")
         if request.value_dim != request.head_dim and not self.uneven_value_dim:
-            found.append(Refusal("value_dim", str(request.value_dim), f"{request.head_dim}, the head_dim"))
-        need("dropout", request.dropout, self.dropout, "dropout=0.0")
-        need("grad", request.grad, self.grad, "torch.no_grad(), or inputs that do not require grad")
-        need("attention probabilities", request.probabilities, self.probabilities, "output_attentions=False")
+            refused.append(Refusal("value_dim", str(request.value_dim), f"{request.head_dim}, the head_dim"))
+        check("dropout", request.dropout, self.dropout, "dropout=0.0")
+        check("grad", request.grad, self.grad, "torch.no_grad(), or inputs that do not require grad")
+        check("attention probabilities", request.probabilities, self.probabilities, "output_attentions=False")
         transforms = set(request.transforms) - self.transforms
         if transforms:
-            found.append(Refusal("torch.func transform", _names(transforms), _names(self.transforms)))
-        return tuple(dict.fromkeys(found))
+            refused.append(Refusal("torch.func transform", _names(transforms), _names(self.transforms)))
+        return tuple(dict.fromkeys(refused))
 
 
 @dataclass(frozen=True)
 class Backend:
-    """Base class of all backends. Subclasses set the class attributes and implement :meth:`run`.
+    """Base class of backends.
+
+    A backend must set ``name`` and ``capabilities`` and implement :meth:`run`. The other methods have defaults that
+    suit an exact backend without options.
 
     Class attributes:
         name: the registered name.
-        aliases: other names users may type.
-        priority: where nothing was measured, ``auto`` takes the available backend of highest priority that refuses
-            nothing.
-        dense: needs memory for every query and key; ``tune`` leaves it out where that is much.
-        capabilities: what it can do.
-        compiles: the first run of a kind compiles a kernel; who measures runs a short input first.
-        example: values of the options it needs, to show it with in the support matrix and to test it with.
+        aliases: other names that users may type.
+        priority: without measurements, ``auto`` selects the supporting backend of highest priority.
+        dense: the backend stores a score for every query and key; ``tune`` skips it where that needs too much memory.
+        capabilities: what the backend supports.
+        compiles: the first run of each kind of input compiles a kernel. ``tune`` and the benchmarks run a short input
+            before they measure.
+        example: values of the required options, for the support matrix and the tests.
+
+    Example:
+        A backend that supports one segment without masks or bias, and has no backward:
+
+        >>> import torch, attnzoo
+        >>> class Tiny(attnzoo.Backend):
+        ...     name = "tiny"
+        ...     capabilities = attnzoo.Capabilities(devices=frozenset({"cpu"}), patterns=frozenset({attnzoo.Full}))
+        ...     def run(self, attention, probabilities=False):
+        ...         (segment,) = attention.segments
+        ...         weights = (attention.query @ segment.key.mT * attention.scale).softmax(-1)
+        ...         return attnzoo.Result(attention.fill(weights @ segment.value, None), kernel="tiny")
+        >>> attnzoo.register_backend(Tiny).name
+        'tiny'
+        >>> q, k, v = torch.randn(3, 1, 2, 5, 8)
+        >>> attnzoo.attention(q, k, v, backend="tiny").shape
+        torch.Size([1, 2, 5, 8])
+        >>> attnzoo.unregister_backend("tiny")
     """
 
     name: ClassVar[str] = ""
@@ -120,70 +149,123 @@ class Backend:
     compiles: ClassVar[bool] = False
     example: ClassVar[Mapping[str, object]] = {}
 
+    def run(self, attention: Attention, probabilities: bool = False) -> Result:
+        """Compute the attention. Required.
+
+        attnzoo calls it with attentions whose request :meth:`refusals` did not refuse, and with autocast off.
+
+        Args:
+            attention: query, segments, scale, dropout and masks, with shapes that fit. Finish the output with
+                :meth:`Attention.fill`, which zeroes padding rows and rows without visible keys.
+            probabilities: return the softmax weights too; True only if ``capabilities.probabilities`` is.
+
+        Returns:
+            A :class:`Result` with the output ``(batch, heads, q_len, value_dim)`` and the name of the kernel that ran.
+        """
+        raise NotImplementedError
+
     @classmethod
     def unavailable(cls) -> str | None:
-        """Why this backend cannot run on this machine and what to install, or None if it can."""
+        """Return why this backend cannot run on this machine and what to install, or None if it can.
+
+        Override it if the backend needs a package or a device. It may import the package. If it raises, the exception
+        is the reason.
+        """
         return None
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
-        """Names of the options ``patch(model, backend, **options)`` takes: fields, unless their metadata denies it."""
+        """Return the names of the options that users may give: the fields whose metadata has no ``option: False``."""
         return tuple(option.name for option in fields(cls) if option.metadata.get("option", True))
 
     @classmethod
     def required_options(cls) -> tuple[str, ...]:
-        """Names of the options without a default."""
+        """Return the names of the options without a default."""
         return tuple(f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING)
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
-        """All reasons why this request cannot run here; empty means it runs."""
+        """Return every reason why this backend cannot run the request; empty if it can.
+
+        Override it to add limits that :class:`Capabilities` cannot express, and call ``super().refusals(request)``.
+        attnzoo caches the answer by backend and request.
+        """
         return self.capabilities.refusals(request)
 
     def refusals_anywhere(self, request: Request) -> tuple[Refusal, ...]:
-        """The reasons that hold on every machine, whatever it has installed: what the support matrix shows."""
+        """Return the reasons that hold on every machine; the support matrix shows them.
+
+        Override it if :meth:`refusals` depends on installed packages or devices.
+        """
         return self.refusals(request)
 
     def bind_to_site(self, site: tuple[Request, ...], patch: tuple[Request, ...]) -> Backend:
-        """This backend as it serves one site.
+        """Return the backend that serves one site of a patch: this one, or a copy with other fields.
 
         Args:
-            site: what the site is expected to ask.
-            patch: what all sites that get this backend in the same patch are expected to ask.
+            site: the expected requests of the site.
+            patch: the expected requests of all sites that this backend serves in the patch.
         """
         return self
 
     def unused_options(self) -> tuple[str, ...]:
-        """Which of its options, as ``name=value``, were given and do nothing at the site it was settled for."""
+        """Return the given options, as ``name=value``, that have no effect at the site this backend is bound to."""
         return ()
 
+    # The next three are for backends whose capabilities have ``exact=False``.
+
     def changes(self, request: Request) -> str | None:
-        """What of the request is not computed as it says, in words; None: nothing, the backend is exact here."""
+        """Return in words what this backend changes of the request, or None if it computes the request exactly."""
         return None
 
-    def choices(self, attention: Attention) -> object:
-        """What :meth:`rewrite` decides by the values of the tensors (hash buckets, say), for a rewrite to repeat."""
+    def decisions(self, attention: Attention) -> object:
+        """Return what :meth:`rewrite` derives from tensor values, e.g. hash buckets, so that it can be repeated."""
         return None
 
-    def rewrite(self, attention: Attention, choices: object = None) -> Attention:
-        """The attention that is really computed, and by which this backend is judged.
+    def rewrite(self, attention: Attention, decisions: object = None) -> Attention:
+        """Return the attention that this backend computes instead of ``attention``. The oracle evaluates it.
 
-        The attention itself, unless :meth:`changes` says otherwise. Its tensors are made of the attention's, so that
-        gradients flow.
+        The result is built from the tensors of ``attention``, so gradients flow to them.
 
         Args:
-            attention: what was asked for.
-            choices: those of another run, e.g. in another dtype, to be repeated; None: the attention's own.
+            attention: the requested attention.
+            decisions: of :meth:`decisions` in another run, e.g. in another dtype; None: derive them from ``attention``.
         """
         return attention
 
-    def run(self, attention: Attention, probabilities: bool = False) -> Result:
-        """Compute the attention. Only called with requests that were not refused."""
-        raise NotImplementedError
+    def select(self, attention: Attention, probabilities: bool = False) -> Choice:
+        """Return the backend that runs an attention: this backend itself; ``auto`` selects one per attention."""
+        return Choice(self)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that runs an attention.
+
+    Attributes:
+        backend: the backend, configured.
+        reason: why ``auto`` selected it; empty for a backend that was requested.
+    """
+
+    backend: Backend
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.backend.name}: {self.reason}"
 
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """What :func:`attnzoo.backends` tells of a backend."""
+    """A backend as :func:`attnzoo.backends` lists it.
+
+    Attributes:
+        name: the registered name.
+        aliases: its other names.
+        available: whether the backend can run on this machine.
+        reason: why it cannot; empty if it can.
+        exact: whether it computes every request as it is.
+        capabilities: what it supports; None if it failed to load.
+        options: the names of its options.
+    """
 
     name: str
     aliases: tuple[str, ...]

@@ -1,6 +1,11 @@
-"""Every refusal of attnzoo is one of these exceptions.
+"""The exceptions of attnzoo, and the form of their messages.
 
-Messages are written for the person who gets them: they name the argument, what was got and what is allowed.
+Every message names the argument, what was got and what is allowed: ``argument: got X; allowed: Y``.
+:func:`got_and_allowed` gives it that form.
+
+Where the text of a refusal is made: :meth:`Capabilities.refusals <attnzoo.backend.Capabilities.refusals>` and the
+``refusals`` methods of backends choose the words of each :class:`Refusal`; ``Refusal.__str__`` makes one line of it;
+:class:`BackendRefusedError` joins the lines of all modules and adds the backends that support the request.
 """
 
 from __future__ import annotations
@@ -8,13 +13,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-_LONGEST = 399  # characters of a message, as far as shortening what was got can make it so
-_FEWEST = 100  # characters that are left of what was got, however long the rest is
+Stage = Literal["patch", "before the call", "in the call"]
+
+_LONGEST_MESSAGE = 399  # characters; a longer "got" part is shortened until the message fits
+_SHORTEST_GOT = 100  # characters of the "got" part that stay, however long the rest of the message is
 
 
 def shorten(text: str, most: int = 200) -> str:
-    """The text on one line, without its middle where it has more than ``most`` characters."""
+    """Return the text on one line; a text of more than ``most`` characters loses its middle."""
     line = " ".join(text.split()) if "\n" in text else text
     if len(line) <= most:
         return line
@@ -22,8 +30,13 @@ def shorten(text: str, most: int = 200) -> str:
     return f"{line[: most - tail - 5]} ... {line[-tail:]}"
 
 
+def got_and_allowed(argument: str, got: object, allowed: object) -> str:
+    """Return the one form of messages: ``argument: got X; allowed: Y``."""
+    return f"{argument}: got {got}; allowed: {allowed}"
+
+
 class AttnzooError(Exception):
-    """Base class of every exception attnzoo raises on purpose."""
+    """Base class of every exception that attnzoo raises on purpose."""
 
 
 class InvalidArgumentError(AttnzooError, ValueError):
@@ -31,33 +44,33 @@ class InvalidArgumentError(AttnzooError, ValueError):
 
     Attributes:
         argument: name of the argument.
-        got: what was received, in words; shortened, as it may be the representation of anything.
-        allowed: what would have been accepted, in words.
+        got: the value in words, shortened.
+        allowed: the accepted values, in words.
     """
 
     def __init__(self, argument: str, got: object, allowed: object) -> None:
         self.argument, self.allowed = argument, str(allowed)
-        rest = len(f"{argument}: got ; allowed: {allowed}")
-        self.got = shorten(str(got), max(_FEWEST, _LONGEST - rest))
-        super().__init__(f"{argument}: got {self.got}; allowed: {self.allowed}")
+        rest = len(got_and_allowed(argument, "", allowed))
+        self.got = shorten(str(got), max(_SHORTEST_GOT, _LONGEST_MESSAGE - rest))
+        super().__init__(got_and_allowed(argument, self.got, self.allowed))
 
 
 class KeywordRefusedError(InvalidArgumentError):
-    """A model's keyword argument changes what its attention gives, and no backend computes that."""
+    """A model's keyword argument changes the result of its attention, and no backend computes that."""
 
 
 class UnknownNameError(InvalidArgumentError, LookupError):
-    """A name is not registered; the message suggests near misses."""
+    """A name is not registered. The message lists the registered names and suggests similar ones."""
 
     def __init__(self, argument: str, got: str, allowed: Iterable[str], also: str = "") -> None:
         names = sorted(allowed)
-        told = [*map(repr, names), *([f"or {also}"] if also else [])]
-        shown = shorten(repr(got), _FEWEST)
-        super().__init__(argument, f"{shown}{suggestion(str(got), names)}", ", ".join(told) or "none")
+        listed = [*map(repr, names), *([f"or {also}"] if also else [])]
+        name = shorten(repr(got), _SHORTEST_GOT)
+        super().__init__(argument, f"{name}{suggestion(str(got), names)}", ", ".join(listed) or "none")
 
 
 def suggestion(got: str, names: Iterable[str]) -> str:
-    """`` (did you mean ...?)`` with the names most alike; empty if none is."""
+    """Return `` (did you mean ...?)`` with up to two similar names; empty if no name is similar."""
     folded = {name.casefold(): name for name in names}
     near = [folded[name] for name in difflib.get_close_matches(got.casefold(), folded, n=2, cutoff=0.5)]
     return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
@@ -65,12 +78,16 @@ def suggestion(got: str, names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Refusal:
-    """One reason why a backend does not take a request.
+    """One reason why a backend does not support a request.
 
     Attributes:
-        field: what the reason is about, e.g. ``"dtype"`` or ``"dropout"``.
-        got: the value the request has.
-        allowed: what the backend would take.
+        field: the property of the request that is refused, e.g. ``"dtype"`` or ``"dropout"``.
+        got: the value in the request.
+        allowed: the values the backend supports.
+
+    Example:
+        >>> print(Refusal("bias", "relative", "none"))
+        bias: got relative; allowed: none
     """
 
     field: str
@@ -78,15 +95,19 @@ class Refusal:
     allowed: str
 
     def __str__(self) -> str:
-        return f"{self.field}: got {self.got}; allowed: {self.allowed}"
+        return got_and_allowed(self.field, self.got, self.allowed)
 
 
 class BackendRefusedError(AttnzooError, NotImplementedError):
-    """An explicitly requested backend cannot do what was asked; nothing was replaced silently.
+    """The requested backend cannot run what was requested, and no other backend was used in its place.
 
     Attributes:
-        refusals: ``{where: refusals}``, where names a module (or ``"attention"`` for the functional call).
-        alternatives: ``{where: names of backends that would take the same request}``; nothing where that is not known.
+        backend: name of the backend.
+        refusals: ``{place: reasons}``; a place is a module's name, or ``"attention"`` for a call of a function.
+        alternatives: ``{place: names of the backends that support the same requests}``; a place is missing where these
+            are not known.
+        stage: when the backend refused: at ``"patch"`` time, ``"before the call"`` of a module (the module has done
+            nothing) or ``"in the call"`` (its cache may be filled); None outside of these.
     """
 
     def __init__(
@@ -95,32 +116,32 @@ class BackendRefusedError(AttnzooError, NotImplementedError):
         refusals: Mapping[str, tuple[Refusal, ...]],
         alternatives: Mapping[str, tuple[str, ...]],
         remedy: str = "",
+        stage: Stage | None = None,
     ) -> None:
         self.backend, self.refusals, self.alternatives = backend, dict(refusals), dict(alternatives)
-        self._remedy = remedy
-        lines = [f"backend {backend!r} refuses"]
-        alike: dict[tuple[tuple[Refusal, ...], tuple[str, ...] | None], list[str]] = {}
-        for where, reasons in self.refusals.items():
-            others = tuple(self.alternatives[where]) if where in self.alternatives else None
-            alike.setdefault((tuple(reasons), others), []).append(where)
-        for (reasons, names), places in alike.items():
+        self.remedy, self.stage = remedy, stage
+        when = "" if stage is None else " at patch time" if stage == "patch" else f" {stage}"
+        lines = [f"backend {backend!r} refuses{when}"]
+        groups: dict[tuple[tuple[Refusal, ...], tuple[str, ...] | None], list[str]] = {}
+        for place, reasons in self.refusals.items():
+            others = tuple(self.alternatives[place]) if place in self.alternatives else None
+            groups.setdefault((tuple(reasons), others), []).append(place)
+        for (reasons, names), places in groups.items():
             lines.append(f"  {_counted(places)}:")
             lines.extend(f"    {reason}" for reason in reasons)
             if names is not None:
-                lines.append(f"    would run there: {', '.join(map(repr, names)) or 'no registered backend'}")
-        if remedy:
-            lines.append(f"  {remedy}")
-        super().__init__("\n".join(lines))
+                lines.append(f"    backends that support it: {', '.join(map(repr, names)) or 'none'}")
+        super().__init__("\n".join([*lines, f"  {remedy}"] if remedy else lines))
 
-    def at(self, where: str) -> BackendRefusedError:
-        """The same, said of a place by name where it was said of just ``"attention"``."""
+    def at(self, place: str, stage: Stage) -> BackendRefusedError:
+        """Return the same error with the stage, and with this place where the error has only ``"attention"``."""
 
-        def named(place: str) -> str:
-            return where if place == "attention" else place
+        def name_place(known: str) -> str:
+            return place if known == "attention" else known
 
-        refusals = {named(place): reasons for place, reasons in self.refusals.items()}
-        alternatives = {named(place): names for place, names in self.alternatives.items()}
-        return BackendRefusedError(self.backend, refusals, alternatives, self._remedy)
+        refusals = {name_place(known): reasons for known, reasons in self.refusals.items()}
+        alternatives = {name_place(known): names for known, names in self.alternatives.items()}
+        return BackendRefusedError(self.backend, refusals, alternatives, self.remedy, stage)
 
 
 def _counted(places: list[str]) -> str:
@@ -130,18 +151,18 @@ def _counted(places: list[str]) -> str:
 
 
 class PatchError(AttnzooError, RuntimeError):
-    """A model cannot be patched, or a patch cannot be undone; the model is left as it was."""
+    """A model cannot be patched, or a patch cannot be removed. The model is unchanged."""
 
 
 class CacheError(AttnzooError, OSError):
-    """Measurements cannot be kept or removed; the message says where and why."""
+    """Measurements cannot be saved or removed. The message names the file and the reason."""
 
 
 class DriftError(PatchError):
-    """A model's code differs from what its adapter was verified against: by version, by subclass or at run time."""
+    """A model's code differs from the code its adapter was verified against: by version, subclass or at run time."""
 
 
 def raise_interrupts(error: BaseException) -> None:
-    """A broken package may raise anything, ``SystemExit`` too: that is a reason. A user's Ctrl-C is not."""
+    """Raise a user's Ctrl-C again. Anything else that a broken package raises, even ``SystemExit``, is a reason."""
     if isinstance(error, KeyboardInterrupt):
         raise error

@@ -1,9 +1,8 @@
 """The registry: backend names to backend classes, model types to adapters.
 
-Nothing is imported before it is asked for. An entry point that fails to load becomes a reason that ``attnzoo doctor``
-shows; it never raises. The backends and adapters of attnzoo arrive as those of any package do: by entry point (groups
-``attnzoo.backends`` and ``attnzoo.adapters``) or by decorator. Which backend ``auto`` takes is decided above the
-registry, in :mod:`attnzoo.auto.selection`.
+Backends and adapters register by entry point (groups ``attnzoo.backends`` and ``attnzoo.adapters``) or by decorator;
+those of attnzoo use entry points too. Entry points are loaded on first use. One that fails to load raises nothing:
+``attnzoo doctor`` shows the reason. :mod:`attnzoo.auto.selection` selects the backend for ``auto``.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from attnzoo.backend import Backend, BackendInfo
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal, UnknownNameError, raise_interrupts
@@ -24,16 +23,9 @@ if TYPE_CHECKING:
 RESERVED_NAMES = ("auto", "native")
 BACKEND_GROUP, ADAPTER_GROUP = "attnzoo.backends", "attnzoo.adapters"
 
-_MOST_REFUSALS = 4096
+_MOST_REFUSALS = 4096  # cached answers; requests with ever new offsets would fill the memory
 
 _BackendType = TypeVar("_BackendType", bound=type[Backend])
-
-
-class UnusedEntryPoint(NamedTuple):
-    """An entry point whose name belongs to another backend or adapter, and why it is not used."""
-
-    name: str
-    reason: str
 
 
 class Registry:
@@ -43,15 +35,11 @@ class Registry:
     :meth:`replaced_by`.
 
     Attributes:
-        generation: grows with every change, so that callers can cache decisions that depend on the content.
+        generation: grows with every change; callers use it as a key of caches that depend on the content.
     """
 
     def __init__(self, discover: bool = True) -> None:
-        """Start empty.
-
-        Args:
-            discover: whether the entry points of installed packages are loaded on first use.
-        """
+        """Start empty, and load the entry points of installed packages on first use if ``discover`` is True."""
         self.generation = 0
         self._discover_entry_points = discover
         self._lock = threading.RLock()
@@ -71,11 +59,7 @@ class Registry:
 
     @contextmanager
     def replaced_by(self, other: Registry) -> Iterator[Registry]:
-        """Use the content of another registry within a ``with`` block, and put this one's back afterwards.
-
-        Yields:
-            This registry, with the content of ``other``.
-        """
+        """Use the content of another registry within a ``with`` block, and restore this one's content afterwards."""
         before = dict(vars(self))
         vars(self).update(vars(other), generation=before["generation"] + 1)
         try:
@@ -84,7 +68,7 @@ class Registry:
             vars(self).update(before, generation=self.generation + 1)
 
     def forget(self) -> None:
-        """Forget decisions that depend on the content, or on what is installed: call it after either has changed."""
+        """Clear the cached refusals. Call it after the content or the installed packages have changed."""
         self.generation += 1
         self._refusals.clear()
 
@@ -118,6 +102,13 @@ class Registry:
 
         Raises:
             InvalidArgumentError: not a backend class, or one of its names is taken or reserved.
+
+        Example:
+            >>> import attnzoo
+            >>> @attnzoo.register_backend
+            ... class Mine(attnzoo.Backend):
+            ...     name = "mine"
+            >>> attnzoo.unregister_backend("mine")
         """
         if not (isinstance(cls, type) and issubclass(cls, Backend) and cls.name):
             raise InvalidArgumentError("cls", repr(cls), "a subclass of attnzoo.Backend with a name")
@@ -140,6 +131,11 @@ class Registry:
 
         Raises:
             UnknownNameError: no backend of that name is registered.
+
+        Example:
+            >>> import attnzoo
+            >>> cls = attnzoo.register_backend(type("Mine", (attnzoo.Backend,), {"name": "mine"}))
+            >>> attnzoo.unregister_backend("mine")
         """
         cls = self.backend_class(name)
         with self._lock:
@@ -147,12 +143,12 @@ class Registry:
             self.forget()
 
     def backend_classes(self) -> tuple[type[Backend], ...]:
-        """Every registered backend class, in the order of registration."""
+        """Return every registered backend class, in the order of registration."""
         self._discover()
         return tuple(self._backends.values())
 
     def backends(self) -> dict[str, BackendInfo]:
-        """Every registered backend by name: aliases, availability and its reason, capabilities, option names.
+        """Return every registered backend by name: aliases, availability and its reason, capabilities, option names.
 
         Example:
             >>> import attnzoo
@@ -162,28 +158,21 @@ class Registry:
         infos = {}
         for cls in self.backend_classes():
             reason = unavailable_reason(cls)
-            infos[cls.name] = BackendInfo(
-                cls.name,
-                self._aliases(cls),
-                reason is None,
-                reason or "",
-                cls.capabilities.exact,
-                cls.capabilities,
-                cls.options(),
-            )
+            can, aliases, available = cls.capabilities, self._aliases(cls), reason is None
+            infos[cls.name] = BackendInfo(cls.name, aliases, available, reason or "", can.exact, can, cls.options())
         for name, reason in self._broken_backends.items():
             infos[name] = BackendInfo(name, (), False, reason, False, None)
         return dict(sorted(infos.items()))
 
     def _owner(self, name: str) -> type[Backend] | None:
-        """The backend registered last that has the name or alias."""
+        """Return the backend registered last that has the name or alias."""
         return next((cls for cls in reversed(self._backends.values()) if name in (cls.name, *cls.aliases)), None)
 
     def _aliases(self, cls: type[Backend]) -> tuple[str, ...]:
         return tuple(alias for alias in cls.aliases if self._owner(alias) is cls)
 
     def backend_class(self, name: str) -> type[Backend]:
-        """The class of a backend name or alias.
+        """Return the class of a backend name or alias.
 
         Raises:
             InvalidArgumentError: the name is a selection mode, or belongs to a backend that failed to load.
@@ -203,11 +192,11 @@ class Registry:
         raise UnknownNameError("backend", name, known | set(RESERVED_NAMES))
 
     def configure(self, name: str, **options: Any) -> Backend:
-        """A configured backend, whether this machine can run it or not. It can stand wherever a backend name can.
+        """Return a configured backend, whether or not this machine can run it. Use it in place of a backend name.
 
         Args:
-            name: of a backend, or an alias.
-            options: of that backend, e.g. ``window=1024``; :func:`attnzoo.backends` lists their names.
+            name: a backend name or alias.
+            options: options of that backend, e.g. ``window=1024``; :func:`attnzoo.backends` lists their names.
 
         Raises:
             UnknownNameError: unknown backend or option name.
@@ -224,9 +213,8 @@ class Registry:
                 raise UnknownNameError(f"option of backend {cls.name!r}", option, cls.options())
         missing = [option for option in cls.required_options() if option not in options]
         if missing:
-            raise InvalidArgumentError(
-                f"options of backend {cls.name!r}", f"no {', '.join(missing)}", f"{missing[0]}=..."
-            )
+            got = f"no {', '.join(missing)}"
+            raise InvalidArgumentError(f"options of backend {cls.name!r}", got, f"{missing[0]}=...")
         return cls(**options)
 
     # Adapters
@@ -235,11 +223,19 @@ class Registry:
         """Register the adapter of one or more model types.
 
         Args:
-            adapter: describes which modules of a model attend, and how.
+            adapter: describes the attention modules of a model family.
             replace: allow taking over a model type that has an adapter already.
+
+        Returns:
+            The adapter, unchanged.
 
         Raises:
             InvalidArgumentError: not an adapter, or a model type is taken.
+
+        Example:
+            >>> import attnzoo
+            >>> adapter = attnzoo.register_adapter(attnzoo.Adapter(model_types=("mine",), points=()))
+            >>> attnzoo.unregister_adapter("mine")
         """
         from attnzoo.adapter import Adapter
 
@@ -256,10 +252,15 @@ class Registry:
         return adapter
 
     def unregister_adapter(self, model_type: str) -> None:
-        """Remove the adapter of a model type; an adapter that came by entry point is loaded again when needed.
+        """Remove the adapter of a model type. An adapter that has an entry point is loaded again when needed.
 
         Raises:
             UnknownNameError: the model type has no registered adapter.
+
+        Example:
+            >>> import attnzoo
+            >>> adapter = attnzoo.register_adapter(attnzoo.Adapter(model_types=("mine",), points=()))
+            >>> attnzoo.unregister_adapter("mine")
         """
         with self._lock:
             if self._adapters.pop(model_type, None) is None:
@@ -267,7 +268,7 @@ class Registry:
             self.forget()
 
     def find_adapter(self, model_type: str) -> Adapter | None:
-        """The adapter of a transformers ``config.model_type``, loaded on first use; None if there is none."""
+        """Return the adapter of a transformers ``config.model_type``, loaded on first use; None if there is none."""
         with self._lock:
             if model_type in self._adapters:
                 return self._adapters[model_type]
@@ -275,7 +276,7 @@ class Registry:
             return next((adapter for entry in entries if (adapter := self._load_adapter(entry)) is not None), None)
 
     def adapters(self) -> dict[str, Adapter]:
-        """Every adapter by model type: registered ones, and those of entry points that load."""
+        """Return every adapter by model type: the registered ones and those of entry points that load."""
         with self._lock:
             for entry in metadata.entry_points(group=ADAPTER_GROUP):
                 if entry.name not in self._adapters:
@@ -293,23 +294,23 @@ class Registry:
         return adapter
 
     def broken_adapters(self) -> dict[str, str]:
-        """By model type: why the entry point of its adapter failed to load when it was last needed."""
+        """Return by model type why the entry point of its adapter failed to load when it was last needed."""
         return dict(self._broken_adapters)
 
     def model_types(self) -> tuple[str, ...]:
-        """Every model type with an adapter, loaded or not."""
+        """Return every model type with an adapter, loaded or not."""
         entries = metadata.entry_points(group=ADAPTER_GROUP)
         return tuple(sorted({*self._adapters, *(entry.name for entry in entries)}))
 
-    # What a backend can do here
+    # What a backend supports on this machine
 
     def availability(self, backend: Backend) -> tuple[Refusal, ...]:
-        """Why a backend cannot run on this machine, as a refusal; empty if it can."""
+        """Return why a backend cannot run on this machine; empty if it can."""
         reason = unavailable_reason(type(backend))
-        return () if reason is None else (Refusal("availability", reason, "a machine that has it"),)
+        return () if reason is None else (Refusal("availability", reason, "a machine that can run it"),)
 
     def refusals(self, backend: Backend, request: Request) -> tuple[Refusal, ...]:
-        """Every reason why a backend cannot run a request on this machine. Remembered until the registry changes."""
+        """Return every reason why a backend cannot run a request on this machine. Cached until the registry changes."""
         key = (backend, request)
         known = self._refusals.get(key)
         if known is None:
@@ -319,7 +320,7 @@ class Registry:
         return known
 
     def make_backend(self, name: str, **options: Any) -> Backend:
-        """A configured backend that this machine can run.
+        """Return a configured backend that this machine can run.
 
         Raises:
             UnknownNameError, InvalidArgumentError: as :meth:`configure`.
@@ -333,7 +334,7 @@ class Registry:
         return backend
 
     def exact_backends(self) -> tuple[Backend, ...]:
-        """The available backends that change no pattern and need no options, by priority."""
+        """Return the available exact backends that need no options, highest priority first."""
         usable = [
             cls
             for cls in self.backend_classes()
@@ -342,27 +343,21 @@ class Registry:
         return tuple(cls() for cls in sorted(usable, key=lambda cls: (-cls.priority, cls.name)))
 
     def supporting_backends(self, request: Request) -> tuple[Backend, ...]:
-        """The exact backends that refuse nothing of a request, by priority: what ``auto`` chooses from."""
+        """Return the exact backends that support a request, highest priority first: the candidates of ``auto``."""
         return tuple(backend for backend in self.exact_backends() if not backend.refusals(request))
 
-    # Diagnosis
-
-    def unused_entry_points(self) -> tuple[UnusedEntryPoint, ...]:
-        """Entry points of installed packages whose name belongs to another backend or adapter."""
+    def unused_entry_points(self) -> tuple[tuple[str, str], ...]:
+        """Return name and reason of entry points that are not used, because another object has their name."""
         self._discover()
-        adapters = self.adapters()
         unused = []
-        for group, owners in ((BACKEND_GROUP, self._backends), (ADAPTER_GROUP, adapters)):
+        for group, owners in ((BACKEND_GROUP, self._backends), (ADAPTER_GROUP, self.adapters())):
             for entry in metadata.entry_points(group=group):
-                owner = owners.get(entry.name)
-                if owner is None:
-                    continue
                 try:
-                    if entry.load() is not owner:
-                        unused.append(UnusedEntryPoint(entry.name, f"{entry.value} is not used: the name is taken"))
+                    if entry.name in owners and entry.load() is not owners[entry.name]:
+                        unused.append((entry.name, f"{entry.value} is not used: the name is taken"))
                 except BaseException as error:
                     raise_interrupts(error)
-                    unused.append(UnusedEntryPoint(entry.name, _failure(entry, error)))
+                    unused.append((entry.name, _failure(entry, error)))
         return tuple(unused)
 
 
@@ -371,7 +366,7 @@ def _failure(entry: metadata.EntryPoint, error: BaseException) -> str:
 
 
 def unavailable_reason(cls: type[Backend]) -> str | None:
-    """Why a backend cannot run on this machine, or None. A check that raises is a reason too."""
+    """Return why a backend cannot run on this machine, or None. A check that raises is a reason too."""
     try:
         return cls.unavailable()
     except BaseException as error:
@@ -380,6 +375,8 @@ def unavailable_reason(cls: type[Backend]) -> str | None:
 
 
 registry = Registry()
+
+# The functions that attnzoo exports.
 backends = registry.backends
 configure = registry.configure
 register_backend = registry.register_backend

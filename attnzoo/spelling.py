@@ -1,4 +1,4 @@
-"""What one types on a command line: a configured backend (``sdpa``, ``blocked-local:window=1024,sinks=4``), a dtype."""
+"""Backends and dtypes as users type them: ``sdpa``, ``blocked-local:window=1024,sinks=4``, ``bf16``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from attnzoo.errors import InvalidArgumentError
 from attnzoo.registry import registry
 from attnzoo.spec.segments import FLOATS
 
+_DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 
 def parse(text: str) -> tuple[str, dict[str, int | str]]:
-    """The registered name (aliases resolved) and the options; whole numbers are numbers.
+    """Return the registered name of a backend and its options; options that look like integers become integers.
 
     Raises:
-        UnknownNameError: no such backend. InvalidArgumentError: an option without a value, or with two.
+        UnknownNameError: the name is not registered.
+        InvalidArgumentError: an option has no value, or is given twice.
+
+    Example:
+        >>> parse("flash"), parse("blocked-local:window=1024,sinks=4")
+        (('flash_attention_2', {}), ('blocked-local', {'window': 1024, 'sinks': 4}))
     """
     name, _, rest = text.partition(":")
     options: dict[str, int | str] = {}
@@ -23,42 +30,38 @@ def parse(text: str) -> tuple[str, dict[str, int | str]]:
         if not (option and equals and value):
             raise InvalidArgumentError("backend", repr(text), "a name, or name:option=value,option=value")
         if option in options:
-            raise InvalidArgumentError(f"option {option!r} of a backend", f"it twice in {text!r}", "each option once")
+            raise InvalidArgumentError(f"option {option!r} of a backend", f"two values in {text!r}", "one value")
         options[option] = int(value) if value.removeprefix("-").isdecimal() else value
     return registry.backend_class(name).name, options
 
 
 def spell(name: str, options: dict[str, int | str]) -> str:
-    """What :func:`parse` takes apart."""
+    """Return the text that :func:`parse` turns into this name and these options."""
     return f"{name}:{','.join(f'{option}={value}' for option, value in options.items())}" if options else name
 
 
 def configured(text: str) -> Backend:
-    """The backend of that name with these options.
+    """Return the configured backend of a text such as ``blocked-local:window=1024``.
 
     Raises:
-        UnknownNameError, InvalidArgumentError: as :func:`attnzoo.configure`.
+        UnknownNameError, InvalidArgumentError: as :func:`parse` and :func:`attnzoo.configure`.
     """
     name, options = parse(text)
     return registry.configure(name, **options)
 
 
-_DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
 def dtype_name(text: str) -> str:
-    """torch's name of a dtype that may be typed short (``bf16``); anything else as it is."""
+    """Return torch's name for a short name such as ``bf16``; return any other text unchanged."""
     return _DTYPES.get(text, text)
 
 
 def named_dtype(text: str) -> torch.dtype:
-    """The floating-point dtype of a name.
+    """Return the floating-point dtype of a name, short or torch's.
 
     Raises:
         InvalidArgumentError: attention is not computed in a dtype of that name.
     """
     names = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
-    name = dtype_name(text)
-    if name not in names:
+    if dtype_name(text) not in names:
         raise InvalidArgumentError("dtype", repr(text), ", ".join(names))
-    return names[name]
+    return names[dtype_name(text)]

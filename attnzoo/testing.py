@@ -1,11 +1,14 @@
-"""The conformance kit for authors of backends: see :mod:`attnzoo.conformance.kit`.
+"""The conformance kit for authors of backends: see :mod:`attnzoo.conformance.kit`."""
 
-Example:
-    >>> import torch, attnzoo
-    >>> attnzoo.testing.check_backend("eager", dtypes=(torch.float64,)).failures
-    ()
-"""
+from attnzoo.conformance.cases import AttentionCase, cases
+from attnzoo.conformance.kit import CaseOutcome, ConformanceError, ConformanceReport, check_backend, run_case
 
-from attnzoo.conformance.kit import Case, Conformance, ConformanceError, Outcome, cases, check_backend, run_case
-
-__all__ = ["Case", "Conformance", "ConformanceError", "Outcome", "cases", "check_backend", "run_case"]
+__all__ = [
+    "AttentionCase",
+    "CaseOutcome",
+    "ConformanceError",
+    "ConformanceReport",
+    "cases",
+    "check_backend",
+    "run_case",
+]

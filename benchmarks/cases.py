@@ -1,8 +1,8 @@
-"""One cell of the shootout, and the thing that runs in it: a whole model or one attention module, on real text."""
+"""What does a contender run in a case? A subject: a whole model or one attention module, on real text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,29 +17,24 @@ from attnzoo.benchmarks.workload import SEED
 from attnzoo.spelling import configured
 
 SCOPES = ("model", "module", "attention")
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
 
 @dataclass(frozen=True)
 class Case:
-    """What every contender of a cell does alike.
+    """What all contenders of a case have in common.
 
     Attributes:
         family: name of the workload.
-        scope: ``"model"``: the whole model; ``"module"``: one self-attention module, projections included;
-            ``"attention"``: the same module with the measured time of its projections taken off.
+        scope: ``"model"``: the whole model; ``"module"``: one self-attention module with its projections;
+            ``"attention"``: the same module, and the measured time of its projections is subtracted.
         seq_len: input length in tokens.
-        batch: passages.
+        batch: number of passages.
         dtype: a key of :data:`DTYPES`.
         device: ``"cpu"`` or ``"cuda"``.
         threads: CPU threads.
-        train: forward and backward, dropout off; else forward without gradients.
-        layers: of each stack of the whole model; None: as published.
+        train: forward and backward without dropout; otherwise forward without gradients.
+        layers: layers in each stack of a whole model; None: as published.
     """
 
     family: str
@@ -60,20 +55,20 @@ class Case:
 
 @dataclass
 class Subject:
-    """Something to run: call it, clear its gradients, patch it.
+    """A module and its inputs.
 
     Attributes:
-        case: the cell.
-        model: what :func:`attnzoo.patch` gets.
-        module: what is called: the model, or one module of it.
-        patched: glob of the module names to patch.
-        call: the forward; returns the output tensor.
-        backward: takes the output.
+        case: the case.
+        model: the model to patch. :meth:`release` sets it to :attr:`module`.
+        module: the module to run: the model, or a part of it.
+        patched: glob of the module names to patch in :attr:`model`.
+        call: runs the forward and returns the output tensor.
+        backward: runs the backward from the output tensor.
         inputs: floating-point inputs that get gradients.
     """
 
     case: Case
-    model: nn.Module | None
+    model: nn.Module
     module: nn.Module
     patched: str
     call: Callable[[], Tensor]
@@ -81,47 +76,35 @@ class Subject:
     inputs: list[Tensor] = field(default_factory=list)
 
     def patch(self, backend: str) -> attnzoo.Handle:
-        """Patch what is run with a backend as one types it; what only helped to build it is let go."""
-        handle = attnzoo.patch(self._owner(), {self.patched: configured(backend)})
+        """Patch the module with a backend as typed on the command line, then :meth:`release`."""
+        handle = attnzoo.patch(self.model, {self.patched: configured(backend)})
         self.release()
         return handle
 
-    def implementation(self) -> str:
-        """What transformers calls the attention the model has without a patch."""
-        return str(getattr(self._owner().config, "_attn_implementation", None))
-
     def release(self) -> None:
-        """Forget the rest of the model, so that a module's memory is its own."""
-        if self.model is not self.module:
-            self.model = None
-
-    def _owner(self) -> nn.Module:
-        if self.model is None:
-            raise RuntimeError("the model around the module was let go")
-        return self.model
+        """Free the rest of the model, so that only the module's memory is measured."""
+        self.model = self.module
 
     def step(self) -> None:
-        """One run: what is timed."""
+        """Run once: this is the run that is timed."""
         with torch.set_grad_enabled(self.case.train):
             output = self.call()
             if self.case.train:
                 self.backward(output)
 
     def forward(self) -> None:
-        """The forward alone, without gradients."""
+        """Run the forward without gradients."""
         with torch.no_grad():
             self.call()
 
     def clear(self) -> None:
-        """Drop the gradients of a run."""
-        for parameter in self.module.parameters():
-            parameter.grad = None
-        for tensor in self.inputs:
+        """Delete the gradients of a run."""
+        for tensor in (*self.module.parameters(), *self.inputs):
             tensor.grad = None
 
 
 def build(case: Case) -> Subject:
-    """Build the subject of a case: seeded weights and real text, the same in every process."""
+    """Build the subject of a case; weights and text are the same in every process."""
     return _whole_model(case) if case.scope == "model" else _one_module(case)
 
 
@@ -129,9 +112,7 @@ def _whole_model(case: Case) -> Subject:
     workload = find_workload(case.family)
     train_at = case.seq_len if case.train else None
     model = workload.build(case.layers, case.seq_len, train_at).to(case.device, DTYPES[case.dtype])
-    kwargs, targets = workload.read(case.batch, case.seq_len)
-    kwargs = tree_map(lambda value: value.to(case.device) if isinstance(value, Tensor) else value, kwargs)
-    targets = targets.to(case.device)
+    kwargs, targets = workload.read(case.batch, case.seq_len, case.device)
 
     def call() -> Tensor:
         logits: Tensor = model(**kwargs).logits
@@ -144,78 +125,84 @@ def _whole_model(case: Case) -> Subject:
 
 
 def _one_module(case: Case) -> Subject:
-    """The first self-attention module, on what a one-layer model gives it for real text: states, masks and all."""
+    """The first self-attention module of a one-layer model, with the states and masks that the model gives it."""
     workload = find_workload(case.family)
     model = workload.build(layers=1, seq_len=case.seq_len).to(case.device, DTYPES[case.dtype])
     name, module = next((n, m) for n, m in model.named_modules() if type(m).__name__ == workload.attention)
-    kwargs = tree_map(
-        lambda value: value.to(case.device) if isinstance(value, Tensor) else value,
-        workload.read(case.batch, case.seq_len).kwargs,
-    )
-    got_args, got_kwargs, recomputed = _capture(model, module, kwargs)
+    kwargs = workload.read(case.batch, case.seq_len, case.device).kwargs
+    model_args, model_kwargs, without_gradients = _capture(model, module, kwargs)
     inputs: list[Tensor] = []
 
-    def own(value: Any) -> Any:
+    def copy_input(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         leaf = value.detach().clone()
-        # Reversible layers run without gradients, and with them on the way back: their states are told by their shape.
-        states = value.is_floating_point() and value.ndim == 3
-        if case.train and (states if recomputed else value.requires_grad):
+        # Reversible layers run without gradients until their backward. Only the shape shows which inputs are states.
+        is_states = value.is_floating_point() and value.ndim == 3
+        if case.train and (is_states if without_gradients else value.requires_grad):
             inputs.append(leaf.requires_grad_())
         return leaf
 
-    args, keywords = tree_map(own, got_args), tree_map(own, got_kwargs)
+    args, keywords = tree_map(copy_input, model_args), tree_map(copy_input, model_kwargs)
+    return module_subject(case, model, module, name, lambda: module(*args, **keywords), inputs)
 
-    def call() -> Tensor:
-        return first_tensor(module(*args, **keywords))
 
-    shape = inputs[0].shape if inputs else None
-    generator = torch.Generator().manual_seed(SEED)
-    cotangent = None if shape is None else torch.randn(shape, generator=generator).to(case.device, DTYPES[case.dtype])
+def module_subject(
+    case: Case, model: nn.Module, module: nn.Module, patched: str, call: Callable[[], Any], inputs: list[Tensor]
+) -> Subject:
+    """Return a subject for one module whose ``call`` returns a tensor, or tuples that start with it.
+
+    The backward starts from a random tensor, the same in every process.
+    """
+    shape = inputs[0].shape if case.train and inputs else None
+    cotangent = None if shape is None else random_normal(case, shape, torch.Generator().manual_seed(SEED))
+
+    def first_tensor() -> Tensor:
+        output = call()
+        while not isinstance(output, Tensor):
+            output = output[0]
+        return output
 
     def backward(output: Tensor) -> None:
         output.backward(cotangent if cotangent is not None and cotangent.shape == output.shape else output.detach())
 
-    return Subject(case, model, module, name, call, backward, inputs)
+    return Subject(case, model, module, patched, first_tensor, backward, inputs)
+
+
+def random_normal(case: Case, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Return a tensor of the case's dtype on its device; its values depend on the generator only."""
+    return torch.randn(shape, generator=generator).to(case.device, DTYPES[case.dtype])
 
 
 class _CapturedError(Exception):
-    """Stops a model once its first attention module was reached."""
+    """Stops the model when it reaches the module."""
 
 
 def _capture(
     model: nn.Module, module: nn.Module, kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
-    """What the module is called with, and whether gradients are off where it is."""
-    found: list[tuple[tuple[Any, ...], dict[str, Any], bool]] = []
+    """Return the arguments of the module's first call, and whether gradients are off in that call."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any], bool]] = []
 
-    def look(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        found.append((args, keywords, not torch.is_grad_enabled()))
+    def stop(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        calls.append((args, keywords, not torch.is_grad_enabled()))
         raise _CapturedError
 
-    hook = module.register_forward_pre_hook(look, with_kwargs=True)
+    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        with torch.enable_grad():  # tells hidden states, which carry gradients, from masks, which do not
+        with torch.enable_grad():  # hidden states then require gradients, and masks do not
             model(**kwargs)
     except _CapturedError:
         pass
     finally:
         hook.remove()
-    return found[0]
+    return calls[0]
 
 
-def first_tensor(value: Any) -> Tensor:
-    """What a module returns, without what comes along with it."""
-    while not isinstance(value, Tensor):
-        value = value[0]
-    return value
+class _LinearRecorder(TorchFunctionMode):
+    """Records weight, bias, input shape and whether the input gets a gradient, for every linear projection.
 
-
-class _Linears(TorchFunctionMode):
-    """Collects every linear projection: weight, bias, shape of its input, and whether that gets a gradient.
-
-    No hook: code may look for hooks.
+    Not a hook, because model code may look for hooks.
     """
 
     def __init__(self) -> None:
@@ -230,17 +217,20 @@ class _Linears(TorchFunctionMode):
 
 
 class Projections:
-    """The linear projections a module really runs, alone on inputs of the same shapes: what ``attention`` takes off."""
+    """The linear projections that a module runs, on random inputs of the same shapes.
+
+    Scope ``attention`` subtracts their time from that of the module.
+    """
 
     def __init__(self, subject: Subject) -> None:
         case = subject.case
-        with _Linears() as linears, torch.set_grad_enabled(case.train):
+        with _LinearRecorder() as recorder, torch.set_grad_enabled(case.train):
             subject.call()
         options: dict[str, Any] = dict(dtype=DTYPES[case.dtype], device=case.device)
         self._train = case.train
         self._calls = [
-            (weight, bias, torch.randn(shape, **options).requires_grad_(trained))
-            for weight, bias, shape, trained in linears.calls
+            (weight, bias, torch.randn(shape, **options).requires_grad_(requires_grad))
+            for weight, bias, shape, requires_grad in recorder.calls
         ]
         self._cotangents = [
             torch.randn((*x.shape[:-1], weight.shape[0]), **options) if case.train else None
@@ -248,7 +238,7 @@ class Projections:
         ]
 
     def step(self) -> None:
-        """Run them once, backward too where the case trains."""
+        """Run them once, with their backward if the case trains."""
         with torch.set_grad_enabled(self._train):
             for (weight, bias, x), cotangent in zip(self._calls, self._cotangents, strict=True):
                 output = torch.nn.functional.linear(x, weight, bias)
@@ -256,8 +246,6 @@ class Projections:
                     output.backward(cotangent)
 
     def clear(self) -> None:
-        """Drop the gradients of a run."""
-        for weight, bias, x in self._calls:
-            for tensor in (weight, bias, x):
-                if tensor is not None:
-                    tensor.grad = None
+        """Delete the gradients of a run."""
+        for tensor in (tensor for call in self._calls for tensor in call if tensor is not None):
+            tensor.grad = None

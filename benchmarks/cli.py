@@ -1,4 +1,4 @@
-"""``attnzoo bench``: the shootout from the command line."""
+"""What can a user ask for? The options of ``attnzoo bench``, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -13,116 +13,111 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from attnzoo.benchmarks.models import WORKLOADS
 from attnzoo.benchmarks.plots import draw, require_matplotlib
-from attnzoo.benchmarks.report import show
 from attnzoo.benchmarks.rows import Shootout
-from attnzoo.benchmarks.runner import Plan, run
+from attnzoo.benchmarks.runner import ShootoutPlan, run
+from attnzoo.benchmarks.tables import show
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.spelling import dtype_name
 
 DEFAULT_LENGTHS = (1024, 2048, 4096)
 FULL_LENGTHS = (1024, 2048, 4096, 8192, 16384)
 FOLDER = Path("shootout")
-_WORKLOADS = f"Workload, repeatable: {', '.join(WORKLOADS)}."
+_WORKLOADS = f"Model family, repeatable: {', '.join(WORKLOADS)}."
 
 
 def make_plan(
     models: list[str] | None = None,
     backends: list[str] | None = None,
     seq_lens: list[int] | None = None,
+    *,
     dtype: str = "float32",
-    device: str = "cpu",
     threads: int | None = None,
     train: bool | None = None,
-    scope: str = "model",
-    rounds: int | None = None,
-    batch: int = 1,
     full: bool = False,
-    peers: bool | None = None,
-    original: bool = True,
-    layers: int | None = None,
-) -> Plan:
-    """The plan behind the options of the command line.
+    **fields: Any,
+) -> ShootoutPlan:
+    """Return the plan for the options of :func:`bench`; ``fields`` are fields of :class:`ShootoutPlan`.
 
     Raises:
-        InvalidArgumentError, UnknownNameError: a bad value; says what is allowed.
+        InvalidArgumentError, UnknownNameError: a wrong value; names the allowed ones.
     """
-    named = bool(backends)
-    values: dict[str, Any] = dict(
+    if full:
+        fields.update(seconds_per_case=60.0, dense_limit=None)
+    elif not (backends or seq_lens or train) and fields.get("scope", "model") == "model":
+        fields.update(train_limit=2048)  # keeps a run without options short
+    plan = ShootoutPlan(
         families=tuple(dict.fromkeys(models or ["led"])),
         backends=tuple(backends) if backends else None,
         seq_lens=tuple(sorted(set(seq_lens or (FULL_LENGTHS if full else DEFAULT_LENGTHS)))),
-        scope=scope,
         modes=(False, True) if train is None else (train,),
         dtype=dtype_name(dtype),
-        device=device,
         threads=torch.get_num_threads() if threads is None else threads,
-        batch=batch,
-        rounds=rounds,
-        peers=peers,
-        original=original,
-        layers=layers,
+        **fields,
     )
-    if full:
-        values.update(seconds_per_case=60.0, dense_limit=None)
-    quick = not (full or named or seq_lens or train) and scope == "model"
-    plan = Plan(**values, train_limit=2048 if quick else None)
-    plan.contenders()
+    plan.contenders()  # reports a wrong backend now
     return plan
 
 
 def bench(
     model: list[str] = typer.Option(["led"], help=_WORKLOADS),
-    backend: list[str] = typer.Option(None, help="Backend, repeatable, maybe with options (name:option=value,...)."),
-    seq_len: list[int] = typer.Option(None, help="Input length in tokens, repeatable; default 1024, 2048, 4096."),
+    backend: list[str] = typer.Option(
+        None, help="Backend, also with options (name:option=value,...), repeatable; default: every exact backend."
+    ),
+    seq_len: list[int] = typer.Option(None, help="Input length in tokens, repeatable; default: 1024, 2048, 4096."),
     dtype: str = typer.Option("float32", help="float32, bfloat16, float16 or float64."),
     device: str = typer.Option("cpu", help="cpu or cuda."),
-    threads: int = typer.Option(None, help="CPU threads; default: torch's."),
-    train: bool = typer.Option(None, "--train/--no-train", help="Only forward+backward / only forward; default both."),
-    scope: str = typer.Option("model", help="What is timed: model, module (of attention) or attention."),
-    rounds: int = typer.Option(None, help="Timed runs per row; default 3 to 9, as time allows."),
+    threads: int = typer.Option(None, help="CPU threads; default: torch's number."),
+    train: bool = typer.Option(None, "--train/--no-train", help="Only forward+backward, or forward; default: both."),
+    scope: str = typer.Option(
+        "model", help="What is timed: model, module (one attention with its projections) or attention (without them)."
+    ),
+    rounds: int = typer.Option(None, help="Timed runs per row; default: 3 to 9, depending on their duration."),
     batch: int = typer.Option(1, help="Passages per run."),
-    full: bool = typer.Option(False, "--full", help="Longer inputs, more rounds, the dense oracle where it fits."),
+    full: bool = typer.Option(
+        False, "--full", help="Inputs of up to 16384 tokens, more rounds, and dense backends at every length that fits."
+    ),
     peers: bool = typer.Option(
-        None, "--peers/--no-peers", help="Other libraries' attention too; default: in scope attention."
+        None, "--peers/--no-peers", help="Also time attention of other libraries; default: in scope attention."
     ),
     original: bool = typer.Option(
-        True, "--original/--no-original", help="The original too; without it no ratios, where it does not fit memory."
+        True, "--original/--no-original", help="Also time the original; without it there are no ratios."
     ),
-    layers: int = typer.Option(None, help="Layers of each stack of a whole model; default: as published."),
-    json: Path = typer.Option(None, "--json", help="Where the JSON goes; default shootout/<name>.json."),
-    plot: Path = typer.Option(None, "--plot", help="Where the PNG goes; default beside the JSON."),
-    no_plot: bool = typer.Option(False, "--no-plot", help="Draw nothing."),
+    layers: int = typer.Option(None, help="Layers in each stack of a whole model; default: as published."),
+    json: Path = typer.Option(None, "--json", help="JSON file to write; default: shootout/<name>.json."),
+    plot: Path = typer.Option(None, "--plot", help="PNG file to write; default: beside the JSON file."),
+    no_plot: bool = typer.Option(False, "--no-plot", help="Write no PNG file."),
 ) -> None:
-    """Time every backend against the original model on real text, behind a correctness gate.
+    """The shootout: time every backend against the original model on real text, behind a correctness gate.
 
-    No speed is shown for wrong numbers or for a kernel that was not asked for; such a run ends with exit code 1.
+    A row shows no speed if its numbers are wrong or another kernel ran than requested. The exit code is then 1.
     """
     plan = make_plan(
-        model, backend, seq_len, dtype, device, threads, train, scope, rounds, batch, full, peers, original, layers
-    )
+        model, backend, seq_len, dtype=dtype, device=device, threads=threads, train=train, scope=scope, rounds=rounds,
+        batch=batch, full=full, peers=peers, original=original, layers=layers,
+    )  # fmt: skip
     if plot is not None and no_plot:
         raise InvalidArgumentError("plot", f"{plot} together with --no-plot", "one of the two")
     if plot is not None:
         require_matplotlib()
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    target = FOLDER / f"{'+'.join(plan.families)}-{plan.scope}-{stamp}.json" if json is None else json
-    _require_writable("json", target)
-    drawn = None if no_plot else target.with_suffix(".png") if plot is None else plot
-    if drawn is not None:
-        _require_writable("plot", drawn)
-    found = _run(plan)
+    json_path = FOLDER / f"{'+'.join(plan.families)}-{plan.scope}-{stamp}.json" if json is None else json
+    plot_path = None if no_plot else json_path.with_suffix(".png") if plot is None else plot
+    _require_writable("json", json_path)
+    if plot_path is not None:
+        _require_writable("plot", plot_path)
+    shootout = _run(plan)
     console = Console()
-    found.write(target)
-    show(found, console)
-    console.print(f"\n{found.seconds:.0f} s in all; JSON: {target}", highlight=False, soft_wrap=True)
-    if drawn is not None:
-        _draw(found, drawn, console, plot is not None)
-    if not found.ok:
+    shootout.write(json_path)
+    show(shootout, console)
+    console.print(f"\n{shootout.seconds:.0f} s in total; JSON: {json_path}", highlight=False, soft_wrap=True)
+    if plot_path is not None:
+        _draw(shootout, plot_path, console, required=plot is not None)
+    if not shootout.ok:
         raise typer.Exit(1)
 
 
 def _require_writable(option: str, path: Path) -> None:
-    """Refuse a file that cannot be written before anything is measured for it."""
+    """Refuse a file that cannot be written before the measurements start."""
     existed = path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,23 +128,19 @@ def _require_writable(option: str, path: Path) -> None:
         path.unlink()
 
 
-def _run(plan: Plan) -> Shootout:
+def _run(plan: ShootoutPlan) -> Shootout:
     columns = (SpinnerColumn(), BarColumn(24), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
-
-        def progress(done: float, text: str) -> None:
-            bar.update(task, completed=done, description=text)
-
-        return run(plan, progress)
+        return run(plan, lambda done, text: bar.update(task, completed=done, description=text))
 
 
-def _draw(found: Shootout, path: Path, console: Console, asked: bool) -> None:
+def _draw(shootout: Shootout, path: Path, console: Console, required: bool) -> None:
     try:
-        written = draw(found, path)
+        paths = draw(shootout, path)
     except InvalidArgumentError as error:
-        if asked:
+        if required:
             raise
         console.print(f"no plots: {error}", style="yellow", highlight=False, markup=False)
         return
-    console.print(f"plots: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
+    console.print(f"plots: {', '.join(map(str, paths))}", highlight=False, soft_wrap=True)

@@ -1,136 +1,121 @@
-"""Who runs in the shootout: the original model and every backend.
+"""Who takes part in the shootout? The original model and every backend.
 
-A contender says which cases it leaves out and why, and prepares an :class:`Entry` in a worker process. Whatever else
-is to stand in the same table (another library's attention, say) is one more subclass of :class:`Contender`.
+A contender says which cases it does not run, and prepares itself in its worker process. Another kind of contender (such
+as a peer) is one more subclass of :class:`Contender`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
-
-import torch
+from typing import Any, ClassVar, NamedTuple
 
 import attnzoo
 from attnzoo.backend import Backend
 from attnzoo.benchmarks.cases import DTYPES, Case, Subject, build
 from attnzoo.benchmarks.measure import available_memory
 from attnzoo.benchmarks.models import find_workload
+from attnzoo.benchmarks.rows import ORIGINAL, REFUSED, SKIPPED, Problem
 from attnzoo.benchmarks.witness import false_claims, witness
+from attnzoo.conformance.attention_check import AttentionReport, check_attention, worst
 from attnzoo.conformance.error_rule import Check
 from attnzoo.patching.patch import Handle
 from attnzoo.patching.sites import Site
 from attnzoo.registry import registry
 from attnzoo.spec.segments import Attention, Result
-from attnzoo.spelling import configured, parse
+from attnzoo.spelling import parse
 from attnzoo.tuning.race import GRIDS, GRIDS_KEPT
-from attnzoo.verification.verify import SiteReport, check_site, worst
+
+# Input length, in tokens, of the run that compiles a backend before its measured runs.
+_COMPILE_LEN = 1024
 
 
 @dataclass(frozen=True)
-class Gate:
-    """The verdict on a contender's numbers.
+class GateVerdict:
+    """The verdict of the correctness gate on a contender.
 
     Attributes:
-        ok: whether a speed may be shown.
-        checks: every comparison with the float64 oracle under the error rule.
-        complaint: why not, in words.
-        error: error of the check that comes closest to its budget; None without checks.
-        budget: the budget of that check.
-        worst: what that check compared.
-        recall: of a backend that changes the pattern: the share of full attention's weight that it still sees.
+        complaint: why no speed may be shown; empty if the gate is green.
+        checks: number of comparisons with the float64 oracle under the error rule.
+        closest: the comparison that is closest to its error budget.
+        recall: see :class:`~attnzoo.benchmarks.rows.Row`.
     """
 
-    ok: bool
-    checks: tuple[Check, ...] = ()
     complaint: str = ""
-    error: float | None = None
-    budget: float | None = None
-    worst: str = ""
+    checks: int = 0
+    closest: Check | None = None
     recall: float | None = None
 
 
-@dataclass(frozen=True)
-class Executed:
-    """What really ran in the measured runs.
-
-    Attributes:
-        kernel: the kernels, most frequent first.
-        complaint: why this is not what was asked for; empty if it is.
-    """
+class Execution(NamedTuple):
+    """The kernels that ran, most frequent first, and why they are not what the user requested (empty if they are)."""
 
     kernel: str
     complaint: str = ""
 
 
-class Entry:
-    """A contender in its worker process. This base class is the original model: there is nothing to judge."""
+class PreparedContender:
+    """A contender in its worker process. This base class checks nothing: it serves the original and peers."""
 
-    def __init__(self, subject: Subject, kernel: str) -> None:
+    def __init__(self, subject: Subject, kernel: str = "") -> None:
         self.subject, self._kernel = subject, kernel
 
-    def gate(self) -> Gate:
-        """Judge correctness."""
-        return Gate(True)
+    def gate(self) -> GateVerdict:
+        """Check correctness."""
+        return GateVerdict()
 
-    def executed(self) -> Executed:
-        """What ran so far."""
-        return Executed(self._kernel)
+    def execution(self) -> Execution:
+        """Return what ran so far."""
+        return Execution(self._kernel)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One row per cell.
+    """A participant, with one row per case.
 
     Attributes:
-        name: what the row is called.
-        peer: another library's attention: nothing judges its numbers, and it never counts as ours.
+        name: value of :attr:`~attnzoo.benchmarks.rows.Row.backend`.
+        peer: see :class:`~attnzoo.benchmarks.rows.Row`.
     """
 
     peer: ClassVar[bool] = False
     name: str
 
-    def listed(self, case: Case) -> bool:
+    def has_row(self, case: Case) -> bool:
         """Whether the case has a row for this contender at all."""
         return True
 
-    def obstacle(self, case: Case) -> str | None:
-        """Why the case is not run, known without running it; None if it is."""
-        return None
+    def check(self, case: Case) -> None:
+        """Raise :class:`Problem` if the contender does not run the case and this is known before it runs."""
 
-    def prepare(self, case: Case) -> Entry:
-        """Build everything a run needs; called in a process of its own."""
+    def prepare(self, case: Case) -> PreparedContender:
+        """Build the subject; called in the worker process."""
         raise NotImplementedError
-
-
-ORIGINAL = "native"
-_SHORT = 1024
 
 
 @dataclass(frozen=True)
 class Original(Contender):
-    """The model as transformers ships it: what every ratio refers to."""
+    """The unpatched model of transformers: every ratio refers to it."""
 
     name: str = ORIGINAL
 
-    def prepare(self, case: Case) -> Entry:
-        """Build the model and leave it as it is."""
+    def prepare(self, case: Case) -> PreparedContender:
         subject = build(case)
-        kernel = f"original ({subject.implementation()})"
+        kernel = f"original ({getattr(subject.model.config, '_attn_implementation', None)})"
         subject.release()
-        return Entry(subject, kernel)
+        return PreparedContender(subject, kernel)
 
 
 @dataclass(frozen=True)
 class BackendContender(Contender):
     """A registered backend under :func:`attnzoo.patch`.
 
-    Its name may have options, as one types them: ``blocked-local:window=1024``.
+    :attr:`name` may include options, as on the command line: ``blocked-local:window=1024``.
 
     Attributes:
-        dense_limit: longest input of a backend that builds length x length scores; None: as memory allows.
+        dense_limit: longest input of a backend that builds ``length x length`` scores; None: as memory allows.
     """
 
     dense_limit: int | None = None
@@ -140,154 +125,121 @@ class BackendContender(Contender):
         """The registered name."""
         return parse(self.name)[0]
 
-    def obstacle(self, case: Case) -> str | None:
-        """Not available here, or dense scores that take too long or do not fit."""
+    def check(self, case: Case) -> None:
         info = attnzoo.backends()[self.backend]
         if not info.available:
-            return info.reason
+            raise Problem(REFUSED, str(info.reason))
         if not registry.backend_class(self.backend).dense:
-            return None
-        if self.dense_limit is not None and case.seq_len > self.dense_limit:
-            asked = f"--backend {self.backend} or --full runs it"
-            return f"dense scores: left out beyond S={self.dense_limit} to save time; {asked}"
+            return
+        limit = self.dense_limit
+        if limit is not None and case.seq_len > limit:
+            remedy = f"--backend {self.backend} or --full includes it"
+            raise Problem(SKIPPED, f"dense scores: skipped above S={limit} to save time; {remedy}")
         needed, free = dense_bytes(case), available_memory(case.device)
         if free is not None and needed > free / 2:
-            sizes = f"needs about {needed / 2**30:.1f} GiB, more than half of the free {free / 2**30:.1f} GiB"
-            return f"dense scores: {sizes}"
-        return None
+            sizes = f"{needed / 2**30:.1f} GiB, more than half of the free {free / 2**30:.1f} GiB"
+            raise Problem(SKIPPED, f"dense scores: they need about {sizes}")
 
-    def prepare(self, case: Case) -> Entry:
-        """Build the model and patch it."""
+    def prepare(self, case: Case) -> PreparedContender:
         if registry.backend_class(self.backend).compiles:
-            self._compile(case)
+            # Code that is compiled for a short input serves every length, and compile time is not measured.
+            short = build(replace(case, seq_len=min(case.seq_len, _COMPILE_LEN)))
+            with short.patch(self.name):
+                short.step()
         subject = build(case)
-        return BackendEntry(subject, self.backend, subject.patch(self.name))
-
-    def _compile(self, case: Case) -> None:
-        """Run a short input: what is compiled serves every length, and compiling is not what is measured."""
-        short = build(replace(case, seq_len=min(case.seq_len, _SHORT)))
-        with short.patch(self.name):
-            short.step()
+        return PreparedBackend(subject, self.backend, subject.patch(self.name))
 
 
 def dense_bytes(case: Case) -> int:
-    """Estimated peak memory of dense backends: what they keep of ``heads x S x S`` scores, per layer when training."""
+    """Estimate the peak memory of a dense backend: its ``heads x S x S`` scores, those of every layer in training."""
     workload = find_workload(case.family)
-    layers = workload.layers if case.train and case.scope == "model" else 1
-    kept = GRIDS_KEPT * layers if case.train else 0
-    scores = case.batch * workload.heads * case.seq_len**2 * DTYPES[case.dtype].itemsize
-    return scores * (GRIDS + kept)
+    layers = workload.layers if case.scope == "model" else 1
+    grids = GRIDS + (GRIDS_KEPT * layers if case.train else 0)
+    return grids * case.batch * workload.heads * case.seq_len**2 * DTYPES[case.dtype].itemsize
 
 
-class BackendEntry(Entry):
-    """A patched subject: judged per site by the one error rule, and asked what it executed."""
+class PreparedBackend(PreparedContender):
+    """A patched subject. Its gate checks each kind of site under the error rule, and that the requested code ran."""
 
     def __init__(self, subject: Subject, backend: str, handle: Handle) -> None:
-        super().__init__(subject, "")
+        super().__init__(subject)
         self._backend, self._handle = backend, handle
-        self._judged: set[str] = set()
+        self._checked_kernels: set[str] = set()
 
-    def gate(self) -> Gate:
-        """Compare the first site of each kind, on the inputs it really gets, with the float64 oracle."""
-        seen: dict[tuple[Any, ...], tuple[str, Attention, Backend]] = {}
-        strangers: set[str] = set()
+    def gate(self) -> GateVerdict:
+        """Compare the first site of each kind with the float64 oracle, on the inputs that the model gives it."""
+        kinds: dict[tuple[Any, ...], tuple[str, Attention, Backend]] = {}
+        others: set[str] = set()
         observed: Counter[tuple[str, str]] = Counter()
-        counted = self._counted()
+        before = self._kernel_counts()
 
         def observe(site: Site, attention: Attention, result: Result, ran: Backend) -> None:
             if ran.name != self._backend:
-                strangers.add(ran.name)
+                others.add(ran.name)
             observed[site.name, result.kernel] += 1
-            seen.setdefault((site.cls, site.pattern, attention.request()), (site.name, attention, ran))
+            kinds.setdefault((site.cls, site.pattern, attention.request()), (site.name, attention, ran))
 
-        with self._observed(observe), witness() as operators:
+        with _observer(self._handle, observe), witness() as operators:
             self.subject.forward()
-        lies = [f"reported {name}, which did not run" for name in false_claims((k for _, k in observed), operators)]
-        lies += _miscounted(self._counted() - counted, observed)
+        false = false_claims((kernel for _, kernel in observed), operators)
+        lies = [f"reported {kernel}, which did not run" for kernel in false]
+        lies += _miscounts(self._kernel_counts() - before, observed)
         train = self.subject.case.train
-        reports = tuple(check_site(name, attention, ran, grad=train) for name, attention, ran in seen.values())
-        self._judged = {report.kernel for report in reports}
+        reports = tuple(check_attention(name, attention, ran, grad=train) for name, attention, ran in kinds.values())
+        self._checked_kernels = {report.kernel for report in reports}
         self.subject.clear()
-        return judge(reports, strangers, self._backend, lies)
+        return _verdict(reports, others, self._backend, lies)
 
-    def _counted(self) -> Counter[tuple[str, str]]:
+    def _kernel_counts(self) -> Counter[tuple[str, str]]:
         """Calls so far by site and kernel."""
         sites = self._handle.sites
         return Counter({(site.name, kernel): count for site in sites for kernel, count in site.kernels.items()})
 
-    def _observed(self, observe: Callable[..., None]) -> _Observation:
-        return _Observation(self._handle, observe)
-
-    def executed(self) -> Executed:
-        """The kernels of all sites; a complaint if any site did not run on the backend, or ran what was not judged."""
-        counts: dict[str, int] = {}
+    def execution(self) -> Execution:
+        """Return the kernels of all sites; complain if a site did not run the backend, or ran an unchecked kernel."""
+        counts: Counter[str] = Counter()
         complaints = []
         for site in self._handle.sites:
-            for kernel, count in site.kernels.items():
-                counts[kernel] = counts.get(kernel, 0) + count
-            ran = site.kernel
+            counts.update(site.kernels)
             if site.backend != self._backend or site.fallbacks or not site.calls or "native" in site.kernels:
                 complaints.append(
-                    f"{site.name}: asked for {self._backend!r}, got {site.backend!r} with kernel {ran} in {site.calls} "
-                    f"calls and {site.fallbacks} fallbacks"
+                    f"{site.name}: requested {self._backend!r}, ran {site.backend!r} with kernel {site.kernel} "
+                    f"({site.calls} calls, {site.fallbacks} fallbacks)"
                 )
-        label = "+".join(sorted(counts, key=lambda kernel: -counts[kernel])) or "none"
-        unjudged = sorted(set(counts) - self._judged)
-        if unjudged:
-            complaints.append(f"ran {', '.join(unjudged)}, which the gate did not judge")
-        return Executed(label, "; ".join(complaints[:3]))
+        unchecked = sorted(set(counts) - self._checked_kernels)
+        if unchecked:
+            complaints.append(f"ran {', '.join(unchecked)}, which the gate did not check")
+        return Execution("+".join(kernel for kernel, _ in counts.most_common()) or "none", "; ".join(complaints[:3]))
 
 
-def _miscounted(counted: Counter[tuple[str, str]], observed: Counter[tuple[str, str]]) -> list[str]:
-    """Sites that count other calls than were observed."""
-    places = (place for place in counted | observed if counted[place] != observed[place])
-    return [f"{site}: counted {counted[site, k]} calls of {k}, observed {observed[site, k]}" for site, k in places]
-
-
-def judge(reports: tuple[SiteReport, ...], strangers: set[str], backend: str, lies: Sequence[str] = ()) -> Gate:
-    """The verdict on what the sites of a patched model did."""
-    checks = tuple(check for report in reports for check in report.checks)
-    if not checks:
-        return Gate(False, complaint="no attention was observed")
-    closest = worst(checks)
-    complaint = ""
-    if strangers:
-        complaint = f"asked for {backend!r}, executed {', '.join(sorted(strangers))}"
-    elif lies:
-        complaint = "; ".join(lies[:3])
-    elif not all(report.ok for report in reports):
-        failed = [f"{report.name} {report.worst}" for report in reports if not report.ok]
-        complaint = f"outside the error budget: {'; '.join(failed[:3])}"
-    recalls = [report.recall for report in reports if report.recall is not None]
-    recall = sum(recalls) / len(recalls) if recalls else None
-    return Gate(not complaint, checks, complaint, closest.error, closest.budget, closest.what, recall)
-
-
-class _Observation:
-    """Sets the observer of every site of a handle for the time of a ``with`` block."""
-
-    def __init__(self, handle: Handle, observe: Callable[..., None]) -> None:
-        self._handle, self._observe = handle, observe
-
-    def __enter__(self) -> None:
-        for site in self._handle.sites:
-            site.observer = self._observe
-
-    def __exit__(self, *_: object) -> None:
-        for site in self._handle.sites:
+@contextmanager
+def _observer(handle: Handle, observe: Callable[..., None]) -> Iterator[None]:
+    for site in handle.sites:
+        site.observer = observe
+    try:
+        yield
+    finally:
+        for site in handle.sites:
             site.observer = None
 
 
-def end_to_end(family: str, backend: str, seq_len: int, dtype: str, device: str, gradients: bool) -> tuple[bool, str]:
-    """:func:`attnzoo.verify` on a one-layer model of the family at published widths: verdict and report.
+def _miscounts(counted: Counter[tuple[str, str]], observed: Counter[tuple[str, str]]) -> list[str]:
+    """Sites whose counters disagree with the observed calls."""
+    wrong = (place for place in counted | observed if counted[place] != observed[place])
+    return [f"{site}: counted {counted[site, k]} calls of {k}, observed {observed[site, k]}" for site, k in wrong]
 
-    The whole model is compared in float64 with dense scores, so the length is small.
-    """
-    workload = find_workload(family)
-    model = workload.build(layers=1).to(device, DTYPES[dtype])
-    kwargs = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in workload.read(1, seq_len).kwargs.items()
-    }
-    report = attnzoo.verify(model, kwargs, backend=configured(backend), gradients=gradients)
-    return report.ok, str(report)
+
+def _verdict(reports: Sequence[AttentionReport], others: set[str], backend: str, lies: Sequence[str]) -> GateVerdict:
+    checks = [check for report in reports for check in report.checks]
+    failed = [f"{report.name} {report.worst}" for report in reports if not report.ok]
+    recalls = [report.recall for report in reports if report.recall is not None]
+    complaint = ""
+    if not checks:
+        return GateVerdict("no attention ran")
+    if others:
+        complaint = f"requested {backend!r}, but {', '.join(sorted(others))} ran"
+    elif lies:
+        complaint = "; ".join(lies[:3])
+    elif failed:
+        complaint = f"outside the error budget: {'; '.join(failed[:3])}"
+    return GateVerdict(complaint, len(checks), worst(checks), sum(recalls) / len(recalls) if recalls else None)

@@ -1,4 +1,4 @@
-"""Clocks, peak memory and a description of the machine."""
+"""How long does a run take, how much memory does it need, and on which machine?"""
 
 from __future__ import annotations
 
@@ -16,47 +16,37 @@ import torch
 
 from attnzoo.benchmarks import source
 
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-
 
 class Peak(NamedTuple):
-    """Peak memory of one run.
-
-    Attributes:
-        extra: bytes above what was in use before the run (weights and inputs are in use before).
-        before: bytes in use before.
-        method: how it was measured.
-    """
+    """Peak memory of a run: bytes above ``before``, bytes in use before it, and how it was measured."""
 
     extra: int
     before: int
     method: str
 
 
-def synchronize(device: str) -> None:
-    """Wait for the device."""
+def seconds(run: Callable[[], None], device: str) -> float:
+    """Return the wall-clock seconds of one run, device work included. Garbage is collected before the clock starts."""
+    gc.collect()
+    _synchronize(device)
+    start = time.perf_counter()
+    run()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def seconds(run: Callable[[], None], device: str) -> float:
-    """Wall-clock seconds of one run, device work included; the garbage is collected before the clock starts."""
-    gc.collect()
-    synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
 def peak_of(run: Callable[[], None], device: str) -> Peak:
-    """Peak memory of a run, in a process that has done nothing else yet.
+    """Return the peak memory of the first run of a process.
 
-    CPU: the kernel's high-water mark of resident memory, reset before the run (Linux), with every large tensor in a
-    mapping of its own: the C library would keep those of up to 32 MiB in a heap, where what was freed leaves holes that
-    count, more or fewer as chance has it. Elsewhere ``getrusage``, which cannot be reset, so memory that building the
-    model needed for a moment hides as much of the run's. CUDA: the peak of the caching allocator.
+    - CUDA: the peak of the caching allocator.
+    - Linux: the high-water mark of resident memory, which is reset before the run.
+    - Elsewhere: ``getrusage``, which cannot be reset. If building the model needed more memory for a moment, that hides
+      part of the run's peak.
     """
     gc.collect()
     if device == "cuda":
@@ -67,43 +57,44 @@ def peak_of(run: Callable[[], None], device: str) -> Peak:
         run()
         torch.cuda.synchronize()
         return Peak(torch.cuda.max_memory_allocated() - before, before, "torch.cuda.max_memory_allocated")
-    _warm_up()
-    _trim()
-    if _reset_high_water():
-        before = _status_bytes("VmRSS")
-        with _large_apart():
+    _start_thread_pools()
+    _return_freed_memory()
+    if _reset_high_water_mark():
+        before = _resident_bytes("VmRSS")
+        with _large_tensors_in_own_mappings():
             run()
-        return Peak(max(0, _status_bytes("VmHWM") - before), before, "VmHWM after clear_refs")
+        return Peak(max(0, _resident_bytes("VmHWM") - before), before, "VmHWM after clear_refs")
     before = _max_rss()
     run()
     return Peak(max(0, _max_rss() - before), before, "getrusage ru_maxrss (not resettable here)")
 
 
-def _warm_up() -> None:
-    """Start thread pools and load libraries: a run should not be charged for them."""
+def _start_thread_pools() -> None:
+    """Start thread pools and load libraries, so that their memory does not count as the run's."""
     x = torch.randn(256, 256, requires_grad=True)
     with torch.enable_grad():
         torch.softmax(x @ x, -1).sum().backward()
 
 
-def _trim() -> None:
-    """Give freed memory back, so that a run cannot reuse it unseen."""
+def _return_freed_memory() -> None:
+    """Return freed memory to the system: a run that reused it would seem to need less."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextlib.contextmanager
-def _large_apart() -> Iterator[None]:
-    """Have glibc map whatever is larger than a MiB on its own.
+def _large_tensors_in_own_mappings() -> Iterator[None]:
+    """Make glibc give every allocation above 1 MiB its own mapping.
 
-    Afterwards its thresholds are where a process that has freed large tensors has them: 32 MiB, and twice that before
-    the heap's end is given back. Both have to be said, because saying one keeps glibc from moving the other.
+    By default tensors of up to 32 MiB lie in a heap, and freed ones leave holes that count as resident: the same run
+    peaked at 120 MiB or at 200 MiB. Afterwards both thresholds get the values of a process that has freed large
+    tensors (32 MiB, and 64 MiB for trimming). Both must be set: setting only one stops glibc from adapting the other.
     """
     trim, threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     try:
         set_option = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # another C library, with ways of its own
+    except (OSError, AttributeError):  # not glibc
         yield
         return
     set_option(threshold, 1 << 20)
@@ -114,17 +105,22 @@ def _large_apart() -> Iterator[None]:
         set_option(trim, 64 << 20)
 
 
-def _reset_high_water() -> bool:
+def _reset_high_water_mark() -> bool:
     try:
-        _CLEAR_REFS.write_text("5")
-        return _status_bytes("VmHWM") <= _status_bytes("VmRSS") + (8 << 20)
+        Path("/proc/self/clear_refs").write_text("5")
+        return _resident_bytes("VmHWM") <= _resident_bytes("VmRSS") + (8 << 20)
     except (OSError, StopIteration):
         return False
 
 
-def _status_bytes(name: str) -> int:
-    lines = _STATUS.read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+def _proc_value(path: str, name: str) -> str:
+    """Return the value of the first line ``name: value`` of a file in /proc."""
+    lines = Path(path).read_text().splitlines()
+    return next(line.partition(":")[2].strip() for line in lines if line.startswith(name))
+
+
+def _resident_bytes(name: str) -> int:
+    return int(_proc_value("/proc/self/status", f"{name}:").split()[0]) * 1024
 
 
 def _max_rss() -> int:
@@ -137,40 +133,35 @@ def _max_rss() -> int:
 
 
 def available_memory(device: str) -> int | None:
-    """Bytes free for a run; None where this cannot be known."""
+    """Return the free bytes of a device; None if the system does not tell."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        return int(_proc_value("/proc/meminfo", "MemAvailable:").split()[0]) * 1024
     except (OSError, StopIteration):
         return None
 
 
 def machine(device: str) -> dict[str, str]:
-    """Versions and hardware, for the reader of a result."""
+    """Return the versions and the hardware that belong to a result."""
     import transformers
 
     import attnzoo
 
-    found = {
+    try:
+        cpu = _proc_value("/proc/cpuinfo", "model name")
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    values = {
         "attnzoo": attnzoo.__version__,
         "source": source.installed(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
+        "cpu": cpu,
     }
     if device == "cuda":
-        found["gpu"] = torch.cuda.get_device_name()
-        found["cuda"] = str(torch.version.cuda)
-    return found
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        values["gpu"] = torch.cuda.get_device_name()
+        values["cuda"] = str(torch.version.cuda)
+    return values

@@ -1,4 +1,4 @@
-"""What a shootout finds: rows, and the JSON they are kept in."""
+"""What does a shootout record? Rows, end-to-end verdicts, and the JSON file that stores them."""
 
 from __future__ import annotations
 
@@ -10,43 +10,46 @@ from typing import Any
 
 SCHEMA = 1
 OK, REFUSED, SKIPPED, RED, FAILED = "ok", "refused", "skipped", "red", "failed"
+ORIGINAL = "native"
+
+
+class Problem(Exception):
+    """Why a row cannot be measured: ``status`` (one of the constants above, not ``OK``) and ``reason`` in words."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(status, reason)
+        self.status, self.reason = status, reason
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender in one case. A speed is there only if ``status`` is ``"ok"``.
+    """The result of one contender in one case. It has times only if ``status`` is ``"ok"``.
 
     Attributes:
-        family: the model family; ``checkpoint`` whose configuration.
-        scope: ``"model"``, ``"module"`` or ``"attention"``.
-        backend: what was asked for; ``"native"`` is the original.
-        kernel: what really ran; None if nothing did.
-        seq_len: tokens.
-        batch: passages.
-        dtype: e.g. ``"float32"``.
-        device: ``"cpu"`` or ``"cuda"``.
-        threads: CPU threads.
-        mode: ``"forward"`` or ``"forward+backward"``.
-        status: ``"ok"``, ``"refused"`` (the backend cannot), ``"skipped"`` (left out, see reason), ``"red"`` (wrong
-            numbers, or not what was asked for) or ``"failed"``.
-        reason: in words, for all but ``"ok"``.
-        seconds: median of the runs.
-        fastest, slowest: the spread.
-        runs: every timed run, in order.
-        speedup: the original's median over this one's; above 1 is faster.
-        peak_bytes: memory a first run in a fresh process needs on top of weights and inputs.
-        peak_ratio: the same over the original's; below 1 is less.
-        before_bytes: in use before that run.
-        memory_method: how that was measured.
-        error: error of the check closest to its budget (largest absolute difference from the float64 oracle).
-        budget: that check's budget.
-        worst: what that check compared.
-        checks: number of comparisons made.
-        recall: of a backend that changes the pattern: the share of full attention's weight on the keys it sees, mean
-            over heads and judged rows.
-        peer: another library's attention: its numbers are not judged, and it never counts as ours.
-        note: what differs from the published configuration, in words; empty: nothing.
+        family, scope, seq_len, batch, dtype, device, threads, mode: as in :class:`~attnzoo.benchmarks.cases.Case`.
+        checkpoint: the checkpoint whose configuration the family has.
+        backend: the requested backend, with its options; ``"native"`` is the original.
+        kernel: the kernels that ran; None if none ran.
         versions: versions and hardware.
+        status: ``"ok"``, ``"refused"`` (the backend does not support the case), ``"skipped"`` (left out), ``"red"``
+            (wrong numbers, or another kernel than requested) or ``"failed"`` (an exception).
+        reason: explains every status except ``"ok"``.
+        seconds: median of the timed runs.
+        fastest, slowest: their range.
+        runs: seconds of every timed run, in order.
+        speedup: the original's median divided by this row's; above 1 is faster.
+        peak_bytes: memory that the first run in a fresh process needs in addition to weights and inputs.
+        peak_ratio: this row's ``peak_bytes`` divided by the original's; below 1 is less.
+        before_bytes: memory in use before that run.
+        memory_method: how the peak was measured.
+        error: largest absolute difference from the float64 oracle, of the check that is closest to its budget.
+        budget: error budget of that check.
+        worst: what that check compared.
+        checks: number of checks.
+        recall: for a backend that changes the pattern: the share of full attention's weight on the keys that it sees,
+            mean over heads and checked query rows.
+        peer: whether the contender is a peer. Nothing checks its numbers, and its status never fails the shootout.
+        note: differences from the published configuration; empty if there are none.
     """
 
     family: str
@@ -80,19 +83,39 @@ class Row:
     peer: bool = False
     note: str = ""
 
-    def timed(self, runs: tuple[float, ...]) -> Row:
-        """The row with its times."""
+    @property
+    def is_original(self) -> bool:
+        """Whether the row is the unpatched model."""
+        return self.backend == ORIGINAL
+
+    @property
+    def label(self) -> str:
+        """The backend's name for readers."""
+        return "original" if self.is_original else self.backend
+
+    @property
+    def kernel_label(self) -> str:
+        """The kernel's name for readers, ``"-"`` if no kernel ran."""
+        return (self.kernel or "-").removeprefix("original ")
+
+    @property
+    def hardware(self) -> str:
+        """The device that computed the row, for readers."""
+        return self.versions["gpu"] if self.device == "cuda" else f"{self.versions['cpu']}, {self.threads} thread(s)"
+
+    def with_times(self, runs: tuple[float, ...]) -> Row:
+        """Return the row with the seconds of its timed runs."""
         return replace(self, runs=runs, seconds=statistics.median(runs), fastest=min(runs), slowest=max(runs))
 
-    def silenced(self, status: str, reason: str) -> Row:
-        """The row with neither speed nor memory: what it measured is not the thing asked for."""
+    def without_measurements(self, status: str, reason: str) -> Row:
+        """Return the row with this status and neither times nor memory: they do not belong to the requested backend."""
         return replace(
             self, status=status, reason=reason, runs=(), seconds=None, fastest=None, slowest=None, speedup=None,
             peak_bytes=None, peak_ratio=None, before_bytes=None, memory_method=None,
         )  # fmt: skip
 
-    def compared(self, original: Row | None) -> Row:
-        """The row with its ratios to the original of the same case."""
+    def compared_with(self, original: Row | None) -> Row:
+        """Return the row with its ratios to the original's row of the same case."""
         if original is None or original.status != OK or self.status != OK:
             return self
         speedup = original.seconds / self.seconds if original.seconds and self.seconds else None
@@ -102,10 +125,12 @@ class Row:
 
 @dataclass(frozen=True)
 class EndToEnd:
-    """:func:`attnzoo.verify`'s verdict on a backend for a whole small model of the family.
+    """The verdict of :func:`attnzoo.verify` on a backend, for a whole one-layer model of the family.
 
     Attributes:
-        gradients: whether they were compared too; None in results from before this was told.
+        status: as in :class:`Row`.
+        report: the text of the report, or the reason why there is none.
+        gradients: whether gradients were compared too; None in result files older than this field.
     """
 
     family: str
@@ -115,22 +140,22 @@ class EndToEnd:
     report: str
     gradients: bool | None = None
 
-    def bars(self, train: bool) -> bool:
-        """Whether rows of a mode show no numbers for it: who refuses gradients may well run without."""
+    def blocks(self, train: bool) -> bool:
+        """Whether rows of a mode show no numbers. A backend that refuses gradients may still run forward."""
         return self.status != OK and (self.status != REFUSED or self.gradients is train)
 
 
 @dataclass(frozen=True)
 class Shootout:
-    """Everything a run found.
+    """All results of one run.
 
     Attributes:
-        plan: what was asked for.
+        plan: the fields of :class:`~attnzoo.benchmarks.runner.ShootoutPlan`.
         versions: versions and hardware.
-        end_to_end: a verdict per family and backend; two for a backend that refuses gradients and not the rest.
+        end_to_end: one verdict per family and backend; two for a backend that refuses gradients only.
         rows: one per case and contender, refused and skipped ones included.
-        created: when, ISO 8601, UTC.
-        seconds: how long it took in all.
+        created: time of the start, ISO 8601, UTC.
+        seconds: total duration.
     """
 
     plan: dict[str, Any]
@@ -143,17 +168,17 @@ class Shootout:
 
     @property
     def ok(self) -> bool:
-        """Whether no row is red or failed; what becomes of a peer is not our verdict."""
+        """Whether no row is red or failed; peers do not count."""
         return not any(row.status in (RED, FAILED) for row in self.rows if not row.peer)
 
     def write(self, path: Path) -> None:
-        """Write JSON, folders included."""
+        """Write a JSON file; create its folder."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Shootout:
-        """Read what :meth:`write` wrote."""
+        """Read a file of :meth:`write`. Fields that are younger than the file get their defaults."""
         data = json.loads(path.read_text())
         data["rows"] = tuple(Row(**{**row, "runs": tuple(row["runs"])}) for row in data["rows"])
         data["end_to_end"] = tuple(EndToEnd(**verdict) for verdict in data["end_to_end"])

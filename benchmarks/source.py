@@ -1,4 +1,4 @@
-"""Which code a result is of: between releases the version is the same for all of it."""
+"""Which code produced a result? Between two releases the version number stays the same, so results store a digest."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from pathlib import Path
 
 
 def digest(folders: Mapping[str, Path]) -> str:
-    """Twelve hex digits of all Python files in folders, each with the name its folder has in the package.
+    """Return twelve hex digits of all Python files in ``folders``, which map a name in the package to a folder.
 
-    The same whether a folder lies in the package, as in a wheel, or beside it, as in the repository.
+    The digest does not depend on where a folder is: inside the package (a wheel) or beside it (the repository).
     """
     files = {
         (Path(name) / path.relative_to(folder)).as_posix(): path
         for name, folder in folders.items()
         for path in folder.rglob("*.py")
     }
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for name, path in sorted(files.items()):
         content = path.read_bytes()
-        found.update(f"{name} {len(content)}\n".encode() + content)
-    return found.hexdigest()[:12]
+        sha.update(f"{name} {len(content)}\n".encode() + content)
+    return sha.hexdigest()[:12]
 
 
 @cache
 def installed() -> str:
-    """The digest of the installed attnzoo."""
+    """Return the digest of the installed attnzoo."""
     import attnzoo
     import attnzoo.adapters
     import attnzoo.benchmarks

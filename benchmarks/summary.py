@@ -1,6 +1,6 @@
-"""The results kept in the repository as one page of documentation: ``make docs-results`` writes it.
+"""Which results does the documentation show? ``make docs-results`` writes docs/results.md from the JSON in a folder.
 
-Numbers in the documentation are copied by this module alone, from the JSON a shootout left behind.
+Only this module copies numbers into the documentation.
 """
 
 from __future__ import annotations
@@ -9,102 +9,101 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from attnzoo.benchmarks import rows as status
-from attnzoo.benchmarks.contenders import ORIGINAL
-from attnzoo.benchmarks.report import duration, size
-from attnzoo.benchmarks.rows import Row, Shootout
+from attnzoo.benchmarks.rows import OK, Row, Shootout
+from attnzoo.benchmarks.tables import duration, notes, ratio, size
 from attnzoo.errors import InvalidArgumentError
+from attnzoo.layout import group_by
 
 INTRODUCTION = """\
 # Results
 
-Made by `make docs-results` from the JSON under `benchmarks/results/`, a folder for each machine and state; do not edit.
+`make docs-results` writes this page from the JSON files in `benchmarks/results/`. Do not edit it. Each folder there
+holds the results of one machine in one state.
 
-Each line is one contender of a shootout against the original model in the same run, after its correctness gate. *Time*
-is the median of runs that take turns with those of the other contenders, with the fastest and the slowest of them.
-*Speed* is the original's median over it, *memory* its extra peak over the original's. Scope `attention` is one module's
-time less that of its projections.
+Each table is one run of the shootout, and each of its lines is one contender: the original model, a backend, or the
+attention of another library. Backends are listed only if their numbers passed the correctness gate.
 
-Where the original fills gigabytes, much of its time is the machine's to hand out memory. On a virtual machine that had
-just started, originals took twice their later time or more, and contenders that need little memory hardly longer:
-folders whose name ends in `just-started` are from there and flatter the latter. Compare lines of one folder.
+- **S**: input length in tokens.
+- **kernel**: the code that computed the attention.
+- **time**: median of the timed runs, then the fastest and the slowest run. The contenders of a table run in turns, so
+  that noise of the machine hits all of them alike.
+- **speed**: time of the original divided by the time of this line. Above 1x is faster than the original.
+- **peak**: memory that a run needs in addition to weights and inputs.
+- **memory**: peak of this line divided by the peak of the original. Below 1x is less than the original.
 
-In folders whose name ends in `shared`, other programs ran on the same cores: read memory there, not time or speed."""
-_COLUMNS = ("S", "contender", "kernel executed", "time", "speed", "peak", "memory")
-_RIGHT = {"S", "time", "speed", "peak", "memory"}
+The scope is what the times are of. `model`: the whole model. `module`: one self-attention module with its projections.
+`attention`: the same module, with the time of its projections subtracted.
+
+Compare lines of the same folder only:
+
+- Folders that end in `-just-started`: the virtual machine had just started, and handing out memory took it long. The
+  original models need gigabytes and took twice their usual time or more. The speeds are therefore too favourable.
+- Folders that end in `-shared`: other programs ran on the same cores. Read the memory there, not time or speed."""
+_COLUMNS = ("S", "contender", "kernel", "time", "speed", "peak", "memory")
+_LEFT_COLUMNS = ("contender", "kernel")
 
 
 def page(folder: Path) -> str:
-    """The page in Markdown.
+    """Return the page in Markdown.
 
     Args:
-        folder: of folders of JSON, one per machine.
+        folder: contains one folder of JSON files per machine.
 
     Raises:
-        InvalidArgumentError: there is none in it, or one has rows with wrong numbers.
+        InvalidArgumentError: no file is there, or a file has red or failed rows.
     """
-    files = sorted(folder.glob("*/*.json"))
-    if not files:
+    results = [(path, Shootout.read(path)) for path in folder.glob("*/*.json")]
+    if not results:
         raise InvalidArgumentError("folder", f"{folder}, with no JSON a folder below it", "results by machine")
-    lines, machine = [INTRODUCTION], ""
-    results = [(path, Shootout.read(path)) for path in files]
-    # Whole models first: they are what people run.
-    results.sort(key=lambda one: (one[0].parent.name, one[1].plan["scope"] != "model", one[0].name))
-    for path, found in results:
-        if not found.ok:
+    for path, shootout in results:
+        if not shootout.ok:
             raise InvalidArgumentError("folder", f"{path}, which has red or failed rows", "results with green gates")
-        if machine != (machine := f"## `{path.parent.name}`: {_machine(found)}"):
-            lines += ["", machine]
-        for family, scope, mode in dict.fromkeys((row.family, row.scope, row.mode) for row in found.rows):
-            rows = [row for row in found.rows if (row.family, row.scope, row.mode) == (family, scope, mode)]
-            lines += ["", f"### {family}, {scope}, {mode}", "", f"`{command(found)}`", "", *_table(rows)]
+    # Whole models come first, because users run whole models.
+    results.sort(key=lambda result: (result[0].parent.name, result[1].plan["scope"] != "model", result[0].name))
+    lines, heading = [INTRODUCTION], ""
+    for path, shootout in results:
+        first, versions = shootout.rows[0], shootout.versions
+        software = f"torch {versions['torch']}, transformers {versions['transformers']}"
+        if heading != (heading := f"## `{path.parent.name}`: {first.hardware}: {first.dtype}, {software}"):
+            lines += ["", heading]
+        for rows in group_by(shootout.rows, lambda row: (row.family, row.scope, row.mode)):
+            title = f"### {rows[0].family}, {rows[0].scope}, {rows[0].mode}"
+            lines += ["", title, "", f"`{command(shootout)}`", "", *_table(rows)]
     return "\n".join(lines)
 
 
-def _machine(found: Shootout) -> str:
-    plan, versions = found.plan, found.versions
-    where = versions["gpu"] if plan["device"] == "cuda" else f"{versions['cpu']}, {plan['threads']} thread(s)"
-    return f"{where}: {plan['dtype']}, torch {versions['torch']}, transformers {versions['transformers']}"
-
-
-def command(found: Shootout) -> str:
-    """What to type for the same shootout."""
-    plan = found.plan
-    words = ["attnzoo bench", *_option("model", plan["families"]), f"--scope {plan['scope']}"]
-    words += [f"--dtype {plan['dtype']}", f"--device {plan['device']}", f"--threads {plan['threads']}"]
-    words += [*_option("seq-len", plan["seq_lens"]), *_option("backend", plan["backends"] or ())]
+def command(shootout: Shootout) -> str:
+    """Return the command line that runs the same shootout."""
+    plan = shootout.plan
+    words = ["attnzoo bench", *_options("model", plan["families"])]
+    words += [f"--{name} {plan[name]}" for name in ("scope", "dtype", "device", "threads")]
+    words += [*_options("seq-len", plan["seq_lens"]), *_options("backend", plan["backends"] or ())]
     if len(plan["modes"]) == 1:
         words.append("--train" if plan["modes"][0] else "--no-train")
-    if not plan.get("original", True):  # results from before there was the option have the original
+    if not plan.get("original", True):  # older result files lack this option; they include the original
         words.append("--no-original")
-    if plan.get("layers"):
-        words.append(f"--layers {plan['layers']}")
-    words += [f"--batch {plan['batch']}", *(_option("rounds", [plan["rounds"]]) if plan["rounds"] else ())]
+    words += _options("layers", [plan["layers"]] if plan.get("layers") else [])
+    words += [f"--batch {plan['batch']}", *_options("rounds", [plan["rounds"]] if plan["rounds"] else [])]
     return " ".join(words)
 
 
-def _option(name: str, values: Iterable[object]) -> list[str]:
+def _options(name: str, values: Iterable[object]) -> list[str]:
     return [f"--{name} {value}" for value in values]
 
 
 def _table(rows: list[Row]) -> Iterator[str]:
     yield _line(_COLUMNS)
-    yield _line("--:" if column in _RIGHT else "---" for column in _COLUMNS)
-    for row in rows:
-        if row.status == status.OK:
-            yield _line(_cells(row))
-    notes = dict.fromkeys(f"S = {row.seq_len}: {row.note}." for row in rows if row.note)
-    if notes:
-        yield from ("", *notes)
+    yield _line("---" if column in _LEFT_COLUMNS else "--:" for column in _COLUMNS)
+    yield from (_line(_cells(row)) for row in rows if row.status == OK)
+    if notes(rows):
+        yield from ("", *notes(rows))
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    spread = f"{duration(row.seconds)} ({duration(row.fastest)} to {duration(row.slowest)})"
-    kernel = (row.kernel or "-").removeprefix("original ")
-    if row.backend == ORIGINAL:
-        return (str(row.seq_len), "original", kernel, spread, "1", size(row.peak_bytes), "1")
-    speed, memory = (f"{ratio:.2f}x" if ratio is not None else "-" for ratio in (row.speedup, row.peak_ratio))
-    return (str(row.seq_len), f"`{row.backend}`", kernel, spread, speed, size(row.peak_bytes), memory)
+    times = f"{duration(row.seconds)} ({duration(row.fastest)} to {duration(row.slowest)})"
+    contender = row.label if row.is_original else f"`{row.label}`"
+    ratios = ratio(row, row.speedup), size(row.peak_bytes), ratio(row, row.peak_ratio)
+    return (str(row.seq_len), contender, row.kernel_label, times, *ratios)
 
 
 def _line(cells: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
-"""A witness of what ran that trusts no backend: PyTorch's profiler, which sees every operator by name.
+"""Did the kernel run that the backend reported? PyTorch's profiler is the witness: it sees every operator by name.
 
-Backends report the kernel themselves, as nobody else can name it. Where they claim one of those behind
-``scaled_dot_product_attention``, the claim can be checked.
+Only the backend can name its kernel. Where it names one of the kernels behind ``scaled_dot_product_attention``, the
+operators that ran confirm or refute the name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-# The operators behind torch.nn.functional.scaled_dot_product_attention, and what backends call them.
+# Operators behind torch.nn.functional.scaled_dot_product_attention -> the kernel that each one proves.
 _OPERATORS = {
     "aten::_scaled_dot_product_flash_attention": "flash",
     "aten::_scaled_dot_product_flash_attention_for_cpu": "flash",
@@ -20,13 +20,13 @@ _OPERATORS = {
     "aten::_scaled_dot_product_cudnn_attention": "cudnn",
     "aten::_scaled_dot_product_attention_math": "math",
 }
-# Names that claim one of them.
-_CLAIMS = {"flash": "flash", "flash_cpu": "flash", "efficient": "efficient", "cudnn": "cudnn", "math": "math"}
+# Kernel names that backends report -> the kernel that must have run.
+_CLAIMS = {"flash_cpu": "flash", **{kernel: kernel for kernel in _OPERATORS.values()}}
 
 
 @contextmanager
 def witness() -> Iterator[Counter[str]]:
-    """How often each kernel behind ``scaled_dot_product_attention`` runs forward; filled when the block ends."""
+    """Count the forward runs of each kernel behind ``scaled_dot_product_attention``; filled when the block ends."""
     ran: Counter[str] = Counter()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         yield ran
@@ -36,11 +36,11 @@ def witness() -> Iterator[Counter[str]]:
 
 
 def claimed(reported: Iterable[str]) -> frozenset[str]:
-    """The kernels behind ``scaled_dot_product_attention`` that reported names (``"flash+math"``) claim."""
+    """Return the kernels behind ``scaled_dot_product_attention`` that reported names (``"flash+math"``) claim."""
     names = (name for kernels in reported for name in kernels.split("+"))
     return frozenset(_CLAIMS[name] for name in names if name in _CLAIMS)
 
 
 def false_claims(reported: Iterable[str], ran: Iterable[str]) -> tuple[str, ...]:
-    """The kernels that are claimed by the reported names, and did not run."""
+    """Return the kernels that the reported names claim and that did not run."""
     return tuple(sorted(claimed(reported) - set(ran)))

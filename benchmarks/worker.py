@@ -1,6 +1,6 @@
-"""One process per row: built, measured and judged alone, then timed in turns with the others.
+"""How is one row measured? In its own process: built, checked, and then timed in turns with the other rows.
 
-The parent drives a worker by one request at a time, so that only one process computes at any moment.
+The parent sends one request at a time, so only one process computes at any moment.
 """
 
 from __future__ import annotations
@@ -8,40 +8,72 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple, Protocol
+from multiprocessing.context import BaseContext
+from typing import Any, Generic, TypeVar
 
-from attnzoo.benchmarks.cases import Case, Projections
-from attnzoo.benchmarks.contenders import Contender, Executed, Gate, end_to_end
+import torch
+
+import attnzoo
+from attnzoo.benchmarks.cases import DTYPES, Case, Projections
+from attnzoo.benchmarks.contenders import Contender, Execution, GateVerdict
 from attnzoo.benchmarks.measure import Peak, peak_of, seconds
+from attnzoo.benchmarks.models import find_workload
+from attnzoo.benchmarks.rows import FAILED, REFUSED, Problem
 from attnzoo.errors import BackendRefusedError
+from attnzoo.spelling import configured
+
+Served = TypeVar("Served")
+Answer = TypeVar("Answer")
 
 
-class Problem(Exception):
-    """A row that cannot be measured.
+class Worker:
+    """Measures one contender in one case, in the calling process."""
 
-    Attributes:
-        status: ``"refused"`` (the backend says no, with reasons) or ``"failed"`` (anything else).
-        reason: in words.
-    """
+    def __init__(self, contender: Contender, case: Case) -> None:
+        self._contender, self._case = contender, case
+        self._projections: Projections | None = None
 
-    def __init__(self, status: str, reason: str) -> None:
-        super().__init__(status, reason)
-        self.status, self.reason = status, reason
+    def setup(self) -> tuple[Peak, float]:
+        """Build the subject; return the peak memory and the seconds of its first run, which is also a warm-up."""
+        torch.set_num_threads(self._case.threads)
+        self._prepared = self._contender.prepare(self._case)
+        subject, device = self._prepared.subject, self._case.device
+        durations: list[float] = []
+        peak = peak_of(lambda: durations.append(seconds(subject.step, device)), device)
+        subject.clear()
+        if self._case.scope == "attention":
+            self._projections = Projections(subject)
+        return peak, durations[0]
 
+    def gate(self) -> GateVerdict:
+        """Check correctness."""
+        return self._prepared.gate()
 
-class Setup(NamedTuple):
-    """What the first run told: its peak memory, and how long it took (a warm-up, not a result)."""
+    def time(self) -> float:
+        """Return the seconds of one run."""
+        subject, device = self._prepared.subject, self._case.device
+        duration = seconds(subject.step, device)
+        subject.clear()
+        if self._projections is not None:
+            duration -= seconds(self._projections.step, device)
+            self._projections.clear()
+        return duration
 
-    peak: Peak
-    seconds: float
+    def execution(self) -> Execution:
+        """Return what ran so far."""
+        return self._prepared.execution()
+
+    def close(self) -> None:
+        """Free the subject."""
+        self.__dict__.clear()
 
 
 @dataclass(frozen=True)
-class Verify:
-    """An end-to-end check to run in a process of its own instead of a case."""
+class EndToEndJob:
+    """One run of :func:`attnzoo.verify` on a one-layer model of a family at published widths."""
 
     family: str
     backend: str
@@ -52,154 +84,80 @@ class Verify:
     gradients: bool
 
 
-class Worker(Protocol):
-    """Drives one contender in one case; :class:`Problem` is raised when it cannot go on."""
+def verify_here(job: EndToEndJob) -> tuple[bool, str]:
+    """Run the job: return whether the backend passes, and the report.
 
-    def setup(self) -> Setup:
-        """Build, then measure the peak memory of the first run."""
-
-    def gate(self) -> Gate:
-        """Judge correctness."""
-
-    def time(self) -> float:
-        """Seconds of one run."""
-
-    def executed(self) -> Executed:
-        """What ran."""
-
-    def close(self) -> None:
-        """Let go of the process and its memory."""
+    The whole model is compared in float64 with dense scores, so the length has to be small.
+    """
+    torch.set_num_threads(job.threads)
+    workload = find_workload(job.family)
+    model = workload.build(layers=1).to(job.device, DTYPES[job.dtype])
+    inputs = workload.read(1, job.seq_len, job.device).kwargs
+    report = attnzoo.verify(model, inputs, backend=configured(job.backend), gradients=job.gradients)
+    return report.ok, str(report)
 
 
-class LocalWorker:
-    """The work itself, in the process it is called in."""
-
-    def __init__(self, contender: Contender, case: Case) -> None:
-        self._contender, self._case = contender, case
-        self._projections: Projections | None = None
-
-    def setup(self) -> Setup:
-        """Build, then measure the peak memory of the first run."""
-        _use_threads(self._case.threads)
-        self._entry = self._contender.prepare(self._case)
-        subject, device = self._entry.subject, self._case.device
-        took: list[float] = []
-        peak = peak_of(lambda: took.append(seconds(subject.step, device)), device)
-        subject.clear()
-        if self._case.scope == "attention":
-            self._projections = Projections(subject)
-        return Setup(peak, took[0])
-
-    def gate(self) -> Gate:
-        """Judge correctness."""
-        return self._entry.gate()
-
-    def time(self) -> float:
-        """Seconds of one run."""
-        subject, device = self._entry.subject, self._case.device
-        took = seconds(subject.step, device)
-        subject.clear()
-        if self._projections is not None:
-            took -= seconds(self._projections.step, device)
-            self._projections.clear()
-        return took
-
-    def executed(self) -> Executed:
-        """What ran."""
-        return self._entry.executed()
-
-    def close(self) -> None:
-        """Let go of everything."""
-        self.__dict__.clear()
-
-
-def _use_threads(threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(threads)
-
-
-def context(preload: Iterable[str]) -> multiprocessing.context.BaseContext:
-    """How worker processes start: forked from a server that has the heavy imports done, else spawned."""
-    # PyTorch's profiler, the witness of a row, logs its start and stop one level above its errors (torch 2.13), and
-    # reads the level while it loads: this silences the processes that start from here, not this one.
+def process_context(preload: Iterable[str]) -> BaseContext:
+    """Return how worker processes start: forked from a server that has imported ``preload``, or spawned."""
+    # torch 2.13's profiler logs its start and stop on stderr unless this level is set before it loads. The environment
+    # reaches the processes that start from here; this process has loaded it already.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
-    made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload(["torch", "attnzoo", __name__, *preload])
-    return made
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "attnzoo", __name__, *preload])
+    return context
 
 
-def _end(process: Any) -> None:
-    """Wait for a process that has nothing left to do.
+class Remote(Generic[Served]):
+    """An object in a fresh process, which runs one method of it at a time."""
 
-    One that is terminated at once leaves semaphores behind (those of tqdm's lock, which compiling makes), of which
-    multiprocessing warns at the very end.
-    """
-    process.join(10)
-    if process.is_alive():
-        process.terminate()
-        process.join()
-
-
-class ProcessWorker:
-    """A :class:`LocalWorker` in a fresh process."""
-
-    def __init__(self, made: multiprocessing.context.BaseContext, contender: Contender, case: Case) -> None:
-        self._connection, theirs = made.Pipe()
-        self._process: Any = made.Process(target=_serve, args=(theirs, contender, case), daemon=True)  # type: ignore[attr-defined]
+    def __init__(self, context: BaseContext, served: Served) -> None:
+        self._connection, theirs = context.Pipe()
+        self._process: Any = context.Process(target=_serve, args=(theirs, served), daemon=True)  # type: ignore[attr-defined]
         self._process.start()
         theirs.close()
 
-    def _ask(self, request: str) -> Any:
+    def call(self, method: Callable[[Served], Answer]) -> Answer:
+        """Run ``method`` on the object and return the result.
+
+        Raises:
+            Problem: the method raised an exception, or the process died.
+        """
         try:
-            self._connection.send(request)
-            answer = self._connection.recv()
+            self._connection.send(method)
+            answer: Any = self._connection.recv()
         except (EOFError, OSError):
             self._process.join(5)
             code = self._process.exitcode
             hint = "; killed, probably out of memory" if code == -9 else ""
-            raise Problem("failed", f"the worker process ended with exit code {code}{hint}") from None
+            raise Problem(FAILED, f"the worker process ended with exit code {code}{hint}") from None
         if isinstance(answer, Problem):
             raise answer
         return answer
 
-    def setup(self) -> Setup:
-        """Build, then measure the peak memory of the first run."""
-        found: Setup = self._ask("setup")
-        return found
-
-    def gate(self) -> Gate:
-        """Judge correctness."""
-        found: Gate = self._ask("gate")
-        return found
-
-    def time(self) -> float:
-        """Seconds of one run."""
-        return float(self._ask("time"))
-
-    def executed(self) -> Executed:
-        """What ran."""
-        found: Executed = self._ask("executed")
-        return found
-
     def close(self) -> None:
-        """Let go of everything."""
+        """End the process.
+
+        It gets 10 seconds to end by itself. Terminated at once, it would leave semaphores behind (compiling creates one
+        for tqdm's lock), and multiprocessing would warn about them on stderr.
+        """
         self._connection.close()
-        _end(self._process)
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.terminate()
+            self._process.join()
 
 
-def _serve(connection: Connection, contender: Contender, case: Case) -> None:
-    gc.freeze()  # what was imported before the fork needs no collecting before every run
-    worker = LocalWorker(contender, case)
+def _serve(connection: Connection, served: object) -> None:
+    gc.freeze()  # the garbage collector, which runs before every timed run, then ignores everything imported so far
     while True:
         try:
-            request = connection.recv()
+            method = connection.recv()
         except (EOFError, KeyboardInterrupt):
             return
         try:
-            answer = getattr(worker, request)()
+            answer = method(served)
         except KeyboardInterrupt:
             return
         except Exception as error:
@@ -208,51 +166,41 @@ def _serve(connection: Connection, contender: Contender, case: Case) -> None:
 
 
 def as_problem(error: Exception) -> Problem:
-    """An exception as a row's status and reason."""
+    """Turn an exception into the status and reason of a row."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, BackendRefusedError):
         reasons = dict.fromkeys(str(reason) for reasons in error.refusals.values() for reason in reasons)
-        return Problem("refused", "; ".join(reasons))
-    return Problem("failed", f"{type(error).__name__}: {error}")
+        return Problem(REFUSED, "; ".join(reasons))
+    return Problem(FAILED, f"{type(error).__name__}: {error}")
 
 
-def verify_here(job: Verify) -> tuple[bool, str]:
-    """Run an end-to-end check: verdict and report.
+class ProcessWorker(Worker):
+    """A :class:`Worker` in a fresh process."""
 
-    Raises:
-        Problem: it could not be run.
-    """
-    _use_threads(job.threads)
+    def __init__(self, context: BaseContext, contender: Contender, case: Case) -> None:
+        self._remote = Remote(context, Worker(contender, case))
+
+    def setup(self) -> tuple[Peak, float]:
+        return self._remote.call(Worker.setup)
+
+    def gate(self) -> GateVerdict:
+        return self._remote.call(Worker.gate)
+
+    def time(self) -> float:
+        return self._remote.call(Worker.time)
+
+    def execution(self) -> Execution:
+        return self._remote.call(Worker.execution)
+
+    def close(self) -> None:
+        self._remote.close()
+
+
+def verify_in_process(context: BaseContext, job: EndToEndJob) -> tuple[bool, str]:
+    """Run :func:`verify_here` in a fresh process."""
+    remote = Remote(context, job)
     try:
-        return end_to_end(job.family, job.backend, job.seq_len, job.dtype, job.device, job.gradients)
-    except Exception as error:
-        raise as_problem(error) from error
-
-
-def _serve_verify(connection: Connection, job: Verify) -> None:
-    try:
-        answer: Any = verify_here(job)
-    except Problem as problem:
-        answer = problem
-    connection.send(answer)
-
-
-def verify_in_process(made: multiprocessing.context.BaseContext, job: Verify) -> tuple[bool, str]:
-    """:func:`verify_here` in a fresh process."""
-    ours, theirs = made.Pipe()
-    process: Any = made.Process(target=_serve_verify, args=(theirs, job), daemon=True)  # type: ignore[attr-defined]
-    process.start()
-    theirs.close()
-    try:
-        answer = ours.recv()
-    except EOFError:
-        process.join(5)
-        answer = Problem("failed", f"the end-to-end check's process ended with exit code {process.exitcode}")
+        return remote.call(verify_here)
     finally:
-        ours.close()
-        _end(process)
-    if isinstance(answer, Problem):
-        raise answer
-    ok, text = answer
-    return ok, text
+        remote.close()

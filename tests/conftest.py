@@ -1,4 +1,4 @@
-"""What every test shares: hypothesis profiles, one thread, and skipping what needs a GPU where there is none."""
+"""Configuration of all tests: hypothesis profiles, one thread, and skipped CUDA tests on machines without a GPU."""
 
 import os
 
@@ -29,13 +29,13 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 @pytest.fixture(params=DEVICES)
 def device(request):
-    """Every device there is: CPU always, CUDA wherever there is one."""
+    """The CPU, and CUDA if there is a device."""
     return request.param
 
 
 @pytest.fixture(autouse=True, scope="session")
-def no_measurements(tmp_path_factory):
-    """What the developer once measured does not decide what `auto` takes in tests."""
+def empty_cache(tmp_path_factory):
+    """Use an empty cache: the developer's measurements must not decide what `auto` selects in tests."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("ATTNZOO_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         patched.delenv("ATTNZOO_AUTO", raising=False)
@@ -43,8 +43,8 @@ def no_measurements(tmp_path_factory):
 
 
 @pytest.fixture
-def registry_of_its_own():
-    """Each test gets a registry it may change, and entry points it may break."""
+def isolated_registry():
+    """Let the test change the registry; its content is restored afterwards."""
     with registry.replaced_by(registry.copy()):
         yield
 

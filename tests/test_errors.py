@@ -1,4 +1,4 @@
-"""Messages: they name the argument, what was got and what is allowed, and they are short whatever was got."""
+"""Messages name the argument, what was got and what is allowed, and stay short for any value."""
 
 import numpy
 import pytest
@@ -7,7 +7,7 @@ import torch
 import attnzoo
 from attnzoo import InvalidArgumentError, PatchError, UnknownNameError
 from attnzoo.spec.segments import describe
-from tests.support.fake_backends import small
+from tests.support.fake_backends import small_inputs
 from tests.support.models import gpt_neox
 
 LONG = {
@@ -20,7 +20,7 @@ LONG = {
 
 
 @pytest.mark.parametrize("given", LONG.values(), ids=LONG)
-def test_what_was_got_is_short(given):
+def test_messages_shorten_the_value(given):
     assert len(describe(given)) < 150
     error = InvalidArgumentError("attention_mask", repr(given), "a tensor")
     assert len(str(error)) < 400 and "\n" not in str(error)
@@ -30,9 +30,9 @@ def test_what_was_got_is_short(given):
 
 @pytest.mark.parametrize("given", LONG.values(), ids=LONG)
 @pytest.mark.parametrize("argument", ["q", "mask", "scale", "dropout", "pattern", "backend"])
-def test_whatever_an_attention_is_given_its_message_is_short(argument, given):
+def test_attention_raises_short_messages(argument, given):
     with pytest.raises(InvalidArgumentError, match=f"^{argument}") as caught:
-        attnzoo.attention(**small(**{argument: given}))
+        attnzoo.attention(**small_inputs(**{argument: given}))
     assert len(str(caught.value)) < 400
 
 
@@ -47,21 +47,21 @@ def test_whatever_an_attention_is_given_its_message_is_short(argument, given):
         (None, "NoneType None"),
     ],
 )
-def test_what_was_got_in_words(given, words):
+def test_describe(given, words):
     assert describe(given) == words
 
 
-def test_a_long_name_keeps_its_near_miss():
+def test_unknown_names_stay_short_and_keep_the_suggestion():
     with pytest.raises(UnknownNameError, match=r"did you mean 'sdpa'") as caught:
         raise UnknownNameError("backend", "sdpa" + " " * 3, ["sdpa", "eager"])
     assert len(str(caught.value)) < 400
     assert len(str(UnknownNameError("backend", "x" * 25_000, ["sdpa"]))) < 400
 
 
-def test_a_forward_that_somebody_replaced_is_named_without_its_whole_model():
+def test_patch_names_a_replaced_forward_without_the_whole_model():
     model = gpt_neox(num_hidden_layers=12)
     module = model.gpt_neox.layers[0].attention
-    module.forward = model.forward  # a bound method: its representation holds the model's
+    module.forward = model.forward  # the repr of a bound method includes that of the model
     with pytest.raises(
         PatchError, match=r"attention: got a module whose forward was replaced by <bound method"
     ) as caught:

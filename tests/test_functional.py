@@ -1,4 +1,4 @@
-"""``attnzoo.attention``: attention by any backend, as one call."""
+"""``attnzoo.attention``: one attention on any backend."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import attnzoo
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager", "sdpa"])
-def test_the_functional_call(backend):
+def test_attention_agrees_with_pytorch(backend):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -19,7 +19,7 @@ def test_the_functional_call(backend):
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager", "sdpa"])
-def test_the_functional_call_with_masks_globals_and_bias(backend):
+def test_attention_with_masks_global_keys_and_bias(backend):
     torch.manual_seed(1)
     q, k, v = torch.randn(2, 3, 10, 4), torch.randn(2, 3, 10, 4), torch.randn(2, 3, 10, 4)
     key_mask, global_keys, query_mask = (torch.ones(2, 10, dtype=torch.bool) for _ in range(3))
@@ -29,7 +29,7 @@ def test_the_functional_call_with_masks_globals_and_bias(backend):
     i, j = torch.arange(10)[:, None], torch.arange(10)
     seen = (((j - i).abs() <= 2)[None] | global_keys[:, None]) & key_mask[:, None]
     scores = (q @ k.mT / 2).masked_fill(~seen[:, None], float("-inf"))
-    expected = (scores.softmax(-1) @ v).nan_to_num() * query_mask[:, None, :, None]  # rows that see nothing are zero
+    expected = (scores.softmax(-1) @ v).nan_to_num() * query_mask[:, None, :, None]  # queries that see no key give zero
     more = dict(key_mask=key_mask, query_mask=query_mask, backend=backend)
     got = attnzoo.attention(q, k, v, attnzoo.Window(2, 2), global_keys=global_keys, **more)
     assert torch.allclose(got, expected, atol=1e-5)
@@ -40,13 +40,13 @@ def test_the_functional_call_with_masks_globals_and_bias(backend):
     assert torch.allclose(got, expected, atol=1e-5)
 
 
-def test_the_functional_call_takes_a_configured_backend():
+def test_attention_accepts_a_configured_backend():
     q, k, v = torch.randn(3, 1, 2, 12, 8)
     got = attnzoo.attention(q, k, v, attnzoo.Causal(), backend=attnzoo.configure("blocked-local", window=4))
     assert torch.allclose(got, attnzoo.attention(q, k, v, attnzoo.Window(3, 0), backend="eager"), atol=1e-6)
 
 
-def test_functional_dropout_drops_weights_whole():
+def test_attention_drops_whole_weights():
     torch.manual_seed(2)
     q, k = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 64, 4)
     v = torch.eye(64)[None, None]

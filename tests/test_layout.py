@@ -1,11 +1,11 @@
-"""What attnzoo prints fits the terminal: another width changes blanks and line ends, and nothing else."""
+"""Printed text fits the terminal: another width changes only spaces and line ends."""
 
 import pytest
 
 import attnzoo
 from attnzoo.cli import app as cli
-from attnzoo.cli.tune import shown
-from attnzoo.layout import aligned, alike, fit
+from attnzoo.cli.tune import stored_measurements_text
+from attnzoo.layout import aligned, fit, group_by
 from attnzoo.tuning import tuner
 from tests.support.models import causal_inputs, gpt_neox, led
 
@@ -16,7 +16,7 @@ COMMANDS = ("doctor", "matrix", "verify", "explain", "tune", "bench")
 
 @pytest.fixture
 def columns(monkeypatch):
-    """Sets the width of the terminal; None: there is none, as in a pipe."""
+    """Return a function that sets the width of the terminal; None: no terminal, as in a pipe."""
 
     def use(width):
         if width is None:
@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory):
 
 
 def assert_fits(text, width, wide):
-    """No line is longer than the terminal, unless it is one word; and no word is cut, dropped or added."""
+    """Assert that only single words are longer than the terminal, and that no word is cut, dropped or added."""
     too_long = [line for line in text.splitlines() if len(line) > width and len(line.split()) > 1]
     assert not too_long, too_long
     assert text.split() == wide.split()
@@ -43,17 +43,17 @@ def assert_fits(text, width, wide):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """The command as it is started; returns what it prints. typer's CliRunner would pretend 80 columns."""
+    """Return a function that runs a command and returns its output. (typer's CliRunner would force 80 columns.)"""
     monkeypatch.setattr(cli.app, "registered_commands", list(cli.app.registered_commands))
 
-    def go(*arguments):
+    def run_command(*arguments):
         monkeypatch.setattr("sys.argv", ["attnzoo", *arguments])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_:
             cli.main()
-        assert ended.value.code == 0
+        assert exit_.value.code == 0
         return capsys.readouterr().out
 
-    return go
+    return run_command
 
 
 @pytest.mark.parametrize("width", [*WIDTHS, None])
@@ -76,7 +76,7 @@ def test_explain_fits_the_terminal(run, columns, checkpoint, options, width):
     assert_fits(run("explain", checkpoint, *options), width or 80, wide)
 
 
-def test_the_list_of_commands_has_the_whole_summary_of_each(run, columns):
+def test_help_lists_the_whole_summary_of_each_command(run, columns):
     columns(60)
     listed = " ".join(run("--help").split())
     for command in COMMANDS:
@@ -86,12 +86,12 @@ def test_the_list_of_commands_has_the_whole_summary_of_each(run, columns):
 
 @pytest.mark.parametrize("width", [*WIDTHS, None])
 def test_measurements_fit_the_terminal(columns, monkeypatch, tmp_path, width):
-    monkeypatch.setenv("ATTNZOO_CACHE", str(tmp_path))
+    monkeypatch.setenv("ATTNZOO_CACHE_DIR", str(tmp_path))
     columns(WIDE)
-    found = tuner.tune(gpt_neox(), causal_inputs(16, "none"), rounds=1)
-    wide = str(found), shown()
+    report = tuner.tune(gpt_neox(), causal_inputs(16, "none"), rounds=1)
+    wide = str(report), stored_measurements_text()
     columns(width)
-    for text, unwrapped in zip((str(found), shown()), wide, strict=True):
+    for text, unwrapped in zip((str(report), stored_measurements_text()), wide, strict=True):
         assert_fits(text, width or 80, unwrapped)
 
 
@@ -109,11 +109,11 @@ def test_a_handle_fits_the_terminal(columns, backend, options, width):
     assert_fits(str(handle), width or 80, wide)
 
 
-# The pieces
+# Functions of attnzoo.layout
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_long_line_wraps_at_spaces_and_keeps_its_indentation(columns, width):
+def test_fit_wraps_at_spaces_and_keeps_the_indentation(columns, width):
     columns(width)
     text = "head:\n    " + "some-thing/with_names " * 20
     assert_fits(fit(text), width, text)
@@ -121,14 +121,14 @@ def test_a_long_line_wraps_at_spaces_and_keeps_its_indentation(columns, width):
     assert fit("a\n\nb") == "a\n\nb"
 
 
-def test_a_word_longer_than_the_terminal_stays_whole(columns):
+def test_a_word_longer_than_the_terminal_is_not_cut(columns):
     columns(60)
     path = "/" + "folder-with-a-name/" * 5
     assert path in fit(f"kept in {path} for now").splitlines()[1]
     assert path in aligned([("name", "no", f"kept in {path} for now")])
 
 
-def test_columns_line_up_and_a_last_cell_without_room_goes_below(columns):
+def test_aligned_moves_a_last_cell_without_room_below_its_row(columns):
     columns(30)
     rows = [("a", "yes", "one two three four five six"), ("long-name", "no", "a-word-of-twenty-two")]
     assert aligned(rows).splitlines() == [
@@ -140,5 +140,5 @@ def test_columns_line_up_and_a_last_cell_without_room_goes_below(columns):
     assert aligned([("a", "")], indent=2) == "  a" and aligned([]) == ""
 
 
-def test_alike_items_come_together_in_order():
-    assert alike("bAaB", str.lower) == [["b", "B"], ["A", "a"]]
+def test_group_by_keeps_the_order():
+    assert group_by("bAaB", str.lower) == [["b", "B"], ["A", "a"]]

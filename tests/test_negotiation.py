@@ -1,4 +1,4 @@
-"""Who takes a request: refusals list everything, ``auto`` chooses, nothing is replaced."""
+"""Refusals list every reason, ``auto`` selects a backend, and a requested backend is never replaced."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 import attnzoo
 from attnzoo import BackendRefusedError, InvalidArgumentError, Refusal
 from attnzoo.registry import Registry, registry
-from tests.support.fake_backends import backend, small
+from tests.support.fake_backends import fake_backend, small_inputs
 
-pytestmark = pytest.mark.usefixtures("registry_of_its_own")
+pytestmark = pytest.mark.usefixtures("isolated_registry")
 
 
-def test_a_refusal_lists_every_reason_and_who_would_take_it():
-    cls = backend(
+def test_a_refusal_lists_every_reason_and_the_alternatives():
+    cls = fake_backend(
         "narrow", devices=frozenset({"cuda"}), dtypes=frozenset({torch.float16}), patterns=frozenset({attnzoo.Full}),
         segments=1, key_mask=False, mask=False, bias=frozenset(), gqa=False, uneven_value_dim=False, dropout=False,
         grad=False,
@@ -50,18 +50,18 @@ def test_a_refusal_lists_every_reason_and_who_would_take_it():
         assert f"{refusal.field}: got {refusal.got}; allowed: {refusal.allowed}" in str(error)
     assert "narrow" not in error.alternatives["attention"]
     assert {"eager", "sdpa"} <= set(error.alternatives["attention"])
-    assert "would run there: " in str(error)
+    assert "backends that support it: " in str(error)
     assert cls.runs == []
 
 
-def test_what_cannot_run_here_is_refused_with_every_other_reason_and_no_remedy_that_changes_the_pattern():
-    attnzoo.register_backend(backend("elsewhere", why_not="no such card", dtypes=frozenset({torch.float16})))
+def test_an_unavailable_backend_is_refused_with_exact_alternatives_only():
+    attnzoo.register_backend(fake_backend("elsewhere", why_not="no such card", dtypes=frozenset({torch.float16})))
     with pytest.raises(BackendRefusedError) as caught:
-        attnzoo.attention(**small(), backend="elsewhere")
+        attnzoo.attention(**small_inputs(), backend="elsewhere")
     assert {reason.field for reason in caught.value.refusals["attention"]} == {"availability", "dtype"}
-    with pytest.raises(BackendRefusedError, match="availability: got no such card") as made:
+    with pytest.raises(BackendRefusedError, match="availability: got no such card") as unavailable:
         registry.make_backend("elsewhere")
-    for error in (caught.value, made.value):
+    for error in (caught.value, unavailable.value):
         (others,) = error.alternatives.values()
         assert "sdpa" in others and not {"blocked-local", "lsh"} & set(others)
 
@@ -73,63 +73,64 @@ def registry_of(*classes):
     return fresh
 
 
-def test_a_refusal_nobody_else_takes_says_so():
-    only = registry_of(backend("narrow", gqa=False))
-    with registry.replaced_by(only), pytest.raises(BackendRefusedError, match="would run there: no registered backend"):
+def test_a_refusal_without_alternatives_says_so():
+    only = registry_of(fake_backend("narrow", gqa=False))
+    with registry.replaced_by(only), pytest.raises(BackendRefusedError, match="backends that support it: none"):
         attnzoo.attention(torch.randn(1, 4, 3, 8), *torch.randn(2, 1, 2, 3, 8), backend="narrow")
 
 
-def test_auto_takes_the_best_that_refuses_nothing():
-    best = attnzoo.register_backend(backend("best", rank=1000, patterns=frozenset({attnzoo.Full})))
-    second = attnzoo.register_backend(backend("second", rank=999))
-    attnzoo.attention(**small())
+def test_auto_selects_the_supporting_backend_of_highest_priority():
+    best = attnzoo.register_backend(fake_backend("best", rank=1000, patterns=frozenset({attnzoo.Full})))
+    second = attnzoo.register_backend(fake_backend("second", rank=999))
+    attnzoo.attention(**small_inputs())
     assert (len(best.runs), len(second.runs)) == (1, 0)
-    attnzoo.attention(**small(), pattern=attnzoo.Causal())
+    attnzoo.attention(**small_inputs(), pattern=attnzoo.Causal())
     assert (len(best.runs), len(second.runs)) == (1, 1)
     attnzoo.unregister_backend("best")
-    attnzoo.attention(**small())
+    attnzoo.attention(**small_inputs())
     assert (len(best.runs), len(second.runs)) == (1, 2)
     attnzoo.register_backend(best)
-    attnzoo.attention(**small())
+    attnzoo.attention(**small_inputs())
     assert (len(best.runs), len(second.runs)) == (2, 2)
 
 
-def test_auto_never_takes_what_changes_the_pattern():
-    changing = attnzoo.register_backend(backend("changing", rank=1000, exact=False))
-    attnzoo.attention(**small())
+def test_auto_never_selects_an_approximate_backend():
+    changing = attnzoo.register_backend(fake_backend("changing", rank=1000, exact=False))
+    attnzoo.attention(**small_inputs())
     assert changing.runs == []
     assert not attnzoo.backends()["changing"].exact
 
 
-def test_auto_when_everybody_refuses_lists_everybody():
+def test_auto_lists_the_reasons_of_every_candidate():
     only = registry_of(
-        backend("first", patterns=frozenset({attnzoo.Full})), backend("second", dtypes=frozenset({torch.float64}))
+        fake_backend("first", patterns=frozenset({attnzoo.Full})),
+        fake_backend("second", dtypes=frozenset({torch.float64})),
     )
     with registry.replaced_by(only), pytest.raises(BackendRefusedError) as caught:
-        attnzoo.attention(**small(), pattern=attnzoo.Causal())
+        attnzoo.attention(**small_inputs(), pattern=attnzoo.Causal())
     message = str(caught.value)
     assert "'first'" in message
     assert "pattern: got Causal(offset=None); allowed: Full" in message
     assert "'second'" in message
     assert "dtype: got float32; allowed: float64" in message
-    assert "would run there" not in message, "nobody is left to name"
+    assert "backends that support it" not in message, "every candidate is listed already"
 
 
-def test_an_explicit_request_is_never_replaced():
-    narrow = attnzoo.register_backend(backend("narrow", rank=1000, patterns=frozenset({attnzoo.Full})))
+def test_a_requested_backend_is_never_replaced():
+    narrow = attnzoo.register_backend(fake_backend("narrow", rank=1000, patterns=frozenset({attnzoo.Full})))
     with pytest.raises(BackendRefusedError):
-        attnzoo.attention(**small(), pattern=attnzoo.Causal(), backend="narrow")
+        attnzoo.attention(**small_inputs(), pattern=attnzoo.Causal(), backend="narrow")
     assert narrow.runs == []
 
 
-def test_a_third_party_backend_with_a_required_option_breaks_nothing():
+def test_auto_ignores_a_backend_with_a_required_option():
     @dataclass(frozen=True)
-    class Demanding(backend("base", rank=1000)):
+    class Demanding(fake_backend("base", rank=1000)):
         window: int
         name: ClassVar[str] = "demanding"
         priority: ClassVar[int] = 1000
 
     attnzoo.register_backend(Demanding)
-    attnzoo.attention(**small())  # auto cannot give it its option, and passes it by
+    attnzoo.attention(**small_inputs())  # auto does not know a value for the option
     with pytest.raises(InvalidArgumentError, match="window"):
-        attnzoo.attention(**small(), backend="demanding")
+        attnzoo.attention(**small_inputs(), backend="demanding")

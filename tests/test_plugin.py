@@ -1,4 +1,4 @@
-"""Third-party plug-ins for real: a separate distribution, installed, found by its entry points, put to the kit."""
+"""A third-party plug-in: a separate distribution is installed, found by its entry points, and passes the kit."""
 
 import os
 import shutil
@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 import attnzoo
+from attnzoo.registry import registry
 
 PLUGIN = Path(__file__).parent / "plugin"
 
 
-def succeed(*command, **environment):
-    """Run Python, and show what it says if it fails."""
+def run_python(*command, **environment):
+    """Run ``python -m`` and return its output; the failure of the test shows it otherwise."""
     done = subprocess.run(
         [sys.executable, "-m", *command],
         capture_output=True,
@@ -29,28 +30,28 @@ def succeed(*command, **environment):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Where the plug-in is installed: a folder of its own, without an index and without touching its sources."""
+    """Install a copy of the plug-in into an empty folder, offline, and return the folder."""
     sources, target = tmp_path_factory.mktemp("sources") / "plugin", tmp_path_factory.mktemp("site-packages")
     shutil.copytree(PLUGIN, sources, ignore=shutil.ignore_patterns("__pycache__"))
     offline = ("--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--quiet")
-    succeed("pip", "install", *offline, "--target", str(target), str(sources))
+    run_python("pip", "install", *offline, "--target", str(target), str(sources))
     return target
 
 
-def test_an_installed_plugin_is_found_and_conforms(installed):
-    """The plug-in's own tests: the conformance kit on its backend, ``verify`` on its model."""
-    # They lie in a folder of their own: pytest puts it on the path, before what is installed.
+def test_an_installed_plugin_is_found_and_passes_its_tests(installed):
+    """Its tests run the conformance kit on its backend and ``verify`` on its model."""
+    # pytest puts the folder of the tests on the path first: the sources there would hide the installed package.
     assert not (PLUGIN / "tests" / "attnzoo_example_plugin").exists()
-    output = succeed(
+    output = run_python(
         "pytest", "-q", "-p", "no:cacheprovider", "tests/plugin/tests/checks.py", PYTHONPATH=str(installed)
     )
     assert " passed" in output and "failed" not in output and "skipped" not in output
 
 
-def test_the_command_line_knows_an_installed_plugin(installed):
-    output = succeed("attnzoo.cli.app", "doctor", PYTHONPATH=str(installed), COLUMNS="200")
+def test_doctor_lists_an_installed_plugin(installed):
+    output = run_python("attnzoo.cli.app", "doctor", PYTHONPATH=str(installed), COLUMNS="200")
     assert "tiled (also online-softmax)" in output and "GPTNeoSelfAttention; transformers 5.17 to 5.23" in output
 
 
-def test_where_it_is_not_installed_nobody_knows_it():
-    assert "tiled" not in attnzoo.backends() and "gpt_neo" not in attnzoo.registry.model_types()
+def test_a_plugin_that_is_not_installed_is_not_listed():
+    assert "tiled" not in attnzoo.backends() and "gpt_neo" not in registry.model_types()

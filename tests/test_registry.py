@@ -1,4 +1,4 @@
-"""Names to backends: third parties, collisions, what is broken and why."""
+"""The registry: registration, name collisions, suggestions, and entry points that fail to load."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from attnzoo import BackendRefusedError, InvalidArgumentError, UnknownNameError
 from attnzoo.backends.eager import EagerBackend
 from attnzoo.registry import Registry, registry
 from attnzoo.reporting import doctor
-from tests.support.fake_backends import backend, small
+from tests.support.fake_backends import fake_backend, small_inputs
 
-pytestmark = pytest.mark.usefixtures("registry_of_its_own")
+pytestmark = pytest.mark.usefixtures("isolated_registry")
 
 
-def offer(monkeypatch, group, **loads):
-    """Offer further entry points: what ``load`` raises or returns, by name."""
+def add_entry_points(monkeypatch, group, **results):
+    """Add entry points by name; ``load`` returns the result, or raises it if it is an exception."""
     original = importlib.metadata.entry_points
 
     class Entry:
@@ -36,10 +36,10 @@ def offer(monkeypatch, group, **loads):
             return self.result
 
     def entry_points(**which):
-        found = list(original(**which))
+        entries = list(original(**which))
         if which.get("group") == group:
-            found += [Entry(name, load) for name, load in loads.items() if which.get("name") in (None, name)]
-        return found
+            entries += [Entry(name, result) for name, result in results.items() if which.get("name") in (None, name)]
+        return entries
 
     monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
 
@@ -47,29 +47,26 @@ def offer(monkeypatch, group, **loads):
 # Registering
 
 
-def test_a_third_party_backend_by_decorator():
+def test_register_backend_as_a_decorator():
     @attnzoo.register_backend
-    class Mine(backend("mine", names=("my-own",))):
-        """As anybody would write it."""
+    class Mine(fake_backend("mine", names=("my-own",))):
+        """A backend of a user."""
 
-    assert Mine.__doc__ == "As anybody would write it."
+    assert Mine.__doc__ == "A backend of a user."
     info = attnzoo.backends()["mine"]
     assert (info.name, info.aliases, info.available, info.reason, info.exact) == ("mine", ("my-own",), True, "", True)
     assert info.capabilities == Mine.capabilities
-    out = attnzoo.attention(**small(), backend="mine")
-    again = attnzoo.attention(**small(), backend="my-own")
+    out = attnzoo.attention(**small_inputs(), backend="mine")
+    again = attnzoo.attention(**small_inputs(), backend="my-own")
     assert len(Mine.runs) == 2
     assert torch.equal(out, again)
 
 
-def test_the_backends_of_attnzoo_are_there_and_say_what_they_can():
-    found = attnzoo.backends()
-    assert list(found) == sorted(found)
-    assert {"eager", "sdpa"} <= set(found)
-    assert found["eager"].available
-    assert found["sdpa"].available
-    assert found["eager"].capabilities.probabilities
-    assert not found["sdpa"].capabilities.probabilities
+def test_backends_lists_availability_and_capabilities():
+    infos = attnzoo.backends()
+    assert list(infos) == sorted(infos)
+    assert infos["eager"].available and infos["sdpa"].available
+    assert infos["eager"].capabilities.probabilities and not infos["sdpa"].capabilities.probabilities
 
 
 @pytest.mark.parametrize(
@@ -78,56 +75,56 @@ def test_the_backends_of_attnzoo_are_there_and_say_what_they_can():
      ("mine", ("auto",))],
 )  # fmt: skip
 def test_a_taken_name_is_refused(name, names):
-    attnzoo.register_backend(backend("other", names=("other-alias",)))
+    attnzoo.register_backend(fake_backend("other", names=("other-alias",)))
     before = attnzoo.backends()
     taken = name if name != "mine" else names[0]
     with pytest.raises(
         InvalidArgumentError, match=f"backend name: got '{taken}'; allowed: a name other than .*'{taken}'"
     ):
-        attnzoo.register_backend(backend(name, names=names))
+        attnzoo.register_backend(fake_backend(name, names=names))
     assert attnzoo.backends() == before
 
 
-def test_registering_the_same_class_again_is_fine():
-    cls = attnzoo.register_backend(backend("mine", names=("my-own",)))
+def test_registering_the_same_class_twice_is_allowed():
+    cls = attnzoo.register_backend(fake_backend("mine", names=("my-own",)))
     assert attnzoo.register_backend(cls) is cls
 
 
-def test_replace_takes_a_name_over_on_purpose():
-    cls = attnzoo.register_backend(backend("sdpa"), replace=True)
-    attnzoo.attention(**small(), backend="sdpa")
+def test_replace_takes_over_a_name():
+    cls = attnzoo.register_backend(fake_backend("sdpa"), replace=True)
+    attnzoo.attention(**small_inputs(), backend="sdpa")
     assert len(cls.runs) == 1
 
 
-def test_replace_takes_an_alias_over_too():
-    first = attnzoo.register_backend(backend("first", names=("nick",)))
-    second = attnzoo.register_backend(backend("second", names=("nick",)), replace=True)
-    attnzoo.attention(**small(), backend="nick")
+def test_replace_takes_over_an_alias():
+    first = attnzoo.register_backend(fake_backend("first", names=("nick",)))
+    second = attnzoo.register_backend(fake_backend("second", names=("nick",)), replace=True)
+    attnzoo.attention(**small_inputs(), backend="nick")
     assert (len(first.runs), len(second.runs)) == (0, 1)
 
 
-def test_replace_does_not_take_reserved_names_over():
+def test_replace_does_not_take_over_a_reserved_name():
     with pytest.raises(InvalidArgumentError, match="backend name: got 'auto'"):
-        attnzoo.register_backend(backend("auto"), replace=True)
+        attnzoo.register_backend(fake_backend("auto"), replace=True)
 
 
 @pytest.mark.parametrize("thing", [lambda: None, EagerBackend(), attnzoo.Backend, "sdpa", object])
-def test_what_is_no_backend_class_is_refused(thing):
+def test_register_backend_refuses_anything_but_a_backend_class(thing):
     with pytest.raises(InvalidArgumentError, match=r"cls: got .*; allowed: a subclass of attnzoo\.Backend with a name"):
         attnzoo.register_backend(thing)
 
 
-def test_unregistering_by_name_or_alias():
-    attnzoo.register_backend(backend("mine", names=("my-own",)))
+def test_unregister_backend_by_name_or_alias():
+    attnzoo.register_backend(fake_backend("mine", names=("my-own",)))
     attnzoo.unregister_backend("my-own")
     assert "mine" not in attnzoo.backends()
     with pytest.raises(UnknownNameError, match="backend: got 'mine'"):
         attnzoo.unregister_backend("mine")
-    attnzoo.register_backend(backend("mine"))
+    attnzoo.register_backend(fake_backend("mine"))
 
 
-def test_a_name_taken_before_anything_was_looked_up_is_refused_too():
-    """In a process of its own, where no entry point has been loaded yet."""
+def test_a_taken_name_is_refused_before_entry_points_are_loaded():
+    """Needs a new process, in which no entry point has been loaded."""
     script = """
     import attnzoo
     from attnzoo.errors import InvalidArgumentError
@@ -144,35 +141,35 @@ def test_a_name_taken_before_anything_was_looked_up_is_refused_too():
     assert "backend name: got 'sdpa'" in done.stdout
 
 
-# Names people mistype
+# Unknown names
 
 
 @pytest.mark.parametrize(
     ("typed", "meant"), [("spda", "sdpa"), ("egaer", "eager"), ("atuo", "auto"), ("SDPA", "sdpa"), ("nativ", "native")]
 )
-def test_near_misses_are_suggested(typed, meant):
+def test_similar_names_are_suggested(typed, meant):
     with pytest.raises(
         UnknownNameError, match=f"backend: got '{typed}' .did you mean .*'{meant}'.*allowed: 'auto', .*'eager'"
     ):
-        attnzoo.attention(**small(), backend=typed)
+        attnzoo.attention(**small_inputs(), backend=typed)
 
 
-def test_aliases_are_suggested_too():
-    attnzoo.register_backend(backend("mine", names=("imitation",)))
+def test_similar_aliases_are_suggested():
+    attnzoo.register_backend(fake_backend("mine", names=("imitation",)))
     with pytest.raises(UnknownNameError, match="did you mean 'imitation'"):
-        attnzoo.attention(**small(), backend="imitatoin")
+        attnzoo.attention(**small_inputs(), backend="imitatoin")
 
 
 @pytest.mark.parametrize("thing", [5, None, ["sdpa"]])
-def test_what_is_no_name_is_refused(thing):
+def test_a_backend_that_is_no_string_is_refused(thing):
     with pytest.raises(InvalidArgumentError, match=rf"backend: got {re.escape(repr(thing))}.*; allowed: .*'auto'"):
-        attnzoo.attention(**small(), backend=thing)
+        attnzoo.attention(**small_inputs(), backend=thing)
 
 
 @pytest.mark.parametrize("thing", ["zzzzzzzz", ""])
-def test_what_is_near_nothing_gets_the_list(thing):
+def test_a_name_without_similar_names_gets_the_list(thing):
     with pytest.raises(UnknownNameError, match=r"backend: got .*; allowed: .*'eager'.*'sdpa'") as caught:
-        attnzoo.attention(**small(), backend=thing)
+        attnzoo.attention(**small_inputs(), backend=thing)
     assert "did you mean" not in str(caught.value)
 
 
@@ -181,11 +178,11 @@ def test_unknown_options_are_refused():
         registry.make_backend("sdpa", window=3)
 
 
-# Broken things are reasons
+# Entry points and availability checks that fail
 
 
-def unused(name):
-    return [found for found in doctor.examine() if (found.kind, found.name) == ("entry point", name)]
+def entry_point_findings(name):
+    return [finding for finding in doctor.examine() if (finding.kind, finding.name) == ("entry point", name)]
 
 
 @pytest.mark.parametrize(
@@ -198,55 +195,53 @@ def unused(name):
         SyntaxError("invalid syntax"),
     ],
 )
-def test_a_broken_entry_point_shows_its_reason_and_breaks_nothing(monkeypatch, error):
-    offer(monkeypatch, "attnzoo.backends", broken=error, good=backend("good"))
+def test_an_entry_point_that_fails_to_load_is_listed_with_its_reason(monkeypatch, error):
+    add_entry_points(monkeypatch, "attnzoo.backends", broken=error, good=fake_backend("good"))
     with registry.replaced_by(Registry()):
-        found = attnzoo.backends()
-        assert {"broken", "eager", "good", "sdpa"} <= set(found)
-        info = found["broken"]
+        infos = attnzoo.backends()
+        assert infos["good"].available and infos["sdpa"].available
+        info = infos["broken"]
         assert (info.available, info.exact, info.capabilities) == (False, False, None)
         assert info.reason == f"third_party.broken:Thing failed to load: {type(error).__name__}: {error}"
-        assert found["good"].available
-        assert found["sdpa"].available
-        attnzoo.attention(**small())
-        attnzoo.attention(**small(), backend="good")
+        attnzoo.attention(**small_inputs())
+        attnzoo.attention(**small_inputs(), backend="good")
         with pytest.raises(InvalidArgumentError) as caught:
-            attnzoo.attention(**small(), backend="broken")
+            attnzoo.attention(**small_inputs(), backend="broken")
         assert str(error) in str(caught.value)
         assert "allowed: a backend that loads" in str(caught.value)
 
 
-def test_an_entry_point_that_is_no_backend_or_takes_a_taken_name_is_a_reason(monkeypatch):
-    offer(monkeypatch, "attnzoo.backends", nonsense=print, thief=backend("thief", names=("sdpa",)))
+def test_an_entry_point_that_cannot_be_registered_is_listed_with_its_reason(monkeypatch):
+    add_entry_points(monkeypatch, "attnzoo.backends", nonsense=print, thief=fake_backend("thief", names=("sdpa",)))
     with registry.replaced_by(Registry()):
-        found = attnzoo.backends()
-        assert "a subclass of attnzoo.Backend" in found["nonsense"].reason
-        assert "got 'sdpa'" in found["thief"].reason
+        infos = attnzoo.backends()
+        assert "a subclass of attnzoo.Backend" in infos["nonsense"].reason
+        assert "got 'sdpa'" in infos["thief"].reason
         assert registry.backend_class("sdpa").__module__.startswith("attnzoo.")
 
 
 @pytest.mark.parametrize(
     ("second", "words"),
-    [(backend("sdpa"), "Thing is not used: the name is taken"), (OSError("no"), "OSError: no")],
+    [(fake_backend("sdpa"), "Thing is not used: the name is taken"), (OSError("no"), "OSError: no")],
 )
-def test_a_second_entry_point_of_a_backend_name_is_unused_and_doctor_says_so(monkeypatch, second, words):
-    offer(monkeypatch, "attnzoo.backends", sdpa=second)
+def test_doctor_names_a_second_entry_point_of_a_backend_name(monkeypatch, second, words):
+    add_entry_points(monkeypatch, "attnzoo.backends", sdpa=second)
     with registry.replaced_by(Registry()):
         assert attnzoo.backends()["sdpa"].available
         assert registry.backend_class("sdpa").__module__ == "attnzoo.backends.sdpa.backend"
-        (finding,) = unused("sdpa")
+        (finding,) = entry_point_findings("sdpa")
     assert not finding.ok and "third_party.sdpa:Thing" in finding.detail and words in finding.detail
 
 
-def test_two_entry_points_of_one_class_are_no_conflict(monkeypatch):
-    """Two records of one installation name the same class."""
-    offer(monkeypatch, "attnzoo.backends", eager=EagerBackend)
+def test_two_entry_points_of_the_same_class_are_allowed(monkeypatch):
+    """An installation can have two records that name the same class."""
+    add_entry_points(monkeypatch, "attnzoo.backends", eager=EagerBackend)
     with registry.replaced_by(Registry()):
-        assert attnzoo.backends()["eager"].available and not unused("eager")
+        assert attnzoo.backends()["eager"].available and not entry_point_findings("eager")
 
 
-def test_a_broken_adapter_is_named_when_its_model_is_patched(monkeypatch):
-    offer(monkeypatch, "attnzoo.adapters", bert=RuntimeError("written for transformers 4"))
+def test_patch_names_an_adapter_that_fails_to_load(monkeypatch):
+    add_entry_points(monkeypatch, "attnzoo.adapters", bert=RuntimeError("written for transformers 4"))
     config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     with pytest.raises(attnzoo.PatchError) as caught:
         attnzoo.patch(BertModel(config), "sdpa")
@@ -262,29 +257,29 @@ def test_a_broken_adapter_is_named_when_its_model_is_patched(monkeypatch):
         (OSError("no"), "failed to load: OSError: no"),
     ],
 )
-def test_a_second_entry_point_of_a_model_type_is_unused_and_doctor_says_so(monkeypatch, second, words):
+def test_doctor_names_a_second_entry_point_of_a_model_type(monkeypatch, second, words):
     honest = registry.find_adapter("gpt_neox")
-    offer(monkeypatch, "attnzoo.adapters", gpt_neox=second)
+    add_entry_points(monkeypatch, "attnzoo.adapters", gpt_neox=second)
     assert registry.find_adapter("gpt_neox") is honest
-    (finding,) = unused("gpt_neox")
+    (finding,) = entry_point_findings("gpt_neox")
     assert not finding.ok and "third_party.gpt_neox:Thing" in finding.detail and words in finding.detail
-    assert [finding.ok for finding in doctor._models() if finding.name == "gpt_neox"] == [True]
+    assert doctor._model("gpt_neox").ok
 
 
-def test_an_unavailable_backend_says_why():
-    attnzoo.register_backend(backend("mine", rank=1000, why_not="mine_kernels is not installed: pip install mine"))
+def test_an_unavailable_backend_is_refused_with_its_reason():
+    attnzoo.register_backend(fake_backend("mine", rank=1000, why_not="mine_kernels is not installed: pip install mine"))
     info = attnzoo.backends()["mine"]
     assert not info.available
     assert info.reason == "mine_kernels is not installed: pip install mine"
     with pytest.raises(BackendRefusedError, match="availability: got mine_kernels is not installed") as caught:
-        attnzoo.attention(**small(), backend="mine")
+        attnzoo.attention(**small_inputs(), backend="mine")
     assert {"eager", "sdpa"} <= set(caught.value.alternatives["attention"])
     assert "mine" not in caught.value.alternatives["attention"]
-    attnzoo.attention(**small())  # auto passes it by
+    attnzoo.attention(**small_inputs())  # auto skips it
 
 
-def test_an_availability_check_that_raises_is_a_reason():
-    cls = backend("mine", rank=1000)
+def test_an_availability_check_that_raises_gives_the_reason():
+    cls = fake_backend("mine", rank=1000)
 
     def unavailable(cls):
         raise OSError("libmine.so: cannot open shared object file")
@@ -294,15 +289,15 @@ def test_an_availability_check_that_raises_is_a_reason():
     info = attnzoo.backends()["mine"]
     assert not info.available
     assert "OSError: libmine.so: cannot open shared object file" in info.reason
-    attnzoo.attention(**small())
+    attnzoo.attention(**small_inputs())
     with pytest.raises(BackendRefusedError, match=r"libmine\.so"):
-        attnzoo.attention(**small(), backend="mine")
+        attnzoo.attention(**small_inputs(), backend="mine")
 
 
 # Adapters
 
 
-def test_adapters_register_collide_and_go():
+def test_register_and_unregister_adapters():
     adapter = attnzoo.Adapter(model_types=("mine", "mine_too"), points=(), versions="5")
     assert attnzoo.register_adapter(adapter) is adapter
     attnzoo.register_adapter(adapter)

@@ -1,1 +1,1 @@
-"""Selection of a backend: measurements, the environment they hold in, and what ``auto`` takes."""
+"""How ``auto`` selects a backend: by measurements that are valid in an environment, else by priority."""

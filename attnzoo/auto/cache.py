@@ -1,8 +1,8 @@
-"""Where measurements are kept: one JSON file per environment, in a folder of the user's.
+"""The cache of measurements: one JSON file per environment, in a folder of the user.
 
-Files are replaced whole, never written in place, so a reader sees an old one or a new one; writers take turns by a lock
-(where the system has ``flock``; elsewhere the last one wins). A process reads a file once. A file that cannot be read
-is as good as none: there is one warning, ``attnzoo doctor`` says why, and ``auto`` goes by priority.
+A file is always replaced as a whole, so a reader sees the old or the new content. A lock lets one process write at a
+time (without ``flock``, as on Windows, the last writer wins). A process reads each file once. A file that cannot be
+read counts as empty: attnzoo warns once, ``attnzoo doctor`` shows the reason, and ``auto`` selects by priority.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from attnzoo.auto.environment import Environment
 from attnzoo.auto.measurements import Measurement
-from attnzoo.errors import CacheError
+from attnzoo.errors import CacheError, got_and_allowed
 
 try:
     import fcntl
@@ -30,9 +30,9 @@ except ImportError:  # Windows
 VARIABLE = "ATTNZOO_CACHE_DIR"
 FORMAT = "attnzoo auto 1"
 
-Known = dict[str, Measurement]
-_known: dict[Path, Known] = {}
-_guard = threading.RLock()
+Measurements = dict[str, Measurement]
+_loaded: dict[Path, Measurements] = {}
+_lock = threading.RLock()
 _generation = 0
 
 
@@ -41,137 +41,135 @@ class CacheWarning(UserWarning):
 
 
 def folder() -> Path:
-    """Where the files are: ``$ATTNZOO_CACHE_DIR``, else ``attnzoo`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    own = os.environ.get(VARIABLE)
-    if own:
-        return Path(own) / "auto"
+    """Return ``$ATTNZOO_CACHE_DIR/auto``, else ``attnzoo/auto`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if directory := os.environ.get(VARIABLE):
+        return Path(directory) / "auto"
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else _home() / ".cache") / "attnzoo" / "auto"
 
 
 def _home() -> Path:
-    """The user's home; the folder for temporary files where there is none (a container's nameless user)."""
     try:
         return Path.home()
-    except RuntimeError:
+    except RuntimeError:  # a container whose user has no name and no home
         return Path(tempfile.gettempdir())
 
 
 def generation() -> int:
-    """A number that grows with every change, so that callers can cache decisions that depend on measurements."""
+    """Return a number that grows with every change; callers use it as a key of caches that depend on measurements."""
     return _generation
 
 
 def forget() -> None:
-    """Forget what this process has read; the files stay."""
+    """Forget the files this process has read. The files stay."""
     global _generation
-    with _guard:
-        _known.clear()
+    with _lock:
+        _loaded.clear()
         _generation += 1
 
 
 def find(environment: Environment, key: str) -> Measurement | None:
-    """What is known of a request and size class in an environment; a file that cannot be read is warned of, once."""
+    """Return the measurement of a key (:func:`~attnzoo.auto.measurements.key_of`) in an environment, or None."""
     return known(environment).get(key)
 
 
-def known(environment: Environment) -> Known:
-    """All that is known in an environment, by key."""
+def known(environment: Environment) -> Measurements:
+    """Return all measurements in an environment by key. An unreadable file gives a :class:`CacheWarning` once."""
     path = folder() / environment.file
-    with _guard:
-        if path not in _known:
+    with _lock:
+        if path not in _loaded:
             try:
-                found = _read(path)
-                if found.environment not in ({}, environment.to_dict()):
-                    raise ValueError("it is of another device or other versions")
-                _known[path] = found.measurements
+                file = _read(path)
+                if file.environment not in ({}, environment.to_dict()):
+                    raise ValueError("the file belongs to another device or other versions")
+                _loaded[path] = file.measurements
             except (OSError, ValueError) as error:
-                _known[path] = {}
-                message = f"{path} is ignored, 'auto' goes by priority: {error}; to start anew: attnzoo tune --clear"
+                _loaded[path] = {}
+                message = f"{path} is ignored, 'auto' selects by priority: {error}; to delete it: attnzoo tune --clear"
                 warnings.warn(message, CacheWarning, stacklevel=2)
-        return _known[path]
+        return _loaded[path]
 
 
 def add(environment: Environment, measured: Iterable[Measurement], *, save: bool) -> None:
-    """Take measurements in, for this process, and for others if they are to be saved.
+    """Add measurements to those of this process, and to the file if ``save`` is True.
 
     Raises:
-        CacheError: they could not be written (this process knows them all the same).
+        CacheError: the file could not be written. This process has the measurements all the same.
     """
     global _generation
-    new = {one.key: one for one in measured}
+    new = {measurement.key: measurement for measurement in measured}
     path = folder() / environment.file
-    with _guard:
+    with _lock:
         _generation += 1
-        _known[path] = {**known(environment), **new}
+        _loaded[path] = {**known(environment), **new}
         if save and new:
-            with _errors(path), _turn(path.parent):
-                _write(path, environment, {**_others(path), **new})
+            with _cache_errors(path), _file_lock(path.parent):
+                _write(path, environment, {**_saved(path), **new})
 
 
 def check_writable() -> None:
-    """Raise before anything is measured that could not be kept.
+    """Check that measurements can be saved, before anything is measured.
 
     Raises:
-        CacheError: the folder cannot be made or written to.
+        CacheError: the folder cannot be created or written to.
     """
     where = folder()
-    with _errors(where):
+    with _cache_errors(where):
         where.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=where):
             pass
 
 
 def obstacle() -> str:
-    """Why measurements cannot be kept, as far as one can tell without trying; empty if nothing speaks against it."""
+    """Return why measurements cannot be saved, without creating anything; empty if no reason is visible."""
     where = folder()
     try:
         nearest = next(path for path in (where, *where.parents) if path.exists())
-        fits = nearest.is_dir() and os.access(nearest, os.W_OK)
+        writable = nearest.is_dir() and os.access(nearest, os.W_OK)
     except OSError as error:
         return f"{where}: {type(error).__name__}: {error}"
-    return "" if fits else f"{where} cannot be written: {nearest} is no folder that is open to writing (${VARIABLE})"
+    return "" if writable else f"{where} cannot be written: {nearest} is not a writable folder (${VARIABLE})"
 
 
 def clear() -> list[Path]:
-    """Remove every file of measurements, of all environments; returns what was removed.
+    """Delete the files of all environments and return their paths.
 
     Raises:
-        CacheError: a file cannot be removed.
+        CacheError: a file cannot be deleted.
     """
-    with _guard:
+    with _lock:
         forget()
         removed = _files()
         for path in removed:
-            with _errors(path):
+            with _cache_errors(path):
                 path.unlink(missing_ok=True)
     return removed
 
 
 class Stored(NamedTuple):
-    """One file.
+    """The content of one file.
 
     Attributes:
-        environment: plain data of the environment it is for.
-        measurements: what is in it, by key.
-        problem: why it cannot be read; empty if it can.
+        environment: :meth:`Environment.to_dict` of the environment the file is for.
+        measurements: the measurements by key.
+        problem: why the file cannot be read; empty if it can.
     """
 
     path: Path
     environment: Mapping[str, Any]
-    measurements: Known
+    measurements: Measurements
     problem: str = ""
 
 
 def stored() -> list[Stored]:
-    """Every file there is, readable or not."""
-    found = []
+    """Return every file in the folder, readable or not."""
+    files = []
     for path in _files():
         try:
-            found.append(_read(path))
+            files.append(_read(path))
         except (OSError, ValueError) as error:
-            found.append(Stored(path, {}, {}, str(error)))
-    return found
+            files.append(Stored(path, {}, {}, str(error)))
+    return files
 
 
 def _files() -> list[Path]:
@@ -179,10 +177,11 @@ def _files() -> list[Path]:
 
 
 def _read(path: Path) -> Stored:
-    """A file's content, empty if there is none.
+    """Read a file; a missing file is empty.
 
     Raises:
-        OSError: it cannot be read. ValueError: it is not one of ours; says what is wrong.
+        OSError: the file cannot be read.
+        ValueError: the content is not in the format; the message says what is wrong.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -191,26 +190,26 @@ def _read(path: Path) -> Stored:
     try:
         data = json.loads(text)
     except RecursionError as error:
-        raise ValueError(f"not JSON of ours: {error}") from error
+        raise ValueError(f"JSON nested too deeply: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ValueError(f"not a file of the format {FORMAT!r}")
+        raise ValueError(f"the format is not {FORMAT!r}")
     environment, listed = data.get("environment"), data.get("measurements")
     if not isinstance(environment, dict) or not isinstance(listed, list):
-        raise ValueError("without environment or measurements")
-    made = [Measurement.from_dict(one) for one in listed]
-    return Stored(path, environment, {one.key: one for one in made})
+        raise ValueError("environment or measurements are missing")
+    measurements = [Measurement.from_dict(item) for item in listed]
+    return Stored(path, environment, {measurement.key: measurement for measurement in measurements})
 
 
-def _others(path: Path) -> Known:
-    """What is in the file by now; nothing if it is one that cannot be read, which is then replaced."""
+def _saved(path: Path) -> Measurements:
+    """Return the measurements in a file; none if it is invalid, because it is replaced then."""
     try:
         return _read(path).measurements
     except ValueError:
         return {}
 
 
-def _write(path: Path, environment: Environment, measurements: Known) -> None:
-    listed = [one.to_dict() for _, one in sorted(measurements.items())]
+def _write(path: Path, environment: Environment, measurements: Measurements) -> None:
+    listed = [measurement.to_dict() for _, measurement in sorted(measurements.items())]
     data = {"format": FORMAT, "environment": environment.to_dict(), "measurements": listed}
     temporary = path.with_suffix(f".{uuid.uuid4().hex}.part")
     try:
@@ -221,8 +220,7 @@ def _write(path: Path, environment: Environment, measurements: Known) -> None:
 
 
 @contextmanager
-def _turn(where: Path) -> Iterator[None]:
-    """Wait until no other process writes in this folder."""
+def _file_lock(where: Path) -> Iterator[None]:
     where.mkdir(parents=True, exist_ok=True)
     with (where / ".lock").open("w") as lock:
         if fcntl is not None:
@@ -231,9 +229,10 @@ def _turn(where: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _errors(path: Path) -> Iterator[None]:
+def _cache_errors(path: Path) -> Iterator[None]:
+    """Raise an ``OSError`` as a :class:`CacheError` that names the path."""
     try:
         yield
     except OSError as error:
-        allowed = f"a folder that can be written to (${VARIABLE}), or save=False"
-        raise CacheError(f"cache: got {path}, {type(error).__name__}: {error}; allowed: {allowed}") from error
+        got, allowed = f"{path}, {type(error).__name__}: {error}", f"a writable folder (${VARIABLE}), or save=False"
+        raise CacheError(got_and_allowed("cache", got, allowed)) from error

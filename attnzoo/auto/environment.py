@@ -1,4 +1,4 @@
-"""What a measurement is valid for: the device, and the versions of what computes on it."""
+"""The environment a measurement is valid in: the device, and the versions of the packages that provide kernels."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from typing import Any
 
 import torch
 
-# Where kernels come from, beside torch.
+# The packages that provide kernels, besides torch.
 _PACKAGES = ("attnzoo", "triton", "flash-attn", "xformers")
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Where something was measured; measurements of another environment say nothing here.
+    """A device and the versions of the packages that provide its kernels.
 
     Attributes:
         device: the device type.
-        name: the device's model.
+        name: the model of the device.
         threads: CPU threads of torch; 0 for other devices.
-        versions: ``(package, version)`` of what kernels come from.
+        versions: ``(package, version)`` pairs.
     """
 
     device: str
@@ -36,12 +36,12 @@ class Environment:
 
     @property
     def file(self) -> str:
-        """The name of its cache file: for people, and then for certain."""
+        """The name of the cache file: the device's name for people, then a hash of the environment."""
         digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
         return f"{re.sub(r'[^a-z0-9]+', '-', self.name.lower()).strip('-')[:40]}-{digest[:12]}.json"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return {**asdict(self), "versions": dict(self.versions)}
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ class Environment:
 
 
 def environment_of(device: torch.device) -> Environment:
-    """The environment of a device, as it is now."""
+    """Return the current environment of a device."""
     return _environment(device, torch.get_num_threads() if device.type == "cpu" else 0)
 
 
@@ -62,7 +62,7 @@ def _environment(device: torch.device, threads: int) -> Environment:
         versions.append(("rocm", torch.version.hip) if torch.version.hip else ("cuda", str(torch.version.cuda)))
     else:
         name = f"{_cpu_model()} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
-    versions += [(package, found) for package in _PACKAGES if (found := _version(package)) is not None]
+    versions += [(package, version) for package in _PACKAGES if (version := _version(package)) is not None]
     return Environment(device.type, name, threads, tuple(versions))
 
 
@@ -75,16 +75,16 @@ def _version(package: str) -> str | None:
 
 
 def code_of(cls: type) -> str:
-    """Which code a class is: its path, and the version of the distribution named as its top-level package, if any.
+    """Identify the code of a class: its path, and the version of the distribution named like its top-level package.
 
-    A backend of the same name is not the one that was measured if this differs.
+    A measurement counts for a backend only if both the name and this text are the same.
     """
     version = _version(cls.__module__.partition(".")[0])
     return f"{cls.__module__}:{cls.__qualname__}" + ("" if version is None else f" {version}")
 
 
 def _cpu_model() -> str:
-    """The processor's model: from Linux's ``/proc/cpuinfo``, elsewhere as Python knows it."""
+    """Return the model of the processor: from ``/proc/cpuinfo`` on Linux, elsewhere from ``platform``."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""What was measured, as plain data: which attention, how large, and how each backend did."""
+"""Measurements as plain data: the request, its size class, and the result of each backend."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from attnzoo.spec.segments import Attention, Request
 
 @dataclass(frozen=True)
 class SizeClass:
-    """How large an attention is, each number rounded up to a power of two.
+    """The size of an attention; each number is rounded up to a power of two.
 
     Attributes:
-        batch: samples.
-        q_len: queries.
-        kv_lens: keys of each segment.
+        batch: number of samples.
+        q_len: number of queries.
+        kv_lens: number of keys of each segment.
     """
 
     batch: int
@@ -33,22 +33,22 @@ class SizeClass:
 
 
 def size_class(attention: Attention) -> SizeClass:
-    """The size class of an attention."""
+    """Return the size class of an attention."""
     kv_lens = tuple(power_of_two(segment.kv_len) for segment in attention.segments)
     return SizeClass(power_of_two(attention.batch), power_of_two(attention.q_len), kv_lens)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one backend did.
+    """The result of one backend.
 
     Attributes:
-        code: which code was measured, see :func:`attnzoo.auto.environment.code_of`.
-        seconds: the median of one run (forward, or forward and backward); None: not a candidate.
-        first: seconds of the first run, compilation included where the process had not compiled for it before.
+        code: the measured code (:func:`attnzoo.auto.environment.code_of`).
+        seconds: the median time of a run (forward, or forward and backward); None: the backend was not a candidate.
+        first: seconds of the first run, including compilation unless the process had compiled the kernel before.
         kernel: the kernel that ran.
-        reason: why it is no candidate; empty if it is.
-        wrong: whether it is none because its numbers were wrong or it raised: ``auto`` does not take it then.
+        reason: why the backend was not a candidate; empty if it was.
+        wrong: the output was wrong or the run raised. ``auto`` never selects such a backend.
     """
 
     code: str
@@ -60,20 +60,20 @@ class Outcome:
 
     @property
     def warm_up(self) -> str:
-        """What the first run of a process costs, in words, where that is worth knowing (compilation); else empty."""
-        notable = self.seconds is not None and self.first > max(1.0, 3.0 * self.seconds)
-        return f"its first run took {in_words(self.first)}" if notable else ""
+        """The time of the first run in words if compilation made it long; else empty."""
+        is_long = self.seconds is not None and self.first > max(1.0, 3.0 * self.seconds)
+        return f"its first run took {format_seconds(self.first)}" if is_long else ""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """How every backend did at one attention of one size class.
+    """The results of all backends for one request and one size class.
 
     Attributes:
-        request: the request, as :func:`plain` tells it.
+        request: the request as plain data (:func:`to_plain_data`).
         size: its size class.
-        outcomes: by backend name.
-        where: at which site it was met first, for people.
+        outcomes: the results by backend name.
+        where: the first site with this request, for people.
     """
 
     request: Mapping[str, Any]
@@ -83,30 +83,30 @@ class Measurement:
 
     @property
     def key(self) -> str:
-        """What it is found by."""
+        """The key of the measurement in the cache."""
         return key_of(self.request, self.size)
 
     @property
     def mode(self) -> str:
-        """``"forward"``, or ``"forward+backward"`` where gradients were asked for."""
+        """``"forward"``, or ``"forward+backward"`` if the request needs gradients."""
         return mode_of(bool(self.request.get("grad")))
 
     def ranking(self) -> list[tuple[float, str]]:
-        """``(seconds, backend)``, fastest first."""
-        times = [(one.seconds, name) for name, one in self.outcomes.items() if one.seconds is not None]
-        return sorted(times)
+        """Return ``(seconds, backend)``, fastest first."""
+        outcomes = self.outcomes.items()
+        return sorted((outcome.seconds, name) for name, outcome in outcomes if outcome.seconds is not None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        outcomes = {name: asdict(one) for name, one in self.outcomes.items()}
+        """Return plain data for JSON."""
+        outcomes = {name: asdict(outcome) for name, outcome in self.outcomes.items()}
         return {"where": self.where, "request": self.request, "size": asdict(self.size), "outcomes": outcomes}
 
     @classmethod
     def from_dict(cls, data: Any) -> Measurement:
-        """The inverse of :meth:`to_dict`, of data that anybody may have written.
+        """Return the measurement of :meth:`to_dict` data. Checks all of it: a user may have edited the file.
 
         Raises:
-            ValueError: not what :meth:`to_dict` gives; says what is wrong.
+            ValueError: the data is invalid; the message says what is wrong.
         """
         _check(data, dict, "a measurement")
         for name, kind in (("request", dict), ("size", dict), ("outcomes", dict), ("where", str)):
@@ -120,18 +120,17 @@ class Measurement:
         for number in (size.get("batch"), size.get("q_len"), *lengths):
             _check(number, int, "a size")
         outcomes = {}
-        for name, one in data["outcomes"].items():
-            _check(one, dict, f"the outcome of {name}")
-            seconds, first = one.get("seconds"), one.get("first")
+        for name, outcome in data["outcomes"].items():
+            _check(outcome, dict, f"the outcome of {name}")
+            seconds, first = outcome.get("seconds"), outcome.get("first")
             for number in (first,) if seconds is None else (seconds, first):
                 if not isinstance(number, float) or not 0.0 <= number < math.inf:
                     raise ValueError(f"seconds of {name}: {number!r}")
             for field in ("code", "kernel", "reason"):
-                _check(one.get(field), str, f"{field} of {name}")
-            _check(one.get("wrong"), bool, f"wrong of {name}")
-            outcomes[name] = Outcome(one["code"], seconds, first, one["kernel"], one["reason"], one["wrong"])
-        made = SizeClass(size["batch"], size["q_len"], tuple(lengths))
-        return cls(data["request"], made, outcomes, data["where"])
+                _check(outcome.get(field), str, f"{field} of {name}")
+            _check(outcome.get("wrong"), bool, f"wrong of {name}")
+            outcomes[name] = Outcome(**{field.name: outcome[field.name] for field in fields(Outcome)})
+        return cls(data["request"], SizeClass(size["batch"], size["q_len"], tuple(lengths)), outcomes, data["where"])
 
 
 def _check(value: object, kind: type, what: str) -> None:
@@ -140,31 +139,31 @@ def _check(value: object, kind: type, what: str) -> None:
 
 
 def mode_of(grad: bool) -> str:
-    """What a request asks for, in words."""
+    """Return the mode of a request: with ``grad`` or without."""
     return "forward+backward" if grad else "forward"
 
 
-def plain(value: Any) -> Any:
-    """A request as plain data; what grows with the lengths in its patterns is rounded as the lengths are."""
+def to_plain_data(value: Any) -> Any:
+    """Return a request as plain data. Offsets in its patterns are rounded like the lengths they grow with."""
     if isinstance(value, Pattern):
         return repr(value.coarse)
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if isinstance(value, tuple):
-        return [plain(item) for item in value]
+        return [to_plain_data(item) for item in value]
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: to_plain_data(getattr(value, field.name)) for field in fields(value)}
     return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
 
 
 def key_of(request: Request | Mapping[str, Any], size: SizeClass) -> str:
-    """What a measurement is found by: the request and the size class as text."""
-    told = plain(request) if isinstance(request, Request) else request
-    return json.dumps([told, asdict(size)], sort_keys=True)
+    """Return the key of a measurement: the request and the size class as JSON."""
+    plain = to_plain_data(request) if isinstance(request, Request) else request
+    return json.dumps([plain, asdict(size)], sort_keys=True)
 
 
-def in_words(seconds: float) -> str:
-    """A time in three digits and a unit that suits it."""
+def format_seconds(seconds: float) -> str:
+    """Return a time with three digits in s, ms or us."""
     for unit, scale in (("s", 1.0), ("ms", 1e3)):
         if seconds * scale >= 1.0:
             return f"{seconds * scale:.3g} {unit}" if seconds * scale < 1000 else f"{seconds * scale:.0f} {unit}"

@@ -1,50 +1,61 @@
-"""What ``auto`` takes for a request: the fastest measured backend, else the supporting backend of highest priority."""
+"""``auto``: the backend that selects another one for each attention."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import ClassVar
 
 from attnzoo.auto import cache
-from attnzoo.auto.choice import Choice, by_measurement, by_priority_because, wrongs
+from attnzoo.auto.choice import by_measurement, by_priority_because, wrongs
 from attnzoo.auto.environment import Environment, environment_of
 from attnzoo.auto.measurements import SizeClass, key_of, mode_of, size_class
+from attnzoo.backend import Backend, Choice
 from attnzoo.errors import BackendRefusedError, Refusal
 from attnzoo.registry import registry
-from attnzoo.spec.segments import Attention, Request
+from attnzoo.spec.segments import Attention, Request, Result
+
+
+@dataclass(frozen=True)
+class AutoBackend(Backend):
+    """Selects a backend per attention: the fastest measured one, else the supporting one of highest priority.
+
+    The candidates are the available exact backends. The registry does not list this backend, but reserves its name.
+    """
+
+    name: ClassVar[str] = "auto"
+
+    def bind_to_site(self, site: tuple[Request, ...], patch: tuple[Request, ...]) -> Backend:
+        by_priority_because()  # raises at patch time if ATTNZOO_AUTO has a value that is not allowed
+        return self
+
+    def refusals(self, request: Request) -> tuple[Refusal, ...]:
+        """Every reason of every candidate, each with the candidate's name; empty if one supports the request."""
+        answers = {candidate.name: candidate.refusals(request) for candidate in registry.exact_backends()}
+        return _with_names(answers) if all(answers.values()) else ()
+
+    def select(self, attention: Attention, probabilities: bool = False) -> Choice:
+        return choose_for(attention, probabilities)
+
+    def run(self, attention: Attention, probabilities: bool = False) -> Result:
+        return self.select(attention, probabilities).backend.run(attention, probabilities)
 
 
 def choose_for(attention: Attention, probabilities: bool = False) -> Choice:
-    """What ``auto`` takes for an attention: see :func:`choose`.
+    """Return the backend that ``auto`` selects for an attention.
 
     Raises:
-        BackendRefusedError: every backend refuses, or was measured to be wrong; the error lists all reasons.
+        BackendRefusedError: no candidate supports the request, or ``tune`` measured wrong results for those that do;
+            the error lists every reason of every candidate.
         InvalidArgumentError: ``ATTNZOO_AUTO`` has a value that is not allowed.
     """
     request = attention.request(probabilities)
     because = by_priority_because()
     if because is not None:
-        return choose(request, because=because)
-    return choose(request, size_class(attention), environment_of(attention.query.device))
-
-
-def choose(
-    request: Request,
-    size: SizeClass | None = None,
-    environment: Environment | None = None,
-    because: str = "no size was given",
-) -> Choice:
-    """What ``auto`` takes for a request. Remembered until the registry or the measurements change.
-
-    Args:
-        request: what is asked.
-        size: its size class; None: select by priority, whatever was measured.
-        environment: the device and versions the request runs on; required with a size.
-        because: why the selection goes by priority, if no size is given.
-
-    Raises:
-        BackendRefusedError: every backend refuses, or was measured to be wrong; the error lists all reasons.
-    """
-    return _choose(request, size, environment, because, registry.generation, cache.generation())
+        return _choose(request, None, None, because, registry.generation, cache.generation())
+    size, environment = size_class(attention), environment_of(attention.query.device)
+    return _choose(request, size, environment, "", registry.generation, cache.generation())
 
 
 @lru_cache(maxsize=4096)
@@ -56,6 +67,7 @@ def _choose(
     registry_generation: int,
     cache_generation: int,
 ) -> Choice:
+    """Remembered until the registry or the measurements change. Without a size, the priority decides ``because``."""
     supporting = registry.supporting_backends(request)
     wrong: dict[str, str] = {}
     if size is not None and environment is not None:
@@ -70,7 +82,16 @@ def _choose(
     if right:
         alone = len(supporting) == 1
         return Choice(right[0], "the only backend that supports this" if alone else f"by priority: {because}")
-    refused = {f"backend {backend.name!r}": backend.refusals(request) for backend in registry.exact_backends()}
+    answers = {backend.name: backend.refusals(request) for backend in registry.exact_backends()}
     for name, reason in wrong.items():
-        refused[f"backend {name!r}"] = (Refusal("measured", reason, "what agrees with the oracle; attnzoo tune"),)
-    raise BackendRefusedError("auto", refused, {})
+        answers[name] = (Refusal("measured", reason, "results that agree with the oracle; see attnzoo tune"),)
+    raise BackendRefusedError(AutoBackend.name, {"attention": _with_names(answers)}, {})
+
+
+def _with_names(answers: Mapping[str, tuple[Refusal, ...]]) -> tuple[Refusal, ...]:
+    """All reasons of several backends, each with the name of its backend."""
+    return tuple(
+        replace(reason, field=f"backend {name!r}: {reason.field}")
+        for name, reasons in answers.items()
+        for reason in reasons
+    )

@@ -1,7 +1,8 @@
-"""``eager``: the oracle. Evaluates masks and biases on dense index grids; defines what is correct.
+"""``eager``: the oracle. It evaluates masks and biases on dense grids of queries and keys, and so defines correctness.
 
 Standard scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762) in plain torch operations, with one
-softmax over all segments. Memory is ``batch x heads x q_len x kv_len``: for judging and for looking at probabilities.
+softmax over all segments. Memory is ``batch x heads x q_len x kv_len``: use it to check results and to get
+probabilities.
 """
 
 from __future__ import annotations
@@ -21,39 +22,41 @@ from attnzoo.spec.transforms import TRANSFORMS
 
 
 def evaluate(attention: Attention, rows: Tensor | None = None) -> Result:
-    """The attention by definition, in the dtype of its tensors (half precision: softmax in float32, as models do).
+    """Evaluate an attention by its definition, in the dtype of its tensors.
+
+    In half precision the softmax runs in float32, as in models.
 
     Args:
-        attention: what to compute.
-        rows: query indices ``(n,)`` to compute; the others are left out. None: all of them.
+        attention: the attention.
+        rows: ``(n,)`` indices of the query rows to compute; None: all rows.
 
     Returns:
-        Output ``(batch, heads, n, value_dim)`` with the probabilities of each segment, before and after dropout.
+        Output ``(batch, heads, n, value_dim)`` and the probabilities of each segment, before and after dropout.
     """
     if rows is None:
         rows = torch.arange(attention.q_len, device=attention.query.device)
     scores, seen = grid(attention, rows)
-    live = seen.any(-1, keepdim=True)
-    # A row that sees nothing gets finite scores and then weight zero, so that neither it nor its gradient is NaN.
-    scores = scores.masked_fill(~seen & live, float("-inf"))
+    has_visible_key = seen.any(-1, keepdim=True)
+    # A row without visible keys keeps finite scores and gets weight 0. With -inf, it and its gradient would be NaN.
+    scores = scores.masked_fill(~seen & has_visible_key, float("-inf"))
     half = scores.dtype in (torch.bfloat16, torch.float16)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32 if half else None).to(scores.dtype) * live
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32 if half else None).to(scores.dtype) * has_visible_key
     if attention.query_mask is not None:
         weights = weights * attention.query_mask[:, None, rows, None]
     lengths = [segment.kv_len for segment in attention.segments]
-    weights, probabilities = _by_segment(weights, lengths)
+    weights, probabilities = _split(weights, lengths)
     dropped, after_dropout = weights, probabilities
     if attention.dropout > 0.0:
-        dropped, after_dropout = _by_segment(torch.nn.functional.dropout(weights, attention.dropout), lengths)
-    output = attention.fill(dropped @ joined_values(attention), live.squeeze(-1), rows)
+        dropped, after_dropout = _split(torch.nn.functional.dropout(weights, attention.dropout), lengths)
+    output = attention.fill(dropped @ joined_values(attention), has_visible_key.squeeze(-1), rows)
     return Result(output, "eager", probabilities, after_dropout)
 
 
-def _by_segment(weights: Tensor, lengths: list[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Weights of all segments, and those of each.
+def _split(weights: Tensor, lengths: list[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the weights of all segments and those of each segment.
 
-    Where gradients flow, the first is made of the second, so that what is returned as probabilities lies on the way to
-    the output and gets a gradient (``retain_grad``), as it does in models.
+    With gradients, the first are concatenated from the second. The returned probabilities then lie on the path to the
+    output and get a gradient (``retain_grad``), as in models.
     """
     if len(lengths) == 1:
         return weights, (weights,)
@@ -62,15 +65,15 @@ def _by_segment(weights: Tensor, lengths: list[int]) -> tuple[Tensor, tuple[Tens
 
 
 def log_mass(attention: Attention, rows: Tensor) -> Tensor:
-    """The log-sum-exp of the scores that query rows ``(n,)`` see: ``(batch, heads, n)``, ``-inf`` for nothing."""
+    """Return the log-sum-exp ``(batch, heads, n)`` of the visible scores of query rows ``(n,)``; -inf without any."""
     scores, seen = grid(attention, rows)
     return scores.masked_fill(~seen, float("-inf")).logsumexp(-1)
 
 
 def grid(attention: Attention, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Scaled and biased scores of query rows ``(n,)`` at the keys of all segments, and which of these the rows see.
+    """Return the scaled and biased scores of query rows ``(n,)`` with the keys of all segments, and who sees whom.
 
-    Both are ``(batch, heads, n, kv_len of all segments)``; scores are finite where nothing is seen.
+    Both are ``(batch, heads, n, kv_len of all segments)``. The scores of hidden keys are finite.
     """
     query = attention.query[:, :, rows]
     grids = [_scores(attention, segment, query, rows) for segment in attention.segments]
@@ -79,12 +82,11 @@ def grid(attention: Attention, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def joined_values(attention: Attention) -> Tensor:
-    """The values of all segments, one after the other: ``(batch, heads, kv_len of all segments, value_dim)``."""
+    """Return the values of all segments, concatenated: ``(batch, heads, kv_len of all segments, value_dim)``."""
     return torch.cat([expand_heads(segment.value, attention.heads) for segment in attention.segments], dim=2)
 
 
 def _scores(attention: Attention, segment: Segment, query: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Scaled and biased scores, and who sees whom: ``(batch, heads, n, kv_len)`` and broadcastable to it."""
     kv = torch.arange(segment.kv_len, device=query.device)
     scores = query @ expand_heads(segment.key, attention.heads).transpose(-1, -2) * attention.scale
     bias = segment.bias_at(rows, kv, attention.q_len, attention.batch, attention.heads)
@@ -98,7 +100,7 @@ def _scores(attention: Attention, segment: Segment, query: Tensor, rows: Tensor)
 
 @dataclass(frozen=True)
 class EagerBackend(Backend):
-    """The dense oracle as a backend: every pattern, mask, bias and dtype, and the attention probabilities."""
+    """The oracle as a backend: supports every pattern, mask, bias and dtype, and returns attention probabilities."""
 
     name: ClassVar[str] = "eager"
     priority: ClassVar[int] = -100

@@ -1,7 +1,4 @@
-"""The command line: ``attnzoo doctor``, ``matrix``, ``verify``, ``explain``, ``tune``, ``fingerprint``, ``bench``.
-
-Everything it prints fits the terminal: see :mod:`attnzoo.layout`.
-"""
+"""The ``attnzoo`` command and its subcommands. All output fits the terminal width: see :mod:`attnzoo.layout`."""
 
 from __future__ import annotations
 
@@ -20,13 +17,13 @@ from typer.core import TyperGroup
 
 import attnzoo
 from attnzoo.cli.fingerprint import fingerprint
-from attnzoo.cli.tune import tune
-from attnzoo.errors import AttnzooError, InvalidArgumentError
-from attnzoo.layout import aligned, alike, fit
+from attnzoo.cli.tune import MODEL_HELP, tune
+from attnzoo.errors import AttnzooError
+from attnzoo.layout import aligned, fit, group_by
 
 
 class _Commands(TyperGroup):
-    """Lists commands with the whole first paragraph of their help, where click cuts it to a line."""
+    """Lists each command with the whole first paragraph of its help. click would cut it to one line."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         for command in self.commands.values():
@@ -44,8 +41,8 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"attnzoo {attnzoo.__version__}")
         raise typer.Exit
 
@@ -53,22 +50,22 @@ def _version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """A pluggable attention-backend registry for Hugging Face models."""
+    """Replace and check the attention of Hugging Face models."""
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """What this machine can run, and for what it cannot: why, and what to install."""
+    """Show what this machine can run; for the rest, show why not and what to install."""
     from attnzoo.reporting.doctor import examine, to_dicts
 
     findings = examine()
     if as_json:
         print(json.dumps(to_dicts(findings), indent=2))
         return
-    for group in alike(findings, lambda finding: finding.kind):
+    for group in group_by(findings, lambda finding: finding.kind):
         print(group[0].kind)
         print(aligned([(finding.name, "yes" if finding.ok else "no", finding.detail) for finding in group], indent=2))
 
@@ -76,39 +73,31 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 def matrix(
     model_types: Annotated[list[str] | None, typer.Argument(help="Only these; none: all with an adapter.")] = None,
-    as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
-    """Which backend runs at which attention module, in which dtype, on what, with what; and for the rest: why not."""
+    """Show the support matrix: for each attention module, the backends, devices, dtypes and features that work."""
     from attnzoo.reporting import matrix_text
     from attnzoo.reporting.matrix import families
 
-    if as_json and markdown:
-        raise InvalidArgumentError("format", "--json and --markdown", "one of the two, or neither")
-    found = families(tuple(model_types or ()))
-    if as_json:
-        print(json.dumps(matrix_text.plain(found), indent=2))
-    elif markdown:
-        print(matrix_text.markdown(found))
-    else:
-        print(matrix_text.text(found))
+    modules = families(tuple(model_types or ()))
+    print(matrix_text.markdown(modules) if markdown else matrix_text.text(modules))
 
 
 @app.command()
 def verify(
-    model: Annotated[str, typer.Argument(help="A family of the shootout (see bench --help), or a local checkpoint.")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     backend: Annotated[
-        str, typer.Option(help="The backend to verify, maybe with options (name:option=value,...), or native.")
+        str, typer.Option(help="Backend to verify, with options as name:option=value,...; or native.")
     ] = "sdpa",
-    seq_len: Annotated[int, typer.Option(help="Tokens of a passage.", min=1)] = 256,
-    passages: Annotated[int, typer.Option(help="Passages of the shipped text, each judged by itself.", min=1)] = 8,
-    dtype: Annotated[str | None, typer.Option(help="Of the weights; default: as they are stored.")] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="A look: one passage, no more than 256 tokens.")] = False,
-    gradients: Annotated[bool, typer.Option(help="Compare gradients too.")] = True,
+    seq_len: Annotated[int, typer.Option(help="Tokens per passage.", min=1)] = 256,
+    passages: Annotated[int, typer.Option(help="Number of text passages. Each is checked alone.", min=1)] = 8,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the weights.  [default: the stored dtype]")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Take seconds: one passage of at most 256 tokens.")] = False,
+    gradients: Annotated[bool, typer.Option(help="Compare gradients, too.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Compare a patched model with its original under the error rule; exit status 1 if it is not within."""
-    from attnzoo.benchmarks.subjects import subject_with_passages
+    """Compare a patched model with the original. The exit status is 1 if an error is larger than its budget."""
+    from attnzoo.benchmarks.named_models import load_with_passages
     from attnzoo.registry import RESERVED_NAMES
     from attnzoo.spelling import configured, named_dtype
     from attnzoo.verification.excerpt import LENGTH
@@ -116,18 +105,18 @@ def verify(
     from attnzoo.verification.verify import verify as compare
 
     chosen = backend if backend in RESERVED_NAMES else configured(backend)
-    weights = None if dtype is None else named_dtype(dtype)
+    weight_dtype = None if dtype is None else named_dtype(dtype)
     count, length = (1, min(seq_len, LENGTH)) if fast else (passages, seq_len)
     with _progress() as progress:
         progress(0.0, f"loading {model}")
-        loaded, inputs = subject_with_passages(model, length, count, weights)
+        loaded, inputs = load_with_passages(model, length, count, weight_dtype)
         reports = []
         for number, passage in enumerate(inputs):
 
-            def tell(done: float, what: str, number: int = number) -> None:
-                progress((number + done) / count, f"passage {number + 1} of {count}: {what}" if count > 1 else what)
+            def show(done: float, step: str, number: int = number) -> None:
+                progress((number + done) / count, f"passage {number + 1} of {count}: {step}" if count > 1 else step)
 
-            reports.append(compare(loaded, passage, chosen, gradients=gradients, fast=fast, progress=tell))
+            reports.append(compare(loaded, passage, chosen, gradients=gradients, fast=fast, progress=show))
     report = reports[0] if count == 1 else Passages(tuple(reports))
     print(json.dumps(report.to_dict(), indent=2) if as_json else report)
     if not report.ok:
@@ -136,7 +125,7 @@ def verify(
 
 @contextmanager
 def _progress() -> Iterator[Callable[[float, str], None]]:
-    """A progress bar on stderr, if that is a terminal: a function of how much is done (0 to 1) and what is next."""
+    """A function that shows the share of the work done (0 to 1) and the next step, if stderr is a terminal."""
     console = Console(stderr=True)
     columns = (BarColumn(24), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
     with Progress(
@@ -147,24 +136,25 @@ def _progress() -> Iterator[Callable[[float, str], None]]:
         disable=not console.is_terminal,
     ) as bar:
         task = bar.add_task("", total=1.0)
-        yield lambda done, what: bar.update(task, completed=done, description=what)
+        yield lambda done, step: bar.update(task, completed=done, description=step)
 
 
 @app.command()
 def explain(
-    model: Annotated[str, typer.Argument(help="A family of the shootout (see bench --help), or a local checkpoint.")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     backend: Annotated[
-        str | None, typer.Option(help="Only this backend, maybe with options; default: all, and what auto takes.")
+        str | None,
+        typer.Option(help="Only this backend, with options as name:option=value,...  [default: all backends]"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """What each backend would do at each attention module of a model, and what auto takes there and why."""
-    from attnzoo.benchmarks.subjects import load
+    """Show what each backend would do at each attention of a model, and which one auto selects and why."""
+    from attnzoo.benchmarks.named_models import load_model
     from attnzoo.reporting.explain import explain as look
     from attnzoo.spelling import parse
 
     name, options = (None, {}) if backend is None or backend == "auto" else parse(backend)
-    explanation = look(load(model), name, **options)
+    explanation = look(load_model(model), name, **options)
     print(json.dumps(explanation.to_dict(), indent=2) if as_json else explanation)
 
 
@@ -172,23 +162,18 @@ app.command()(tune)
 app.command()(fingerprint)
 
 
-def _mount() -> None:
+def main() -> None:
+    """Run the ``attnzoo`` command. An error of attnzoo prints as one message without a traceback."""
     from attnzoo.benchmarks.cli import bench
 
     app.command()(bench)
-
-
-def main() -> None:
-    """Entry point of the ``attnzoo`` command; attnzoo's own errors print as one message without a traceback."""
-    _mount()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a character that the encoding lacks must not end the command
+            stream.reconfigure(errors="replace")  # the encoding of the terminal may lack a character
     try:
         app()
     except AttnzooError as error:
-        message = f"attnzoo: {error}"
-        print(fit(message) if sys.stderr.isatty() else message, file=sys.stderr)
+        print(fit(f"attnzoo: {error}"), file=sys.stderr)
         sys.exit(2)
 
 

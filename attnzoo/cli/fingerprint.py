@@ -1,4 +1,4 @@
-"""``attnzoo fingerprint``: what an adapter records of the functions it relies on."""
+"""``attnzoo fingerprint``: fingerprints of the functions an adapter relies on."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ _EXAMPLE = "transformers.models.gpt_neox.modeling_gpt_neox:GPTNeoXAttention.forw
 
 
 def fingerprint(
-    paths: Annotated[list[str], typer.Argument(metavar="MODULE:FUNCTION", help="E.g. package.module:Class.method")],
+    paths: Annotated[
+        list[str], typer.Argument(metavar="MODULE:FUNCTION", help="For example package.module:Class.method.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Fingerprints of functions as installed here, to record in an adapter; the same on every Python."""
+    """Print fingerprints of installed functions, to record in an adapter. They are the same on every Python."""
     computed = {path: fingerprint_at(path) for path in paths}
     if as_json:
         print(json.dumps(computed, indent=2))
@@ -28,25 +30,25 @@ def fingerprint(
 
 
 def fingerprint_at(path: str) -> str:
-    """The fingerprint of the function at ``"package.module:Class.method"``.
+    """Return the fingerprint of the function at ``"package.module:Class.method"``.
 
     Raises:
-        InvalidArgumentError: nothing is there, or no function written in Python; names near misses.
+        InvalidArgumentError: the path has no function written in Python. The message suggests similar names.
     """
     module, _, attribute = path.partition(":")
     if not module or not attribute:
         near = _with_colon(path)
         raise InvalidArgumentError("path", f"{path!r}{near}", f"MODULE:FUNCTION, e.g. {_EXAMPLE}")
-    found, where = _import(path, module), module
+    value, where = _import(path, module), module
     for name in attribute.split("."):
-        if not hasattr(found, name):
-            near = suggestion(name, dir(found))
+        if not hasattr(value, name):
+            near = suggestion(name, dir(value))
             raise InvalidArgumentError("path", f"{path!r}, but {where} has no {name!r}{near}", "a function that exists")
-        found, where = getattr(found, name), f"{where}.{name}"
+        value, where = getattr(value, name), f"{where}.{name}"
     try:
-        return compute(found)
+        return compute(value)
     except TypeError as error:
-        kind = "a class" if isinstance(found, type) else f"an object of type {type(found).__name__}"
+        kind = "a class" if isinstance(value, type) else f"an object of type {type(value).__name__}"
         raise InvalidArgumentError("path", f"{path!r}, {kind}", "a function written in Python with def") from error
     except OSError as error:
         raise InvalidArgumentError("path", f"{path!r}, but {error}", "a function with its source") from error
@@ -62,22 +64,22 @@ def _import(path: str, module: str) -> Any:
             raise InvalidArgumentError("path", f"{path!r}, {reason}", "a module that can be imported") from error
         parent, _, name = missing.rpartition(".")
         folders = getattr(importlib.import_module(parent), "__path__", []) if parent else None
-        near = suggestion(name, (info.name for info in pkgutil.iter_modules(folders)))
-        got = f"{path!r}, but there is no module {missing!r}{near}"
+        similar = suggestion(name, (info.name for info in pkgutil.iter_modules(folders)))
+        got = f"{path!r}, but there is no module {missing!r}{similar}"
         raise InvalidArgumentError("path", got, "a module that can be imported") from error
-    except Exception as error:  # importing runs the module, which may raise anything
+    except Exception as error:  # a module may raise anything when it is imported
         got = f"{path!r}, whose module raises {type(error).__name__} when imported"
         raise InvalidArgumentError("path", got, "a module that can be imported") from error
 
 
 def _with_colon(path: str) -> str:
-    """The suggestion for a path with dots only: a colon behind the part that can be imported."""
+    """Return a suggestion for a path without a colon: a colon behind the part that can be imported."""
     names = path.strip(":").split(".")
     for length in range(len(names) - 1, 0, -1):
         module = ".".join(names[:length])
         try:
             importlib.import_module(module)
-        except Exception:  # then a shorter part may be a module; importing runs it, and it may raise anything
+        except Exception:  # importing may raise anything; a shorter part may be a module
             continue
         return f" (did you mean {module + ':' + '.'.join(names[length:])!r}?)"
     return ""

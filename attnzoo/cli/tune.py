@@ -1,4 +1,4 @@
-"""``attnzoo tune``: measure, show and forget what ``auto`` goes by."""
+"""``attnzoo tune``: measure backends for ``auto``; show and remove the stored measurements."""
 
 from __future__ import annotations
 
@@ -16,57 +16,58 @@ from attnzoo.errors import InvalidArgumentError
 from attnzoo.layout import fit
 from attnzoo.spelling import dtype_name
 from attnzoo.tuning.race import ROUNDS
-from attnzoo.tuning.report import Tuning, table
+from attnzoo.tuning.report import TuningReport, table
 from attnzoo.tuning.tuner import clear as forget
 from attnzoo.tuning.tuner import tune as measure
 
+MODEL_HELP = "A model of the benchmarks (see attnzoo bench --help), or the folder of a checkpoint."
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def tune(
-    model: Annotated[
-        str | None, typer.Argument(help="A family of the shootout (see bench --help), or a local checkpoint.")
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
+    seq_len: Annotated[
+        list[int] | None, typer.Option(help="Tokens of real text. May be repeated.  [default: 1024]")
     ] = None,
-    seq_len: Annotated[list[int] | None, typer.Option(help="Tokens of real text, repeatable; default 1024.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16 (fp32, bf16, fp16).")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's.", min=1)] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.  [default: those of torch]", min=1)] = None,
     train: Annotated[
-        bool, typer.Option("--train", help="Tune training (forward and backward), not inference.")
+        bool, typer.Option("--train", help="Tune for training (forward and backward) instead of inference.")
     ] = False,
     rounds: Annotated[int, typer.Option(help="Timed samples per backend.", min=1)] = ROUNDS,
-    again: Annotated[bool, typer.Option("--again", help="Measure what is known already, too.")] = False,
-    show: Annotated[bool, typer.Option("--show", help="Print what is kept, measure nothing.")] = False,
-    clear: Annotated[bool, typer.Option("--clear", help="Remove what is kept.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure known attentions again.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the stored measurements; measure nothing.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove the stored measurements.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure which backend is fastest at a model's attentions, for 'auto' to take from now on. Kept in a file."""
+    """Measure which backend is fastest at each attention of a model, and store the result for auto."""
     if show and model is not None:
         raise InvalidArgumentError("model", f"{model!r} with --show", "none: --show measures nothing")
     if clear:
         removed = forget()
         print(json.dumps([str(path) for path in removed]) if as_json else f"removed {len(removed)} file(s)")
     if show:
-        print(json.dumps(kept(), indent=2) if as_json else shown())
+        print(json.dumps(stored_measurements(), indent=2) if as_json else stored_measurements_text())
     if model is None:
         if not (show or clear):
             raise InvalidArgumentError("model", "nothing", "a family or a checkpoint; or --show, or --clear")
         return
-    found = _measure(model, seq_len or [1024], dtype, device, threads, train, again, rounds)
+    report = _measure(model, seq_len or [1024], dtype, device, threads, train, again, rounds)
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print(json.dumps(report.to_dict(), indent=2))
         return
-    print(found)
-    print(fit(f"kept in {cache.folder()}"))
+    print(report)
+    print(fit(f"stored in {cache.folder()}"))
     because = by_priority_because()
     if because is not None:
-        print(fit(f"note: auto goes by priority all the same: {because}"))
+        print(fit(f"note: auto selects by priority nevertheless: {because}"))
 
 
 def _measure(
     name: str, lengths: list[int], dtype: str, device: str, threads: int | None, train: bool, again: bool, rounds: int
-) -> Tuning:
-    from attnzoo.benchmarks.subjects import subject
+) -> TuningReport:
+    from attnzoo.benchmarks.named_models import load_with_passages
 
     dtype = dtype_name(dtype)
     if dtype not in _DTYPES:
@@ -77,21 +78,23 @@ def _measure(
         raise InvalidArgumentError("seq-len", min(lengths), "an integer >= 1")
     if threads is not None:
         torch.set_num_threads(threads)
-    found: dict[str, Measurement] = {}
+    measurements: dict[str, Measurement] = {}
     fresh: set[str] = set()
     for length in lengths:
-        loaded, inputs = subject(name, length)
+        loaded, (inputs,) = load_with_passages(name, length, 1)
         loaded.train(train).to(device, _DTYPES[dtype])
-        given: dict[str, Any] = {
+        on_device: dict[str, Any] = {
             key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()
         }
-        one = measure(loaded, given, again=again, rounds=rounds, progress=lambda text: print(text, file=sys.stderr))
-        found.update({measurement.key: measurement for measurement in one})
-        fresh |= one.fresh
-    return Tuning(found.values(), frozenset(fresh))
+        report = measure(
+            loaded, on_device, again=again, rounds=rounds, progress=lambda text: print(text, file=sys.stderr)
+        )
+        measurements.update({measurement.key: measurement for measurement in report})
+        fresh |= report.fresh
+    return TuningReport(measurements.values(), frozenset(fresh))
 
 
-def kept() -> list[dict[str, Any]]:
+def stored_measurements() -> list[dict[str, Any]]:
     """Every cache file as plain data."""
     return [
         {
@@ -104,11 +107,11 @@ def kept() -> list[dict[str, Any]]:
     ]
 
 
-def shown() -> str:
-    """Every cache file in words."""
+def stored_measurements_text() -> str:
+    """Every cache file as text."""
     files = cache.stored()
     if not files:
-        return fit(f"nothing is kept in {cache.folder()}; attnzoo tune MODEL measures")
+        return fit(f"no measurements in {cache.folder()}; to measure, run: attnzoo tune MODEL")
     lines = []
     for file in files:
         versions = ", ".join(f"{name} {version}" for name, version in file.environment.get("versions", {}).items())

@@ -1,1 +1,1 @@
-"""Judging one attention against the oracle: the error rule, its budgets, and the conformance kit."""
+"""Check one attention, or a whole backend, against the oracle: the error rule and the conformance kit."""

@@ -1,9 +1,9 @@
-"""Judging a backend on one attention: its output and gradients against the float64 oracle's, on sampled rows."""
+"""Compare a backend with the float64 oracle on one attention: output and gradients, on sampled query rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,115 +12,138 @@ from torch import Tensor
 from attnzoo.backend import Backend
 from attnzoo.backends.eager import evaluate, log_mass
 from attnzoo.conformance import error_rule
+from attnzoo.conformance.error_rule import Check
 from attnzoo.conformance.recomputed import recomputed
-from attnzoo.conformance.site_report import SiteReport
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.functional import execute
 from attnzoo.registry import registry
 from attnzoo.spec.segments import Attention
 
-_ORDERS, _MANY_ROWS = 8, 256
+ALL_ROWS = 1 << 30  # for `max_rows`
+_MOST_ORDERS, _MANY_ROWS = 8, 256
 
 
-def check_site(
-    name: str,
-    attention: Attention,
-    backend: str | Backend,
-    *,
-    grad: bool,
-    max_rows: int = 128,
-    seed: int = 0,
-    kernel: str | None = None,
-) -> SiteReport:
-    """Compare a backend with the float64 oracle on one attention, dropout off.
+@dataclass(frozen=True)
+class AttentionReport:
+    """How one attention compares with the float64 oracle on the same inputs.
 
-    A backend that changes the pattern is judged by the oracle on the changed one (:meth:`Backend.rewrite`).
+    Attributes:
+        name: name of the attention; in a model, of its site.
+        kernel: the kernel that ran.
+        checks: the output; and the gradient with respect to queries, keys, values and trained biases, as one vector.
+        recall: for a backend that changes the pattern, the share of the unchanged attention's softmax weight that lies
+            on keys that are still visible, mean over the compared rows and heads; else None.
+    """
 
-    Long inputs are judged on a sample of query rows, first and last included: the oracle's rows do not depend on each
-    other, and gradients are those of a cotangent that is zero elsewhere, so both are exact at any length.
+    name: str
+    kernel: str
+    checks: tuple[Check, ...]
+    recall: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return all(check.ok for check in self.checks)
+
+    @property
+    def worst(self) -> Check:
+        """The check with the largest error relative to its budget."""
+        return worst(self.checks)
+
+
+def worst(checks: Iterable[Check]) -> Check:
+    """The check with the largest error relative to its budget."""
+    return max(checks, key=lambda check: (not check.ok, check.share))
+
+
+def check_attention(
+    name: str, attention: Attention, backend: str | Backend, *, grad: bool, max_rows: int = 128, seed: int = 0
+) -> AttentionReport:
+    """Compare a backend with the float64 oracle on one attention, without dropout.
+
+    A backend that changes the pattern is compared with the oracle on the changed attention (:meth:`Backend.rewrite`).
+
+    Long inputs are compared on a sample of query rows, which includes the first and the last row. The comparison is
+    exact at any length: rows of the oracle do not depend on each other, and the cotangent is zero in all other rows.
 
     Args:
-        name: for the report.
-        attention: what to compute, e.g. as a site's observer saw it.
+        name: name for the report.
+        attention: the attention to compute, for example one that a site's observer received.
         backend: a configured backend or a name.
-        grad: compare the gradients of query, keys and values too (and of bias values that require grad).
-        max_rows: how many query rows to judge.
-        seed: of the sample and the cotangent.
-        kernel: what ran in the model, for the report; None: what runs here.
+        grad: compare the gradients of query, keys, values, and bias values that require grad, too.
+        max_rows: how many query rows to compare.
+        seed: seed of the row sample and the cotangent.
     """
-    check_rows(max_rows)
-    made = registry.make_backend(backend) if isinstance(backend, str) else backend
+    check_max_rows(max_rows)
+    backend = registry.make_backend(backend) if isinstance(backend, str) else backend
     attention = replace(attention, dropout=0.0)
+    device, dtype = attention.query.device, attention.query.dtype
     generator = torch.Generator().manual_seed(seed)
-    rows = _sample(attention.q_len, max_rows, generator).to(attention.query.device)
+    rows = _sampled_rows(attention.q_len, max_rows, generator).to(device)
     shape = (attention.batch, attention.heads, len(rows), attention.value_dim)
-    cotangent = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(attention.query.device)
+    cotangent = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(device)
+    random_choices = backend.decisions(attention)
 
-    choices = made.choices(attention)
+    def plain(dtype: torch.dtype, run: Callable[[Attention, Tensor], Tensor] = _evaluate) -> tuple[Tensor, ...]:
+        copy = detached(attention, dtype, grad)
+        output = run(backend.rewrite(copy, random_choices), rows)
+        return output, *([gradient_vector(output, copy, cotangent)] if grad else [])
 
-    def plain(dtype: torch.dtype, run: Callable[[Attention, Tensor], Tensor] = _evaluated) -> tuple[Tensor, ...]:
-        own = _leaves(attention, dtype, grad)
-        output = run(made.rewrite(own, choices), rows)
-        return output, *([_gradient(output, own, cotangent)] if grad else [])
-
-    own = _leaves(attention, attention.query.dtype, grad)
+    copy = detached(attention, dtype, grad)
     with torch.set_grad_enabled(grad):
-        result = execute(made, own)
+        result = execute(backend, copy)
         output = result.output[:, :, rows]
-        got = (output, *([_gradient(output, own, cotangent)] if grad else []))
-        # There is no wider reference to see the roundings of float64 against: take those of float32 in proportion.
-        narrow = torch.float32 if attention.query.dtype == torch.float64 else None
-        reference, eager = plain(torch.float64), plain(narrow or attention.query.dtype)
-        again: list[tuple[Tensor, ...]] = [()]
-        if grad:
-            orders = range(_orders(attention.batch * attention.heads * len(rows)))
-            runs = (partial(recomputed, order=order) for order in orders)
-            again.append(tuple(plain(narrow or attention.query.dtype, run)[1] for run in runs))
+        got = (output, *([gradient_vector(output, copy, cotangent)] if grad else []))
+        plain_dtype = error_rule.plain_dtype(dtype)
+        reference, eager = plain(torch.float64), plain(plain_dtype)
+        orders = range(_orders(attention.batch * attention.heads * len(rows)) if grad else 0)
+        again = ((), tuple(plain(plain_dtype, partial(recomputed, order=order))[1] for order in orders))
     checks = tuple(
-        error_rule.check(label, candidate, true, kept, error_rule.factor(label), attention.query.dtype, narrow, other)
-        for label, candidate, true, kept, other in zip(
+        error_rule.check(what, ours, exact, plain_result, error_rule.factor(what), dtype, plain_dtype, others)
+        for what, ours, exact, plain_result, others in zip(
             ("output", "gradient"), got, reference, eager, again, strict=False
         )
     )
-    recall = None if made.changes(attention.request()) is None else _recall(made, attention, choices, rows)
-    return SiteReport(name, kernel or result.kernel, checks, recall)
+    recall = None if backend.changes(attention.request()) is None else _recall(backend, attention, random_choices, rows)
+    return AttentionReport(name, result.kernel, checks, recall)
 
 
 def _orders(rows: int) -> int:
-    """How many orders of summation to try: among few rows, a single one may round well by luck."""
-    return max(1, min(_ORDERS, _MANY_ROWS // rows))
+    """How many orders of summation to try. In few rows, a single order may have small roundings by chance."""
+    return max(1, min(_MOST_ORDERS, _MANY_ROWS // rows))
 
 
-def _evaluated(attention: Attention, rows: Tensor) -> Tensor:
+def _evaluate(attention: Attention, rows: Tensor) -> Tensor:
     return evaluate(attention, rows).output
 
 
 @torch.no_grad()
-def _recall(backend: Backend, attention: Attention, choices: object, rows: Tensor) -> float:
-    """Each key is seen once, so the weight of those still seen is how much their scores add up to."""
-    plain = _leaves(attention, torch.float64, False)
-    whole, left = log_mass(plain, rows), log_mass(backend.rewrite(plain, choices), rows)
-    real = whole > float("-inf")
+def _recall(backend: Backend, attention: Attention, random_choices: object, rows: Tensor) -> float:
+    """The share of the softmax weight that a changed pattern keeps. No key is seen twice, so masses can be compared."""
+    wide = detached(attention, torch.float64, False)
+    before, after = log_mass(wide, rows), log_mass(backend.rewrite(wide, random_choices), rows)
+    counted = before > float("-inf")
     if attention.query_mask is not None:
-        real = real & attention.query_mask[:, None, rows]
-    return float((left - whole)[real].exp().mean()) if bool(real.any()) else 1.0
+        counted = counted & attention.query_mask[:, None, rows]
+    return float((after - before)[counted].exp().mean()) if bool(counted.any()) else 1.0
 
 
-def check_rows(most: object) -> None:
-    """Raise :class:`InvalidArgumentError` unless this is a number of rows to judge."""
-    if isinstance(most, bool) or not isinstance(most, int) or most < 2:
-        raise InvalidArgumentError("max_rows", repr(most), "an integer >= 2: the first and the last row are among them")
+def check_max_rows(max_rows: object) -> None:
+    """Raise :class:`InvalidArgumentError` unless this is a valid number of rows to compare."""
+    if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 2:
+        allowed = "an integer >= 2: the first and the last row are always compared"
+        raise InvalidArgumentError("max_rows", repr(max_rows), allowed)
 
 
-def _sample(length: int, most: int, generator: torch.Generator) -> Tensor:
-    if length <= most:
+def _sampled_rows(length: int, max_rows: int, generator: torch.Generator) -> Tensor:
+    if length <= max_rows:
         return torch.arange(length, device="cpu")
-    inner = torch.randperm(length - 2, generator=generator, device="cpu")[: most - 2] + 1
+    inner = torch.randperm(length - 2, generator=generator, device="cpu")[: max_rows - 2] + 1
     return torch.cat([inner.new_tensor([0]), inner.sort().values, inner.new_tensor([length - 1])])
 
 
-def _trained(attention: Attention) -> list[bool]:
-    """Which of the attention's tensors get a gradient in a check: not a bias that needs none in the model."""
+def _needs_gradient(attention: Attention) -> list[bool]:
+    """Which tensors of the attention get a gradient in a check: all but bias values that require none."""
     flags = [True]
     for segment in attention.segments:
         flags += [True, True]
@@ -129,19 +152,19 @@ def _trained(attention: Attention) -> list[bool]:
     return flags if attention.empty is None else [*flags, True]
 
 
-def _leaves(attention: Attention, dtype: torch.dtype, grad: bool) -> Attention:
-    """The attention on detached tensors of a dtype."""
-    pairs = zip(attention.tensors(), _trained(attention), strict=True)
+def detached(attention: Attention, dtype: torch.dtype, grad: bool) -> Attention:
+    """The attention on copies of its tensors in a dtype; with ``grad``, as leaves that require grad."""
+    pairs = zip(attention.tensors(), _needs_gradient(attention), strict=True)
     return attention.with_tensors(
         tuple(t.detach().to(dtype).clone().requires_grad_(grad and flag) for t, flag in pairs)
     )
 
 
-def _gradient(output: Tensor, attention: Attention, cotangent: Tensor) -> Tensor:
-    """The gradient with respect to every tensor that has one, as a single vector.
+def gradient_vector(output: Tensor, attention: Attention, cotangent: Tensor) -> Tensor:
+    """The gradient with respect to every tensor of the attention that requires grad, as a single vector.
 
-    One of them may be zero but for rounding (a query's, when it sees a single key), and rounding has no budget of its
-    own; together they have a scale.
+    The gradient of one tensor may be zero except for rounding (the query's, if it sees a single key), and a budget of
+    zero would fail. Together the gradients have a scale.
     """
     leaves = [tensor for tensor in attention.tensors() if tensor.requires_grad]
     grads = torch.autograd.grad(output, leaves, cotangent.to(output.dtype), allow_unused=True, materialize_grads=True)

@@ -1,13 +1,14 @@
-"""The one error rule, used by tests, ``verify`` and benchmarks alike.
+"""The error rule: how large an error may be. Tests, ``verify``, ``tune`` and the benchmarks share this rule.
 
-Against the float64 oracle, ``error <= k * (plain_error + 4 * eps(dtype) * max|reference|)``: a kernel may be about as
-wrong as plain operations in the same dtype are (the rule of flash-attention's tests), plus a few roundings. ``k`` is 2
-for outputs and 3 for gradients; errors are the largest absolute differences; NaN or Inf never passes.
+A result passes if ``error <= k * (plain_error + ROUNDINGS * eps(dtype) * max|reference|)``. Errors are largest absolute
+differences from the float64 oracle. ``k`` is :data:`FORWARD` for outputs and :data:`GRADIENT` for gradients. NaN and
+Inf never pass. In words: a kernel may be about as wrong as plain operations in the same dtype (the rule of
+flash-attention's tests), plus a few roundings.
 
-For outputs, ``plain_error`` is that of ``eager`` in the same dtype. For gradients it is the larger of two: that of
-``eager``, which keeps its weights from the forward, and that of plain operations which compute the scores again in the
-backward (``recomputed``), as every kernel does that stores no weights. Both are measured on the same inputs.
-Neither depends on the candidate. The second differs from ``eager`` only in that it rounds the scores twice.
+For outputs, ``plain_error`` is the error of ``eager``. For gradients, it is the larger error of two: that of
+``eager``, which uses the softmax weights of the forward in the backward, and that of plain operations that compute the
+scores again in the backward (:mod:`attnzoo.conformance.recomputed`), as every kernel does that stores no weights. Both
+are measured on the inputs of the candidate, and neither depends on the candidate.
 """
 
 from __future__ import annotations
@@ -21,12 +22,27 @@ from torch import Tensor
 
 FORWARD = 2.0
 GRADIENT = 3.0
-_AT_ONCE = 1 << 17
+ROUNDINGS = 4
+_ELEMENTS_AT_ONCE = 1 << 17
 
 
 def factor(what: str) -> float:
-    """The rule's ``k`` for a comparison by its name: names of gradients begin with "gradient"."""
+    """The ``k`` of a comparison by its name: names of gradients begin with "gradient"."""
     return GRADIENT if what.startswith("gradient") else FORWARD
+
+
+def allowed_error(k: float, plain_error: float, scale: float, dtype: torch.dtype) -> float:
+    """The largest error that passes; ``scale`` is the largest absolute value of the reference."""
+    return k * (plain_error + ROUNDINGS * torch.finfo(dtype).eps * scale)
+
+
+def plain_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which plain operations run beside a candidate of a dtype.
+
+    It is the same dtype, except that there is no wider reference for float64: plain operations run in float32 there,
+    and :func:`check` scales their error by the ratio of the epsilons.
+    """
+    return torch.float32 if dtype == torch.float64 else dtype
 
 
 @dataclass(frozen=True)
@@ -39,7 +55,7 @@ class Check:
         eager_error: the same for plain operations in the candidate's dtype.
         scale: largest absolute value of the reference.
         budget: the largest error that passes.
-        recomputed_error: of a gradient, the same for plain operations whose backward computes the scores again.
+        recomputed_error: for gradients, the error of plain operations that compute the scores again in the backward.
     """
 
     what: str
@@ -51,7 +67,7 @@ class Check:
 
     @property
     def share(self) -> float:
-        """The error in parts of the budget: at most 1 passes."""
+        """The error divided by the budget: at most 1 passes."""
         if self.error == 0.0 or not math.isfinite(self.error):
             return self.error
         return self.error / self.budget if self.budget else math.inf
@@ -70,19 +86,19 @@ class Check:
 
 
 def largest_difference(got: Tensor, reference: Tensor) -> float:
-    """Largest absolute difference in float64; Inf if anything is not finite or the shapes differ."""
+    """Largest absolute difference in float64; Inf if a value is not finite or the shapes differ."""
     if got.shape != reference.shape:
         return math.inf
     if got.numel() == 0:
         return 0.0
-    worst = 0.0
-    pieces = (tensor.detach().flatten().split(_AT_ONCE) for tensor in (got, reference))
-    for piece, true in zip(*pieces, strict=True):  # wide copies of all of it would not stay in the cache
-        far = float((piece.double() - true.double()).abs().max())
-        if not math.isfinite(far):
+    largest = 0.0
+    pieces = (tensor.detach().flatten().split(_ELEMENTS_AT_ONCE) for tensor in (got, reference))
+    for piece, reference_piece in zip(*pieces, strict=True):  # a float64 copy of a whole tensor would not fit the cache
+        difference = float((piece.double() - reference_piece.double()).abs().max())
+        if not math.isfinite(difference):
             return math.inf
-        worst = max(worst, far)
-    return worst
+        largest = max(largest, difference)
+    return largest
 
 
 def check(
@@ -95,24 +111,23 @@ def check(
     eager_dtype: torch.dtype | None = None,
     recomputed: Sequence[Tensor] = (),
 ) -> Check:
-    """Compare a result with the float64 reference, given plain operations' result in the same dtype.
+    """Compare a result with the float64 reference.
 
     Args:
         what: name for reports.
         got: the candidate.
-        reference: float64, same shape.
-        eager: what plain operations give in the dtype.
+        reference: the result in float64, same shape.
+        eager: the result of plain operations.
         k: :data:`FORWARD` or :data:`GRADIENT`.
-        dtype: the dtype computed in; None: that of ``got``.
-        eager_dtype: the dtype of the plain operations, if it is another one (for a float64 candidate there is no
-            wider reference to see their error against); their error then counts in proportion of the roundings.
-        recomputed: of a gradient, what plain operations of that dtype give whose backward computes the scores again,
-            each in another order of summation; the largest of their errors counts.
+        dtype: the dtype of the candidate's computation; None: that of ``got``.
+        eager_dtype: the dtype of the plain operations (:func:`plain_dtype`); None: ``dtype``.
+        recomputed: for gradients, the results of plain operations that compute the scores again in the backward, one
+            per order of summation. The largest of their errors counts.
     """
-    eps = torch.finfo(got.dtype if dtype is None else dtype).eps
-    ratio = 1.0 if eager_dtype is None else eps / torch.finfo(eager_dtype).eps
+    dtype = got.dtype if dtype is None else dtype
+    ratio = 1.0 if eager_dtype is None else torch.finfo(dtype).eps / torch.finfo(eager_dtype).eps
     eager_error = largest_difference(eager, reference) * ratio
     recomputed_error = max((largest_difference(other, reference) for other in recomputed), default=0.0) * ratio
     scale = float(reference.detach().abs().max()) if reference.numel() else 0.0
-    budget = k * (max(eager_error, recomputed_error) + 4 * eps * scale)
+    budget = allowed_error(k, max(eager_error, recomputed_error), scale, dtype)
     return Check(what, largest_difference(got, reference), eager_error, scale, budget, recomputed_error)

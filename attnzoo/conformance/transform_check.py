@@ -1,13 +1,13 @@
-"""Judging a backend under ``torch.func``: gradients, tangents and batches of attentions against the oracle's.
+"""Compare a backend with the oracle under ``torch.func``: gradients, tangents and batches of attentions.
 
-The oracle's side uses no transform: gradients come from ordinary autograd, a tangent from differentiating a gradient
-(``J t`` is the derivative of ``t . (J^T v)`` by ``v``), batches from a loop.
+The oracle uses no transform. Its gradients come from autograd, its tangents from the derivative of a gradient (``J t``
+is the derivative of ``t . (J^T v)`` with respect to ``v``), and its batches from a loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,89 +20,82 @@ from attnzoo.functional import execute
 from attnzoo.spec.bias import RelativeBias
 from attnzoo.spec.segments import Attention
 
-# What can be checked: "grad", "jvp" and "vmap" of torch.func, and gradients per sample, which are vmap of grad.
-CHECKED = ("grad", "jvp", "vmap", "vmap of grad")
+# "vmap of grad" gives the gradients of each sample.
+CHECKED_TRANSFORMS = ("grad", "jvp", "vmap", "vmap of grad")
+
+_Compute = Callable[[Attention], Tensor]
 
 
 def check_transform(attention: Attention, backend: Backend, transform: str, seed: int = 0) -> Check:
-    """Run an attention on a backend under a transform and compare with the float64 oracle under the error rule.
+    """Run an attention on a backend under a transform, and compare the result with the float64 oracle.
 
-    Gradients and tangents are those of the tensors that require grad. ``vmap`` maps over two attentions at once, which
-    differ in all their tensors, masks included.
+    Gradients and tangents are those of the tensors that require grad. ``vmap`` maps over two attentions, which differ
+    in all tensors, masks included.
 
     Args:
-        attention: what to compute, without dropout.
+        attention: the attention to compute, without dropout.
         backend: a configured backend.
-        transform: one of :data:`CHECKED`.
-        seed: of the cotangent and the tangents.
+        transform: one of :data:`CHECKED_TRANSFORMS`.
+        seed: seed of the cotangent and the tangents.
 
     Raises:
         BackendRefusedError: the backend does not run under the transform.
     """
     dtype = attention.query.dtype
-    narrow = torch.float32 if dtype == torch.float64 else None  # float64 has no wider reference
+    plain_dtype = error_rule.plain_dtype(dtype)
 
-    def by_definition(one: Attention) -> Tensor:
-        return evaluate(backend.rewrite(one, backend.choices(one))).output
+    def evaluate_rewritten(part: Attention) -> Tensor:
+        return evaluate(backend.rewrite(part, backend.decisions(part))).output
 
-    got = _Run(attention, dtype, seed).transformed(transform, lambda one: execute(backend, one).output)
+    got = _Run(attention, dtype, seed).with_transform(transform, lambda part: execute(backend, part).output)
     reference, eager = (
-        _Run(attention, kind, seed).defined(transform, by_definition) for kind in (torch.float64, narrow or dtype)
+        _Run(attention, kind, seed).without_transform(transform, evaluate_rewritten)
+        for kind in (torch.float64, plain_dtype)
     )
     k = error_rule.FORWARD if transform == "vmap" else error_rule.GRADIENT
-    return error_rule.check(transform, got, reference, eager, k, dtype, narrow)
+    return error_rule.check(transform, got, reference, eager, k, dtype, plain_dtype)
 
 
-_Compute = Callable[[Attention], Tensor]
-
-
-@dataclass
 class _Run:
-    """One attention in one dtype, with its directions: what to compute, and along what to differentiate."""
+    """One attention in one dtype, with its cotangent and tangents."""
 
-    attention: Attention
-    dtype: torch.dtype
-    seed: int
+    def __init__(self, attention: Attention, dtype: torch.dtype, seed: int) -> None:
+        tensors = attention.tensors()
+        self._requires_grad = [tensor.requires_grad for tensor in tensors]
+        # Contiguous copies: tangents are written into tensors of the same layout, which expanded tensors do not allow.
+        plain = (tensor.detach().to(dtype).clone(memory_format=torch.contiguous_format) for tensor in tensors)
+        self._attention = attention = attention.with_tensors(tuple(plain))
+        random = torch.Generator().manual_seed(seed)
 
-    def __post_init__(self) -> None:
-        tensors = self.attention.tensors()
-        self._learns = [tensor.requires_grad for tensor in tensors]
-        # In memory of their own: tangents are written into tensors laid out alike, which expanded ones cannot take.
-        plain = (tensor.detach().to(self.dtype).clone(memory_format=torch.contiguous_format) for tensor in tensors)
-        self.attention = self.attention.with_tensors(tuple(plain))
-        random = torch.Generator().manual_seed(self.seed)
-        one = self.attention
-        self._cotangent = self._draw((one.batch, one.heads, one.q_len, one.value_dim), random)
-        self._tangents = [self._draw(tuple(tensor.shape), random) for tensor in self._leaves(one)]
+        def draw(shape: Sequence[int]) -> Tensor:
+            drawn = torch.randn(tuple(shape), generator=random, dtype=torch.float64, device="cpu")
+            return drawn.to(device=attention.query.device, dtype=dtype)
 
-    def _draw(self, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
-        drawn = torch.randn(shape, generator=random, dtype=torch.float64, device="cpu")
-        return drawn.to(device=self.attention.query.device, dtype=self.dtype)
+        self._cotangent = draw((attention.batch, attention.heads, attention.q_len, attention.value_dim))
+        self._tangents = [draw(tensor.shape) for tensor in self._leaves(attention)]
 
     def _leaves(self, attention: Attention) -> tuple[Tensor, ...]:
-        pairs = zip(attention.tensors(), self._learns, strict=True)
-        return tuple(tensor for tensor, trains_bias in pairs if trains_bias)
+        pairs = zip(attention.tensors(), self._requires_grad, strict=True)
+        return tuple(tensor for tensor, requires_grad in pairs if requires_grad)
 
     def _with_leaves(self, attention: Attention, leaves: tuple[Tensor, ...]) -> Attention:
         rest = iter(leaves)
-        pairs = zip(attention.tensors(), self._learns, strict=True)
-        return attention.with_tensors(tuple(next(rest) if trains_bias else tensor for tensor, trains_bias in pairs))
+        pairs = zip(attention.tensors(), self._requires_grad, strict=True)
+        return attention.with_tensors(tuple(next(rest) if requires_grad else tensor for tensor, requires_grad in pairs))
 
-    # --- under torch.func
-
-    def transformed(self, transform: str, compute: _Compute) -> Tensor:
-        """The result of a transform, as one tensor."""
+    def with_transform(self, transform: str, compute: _Compute) -> Tensor:
+        """The result of the transform, as one tensor."""
         if transform == "grad":
-            return self._gradient_by_func(self.attention, compute)
+            return self._gradient_by_func(self._attention, compute)
         if transform == "jvp":
 
             def of_leaves(*leaves: Tensor) -> Tensor:
-                return compute(self._with_leaves(self.attention, leaves))
+                return compute(self._with_leaves(self._attention, leaves))
 
-            tangent: Tensor = torch.func.jvp(of_leaves, self._leaves(self.attention), tuple(self._tangents))[1]
+            tangent: Tensor = torch.func.jvp(of_leaves, self._leaves(self._attention), tuple(self._tangents))[1]
             return tangent
         if transform == "vmap of grad":
-            return self._mapped(lambda one: self._gradient_by_func(one, compute))
+            return self._mapped(lambda attention: self._gradient_by_func(attention, compute))
         return self._mapped(compute)
 
     def _gradient_by_func(self, attention: Attention, compute: _Compute) -> Tensor:
@@ -112,31 +105,29 @@ class _Run:
         return torch.cat([grad.flatten() for grad in torch.func.grad(loss)(self._leaves(attention))])
 
     def _mapped(self, compute: _Compute) -> Tensor:
-        both = zip(*(_every_tensor(one) for one in self._pair()), strict=True)
-        stacked = [torch.stack(pair) for pair in both]
-        mapped: Tensor = torch.func.vmap(lambda tensors: compute(_with_every_tensor(self.attention, tensors)))(stacked)
+        stacked = [torch.stack(pair) for pair in zip(*map(_every_tensor, self._pair()), strict=True)]
+        mapped: Tensor = torch.func.vmap(lambda tensors: compute(_with_every_tensor(self._attention, tensors)))(stacked)
         return mapped
 
     def _pair(self) -> tuple[Attention, Attention]:
-        flipped = [tensor.flip(-1) for tensor in _every_tensor(self.attention)]
-        return self.attention, _with_every_tensor(self.attention, flipped)
+        flipped = [tensor.flip(-1) for tensor in _every_tensor(self._attention)]
+        return self._attention, _with_every_tensor(self._attention, flipped)
 
-    # --- by definition
-
-    def defined(self, transform: str, compute: _Compute) -> Tensor:
-        """What the transform means, computed without ``torch.func``."""
+    def without_transform(self, transform: str, compute: _Compute) -> Tensor:
+        """The same result, computed without ``torch.func``."""
         if transform == "grad":
-            return self._gradient(self.attention, compute)
+            return self._gradient(self._attention, compute)
         if transform == "jvp":
-            leaves = tuple(tensor.requires_grad_() for tensor in self._leaves(self.attention))
-            output = compute(self._with_leaves(self.attention, leaves))
+            leaves = tuple(tensor.requires_grad_() for tensor in self._leaves(self._attention))
+            output = compute(self._with_leaves(self._attention, leaves))
             direction = torch.zeros_like(output, requires_grad=True)
             grads = torch.autograd.grad(output, leaves, direction, create_graph=True, allow_unused=True)
             pairs = zip(grads, self._tangents, strict=True)
             along = [(grad * tangent).sum() for grad, tangent in pairs if grad is not None]
             return torch.autograd.grad(torch.stack(along).sum(), direction)[0]
-        compute_one = compute if transform == "vmap" else lambda one: self._gradient(one, compute)
-        return torch.stack([compute_one(one) for one in self._pair()])
+        if transform == "vmap of grad":
+            return torch.stack([self._gradient(attention, compute) for attention in self._pair()])
+        return torch.stack([compute(attention) for attention in self._pair()])
 
     def _gradient(self, attention: Attention, compute: _Compute) -> Tensor:
         leaves = tuple(tensor.clone().requires_grad_() for tensor in self._leaves(attention))
@@ -146,21 +137,21 @@ class _Run:
 
 
 def _every_tensor(attention: Attention) -> list[Tensor]:
-    """All tensors of an attention: those a gradient may flow to, then masks and positions."""
-    found = [*attention.tensors(), attention.query_mask]
+    """All tensors of an attention: those that may get a gradient, then masks and positions."""
+    tensors = [*attention.tensors(), attention.query_mask]
     for segment in attention.segments:
-        found += [segment.key_mask, segment.mask]
+        tensors += [segment.key_mask, segment.mask]
         if isinstance(segment.bias, RelativeBias):
-            found.append(segment.bias.positions)
-    return [tensor for tensor in found if tensor is not None]
+            tensors.append(segment.bias.positions)
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _with_every_tensor(attention: Attention, tensors: list[Tensor]) -> Attention:
-    """The same attention on other tensors, in the order of :func:`_every_tensor`."""
+    """The attention on other tensors, in the order of :func:`_every_tensor`."""
     count = len(attention.tensors())
     attention, rest = attention.with_tensors(tuple(tensors[:count])), iter(tensors[count:])
 
-    def other(tensor: Tensor | None, rest: Iterator[Tensor] = rest) -> Tensor | None:
+    def other(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else next(rest)
 
     attention, segments = replace(attention, query_mask=other(attention.query_mask)), []

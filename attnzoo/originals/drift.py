@@ -1,7 +1,7 @@
-"""Drift: how the functions of a model differ from those its adapter was verified against, and whose change that is.
+"""Drift: differences between the functions of a model and those its adapter was verified against.
 
-Four causes need four remedies: a subclass overrides a method, foreign code replaced or wrapped a function at run time,
-the source cannot be read, or the package itself has other code (another version, or edited files).
+There are four causes with four remedies: a subclass overrides a method, other code replaced or wrapped a function at
+run time, the source cannot be read, or the package has different code (another version, or edited files).
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from functools import cache
 from types import FunctionType
 from typing import Any, Literal
 
-from attnzoo.originals.fingerprint import fingerprint, locate
+from attnzoo.originals.fingerprint import fingerprint, object_at
 
 Cause = Literal["overridden", "replaced", "unreadable", "changed"]
 _CAUSES: tuple[Cause, ...] = ("overridden", "replaced", "unreadable", "changed")  # in the order of reporting
-# Beside those of the model's own package, decorators of torch and of the standard library may be part of the original.
+# Decorators of these packages, and of the model's package, may be part of the original.
 _DECORATING = frozenset({"torch", *sys.stdlib_module_names})
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One function that is not as it was verified.
+    """One function that differs from the verified one.
 
     Attributes:
         path: ``"package.module:Class.method"``.
-        cause: whose change it is.
-        detail: what stands there, and what is known.
+        cause: what changed it.
+        detail: the function that was found, and the allowed one.
     """
 
     path: str
@@ -40,8 +40,8 @@ class Difference:
         return f"{self.path}: {self.detail}"
 
 
-def drift(verified: Mapping[str, tuple[str, ...]]) -> tuple[Difference, ...]:
-    """The verified functions that are gone or have another fingerprint.
+def find_drift(verified: Mapping[str, tuple[str, ...]]) -> tuple[Difference, ...]:
+    """Return the verified functions that are missing or have another fingerprint.
 
     Args:
         verified: ``{"module:Class.method": known fingerprints}``.
@@ -50,16 +50,16 @@ def drift(verified: Mapping[str, tuple[str, ...]]) -> tuple[Difference, ...]:
     return tuple(difference for difference in differences if difference is not None)
 
 
-def bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]) -> tuple[Difference, ...]:
-    """What a patch would bypass although the originals are as verified: overrides in a subclass, and wrappers.
+def find_bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]) -> tuple[Difference, ...]:
+    """Return overrides in a subclass and wrappers, which a patch would bypass although the originals are as verified.
 
-    Constructors do not count, as they have run before a module is patched. Methods of other classes do not either (of
-    the model that calls the module): they run as they are.
+    Constructors do not count, because they have run before a module is patched. Methods of other classes, such as the
+    model that calls the module, do not count either, because they still run.
 
     Args:
         cls: the class of a module.
-        base: the class that was verified, one of ``cls.__mro__``.
-        verified: as for :func:`drift`, which finds nothing.
+        base: the verified class, one of ``cls.__mro__``.
+        verified: as for :func:`find_drift`, which must have found nothing.
     """
     names = ["forward"]
     wrappers = []
@@ -70,9 +70,9 @@ def bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]) -> 
         if owner:
             names.append(name)
         wrappers += [
-            Difference(path, "replaced", f"wrapped at run time by {_described(link)}")
-            for link in _wrappers(locate(path))
-            if _package(_module(link)) not in {_package(path), *_DECORATING}
+            Difference(path, "replaced", f"wrapped at run time by {_describe(wrapper)}")
+            for wrapper in _wrappers(object_at(path))
+            if _package(_module(wrapper)) not in {_package(path), *_DECORATING}
         ]
     overrides = [
         Difference(f"{_path(cls)}.{name}", "overridden", f"overrides {base.__name__}.{name}")
@@ -82,14 +82,14 @@ def bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]) -> 
     return (*overrides, *wrappers)
 
 
-def message(differences: Sequence[Difference], family: str, versions: str, installed: str) -> str:
-    """What to tell a user about differences: the first cause that applies, an example of it, and what to do.
+def drift_message(differences: Sequence[Difference], family: str, versions: str, installed: str) -> str:
+    """Return the error message for differences: the first cause that applies, an example of it, and the remedy.
 
     Args:
         differences: at least one.
-        family: whose adapter it is.
-        versions: the transformers versions it was verified against.
-        installed: the transformers version at hand.
+        family: the model types of the adapter.
+        versions: the transformers versions the adapter was verified against.
+        installed: the installed transformers version.
     """
     cause = next(cause for cause in _CAUSES if any(difference.cause == cause for difference in differences))
     first, *others = (difference for difference in differences if difference.cause == cause)
@@ -117,10 +117,9 @@ def message(differences: Sequence[Difference], family: str, versions: str, insta
 
 
 def _difference(path: str, known: tuple[str, ...]) -> Difference | None:
-    """How one function differs from those known."""
     cause: Cause = "changed"
     try:
-        function = locate(path)
+        function = object_at(path)
     except (ImportError, AttributeError) as error:
         return Difference(path, cause, f"{type(error).__name__}: {error}")
     try:
@@ -132,8 +131,8 @@ def _difference(path: str, known: tuple[str, ...]) -> Difference | None:
             return None
         detail = f"got fingerprint {got}; allowed: {', '.join(known)}"
     original = inspect.unwrap(function)
-    if not _stands_at(path, original):
-        return Difference(path, "replaced", f"replaced at run time by {_described(original)}")
+    if not _is_defined_at(path, original):
+        return Difference(path, "replaced", f"replaced at run time by {_describe(original)}")
     return Difference(path, cause, detail)
 
 
@@ -150,18 +149,18 @@ def _package(path: str) -> str:
     return path.partition(":")[0].partition(".")[0]
 
 
-def _stands_at(path: str, function: Any) -> bool:
-    """Whether a function was defined in this class or module; an inherited method replaces nothing."""
+def _is_defined_at(path: str, function: Any) -> bool:
+    """Whether a function was defined in the class or module of the path. An inherited method counts as such."""
     module, _, attribute = path.partition(":")
     owner, _, name = attribute.rpartition(".")
-    inherited = owner and name not in vars(locate(f"{module}:{owner}"))
+    inherited = owner and name not in vars(object_at(f"{module}:{owner}"))
     defined_in = _module(function) if isinstance(function, FunctionType) else getattr(function, "__module__", "")
     named = getattr(function, "__qualname__", None) == attribute
     return bool(inherited or (named and _package(defined_in) == _package(module)))
 
 
 def _wrappers(function: Any) -> Iterator[Any]:
-    """A function's wrappers, the outermost first."""
+    """Yield the wrappers of a function, the outermost first."""
     original = inspect.unwrap(function)
     while function is not original:
         yield function
@@ -169,17 +168,20 @@ def _wrappers(function: Any) -> Iterator[Any]:
 
 
 def _module(function: Any) -> str:
-    """The module whose code runs. Wrappers copy ``__module__``: a function's globals decide, an object's type."""
+    """Return the module of the code that runs.
+
+    Wrappers copy ``__module__``, so this reads the globals of a function, or the type of another callable.
+    """
     plain = getattr(function, "__func__", function)
     if isinstance(plain, FunctionType):
         return str(plain.__globals__.get("__name__", plain.__module__))
     return type(plain).__module__
 
 
-def _described(function: Any) -> str:
-    """A callable in words. Wrappers copy the name of what they wrap, so the code of a function decides."""
+def _describe(function: Any) -> str:
+    """Describe a callable. Wrappers copy the name of the wrapped function, so this reads the name of the code."""
     code = getattr(getattr(function, "__func__", function), "__code__", None)
     if code is None:
         return f"an object of type {type(function).__module__}.{type(function).__qualname__}"
-    name = getattr(code, "co_qualname", code.co_name)  # Python 3.10 has the short name only
+    name = getattr(code, "co_qualname", code.co_name)  # Python 3.10 has only the short name
     return f"{name} of module {_module(function)}, line {code.co_firstlineno}"

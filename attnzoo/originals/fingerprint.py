@@ -1,9 +1,9 @@
 """Fingerprints of the functions an adapter was verified against.
 
-A fingerprint is a hash of a function's tokens: comments, docstrings, blank lines and layout do not count, code does.
-The same source has the same fingerprint on every Python. This module therefore reads source text with a lexer of its
-own: ``tokenize`` splits f-strings since Python 3.12, and ``ast`` and ``inspect.getsource`` differ between versions too.
-The module needs the standard library only.
+A fingerprint is a hash of the tokens of a function. Comments, docstrings, blank lines and layout do not count. The same
+source has the same fingerprint on every Python version. This module therefore has its own lexer: ``tokenize`` splits
+f-strings since Python 3.12, and ``ast`` and ``inspect.getsource`` also differ between versions. The module needs only
+the standard library.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import PurePath
 from types import FunctionType
 from typing import Any
 
-# Characters beyond ASCII belong to names, as in CPython's tokenizer, so that no interpreter's Unicode tables matter.
-# Operators are single characters: no two programs differ only in whether the characters of an operator touch.
-# No keyword is made of the letters of string prefixes alone, so a word of them that touches a quote is a prefix.
+# Characters beyond ASCII belong to names, as in CPython's tokenizer. The result does not depend on Unicode tables.
+# Operators are single characters: no two programs differ only in spaces between the characters of an operator.
+# No keyword consists only of letters of string prefixes, so a word of such letters that touches a quote is a prefix.
 _TOKEN = re.compile(
     r"""
     (?P<space> [ \t\f]+ | \\\n | \#[^\n]* )
@@ -36,19 +36,19 @@ _TOKEN = re.compile(
 _NEWLINE, _INDENT, _DEDENT = "\n", "\n>", "\n<"
 
 
-def locate(path: str) -> Any:
-    """The object behind ``"package.module:Class.attribute"``."""
+def object_at(path: str) -> Any:
+    """Return the object at ``"package.module:Class.attribute"``."""
     module, _, attribute = path.partition(":")
-    found: Any = importlib.import_module(module)
+    value: Any = importlib.import_module(module)
     for name in attribute.split("."):
-        found = getattr(found, name)
-    return found
+        value = getattr(value, name)
+    return value
 
 
 def fingerprint(function: Callable[..., Any]) -> str:
-    """Sixteen hex digits that change when the code of a Python function does.
+    """Return sixteen hex digits that change when the code of a Python function changes.
 
-    Decorators count; a function wrapped with :func:`functools.wraps` has the fingerprint of the wrapped one.
+    Decorators count. A function wrapped with :func:`functools.wraps` has the fingerprint of the wrapped function.
 
     Raises:
         OSError: the source of the function is not available.
@@ -58,7 +58,7 @@ def fingerprint(function: Callable[..., Any]) -> str:
 
 
 def source_from(function: Callable[..., Any]) -> str:
-    """The file that defines a function, from the function's first decorator (or its ``def``) on.
+    """Return the file that defines a function, from the function's first decorator (or its ``def``) on.
 
     Raises:
         OSError: the source is not available.
@@ -77,10 +77,11 @@ def source_from(function: Callable[..., Any]) -> str:
 
 
 def fingerprint_of_source(source: str) -> str:
-    """The fingerprint of the function whose first decorator, or whose ``def``, begins the source.
+    """Return the fingerprint of the function at the start of the source.
 
     Args:
-        source: text that may go on after the end of the function, and may be indented.
+        source: starts with the first decorator or the ``def`` of the function. It may be indented and may continue
+            after the function.
 
     Raises:
         OSError: the source does not begin with a function, or ends inside a string.
@@ -110,7 +111,7 @@ def fingerprint_of_source(source: str) -> str:
 
 
 def _logical_lines(text: str) -> Iterator[tuple[int, list[str], bool]]:
-    """Every logical line: its column, its tokens, and whether it is a docstring (a statement of plain strings only)."""
+    """Yield for every logical line its column, its tokens, and whether it is a docstring (only plain strings)."""
     at, depth, column, line, is_docstring = 0, 0, 0, list[str](), True
     while match := _TOKEN.match(text, at):
         kind, end = match.lastgroup, _end_of(text, match)
@@ -131,12 +132,12 @@ def _logical_lines(text: str) -> Iterator[tuple[int, list[str], bool]]:
 
 
 def _nesting(kind: str | None, token: str) -> int:
-    """How many brackets a token opens; closing is negative."""
+    """Return 1 for an opening bracket, -1 for a closing bracket, otherwise 0."""
     return 0 if kind != "operator" else (token in "([{") - (token in ")]}")
 
 
 def _end_of(text: str, match: re.Match[str]) -> int:
-    """Where a token ends; the expression matches no more than the opening quote of a string."""
+    """Return the end of a token. Of a string, the regular expression matches only the opening quote."""
     if match.lastgroup != "string":
         return match.end()
     has_fields, quote, at = bool(set(match["prefix"].lower()) & set("ft")), match["quote"], match.end()
@@ -153,7 +154,7 @@ def _end_of(text: str, match: re.Match[str]) -> int:
 
 
 def _end_of_field(text: str, at: int) -> int:
-    """Where a replacement field of an f-string ends, from its expression on; the expression may hold any string."""
+    """Return the end of a replacement field of an f-string, whose expression starts at ``at``."""
     depth = 0
     while match := _TOKEN.match(text, at):
         at, token = _end_of(text, match), match[0]
@@ -166,7 +167,7 @@ def _end_of_field(text: str, at: int) -> int:
 
 
 def _end_of_format(text: str, at: int) -> int:
-    """Where a replacement field ends, from its format specification on."""
+    """Return the end of a replacement field, whose format specification starts at ``at``."""
     while not text.startswith("}", at):
         if at >= len(text):
             raise OSError("the source ends inside an f-string")

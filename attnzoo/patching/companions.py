@@ -1,63 +1,47 @@
-"""Seams of modules that attend nothing, but make larger tensors around attention than they need, or take users' masks.
+"""Patch points of modules around attention, which compute no attention but use more memory than necessary.
 
-``patch`` takes such a module over together with the attention it belongs to. The takeover
-changes memory and messages, never results. So a module whose forward was overridden, by a subclass or on the instance,
-is left alone.
+``patch`` takes over such a module together with the attention it belongs to. This changes memory and error messages,
+never results. A module whose forward a subclass or another library has replaced is therefore left alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnzoo.adapter import Attend, Forward, PatchPoint
+from attnzoo.adapter import Attend, PatchPoint
 from attnzoo.originals import slots
-from attnzoo.originals.fingerprint import locate
+from attnzoo.originals.fingerprint import object_at
 
-# Fewest tokens of a slice: their hidden layers fit in tens of MiB, and matrix products are no slower.
+# The smallest slice. Its hidden layers fit in tens of MiB, and matrix products are as fast as on all tokens at once.
 TOKENS_AT_ONCE = 2048
 
 
-def companion(
-    cls: str,
-    bind: Callable[[type, Attend], Forward],
-    verified: Mapping[str, tuple[str, ...]],
-    describe: str,
-    shared_in: str | None = None,
-) -> PatchPoint:
-    """Return the point of a module that attends nothing.
+class CompanionPoint(PatchPoint):
+    """A module that computes no attention and may keep its original forward."""
 
-    Args:
-        cls: ``"package.module:Class"`` of the module.
-        bind, verified, shared_in: as in :class:`~attnzoo.adapter.PatchPoint`.
-        describe: what the module does, for people.
+    attends = False
+
+    def serves(self, module: Any) -> bool:
+        return type(module).forward is object_at(f"{self.cls}.forward") and not slots.is_foreign(module)
+
+
+class FeedForwardPoint(CompanionPoint):
+    """A module that treats all tokens alike and runs its original forward on slices of tokens.
+
+    All tokens go at once with gradients, which keep the hidden layers of all tokens anyway, and in training, where
+    dropout would draw other numbers.
     """
 
-    def runs_the_original(module: Any) -> bool:
-        return type(module).forward is locate(f"{cls}.forward") and not slots.is_foreign(module)
+    def describe(self, module: Any) -> str:
+        return "feeds forward in slices"
 
-    return PatchPoint(
-        cls=cls,
-        bind=bind,
-        when=runs_the_original,
-        describe=lambda module: describe,
-        verified=verified,
-        shared_in=shared_in,
-        attends=False,
-    )
-
-
-def by_slices(module: Any, attend: Attend, states: Tensor) -> Tensor:
-    """Return what the module's own forward gives for ``states`` ``(batch, length, embed)``, computed slice by slice.
-
-    For a module that treats tokens alike. All tokens at once with gradients, which keep the hidden layers of all tokens
-    anyway, and in training, where dropout would draw other numbers.
-    """
-    own, count = type(module).forward, states.shape[1] // TOKENS_AT_ONCE
-    if count < 2 or torch.is_grad_enabled() or module.training:
-        output: Tensor = own(module, states)
-        return output
-    return torch.cat([own(module, part) for part in states.tensor_split(count, dim=1)], dim=1)
+    def forward(self, module: Any, attend: Attend, states: Tensor) -> Tensor:
+        """Return the original output for ``states`` ``(batch, length, embed)``."""
+        original, count = type(module).forward, states.shape[1] // TOKENS_AT_ONCE
+        if count < 2 or torch.is_grad_enabled() or module.training:
+            output: Tensor = original(module, states)
+            return output
+        return torch.cat([original(module, part) for part in states.tensor_split(count, dim=1)], dim=1)

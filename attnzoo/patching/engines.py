@@ -1,9 +1,9 @@
 """Continuous batching of transformers (``generate_batch``) on a patched model: refused where its caller sees it.
 
-That engine keeps keys and values in a paged cache, which its own attention functions fill and read; no backend does.
-It runs the model in a thread that catches whatever is raised there, so a refusal within the forward ends as requests
-without tokens. All its entry points call ``model.init_continuous_batching`` first, in the caller's thread: while a
-patch would refuse, an instance attribute stands in for that method.
+That engine keeps keys and values in a paged cache, which no backend reads. It runs the model in a thread that catches
+every exception, so a refusal inside the forward ends as requests without tokens. All its entry points call
+``model.init_continuous_batching`` first, in the caller's thread. While a patch would refuse, an instance attribute of
+that name raises instead.
 """
 
 from __future__ import annotations
@@ -26,24 +26,23 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def guard(model: nn.Module) -> list[nn.Module]:
-    """Refuse continuous batching on a model and the models in it while a patch needs it; else let it through.
+    """Refuse continuous batching on a model and the models in it while a patch needs that, and allow it otherwise.
 
-    To be called after each change of patches. A model whose parts were patched by themselves is not reached: there the
-    forward refuses ``cache`` in the engine's thread, and the requests carry the message as their ``error``.
+    Call it after each change of patches. It does not reach a model whose parts were patched by themselves: there the
+    forward refuses ``cache`` in the engine's thread, and each request has the message as its ``error``.
 
     Returns:
         The models that have continuous batching.
     """
     models = [module for module in model.modules() if hasattr(type(module), _ENTRY)]
     for module in models:
-        if any(map(_refuses, module.modules())):
+        if any(map(_refuses_paged_cache, module.modules())):
             vars(module)[_ENTRY] = _refuse
         elif vars(module).get(_ENTRY) is _refuse:
             del vars(module)[_ENTRY]
     return models
 
 
-def _refuses(module: nn.Module) -> bool:
-    """Whether the patch that runs at a module, if any, would raise on a paged cache."""
+def _refuses_paged_cache(module: nn.Module) -> bool:
     patched = next(patches_of(module), None)
-    return patched is not None and patched.point.attends and not (patched.native or patched.fallback)
+    return patched is not None and patched.point.attends and not patched.may_run_native

@@ -1,16 +1,15 @@
-"""Keyword arguments that models pass through to their attention: which of them attention may ignore.
+"""Keyword arguments that models pass to their attention: which are ignored, and which are refused.
 
-Decoders of transformers hand every keyword that they do not know to every attention: labels shifted by the caller,
-numbers for the loss, boundaries for other kernels. The attention functions that a patched model was loaded for
-(``eager`` of the model's file, ``sdpa``) read a few keywords by name and ignore the rest. A patched model does the
-same: to ignore what the original ignores changes no result, and to refuse it breaks calls that work unpatched. Two
-kinds are refused by name instead:
+Decoders of transformers pass every keyword they do not know to every attention: shifted labels, numbers for the loss,
+boundaries for other kernels. The attention functions of a model loaded with ``eager`` or ``sdpa`` read a few keywords
+by name and ignore the rest. A patched model ignores them too: they do not change the result, and to refuse them would
+break calls that work unpatched. It refuses two kinds by name:
 
-- the keywords below, which some attention function of transformers computes with and no backend here does;
-- whatever else the original's attention function declares as a parameter, in releases that add one.
+- the keywords below, which some attention function of transformers computes with and no backend does;
+- any other parameter that the original's attention function declares: a later release may add one.
 
-``cu_seq_lens_q`` and the like are not among them: ``eager`` and ``sdpa`` see the documents of a packed row in the mask,
-which the model makes of ``position_ids``, and ignore the boundaries.
+``cu_seq_lens_q`` and the like are ignored: ``eager`` and ``sdpa`` see the documents of a packed row in the mask, which
+the model makes of ``position_ids``, and ignore the boundaries.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from attnzoo.errors import KeywordRefusedError
 from attnzoo.spec.segments import describe
 
-# Change what attention gives, in `eager`, `sdpa`, `flash_attention_2`, `flex_attention` or their paged forms.
+# These change the result, in `eager`, `sdpa`, `flash_attention_2`, `flex_attention` or their paged forms.
 UNCOMPUTED = frozenset({
     *("sliding_window", "softcap", "s_aux", "sinks", "head_mask", "position_bias"),
     *("cache", "block_table"),  # paged attention (continuous batching) keeps keys and values in a separate cache
@@ -33,31 +32,31 @@ UNCOMPUTED = frozenset({
 
 
 def refuse_uncomputed(kwargs: Mapping[str, Any], also: Iterable[str] = (), known: Iterable[str] = ()) -> None:
-    """Raise on keyword arguments that change what attention gives, and that no backend computes.
+    """Raise if a keyword argument changes the result and no backend computes with it.
 
     Args:
-        kwargs: keyword arguments; None means not given.
+        kwargs: keyword arguments; a value of None counts as not given.
         also: more names to refuse.
-        known: names that are computed here after all.
+        known: names that the caller computes with.
 
     Raises:
-        KeywordRefusedError: names the first such keyword, what was got, and the remedy.
+        KeywordRefusedError: names the first such keyword, its value, and the remedy.
     """
     for keyword in sorted((UNCOMPUTED.union(also) & kwargs.keys()) - set(known)):
-        given = kwargs[keyword]
-        if given is not None:
-            plain = isinstance(given, (bool, int, float))
-            got = describe(given) if isinstance(given, Tensor) else repr(given) if plain else type(given).__name__
+        value = kwargs[keyword]
+        if value is not None:
+            plain = isinstance(value, (bool, int, float))
+            got = describe(value) if isinstance(value, Tensor) else repr(value) if plain else type(value).__name__
             raise KeywordRefusedError(
                 keyword, got, 'None; patch(..., fallback="native") runs the model\'s own code where it is given'
             )
 
 
 def check_keywords(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """Refuse what a call of a module asks for and no backend computes, before the module does anything.
+    """Raise, before the module does anything, if a call has keyword arguments that no backend computes with.
 
-    A parameter of the module's own forward is its adapter's business. A forward without ``**kwargs`` refuses unknown
-    keywords itself, by TypeError.
+    The adapter handles the parameters of the module's own forward. A forward without ``**kwargs`` refuses unknown
+    keywords itself, with a TypeError.
 
     Raises:
         KeywordRefusedError: names the keyword.
@@ -69,6 +68,7 @@ def check_keywords(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
 
 @lru_cache(maxsize=256)
 def parameters(function: Callable[..., Any]) -> frozenset[str]:
-    """Names of the parameters that a function declares."""
+    """Return the names of the parameters that a function declares."""
     every = inspect.signature(function).parameters.values()
-    return frozenset(one.name for one in every if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD))
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return frozenset(parameter.name for parameter in every if parameter.kind not in variadic)

@@ -1,14 +1,15 @@
-"""Masks as users type them, checked where a model takes them: before it builds its own, and before a cache is filled.
+"""Checks of the masks that users pass to a model.
 
 The code of a model turns masks into grids. On a list, an array or a wrong rank it fails with an unrelated message, or
-it takes a mask that does not fit. A patched attention sees only the grid. So an adapter names the masks its models
-take (:class:`TypedMask`), and a companion of the model (``companions``) checks them in front of its forward.
+it accepts a mask that does not fit. A patched attention sees only the grid. So an adapter describes the mask arguments
+of its model (:class:`MaskArgument`), and a :class:`MaskCheckPoint` checks them before the model's forward starts:
+before the model builds its grid, and before a cache is filled.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,37 +18,106 @@ from torch import Tensor
 
 from attnzoo.adapter import Attend, Forward
 from attnzoo.errors import InvalidArgumentError
+from attnzoo.patching.companions import CompanionPoint
 from attnzoo.spec.segments import describe
-from attnzoo.spec.transforms import holds
+from attnzoo.spec.transforms import holds, readable
 
 
 @dataclass(frozen=True)
-class TypedMask:
-    """One mask that a model takes.
+class MaskArgument:
+    """A mask argument of a module: ``(batch, length)``, and further forms that the module accepts.
 
     Attributes:
-        of: the arguments that may hold its tokens, ``(batch, length, ...)``; the first that is given counts.
-        name: the user's name of the mask, if the module's argument has another name.
-        grids: whether it may be a grid ``(batch or 1, heads or 1, q_len or 1, kv_len or 1)`` too.
-        queries: the arguments that may hold the queries of a grid, where those are other tokens.
-        cut: whether the model cuts and fills a mask of another length itself, and moves it to its device.
-        cache: the arguments that may hold a cache. With one, a grid has its columns, and other masks any length.
+        tokens: names of the arguments that may hold the masked tokens, ``(batch, length, ...)``. The first one given
+            counts.
+        public_name: the user's name of the mask, if the module's argument has another name.
+        allows_grid: whether the mask may also be ``(batch or 1, heads or 1, q_len or 1, kv_len or 1)``.
+        visibility: whether the mask must be bool, or 0 and 1, with True for visible tokens. It may then also be
+            ``(batch or 1, q_len or 1, length)``. The module gets a bool mask of that rank.
+        queries: names of the arguments that may hold the queries, if these are other tokens.
+        resized: whether the model itself cuts or extends a mask of another length and moves it to its device.
+        cache: names of the arguments that may hold a cache. With a cache, a grid has one column per cached token, and
+            other masks may have any length.
     """
 
-    of: tuple[str, ...]
-    name: str = ""
-    grids: bool = False
+    tokens: tuple[str, ...]
+    public_name: str = ""
+    allows_grid: bool = False
+    visibility: bool = False
     queries: tuple[str, ...] = ()
-    cut: bool = False
+    resized: bool = False
     cache: tuple[str, ...] = ()
 
 
-TypedMasks = Mapping[str, TypedMask]
-Bind = Callable[[type, Attend], Forward]
-_INPUTS = ("input_ids", "inputs_embeds")
-ENCODER_MASK = TypedMask(of=_INPUTS)
-DECODER_MASK = TypedMask(of=_INPUTS, grids=True, cut=True, cache=("past_key_values", "cache"))
-CROSS_MASK = TypedMask(of=("encoder_hidden_states",), grids=True, queries=_INPUTS)
+MaskArguments = Mapping[str, MaskArgument]
+_INPUTS, _ENCODER_STATES = ("input_ids", "inputs_embeds"), ("encoder_hidden_states",)
+ENCODER_MASK = MaskArgument(_INPUTS)
+DECODER_MASK = MaskArgument(_INPUTS, allows_grid=True, resized=True, cache=("past_key_values", "cache"))
+CROSS_MASK = MaskArgument(_ENCODER_STATES, allows_grid=True, queries=_INPUTS)
+CROSS_VISIBILITY = MaskArgument(_ENCODER_STATES, visibility=True, queries=_INPUTS)
+
+
+class MaskCheckPoint(CompanionPoint):
+    """A module whose mask arguments are checked before its forward runs.
+
+    The check needs only the names of the forward's arguments, so the point needs no fingerprints.
+    """
+
+    def masks(self, module: Any) -> MaskArguments:
+        """Return the mask arguments of the module's forward, by name. To define."""
+        raise NotImplementedError
+
+    def describe(self, module: Any) -> str:
+        return "checks masks"
+
+    def bind_checked(self, cls: Any, attend: Attend) -> Forward:
+        """Return the forward that runs after the check: the original, unless a subclass overrides this method."""
+        forward: Forward = cls.forward
+        return forward
+
+    def bind(self, cls: Any, attend: Attend) -> Forward:
+        run = self.bind_checked(cls, attend)
+        names = tuple(inspect.signature(cls.forward).parameters)[1:]  # without self
+
+        def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+            args, kwargs = check_masks(self.masks(module), names, args, kwargs)
+            return run(module, *args, **kwargs)
+
+        return forward
+
+
+def check_masks(
+    masks: MaskArguments, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a forward with its masks checked, and masks of one row expanded to all samples.
+
+    Args:
+        masks: the mask arguments by name.
+        names: names of the forward's positional parameters, without ``self``.
+        args, kwargs: the arguments of the call.
+    """
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    for argument, mask in masks.items():
+        tokens = _first_tokens(given, mask.tokens)
+        if given.get(argument) is None or tokens is None:
+            continue
+        batch, length = tokens.shape[:2]
+        cache = next((given[name] for name in mask.cache if given.get(name) is not None), None)
+        queries = _first_tokens(given, mask.queries) if mask.queries else tokens
+        q_len, name = -1 if queries is None else queries.shape[1], mask.public_name or argument
+        if mask.visibility:
+            checked = check_visibility(name, given[argument], batch, length, tokens.device, q_len)
+        else:
+            grid = (q_len, _columns(cache, length)) if mask.allows_grid else None
+            any_length, device = mask.resized or cache is not None, None if mask.resized else tokens.device
+            checked = check_mask(name, given[argument], batch, None if any_length else length, device, grid)
+            refuse_nan(name, checked)
+        if argument in kwargs:
+            kwargs = {**kwargs, argument: checked}
+        else:
+            place = names.index(argument)
+            args = (*args[:place], checked, *args[place + 1 :])
+    return args, kwargs
 
 
 def check_mask(
@@ -57,46 +127,77 @@ def check_mask(
     length: int | None,
     device: torch.device | None,
     grid: tuple[int, int] | None = None,
+    grid_rank: int = 4,
 ) -> Tensor:
-    """Check a mask of tokens or, where that is allowed, a grid of queries and keys.
+    """Check the type, shape and device of a mask.
 
     Args:
-        name: the argument, as the user typed it.
-        mask: what was given.
-        batch: of the tokens; a mask of one row is for all of them.
-        length: of the tokens; None: any.
-        device: of the tokens; None: any that holds data.
-        grid: ``(q_len, kv_len)`` if the mask may be a grid; -1 for any length.
+        name: the user's name of the argument.
+        mask: the value of the argument.
+        batch: the number of samples. A mask of one row applies to all of them.
+        length: the number of tokens. None allows any number.
+        device: the device of the tokens. None allows any device that holds data.
+        grid: ``(q_len, kv_len)`` if the mask may be a grid. A length of -1 allows any number.
+        grid_rank: the rank of a grid; 4 with a dimension of heads, 3 without.
 
     Returns:
-        The mask: ``(batch, length)``, one row repeated; or the grid as it is.
+        The mask as ``(batch, length)``, or the grid unchanged.
 
     Raises:
-        InvalidArgumentError: no tensor, or one of wrong rank, shape, dtype or device.
+        InvalidArgumentError: the mask is not a tensor, or has a wrong rank, shape, dtype or device.
     """
-    shown = "length" if length is None else length
-    allowed = f"a tensor ({batch}, {shown}) of bool, integers or floats"
+    allowed = f"a tensor ({batch}, {'length' if length is None else length}) of bool, integers or floats"
     if grid is not None:
-        allowed += f", or a grid (1 or {batch}, heads or 1, {grid[0]}, {'kv_len' if grid[1] < 0 else grid[1]})"
+        heads = "heads or 1, " if grid_rank == 4 else ""
+        q_len, kv_len = (size if size >= 0 else symbol for size, symbol in zip(grid, ("q_len", "kv_len"), strict=True))
+        allowed += f", or a grid (1 or {batch}, {heads}{q_len}, {kv_len})"
     if not isinstance(mask, Tensor) or mask.is_complex() or mask.is_nested or mask.layout != torch.strided:
         raise InvalidArgumentError(name, describe(mask), allowed)
     if mask.ndim == 2:
-        fits = mask.shape[0] in (1, batch) and length in (None, mask.shape[1])
+        fits = length in (None, mask.shape[1])
     else:
-        sizes = () if grid is None else zip(mask.shape[2:], grid, strict=False)
-        fits = grid is not None and mask.ndim == 4 and mask.shape[0] in (1, batch)
+        sizes = zip(mask.shape[-2:], grid or (), strict=False)
+        fits = grid is not None and mask.ndim == grid_rank
         fits = fits and all(size in (1, wanted) or wanted < 0 for size, wanted in sizes)
-    if not fits:
+    if not fits or mask.shape[0] not in (1, batch):
         raise InvalidArgumentError(name, describe(mask), allowed)
     if mask.device != device and (device is not None or mask.is_meta):
         allowed = "a device that holds data" if device is None else f"{device}, as its tokens"
         raise InvalidArgumentError(f"{name} device", mask.device, allowed)
-    repeated = mask.ndim == 2 and mask.shape[0] != batch
-    return mask.expand(batch, -1) if repeated else mask  # the same object: what is derived of it is kept by identity
+    # A mask that needs no expansion stays the same object: results derived from it are cached by identity.
+    return mask.expand(batch, -1) if mask.ndim == 2 and mask.shape[0] != batch else mask
+
+
+def check_visibility(
+    name: str, mask: object, batch: int, length: int, device: torch.device | None, q_len: int
+) -> Tensor:
+    """Check a mask that must be bool, or 0 and 1, with True for visible tokens.
+
+    An additive mask means the opposite, so other values raise, NaN included.
+
+    Args:
+        name, mask, batch, length, device: as for :func:`check_mask`.
+        q_len: the number of queries, or -1 if it is unknown.
+
+    Returns:
+        Bool ``(batch, 1 or q_len, length)``.
+
+    Raises:
+        InvalidArgumentError: as for :func:`check_mask`, or the mask has values other than 0 and 1.
+    """
+    checked = check_mask(name, mask, batch, length, device, (q_len, length), grid_rank=3)
+    if checked.dtype != torch.bool:
+        if not readable(checked):
+            got = f"{describe(checked)} under vmap, where its values cannot be checked"
+            raise InvalidArgumentError(name, got, "bool")
+        if not bool(((checked == 0) | (checked == 1)).all()):
+            raise InvalidArgumentError(name, f"{describe(checked)} with values other than 0 and 1", "bool, or 0 and 1")
+        checked = checked.bool()
+    return (checked[:, None] if checked.ndim == 2 else checked).expand(batch, -1, length)
 
 
 def refuse_nan(name: str, mask: Tensor) -> None:
-    """Raise if there is NaN in a mask. Waits for the device where the mask is of floats.
+    """Raise if a mask contains NaN. For a floating-point mask this waits for its device.
 
     Raises:
         InvalidArgumentError: names the mask.
@@ -105,63 +206,14 @@ def refuse_nan(name: str, mask: Tensor) -> None:
         raise InvalidArgumentError(name, f"{describe(mask)} with NaN in it", "no NaN")
 
 
-def checking(masks: Callable[[Any], TypedMasks], bind: Bind | None = None) -> Bind:
-    """The ``bind`` of a point that checks masks in front of another forward. It needs only the names of the
-    forward's arguments, so it has no fingerprints.
-
-    Args:
-        masks: by argument, what a module takes.
-        bind: of the forward that runs then; None: that of the class.
-    """
-
-    def bind_checking(cls: Any, attend: Attend) -> Forward:
-        run = cls.forward if bind is None else bind(cls, attend)
-        names = tuple(inspect.signature(cls.forward).parameters)[1:]  # without self
-
-        def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-            args, kwargs = check_masks(masks(module), names, args, kwargs)
-            return run(module, *args, **kwargs)
-
-        return forward
-
-    return bind_checking
-
-
-def check_masks(
-    masks: TypedMasks, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a forward with its masks checked, and masks of one row repeated for all samples."""
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    for argument, typed in masks.items():
-        tokens = _tokens(given, typed.of)
-        if given.get(argument) is None or tokens is None:
-            continue
-        batch, length = tokens.shape[:2]
-        cache = next((given[name] for name in typed.cache if given.get(name) is not None), None)
-        grid = None
-        if typed.grids:
-            queries = _tokens(given, typed.queries) if typed.queries else tokens
-            grid = (-1 if queries is None else queries.shape[1], _columns(cache, length))
-        name, device = typed.name or argument, None if typed.cut else tokens.device
-        any_length = typed.cut or cache is not None
-        checked = check_mask(name, given[argument], batch, None if any_length else length, device, grid)
-        refuse_nan(name, checked)
-        if argument in kwargs:
-            kwargs = {**kwargs, argument: checked}
-        else:
-            place = names.index(argument)
-            args = (*args[:place], checked, *args[place + 1 :])
-    return args, kwargs
-
-
-def _tokens(given: Mapping[str, Any], names: tuple[str, ...]) -> Tensor | None:
-    """The tensor ``(batch, length, ...)`` that is given by one of the names; None: the model will fail without it."""
-    found = (given.get(name) for name in names)
-    return next((tokens for tokens in found if isinstance(tokens, Tensor) and tokens.ndim >= 2), None)
+def _first_tokens(given: Mapping[str, Any], names: tuple[str, ...]) -> Tensor | None:
+    """Return the first argument that is a tensor ``(batch, length, ...)``; without one, the model itself will raise."""
+    values = (given.get(name) for name in names)
+    return next((tokens for tokens in values if isinstance(tokens, Tensor) and tokens.ndim >= 2), None)
 
 
 def _columns(cache: Any, length: int) -> int:
-    """How many keys the first layer's attention will have; -1 where that is not known (pages of many requests)."""
+    """Return the number of keys of the first layer; -1 if the cache does not tell (pages of many requests)."""
     if cache is None:
         return length
     sizes = getattr(cache, "get_mask_sizes", None)

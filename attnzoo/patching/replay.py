@@ -1,8 +1,8 @@
-"""Making runs of a model repeat one run's random choices, whatever their dtype.
+"""Repeat the random choices of one run of a model in other runs, whatever their dtype.
 
-LSH attention hashes by random rotations, drawn in the dtype of the model: the same seed gives others in float64. Runs
-are comparable only if all of them hash alike. A point says what to repeat (``PatchPoint.replay``): keyword arguments of the
-module, taken from its own output.
+LSH attention hashes by random rotations that are drawn in the model's dtype, so the same seed gives other hashes in
+float64. Runs are comparable only if all of them hash alike. ``PatchPoint.replay`` turns a module's output into the
+keyword arguments that make the module repeat its choices.
 """
 
 from __future__ import annotations
@@ -15,42 +15,42 @@ from typing import Any
 import torch
 from torch import nn
 
-Made = dict[str, list[dict[str, Any]]]
+Choices = dict[str, list[dict[str, Any]]]
 
 
 @contextmanager
-def recording(modules: Mapping[str, tuple[nn.Module, Callable[[Any], dict[str, Any]]]]) -> Iterator[Made]:
-    """Record what each call of the modules chose.
+def recording(modules: Mapping[str, tuple[nn.Module, Callable[[Any], dict[str, Any]]]]) -> Iterator[Choices]:
+    """Record the random choices of each call of the modules.
 
     Args:
-        modules: by name, each with its point's ``replay``.
+        modules: by name, each with the ``replay`` of its patch point.
 
     Yields:
-        By name, in the order of the calls, the keyword arguments that make a call choose the same.
+        By name, in the order of the calls, the keyword arguments that make a call repeat its choices.
     """
-    made: Made = defaultdict(list)
+    choices: Choices = defaultdict(list)
 
     def hook(name: str, replay: Callable[[Any], dict[str, Any]]) -> Callable[..., None]:
-        return lambda module, args, output: made[name].append(replay(output))
+        return lambda module, args, output: choices[name].append(replay(output))
 
     handles = [module.register_forward_hook(hook(name, replay)) for name, (module, replay) in modules.items()]
     try:
-        yield made
+        yield choices
     finally:
         for handle in handles:
             handle.remove()
 
 
 @contextmanager
-def replaying(model: nn.Module, made: Made) -> Iterator[None]:
-    """Have the modules of these names choose, call by call, what was recorded."""
+def replaying(model: nn.Module, choices: Choices) -> Iterator[None]:
+    """Make the modules of these names repeat the recorded choices, call by call."""
 
-    def hook(turns: Iterator[dict[str, Any]]) -> Callable[..., Any]:
-        return lambda module, args, kwargs: (args, {**kwargs, **next(turns)})
+    def hook(recorded: Iterator[dict[str, Any]]) -> Callable[..., Any]:
+        return lambda module, args, kwargs: (args, {**kwargs, **next(recorded)})
 
     handles = [
         model.get_submodule(name).register_forward_pre_hook(hook(iter(calls)), with_kwargs=True)
-        for name, calls in made.items()
+        for name, calls in choices.items()
     ]
     try:
         yield
@@ -60,6 +60,6 @@ def replaying(model: nn.Module, made: Made) -> Iterator[None]:
 
 
 def own_random_stream(model: nn.Module) -> AbstractContextManager[None]:
-    """Leave the random streams of the CPU and of the model's CUDA devices as they are, whatever is drawn within."""
+    """Restore the random streams of the CPU and of the model's CUDA devices on leaving the ``with`` block."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     return torch.random.fork_rng(devices=devices)

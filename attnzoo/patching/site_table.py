@@ -1,10 +1,10 @@
-"""What ran at the sites of a patch, as a table for people."""
+"""What ran at the sites of a patch, as a table."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from attnzoo.layout import aligned, alike, heading
+from attnzoo.layout import aligned, group_by, heading
 from attnzoo.patching.sites import Site
 
 HEADER = ("backend", "kernel", "calls", "fallbacks", "sites")
@@ -12,7 +12,7 @@ HEADER = ("backend", "kernel", "calls", "fallbacks", "sites")
 
 def table(sites: Iterable[Site]) -> str:
     """One row for all sites at which the same ran. Counts are those of each site, a range where they differ."""
-    groups = alike(sites, lambda site: (site.cls, site.pattern, site.ran, site.kernel, site.approximate))
+    groups = group_by(sites, lambda site: (site.cls, site.pattern, site.ran, site.kernel, site.approximate))
     return aligned([HEADER, *map(_row, groups)])
 
 
@@ -20,10 +20,10 @@ def _row(group: list[Site]) -> tuple[str, ...]:
     first = group[0]
     where = heading([site.name for site in group], first.cls, first.pattern)
     changed = f", approximate: {first.approximate}" if first.approximate else ""
-    calls, fallbacks = _range(site.calls for site in group), _range(site.fallbacks for site in group)
+    calls, fallbacks = _range([site.calls for site in group]), _range([site.fallbacks for site in group])
     return first.ran, first.kernel or "-", calls, fallbacks, where + changed
 
 
-def _range(counts: Iterable[int]) -> str:
-    found = sorted(counts)
-    return str(found[0]) if found[0] == found[-1] else f"{found[0]}-{found[-1]}"
+def _range(counts: list[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low}-{high}"

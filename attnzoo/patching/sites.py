@@ -1,20 +1,19 @@
-"""Sites: the attention modules of a model that an adapter can take over, what they will ask, and what ran at them."""
+"""Sites: the attention modules that adapters can patch in a model, their expected requests, and what ran there."""
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 from torch import nn
 
 from attnzoo.adapter import Adapter, PatchPoint, parameters_of, path_of
-from attnzoo.auto.choice import Choice
-from attnzoo.backend import Backend
+from attnzoo.backend import Backend, Choice
 from attnzoo.errors import InvalidArgumentError, PatchError, shorten
 from attnzoo.functional import autocast_dtype
-from attnzoo.originals import slots
 from attnzoo.registry import registry
 from attnzoo.spec.segments import Attention, Request, Result
 
@@ -27,16 +26,16 @@ class Site:
 
     Attributes:
         name: the module's name in the model.
-        cls: its class.
-        pattern: what it computes, for people.
-        backend: the backend that was asked for; ``"native"`` is the model's own code.
-        changes: what the backend is expected to change of the pattern, in words; empty where it is exact.
-        kernels: how often each kernel really ran.
-        calls: how many attentions really ran on the backend.
-        choices: how often ``auto`` took each backend, and why; empty for backends asked for by name.
-        changed: how often what was really changed.
-        fallbacks: how many forwards went to the model's own code under ``fallback="native"``.
-        observer: called after every attention with the site, the attention, its result and the backend that ran.
+        cls: the name of its class.
+        pattern: what it computes, as text.
+        backend: name of the requested backend; ``"native"`` is the model's own code.
+        changes: how the backend is expected to change the pattern, as text; empty where the backend is exact.
+        kernels: how often each kernel ran.
+        calls: how many attentions the backend ran.
+        selections: how often ``auto`` selected each backend, and why; empty for other backends.
+        changed: how often the backend changed the pattern, by the change.
+        fallbacks: how many forwards ran the model's own code under ``fallback="native"``.
+        observer: called after each attention with the site, the attention, its result and the backend that ran.
     """
 
     name: str
@@ -45,14 +44,14 @@ class Site:
     backend: str
     changes: tuple[str, ...] = ()
     kernels: Counter[str] = field(default_factory=Counter)
-    choices: Counter[Choice] = field(default_factory=Counter)
+    selections: Counter[Choice] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)
     fallbacks: int = 0
     observer: Observer | None = field(default=None, repr=False)
 
     @property
     def label(self) -> str:
-        """The name for messages: the class where the module is the model that was patched, which has none."""
+        """The name for messages: the class where the patched model itself is the module, as it has no name."""
         return self.name or self.cls
 
     @property
@@ -61,44 +60,138 @@ class Site:
 
     @property
     def kernel(self) -> str | None:
-        """What really ran so far, most frequent first; None before the first call."""
+        """The kernels that ran so far, most frequent first; None before the first call."""
         return "+".join(kernel for kernel, _ in self.kernels.most_common()) or None
 
     @property
     def approximate(self) -> str:
-        """What was changed of the pattern in the calls so far; before the first, what will be. Empty: nothing."""
+        """How calls so far changed the pattern, or before the first call, how they will; empty if they do not."""
         return "; ".join(self.changed if self.calls else self.changes)
 
     @property
     def ran(self) -> str:
-        """The backend asked for, with those that ``auto`` took so far, most frequent first."""
-        took = dict.fromkeys(choice.backend.name for choice, _ in self.choices.most_common())
-        return f"{self.backend}: {'+'.join(took)}" if took else self.backend
+        """The requested backend, with the backends that ``auto`` selected so far, most frequent first."""
+        selected = dict.fromkeys(choice.backend.name for choice, _ in self.selections.most_common())
+        return f"{self.backend}: {'+'.join(selected)}" if selected else self.backend
+
+    def copy(self) -> Site:
+        """Return a site that starts with the same counts and counts separately."""
+        return replace(
+            self, kernels=self.kernels.copy(), selections=self.selections.copy(), changed=self.changed.copy()
+        )
 
 
-class PatchTarget(NamedTuple):
-    """A module that can be patched.
+class PatchTarget:
+    """A module that an adapter can patch. Holds the module weakly, because a patched module holds its target.
 
     Attributes:
+        name: the module's name in the model.
+        cls: the module's class.
+        point: the patch point that matches the module.
+        adapter: the adapter of the patch point.
+        alive: the module; None if it was freed, or for a copy whose module is not known.
+        module: the same, of which the caller knows that it is alive.
         owner: the module in which it shares values with others (``PatchPoint.shared_in``), or None.
+        label: the name for messages: see :attr:`Site.label`.
     """
 
-    name: str
-    module: nn.Module
-    point: PatchPoint
-    adapter: Adapter
-    owner: nn.Module | None
+    def __init__(
+        self, name: str, module: nn.Module, point: PatchPoint, adapter: Adapter, owner: nn.Module | None
+    ) -> None:
+        self.name, self.cls, self.point, self.adapter = name, type(module), point, adapter
+        self._module, self._owner = _weak(module), _weak(owner)
+
+    def at(self, module: nn.Module | None, owner: nn.Module | None) -> PatchTarget:
+        """Return the same target for a copy of the module."""
+        twin = copy.copy(self)
+        twin._module, twin._owner = _weak(module), _weak(owner)
+        return twin
 
     @property
-    def sharers(self) -> tuple[nn.Module, ...]:
-        """The modules it shares values with, itself among them."""
-        return (self.module,) if self.owner is None else self.point.sharers(self.owner)
+    def alive(self) -> nn.Module | None:
+        return None if self._module is None else self._module()
+
+    @property
+    def module(self) -> nn.Module:
+        module = self.alive
+        if module is None:
+            raise PatchError(f"{self.label}: got a target whose module was freed; allowed: a model that is in use")
+        return module
+
+    @property
+    def owner(self) -> nn.Module | None:
+        return None if self._owner is None else self._owner()
+
+    @property
+    def label(self) -> str:
+        return self.name or self.cls.__name__
+
+    def covered_modules(self) -> Iterable[nn.Module]:
+        """Return the modules inside the owner, or inside the module if it has no owner."""
+        return (self.owner or self.module).modules()
+
+    def expected_requests(self) -> tuple[Request, ...]:
+        """Return what the module will request, for the model as it is now (train or eval, device, dtype, autocast)."""
+        sharers = (self.module,) if self.owner is None else self.point.sharers(self.owner)
+        return expected_requests(self.point, self.module, sharers)
+
+
+def _weak(module: nn.Module | None) -> weakref.ref[nn.Module] | None:
+    return None if module is None else weakref.ref(module)
+
+
+def expected_requests(
+    point: PatchPoint,
+    module: nn.Module,
+    sharers: Iterable[nn.Module],
+    grad: bool | None = None,
+    probabilities: bool = False,
+    transforms: tuple[str, ...] = (),
+) -> tuple[Request, ...]:
+    """Return what a module will request of its backend.
+
+    Args:
+        point: the module's patch point.
+        module: the module.
+        sharers: the modules that share values with it, itself among them.
+        grad: whether gradients will be computed, if that is known; None: if the module is trained.
+        probabilities: whether the call returns attention probabilities.
+        transforms: the transforms of ``torch.func`` around the call.
+    """
+    trains_bias = False
+    if module.training if grad is None else grad:
+        trains_bias = any(map(point.trains_bias, sharers))  # one sharer makes the bias for all of them
+    if grad is None:
+        grad = module.training and (trains_bias or has_trained_parameters(module))
+    dropout = module.training and point.dropout(module) > 0.0
+
+    def complete(request: Request) -> Request:
+        segments = request.segments
+        if trains_bias:
+            segments = tuple(replace(segment, bias_grad=segment.bias is not None) for segment in segments)
+        return replace(
+            request,
+            segments=segments,
+            dropout=dropout,
+            grad=bool(grad),
+            dtype=autocast_dtype(request.dtype, request.device),
+            probabilities=probabilities,
+            transforms=transforms,
+        )
+
+    return tuple(map(complete, point.requests(module)))
+
+
+def has_trained_parameters(module: nn.Module) -> bool:
+    """Whether any parameter of the module requires grad."""
+    return any(parameter.requires_grad for _, parameter in parameters_of(module))
 
 
 def find_sites(model: nn.Module) -> list[PatchTarget]:
-    """Every module of a model that a registered adapter can take over, found by class, whatever the config says.
+    """Return every module of a model that a registered adapter can patch. The class decides, not the configuration.
 
-    Where several points match, the one for the nearest class wins, then the adapter of a model type found in the model.
+    Where several patch points match, that of the nearest class wins, then that of an adapter for a model type in the
+    model.
 
     Raises:
         InvalidArgumentError: not a module.
@@ -113,16 +206,16 @@ def find_sites(model: nn.Module) -> list[PatchTarget]:
     for adapter in {id(adapter): adapter for adapter in (*preferred, *adapters.values())}.values():
         for point in adapter.points:
             points.setdefault(point.cls, []).append((adapter, point))
-    found = []
+    targets = []
     for name, module in model.named_modules():
-        claims = (claim for cls in type(module).__mro__ for claim in points.get(path_of(cls), ()))
-        for adapter, point in claims:
-            if point.when(module):
-                found.append(PatchTarget(name, module, point, adapter, point.owner(model, module)))
+        candidates = (candidate for cls in type(module).__mro__ for candidate in points.get(path_of(cls), ()))
+        for adapter, point in candidates:
+            if point.serves(module):
+                targets.append(PatchTarget(name, module, point, adapter, point.owner(model, module)))
                 break
-    if not any(one.point.attends for one in found):
-        raise _nothing_found(model, types, points)
-    return found
+    if not any(target.point.attends for target in targets):
+        raise _no_site_error(model, types, points)
+    return targets
 
 
 def _model_types(model: nn.Module) -> tuple[str, ...]:
@@ -131,8 +224,8 @@ def _model_types(model: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(name) for name in names if name))
 
 
-def _nothing_found(model: nn.Module, types: tuple[str, ...], points: Iterable[str]) -> PatchError:
-    """The error for a model without a site: its type, adapters that did not load, a class with a known name."""
+def _no_site_error(model: nn.Module, types: tuple[str, ...], points: Iterable[str]) -> PatchError:
+    """The error for a model without a site: names adapters that failed to load, and a class with a known name."""
     reasons = [f"{name}: {reason}" for name, reason in registry.broken_adapters().items()]
     why = f" (an adapter exists but did not load: {shorten('; '.join(reasons), 200)})" if reasons else ""
     known = {path.rpartition(":")[2]: path for path in points}
@@ -143,77 +236,5 @@ def _nothing_found(model: nn.Module, types: tuple[str, ...], points: Iterable[st
     return PatchError(
         f"model: got {type(model).__name__} of model type {', '.join(types) or 'none (no config)'}, "
         f"in which no adapter finds an attention module{why}; allowed: a model with modules of type "
-        f"{', '.join(registry.model_types())}, or register one with attnzoo.register_adapter"
+        f"{', '.join(registry.model_types())}, or an adapter for it, from attnzoo.register_adapter"
     )
-
-
-def check_loaded(model: nn.Module, sites: Iterable[PatchTarget]) -> None:
-    """Raise if a site has weights on the meta device that no hook of accelerate brings to another one.
-
-    Raises:
-        PatchError: names the first such parameter.
-    """
-    for found in sites:
-        for name, parameter in found.module.named_parameters(prefix=found.name):
-            if parameter.is_meta and not _is_brought(model, name):
-                raise PatchError(
-                    f"{name}: got a parameter on the meta device, without data; allowed: a model whose weights are "
-                    "loaded (from_pretrained, or accelerate.load_checkpoint_and_dispatch after init_empty_weights): "
-                    "load the weights first, then patch"
-                )
-
-
-def _is_brought(model: nn.Module, parameter: str) -> bool:
-    """Whether a hook on a module around a parameter brings its weights to a device for each forward."""
-    path = parameter.split(".")[:-1]
-    around = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1))
-    return any(slots.runs_on(module) is not None for module in around)
-
-
-def expected_requests(
-    site: PatchTarget, grad: bool | None = None, sharers: tuple[nn.Module, ...] | None = None
-) -> tuple[Request, ...]:
-    """What a site will ask of its backend, for the model as it is now (train or eval, device, dtype, autocast).
-
-    Args:
-        site: a site.
-        grad: whether something will get a gradient, if that is known; None: if anything trains.
-        sharers: :attr:`PatchTarget.sharers`, if they are at hand.
-    """
-    module, learned = site.module, False
-    if module.training if grad is None else grad:
-        learned = any(map(site.point.trains_bias, site.sharers if sharers is None else sharers))  # one makes it for all
-    if grad is None:
-        grad = module.training and (learned or trains(module))
-    dropout = module.training and site.point.dropout(module) > 0.0
-
-    def of_now(request: Request) -> Request:
-        segments = (replace(one, bias_grad=learned and one.bias is not None) for one in request.segments)
-        dtype = autocast_dtype(request.dtype, request.device)
-        return replace(request, dropout=dropout, grad=bool(grad), dtype=dtype, segments=tuple(segments))
-
-    return tuple(map(of_now, site.point.requests(module)))
-
-
-def expected_changes(backend: Backend, requests: tuple[Request, ...]) -> tuple[str, ...]:
-    """What a backend will change of what a site is expected to ask, in words; nothing of what it refuses."""
-    found = (backend.changes(request) for request in requests if not registry.refusals(backend, request))
-    return tuple(dict.fromkeys(change for change in found if change is not None))
-
-
-def check_options(settled: Iterable[Backend]) -> None:
-    """Refuse options of a backend, settled for each of the sites it serves, that do nothing at any of them.
-
-    Raises:
-        InvalidArgumentError: names these options.
-    """
-    everywhere = list(settled)
-    idle = [backend.unused_options() for backend in everywhere]
-    if idle and all(idle):
-        allowed = "no options: every attention in this patch is already local, so they would have no effect"
-        raise InvalidArgumentError(f"options of backend {everywhere[0].name!r}", ", ".join(idle[0]), allowed)
-
-
-def trains(module: nn.Module) -> bool:
-    """Whether any parameter of the module requires grad."""
-    return any(parameter.requires_grad for _, parameter in parameters_of(module))

@@ -1,4 +1,4 @@
-"""What this machine can run, and for what it cannot: why, and what to install."""
+"""What this machine can run, and for the rest why not and what to install."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from attnzoo.auto.choice import by_priority_because
 from attnzoo.errors import AttnzooError, DriftError, raise_interrupts
 from attnzoo.registry import registry
 
-# Distribution, module, and what it is for.
+# Distribution, module, purpose.
 _PACKAGES = (
     ("torch", "torch", "everything"),
     ("transformers", "transformers", "the models"),
@@ -32,9 +32,9 @@ class Finding:
 
     Attributes:
         kind: ``"machine"``, ``"package"``, ``"backend"``, ``"model"`` or ``"entry point"``.
-        name: of the thing.
+        name: name of what was examined.
         ok: whether it can be used.
-        detail: version, or why not and what to do.
+        detail: its version, or why it cannot be used and the remedy.
     """
 
     kind: str
@@ -44,33 +44,38 @@ class Finding:
 
 
 def examine() -> tuple[Finding, ...]:
-    """Look at the machine, the packages, every backend and every adapter. Nothing raises; nothing is changed."""
-    return (*_machine(), _cache(), *map(_package, _PACKAGES), *_backends(), *_models(), *_unused())
+    """Examine the machine, the packages, every backend and every adapter. Never raises, and changes nothing."""
+    unused = (Finding("entry point", name, False, reason) for name, reason in registry.unused_entry_points())
+    return (
+        *_machine(),
+        _cache(),
+        *map(_package, _PACKAGES),
+        *_backends(),
+        *map(_model, registry.model_types()),
+        *unused,
+    )
 
 
 def to_dicts(findings: tuple[Finding, ...]) -> list[dict[str, Any]]:
-    """Plain data for JSON."""
+    """Return the findings as plain data for JSON."""
     return [asdict(finding) for finding in findings]
 
 
 def _machine() -> list[Finding]:
-    found = [
+    if torch.cuda.is_available():
+        cuda = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    else:
+        lacks = "is built without CUDA" if torch.version.cuda is None else "sees no CUDA device"
+        cuda = f"torch {torch.__version__} {lacks}"
+    return [
         Finding("machine", "python", True, platform.python_version()),
         Finding("machine", "cpu", True, f"{platform.machine()}, {torch.get_num_threads()} threads"),
+        Finding("machine", "cuda", torch.cuda.is_available(), cuda),
     ]
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        found.append(Finding("machine", "cuda", True, ", ".join(names)))
-    elif torch.version.cuda is None:
-        found.append(Finding("machine", "cuda", False, f"torch {torch.__version__} is built without CUDA"))
-    else:
-        found.append(Finding("machine", "cuda", False, f"torch {torch.__version__} sees no CUDA device"))
-    return found
 
 
 def _cache() -> Finding:
-    """What ``auto`` goes by."""
-    name, where = "measurements for auto", cache.folder()
+    name = "measurements for auto"
     try:
         because = by_priority_because()
     except AttnzooError as error:
@@ -82,7 +87,7 @@ def _cache() -> Finding:
         return Finding("machine", name, False, "; ".join(broken))
     count = sum(len(file.measurements) for file in files)
     unused = f"; not used: {because}" if because else ""
-    return Finding("machine", name, True, f"{count or 'none'} in {where} (attnzoo tune){unused}")
+    return Finding("machine", name, True, f"{count or 'none'} in {cache.folder()} (attnzoo tune){unused}")
 
 
 def _package(package: tuple[str, str, str]) -> Finding:
@@ -107,39 +112,28 @@ def _version(distribution: str) -> str | None:
 
 
 def _backends() -> list[Finding]:
-    found = []
+    findings = []
     for info in registry.backends().values():
         aliases = f" (also {', '.join(info.aliases)})" if info.aliases else ""
         exact = "exact" if info.exact else "approximate on dense models"
-        on = "" if info.capabilities is None else f" on {', '.join(sorted(info.capabilities.devices))}"
-        found.append(Finding("backend", info.name + aliases, info.available, info.reason or f"{exact}{on}"))
-    return found
+        devices = "" if info.capabilities is None else f" on {', '.join(sorted(info.capabilities.devices))}"
+        findings.append(Finding("backend", info.name + aliases, info.available, info.reason or f"{exact}{devices}"))
+    return findings
 
 
-def _unused() -> list[Finding]:
-    return [Finding("entry point", name, False, reason) for name, reason in registry.unused_entry_points()]
-
-
-def _models() -> list[Finding]:
-    found = []
-    for model_type in registry.model_types():
-        adapter = registry.find_adapter(model_type)
-        if adapter is None:
-            found.append(
-                Finding("model", model_type, False, registry.broken_adapters().get(model_type) or "no adapter")
-            )
-            continue
-        try:
-            for point in adapter.points:
-                importlib.import_module(point.cls.partition(":")[0])
-                adapter.check_drift(point)
-        except DriftError as error:
-            found.append(Finding("model", model_type, False, str(error)))
-        except BaseException as error:  # transformers imports optional packages too, and stumbles over broken ones
-            raise_interrupts(error)
-            reason = f"its code cannot be imported: {type(error).__name__}: {error}"
-            found.append(Finding("model", model_type, False, reason))
-        else:
-            names = ", ".join(dict.fromkeys(point.cls.rpartition(":")[2] for point in adapter.points))
-            found.append(Finding("model", model_type, True, f"{names}; transformers {adapter.versions}"))
-    return found
+def _model(model_type: str) -> Finding:
+    adapter = registry.find_adapter(model_type)
+    if adapter is None:
+        return Finding("model", model_type, False, registry.broken_adapters().get(model_type) or "no adapter")
+    try:
+        for point in adapter.points:
+            importlib.import_module(point.cls.partition(":")[0])
+            adapter.check_drift(point)
+    except DriftError as error:
+        return Finding("model", model_type, False, str(error))
+    except BaseException as error:  # transformers imports optional packages, which may be broken
+        raise_interrupts(error)
+        reason = f"its code cannot be imported: {type(error).__name__}: {error}"
+        return Finding("model", model_type, False, reason)
+    names = ", ".join(dict.fromkeys(point.cls.rpartition(":")[2] for point in adapter.points))
+    return Finding("model", model_type, True, f"{names}; transformers {adapter.versions}")

@@ -1,33 +1,34 @@
-"""What would run where, and why not: per attention module and backend, before anything is patched."""
+"""Which backend would run at which attention module of a model, and why not, without patching the model."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
 from attnzoo.backend import Backend
-from attnzoo.errors import InvalidArgumentError, PatchError, Refusal
-from attnzoo.layout import alike, fit, heading
-from attnzoo.patching.patch import check_forward
-from attnzoo.patching.sites import check_options, expected_changes, expected_requests, find_sites
+from attnzoo.errors import InvalidArgumentError, Refusal
+from attnzoo.layout import fit, group_by, heading
+from attnzoo.patching.plan import BUILT_IN, SitePlan, plan_sites
+from attnzoo.patching.sites import PatchTarget, find_sites
 from attnzoo.registry import registry
-from attnzoo.reporting.outlook import auto_at
+from attnzoo.reporting.outlook import outlook
+from attnzoo.spec.segments import Request
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether one backend would run at one site.
+    """Whether a backend would run at a site.
 
     Attributes:
         site: the module's name.
-        cls: its class.
-        pattern: what it computes, for people.
+        cls: the name of its class.
+        pattern: what it computes, as text.
         backend: the backend's name.
-        refusals: every reason why it would not; empty means it runs.
-        changes: what it would change of the pattern, in words; empty means it is exact here.
+        refusals: every reason why the backend would not run; empty means it runs.
+        changes: how the backend would change the pattern, as text; empty means it is exact here.
     """
 
     site: str
@@ -47,15 +48,15 @@ class Explanation(tuple[Verdict, ...]):
     """All verdicts. Prints sites with equal verdicts together.
 
     Attributes:
-        auto: by site, what ``auto`` takes and why: where it was measured by size, and elsewhere.
+        auto: by site, what ``auto`` selects and why: one line per measured size, and one for other sizes.
     """
 
     auto: dict[str, tuple[str, ...]]
 
     def __new__(cls, verdicts: Iterable[Verdict], auto: dict[str, tuple[str, ...]] | None = None) -> Explanation:
-        made = super().__new__(cls, verdicts)
-        made.auto = {} if auto is None else auto
-        return made
+        explanation = super().__new__(cls, verdicts)
+        explanation.auto = {} if auto is None else auto
+        return explanation
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -63,7 +64,7 @@ class Explanation(tuple[Verdict, ...]):
 
     def __str__(self) -> str:
         lines = []
-        for sites in alike(alike(self, lambda verdict: verdict.site), self._told):
+        for sites in group_by(group_by(self, lambda verdict: verdict.site), self._content):
             first = sites[0][0]
             lines.append(heading([verdicts[0].site for verdicts in sites], first.cls, first.pattern))
             for verdict in sites[0]:
@@ -73,79 +74,97 @@ class Explanation(tuple[Verdict, ...]):
             lines.extend(f"  auto: {line}" for line in self.auto.get(first.site, ()))
         return fit("\n".join(lines))
 
-    def _told(self, verdicts: list[Verdict]) -> Hashable:
-        """What is printed of a site, but for its name."""
+    def _content(self, verdicts: list[Verdict]) -> Hashable:
+        """Everything that is printed about a site, except its name."""
         first = verdicts[0]
-        told = tuple((verdict.backend, verdict.refusals, verdict.changes) for verdict in verdicts)
-        return first.cls, first.pattern, told, self.auto.get(first.site, ())
+        printed = tuple((verdict.backend, verdict.refusals, verdict.changes) for verdict in verdicts)
+        return first.cls, first.pattern, printed, self.auto.get(first.site, ())
 
 
 def explain(model: nn.Module, backend: str | Backend | None = None, **options: Any) -> Explanation:
-    """What each backend would do at each attention module of a model as it is now (train or eval, device, dtype).
+    """Return what each backend would do at each attention module of a model.
 
     Args:
-        model: a model of a family with an adapter.
-        backend: one backend's name, or a configured backend (:func:`attnzoo.configure`); None or ``"auto"``: all
-            registered ones, and what ``auto`` takes.
-        options: go to the backend that is named.
+        model: a model of a family with an adapter, as it is now (train or eval, device, dtype).
+        backend: a backend's name, or a configured backend (:func:`attnzoo.configure`); None or ``"auto"``: all
+            registered backends, and what ``auto`` selects.
+        options: options of the named backend.
 
     Returns:
         An :class:`Explanation`: a tuple of :class:`Verdict` that prints as text. Nothing is changed or run.
 
     Raises:
-        InvalidArgumentError, UnknownNameError: a bad argument. PatchError: no adapter finds anything in the model.
+        InvalidArgumentError, UnknownNameError: a bad argument.
+        PatchError: no adapter finds an attention module in the model.
+
+    Example:
+        >>> from transformers import GPTNeoXConfig, GPTNeoXModel
+        >>> sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=9)
+        >>> print(explain(GPTNeoXModel(GPTNeoXConfig(**sizes)), "eager"))
+        layers.0.attention (GPTNeoXAttention, causal)
+          eager: runs
     """
     backend = None if backend == "auto" else backend
-    if options and not isinstance(backend, str):
+    if options and (not isinstance(backend, str) or backend in BUILT_IN):
         given = "without a backend" if backend is None else f"with backend {backend}"
         raise InvalidArgumentError("options", f"{sorted(options)} {given}", "options of a named backend")
-    everything = [found for found in find_sites(model) if found.point.attends]
-    together = tuple(request for found in everything for request in expected_requests(found))
-    if isinstance(backend, Backend):
-        made: dict[str, Backend | Refusal] = {backend.name: backend}
-    elif backend is None:
-        made = {name: _make(name, {}) for name in registry.backends()}
-    else:
-        name = registry.backend_class(backend).name
-        made = {name: _make(name, options)}
-    for one in made.values():
-        if isinstance(one, Backend) and backend is not None:
-            check_options(one.bind_to_site(expected_requests(found), together) for found in everything)
+    targets = find_sites(model)
     verdicts = []
-    auto: dict[str, tuple[str, ...]] = {}
-    for found in everything:
-        common: tuple[Refusal, ...] = ()
-        try:
-            found.adapter.check_drift(found.point, found.module)
-            check_forward(found)
-            found.point.check(found.module)
-        except PatchError as error:
-            common = (Refusal("adapter", str(error), "what the adapter was verified against"),)
-        for name, one in made.items():
-            reasons: tuple[Refusal, ...] = common
-            changes: tuple[str, ...] = ()
-            if isinstance(one, Refusal):
-                reasons += (one,)
-            else:
-                asked = expected_requests(found)
-                settled = one.bind_to_site(asked, together)
-                reasons += registry.availability(settled)
-                for request in asked:
-                    reasons += registry.refusals(settled, request)
-                changes = expected_changes(settled, asked)
-            pattern, cls = found.point.describe(found.module), type(found.module).__name__
-            verdicts.append(Verdict(found.name, cls, pattern, name, tuple(dict.fromkeys(reasons)), changes))
-        if backend is None and not common:
-            auto[found.name] = auto_at(found)
-    return Explanation(verdicts, auto)
+    for name, configured in _configure(backend, options).items():
+        plans = _plan(model, targets, configured)
+        verdicts += [_verdict(name, plan, plans) for plan in plans if plan.target.point.attends]
+    auto = {}
+    if backend is None:
+        plans = _plan(model, targets, BUILT_IN["auto"])
+        auto = {plan.target.name: outlook(plan) for plan in plans if plan.target.point.attends and not plan.obstacle}
+    by_site = group_by(verdicts, lambda verdict: verdict.site)
+    return Explanation([verdict for group in by_site for verdict in group], auto)
 
 
-def _make(name: str, options: Mapping[str, Any]) -> Backend | Refusal:
-    """The configured backend of a name; or why it cannot be had, where that is not the options' fault."""
+def _plan(model: nn.Module, targets: Sequence[PatchTarget], backend: Backend) -> tuple[SitePlan, ...]:
+    return plan_sites(model, targets, {target: backend for target in targets if target.point.attends})
+
+
+def _verdict(name: str, plan: SitePlan, plans: Sequence[SitePlan]) -> Verdict:
+    """The verdict on a site. An obstacle at a companion of the site prevents a patch of the site, too."""
+    target = plan.target
+    obstacles = tuple(
+        Refusal("adapter", str(other.obstacle), "what the adapter was verified against")
+        for other in plans
+        if other.obstacle is not None
+        and (other is plan or (not other.target.point.attends and target.module in other.target.covered_modules()))
+    )
+    pattern = target.point.describe(target.module)
+    return Verdict(target.name, target.cls.__name__, pattern, name, obstacles + plan.refusals, plan.changes)
+
+
+@dataclass(frozen=True)
+class _Unusable(Backend):
+    """Stands for a backend that failed to load, or that needs options: refuses everything for that reason."""
+
+    reason: Refusal
+
+    def refusals(self, request: Request) -> tuple[Refusal, ...]:
+        return (self.reason,)
+
+
+def _configure(backend: str | Backend | None, options: Mapping[str, Any]) -> dict[str, Backend]:
+    """The backends to explain, by name."""
+    if isinstance(backend, Backend):
+        return {backend.name: backend}
+    if backend is None:
+        return {name: _configure_named(name, options) for name in registry.backends()}
+    if backend in BUILT_IN:
+        return {backend: BUILT_IN[backend]}
+    name = registry.backend_class(backend).name
+    return {name: _configure_named(name, options)}
+
+
+def _configure_named(name: str, options: Mapping[str, Any]) -> Backend:
     info = registry.backends()[name]
-    if info.capabilities is None:  # it did not load
-        return Refusal("availability", info.reason, "a machine that has it")
+    if info.capabilities is None:
+        return _Unusable(Refusal("availability", info.reason, "a machine that has it"))
     missing = [option for option in registry.backend_class(name).required_options() if option not in options]
     if missing:
-        return Refusal("options", f"no {', '.join(missing)}", f"{missing[0]}=...")
+        return _Unusable(Refusal("options", f"no {', '.join(missing)}", f"{missing[0]}=..."))
     return registry.configure(name, **options)

@@ -1,9 +1,8 @@
-"""The support matrix as text: for terminals, as Markdown and as plain data for JSON."""
+"""The support matrix as text: for terminals and as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 
@@ -26,24 +25,15 @@ tested by `make test-cuda` where there is a device. Numbers are reasons for the 
 hold for the whole row and are not repeated. *(≈)*: the backend changes the pattern there, and computes that exactly."""
 
 
-def plain(families: Families) -> dict[str, Any]:
-    """Everything as plain data for JSON: what is declared, and each cell with its reasons (none: it runs)."""
-    return {"backends": declared(), "families": [_plain_family(*family) for family in families.items()]}
+def _declarations() -> dict[str, dict[str, object]]:
+    """What each registered backend that loaded declares: by backend, then by the name of the declaration."""
+    infos = registry.backends().values()
+    return {info.name: _declared(info, info.capabilities) for info in infos if info.capabilities is not None}
 
 
-def declared() -> list[dict[str, Any]]:
-    """What each registered backend declares, and whether this machine can run it."""
-    found = []
-    for info in registry.backends().values():
-        about = {"backend": info.name, "aliases": list(info.aliases), "available": info.available}
-        found.append({**about, "reason": info.reason, **_plain_capabilities(info.capabilities)})
-    return found
-
-
-def _plain_capabilities(capabilities: Capabilities | None) -> dict[str, Any]:
-    if capabilities is None:
-        return {}
+def _declared(info: BackendInfo, capabilities: Capabilities) -> dict[str, object]:
     return {
+        "aliases": list(info.aliases),
         "devices": sorted(capabilities.devices),
         "dtypes": sorted(str(dtype).removeprefix("torch.") for dtype in capabilities.dtypes),
         "patterns": sorted(pattern.__name__ for pattern in capabilities.patterns),
@@ -54,50 +44,31 @@ def _plain_capabilities(capabilities: Capabilities | None) -> dict[str, Any]:
     }
 
 
-def _plain_family(model_type: str, modules: tuple[Module, ...] | str) -> dict[str, Any]:
-    if isinstance(modules, str):
-        return {"model_type": model_type, "problem": modules, "modules": []}
-    return {"model_type": model_type, "modules": [_plain_module(module) for module in modules]}
-
-
-def _plain_module(module: Module) -> dict[str, Any]:
-    found = {"cls": module.cls, "pattern": module.pattern, "asks": _asks(module)}
-    return {**found, "backends": [_plain_row(row) for row in rows(module)]}
-
-
-def _plain_row(row: Row) -> dict[str, Any]:
-    cells: dict[str, Any] = {}
-    for (feature, device, dtype), reasons in row.cells.items():
-        cell = cells.setdefault(feature, {}).setdefault(device, {})
-        cell[str(dtype).removeprefix("torch.")] = [vars(reason) for reason in reasons]
-    return {"backend": row.backend, "options": dict(row.options), "changes": row.changes, "cells": cells}
-
-
 class Reasons:
-    """Refusals by number, in the order in which they were first told."""
+    """Numbers of refusals, in the order in which they were first printed."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
 
     def number(self, reason: Refusal) -> int:
-        """The number of a reason."""
+        """Return the number of a reason."""
         return self._numbers.setdefault(str(reason), len(self._numbers) + 1)
 
     def listed(self) -> Iterable[tuple[int, str]]:
-        """Numbers and reasons."""
+        """Return numbers and reasons."""
         return ((number, text) for text, number in self._numbers.items())
 
 
 def _outcomes(row: Row, reasons: Reasons, code: Callable[[str], str]) -> list[tuple[str, str]]:
-    """Per feature: where it runs, and the numbers of the reasons for the rest. ``code`` marks words of a program."""
-    found = []
+    """Per feature: where it runs, and the numbers of the reasons for the rest. ``code`` marks code."""
+    outcomes = []
     for feature in FEATURES:
-        own = set() if feature == "forward" else set(row.reasons("forward"))
-        numbers = sorted({reasons.number(reason) for reason in row.reasons(feature) if reason not in own})
+        printed = set() if feature == "forward" else set(row.reasons("forward"))
+        numbers = sorted({reasons.number(reason) for reason in row.reasons(feature) if reason not in printed})
         note = f" [{', '.join(map(str, numbers))}]" if numbers else ""
         cpu, cuda = (row.runs(feature, device) for device in DEVICES)
-        found.append((_where(cpu, cuda, code), note))
-    return found
+        outcomes.append((_where(cpu, cuda, code), note))
+    return outcomes
 
 
 def _where(cpu: tuple[torch.dtype, ...], cuda: tuple[torch.dtype, ...], code: Callable[[str], str]) -> str:
@@ -116,17 +87,18 @@ def _label(row: Row) -> tuple[str, str]:
     return f"{row.backend}({options})" if options else row.backend, f" (≈ {row.changes})" if row.changes else ""
 
 
-def _asks(module: Module) -> list[str]:
-    """Which features the module itself asks for."""
+def _title(module: Module) -> str:
+    """The pattern of a module, and the features that the module itself requests."""
 
     def includes(change: Callable[[Request], Request]) -> bool:
         return any(change(request) == request for request in module.requests)
 
-    return [feature for feature, change in FEATURES.items() if feature != "forward" and includes(change)]
+    features = [feature for feature, change in FEATURES.items() if feature != "forward" and includes(change)]
+    return f"{module.pattern} (asks for: {', '.join(features)})" if features else module.pattern
 
 
 def markdown(families: Families) -> str:
-    """The page of the documentation."""
+    """Return the support matrix as the page of the documentation."""
 
     def code(text: str) -> str:
         return f"`{text}`"
@@ -140,12 +112,7 @@ def markdown(families: Families) -> str:
             lines += [modules, ""]
             continue
         for module in modules:
-            lines += [
-                f"**{module.cls}**: {module.pattern}{_asks_for(module)}",
-                "",
-                _line(["backend", *FEATURES]),
-                "|---" * (len(FEATURES) + 1) + "|",
-            ]
+            lines += [f"**{module.cls}**: {_title(module)}", "", *_head(["backend", *FEATURES])]
             for row in rows(module):
                 name, mark = _label(row)
                 lines.append(_line([code(name) + mark, *map("".join, _outcomes(row, reasons, code))]))
@@ -154,27 +121,22 @@ def markdown(families: Families) -> str:
     return "\n".join(lines)
 
 
-def _asks_for(module: Module) -> str:
-    asks = ", ".join(_asks(module))
-    return f" (asks for: {asks})" if asks else ""
-
-
 def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _head(cells: list[str]) -> list[str]:
+    return [_line(cells), "|---" * len(cells) + "|"]
+
+
 def _declared_table() -> list[str]:
-    found = [info for info in registry.backends().values() if info.capabilities is not None]
-    broken = [info for info in registry.backends().values() if info.capabilities is None]
-    lines = [_line(["", *(f"`{info.name}`" for info in found)]), "|---" * (len(found) + 1) + "|"]
-    lines += [_line(cells) for cells in _declared_lines(found)]
+    """One line per declaration, one column per backend; below it the backends that failed to load."""
+    columns = _declarations()
+    lines = _head(["", *(f"`{name}`" for name in columns)])
+    for key in next(iter(columns.values()), {}):
+        lines.append(_line([key, *(_words(column[key]) for column in columns.values())]))
+    broken = (info for info in registry.backends().values() if info.capabilities is None)
     return [*lines, *(f"\n`{info.name}`: {info.reason}" for info in broken)]
-
-
-def _declared_lines(infos: list[BackendInfo]) -> list[list[str]]:
-    """One line per capability, one cell per backend after its name."""
-    columns = [{"aliases": list(info.aliases), **_plain_capabilities(info.capabilities)} for info in infos]
-    return [[key, *(_words(column[key]) for column in columns)] for key in columns[0]] if columns else []
 
 
 def _words(value: object) -> str:
@@ -184,29 +146,28 @@ def _words(value: object) -> str:
 
 
 def text(families: Families) -> str:
-    """Everything for a terminal: per backend what it declares, then per module and backend what runs."""
-    infos = [info for info in registry.backends().values() if info.capabilities is not None]
-    parts = ["Declared capabilities", *map(_declared_text, infos)]
+    """Return the support matrix for a terminal: what each backend declares, then what runs at each module."""
+    parts = ["Declared capabilities", *(_declared_text(*declared) for declared in _declarations().items())]
     reasons = Reasons()
     for model_type, modules in families.items():
         if isinstance(modules, str):
             parts.append(fit(f"{model_type}: {modules}"))
             continue
         for module in modules:
-            shown = [line for row in rows(module) for line in _row_text(row, reasons)]
-            parts.append(fit(f"{module}{_asks_for(module)}") + "\n" + aligned(shown, indent=2))
+            lines = [line for row in rows(module) for line in _row_text(row, reasons)]
+            title = f"{module.model_type}: {module.cls}, {_title(module)}"
+            parts.append(fit(title) + "\n" + aligned(lines, indent=2))
     parts.append(aligned([[LEGEND.translate(dict.fromkeys(map(ord, "*`")))]]))
     if listed := [(f"{number}.", reason) for number, reason in reasons.listed()]:
         parts.append(aligned(listed))
     return "\n\n".join(parts)
 
 
-def _declared_text(info: BackendInfo) -> str:
-    declared = {"aliases": list(info.aliases), **_plain_capabilities(info.capabilities)}
+def _declared_text(name: str, declared: dict[str, object]) -> str:
     lines = [(key, _words(value)) for key, value in declared.items() if not isinstance(value, bool)]
     for word, flag in (("yes", True), ("no", False)):
         lines.append((word, _words([key for key, value in declared.items() if value is flag])))
-    return f"{info.name}\n{aligned(lines, indent=2)}"
+    return f"{name}\n{aligned(lines, indent=2)}"
 
 
 def _row_text(row: Row, reasons: Reasons) -> list[tuple[str, str]]:

@@ -1,52 +1,44 @@
-"""What ``auto`` will take at a site, as far as it is known before anything runs: for people."""
+"""What ``auto`` will select at a site, as far as that is known before anything runs."""
 
 from __future__ import annotations
 
 from attnzoo.adapter import parameter_of
-from attnzoo.auto import cache, selection
+from attnzoo.auto import cache
 from attnzoo.auto.choice import by_measurement, by_priority_because
 from attnzoo.auto.environment import environment_of
-from attnzoo.auto.measurements import Measurement, plain
-from attnzoo.errors import BackendRefusedError
-from attnzoo.patching.sites import PatchTarget, expected_requests
+from attnzoo.auto.measurements import Measurement, to_plain_data
+from attnzoo.patching.plan import SitePlan
 from attnzoo.registry import registry
 from attnzoo.spec.segments import Request
 
-_ALIKE = ("device", "dtype", "heads", "head_dim", "value_dim")
+_COMPARED = ("device", "dtype", "heads", "head_dim", "value_dim")
 
 
-def auto_at(site: PatchTarget) -> tuple[str, ...]:
-    """One line per size class that was measured for attentions like the site's, and one for all others.
+def outlook(plan: SitePlan) -> tuple[str, ...]:
+    """Return one line per measured size of attentions similar to the site's, and one line for all other sizes.
 
-    Which masks, gradients and lengths will be asked for is not known before a run; like means the same device, dtype,
-    heads and first pattern.
+    Masks, gradients and lengths are not known before a run. So similar means: the same device, dtype, heads and first
+    pattern.
     """
-    requests = expected_requests(site)
     because = by_priority_because()
     lines = []
     if because is None:
-        known = cache.known(environment_of(parameter_of(site.module).device)).values()
+        known = cache.known(environment_of(parameter_of(plan.target.module).device)).values()
         for measurement in known:
-            if any(_alike(measurement, request) for request in requests):
+            if any(_is_similar(measurement, request) for request in plan.requests):
                 choice = by_measurement(measurement, registry.exact_backends())
                 if choice is not None:
                     where = f"{measurement.mode} at {measurement.size}"
                     lines.append(f"{choice.backend.name} for {where}: {choice.reason}")
-    first = ", ".join(dict.fromkeys(map(_by_priority, requests))) or "as asked"
+    best = (next(iter(registry.supporting_backends(request)), None) for request in plan.requests)
+    names = ", ".join(dict.fromkeys("nothing" if backend is None else backend.name for backend in best)) or "as asked"
     if lines:
-        return (*lines, f"{first} for other sizes, by priority")
-    return (f"{first} by priority: {because or 'nothing measured yet, see attnzoo tune'}",)
+        return (*lines, f"{names} for other sizes, by priority")
+    return (f"{names} by priority: {because or 'nothing measured yet, see attnzoo tune'}",)
 
 
-def _by_priority(request: Request) -> str:
-    try:
-        return selection.choose(request).backend.name
-    except BackendRefusedError:
-        return "nothing"
-
-
-def _alike(measurement: Measurement, request: Request) -> bool:
-    told, measured = plain(request), measurement.request
-    same = all(measured.get(name) == told[name] for name in _ALIKE)
+def _is_similar(measurement: Measurement, request: Request) -> bool:
+    expected, measured = to_plain_data(request), measurement.request
+    same = all(measured.get(name) == expected[name] for name in _COMPARED)
     segments = measured.get("segments") or [{}]
-    return same and segments[0].get("pattern") == told["segments"][0]["pattern"]
+    return same and segments[0].get("pattern") == expected["segments"][0]["pattern"]

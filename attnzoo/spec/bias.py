@@ -1,6 +1,6 @@
-"""Additive biases: what is added to the scores before the softmax, with exact gradients for learned tables.
+"""Additive biases: values that are added to the scores before the softmax, with exact gradients for learned tables.
 
-Like a pattern, a bias states its truth once, in FlexAttention's language, as ``score_mod(score, b, h, q, kv)``.
+A bias is defined by its FlexAttention ``score_mod(score, b, h, q, kv)``, as a pattern is by its ``mask_mod``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from attnzoo.errors import InvalidArgumentError
 from attnzoo.spec.transforms import readable
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+BiasAt = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def _is_integer(value: object) -> bool:
@@ -24,7 +25,10 @@ def _is_integer(value: object) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Bias:
-    """Base class. ``kind`` is what capabilities and requests speak of."""
+    """Base class of biases. Capabilities and requests name a bias by its ``kind``.
+
+    In all methods ``q_len`` and ``kv_len`` are the lengths of the whole query and key sequences, in tokens.
+    """
 
     kind: ClassVar[str] = "none"
     values: Tensor
@@ -41,46 +45,54 @@ class Bias:
             raise InvalidArgumentError("bias values", got, "a floating-point tensor; to hide keys, mask=")
 
     def score_mod(self, q_len: int, kv_len: int) -> ScoreMod:
-        """The truth: score plus bias, for broadcastable index tensors."""
-        add = self.gather(q_len, kv_len)
-        return lambda score, b, h, q, kv: score + add(b, h, q, kv)
+        """Return the definition: a function that adds the bias to scores at broadcastable index tensors."""
+        bias_at = self.gather(q_len, kv_len)
+        return lambda score, b, h, q, kv: score + bias_at(b, h, q, kv)
 
-    def gather(self, q_len: int, kv_len: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """A function of broadcastable index tensors that returns the bias at them."""
+    def gather(self, q_len: int, kv_len: int) -> BiasAt:
+        """Return a function that returns the bias at broadcastable index tensors ``(b, h, q, kv)``."""
         raise NotImplementedError
 
     def block_key(
         self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int
     ) -> tuple[int, ...] | None:
-        """A key such that blocks of equal key have equal biases (so that a kernel may reuse one), or None."""
+        """Return a key that only blocks with equal biases share, so that a kernel can reuse the bias of a block.
+
+        None promises nothing about other blocks.
+        """
         return None
 
     def add_gradient_(self, grad: Tensor, grad_scores: Tensor, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> None:
-        """Add what a block of scores contributes to the gradient of :attr:`values`.
+        """Add the contribution of a block of scores to the gradient of :attr:`values`, in place.
 
         Args:
-            grad: the gradient so far, in the shape of the values.
-            grad_scores: ``(batch, heads, n, m)``, of the scores of queries ``q`` (n,) and keys ``kv`` (m,).
-            q: query indices.
-            kv: key indices.
-            q_len: queries in all.
-            kv_len: keys in all.
+            grad: the gradient to add to, with the shape of :attr:`values`.
+            grad_scores: ``(batch, heads, n, m)``, the gradient of the scores.
+            q: ``(n,)`` query indices of the block.
+            kv: ``(m,)`` key indices of the block.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
 class RelativeBias(Bias):
-    """A bias that depends on the head and on ``key position - query position`` alone (T5; Raffel et al. 2020).
+    """A bias that depends only on the head and on ``key position - query position`` (T5; Raffel et al. 2020).
 
     Attributes:
-        values: ``(heads or 1, R)``; ``values[h, zero + d]`` is added where the key lies ``d`` tokens after the query.
-            Distances beyond either end take the end's value, so bucketed tables need only their unsaturated range.
+        values: ``(heads or 1, R)``; a key ``d`` tokens after the query gets ``values[h, zero + d]``. Larger distances
+            get the first or the last value, so a bucketed table needs only the range in which its buckets differ.
             To train a bucket table, gather from it: ``table[bucket(distances)].T``; gradients flow through.
         zero: index of distance 0.
         offset: key position of query 0; None aligns the last query with the last key.
-        positions: ``(batch, q_len)`` long, the position of each query among the keys, where it is not
-            ``q + offset`` (queries that look at one key per block of tokens are at their block's position); or None.
+        positions: ``(batch, q_len)`` int64, the position of each query among the keys where that is not
+            ``q + offset``, or None. LongT5 needs it: its queries see one key per block of tokens.
+
+    Example:
+        >>> import torch, attnzoo
+        >>> bias = attnzoo.RelativeBias(torch.tensor([[-1.0, 0.0, 1.0]]), zero=1)
+        >>> q, k, v = torch.randn(3, 1, 2, 5, 8)
+        >>> attnzoo.attention(q, k, v, bias=bias).shape
+        torch.Size([1, 2, 5, 8])
     """
 
     zero: int
@@ -100,43 +112,45 @@ class RelativeBias(Bias):
             raise InvalidArgumentError("bias", got, f"(1 or {heads}, R) and 0 <= zero < R, an integer")
         if self.offset is not None and not _is_integer(self.offset):
             raise InvalidArgumentError("bias offset", repr(self.offset), "an integer, or None")
-        if self.positions is not None and not isinstance(self.positions, Tensor):
+        if self.positions is None:
+            return
+        if not isinstance(self.positions, Tensor):
             raise InvalidArgumentError("bias positions", repr(self.positions), f"a tensor ({batch}, {q_len}), or None")
-        if self.positions is not None and tuple(self.positions.shape) != (batch, q_len):
+        if tuple(self.positions.shape) != (batch, q_len):
             raise InvalidArgumentError("bias positions", tuple(self.positions.shape), f"({batch}, {q_len})")
-        if self.positions is not None and (
-            self.positions.dtype != torch.long or self.positions.device != self.values.device
-        ):
+        if self.positions.dtype != torch.long or self.positions.device != self.values.device:
             got = f"{self.positions.dtype} on {self.positions.device}"
             raise InvalidArgumentError("bias positions", got, f"torch.int64 on {self.values.device}, as the values")
 
-    def gather(self, q_len: int, kv_len: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def _shift(self, q_len: int, kv_len: int) -> int:
+        """Return the key position of query 0."""
+        return kv_len - q_len if self.offset is None else self.offset
+
+    def gather(self, q_len: int, kv_len: int) -> BiasAt:
         per_head = self.values.shape[0] > 1
 
-        def add(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            positions, one_row = self.positions, q.device.type == "cpu" and kv.numel() == kv.shape[-1]
-            if positions is not None and one_row and readable(positions):
-                return self._by_position(positions[b, q], kv)
+        def bias_at(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            positions = self.positions
+            if positions is not None and q.device.type == "cpu" and kv.numel() == kv.shape[-1] and readable(positions):
+                return self._gather_rows(positions[b, q], kv)
             return self.values[h if per_head else torch.zeros_like(h), self._index(b, q, kv, q_len, kv_len)]
 
-        return add
+        return bias_at
 
-    def _by_position(self, at: Tensor, kv: Tensor) -> Tensor:
-        """The bias of queries at positions ``at`` (batch, 1, n, 1): looked up once per position, then copied by rows.
+    def _gather_rows(self, positions: Tensor, kv: Tensor) -> Tensor:
+        """Return the bias of queries at ``positions`` (batch, 1, n, 1): gather one row per position, then copy rows.
 
-        Neighbouring queries share positions (all tokens of a block have one), and copying a row is much faster than
-        looking its entries up.
+        All tokens of a block share a position, and copying a row is much faster than gathering its entries again.
         """
-        positions, row = at.unique(return_inverse=True)
-        index = (kv.reshape(1, -1) - positions[:, None] + self.zero).clamp(0, self.values.shape[1] - 1)
+        distinct, row = positions.unique(return_inverse=True)
+        index = (kv.reshape(1, -1) - distinct[:, None] + self.zero).clamp(0, self.values.shape[1] - 1)
         rows = self.values[:, index].index_select(1, row.flatten())  # (heads or 1, batch * n, m)
-        return rows.unflatten(1, (at.shape[0], at.shape[2])).transpose(0, 1)
+        return rows.unflatten(1, (positions.shape[0], positions.shape[2])).transpose(0, 1)
 
     def _index(self, b: Tensor, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> Tensor:
-        """Which value stands at a query and a key."""
-        shift = kv_len - q_len if self.offset is None else self.offset
-        at = q + shift if self.positions is None else self.positions[b, q]
-        return (kv - at + self.zero).clamp(0, self.values.shape[1] - 1)
+        """Return the index into the second dimension of :attr:`values`."""
+        positions = q + self._shift(q_len, kv_len) if self.positions is None else self.positions[b, q]
+        return (kv - positions + self.zero).clamp(0, self.values.shape[1] - 1)
 
     def add_gradient_(self, grad: Tensor, grad_scores: Tensor, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> None:
         if grad.shape[0] == 1:
@@ -153,16 +167,21 @@ class RelativeBias(Bias):
     ) -> tuple[int, ...] | None:
         if self.positions is not None:
             return None
-        shift = kv_len - q_len if self.offset is None else self.offset
-        return (q_start + shift - kv_start, q_stop - q_start, kv_stop - kv_start)
+        return (q_start + self._shift(q_len, kv_len) - kv_start, q_stop - q_start, kv_stop - kv_start)
 
 
 @dataclass(frozen=True, eq=False)
 class DenseBias(Bias):
-    """A bias given at every place.
+    """A bias with a value for every query and key.
 
     Attributes:
-        values: ``(batch or 1, heads or 1, q_len, kv_len)``, finite: to hide keys, use a mask.
+        values: ``(batch or 1, heads or 1, q_len, kv_len)``, finite. To hide keys, use a mask.
+
+    Example:
+        >>> import torch, attnzoo
+        >>> q, k, v = torch.randn(3, 1, 2, 5, 8)
+        >>> attnzoo.attention(q, k, v, bias=attnzoo.DenseBias(torch.zeros(1, 2, 5, 5))).shape
+        torch.Size([1, 2, 5, 8])
     """
 
     kind: ClassVar[str] = "dense"
@@ -177,13 +196,13 @@ class DenseBias(Bias):
         if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2:] != (q_len, kv_len):
             raise InvalidArgumentError("bias", f"values {shape}", f"(1 or {batch}, 1 or {heads}, {q_len}, {kv_len})")
 
-    def gather(self, q_len: int, kv_len: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def gather(self, q_len: int, kv_len: int) -> BiasAt:
         per_sample, per_head = self.values.shape[0] > 1, self.values.shape[1] > 1
 
-        def add(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        def bias_at(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             return self.values[b if per_sample else torch.zeros_like(b), h if per_head else torch.zeros_like(h), q, kv]
 
-        return add
+        return bias_at
 
     def add_gradient_(self, grad: Tensor, grad_scores: Tensor, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> None:
         for dim in (0, 1):

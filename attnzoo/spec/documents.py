@@ -1,8 +1,8 @@
-"""Packed rows: several documents one after the other in one row, each of which sees its own tokens alone, causally.
+"""Packed rows: several documents in one row, where each document sees only itself, causally.
 
-Models write packed rows out as a dense mask. Here that mask is read back into documents, and the attention is computed
-with each document as a separate sample. Every backend that takes causal attention with padding keys then takes packed
-rows, and no query pays for the keys of another document.
+Models write the mask of packed rows as a dense grid. This module reads the documents back from the grid and computes
+the attention with each document as a separate sample. Every backend that supports causal attention and padding keys
+then supports packed rows, and no query pays for the keys of another document.
 """
 
 from __future__ import annotations
@@ -21,68 +21,68 @@ if TYPE_CHECKING:
     from attnzoo.adapter import Attend
 
 _ENTRIES_AT_ONCE = 1 << 24
-_SHORT = 6  # documents of up to 2**6 tokens go together: a call of a kernel costs more than their padding
+_SHORT = 6  # documents of up to 2**6 tokens share a pack: one more kernel call costs more than their padding
 
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """Documents of similar length, side by side as samples.
+    """Documents of similar length as the samples of one batch.
 
     Attributes:
-        rows: ``(documents, longest)`` long: which of the ``batch * length`` tokens stands where; anything in padding.
-        real: ``(documents, longest)`` bool, False for padding; None: there is none.
+        index: ``(documents, longest)`` int64, the tokens of each document as indices into the ``batch * length`` tokens
+            of the packed rows; arbitrary in padding.
+        real: ``(documents, longest)`` bool, False for padding; None if there is no padding.
     """
 
-    rows: Tensor
+    index: Tensor
     real: Tensor | None
 
-    def of(self, attention: Attention) -> Attention:
-        """The attention of these documents, by that of the packed rows."""
-        (segment,) = attention.segments
-        key, value = self._pick(segment.key), self._pick(segment.value)
-        inside = replace(segment, key=key, value=value, pattern=Causal(offset=0), key_mask=self.real, mask=None)
-        return replace(attention, query=self._pick(attention.query), segments=(inside,), query_mask=self.real)
+    def attention(self, packed: Attention) -> Attention:
+        """Return the attention of these documents, given the attention of the packed rows."""
+        (segment,) = packed.segments
+        key, value = self._gather(segment.key), self._gather(segment.value)
+        segment = replace(segment, key=key, value=value, pattern=Causal(offset=0), key_mask=self.real, mask=None)
+        return replace(packed, query=self._gather(packed.query), segments=(segment,), query_mask=self.real)
 
-    def tokens(self, output: Tensor) -> Tensor:
-        """The real tokens ``(n, heads, dim)`` of ``(documents, heads, longest, dim)``, in order of :attr:`places`."""
+    def real_rows(self, output: Tensor) -> Tensor:
+        """Return the rows ``(n, heads, dim)`` of an output ``(documents, heads, longest, dim)`` without padding."""
         output = output.transpose(1, 2)
         return output.flatten(0, 1) if self.real is None else output[self.real]
 
     @property
-    def places(self) -> Tensor:
-        """Which of the ``batch * length`` tokens the real ones are."""
-        return self.rows.flatten() if self.real is None else self.rows[self.real]
+    def real_index(self) -> Tensor:
+        """``(n,)``: :attr:`index` without padding, in the order of :meth:`real_rows`."""
+        return self.index.flatten() if self.real is None else self.index[self.real]
 
-    def _pick(self, tensor: Tensor) -> Tensor:
-        """``(documents, heads, longest, dim)`` of ``(batch, heads, length, dim)``."""
-        # Mostly a view: projections lie in memory as (batch, length, heads, dim).
+    def _gather(self, tensor: Tensor) -> Tensor:
+        """Return ``(documents, heads, longest, dim)`` of ``(batch, heads, length, dim)``."""
+        # A view for most models: their projections have the memory layout (batch, length, heads, dim).
         tokens = tensor.transpose(1, 2).flatten(0, 1)
-        return tokens.index_select(0, self.rows.flatten()).unflatten(0, tuple(self.rows.shape)).transpose(1, 2)
+        return tokens.index_select(0, self.index.flatten()).unflatten(0, tuple(self.index.shape)).transpose(1, 2)
 
 
 def find_documents(visible: Tensor, batch: int) -> tuple[Pack, ...] | None:
-    """The documents of packed rows, each of which sees itself causally; None if a mask shows anything else.
+    """Return the documents of packed rows; None if the mask is anything but documents that see themselves causally.
 
     Args:
-        visible: ``(batch or 1, length, length)`` bool, True where the query (rows) sees the key (columns). Queries that
-            see nothing are in no document.
+        visible: ``(batch or 1, length, length)`` bool, True where the query (rows) sees the key (columns). A query that
+            sees no key belongs to no document.
         batch: number of samples.
     """
     samples, q_len, kv_len = visible.shape
     if q_len != kv_len:
         return None
     key = torch.arange(kv_len, device=visible.device)
-    firsts: list[Tensor] = []
+    parts: list[Tensor] = []
     for rows in visible.split(max(1, _ENTRIES_AT_ONCE // (samples * kv_len)), dim=1):
         first = torch.where(rows.any(-1), rows.byte().argmax(-1), kv_len)
-        query = key[sum(part.shape[1] for part in firsts) :][: rows.shape[1]]
+        query = key[sum(part.shape[1] for part in parts) :][: rows.shape[1]]
         if not torch.equal((key >= first[..., None]) & (key <= query[:, None]), rows):
             return None
-        firsts.append(first)
-    first = torch.cat(firsts, dim=1)  # the first key each query sees; behind the last key where it sees none
-    before = torch.nn.functional.pad(first, (1, 0), value=-1)[:, :-1]
-    starts = first == key
-    if not bool((starts | (first == before) | (first == kv_len)).all()):
+        parts.append(first)
+    first = torch.cat(parts, dim=1)  # the first key that each query sees; kv_len for a query that sees none
+    previous = torch.nn.functional.pad(first, (1, 0), value=-1)[:, :-1]
+    if not bool(((first == key) | (first == previous) | (first == kv_len)).all()):
         return None
     first = first.expand(batch, -1)
     offset = torch.arange(batch, device=key.device)[:, None] * kv_len
@@ -90,44 +90,44 @@ def find_documents(visible: Tensor, batch: int) -> tuple[Pack, ...] | None:
     return _packs(dict(torch.stack([start, length], dim=1).tolist()), key.device) or None
 
 
-def _packs(documents: dict[int, int], device: torch.device) -> tuple[Pack, ...]:
-    """Documents ``{first of the batch * length tokens: length}`` by length, so that padding at most doubles them."""
+def _packs(lengths: dict[int, int], device: torch.device) -> tuple[Pack, ...]:
+    """Group documents ``{index of the first token: length}`` by length, so that padding at most doubles a pack."""
     groups: dict[int, list[int]] = {}
-    for start, length in documents.items():
+    for start, length in lengths.items():
         groups.setdefault(max(_SHORT, (length - 1).bit_length()), []).append(start)
     packs = []
     for starts in groups.values():
-        lengths = [documents[start] for start in starts]
-        start, length = torch.tensor([starts, lengths], device=device)[..., None]
-        place = torch.arange(max(lengths), device=device)
-        real = place < length
-        packs.append(Pack(torch.where(real, start + place, start), None if min(lengths) == max(lengths) else real))
+        counts = [lengths[start] for start in starts]
+        start, count = torch.tensor([starts, counts], device=device)[..., None]
+        step = torch.arange(max(counts), device=device)
+        real = step < count
+        packs.append(Pack(torch.where(real, start + step, start), None if min(counts) == max(counts) else real))
     return tuple(packs)
 
 
 def attend_documents(
     attend: Attend, attention: Attention, documents: tuple[Pack, ...] | None, probabilities: bool = False
 ) -> Result:
-    """Run an attention of one segment, whose mask shows these documents; without documents, as it is.
+    """Run an attention of one segment by its documents; with its dense mask if that is not possible.
 
-    It keeps the dense mask in four cases: the backend refuses the documents, a bias depends on the place in the row,
-    probabilities are asked for, or the attention has more masks.
+    The dense mask stays if ``documents`` is None, the backend refuses the documents, the bias depends on more than
+    distance, probabilities are requested, or the attention has further masks.
     """
     (segment,) = attention.segments
-    more = (attention.query_mask, attention.empty, segment.key_mask)
-    if documents is None or probabilities or not _moves(segment.bias) or any(one is not None for one in more):
+    extras = (attention.query_mask, attention.empty, segment.key_mask)
+    if documents is None or probabilities or not _by_distance(segment.bias) or any(x is not None for x in extras):
         return attend(attention, probabilities)
-    parts = [pack.of(attention) for pack in documents]
+    parts = [pack.attention(attention) for pack in documents]
     if not all(map(attend.takes, parts)):
         return attend(attention)
     results = [attend(part) for part in parts]
-    values = torch.cat([pack.tokens(result.output) for pack, result in zip(documents, results, strict=True)])
-    tokens = values.new_zeros((attention.batch * attention.q_len, *values.shape[1:]))
-    tokens = tokens.index_copy(0, torch.cat([pack.places for pack in documents]), values)
+    rows = torch.cat([pack.real_rows(result.output) for pack, result in zip(documents, results, strict=True)])
+    output = rows.new_zeros((attention.batch * attention.q_len, *rows.shape[1:]))
+    output = output.index_copy(0, torch.cat([pack.real_index for pack in documents]), rows)
     kernel = "+".join(dict.fromkeys(result.kernel for result in results))
-    return Result(tokens.unflatten(0, (attention.batch, -1)).transpose(1, 2), kernel)
+    return Result(output.unflatten(0, (attention.batch, -1)).transpose(1, 2), kernel)
 
 
-def _moves(bias: Bias | None) -> bool:
-    """Whether a bias is the same for a document wherever it stands: one by distance alone."""
+def _by_distance(bias: Bias | None) -> bool:
+    """Whether the bias of a document is the same wherever the document stands in its row."""
     return bias is None or (type(bias) is RelativeBias and bias.positions is None and not bias.offset)

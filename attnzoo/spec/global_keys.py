@@ -1,4 +1,4 @@
-"""Per-sample global keys: keys every query sees, at any positions, any number per sample (Longformer, LED, ETC)."""
+"""Global keys: keys that every query sees, at any positions and of any number per sample (Longformer, LED, ETC)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from attnzoo.spec.transforms import readable
 
 
 class GlobalKeys(NamedTuple):
-    """Where the global tokens of a batch are.
+    """The positions of the global tokens of a batch.
 
     Attributes:
-        positions: ``(batch, most)``, each sample's own first; the rest is filler.
+        positions: ``(batch, most)`` int64, the positions of each sample, then filler.
         valid: ``(batch, most)`` bool, False for filler.
     """
 
@@ -22,19 +22,19 @@ class GlobalKeys(NamedTuple):
     valid: Tensor
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Rows at the global positions: ``(batch, heads, length, dim)`` to ``(batch, heads, most, dim)``."""
+        """Return the rows ``(batch, heads, most, dim)`` of ``(batch, heads, length, dim)`` at the positions."""
         index = self.positions[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
         return tensor.gather(2, index)
 
 
-def locate(is_global: Tensor) -> GlobalKeys | None:
-    """Find the global tokens of ``is_global`` ``(batch, length)`` bool, None for none. Waits for the device.
+def find_global_keys(is_global: Tensor) -> GlobalKeys | None:
+    """Return the positions where ``is_global`` ``(batch, length)`` bool is True; None if it is False everywhere.
 
-    Under ``vmap`` nobody can count them, and each token has a place.
+    Counting waits for the device. Under ``vmap`` the count is unknown, and ``most`` is the length.
     """
     counts = is_global.sum(1)
     most = int(counts.max()) if readable(counts) else is_global.shape[1]
     if most == 0:
         return None
-    index = torch.argsort(~is_global, dim=1, stable=True)[:, :most]
-    return GlobalKeys(index, torch.arange(most, device=is_global.device) < counts[:, None])
+    positions = torch.argsort(~is_global, dim=1, stable=True)[:, :most]
+    return GlobalKeys(positions, torch.arange(most, device=is_global.device) < counts[:, None])

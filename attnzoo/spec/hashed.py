@@ -1,7 +1,7 @@
-"""The pattern of attention by hash where queries and keys differ: near is what stands near in an order by bucket.
+"""The pattern of LSH attention in which queries and keys differ: queries see keys with similar hashes.
 
-As in Reformer (Kitaev et al. 2020, arXiv:2001.04451) keys are sorted by bucket and cut into chunks, several times over.
-There a query is its own key; here each query has a place among the sorted keys, which need not be a key's.
+As in Reformer (Kitaev et al. 2020, arXiv:2001.04451), keys are sorted by bucket and cut into chunks, in several rounds.
+In Reformer a query is its own key. Here each query has a rank among the sorted keys, which can be between two keys.
 """
 
 from __future__ import annotations
@@ -21,56 +21,56 @@ _KEYS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class HashRound:
-    """One sorting of the keys, and the queries' places in it.
+    """One sorting of the keys, and the ranks of the queries in it. All tensors are int64.
 
     Attributes:
-        keys: ``(batch, kv_heads, kv_len)`` long, the keys in sorted order.
-        ranks: the same shape, where each key stands: the inverse of ``keys``.
-        chunks: ``(batch, kv_len)`` long, the chunk of each rank, ascending from 0 without gaps.
-        queries: ``(batch, heads, q_len)`` long, the queries in the order of their places.
-        places: the same shape, at which rank each query stands.
+        keys: ``(batch, kv_heads, kv_len)``, the key indices in sorted order.
+        key_ranks: ``(batch, kv_heads, kv_len)``, the rank of each key: the inverse of ``keys``.
+        chunks: ``(batch, kv_len)``, the chunk of each rank, ascending from 0 without gaps.
+        queries: ``(batch, heads, q_len)``, the query indices in the order of their ranks.
+        query_ranks: ``(batch, heads, q_len)``, the rank of each query.
     """
 
     keys: Tensor
-    ranks: Tensor
+    key_ranks: Tensor
     chunks: Tensor
     queries: Tensor
-    places: Tensor
+    query_ranks: Tensor
 
     def key_chunks(self) -> Tensor:
-        """The chunk each key is in: ``(batch, kv_heads, kv_len)``."""
-        return self._at(self.ranks)
+        """Return the chunk of each key: ``(batch, kv_heads, kv_len)``."""
+        return self._chunks_at(self.key_ranks)
 
     def query_chunks(self) -> Tensor:
-        """The chunk each query stands in: ``(batch, heads, q_len)``."""
-        return self._at(self.places)
+        """Return the chunk of each query: ``(batch, heads, q_len)``."""
+        return self._chunks_at(self.query_ranks)
 
-    def _at(self, ranks: Tensor) -> Tensor:
+    def _chunks_at(self, ranks: Tensor) -> Tensor:
         return self.chunks[:, None].expand(-1, ranks.shape[1], -1).gather(2, ranks)
 
 
 @dataclass(frozen=True)
 class HashedChunks(Pattern):
-    """One round of hashing: the sorted keys are cut into chunks, and a query sees the chunks around its place.
+    """One round of hashing: the sorted keys are cut into chunks, and a query sees the chunks around its rank.
 
-    A query at a place in chunk ``c`` sees the keys of chunks ``c - before`` to ``c + after``; the first and the last
-    have no neighbours beyond them. What an earlier round shows is not shown again, so that rounds united see every key
-    once, as Reformer's paper has it; its code counts keys as often as they are met.
+    A query whose rank is in chunk ``c`` sees the keys of chunks ``c - before`` to ``c + after``. The neighbourhood does
+    not wrap around the ends. A key that an earlier round shows to the query is hidden, so the union of all rounds shows
+    every key once, as in Reformer's paper. Reformer's code counts a key once per round that shows it.
 
     Attributes:
-        length: keys per chunk, at most: the rounds say which ranks are one chunk.
-        before, after: neighbouring chunks.
-        causal: a query sees keys up to its own position only.
-        apart: keys closer than this to the query's position are left out: another segment shows them.
+        length: the largest number of keys in a chunk.
+        before, after: number of neighbouring chunks.
+        causal: a query sees only keys up to its own position.
+        min_distance: hide keys that are closer than this to the query's position, because another segment shows them.
         offset: key position of query 0; None aligns the last query with the last key.
-        rounds: this round, the last of them, and those before it.
+        rounds: the earlier rounds, then this round.
     """
 
     length: int
     before: int = 1
     after: int = 1
     causal: bool = False
-    apart: int = 0
+    min_distance: int = 0
     offset: int | None = None
     rounds: tuple[HashRound, ...] = field(default=(), compare=False, repr=False)
 
@@ -85,13 +85,14 @@ class HashedChunks(Pattern):
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         if not self.rounds:
             raise InvalidArgumentError("pattern rounds", "none", "at least one HashRound")
-        for one in self.rounds:
-            kv_heads = one.keys.shape[1] if one.keys.ndim == 3 else 0
+        for hash_round in self.rounds:
+            keys = hash_round.keys
+            kv_heads = keys.shape[1] if keys.ndim == 3 else 0
             if not kv_heads or heads % kv_heads:
-                raise InvalidArgumentError("pattern keys", tuple(one.keys.shape), f"({batch}, kv_heads, {kv_len})")
-            shapes = {"keys": (kv_heads, kv_len), "ranks": (kv_heads, kv_len), "chunks": (kv_len,)}
-            for name, shape in {**shapes, "queries": (heads, q_len), "places": (heads, q_len)}.items():
-                tensor = getattr(one, name)
+                raise InvalidArgumentError("pattern keys", tuple(keys.shape), f"({batch}, kv_heads, {kv_len})")
+            shapes = {"keys": (kv_heads, kv_len), "key_ranks": (kv_heads, kv_len), "chunks": (kv_len,)}
+            for name, shape in {**shapes, "queries": (heads, q_len), "query_ranks": (heads, q_len)}.items():
+                tensor = getattr(hash_round, name)
                 if tuple(tensor.shape) != (batch, *shape) or tensor.dtype != torch.long:
                     got = f"{tuple(tensor.shape)} {tensor.dtype}"
                     raise InvalidArgumentError(f"pattern {name}", got, f"torch.int64 {(batch, *shape)}")
@@ -101,7 +102,7 @@ class HashedChunks(Pattern):
         return self.rounds[-1].queries if self.rounds else None
 
     def batch_and_heads(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        batch, heads = self.rounds[-1].places.shape[:2]
+        batch, heads = self.rounds[-1].query_ranks.shape[:2]
         return (
             torch.arange(batch, device=device)[:, None, None, None],
             torch.arange(heads, device=device)[None, :, None, None],
@@ -112,38 +113,39 @@ class HashedChunks(Pattern):
 
         def mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             distance = q + shift - kv
-            seen = distance >= self.apart if self.causal else distance.abs() >= self.apart
-            *earlier, own = (self._near(one, b, h, q, kv) for one in self.rounds)
-            seen = seen & own
+            seen = distance >= self.min_distance if self.causal else distance.abs() >= self.min_distance
+            *earlier, current = (self._is_near(hash_round, b, h, q, kv) for hash_round in self.rounds)
+            seen = seen & current
             for near in earlier:
                 seen = seen & ~near
             return seen
 
         return mask
 
-    def _near(self, one: HashRound, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        """True where a key's chunk is in the neighbourhood of that of a query's place."""
-        group = one.places.shape[1] // one.ranks.shape[1]
-        ahead = one.chunks[b, one.ranks[b, h // group, kv]] - one.chunks[b, one.places[b, h, q]]
+    def _is_near(self, hash_round: HashRound, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        """Return True where the chunk of the key is in the neighbourhood of the query's chunk."""
+        group = hash_round.query_ranks.shape[1] // hash_round.key_ranks.shape[1]
+        key_rank, query_rank = hash_round.key_ranks[b, h // group, kv], hash_round.query_ranks[b, h, q]
+        ahead = hash_round.chunks[b, key_rank] - hash_round.chunks[b, query_rank]
         return (ahead >= -self.before) & (ahead <= self.after)
 
     def block_size(self, q_len: int, kv_len: int) -> int:
-        # A block's queries stand in some chunks, whose neighbours it sees too: small blocks waste little.
+        # A block reads the chunks of its queries and their neighbours: small blocks read few keys for nothing.
         return min(q_len, max(128, self.length))
 
     def gathered(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> Iterator[Tensor]:
-        """Which keys *sorted* queries ``q_start:q_stop`` may see: some ``(batch, heads, m)`` at a time, -1 for none.
+        """Yield the keys that *sorted* queries ``q_start:q_stop`` may see, as ``(batch, heads, m)``; -1 is no key.
 
-        Each head has its own, a run of neighbours in sorted order, as many as the head with the longest run.
+        Each head has a run of neighbours in sorted order. All heads get as many entries as the longest run.
         """
-        one = self.rounds[-1]
-        ends = one.places.gather(2, one.queries[:, :, [q_start, q_stop - 1]])
-        chunks = one.chunks.gather(1, ends.flatten(1)).view_as(ends)
-        starts = torch.searchsorted(one.chunks, chunks[:, :, 0] - self.before)
-        stops = torch.searchsorted(one.chunks, chunks[:, :, 1] + self.after, right=True)
+        hash_round = self.rounds[-1]
+        ends = hash_round.query_ranks.gather(2, hash_round.queries[:, :, [q_start, q_stop - 1]])
+        chunks = hash_round.chunks.gather(1, ends.flatten(1)).view_as(ends)
+        starts = torch.searchsorted(hash_round.chunks, chunks[:, :, 0] - self.before)
+        stops = torch.searchsorted(hash_round.chunks, chunks[:, :, 1] + self.after, right=True)
         most = int((stops - starts).max()) if readable(starts) else kv_len
         for first in range(0, most, _KEYS_AT_ONCE):
             ranks = starts[:, :, None] + torch.arange(first, min(most, first + _KEYS_AT_ONCE), device=starts.device)
-            # A key head serves neighbouring query heads.
-            shared = ranks.clamp(max=kv_len - 1).view(*one.keys.shape[:2], -1)
-            yield one.keys.gather(2, shared).view_as(ranks).masked_fill(ranks >= stops[:, :, None], -1)
+            # Neighbouring query heads share a key head: their ranks become one dimension.
+            shared = ranks.clamp(max=kv_len - 1).view(*hash_round.keys.shape[:2], -1)
+            yield hash_round.keys.gather(2, shared).view_as(ranks).masked_fill(ranks >= stops[:, :, None], -1)

@@ -1,7 +1,7 @@
-"""What is computed: a union softmax over segments. Plain data; no device code.
+"""An attention as plain data: one softmax over one or more segments of keys. No device code.
 
-``query`` looks at one or more *segments* of keys. Each segment has a pattern (who sees whom), maybe masks and a bias;
-one softmax normalises over all of them together.
+Each segment has keys and values, a pattern (which query sees which key), and optional masks and a bias. The softmax
+normalises over the visible keys of all segments together.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def describe(given: object) -> str:
-    """A tensor as shape, dtype and device; another library's array as shape and dtype; else type and value."""
+    """Describe a value in a message: shape, dtype and device of a tensor or array, else type and value."""
     if isinstance(given, Tensor):
         return f"{tuple(given.shape)} {str(given.dtype).removeprefix('torch.')} on {given.device}"
     shape, dtype = getattr(given, "shape", None), getattr(given, "dtype", None)
@@ -36,15 +36,15 @@ def describe(given: object) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """Keys a query may look at, and the terms on which it does.
+    """Keys and values, and the keys that each query sees. A key is visible if pattern, key mask and mask all show it.
 
     Attributes:
         key: ``(batch, kv_heads, kv_len, head_dim)``.
         value: ``(batch, kv_heads, kv_len, value_dim)``.
-        pattern: who sees whom by position.
-        key_mask: ``(batch, kv_len)`` bool, True where the key may be seen (False: padding), or None.
-        mask: ``(batch or 1, heads or 1, q_len, kv_len)`` bool, True where visible, or None. Dense: not for long inputs.
-        bias: added to the scores.
+        pattern: which query position sees which key position.
+        key_mask: ``(batch, kv_len)`` bool, False for padding keys, or None.
+        mask: ``(batch or 1, heads or 1, q_len, kv_len)`` bool, True where visible, or None. Dense, so for short inputs.
+        bias: added to the scores, or None.
     """
 
     key: Tensor
@@ -59,9 +59,9 @@ class Segment:
         return self.key.shape[2]
 
     def visible(self, q: Tensor, kv: Tensor, q_len: int) -> Tensor | None:
-        """Which keys are seen: bool ``(batch or 1, heads or 1, n, m)`` for indices ``q`` (n,) and ``kv`` (m,).
+        """Return bool ``(batch or 1, heads or 1, n, m)``, True where query ``q`` (n,) sees key ``kv`` (m,).
 
-        None when the segment has no restriction at all.
+        None if every query sees every key.
         """
         seen: Tensor | None = None
         if not isinstance(self.pattern, Full):
@@ -76,7 +76,7 @@ class Segment:
         return seen
 
     def bias_at(self, q: Tensor, kv: Tensor, q_len: int, batch: int, heads: int) -> Tensor | None:
-        """The bias ``(batch or 1, heads or 1, n, m)`` for indices ``q`` (n,) or (batch, heads, n), and ``kv`` (m,)."""
+        """Return the bias ``(batch or 1, heads or 1, n, m)`` at ``q`` (n,) or (batch, heads, n) and ``kv`` (m,)."""
         if self.bias is None:
             return None
         q = q[None, None, :, None] if q.ndim == 1 else q[..., None]
@@ -87,7 +87,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class SegmentRequest:
-    """What selection needs to know of a segment: hashable, no tensors."""
+    """The properties of a segment that decide which backends support it: hashable, without tensors or lengths."""
 
     pattern: Pattern
     kv_heads: int
@@ -99,9 +99,10 @@ class SegmentRequest:
 
 @dataclass(frozen=True)
 class Request:
-    """What selection needs to know of an attention: hashable, no tensors, no lengths.
+    """The properties of an attention that decide which backends support it: hashable, without tensors or lengths.
 
-    ``transforms`` names the function transforms it runs under (:func:`attnzoo.spec.transforms.transforms_around`).
+    Attributes:
+        transforms: the function transforms it runs under (:func:`attnzoo.spec.transforms.transforms_around`).
     """
 
     device: str
@@ -118,20 +119,27 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """One attention, whole: ``softmax(scale * query @ keys.T + bias) @ values`` over all visible keys of all segments.
+    """One attention: ``softmax(scale * query @ keys.T + bias) @ values`` over the visible keys of all segments.
 
     Attributes:
         query: ``(batch, heads, q_len, head_dim)``.
-        segments: what the queries look at; ``heads`` must be a multiple of each segment's ``kv_heads``, and query head
-            ``h`` uses key head ``h // (heads // kv_heads)``.
+        segments: keys and values; ``heads`` must be a multiple of each segment's ``kv_heads``, and query head ``h``
+            uses key head ``h // (heads // kv_heads)``.
         scale: factor on the scores.
-        dropout: probability with which a softmax weight is dropped.
-        query_mask: ``(batch, q_len)`` bool; rows where it is False (padding) give zeros.
-        empty: ``(batch, heads, q_len, value_dim)``, what rows give that see no key at all; None: zeros. It counts as
-            one value of weight 1, which dropout may drop.
+        dropout: probability in ``[0, 1)`` of dropping a softmax weight.
+        query_mask: ``(batch, q_len)`` bool, False for padding rows, whose output is zero; or None.
+        empty: ``(batch, heads, q_len, value_dim)``, the output of rows that see no key; None: zeros. It counts as one
+            value of weight 1, which dropout may drop.
 
     Raises:
         InvalidArgumentError: wrong rank, or shapes, dtypes or devices that do not fit together.
+
+    Example:
+        >>> import torch, attnzoo
+        >>> q, k, v = torch.randn(3, 1, 2, 5, 8)
+        >>> attention = attnzoo.Attention(q, (attnzoo.Segment(k, v, attnzoo.Causal()),), scale=8**-0.5)
+        >>> attention.request().segments[0].pattern
+        Causal(offset=None)
     """
 
     query: Tensor
@@ -157,9 +165,10 @@ class Attention:
         for segment in self.segments:
             self._check_segment(segment)
         shape = (self.batch, self.heads, self.q_len, self.value_dim)
-        own = (shape, self.query.dtype, self.query.device)
-        if self.empty is not None and (tuple(self.empty.shape), self.empty.dtype, self.empty.device) != own:
-            raise InvalidArgumentError("empty", describe(self.empty), f"{shape} {self.query.dtype} on {own[2]}")
+        dtype, device = self.query.dtype, self.query.device
+        empty = self.empty
+        if empty is not None and (tuple(empty.shape), empty.dtype, empty.device) != (shape, dtype, device):
+            raise InvalidArgumentError("empty", describe(empty), f"{shape} {dtype} on {device}")
 
     def _check_segment(self, segment: Segment) -> None:
         query, key, value = self.query, segment.key, segment.value
@@ -210,16 +219,16 @@ class Attention:
         return self.segments[0].value.shape[3]
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Every tensor a gradient may flow to: query, then key, value (and bias values) of each segment, then empty."""
-        found = [self.query]
+        """Return all tensors that can get a gradient: query; key, value and bias values of each segment; empty."""
+        tensors = [self.query]
         for segment in self.segments:
-            found += [segment.key, segment.value]
+            tensors += [segment.key, segment.value]
             if segment.bias is not None:
-                found.append(segment.bias.values)
-        return tuple(found) if self.empty is None else (*found, self.empty)
+                tensors.append(segment.bias.values)
+        return tuple(tensors) if self.empty is None else (*tensors, self.empty)
 
     def with_tensors(self, tensors: tuple[Tensor, ...]) -> Attention:
-        """The same attention on other tensors, in the order of :meth:`tensors`."""
+        """Return the same attention with other tensors, in the order of :meth:`tensors`."""
         rest = iter(tensors)
         query = next(rest)
         segments = []
@@ -231,28 +240,28 @@ class Attention:
         empty = None if self.empty is None else next(rest)
         return replace(self, query=query, segments=tuple(segments), empty=empty)
 
-    def fill(self, output: Tensor, live: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """Finish an output: rows that see nothing become :attr:`empty` or zero, and padding rows zero.
+    def fill(self, output: Tensor, has_visible_key: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """Finish an output: set rows without visible keys to :attr:`empty` or zero, and padding rows to zero.
 
         Args:
-            output: ``(batch, heads, n, value_dim)``, anything finite in rows that see nothing.
-            live: bool, broadcastable to ``(batch, heads, n)``: rows that see a key; None: all of them.
-            rows: ``(n,)`` which query rows these are; None: all, in order.
+            output: ``(batch, heads, n, value_dim)``; rows without visible keys may hold any finite values.
+            has_visible_key: bool, broadcastable to ``(batch, heads, n)``; None: every row sees a key.
+            rows: ``(n,)`` indices of the query rows in ``output``; None: all rows in order.
         """
-        every = slice(None) if rows is None else rows
-        if live is not None and self.empty is None:
-            output = output.masked_fill(~live[..., None], 0.0)
-        elif live is not None and self.empty is not None:
-            empty = self.empty[:, :, every]
+        index = slice(None) if rows is None else rows
+        if has_visible_key is not None and self.empty is None:
+            output = output.masked_fill(~has_visible_key[..., None], 0.0)
+        elif has_visible_key is not None and self.empty is not None:
+            empty = self.empty[:, :, index]
             if self.dropout > 0.0:
                 empty = empty * torch.nn.functional.dropout(torch.ones_like(empty[..., :1]), self.dropout)
-            output = torch.where(live[..., None], output, empty)
+            output = torch.where(has_visible_key[..., None], output, empty)
         if self.query_mask is not None:
-            output = output.masked_fill(~self.query_mask[:, None, every, None], 0.0)
+            output = output.masked_fill(~self.query_mask[:, None, index, None], 0.0)
         return output
 
     def request(self, probabilities: bool = False) -> Request:
-        """The hashable summary that backends are selected by."""
+        """Return the hashable summary that decides which backends support this attention."""
         grad, tensors = torch.is_grad_enabled(), self.tensors()
         return Request(
             device=self.query.device.type,
@@ -279,12 +288,13 @@ class Attention:
 
 
 class Result(NamedTuple):
-    """What a backend returns.
+    """The result of a backend.
 
     Attributes:
         output: ``(batch, heads, q_len, value_dim)``, in the query's dtype.
-        kernel: the kernel that really ran, e.g. ``"flash_cpu"``.
-        probabilities: per segment ``(batch, heads, q_len, kv_len)`` softmax weights before dropout, if asked for.
+        kernel: name of the kernel that ran, e.g. ``"flash_cpu"``.
+        probabilities: the softmax weights ``(batch, heads, q_len, kv_len)`` of each segment before dropout; None unless
+            requested.
         dropped: the same after dropout.
     """
 
@@ -295,7 +305,7 @@ class Result(NamedTuple):
 
 
 def check_heads_tensor(name: str, tensor: object) -> None:
-    """Raise unless this is a floating-point tensor ``(batch, heads, length, head_dim)`` without an empty dimension."""
+    """Raise unless this is a dense floating-point tensor ``(batch, heads, length, head_dim)``, no dimension 0."""
     allowed = "(batch, heads, length, head_dim), none of them 0"
     if isinstance(tensor, Tensor) and (tensor.is_nested or tensor.layout != torch.strided):
         raise InvalidArgumentError(name, "a nested or sparse tensor", f"a dense tensor {allowed}")
@@ -309,8 +319,8 @@ def _check_mask(name: str, mask: object, shapes: tuple[tuple[int, ...], ...], de
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) not in shapes:
-        nan = isinstance(mask, Tensor) and mask.is_floating_point() and holds(mask.isnan().any(), unknown=False)
-        got = describe(mask) + (" with NaN in it" if nan else "")
+        has_nan = isinstance(mask, Tensor) and mask.is_floating_point() and holds(mask.isnan().any(), unknown=False)
+        got = describe(mask) + (" with NaN in it" if has_nan else "")
         raise InvalidArgumentError(name, got, f"bool, True where visible, {' or '.join(map(str, sorted(shapes)))}")
     if mask.device != device:
         raise InvalidArgumentError(f"{name} device", mask.device, f"{device}, the query's")

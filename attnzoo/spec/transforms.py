@@ -1,7 +1,7 @@
-"""Which function transforms of PyTorch a call runs under, and which tensors have no values to look at there.
+"""The function transforms of PyTorch around a call, and tensors whose values Python cannot read there.
 
-``torch.func`` hands wrapped tensors to the function it transforms. They have no storage, and under ``vmap`` no values
-that Python can branch on: one tensor stands for all samples.
+``torch.func`` passes wrapped tensors to the function it transforms. They have no storage. Under ``vmap`` one tensor
+stands for all samples, so Python cannot branch on its values.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch.autograd import forward_ad
 
 TRANSFORMS = frozenset({"grad", "vmap", "jvp", "functionalize"})
 
-# Private, because nothing public tells. ``autograd.Function.apply`` asks the first one before it refuses to run under
-# torch.func. A PyTorch without them looks as if nothing were transformed: what fails there fails in its words.
+# Private functions, because PyTorch has no public ones. ``autograd.Function.apply`` calls the first before it refuses
+# to run under torch.func. If a PyTorch version lacks them, calls look untransformed and fail with PyTorch's own errors.
 _active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _stack = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", lambda: None)
 
 
 def transforms_around(tensors: Iterable[object]) -> tuple[str, ...]:
-    """The transforms a call on these tensors runs under, outermost first: ``"grad"``, ``"vmap"``, ``"jvp"``, ...
+    """Return the transforms that a call on these tensors runs under, outermost first: ``"grad"``, ``"vmap"``, ...
 
-    ``vjp``, ``jacrev``, ``jacfwd`` and ``hessian`` are made of these: a Hessian runs under ``("vmap", "jvp", "grad")``.
-    Tensors with tangents (``torch.autograd.forward_ad``) are under ``"jvp"`` without ``torch.func``, too.
+    ``vjp``, ``jacrev``, ``jacfwd`` and ``hessian`` consist of these: a Hessian runs under ``("vmap", "jvp", "grad")``.
+    Tensors with tangents (``torch.autograd.forward_ad``) count as ``"jvp"`` even without ``torch.func``.
     """
     names = tuple(str(level.key().name).lower() for level in _stack() or ()) if _active() else ()
     if "jvp" not in names and any(_has_tangent(tensor) for tensor in tensors):
@@ -39,11 +39,11 @@ def _has_tangent(tensor: object) -> bool:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether Python can look at the values of a tensor: not where ``vmap`` made one of many samples."""
-    # A sample's tensor hides the dimension that vmap maps over; nothing else changes the number of dimensions.
+    """Whether Python can read the values of a tensor: False if ``vmap`` maps over it."""
+    # Such a tensor hides the dimension that vmap maps over; nothing else changes the number of dimensions.
     return not _active() or torch.func.debug_unwrap(tensor).ndim == tensor.ndim
 
 
 def holds(condition: Tensor, unknown: bool) -> bool:
-    """What a bool tensor of one element says; ``unknown`` where nobody can look at it (see :func:`readable`)."""
+    """Return the value of a bool tensor of one element; ``unknown`` if Python cannot read it (:func:`readable`)."""
     return bool(condition) if readable(condition) else unknown

@@ -1,1 +1,1 @@
-"""Measuring backends on a model: the race, the tuner, and its report. What ``auto`` reads is in ``attnzoo.auto``."""
+"""Measure backends on a model. ``attnzoo.auto`` reads the measurements."""

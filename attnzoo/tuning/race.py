@@ -1,4 +1,4 @@
-"""Timing backends against each other on one attention, behind the error rule."""
+"""Time backends against each other on one attention; backends that fail the error rule are not timed."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import torch
 from attnzoo.auto.environment import code_of
 from attnzoo.auto.measurements import Outcome
 from attnzoo.backend import Backend
-from attnzoo.conformance.attention_check import check_site
+from attnzoo.conformance.attention_check import check_attention
 from attnzoo.functional import execute
 from attnzoo.spec.segments import Attention
 
 Clock = Callable[[], float]
 
 ROUNDS = 7
-# A timed sample lasts this long at least (seconds), by running more than once; clocks and launches are not what counts.
-SAMPLE, MOST_RUNS = 0.005, 50
-# What takes this many times as long as the fastest in the first round is not timed again.
+# A sample runs the backend several times, for at least these seconds: the clock and the launch must not dominate.
+SAMPLE_SECONDS, MOST_RUNS = 0.005, 50
+# A backend that is slower than the fastest by this factor in the first round is not timed again.
 HOPELESS = 3.0
-# Backends that need memory for every query and key are left out above this many bytes of it.
+# Dense backends are not timed if they need more bytes than this.
 DENSE_BYTES = 2 << 30
-# Grids of scores that plain operations hold at once, and those that are kept for a backward.
+# Score grids that plain operations hold at the same time, and those that they keep for a backward.
 GRIDS, GRIDS_KEPT = 6, 4
 ROWS = 64
 
@@ -34,17 +34,17 @@ ROWS = 64
 def race(
     attention: Attention, backends: Sequence[Backend], *, grad: bool, rounds: int = ROUNDS, clock: Clock | None = None
 ) -> dict[str, Outcome]:
-    """Time backends on an attention in turns: medians of ``rounds`` samples, warm-up and compilation left out.
+    """Time backends on an attention. They take turns; a time is the median of ``rounds`` samples, without warm-up.
 
-    What is outside the error rule on sampled rows, or raises, is no candidate and is not timed; what ran out of memory
-    is not timed, but not found to be wrong either.
+    A backend that fails the error rule on sampled rows, or raises, is marked as wrong and not timed. A backend that
+    runs out of memory is not timed, but not marked as wrong.
 
     Args:
-        attention: what to compute, on tensors without a history; those that require grad get gradients.
-        backends: those that refuse nothing of it.
-        grad: time forward and backward; else forward without gradients.
+        attention: the attention to compute. Its tensors are leaves; those that require grad get gradients.
+        backends: the backends that support the attention's request.
+        grad: time forward and backward; else the forward without gradients.
         rounds: samples per backend.
-        clock: seconds; None: ``time.perf_counter``.
+        clock: returns seconds; None: ``time.perf_counter``.
 
     Returns:
         One :class:`Outcome` per backend, by name.
@@ -56,31 +56,32 @@ def race(
         code = code_of(type(backend))
         need = dense_bytes(attention, grad)
         if backend.dense and need > DENSE_BYTES:
-            got = f"needs about {need / (1 << 30):.1f} GiB for dense scores, is timed up to {DENSE_BYTES >> 30} GiB"
-            outcomes[backend.name] = Outcome(code, reason=got)
+            reason = f"needs about {need / (1 << 30):.1f} GiB for dense scores, is timed up to {DENSE_BYTES >> 30} GiB"
+            outcomes[backend.name] = Outcome(code, reason=reason)
             continue
-        step, kernel, first, full = _step(backend, attention, grad), "", 0.0, False
+        step, kernel, first, out_of_memory = _step(backend, attention, grad), "", 0.0, False
         try:
             start = tick()
             kernel = step()
             _wait(attention.query.device)
             first = tick() - start
             wrong = _wrong(backend, attention, grad)
-        except Exception as error:  # whatever it raises is why it is no candidate
-            wrong, full = _raised(error), _out_of_memory(error)
-        outcomes[backend.name] = Outcome(code, first=first, kernel=kernel, reason=wrong, wrong=bool(wrong) and not full)
+        except Exception as error:  # a backend may raise anything
+            wrong, out_of_memory = _raised(error), _is_out_of_memory(error)
+        is_wrong = bool(wrong) and not out_of_memory
+        outcomes[backend.name] = Outcome(code, first=first, kernel=kernel, reason=wrong, wrong=is_wrong)
         if not wrong:
             runs[backend.name] = step
     for name, seconds in _times(runs, attention.query.device, rounds, tick).items():
         if isinstance(seconds, Exception):
-            outcomes[name] = replace(outcomes[name], reason=_raised(seconds), wrong=not _out_of_memory(seconds))
+            outcomes[name] = replace(outcomes[name], reason=_raised(seconds), wrong=not _is_out_of_memory(seconds))
         else:
             outcomes[name] = replace(outcomes[name], seconds=seconds)
     return outcomes
 
 
 def dense_bytes(attention: Attention, grad: bool) -> int:
-    """Bytes that plain operations need, roughly."""
+    """Roughly, the bytes that plain operations need."""
     keys = sum(segment.kv_len for segment in attention.segments)
     grid = attention.batch * attention.heads * attention.q_len * keys * attention.query.itemsize
     return grid * (GRIDS + (GRIDS_KEPT if grad else 0))
@@ -90,24 +91,22 @@ def _raised(error: Exception) -> str:
     return f"raised {type(error).__name__}: {error}".partition("\n")[0]
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Whether an exception says that memory was full: something of the machine just now, nothing of the backend.
-
-    torch's allocator on the CPU has no class of its own for that.
-    """
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was full: a state of the machine, not a fault of the backend."""
+    # The CPU allocator of torch raises a plain RuntimeError.
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         type(error) is RuntimeError and "DefaultCPUAllocator" in str(error)
     )
 
 
 def _wrong(backend: Backend, attention: Attention, grad: bool) -> str:
-    """What is wrong with the backend's numbers; empty if they are within the error rule."""
-    report = check_site("tune", attention, backend, grad=grad, max_rows=ROWS)
+    """The checks that fail the error rule, as text; empty if none does."""
+    report = check_attention("tune", attention, backend, grad=grad, max_rows=ROWS)
     return "; ".join(str(check) for check in report.checks if not check.ok)
 
 
 def _step(backend: Backend, attention: Attention, grad: bool) -> Callable[[], str]:
-    """One run, as a model would; returns the kernel that ran."""
+    """A function that runs the attention as a model does, and returns the kernel that ran."""
     leaves = tuple({id(tensor): tensor for tensor in attention.tensors() if tensor.requires_grad}.values())
     shape = (attention.batch, attention.heads, attention.q_len, attention.value_dim)
     cotangent = torch.ones(shape, dtype=attention.query.dtype, device=attention.query.device)
@@ -125,7 +124,7 @@ def _step(backend: Backend, attention: Attention, grad: bool) -> Callable[[], st
 def _times(
     runs: dict[str, Callable[[], str]], device: torch.device, rounds: int, tick: Clock
 ) -> dict[str, float | Exception]:
-    """Median seconds of one run, by name; or what it raised, in whatever round: the others go on."""
+    """Median seconds of one run, by name; or the exception that a run raised. The other backends go on."""
     failed: dict[str, float | Exception] = {}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     counts = dict.fromkeys(runs, 1)
@@ -144,17 +143,17 @@ def _times(
             return None
 
     for name in runs:
-        once = sample(name)
-        if once is not None:
-            counts[name] = min(MOST_RUNS, math.ceil(SAMPLE / once)) if once > 0.0 else MOST_RUNS
+        seconds = sample(name)
+        if seconds is not None:
+            counts[name] = min(MOST_RUNS, math.ceil(SAMPLE_SECONDS / seconds)) if seconds > 0.0 else MOST_RUNS
     for turn in range(rounds):
-        limit = HOPELESS * min((taken[0] for taken in samples.values() if taken), default=math.inf)
+        limit = HOPELESS * min((times[0] for times in samples.values() if times), default=math.inf)
         for name in list(samples):
             if turn == 0 or samples[name][0] <= limit:
-                taken = sample(name)
-                if taken is not None:
-                    samples[name].append(taken)
-    return failed | {name: statistics.median(taken) for name, taken in samples.items()}
+                seconds = sample(name)
+                if seconds is not None:
+                    samples[name].append(seconds)
+    return failed | {name: statistics.median(times) for name, times in samples.items()}
 
 
 def _wait(device: torch.device) -> None:

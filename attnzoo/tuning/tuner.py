@@ -1,4 +1,4 @@
-"""``tune``: measure, on a model's own attentions, which backend is fastest, and keep it for ``auto``."""
+"""``tune``: measure which backend is fastest at each attention of a model, and store the result for ``auto``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attnzoo.auto import cache
 from attnzoo.auto.choice import is_current
 from attnzoo.auto.environment import Environment, environment_of
-from attnzoo.auto.measurements import Measurement, SizeClass, key_of, plain, size_class
+from attnzoo.auto.measurements import Measurement, SizeClass, key_of, size_class, to_plain_data
 from attnzoo.backend import Backend
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.patching.patch import patch
@@ -22,17 +22,17 @@ from attnzoo.patching.sites import Site
 from attnzoo.registry import registry
 from attnzoo.spec.segments import Attention, Request, Result
 from attnzoo.tuning.race import ROUNDS, Clock, race
-from attnzoo.tuning.report import Tuning
+from attnzoo.tuning.report import TuningReport
 
 
-class Met(NamedTuple):
-    """An attention that a model was seen to compute, one per request, size class and environment."""
+class ObservedAttention(NamedTuple):
+    """An attention that a model computed; the first one of its request, size class and environment."""
 
     request: Request
     size: SizeClass
     environment: Environment
     attention: Attention
-    where: str
+    site: str
 
 
 def tune(
@@ -45,37 +45,46 @@ def tune(
     rounds: int = ROUNDS,
     clock: Clock | None = None,
     progress: Callable[[str], None] | None = None,
-) -> Tuning:
-    """Measure which backend is fastest at each attention of a model, for ``auto`` to take from now on.
+) -> TuningReport:
+    """Measure which backend is fastest at each attention of a model. ``auto`` selects by these measurements.
 
-    Runs the model once, as it is (train or eval, dtype, device, autocast), to see which attentions it computes. Each
-    request that it makes, in each size class (batch and lengths rounded up to powers of two), is then timed on every
-    backend that refuses nothing: medians of interleaved rounds, warm-up and compilation left out, on the attention the
-    model really computed. A backend that is not within the error rule there, or raises, is reported and never taken;
-    backends that change a dense model's pattern are not considered. What is known already is not measured again.
+    ``tune`` runs the model once, in its present mode, dtype and autocast, and observes its attentions. It then times
+    each attention on every backend that supports it, once per request and size class (batch and lengths rounded up to
+    powers of two). A time is the median of several rounds, without warm-up and compilation. ``auto`` never selects a
+    backend that failed the error rule or raised. Backends that change the pattern are not timed. Known measurements
+    are reused.
 
-    Measuring happens here and nowhere else: a forward never measures. Weights, gradients, configuration and the random
-    streams are left as they were.
+    A forward never measures; only ``tune`` does. The model, its gradients and the random streams stay as they were.
 
     Args:
-        model: a model of a family with an adapter; may be patched.
-        inputs: keyword arguments of its forward; or a function that runs it in whatever way is to be fast, e.g.
+        model: a model of a family with an adapter. It may be patched.
+        inputs: keyword arguments of the model's forward; or a function that runs the model, for example
             ``lambda: model.generate(**prompt)``.
-        gradients: tune for training (forward and backward) or for inference; None: as the model's mode says.
-        again: measure what is known already, too.
-        save: keep the results in the cache file (``$ATTNZOO_CACHE_DIR``, else ``~/.cache/attnzoo``); else they hold
-            for this process.
+        gradients: tune for training (forward and backward) or for inference; None: for the mode of the model.
+        again: measure known attentions again.
+        save: write the results to the cache file (in ``$ATTNZOO_CACHE_DIR``, else ``~/.cache/attnzoo``). Otherwise they
+            are valid in this process only.
         rounds: timed samples per backend, at least 1.
-        clock: tells seconds; None: ``time.perf_counter``.
-        progress: is told what is being measured.
+        clock: returns seconds; None: ``time.perf_counter``.
+        progress: is called with the name of each attention before it is measured.
 
     Returns:
-        A :class:`Tuning`: a tuple of :class:`Measurement`, which prints as a table.
+        A tuple of measurements; ``print`` shows it as tables.
 
     Raises:
-        InvalidArgumentError: a bad argument.
-        CacheError: the results could not be kept (found out before anything is measured).
-        Whatever :func:`attnzoo.patch` or the model raises.
+        InvalidArgumentError: an argument is invalid.
+        CacheError: the cache file cannot be written. Nothing was measured.
+        Any exception of :func:`attnzoo.patch` and of the model.
+
+    Example:
+        >>> import torch, transformers, attnzoo
+        >>> config = transformers.GPTNeoXConfig(
+        ...     vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        ... )
+        >>> model = transformers.GPTNeoXForCausalLM(config).eval()
+        >>> (measurement,) = attnzoo.tune(model, {"input_ids": torch.arange(12)[None]}, save=False)
+        >>> measurement.mode
+        'forward'
     """
     if not isinstance(model, nn.Module):
         raise InvalidArgumentError("model", type(model).__name__, "a torch.nn.Module")
@@ -84,34 +93,33 @@ def tune(
         raise InvalidArgumentError("inputs", type(inputs).__name__, allowed)
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise InvalidArgumentError("rounds", repr(rounds), "an integer >= 1")
-    trains = model.training if gradients is None else gradients
-    if trains and torch.is_inference_mode_enabled():
+    gradients = model.training if gradients is None else gradients
+    if gradients and torch.is_inference_mode_enabled():
         raise InvalidArgumentError("gradients", "True inside torch.inference_mode()", "False, or outside of it")
     if save:
         cache.check_writable()
-    found: list[Measurement] = []
+    measurements: list[Measurement] = []
     fresh: set[str] = set()
     with own_random_stream(model):
-        meetings = _meet(model, inputs, trains)
-        for number, met in enumerate(meetings, 1):
-            takes = registry.supporting_backends(met.request)
-            old = cache.find(met.environment, key_of(met.request, met.size))
-            if old is not None and not again and all(is_current(old, backend) for backend in takes):
-                found.append(old)
+        observed = _observe_model(model, inputs, gradients)
+        for number, (request, size, environment, attention, site) in enumerate(observed, 1):
+            backends = registry.supporting_backends(request)
+            known = cache.find(environment, key_of(request, size))
+            if known is not None and not again and all(is_current(known, backend) for backend in backends):
+                measurements.append(known)
                 continue
             if progress is not None:
-                progress(f"{number}/{len(meetings)} {met.where}: {met.size}")
-            outcomes = race(met.attention, takes, grad=met.request.grad, rounds=rounds, clock=clock)
-            new = Measurement(plain(met.request), met.size, outcomes, met.where)
-            # Kept at once: what was measured before an interruption need not be measured again.
-            cache.add(met.environment, [new], save=save)
-            found.append(new)
-            fresh.add(new.key)
-    return Tuning(found, frozenset(fresh))
+                progress(f"{number}/{len(observed)} {site}: {size}")
+            outcomes = race(attention, backends, grad=request.grad, rounds=rounds, clock=clock)
+            measurement = Measurement(to_plain_data(request), size, outcomes, site)
+            cache.add(environment, [measurement], save=save)  # at once, so that an interruption loses nothing
+            measurements.append(measurement)
+            fresh.add(measurement.key)
+    return TuningReport(measurements, frozenset(fresh))
 
 
 def clear() -> list[Path]:
-    """Forget all that was measured, in this process and in every cache file; returns the files removed.
+    """Delete all measurements, in this process and in every cache file; return the removed files.
 
     Raises:
         CacheError: a file cannot be removed.
@@ -119,31 +127,34 @@ def clear() -> list[Path]:
     return cache.clear()
 
 
-def _meet(model: nn.Module, inputs: Mapping[str, Any] | Callable[[], object], gradients: bool) -> list[Met]:
-    """Run the model once and see which attentions it computes for which there is a choice."""
-    met: dict[tuple[str, Environment], Met] = {}
+def _observe_model(
+    model: nn.Module, inputs: Mapping[str, Any] | Callable[[], object], gradients: bool
+) -> list[ObservedAttention]:
+    """Run the model once, and return its attentions that more than one backend supports."""
+    observed: dict[tuple[str, Environment], ObservedAttention] = {}
 
     def observe(site: Site, attention: Attention, result: Result, ran: Backend) -> None:
         request, size = attention.request(result.probabilities is not None), size_class(attention)
         environment = environment_of(attention.query.device)
         key = (key_of(request, size), environment)
-        if key not in met and len(registry.supporting_backends(request)) > 1:
-            met[key] = Met(request, size, environment, _without_history(attention), f"{site.cls}, {site.pattern}")
+        if key not in observed and len(registry.supporting_backends(request)) > 1:
+            leaves = _without_history(attention)
+            observed[key] = ObservedAttention(request, size, environment, leaves, f"{site.cls}, {site.pattern}")
 
-    with _left_as_is(model), patch(model, "auto") as handle, torch.set_grad_enabled(gradients):
+    with _restored(model), patch(model, "auto") as handle, torch.set_grad_enabled(gradients):
         for site in handle.sites:
             site.observer = observe
         if isinstance(inputs, Mapping):
             returned = model(**inputs)
-            if gradients:  # layers that are checkpointed or reversible ask for gradients only in their backward
+            if gradients:  # checkpointed and reversible layers request gradients only in their backward
                 _backward(returned)
         else:
             inputs()
-    return list(met.values())
+    return list(observed.values())
 
 
 def _backward(returned: Any) -> None:
-    """Backward from everything a model returns at the top level."""
+    """Run the backward of every tensor that a model returns at the top level."""
     if isinstance(returned, Mapping):
         returned = tuple(returned.values())
     values = returned if isinstance(returned, (tuple, list)) else (returned,)
@@ -153,7 +164,7 @@ def _backward(returned: Any) -> None:
 
 
 def _without_history(attention: Attention) -> Attention:
-    """The same attention on leaves that require grad where its tensors do; what was one tensor stays one."""
+    """The attention on leaves that require grad if its tensors do. Tensors that were the same object stay the same."""
     leaves: dict[int, Tensor] = {}
     for tensor in attention.tensors():
         leaves.setdefault(id(tensor), tensor.detach().requires_grad_(tensor.requires_grad))
@@ -161,8 +172,8 @@ def _without_history(attention: Attention) -> Attention:
 
 
 @contextmanager
-def _left_as_is(model: nn.Module) -> Iterator[None]:
-    """Put back the gradients of parameters, and what a forward in training mode counts in buffers (running means)."""
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Restore the gradients of parameters, and the buffers that a forward in training mode changes (running means)."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if model.training else []
     for parameter, _ in gradients:

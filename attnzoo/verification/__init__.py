@@ -1,1 +1,1 @@
-"""Judging a whole model against the oracle: ``attnzoo.verify``."""
+"""Check a whole model against the oracle: ``attnzoo.verify``."""

@@ -1,4 +1,4 @@
-"""The beginning of one sample of a model's inputs: for a look that takes seconds."""
+"""Cut a model's inputs to the beginning of one sample, for ``verify(fast=True)``."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ LENGTH = 256
 
 
 def excerpt(inputs: Mapping[str, Any], length: int = LENGTH) -> dict[str, Any]:
-    """The first real tokens of the sample that has most of them.
+    """The first real tokens of the sample with the most real tokens.
 
     Args:
-        inputs: of a model's forward: tensors ``(batch, length)`` or ``(batch, length, dim)``, those of a decoder by
-            names that begin with ``decoder_`` (``labels`` belong to it, where there are such), and scalars.
-        length: how many tokens to keep at most, of a decoder too.
+        inputs: arguments of a model's forward: scalars, and tensors ``(batch, length)`` or ``(batch, length, dim)``.
+            Names of decoder arguments begin with ``decoder_``; if there are any, ``labels`` belong to the decoder.
+        length: the largest number of tokens to keep, of the encoder and of the decoder.
 
     Raises:
-        InvalidArgumentError: a tensor of another shape, or something that holds tensors (a cache): names it.
+        InvalidArgumentError: an argument is a tensor of another shape, or an object that holds tensors (a cache).
     """
-    decodes = any(name.startswith("decoder_") for name in inputs)
-    chosen = _sample(inputs)
+    has_decoder = any(name.startswith("decoder_") for name in inputs)
+    mask = _mask(inputs, "attention_mask")
+    sample = 0 if mask is None else int((mask != 0).sum(1).argmax())
     cut: dict[str, Any] = {}
     for name, value in inputs.items():
         if value is None or isinstance(value, (bool, int, float, str)):
@@ -35,19 +36,13 @@ def excerpt(inputs: Mapping[str, Any], length: int = LENGTH) -> dict[str, Any]:
         if not isinstance(value, Tensor) or value.ndim not in (2, 3):
             got = describe(value)
             raise InvalidArgumentError(f"inputs[{name!r}]", got, "with fast=True: a tensor (batch, length[, dim])")
-        decoder = name.startswith("decoder_") or (decodes and name == "labels")
-        start = _first_real(inputs, "decoder_attention_mask" if decoder else "attention_mask", chosen)
-        cut[name] = value[chosen : chosen + 1, start : start + length]
+        of_decoder = name.startswith("decoder_") or (has_decoder and name == "labels")
+        mask = _mask(inputs, "decoder_attention_mask" if of_decoder else "attention_mask")
+        start = 0 if mask is None else int(torch.argmax((mask[sample] != 0).int()))
+        cut[name] = value[sample : sample + 1, start : start + length]
     return cut
 
 
-def _sample(inputs: Mapping[str, Any]) -> int:
-    mask = inputs.get("attention_mask")
-    return int((mask != 0).sum(1).argmax()) if isinstance(mask, Tensor) and mask.ndim == 2 else 0
-
-
-def _first_real(inputs: Mapping[str, Any], name: str, sample: int) -> int:
+def _mask(inputs: Mapping[str, Any], name: str) -> Tensor | None:
     mask = inputs.get(name)
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        return 0
-    return int(torch.argmax((mask[sample] != 0).int()))
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

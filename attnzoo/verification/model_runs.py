@@ -1,4 +1,4 @@
-"""Running a model or one of its modules for a comparison: what it gives on real tokens, and the gradients of that."""
+"""Run a model or a module for a comparison: its outputs on real tokens, and their gradients."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ GRADIENT = "gradient of all parameters"
 
 
 def cast(value: Any, dtype: torch.dtype | None) -> Any:
-    """A copy of the value with its floating-point tensors, also those in dicts, lists and tuples, in a dtype.
+    """Copy arguments of a forward with their floating-point tensors in a dtype, in dicts, lists and tuples, too.
 
-    A number as low as its dtype goes hides a token, and is as low as the new dtype goes afterwards. Objects that a
-    forward fills, such as caches, are copied as they are.
+    The lowest number of a dtype, which hides tokens, becomes the lowest number of the new dtype. Other objects, such as
+    caches, are deep-copied, because the forward fills them.
 
     Args:
         value: arguments of a forward.
-        dtype: of the copy; None: each tensor keeps its own.
+        dtype: dtype of the copies; None: each tensor keeps its dtype.
     """
     if isinstance(value, Tensor):
         if dtype is None or not value.is_floating_point() or value.dtype == dtype:
@@ -45,38 +45,37 @@ def run_model(
     inference: bool = False,
     graph: bool = False,
 ) -> dict[str, Tensor]:
-    """Outputs on real tokens by name, and the gradient of a random function of them.
+    """Run a model; return its outputs on real tokens by name, and the gradient of a random function of them.
 
-    The gradient is one vector over all parameters that require grad: a single one may be zero but for rounding (a key
-    projection's bias shifts every score of a row alike), and rounding alone has no budget. To judge one parameter,
-    freeze the others.
+    The gradient is one vector over all parameters that require grad. The gradient of one parameter may be zero except
+    for rounding (the bias of a key projection shifts all scores of a row by the same number), and a budget of zero
+    would fail. To compare one parameter, freeze the others.
 
     Args:
-        model: in eval mode.
-        inputs: of its forward.
+        model: the model, in eval mode.
+        inputs: arguments of its forward.
         gradients: whether to compute the gradient.
-        seed: of the random function, and of what the model draws.
-        inference: take the outputs from a forward without gradients, which may go other ways than training.
-        graph: where no gradient is computed, run the forward as if one were.
+        seed: seed of the random function and of the model's random numbers.
+        inference: take the outputs from a separate forward without gradients, which may run other code.
+        graph: if no gradient is computed, enable gradients in the forward nevertheless.
     """
     parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = gradients and bool(parameters)
-    found = {}
+    results: dict[str, Tensor] = {}
     if inference or not gradients:
         torch.manual_seed(seed)
         with torch.set_grad_enabled(graph and not inference):
-            found = {what: output.detach() for what, output in _outputs(model, inputs).items()}
-    if not gradients:
-        return found
-    torch.manual_seed(seed)
-    with torch.enable_grad():
-        outputs = _outputs(model, inputs)
-    gradient = gradient_of(outputs.values(), parameters, seed)
-    return {**{what: output.detach() for what, output in outputs.items()}, **found, GRADIENT: gradient}
+            results = _outputs(model, inputs)
+    if gradients:
+        torch.manual_seed(seed)
+        with torch.enable_grad():
+            outputs = _outputs(model, inputs)
+        results = {**outputs, **results, GRADIENT: gradient_of(outputs.values(), parameters, seed)}
+    return {what: result.detach() for what, result in results.items()}
 
 
-def gradient_of(outputs: Iterable[Tensor], wanted: list[Tensor], seed: int) -> Tensor:
-    """The gradient of a random linear function of outputs with respect to tensors, as one vector."""
+def gradient_of(outputs: Iterable[Tensor], leaves: list[Tensor], seed: int) -> Tensor:
+    """The gradient of a random linear function of outputs with respect to some tensors, as one vector."""
     generator = torch.Generator().manual_seed(seed)
 
     def weights(output: Tensor) -> Tensor:
@@ -84,39 +83,40 @@ def gradient_of(outputs: Iterable[Tensor], wanted: list[Tensor], seed: int) -> T
 
     with torch.enable_grad():
         total = sum((output * weights(output)).sum() for output in outputs)
-    grads = torch.autograd.grad(total, wanted, allow_unused=True)  # type: ignore[arg-type]
+    grads = torch.autograd.grad(total, leaves, allow_unused=True)  # type: ignore[arg-type]
     flat = [
         (torch.zeros_like(tensor) if grad is None else grad).flatten()
-        for tensor, grad in zip(wanted, grads, strict=True)
+        for tensor, grad in zip(leaves, grads, strict=True)
     ]
     return torch.cat(flat)
 
 
 def _outputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Every floating-point tensor the model returns by name; rows of padding tokens are left out."""
+    """Every floating-point tensor that the model returns, by name, without the rows of padding tokens."""
     returned = model(**inputs)
     items = returned.items() if isinstance(returned, Mapping) else [("output", returned)]
-    decodes = _decodes(model)
-    found = {}
+    has_decoder = _has_decoder(model)
+    outputs = {}
     for name, output in items:
         if isinstance(output, Tensor) and output.is_floating_point():
-            real = real_tokens(inputs, decodes and not name.startswith("encoder"), output)
-            found[name] = output if real is None else output[real]
-    if not found:
+            real = real_tokens(inputs, has_decoder and not name.startswith("encoder"), output)
+            outputs[name] = output if real is None else output[real]
+    if not outputs:
         raise InvalidArgumentError(
             "inputs", f"{sorted(inputs)}, for which the model returns no tensor", "a real forward"
         )
-    return found
+    return outputs
 
 
-def _decodes(model: nn.Module) -> bool:
-    return "decoder_input_ids" in inspect.signature(model.forward).parameters  # an encoder alone shares the config
+def _has_decoder(model: nn.Module) -> bool:
+    # An encoder alone has the same config: only the forward tells them apart.
+    return "decoder_input_ids" in inspect.signature(model.forward).parameters
 
 
 def real_tokens(inputs: Mapping[str, Any], decoder: bool, output: Tensor) -> Tensor | None:
-    """Which rows ``(batch, length)`` of an output belong to real tokens; None if the inputs do not say.
+    """Which rows ``(batch, length)`` of an output belong to real tokens; None if the inputs have no mask for them.
 
-    A decoder's rows count where its sample has a source to attend to.
+    Rows of a decoder count only if their sample has a source to attend to.
     """
     mask = inputs.get("attention_mask")
     if decoder:
@@ -131,15 +131,15 @@ def real_tokens(inputs: Mapping[str, Any], decoder: bool, output: Tensor) -> Ten
 
 
 def rows_of_modules(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[str, Tensor], Tensor | None]:
-    """A function of a module's name and its output ``(batch, length, ...)``: which rows belong to real tokens.
+    """A function of a module's name and output ``(batch, length, ...)`` that returns which rows are real tokens.
 
-    Models pad their inputs to a multiple of a block at the end: what is behind the mask is padding.
+    Models pad their inputs at the end, to a multiple of a block: rows beyond the mask are padding.
     """
     decoders = [name for name, module in model.named_modules() if name.rpartition(".")[2] == "decoder"]
-    decodes = _decodes(model)
+    has_decoder = _has_decoder(model)
 
     def rows(name: str, output: Tensor) -> Tensor | None:
-        decoder = decodes and any(name.startswith(f"{prefix}.") for prefix in decoders)
+        decoder = has_decoder and any(name.startswith(f"{prefix}.") for prefix in decoders)
         prefix = "decoder_" if decoder else ""
         ids = next(
             (x for key in ("input_ids", "inputs_embeds") if isinstance(x := inputs.get(prefix + key), Tensor)), None

@@ -1,9 +1,8 @@
-"""Judging a model's own attention code, module by module: the baseline beside every backend.
+"""Compare a model's own attention code with the oracle, module by module: the baseline beside every backend.
 
-A module's own code hands out no ``Attention``, so it is judged by what it returns. Each module
-runs again on the inputs that it had in the model: with its own code, with plain operations in the same dtype, and with
-the oracle in float64. The error rule then applies to its output on real tokens, and to the gradient with respect to its
-inputs and its parameters.
+A module's own code builds no ``Attention``, so its results are compared. Each module runs again on the inputs that it
+got in the model: with its own code, with plain operations in the same dtype, and with the oracle in float64. The error
+rule applies to its output on real tokens, and to the gradient with respect to its inputs and parameters.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from attnzoo.backend import Backend
 from attnzoo.conformance import error_rule
+from attnzoo.conformance.attention_check import AttentionReport
 from attnzoo.conformance.recomputed import RecomputedBackend
-from attnzoo.conformance.site_report import SiteReport
 from attnzoo.patching.patch import patch
 from attnzoo.verification.model_runs import cast, gradient_of
 
@@ -30,20 +30,26 @@ class Call(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    def cast(self, dtype: torch.dtype | None) -> Call:
+        """A copy with floating-point tensors in a dtype; None: each tensor keeps its dtype."""
+        return Call(cast(self.args, dtype), cast(self.kwargs, dtype))
+
 
 @contextmanager
 def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Call]]:
-    """Record the arguments of the first call of each of these modules, by name, as they are before the call."""
+    """Record the arguments of the first call of each module, by name.
+
+    The arguments are copied, because the call fills its cache and may change its inputs.
+    """
     calls: dict[str, Call] = {}
 
-    def hook(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if name not in calls:
-                calls[name] = Call(cast(args, None), cast(kwargs, None))
+    def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name not in calls:
+            calls[name] = Call(args, kwargs).cast(None)
 
-        return record
-
-    handles = [model.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True) for n in names]
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(partial(record, name), with_kwargs=True) for name in names
+    ]
     try:
         yield calls
     finally:
@@ -55,81 +61,80 @@ class ModuleRuns:
     """Runs of modules on recorded calls.
 
     Args:
-        calls: by name of the module.
-        choices: by name, the keyword arguments that make a call repeat a module's random choices, call by call.
-        rows: which rows of a module's output ``(batch, length, ...)`` belong to real tokens, by name; None: all.
-        gradients: whether to compare gradients.
-        seed: of the random function whose gradient is taken.
+        calls: the recorded call of each module, by name.
+        random_choices: by name, the keyword arguments that make each call repeat the module's random choices.
+        real_rows: by name and output ``(batch, length, ...)``, which rows belong to real tokens; None: all of them.
+        gradients: compare gradients, too.
+        seed: seed of the random function whose gradient is computed.
     """
 
     def __init__(
         self,
         calls: Mapping[str, Call],
-        choices: Mapping[str, list[dict[str, Any]]],
-        rows: Callable[[str, Tensor], Tensor | None],
+        random_choices: Mapping[str, list[dict[str, Any]]],
+        real_rows: Callable[[str, Tensor], Tensor | None],
         gradients: bool,
         seed: int,
     ) -> None:
-        repeated = {name: next(iter(choices.get(name, ())), {}) for name in calls}
+        repeated = {name: next(iter(random_choices.get(name, ())), {}) for name in calls}
         self._calls = {name: Call(args, {**kwargs, **repeated[name]}) for name, (args, kwargs) in calls.items()}
-        self._rows, self._gradients, self._seed = rows, gradients, seed
+        self._real_rows, self._gradients, self._seed = real_rows, gradients, seed
         self._own: dict[str, dict[str, Tensor]] = {}
-        self._plain: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+        self._eager: dict[str, dict[str, Tensor]] = {}
+        self._recomputed: dict[str, dict[str, Tensor]] = {}
 
     def run_own(self, model: nn.Module, names: Iterable[str], dtype: torch.dtype | None = None) -> None:
-        """Run the own code of modules of an unpatched model; on inputs of a dtype, None: as they were."""
-        for name in names:
-            self._own[name] = self._run(model, name, dtype, None)
+        """Run the own code of modules of an unpatched model, on inputs in a dtype; None: as recorded."""
+        self._own |= {name: self._run(model, name, dtype, None) for name in names}
 
     def run_plain(self, model: nn.Module) -> None:
-        """Run plain operations in the dtype of an unpatched model: keeping weights, and computing scores again."""
+        """Run plain operations in the dtype of an unpatched model, as ``eager`` and with scores computed again."""
         for name in self._calls:
-            again = self._run(model, name, None, RecomputedBackend()) if self._gradients else {}
-            self._plain[name] = self._run(model, name, None, "eager"), again
+            if self._gradients:
+                self._recomputed[name] = self._run(model, name, None, RecomputedBackend())
+            self._eager[name] = self._run(model, name, None, "eager")
 
-    def reports(self, model: nn.Module, dtype: torch.dtype) -> tuple[SiteReport, ...]:
-        """Judge each module's own code by the oracle in an unpatched float64 model.
+    def reports(self, model: nn.Module, dtype: torch.dtype) -> tuple[AttentionReport, ...]:
+        """Compare the own code of each module with the oracle.
 
         Args:
-            model: the model in float64.
-            dtype: of the runs of the own code, or of the precision that is asked of it.
+            model: the unpatched model in float64.
+            dtype: the dtype whose roundings set the budget.
         """
-        return tuple(
-            SiteReport(name, "native", self._checks(name, self._run(model, name, torch.float64, "eager"), dtype))
-            for name in self._own
-        )
+        return tuple(AttentionReport(name, "native", self._checks(model, name, dtype)) for name in self._own)
 
-    def _checks(self, name: str, reference: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[error_rule.Check, ...]:
-        own, (eager, again) = self._own[name], self._plain[name]
+    def _checks(self, model: nn.Module, name: str, dtype: torch.dtype) -> tuple[error_rule.Check, ...]:
+        own, eager = self._own[name], self._eager[name]
         checks = []
-        for what, true in reference.items():
-            k, other = error_rule.factor(what), (again[what],) if "gradient" in what else ()
-            checks.append(error_rule.check(what, own[what], true, eager[what], k, dtype, recomputed=other))
+        for what, exact in self._run(model, name, torch.float64, "eager").items():
+            recomputed = (self._recomputed[name][what],) if what == "gradient" else ()
+            k = error_rule.factor(what)
+            checks.append(error_rule.check(what, own[what], exact, eager[what], k, dtype, recomputed=recomputed))
         return tuple(checks)
 
     def _run(
         self, model: nn.Module, name: str, dtype: torch.dtype | None, backend: str | Backend | None
     ) -> dict[str, Tensor]:
-        args, kwargs = cast(self._calls[name].args, dtype), cast(self._calls[name].kwargs, dtype)
+        args, kwargs = self._calls[name].cast(dtype)
         module = model.get_submodule(name)
-        wanted: list[Tensor] = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        leaves: list[Tensor] = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if self._gradients:
-            states = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and _is_states(x)]
-            wanted += [x.requires_grad_() for x in states]
+            states = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and _is_hidden_states(x)]
+            leaves += [x.requires_grad_() for x in states]
         torch.manual_seed(self._seed)
         patched = nullcontext() if backend is None else patch(model, {glob.escape(name): backend})
         with patched, torch.set_grad_enabled(self._gradients):
             output = _first_output(module(*args, **kwargs))
-            real = self._rows(name, output)
+            real = self._real_rows(name, output)
             output = output if real is None else output[real]
-        found = {"output": output.detach()}
+        results = {"output": output.detach()}
         if self._gradients and output.requires_grad:
-            found["gradient"] = gradient_of([output], wanted, self._seed)
-        return found
+            results["gradient"] = gradient_of([output], leaves, self._seed)
+        return results
 
 
-def _is_states(tensor: Tensor) -> bool:
-    """Whether an argument is hidden states ``(batch, length, dim)``: masks and biases have other ranks."""
+def _is_hidden_states(tensor: Tensor) -> bool:
+    """Whether an argument is hidden states ``(batch, length, dim)``; masks and biases have other ranks."""
     return tensor.is_floating_point() and tensor.ndim == 3
 
 

@@ -1,6 +1,7 @@
-"""The oracle where a backend changes what is computed: it computes what that backend makes of an attention.
+"""The oracle for models whose backends change the pattern: it computes the changed attention.
 
-Runs in several dtypes are compared only if they make the same choices (hash buckets), so those of one run are repeated.
+Runs in several dtypes can be compared only if they make the same random choices (hash buckets). The oracle therefore
+repeats the choices of one recorded run.
 """
 
 from __future__ import annotations
@@ -16,40 +17,41 @@ from attnzoo.spec.segments import Attention, Result
 
 
 @dataclass(frozen=True, eq=False)
-class Rewritten(Backend):
-    """Plain operations on what another backend makes of each attention.
+class RewritingOracle(Backend):
+    """Plain operations on each attention as another backend rewrites it.
 
     Attributes:
-        backend: the other.
-        repeated: its choices, call by call.
-        plain: the plain operations.
+        backend: the backend that rewrites.
+        random_choices: its choices, call by call.
+        plain: the backend with the plain operations.
     """
 
-    __eq__ = object.__eq__  # two of them are not one because they have as little to tell as any backend
+    __eq__ = object.__eq__  # backends compare by options, and two oracles have the same options at different calls
     __hash__ = object.__hash__
 
     name: ClassVar[str] = "eager"
     capabilities: ClassVar[Capabilities] = EagerBackend.capabilities
 
     backend: Backend
-    repeated: Iterator[object]
+    random_choices: Iterator[object]
     plain: Backend
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
-        return self.plain.run(self.backend.rewrite(attention, next(self.repeated)), probabilities)
+        return self.plain.run(self.backend.rewrite(attention, next(self.random_choices)), probabilities)
 
 
 def oracles(
-    rewriters: Mapping[str, tuple[Backend, list[object]]], plain: Backend | None = None
+    approximate: Mapping[str, tuple[Backend, list[object]]], plain: Backend | None = None
 ) -> dict[str, str | Backend]:
-    """What to patch a model with for it to compute by definition, by glob over site names.
+    """The oracle for each site of a model, by glob over site names, as :func:`attnzoo.patch` takes it.
 
     Args:
-        rewriters: by site, the backend that may have changed the pattern there, and its choices call by call.
-        plain: the plain operations to compute with; None: ``eager``.
+        approximate: by site, the backend that may change the pattern, and its random choices call by call.
+        plain: the backend with the plain operations; None: ``eager``.
     """
     plain = EagerBackend() if plain is None else plain
-    found: dict[str, str | Backend] = {
-        glob.escape(site): Rewritten(backend, iter(choices), plain) for site, (backend, choices) in rewriters.items()
+    rewriting: dict[str, str | Backend] = {
+        glob.escape(site): RewritingOracle(backend, iter(choices), plain)
+        for site, (backend, choices) in approximate.items()
     }
-    return {**found, "*": plain}
+    return {**rewriting, "*": plain}

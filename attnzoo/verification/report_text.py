@@ -1,24 +1,24 @@
-"""Reports of ``verify`` for people: one line for each site and output, whatever number of passages was read."""
+"""Reports of ``verify`` as text: one row for each site and output, for any number of passages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from attnzoo.conformance.attention_check import AttentionReport, worst
 from attnzoo.conformance.error_rule import Check
-from attnzoo.conformance.site_report import SiteReport, worst
-from attnzoo.layout import aligned, alike, fit
+from attnzoo.layout import aligned, fit, group_by
 from attnzoo.verification.reports import Report
 
 _HEADER = ("of budget", "original", "kernel", "attention, or output of the model")
-_LEGEND = "of budget: the largest error over the largest one allowed; original: the same for the model's own code"
+_LEGEND = "of budget: the largest error divided by the allowed error; original: the same for the model's own code"
 
 
 def text(reports: Sequence[Report]) -> str:
-    """A table of the worst checks, what is over its budget in numbers, and the verdict."""
+    """A table of the worst checks, then every failed check with its numbers, remarks, and the verdict."""
     first = reports[0]
     sites = [site for report in reports for site in report.sites]
-    ours = {name: _checks(group) for name, group in _by_name(sites).items()}
-    own = {name: _checks(group) for name, group in _by_name(s for r in reports for s in r.original_sites).items()}
+    ours = dict(_named(sites))
+    own = dict(_named(site for report in reports for site in report.original_sites))
     kernels = {name: "+".join(dict.fromkeys(site.kernel for site in group)) for name, group in _by_name(sites).items()}
     rows = [(_share(ours[name]), _share(own.get(name, [])), kernels[name], name) for name in ours]
     whole = _by_what(check for report in reports for check in report.end_to_end)
@@ -33,7 +33,7 @@ def text(reports: Sequence[Report]) -> str:
 def _verdict(reports: Sequence[Report]) -> str:
     name, within = reports[0].backend, sum(report.ok for report in reports)
     if not all(report.sites for report in reports):
-        return f"backend {name!r}: NOT shown to be within the error rule: none of its attentions ran"
+        return f"backend {name!r}: NOT shown to be within the error rule: no attention of it ran"
     many = len(reports) > 1
     if within == len(reports):
         return f"backend {name!r}: within the error rule{f' on all {within} passages' if many else ''}"
@@ -42,7 +42,7 @@ def _verdict(reports: Sequence[Report]) -> str:
 
 
 def _failures(reports: Sequence[Report]) -> list[str]:
-    """Every check that failed, with its numbers; of several passages, the worst."""
+    """A line for each failed comparison, with the numbers of its worst passage."""
     lines = []
     for title, checks in (
         *((site, checks) for site, checks in _named(s for r in reports for s in r.sites)),
@@ -51,46 +51,46 @@ def _failures(reports: Sequence[Report]) -> list[str]:
         ("original model", [check for report in reports for check in report.original]),
     ):
         for group in _by_what(checks).values():
-            if not (one := worst(group)).ok:
-                lines.append(fit(f"{title}: {one}"))
+            if not (check := worst(group)).ok:
+                lines.append(fit(f"{title}: {check}"))
     return lines
 
 
-def _remarks(report: Report, sites: Sequence[SiteReport]) -> list[str]:
+def _remarks(report: Report, sites: Sequence[AttentionReport]) -> list[str]:
     lines = []
     if report.fault:
         lines.append(f"the original was not run: {report.fault}")
     if report.note:
         lines.append(report.note)
     if report.changed:
-        lines.append(f"the pattern was changed, and is judged as changed: {report.changed}")
+        lines.append(f"the backend changes the pattern, and the oracle computes the changed pattern: {report.changed}")
     recalls = [site.recall for site in sites if site.recall is not None]
     if recalls:
         mean = sum(recalls) / len(recalls)
-        lines.append(f"recall: {mean:.3f} of the unchanged attention's weight is on keys still seen")
-    for what, far in report.distance.items():
-        lines.append(f"{what} is off the unchanged model's by {far:.2g} of its largest value")
+        lines.append(f"recall: {mean:.3f} of the unchanged attention's weight is on keys that are still visible")
+    for what, distance in report.distance.items():
+        lines.append(f"{what} differs from the unchanged model's by {distance:.2g} of its largest value")
     return lines
 
 
-def _named(sites: Iterable[SiteReport]) -> list[tuple[str, list[Check]]]:
+def _named(sites: Iterable[AttentionReport]) -> list[tuple[str, list[Check]]]:
     return [(name, _checks(group)) for name, group in _by_name(sites).items()]
 
 
-def _by_name(sites: Iterable[SiteReport]) -> dict[str, list[SiteReport]]:
-    return {group[0].name: group for group in alike(sites, lambda site: site.name)}
+def _by_name(sites: Iterable[AttentionReport]) -> dict[str, list[AttentionReport]]:
+    return {group[0].name: group for group in group_by(sites, lambda site: site.name)}
 
 
 def _by_what(checks: Iterable[Check]) -> dict[str, list[Check]]:
-    return {group[0].what: group for group in alike(checks, lambda check: check.what)}
+    return {group[0].what: group for group in group_by(checks, lambda check: check.what)}
 
 
-def _checks(sites: Iterable[SiteReport]) -> list[Check]:
+def _checks(sites: Iterable[AttentionReport]) -> list[Check]:
     return [check for site in sites for check in site.checks]
 
 
 def _share(checks: Sequence[Check]) -> str:
     if not checks:
         return "-"
-    one = worst(checks)
-    return f"{one.share:.2f}" if one.ok else f"{one.share:.3g} FAILS"
+    check = worst(checks)
+    return f"{check.share:.2f}" if check.ok else f"{check.share:.3g} FAILS"

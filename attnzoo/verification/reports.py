@@ -1,4 +1,4 @@
-"""Results of `verify`: of one model on one passage, and on several."""
+"""The results of ``verify``: a report for one passage, and a collection for several."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from attnzoo.conformance.attention_check import AttentionReport
 from attnzoo.conformance.error_rule import Check
-from attnzoo.conformance.site_report import SiteReport
 
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`verify` found. Prints as a table, each site once; :meth:`to_dict` for JSON.
+    """The result of :func:`verify`. Prints as a table with one row per site; :meth:`to_dict` gives plain data.
 
     Attributes:
-        backend: the backend verified.
-        sites: per attention, against the float64 oracle on the inputs the model gave it.
-        end_to_end: outputs and parameter gradients on real tokens, against the model with the oracle in float64.
-        original: the model's own code against the same: it says that the oracle computes what the model means.
-        original_sites: each attention module's own code against the module with the oracle, on the same inputs.
-        fault: why the model's own code is wrong, and so was not run; empty where it is right.
-        note: what was not compared, and why; empty where everything was.
-        changed: what the backend changed of the pattern; everything is judged with that change then. Empty: nothing.
-        distance: what it makes of the model: per output, the largest difference between the model's own code and the
-            reference, over the reference's largest value. Empty where nothing was changed.
+        backend: the verified backend.
+        sites: each attention of the patched model compared with the float64 oracle, on the inputs that it got.
+        end_to_end: outputs and parameter gradient on real tokens, compared with the model with the oracle in float64.
+        original: the model's own code compared with the same reference. It shows that the adapter is right.
+        original_sites: each attention module's own code compared with the oracle, on the inputs that it got.
+        fault: why the model's own code is wrong, so that it was not run; empty if it is right.
+        note: what was not compared, and why; empty if everything was.
+        changed: how the backend changes the pattern; the reference has the same change. Empty: no change.
+        distance: if the pattern was changed, the effect on each output: the largest difference between the model's own
+            code and the reference, divided by the reference's largest value.
     """
 
     backend: str
-    sites: tuple[SiteReport, ...]
+    sites: tuple[AttentionReport, ...]
     end_to_end: tuple[Check, ...]
     original: tuple[Check, ...]
-    original_sites: tuple[SiteReport, ...] = ()
+    original_sites: tuple[AttentionReport, ...] = ()
     fault: str = ""
     note: str = ""
     changed: str = ""
@@ -39,13 +39,13 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether everything is within its error budget, and something was checked."""
+        """Whether every error is within its budget, and at least one site and one output were compared."""
         checks = (*self.end_to_end, *self.original)
         sites = (*self.sites, *self.original_sites)
         return bool(self.sites and checks) and all(site.ok for site in sites) and all(check.ok for check in checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: every check with its error, budget and verdict."""
+        """Plain data for JSON: every check with its error, budget and verdict."""
         return {
             "backend": self.backend,
             "ok": self.ok,
@@ -67,10 +67,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Passages:
-    """Reports on several inputs of one model. Prints as one table, of the worst passage at each site.
+    """Reports on several passages, for one model. Prints as one table with the worst passage of each site.
 
     Attributes:
-        reports: one per passage, of which there is one at least.
+        reports: one report per passage, at least one.
     """
 
     reports: tuple[Report, ...]
@@ -81,7 +81,7 @@ class Passages:
         return all(report.ok for report in self.reports)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: every report whole."""
+        """Plain data for JSON: every report in full."""
         reports = [report.to_dict() for report in self.reports]
         return {"backend": self.reports[0].backend, "ok": self.ok, "passages": reports}
 
@@ -91,9 +91,9 @@ class Passages:
         return text(self.reports)
 
 
-def _plain_site(site: SiteReport) -> dict[str, Any]:
-    said = {"name": site.name, "kernel": site.kernel, "ok": site.ok, "recall": site.recall}
-    return {**said, "checks": [_plain(check) for check in site.checks]}
+def _plain_site(site: AttentionReport) -> dict[str, Any]:
+    checks = [_plain(check) for check in site.checks]
+    return {"name": site.name, "kernel": site.kernel, "ok": site.ok, "recall": site.recall, "checks": checks}
 
 
 def _plain(check: Check) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Proving that a patch changes nothing but speed and memory, on the user's own model and inputs."""
+"""``verify``: check on a user's model and inputs that a patch changes nothing but speed and memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from attnzoo.backend import Backend
 from attnzoo.conformance import error_rule
-from attnzoo.conformance.attention_check import check_rows, check_site
+from attnzoo.conformance.attention_check import check_attention, check_max_rows
 from attnzoo.conformance.error_rule import Check
 from attnzoo.conformance.recomputed import RecomputedBackend
-from attnzoo.conformance.site_report import SiteReport, worst
 from attnzoo.errors import InvalidArgumentError
-from attnzoo.patching.patch import patch, unpatch_all
+from attnzoo.patching.patch import Handle, patch, unpatch_all
 from attnzoo.patching.replay import own_random_stream, recording, replaying
 from attnzoo.patching.sites import Site
 from attnzoo.spec.segments import Attention, Request, Result
@@ -30,10 +29,6 @@ from attnzoo.verification.model_runs import GRADIENT, cast, rows_of_modules, run
 from attnzoo.verification.module_check import ModuleRuns, recorded
 from attnzoo.verification.oracles import oracles
 from attnzoo.verification.reports import Report
-
-Progress = Callable[[float, str], None]
-
-__all__ = ["Report", "SiteReport", "check_site", "verify", "worst"]
 
 
 def verify(
@@ -45,168 +40,137 @@ def verify(
     max_rows: int = 128,
     seed: int = 0,
     fast: bool = False,
-    progress: Progress = lambda done, what: None,
+    progress: Callable[[float, str], None] = lambda done, what: None,
     **options: Any,
 ) -> Report:
-    """Compare a patched model with the original, end to end and per attention, under the error rule of the contract.
+    """Compare a patched model with the original under the error rule, end to end and attention by attention.
 
-    The reference is the model with the dense oracle in float64 (models' own code takes its softmax in float32 even
-    there, so the original of a float64 model is judged in float32). On real tokens (``attention_mask``), the patched
-    model and the model's own code are compared with it; plain operations in the model's own dtype set the budgets. Each
-    attention of the patched model is compared with the oracle on the inputs that the model gave it, and each attention
-    module of the model's own code with the oracle on the inputs of the module. So the report shows the original's own
-    kernels under the same rule. ``backend="native"`` reports them alone.
+    The reference is the model with the dense oracle in float64. ``verify`` compares the patched model and the model's
+    own code with it on real tokens (``attention_mask``): the outputs, the parameter gradient, and each attention on the
+    inputs that it got in the model. Plain operations in the model's dtype set the budgets. ``backend="native"`` checks
+    the model's own code alone.
 
-    Runs in eval mode (no dropout); leaves the model, its gradients and the random stream as they were. Takes a copy of
-    the model, twice as wide for float32, and dense ``length x length`` scores: mind the length of the inputs.
+    The model runs in eval mode, and ``verify`` leaves it, its gradients and the random streams unchanged. It needs
+    memory for a copy of the model in float64 and for ``length x length`` scores.
 
     Args:
-        model: a model of a family with an adapter; may be patched (the copy compared with is not).
-        inputs: keyword arguments of its forward, as a tokenizer returns them.
+        model: a model of a family with an adapter. It may be patched; it is compared with an unpatched copy.
+        inputs: keyword arguments of the model's forward, as a tokenizer returns them.
         backend: as for :func:`attnzoo.patch`.
-        gradients: compare parameter gradients too.
-        max_rows: query rows to judge per attention.
-        seed: of the random cotangents.
-        fast: for a look that takes seconds: read one sample only, and no more than its first 256 real tokens; compare
-            gradients at each attention but not end to end, and the model's own code end to end but not by modules
-            (unless ``"native"`` runs there).
-        progress: called with how much of the work is done (0 to 1) and what happens next.
-        options: go to the backend.
+        gradients: compare gradients, too.
+        max_rows: how many query rows of each attention to compare.
+        seed: seed of the random cotangents.
+        fast: take seconds instead of minutes. ``verify`` then reads the first 256 real tokens of one sample, and skips
+            the end-to-end gradients and the module-by-module check of the model's own code.
+        progress: is called with the share of the work done (0 to 1) and the name of the next step.
+        options: options of the backend.
 
     Returns:
-        A :class:`Report`; ``.ok`` says whether everything is within its error budget.
+        A report. ``report.ok`` is True if every error is within its budget; ``print(report)`` shows a table.
 
     Raises:
-        InvalidArgumentError: a bad argument, or the model returns nothing to compare.
-        Whatever :func:`attnzoo.patch` or the model raises.
+        InvalidArgumentError: an argument is invalid, or the model returns no tensor to compare.
+        Any exception of :func:`attnzoo.patch` and of the model.
+
+    Example:
+        >>> import torch, transformers, attnzoo
+        >>> config = transformers.GPTNeoXConfig(
+        ...     vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        ... )
+        >>> model = transformers.GPTNeoXForCausalLM(config).eval()
+        >>> attnzoo.verify(model, {"input_ids": torch.arange(12)[None]}, "sdpa").ok
+        True
     """
     if not isinstance(model, nn.Module):
         raise InvalidArgumentError("model", type(model).__name__, "a torch.nn.Module")
-    check_rows(max_rows)
+    check_max_rows(max_rows)
     if not isinstance(inputs, Mapping):
         raise InvalidArgumentError("inputs", type(inputs).__name__, "a mapping of keyword arguments of model.forward")
     if gradients and torch.is_inference_mode_enabled():
         raise InvalidArgumentError("gradients", "True inside torch.inference_mode()", "False, or outside of it")
     inputs = excerpt(inputs) if fast else dict(inputs)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    wide = dtype == torch.float64
-    seen: dict[tuple[str, Request], tuple[Attention, str, Backend]] = {}
-    rewriters: dict[str, tuple[Backend, list[object]]] = {}
 
-    def observe(site: Site, attention: Attention, result: Result, ran: Backend) -> None:
-        request = attention.request()
-        asked = site.name, _without_gradients(request)
-        if request.grad or asked not in seen:  # where both are asked, the one that trains is judged both ways
-            seen[asked] = attention, result.kernel, ran
-        if not ran.capabilities.exact:
-            rewriters.setdefault(site.name, (ran, []))[1].append(ran.choices(attention))
+    def apply_patch(model: nn.Module) -> Handle:
+        return patch(model, backend, **options)
+
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    # The model's own code computes its softmax in float32 even in a float64 model: it runs in float32 there.
+    own_dtype = error_rule.plain_dtype(dtype)
+    wide = own_dtype != dtype
 
     with own_random_stream(model), _eval_mode(model):
-        with patch(model, backend, **options) as handle:
-            for site in handle.sites:
-                site.observer = observe
-            found = [forward.of(module) for forward in handle.forwards if (module := forward.module) is not None]
-            fault = next((reason for one in found if (reason := one.point.fault(one.module))), "")
-            choosing = {one.name: (one.module, one.point.replay) for one in found if one.point.replay is not None}
-            # Whose backward works in training only is compared end to end forward; its attentions, backward too.
-            trainable = not any(one.point.backward_in_training for one in found)
-            whole = gradients and trainable and not fast
-            if whole and any(p.is_meta and p.requires_grad for p in model.parameters()):
-                raise InvalidArgumentError("gradients", "True for offloaded weights, which have none", "False")
-            run = partial(run_model, gradients=whole, seed=seed)
-            progress(0.0, "the patched model")
-            with recording(choosing) as choices:
-                got = run(model, inputs, inference=not fast, graph=gradients)
-        unreached = [site.name for site in handle.sites if not site.calls]
-        native = [site.name for site in handle.sites if site.backend == "native" and site.calls]
-        changed = "; ".join(dict.fromkeys(site.approximate for site in handle.sites if site.approximate))
+        progress(0.0, "the patched model")
+        patched = _PatchedRun(model, inputs, apply_patch(model), gradients, seed, fast)
+        got, native, random_choices = patched.outputs, patched.native, patched.random_choices
+        run = partial(run_model, gradients=patched.whole, seed=seed)
+        oracle = partial(oracles, patched.approximate)
         plain = copy.deepcopy(model)
         unpatch_all(plain)
-        # There is no wider reference to see the roundings of a float64 model against: take those of float32 instead.
-        # Models' own code takes its softmax in float32 even there, so it is run and judged in float32.
         narrow = copy.deepcopy(plain).float() if wide else plain
         narrow_inputs = cast(inputs, torch.float32) if wide else inputs
-        own_dtype = torch.float32 if wide else dtype
-        # LSH models hide a token from itself with -1e5, which leaves float32 little of the score: their own code runs
-        # in float64, and is judged by the roundings of the model's dtype.
-        coarse = [name for name in choices if not fault]
+        # LSH models hide a token from itself with -1e5, which leaves few bits of a float32 score. Their own code runs
+        # in float64, and its budget is that of the model's dtype.
+        in_float64 = [] if patched.fault else list(random_choices)
         original: dict[str, Tensor] = {}
         again: dict[str, Tensor] = {}
+
         progress(0.1, "the model's own code")
-        attending = [] if fault else [site.name for site in handle.sites if site.name in native or not fast]
-        with replaying(narrow, choices), recorded(narrow, attending) as calls:
-            if not fault:
-                original = run(narrow, narrow_inputs, gradients=whole and not coarse, inference=True)
-        if native and wide and not coarse:
-            with replaying(narrow, choices), patch(narrow, backend, **options):
+        to_record = [] if patched.fault else [site.name for site in patched.sites if site.name in native or not fast]
+        with replaying(narrow, random_choices), recorded(narrow, to_record) as calls:
+            if not patched.fault:
+                original = run(narrow, narrow_inputs, gradients=patched.whole and not in_float64, inference=True)
+        if native and wide and not in_float64:
+            with replaying(narrow, random_choices), apply_patch(narrow):
                 got = run(narrow, narrow_inputs, inference=True)
         progress(0.2, "the model's own code, module by module")
-        modules = ModuleRuns(calls, choices, rows_of_modules(model, inputs), gradients, seed)
-        modules.run_own(narrow, [name for name in calls if name not in coarse])
+        modules = ModuleRuns(calls, random_choices, rows_of_modules(model, inputs), gradients, seed)
+        modules.run_own(narrow, [name for name in calls if name not in in_float64])
         modules.run_plain(narrow)
         progress(0.3, "plain operations")
-        with replaying(narrow, choices), patch(narrow, oracles(rewriters)):
+        with replaying(narrow, random_choices), patch(narrow, oracle()):
             eager = run(narrow, narrow_inputs)
-        if whole:
+        if patched.whole:
             progress(0.4, "plain operations that compute scores again")
-            with replaying(narrow, choices), patch(narrow, oracles(rewriters, RecomputedBackend())):
+            with replaying(narrow, random_choices), patch(narrow, oracle(RecomputedBackend())):
                 again = run(narrow, narrow_inputs)
-        double = cast(inputs, torch.float64)
         del narrow
+
+        double = cast(inputs, torch.float64)
         plain.double()
-        if coarse:
+        if in_float64:
             progress(0.5, "the model's own code in float64")
-            with replaying(plain, choices):
+            with replaying(plain, random_choices):
                 original = run(plain, double)
-            modules.run_own(plain, [name for name in coarse if name in calls], torch.float64)
+            modules.run_own(plain, [name for name in in_float64 if name in calls], torch.float64)
             if native:
-                with replaying(plain, choices), patch(plain, backend, **options):
+                with replaying(plain, random_choices), apply_patch(plain):
                     got = run(plain, double, inference=True)
         progress(0.6, "the oracle in float64")
-        with replaying(plain, choices), patch(plain, oracles(rewriters)):
+        with replaying(plain, random_choices), patch(plain, oracle()):
             reference = run(plain, double)
         progress(0.8, "the oracle in float64, module by module")
         original_sites = modules.reports(plain, own_dtype)
         del plain
         sites = [report for report in original_sites if report.name in native]
-        for number, ((name, _), (attention, kernel, ran)) in enumerate(seen.items()):
-            progress(0.9 + 0.1 * number / len(seen), name)
-            sites.append(check_site(name, attention, ran, grad=gradients, max_rows=max_rows, seed=seed, kernel=kernel))
+        for number, ((name, _), (attention, kernel, ran)) in enumerate(patched.attentions.items()):
+            progress(0.9 + 0.1 * number / len(patched.attentions), name)
+            report = check_attention(name, attention, ran, grad=gradients, max_rows=max_rows, seed=seed)
+            sites.append(replace(report, kernel=kernel))
     progress(1.0, "done")
 
-    def compare(values: dict[str, Tensor], computed: torch.dtype) -> tuple[Check, ...]:
-        names = [what for what in reference if what in values]
-        others = {what: (again[what],) for what in names if what == GRADIENT}
-        narrower = torch.float32 if computed == torch.float64 else None
-        return tuple(
-            error_rule.check(
-                what,
-                values[what],
-                reference[what],
-                eager[what],
-                error_rule.factor(what),
-                computed,
-                narrower,
-                others.get(what, ()),
-            )
-            for what in names
-        )
+    def compare(values: dict[str, Tensor], dtype: torch.dtype) -> Iterator[Check]:
+        for what in filter(values.__contains__, reference):
+            recomputed = (again[what],) if what == GRADIENT else ()
+            dtypes, k = (dtype, error_rule.plain_dtype(dtype)), error_rule.factor(what)
+            yield error_rule.check(what, values[what], reference[what], eager[what], k, *dtypes, recomputed)
 
-    # An output that the patched model loses fails, whatever the other outputs are.
+    # An output that the patched model does not return fails, whatever the other outputs are.
     lost = tuple(Check(what, math.inf, 0.0, 0.0, 0.0) for what in reference if what not in got)
-    notes, distance = [], {}
-    if gradients and fast:
-        notes.append("a fast look: no gradients end to end")
-    elif gradients and not trainable:
-        notes.append("gradients are compared per attention only: this model's backward works in training mode alone")
-    if coarse:
-        notes.append(f"the model's own code was run in float64 at {', '.join(coarse)}")
-    if unreached:
-        notes.append(f"not checked, as these inputs do not reach it: {', '.join(unreached)}")
-    if changed:
+    distance = {}
+    if patched.changed:
         distance = {
-            what: float((original[what].double() - true).abs().max() / true.abs().max())
-            for what, true in reference.items()
+            what: float((original[what].double() - exact).abs().max() / exact.abs().max())
+            for what, exact in reference.items()
             if what in original and what != GRADIENT
         }
         original = {}
@@ -214,18 +178,67 @@ def verify(
         backend=_label(backend),
         sites=tuple(sites),
         end_to_end=(*compare(got, own_dtype if native else dtype), *lost),
-        original=compare(original, own_dtype),
+        original=tuple(compare(original, own_dtype)),
         original_sites=original_sites,
-        fault=fault,
-        note="; ".join(notes),
-        changed=changed,
+        fault=patched.fault,
+        note="; ".join(patched.notes(in_float64)),
+        changed=patched.changed,
         distance=distance,
     )
 
 
-def _without_gradients(request: Request) -> Request:
-    segments = tuple(replace(segment, bias_grad=False) for segment in request.segments)
-    return replace(request, grad=False, segments=segments)
+class _PatchedRun:
+    """One run of the patched model, and what it shows.
+
+    Attributes:
+        attentions: by site and request, an attention, the kernel that computed it and its backend.
+        approximate: by site, the backend that changed the pattern, and its random choices call by call.
+        random_choices: by module, the arguments that make a call repeat its hash buckets (``replay.py``).
+        fault: why the model's own code is wrong; empty if it is right.
+        whole: whether gradients are compared end to end; ``outputs`` has the parameter gradient then.
+    """
+
+    def __init__(
+        self, model: nn.Module, inputs: dict[str, Any], patching: Handle, gradients: bool, seed: int, fast: bool
+    ) -> None:
+        self._gradients, self._fast = gradients, fast
+        self.attentions: dict[tuple[str, Request], tuple[Attention, str, Backend]] = {}
+        self.approximate: dict[str, tuple[Backend, list[object]]] = {}
+        with patching as handle:
+            self.sites = handle.sites
+            for site in handle.sites:
+                site.observer = self._observe
+            targets = [f.of(module) for f in handle.forwards if (module := f.module) is not None]
+            self.fault = next((reason for target in targets if (reason := target.point.fault(target.module))), "")
+            self._trainable = not any(target.point.backward_in_training for target in targets)
+            self.whole = gradients and self._trainable and not fast
+            if self.whole and any(p.is_meta and p.requires_grad for p in model.parameters()):
+                raise InvalidArgumentError("gradients", "True for offloaded weights, which have none", "False")
+            hashing = {t.name: (t.module, t.point.replay) for t in targets if t.point.replay is not None}
+            with recording(hashing) as self.random_choices:
+                self.outputs = run_model(model, inputs, self.whole, seed, inference=not fast, graph=gradients)
+        self.native = {site.name for site in self.sites if site.backend == "native" and site.calls}
+        self.changed = "; ".join(dict.fromkeys(site.approximate for site in self.sites if site.approximate))
+
+    def _observe(self, site: Site, attention: Attention, result: Result, backend: Backend) -> None:
+        request = attention.request()
+        segments = tuple(replace(segment, bias_grad=False) for segment in request.segments)
+        key = site.name, replace(request, grad=False, segments=segments)
+        if request.grad or key not in self.attentions:  # prefer an attention with gradients: both can be compared
+            self.attentions[key] = attention, result.kernel, backend
+        if not backend.capabilities.exact:
+            self.approximate.setdefault(site.name, (backend, []))[1].append(backend.decisions(attention))
+
+    def notes(self, in_float64: list[str]) -> Iterator[str]:
+        """What was not compared, or compared in another way, and why."""
+        if self._gradients and self._fast:
+            yield "a fast look: no gradients end to end"
+        elif self._gradients and not self._trainable:
+            yield "gradients are compared per attention only: this model's backward works in training mode only"
+        if in_float64:
+            yield f"the model's own code ran in float64 at {', '.join(in_float64)}"
+        if unreached := [site.name for site in self.sites if not site.calls]:
+            yield f"not checked, as these inputs do not reach it: {', '.join(unreached)}"
 
 
 def _label(backend: str | Backend | Mapping[str, str | Backend]) -> str:

@@ -1,4 +1,4 @@
-"""Feed-forward layers beside patched attention: slice by slice where nobody can tell, else the model's own."""
+"""Feed-forward layers beside patched attention run in slices if that changes no result."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.support.models import causal_inputs, longt5, longt5_inputs, reformer
 
 LENGTH, AT_ONCE = 48, 8
 CASES = {
-    # model, inputs, class of the feed-forward layers
+    # builds the model, its inputs, the class of its feed-forward layers
     "longt5-local": (longt5, longt5_inputs, "LongT5LayerFF"),
     "longt5-tglobal": (lambda **changes: longt5(kind="transient-global", **changes), longt5_inputs, "LongT5LayerFF"),
     "longt5-relu": (lambda **changes: longt5(feed_forward_proj="relu", **changes), longt5_inputs, "LongT5LayerFF"),
@@ -30,7 +30,7 @@ def layers(model, cls):
 
 
 def lengths(model, cls, inputs, grad=False):
-    """Output of the model, and how many tokens the first feed-forward layer took at a time."""
+    """Return the output of the model and the lengths of the slices in its first feed-forward layer."""
     taken, first = [], layers(model, cls)[0]
     norm = next(module for name, module in first.named_modules() if name.endswith("layer_norm"))
     hook = norm.register_forward_pre_hook(lambda module, args: taken.append(args[0].shape[1]))
@@ -43,7 +43,7 @@ def lengths(model, cls, inputs, grad=False):
 @cases
 @pytest.mark.parametrize("side", ["none", "left", "every"])
 @pytest.mark.parametrize("length", [AT_ONCE, 2 * AT_ONCE - 1, 2 * AT_ONCE, LENGTH])
-def test_slices_give_the_same(build, inputs, cls, side, length):
+def test_slices_equal_the_whole(build, inputs, cls, side, length):
     model, given = build().double(), inputs(length, side)
     with attnzoo.patch(model, "eager"):
         output, taken = lengths(model, cls, given)
@@ -61,12 +61,12 @@ def test_all_tokens_at_once_with_gradients_and_in_training(build, inputs, cls):
     model, given = build(), inputs(LENGTH, "none")
     with attnzoo.patch(model, "eager"):
         assert len(lengths(model.train(), cls, given)[1]) == 1
-        if cls.startswith("LongT5"):  # Reformer's layers run without gradients on the way forward
+        if cls.startswith("LongT5"):  # the forward of Reformer's layers runs without gradients
             assert len(lengths(model.eval(), cls, given, grad=True)[1]) == 1
 
 
 @cases
-def test_only_beside_patched_attention(build, inputs, cls):
+def test_slices_are_used_only_beside_patched_attention(build, inputs, cls):
     model, given = build(), inputs(LENGTH, "none")
     with attnzoo.patch(model, "native"):
         assert len(lengths(model, cls, given)[1]) == 1
@@ -88,7 +88,7 @@ def test_undo_is_exact(build, inputs, cls):
     assert not any("forward" in vars(layer) for layer in layers(model, cls))
 
 
-def test_slices_of_the_models_own_are_left_as_they_are():
+def test_slices_of_the_original_are_kept():
     model, given = reformer(chunk_size_feed_forward=3), causal_inputs(LENGTH, "none")
     with attnzoo.patch(model, "eager"):
         _, taken = lengths(model, "ChunkReformerFeedForward", given)

@@ -1,4 +1,4 @@
-"""GPTBigCode's self-attention against the original."""
+"""GPTBigCode's patched self-attention equals the original."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.support.gpt_bigcode import BACKENDS, BOTH, HEADS, KINDS, build, check
 @BOTH
 @pytest.mark.parametrize("length", [1, 7, 33])
 @pytest.mark.parametrize("side", ["none", "left", "right"])
-def test_logits_and_gradients_are_the_originals(multi_query: bool, backend: str, length: int, side: str) -> None:
-    for implementation in ("eager", "sdpa"):  # they hand us their masks in different forms
+def test_logits_and_gradients_equal_the_original(multi_query: bool, backend: str, length: int, side: str) -> None:
+    for implementation in ("eager", "sdpa"):  # they build masks of different formats
         model, inputs = build(implementation, multi_query=multi_query), padded(3, length, side)
         reference = results(twin(model, "sdpa", torch.float64), inputs)
         baseline = results(twin(model, "eager"), inputs)
@@ -32,7 +32,7 @@ def test_logits_and_gradients_are_the_originals(multi_query: bool, backend: str,
 @KINDS
 @BOTH
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_sample_of_nothing_but_padding_changes_nothing(multi_query: bool, backend: str, side: str) -> None:
+def test_sample_of_padding_only_changes_no_other_sample(multi_query: bool, backend: str, side: str) -> None:
     inputs = padded(2, 7, side)
     empty = {name: torch.cat([value, torch.zeros_like(value[:1])]) for name, value in inputs.items()}
     for implementation in ("eager", "sdpa"):
@@ -56,7 +56,7 @@ SETTINGS = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "+".join(settings))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @BOTH
-def test_scale_and_softmax_settings(settings: dict[str, bool], dtype: torch.dtype, backend: str) -> None:
+def test_softmax_settings_equal_the_original(settings: dict[str, bool], dtype: torch.dtype, backend: str) -> None:
     inputs = padded(2, 9, "left")
     model = build(**settings).to(dtype)
     reference = results(twin(model, "sdpa", torch.float64), inputs)
@@ -67,8 +67,8 @@ def test_scale_and_softmax_settings(settings: dict[str, bool], dtype: torch.dtyp
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "+".join(settings))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_eager_rounds_where_the_original_does(settings: dict[str, bool], dtype: torch.dtype) -> None:
-    """The softmax of half precision is taken in float32, whatever the settings say: the same bits come out."""
+def test_eager_rounds_as_the_original(settings: dict[str, bool], dtype: torch.dtype) -> None:
+    """The softmax of half precision is computed in float32 under all settings, so the results are equal bit for bit."""
     inputs = padded(2, 9, "right")
     real = inputs["attention_mask"].bool()
     model = build("eager", **settings).to(dtype)
@@ -81,7 +81,7 @@ def test_eager_rounds_where_the_original_does(settings: dict[str, bool], dtype: 
 @KINDS
 @pytest.mark.parametrize("beams", [1, 4])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generation_gives_the_originals_tokens(multi_query: bool, beams: int, cache: str) -> None:
+def test_generation_returns_the_original_tokens(multi_query: bool, beams: int, cache: str) -> None:
     options = dict(max_new_tokens=10, do_sample=False, num_beams=beams, cache_implementation=cache)
     inputs = padded(3, 6, "left")
     for implementation in ("eager", "sdpa"):
@@ -95,7 +95,7 @@ def test_generation_gives_the_originals_tokens(multi_query: bool, beams: int, ca
 
 @KINDS
 @BOTH
-def test_dropout_in_training_is_the_originals(multi_query: bool, backend: str) -> None:
+def test_dropout_in_training_equals_the_original(multi_query: bool, backend: str) -> None:
     model = build(backend, multi_query=multi_query, attn_pdrop=0.5)
     inputs = padded(2, 9, "right")
     real = inputs["attention_mask"].bool()
@@ -115,73 +115,73 @@ def test_dropout_in_training_is_the_originals(multi_query: bool, backend: str) -
         torch.testing.assert_close(run(0), evaluated, atol=1e-4, rtol=1e-4)
 
 
-class Dry(EagerBackend):
-    name = "dry"
+class WithoutDropout(EagerBackend):
+    name = "without-dropout"
     capabilities = replace(EagerBackend.capabilities, dropout=False)
 
 
-class Maskless(EagerBackend):
-    name = "maskless"
+class WithoutMasks(EagerBackend):
+    name = "without-masks"
     capabilities = replace(EagerBackend.capabilities, mask=False, key_mask=False)
 
 
 @pytest.fixture
-def lesser_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+def limited_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     attnzoo.register_backend(request.param)
     yield request.param.name
     attnzoo.unregister_backend(request.param.name)
 
 
-@pytest.mark.parametrize("lesser_backend", [Dry], indirect=True)
+@pytest.mark.parametrize("limited_backend", [WithoutDropout], indirect=True)
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
-def test_dropout_a_backend_has_not_is_refused(lesser_backend: str, cross: bool) -> None:
+def test_backend_without_dropout_is_refused_in_training(limited_backend: str, cross: bool) -> None:
     model = build(multi_query=False, add_cross_attention=cross, attn_pdrop=0.1).train()
     sites = "*crossattention" if cross else "*"
     with pytest.raises(attnzoo.BackendRefusedError, match="dropout"):
-        attnzoo.patch(model, {sites: lesser_backend})
-    attnzoo.patch(model.eval(), {sites: lesser_backend}).remove()
+        attnzoo.patch(model, {sites: limited_backend})
+    attnzoo.patch(model.eval(), {sites: limited_backend}).remove()
 
 
 @KINDS
-@pytest.mark.parametrize("asked_by", ["argument", "config"])
-def test_output_attentions(multi_query: bool, asked_by: str) -> None:
-    inputs, asked = padded(2, 7, "left"), dict(output_attentions=True) if asked_by == "argument" else {}
+@pytest.mark.parametrize("requested_by", ["argument", "config"])
+def test_output_attentions_equals_the_original(multi_query: bool, requested_by: str) -> None:
+    inputs, options = padded(2, 7, "left"), dict(output_attentions=True) if requested_by == "argument" else {}
     model = build("eager", multi_query=multi_query)
-    if asked_by == "config":
+    if requested_by == "config":
         model.config.output_attentions = True
-    expected = model(**inputs, **asked).attentions
+    expected = model(**inputs, **options).attentions
     real = inputs["attention_mask"].bool()
     with attnzoo.patch(model, "eager"):
-        got = model(**inputs, **asked).attentions
+        got = model(**inputs, **options).attentions
         assert len(got) == len(expected) == 2
         for ours, theirs in zip(got, expected, strict=True):
             assert ours.shape == theirs.shape == (2, HEADS, 7, 7)
             rows = real[:, None, :, None]
             torch.testing.assert_close(ours * rows, theirs * rows, atol=1e-5, rtol=1e-4)
     with attnzoo.patch(model, "sdpa"), pytest.raises(attnzoo.BackendRefusedError, match='backend="eager"'):
-        model(**inputs, **asked)
+        model(**inputs, **options)
     with attnzoo.patch(model, "sdpa", fallback="native") as handle:
-        assert torch.equal(model(**inputs, **asked).attentions[1], expected[1])
+        assert torch.equal(model(**inputs, **options).attentions[1], expected[1])
         assert [site.fallbacks for site in handle.sites] == [1, 1]
 
 
-@pytest.mark.parametrize("lesser_backend", [Maskless], indirect=True)
-def test_output_attentions_of_what_falls_back_within_a_forward(lesser_backend: str) -> None:
-    """That a mask comes is known only when the attention function is called; what runs then must have them too."""
+@pytest.mark.parametrize("limited_backend", [WithoutMasks], indirect=True)
+def test_output_attentions_after_a_fallback_within_the_forward(limited_backend: str) -> None:
+    """Only the call of the attention function shows that there is a mask. The fallback must return weights, too."""
     inputs = padded(2, 7, "left")
     model = build("eager")
     expected = model(**inputs, output_attentions=True).attentions
-    with attnzoo.patch(model, lesser_backend, fallback="native") as handle:
+    with attnzoo.patch(model, limited_backend, fallback="native") as handle:
         assert torch.equal(model(**inputs, output_attentions=True).attentions[1], expected[1])
         assert [site.fallbacks for site in handle.sites] == [1, 1]
-    model = build("sdpa")  # has none of its own
+    model = build("sdpa")  # whose original attention function returns no weights
     expected = model(**inputs, output_attentions=True).attentions
-    with attnzoo.patch(model, lesser_backend, fallback="native") as handle:
+    with attnzoo.patch(model, limited_backend, fallback="native") as handle:
         assert model(**inputs, output_attentions=True).attentions == expected
         assert [site.fallbacks for site in handle.sites] == [1, 1]
 
 
-def test_a_model_loaded_with_another_implementation_is_refused() -> None:
+def test_model_loaded_with_another_implementation_is_refused() -> None:
     model = build()
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(attnzoo.PatchError, match="flash_attention_2"):

@@ -1,4 +1,4 @@
-"""GPTBigCode's cross-attention, which the original computes wrong, against an oracle of our own."""
+"""GPTBigCode's repaired cross-attention equals an oracle in this file; the original is wrong."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.gpt_bigcode import (
 
 
 def build_cross(multi_query: bool = False, implementation: str = "sdpa", **changes: Any) -> Any:
-    """A model with cross-attention. transformers refuses to build it multi-query, so we exchange the parts."""
+    """Build a model with cross-attention. transformers refuses to build a multi-query one, so replace its modules."""
     model = build(implementation, multi_query=False, add_cross_attention=True, **changes)
     if multi_query:
         config = copy.deepcopy(model.config)
@@ -43,24 +43,24 @@ def build_cross(multi_query: bool = False, implementation: str = "sdpa", **chang
     return model.eval()
 
 
-def test_options_go_to_the_backend_and_not_to_what_is_patched_along_with_it():
-    """The model around cross-attention is taken over, too, and attends nothing."""
+def test_options_do_not_reach_companions():
+    """The model around cross-attention is patched, too, and computes no attention."""
     with attnzoo.patch(build_cross(), "blocked-local", window=4) as handle:
         assert {site.approximate for site in handle.sites} == {"window of 4 keys", ""}
 
 
 def oracle_cross(module: Any, visible: Tensor, hidden_states: Tensor, dropout: float = 0.0, **given: Any) -> Any:
-    """Cross-attention one head at a time; ``visible`` is ``(batch, length, encoder_length)``."""
+    """Compute cross-attention one head at a time; ``visible`` is ``(batch, length, encoder_length)``."""
     dim = WIDTH // HEADS
     query, keys_values = module.q_attn(hidden_states), module.c_attn(given["encoder_hidden_states"])
-    live = visible.any(-1, keepdim=True)
+    sees_any = visible.any(-1, keepdim=True)
     heads, weights = [], []
     for head in range(HEADS):
         first = 0 if module.multi_query else 2 * dim * head
         key = keys_values[..., first : first + dim]
         value = keys_values[..., first + dim : first + 2 * dim]
         scores = query[..., head * dim : (head + 1) * dim] @ key.transpose(1, 2) * module.scaling
-        weights.append(torch.softmax(scores.masked_fill(~visible & live, -math.inf), dim=-1) * live)
+        weights.append(torch.softmax(scores.masked_fill(~visible & sees_any, -math.inf), dim=-1) * sees_any)
         heads.append(value)
     dropped = nn.functional.dropout(torch.stack(weights, dim=1), dropout)
     output = torch.cat([dropped[:, head] @ value for head, value in enumerate(heads)], dim=-1)
@@ -68,7 +68,7 @@ def oracle_cross(module: Any, visible: Tensor, hidden_states: Tensor, dropout: f
 
 
 def with_oracle(model: Any, visible: Tensor, dtype: torch.dtype) -> Any:
-    """A copy of the model whose cross-attention is the oracle's; call it without an encoder mask."""
+    """Return a copy of the model whose cross-attention is the oracle. Call it without an encoder mask."""
     model = copy.deepcopy(model).to(dtype)
     for block in model.transformer.h:
         block.crossattention.forward = partial(oracle_cross, block.crossattention, visible)
@@ -91,7 +91,7 @@ def encoder_masks(batch: int, q_len: int, kv_len: int) -> dict[str, Tensor | Non
 @BOTH
 @pytest.mark.parametrize("form", ["none", "2-D", "2-D bool", "3-D", "3-D per query"])
 @pytest.mark.parametrize("length", [1, 7])
-def test_cross_attention_is_the_oracles(multi_query: bool, backend: str, form: str, length: int) -> None:
+def test_cross_attention_equals_the_oracle(multi_query: bool, backend: str, form: str, length: int) -> None:
     inputs = padded(3, length, "right")
     mask = encoder_masks(3, length, 5)[form]
     visible = torch.ones(3, 1, 5, dtype=torch.bool) if mask is None else mask.bool()
@@ -100,8 +100,8 @@ def test_cross_attention_is_the_oracles(multi_query: bool, backend: str, form: s
 
     def run(model: Any, dtype: torch.dtype, **more: Any) -> dict[str, Tensor]:
         states = encoder(dtype=dtype).requires_grad_()
-        found = results(model, inputs, encoder_hidden_states=states, **more)
-        return {**found, "encoder states": states.grad}
+        output = results(model, inputs, encoder_hidden_states=states, **more)
+        return {**output, "encoder states": states.grad}
 
     reference = run(with_oracle(model, visible, torch.float64), torch.float64)
     baseline = run(with_oracle(model, visible, torch.float32), torch.float32)
@@ -114,7 +114,7 @@ def test_cross_attention_is_the_oracles(multi_query: bool, backend: str, form: s
 
 @KINDS
 @BOTH
-def test_hidden_encoder_tokens_may_hold_anything(multi_query: bool, backend: str) -> None:
+def test_hidden_encoder_tokens_change_nothing(multi_query: bool, backend: str) -> None:
     model, ids, states = build_cross(multi_query), tokens(2, 6), encoder(2)
     mask = torch.tensor([[1, 1, 1, 0, 0]] * 2)
     with attnzoo.patch(model, backend), torch.no_grad():
@@ -133,7 +133,7 @@ def test_hidden_encoder_tokens_may_hold_anything(multi_query: bool, backend: str
 @KINDS
 @BOTH
 @pytest.mark.parametrize("form", ["2-D", "3-D per query"])
-def test_cached_steps_with_cross_attention_equal_one_forward(multi_query: bool, backend: str, form: str) -> None:
+def test_cached_steps_equal_one_forward(multi_query: bool, backend: str, form: str) -> None:
     model, ids, states = build_cross(multi_query), tokens(3, 14), encoder()
     mask = encoder_masks(3, 14, 5)[form]
     caches = [DynamicCache(config=model.config), EncoderDecoderCache(DynamicCache(), DynamicCache())]
@@ -155,12 +155,12 @@ def test_cached_steps_with_cross_attention_equal_one_forward(multi_query: bool, 
 @KINDS
 @BOTH
 @pytest.mark.parametrize("beams", [1, 4])
-def test_generation_with_cross_attention_needs_no_cache(multi_query: bool, backend: str, beams: int) -> None:
+def test_generation_returns_the_same_tokens_with_any_cache(multi_query: bool, backend: str, beams: int) -> None:
     inputs, options = padded(2, 4, "left"), dict(max_new_tokens=8, do_sample=False, num_beams=beams)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     model = build_cross(multi_query)
     with attnzoo.patch(model, backend):
-        found = [
+        generated = [
             model.generate(
                 **inputs, **options, encoder_hidden_states=encoder(2), encoder_attention_mask=mask, **caching
             )
@@ -171,16 +171,16 @@ def test_generation_with_cross_attention_needs_no_cache(multi_query: bool, backe
                 dict(past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache())),
             )
         ]
-    for cached in found[1:]:
-        assert torch.equal(cached, found[0])
+    for cached in generated[1:]:
+        assert torch.equal(cached, generated[0])
     oracle = with_oracle(model, mask.bool()[:, None].repeat_interleave(beams, dim=0), torch.float32)
     expected = oracle.generate(**inputs, **options, encoder_hidden_states=encoder(2), use_cache=False)
-    assert torch.equal(found[0], expected)
+    assert torch.equal(generated[0], expected)
 
 
 @KINDS
 @BOTH
-def test_a_cross_attention_cache_is_filled_once_and_read_afterwards(multi_query: bool, backend: str) -> None:
+def test_cross_attention_cache_is_filled_once(multi_query: bool, backend: str) -> None:
     model = build_cross(multi_query)
     module, states, hidden = model.transformer.h[1].crossattention, encoder(), encoder(3, 9)
     mask = encoder_masks(3, 9, 5)["2-D"]
@@ -202,8 +202,8 @@ def test_a_cross_attention_cache_is_filled_once_and_read_afterwards(multi_query:
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_where_the_original_cross_attention_happens_to_work_ours_agrees() -> None:
-    """One head, one sample, one query, no mask: there the original's split, mask and heads are all trivial."""
+def test_repaired_attention_equals_the_original_where_that_is_right() -> None:
+    """With one head, one sample, one query and no mask, the faults of the original have no effect."""
     model = build(multi_query=False, add_cross_attention=True, n_head=1)
     given = dict(input_ids=tokens(1, 1), encoder_hidden_states=encoder(1))
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_where_the_original_cross_attention_happens_to_work_ours_agrees() -> Non
 
 @KINDS
 @BOTH
-def test_cross_attention_dropout_in_training(multi_query: bool, backend: str) -> None:
+def test_dropout_applies_in_training_only(multi_query: bool, backend: str) -> None:
     model = build_cross(multi_query, attn_pdrop=0.5).train()
     module, states, hidden = model.transformer.h[0].crossattention, encoder(), encoder(3, 4)
     mask = torch.ones(3, 5, dtype=torch.bool)
@@ -232,7 +232,7 @@ def test_cross_attention_dropout_in_training(multi_query: bool, backend: str) ->
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_cross_attention_probabilities() -> None:
+def test_probabilities_equal_the_oracle() -> None:
     model, ids, states, mask = build_cross(), tokens(3, 6), encoder(), encoder_masks(3, 6, 5)["2-D"]
     given = dict(encoder_hidden_states=states, encoder_attention_mask=mask, output_attentions=True)
     visible = mask.bool()[:, None].expand(3, 6, 5)
@@ -246,12 +246,12 @@ def test_cross_attention_probabilities() -> None:
             for ours, theirs in zip(got[name], expected[name], strict=True):
                 torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
         refused = pytest.raises(attnzoo.BackendRefusedError, match='backend="eager"')
-        for fallback in ("error", "native"):  # the original has none to fall back on
+        for fallback in ("error", "native"):  # nothing falls back to the wrong original
             with attnzoo.patch(model, {"*crossattention": "sdpa"}, fallback=fallback), refused:
                 model(ids, **{**given, "encoder_attention_mask": visible})
 
 
-def test_gradient_checkpointing_with_cross_attention() -> None:
+def test_gradient_checkpointing_equals_no_checkpointing() -> None:
     model, inputs = build_cross(), padded(3, 7, "right")
     given = dict(encoder_hidden_states=encoder(), encoder_attention_mask=encoder_masks(3, 7, 5)["2-D"])
     model.train()
@@ -264,8 +264,9 @@ def test_gradient_checkpointing_with_cross_attention() -> None:
 
 
 BAD = {
-    "rank": (torch.ones(3, 1, 1, 5), r"encoder_attention_mask.*\(batch, encoder_length\)"),
+    "rank": (torch.ones(3, 1, 1, 5), r"encoder_attention_mask.*\(3, 5\)"),
     "length": (torch.ones(3, 4), r"encoder_attention_mask.*\(3, 5\)"),
+    "queries": (torch.ones(3, 4, 5), r"encoder_attention_mask.*\(1 or 3, 6, 5\)"),
     "batch": (torch.ones(2, 5), r"encoder_attention_mask.*\(3, 5\)"),
     "additive": (torch.full((3, 5), -1e4), "encoder_attention_mask.*0 and 1"),
     "nan": (torch.full((3, 5), math.nan), "encoder_attention_mask.*0 and 1"),
@@ -274,11 +275,12 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_a_bad_encoder_mask_is_named(bad: str) -> None:
+def test_bad_encoder_mask_is_refused_by_name(bad: str) -> None:
     mask, message = BAD[bad]
     model = build_cross()
-    with attnzoo.patch(model, "sdpa"), pytest.raises(attnzoo.AttnzooError, match=message):
+    with attnzoo.patch(model, "sdpa") as handle, pytest.raises(attnzoo.InvalidArgumentError, match=message):
         model(tokens(3, 6), encoder_hidden_states=encoder(), encoder_attention_mask=mask)
+    assert {site.calls for site in handle.sites} == {0}, "the model refuses the mask before its first layer"
 
 
 @pytest.mark.parametrize(
@@ -286,7 +288,7 @@ def test_a_bad_encoder_mask_is_named(bad: str) -> None:
     [encoder()[0], encoder()[..., 1:], encoder(2), encoder().half(), encoder().long(), [1.0]],
     ids=["rank", "width", "batch", "dtype", "integers", "no tensor"],
 )
-def test_bad_encoder_states_are_named(states: Any) -> None:
+def test_bad_encoder_states_are_refused_by_name(states: Any) -> None:
     model = build_cross()
     allowed = r"encoder_hidden_states: got .*; allowed: \(3, encoder_length, \d+\) float32"
     with attnzoo.patch(model, "sdpa") as handle, pytest.raises(attnzoo.InvalidArgumentError, match=allowed):
@@ -294,14 +296,14 @@ def test_bad_encoder_states_are_named(states: Any) -> None:
     assert {site.calls for site in handle.sites} == {0}
 
 
-def test_encoder_states_of_another_dtype_under_autocast() -> None:
+def test_autocast_accepts_encoder_states_of_another_dtype() -> None:
     model = build_cross()
     with attnzoo.patch(model, "sdpa"), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         got = model(tokens(3, 6), encoder_hidden_states=encoder().bfloat16()).logits
         torch.testing.assert_close(got, model(tokens(3, 6), encoder_hidden_states=encoder()).logits)
 
 
-def test_bad_calls_of_cross_attention_are_named() -> None:
+def test_bad_calls_are_refused_by_name() -> None:
     model, hidden = build_cross(), encoder(3, 6)
     module = model.transformer.h[0].crossattention
     with attnzoo.patch(model, "sdpa"):
@@ -313,17 +315,17 @@ def test_bad_calls_of_cross_attention_are_named() -> None:
             module(hidden, encoder_hidden_states=encoder(), softcap=2.0)
 
 
-def test_everything_is_put_back() -> None:
+def test_remove_restores_the_original() -> None:
     model = build_cross()
     before = {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
     with attnzoo.patch(model, "sdpa"):
         model(tokens(2, 5), encoder_hidden_states=encoder(2))
     assert {name: (type(module), set(vars(module))) for name, module in model.named_modules()} == before
-    with pytest.raises(RuntimeError, match="split"):  # the original, as broken as ever
+    with pytest.raises(RuntimeError, match="split"):  # the original is wrong again
         model(tokens(2, 5), encoder_hidden_states=encoder(2))
 
 
-def test_patching_the_cross_attention_alone_takes_2d_masks_too() -> None:
+def test_patch_of_cross_attention_alone_accepts_2d_masks() -> None:
     model, mask = build_cross(), torch.tensor([[1, 1, 1, 0, 0]] * 2)
     with attnzoo.patch(model, {"*.crossattention": "sdpa"}) as handle:
         model(tokens(2, 5), encoder_hidden_states=encoder(2), encoder_attention_mask=mask)
@@ -331,7 +333,7 @@ def test_patching_the_cross_attention_alone_takes_2d_masks_too() -> None:
     assert "forward" not in vars(model.transformer)
 
 
-def test_nothing_falls_back_to_the_broken_original() -> None:
+def test_nothing_falls_back_to_the_wrong_original() -> None:
     model = build_cross().train()
     with (
         attnzoo.patch(model, {"*.crossattention": "sdpa"}, fallback="native"),
@@ -340,7 +342,7 @@ def test_nothing_falls_back_to_the_broken_original() -> None:
         model(tokens(2, 5), encoder_hidden_states=encoder(2), output_attentions=True)
 
 
-def test_verify_says_that_the_original_is_broken_and_judges_the_rest() -> None:
+def test_verify_reports_the_fault_and_compares_with_the_oracle() -> None:
     inputs = dict(input_ids=tokens(2, 5), encoder_hidden_states=encoder(2))
     report = attnzoo.verify(build_cross(), inputs, "sdpa")
     assert report.ok and not report.original

@@ -1,4 +1,4 @@
-"""Longformer's and LED's projections are layers that are called, whatever they are and whatever their weights are."""
+"""A patched Longformer or LED calls its projections, whatever layers and weights they are."""
 
 import pytest
 import torch
@@ -27,21 +27,21 @@ def outputs(model, inputs):
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-@pytest.mark.parametrize("globals_", ["zero", "one", "varying", "all"])
+@pytest.mark.parametrize("global_tokens", ["zero", "one", "varying", "all"])
 @pytest.mark.parametrize("change", [pack, quantise], ids=["only linear()", "quantize_dynamic"])
-def test_weights_that_cannot_be_computed_with(family, change, globals_, backend):
+def test_weights_that_only_support_linear(family, change, global_tokens, backend):
     build, inputs = family
-    model, given = build(), inputs(24, "right", globals_)
+    model, given = build(), inputs(24, "right", global_tokens)
     model = change(model)
     expected = outputs(model, given)
     with attnzoo.patch(model, backend):
         torch.testing.assert_close(outputs(model, given), expected, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("globals_", ["one", "all"])
-def test_low_rank_layers_around_the_projections(family, globals_):
+@pytest.mark.parametrize("global_tokens", ["one", "all"])
+def test_low_rank_layers_change_the_result(family, global_tokens):
     build, inputs = family
-    model, given = build(), inputs(24, "right", globals_)
+    model, given = build(), inputs(24, "right", global_tokens)
     plain, attention = outputs(model, given), attention_of(model)
     for name in PROJECTIONS:
         setattr(attention, name, LowRank(getattr(attention, name)))
@@ -53,7 +53,7 @@ def test_low_rank_layers_around_the_projections(family, globals_):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
-def test_a_hook_on_each_projection_is_called_once(family, grad, training):
+def test_hooks_on_projections_are_called_once(family, grad, training):
     build, inputs = family
     model, seen = build().train(training), []
     for name in PROJECTIONS:
@@ -63,7 +63,7 @@ def test_a_hook_on_each_projection_is_called_once(family, grad, training):
     assert sorted(seen) == sorted(PROJECTIONS)
 
 
-def test_a_hook_on_all_modules_sees_the_projections(family):
+def test_global_hook_sees_the_projections(family):
     build, inputs = family
     model, seen = build(), []
     hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))

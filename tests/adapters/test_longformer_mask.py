@@ -1,9 +1,10 @@
-"""The mask of one row that patched LED and Longformer models make: the same mask, for patched layers and for others."""
+"""Patched LED and Longformer models make a padding mask of one row, with the same values for all layers."""
 
 import copy
 
 import pytest
 import torch
+from transformers.models.longformer import modeling_longformer
 
 import attnzoo
 from attnzoo.originals import slots
@@ -12,7 +13,7 @@ from tests.support.models import led, led_inputs, longformer, longformer_inputs
 
 LENGTH = 37
 CASES = {
-    # model, inputs, the module that makes the mask, its layers
+    # builds the model, its inputs, the module that makes the mask, the layers that read the mask
     "led": (led, led_inputs, "led.encoder", "led.encoder.layers"),
     "longformer": (longformer, longformer_inputs, "longformer", "longformer.encoder.layer"),
 }
@@ -21,7 +22,7 @@ sides = pytest.mark.parametrize("side", ["none", "left", "right", "every"])
 
 
 def run(model, inputs, **more):
-    """Output of the model, and the mask that its first encoder layer gets."""
+    """Return the output of the model and the mask that its first encoder layer gets."""
     layers = next(
         module for name, module in model.named_modules() if name.endswith(("encoder.layers", "encoder.layer"))
     )
@@ -35,17 +36,16 @@ def run(model, inputs, **more):
     return output, masks[0]
 
 
-def takes_over(module):
-    """Whether the module's forward is a patch."""
+def is_taken_over(module):
     return isinstance(slots.current(module), PatchedForward)
 
 
 @cases
 @sides
-@pytest.mark.parametrize("globals_", ["zero", "varying"])
+@pytest.mark.parametrize("global_tokens", ["zero", "varying"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_the_mask_is_that_of_the_original_bit_for_bit(build, inputs, maker, layers, side, globals_, dtype):
-    model, given = build().to(dtype), inputs(LENGTH, side, globals_)
+def test_mask_equals_the_original_bit_for_bit(build, inputs, maker, layers, side, global_tokens, dtype):
+    model, given = build().to(dtype), inputs(LENGTH, side, global_tokens)
     _, expected = run(model, given)
     with attnzoo.patch(model, "eager"):
         _, mask = run(model, given)
@@ -57,22 +57,22 @@ def test_the_mask_is_that_of_the_original_bit_for_bit(build, inputs, maker, laye
 @cases
 @sides
 @pytest.mark.parametrize("which", ["all", "first"])
-def test_outputs_are_those_of_patched_layers_alone(build, inputs, maker, layers, side, which):
-    """A patch of the layers does not reach the module that makes the mask: the same kernels run on the original's."""
+def test_one_row_mask_changes_no_output(build, inputs, maker, layers, side, which):
+    """A patch of only the layers leaves the module that makes the mask alone: the same kernels run on its mask."""
     model, given = build(), inputs(LENGTH, side)
     part = model.get_submodule(layers)[0] if which == "first" else model.get_submodule(layers)
     with attnzoo.patch(part, "sdpa"):
-        assert not takes_over(model.get_submodule(maker))
+        assert not is_taken_over(model.get_submodule(maker))
         expected, _ = run(model, given)
     glob = f"{layers}.0.*" if which == "first" else f"{layers}.*"
     with attnzoo.patch(model, {glob: "sdpa", "*": "native"}):
-        assert takes_over(model.get_submodule(maker))
+        assert is_taken_over(model.get_submodule(maker))
         output, _ = run(model, given)
     assert torch.equal(output[0], expected[0])
 
 
 @cases
-def test_layers_that_fall_back_give_what_the_original_gives(build, inputs, maker, layers):
+def test_layers_that_fall_back_equal_the_original(build, inputs, maker, layers):
     model, given = build(), inputs(LENGTH, "left")
     expected, _ = run(model, given, output_attentions=True)
     with attnzoo.patch(model, "sdpa", fallback="native") as handle:
@@ -84,10 +84,10 @@ def test_layers_that_fall_back_give_what_the_original_gives(build, inputs, maker
 
 
 @cases
-def test_the_models_own_code_makes_its_own_mask(build, inputs, maker, layers):
+def test_native_patch_leaves_the_mask_alone(build, inputs, maker, layers):
     model = build()
     with attnzoo.patch(model, "native"):
-        assert not takes_over(model.get_submodule(maker))
+        assert not is_taken_over(model.get_submodule(maker))
 
 
 @cases
@@ -99,25 +99,25 @@ def test_undo_is_exact(build, inputs, maker, layers):
     inner = attnzoo.patch(model, "sdpa")
     twin = copy.deepcopy(model)
     inner.remove()
-    assert takes_over(module)
+    assert is_taken_over(module)
     outer.remove()
     attnzoo.unpatch(twin)
     attnzoo.unpatch(twin)
-    assert vars(module).keys() == before.keys() and not takes_over(twin.get_submodule(maker))
-    for one in (model, twin):
-        output, again = run(one, given)
+    assert vars(module).keys() == before.keys() and not is_taken_over(twin.get_submodule(maker))
+    for restored in (model, twin):
+        output, again = run(restored, given)
         assert torch.equal(output[0], expected[0]) and torch.equal(again, mask)
 
 
 @cases
-def test_a_forward_of_someone_else_is_left_alone(build, inputs, maker, layers):
+def test_replaced_forward_is_left_alone(build, inputs, maker, layers):
     model, given = build(), inputs(LENGTH, "left")
     module, calls = model.get_submodule(maker), []
-    own = module.forward
+    original = module.forward
 
     def forward(*args, **kwargs):
         calls.append(kwargs)
-        return own(*args, **kwargs)
+        return original(*args, **kwargs)
 
     module.forward = forward
     with attnzoo.patch(model, "eager") as handle:
@@ -126,7 +126,7 @@ def test_a_forward_of_someone_else_is_left_alone(build, inputs, maker, layers):
 
 
 @cases
-def test_a_subclass_with_a_forward_of_its_own_is_left_alone(build, inputs, maker, layers):
+def test_subclass_that_overrides_the_forward_is_left_alone(build, inputs, maker, layers):
     model, given = build(), inputs(LENGTH, "left")
     module = model.get_submodule(maker)
 
@@ -137,12 +137,24 @@ def test_a_subclass_with_a_forward_of_its_own_is_left_alone(build, inputs, maker
     module.__class__ = Longer
     with attnzoo.patch(model, "eager") as handle:
         run(model, given)
-        assert not takes_over(module)
+        assert not is_taken_over(module)
     assert all(site.calls for site in handle.sites)
 
 
+def test_replaced_mask_function_of_longformer_is_refused(monkeypatch):
+    """The one-row mask depends on how ``create_bidirectional_mask`` reads its arguments."""
+
+    def create_bidirectional_mask(**kwargs):
+        return original(**kwargs)
+
+    original = modeling_longformer.create_bidirectional_mask
+    monkeypatch.setattr(modeling_longformer, "create_bidirectional_mask", create_bidirectional_mask)
+    with pytest.raises(attnzoo.DriftError, match=r"create_bidirectional_mask: replaced at run time"):
+        attnzoo.patch(longformer(), "eager")
+
+
 @cases
-def test_an_unpatched_model_beside_a_patched_one_is_left_alone(build, inputs, maker, layers):
+def test_unpatched_model_keeps_its_mask(build, inputs, maker, layers):
     model, other, given = build(), build(), inputs(LENGTH, "left")
     expected, mask = run(other, given)
     with attnzoo.patch(model, "eager"):

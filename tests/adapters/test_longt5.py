@@ -1,4 +1,4 @@
-"""LongT5 patched equals LongT5: every mode of its encoder and decoder, on weights that would show a difference."""
+"""A patched LongT5 equals the original in every mode of its encoder and decoder."""
 
 import copy
 import math
@@ -8,9 +8,8 @@ import torch
 from transformers.models.longt5 import modeling_longt5
 
 import attnzoo
-from attnzoo.adapters.longt5 import LONGT5, _aggregate, _globals
+from attnzoo.adapters.longt5_blocks import find_global_blocks, sum_blocks
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError
-from attnzoo.originals.drift import drift
 from tests.support.longt5 import (
     BLOCK,
     RADIUS,
@@ -29,36 +28,36 @@ from tests.support.longt5 import (
 @backends
 @pytest.mark.parametrize("side", ["left", "right", "sample", "holes"])
 @pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, RADIUS + 1, 3 * RADIUS + 5])
-def test_states_logits_and_gradients_and_those_of_the_tables_alone(kind, backend, side, length):
+def test_states_logits_and_gradients_equal_the_original(kind, backend, side, length):
     assert_equal_to_the_original(longt5(kind), inputs(length, side), backend)
 
 
 @pytest.mark.parametrize("block", [3, 5, 16])
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
-def test_blocks_of_any_size(block, side):
+def test_global_block_sizes_equal_the_original(block, side):
     assert_equal_to_the_original(longt5("transient-global", global_block_size=block), inputs(61, side, 4), "sdpa")
 
 
 @kinds
-def test_these_inputs_would_show_a_lost_mask_or_bias(kind):
+def test_inputs_reveal_a_lost_mask_or_bias(kind):
     model, arguments = longt5(kind), inputs(37)
     with torch.no_grad():
         before = model(**arguments).logits
-        shown = [model(**{**arguments, "attention_mask": torch.ones(3, 37)}).logits]
+        changed = [model(**{**arguments, "attention_mask": torch.ones(3, 37)}).logits]
         for name, parameter in model.named_parameters():
             if TABLES in name:
-                kept = parameter.clone()
+                saved = parameter.clone()
                 parameter.zero_()
-                shown.append(model(**arguments).logits)
-                parameter.copy_(kept)
-    assert len(shown) == (3 if kind == "local" else 4)
-    for after in shown:
+                changed.append(model(**arguments).logits)
+                parameter.copy_(saved)
+    assert len(changed) == (3 if kind == "local" else 4)
+    for after in changed:
         assert (after - before)[arguments["decoder_attention_mask"].bool()].abs().max() > 0.1
 
 
 @kinds
 @backends
-def test_reentrant_checkpointing(kind, backend):
+def test_reentrant_checkpointing_equals_the_original(kind, backend):
     def prepare(model):
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
@@ -69,7 +68,7 @@ def test_reentrant_checkpointing(kind, backend):
 @kinds
 @backends
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_the_bias_tables_learn_when_all_else_is_frozen(kind, backend, checkpointed):
+def test_bias_tables_train_when_all_other_weights_are_frozen(kind, backend, checkpointed):
     def prepare(model):
         model.train()
         if checkpointed:
@@ -77,15 +76,15 @@ def test_the_bias_tables_learn_when_all_else_is_frozen(kind, backend, checkpoint
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(TABLES in name)
 
-    found = assert_equal_to_the_original(longt5(kind), inputs(37), backend, prepare=prepare)
-    tables = found["gradients"].view(-1, 8, 4)
+    results = assert_equal_to_the_original(longt5(kind), inputs(37), backend, prepare=prepare)
+    tables = results["gradients"].view(-1, 8, 4)
     assert len(tables) == (2 if kind == "local" else 3)
     assert all(table.abs().max() > 0.01 for table in tables)
 
 
 @kinds
 @backends
-def test_frozen_tables(kind, backend):
+def test_frozen_bias_tables_equal_the_original(kind, backend):
     def freeze(model):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(TABLES not in name)
@@ -95,7 +94,7 @@ def test_frozen_tables(kind, backend):
 
 @kinds
 @backends
-def test_gated_feed_forward_and_untied_weights(kind, backend):
+def test_gated_feed_forward_and_untied_weights_equal_the_original(kind, backend):
     model = longt5(kind, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     assert_equal_to_the_original(model, inputs(37), backend)
 
@@ -103,12 +102,12 @@ def test_gated_feed_forward_and_untied_weights(kind, backend):
 @kinds
 @backends
 @pytest.mark.parametrize("length", [1, 8, 37])
-def test_encoder_alone(kind, backend, length):
+def test_encoder_without_decoder_equals_the_original(kind, backend, length):
     assert_equal_to_the_original(longt5(kind, "LongT5EncoderModel"), encoder_inputs(length), backend)
 
 
 @kinds
-def test_without_a_mask(kind):
+def test_missing_mask_equals_a_mask_of_ones(kind):
     arguments = inputs(37, "none")
     model = longt5(kind)
     with torch.no_grad(), attnzoo.patch(model, "sdpa"):
@@ -120,9 +119,9 @@ def test_without_a_mask(kind):
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("padded", [False, True])
 @backends
-def test_masks_of_either_implementation_of_the_decoder(implementation, padded, backend):
+def test_decoder_reads_the_masks_of_eager_and_sdpa(implementation, padded, backend):
     model, arguments = longt5(), inputs(37)
-    if not padded:  # for sdpa the model then builds no mask at all
+    if not padded:  # without padding the model builds no mask for sdpa
         del arguments["decoder_attention_mask"]
     with torch.no_grad():
         expected = model(**arguments).logits
@@ -136,29 +135,31 @@ def test_masks_of_either_implementation_of_the_decoder(implementation, padded, b
 
 def test_blocks_are_summed_in_float32():
     states = torch.randn(2, 200, 5).bfloat16()
-    blocks = _globals(padding(2, 200, "left"), 64)
-    exact = [[states[b, blocks.of[b] == g].double().sum(0) for g in range(3)] for b in range(2)]
+    blocks = find_global_blocks(padding(2, 200, "left"), 64)
+    exact = [[states[b, blocks.block_of[b] == g].double().sum(0) for g in range(3)] for b in range(2)]
     exact = torch.stack([torch.stack(sample) for sample in exact])
-    torch.testing.assert_close(_aggregate(states, blocks).double(), exact, rtol=torch.finfo(states.dtype).eps, atol=0)
+    torch.testing.assert_close(sum_blocks(states, blocks).double(), exact, rtol=torch.finfo(states.dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right", "sample", "holes"])
 @pytest.mark.parametrize("size", [1, 4, 25, 64])
-def test_blocks_are_numbered_by_position_whatever_the_default_dtype(size, side):
-    """As the model's own code numbers them while its sums are exact: with sizes that are powers of two."""
+def test_blocks_are_numbered_by_position_in_any_default_dtype(size, side):
+    """The original numbers them in the same way if its sums are exact, which holds for powers of two."""
     mask = padding(3, 700, side)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        blocks = _globals(mask, size)
+        blocks = find_global_blocks(mask, size)
     finally:
         torch.set_default_dtype(torch.float32)
     for sample, row in enumerate(mask.tolist()):
         full = sum(bool(row[end]) for end in range(size - 1, 700, size))
-        assert blocks.of[sample].tolist() == [min(at // size, full - 1) if one else -1 for at, one in enumerate(row)]
+        assert blocks.block_of[sample].tolist() == [
+            min(position // size, full - 1) if real else -1 for position, real in enumerate(row)
+        ]
     assert blocks.number == 700 // size
     if size != 25:
-        of, exists = modeling_longt5._make_global_fixed_block_ids(mask, size)
-        assert torch.equal(blocks.of, of.long()) and torch.equal(blocks.exists, exists.bool())
+        block_of, exists = modeling_longt5._make_global_fixed_block_ids(mask, size)
+        assert torch.equal(blocks.block_of, block_of.long()) and torch.equal(blocks.exists, exists.bool())
 
 
 @kinds
@@ -169,7 +170,7 @@ def test_padding_rows_are_zero(kind, backend, side):
     outputs = []
     for module in model.modules():
         if type(module).__name__ in ("LongT5LocalAttention", "LongT5TransientGlobalAttention"):
-            module.register_forward_hook(lambda module, given, made: outputs.append(made[0]))
+            module.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
     with torch.no_grad(), attnzoo.patch(model, backend):
         model(**arguments)
     assert len(outputs) == 3
@@ -179,7 +180,7 @@ def test_padding_rows_are_zero(kind, backend, side):
 
 @backends
 @pytest.mark.parametrize("patch", [None, {"decoder.block.1*": "sdpa"}], ids=["whole", "mixed"])
-def test_generation_far_beyond_the_largest_bucket(backend, patch):
+def test_generation_beyond_the_largest_bucket_returns_the_original_tokens(backend, patch):
     model, given = longt5(relative_attention_max_distance=6), encoder_inputs(20)
     extra = dict(max_new_tokens=40, min_new_tokens=40, no_repeat_ngram_size=2, do_sample=False)
     expected = model.generate(**given, **extra)
@@ -188,7 +189,7 @@ def test_generation_far_beyond_the_largest_bucket(backend, patch):
 
 
 @backends
-def test_encoders_with_blocks_of_other_sizes_are_given_one_mask(backend):
+def test_encoders_with_different_block_sizes_share_one_mask(backend):
     encoders = torch.nn.ModuleList(
         longt5("transient-global", "LongT5EncoderModel", global_block_size=size) for size in (BLOCK, 2 * BLOCK)
     )
@@ -202,8 +203,8 @@ def test_encoders_with_blocks_of_other_sizes_are_given_one_mask(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
-def test_masks_the_models_own_code_cannot_count_with_are_refused(dtype):
-    """It numbers padding -1; among bytes that is 255, and padding is in a block like tokens, without a word."""
+def test_unsigned_masks_are_refused(dtype):
+    """The original numbers padding -1. As a byte that is 255, and padding then silently belongs to a block."""
     model, given = longt5("transient-global", "LongT5EncoderModel"), encoder_inputs(37, "left")
     given["attention_mask"] = given["attention_mask"].to(dtype)
     with (
@@ -214,7 +215,7 @@ def test_masks_the_models_own_code_cannot_count_with_are_refused(dtype):
 
 
 @kinds
-def test_attention_probabilities(kind):
+def test_attention_probabilities_equal_the_original(kind):
     model, arguments = longt5(kind), inputs(37, "left")
     real = arguments["attention_mask"].bool()
     with torch.no_grad():
@@ -235,11 +236,11 @@ def test_attention_probabilities(kind):
 
 
 @kinds
-def test_dropout_is_the_models(kind):
+def test_dropout_applies_to_attention_weights_in_training_only(kind):
     model, arguments = longt5(kind, dropout_rate=0.3), inputs(37)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # what is left is the dropout of attention weights
+            module.p = 0.0  # only the dropout of attention weights remains
     for part in (model.encoder, model.decoder):
         with attnzoo.patch(part, "eager"), torch.no_grad():
             model.eval()
@@ -280,7 +281,7 @@ def test_saving_and_removing_leave_no_trace(kind, tmp_path):
         ("transient-global", torch.ones(1, 15), "ones"),
     ],
 )
-def test_masks_no_stack_makes_are_refused(kind, mask, message):
+def test_masks_that_no_stack_makes_are_refused(kind, mask, message):
     model = longt5(kind, "LongT5EncoderModel")
     module = next(model.encoder.block[0].layer[0].children())
     with attnzoo.patch(model, "eager"), pytest.raises(InvalidArgumentError, match=message):
@@ -295,12 +296,7 @@ def test_masks_no_stack_makes_are_refused(kind, mask, message):
     ],
 )
 @kinds
-def test_configurations_it_cannot_serve_are_refused_at_patch_time(kind, changes, message):
+def test_unsupported_configurations_are_refused_at_patch_time(kind, changes, message):
     model = longt5(kind, "LongT5EncoderModel", **changes)
     with pytest.raises(PatchError, match=message):
         attnzoo.patch(model, "sdpa")
-
-
-def test_everything_it_relies_on_is_what_it_was_verified_against():
-    for point in LONGT5.points:
-        assert drift(dict(point.verified)) == ()

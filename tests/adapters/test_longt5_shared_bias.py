@@ -1,4 +1,4 @@
-"""LongT5's first layer makes the bias of all layers, whichever of them are patched, copied, or fall back."""
+"""LongT5's first layer computes the bias of all layers, also if some are not patched, are copied, or fall back."""
 
 import copy
 import dataclasses
@@ -30,7 +30,7 @@ def test_patched_and_unpatched_layers_share_the_bias(kind, patch, length):
 
 @kinds
 @pytest.mark.parametrize("layer", [0, 1])
-def test_a_later_patch_that_runs_a_layers_own_code(kind, layer):
+def test_second_patch_may_run_original_code_in_one_layer(kind, layer):
     model, arguments = longt5(kind), inputs(37)
     real = arguments["decoder_attention_mask"].bool()
     with torch.no_grad():
@@ -41,7 +41,7 @@ def test_a_later_patch_that_runs_a_layers_own_code(kind, layer):
 
 
 @kinds
-def test_a_part_of_a_stack(kind):
+def test_part_of_a_stack_can_be_patched(kind):
     model, arguments = longt5(kind), inputs(37)
     real = arguments["decoder_attention_mask"].bool()
     with torch.no_grad():
@@ -52,24 +52,24 @@ def test_a_part_of_a_stack(kind):
             torch.testing.assert_close(got[real], expected[real], rtol=1e-5, atol=1e-4)
 
 
-class Untrained(EagerBackend):
-    """Gives gradients to all but biases."""
+class WithoutBiasGradient(EagerBackend):
+    """Computes all gradients except those of biases."""
 
-    name = "untrained"
+    name = "without-bias-gradient"
     capabilities = dataclasses.replace(EagerBackend.capabilities, bias_grad=False)
 
 
 @pytest.fixture
-def untrained():
-    attnzoo.register_backend(Untrained)
-    yield "untrained"
-    attnzoo.unregister_backend("untrained")
+def without_bias_gradient():
+    attnzoo.register_backend(WithoutBiasGradient)
+    yield "without-bias-gradient"
+    attnzoo.unregister_backend("without-bias-gradient")
 
 
 @kinds
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("first", [False, True], ids=["later layers", "all layers"])
-def test_layers_whose_bias_trains_fall_back_with_the_one_that_makes_it(kind, train, first, untrained):
+def test_layers_fall_back_together_if_the_shared_bias_trains(kind, train, first, without_bias_gradient):
     def prepare(model):
         model.train(train)
 
@@ -77,7 +77,8 @@ def test_layers_whose_bias_trains_fall_back_with_the_one_that_makes_it(kind, tra
     reference, _ = outcome(model, arguments, None, torch.float64, prepare)
     original, _ = outcome(model, arguments, None, torch.float32, prepare)
     prepare(model)
-    with attnzoo.patch(model, untrained if first else {"*.block.[1-9].*": untrained}, fallback="native"):
+    backends = without_bias_gradient if first else {"*.block.[1-9].*": without_bias_gradient}
+    with attnzoo.patch(model, backends, fallback="native"):
         copied = copy.deepcopy(model)
         patched, _ = outcome(model, arguments)
         copies, _ = outcome(copied, arguments)
@@ -88,8 +89,8 @@ def test_layers_whose_bias_trains_fall_back_with_the_one_that_makes_it(kind, tra
 
 
 @kinds
-def test_layers_whose_bias_trains_in_another_are_refused_at_patch_time(kind, untrained):
-    model, later = longt5(kind).train(), {"*.block.1.*": untrained}
+def test_layers_are_refused_if_another_layer_trains_their_bias(kind, without_bias_gradient):
+    model, later = longt5(kind).train(), {"*.block.1.*": without_bias_gradient}
     with pytest.raises(BackendRefusedError) as caught:
         attnzoo.patch(model, later)
     assert {name.split(".")[0] for name in caught.value.refusals} == {"encoder", "decoder"}
@@ -103,11 +104,11 @@ def test_layers_whose_bias_trains_in_another_are_refused_at_patch_time(kind, unt
 
 @kinds
 @pytest.mark.parametrize("frozen", ["encoder.block.0", "encoder.block.1", "relative_attention_bias"])
-def test_layers_that_fall_back_share_the_bias_with_those_that_do_not(kind, frozen):
-    """A backend without gradients: layers before the first that trains run on it, the others fall back."""
+def test_layers_that_fall_back_share_the_bias_with_other_layers(kind, frozen):
+    """The backend has no gradients: it runs the layers before the first trained weight; the others fall back."""
 
-    class Forwards(EagerBackend):
-        name = "forwards"
+    class WithoutGradient(EagerBackend):
+        name = "without-gradient"
         capabilities = dataclasses.replace(EagerBackend.capabilities, grad=False, bias_grad=False)
 
     def prepare(model):
@@ -118,13 +119,13 @@ def test_layers_that_fall_back_share_the_bias_with_those_that_do_not(kind, froze
     model, arguments = longt5(kind, tie_word_embeddings=False), inputs(37)
     reference, _ = outcome(model, arguments, None, torch.float64, prepare)
     original, _ = outcome(model, arguments, None, torch.float32, prepare)
-    attnzoo.register_backend(Forwards)
+    attnzoo.register_backend(WithoutGradient)
     try:
         prepare(model)
-        with attnzoo.patch(model, "forwards", fallback="native") as handle:
+        with attnzoo.patch(model, "without-gradient", fallback="native") as handle:
             patched, _ = outcome(model, arguments)
     finally:
-        attnzoo.unregister_backend("forwards")
+        attnzoo.unregister_backend("without-gradient")
     assert handle.sites
     for name, expected in reference.items():
         verdict = check(name, patched[name], expected, original[name], GRADIENT)
@@ -134,14 +135,14 @@ def test_layers_that_fall_back_share_the_bias_with_those_that_do_not(kind, froze
 @kinds
 @backends
 @pytest.mark.parametrize("copied", [False, True], ids=["itself", "copied"])
-def test_the_bias_is_made_once_per_forward_and_is_no_larger_than_its_distances(kind, backend, copied):
+def test_bias_is_computed_once_per_forward_and_holds_one_value_per_distance(kind, backend, copied):
     model, arguments = longt5(kind), inputs(100)
     looked_up, passed = [], []
     for name, module in model.named_modules():
         if name.endswith(TABLES):
-            module.register_forward_hook(lambda module, given, made: looked_up.append(made.numel()))
+            module.register_forward_hook(lambda module, args, output: looked_up.append(output.numel()))
         if name.endswith(("SelfAttention", "EncDecAttention")) and "layer" in name:
-            module.register_forward_hook(lambda module, given, made: passed.append(made[1]))
+            module.register_forward_hook(lambda module, args, output: passed.append(output[1]))
     with torch.no_grad(), attnzoo.patch(model, backend):
         (copy.deepcopy(model) if copied else model)(**arguments)
     assert len(looked_up) == (2 if kind == "local" else 3)
@@ -151,7 +152,7 @@ def test_the_bias_is_made_once_per_forward_and_is_no_larger_than_its_distances(k
 
 
 @kinds
-def test_a_deep_copy_of_a_layer_is_of_that_layer_alone(kind):
+def test_deep_copy_of_a_layer_copies_no_other_layer(kind):
     model, arguments = longt5(kind), inputs(37)
     real = arguments["decoder_attention_mask"].bool()
     with torch.no_grad(), attnzoo.patch(model, "sdpa"):

@@ -1,4 +1,4 @@
-"""Reformer patched generates the original's tokens, and decodes on a cache to its logits and attention weights."""
+"""A patched Reformer generates the original tokens; cached decoding returns the original logits and weights."""
 
 import copy
 import math
@@ -15,7 +15,7 @@ from tests.support.reformer import CHUNK, attentions, backends, ids, local, refo
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
 @pytest.mark.parametrize("prompt", [1, CHUNK - 1, CHUNK, CHUNK + 1, 11])
 @pytest.mark.parametrize("layers", [["local"], ["lsh"], ["local", "lsh"]], ids="+".join)
-def test_greedy_generation_gives_the_tokens_of_the_original(backend, use_cache, prompt, layers):
+def test_greedy_generation_returns_the_original_tokens(backend, use_cache, prompt, layers):
     model = reformer(attn_layers=layers * 2, num_hashes=2)
     arguments = dict(max_new_tokens=14, min_new_tokens=14, do_sample=False, use_cache=use_cache)
     expected = model.generate(ids(1, prompt), **arguments)
@@ -26,7 +26,7 @@ def test_greedy_generation_gives_the_tokens_of_the_original(backend, use_cache, 
 
 
 @backends
-def test_beams_give_the_tokens_of_the_original(backend):
+def test_beam_search_returns_the_original_tokens(backend):
     model = reformer()
     arguments = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False, num_beams=4)
     expected = model.generate(ids(2, 9), **arguments)
@@ -36,20 +36,20 @@ def test_beams_give_the_tokens_of_the_original(backend):
 
 @backends
 @pytest.mark.parametrize("prompt", [CHUNK - 1, 10])
-def test_logits_of_cached_decoding(backend, prompt):
-    """Logits, step by step: tokens would hide an error. Two samples: the original mixes them up, and so do we."""
+def test_cached_decoding_returns_the_original_logits(backend, prompt):
+    """Compare logits, since equal tokens could hide an error. The original mixes up two samples, and so do we."""
     model = reformer(num_buckets=[2, 2], num_hashes=3).double()
 
     def decode():
         with torch.no_grad():
             returned = model(ids(2, prompt), use_cache=True)
-            found = [returned.logits[:, -1]]
+            logits = [returned.logits[:, -1]]
             for step in range(9):
                 token, past = ids(2, 1, seed=step), returned.past_buckets_states
                 mask = torch.ones(2, 1) if step % 2 else None
                 returned = model(token, past_buckets_states=past, use_cache=True, attention_mask=mask)
-                found.append(returned.logits[:, -1])
-        return torch.stack(found)
+                logits.append(returned.logits[:, -1])
+        return torch.stack(logits)
 
     expected = decode()
     with attnzoo.patch(model, backend):
@@ -57,7 +57,7 @@ def test_logits_of_cached_decoding(backend, prompt):
 
 
 @backends
-def test_a_mask_of_the_new_token_alone_may_hide_it(backend):
+def test_mask_of_the_new_token_may_hide_it(backend):
     model, mask, seen = local(), torch.tensor([[1], [0]]), []
     attentions(model)[0].register_forward_hook(lambda module, args, output: seen.append(output.hidden_states))
 
@@ -77,7 +77,7 @@ def test_a_mask_of_the_new_token_alone_may_hide_it(backend):
 
 @backends
 @pytest.mark.parametrize("prompt", [CHUNK - 1, 10], ids=["until there are buckets", "with buckets"])
-def test_a_hidden_new_token_goes_into_the_padding_bucket(backend, prompt):
+def test_hidden_new_token_goes_into_the_padding_bucket(backend, prompt):
     model, mask = reformer(attn_layers=["lsh"]).double(), torch.tensor([[1], [0]])
 
     def decode():
@@ -123,7 +123,7 @@ BAD_STEPS = {
 
 
 @pytest.mark.parametrize(("kind", "prompt", "changes", "message"), BAD_STEPS.values(), ids=BAD_STEPS)
-def test_a_step_that_does_not_fit_its_cache_is_named(kind, prompt, changes, message):
+def test_step_that_does_not_fit_its_cache_is_refused(kind, prompt, changes, message):
     model = reformer(attn_layers=[kind])
     with torch.no_grad(), attnzoo.patch(model, "eager"):
         past = model(ids(2, prompt), use_cache=True).past_buckets_states
@@ -132,8 +132,8 @@ def test_a_step_that_does_not_fit_its_cache_is_named(kind, prompt, changes, mess
 
 
 @pytest.mark.parametrize(("prompt", "length"), [(9, 10), (3, 4), (3, 5)])
-def test_a_mask_that_hides_nothing_is_no_mask_of_a_step(prompt, length):
-    """Loops of one's own hand the growing mask of all tokens to every step; the original looks at what it hides."""
+def test_mask_that_hides_nothing_may_have_any_length(prompt, length):
+    """A user's decoding loop may pass the growing mask of all tokens to every step."""
     model = reformer(attn_layers=["lsh"])
     step = dict(input_ids=ids(2, 1), attention_mask=torch.ones(2, length), use_cache=True)
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_a_mask_that_hides_nothing_is_no_mask_of_a_step(prompt, length):
             torch.testing.assert_close(model(past_buckets_states=past, **step).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_decoding_from_a_short_prompt_derives_a_number_of_buckets_where_the_original_fails():
+def test_decoding_from_a_short_prompt_derives_num_buckets_where_the_original_fails():
     model = reformer(num_buckets=None)
     arguments = dict(max_new_tokens=9, min_new_tokens=9, do_sample=False, use_cache=True)
     with pytest.raises(TypeError):
@@ -154,7 +154,7 @@ def test_decoding_from_a_short_prompt_derives_a_number_of_buckets_where_the_orig
 
 
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
-def test_generation_without_a_number_of_buckets_gives_the_tokens_of_the_original(use_cache):
+def test_generation_without_num_buckets_returns_the_original_tokens(use_cache):
     model = reformer(num_buckets=None)
     arguments = dict(max_new_tokens=14, min_new_tokens=14, do_sample=False, use_cache=use_cache)
     expected = copy.deepcopy(model).generate(ids(1, 9), **arguments)
@@ -165,7 +165,7 @@ def test_generation_without_a_number_of_buckets_gives_the_tokens_of_the_original
 
 
 @pytest.mark.parametrize("prompt", [3, 9])
-def test_attention_weights_of_cached_decoding(prompt):
+def test_cached_decoding_returns_the_original_weights(prompt):
     model = reformer().double()
 
     def decode():

@@ -1,7 +1,7 @@
-"""Reformer's projections are layers that are called, in cached decoding too, where the original computes with weights.
+"""A patched Reformer calls its projections, also in cached decoding, where the original multiplies by their weights.
 
-The original ignores there what is around a layer and fails where a weight knows only ``linear()``. So the judge is the
-original with plain layers whose weights were changed to compute the same.
+There the original ignores hooks and wrappers of a layer, and fails on weights that only support ``linear()``. The
+reference is therefore the original with plain layers whose weights were changed to compute the same.
 """
 
 import copy
@@ -58,12 +58,12 @@ def parametrized(module, name):
 def decode(model):
     with torch.no_grad():
         returned = model(ids(2, 10), use_cache=True)
-        found = [returned.logits[:, -1]]
+        logits = [returned.logits[:, -1]]
         for step in range(5):
             past = returned.past_buckets_states
             returned = model(ids(2, 1, seed=step), past_buckets_states=past, use_cache=True)
-            found.append(returned.logits[:, -1])
-    return torch.stack(found)
+            logits.append(returned.logits[:, -1])
+    return torch.stack(logits)
 
 
 CHANGES = {
@@ -76,7 +76,7 @@ CHANGES = {
 
 @backends
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
-def test_what_is_around_a_layer_decides_in_cached_decoding(backend, changes):
+def test_changes_of_a_layer_count_in_cached_decoding(backend, changes):
     model = reformer(num_hashes=3).double()
     changed, equal = (change(copy.deepcopy(model), make) for make in changes)
     expected = decode(equal)
@@ -86,25 +86,25 @@ def test_what_is_around_a_layer_decides_in_cached_decoding(backend, changes):
 
 
 @backends
-def test_weights_that_only_know_linear(backend):
+def test_weights_that_only_support_linear(backend):
     model = reformer().double()
     expected = decode(model)
     with attnzoo.patch(pack(model), backend):
         torch.testing.assert_close(decode(model), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_quantised_layers():
+def test_quantised_layers_run():
     model = reformer()
     quantised = quantise(model)
     with attnzoo.patch(quantised, "sdpa"):
         assert decode(quantised).isfinite().all()
 
 
-# The projection by itself
+# The projection alone
 
 
 def of_head(layer, states, heads):
-    """Head by head: what calling the layer gives for that head."""
+    """Return the projection, computed by calling the layer for each head."""
     return torch.stack([layer(states[:, h]).chunk(heads, -1)[h] for h in range(heads)], dim=1)
 
 
@@ -114,7 +114,7 @@ def global_hook():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_each_head_gets_its_own_states(wrapped, bias):
+def test_each_head_projects_its_states(wrapped, bias):
     layer, states = nn.Linear(6, 12, bias=bias), torch.randn(2, 3, 5, 6)
     layer = LowRank(layer) if wrapped else layer
     assert is_plain(layer) is not wrapped
@@ -136,7 +136,7 @@ def test_each_head_gets_its_own_states(wrapped, bias):
     ],
     ids=str.split("hook pre-hook backward-hook backward-pre-hook forward weight subclass parametrized hook-on-all"),
 )
-def test_a_layer_that_somebody_touched_is_not_plain(touch):
+def test_modified_layer_is_not_plain(touch):
     layer = nn.Linear(6, 12)
     assert is_plain(layer)
     handle = touch(layer)

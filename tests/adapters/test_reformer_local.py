@@ -1,4 +1,4 @@
-"""Local attention of Reformer alone: patched equals the original, long inputs slice by slice."""
+"""Reformer's local attention equals the original; long inputs are computed in slices."""
 
 import pytest
 import torch
@@ -23,11 +23,11 @@ from tests.support.reformer import (
 @causal
 @sides
 @pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK, 2 * CHUNK, 7 * CHUNK])
-def test_local(is_decoder, backend, side, length):
+def test_local_equals_the_original(is_decoder, backend, side, length):
     module = attentions(local(is_decoder=is_decoder, local_num_chunks_after=0 if is_decoder else 1))[0]
     mask = padding(side, 3, length)
     if side == "sample":
-        mask[-1, 0] = 1  # of a sample without any real token there is nothing to compare
+        mask[-1, 0] = 1  # a sample of padding only has nothing to compare
     assert_module_equals_the_original(module, hidden(3, length), mask, backend)
 
 
@@ -35,7 +35,7 @@ def test_local(is_decoder, backend, side, length):
 @causal
 @pytest.mark.parametrize("around", NEIGHBOURS, ids=str)
 @pytest.mark.parametrize("chunks", [2, 3, 5])
-def test_local_counts_wrapped_neighbours_as_often_as_the_original(is_decoder, backend, around, chunks):
+def test_local_repeats_wrapped_neighbours_as_the_original(is_decoder, backend, around, chunks):
     before, after = around
     module = attentions(local(is_decoder=is_decoder, local_num_chunks_before=before, local_num_chunks_after=after))[0]
     assert_module_equals_the_original(module, hidden(2, chunks * CHUNK), None, backend)
@@ -45,7 +45,7 @@ def test_local_counts_wrapped_neighbours_as_often_as_the_original(is_decoder, ba
 @causal
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("around", [(0, 0), (1, 0), (0, 1), (1, 1), (2, 3)], ids=str)
-def test_long_local_inputs_go_by_slices_and_give_the_same(monkeypatch, is_decoder, backend, side, around):
+def test_slices_of_long_inputs_equal_the_original(monkeypatch, is_decoder, backend, side, around):
     monkeypatch.setattr(reformer_local, "SLICE", 2 * CHUNK)
     monkeypatch.setattr(reformer_local, "SLICE_PER_NEIGHBOURHOOD", 1)
     before, after = around
@@ -59,11 +59,11 @@ def test_long_local_inputs_go_by_slices_and_give_the_same(monkeypatch, is_decode
         with attnzoo.patch(model, backend) as handle:
             got = module(states, attention_mask=mask).hidden_states
     torch.testing.assert_close(got[real], expected[real], rtol=1e-10, atol=1e-10)
-    by_slices = not (is_decoder and after)  # the last chunk sees the first there
-    assert handle.sites[0].calls == (4 if by_slices else 1)
+    in_slices = not (is_decoder and after)  # otherwise the last chunk sees the first
+    assert handle.sites[0].calls == (4 if in_slices else 1)
 
 
-def test_local_slices_only_where_nobody_can_tell():
+def test_slices_are_used_only_if_they_change_no_result():
     model = local(max_position_embeddings=8192)
     module, states = attentions(model)[0], hidden(1, 2 * reformer_local.SLICE)
 
@@ -77,7 +77,7 @@ def test_local_slices_only_where_nobody_can_tell():
     assert calls(backend="eager", output_attentions=True, length=8 * CHUNK) == 1
 
 
-def test_local_projects_a_slice_at_a_time():
+def test_projections_run_on_one_slice_at_a_time():
     model, length = local(max_position_embeddings=16384), 5 * reformer_local.SLICE
     sizes = []
     for projection in (attentions(model)[0].query, attentions(model)[0].key, attentions(model)[0].value):

@@ -1,4 +1,4 @@
-"""LSH attention of Reformer alone: patched equals the original given its buckets, and hashes like it for a seed."""
+"""Reformer's LSH attention equals the original for the same buckets, and finds the same buckets for a seed."""
 
 import copy
 
@@ -28,7 +28,7 @@ from tests.support.reformer import (
 @causal
 @sides
 @pytest.mark.parametrize("hashes", [1, 2, 4])
-def test_lsh_given_its_buckets(is_decoder, backend, side, hashes):
+def test_lsh_equals_the_original_for_its_buckets(is_decoder, backend, side, hashes):
     module = lsh(is_decoder=is_decoder, num_hashes=hashes, lsh_num_chunks_after=0 if is_decoder else 1)
     assert_module_equals_the_original(module, hidden(3, 24), padding(side, 3, 24), backend)
 
@@ -36,7 +36,7 @@ def test_lsh_given_its_buckets(is_decoder, backend, side, hashes):
 @backends
 @causal
 @pytest.mark.parametrize("buckets", [2, 8, [2, 4], [4, 2, 2], [4]], ids=str)
-def test_lsh_by_number_of_buckets(is_decoder, backend, buckets):
+def test_lsh_equals_the_original_for_any_number_of_buckets(is_decoder, backend, buckets):
     module = lsh(is_decoder=is_decoder, num_buckets=buckets)
     assert_module_equals_the_original(module, hidden(2, 32), padding("left", 2, 32), backend)
 
@@ -45,7 +45,7 @@ def test_lsh_by_number_of_buckets(is_decoder, backend, buckets):
 @causal
 @pytest.mark.parametrize("around", NEIGHBOURS, ids=str)
 @pytest.mark.parametrize("chunks", [2, 3, 5])
-def test_lsh_counts_wrapped_neighbours_as_often_as_the_original(is_decoder, backend, around, chunks):
+def test_lsh_repeats_wrapped_neighbours_as_the_original(is_decoder, backend, around, chunks):
     before, after = around
     module = lsh(is_decoder=is_decoder, num_hashes=1, lsh_num_chunks_before=before, lsh_num_chunks_after=after)
     length = chunks * CHUNK
@@ -63,14 +63,14 @@ def test_lsh_chunks_may_straddle_rounds(is_decoder, backend):
 @causal
 @sides
 @pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK])
-def test_short_lsh_is_full_attention_without_oneself(is_decoder, backend, side, length):
+def test_short_lsh_is_full_attention_without_the_own_token(is_decoder, backend, side, length):
     module = lsh(is_decoder=is_decoder)
     assert_module_equals_the_original(module, hidden(3, length), padding(side, 3, length), backend, buckets=None)
 
 
 @backends
 @causal
-def test_with_one_bucket_and_a_chunk_as_long_as_the_sequence_lsh_is_full_attention(is_decoder, backend):
+def test_lsh_with_one_bucket_and_all_chunks_visible_is_full_attention(is_decoder, backend):
     length = 16
     model = reformer(attn_layers=["lsh"], is_decoder=is_decoder, lsh_attn_chunk_length=8, num_hashes=1)
     module, states = attentions(model)[0], hidden(2, length)
@@ -98,7 +98,7 @@ def test_with_one_bucket_and_a_chunk_as_long_as_the_sequence_lsh_is_full_attenti
 
 
 def calls(module, states, buckets, *, at_once, monkeypatch, train=False, grad=False, backend="sdpa", **arguments):
-    """The output, and how many attentions it took with room for ``at_once`` heads of ``(batch, length)`` states."""
+    """Return the output and the number of attentions, with memory for ``at_once`` heads."""
     batch, length = states.shape[:2]
     head = 2 * batch * module.num_hashes * length * module.attention_head_size * states.element_size()
     monkeypatch.setattr(reformer_lsh, "SORTED_AT_ONCE", at_once * head)
@@ -111,18 +111,18 @@ def calls(module, states, buckets, *, at_once, monkeypatch, train=False, grad=Fa
 @causal
 @sides
 @pytest.mark.parametrize("at_once", [0, 1, 2])
-def test_some_heads_at_a_time_give_the_same_bit_for_bit(monkeypatch, is_decoder, backend, side, at_once):
+def test_some_heads_at_a_time_equal_all_heads_bit_for_bit(monkeypatch, is_decoder, backend, side, at_once):
     module, states = lsh(is_decoder=is_decoder), hidden(2, 32)
     given = dict(monkeypatch=monkeypatch, backend=backend, attention_mask=padding(side, 2, 32))
     with torch.no_grad():
         buckets = module(states).buckets
-    expected, one = calls(module, states, buckets, at_once=3, **given)
+    expected, whole = calls(module, states, buckets, at_once=3, **given)
     output, several = calls(module, states, buckets, at_once=at_once, **given)
     assert torch.equal(output, expected)
-    assert (one, several) == (1, 3 if at_once < 2 else 2)
+    assert (whole, several) == (1, 3 if at_once < 2 else 2)
 
 
-def test_all_heads_at_once_where_it_can_be_told(monkeypatch):
+def test_all_heads_at_once_with_gradients_dropout_or_probabilities(monkeypatch):
     module, states = lsh(), hidden(2, 32)
     with torch.no_grad():
         buckets = module(states).buckets
@@ -132,8 +132,8 @@ def test_all_heads_at_once_where_it_can_be_told(monkeypatch):
         assert calls(module, states, buckets, **more, **given)[1] == 1
 
 
-def test_sorted_keys_of_all_heads_are_never_there_at_once(monkeypatch):
-    """They were half of what a whole Reformer needed at 16384 tokens."""
+def test_sorted_keys_of_all_heads_are_never_in_memory_at_once(monkeypatch):
+    """They were half of the memory of a whole Reformer at 16384 tokens."""
     module, states, sizes = lsh(num_hashes=8), hidden(1, 512), []
 
     class Sizes(TorchFunctionMode):
@@ -168,13 +168,13 @@ seeds = pytest.mark.parametrize("changes", SEEDS, ids=str)
 
 
 @seeds
-def test_the_same_rotations_and_buckets_as_the_original_for_a_seed(changes):
+def test_buckets_and_random_stream_equal_the_original_for_a_seed(changes):
     assert_same_buckets_and_random_stream(lsh(**changes), hidden(2, 32), padding("left", 2, 32))
 
 
 @backends
 @pytest.mark.parametrize("hashes", [1, 3, 8])
-def test_a_call_may_ask_for_a_number_of_hashes_of_its_own(backend, hashes):
+def test_call_may_set_the_number_of_hashes(backend, hashes):
     module = lsh(num_hashes=2)
     assert_same_buckets_and_random_stream(module, hidden(2, 32), None, num_hashes=hashes)
     assert_module_equals_the_original(module, hidden(2, 32), padding("left", 2, 32), backend, num_hashes=hashes)
@@ -183,16 +183,16 @@ def test_a_call_may_ask_for_a_number_of_hashes_of_its_own(backend, hashes):
 @seeds
 @pytest.mark.parametrize("side", ["none", "left", "one token"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_long_inputs_are_hashed_slice_by_slice_into_the_same_buckets(changes, side, dtype):
-    length = 3 * HASHED_AT_ONCE + 64  # slices that differ by a token
+def test_hashing_in_slices_finds_the_same_buckets(changes, side, dtype):
+    length = 3 * HASHED_AT_ONCE + 64  # slices whose lengths differ by one
     mask = padding(side, 2, length)
-    if side == "one token":  # a padding bucket in the slices without padding, too
+    if side == "one token":  # slices without padding must also count a padding bucket
         mask[1, 5] = 0
     module = lsh(max_position_embeddings=length, lsh_attn_chunk_length=64, **changes).to(dtype)
     assert_same_buckets_and_random_stream(module, hidden(2, length).to(dtype), mask)
 
 
-def test_no_tensor_of_all_rotated_queries_at_once():
+def test_rotated_queries_are_never_in_memory_at_once():
     module, states = lsh(num_buckets=512), hidden(1, 4 * HASHED_AT_ONCE)
     sizes = []
 
@@ -210,13 +210,13 @@ def test_no_tensor_of_all_rotated_queries_at_once():
 
 @pytest.mark.parametrize("lengths", [(16, 32), (32, 16), (8,), (64,)], ids=str)
 @pytest.mark.parametrize("positions", [64, 4096])
-def test_num_buckets_is_derived_like_the_original_from_the_first_input(lengths, positions):
+def test_num_buckets_is_derived_from_the_first_input_as_in_the_original(lengths, positions):
     changes = dict(num_buckets=None, max_position_embeddings=positions, lsh_attn_chunk_length=1)
     original, patched = lsh(**changes), lsh(**changes)
-    kept = copy.deepcopy(vars(patched.config))
+    config = copy.deepcopy(vars(patched.config))
     with attnzoo.patch(patched, "sdpa"), torch.no_grad():
         for length in lengths:
             assert torch.equal(patched(hidden(2, length)).buckets, original(hidden(2, length)).buckets)
     assert original.num_buckets is not None
     assert patched.num_buckets is None
-    assert vars(patched.config) == kept
+    assert vars(patched.config) == config

@@ -1,4 +1,4 @@
-"""What was measured is kept in a file: read once, replaced whole, and no harm when it is spoilt."""
+"""The cache of measurements: files are read once, replaced as a whole, and ignored if they are corrupt."""
 
 import json
 import multiprocessing
@@ -15,39 +15,39 @@ from attnzoo.tuning import race
 from tests.support.tuning import attention, files, forget, measured, neox_inputs, took, tune
 
 
-def test_what_is_known_is_not_measured_again_unless_asked(add, clock):
+def test_tune_measures_again_only_on_request(add, clock):
     slow, fast = add("slow", seconds=4.0), add("fast")
     first = tune(clock)
     slow.runs.clear(), fast.runs.clear()
     second = tune(clock)
     assert second == first and (first.fresh, second.fresh) == ({first[0].key}, frozenset())
     assert "known already" in str(second) and "known already" not in str(first)
-    assert max(len(slow.runs), len(fast.runs)) <= 2, "run by the model's two layers, not timed"
+    assert max(len(slow.runs), len(fast.runs)) <= 2, "only the forward of the two layers, no measurement"
     assert tune(clock, again=True).fresh == first.fresh
 
 
-@pytest.mark.parametrize("change", ["a newcomer", "other code"])
-def test_another_backend_makes_it_measured_again(add, clock, change):
+@pytest.mark.parametrize("change", ["new backend", "other code"])
+def test_a_new_or_changed_backend_is_measured(add, clock, change):
     add("slow", seconds=4.0), add("fast")
     tune(clock)
-    add("faster", seconds=0.5) if change == "a newcomer" else add("slow", seconds=0.5, version="2")
+    add("faster", seconds=0.5) if change == "new backend" else add("slow", seconds=0.5, version="2")
     assert tune(clock).fresh
     assert took().reason.startswith("measured 500 ms")
 
 
-def test_another_process_reads_it_from_the_file(add, clock):
+def test_another_process_reads_the_file(add, clock):
     add("slow", seconds=4.0, rank=5), add("fast")
-    (found,) = tune(clock)
+    (measurement,) = tune(clock)
     forget()
     assert took().backend.name == "fast"
     (file,) = cache.stored()
-    assert file.measurements == {found.key: found} and not file.problem
+    assert file.measurements == {measurement.key: measurement} and not file.problem
     assert file.environment["versions"]["torch"] == torch.__version__
     assert json.loads(file.path.read_text())["format"] == cache.FORMAT
 
 
 @pytest.mark.parametrize("other", ["threads", "version", "device"])
-def test_the_file_is_of_one_device_and_versions(add, clock, monkeypatch, other):
+def test_each_environment_has_its_file(add, clock, monkeypatch, other):
     add("slow", seconds=4.0, rank=5), add("fast")
     tune(clock)
     if other == "threads":
@@ -62,7 +62,7 @@ def test_the_file_is_of_one_device_and_versions(add, clock, monkeypatch, other):
     assert len(cache.stored()) == 2 and known in cache.stored()
 
 
-def test_without_saving_it_holds_for_this_process(add, clock):
+def test_without_saving_only_this_process_knows_the_measurements(add, clock):
     add("slow", seconds=4.0, rank=5), add("fast")
     tune(clock, save=False)
     assert took().backend.name == "fast" and files() == []
@@ -70,7 +70,7 @@ def test_without_saving_it_holds_for_this_process(add, clock):
     assert took().backend.name == "slow"
 
 
-def test_no_forward_ever_measures_or_writes(add, monkeypatch):
+def test_a_forward_neither_measures_nor_writes(add, monkeypatch):
     add("slow", rank=5), add("fast")
     monkeypatch.setattr(race, "race", lambda *args, **kwargs: pytest.fail("measured"))
     took()
@@ -78,7 +78,7 @@ def test_no_forward_ever_measures_or_writes(add, monkeypatch):
     assert files() == []
 
 
-def test_where_the_file_is(monkeypatch, tmp_path):
+def test_the_folder_follows_the_environment_variables(monkeypatch, tmp_path):
     assert cache.folder() == tmp_path / "cache" / "auto"
     monkeypatch.delenv("ATTNZOO_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -88,7 +88,7 @@ def test_where_the_file_is(monkeypatch, tmp_path):
     assert cache.folder() == tmp_path / "home" / ".cache" / "attnzoo" / "auto"
 
 
-def spoil(path, kind):
+def corrupt(path, kind):
     data = json.loads(path.read_text())
     if kind == "an entry without seconds' type":
         next(iter(data["measurements"][0]["outcomes"].values()))["seconds"] = "fast"
@@ -117,32 +117,32 @@ def spoil(path, kind):
      "a request without segments", "another format", "another environment", "cut off", "binary", "empty", "a list",
      "endless lists"],
 )  # fmt: skip
-def test_a_file_that_cannot_be_read_is_warned_of_once_ignored_and_replaced(add, clock, kind):
+def test_a_corrupt_file_gives_one_warning_and_is_ignored_and_replaced(add, clock, kind):
     add("slow", seconds=4.0, rank=5), add("fast")
     tune(clock)
     (path,) = cache.folder().glob("*.json")
-    spoil(path, kind)
+    corrupt(path, kind)
     forget()
-    with pytest.warns(cache.CacheWarning, match=f"{path.name} is ignored, 'auto' goes by priority: .*tune --clear"):
+    with pytest.warns(cache.CacheWarning, match=f"{path.name} is ignored, 'auto' selects by priority: .*tune --clear"):
         assert took().backend.name == "slow"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert took().backend.name == "slow"
         assert tune(clock).fresh
-    if kind != "another environment":  # which is a sound file, for whoever it is of
+    if kind != "another environment":  # a valid file of that other environment
         assert "is ignored" not in finding().detail
     forget()
     assert took().backend.name == "fast"
 
 
 def finding():
-    (found,) = [one for one in doctor.examine() if one.name == "measurements for auto"]
-    return found
+    (result,) = [item for item in doctor.examine() if item.name == "measurements for auto"]
+    return result
 
 
-def test_doctor_tells_what_auto_goes_by(add, clock, monkeypatch, tmp_path):
+def test_doctor_shows_the_cache_and_the_mode_of_auto(add, clock, monkeypatch, tmp_path):
     assert finding().ok and "none in" in finding().detail
-    assert not (tmp_path / "cache").exists(), "looking makes nothing"
+    assert not (tmp_path / "cache").exists(), "doctor creates nothing"
     add("slow"), add("fast")
     tune(clock)
     assert finding().detail.startswith("1 in ")
@@ -155,24 +155,24 @@ def test_doctor_tells_what_auto_goes_by(add, clock, monkeypatch, tmp_path):
     assert not finding().ok and "is ignored: " in finding().detail
 
 
-def test_a_folder_that_cannot_be_written_is_found_out_before_measuring(add, clock, monkeypatch, tmp_path):
+def test_tune_checks_that_the_folder_is_writable_before_it_measures(add, clock, monkeypatch, tmp_path):
     slow, fast = add("slow", seconds=4.0, rank=5), add("fast")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ATTNZOO_CACHE_DIR", str(tmp_path / "file" / "below"))
     with pytest.raises(
-        attnzoo.CacheError, match=r"cache: got .*below.*; allowed: a folder .*ATTNZOO_CACHE_DIR.*save=F"
+        attnzoo.CacheError, match=r"cache: got .*below.*; allowed: a writable folder .*ATTNZOO_CACHE_DIR.*save=F"
     ):
         tune(clock)
     assert slow.runs == fast.runs == []
     assert not finding().ok and "cannot be written" in finding().detail
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert took().backend.name == "slow", "a forward does not care"
+        assert took().backend.name == "slow", "a forward does not need the folder"
     tune(clock, save=False)
     assert took().backend.name == "fast"
 
 
-def test_a_write_that_fails_leaves_the_old_file(add, clock, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(add, clock, monkeypatch):
     add("slow", seconds=4.0), add("fast")
     tune(clock)
     before = next(cache.folder().glob("*.json")).read_bytes()
@@ -185,7 +185,7 @@ def test_a_write_that_fails_leaves_the_old_file(add, clock, monkeypatch):
         tune(clock, inputs=neox_inputs(50))
     assert next(cache.folder().glob("*.json")).read_bytes() == before
     assert not list(cache.folder().glob("*.part"))
-    assert took(inputs=neox_inputs(50)).reason.startswith("measured"), "this process knows it all the same"
+    assert took(inputs=neox_inputs(50)).reason.startswith("measured"), "this process has the measurement"
 
 
 def _measure_in_a_process(number):
@@ -195,19 +195,19 @@ def _measure_in_a_process(number):
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_processes_that_measure_at_once_lose_nothing(add, monkeypatch):
-    """Each reads what is there, adds its own and writes; with time in between for another to do the same."""
-    read = cache._others
+def test_processes_that_measure_at_the_same_time_lose_nothing(add, monkeypatch):
+    """Each process reads the file, waits, and writes it with its measurements added."""
+    read = cache._saved
 
     def read_slowly(path):
-        found = read(path)
+        measurements = read(path)
         time.sleep(0.02)
-        return found
+        return measurements
 
-    monkeypatch.setattr(cache, "_others", read_slowly)
+    monkeypatch.setattr(cache, "_saved", read_slowly)
     add("slow"), add("fast")
-    made = multiprocessing.get_context("fork")
-    processes = [made.Process(target=_measure_in_a_process, args=(number,)) for number in range(3)]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=_measure_in_a_process, args=(number,)) for number in range(3)]
     for process in processes:
         process.start()
     for process in processes:

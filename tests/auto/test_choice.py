@@ -1,4 +1,4 @@
-"""``auto`` takes what was measured to be fastest, else goes by priority, and can say why."""
+"""``auto`` selects the fastest measured backend, else by priority, and gives the reason."""
 
 import copy
 from dataclasses import replace
@@ -8,16 +8,16 @@ import torch
 
 import attnzoo
 from attnzoo.auto import selection
-from attnzoo.auto.measurements import in_words, plain
+from attnzoo.auto.measurements import format_seconds, to_plain_data
 from attnzoo.spec.patterns import SortedChunks
 from attnzoo.spec.segments import SegmentRequest
 from tests.support.models import gpt_neox, led
 from tests.support.tuning import attention, files, measured, neox_inputs, took, tune
 
-# What auto takes
+# Selection
 
 
-def test_before_anything_is_measured_auto_goes_by_priority_and_says_so(add):
+def test_without_measurements_auto_selects_by_priority(add):
     add("slow", rank=5)
     add("fast")
     choice = took()
@@ -27,7 +27,7 @@ def test_before_anything_is_measured_auto_goes_by_priority_and_says_so(add):
     )
 
 
-def test_after_tuning_auto_takes_the_fastest_and_says_so(add, clock):
+def test_after_tuning_auto_selects_the_fastest(add, clock):
     slow, fast = add("slow", seconds=4.0, rank=5), add("fast", seconds=0.25)
     tune(clock)
     choice = took()
@@ -38,14 +38,14 @@ def test_after_tuning_auto_takes_the_fastest_and_says_so(add, clock):
     assert (len(slow.runs), len(fast.runs)) == (0, 2), "one per layer"
 
 
-def test_what_was_measured_holds_for_the_function_too(add, clock):
+def test_a_measurement_holds_for_the_functional_call(add, clock):
     add("slow", seconds=4.0, rank=5)
     fast = add("fast", seconds=0.25)
     q = torch.randn(1, 2, 21, 4)
     tune(clock, inputs=lambda: attnzoo.attention(q, q, q))
     fast.runs.clear()
     attnzoo.attention(q, q, q)
-    assert fast.runs == [], "only a model's own attentions are measured"
+    assert fast.runs == [], "only attentions of a model are measured"
     tune(clock)
     seen = fast.runs[-1]
     attnzoo.attention(seen.query, seen.segments[0].key, seen.segments[0].value, attnzoo.Causal(offset=0), scale=1.0)
@@ -74,16 +74,16 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS)
-def test_a_measurement_holds_for_nothing_else(add, change):
+def test_a_measurement_holds_for_no_other_request(add, change):
     add("slow", rank=5), add("fast")
     measured(attention(), {"slow": 2.0, "fast": 1.0})
     assert selection.choose_for(attention()).backend.name == "fast"
     assert selection.choose_for(change(attention())).backend.name == "slow"
 
 
-def test_where_a_pattern_grows_with_the_lengths_it_is_rounded_with_them(add):
+def test_offsets_in_patterns_are_rounded_like_lengths(add):
     def key(pattern):
-        return plain(SegmentRequest(pattern, 2))
+        return to_plain_data(SegmentRequest(pattern, 2))
 
     assert key(attnzoo.Causal(offset=17)) == key(attnzoo.Causal(offset=30)) != key(attnzoo.Causal(offset=33))
     assert key(attnzoo.Causal(offset=-1)) != key(attnzoo.Causal(offset=1)) != key(attnzoo.Causal())
@@ -91,27 +91,27 @@ def test_where_a_pattern_grows_with_the_lengths_it_is_rounded_with_them(add):
     assert key(attnzoo.Window(5, 0)) != key(attnzoo.Window(8, 0)), "a window is not a length"
 
 
-def test_a_backend_of_the_same_name_is_not_the_one_that_was_measured(add):
+def test_a_measurement_does_not_hold_for_other_code_of_the_same_name(add):
     add("slow", rank=5), add("fast")
     measured(attention(), {"slow": 2.0, "fast": 1.0})
     add("fast", version="2")
-    assert selection.choose_for(attention()).backend.name == "slow", "of what is known, the other is the fastest"
+    assert selection.choose_for(attention()).backend.name == "slow", "slow is the only measured backend left"
 
 
-def test_registering_and_unregistering_is_seen_at_once(add):
+def test_registering_and_unregistering_change_the_selection(add):
     add("slow", rank=5), add("fast")
     measured(attention(), {"slow": 2.0, "fast": 1.0})
     assert selection.choose_for(attention()).backend.name == "fast"
     attnzoo.unregister_backend("fast")
     assert selection.choose_for(attention()).reason == "measured 2 s"
     add("top", rank=9)
-    assert selection.choose_for(attention()).backend.name == "slow", "what was not measured does not win"
+    assert selection.choose_for(attention()).backend.name == "slow", "a backend without a measurement is not selected"
     assert selection.choose_for(attention(70)).backend.name == "top", "nothing was measured here"
     add("summit", rank=10)
     assert selection.choose_for(attention(70)).backend.name == "summit"
 
 
-def test_what_only_one_backend_takes_is_not_measured(add, clock):
+def test_a_request_with_one_supporting_backend_is_not_measured(add, clock):
     only = add("only")
     assert tune(clock) == ()
     assert str(tune(clock)).startswith("nothing to measure") and files() == []
@@ -119,7 +119,7 @@ def test_what_only_one_backend_takes_is_not_measured(add, clock):
     assert took() == attnzoo.Choice(only(), "the only backend that supports this")
 
 
-# Deterministic when told so
+# Deterministic selection
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_what_only_one_backend_takes_is_not_measured(add, clock):
     [(None, False, "fast"), (None, True, "slow"), ("priority", False, "slow"), ("priority", True, "slow"),
      ("measured", False, "fast"), ("measured", True, "fast")],
 )  # fmt: skip
-def test_auto_goes_by_priority_when_told_so(add, clock, monkeypatch, variable, deterministic, taken):
+def test_auto_selects_by_priority_on_request(add, clock, monkeypatch, variable, deterministic, taken):
     add("slow", seconds=4.0, rank=5), add("fast")
     tune(clock)
     if variable is not None:
@@ -146,7 +146,7 @@ def test_auto_goes_by_priority_when_told_so(add, clock, monkeypatch, variable, d
         assert "auto: fast for forward at" in told
 
 
-def test_inside_a_compiler_lengths_may_be_symbols_so_auto_goes_by_priority(add, monkeypatch):
+def test_under_torch_compile_auto_selects_by_priority(add, monkeypatch):
     add("slow", rank=5), add("fast")
     measured(attention(), {"slow": 2.0, "fast": 1.0})
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -154,7 +154,7 @@ def test_inside_a_compiler_lengths_may_be_symbols_so_auto_goes_by_priority(add, 
     assert choice.backend.name == "slow" and "torch.compile" in choice.reason
 
 
-def test_another_value_of_the_variable_is_refused(monkeypatch):
+def test_an_unknown_value_of_the_variable_is_refused(monkeypatch):
     monkeypatch.setenv("ATTNZOO_AUTO", "fastest")
     with pytest.raises(attnzoo.InvalidArgumentError, match="ATTNZOO_AUTO: got 'fastest'; allowed: 'measured' or 'pri"):
         selection.choose_for(attention())
@@ -164,13 +164,13 @@ def test_another_value_of_the_variable_is_refused(monkeypatch):
             attnzoo.patch(model, backend)
     assert not any("forward" in vars(module) for module in model.modules())
     with attnzoo.patch(model, "sdpa"):
-        pass  # which is asked for by name
+        pass  # a backend name does not need the variable
 
 
-# What can be seen of it
+# What handle and explain show
 
 
-def test_a_handle_shows_what_auto_took_and_why(add, clock):
+def test_a_handle_shows_the_choices_of_auto(add, clock):
     add("slow", seconds=4.0, rank=5), add("fast")
     model = gpt_neox()
     tune(clock, model)
@@ -184,22 +184,25 @@ def test_a_handle_shows_what_auto_took_and_why(add, clock):
     site = handle.sites[0]
     assert (site.backend, site.ran, site.kernel) == ("auto", "auto: fast+slow", "fast-kernel+slow-kernel")
     assert "auto: fast+slow" in str(handle)
-    assert [(choice.backend.name, count) for choice, count in site.choices.most_common()] == [("fast", 2), ("slow", 1)]
-    assert str(site.choices.most_common()[0][0]) == "fast: measured 1 s; slow 4 s"
+    assert [(choice.backend.name, count) for choice, count in site.selections.most_common()] == [
+        ("fast", 2),
+        ("slow", 1),
+    ]
+    assert str(site.selections.most_common()[0][0]) == "fast: measured 1 s; slow 4 s"
     with torch.no_grad():
         twin(**neox_inputs())
-    assert site.choices.total() == 3, "the copy counts its own"
+    assert site.selections.total() == 3, "the copy counts its own"
 
 
-def test_what_was_asked_for_by_name_is_no_choice(add):
+def test_a_backend_requested_by_name_is_no_choice(add):
     add("one"), add("two")
     model = gpt_neox()
     with attnzoo.patch(model, "two") as handle:
         model(**neox_inputs())
-    assert handle.sites[0].choices == {} and handle.sites[0].ran == "two"
+    assert handle.sites[0].selections == {} and handle.sites[0].ran == "two"
 
 
-def test_explain_tells_what_was_measured_and_what_goes_by_priority(add, clock):
+def test_explain_shows_measured_and_unmeasured_sizes(add, clock):
     add("slow", seconds=4.0, rank=5), add("fast")
     model = gpt_neox()
     assert "  auto: slow by priority: nothing measured yet, see attnzoo tune" in str(attnzoo.explain(model))
@@ -213,13 +216,13 @@ def test_explain_tells_what_was_measured_and_what_goes_by_priority(add, clock):
     assert f"auto: {lines[0]}" in " ".join(str(explanation).split())
     assert "auto:" not in str(attnzoo.explain(model, "fast"))
     assert str(attnzoo.explain(model, "auto")) == str(explanation)
-    assert "measured 1 s" not in str(attnzoo.explain(gpt_neox().double())), "of another dtype nothing is known"
-    assert "auto: fast" not in str(attnzoo.explain(led())), "nor of other heads"
+    assert "measured 1 s" not in str(attnzoo.explain(gpt_neox().double())), "another dtype is not measured"
+    assert "auto: fast" not in str(attnzoo.explain(led())), "other heads are not measured"
 
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [(0.0, "0 us"), (8.19e-5, "81.9 us"), (0.00127, "1.27 ms"), (0.5, "500 ms"), (12.34, "12.3 s"), (1234.5, "1234 s")],
 )
-def test_times_in_words(seconds, words):
-    assert in_words(seconds) == words
+def test_format_seconds(seconds, words):
+    assert format_seconds(seconds) == words

@@ -1,4 +1,4 @@
-"""``blocked-local``: a window and sinks in place of dense attention, exact elsewhere; and it says which is which."""
+"""``blocked-local``: a window and sinks instead of dense attention; local attention and cross-attention stay exact."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -9,12 +9,12 @@ import torch
 import attnzoo
 from attnzoo import testing
 from attnzoo.backends.approximate.blocked_local import BlockedLocalBackend
+from attnzoo.conformance.attention_check import check_attention
 from attnzoo.functional import execute
 from attnzoo.registry import registry
 from attnzoo.spec.patterns import Causal, Full, SortedChunks, Window
-from attnzoo.verification.verify import check_site
 from tests.support import models as zoo
-from tests.support.changed import KEYS, attention, is_definition, key_mask, refused
+from tests.support.approximate import KEYS, assert_refused, attention, key_mask, matches_definition
 from tests.support.judge import chunked, in_one_forward
 
 SHAPES = [(2, 0), (4, 0), (3, 2), (5, 9), (40, 3)]
@@ -25,7 +25,7 @@ def local(window, sinks=0, inner="sdpa"):
 
 
 def definition(whole, window, sinks):
-    """Who sees whom, said once more: by place in the sequence, and by number among the keys a query is shown."""
+    """Return the definition ``sees(b, h, q, k)``: by position, and by number among the keys that the masks show."""
     (segment,) = whole.segments
     real = torch.ones(whole.batch, segment.kv_len, dtype=torch.bool) if segment.key_mask is None else segment.key_mask
     if segment.mask is not None:
@@ -49,49 +49,49 @@ def definition(whole, window, sinks):
     return sees
 
 
-# What is computed
+# Definition
 
 
 @pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS)
 @pytest.mark.parametrize(("window", "sinks"), SHAPES)
 @pytest.mark.parametrize("pattern", [Causal(), Causal(offset=0), Full()], ids=str)
-def test_a_query_sees_its_window_and_the_first_real_keys(pattern, window, sinks, keys):
+def test_the_output_equals_the_definition(pattern, window, sinks, keys):
     whole = attention(pattern, key_mask(keys))
-    assert is_definition(local(window, sinks), whole, definition(whole, window, sinks))
+    assert matches_definition(local(window, sinks), whole, definition(whole, window, sinks))
 
 
 @pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS)
 @pytest.mark.parametrize("q_len", [1, 4])
 @pytest.mark.parametrize("pattern", [Causal(), Full()], ids=str)
-def test_new_tokens_stand_at_the_end_of_the_cache(pattern, q_len, keys):
+def test_new_tokens_are_at_the_end_of_the_cache(pattern, q_len, keys):
     whole = attention(pattern, key_mask(keys), q_len=q_len)
     if keys is not None and q_len > 1 and isinstance(pattern, Full) and not key_mask(keys)[:, -1].any():
         return
-    assert is_definition(local(4, 2), whole, definition(whole, 4, 2))
+    assert matches_definition(local(4, 2), whole, definition(whole, 4, 2))
 
 
 @pytest.mark.parametrize("pattern", [Causal(), Full()], ids=str)
-def test_a_single_token_stands_at_the_last_key_that_is_shown(pattern):
-    """A static cache has room behind it."""
+def test_a_single_token_is_at_the_last_visible_key(pattern):
+    """A static cache has unused entries after it."""
     whole = attention(pattern, key_mask([(3, 8), (0, 8)]), q_len=1)
-    assert is_definition(local(3, 1), whole, lambda b, h, q, k: 5 <= k <= 7 or k == (3 if b == 0 else 0))
+    assert matches_definition(local(3, 1), whole, lambda b, h, q, k: 5 <= k <= 7 or k == (3 if b == 0 else 0))
 
 
-def test_several_tokens_before_a_hidden_end_are_refused_unless_their_place_is_told():
+def test_unknown_query_positions_are_refused():
     spans = key_mask([(0, 8), (0, 9)])
-    refused(lambda: local(3).run(attention(Full(), spans, q_len=2)), "key_mask", "13 keys", "Causal(offset=...)")
+    assert_refused(lambda: local(3).run(attention(Full(), spans, q_len=2)), "key_mask", "13 keys", "Causal(offset=...)")
     unknown = attention(Full(), spans, q_len=2)
-    error = refused(
-        lambda: execute(local(3), unknown, where="layers.0.attention"), "  layers.0.attention:\n    key_mask"
+    error = assert_refused(
+        lambda: execute(local(3), unknown, place="layers.0.attention"), "  layers.0.attention:\n    key_mask"
     )
     assert set(error.refusals) == {"layers.0.attention"}
     whole = attention(Causal(offset=7), spans, q_len=2)
-    assert is_definition(local(3), whole, definition(whole, 3, 0))
+    assert matches_definition(local(3), whole, definition(whole, 3, 0))
 
 
 @pytest.mark.parametrize("keys", ["no padding", "left"])
 @pytest.mark.parametrize("pattern", [Causal(), Full()], ids=str)
-def test_a_bias_and_a_dense_mask_stay(pattern, keys):
+def test_bias_and_dense_mask_are_kept(pattern, keys):
     mask = torch.rand(2, 1, 13, 13, generator=torch.Generator().manual_seed(3)) < 0.7
     by_head = mask ^ (torch.rand(1, 4, 13, 13, generator=torch.Generator().manual_seed(4)) < 0.2)
     for extra in (
@@ -99,12 +99,12 @@ def test_a_bias_and_a_dense_mask_stay(pattern, keys):
         *(dict(mask=by_head), dict(mask=by_head[:1])),
     ):
         whole = attention(pattern, key_mask(KEYS[keys]), **extra)
-        assert is_definition(local(4, 3), whole, definition(whole, 4, 3))
+        assert matches_definition(local(4, 3), whole, definition(whole, 4, 3))
 
 
 @pytest.mark.parametrize("backend", [local(6), local(5, 3)], ids=["window", "window and sinks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_dense_attention_of_all_kinds_equals_the_oracle_on_the_changed_pattern(backend, dtype):
+def test_dense_cases_of_the_kit_equal_the_oracle(backend, dtype):
     dense = [case for case in testing.cases((dtype,)) if isinstance(case.pattern, Full | Causal)]
     outcomes = [testing.run_case(backend, case) for case in dense[:: 1 if dtype == torch.float32 else 5]]
     assert not [f"{outcome.case}: {outcome.failure}" for outcome in outcomes if outcome.failure]
@@ -112,24 +112,23 @@ def test_dense_attention_of_all_kinds_equals_the_oracle_on_the_changed_pattern(b
 
 
 @pytest.mark.parametrize("lie", ["nothing changed", "no sinks", "a wider window"])
-def test_a_backend_that_computes_something_else_than_it_says_is_found(lie):
+def test_check_site_detects_another_pattern_than_declared(lie):
     class Lying(BlockedLocalBackend):
         def run(self, attention, probabilities=False):
-            told = {"nothing changed": None, "no sinks": local(4), "a wider window": local(5, 2)}[lie]
-            truth = attention if told is None else told.rewrite(attention)
-            return registry.make_backend("eager").run(truth)
+            other = {"nothing changed": None, "no sinks": local(4), "a wider window": local(5, 2)}[lie]
+            return registry.make_backend("eager").run(attention if other is None else other.rewrite(attention))
 
-    report = check_site("site", attention(Causal(), None), Lying(window=4, sinks=2), grad=False)
+    report = check_attention("site", attention(Causal(), None), Lying(window=4, sinks=2), grad=False)
     assert not report.ok
-    assert check_site("site", attention(Causal(), None), local(4, 2), grad=False).ok
+    assert check_attention("site", attention(Causal(), None), local(4, 2), grad=False).ok
 
 
-# Where it is exact
+# Attention that is not rewritten
 
 
 @pytest.mark.parametrize("pattern", [Window(2, 0), attnzoo.Chunks(4), Full(cross=True)], ids=str)
 @pytest.mark.parametrize("backend", [BlockedLocalBackend(inner="sdpa"), local(3, 1)], ids=["no options", "options"])
-def test_what_is_local_or_of_another_sequence_is_handed_on(pattern, backend):
+def test_local_and_cross_attention_are_not_rewritten(pattern, backend):
     whole = attention(pattern, key_mask(KEYS["left"]))
     assert backend.rewrite(whole) is whole
     assert backend.changes(whole.request()) is None and not backend.refusals(whole.request())
@@ -139,7 +138,7 @@ def test_what_is_local_or_of_another_sequence_is_handed_on(pattern, backend):
 @pytest.mark.parametrize(
     "case", [c for c in testing.cases((torch.float32,)) if isinstance(c.pattern, SortedChunks)][:6]
 )
-def test_sorted_chunks_are_handed_on(case):
+def test_sorted_chunks_are_not_rewritten(case):
     assert not testing.run_case(BlockedLocalBackend(inner="sdpa"), case).failure
 
 
@@ -154,7 +153,7 @@ LOCAL = {
 
 @pytest.mark.parametrize("name", ["blocked-local", "lsh"])
 @pytest.mark.parametrize("family", LOCAL)
-def test_models_that_are_local_of_their_own_need_no_option_and_are_exact(family, name):
+def test_local_models_need_no_options_and_are_exact(family, name):
     build, inputs = LOCAL[family]
     report = attnzoo.verify(build(), inputs(32, "left"), name, inner="sdpa")
     assert report.ok, str(report)
@@ -162,8 +161,8 @@ def test_models_that_are_local_of_their_own_need_no_option_and_are_exact(family,
     assert all(not verdict.changes and verdict.runs for verdict in attnzoo.explain(build(), name))
 
 
-def test_short_inputs_of_a_local_site_stay_dense():
-    """Reformer sees everything there is up to a chunk's length: that is its pattern."""
+def test_short_inputs_of_a_local_site_are_not_rewritten():
+    """Reformer attends to the whole sequence up to the length of a chunk."""
     model = zoo.reformer()
     with torch.no_grad():
         expected = model(zoo.ids(1, 4)).logits
@@ -172,7 +171,7 @@ def test_short_inputs_of_a_local_site_stay_dense():
     assert not any(site.approximate for site in handle.sites)
 
 
-def test_options_that_would_do_nothing_are_refused():
+def test_unused_options_are_refused():
     model = zoo.reformer()
     for call in (attnzoo.patch, attnzoo.explain):
         words = (
@@ -180,26 +179,28 @@ def test_options_that_would_do_nothing_are_refused():
             "allowed: no options",
             "already local",
         )
-        refused(lambda call=call: call(model, "blocked-local", window=8, sinks=1, inner="sdpa"), *words)
+        assert_refused(lambda call=call: call(model, "blocked-local", window=8, sinks=1, inner="sdpa"), *words)
     assert not any("forward" in vars(module) for module in model.modules())
-    refused(lambda: attnzoo.patch(model, {"*.0.*": local(8), "*": "sdpa"}), "got window=8")
+    assert_refused(lambda: attnzoo.patch(model, {"*.0.*": local(8), "*": "sdpa"}), "got window=8")
     with attnzoo.patch(zoo.led(), local(8)):
         pass
     with attnzoo.patch(model, "blocked-local", inner="sdpa"):
         pass
 
 
-def test_some_of_the_options_a_dense_site_needs_are_not_enough_beside_a_local_one():
-    refused(lambda: attnzoo.patch(zoo.led(), "lsh", num_hashes=2), "decoder", "no chunk_length, num_buckets")
+def test_a_dense_site_in_a_local_model_needs_all_options():
+    assert_refused(lambda: attnzoo.patch(zoo.led(), "lsh", num_hashes=2), "decoder", "no chunk_length, num_buckets")
 
 
-def test_options_change_the_dense_sites_beside_local_ones_alone():
+def test_options_change_only_the_dense_sites():
     model, inputs = zoo.led(), zoo.led_inputs(26, "left")
     with attnzoo.patch(model, "blocked-local", window=3, inner="sdpa") as handle, torch.no_grad():
         model(**inputs)
-    told = {site.name.rpartition("layers.")[2]: site.approximate for site in handle.sites if "decoder" in site.name}
-    cross, own = ("0.encoder_attn", "1.encoder_attn"), ("0.self_attn", "1.self_attn")
-    assert told == {**dict.fromkeys(own, "window of 3 keys"), **dict.fromkeys(cross, "")}
+    approximate = {
+        site.name.rpartition("layers.")[2]: site.approximate for site in handle.sites if "decoder" in site.name
+    }
+    cross, decoder = ("0.encoder_attn", "1.encoder_attn"), ("0.self_attn", "1.self_attn")
+    assert approximate == {**dict.fromkeys(decoder, "window of 3 keys"), **dict.fromkeys(cross, "")}
     assert not any(site.approximate for site in handle.sites if "encoder.layers" in site.name)
 
 
@@ -207,7 +208,7 @@ def test_options_change_the_dense_sites_beside_local_ones_alone():
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
-def test_verify_judges_the_changed_pattern_and_says_so(side):
+def test_verify_checks_the_changed_pattern(side):
     report = attnzoo.verify(
         zoo.gpt_neox(), zoo.causal_inputs(26, side), "blocked-local", window=6, sinks=2, inner="sdpa"
     )
@@ -219,7 +220,7 @@ def test_verify_judges_the_changed_pattern_and_says_so(side):
     assert report.to_dict()["changed"] == report.changed and report.to_dict()["distance"] == report.distance
 
 
-def test_verify_finds_a_window_that_is_not_the_one_asked_for(request):
+def test_verify_detects_another_window_than_requested(request):
     @dataclass(frozen=True, kw_only=True)
     class Wrong(BlockedLocalBackend):
         name: ClassVar[str] = "wrong-window"
@@ -234,7 +235,7 @@ def test_verify_finds_a_window_that_is_not_the_one_asked_for(request):
     assert any(not check.ok for check in report.end_to_end)
 
 
-def test_a_window_as_long_as_the_input_is_the_model_itself():
+def test_a_window_as_long_as_the_input_gives_the_original_output():
     model, inputs = zoo.gpt_neox(), zoo.causal_inputs(26, "left")
     report = attnzoo.verify(model, inputs, "blocked-local", window=26, inner="sdpa")
     assert report.ok and report.distance["logits"] < 1e-4
@@ -258,7 +259,7 @@ def test_chunks_of_new_tokens_on_a_cache_equal_one_forward(build, side, static, 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("side", ["none", "left"])
-def test_generation_with_a_cache_gives_the_tokens_of_generation_without(side, static):
+def test_generation_gives_the_same_tokens_with_and_without_a_cache(side, static):
     model, prompt = zoo.gpt_neox(), zoo.causal_prompt(side)
     options = dict(max_new_tokens=12, do_sample=False, no_repeat_ngram_size=2)
     full = model.generate(**prompt, **options)
@@ -276,17 +277,19 @@ def test_training_reaches_every_parameter():
     assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.parameters())
 
 
-# What is told and what is refused
+# Refusals and reports
 
 
-def test_dense_models_need_the_window_and_nothing_is_changed_without():
+def test_dense_models_need_the_window():
     model = zoo.gpt_neox()
-    error = refused(
+    error = assert_refused(
         lambda: attnzoo.patch(model, "blocked-local"), "gpt_neox.layers.0.attention", "no window", "window=..."
     )
     assert {reason.field for reasons in error.refusals.values() for reason in reasons} == {"options"}
     assert not any("forward" in vars(module) for module in model.modules())
-    refused(lambda: attnzoo.attention(*torch.randn(3, 1, 2, 5, 8), backend="blocked-local"), "no window", "window=...")
+    assert_refused(
+        lambda: attnzoo.attention(*torch.randn(3, 1, 2, 5, 8), backend="blocked-local"), "no window", "window=..."
+    )
 
 
 @pytest.mark.parametrize(
@@ -306,10 +309,10 @@ def test_dense_models_need_the_window_and_nothing_is_changed_without():
     ],
 )
 def test_bad_options_name_the_argument(options, words):
-    refused(lambda: attnzoo.patch(zoo.gpt_neox(), "blocked-local", **options), *words)
+    assert_refused(lambda: attnzoo.patch(zoo.gpt_neox(), "blocked-local", **options), *words)
 
 
-def test_the_kernels_refusals_are_its_own():
+def test_refusals_of_the_inner_backend_are_reported():
     request = replace(attention(Causal(), None).request(), device="tpu")
     assert any(reason.field == "device" for reason in local(4).refusals(request))
     biased = attention(Causal(), None, bias=True).request()
@@ -331,7 +334,7 @@ def test_auto_never_changes_a_pattern(name):
     assert not attnzoo.backends()[name].exact and attnzoo.backends()[name].available
 
 
-def test_what_is_refused_is_not_called_approximate():
+def test_a_refused_site_is_not_marked_approximate():
     model, inputs = zoo.gpt_neox(), zoo.causal_inputs(16, "none")
     assert not any(verdict.runs or verdict.changes for verdict in attnzoo.explain(model, "blocked-local"))
     with attnzoo.patch(model, "blocked-local", fallback="native") as handle:
@@ -340,12 +343,12 @@ def test_what_is_refused_is_not_called_approximate():
     assert all(site.fallbacks == 1 and not site.approximate for site in handle.sites)
 
 
-def test_it_is_marked_approximate_wherever_it_is_listed():
+def test_explain_and_handle_mark_sites_as_approximate():
     model, inputs = zoo.gpt_neox(), zoo.causal_inputs(16, "none")
     explained = attnzoo.explain(model, "blocked-local", window=6, sinks=2)
     assert all(verdict.runs and verdict.changes == ("window of 6 keys and 2 sinks",) for verdict in explained)
     assert "blocked-local: runs, approximate: window of 6 keys and 2 sinks" in str(explained)
-    refused(lambda: attnzoo.explain(model, window=6), "options", "without a backend")
+    assert_refused(lambda: attnzoo.explain(model, window=6), "options", "without a backend")
     with attnzoo.patch(model, "blocked-local", window=6, sinks=2, inner="sdpa") as handle:
         assert all(site.approximate == "window of 6 keys and 2 sinks" for site in handle.sites)
         assert "approximate: window of 6 keys and 2 sinks" in " ".join(str(handle).split())
@@ -356,10 +359,10 @@ def test_it_is_marked_approximate_wherever_it_is_listed():
         assert "approximate" not in str(handle)
 
 
-def test_a_configured_backend_stands_for_its_name():
+def test_a_configured_backend_replaces_its_name():
     model = zoo.gpt_neox()
     with attnzoo.patch(model, local(6)) as handle:
         assert {site.backend for site in handle.sites} == {"blocked-local"}
     with attnzoo.patch(model, {"*.0.attention": local(6), "*": "sdpa"}) as handle:
         assert [site.approximate for site in handle.sites] == ["window of 6 keys", ""]
-    refused(lambda: attnzoo.patch(model, local(6), window=7), "options", "window")
+    assert_refused(lambda: attnzoo.patch(model, local(6), window=7), "options", "window")

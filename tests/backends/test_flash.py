@@ -12,7 +12,7 @@ from attnzoo.backends.varlen import packed
 from attnzoo.backends.varlen.flash import FlashBackend
 from attnzoo.conformance import error_rule
 from attnzoo.spec.patterns import SortedChunks
-from attnzoo.testing import Case
+from attnzoo.testing import AttentionCase
 from tests.support.half import HALF, agrees, attention, heads, unpadded
 from tests.support.models import (
     causal_inputs,
@@ -44,7 +44,7 @@ def test_varlen_passes_the_kit(varlen):
 @pytest.mark.parametrize("pattern", [attnzoo.Window(9, 0), SortedChunks(8, 1, 0, causal=True)], ids=str)
 def test_flash_attn_runs_long_inputs_in_bfloat16(flash_attn, pattern):
     mask = "keys" if isinstance(pattern, SortedChunks) else "globals"
-    case = Case(torch.bfloat16, pattern, mask, kv_heads=2, q_len=300, kv_len=300)
+    case = AttentionCase(torch.bfloat16, pattern, mask, kv_heads=2, q_len=300, kv_len=300)
     assert not testing.run_case(FlashBackend(), case).failure
 
 

@@ -10,7 +10,7 @@ import attnzoo
 from attnzoo.backends.varlen import flash_attn_kernel
 from attnzoo.backends.varlen.flash import FlashBackend
 from attnzoo.spec.patterns import SortedChunks
-from attnzoo.testing import Case
+from attnzoo.testing import AttentionCase
 from tests.support.half import HALF, agrees, attention, unpadded
 
 
@@ -120,17 +120,17 @@ def test_window_and_globals_are_united_and_each_backward_gets_the_final_lse(flas
 
 
 def test_lsh_rounds_become_causal_calls(flash_attn):
-    whole = Case(HALF, SortedChunks(8, 1, 0, causal=True), q_len=16, kv_len=16, grad=False).attention()
+    whole = AttentionCase(HALF, SortedChunks(8, 1, 0, causal=True), q_len=16, kv_len=16, grad=False).attention()
     calls, _ = ran(flash_attn, whole)
     assert [given["causal"] for _, given in calls] == [True] * len(calls)
     assert {given["q"].shape[1] for _, given in calls} == {1}  # each head has another order
-    both = Case(HALF, SortedChunks(8, 1, 0), q_len=16, kv_len=16, grad=False).attention()
+    both = AttentionCase(HALF, SortedChunks(8, 1, 0), q_len=16, kv_len=16, grad=False).attention()
     assert len(ran(flash_attn, both)[0]) == 2 * len(calls)  # earlier tokens, and later tokens
 
 
 def test_sorted_segments_mix_with_others(flash_attn):
     """Other calls do not use the spare row: the fake checks that the lengths sum to the number of rows."""
-    whole = Case(HALF, SortedChunks(8, 1, 0, causal=True), q_len=16, kv_len=16).attention()
+    whole = AttentionCase(HALF, SortedChunks(8, 1, 0, causal=True), q_len=16, kv_len=16).attention()
     few, every = (torch.randn((*whole.query.shape[:2], n, whole.head_dim)).to(HALF) for n in (5, 16))
     others = (attnzoo.Segment(few, few), attnzoo.Segment(every, every, attnzoo.Causal()))
     agrees(attnzoo.Attention(whole.query, (*whole.segments, *others), whole.scale), FlashBackend())

@@ -8,11 +8,11 @@ import torch
 import attnzoo
 from attnzoo.backends.sdpa import flash_cpu
 from attnzoo.backends.sdpa.trained_bias import backward_by_hand
-from attnzoo.conformance.attention_check import check_site
+from attnzoo.conformance.attention_check import check_attention
 from attnzoo.registry import registry
 from attnzoo.spec.hashed import HashedChunks
 from attnzoo.spec.patterns import SortedChunks
-from attnzoo.testing import Case
+from attnzoo.testing import AttentionCase
 
 forward = getattr(torch.ops.aten, flash_cpu._FORWARD)
 backward = getattr(torch.ops.aten, flash_cpu._BACKWARD)
@@ -158,11 +158,11 @@ def test_masks_from_inference_mode_work_in_training():
 @pytest.mark.parametrize("pattern", [SortedChunks(8, 1, 1), HashedChunks(5, 1, 1)], ids=str)
 def test_a_trained_bias_works_beside_reordered_keys(pattern, dtype):
     """The reordered keys are another pass, whose softmax weight enters the gradient of the bias."""
-    whole = Case(dtype, pattern, q_len=300, kv_len=300).attention()
+    whole = AttentionCase(dtype, pattern, q_len=300, kv_len=300).attention()
     key, value = (torch.randn(3, 4, 40, whole.head_dim).to(dtype) for _ in range(2))
     bias = attnzoo.RelativeBias(torch.randn(4, 5).to(dtype).requires_grad_(), 2)
     biased = attnzoo.Segment(key, value, attnzoo.Window(200, 200, 0), bias=bias)
-    report = check_site(
+    report = check_attention(
         "case", replace(whole, segments=(*whole.segments, biased)), registry.make_backend("sdpa"), grad=True
     )
     assert report.ok and report.kernel == flash_cpu.KERNEL, report

@@ -11,10 +11,10 @@ import attnzoo
 from attnzoo.backends.flex import backend as flex
 from attnzoo.backends.flex import kernel as flex_kernel
 from attnzoo.backends.flex.backend import FlexBackend
+from attnzoo.conformance.attention_check import check_attention
 from attnzoo.functional import execute
 from attnzoo.spec.patterns import SortedChunks
 from attnzoo.spec.segments import Attention, Segment
-from attnzoo.verification.verify import check_site
 
 HEADS, DIM = 4, 16
 needs_compiler = pytest.mark.skipif(
@@ -46,7 +46,7 @@ def attention(length=150, kv_len=None, batch=2, pattern=WINDOW, bias=True, keys=
 
 
 def agrees(whole):
-    report = check_site("flex", whole, FlexBackend(), grad=False, max_rows=1 << 30)
+    report = check_attention("flex", whole, FlexBackend(), grad=False, max_rows=1 << 30)
     return all(check.ok for check in report.checks)
 
 

@@ -19,22 +19,26 @@ from attnzoo.benchmarks.witness import claimed, false_claims, witness
 from attnzoo.functional import execute
 from attnzoo.registry import registry
 from attnzoo.spec.patterns import SortedChunks
-from attnzoo.testing import Case, cases
+from attnzoo.testing import AttentionCase, cases
 
 # A case for every way sdpa runs on the CPU, with the reported kernel and the kernels that the profiler must see.
 WAYS = {
-    "one call": (Case(), "flash", {"flash"}),
-    "one causal call": (Case(pattern=attnzoo.Causal()), "flash", {"flash"}),
-    "one masked call": (Case(mask="keys"), "flash", {"flash"}),
-    "one call with dropout": (Case(dropout=0.25), "math", {"math"}),
-    "one call, uneven": (Case(uneven=True), "math", {"math"}),
-    "blocks united by lse": (Case(pattern=attnzoo.Window(5, 3)), flash_cpu.KERNEL, {"flash"}),
-    "segments united by lse": (Case(pattern=attnzoo.Window(5, 3), mask="globals"), flash_cpu.KERNEL, {"flash"}),
-    "a trained bias": (Case(bias="trained relative"), flash_cpu.KERNEL, {"flash"}),
-    "sorted queries": (Case(pattern=SortedChunks(8, 1, 0, causal=True)), flash_cpu.KERNEL, {"flash"}),
-    "blocks with dropout": (Case(pattern=attnzoo.Window(5, 3), dropout=0.25), "math", {"math"}),
+    "one call": (AttentionCase(), "flash", {"flash"}),
+    "one causal call": (AttentionCase(pattern=attnzoo.Causal()), "flash", {"flash"}),
+    "one masked call": (AttentionCase(mask="keys"), "flash", {"flash"}),
+    "one call with dropout": (AttentionCase(dropout=0.25), "math", {"math"}),
+    "one call, uneven": (AttentionCase(uneven=True), "math", {"math"}),
+    "blocks united by lse": (AttentionCase(pattern=attnzoo.Window(5, 3)), flash_cpu.KERNEL, {"flash"}),
+    "segments united by lse": (
+        AttentionCase(pattern=attnzoo.Window(5, 3), mask="globals"),
+        flash_cpu.KERNEL,
+        {"flash"},
+    ),
+    "a trained bias": (AttentionCase(bias="trained relative"), flash_cpu.KERNEL, {"flash"}),
+    "sorted queries": (AttentionCase(pattern=SortedChunks(8, 1, 0, causal=True)), flash_cpu.KERNEL, {"flash"}),
+    "blocks with dropout": (AttentionCase(pattern=attnzoo.Window(5, 3), dropout=0.25), "math", {"math"}),
     "sorted queries with dropout": (
-        Case(pattern=SortedChunks(8, 1, 0, causal=True), dropout=0.25),
+        AttentionCase(pattern=SortedChunks(8, 1, 0, causal=True), dropout=0.25),
         math_blocks.KERNEL,
         set(),
     ),
@@ -70,7 +74,7 @@ def test_every_case_of_the_kit_reports_the_kernel_that_ran(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_way_reports_the_kernel_that_ran_on_cuda(dtype):
     for case, _, _ in WAYS.values():
-        judge(sdpa.SdpaBackend(), Case(**{**vars(case), "dtype": dtype}), "cuda")
+        judge(sdpa.SdpaBackend(), AttentionCase(**{**vars(case), "dtype": dtype}), "cuda")
 
 
 @pytest.mark.filterwarnings("ignore:Flash attention kernel", "ignore:Both fused kernels")
@@ -78,7 +82,7 @@ def test_a_kernel_that_cannot_run_raises(monkeypatch):
     """The kernel is enforced, so PyTorch cannot choose another."""
     monkeypatch.setattr(sdpa, "_kernel", lambda *args: SDPBackend.FLASH_ATTENTION)
     with pytest.raises(RuntimeError, match="No available kernel"):
-        execute(sdpa.SdpaBackend(), Case(dropout=0.25).attention())
+        execute(sdpa.SdpaBackend(), AttentionCase(dropout=0.25).attention())
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -106,7 +110,7 @@ def test_a_call_that_changes_the_switches_runs_alone(monkeypatch, switching):
 
     monkeypatch.setattr(sdpa, "_default_kernel", choice)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", slowly)
-    attentions = [Case(dropout=dropout).attention() for dropout in (0.0, 0.25) * 3]
+    attentions = [AttentionCase(dropout=dropout).attention() for dropout in (0.0, 0.25) * 3]
     with ThreadPoolExecutor(len(attentions)) as threads:
         kernels = [done.kernel for done in threads.map(partial(execute, sdpa.SdpaBackend()), attentions)]
     assert kernels == ["flash", "math"] * 3
@@ -123,7 +127,7 @@ def test_a_key_mask_is_expanded_without_memory(monkeypatch):
         return attend(*args, attn_mask=attn_mask, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
-    execute(sdpa.SdpaBackend(), Case(mask="keys").attention())
+    execute(sdpa.SdpaBackend(), AttentionCase(mask="keys").attention())
     (mask,) = masks
     assert mask.is_floating_point() and mask.shape[2] > 1 and mask.stride(2) == 0
 
@@ -163,7 +167,7 @@ def test_a_wrong_report_is_caught(monkeypatch, report):
     try:
         report(monkeypatch)
         with pytest.raises(AssertionError, match=r"reported \w+, ran"):
-            judge(sdpa.SdpaBackend(), Case())
+            judge(sdpa.SdpaBackend(), AttentionCase())
     finally:
         torch.backends.cuda.enable_flash_sdp(enabled)
 
@@ -183,8 +187,8 @@ class Renaming(attnzoo.Backend):
 @pytest.mark.parametrize("kernel", ["flash", "math", "flash_cpu", "efficient", "cudnn", "eager+flash"])
 def test_a_silent_fallback_that_reports_a_kernel_is_caught(kernel):
     with pytest.raises(AssertionError, match="reported"):
-        judge(Renaming(kernel), Case())
-    assert judge(Renaming("renaming"), Case()) == "renaming"
+        judge(Renaming(kernel), AttentionCase())
+    assert judge(Renaming("renaming"), AttentionCase()) == "renaming"
 
 
 # The witness

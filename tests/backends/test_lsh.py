@@ -1,4 +1,4 @@
-"""``lsh``: dense attention where queries hash to. (That it is exact on local models: ``test_blocked_local.py``.)"""
+"""``lsh`` on dense attention. (``test_blocked_local.py`` tests that it is exact on local models.)"""
 
 from bisect import bisect_left
 from dataclasses import replace
@@ -10,15 +10,15 @@ import attnzoo
 from attnzoo import testing
 from attnzoo.backends.approximate.lsh import LshBackend
 from attnzoo.backends.eager import evaluate
+from attnzoo.conformance.attention_check import check_attention
 from attnzoo.conformance.error_rule import FORWARD, check
 from attnzoo.registry import registry
 from attnzoo.spec.patterns import Causal, Full
 from attnzoo.spec.segments import Attention, Segment
 from attnzoo.verification.oracles import oracles
-from attnzoo.verification.verify import check_site
 from tests.support import models as zoo
-from tests.support.changed import KEYS, attention, is_definition, key_mask, refused
-from tests.support.fake_backends import backend
+from tests.support.approximate import KEYS, assert_refused, attention, key_mask, matches_definition
+from tests.support.fake_backends import fake_backend
 from tests.support.judge import chunked, in_one_forward
 
 OPTIONS = dict(num_hashes=2, chunk_length=3, num_buckets=4, inner="sdpa")
@@ -29,7 +29,7 @@ def lsh(**changes):
 
 
 def definition(backend, whole):
-    """Who sees whom, said once more: by looking for the nearest direction, and through sorted lists."""
+    """Return the definition ``sees(b, h, q, k)``: the nearest direction by a search, the chunks by sorted lists."""
     (segment,) = whole.segments
     causal, first = isinstance(segment.pattern, Causal) or whole.q_len == 1, segment.kv_len - whole.q_len
     real = torch.ones(whole.batch, segment.kv_len, dtype=torch.bool) if segment.key_mask is None else segment.key_mask
@@ -69,22 +69,22 @@ def definition(backend, whole):
     return sees
 
 
-# What is computed
+# Definition
 
 
 @pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS)
 @pytest.mark.parametrize("pattern", [Causal(), Full()], ids=str)
 @pytest.mark.parametrize("changes", [{}, dict(num_hashes=1, num_buckets=2), dict(chunk_length=5, seed=3)], ids=str)
-def test_a_query_sees_the_keys_that_stand_near_it_in_some_round(pattern, keys, changes):
+def test_the_output_equals_the_definition(pattern, keys, changes):
     backend, whole = lsh(**changes), attention(pattern, key_mask(keys))
-    assert is_definition(backend, whole, definition(backend, whole))
+    assert matches_definition(backend, whole, definition(backend, whole))
 
 
 @pytest.mark.parametrize("q_len", [1, 4])
 @pytest.mark.parametrize("pattern", [Causal(), Full()], ids=str)
-def test_new_tokens_stand_at_the_end_of_the_cache(pattern, q_len):
+def test_new_tokens_are_at_the_end_of_the_cache(pattern, q_len):
     whole = attention(pattern, key_mask(KEYS["left"]), q_len=q_len)
-    assert is_definition(lsh(), whole, definition(lsh(), whole))
+    assert matches_definition(lsh(), whole, definition(lsh(), whole))
 
 
 @pytest.mark.parametrize("num_hashes", [1, 3])
@@ -95,12 +95,12 @@ def test_one_bucket_and_long_chunks_are_full_attention(pattern, keys, num_hashes
     double = whole.with_tensors(tuple(tensor.double() for tensor in whole.tensors()))
     verdict = check("output", backend.run(whole).output, evaluate(double).output, evaluate(whole).output, FORWARD)
     assert verdict.ok, str(verdict)
-    assert check_site("site", whole, backend, grad=True).recall == pytest.approx(1.0)
+    assert check_attention("site", whole, backend, grad=True).recall == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("keys", ["no padding", "left"])
 @pytest.mark.parametrize("room", [0, 5], ids=["dynamic", "static"])
-def test_a_decoding_step_is_the_last_row_of_the_whole(keys, room):
+def test_a_decoding_step_gives_the_last_row_of_one_forward(keys, room):
     whole = attention(Causal(), key_mask(KEYS[keys]), dtype=torch.float64)
     (segment,) = whole.segments
     expected = lsh().run(whole).output[:, :, -1:]
@@ -113,8 +113,8 @@ def test_a_decoding_step_is_the_last_row_of_the_whole(keys, room):
 
 
 @pytest.mark.parametrize("keys", ["no padding", "left"])
-def test_room_behind_the_last_query_fills_no_chunk(keys):
-    """What stands there is nobody's: a static cache's prompt, whose causality is all that hides it."""
+def test_unused_cache_entries_fill_no_chunk(keys):
+    """A static cache has unused entries after the prompt, which only causality hides."""
     whole = attention(Causal(), key_mask(KEYS[keys]), dtype=torch.float64)
     (segment,) = whole.segments
     behind = torch.randn(2, 2, 7, 8, dtype=torch.float64)
@@ -126,7 +126,7 @@ def test_room_behind_the_last_query_fills_no_chunk(keys):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_dense_attention_of_all_kinds_equals_the_oracle_on_the_changed_pattern(dtype):
+def test_dense_cases_of_the_kit_equal_the_oracle(dtype):
     backend = lsh(chunk_length=5, num_hashes=3)
     dense = [case for case in testing.cases((dtype,)) if isinstance(case.pattern, Full | Causal)]
     outcomes = [testing.run_case(backend, case) for case in dense]
@@ -135,21 +135,21 @@ def test_dense_attention_of_all_kinds_equals_the_oracle_on_the_changed_pattern(d
     assert sum(not outcome.refused for outcome in outcomes) > 40
 
 
-def test_other_buckets_than_it_says_are_found():
+def test_check_site_detects_other_buckets_than_declared():
     class Lying(LshBackend):
         def run(self, attention, probabilities=False):
             return lsh(seed=self.seed + 1).run(attention)
 
     whole = attention(Causal(), None)
-    assert not check_site("site", whole, Lying(**OPTIONS), grad=False).ok
-    assert check_site("site", whole, lsh(), grad=False).ok
+    assert not check_attention("site", whole, Lying(**OPTIONS), grad=False).ok
+    assert check_attention("site", whole, lsh(), grad=False).ok
 
 
-# How well it finds
+# Recall
 
 
 def clusters(count=8, each=16, dim=16):
-    """Keys and queries of a cluster point one way: what a query needs is its cluster, wherever that stands."""
+    """Return an attention in which each query needs the keys of its cluster, which are spread over the sequence."""
     random = torch.Generator().manual_seed(5)
     centre = torch.nn.functional.normalize(torch.randn(count, dim, generator=random), dim=1)
     of = torch.randperm(count * each, generator=random) % count
@@ -158,24 +158,24 @@ def clusters(count=8, each=16, dim=16):
     return Attention(query, (Segment(key, key, Full()),), 1.0)
 
 
-def test_recall_is_high_where_there_is_something_to_find_and_rises_with_the_rounds():
+def test_recall_is_high_on_clusters_and_rises_with_the_rounds():
     whole = clusters()
     options = dict(chunk_length=16, num_buckets=16)
-    found = [check_site("site", whole, lsh(**options, num_hashes=n), grad=False).recall for n in (1, 4)]
-    blind = check_site("site", whole, lsh(num_hashes=1, chunk_length=16, num_buckets=1), grad=False).recall
-    assert blind < 0.5 < 0.8 < found[0] < 0.99 < found[1], (blind, found)
+    recalls = [check_attention("site", whole, lsh(**options, num_hashes=n), grad=False).recall for n in (1, 4)]
+    blind = check_attention("site", whole, lsh(num_hashes=1, chunk_length=16, num_buckets=1), grad=False).recall
+    assert blind < 0.5 < 0.8 < recalls[0] < 0.99 < recalls[1], (blind, recalls)
 
 
-def test_recall_is_the_weight_of_the_keys_seen():
+def test_recall_is_the_weight_of_the_visible_keys():
     whole = attention(Causal(), key_mask(KEYS["left"]), dtype=torch.float64)
     weights = evaluate(whole).probabilities[0]
     sees = definition(lsh(), whole)
     seen = torch.tensor(
         [[[[sees(b, h, q, k) for k in range(13)] for q in range(13)] for h in range(4)] for b in range(2)]
     )
-    live = weights.sum(-1) > 0
-    expected = (weights * seen).sum(-1)[live].mean()
-    assert check_site("site", whole, lsh(), grad=False).recall == pytest.approx(float(expected), abs=1e-9)
+    has_visible_key = weights.sum(-1) > 0
+    expected = (weights * seen).sum(-1)[has_visible_key].mean()
+    assert check_attention("site", whole, lsh(), grad=False).recall == pytest.approx(float(expected), abs=1e-9)
 
 
 # Models
@@ -183,25 +183,25 @@ def test_recall_is_the_weight_of_the_keys_seen():
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_verify_repeats_the_buckets_of_the_run_it_judges(side, dtype):
+def test_verify_repeats_the_buckets_of_the_checked_run(side, dtype):
     report = attnzoo.verify(zoo.gpt_neox().to(dtype), zoo.causal_inputs(26, side), "lsh", **OPTIONS)
     assert report.ok, str(report)
     assert report.changed == "2 hash rounds of 4 buckets, chunks of 3 keys"
     assert all(0.1 < site.recall < 1.0 for site in report.sites)
 
 
-def test_the_oracle_repeats_the_buckets_of_another_run_whatever_it_would_hash_to():
+def test_the_oracle_repeats_the_buckets_of_another_run():
     whole, other = attention(Causal(), None), attention(Causal(), None, seed=1)
-    oracle = oracles({"site": (lsh(), [lsh().choices(whole)])})["site"]
-    expected = evaluate(lsh().rewrite(other, lsh().choices(whole))).output
+    oracle = oracles({"site": (lsh(), [lsh().decisions(whole)])})["site"]
+    expected = evaluate(lsh().rewrite(other, lsh().decisions(whole))).output
     assert torch.equal(oracle.run(other).output, expected)
     assert not torch.allclose(expected, evaluate(lsh().rewrite(other)).output, atol=0.1)
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("side", ["none", "left"])
-def test_the_last_token_decoded_is_that_of_one_forward(side, static):
-    """In one layer: deeper ones see what earlier rows became, and those were cut into chunks when keys were fewer."""
+def test_the_last_decoded_token_equals_one_forward(side, static):
+    """Only in a model of one layer: new keys change the chunks of earlier rows, which deeper layers see."""
     model, inputs = zoo.gpt_neox(num_hidden_layers=1), zoo.causal_inputs(24, side)
     with attnzoo.patch(model, "lsh", **OPTIONS) as handle:
         got, whole = chunked(model, inputs, (20, 1, 2, 1), static), in_one_forward(model, inputs)
@@ -212,7 +212,7 @@ def test_the_last_token_decoded_is_that_of_one_forward(side, static):
 
 
 @pytest.mark.parametrize("side", ["none", "left"])
-def test_generation_runs_and_repeats_itself(side):
+def test_generation_is_deterministic(side):
     model, prompt = zoo.gpt_neox(), zoo.causal_prompt(side)
     options = dict(max_new_tokens=8, do_sample=False)
     with attnzoo.patch(model, "lsh", **OPTIONS) as handle:
@@ -222,7 +222,7 @@ def test_generation_runs_and_repeats_itself(side):
     assert all(site.changed.total() == site.calls == 24 for site in handle.sites)
 
 
-def test_rotations_are_the_seeds_alone():
+def test_rotations_depend_only_on_the_seed():
     whole = attention(Causal(), None)
     torch.manual_seed(1)
     state = torch.get_rng_state()
@@ -240,7 +240,7 @@ def test_training_reaches_every_parameter():
     assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.parameters())
 
 
-# What is refused
+# Refusals
 
 
 def test_dense_models_need_three_options():
@@ -248,7 +248,7 @@ def test_dense_models_need_three_options():
     for option in ("num_buckets", "num_hashes", "chunk_length"):
         missing.pop(option)
         words = ("gpt_neox.layers.1.attention", option, "num_hashes=..., chunk_length=..., num_buckets=...")
-        refused(lambda: attnzoo.patch(zoo.gpt_neox(), "lsh", **missing), *words)
+        assert_refused(lambda: attnzoo.patch(zoo.gpt_neox(), "lsh", **missing), *words)
 
 
 @pytest.mark.parametrize(
@@ -266,19 +266,19 @@ def test_dense_models_need_three_options():
     ],
 )
 def test_bad_options_name_the_argument(changes, words):
-    refused(lambda: attnzoo.patch(zoo.gpt_neox(), "lsh", **{**OPTIONS, **changes}), *words)
+    assert_refused(lambda: attnzoo.patch(zoo.gpt_neox(), "lsh", **{**OPTIONS, **changes}), *words)
 
 
-def test_a_bias_is_refused_where_the_kernel_has_no_place_for_it():
+def test_a_bias_is_refused_unless_inner_supports_it():
     biased = attention(Causal(), None, bias=True)
     assert {reason.field for reason in lsh().refusals(biased.request())} == {"bias"}
-    assert check_site("site", biased, replace(lsh(), inner="eager"), grad=True).ok
+    assert check_attention("site", biased, replace(lsh(), inner="eager"), grad=True).ok
 
 
-def test_a_bias_never_means_dense_scores_unless_they_are_asked_for_by_name():
-    """``inner="auto"`` would find only the oracle: ``seq_len x seq_len`` scores where chunks were asked for."""
+def test_a_bias_needs_a_dense_backend_by_name():
+    """``inner="auto"`` would select the oracle, with ``seq_len x seq_len`` scores."""
     auto, biased = lsh(inner="auto"), attention(Causal(), None, bias=True).request()
-    assert all(taker.dense for taker in registry.supporting_backends(auto.rewrite_request(biased)))
+    assert all(supporting.dense for supporting in registry.supporting_backends(auto.rewrite_request(biased)))
     (refusal,) = auto.refusals(biased)
     assert (refusal.field, "a relative bias" in refusal.got) == ("bias", True)
     assert "no bias" in refusal.allowed and 'inner="eager"' in refusal.allowed
@@ -286,11 +286,11 @@ def test_a_bias_never_means_dense_scores_unless_they_are_asked_for_by_name():
     assert not auto.refusals(attention(Causal(), None).request())
 
 
-def test_a_bias_runs_where_a_kernel_takes_it_in_chunks(request):
-    able, whole = backend("able", rank=1), attention(Causal(), None, bias=True)
+def test_a_bias_runs_on_a_backend_that_is_not_dense(request):
+    able, whole = fake_backend("able", rank=1), attention(Causal(), None, bias=True)
     assert registry.refusals(lsh(inner="auto"), whole.request())
     attnzoo.register_backend(able)
     request.addfinalizer(lambda: attnzoo.unregister_backend("able"))
-    assert not registry.refusals(lsh(inner="auto"), whole.request()), "what was refused without it is forgotten"
+    assert not registry.refusals(lsh(inner="auto"), whole.request()), "registering a backend clears the cached refusals"
     lsh(inner="auto").run(whole)
     assert able.runs

@@ -12,7 +12,7 @@ from attnzoo import testing
 from attnzoo.backends.varlen import kernels, xformers_kernels
 from attnzoo.backends.varlen.xformers import XformersBackend
 from attnzoo.reporting import doctor
-from attnzoo.testing import Case
+from attnzoo.testing import AttentionCase
 from tests.support.half import HALF, agrees, attention, refusals, unpadded
 from tests.support.models import gpt_neox, led, led_inputs
 
@@ -99,7 +99,7 @@ def test_unions_use_the_functions_with_lse(xformers):
 
 def test_float32_and_wide_heads_use_cutlass(xformers):
     for whole in (
-        replace(Case(torch.float32, attnzoo.Causal(), grad=False).attention()),
+        replace(AttentionCase(torch.float32, attnzoo.Causal(), grad=False).attention()),
         attention(attnzoo.Full(), dim=264),
     ):
         [(_, operator, _)], result = ran(xformers, whole)
@@ -153,7 +153,7 @@ def test_the_cpu_is_refused_by_site_before_anything_is_patched(fresh):
     for site, reasons in caught.value.refusals.items():
         by_field = {reason.field: reason for reason in reasons}
         assert (by_field["device"].got, by_field["device"].allowed) == ("cpu", "cuda")
-        assert f"would run there: '{caught.value.alternatives[site][0]}'" in str(caught.value)
+        assert f"backends that support it: '{caught.value.alternatives[site][0]}'" in str(caught.value)
         assert {"eager", "sdpa"} <= set(caught.value.alternatives[site])
     assert not any("forward" in vars(module) for module in model.modules())
 

@@ -2,25 +2,32 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from io import StringIO
 from typing import Any
 
 import pytest
 import torch
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
 
 from attnzoo import register_backend, unregister_backend
-from attnzoo.benchmarks import weights
+from attnzoo.benchmarks import cli, weights
 from attnzoo.benchmarks.measure import machine
 from attnzoo.benchmarks.models import WORKLOADS
 from attnzoo.benchmarks.rows import Row, Shootout
-from attnzoo.benchmarks.runner import Plan, run
-from attnzoo.benchmarks.worker import LocalWorker
-from tests.support import planted
+from attnzoo.benchmarks.runner import ShootoutPlan, run
+from attnzoo.benchmarks.tables import show
+from attnzoo.benchmarks.worker import Worker
+from tests.support import fake_shootout
+
+MODES = (False, True)
 
 
 @pytest.fixture(autouse=True, scope="package")
 def frozen() -> Iterator[None]:
-    """What is loaded already needs no collecting before every single run."""
-    planted.TINY.build()
+    """Exclude everything that is loaded from the garbage collection before every timed run."""
+    fake_shootout.TINY.build()
     machine("cpu")
     gc.collect()
     gc.freeze()
@@ -30,31 +37,53 @@ def frozen() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The tiny family and the planted backends, for the time of a test."""
-    monkeypatch.setitem(WORKLOADS, "tiny", planted.TINY)
+    """Register the tiny family and the planted backends during a test."""
+    monkeypatch.setitem(WORKLOADS, "tiny", fake_shootout.TINY)
     monkeypatch.setattr(weights, "_POOL", 65537)  # enough for tiny models
-    planted.Switch.calls = 0
+    fake_shootout.Switch.calls = 0
     threads = torch.get_num_threads()
-    for cls in planted.BACKENDS:
+    for cls in fake_shootout.BACKENDS:
         register_backend(cls)
     yield
-    for cls in planted.BACKENDS:
+    for cls in fake_shootout.BACKENDS:
         unregister_backend(cls.name)
     torch.set_num_threads(threads)
 
 
 @pytest.fixture
 def shootout() -> Callable[..., Shootout]:
-    """Runs a plan for the tiny family in this process, the end-to-end gate green unless given."""
+    """Run a plan for the tiny family in this process; by default every end-to-end gate is green."""
 
-    def go(*backends: str, check: Any = lambda job: (True, ""), **values: Any) -> Shootout:
-        values = {"seq_lens": (40,), "rounds": 1, "modes": (False,), **values}
-        plan = Plan(families=("tiny",), backends=backends or None, **values)
-        return run(plan, launch=LocalWorker, check=check)
+    def run_plan(*backends: str, check: Any = lambda job: (True, ""), **fields: Any) -> Shootout:
+        fields = {"families": ("tiny",), "seq_lens": (40,), "rounds": 1, "modes": (False,), **fields}
+        return run(ShootoutPlan(backends=backends or None, **fields), launch=Worker, check=check)
 
-    return go
+    return run_plan
 
 
-def row_of(found: Shootout, backend: str, mode: str = "forward") -> Row:
-    (row,) = [row for row in found.rows if row.backend == backend and row.mode == mode]
+def invoke_bench(*arguments: str) -> Any:
+    """Run ``attnzoo bench`` in this process."""
+    app = typer.Typer()
+    app.command()(cli.bench)
+    return CliRunner().invoke(app, arguments)
+
+
+def row_of(result: Shootout, backend: str, mode: str = "forward") -> Row:
+    (row,) = [row for row in result.rows if row.backend == backend and row.mode == mode]
     return row
+
+
+def assert_no_measurements(row: Row) -> None:
+    assert row.seconds is None and row.fastest is None and row.slowest is None and row.speedup is None
+    assert row.runs == () and row.peak_bytes is None and row.peak_ratio is None
+
+
+def printed(result: Shootout, width: int = 120) -> str:
+    console = Console(file=StringIO(), width=width)
+    show(result, console)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def line_of(text: str, backend: str) -> list[str]:
+    """Return the words of the table line that starts with a name."""
+    return next(line.split() for line in text.splitlines() if line.split()[:1] == [backend])

@@ -1,4 +1,4 @@
-"""Results say which code they are of."""
+"""Results name the code that produced them."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from attnzoo.benchmarks.measure import machine
 from attnzoo.benchmarks.source import digest, installed
 
 
-def test_results_name_the_code_they_are_of():
+def test_machine_contains_the_digest_of_the_code():
     assert machine("cpu")["source"] == installed() and len(installed()) == 12
 
 
-def test_it_is_the_same_wherever_the_folders_lie_and_another_for_other_code(tmp_path):
-    (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "core.py").write_text("one\n")
-    (tmp_path / "adapters").mkdir()
-    (tmp_path / "adapters" / "family.py").write_text("two\n")
-    apart = digest({"": tmp_path / "package", "adapters": tmp_path / "adapters"})
-    shutil.copytree(tmp_path / "adapters", tmp_path / "package" / "adapters")
-    inside = tmp_path / "package" / "adapters"
-    assert digest({"": tmp_path / "package", "adapters": inside}) == apart
+def test_digest_depends_on_code_and_names_but_not_on_places(tmp_path):
+    package, beside, inside = tmp_path / "package", tmp_path / "adapters", tmp_path / "package" / "adapters"
+    package.mkdir()
+    beside.mkdir()
+    (package / "core.py").write_text("one\n")
+    (beside / "family.py").write_text("two\n")
+    expected = digest({"": package, "adapters": beside})
+    shutil.copytree(beside, inside)
+    assert digest({"": package, "adapters": inside}) == expected
     (inside / "notes.txt").write_text("not code")
-    assert digest({"": tmp_path / "package", "adapters": inside}) == apart
+    assert digest({"": package, "adapters": inside}) == expected
     (inside / "family.py").write_text("three\n")
-    changed = digest({"": tmp_path / "package", "adapters": inside})
+    changed = digest({"": package, "adapters": inside})
     (inside / "family.py").rename(inside / "other.py")
-    assert len({apart, changed, digest({"": tmp_path / "package", "adapters": inside})}) == 3
+    renamed = digest({"": package, "adapters": inside})
+    assert len({expected, changed, renamed}) == 3

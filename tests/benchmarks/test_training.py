@@ -1,4 +1,4 @@
-"""Whole-model training of a model whose own backward works in training mode only, at lengths its positions allow."""
+"""Reformer trains as a whole model: its own backward works in training mode only, and only at some lengths."""
 
 from __future__ import annotations
 
@@ -9,29 +9,18 @@ import torch
 
 from attnzoo.benchmarks.cases import Case, build
 from attnzoo.benchmarks.models import REFORMER, WORKLOADS
-from attnzoo.benchmarks.runner import Plan, run
-from attnzoo.benchmarks.worker import LocalWorker
 from attnzoo.errors import InvalidArgumentError
 
 SMALL = dict(
-    vocab_size=258,
-    hidden_size=16,
-    num_attention_heads=2,
-    attention_head_size=8,
-    feed_forward_size=16,
-    attn_layers=["local", "lsh"],
-    num_buckets=4,
-    lsh_attn_chunk_length=8,
-    local_attn_chunk_length=8,
-    axial_pos_embds_dim=[4, 12],
-    axial_pos_shape=[8, 16],
-    max_position_embeddings=128,
-)
+    vocab_size=258, hidden_size=16, num_attention_heads=2, attention_head_size=8, feed_forward_size=16,
+    attn_layers=["local", "lsh"], num_buckets=4, lsh_attn_chunk_length=8, local_attn_chunk_length=8,
+    axial_pos_embds_dim=[4, 12], axial_pos_shape=[8, 16], max_position_embeddings=128,
+)  # fmt: skip
 TINY = replace(REFORMER, name="tiny_reformer", published={**REFORMER.published, **SMALL}, heads=2, layers=2)
 
 
 @pytest.fixture(autouse=True)
-def planted(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_reformer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(WORKLOADS, "tiny_reformer", TINY)
 
 
@@ -49,7 +38,7 @@ def test_reversible_layers_train_without_dropout_on_the_published_positions() ->
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
-def test_a_number_of_buckets_is_never_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patch_leaves_num_buckets_of_the_configuration_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(WORKLOADS, "derived", replace(TINY, published={**TINY.published, "num_buckets": None}))
     subject = build(replace(case(32, False), family="derived"))
     handle = subject.patch("sdpa")
@@ -58,18 +47,16 @@ def test_a_number_of_buckets_is_never_set(monkeypatch: pytest.MonkeyPatch) -> No
     assert subject.module.config.num_buckets is None
 
 
-def test_the_shootout_trains_the_whole_model() -> None:
-    plan = Plan(families=("tiny_reformer",), seq_lens=(32,), backends=("sdpa",), modes=(True,), rounds=1)
-    rows = run(plan, launch=LocalWorker, check=lambda job: (True, "")).rows
+def test_shootout_trains_the_whole_model(shootout) -> None:
+    rows = shootout("sdpa", families=("tiny_reformer",), seq_lens=(32,), modes=(True,)).rows
     assert [(row.backend, row.status) for row in rows] == [("native", "ok"), ("sdpa", "ok")]
     assert rows[1].kernel == "flash_cpu"
 
 
-def test_a_length_it_cannot_train_at_is_left_out_with_the_reason() -> None:
-    plan = Plan(families=("tiny_reformer",), seq_lens=(40,), backends=("sdpa",), rounds=1)
-    rows = run(plan, launch=LocalWorker, check=lambda job: (True, "")).rows
+def test_length_without_training_is_skipped_with_the_reason(shootout) -> None:
+    rows = shootout("sdpa", families=("tiny_reformer",), modes=(False, True)).rows
     assert {(row.mode, row.status) for row in rows} == {("forward", "ok"), ("forward+backward", "skipped")}
-    left_out = [row.reason for row in rows if row.status == "skipped"]
-    assert all("got 40 to train at; allowed: a multiple of 16" in reason for reason in left_out)
+    reasons = [row.reason for row in rows if row.status == "skipped"]
+    assert all("got 40 in training; allowed: a multiple of 16" in reason for reason in reasons)
     with pytest.raises(InvalidArgumentError, match="seq-len: got 40"):
         TINY.build(train_at=40)

@@ -1,9 +1,10 @@
-"""Train the small checkpoints that tests load: one per family, byte-level, on the text of the shootout.
+"""Train the small checkpoints that tests load: one per family, byte-level, on the text of the benchmarks.
 
     python -m tests.checkpoints.train [family ...]
 
-Each is trained with the model's own code until it clearly beats a unigram model, and saved in bfloat16 beside this file
-with a card (``training.json``): bits per byte on held-out text, the unigram's, steps, versions. A few minutes each.
+The model's own code trains each checkpoint until it clearly beats a unigram model, in a few minutes. The checkpoint is
+saved in bfloat16 beside this file, with a card (``training.json``): bits per byte on held-out text, bits per byte of
+the unigram model, steps and versions.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from torch import Tensor
 from attnzoo.benchmarks.text import book
 
 HERE = Path(__file__).parent
-REST = HERE / "moby_dick_rest.txt"  # what follows the chapters that are installed for the shootout
-OFFSET, VOCAB = 3, 259  # 0 begins, 1 pads, 2 ends; byte b is token b + 3
-HELD_OUT = 50_000  # the last bytes of the text are for judging
+REST = HERE / "moby_dick_rest.txt"  # the chapters after those that are installed for the benchmarks
+OFFSET, VOCAB = 3, 259  # tokens: 0 begin, 1 padding, 2 end; byte b is token b + 3
+HELD_OUT = 50_000  # bytes at the end of the text for evaluation
 LENGTH, TARGET = 256, 64
 
 
 def tokens(train: bool) -> Tensor:
-    """The book's bytes as tokens: all but the held-out end, or that end."""
+    """The bytes of the book as tokens: the training text, or the held-out end."""
     data = torch.frombuffer(bytearray(book() + REST.read_bytes()), dtype=torch.uint8).long() + OFFSET
     return data[:-HELD_OUT] if train else data[-HELD_OUT:]
 
@@ -43,17 +44,17 @@ def windows(batch: int, length: int, train: bool, generator: torch.Generator) ->
 
 
 def causal(text: Tensor) -> dict[str, Any]:
-    """Every token from those before it."""
+    """Inputs to predict each token from the tokens before it."""
     return dict(input_ids=text, labels=text)
 
 
 def continuation(text: Tensor) -> dict[str, Any]:
-    """The last tokens from all before them."""
+    """Inputs to predict the last tokens from all tokens before them."""
     return dict(input_ids=text[:, :-TARGET].contiguous(), labels=text[:, -TARGET:].contiguous())
 
 
 def continuation_with_global(text: Tensor) -> dict[str, Any]:
-    """The same with the first token global."""
+    """Inputs of :func:`continuation`; the first token is global."""
     inputs = continuation(text)
     inputs["global_attention_mask"] = torch.zeros_like(inputs["input_ids"])
     inputs["global_attention_mask"][:, 0] = 1
@@ -62,7 +63,7 @@ def continuation_with_global(text: Tensor) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a family's checkpoint is made: its class, its configuration, and how text becomes its inputs."""
+    """How to train a family's checkpoint: its class, its configuration, and how text becomes its inputs."""
 
     cls: str
     config: Callable[[], Any]
@@ -135,13 +136,13 @@ def bits_per_byte(model: torch.nn.Module, recipe: Recipe, batches: int = 4) -> f
 
 
 def unigram_bits() -> float:
-    """What a model that knows only how often each byte occurs needs per held-out byte."""
+    """Bits per held-out byte of a model that knows only the frequency of each byte."""
     counts = torch.bincount(tokens(True), minlength=VOCAB).double() + 1
     return float(-(counts / counts.sum()).log2()[tokens(False)].mean())
 
 
 def train(name: str) -> None:
-    """Make one checkpoint."""
+    """Train and save one checkpoint."""
     recipe = RECIPES[name]
     torch.manual_seed(0)
     model = getattr(transformers, recipe.cls)(recipe.config())

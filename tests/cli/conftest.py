@@ -1,4 +1,4 @@
-"""The fixtures of the tuning tests: ``attnzoo tune`` needs a cache of its own and a fake clock too."""
+"""A fresh cache and registry for each test, and a fake clock."""
 
 from tests.support.fake_clock import add, clock, own_cache
 

@@ -1,4 +1,4 @@
-"""``attnzoo fingerprint``, as an adapter's author meets it."""
+"""``attnzoo fingerprint`` prints what an adapter records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import attnzoo
 from attnzoo.cli import app as cli
-from attnzoo.originals.fingerprint import fingerprint, locate
+from attnzoo.originals.fingerprint import fingerprint, object_at
 from attnzoo.registry import registry
 
 MODULE = "transformers.models.gpt_neox.modeling_gpt_neox"
@@ -23,24 +23,24 @@ def run(*arguments):
     return CliRunner().invoke(cli.app, ["fingerprint", *arguments], catch_exceptions=False)
 
 
-def test_one_line_for_each_path():
+def test_fingerprint_prints_one_line_per_path():
     result = run(*PATHS)
     assert result.exit_code == 0
-    assert result.stdout.splitlines() == [f"{path}  {fingerprint(locate(path))}" for path in PATHS]
+    assert result.stdout.splitlines() == [f"{path}  {fingerprint(object_at(path))}" for path in PATHS]
 
 
 def test_json():
-    assert json.loads(run("--json", *PATHS).stdout) == {path: fingerprint(locate(path)) for path in PATHS}
+    assert json.loads(run("--json", *PATHS).stdout) == {path: fingerprint(object_at(path)) for path in PATHS}
 
 
-def test_what_it_prints_is_what_adapters_record():
+def test_fingerprint_prints_what_adapters_record():
     point = registry.find_adapter("gpt_neox").points[0]
     for path, known in point.verified.items():
         assert run(path).stdout.split()[1] in known
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "message"),
     [
         ("nothing", "allowed: MODULE:FUNCTION, e.g. transformers."),
         (f"{MODULE}:", "allowed: MODULE:FUNCTION, e.g. transformers."),
@@ -65,31 +65,31 @@ def test_what_it_prints_is_what_adapters_record():
         ),
     ],
 )
-def test_a_wrong_path_is_refused_with_near_misses(path, told):
+def test_wrong_path_is_refused_with_similar_names(path, message):
     with pytest.raises(attnzoo.InvalidArgumentError) as caught:
         run(PATHS[0], path)
     assert str(caught.value).startswith(f"path: got {path!r}")
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "message"),
     [
         ("import no_such_dependency", "which cannot be imported here (No module named 'no_such_dependency')"),
         ("raise RuntimeError('no device')", "whose module raises RuntimeError when imported"),
         ("exec('def f(): pass')", "but its source is not available (<string>)"),
     ],
 )
-def test_a_module_that_does_not_serve_is_refused(tmp_path, monkeypatch, source, told):
+def test_module_without_the_function_is_refused(tmp_path, monkeypatch, source, message):
     (tmp_path / "no_serving_module.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "no_serving_module", raising=False)
-    with pytest.raises(attnzoo.InvalidArgumentError, match=re.escape(told)):
+    with pytest.raises(attnzoo.InvalidArgumentError, match=re.escape(message)):
         run("no_serving_module:f")
 
 
-def test_the_documented_example_is_recorded():
+def test_documented_example_is_up_to_date():
     point = registry.find_adapter("gpt_neox").points[0]
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (documented,) = re.findall(rf"^{re.escape(PATHS[0])}  (\w+)$", text, re.MULTILINE)

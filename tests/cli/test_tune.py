@@ -22,11 +22,11 @@ def checkpoint(add, tmp_path):
     return tmp_path / "checkpoint"
 
 
-def test_the_command_tunes_shows_and_forgets(checkpoint):
+def test_tune_measures_shows_and_removes(checkpoint):
     tuned = run(checkpoint, "--seq-len", 20, "--rounds", 1)
     assert tuned.exit_code == 0, tuned.output
     assert "GPTNeoXAttention, causal: float32" in tuned.stdout and "queries <= 32" in tuned.stdout
-    assert "one-kernel" in tuned.stdout and "kept in" in tuned.stdout
+    assert "one-kernel" in tuned.stdout and "stored in" in tuned.stdout
     (again,) = json.loads(run(checkpoint, "--seq-len", 20, "--json").stdout)
     assert again["fresh"] is False and set(again["outcomes"]) == {"one", "two"}
     shown = run("--show")
@@ -34,31 +34,30 @@ def test_the_command_tunes_shows_and_forgets(checkpoint):
     (file,) = json.loads(run("--show", "--json").stdout)
     assert len(file["measurements"]) == 1 and file["problem"] == ""
     assert "removed 1 file" in run("--clear").stdout
-    assert "nothing is kept" in run("--show").stdout and json.loads(run("--show", "--json").stdout) == []
+    assert "no measurements in" in run("--show").stdout and json.loads(run("--show", "--json").stdout) == []
 
 
-def test_a_dtype_may_be_typed_short(checkpoint):
+def test_tune_accepts_short_dtype_names(checkpoint):
     tuned = run(checkpoint, "--seq-len", 9, "--rounds", 1, "--dtype", "bf16")
     assert tuned.exit_code == 0 and "bfloat16" in tuned.stdout, tuned.output
 
 
-def test_explain_is_a_command_too(checkpoint):
+def test_explain_shows_measurements(checkpoint):
     run(checkpoint, "--seq-len", 20, "--rounds", 1)
-    told = CliRunner().invoke(cli.app, ["explain", str(checkpoint)])
-    assert told.exit_code == 0, told.output
-    assert (
-        "one: runs" in told.stdout and "for forward at batch <= 1, queries <= 32, keys <= 32: measured" in told.stdout
-    )
+    result = CliRunner().invoke(cli.app, ["explain", str(checkpoint)])
+    assert result.exit_code == 0, result.output
+    assert "one: runs" in result.stdout
+    assert "for forward at batch <= 1, queries <= 32, keys <= 32: measured" in result.stdout
     data = json.loads(CliRunner().invoke(cli.app, ["explain", str(checkpoint), "--backend", "two", "--json"]).stdout)
     assert data["auto"] == {} and {verdict["backend"] for verdict in data["verdicts"]} == {"two"}
 
 
-def test_the_command_says_when_auto_does_not_go_by_it(checkpoint, monkeypatch):
+def test_tune_says_if_auto_ignores_measurements(checkpoint, monkeypatch):
     monkeypatch.setenv("ATTNZOO_AUTO", "priority")
-    assert "by priority all the same: ATTNZOO_AUTO=pri" in run(checkpoint, "--seq-len", 9, "--train").stdout
+    assert "by priority nevertheless: ATTNZOO_AUTO=pri" in run(checkpoint, "--seq-len", 9, "--train").stdout
 
 
-def test_the_command_shows_a_file_that_cannot_be_read():
+def test_show_lists_a_file_that_cannot_be_read():
     cache.folder().mkdir(parents=True)
     (cache.folder() / "odd.json").write_text("{")
     assert "odd.json" in run("--show").stdout and "cannot be read: " in run("--show").stdout
@@ -75,6 +74,6 @@ def test_the_command_shows_a_file_that_cannot_be_read():
         (("led", "--seq-len", "0"), "seq-len: got 0; allowed: an integer >= 1"),
     ],
 )
-def test_errors_of_the_command(arguments, message):
+def test_invalid_argument_is_refused(arguments, message):
     result = run(*arguments)
     assert isinstance(result.exception, attnzoo.AttnzooError) and message in str(result.exception)

@@ -1,4 +1,4 @@
-"""The support matrix: every registered backend against the conformance kit, both directions."""
+"""The conformance kit passes every registered backend, and detects faulty ones."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -21,7 +21,7 @@ def exact_backends():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", exact_backends())
-def test_a_backend_does_what_it_declares_and_refuses_the_rest(backend, dtype, device):
+def test_backend_runs_what_it_declares_and_refuses_the_rest(backend, dtype, device):
     if dtype not in attnzoo.backends()[backend].capabilities.dtypes:
         with pytest.raises(testing.ConformanceError, match=r"0 cases ran.* 0 failed.*refuses everything"):
             testing.check_backend(backend, device=device, dtypes=(dtype,))
@@ -32,26 +32,26 @@ def test_a_backend_does_what_it_declares_and_refuses_the_rest(backend, dtype, de
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", sorted(attnzoo.backends()))
-def test_the_kit_has_cases_for_every_device_that_is_declared(backend, dtype):
-    """Also for devices that are not here: what a backend refuses of all cases would go unseen, or fail there alone."""
-    made = registry.configure(backend, **registry.backend_class(backend).example)
-    for device in sorted(made.capabilities.devices) if dtype in made.capabilities.dtypes else ():
-        asked = (case.attention().request(case.probabilities) for case in testing.cases((dtype,)))
-        assert any(not made.refusals_anywhere(replace(request, device=device)) for request in asked), device
+def test_kit_has_cases_for_every_declared_device(backend, dtype):
+    """For devices that this machine lacks, too: a backend that refuses all cases there would fail only there."""
+    configured = registry.configure(backend, **registry.backend_class(backend).example)
+    for device in sorted(configured.capabilities.devices) if dtype in configured.capabilities.dtypes else ():
+        requests = (case.attention().request(case.probabilities) for case in testing.cases((dtype,)))
+        assert any(not configured.refusals_anywhere(replace(request, device=device)) for request in requests), device
 
 
 @pytest.fixture
 def registered():
-    """Registers backend classes for one test."""
-    made = []
+    """A function that registers a backend class for one test."""
+    names = []
 
     def register(cls):
         attnzoo.register_backend(cls)
-        made.append(cls.name)
+        names.append(cls.name)
         return cls.name
 
     yield register
-    for name in made:
+    for name in names:
         attnzoo.unregister_backend(name)
 
 
@@ -62,7 +62,7 @@ def narrow(**capabilities):
 
 @dataclass(frozen=True)
 class Liar(attnzoo.Backend):
-    """Computes what eager does, with something wrong or missing."""
+    """``eager`` with a fault."""
 
     name: ClassVar[str] = "liar"
     capabilities: ClassVar[attnzoo.Capabilities] = EagerBackend.capabilities
@@ -81,7 +81,7 @@ def changes(**fields):
 
 
 @pytest.mark.parametrize(
-    ("lie", "caught_by"),
+    ("lie", "message"),
     [
         (changes(key_mask=None), "mask keys"),
         (changes(mask=None), "mask dense"),
@@ -101,13 +101,13 @@ def changes(**fields):
     ],
     ids=["key mask", "dense mask", "bias", "pattern", "query mask", "no dropout", "half dropout", "scale", "segment"],
 )
-def test_the_kit_catches_a_backend_that_drops_something(registered, lie, caught_by):
+def test_kit_detects_a_backend_that_ignores_part_of_the_attention(registered, lie, message):
     name = registered(type("Lying", (Liar,), {"change": lie}))
-    with pytest.raises(testing.ConformanceError, match=caught_by):
+    with pytest.raises(testing.ConformanceError, match=message):
         testing.check_backend(name, dtypes=(torch.float32,))
 
 
-def test_the_kit_catches_wrong_gradients(registered):
+def test_kit_detects_wrong_gradients(registered):
     class Detached(Liar):
         def run(self, attention, probabilities=False):
             output = evaluate(attention).output
@@ -117,7 +117,7 @@ def test_the_kit_catches_wrong_gradients(registered):
         testing.check_backend(registered(Detached), dtypes=(torch.float32,))
 
 
-def test_the_kit_catches_a_backend_that_crashes_on_what_it_declares(registered):
+def test_kit_detects_a_backend_that_raises_in_a_declared_case(registered):
     class Crashing(Liar):
         def run(self, attention, probabilities=False):
             raise RuntimeError("kernel exploded")
@@ -126,16 +126,16 @@ def test_the_kit_catches_a_backend_that_crashes_on_what_it_declares(registered):
         testing.check_backend(registered(Crashing), dtypes=(torch.float32,))
 
 
-def test_the_kit_catches_probabilities_that_are_declared_and_not_returned(registered):
+def test_kit_detects_declared_probabilities_that_are_missing(registered):
     class Silent(Liar):
         def run(self, attention, probabilities=False):
             return EagerBackend().run(attention, False)
 
-    with pytest.raises(testing.ConformanceError, match="probabilities were asked for"):
+    with pytest.raises(testing.ConformanceError, match="probabilities were requested"):
         testing.check_backend(registered(Silent), dtypes=(torch.float32,))
 
 
-def test_the_kit_catches_vague_refusals(registered):
+def test_kit_detects_vague_refusals(registered):
     class Vague(Liar):
         def refusals(self, request):
             return (attnzoo.Refusal("dtype", "", ""),) if request.dropout else ()
@@ -144,7 +144,7 @@ def test_the_kit_catches_vague_refusals(registered):
         testing.check_backend(registered(Vague), dtypes=(torch.float32,))
 
 
-def test_refused_cases_are_really_refused(registered):
+def test_kit_runs_only_declared_dtypes(registered):
     class Narrow(Liar):
         capabilities: ClassVar[attnzoo.Capabilities] = narrow(dtypes=frozenset({torch.float32}))
 
@@ -152,7 +152,7 @@ def test_refused_cases_are_really_refused(registered):
     assert {outcome.case.dtype for outcome in report.outcomes if not outcome.refused} == {torch.float32}
 
 
-def test_a_backend_that_refuses_everything_does_not_conform(registered):
+def test_backend_that_refuses_everything_fails(registered):
     class Nothing(Liar):
         capabilities: ClassVar[attnzoo.Capabilities] = narrow(dtypes=frozenset())
 
@@ -160,11 +160,11 @@ def test_a_backend_that_refuses_everything_does_not_conform(registered):
         testing.check_backend(registered(Nothing), dtypes=(torch.float32,))
 
 
-def test_a_configured_backend_can_be_checked_too():
+def test_kit_accepts_a_configured_backend():
     assert not testing.check_backend(SdpaBackend(), dtypes=(torch.float32,)).failures
 
 
 @pytest.mark.parametrize("backend", [SdpaBackend, None, 3])
-def test_only_a_backend_is_checked(backend):
+def test_kit_refuses_objects_that_are_no_backend(backend):
     with pytest.raises(attnzoo.InvalidArgumentError, match=r"backend: got .*; allowed: a registered name, or a config"):
         testing.check_backend(backend)

@@ -1,4 +1,4 @@
-"""Attention probabilities under ``eager`` lie on the way to the output where the original's do: they get gradients."""
+"""Attention probabilities under ``eager`` get the same gradients as those of the original."""
 
 import pytest
 import torch
@@ -10,39 +10,39 @@ KINDS = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attent
 
 
 def gradients(model, inputs):
-    """The gradient each returned attention tensor gets, by its name (None: it is not on the way); and who sees whom."""
+    """By name: the gradient of each returned attention tensor (None: no path to the output); where it is positive."""
     returned = model(**inputs, output_attentions=True)
-    found = {f"{kind} {n}": one for kind in KINDS for n, one in enumerate(getattr(returned, kind, None) or ())}
-    for one in found.values():
-        if one.requires_grad:
-            one.retain_grad()
+    tensors = {f"{kind} {n}": tensor for kind in KINDS for n, tensor in enumerate(getattr(returned, kind, None) or ())}
+    for tensor in tensors.values():
+        if tensor.requires_grad:
+            tensor.retain_grad()
     returned[0].square().mean().backward()
-    return {name: one.grad for name, one in found.items()}, {name: one.detach() > 0 for name, one in found.items()}
+    return {name: t.grad for name, t in tensors.items()}, {name: t.detach() > 0 for name, t in tensors.items()}
 
 
 @pytest.mark.parametrize("side", ["none", "right"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_probabilities_get_the_gradients_of_the_original(family, training, side):
+def test_probabilities_have_the_gradients_of_the_original(family, training, side):
     if family.name == "reformer" and not training:
         pytest.skip("the original's backward works in training mode only")
     model, inputs = family.build().double().train(training), family.inputs(21 if "longt5" in family.name else 24, side)
     if family.name not in ("reformer", "led", "longformer"):
         model.set_attn_implementation("eager")
-    expected, seen = gradients(model, inputs)
+    expected, positive = gradients(model, inputs)
     with attnzoo.patch(model, "eager"):
-        found, _ = gradients(model, inputs)
-    assert found.keys() == expected.keys() and found
+        patched, _ = gradients(model, inputs)
+    assert patched.keys() == expected.keys() and patched
     for name, gradient in expected.items():
         if gradient is not None:
-            assert found[name] is not None, f"{name} has no gradient"
-            real = real_rows(name, gradient, inputs) * seen[name]
-            off = ((found[name] - gradient) * real).abs().max()
-            assert off <= 1e-5 * gradient.abs().max(), name  # models take their softmax in float32, in float64 too
+            assert patched[name] is not None, f"{name} has no gradient"
+            compared = real_rows(name, gradient, inputs) * positive[name]
+            difference = ((patched[name] - gradient) * compared).abs().max()
+            assert difference <= 1e-5 * gradient.abs().max(), name  # float64 models, too, use a float32 softmax
 
 
 def real_rows(name, gradient, inputs):
-    """1 in rows of real tokens: what the original leaves in padding rows is not compared."""
+    """1 in rows of real tokens. Padding rows of the original have arbitrary values and are not compared."""
     decoder = "decoder_attention_mask" in inputs and not name.startswith("encoder")
     mask = inputs["decoder_attention_mask" if decoder else "attention_mask"].to(gradient.dtype)
     if gradient.ndim == 4:
@@ -51,11 +51,11 @@ def real_rows(name, gradient, inputs):
     return torch.nn.functional.pad(mask, (0, -mask.shape[1] % block)).unflatten(1, (-1, block))[:, :, None, :, None]
 
 
-def test_cross_attention_of_gpt_bigcode():
-    """Broken in the original: the gradient is that of the definition, the change of the loss with the weights."""
+def test_probabilities_of_gpt_bigcode_cross_attention_get_gradients():
+    """The original's code is broken there, so there is nothing to compare with."""
     model = gpt_bigcode(add_cross_attention=True, multi_query=False).double()
     states = torch.randn(2, 6, 32, dtype=torch.float64)
     with attnzoo.patch(model, "eager"):
-        found, _ = gradients(model, dict(input_ids=ids(2, 5), encoder_hidden_states=states))
-    assert sorted(found) == ["attentions 0", "attentions 1", "cross_attentions 0", "cross_attentions 1"]
-    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in found.values())
+        patched, _ = gradients(model, dict(input_ids=ids(2, 5), encoder_hidden_states=states))
+    assert sorted(patched) == ["attentions 0", "attentions 1", "cross_attentions 0", "cross_attentions 1"]
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in patched.values())

@@ -1,4 +1,4 @@
-"""Whole models: patched equals original, on real tokens, forward and backward."""
+"""Patched models equal the originals on real tokens, forward and backward."""
 
 import pytest
 import torch
@@ -29,13 +29,13 @@ sides = pytest.mark.parametrize("side", ["none", "left", "right", "sample"])
 @families
 @backends
 @sides
-def test_logits_and_gradients_are_within_the_error_rule(family, backend, side):
+def test_logits_and_gradients_pass_the_error_rule(family, backend, side):
     report = attnzoo.verify(family.build(), family.inputs(37, side), backend)
     assert report.ok, str(report)
 
 
 def lengths(family):
-    """Where padding, wrapping and partial blocks begin."""
+    """Lengths around the block size, where models pad and blocks are partial."""
     return 1, family.block - 1, family.block, family.block + 1, 3 * family.block + 2
 
 
@@ -44,7 +44,7 @@ def modes(family):
 
 
 @pytest.mark.parametrize(("family", "length"), [(f, n) for f in FAMILIES.values() for n in lengths(f)], ids=str)
-def test_any_length_without_padding(family, length):
+def test_every_length_without_padding(family, length):
     report = attnzoo.verify(family.build(), family.inputs(length, "none"), "sdpa")
     assert report.ok, str(report)
 
@@ -54,7 +54,7 @@ def test_any_length_without_padding(family, length):
     [(f, mode, n) for f in FAMILIES.values() for mode in modes(f) for n in (*lengths(f), 1000)],
     ids=str,
 )
-def test_any_length_with_every_padding_in_every_mode(family, mode, length):
+def test_every_length_with_every_padding_in_every_mode(family, mode, length):
     judge(family, family.inputs(length, "every"), mode)
 
 
@@ -67,7 +67,7 @@ def test_bfloat16_with_every_padding_in_every_mode(family, mode):
 @sides
 @pytest.mark.parametrize("globals_", ["zero", "one", "varying", "all"])
 @pytest.mark.parametrize("build", [led, longformer])
-def test_global_tokens(build, globals_, side, backend):
+def test_global_tokens_pass_the_error_rule(build, globals_, side, backend):
     inputs = (led_inputs if build is led else longformer_inputs)(37, side, globals_)
     report = attnzoo.verify(build(), inputs, backend)
     assert report.ok, str(report)
@@ -76,7 +76,7 @@ def test_global_tokens(build, globals_, side, backend):
 @families
 @backends
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_other_dtypes(family, backend, dtype):
+def test_other_dtypes_pass_the_error_rule(family, backend, dtype):
     report = attnzoo.verify(family.build().to(dtype), family.inputs(37, "left"), backend)
     assert report.ok, str(report)
 
@@ -84,22 +84,23 @@ def test_other_dtypes(family, backend, dtype):
 @backends
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("build", [gpt_neox, gpt_bigcode])
-def test_a_users_mask_with_a_row_for_all_queries(build, implementation, backend):
-    """The original repeats it; no query is causal then."""
+def test_4d_mask_with_one_row_for_all_queries(build, implementation, backend):
+    """The original uses the row for all queries, without causality."""
     model, inputs = build(), causal_inputs(11, "left")
     model.set_attn_implementation(implementation)
     real = inputs["attention_mask"].bool()
     hidden = torch.zeros(real.shape).masked_fill(~real, torch.finfo(torch.float32).min)
-    given = dict(inputs, attention_mask=hidden[:, None, None], position_ids=torch.arange(11)[None])
+    changed = dict(inputs, attention_mask=hidden[:, None, None], position_ids=torch.arange(11)[None])
     with torch.no_grad():
-        before = model(**given).logits
+        before = model(**changed).logits
         with attnzoo.patch(model, backend):
-            torch.testing.assert_close(model(**given).logits, before, rtol=1e-5, atol=1e-5 * before.abs().max().item())
+            after = model(**changed).logits
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5 * before.abs().max().item())
 
 
 @families
 @backends
-def test_logits_equal_the_original_to_1e_5_of_their_size(family, backend):
+def test_logits_equal_the_originals_to_1e_5_of_their_size(family, backend):
     model, inputs = family.build(), family.inputs(37, "left")
     model = model.double() if family.coarse else model
     with torch.no_grad():
@@ -117,7 +118,7 @@ MASKS = ["attention_mask", "global_attention_mask", "decoder_attention_mask"]
     [(family, mask) for family in FAMILIES.values() for mask in MASKS if mask in family.inputs(37, "left")],
     ids=str,
 )
-def test_these_inputs_would_show_a_lost_mask(family, mask):
+def test_inputs_show_a_lost_mask(family, mask):
     model, inputs = family.build(), family.inputs(37, "left")
     changed = dict(inputs)
     changed[mask] = torch.zeros_like(inputs[mask]) if "global" in mask else torch.ones_like(inputs[mask])
@@ -125,7 +126,7 @@ def test_these_inputs_would_show_a_lost_mask(family, mask):
     with torch.no_grad():
         difference = (model(**inputs).logits - model(**changed).logits)[real].abs().max()
     if mask == "decoder_attention_mask":
-        assert difference < 1e-4  # padding on the right of a causal decoder: nothing real looks at it
+        assert difference < 1e-4  # no real token of a causal decoder sees padding on its right
     else:
         assert difference > 0.1
 
@@ -136,18 +137,18 @@ def test_autocast_computes_in_the_autocast_dtype(family, backend):
     model, inputs = family.build(), family.inputs(37, "left")
     with torch.no_grad():
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            with hashes_of(model) as made:
+            with hashes_of(model) as buckets:
                 original = logits_of(model, inputs).float()
-            with replaying(model, made), attnzoo.patch(model, backend) as handle:
-                seen = []
+            with replaying(model, buckets), attnzoo.patch(model, backend) as handle:
+                dtypes = []
                 for site in handle.sites:
-                    site.observer = lambda site, attention, result, ran: seen.append(result.output.dtype)
+                    site.observer = lambda site, attention, result, backend: dtypes.append(result.output.dtype)
                 got = logits_of(model, inputs).float()
-        with replaying(model, made), attnzoo.patch(model, "eager"):
+        with replaying(model, buckets), attnzoo.patch(model, "eager"):
             reference = logits_of(model.double(), inputs)
-    assert set(seen) == {torch.bfloat16}
-    verdict = check("logits", got, reference, original, FORWARD, dtype=torch.bfloat16)
-    assert verdict.ok, str(verdict)
+    assert set(dtypes) == {torch.bfloat16}
+    result = check("logits", got, reference, original, FORWARD, dtype=torch.bfloat16)
+    assert result.ok, str(result)
 
 
 @families
@@ -180,6 +181,6 @@ HEADS = [
 
 
 @pytest.mark.parametrize(("build", "cls", "inputs"), HEADS, ids=[cls for _, cls, _ in HEADS])
-def test_every_head_class_of_the_family(build, cls, inputs):
+def test_every_head_class_passes_the_error_rule(build, cls, inputs):
     report = attnzoo.verify(build(cls), inputs(26, "right"), "sdpa")
     assert report.ok, str(report)

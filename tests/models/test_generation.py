@@ -1,14 +1,14 @@
-"""Generation: patched gives the original's tokens, with every cache, and chunks of tokens equal one forward."""
+"""Generation: patched models give the original's tokens with every cache, and chunks of tokens equal one forward."""
 
 import inspect
 
 import pytest
 import torch
-import transformers
 
 import attnzoo
 from attnzoo.conformance.error_rule import FORWARD, check
-from tests.checkpoints.train import HERE, RECIPES, windows
+from tests.checkpoints.train import RECIPES, windows
+from tests.support.checkpoints import load
 from tests.support.judge import chunked, in_one_forward
 from tests.support.models import FAMILIES, ids
 
@@ -28,16 +28,16 @@ RUNS = [
 @pytest.mark.parametrize(("family", "side", "cache"), RUNS, ids=str)
 @searches
 @backends
-def test_tokens_are_the_originals(family, side, cache, beams, backend):
+def test_generated_tokens_equal_the_originals(family, side, cache, beams, backend):
     model = family.build()
     options = dict(**family.prompt(side), **CACHES[cache], num_beams=beams, do_sample=False, max_new_tokens=12)
-    options["no_repeat_ngram_size"] = 2  # random models like to repeat themselves for ever
+    options["no_repeat_ngram_size"] = 2  # random models repeat themselves otherwise
     before = model.generate(**options)
     with attnzoo.patch(model, backend) as handle:
         after = model.generate(**options)
     assert torch.equal(before, after)
     assert all(site.calls for site in handle.sites)
-    assert len(before.unique()) > 3  # else the model repeats itself and would hide a difference
+    assert len(before.unique()) > 3  # a model that repeats itself would hide a difference
 
 
 WAYS = {
@@ -50,16 +50,15 @@ WAYS = {
 @pytest.mark.parametrize(
     ("family", "cache"),
     [(family, "dynamic") for family in RECIPES]
-    + [(family, "static") for family in RECIPES if family != "reformer"],  # its cache is of its own kind
+    + [(family, "static") for family in RECIPES if family != "reformer"],  # it has no static cache
 )
 @pytest.mark.parametrize("way", WAYS)
 @backends
-def test_tokens_of_trained_models_are_the_originals(family, cache, way, backend):
-    """Without help against repetition; and drawn from all of the distribution, where every logit counts."""
-    recipe = RECIPES[family]
-    model = getattr(transformers, recipe.cls).from_pretrained(HERE / family, dtype=torch.float32).eval()
+def test_tokens_of_trained_models_equal_the_originals(family, cache, way, backend):
+    """Repetition is allowed; sampling draws from the whole distribution, so that every logit matters."""
+    model = load(family)
     text = windows(2, 96, False, torch.Generator().manual_seed(5))
-    prompt = {name: given for name, given in recipe.inputs(text).items() if name != "labels"}
+    prompt = {name: value for name, value in RECIPES[family].inputs(text).items() if name != "labels"}
 
     def generate():
         torch.manual_seed(0)
@@ -72,20 +71,22 @@ def test_tokens_of_trained_models_are_the_originals(family, cache, way, backend)
     assert len(before[:, -24:].unique()) > 3
 
 
-def caches_chunks(family):
-    """Whether it decodes, and takes several tokens on a cache: that of transformers, which Reformer's is not."""
+def is_decoder_with_cache(family):
+    """Whether the model has no encoder and accepts several tokens with a cache of transformers (Reformer does not)."""
     parameters = inspect.signature(type(family.build()).forward).parameters
     return "past_key_values" in parameters and "decoder_input_ids" not in parameters
 
 
-decoders = pytest.mark.parametrize("family", [family for family in FAMILIES.values() if caches_chunks(family)], ids=str)
+decoders = pytest.mark.parametrize(
+    "family", [family for family in FAMILIES.values() if is_decoder_with_cache(family)], ids=str
+)
 
 
 @decoders
 @backends
 @pytest.mark.parametrize("side", ["none", "left"])
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-def test_chunks_of_new_tokens_on_a_cache_equal_one_forward(family, backend, side, static):
+def test_chunks_of_tokens_with_a_cache_equal_one_forward(family, backend, side, static):
     model, inputs = family.build(), family.inputs(24, side)
     real = inputs["attention_mask"].bool()
     with attnzoo.patch(model, backend):
@@ -94,13 +95,13 @@ def test_chunks_of_new_tokens_on_a_cache_equal_one_forward(family, backend, side
     with attnzoo.patch(model, "eager"):
         reference = in_one_forward(model.double(), inputs)
     for what, values in (("chunks", got), ("one forward", together)):
-        verdict = check(what, values[real], reference[real], original[real], FORWARD)
-        assert verdict.ok, str(verdict)
+        result = check(what, values[real], reference[real], original[real], FORWARD)
+        assert result.ok, str(result)
 
 
 @decoders
 @backends
-def test_a_future_token_changes_nothing_earlier(family, backend):
+def test_future_token_does_not_change_earlier_logits(family, backend):
     model, tokens = family.build(), ids(2, 24)
     changed = tokens.clone()
     changed[:, 15] = (changed[:, 15] - 3 + 1) % 90 + 3

@@ -1,7 +1,7 @@
-"""Masks as users type them, through every family: what does not fit is refused by name before anything ran.
+"""Masks of users in every family: a mask that does not fit is refused by name before the model runs.
 
-What the original takes by design is taken, with the same result: other dtypes, one row for all samples, and masks of
-another length where the model cuts and fills them itself.
+Masks that the original accepts by design give the same result: other dtypes, one row for all samples, and other lengths
+if the model cuts and fills the mask.
 """
 
 import numpy
@@ -41,7 +41,7 @@ REFUSED = {
     "an array of strings": lambda mask: numpy.array([["real"] * 24] * 3),
     "a list": lambda mask: mask.tolist(),
     "True": lambda mask: True,
-    "elsewhere": lambda mask: mask.to("meta"),
+    "another device": lambda mask: mask.to("meta"),
     "NaN": lambda mask: mask.float().masked_fill(torch.arange(mask.shape[1]) == 1, float("nan")),
     "complex": lambda mask: mask.to(torch.complex64),
     "sparse": lambda mask: mask.to_sparse(),
@@ -52,7 +52,7 @@ LENGTHS = {
     "shorter": lambda mask: mask[:, :-1],
     "shorter, all ones": lambda mask: torch.ones(mask.shape[0], mask.shape[1] - 1).long(),
 }
-TAKEN = {
+ACCEPTED_DTYPES = {
     "bool": torch.Tensor.bool,
     "int32": torch.Tensor.int,
     "float32": torch.Tensor.float,
@@ -62,55 +62,55 @@ TAKEN = {
 
 
 def cuts(name, argument):
-    """Whether the model makes a mask of its own out of this one, and cuts or fills it."""
+    """Whether the model derives another mask from this one, and cuts or fills it."""
     return argument == "decoder_attention_mask" or name.startswith("gpt")
 
 
-def refused(model, inputs, argument, mask):
+def assert_refused(model, inputs, argument, mask):
     with attnzoo.patch(model, "sdpa") as handle, torch.no_grad():
         with pytest.raises(InvalidArgumentError, match=f"^{argument}[ :].*got .*; allowed: ") as caught:
             model(**{**inputs, argument: mask})
-        if argument != "decoder_attention_mask":  # the encoder ran by then; it has no cache
+        if argument != "decoder_attention_mask":  # the encoder has run then; it has no cache
             assert not any(site.calls for site in handle.sites)
     assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("spoil", REFUSED.values(), ids=REFUSED)
 @each_mask
-def test_what_fits_no_tokens_is_refused_by_name(name, argument, spoil):
+def test_mask_that_fits_no_tokens_is_refused_by_name(name, argument, spoil):
     family = FAMILIES[name]
     inputs = family.inputs(24, "right")
-    refused(family.build(), inputs, argument, spoil(inputs[argument]))
+    assert_refused(family.build(), inputs, argument, spoil(inputs[argument]))
 
 
 @pytest.mark.parametrize("change", LENGTHS.values(), ids=LENGTHS)
 @each_mask
-def test_a_mask_of_another_length(name, argument, change):
+def test_mask_of_another_length_is_refused_unless_the_model_cuts_it(name, argument, change):
     family = FAMILIES[name]
     model, inputs = family.build(), family.inputs(24, "right")
     for given in (inputs, {key: value for key, value in inputs.items() if key != "global_attention_mask"}):
         if argument not in given:
             continue
         if not cuts(name, argument):
-            refused(model, given, argument, change(inputs[argument]))
+            assert_refused(model, given, argument, change(inputs[argument]))
             continue
-        same(model, {**given, argument: change(inputs[argument])}, inputs)
+        assert_same(model, {**given, argument: change(inputs[argument])}, inputs)
 
 
-def same(model, given, inputs, expected=None):
-    """A patched model gives what the original gives for ``given``, or for ``expected``, on real tokens."""
-    meant = inputs if expected is None else expected
-    real = meant.get("decoder_attention_mask", meant["attention_mask"]).bool()
+def assert_same(model, given, inputs, expected=None):
+    """Assert that the patched model gives on ``given`` what the original gives on ``expected`` (None: on ``given``)."""
+    masks = inputs if expected is None else expected
+    real = masks.get("decoder_attention_mask", masks["attention_mask"]).bool()
     with torch.no_grad():
-        wanted = model(**(given if expected is None else expected))[0][real]
+        original = model(**(given if expected is None else expected))[0][real]
         with attnzoo.patch(model, "sdpa"):
-            found = model(**given)[0][real]
-    assert (found - wanted).abs().max() <= 1e-3 * wanted.abs().max()
+            patched = model(**given)[0][real]
+    assert (patched - original).abs().max() <= 1e-3 * original.abs().max()
 
 
-@pytest.mark.parametrize("change", TAKEN.values(), ids=TAKEN)
+@pytest.mark.parametrize("change", ACCEPTED_DTYPES.values(), ids=ACCEPTED_DTYPES)
 @each_mask
-def test_dtypes_are_those_of_the_original(name, argument, change):
+def test_mask_dtypes_of_the_original_are_accepted(name, argument, change):
     family = FAMILIES[name]
     model, inputs = family.build(), family.inputs(24, "right")
     given = {**inputs, argument: change(inputs[argument])}
@@ -119,18 +119,18 @@ def test_dtypes_are_those_of_the_original(name, argument, change):
             attnzoo.patch(model, "sdpa"),
             pytest.raises(InvalidArgumentError, match=r"attention_mask: got .* bool .*neg"),
         ):
-            model(**given)  # the original fails: it subtracts
+            model(**given)  # the original fails, because it subtracts the mask
         return
-    same(model, given, inputs)
+    assert_same(model, given, inputs)
 
 
 @each_mask
-def test_one_row_is_for_all_samples(name, argument):
+def test_one_row_applies_to_all_samples(name, argument):
     family = FAMILIES[name]
     model, inputs = family.build(), family.inputs(24, "right")
     model = model.double() if family.coarse else model
     row = inputs[argument][1:2]
-    same(model, {**inputs, argument: row}, inputs, {**inputs, argument: row.expand(3, -1)})
+    assert_same(model, {**inputs, argument: row}, inputs, {**inputs, argument: row.expand(3, -1)})
 
 
 @pytest.mark.parametrize("build", [gpt_neox, gpt_bigcode])
@@ -138,8 +138,8 @@ def test_one_row_is_for_all_samples(name, argument):
 @pytest.mark.parametrize(
     "shape", [(3, 1, 5, 4), (3, 1, 6, -1), (2, 1, 5, -1), (3, 1, 5)], ids=["columns", "rows", "samples", "rank"]
 )
-def test_a_grid_that_does_not_fit_leaves_the_cache_as_it_was(build, filled, shape):
-    """-1: as many columns as there are keys. The first layer's cache would be filled by the time it sees the grid."""
+def test_4d_mask_that_does_not_fit_leaves_the_cache_unchanged(build, filled, shape):
+    """-1 stands for as many columns as keys. Without the early check, the first layer would fill its cache first."""
     model, cache = build(), DynamicCache()
     with attnzoo.patch(model, "sdpa"), torch.no_grad():
         if filled:
@@ -157,35 +157,32 @@ def test_a_grid_that_does_not_fit_leaves_the_cache_as_it_was(build, filled, shap
 @pytest.mark.parametrize("build", [led, longformer])
 @pytest.mark.parametrize("argument", ["attention_mask", "is_index_masked", "is_index_global_attn"])
 @pytest.mark.parametrize("change", [*LENGTHS.values(), *REFUSED.values()], ids=[*LENGTHS, *REFUSED])
-def test_an_attention_module_by_itself(build, argument, change):
+def test_attention_module_alone_refuses_a_mask_that_does_not_fit(build, argument, change):
     module = next(module for module in build().modules() if hasattr(module, "query_global"))
     mask = torch.ones(3, 24)
     given = dict(attention_mask=0 * mask, is_index_masked=mask < 0, is_index_global_attn=mask < 0)
-    spoilt = change(given[argument])
+    bad_mask = change(given[argument])
     with attnzoo.patch(module, "eager") as handle, torch.no_grad():
         module(torch.randn(3, 24, 32), is_global_attn=True, **given)
         calls = handle.sites[0].calls
         with pytest.raises(InvalidArgumentError, match=f"^{argument}[ :]"):
-            module(torch.randn(3, 24, 32), is_global_attn=True, **{**given, argument: spoilt})
+            module(torch.randn(3, 24, 32), is_global_attn=True, **{**given, argument: bad_mask})
         assert handle.sites[0].calls == calls
 
 
-# Where the check is not
-
-
-def test_a_model_whose_forward_somebody_replaced_is_patched_without_the_check():
+def test_model_with_a_replaced_forward_has_no_mask_check():
     model, inputs = gpt_neox(), causal_inputs(16, "left")
-    own, seen = model.gpt_neox.forward, []
-    model.gpt_neox.forward = lambda *args, **given: (seen.append(1), own(*args, **given))[1]
+    forward, calls = model.gpt_neox.forward, []
+    model.gpt_neox.forward = lambda *args, **kwargs: (calls.append(1), forward(*args, **kwargs))[1]
     with torch.no_grad():
         expected = model(**inputs).logits
         with attnzoo.patch(model, "sdpa"):
             torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-3, rtol=1e-3)
-    assert len(seen) == 2 and "forward" in vars(model.gpt_neox)
+    assert len(calls) == 2 and "forward" in vars(model.gpt_neox)
 
 
-def test_generation_hands_on_masks_of_its_own():
-    """An encoder's output comes with the mask of its tokens; a step has a mask of all tokens so far."""
+def test_generation_passes_masks_of_other_lengths():
+    """The mask of an encoder's output has the length of the input; the mask of a step covers all previous tokens."""
     for build, inputs in ((led, led_inputs), (longt5, causal_inputs)):
         model, given = build(), inputs(21, "right")
         given = {name: value for name, value in given.items() if not name.startswith("decoder")}

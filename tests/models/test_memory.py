@@ -1,7 +1,7 @@
-"""Whole models: no tensor that a patched model makes is as large as the square of the input length.
+"""No tensor of a patched model is as large as the square of the input length.
 
-Only single tensors are looked at, so that the test needs no long inputs: a tensor of ``length ** 2`` elements is found
-at any length at which the sizes of the tiny models are small beside it.
+The tests look at single tensors, so that they need no long inputs: a tensor of ``length ** 2`` elements stands out at
+any length that is large compared with the sizes of the tiny models.
 """
 
 import pytest
@@ -17,7 +17,7 @@ ENCODERS = ("led", "longformer", "longt5-local", "longt5-tglobal", "reformer")
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the operation that returned the largest tensor, by the elements its memory has room for."""
+    """Records the operation that returned the largest tensor, measured by its storage."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def largest_tensor(model, inputs, mode):
-    """The largest tensor of a forward, or of a forward and its backward in any other mode."""
+    """The largest tensor of a forward; in every mode but ``"forward"``, of forward and backward."""
     model.train(mode in ("train", "checkpointed"))
     if mode == "checkpointed":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -53,7 +53,7 @@ def modes(family):
 @pytest.mark.parametrize(
     ("family", "mode"), [(FAMILIES[name], mode) for name in ENCODERS for mode in modes(FAMILIES[name])], ids=str
 )
-def test_a_patched_encoder_makes_no_square(family, mode, side):
+def test_patched_encoder_has_no_quadratic_tensor(family, mode, side):
     model = family.build()
     with attnzoo.patch(model, "sdpa") as handle:
         largest = largest_tensor(model, family.inputs(LENGTH, side), mode)
@@ -63,7 +63,7 @@ def test_a_patched_encoder_makes_no_square(family, mode, side):
 
 @pytest.mark.parametrize("name", ["gpt_neox", "gpt_bigcode-mqa", "gpt_bigcode-mha"])
 @pytest.mark.parametrize("mode", ["forward", "train"])
-def test_a_patched_decoder_makes_no_square_without_padding(name, mode):
+def test_patched_decoder_without_padding_has_no_quadratic_tensor(name, mode):
     family = FAMILIES[name]
     model = family.build()
     with attnzoo.patch(model, "sdpa"):
@@ -73,7 +73,7 @@ def test_a_patched_decoder_makes_no_square_without_padding(name, mode):
 
 @pytest.mark.parametrize("globals_", ["zero", "one", "varying"])
 @pytest.mark.parametrize(("family", "inputs"), [("led", led_inputs), ("longformer", longformer_inputs)])
-def test_global_tokens_make_no_square(family, inputs, globals_):
+def test_global_tokens_need_no_quadratic_tensor(family, inputs, globals_):
     model = FAMILIES[family].build()
     with attnzoo.patch(model, "sdpa"):
         largest = largest_tensor(model, inputs(LENGTH, "every", globals_), "forward")
@@ -81,7 +81,7 @@ def test_global_tokens_make_no_square(family, inputs, globals_):
 
 
 @pytest.mark.parametrize("name", ["led", "longformer"])
-def test_the_originals_make_one(name):
-    """Else the tests above prove nothing."""
+def test_original_has_a_quadratic_tensor(name):
+    """So the tests above would fail on the original."""
     family = FAMILIES[name]
     assert largest_tensor(family.build(), family.inputs(LENGTH, "none"), "forward").elements >= LENGTH**2

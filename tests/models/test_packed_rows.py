@@ -1,7 +1,7 @@
-"""Packed rows through whole models: the patched model gives what the unpatched one gives, whoever says the boundaries.
+"""Packed rows in whole models: the patched model equals the original, however the document boundaries are given.
 
-Transformers finds the documents of a row in ``position_ids`` that start anew, where no 2-D mask and no cache is given,
-and writes them into the 4-D mask. ``eager`` and ``sdpa`` go by that mask alone.
+Without a 2-D mask and a cache, transformers starts a document at each restart of ``position_ids`` and writes the
+documents into the 4-D mask. ``eager`` and ``sdpa`` use only that mask.
 """
 
 import pytest
@@ -23,12 +23,12 @@ GRID = torch.block_diag(*(torch.ones(length, length).tril() for length in LENGTH
 MODELS = [(gpt_neox, "sdpa"), (gpt_neox, "eager"), (gpt_bigcode, "sdpa"), (gpt_bigcode, "eager")]
 
 
-@pytest.fixture(params=MODELS, ids=lambda one: f"{one[0].__name__}-{one[1]}")
+@pytest.fixture(params=MODELS, ids=lambda param: f"{param[0].__name__}-{param[1]}")
 def model(request):
     build, implementation = request.param
-    made = build()
-    made.set_attn_implementation(implementation)
-    return made
+    model = build()
+    model.set_attn_implementation(implementation)
+    return model
 
 
 def close(got, expected):
@@ -37,7 +37,7 @@ def close(got, expected):
 
 @pytest.fixture
 def maskless():
-    """A backend without dense masks, as kernels for sequences of varying lengths are."""
+    """A backend without dense masks, like kernels for sequences of varying length."""
 
     class Maskless(attnzoo.Backend):
         name = "maskless"
@@ -57,11 +57,11 @@ def maskless():
 
 @pytest.mark.parametrize("boundaries", [{}, BOUNDARIES], ids=["positions", "positions and boundaries"])
 @pytest.mark.parametrize("backend", ["sdpa", "eager", "auto", "maskless"])
-def test_a_packed_row_is_that_of_the_unpatched_model(model, backend, boundaries, maskless):
-    """Forward and backward; a document gives what it gives alone."""
+def test_packed_row_equals_the_original(model, backend, boundaries, maskless):
+    """Forward and backward. Each document also has the same output as alone."""
     native = model(**ROW, labels=ROW["input_ids"])
     native.loss.backward()
-    expected = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     with attnzoo.patch(model, backend) as handle:
         patched = model(**ROW, **boundaries, labels=ROW["input_ids"])
@@ -70,14 +70,13 @@ def test_a_packed_row_is_that_of_the_unpatched_model(model, backend, boundaries,
     assert all(site.calls and not site.fallbacks for site in handle.sites)
     assert close(patched.logits, native.logits)
     assert close(patched.logits, torch.cat(alone, dim=1))
-    largest = max(float(one.abs().max()) for one in expected.values())
-    for name, one in model.named_parameters():
+    largest = max(float(grad.abs().max()) for grad in expected.values())
+    for name, parameter in model.named_parameters():
         if name in expected:
-            assert float((one.grad - expected[name]).abs().max()) < 1e-4 * largest, name
+            assert float((parameter.grad - expected[name]).abs().max()) < 1e-4 * largest, name
 
 
-def test_rows_that_are_packed_differently(model, maskless):
-    """In a batch, each row has documents of its own."""
+def test_rows_of_a_batch_may_have_different_documents(model, maskless):
     other = torch.cat([torch.arange(9), torch.arange(LENGTH - 9)])[None]
     row = dict(input_ids=ids(2, LENGTH), position_ids=torch.cat([POSITIONS, other]), use_cache=False)
     with torch.no_grad():
@@ -97,8 +96,8 @@ def test_rows_that_are_packed_differently(model, maskless):
     ],
     ids=["boundaries alone", "positions beside a 2-D mask", "all three"],
 )
-def test_what_the_original_does_not_take_for_a_packed_row_is_none(model, backend, given, maskless):
-    """One document: ``eager`` and ``sdpa`` ignore boundaries, and a 2-D mask keeps positions from being looked at."""
+def test_row_that_the_original_does_not_pack_is_one_document(model, backend, given, maskless):
+    """``eager`` and ``sdpa`` ignore explicit boundaries, and transformers ignores positions beside a 2-D mask."""
     row = dict(input_ids=ROW["input_ids"], use_cache=False, **given)
     with torch.no_grad():
         native = model(**row).logits
@@ -111,7 +110,7 @@ def test_what_the_original_does_not_take_for_a_packed_row_is_none(model, backend
 @pytest.mark.parametrize("backend", ["sdpa", "eager", "maskless"])
 @pytest.mark.parametrize("positions", [{}, dict(position_ids=POSITIONS)], ids=["no positions", "positions"])
 @pytest.mark.parametrize("grid", [GRID, torch.ones_like(GRID).tril()], ids=["documents", "causal"])
-def test_a_4d_mask_alone_says_who_sees_whom(model, backend, positions, grid, maskless):
+def test_4d_mask_overrides_positions(model, backend, positions, grid, maskless):
     mask = torch.zeros(grid.shape).masked_fill(~grid, torch.finfo(torch.float32).min)
     row = dict(input_ids=ROW["input_ids"], attention_mask=mask, use_cache=False, **positions)
     with torch.no_grad():
@@ -121,8 +120,8 @@ def test_a_4d_mask_alone_says_who_sees_whom(model, backend, positions, grid, mas
 
 
 @pytest.mark.parametrize("options", [dict(window=3, sinks=2), dict(window=2)], ids=str)
-def test_windows_and_sinks_are_each_documents(options):
-    """Under a backend that changes what is seen, too, a document gives what it gives alone."""
+def test_windows_and_sinks_apply_within_each_document(options):
+    """With a backend that changes the pattern, too, each document has the same output as alone."""
     model = gpt_neox()
     with torch.no_grad(), attnzoo.patch(model, "blocked-local", **options):
         packed = model(**ROW).logits
@@ -130,7 +129,7 @@ def test_windows_and_sinks_are_each_documents(options):
     assert close(packed, torch.cat(alone, dim=1))
 
 
-def test_probabilities_of_a_packed_row_are_those_of_the_whole_row(model):
+def test_probabilities_of_a_packed_row_cover_the_whole_row(model):
     model.set_attn_implementation("eager")
     with torch.no_grad():
         native = model(**ROW, output_attentions=True)
@@ -141,7 +140,7 @@ def test_probabilities_of_a_packed_row_are_those_of_the_whole_row(model):
         assert torch.allclose(got, expected, atol=1e-5)
 
 
-def test_the_decoder_of_an_encoder_decoder_takes_documents_too(maskless):
+def test_decoder_of_an_encoder_decoder_supports_documents(maskless):
     model = led()
     row = dict(input_ids=ids(1, 16), decoder_input_ids=ids(1, LENGTH), decoder_attention_mask=GRID, use_cache=False)
     additive = torch.zeros(GRID.shape).masked_fill(~GRID, torch.finfo(torch.float32).min)
@@ -152,10 +151,10 @@ def test_the_decoder_of_an_encoder_decoder_takes_documents_too(maskless):
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_a_packed_mask_is_read_once_per_forward(implementation, monkeypatch):
-    """Whatever the number of layers, and also where the mask is bool, so that a reading could share its memory."""
+def test_packed_mask_is_read_once_per_forward(implementation, monkeypatch):
+    """For any number of layers, and for a bool mask, whose memory the result of the reading could share."""
     reads, read = [], documents.find_documents
-    monkeypatch.setattr(masks, "find_documents", lambda *given: reads.append(given) or read(*given))
+    monkeypatch.setattr(masks, "find_documents", lambda *args: reads.append(args) or read(*args))
     model = gpt_neox()
     model.set_attn_implementation(implementation)
     with attnzoo.patch(model, "sdpa"), torch.no_grad():

@@ -1,4 +1,4 @@
-"""Runs under any Python from 3.10 on, without any package: fingerprints of sources and of functions in files."""
+"""Compute fingerprints of sources and of functions in files. Runs under any Python from 3.10 on, without packages."""
 
 import importlib.util
 import json

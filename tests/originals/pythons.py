@@ -1,4 +1,4 @@
-"""The Python interpreters of this machine, and fingerprints computed by them."""
+"""Fingerprints computed by the other Python interpreters of this machine."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _SCRIPT = Path(__file__).with_name("on_another_python.py")
 
 @cache
 def interpreters() -> dict[str, str]:
-    """``{version: path}`` of every interpreter that starts: the running one, those on PATH and pyenv's."""
+    """Return ``{version: path}`` of every interpreter that starts: the running one, those on PATH and pyenv's."""
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     on_path = [
-        found
+        path
         for version in VERSIONS
         for folder in os.get_exec_path()
-        if (found := shutil.which(f"python{version}", path=folder))
+        if (path := shutil.which(f"python{version}", path=folder))
     ]
     starting: dict[str, str] = {}
     for path in [sys.executable, *on_path, *map(str, sorted(pyenv.glob("versions/*/bin/python")))]:
@@ -35,7 +35,7 @@ def interpreters() -> dict[str, str]:
 
 
 def _version(path: str) -> str | None:
-    """The version of an interpreter; None if it does not start (pyenv leaves shims that only print an error)."""
+    """Return the version of an interpreter, or None if it does not start (some pyenv shims only print an error)."""
     try:
         run = _run(path, "-c", "import sys; print('%d.%d' % sys.version_info[:2])")
     except (OSError, subprocess.TimeoutExpired):
@@ -50,12 +50,12 @@ def _run(path: str, *arguments: str, text: str = "") -> subprocess.CompletedProc
 
 
 def fingerprints_on(path: str, sources: dict[str, str], files: dict[str, str]) -> dict[str, dict[str, str | None]]:
-    """What another interpreter computes.
+    """Return the fingerprints that another interpreter computes.
 
     Args:
         path: the interpreter.
         sources: by name, text that begins with a function.
-        files: by name, a Python file that defines ``f``; its fingerprint is None if the grammar there refuses the file.
+        files: by name, a Python file that defines ``f``. Its fingerprint is None if the interpreter cannot parse it.
     """
     request = json.dumps({"module": fingerprint.__file__, "sources": sources, "files": files})
     run = _run(path, str(_SCRIPT), text=request)

@@ -1,4 +1,4 @@
-"""Functions whose source is hard to read (``hard_sources.txt``); and what in a source counts and what does not."""
+"""Functions whose source is hard to parse (``hard_sources.txt``), and edits that may change a fingerprint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _read() -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
         yield name, (tuple(map(int, since.split("."))) if since else _OLDEST, text)
 
 
-# By name: the first Python whose grammar takes it, and the text. Tests define the decorators `same` and `marked`.
+# By name: the first Python that accepts the text, and the text. Tests define the decorators `same` and `marked`.
 HARD = dict(_read())
 
 ORIGINAL = '''
@@ -31,7 +31,7 @@ def f(x, scale=1.0):
     return (y, f"{x + 1:.2f} of {{y}}", "two  words")
 '''.lstrip("\n")
 
-# What was changed, the text in ORIGINAL and what stands there instead.
+# Name of the change, text in ORIGINAL, replacement. EQUAL changes keep the fingerprint, DIFFERENT changes do not.
 EQUAL = [
     ("a comment", "    # why\n", ""),
     ("another comment", "# why", "# because \"it's\" '''"),
@@ -86,13 +86,13 @@ DIFFERENT = [
 
 
 def changed(old: str, new: str) -> str:
-    """ORIGINAL with another text in one place."""
+    """Return ORIGINAL with a text replaced."""
     assert old in ORIGINAL
     return ORIGINAL.replace(old, new)
 
 
 def every_source() -> dict[str, str]:
-    """All of the above by name."""
+    """Return all sources of this module by name."""
     sources = {name: text for name, (_, text) in HARD.items()}
     sources.update({f"equal: {what}": changed(old, new) for what, old, new in EQUAL})
     sources.update({f"different: {what}": changed(old, new) for what, old, new in DIFFERENT})

@@ -1,4 +1,4 @@
-"""An adapter refuses code it was not verified against, and says whose change it is."""
+"""An adapter refuses code it was not verified against, and says what changed it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from transformers.models.llama import modeling_llama
 
 import attnzoo
 from attnzoo.originals import drift as drift_module
-from attnzoo.originals.drift import Difference, drift
-from attnzoo.originals.fingerprint import fingerprint, locate
+from attnzoo.originals.drift import Difference, find_drift
+from attnzoo.originals.fingerprint import fingerprint, object_at
 from attnzoo.registry import registry
 
 WHERE = "transformers.models.gpt_neox.modeling_gpt_neox"
@@ -26,10 +26,10 @@ FORWARD = f"{WHERE}:GPTNeoXAttention.forward"
 
 
 def differences(path, *known):
-    return [(difference.path, difference.cause, difference.detail) for difference in drift({path: known})]
+    return [(difference.path, difference.cause, difference.detail) for difference in find_drift({path: known})]
 
 
-def test_drift_tells_what_is_gone_and_what_is_other():
+def test_drift_reports_missing_and_changed_functions():
     known = fingerprint(modeling_gpt_neox.GPTNeoXAttention.forward)
     assert differences(FORWARD, "other", known) == []
     changed = f"got fingerprint {known}; allowed: 0123456789abcdef, other"
@@ -51,7 +51,7 @@ def tiny(cls=GPTNeoXForCausalLM):
 
 
 def refusal(model):
-    """The message with which patching is refused; the model is left as it was, and its own code still runs."""
+    """Return the message with which ``patch`` refuses a model. The model is unchanged."""
     with pytest.raises(attnzoo.DriftError) as caught:
         attnzoo.patch(model, "sdpa")
     assert all("forward" not in vars(module) for module in model.modules())
@@ -67,13 +67,16 @@ def runs_natively(model):
     return handle
 
 
-# By version
+# Another version
 
 
-def test_another_version_is_refused_with_the_versions_known(monkeypatch):
+def test_other_version_is_refused_with_the_verified_versions(monkeypatch):
     adapter = registry.find_adapter("gpt_neox")
-    point = adapter.points[0]
-    other = replace(adapter, points=(replace(point, verified={FORWARD: ("0123456789abcdef",)}),))
+
+    class OtherVersion(type(adapter.points[0])):
+        verified = {FORWARD: ("0123456789abcdef",)}
+
+    other = replace(adapter, points=(OtherVersion(),))
     monkeypatch.setattr(registry, "adapters", lambda: {"gpt_neox": other})
     model = tiny()
     message = refusal(model)
@@ -84,13 +87,13 @@ def test_another_version_is_refused_with_the_versions_known(monkeypatch):
     runs_natively(model)
 
 
-def test_a_forward_that_is_gone_is_refused_as_another_version(monkeypatch):
+def test_missing_forward_is_refused_as_another_version(monkeypatch):
     model = tiny()
     monkeypatch.delattr(modeling_gpt_neox.GPTNeoXAttention, "forward")
     assert "was verified against transformers" in refusal(model)
 
 
-# At run time
+# Replaced at run time
 
 
 def replacement(original):
@@ -137,14 +140,14 @@ REPLACEMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("make", "told"), REPLACEMENTS, ids=[make.__name__ for make, _ in REPLACEMENTS])
-def test_what_replaced_a_method_at_run_time_is_named(monkeypatch, make, told):
+@pytest.mark.parametrize(("make", "expected"), REPLACEMENTS, ids=[make.__name__ for make, _ in REPLACEMENTS])
+def test_replacement_of_a_method_is_named(monkeypatch, make, expected):
     model, original = tiny(), modeling_gpt_neox.GPTNeoXAttention.forward
     monkeypatch.setattr(modeling_gpt_neox.GPTNeoXAttention, "forward", make(original))
     message = refusal(model)
-    if sys.version_info < (3, 11):  # code has its short name only
-        told = told.replace("replacement.<locals>.", "").replace("LlamaAttention.", "")
-    assert message.startswith(f"{FORWARD}: {told}")
+    if sys.version_info < (3, 11):  # code has only its short name
+        expected = expected.replace("replacement.<locals>.", "").replace("LlamaAttention.", "")
+    assert message.startswith(f"{FORWARD}: {expected}")
     assert "Restore it, or use backend 'native'" in message
     assert "version" not in message
     if make in (replacement, wrapper):
@@ -152,23 +155,23 @@ def test_what_replaced_a_method_at_run_time_is_named(monkeypatch, make, told):
 
 
 @pytest.mark.parametrize("make", [replacement, wrapper])
-def test_what_replaced_a_function_of_the_module_at_run_time_is_named(monkeypatch, make):
+def test_replacement_of_a_module_function_is_named(monkeypatch, make):
     where = "transformers.models.gpt_bigcode.modeling_gpt_bigcode:eager_attention_forward"
     adapter = registry.find_adapter("gpt_bigcode")
     point = next(point for point in adapter.points if where in point.verified)
     adapter.check_drift(point)
-    monkeypatch.setattr(where.replace(":", "."), make(locate(where)))
+    monkeypatch.setattr(where.replace(":", "."), make(object_at(where)))
     with pytest.raises(
         attnzoo.DriftError, match=rf"{where}: (replaced|wrapped) at run time by \S*forward of module tests"
     ):
         adapter.check_drift(point)
 
 
-def test_wrappers_of_what_is_not_bypassed_are_served(monkeypatch):
+def test_wrapper_of_a_function_that_still_runs_is_allowed(monkeypatch):
     led = "transformers.models.led.modeling_led"
     adapter = registry.find_adapter("led")
     point = next(point for point in adapter.points if f"{led}:LEDEncoder.forward" in point.verified)
-    encoder = locate(f"{led}:LEDEncoder")
+    encoder = object_at(f"{led}:LEDEncoder")
     monkeypatch.setattr(encoder, "forward", wrapper(encoder.forward))
     adapter.check_drift(point)
     monkeypatch.setattr(encoder, "forward", replacement(encoder.forward))
@@ -176,10 +179,10 @@ def test_wrappers_of_what_is_not_bypassed_are_served(monkeypatch):
         adapter.check_drift(point)
 
 
-# Without source
+# Source not available
 
 
-def test_a_package_without_source_is_told_apart(monkeypatch):
+def test_package_without_source_has_another_message(monkeypatch):
     model = tiny()
     monkeypatch.setattr(linecache, "getlines", lambda *args: [])
     drift_module._fingerprint_at.cache_clear()
@@ -191,11 +194,11 @@ def test_a_package_without_source_is_told_apart(monkeypatch):
     runs_natively(model)
 
 
-def test_compiled_functions_are_told_apart():
+def test_compiled_function_is_unreadable():
     assert [(path, cause) for path, cause, _ in differences("builtins:len", "0123")] == [("builtins:len", "unreadable")]
 
 
-# By a subclass
+# Overridden by a subclass
 
 
 class Louder(modeling_gpt_neox.GPTNeoXAttention):
@@ -209,7 +212,7 @@ class LouderStill(Louder):
 
 
 @pytest.mark.parametrize("cls", [Louder, LouderStill])
-def test_a_subclass_that_overrides_the_forward_is_refused(cls):
+def test_subclass_that_overrides_the_forward_is_refused(cls):
     model = tiny()
     model.gpt_neox.layers[1].attention = cls(model.config, layer_idx=1)
     message = refusal(model)
@@ -230,15 +233,18 @@ def points():
     return [(adapter, point) for adapter in adapters.values() for point in adapter.points]
 
 
-@pytest.mark.parametrize(("adapter", "point"), points(), ids=[point.cls.partition(":")[2] for _, point in points()])
-def test_every_method_a_seam_relies_on_may_not_be_overridden(adapter, point):
-    base = locate(point.cls)
+POINT_IDS = [type(point).__module__.rpartition(".")[2] + "-" + type(point).__name__ for _, point in points()]
+
+
+@pytest.mark.parametrize(("adapter", "point"), points(), ids=POINT_IDS)
+def test_subclass_must_not_override_a_verified_method(adapter, point):
+    base = object_at(point.cls)
     paths = [path.rpartition(".") for path in point.verified]
     names = {name for owner, _, name in paths if owner == point.cls} | {"forward"}
     for name in names:
         cls = type("Sub", (base,), {name: lambda *args: None, "__module__": "theirs"})
         module = cls.__new__(cls)
-        if name == "__init__":  # it has run before a module is patched
+        if name == "__init__":  # has run before a module is patched
             adapter.check_drift(point, module)
             continue
         with pytest.raises(attnzoo.DriftError) as caught:
@@ -247,9 +253,9 @@ def test_every_method_a_seam_relies_on_may_not_be_overridden(adapter, point):
         assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize(("adapter", "point"), points(), ids=[point.cls.partition(":")[2] for _, point in points()])
+@pytest.mark.parametrize(("adapter", "point"), points(), ids=POINT_IDS)
 @pytest.mark.parametrize("cause", ["changed", "replaced", "unreadable"])
-def test_messages_stay_short_however_much_differs(adapter, point, cause):
+def test_message_is_short_for_many_differences(adapter, point, cause):
     family = ", ".join(adapter.model_types)
     detail = {
         "changed": "got fingerprint 0123456789abcdef; allowed: 0123456789abcdef, 0123456789abcdef",
@@ -257,13 +263,14 @@ def test_messages_stay_short_however_much_differs(adapter, point, cause):
         "unreadable": "its source is not available (modeling_reformer.py)",
     }[cause]
     for path in point.verified:
-        everything = (Difference(path, cause, detail), *(Difference(other, cause, detail) for other in point.verified))
-        assert len(drift_module.message(everything, family, adapter.versions, transformers.__version__)) < 400
+        others = [Difference(other, cause, detail) for other in point.verified]
+        differences = (Difference(path, cause, detail), *others)
+        assert len(drift_module.drift_message(differences, family, adapter.versions, transformers.__version__)) < 400
 
 
-def test_a_subclass_that_keeps_the_forward_is_served():
+def test_subclass_that_keeps_the_forward_is_served():
     class Marked(modeling_gpt_neox.GPTNeoXAttention):
-        """Nothing of its own."""
+        """Overrides nothing."""
 
     model = tiny()
     model.gpt_neox.layers[1].attention = Marked(model.config, layer_idx=1)
@@ -272,21 +279,15 @@ def test_a_subclass_that_keeps_the_forward_is_served():
     assert [(site.cls, site.calls) for site in handle.sites] == [("GPTNeoXAttention", 1), ("Marked", 1)]
 
 
-SEAMS = [
-    pytest.param(point, id=f"{model_type}-{point.cls.partition(':')[2]}")
-    for model_type in registry.model_types()
-    for point in (registry.find_adapter(model_type) or pytest.fail(model_type)).points
-]
-
-
-@pytest.mark.parametrize("point", SEAMS)
-def test_every_adapter_is_verified_against_the_installed_transformers(point):
-    assert point.verified or not point.attends, "an adapter says what it relies on"  # who checks masks: on names alone
-    assert drift(dict(point.verified)) == ()
+@pytest.mark.parametrize("point", [point for _, point in points()], ids=POINT_IDS)
+def test_every_point_is_verified_against_the_installed_transformers(point):
+    # Points that only check masks rely on names of arguments, so they need no fingerprint.
+    assert point.verified or not point.attends, "a point that attends records fingerprints"
+    assert find_drift(dict(point.verified)) == ()
 
 
 @pytest.mark.parametrize("model_type", registry.model_types())
-def test_every_adapter_says_which_versions_it_knows(model_type):
+def test_every_adapter_names_its_verified_versions(model_type):
     adapter = registry.find_adapter(model_type)
     assert model_type in adapter.model_types
     assert adapter.versions != "unknown"

@@ -1,4 +1,4 @@
-"""A fingerprint changes when code does, and only then, whichever Python computes it."""
+"""A fingerprint changes if and only if the code of a function changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLAIN = ORIGINAL.removeprefix("@same\n")
 
 @pytest.fixture
 def module_of(tmp_path):
-    """A module from source, read from a file."""
+    """Return a function that imports source text as a module."""
     number = itertools.count()
 
     def make(source):
@@ -32,33 +32,33 @@ def module_of(tmp_path):
 
 
 @pytest.mark.parametrize(("what", "old", "new"), EQUAL, ids=[what for what, _, _ in EQUAL])
-def test_layout_comments_and_docstrings_do_not_count(what, old, new):
+def test_layout_comments_and_docstrings_keep_the_fingerprint(what, old, new):
     assert fingerprint_of_source(changed(old, new)) == fingerprint_of_source(ORIGINAL)
 
 
 @pytest.mark.parametrize(("what", "old", "new"), DIFFERENT, ids=[what for what, _, _ in DIFFERENT])
-def test_code_counts(what, old, new):
+def test_code_changes_the_fingerprint(what, old, new):
     assert fingerprint_of_source(changed(old, new)) != fingerprint_of_source(ORIGINAL)
 
 
-def test_no_two_changes_have_the_same_fingerprint():
+def test_different_changes_have_different_fingerprints():
     sources = [ORIGINAL, *(changed(old, new) for _, old, new in DIFFERENT)]
     assert len({fingerprint_of_source(text) for text in sources}) == len(sources)
 
 
 @pytest.mark.parametrize("name", HARD)
-def test_what_follows_a_function_is_not_read(name):
+def test_source_after_the_function_is_ignored(name):
     _, text = HARD[name]
     for rest in ("x = '''\n'''", "def g(): return f'{1}'\n", "# }'\n", "@f\nclass C: pass\n", "(1)\n"):
         assert fingerprint_of_source(text + rest) == fingerprint_of_source(text), rest
 
 
-def test_indented_source_has_the_fingerprint_of_the_same_source_at_the_margin():
+def test_indented_source_has_the_same_fingerprint():
     for indentation in ("    ", "\t", "  "):
         assert fingerprint_of_source(textwrap.indent(ORIGINAL, indentation)) == fingerprint_of_source(ORIGINAL)
 
 
-def test_a_function_is_read_where_it_is_defined(module_of):
+def test_function_is_read_where_it_is_defined(module_of):
     inside = "class C:\n    'Doc.'\n" + textwrap.indent(PLAIN, "    ") + "    @classmethod\n    def g(cls): pass\n"
     module = module_of("x = 1\n\n\n" + PLAIN + "\n\n" + inside)
     known = fingerprint_of_source(PLAIN)
@@ -66,7 +66,7 @@ def test_a_function_is_read_where_it_is_defined(module_of):
     assert fingerprint(module.C.g) == fingerprint_of_source("@classmethod\ndef g(cls): pass")
 
 
-def test_a_wrapped_function_is_read_at_its_source(module_of):
+def test_wrapped_function_is_read_at_its_source(module_of):
     plain = module_of(PLAIN).f
 
     @functools.wraps(plain)
@@ -81,12 +81,12 @@ def test_a_wrapped_function_is_read_at_its_source(module_of):
     [len, int, functools.partial(len), lambda: 1, "text"],
     ids=["built in", "class", "partial", "lambda", "str"],
 )
-def test_what_is_no_python_function_is_refused(function):
+def test_object_that_is_no_python_function_is_refused(function):
     with pytest.raises(TypeError, match=r"got .*; allowed: a function written in Python with def"):
         fingerprint(function)
 
 
-def test_a_function_without_source_is_refused():
+def test_function_without_source_is_refused():
     names = {}
     exec(compile(PLAIN, "<nowhere>", "exec"), names)
     with pytest.raises(OSError, match=r"its source is not available \(<nowhere>\)"):
@@ -107,6 +107,6 @@ def test_a_function_without_source_is_refused():
         ("def f():\n    return f'{\"a}'\n", "ends inside a string"),
     ],
 )
-def test_source_of_something_else_is_refused(source, message):
+def test_source_without_a_function_is_refused(source, message):
     with pytest.raises(OSError, match=message):
         fingerprint_of_source(source)

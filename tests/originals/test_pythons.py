@@ -1,10 +1,10 @@
-"""Every Python of this machine computes the same fingerprints, of what adapters rely on and of hard sources."""
+"""Every Python of this machine computes the same fingerprints, for the functions of adapters and for hard sources."""
 
 from __future__ import annotations
 
 import pytest
 
-from attnzoo.originals.fingerprint import fingerprint_of_source, locate, source_from
+from attnzoo.originals.fingerprint import fingerprint_of_source, object_at, source_from
 from attnzoo.registry import registry
 from tests.originals.pythons import VERSIONS, fingerprints_on, interpreters
 from tests.originals.sources import HARD, every_source
@@ -15,21 +15,21 @@ AFTER = "\n    # still inside\n# after\nlast = '''\n'''\n"
 
 @pytest.fixture(params=VERSIONS)
 def version(request):
-    """A version of Python that this machine has."""
+    """A Python version of this machine."""
     if request.param not in interpreters():
-        pytest.skip(f"no Python {request.param} here that starts; there are {', '.join(sorted(interpreters()))}")
+        pytest.skip(f"no Python {request.param} that starts; available: {', '.join(sorted(interpreters()))}")
     return request.param
 
 
 def recorded():
-    """``{path: fingerprints}`` of every function that a registered adapter relies on."""
+    """Return ``{path: fingerprints}`` of every function that a registered adapter relies on."""
     adapters = [adapter for name in registry.model_types() if (adapter := registry.find_adapter(name)) is not None]
     return {path: known for adapter in adapters for point in adapter.points for path, known in point.verified.items()}
 
 
-def test_every_function_adapters_rely_on_has_a_recorded_fingerprint(version):
+def test_functions_of_adapters_have_a_recorded_fingerprint(version):
     known = recorded()
-    sources = {path: source_from(locate(path)) for path in known}
+    sources = {path: source_from(object_at(path)) for path in known}
     assert sources, "no adapter is registered"
     got = fingerprints_on(interpreters()[version], sources, {})["sources"]
     assert {path: value for path, value in got.items() if value not in known[path]} == {}
@@ -41,16 +41,16 @@ def test_hard_sources_have_the_same_fingerprint(version):
     assert got == {name: fingerprint_of_source(text) for name, text in sources.items()}
 
 
-def test_functions_are_read_where_they_are_defined(version, tmp_path):
+def test_functions_in_files_have_the_same_fingerprint(version, tmp_path):
     expected, files = {}, {}
     for number, (name, (first, text)) in enumerate(HARD.items()):
         file = tmp_path / f"source_{number}.py"
         file.write_text(PRELUDE + text + AFTER, encoding="utf-8")
         files[name] = str(file)
-        known = tuple(map(int, version.split("."))) >= first
-        expected[name] = fingerprint_of_source(text) if known else None
+        can_parse = tuple(map(int, version.split("."))) >= first
+        expected[name] = fingerprint_of_source(text) if can_parse else None
     assert fingerprints_on(interpreters()[version], {}, files)["files"] == expected
 
 
-def test_the_running_python_is_among_them():
+def test_at_least_the_running_python_is_found():
     assert interpreters()

@@ -1,6 +1,6 @@
-"""Tiny models whose attention is far from uniform, what "left as it was" means, and backends that can do little.
+"""Tiny models whose attention is far from uniform, a check that a model is unchanged, and fake backends.
 
-At default initialisation attention is nearly uniform and a dropped mask goes unseen, so weights are spread:
+At default initialisation attention is nearly uniform and hides a dropped mask, so the weights are spread:
 projections with std 1.5 / sqrt(fan_in), embeddings with std 1.
 """
 
@@ -79,7 +79,7 @@ def neox_inputs() -> dict[str, Tensor]:
 
 @dataclass(eq=False)
 class Subject:
-    """A model, an input that is not easy for it, and the modules in it that attend."""
+    """A model, inputs with padding, and the names of its attention modules."""
 
     kind: str
     model: Any = field(repr=False)

@@ -1,7 +1,6 @@
-"""Every bad input to a functional call gets an exception that names the argument, what was got and what is allowed.
+"""Bad input to ``attnzoo.attention`` raises ``argument: got ...; allowed: ...``, and each test checks the message.
 
-``(?s)argument.*: got ...; allowed: ...`` is the form of all of them, and each test reads its message. (For models:
-``test_bad_inputs_to_models.py``.)
+Bad input to models is tested in ``test_bad_inputs_to_models.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ NAN = float("nan")
 
 
 def call(backend="auto", pattern=None, **changes):
-    """A good functional call, but for the changes."""
+    """A valid call with some arguments changed."""
     generator = torch.Generator().manual_seed(0)
     arguments = dict(
         q=torch.randn(2, 4, 6, 8, generator=generator),
@@ -30,7 +29,7 @@ def call(backend="auto", pattern=None, **changes):
     return attnzoo.attention(**{**arguments, **changes})
 
 
-def test_the_good_call_is_good():
+def test_the_call_without_changes_is_valid():
     assert call().shape == (2, 4, 6, 8)
 
 
@@ -152,7 +151,7 @@ BAD = {
         dict(global_keys=zeros(2, 7).bool().to("meta")), "global_keys device", "meta", "cpu, the query's",
     ),
     # names
-    "native without a model": (dict(backend="native"), "backend", "'native', a selection mode", "'eager'.*'sdpa'"),
+    "native without a model": (dict(backend="native"), "backend", "'native', which is a", "'eager'.*'sdpa'"),
     "a nested q": (
         dict(q=torch.nested.nested_tensor([zeros(4, 6, 8)], layout=torch.jagged)), Q, "a nested or s", "a dense tensor",
     ),
@@ -171,7 +170,7 @@ def test_the_functional_call(changes, argument, got, allowed):
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-def test_a_bad_input_is_found_before_any_backend_runs(backend):
+def test_bad_input_raises_before_a_backend_runs(backend):
     with pytest.raises(InvalidArgumentError, match="key heads: got 3"):
         call(backend, k=zeros(2, 3, 7, 8), v=zeros(2, 3, 7, 8))
 
@@ -182,12 +181,12 @@ def test_unknown_keyword_arguments_raise():
 
 
 @pytest.mark.parametrize("sides", [(0, 0), (-1, 2), (2, -1)])
-def test_a_window_of_nothing(sides):
+def test_an_empty_window_raises(sides):
     with pytest.raises(InvalidArgumentError, match=r"window.*: got .*; allowed: .*>"):
         call(pattern=Window(*sides))
 
 
-def test_a_pattern_nobody_knows():
+def test_a_pattern_that_no_backend_supports_is_refused():
     class Diagonal(attnzoo.Pattern):
         def mask_mod(self, q_len, kv_len):
             return lambda b, h, q, kv: q == kv
@@ -200,15 +199,15 @@ def test_a_pattern_nobody_knows():
         call(pattern=Diagonal())
 
 
-def test_cpu_tensors_to_a_cuda_backend(add_backend):
+def test_a_cuda_backend_refuses_cpu_tensors(add_backend):
     fake = add_backend("gpu", devices=frozenset({"cuda"}))
     with pytest.raises(BackendRefusedError, match="device: got cpu; allowed: cuda") as caught:
         call("gpu")
-    assert re.search(r"would run there: 'sdpa'.*, 'eager'$", str(caught.value), re.M)
+    assert re.search(r"backends that support it: 'sdpa'.*, 'eager'$", str(caught.value), re.M)
     assert fake.runs == 0
 
 
-def test_tensors_of_a_device_nobody_runs_on():
+def test_tensors_on_a_device_that_no_backend_supports_are_refused():
     tensors = {name: zeros(1, 2, 3, 8).to("meta") for name in "qkv"}
     for backend in ("auto", "sdpa"):
         with pytest.raises(BackendRefusedError, match="device: got meta; allowed: cpu, cuda"):

@@ -40,9 +40,9 @@ def test_a_patched_model_compiles(build, inputs):
         expected = [run(model, inputs(length, side)) for length, side in ((20, "left"), (33, "right"))]
         calls = handle.sites[0].calls
         compiled = torch.compile(model, backend="eager")
-        found = [run(compiled, inputs(length, side)) for length, side in ((20, "left"), (33, "right"))]
+        outputs = [run(compiled, inputs(length, side)) for length, side in ((20, "left"), (33, "right"))]
         assert handle.sites[0].calls == 2 * calls
-    for got, wanted in zip(found, expected, strict=True):
+    for got, wanted in zip(outputs, expected, strict=True):
         for one, other in zip(got, wanted, strict=True):
             torch.testing.assert_close(one, other)
 
@@ -52,7 +52,7 @@ FOUR = [(gpt_neox, causal_inputs), (gpt_bigcode, causal_inputs), (longt5, longt5
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize(("build", "inputs"), FOUR)
-def test_equal_calls_compile_nothing_anew(build, inputs, grad):
+def test_equal_calls_do_not_recompile(build, inputs, grad):
     model, given, graphs = build().eval(), inputs(20, "left"), []
     torch.compiler.reset()
     with attnzoo.patch(model, "sdpa"), torch.set_grad_enabled(grad):
@@ -85,8 +85,8 @@ def test_a_compiled_shallow_copy_computes_with_its_own_weights(backend):
 @pytest.mark.parametrize(
     ("build", "inputs"), [(gpt_neox, causal_inputs), (gpt_bigcode, causal_inputs), (longt5, longt5_inputs)]
 )
-def test_native_compiles_in_one_graph_where_the_original_does(build, inputs):
-    """Calls within the graph are not counted: counting would break it."""
+def test_native_compiles_to_one_graph_if_the_original_does(build, inputs):
+    """Calls inside the graph are not counted: counting would break the graph."""
     model, given = build().eval(), inputs(20, "none")
     with torch.no_grad():
         expected = torch.compile(model, backend="eager", fullgraph=True)(**given).logits
@@ -99,8 +99,8 @@ def test_native_compiles_in_one_graph_where_the_original_does(build, inputs):
 
 
 @pytest.mark.parametrize(("build", "inputs"), [(led, led_inputs), (longformer, longformer_inputs)])
-def test_a_module_taken_over_around_attention_is_compiled(build, inputs):
-    """The encoder is taken over for its mask; all in it but attention is compiled as in a patch of its layers alone."""
+def test_a_patched_module_around_attention_is_compiled(build, inputs):
+    """The encoder is patched for its mask. Everything else in it is compiled as in a patch of its layers alone."""
 
     def compiled_calls(model):
         counted = []
@@ -125,7 +125,7 @@ def test_a_module_taken_over_around_attention_is_compiled(build, inputs):
 
 
 class Logits(torch.nn.Module):
-    """A model as tracers want it: tensors in, a tensor out."""
+    """A model with tensors as arguments and a tensor as output, as tracers need it."""
 
     def __init__(self, model):
         super().__init__()
@@ -146,7 +146,7 @@ RECORDERS = {
 @pytest.mark.parametrize(
     "build", [gpt_neox, lambda: longt5("LongT5EncoderModel")], ids=["attention function", "forward"]
 )
-def test_what_would_forget_the_masks_to_come_is_refused(build, record):
+def test_tracing_and_exporting_are_refused(build, record):
     model = build()
     wrapped, example, other = Logits(model), causal_inputs(24, "none"), causal_inputs(24, "left")
     with torch.no_grad():
@@ -161,8 +161,8 @@ def test_what_would_forget_the_masks_to_come_is_refused(build, record):
 @pytest.mark.parametrize(
     ("build", "inputs", "fewest"), [(gpt_neox, causal_inputs, 3), (led, led_inputs, 6)], ids=["gpt_neox", "led"]
 )
-def test_what_is_between_patched_modules_is_compiled(build, inputs, fewest):
-    """A model that is taken over to check masks attends nothing: the rest of its layers, by graph, is compiled."""
+def test_modules_between_patched_modules_are_compiled(build, inputs, fewest):
+    """A module patched to check masks attends nothing: its layers are compiled, except their attention."""
     model, compiled = build(), []
 
     def count(graph, example):

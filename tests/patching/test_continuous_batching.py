@@ -29,19 +29,19 @@ MODELS = [(gpt_neox, "sdpa"), (gpt_neox, "eager"), (gpt_bigcode, "sdpa")]
 @pytest.fixture(params=MODELS, ids=lambda one: f"{one[0].__name__}-{one[1]}")
 def model(request):
     build, implementation = request.param
-    made = build()
-    made.set_attn_implementation(implementation)
-    return made
+    model = build()
+    model.set_attn_implementation(implementation)
+    return model
 
 
 def entries(model):
-    """Every way into the engine."""
+    """Every entry point of the engine."""
     yield lambda: model.generate_batch(PROMPTS, **SETTINGS)
     yield lambda: model.init_continuous_batching(**SETTINGS)
     yield lambda: model.continuous_batching_context_manager(**SETTINGS).__enter__()
 
 
-def test_it_is_refused_when_the_engine_starts(model):
+def test_continuous_batching_is_refused_when_the_engine_starts(model):
     attributes, implementation = set(vars(model)), model.config._attn_implementation
     for backend in ("sdpa", "eager", "auto"):
         with attnzoo.patch(model, backend) as handle:
@@ -64,7 +64,7 @@ def test_it_is_refused_when_the_engine_starts(model):
     ],
     ids=str,
 )
-def test_the_models_own_code_serves_it(implementation, options):
+def test_the_models_own_code_serves_continuous_batching(implementation, options):
     model = gpt_neox()
     model.set_attn_implementation(implementation)
     settings = SETTINGS["generation_config"]
@@ -78,7 +78,7 @@ def test_the_models_own_code_serves_it(implementation, options):
     assert all(counts)
 
 
-def test_patches_on_top_of_one_another():
+def test_stacked_patches_refuse_until_the_last_one_allows_it():
     model = gpt_neox()
     with attnzoo.patch(model, "sdpa"):
         with attnzoo.patch(model, "native"):
@@ -111,7 +111,7 @@ def test_the_model_is_found_inside_another_module():
     assert "init_continuous_batching" not in vars(model)
 
 
-def test_another_model_of_the_same_config_is_served():
+def test_another_model_with_the_same_config_is_served():
     model = gpt_neox()
     other = type(model)(model.config).eval()
     with attnzoo.patch(model, "sdpa"):
@@ -132,8 +132,8 @@ def test_a_handle_keeps_no_model_alive_and_outlives_it():
     assert gone() is None
 
 
-def test_where_only_a_part_was_patched_each_request_carries_the_refusal():
-    """Nothing of the outer model is ours there: the forward refuses by name, in the engine's thread."""
+def test_each_request_has_the_refusal_if_only_a_part_was_patched():
+    """The outer model is not guarded: the forward refuses by name, in the engine's thread."""
     model = gpt_neox()
     with attnzoo.patch(model.gpt_neox, "sdpa"):
         outputs = model.generate_batch(PROMPTS, warmup=False, **SETTINGS).values()
@@ -141,7 +141,7 @@ def test_where_only_a_part_was_patched_each_request_carries_the_refusal():
     assert all("cache: got PagedAttentionCache; allowed: None" in output.error for output in outputs)
 
 
-def test_a_paged_cache_given_to_a_forward_is_refused_by_name():
+def test_a_forward_refuses_a_paged_cache_by_name():
     model = gpt_neox()
     with attnzoo.patch(model, "sdpa"), pytest.raises(KeywordRefusedError, match="cache: got object; allowed: None"):
         model(torch.tensor([[5, 6]]), cache=object())

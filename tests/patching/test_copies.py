@@ -1,6 +1,6 @@
 """Copies of patched modules compute with their own weights, are counted, and can be unpatched.
 
-Deep copies of whole models are in ``test_stacking``.
+Deep copies of whole models are tested in ``test_stacking.py``.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def test_replicas_compute_with_their_own_weights_and_are_counted(family, backend
 
 
 def test_gradients_of_replicas_reach_the_models_parameters(neox):
-    """As DataParallel collects them: the replicas' weights are computed from the model's."""
+    """As in DataParallel, the weights of the replicas are computed from the model's."""
     model, gradients = neox.model, []
     for patched in (False, True):
         model.zero_grad()
@@ -75,8 +75,8 @@ def test_gradients_of_replicas_reach_the_models_parameters(neox):
 @pytest.mark.parametrize(
     ("capability", "double"), [(dict(dtypes=frozenset({torch.float32})), True), (dict(grad=False), False)]
 )
-def test_what_a_replica_will_ask_is_known_before_its_forward(led, add_backend, capability, double):
-    """It lists no parameters. LED's forward raises where it meets a refusal within, so it has to be foreseen."""
+def test_the_requests_of_a_replica_are_checked_before_its_forward(led, add_backend, capability, double):
+    """A replica lists no parameters. LED's forward cannot fall back inside, so the check has to be before it."""
     add_backend("narrow", **capability)
     model = led.model.double() if double else led.model
     handle = attnzoo.patch(model, "narrow", fallback="native")
@@ -85,7 +85,7 @@ def test_what_a_replica_will_ask_is_known_before_its_forward(led, add_backend, c
 
 
 def shallow(module, name):
-    """A shallow copy of a module, with one layer inside it that is another one with weights of zero."""
+    """A shallow copy of a module in which one layer is a copy with zero weights."""
     twin, layer = copy.copy(module), copy.deepcopy(getattr(module, name))
     twin._modules = {**module._modules, name: layer}
     with torch.no_grad():
@@ -106,10 +106,10 @@ def test_a_shallow_copy_computes_with_its_own_layers_and_is_counted(neox):
         twin = shallow(neox.module(), "dense")
         assert call(twin, neox.model).abs().max() == 0.0
         assert handle.sites[0].calls == 1
-        assert call(neox.module(), neox.model).abs().max() > 0.0, "the original is called next, with its own"
+        assert call(neox.module(), neox.model).abs().max() > 0.0, "the original computes with its own weights"
 
 
-def test_a_shallow_copy_is_unpatched_on_its_own(neox, as_it_was):
+def test_a_shallow_copy_is_unpatched_separately(neox, as_it_was):
     before = as_it_was(neox)
     handle = attnzoo.patch(neox.model, "sdpa")
     twin = shallow(neox.module(), "dense")
@@ -123,7 +123,7 @@ def test_a_shallow_copy_is_unpatched_on_its_own(neox, as_it_was):
     before.check()
 
 
-def test_a_shallow_copy_whose_original_was_unpatched_is_refused_by_name(neox):
+def test_a_call_of_a_shallow_copy_raises_after_its_original_is_unpatched(neox):
     handle = attnzoo.patch(neox.model, "sdpa")
     twin = shallow(neox.module(), "dense")
     handle.remove()
@@ -148,7 +148,7 @@ class Swapped(nn.Module):
 @pytest.mark.parametrize(
     "take_off", [lambda handle, model: handle.remove(), lambda handle, model: attnzoo.unpatch(model)]
 )
-def test_deep_copies_that_run_inside_the_model_are_counted_and_come_off(subject, take_off):
+def test_deep_copies_inside_the_model_are_counted_and_unpatched_with_it(subject, take_off):
     native = subject.logits()
     handle = attnzoo.patch(subject.model, "sdpa")
     module, name = subject.module(), subject.sites[0]
@@ -162,8 +162,8 @@ def test_deep_copies_that_run_inside_the_model_are_counted_and_come_off(subject,
     assert torch.equal(subject.logits(), native)
 
 
-def test_accelerates_unwrapping_of_a_patched_top_module():
-    """It binds the forward that it kept to the model, as if that were a function of its class."""
+def test_a_patched_top_module_runs_after_accelerate_unwraps_it():
+    """accelerate binds the kept forward to the model, as if it were a function of the class."""
     accelerate = pytest.importorskip("accelerate")
     model = gpt_bigcode("GPTBigCodeModel", multi_query=False, add_cross_attention=True)
     width = model.config.n_embd

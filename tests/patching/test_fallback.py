@@ -23,7 +23,7 @@ def test_probabilities_under_a_fused_backend_are_refused_with_the_remedy(subject
     before.check()
 
 
-def test_probabilities_come_from_eager(led):
+def test_eager_returns_probabilities(led):
     with torch.no_grad():
         native = led.model(**led.inputs, output_attentions=True)
         with attnzoo.patch(led.model, "eager"):
@@ -36,7 +36,7 @@ def test_probabilities_come_from_eager(led):
             assert torch.allclose(got[0], expected[0], atol=1e-5), field  # sample 0 has no padding
 
 
-def test_fallback_native_runs_the_original_and_counts_it(led):
+def test_fallback_runs_the_original_and_counts_it(led):
     with torch.no_grad():
         native = led.model(**led.inputs, output_attentions=True)
         with attnzoo.patch(led.model, "sdpa", fallback="native") as handle:
@@ -50,7 +50,7 @@ def test_fallback_native_runs_the_original_and_counts_it(led):
         assert all(map(torch.equal, patched[field], native[field])), field
 
 
-def test_fallback_over_another_patch_is_the_models_own_code(led):
+def test_fallback_over_another_patch_runs_the_models_own_code(led):
     with torch.no_grad():
         native = led.model(**led.inputs, output_attentions=True).logits
         with attnzoo.patch(led.model, "eager") as below, attnzoo.patch(led.model, "sdpa", fallback="native"):
@@ -62,8 +62,8 @@ def test_fallback_over_another_patch_is_the_models_own_code(led):
     ("build", "implementation"),
     [(gpt_neox, "sdpa"), (gpt_neox, "eager"), (gpt_bigcode, "sdpa"), (gpt_bigcode, "eager"), (longt5, "eager")],
 )
-def test_fallback_returns_the_probabilities_that_the_original_returns_or_none(build, implementation):
-    """Loaded with sdpa, transformers' own code returns none: falling back means what the unpatched model does."""
+def test_fallback_returns_the_probabilities_of_the_original_or_none(build, implementation):
+    """A model loaded with sdpa returns none, unpatched and under a fallback."""
     model = build()
     model.set_attn_implementation(implementation)
     inputs = dict(input_ids=ids(2, 9), **(dict(decoder_input_ids=ids(2, 5)) if build is longt5 else {}))
@@ -82,7 +82,7 @@ def test_fallback_returns_the_probabilities_that_the_original_returns_or_none(bu
     assert torch.equal(patched.logits, native.logits)
 
 
-def test_fallback_takes_what_is_refused_at_patch_time(led, add_backend):
+def test_fallback_serves_requests_that_are_refused_at_patch_time(led, add_backend):
     native = led.logits()
     fake = add_backend("one-segment", segments=1)
     with attnzoo.patch(led.model, "one-segment", fallback="native") as handle:
@@ -91,24 +91,24 @@ def test_fallback_takes_what_is_refused_at_patch_time(led, add_backend):
     assert fake.runs == 2
 
 
-def holes(neox):
-    """A mask that is more than causality and padding: nobody sees the third key but itself."""
+def mask_with_hole(neox):
+    """A mask that is more than causality and padding: only the third query sees the third key."""
     length = neox.inputs["input_ids"].shape[1]
     grid = torch.ones(length, length, dtype=torch.bool).tril()
     grid[3:, 2] = False
     return dict(attention_mask=grid.expand(3, 1, -1, -1))
 
 
-def test_fallback_takes_what_only_the_inputs_tell(neox, add_backend):
-    """Whether a dense mask comes along is known only in the forward; whatever refuses it there must fall back too."""
-    native = neox.logits(**holes(neox))
+def test_fallback_serves_requests_that_depend_on_inputs(neox, add_backend):
+    """Only the forward knows whether there is a dense mask. A refusal there falls back too."""
+    native = neox.logits(**mask_with_hole(neox))
     add_backend("maskless", mask=False)
     with attnzoo.patch(neox.model, "maskless", fallback="native") as handle:
-        assert torch.equal(neox.logits(**holes(neox)), native)
+        assert torch.equal(neox.logits(**mask_with_hole(neox)), native)
     assert {(site.calls, site.fallbacks) for site in handle.sites} == {(0, 1)}
 
 
-def test_what_shows_within_a_replaced_forward_raises_as_its_cache_is_filled(led, add_backend):
+def test_a_refusal_inside_a_replaced_forward_raises_because_its_cache_is_filled(led, add_backend):
     decoder, fake = led.model.led.decoder, add_backend("maskless", mask=False)
     length = led.inputs["decoder_input_ids"].shape[1]
     grid = torch.ones(length, length, dtype=torch.bool).tril()
@@ -120,7 +120,7 @@ def test_what_shows_within_a_replaced_forward_raises_as_its_cache_is_filled(led,
     assert {site.fallbacks for site in handle.sites} == {0}
 
 
-def test_fallback_takes_gradients_asked_for_in_eval_mode(subject, add_backend):
+def test_fallback_serves_gradients_in_eval_mode(subject, add_backend):
     native = subject.model(**subject.inputs).logits
     add_backend("forward-only", grad=False)
     with attnzoo.patch(subject.model, "forward-only", fallback="native") as handle:
@@ -130,11 +130,11 @@ def test_fallback_takes_gradients_asked_for_in_eval_mode(subject, add_backend):
     assert {(site.calls, site.fallbacks) for site in handle.sites} == {(0, 1)}
 
 
-def test_a_mask_a_backend_cannot_take_is_refused_not_dropped(neox, add_backend):
+def test_a_mask_that_a_backend_does_not_support_is_refused(neox, add_backend):
     fake = add_backend("maskless", mask=False)
     with attnzoo.patch(neox.model, "maskless") as handle:
         with pytest.raises(BackendRefusedError, match="mask: got requested; allowed: no dense mask"):
-            neox.logits(**holes(neox))
+            neox.logits(**mask_with_hole(neox))
         assert (fake.runs, set(calls(handle).values())) == (0, {0})
-        neox.logits()  # padding and causality are no dense mask, however the model writes them down
+        neox.logits()  # padding and causality are read from the mask, so that it is not dense
         assert set(calls(handle).values()) == {1}

@@ -1,4 +1,4 @@
-"""A patch and accelerate's hooks live on the same module, whichever came first and whichever goes first."""
+"""A patch and accelerate's hooks work on the same module, in every order of adding and removing them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ hooks = pytest.importorskip("accelerate.hooks")
 
 
 class Counting(hooks.ModelHook):
-    """Counts, and changes the output a little, so that a hook that is lost is seen twice."""
+    """Counts its calls and scales the output, so that a lost hook changes the count and the output."""
 
     def __init__(self, factor=1.0):
         self.before = self.after = 0
@@ -31,7 +31,7 @@ class Counting(hooks.ModelHook):
 
 
 def hook_up(subject, factor=1.0):
-    """One hook on each attention module and one on the whole model."""
+    """Add a hook to each attention module and to the whole model."""
     counting = [Counting(factor) for _ in subject.sites]
     for number, hook in enumerate(counting):
         hooks.add_hook_to_module(subject.module(number), hook)
@@ -47,7 +47,7 @@ def unhook(subject):
 
 
 def check_runs(subject, counting, handle, expected):
-    """One forward: every hook fires once around it and every site runs, if they are there."""
+    """Run a forward. Every hook in place fires once, and every site of an active patch runs."""
     fired = [(hook.before, hook.after) for hook in counting]
     called = [] if handle is None else [site.calls for site in handle.sites]
     got = subject.logits()
@@ -63,7 +63,7 @@ def check_runs(subject, counting, handle, expected):
 
 @pytest.mark.parametrize("last_off", ["patch", "hook"])
 @pytest.mark.parametrize("first_on", ["patch", "hook"])
-def test_both_run_in_every_order_and_the_original_is_back(subject, first_on, last_off):
+def test_patch_and_hook_run_in_every_order_and_the_original_is_restored(subject, first_on, last_off):
     native = subject.logits()
     if first_on == "hook":
         counting = hook_up(subject)
@@ -90,7 +90,7 @@ def test_both_run_in_every_order_and_the_original_is_back(subject, first_on, las
         assert getattr(module.forward, "__func__", None) is type(module).forward, name
 
 
-def test_the_hooks_effect_survives(led):
+def test_a_hook_keeps_its_effect_under_a_patch(led):
     hook_up(led, factor=0.5)
     halved = led.logits()
     with attnzoo.patch(led.model, "sdpa"):
@@ -100,7 +100,7 @@ def test_the_hooks_effect_survives(led):
     assert not led.close(led.logits(), halved)
 
 
-def test_hooks_between_stacked_patches(subject):
+def test_hooks_run_between_stacked_patches(subject):
     native = subject.logits()
     below = attnzoo.patch(subject.model, "sdpa")
     counting = hook_up(subject)
@@ -116,7 +116,7 @@ def test_hooks_between_stacked_patches(subject):
     assert torch.equal(check_runs(subject, counting, below, native), native)
 
 
-def test_a_second_hook_appended_while_patched(neox):
+def test_a_hook_can_be_appended_while_patched(neox):
     native, first, second = neox.logits(), Counting(), Counting()
     hooks.add_hook_to_module(neox.module(), first)
     with attnzoo.patch(neox.model, "sdpa") as handle:
@@ -127,7 +127,7 @@ def test_a_second_hook_appended_while_patched(neox):
     assert (first.after, second.after, handle.sites[0].calls) == (2, 2, 1)
 
 
-def test_unpatch_finds_the_patch_behind_a_hook(subject):
+def test_unpatch_removes_a_patch_behind_a_hook(subject):
     native = subject.logits()
     counting = hook_up(subject)
     attnzoo.patch(subject.model, "sdpa")
@@ -137,7 +137,7 @@ def test_unpatch_finds_the_patch_behind_a_hook(subject):
         attnzoo.unpatch(subject.model)
 
 
-def test_align_devices_hook_as_big_models_have(subject):
+def test_a_patch_runs_behind_an_align_devices_hook(subject):
     native = subject.logits()
     for number in range(len(subject.sites)):
         hooks.add_hook_to_module(subject.module(number), hooks.AlignDevicesHook("cpu", io_same_device=True))
@@ -147,7 +147,7 @@ def test_align_devices_hook_as_big_models_have(subject):
     assert torch.equal(subject.logits(), native)
 
 
-# Weights that are elsewhere between forwards
+# Offloaded weights
 
 
 def offload(model, **more):
@@ -157,7 +157,7 @@ def offload(model, **more):
 
 @pytest.mark.parametrize("first_on", ["patch", "hook"])
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_offloaded_weights(family, first_on):
+def test_a_model_with_offloaded_weights_is_patched(family, first_on):
     model, inputs = family.build(), family.inputs(21, "none")
     with torch.no_grad(), attnzoo.patch(model, "sdpa"):
         expected = model(**inputs).logits
@@ -174,7 +174,7 @@ def test_offloaded_weights(family, first_on):
     assert attnzoo.verify(model, inputs, "eager", gradients=False).ok
 
 
-def test_offloaded_weights_of_whole_modules_and_behind_other_hooks(neox):
+def test_offloaded_whole_modules_behind_other_hooks_are_patched(neox):
     native = neox.logits()
     offload(neox.model, preload_module_classes=["GPTNeoXAttention"])
     hooks.add_hook_to_module(neox.module(1), Counting(), append=True)
@@ -182,16 +182,16 @@ def test_offloaded_weights_of_whole_modules_and_behind_other_hooks(neox):
         assert neox.close(neox.logits(), native)
 
 
-def test_offloaded_weights_have_no_gradients_to_verify(neox):
+def test_verify_refuses_gradients_of_offloaded_weights(neox):
     offload(neox.model)
     with pytest.raises(attnzoo.InvalidArgumentError, match=r"gradients: got True for offloaded .*; allowed: False"):
         attnzoo.verify(neox.model, neox.inputs)
 
 
-# Others who replace a forward
+# Forwards that something else replaces
 
 
-def test_a_forward_replaced_over_the_patch_is_not_thrown_away(subject):
+def test_remove_raises_if_something_replaced_the_patched_forward(subject):
     handle = attnzoo.patch(subject.model, "sdpa")
     module, name = subject.module(1), subject.sites[1]
     patched, seen = module.forward, []
@@ -215,7 +215,7 @@ def test_a_forward_replaced_over_the_patch_is_not_thrown_away(subject):
     assert not handle.active
 
 
-def test_unpatch_does_not_leave_half_a_patch_behind(subject):
+def test_unpatch_removes_all_of_a_patch_or_nothing(subject):
     handle = attnzoo.patch(subject.model, "sdpa")
     module, patched = subject.module(1), subject.module(1).forward
     module.forward = lambda *args, **kwargs: patched(*args, **kwargs)
@@ -227,8 +227,8 @@ def test_unpatch_does_not_leave_half_a_patch_behind(subject):
     handle.remove()
 
 
-def test_a_forward_replaced_before_the_patch_is_not_bypassed_silently(subject):
-    """Somebody's replacement of the module's own forward is either refused, or runs; dropping it is neither."""
+def test_patch_does_not_bypass_a_replaced_forward_silently(subject):
+    """``patch`` raises, or the replacement runs."""
     module, original, seen = subject.module(), subject.module().forward, []
 
     def replacement(*args, **kwargs):

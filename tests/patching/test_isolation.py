@@ -1,4 +1,4 @@
-"""A patch touches one model: no other model, no config, no weights, and nothing of transformers."""
+"""A patch changes one model, and no other model, config, weights or part of transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLASSES = {"led": LEDForConditionalGeneration, "gpt_neox": GPTNeoXForCausalLM}
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "native", "auto"])
-def test_a_model_sharing_the_config_object_never_notices(subject, build_subject, backend, as_it_was):
+def test_a_patch_does_not_change_a_model_with_the_same_config_object(subject, build_subject, backend, as_it_was):
     other = build_subject(subject.kind, config=subject.model.config, seed=1)
     assert other.model.config is subject.model.config
     before, native = as_it_was(other), subject.logits()
@@ -33,7 +33,7 @@ def test_a_model_sharing_the_config_object_never_notices(subject, build_subject,
     assert torch.equal(subject.logits(), native)
 
 
-def test_two_models_sharing_a_config_run_a_backend_each(subject, build_subject):
+def test_two_models_with_one_config_run_different_backends(subject, build_subject):
     other = build_subject(subject.kind, config=subject.model.config, seed=1)
     natives = subject.logits(), other.logits()
     with attnzoo.patch(subject.model, "eager") as first, attnzoo.patch(other.model, "sdpa") as second:
@@ -48,7 +48,7 @@ def test_two_models_sharing_a_config_run_a_backend_each(subject, build_subject):
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "native", "auto"])
-def test_after_removal_the_model_is_as_it_was(subject, backend, as_it_was):
+def test_remove_restores_the_model(subject, backend, as_it_was):
     before = as_it_was(subject)
     config = copy.deepcopy(subject.model.config.to_dict())
     handle = attnzoo.patch(subject.model, backend)
@@ -65,7 +65,7 @@ def test_after_removal_the_model_is_as_it_was(subject, backend, as_it_was):
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-def test_while_patched_types_weights_and_config_are_as_they_were(subject, backend, as_it_was):
+def test_a_patch_does_not_change_types_weights_and_config(subject, backend, as_it_was):
     before = as_it_was(subject)
     hooks = {name: len(module._forward_hooks) for name, module in subject.model.named_modules()}
     with attnzoo.patch(subject.model, backend):
@@ -81,7 +81,7 @@ def test_while_patched_types_weights_and_config_are_as_they_were(subject, backen
     before.check()
 
 
-def test_saving_a_patched_model_saves_the_model(subject, tmp_path, as_it_was):
+def test_save_pretrained_of_a_patched_model_saves_the_original(subject, tmp_path, as_it_was):
     subject.model.save_pretrained(tmp_path / "plain")  # writes dtype and architectures into the config
     before = as_it_was(subject)
     with attnzoo.patch(subject.model, "sdpa") as handle:
@@ -100,7 +100,7 @@ def test_saving_a_patched_model_saves_the_model(subject, tmp_path, as_it_was):
     assert (tmp_path / "plain/config.json").read_text() == (tmp_path / "patched/config.json").read_text()
 
 
-def test_loading_weights_into_a_patched_model(subject, build_subject):
+def test_weights_can_be_loaded_into_a_patched_model(subject, build_subject):
     other = build_subject(subject.kind, seed=1)
     with attnzoo.patch(subject.model, "sdpa"):
         subject.model.load_state_dict(other.model.state_dict())
@@ -108,8 +108,8 @@ def test_loading_weights_into_a_patched_model(subject, build_subject):
     assert torch.equal(subject.logits(), other.logits())
 
 
-def test_importing_and_patching_leave_transformers_alone():
-    """In a process of its own, for only there has attnzoo not been imported yet."""
+def test_importing_and_patching_do_not_change_transformers():
+    """In a new process, where attnzoo is not imported yet."""
     script = """
     import sys
     import torch

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import attnzoo
 from attnzoo import BackendRefusedError, KeywordRefusedError
-from attnzoo.patching.interface import bind_interface
+from attnzoo.adapters.gpt_neox import SelfAttention
 from attnzoo.patching.keywords import UNCOMPUTED
 from tests.support.models import FAMILIES, gpt_bigcode, gpt_neox, ids, longt5
 
@@ -42,7 +42,7 @@ CHANGING = dict(
 
 
 def outcome(model, inputs):
-    """Logits (or states) and loss of a call, or the kind of error that it raises."""
+    """Logits (or states) and loss of a call, or the type of the error that it raises."""
     torch.manual_seed(0)
     try:
         with torch.no_grad():
@@ -75,7 +75,7 @@ def test_a_keyword_that_the_original_ignores_is_ignored(family, keyword, impleme
 
 
 def decoder(build, implementation):
-    """A model, its inputs with a cache, and how to look whether that is empty."""
+    """A model, its inputs with a cache, and the cache."""
     model = build()
     model.set_attn_implementation(implementation)
     cache = DynamicCache(config=model.config)
@@ -89,7 +89,7 @@ def decoder(build, implementation):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("keyword", CHANGING)
 @pytest.mark.parametrize("build", [gpt_neox, gpt_bigcode])
-def test_a_keyword_that_changes_attention_is_refused_before_anything(build, keyword, implementation):
+def test_a_keyword_that_changes_attention_is_refused_before_the_call(build, keyword, implementation):
     for backend in ("sdpa", "eager", "auto"):
         model, inputs, cache = decoder(build, implementation)
         with attnzoo.patch(model, backend) as handle, torch.no_grad():
@@ -116,7 +116,7 @@ def test_fallback_serves_a_keyword_as_the_unpatched_model_does(keyword):
 
 
 @pytest.mark.parametrize("build", [gpt_neox, gpt_bigcode, longt5])
-def test_probabilities_that_are_refused_leave_the_cache_empty(build):
+def test_refused_probabilities_leave_the_cache_empty(build):
     model, inputs, cache = decoder(build, "eager")
     with attnzoo.patch(model, "sdpa"), torch.no_grad():
         with pytest.raises(BackendRefusedError, match="attention probabilities"):
@@ -126,7 +126,7 @@ def test_probabilities_that_are_refused_leave_the_cache_empty(build):
 
 @pytest.mark.parametrize("name", ["lsh", "local"])
 def test_reformer_ignores_what_its_attention_ignores(name):
-    """Its attention takes any keyword and reads none; its model passes none along."""
+    """Its attention accepts any keyword and reads none; its model passes none to it."""
     model = FAMILIES["reformer"].build()
     site = model.reformer.encoder.layers[0 if name == "local" else 1].attention.self_attention
     states = torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(3))
@@ -151,12 +151,12 @@ def test_longt5_decoder_ignores_what_its_attention_ignores():
             site(states, softcap=30.0)
 
 
-# What a release of transformers may add
+# Keywords that a release of transformers may add
 
 
 @pytest.mark.parametrize("name", [name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in name])
 def test_every_keyword_that_an_attention_function_declares_is_known(name):
-    """A new one is for UNCOMPUTED, or for a backend to compute. Paged functions come with ``cache``, which is known."""
+    """A new keyword belongs in UNCOMPUTED, or a backend must compute with it. ``cache`` marks the paged functions."""
     core = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal"}
     declared = inspect.signature(ALL_ATTENTION_FUNCTIONS[name]).parameters.values()
     names = {one.name for one in declared if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
@@ -164,7 +164,7 @@ def test_every_keyword_that_an_attention_function_declares_is_known(name):
 
 
 class _Record:
-    """An :class:`attnzoo.Attend` that counts, and may fall back."""
+    """An :class:`attnzoo.Attend` that counts calls and may fall back."""
 
     def __init__(self, fallback):
         self.fallback, self.calls = fallback, 0
@@ -182,13 +182,13 @@ def _declares_more(module, query, key, value, attention_mask, scaling, dropout=0
 
 
 @pytest.mark.parametrize("fallback", [False, True])
-def test_what_the_originals_attention_function_declares_is_not_ignored(fallback, monkeypatch):
-    """A parameter of the original that this release does not know changes its result: refused, or left to it."""
+def test_a_parameter_of_the_original_attention_function_is_not_ignored(fallback, monkeypatch):
+    """A parameter unknown to attnzoo is refused, or the original computes with it."""
     model = gpt_neox()
     module, states = model.gpt_neox.layers[0].attention, torch.randn(1, 3, 32)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", _declares_more)
     attend = _Record(fallback)
-    forward = partial(bind_interface(type(module), attend), module)
+    forward = partial(SelfAttention().bind(type(module), attend), module)
     rotary = (torch.ones(1, 3, module.rotary_ndims), torch.zeros(1, 3, module.rotary_ndims))
     inputs = dict(attention_mask=None, position_embeddings=rotary)
     forward(states, **inputs, colour="blue")

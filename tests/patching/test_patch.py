@@ -1,9 +1,7 @@
-"""What is asked for is what runs, or an exception and nothing was changed."""
+"""The requested backend runs, or ``patch`` raises and changes nothing."""
 
 from __future__ import annotations
 
-import copy
-import gc
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -16,14 +14,13 @@ import attnzoo
 from attnzoo import BackendRefusedError, PatchError, Refusal, UnknownNameError
 from attnzoo.backends.eager import EagerBackend
 from attnzoo.backends.sdpa.backend import SdpaBackend
-from attnzoo.patching import interface
 from tests.patching.conftest import calls
 
 CLASSES = {"eager": EagerBackend, "sdpa": SdpaBackend}
 
 
 def count_runs(monkeypatch, cls):
-    """Count what a backend really computes, independently of the library's own book-keeping."""
+    """Count the runs of a backend, independently of the counts of the library."""
     counted, run = Counter(), cls.run
 
     def counting(self, attention, probabilities=False):
@@ -39,7 +36,7 @@ def count_runs(monkeypatch, cls):
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-def test_every_site_runs_what_was_asked_for_and_counts_it(subject, backend, monkeypatch):
+def test_every_site_runs_the_requested_backend_and_counts_its_calls(subject, backend, monkeypatch):
     counted, native = count_runs(monkeypatch, CLASSES[backend]), subject.logits()
     handle = attnzoo.patch(subject.model, backend)
     assert tuple(site.name for site in handle.sites) == subject.sites
@@ -56,13 +53,13 @@ def test_every_site_runs_what_was_asked_for_and_counts_it(subject, backend, monk
     assert subject.close(patched, native)
 
 
-def test_sites_say_what_they_are(led):
+def test_a_site_has_the_class_and_the_pattern_of_its_module(led):
     first = attnzoo.patch(led.model, "sdpa").sites[0]
     assert first.cls == "LEDEncoderSelfAttention"
     assert first.pattern == "window 4 + global keys"
 
 
-def test_a_site_reports_the_kernels_that_ran_most_frequent_first(led):
+def test_a_site_lists_its_kernels_most_frequent_first(led):
     with attnzoo.patch(led.model, "eager") as handle:
         led.logits()
     site = handle.sites[0]
@@ -71,22 +68,22 @@ def test_a_site_reports_the_kernels_that_ran_most_frequent_first(led):
     assert (site.kernel, site.calls) == ("other+eager", 9)
 
 
-def test_native_is_the_models_own_code_counted(subject):
+def test_native_runs_the_models_own_code_and_counts_it(subject):
     native = subject.logits()
     with attnzoo.patch(subject.model, "native") as handle:
         assert torch.equal(subject.logits(), native)
     assert {(site.backend, site.kernel, site.calls) for site in handle.sites} == {("native", "native", 1)}
 
 
-def test_native_over_another_patch_is_the_models_own_code(subject):
+def test_native_over_another_patch_runs_the_models_own_code(subject):
     native = subject.logits()
     with attnzoo.patch(subject.model, "sdpa") as below, attnzoo.patch(subject.model, "native") as above:
         assert torch.equal(subject.logits(), native)
     assert set(calls(above).values()) == {1}
-    assert set(calls(below).values()) == {0}, "native was asked for and sdpa ran"
+    assert set(calls(below).values()) == {0}
 
 
-def test_auto_chooses_and_says_what_ran(subject):
+def test_auto_selects_a_backend_and_the_site_reports_its_kernel(subject):
     native = subject.logits()
     with attnzoo.patch(subject.model) as handle:
         assert subject.close(subject.logits(), native)
@@ -94,7 +91,7 @@ def test_auto_chooses_and_says_what_ran(subject):
     assert all(site.kernel not in (None, "eager", "native") for site in handle.sites)
 
 
-def test_an_alias_is_reported_by_the_backends_name(neox, add_backend):
+def test_a_site_reports_the_backends_name_for_an_alias(neox, add_backend):
     cls = add_backend("fake", aliases=("imitation",))
     with attnzoo.patch(neox.model, "imitation") as handle:
         neox.logits()
@@ -131,8 +128,8 @@ def test_a_refused_site_leaves_every_module_untouched(led, add_backend, as_it_wa
     assert "segments: got 2; allowed: at most 1" in str(caught.value)
 
 
-def test_every_reason_of_every_attention_of_a_site_is_listed(led, add_backend):
-    """LED's encoder computes two: window and globals together, and the global tokens' own."""
+def test_a_refusal_lists_every_reason_for_every_attention_of_a_site(led, add_backend):
+    """LED's encoder computes two attentions: ordinary tokens, and global tokens."""
     add_backend("little", segments=1, patterns=frozenset({attnzoo.Window}))
     with pytest.raises(BackendRefusedError) as caught:
         attnzoo.patch(led.model, {"led.encoder*": "little"})
@@ -142,7 +139,7 @@ def test_every_reason_of_every_attention_of_a_site_is_listed(led, add_backend):
     }
 
 
-def test_a_refusal_under_an_earlier_patch_leaves_that_patch_alone(led, add_backend):
+def test_a_refused_patch_leaves_an_earlier_patch_in_place(led, add_backend):
     add_backend("one-segment", segments=1)
     with attnzoo.patch(led.model, "sdpa") as handle:
         with pytest.raises(BackendRefusedError):
@@ -151,7 +148,7 @@ def test_a_refusal_under_an_earlier_patch_leaves_that_patch_alone(led, add_backe
         assert all(calls(handle).values())
 
 
-def test_a_refusal_on_one_of_several_backends_leaves_every_module_untouched(led, add_backend, as_it_was):
+def test_a_refusal_of_one_of_several_backends_leaves_every_module_untouched(led, add_backend, as_it_was):
     before = as_it_was(led)
     add_backend("one-segment", segments=1)
     with pytest.raises(BackendRefusedError):
@@ -159,7 +156,7 @@ def test_a_refusal_on_one_of_several_backends_leaves_every_module_untouched(led,
     before.check()
 
 
-def test_what_training_asks_for_is_refused_at_patch_time(build_subject, add_backend, as_it_was):
+def test_training_requests_are_refused_at_patch_time(build_subject, add_backend, as_it_was):
     led = build_subject("led", attention_dropout=0.25)
     before = as_it_was(led)
     add_backend("inference", dropout=False, grad=False)
@@ -174,7 +171,7 @@ def test_what_training_asks_for_is_refused_at_patch_time(build_subject, add_back
     assert all(calls(handle).values())
 
 
-def test_switching_to_training_after_the_patch_is_refused_before_anything_runs(build_subject, add_backend):
+def test_training_requests_after_the_patch_are_refused_before_the_call(build_subject, add_backend):
     led = build_subject("led", attention_dropout=0.25)
     fake = add_backend("inference", dropout=False)
     with attnzoo.patch(led.model, "inference"):
@@ -198,7 +195,7 @@ def test_globs_assign_backends_and_the_first_match_decides(led):
     assert got[led.sites[1]][0] == "sdpa"
     assert set(got[led.sites[1]][1].split("+")).isdisjoint({"eager", "native"})
     assert got[led.sites[3]] == ("native", "native")
-    assert "forward" not in vars(led.module(2)), "no glob matched it: it stays as it is"
+    assert "forward" not in vars(led.module(2)), "no glob matches it"
     handle.remove()
     assert torch.equal(led.logits(), native)
 
@@ -212,7 +209,7 @@ def test_a_glob_that_matches_nothing_raises(led, as_it_was):
 
 @pytest.mark.parametrize("glob", ["*decoder*", "led.*", "*attn*"])
 def test_a_glob_behind_a_wider_one_raises(led, as_it_was, glob):
-    """Even if it matches as many sites."""
+    """Also if both match the same sites."""
     before = as_it_was(led)
     named = re.escape(f"got glob {glob!r} behind '*', which matches all its sites")
     with pytest.raises(PatchError, match=named + ".*; allowed: narrower globs before"):
@@ -220,7 +217,7 @@ def test_a_glob_behind_a_wider_one_raises(led, as_it_was, glob):
     before.check()
 
 
-def test_a_glob_for_the_rest_may_find_none_left(led):
+def test_a_glob_for_the_remaining_sites_may_have_none_left(led):
     handle = attnzoo.patch(
         led.model, {"*self_attn*": "sdpa", "*encoder_attn*": "native", "*coder*": "eager", "*": "eager"}
     )
@@ -252,176 +249,13 @@ def test_options_reach_the_backend(neox, add_backend):
 
 
 @pytest.mark.parametrize("other", ["auto", "native", attnzoo.configure("blocked-local", window=3)])
-def test_options_are_those_of_the_backend_that_is_named(neox, other):
+def test_options_go_to_the_named_backend_only(neox, other):
     with attnzoo.patch(neox.model, {"*.0.*": "blocked-local", "*": other}, window=7) as handle:
         neox.logits()
     assert handle.sites[0].approximate == "window of 7 keys"
     assert handle.sites[1].approximate in ("", "window of 3 keys")
 
 
-# What people see
-
-
-def rows_of(handle):
-    """The printed table, one list of words per row; a wide terminal wraps nothing."""
-    return [line.split() for line in str(handle).splitlines()]
-
-
-@pytest.fixture
-def wide(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "1000")
-
-
-@pytest.mark.usefixtures("wide")
-def test_a_handle_prints_as_a_table_with_one_row_for_sites_that_are_alike(led):
-    with attnzoo.patch(led.model, "eager") as handle:
-        led.logits()
-    header, *rows = rows_of(handle)
-    assert header == ["backend", "kernel", "calls", "fallbacks", "sites"]
-    kinds = {(site.cls, site.pattern): site for site in reversed(handle.sites)}
-    assert len(rows) == len(kinds) < len(handle.sites)
-    for row, (kind, first) in zip(rows, reversed(kinds.items()), strict=True):
-        more = sum((site.cls, site.pattern) == kind for site in handle.sites) - 1
-        assert row[:5] == ["eager", "eager", str(first.calls), "0", first.name]
-        assert " ".join(row[5:]) == f"and {more} more " * bool(more) + f"({', '.join(kind)})"
-
-
-@pytest.mark.usefixtures("wide")
-def test_sites_at_which_something_else_ran_have_a_row_of_their_own(neox):
-    with attnzoo.patch(neox.model, {"*.0.*": "eager", "*": "sdpa"}) as handle:
-        assert [row[:4] for row in rows_of(handle)[1:]] == [["eager", "-", "0", "0"], ["sdpa", "-", "0", "0"]]
-        neox.logits()
-        assert [row[1:3] for row in rows_of(handle)[1:]] == [["eager", "1"], [handle.sites[1].kernel, "1"]]
-
-
-@pytest.mark.usefixtures("wide")
-def test_counts_that_differ_between_alike_sites_print_as_a_range(neox):
-    with attnzoo.patch(neox.model, "eager", fallback="native") as handle:
-        neox.logits()
-    first = handle.sites[0]
-    first.kernels["eager"] += 2
-    first.fallbacks += 1
-    ((backend, kernel, calls, fallbacks, *_),) = rows_of(handle)[1:]
-    assert (backend, kernel, calls, fallbacks) == ("eager", "eager", "1-3", "0-1")
-
-
-@pytest.mark.usefixtures("wide")
-def test_a_table_before_the_first_call_shows_that_nothing_ran(neox):
-    with attnzoo.patch(neox.model, "sdpa") as handle:
-        assert rows_of(handle)[1][:4] == ["sdpa", "-", "0", "0"]
-
-
-# What is remembered
-
-
-def test_what_is_remembered_of_a_mask_dies_with_it(neox):
-    """A bool mask is its own reading: remembering it would keep every forward's mask for as long as the patch lasts."""
-    mask = torch.ones(3, 11, dtype=torch.long)
-    mask[0, :4] = 0
-    with attnzoo.patch(neox.model, "sdpa") as handle, torch.no_grad():
-        for _ in range(3):
-            neox.model(input_ids=torch.full((3, 11), 5), attention_mask=mask)
-        gc.collect()
-        assert not any(len(forward._attend._memory) for forward in handle.forwards)
-
-
-def test_what_is_remembered_in_inference_mode_is_for_inference_mode(neox):
-    """It cannot be saved for a backward, though it be made of a tensor that can."""
-    mask = torch.ones(3, 11)
-    with attnzoo.patch(neox.model, "sdpa") as handle:
-        first, second = (forward._attend.once for forward in handle.forwards[:2])
-        with torch.inference_mode():
-            made = first(mask, "more", lambda tensor: tensor + 1)
-        assert not second(mask, "more", lambda tensor: tensor + 1).is_inference() and made.is_inference()
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_what_is_made_of_a_mask_is_made_once_per_forward(neox, mode):
-    """Whatever is done to the mask between forwards, even where its version does not tell."""
-    with attnzoo.patch(neox.model, "sdpa") as handle, mode():
-        mask = torch.ones(3, 11)
-        sites = [forward._attend.once for forward in handle.forwards]
-        for value in (1.0, 2.0, 3.0):
-            mask.data.fill_(value)
-            made = [once(mask, "more", lambda tensor: tensor + 1) for once in sites]
-            assert all(one is made[0] for one in made) and made[0].eq(value + 1).all()
-
-
-def test_layers_of_a_copy_share_what_they_remember_and_nothing_with_the_original(neox, monkeypatch):
-    read, masks = [], interface.read_attention_mask
-    monkeypatch.setattr(interface, "read_attention_mask", lambda *given: read.append(given) or masks(*given))
-    mask = torch.ones(3, 11, dtype=torch.long)
-    mask[0, :4] = 0
-    inputs = dict(input_ids=torch.full((3, 11), 5), attention_mask=mask)
-    with attnzoo.patch(neox.model, "sdpa"), torch.no_grad():
-        for model in (neox.model, copy.deepcopy(neox.model)):
-            read.clear()
-            model(**inputs)
-            assert len(read) == 1
-
-
-# Asking a model
-
-
-def test_a_model_tells_its_patch(subject):
-    assert not attnzoo.is_patched(subject.model)
-    with pytest.raises(attnzoo.PatchError, match="not patched"):
-        attnzoo.handle(subject.model)
-    below = attnzoo.patch(subject.model, "sdpa")
-    above = attnzoo.patch(subject.model, "eager")
-    assert attnzoo.is_patched(subject.model)
-    assert attnzoo.handle(subject.model).sites == above.sites
-    subject.logits()
-    assert all(site.calls for site in attnzoo.handle(subject.model).sites)
-    attnzoo.handle(subject.model).remove()
-    assert not above.active and attnzoo.handle(subject.model).sites == below.sites
-
-
-def test_a_deep_copy_tells_its_own_patch(subject):
-    original = attnzoo.patch(subject.model, "sdpa")
-    twin = copy.deepcopy(subject.model)
-    subject.logits(twin)
-    assert all(site.calls for site in attnzoo.handle(twin).sites)
-    attnzoo.handle(twin).remove()
-    assert not attnzoo.is_patched(twin) and original.active
-
-
-@pytest.mark.parametrize("ask", [attnzoo.is_patched, attnzoo.handle, attnzoo.unpatch])
-def test_only_modules_are_asked(ask):
-    with pytest.raises(attnzoo.InvalidArgumentError, match=r"model: got str; allowed: a torch\.nn\.Module"):
-        ask("led")
-
-
-# Replacing patches
-
-
-def test_a_replacing_patch_is_the_only_one(subject, as_it_was):
-    before = as_it_was(subject)
-    for backend in ("sdpa", "eager", "sdpa"):
-        handle = attnzoo.patch(subject.model, backend, replace=True)
-        subject.logits()
-        assert {site.backend for site in handle.sites} == {backend} and all(site.calls for site in handle.sites)
-    handle.remove()
-    before.check()
-
-
-def test_a_replacing_patch_that_is_refused_leaves_the_old_ones(subject):
-    old = attnzoo.patch(subject.model, "sdpa")
-    with pytest.raises(attnzoo.BackendRefusedError):
-        attnzoo.patch(subject.model, "flash", replace=True)
-    assert old.active and attnzoo.handle(subject.model).sites == old.sites
-
-
-def test_replacing_in_a_part_of_a_patched_model_changes_nothing(neox):
-    """The part's own patch could go, the model's could not: both stay."""
-    outer = attnzoo.patch(neox.model, "sdpa")
-    part = neox.model.gpt_neox.layers[1]
-    inner = attnzoo.patch(part, "eager")
-    with pytest.raises(attnzoo.PatchError, match=r"no longer in place at .*allowed: the whole model that was patched"):
-        attnzoo.patch(part, "native", replace=True)
-    assert inner.active and outer.active
-
-
-def test_a_module_that_is_the_model_is_named_by_its_class(neox):
+def test_messages_name_the_class_where_the_model_is_the_module(neox):
     with attnzoo.patch(neox.module(), "sdpa"), pytest.raises(attnzoo.InvalidArgumentError, match="GPTNeoXAttention"):
         neox.module()(torch.empty(1, 0, 16), None)

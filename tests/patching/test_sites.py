@@ -1,8 +1,7 @@
-"""Which modules a patch reaches: those of a class that an adapter knows, whatever configuration the model has."""
+"""A patch reaches the modules of the classes that an adapter knows, whatever the model's configuration is."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +25,7 @@ def foreign_config():
 
 
 class Converted(nn.Module):
-    """What stands in a RoBERTa layer in place of its attention: makes the arguments of a Longformer attention."""
+    """Replaces the attention of a RoBERTa layer; makes the arguments of a Longformer attention."""
 
     def __init__(self, config, layer, cls=LongformerSelfAttention):
         super().__init__()
@@ -47,20 +46,20 @@ def converted_roberta(cls=LongformerSelfAttention):
     return spread(model)
 
 
-def test_an_attention_in_a_model_of_another_family():
+def test_patch_reaches_an_attention_in_a_model_of_another_family():
     model, tokens = converted_roberta(), torch.arange(32).view(2, 16) + 3
     with torch.no_grad():
         expected = model(tokens).last_hidden_state
         with attnzoo.patch(model, "sdpa") as handle:
-            found = model(tokens).last_hidden_state
+            output = model(tokens).last_hidden_state
         assert [(site.cls, site.calls) for site in handle.sites] == [("LongformerSelfAttention", 2)] * 2
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(output, expected)
         assert torch.equal(model(tokens).last_hidden_state, expected)
     assert [verdict.runs for verdict in attnzoo.explain(model, "sdpa")] == [True, True]
 
 
 @pytest.mark.parametrize("bare", [False, True], ids=["in a module", "the attention itself"])
-def test_an_attention_whose_config_has_no_model_type(bare):
+def test_patch_reaches_an_attention_without_a_model_type(bare):
     module, states = spread(Converted(foreign_config(), 0)), torch.randn(2, 16, 32)
     module.longformer.config = SimpleNamespace(attention_window=[8, 4])
     expected = module(states)[0]
@@ -69,7 +68,7 @@ def test_an_attention_whose_config_has_no_model_type(bare):
     assert [site.calls for site in handle.sites] == [2]
 
 
-def test_two_families_in_one_model():
+def test_patch_reaches_two_families_in_one_model():
     model = nn.ModuleDict({"one": gpt_neox(), "other": led()})
     inputs = {"one": causal_inputs(16, "left"), "other": led_inputs(24, "right")}
     with torch.no_grad():
@@ -77,29 +76,36 @@ def test_two_families_in_one_model():
         with attnzoo.patch(model, {"one.*": "eager", "other.*": "sdpa"}) as handle:
             for name, part in model.items():
                 real = inputs[name].get("decoder_attention_mask", inputs[name]["attention_mask"]).bool()
-                found = part(**inputs[name]).logits
-                torch.testing.assert_close(found[real], expected[name][real], atol=1e-3, rtol=1e-3)
+                output = part(**inputs[name]).logits
+                torch.testing.assert_close(output[real], expected[name][real], atol=1e-3, rtol=1e-3)
     assert [site.backend for site in handle.sites] == ["eager"] * 2 + ["sdpa"] * 6
     assert all(site.calls for site in handle.sites)
 
 
 class HandsOn(LongformerSelfAttention):
-    """As in published conversions: a forward of its own around the class's."""
+    """Overrides forward and calls the forward of its base class, as published conversions do."""
 
     def forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs)
 
 
-def test_a_subclass_with_a_forward_of_its_own_is_named():
+def test_a_subclass_that_overrides_forward_is_named():
     model = converted_roberta(HandsOn)
     with pytest.raises(DriftError, match=r"test_sites:HandsOn\.forward: overrides LongformerSelfAttention\.forward"):
         attnzoo.patch(model, "sdpa")
 
 
-def test_the_adapter_of_the_nearest_class_wins(registry_of_its_own):
-    """A subclass has an adapter of its own: it is asked first, whatever the model type."""
+def test_the_adapter_of_the_nearest_class_wins(isolated_registry):
+    """The adapter of a subclass wins over that of its base class, whatever the model type is."""
     point = next(point for point in registry.find_adapter("longformer").points if point.attends)
-    own = replace(point, cls=f"{__name__}:HandsOn", verified={}, describe=lambda module: "by hand")
+
+    class HandsOnPoint(type(point)):
+        cls, verified = f"{__name__}:HandsOn", {}
+
+        def describe(self, module):
+            return "by hand"
+
+    own = HandsOnPoint()
     attnzoo.register_adapter(attnzoo.Adapter(model_types=("handed_on",), points=(own,)))
     with attnzoo.patch(converted_roberta(HandsOn), "sdpa") as handle:
         assert {site.pattern for site in handle.sites} == {"by hand"}
@@ -108,9 +114,14 @@ def test_the_adapter_of_the_nearest_class_wins(registry_of_its_own):
 
 
 @pytest.mark.parametrize("type_", ["roberta", "mine"])
-def test_of_two_adapters_for_one_class_that_of_the_model_type_wins(registry_of_its_own, type_):
+def test_the_adapter_of_the_model_type_wins_among_adapters_for_one_class(isolated_registry, type_):
     point = next(point for point in registry.find_adapter("longformer").points if point.attends)
-    own = replace(point, describe=lambda module: "by hand")
+
+    class ByHand(type(point)):
+        def describe(self, module):
+            return "by hand"
+
+    own = ByHand()
     attnzoo.register_adapter(attnzoo.Adapter(model_types=("mine",), points=(own,)))
     model = converted_roberta()
     model.config.model_type = type_
@@ -119,7 +130,7 @@ def test_of_two_adapters_for_one_class_that_of_the_model_type_wins(registry_of_i
 
 
 def test_a_copy_of_a_known_class_is_named():
-    """Code that came with a checkpoint has classes of the same names in another module."""
+    """The code of a checkpoint may have classes of the same names in another module."""
 
     class Parent(nn.Module):
         pass

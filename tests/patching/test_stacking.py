@@ -1,4 +1,4 @@
-"""Patches stack and come off last in, first out; copies of a patched model are patched, and come off on their own."""
+"""Patches stack, the last one is removed first; deep copies of a patched model are patched separately."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_patches_stack_last_in_first_out(subject):
     assert torch.equal(subject.logits(), under_sdpa)
     first.remove()
     assert torch.equal(subject.logits(), native)
-    if subject.kind == "led":  # so that it shows which of the two ran
+    if subject.kind == "led":  # the difference shows which of the two ran
         assert not torch.equal(under_eager, under_sdpa)
     assert sum(calls(first).values()) == 2 * subject.attentions
     assert sum(calls(second).values()) == subject.attentions
@@ -46,7 +46,7 @@ def test_removing_out_of_order_raises_and_changes_nothing(subject):
     assert not second.active
 
 
-def test_a_partly_covered_patch_is_not_removed_in_part(led):
+def test_a_partly_covered_patch_is_not_removed_at_all(led):
     below = attnzoo.patch(led.model, "sdpa")
     above = attnzoo.patch(led.model, {led.sites[-1]: "eager"})
     top = led.logits()
@@ -58,7 +58,7 @@ def test_a_partly_covered_patch_is_not_removed_in_part(led):
     below.remove()
 
 
-def test_patches_on_different_modules_come_off_in_any_order(led):
+def test_patches_of_different_modules_are_removed_in_any_order(led):
     native = led.logits()
     encoder, decoder = attnzoo.patch(led.model, {"*encoder.l*": "sdpa"}), attnzoo.patch(led.model.led.decoder, "eager")
     encoder.remove()
@@ -71,7 +71,7 @@ def test_patches_on_different_modules_come_off_in_any_order(led):
 @pytest.mark.parametrize(
     "take_off", [lambda handle, model: handle.remove(), lambda handle, model: attnzoo.unpatch(model)]
 )
-def test_leaving_a_patch_that_was_removed_within_does_nothing(subject, as_it_was, take_off):
+def test_leaving_a_context_whose_patch_was_removed_does_nothing(subject, as_it_was, take_off):
     before = as_it_was(subject)
     with attnzoo.patch(subject.model, "sdpa") as handle:
         take_off(handle, subject.model)
@@ -82,7 +82,7 @@ def test_leaving_a_patch_that_was_removed_within_does_nothing(subject, as_it_was
     before.check()
 
 
-def test_leaving_a_patch_that_something_else_replaced_raises(neox):
+def test_leaving_a_context_raises_if_something_replaced_the_forward(neox):
     handle = attnzoo.patch(neox.model, "sdpa")
     module = handle.forwards[0].module
     kept, module.forward = module.forward, lambda *args, **kwargs: None
@@ -124,7 +124,7 @@ def test_an_exception_inside_a_forward_does_not_disturb_the_patch(neox, monkeypa
         monkeypatch.setattr(SdpaBackend, "run", lambda *a, **k: (_ for _ in ()).throw(MemoryError("out of memory")))
         with pytest.raises(MemoryError):
             neox.logits()
-        assert set(calls(handle).values()) == {0}, "what did not run is not counted"
+        assert set(calls(handle).values()) == {0}
         monkeypatch.setattr(SdpaBackend, "run", run)
         assert neox.close(neox.logits(), native)
     assert torch.equal(neox.logits(), native)
@@ -154,7 +154,7 @@ def test_unpatch_after_the_handle_and_the_handle_after_unpatch(subject):
 # Copies
 
 
-def test_a_deep_copy_computes_the_same_and_comes_off_on_its_own(subject):
+def test_a_deep_copy_computes_the_same_and_is_unpatched_separately(subject):
     native = subject.logits()
     handle = attnzoo.patch(subject.model, "sdpa")
     patched = subject.logits()
@@ -195,7 +195,7 @@ def test_a_deep_copy_outlives_the_originals_patch(subject):
         attnzoo.unpatch(twin)
 
 
-def test_a_deep_copy_of_a_part_comes_off_on_its_own(led):
+def test_a_deep_copy_of_a_part_is_unpatched_separately(led):
     native, decoder = led.logits(), led.model.led.decoder
     with attnzoo.patch(led.model, "sdpa") as below, attnzoo.patch(decoder, "eager"):
         patched = led.logits()
@@ -213,7 +213,7 @@ def test_a_deep_copy_of_a_part_comes_off_on_its_own(led):
     assert torch.equal(led.logits(), native)
 
 
-def test_pickling_a_patched_model_raises_and_says_what_to_do(subject):
+def test_pickling_a_patched_model_raises_with_a_remedy(subject):
     native = subject.logits()
     with attnzoo.patch(subject.model, "sdpa") as handle:
         for save in (pickle.dumps, lambda model: torch.save(model, io.BytesIO())):

@@ -1,4 +1,4 @@
-"""Whatever is done with patches, in whatever order: at the end the bit-identical original is there."""
+"""Any sequence of patches and removals restores the bit-identical original."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ backends = st.sampled_from(["eager", "sdpa", "auto", "native"])
 
 
 class Patches(RuleBasedStateMachine):
-    """Two models that share a config object; one is patched, unpatched, copied and saved, the other looks on.
+    """Two models with one config object: the machine patches, unpatches, copies and saves the first one only.
 
-    ``stack`` says what should be: for each patch, its handle and the backend of each site it covers.
+    ``stack`` is the expected state: for each patch, its handle and the backend of each site it covers.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class Patches(RuleBasedStateMachine):
         self.before, self.others_before = self.remember(self.subject), self.remember(self.other)
         self.stack = []
 
-    # What happens
+    # Actions
 
     @rule(backend=backends)
     def patch(self, backend):
@@ -98,7 +98,7 @@ class Patches(RuleBasedStateMachine):
     @precondition(lambda self: len(self.stack) > 1)
     @rule(data=st.data())
     def remove_in_any_order(self, data):
-        """Works exactly if no later patch covers one of its sites."""
+        """Succeeds if and only if no later patch covers one of its sites."""
         number = data.draw(st.integers(0, len(self.stack) - 2))
         handle, covered = self.stack[number]
         if any(covered.keys() & later.keys() for _, later in self.stack[number + 1 :]):
@@ -151,7 +151,7 @@ class Patches(RuleBasedStateMachine):
 
     @rule()
     def train_a_step(self):
-        """Gradients flow under any patch; weights stay as they are."""
+        """Gradients flow under any patch, and weights do not change."""
         self.subject.model.zero_grad(set_to_none=True)
         logits = self.subject.model(**self.subject.inputs).logits
         logits.square().mean().backward()
@@ -160,11 +160,11 @@ class Patches(RuleBasedStateMachine):
         assert all(gradient.isfinite().all() for gradient in gradients)
         self.subject.model.zero_grad(set_to_none=True)
 
-    # What is always true
+    # Invariants
 
     @rule()
     def check_what_runs(self):
-        """Exactly the topmost patch of each module runs, on the backend asked for."""
+        """Only the last patch of each module runs, on the requested backend."""
         top = {site: (handle, covered[site]) for handle, covered in self.stack for site in covered}
         sites = {(id(handle), site.name): site for handle, _ in self.stack for site in handle.sites}
         calls = {key: site.calls for key, site in sites.items()}
@@ -208,7 +208,7 @@ class Patches(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("kind", ["led", "gpt_neox"])
-def test_any_sequence_of_patches_ends_at_the_original(kind, build_subject, as_it_was):
+def test_any_sequence_of_patches_restores_the_original(kind, build_subject, as_it_was):
     machine = type(
         f"Patches_{kind}",
         (Patches,),

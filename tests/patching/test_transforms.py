@@ -1,6 +1,6 @@
-"""Patched models under ``torch.func`` give what the originals give: gradients, tangents, batches, and so on.
+"""Patched models under ``torch.func`` compute what the originals compute: gradients, tangents, batches.
 
-Attentions alone are tested in ``tests/properties/test_transforms.py``.
+Attentions without a model are tested in ``tests/properties/test_transforms.py``.
 """
 
 import inspect
@@ -10,23 +10,22 @@ from operator import itemgetter
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp
 from torch.utils._pytree import tree_leaves, tree_map
 
 import attnzoo
 from attnzoo.spec.masks import read_attention_mask
 from attnzoo.spec.patterns import Full
-from attnzoo.spec.transforms import readable, transforms_around
 from tests.support.models import FAMILIES, gpt_neox, longformer, longt5, reformer
 
 # LED draws a number for each layer, in older releases of transformers in eval mode too.
 vmap = partial(torch.func.vmap, randomness="same")
 MASKS = ("attention_mask", "decoder_attention_mask", "global_attention_mask")
-NAMES = [name for name in FAMILIES if name != "reformer"]  # whose reversible layers no transform takes: see below
+NAMES = [name for name in FAMILIES if name != "reformer"]  # its reversible layers support no transform: see below
 
 
 def build(name):
-    """A model in float32 that has its masks built for ``eager``, the one implementation with all derivatives."""
+    """A model in float32 with the masks of ``eager``, the only implementation with all derivatives."""
     model = FAMILIES[name].build()
     if name.startswith("gpt"):
         model.set_attn_implementation("eager")
@@ -34,12 +33,12 @@ def build(name):
 
 
 def inputs_of(name):
-    """Three samples, of which two have padding; LED and Longformer have 0, 1 and 2 global tokens."""
+    """Three samples, two with padding; in LED and Longformer with 0, 1 and 2 global tokens."""
     return FAMILIES[name].inputs(21, "right")
 
 
 def call(model, parameters=None, **inputs):
-    """Logits of real tokens, and zeros; under whatever parameters."""
+    """Logits of real tokens, and zeros for padding; with the given parameters."""
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False
     logits = (model(**inputs) if parameters is None else functional_call(model, parameters, (), inputs))[0]
@@ -52,7 +51,7 @@ def parameters_of(model):
 
 
 def embedded(model, inputs):
-    """The inputs with embeddings in place of token ids, apart from the rest."""
+    """The embeddings of the token ids, and the other inputs."""
     embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach()
     return embeddings, {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
 
@@ -105,7 +104,7 @@ def curvature(model, inputs):
 
 
 def looped(function, in_dims=(0,)):
-    """What ``vmap`` means, for models that it fails in."""
+    """Compute what ``vmap`` computes with a loop, for models in which ``vmap`` fails."""
 
     def run(*arguments):
         mapped = [argument for argument, dim in zip(arguments, in_dims, strict=True) if dim is not None]
@@ -131,7 +130,7 @@ def batch_with_masks(model, inputs):
 
 
 def gradients_per_sample(model, inputs, masks=MASKS):
-    """With the masks of one sample for all of them, or (``masks=()``) each with its own."""
+    """With the masks of one sample for all samples, or (``masks=()``) the masks of each sample."""
     embeddings, rest = embedded(model, inputs)
     shared = {name: tensor[1:2] for name, tensor in rest.items() if name in masks}
     mapped = {"inputs_embeds": embeddings, **{name: rest[name] for name in rest if name not in masks}}
@@ -168,7 +167,7 @@ def flat(result):
 
 @pytest.mark.parametrize("leg", LEGS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_patched_model_gives_what_the_original_gives(name, leg):
+def test_a_patched_model_computes_what_the_original_computes(name, leg):
     model, inputs, run = build(name), inputs_of(name), LEGS[leg]
     if leg.endswith("with_masks") and name in READS_MASKS:
         with pytest.raises(RuntimeError, match="vmap"):
@@ -187,8 +186,8 @@ def test_a_patched_model_gives_what_the_original_gives(name, leg):
         assert (got - expected).abs().max() < 2e-4 * expected.abs().max(), backend
 
 
-def test_without_a_mask_and_with_the_masks_of_sdpa():
-    """Models loaded with sdpa hand over other masks, and their own kernels have no tangents; ours have."""
+def test_models_loaded_with_sdpa_with_and_without_a_mask():
+    """Their masks differ, and their own kernels have no tangents."""
     reference, model, inputs = build("gpt_neox"), gpt_neox(), inputs_of("gpt_neox")
     assert model.config._attn_implementation == "sdpa"
     with pytest.raises(NotImplementedError, match="forward AD"):
@@ -201,7 +200,7 @@ def test_without_a_mask_and_with_the_masks_of_sdpa():
             assert (got - expected).abs().max() < 2e-4 * expected.abs().max(), backend
 
 
-# Modules whose models no transform takes, or whose whole models look at the masks
+# Modules in models that do not support transforms, or that read the masks themselves
 
 
 def close(got, expected):
@@ -210,7 +209,7 @@ def close(got, expected):
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", ["local", "transient-global"])
-def test_an_encoder_of_longt5_takes_a_mask_per_sample(kind, backend):
+def test_the_encoder_of_longt5_supports_a_mask_per_sample(kind, backend):
     model, inputs = longt5("LongT5EncoderModel", kind=kind), FAMILIES["longt5-local"].inputs(21, "right")
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     expected = batch_with_masks(model, inputs)
@@ -219,7 +218,7 @@ def test_an_encoder_of_longt5_takes_a_mask_per_sample(kind, backend):
 
 
 def longformer_attention():
-    """A model, and what its attention modules are called with: states, and a mask that hides padding."""
+    """A model, and arguments of its attention modules: states, and a mask that hides padding."""
     model = longformer("LongformerModel")
     real = FAMILIES["longformer"].inputs(24, "right")["attention_mask"]
     mask = torch.where(real == 0, -1e4, 0.0)
@@ -232,7 +231,7 @@ def run_longformer(module, states, mask, has_globals=False):
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-def test_the_attention_of_longformer_takes_padding_per_sample(backend):
+def test_the_attention_of_longformer_supports_padding_per_sample(backend):
     model, states, mask = longformer_attention()
     module = model.encoder.layer[0].attention.self
     expected = vmap(partial(run_longformer, module))(states, mask)
@@ -245,8 +244,8 @@ def test_the_attention_of_longformer_takes_padding_per_sample(backend):
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("number", [0, 1], ids=["local", "lsh"])
-def test_the_attention_of_reformer(number, backend):
-    """No transform takes the model's reversible layers, nor its own LSH attention: that is compared with a loop."""
+def test_the_attention_of_reformer_supports_transforms(number, backend):
+    """The model's reversible layers and its own LSH attention support no transform: the reference is a loop."""
     model, inputs = reformer(), FAMILIES["reformer"].inputs(20, "right")
     module = model.reformer.encoder.layers[number].attention.self_attention
     states, mask = torch.randn(3, 20, 16, generator=torch.Generator().manual_seed(4)), inputs["attention_mask"]
@@ -283,13 +282,13 @@ def test_the_attention_of_reformer(number, backend):
                 vmap(lambda given, one: run(given[None], one[None]), randomness="same")(states, mask)
 
 
-# What cannot
+# Refusals
 
 
 @pytest.mark.parametrize(
     ("leg", "transform"), [(gradients, "grad"), (tangent_of_dual_numbers, "jvp"), (batch_with_masks, "vmap")]
 )
-def test_a_backend_without_rules_refuses_by_name_before_the_forward(leg, transform):
+def test_a_backend_without_transforms_refuses_them_before_the_call(leg, transform):
     model, inputs = build("gpt_neox"), inputs_of("gpt_neox")
     expected = flat(leg(model, inputs))
     options = dict(num_hashes=2, chunk_length=8, num_buckets=4)
@@ -305,7 +304,7 @@ def test_a_backend_without_rules_refuses_by_name_before_the_forward(leg, transfo
         assert all(site.fallbacks and not site.calls for site in handle.sites)
 
 
-def test_blocked_local_reads_masks_and_so_refuses_vmap_alone():
+def test_blocked_local_refuses_vmap_because_it_reads_masks():
     model, inputs = build("gpt_neox"), inputs_of("gpt_neox")
     with attnzoo.patch(model, "blocked-local", window=64):
         expected = gradients(model, inputs)
@@ -314,16 +313,16 @@ def test_blocked_local_reads_masks_and_so_refuses_vmap_alone():
     close(flat(expected), flat(gradients(model, inputs)))
 
 
-def test_capabilities_say_what_runs_under_transforms():
-    told = {name: info.capabilities.transforms for name, info in attnzoo.backends().items() if info.capabilities}
-    assert told["eager"] == told["sdpa"] == {"grad", "vmap", "jvp", "functionalize"}
-    assert not told["flash_attention_2"]
+def test_capabilities_declare_transforms():
+    transforms = {name: info.capabilities.transforms for name, info in attnzoo.backends().items() if info.capabilities}
+    assert transforms["eager"] == transforms["sdpa"] == {"grad", "vmap", "jvp", "functionalize"}
+    assert not transforms["flash_attention_2"]
 
 
-# What nobody can look at
+# Values that cannot be read
 
 
-def test_nan_in_a_mask_under_vmap_is_in_the_output_and_not_lost():
+def test_nan_in_a_mask_under_vmap_reaches_the_output():
     masks = torch.zeros(2, 1, 1, 4, 4)
     masks[1, ..., 2, 3] = float("nan")
     masks[:, ..., 0, 1] = float("-inf")
@@ -341,7 +340,7 @@ def test_nan_in_a_mask_under_vmap_is_in_the_output_and_not_lost():
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-def test_global_keys_per_sample(backend):
+def test_vmap_supports_global_keys_per_sample(backend):
     query = torch.randn(3, 1, 2, 12, 8, generator=torch.Generator().manual_seed(4))
     chosen = torch.zeros(3, 1, 12, dtype=torch.bool)
     chosen[1, 0, 5] = chosen[2, 0, [1, 9]] = True
@@ -352,58 +351,19 @@ def test_global_keys_per_sample(backend):
     close(vmap(run)(query, chosen), looped(run, (0, 0))(query, chosen))
 
 
-def test_a_mask_of_numbers_that_means_one_thing_or_its_opposite_is_refused():
-    from attnzoo.adapters.gpt_bigcode import _visible
+def test_an_ambiguous_mask_of_numbers_is_refused_under_vmap():
+    from attnzoo.patching.mask_arguments import check_visibility
+
+    def check(mask):
+        return check_visibility("encoder_attention_mask", mask, 1, 5, mask.device, 1)
 
     with pytest.raises(attnzoo.InvalidArgumentError, match=r"encoder_attention_mask: .*under vmap.*; allowed: bool"):
-        vmap(_visible)(torch.ones(2, 1, 5))
-    assert vmap(_visible)(torch.ones(2, 1, 5, dtype=torch.bool)).all()
+        vmap(check)(torch.ones(2, 1, 5))
+    assert vmap(check)(torch.ones(2, 1, 5, dtype=torch.bool)).all()
 
 
-# What PyTorch tells only in private
-
-
-def test_transforms_are_told_outermost_first():
-    seen = []
-
-    def look(tensor):
-        seen.append((transforms_around([tensor]), readable(tensor)))
-        return tensor.square().sum()
-
-    given = torch.randn(3, 4)
-    look(given)
-    grad(look)(given)
-    vmap(look)(given)
-    jvp(look, (given,), (given,))
-    vmap(grad(look))(given)
-    vmap(lambda one: look(given))(given)
-    torch.func.functionalize(look)(given)
-    with forward_ad.dual_level():
-        look(given)
-        look(forward_ad.make_dual(given, given))
-    hessian(look)(given)
-    assert seen == [
-        ((), True),
-        (("grad",), True),
-        (("vmap",), False),
-        (("jvp",), True),
-        (("vmap", "grad"), False),
-        (("vmap",), True),
-        (("functionalize",), True),
-        ((), True),
-        (("jvp",), True),
-        (("vmap", "jvp", "grad"), True),
-    ]
-
-
-def test_this_pytorch_tells_them():
-    assert torch._C._are_functorch_transforms_active() is False
-    assert not torch._C._functorch.get_interpreter_stack()
-    assert torch.func.debug_unwrap(torch.ones(2)).ndim == 1
-
-
-def test_sdpa_enforces_the_kernel_that_has_the_derivatives():
-    """One level of ``grad`` without a mask needs no more than the fused kernel has."""
+def test_sdpa_uses_the_kernel_that_has_the_derivatives():
+    """The fused kernel is enough for one level of ``grad`` without a mask."""
     model, inputs = build("gpt_neox"), inputs_of("gpt_neox")
     unmasked = {"input_ids": inputs["input_ids"]}
     model.set_attn_implementation("sdpa")

@@ -1,4 +1,4 @@
-"""What a handle says ran is what ran, by witnesses that do not trust its book-keeping; and the lies they catch.
+"""A handle reports the kernels that ran, and independent witnesses catch a false report.
 
 The witnesses: a counter around the backend's own ``run``, and PyTorch's profiler for the kernels behind it.
 """
@@ -19,7 +19,7 @@ from attnzoo.registry import registry
 
 @dataclass(frozen=True)
 class Pretending(EagerBackend):
-    """Another backend's code under a name that claims a kernel."""
+    """Runs eager and reports another kernel."""
 
     name: ClassVar[str] = "pretending"
 
@@ -39,7 +39,7 @@ def registered():
 
 @pytest.fixture
 def judge(monkeypatch):
-    """``judge(subject, backend)``: run a patched model; raises unless its handle tells the truth."""
+    """``judge(subject, backend)``: run a patched model; raises if its handle reports something false."""
 
     def go(subject, backend):
         ran, run = Counter(), CLASSES[backend].run
@@ -53,11 +53,11 @@ def judge(monkeypatch):
             patched.setattr(CLASSES[backend], "run", counting)
             with attnzoo.patch(subject.model, backend) as handle, witness() as operators:
                 subject.logits()
-        told = sum((site.kernels for site in handle.sites), Counter())
-        assert told == ran, f"sites tell {dict(told)}, the backend ran {dict(ran)}"
+        reported = sum((site.kernels for site in handle.sites), Counter())
+        assert reported == ran, f"sites report {dict(reported)}, the backend ran {dict(ran)}"
         assert ran.total() == subject.attentions, f"{ran.total()} of {subject.attentions} attentions ran"
-        false = false_claims(told, operators)
-        assert not false, f"sites tell {', '.join(false)}, the operators that ran are {dict(operators)}"
+        false = false_claims(reported, operators)
+        assert not false, f"sites report {', '.join(false)}, the operators that ran are {dict(operators)}"
         assert not any(site.fallbacks for site in handle.sites)
         return handle
 
@@ -65,25 +65,25 @@ def judge(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-def test_a_handle_tells_what_ran(subject, backend, judge):
+def test_a_handle_reports_the_kernels_that_ran(subject, backend, judge):
     handle = judge(subject, backend)
     assert all(site.backend == backend and site.calls for site in handle.sites)
 
 
-def test_sdpa_tells_the_kernel_behind_it(neox, led, judge):
+def test_sdpa_reports_its_kernel(neox, led, judge):
     assert {site.kernel for site in judge(neox, "sdpa").sites} <= {"flash", "flash_cpu"}
     assert "math" not in {site.kernel for site in judge(led, "sdpa").sites}
 
 
-# Lies, each caught
+# False reports
 
 
 def test_a_kernel_that_did_not_run_is_caught(subject, judge):
-    with pytest.raises(AssertionError, match="sites tell flash, the operators that ran are"):
+    with pytest.raises(AssertionError, match="sites report flash, the operators that ran are"):
         judge(subject, "pretending")
 
 
-def test_another_backend_in_its_place_is_caught(subject, judge, monkeypatch):
+def test_another_backend_in_place_of_the_requested_one_is_caught(subject, judge, monkeypatch):
     def elsewhere(backend, attention, probabilities=False, where=""):
         return EagerBackend().run(attention, probabilities)._replace(kernel="flash_cpu")
 
@@ -99,7 +99,7 @@ def test_calls_that_did_not_happen_are_caught(subject, judge, monkeypatch):
 
     honest = forwards.SiteAttend.__call__
     monkeypatch.setattr(forwards.SiteAttend, "__call__", twice)
-    with pytest.raises(AssertionError, match=r"sites tell .* the backend ran"):
+    with pytest.raises(AssertionError, match=r"sites report .* the backend ran"):
         judge(subject, "eager")
 
 
@@ -111,33 +111,37 @@ def test_calls_that_are_not_counted_are_caught(subject, judge, monkeypatch):
 
     honest = forwards.SiteAttend.__call__
     monkeypatch.setattr(forwards.SiteAttend, "__call__", silent)
-    with pytest.raises(AssertionError, match=r"sites tell \{\}"):
+    with pytest.raises(AssertionError, match=r"sites report \{\}"):
         judge(subject, "eager")
 
 
 @pytest.fixture
 def original_in_disguise():
-    """An adapter whose forward is the model's own in the first layer: nothing is asked of the backend there."""
-
-    def bind(cls, attend):
-        own = point.bind(cls, attend)
-        return lambda module, *args, **kwargs: (cls.forward if module.layer_idx == 0 else own)(module, *args, **kwargs)
+    """An adapter that runs the model's own forward in the first layer, and no backend."""
 
     honest = registry.find_adapter("gpt_neox")
     point, *companions = honest.points
-    attnzoo.register_adapter(replace(honest, points=(replace(point, bind=bind), *companions)), replace=True)
+
+    class InDisguise(type(point)):
+        def bind(self, cls, attend):
+            patched = super().bind(cls, attend)
+            return lambda module, *args, **kwargs: (cls.forward if module.layer_idx == 0 else patched)(
+                module, *args, **kwargs
+            )
+
+    attnzoo.register_adapter(replace(honest, points=(InDisguise(), *companions)), replace=True)
     yield
     attnzoo.register_adapter(honest, replace=True)
 
 
 @pytest.mark.usefixtures("original_in_disguise")
-def test_the_models_own_code_in_its_place_is_caught(neox, judge):
+def test_the_models_own_code_in_place_of_the_backend_is_caught(neox, judge):
     with pytest.raises(AssertionError, match="1 of 2 attentions ran"):
         judge(neox, "sdpa")
 
 
 @pytest.mark.usefixtures("original_in_disguise")
-def test_a_handle_shows_that_nothing_ran_where_the_models_own_code_did(neox):
+def test_a_handle_counts_no_call_if_an_adapter_runs_the_original(neox):
     with attnzoo.patch(neox.model, "sdpa") as handle:
         neox.logits()
     first, second = handle.sites
@@ -145,7 +149,7 @@ def test_a_handle_shows_that_nothing_ran_where_the_models_own_code_did(neox):
 
 
 @pytest.mark.usefixtures("original_in_disguise")
-def test_verify_says_where_it_saw_nothing(neox):
+def test_verify_names_sites_that_were_not_reached(neox):
     report = attnzoo.verify(neox.model, neox.inputs, "sdpa")
     assert report.ok and {site.name for site in report.sites} == {neox.sites[1]}
     assert report.note == f"not checked, as these inputs do not reach it: {neox.sites[0]}"

@@ -1,4 +1,4 @@
-"""Packed rows on every backend: documents as samples equal the oracle on the dense mask, forward and backward."""
+"""Packed rows on every backend: computed by documents, they agree with the oracle on the dense mask."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -10,12 +10,12 @@ from hypothesis import given, note
 
 import attnzoo
 from attnzoo.backends.eager import EagerBackend
+from attnzoo.conformance.attention_check import ALL_ROWS, check_attention
 from attnzoo.registry import registry
 from attnzoo.spec.bias import RelativeBias
 from attnzoo.spec.documents import attend_documents
 from attnzoo.spec.masks import read_attention_mask
 from attnzoo.spec.segments import Attention, Segment
-from attnzoo.verification.verify import check_site
 from tests.spec.test_documents import Site, grid_of, packed_rows
 
 BACKENDS = [name for name, info in attnzoo.backends().items() if info.available and info.exact]
@@ -23,7 +23,7 @@ BACKENDS = [name for name, info in attnzoo.backends().items() if info.available 
 
 @dataclass(frozen=True)
 class ByDocuments(attnzoo.Backend):
-    """A backend that computes an attention by its documents on another one; judged by the oracle on the mask."""
+    """Computes an attention by its documents on another backend. The oracle computes it by the dense mask."""
 
     site: Site = field(compare=False)
     documents: tuple = field(compare=False)
@@ -37,7 +37,7 @@ class ByDocuments(attnzoo.Backend):
 
 @st.composite
 def packed_attentions(draw):
-    """Rows of documents, a few tokens in none, with grouped heads and maybe a bias by distance."""
+    """Rows of documents and a few tokens outside of documents, with grouped heads and maybe a relative bias."""
     batch, kv_heads, ratio = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
     heads, dim = kv_heads * ratio, draw(st.sampled_from([8, 16]))
     length = draw(st.one_of(st.integers(2, 40), st.sampled_from([64, 65, 129, 200])))
@@ -59,16 +59,15 @@ def packed_attentions(draw):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(attention=packed_attentions(), grad=st.booleans())
-def test_documents_on_a_backend_equal_the_oracle_on_the_mask(backend, attention, grad):
+def test_documents_agree_with_the_oracle_on_the_dense_mask(backend, attention, grad):
     note(f"{attention.request()}")
     read = read_attention_mask(attention.segments[0].mask, (attention.batch, attention.q_len, attention.q_len))
     site = Site(backend)
-    if read.documents is None:  # causality and padding, which no documents are needed for
+    if read.documents is None:  # the mask is causality and padding only
         assert read.mask is None
         return
     if registry.refusals(registry.make_backend(backend), read.documents[0].of(attention).request()):
         return
-    made = ByDocuments(site, read.documents)
-    report = check_site("drawn", attention, made, grad=grad, max_rows=1 << 30)
+    report = check_attention("drawn", attention, ByDocuments(site, read.documents), grad=grad, max_rows=ALL_ROWS)
     assert report.ok, "\n".join(map(str, report.checks))
-    assert all(segment.mask is None for one in site.ran for segment in one.segments), "the mask was computed with"
+    assert all(segment.mask is None for ran in site.ran for segment in ran.segments), "a dense mask was used"

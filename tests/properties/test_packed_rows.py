@@ -1,4 +1,4 @@
-"""Every document of a packed row gives what it gives alone, under every backend that takes a dense mask."""
+"""Each document of a packed row has the same output as alone, on every backend that supports dense masks."""
 
 from dataclasses import replace
 
@@ -13,9 +13,9 @@ from attnzoo.spec.segments import Attention, Segment
 
 @st.composite
 def rows(draw):
-    """``(batch, length)``: the document of each token, -1 for padding, which may also stand between documents."""
+    """``(batch, length)``: the document of each token; -1 is padding, also between documents."""
     length = draw(st.integers(1, 40))
-    found = []
+    documents = []
     for _ in range(draw(st.integers(1, 3))):
         row, number = [], 0
         while len(row) < length:
@@ -23,8 +23,8 @@ def rows(draw):
             padding = draw(st.sampled_from([False, False, False, True]))
             row += [-1 if padding else number] * count
             number += 1
-        found.append(row[:length])
-    return torch.tensor(found)
+        documents.append(row[:length])
+    return torch.tensor(documents)
 
 
 @st.composite
@@ -43,7 +43,7 @@ def backends(draw):
 
 
 @given(st.data())
-def test_every_document_gives_what_it_gives_alone(data):
+def test_each_document_has_the_same_output_as_alone(data):
     documents, backend, causal = data.draw(rows()), data.draw(backends()), data.draw(st.booleans())
     note(backend)
     batch, length = documents.shape
@@ -63,7 +63,7 @@ def test_every_document_gives_what_it_gives_alone(data):
     for sample, row in enumerate(documents.tolist()):
         for number in sorted(set(row) - {-1}):
             start, count = row.index(number), row.count(number)
-            own = (slice(sample, sample + 1), slice(None), slice(start, start + count))
-            alone = replace(packed, query=query[own], segments=(Segment(key[own], value[own], pattern),))
+            place = (slice(sample, sample + 1), slice(None), slice(start, start + count))
+            alone = replace(packed, query=query[place], segments=(Segment(key[place], value[place], pattern),))
             expected = backend.run(alone).output
-            torch.testing.assert_close(output[own], expected, rtol=0, atol=1e-12, msg=f"{sample}, {start}, {count}")
+            torch.testing.assert_close(output[place], expected, rtol=0, atol=1e-12, msg=f"{sample}, {start}, {count}")

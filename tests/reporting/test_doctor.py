@@ -1,4 +1,4 @@
-"""A broken optional package is a line of ``attnzoo doctor``, with the reason, and breaks nothing else."""
+"""``attnzoo doctor`` reports a broken optional package with the reason, and it breaks nothing else."""
 
 import importlib
 import json
@@ -13,7 +13,7 @@ import pytest
 import attnzoo
 from attnzoo.reporting import doctor
 
-# Whatever a package may raise when it is imported, and what doctor says of it.
+# What a package may raise on import, and what doctor reports.
 KINDS = {
     "ImportError": ("raise ImportError('libcudart.so.12: cannot open')", "ImportError: libcudart.so.12: cannot open"),
     "OSError": ("raise OSError('libcuda.so.1: wrong ELF class')", "OSError: libcuda.so.1: wrong ELF class"),
@@ -28,7 +28,7 @@ MODULES = {"flash-attn": "flash_attn", "xformers": "xformers", "accelerate": "ac
 
 
 def plant(folder, distribution, source, metadata=True):
-    """A package as pip would have left it, whose import does something."""
+    """Write a package as pip installs it, with this source."""
     (folder / MODULES[distribution]).mkdir(parents=True)
     (folder / MODULES[distribution] / "__init__.py").write_text(source)
     if metadata:
@@ -42,14 +42,14 @@ def models():
 
 
 def look_at(distribution):
-    """What doctor says of one package. Not of backends: they remember for good what they found of theirs."""
+    """What doctor reports of a package. Not of backends, which keep what they have found."""
     (package,) = [package for package in doctor._PACKAGES if package[0] == distribution]
     return doctor._package(package)
 
 
 @pytest.fixture
 def planted(monkeypatch, tmp_path):
-    """Plants packages on the path of this process; those that are loaded already are loaded anew."""
+    """Put packages on the path of this process; loaded modules of the same names are loaded again."""
 
     def put(distribution, source, metadata=True):
         plant(tmp_path, distribution, source, metadata)
@@ -62,50 +62,50 @@ def planted(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("distribution", MODULES)
-def test_whatever_a_package_raises_is_its_reason(planted, distribution, kind):
+def test_doctor_reports_what_a_package_raises(planted, distribution, kind):
     source, reason = KINDS[kind]
     planted(distribution, source)
-    found = look_at(distribution)
-    assert (found.kind, found.name, found.ok) == ("package", distribution, False)
-    assert found.detail.startswith(f"9.9 is broken: {reason}")
+    finding = look_at(distribution)
+    assert (finding.kind, finding.name, finding.ok) == ("package", distribution, False)
+    assert finding.detail.startswith(f"9.9 is broken: {reason}")
 
 
-def test_a_broken_copy_that_nobody_installed_is_no_missing_package(planted):
+def test_doctor_reports_a_broken_package_without_metadata(planted):
     planted("xformers", "raise OSError('half a build')", metadata=False)
     assert look_at("xformers").detail == "a copy without a version is broken: OSError: half a build"
 
 
-def test_a_working_package_is_told_with_its_version(planted):
+def test_doctor_reports_the_version_of_a_working_package(planted):
     planted("xformers", "")
     assert look_at("xformers").ok and look_at("xformers").detail.startswith("9.9 (")
 
 
-def test_a_missing_package_is_told_with_the_remedy(monkeypatch):
+def test_doctor_reports_a_missing_package_with_the_remedy(monkeypatch):
     monkeypatch.setattr(doctor, "_PACKAGES", (("no-such-thing", "no_such_thing", "nothing; optional"),))
-    found = look_at("no-such-thing")
-    assert not found.ok and found.detail == "not installed (nothing; optional): pip install no-such-thing"
+    finding = look_at("no-such-thing")
+    assert not finding.ok and finding.detail == "not installed (nothing; optional): pip install no-such-thing"
 
 
-def test_an_interrupt_is_no_finding(planted):
+def test_doctor_does_not_catch_an_interrupt(planted):
     planted("xformers", "raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
         look_at("xformers")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("planted"), SystemExit(3), ImportError("planted")])
-def test_a_model_whose_code_cannot_be_imported_is_a_line(monkeypatch, error):
+def test_doctor_reports_a_model_whose_code_cannot_be_imported(monkeypatch, error):
     def broken(name):
         if "gpt_neox" in name:
             raise error
         return importlib.import_module(name)
 
     monkeypatch.setattr(doctor, "importlib", SimpleNamespace(import_module=broken))
-    found = models()
-    assert found["gpt_neox"].detail == f"its code cannot be imported: {type(error).__name__}: {error}"
-    assert found["led"].ok and found["longt5"].ok
+    finding = models()
+    assert finding["gpt_neox"].detail == f"its code cannot be imported: {type(error).__name__}: {error}"
+    assert finding["led"].ok and finding["longt5"].ok
 
 
-# In a process of its own: nothing was imported before
+# In a new process, where nothing is imported yet
 
 PROBE = """
     import json
@@ -115,11 +115,11 @@ PROBE = """
     import torch
     from attnzoo.reporting import doctor
 
-    told = {f"{finding.kind} {finding.name}": [finding.ok, finding.detail] for finding in doctor.examine()}
+    findings = {f"{finding.kind} {finding.name}": [finding.ok, finding.detail] for finding in doctor.examine()}
     infos = {name: [info.available, info.reason] for name, info in attnzoo.backends().items()}
     q = torch.randn(1, 2, 5, 8)
     attended = list(attnzoo.attention(q, q, q, backend="sdpa").shape)
-    found = dict(told=told, infos=infos, attended=attended)
+    report = dict(findings=findings, infos=infos, attended=attended)
     if "models" in sys.argv:
         from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -127,17 +127,17 @@ PROBE = """
                                intermediate_size=16, max_position_embeddings=32)
         model = GPTNeoXForCausalLM(config).eval()
         verdicts = attnzoo.explain(model)
-        found["explained"] = {verdict.backend: [str(reason) for reason in verdict.refusals] for verdict in verdicts}
+        report["explained"] = {verdict.backend: [str(reason) for reason in verdict.refusals] for verdict in verdicts}
         with attnzoo.patch(model, "sdpa") as handle:
             model(input_ids=torch.tensor([[1, 2, 3]]))
-        found["ran"] = [[site.kernel, site.calls] for site in handle.sites]
+        report["ran"] = [[site.kernel, site.calls] for site in handle.sites]
         from attnzoo.benchmarks.plots import require_matplotlib
 
         try:
             require_matplotlib()
         except attnzoo.InvalidArgumentError as error:
-            found["plots"] = str(error)
-    print(json.dumps(found))
+            report["plots"] = str(error)
+    print(json.dumps(report))
 """
 
 
@@ -152,28 +152,28 @@ def probe(folder, *arguments):
 @pytest.mark.parametrize(
     "kinds", [("SystemExit", "OSError", "AttributeError"), ("RuntimeError", "ImportError", "SystemExit")], ids="-".join
 )
-def test_broken_kernels_and_plots_break_nothing_else(tmp_path, kinds):
+def test_broken_packages_break_nothing_else(tmp_path, kinds):
     for distribution, kind in zip(("flash-attn", "xformers", "matplotlib"), kinds, strict=True):
         plant(tmp_path, distribution, KINDS[kind][0])
-    found = probe(tmp_path, "models")
+    report = probe(tmp_path, "models")
     for distribution, kind in zip(("flash-attn", "xformers", "matplotlib"), kinds, strict=True):
-        ok, detail = found["told"][f"package {distribution}"]
+        ok, detail = report["findings"][f"package {distribution}"]
         assert not ok and f"9.9 is broken: {KINDS[kind][1]}" in detail
-    assert set(found["infos"]) == set(attnzoo.backends()), "a backend is gone because a package is broken"
-    available, reason = found["infos"]["xformers"]
+    assert set(report["infos"]) == set(attnzoo.backends()), "a backend is gone because a package is broken"
+    available, reason = report["infos"]["xformers"]
     assert not available and f"xformers is broken: {KINDS[kinds[1]][1]}" in reason
-    assert any(KINDS[kinds[1]][1] in line for line in found["explained"]["xformers"])
-    assert all(found["told"][f"model {model_type}"][0] for model_type in attnzoo.registry.registry.model_types())
-    assert found["explained"]["sdpa"] == found["explained"]["eager"] == []
-    assert found["ran"] == [["flash", 1]] and found["attended"] == [1, 2, 5, 8]
-    assert f"({KINDS[kinds[2]][1]}" in found["plots"] and "--no-plot" in found["plots"]
+    assert any(KINDS[kinds[1]][1] in line for line in report["explained"]["xformers"])
+    assert all(report["findings"][f"model {model_type}"][0] for model_type in attnzoo.registry.registry.model_types())
+    assert report["explained"]["sdpa"] == report["explained"]["eager"] == []
+    assert report["ran"] == [["flash", 1]] and report["attended"] == [1, 2, 5, 8]
+    assert f"({KINDS[kinds[2]][1]}" in report["plots"] and "--no-plot" in report["plots"]
 
 
-def test_a_broken_accelerate_breaks_transformers_and_nothing_of_ours(tmp_path):
-    """transformers imports it with every model, so there is no model to patch; all that needs none works."""
+def test_a_broken_accelerate_breaks_only_transformers(tmp_path):
+    """transformers imports accelerate with every model, so there is no model to patch; the rest works."""
     plant(tmp_path, "accelerate", KINDS["SystemExit"][0])
-    found = probe(tmp_path)
-    assert "9.9 is broken: SystemExit: needs a GPU" in found["told"]["package accelerate"][1]
-    assert found["infos"]["sdpa"][0] and found["attended"] == [1, 2, 5, 8]
+    report = probe(tmp_path)
+    assert "9.9 is broken: SystemExit: needs a GPU" in report["findings"]["package accelerate"][1]
+    assert report["infos"]["sdpa"][0] and report["attended"] == [1, 2, 5, 8]
     for model_type in attnzoo.registry.registry.model_types():
-        assert "cannot be imported: SystemExit: needs a GPU" in found["told"][f"model {model_type}"][1]
+        assert "cannot be imported: SystemExit: needs a GPU" in report["findings"][f"model {model_type}"][1]

@@ -1,6 +1,5 @@
-"""The support matrix has no hole: each cell runs and agrees with the oracle, or refuses with a reason."""
+"""Each cell of the support matrix runs and agrees with the oracle, or refuses with a reason."""
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typer.testing import CliRunner
 import attnzoo
 from attnzoo.backends.eager import EagerBackend
 from attnzoo.cli import app as cli
-from attnzoo.conformance.samples import Sample, shrink
+from attnzoo.conformance.cases import RequestCase, shrink
 from attnzoo.registry import registry
 from attnzoo.reporting import matrix, matrix_text
 from attnzoo.spec.segments import FLOATS
@@ -31,14 +30,14 @@ def modules_of(families):
     return [module for modules in families.values() for module in modules]
 
 
-# Compiles per form and dtype, which takes seconds: in the other dtypes the kit's cases judge it (test_conformance.py).
+# Compiles for each form and dtype, which takes seconds; the kit's cases cover the other dtypes (test_kit.py).
 RUN_IN = {"flex_attention": (torch.float32,)}
 
 
 def hold(backend, modules, device):
-    """Put every cell of a backend on a device to the conformance kit, in small; returns what went wrong.
+    """Run a small sample of every cell of a backend on a device in the conformance kit; return the failures.
 
-    Cells that ask the same are run once.
+    Cells with equal requests are run once.
     """
     outcomes, wrong = {}, defaultdict(list)
     for module in modules:
@@ -46,28 +45,28 @@ def hold(backend, modules, device):
         for (feature, where, dtype), reasons in row.cells.items():
             if where != device or (not reasons and dtype not in RUN_IN.get(backend, FLOATS)):
                 continue
-            made, refused = matrix.configured(registry.backend_class(backend), module, device, dtype), False
-            asked = module.asks(feature, device, dtype)
-            for request in map(shrink, asked):
-                if (made, request) not in outcomes:
-                    outcomes[made, request] = run_case(made, Sample(request), device)
-                refused |= outcomes[made, request].refused
-                if outcomes[made, request].failure:
-                    wrong[outcomes[made, request].failure].append(f"{module}, {feature}, {dtype}")
-            # Packages that this machine lacks may take more than what it has.
-            here = bool(reasons) or any(made.refusals(request) for request in asked)
+            configured, refused = matrix.configured(registry.backend_class(backend), module, device, dtype), False
+            requests = module.requests_with(feature, device, dtype)
+            for request in map(shrink, requests):
+                if (configured, request) not in outcomes:
+                    outcomes[configured, request] = run_case(configured, RequestCase(request), device)
+                refused |= outcomes[configured, request].refused
+                if outcomes[configured, request].failure:
+                    wrong[outcomes[configured, request].failure].append(f"{module}, {feature}, {dtype}")
+            # Packages that this machine lacks may support more.
+            here = bool(reasons) or any(configured.refusals(request) for request in requests)
             if refused != here:
-                said = f"the matrix says {reasons or 'it runs'}, but refused is {refused}"
-                wrong[said].append(f"{module}, {feature}, {dtype}")
+                difference = f"the matrix says {reasons or 'it runs'}, but refused is {refused}"
+                wrong[difference].append(f"{module}, {feature}, {dtype}")
     assert outcomes
     return dict(wrong)
 
 
-# No hole
+# Cells
 
 
-def test_every_kind_of_attention_module_is_there(families):
-    """Of every adapter, every point: its examples reach them all, and at each site a patch finds nothing else."""
+def test_the_matrix_has_every_kind_of_attention_module(families):
+    """The examples of each adapter reach all of its patch points, and no other attention module."""
     assert set(families) == set(registry.model_types())
     for model_type, modules in families.items():
         assert not isinstance(modules, str), f"{model_type}: {modules}"
@@ -76,11 +75,11 @@ def test_every_kind_of_attention_module_is_there(families):
         assert {point.cls.rpartition(":")[2] for point in points} == {module.cls for module in modules}
 
 
-def test_every_cell_is_there_and_runs_or_says_why_not(families):
+def test_the_matrix_has_every_cell_with_a_result_or_reasons(families):
     for module in modules_of(families):
-        found = matrix.rows(module)
-        assert [row.backend for row in found] == sorted(attnzoo.backends())
-        for row in found:
+        rows = matrix.rows(module)
+        assert [row.backend for row in rows] == sorted(attnzoo.backends())
+        for row in rows:
             places = {(f, d, t) for f in matrix.FEATURES for d in ("cpu", "cuda") for t in FLOATS}
             assert set(row.cells) == places
             for reasons in row.cells.values():
@@ -88,39 +87,39 @@ def test_every_cell_is_there_and_runs_or_says_why_not(families):
 
 
 @pytest.mark.parametrize("backend", sorted(name for name, info in attnzoo.backends().items() if info.available))
-def test_every_cell_of_this_machine_does_what_the_matrix_says(families, backend, device):
+def test_every_cell_of_this_machine_agrees_with_the_matrix(families, backend, device):
     wrong = hold(backend, modules_of(families), device)
     assert not wrong, "\n".join(f"{failure}\n    {'; '.join(cells[:3])}" for failure, cells in wrong.items())
 
 
 @pytest.mark.parametrize("backend", sorted(attnzoo.backends()))
-def test_what_runs_runs_in_small(families, backend):
-    """On every device, this machine's or not: a sample that is refused where the module is not would prove nothing."""
+def test_a_sample_of_a_cell_that_runs_is_not_refused(families, backend):
+    """On every device, also those this machine lacks. A sample that is refused proves nothing."""
     for module in modules_of(families):
         for (feature, device, dtype), reasons in matrix.row(registry.backend_class(backend), module).cells.items():
-            made = matrix.configured(registry.backend_class(backend), module, device, dtype)
-            for request in module.asks(feature, device, dtype) if not reasons else ():
-                assert not made.refusals_anywhere(shrink(request)), (str(module), feature, device, dtype)
+            configured = matrix.configured(registry.backend_class(backend), module, device, dtype)
+            for request in module.requests_with(feature, device, dtype) if not reasons else ():
+                assert not configured.refusals_anywhere(shrink(request)), (str(module), feature, device, dtype)
 
 
 @pytest.mark.parametrize("backend", sorted(name for name, info in attnzoo.backends().items() if not info.available))
-def test_what_this_machine_cannot_run_is_still_shown_and_refused_here(families, backend):
-    """Declarations do not depend on the machine; what is asked of it here is refused, with the reason."""
+def test_unavailable_backends_are_shown_and_refused_at_run_time(families, backend):
+    """Declarations do not depend on the machine; a call on this machine is refused with the reason."""
     module = modules_of(families)[0]
     row = matrix.row(registry.backend_class(backend), module)
     assert any(not reasons for reasons in row.cells.values())
     assert all(reason.field != "availability" for feature in matrix.FEATURES for reason in row.reasons(feature))
-    (request, *_) = module.asks("forward", "cpu", torch.bfloat16)
-    outcome = run_case(matrix.configured(registry.backend_class(backend), module), Sample(shrink(request)))
+    (request, *_) = module.requests_with("forward", "cpu", torch.bfloat16)
+    outcome = run_case(matrix.configured(registry.backend_class(backend), module), RequestCase(shrink(request)))
     assert outcome.refused and not outcome.failure
 
 
-# The tests above can fail
+# Planted faults
 
 
 @dataclass(frozen=True)
 class Boasting(attnzoo.Backend):
-    """Declares what eager can, and forgets something."""
+    """Declares what eager declares, and drops the bias."""
 
     name: ClassVar[str] = "boasting"
     capabilities: ClassVar[attnzoo.Capabilities] = EagerBackend.capabilities
@@ -132,7 +131,7 @@ class Boasting(attnzoo.Backend):
 
 @dataclass(frozen=True)
 class Modest(Boasting):
-    """Refuses at run time what it takes by its declaration."""
+    """Refuses small requests that it declares to support."""
 
     name: ClassVar[str] = "modest"
 
@@ -151,7 +150,7 @@ def registered():
 
 
 @pytest.mark.usefixtures("registered")
-def test_a_backend_that_drops_what_it_declares_is_caught(families):
+def test_a_backend_that_drops_a_declared_feature_is_caught(families):
     wrong = hold("boasting", families["gpt_neox"], "cpu")
     cells = " ".join(cell for cells in wrong.values() for cell in cells)
     assert all(feature in cells for feature in ("relative bias", "dense bias", "trained bias"))
@@ -159,20 +158,20 @@ def test_a_backend_that_drops_what_it_declares_is_caught(families):
 
 
 @pytest.mark.usefixtures("registered")
-def test_a_cell_that_is_refused_though_the_matrix_shows_it_running_is_caught(families):
+def test_a_refused_cell_that_the_matrix_shows_as_running_is_caught(families):
     wrong = hold("modest", families["gpt_neox"], "cpu")
     assert "the matrix says it runs, but refused is True" in wrong
 
 
-# Samples ask what the matrix says
+# Samples
 
 
-def test_a_sample_asks_exactly_what_the_request_says(families):
-    """But for the places of hash rounds, which stand one after the other."""
+def test_a_sample_has_exactly_the_request(families):
+    """Except for the start of each hash round: in a sample, rounds follow one another."""
     for module in modules_of(families):
         for feature in matrix.FEATURES:
-            for request in map(shrink, module.asks(feature, "cpu", torch.float32)):
-                got = Sample(request).attention().request()
+            for request in map(shrink, module.requests_with(feature, "cpu", torch.float32)):
+                got = RequestCase(request).attention().request()
                 segments = tuple(
                     replace(segment, pattern=replace(segment.pattern, start=0))
                     if hasattr(segment.pattern, "start")
@@ -182,21 +181,21 @@ def test_a_sample_asks_exactly_what_the_request_says(families):
                 assert replace(got, segments=segments) == request
 
 
-def test_features_are_asked_on_top_of_what_a_module_asks(families):
+def test_features_are_added_to_the_requests_of_a_module(families):
     local = next(module for module in families["longt5"] if module.cls == "LongT5LocalAttention")
-    (plain,) = local.asks("forward", "cuda", torch.bfloat16)
+    (plain,) = local.requests_with("forward", "cuda", torch.bfloat16)
     assert (plain.device, plain.dtype, plain.grad, plain.dropout) == ("cuda", torch.bfloat16, False, False)
     assert plain.segments[0].bias == "relative" and plain.segments[0].key_mask
-    (trained,) = local.asks("trained bias", "cpu", torch.float32)
+    (trained,) = local.requests_with("trained bias", "cpu", torch.float32)
     assert trained.grad and trained.segments[0].bias_grad
-    (grouped,) = local.asks("GQA", "cpu", torch.float32)
+    (grouped,) = local.requests_with("GQA", "cpu", torch.float32)
     assert grouped.segments[0].kv_heads * 2 == grouped.heads == plain.heads
 
 
 # Text
 
 
-def test_the_page_of_the_documentation_is_up_to_date(families):
+def test_the_documentation_page_is_up_to_date(families):
     assert PAGE.read_text() == matrix_text.markdown(families) + "\n", (
         f"{PAGE} is stale: adapters or backends declare something else now. Run: make docs-matrix"
     )
@@ -216,49 +215,39 @@ def run(*arguments):
     return done.stdout
 
 
-def test_three_formats_say_the_same():
-    data = json.loads(run("led", "--json"))
-    assert {row["backend"] for row in data["backends"]} == set(attnzoo.backends())
-    (family,) = data["families"]
-    assert [module["cls"] for module in family["modules"]] == ["LEDEncoderSelfAttention", "LEDDecoderAttention"]
-    flex = next(row for row in family["modules"][0]["backends"] if row["backend"] == "flex_attention")
-    assert flex["cells"]["forward"]["cpu"]["float32"] == []
-    (reason,) = flex["cells"]["dense mask"]["cpu"]["float32"]
-    assert reason == {"field": "mask", "got": "requested", "allowed": "no dense mask"}
-
-    text = "mask: got requested; allowed: no dense mask"
+def test_both_formats_have_the_same_reasons():
+    reason = "mask: got requested; allowed: no dense mask"
     markdown, table = run("led", "--markdown"), run("led")
     assert "### `led`" in markdown and "### `longt5`" not in markdown
-    assert text in markdown and text in table
-    assert all(name in table for name in attnzoo.backends())
+    for name in ("LEDEncoderSelfAttention", "LEDDecoderAttention", reason, *attnzoo.backends()):
+        assert name in markdown and name in table
 
 
-def test_an_unknown_family_is_named():
+def test_an_unknown_family_raises_with_a_suggestion():
     with pytest.raises(attnzoo.UnknownNameError, match="did you mean 'led'"):
         matrix.families(("lde",))
 
 
-def test_a_family_that_cannot_be_built_says_why(monkeypatch):
+def test_a_family_that_cannot_be_built_has_a_reason(monkeypatch):
     adapter = attnzoo.Adapter(model_types=("no_such_type",), points=())
     attnzoo.register_adapter(adapter)
     try:
-        found = matrix.families(("no_such_type",))
-        assert "no_such_type" in found["no_such_type"]
-        assert found["no_such_type"] in matrix_text.markdown(found)
-        assert matrix_text.plain(found)["families"][0]["problem"] == found["no_such_type"]
+        families = matrix.families(("no_such_type",))
+        assert "no_such_type" in families["no_such_type"]
+        assert families["no_such_type"] in matrix_text.markdown(families)
     finally:
         attnzoo.unregister_adapter("no_such_type")
 
 
 @dataclass(frozen=True)
 class Choosy(EagerBackend):
-    """An option that has to be given."""
+    """Has a required option."""
 
     name: ClassVar[str] = "choosy"
     window: int
 
 
-def test_a_backend_with_needed_options_is_shown_with_its_example(families, monkeypatch):
+def test_a_backend_with_required_options_is_shown_with_its_example(families, monkeypatch):
     module = families["gpt_neox"][0]
     row = matrix.row(Choosy, module)
     assert row.reasons("forward") == (attnzoo.Refusal("options", "no window", "window=..."),)

@@ -1,4 +1,4 @@
-"""Packed rows: which masks are read as documents, and what an attention over them becomes."""
+"""Packed rows: masks that are read as documents, and attention by documents."""
 
 import hypothesis.strategies as st
 import pytest
@@ -15,7 +15,7 @@ from attnzoo.spec.segments import Attention, Segment
 
 
 def grid_of(*samples):
-    """``(samples, length, length)`` bool of packed rows, by lengths of documents; negative ones are hidden tokens."""
+    """Return the mask ``(samples, length, length)`` of packed rows, given document lengths; negative: hidden tokens."""
 
     def block(length):
         return torch.ones(length, length).tril() if length > 0 else torch.zeros(-length, -length)
@@ -23,22 +23,22 @@ def grid_of(*samples):
     return torch.stack([torch.block_diag(*map(block, lengths)).bool() for lengths in samples])
 
 
-def written_out(documents, batch, length):
-    """What documents show, as a grid."""
+def mask_of(documents, batch, length):
+    """Return the mask ``(batch, length, length)`` that documents show."""
     number = torch.full((batch * length,), -1)
     for pack in documents:
-        real = torch.ones_like(pack.rows, dtype=torch.bool) if pack.real is None else pack.real
-        for places, inside in zip(pack.rows, real, strict=True):
-            assert bool((number[places[inside]] == -1).all()), "a token is in two documents"
-            number[places[inside]] = places[0]
+        real = torch.ones_like(pack.index, dtype=torch.bool) if pack.real is None else pack.real
+        for tokens, is_real in zip(pack.index, real, strict=True):
+            assert bool((number[tokens[is_real]] == -1).all()), "a token is in two documents"
+            number[tokens[is_real]] = tokens[0]
     number = number.view(batch, length)
-    together = (number[:, :, None] == number[:, None]) & (number >= 0)[:, None]
-    return together & torch.ones(length, length, dtype=torch.bool).tril()
+    same_document = (number[:, :, None] == number[:, None]) & (number >= 0)[:, None]
+    return same_document & torch.ones(length, length, dtype=torch.bool).tril()
 
 
 @st.composite
 def packed_rows(draw, batch, length):
-    """Lengths of documents, for each sample; some of them hidden tokens."""
+    """Draw document lengths for each sample; negative lengths are hidden tokens."""
     samples = []
     for _ in range(batch):
         lengths, left = [], length
@@ -52,24 +52,24 @@ def packed_rows(draw, batch, length):
 
 
 @given(data=st.data())
-def test_documents_are_found_and_show_exactly_the_mask(data):
+def test_find_documents_gives_exactly_the_mask(data):
     batch, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 70))
     grid = grid_of(*data.draw(packed_rows(batch, length)))
     documents = find_documents(grid, batch)
     if not bool(grid.any()):
         assert documents is None
         return
-    assert torch.equal(written_out(documents, batch, length), grid)
+    assert torch.equal(mask_of(documents, batch, length), grid)
 
 
 @given(data=st.data())
-def test_a_mask_with_any_entry_changed_is_no_documents_or_exactly_those(data):
+def test_a_mask_with_one_changed_entry_is_never_read_as_another_mask(data):
     batch, length = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 12))
     grid = grid_of(*data.draw(packed_rows(batch, length)))
     place = tuple(data.draw(st.integers(0, size - 1)) for size in grid.shape)
     grid[place] = ~grid[place]
     documents = find_documents(grid, batch)
-    assert documents is None or torch.equal(written_out(documents, batch, length), grid)
+    assert documents is None or torch.equal(mask_of(documents, batch, length), grid)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_mask_with_any_entry_changed_is_no_documents_or_exactly_those(data):
     ],
     ids=["full", "anticausal", "bidirectional documents", "a window", "more keys than queries"],
 )
-def test_what_is_not_causal_documents_is_none(grid):
+def test_find_documents_gives_none_for_other_masks(grid):
     assert find_documents(grid, 1) is None
 
 
@@ -92,16 +92,16 @@ def test_masks_of_packed_rows_are_read_as_documents(additive):
     grid = grid_of((3, 4, 2), (9,))[:, None]
     given = torch.zeros(grid.shape).masked_fill(~grid, torch.finfo(torch.float32).min) if additive else grid
     read = read_attention_mask(given, (2, 9, 9))
-    assert torch.equal(read.mask, grid), "the mask stays the truth"
-    assert torch.equal(written_out(read.documents, 2, 9), grid[:, 0])
+    assert torch.equal(read.mask, grid), "adapters that do not know documents need the mask"
+    assert torch.equal(mask_of(read.documents, 2, 9), grid[:, 0])
 
 
-def test_one_mask_for_a_batch_has_the_documents_of_every_sample():
+def test_a_mask_for_the_whole_batch_gives_documents_for_every_sample():
     read = read_attention_mask(grid_of((2, 5))[:, None], (3, 7, 7))
-    assert torch.equal(written_out(read.documents, 3, 7), grid_of((2, 5)).expand(3, -1, -1))
+    assert torch.equal(mask_of(read.documents, 3, 7), grid_of((2, 5)).expand(3, -1, -1))
 
 
-def test_masks_by_head_causality_and_padding_are_no_documents():
+def test_masks_per_head_and_causal_masks_give_no_documents():
     by_head = grid_of((2, 5)).expand(2, -1, -1)[None]
     assert read_attention_mask(by_head, (1, 7, 7)).documents is None
     assert read_attention_mask(grid_of((7,))[:, None], (1, 7, 7)).documents is None
@@ -111,14 +111,14 @@ def test_padding_at_most_doubles_long_documents():
     lengths = (300, 3, 5, 70, 90, 64, 1, 128, 129, 2)
     packs = find_documents(grid_of(lengths), 1)
     for pack in packs:
-        longest = pack.rows.shape[1]
-        counts = [longest] * len(pack.rows) if pack.real is None else pack.real.sum(1).tolist()
+        longest = pack.index.shape[1]
+        counts = [longest] * len(pack.index) if pack.real is None else pack.real.sum(1).tolist()
         assert longest <= 64 or all(2 * count >= longest for count in counts)
     assert len(packs) == 4, "up to 64, 65 to 128, 129 to 256, and 257 to 512 tokens"
 
 
 class Site:
-    """An :class:`attnzoo.Attend` on a backend, which remembers what it ran."""
+    """An :class:`attnzoo.Attend` that records the attentions it ran."""
 
     def __init__(self, backend, takes=True):
         self.backend, self.ran, self._takes = registry.make_backend(backend), [], takes
@@ -132,7 +132,7 @@ class Site:
 
 
 def packed_attention(bias=None):
-    """Of rows of documents with 5 and 4 tokens, and of 9; and its documents."""
+    """Return an attention over two rows with documents of 5 and 4, and of 9 tokens, and its documents."""
     random = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(2, 2, 9, 8, generator=random, dtype=torch.float64) for _ in range(3))
     mask = grid_of((5, 4), (9,))[:, None]
@@ -144,13 +144,13 @@ RELATIVE = RelativeBias(torch.randn(2, 7, dtype=torch.float64, generator=torch.G
 
 
 @pytest.mark.parametrize("bias", [None, RELATIVE], ids=["no bias", "by distance"])
-def test_each_document_attends_by_itself(bias):
+def test_each_document_is_a_sample(bias):
     attention, documents = packed_attention(bias)
     site = Site("eager")
     result = attend_documents(site, attention, documents)
     assert torch.allclose(result.output, execute(registry.make_backend("eager"), attention).output, atol=1e-12)
-    assert [tuple(one.query.shape) for one in site.ran] == [(3, 2, 9, 8)]
-    assert all(segment.mask is None for one in site.ran for segment in one.segments)
+    assert [tuple(attention.query.shape) for attention in site.ran] == [(3, 2, 9, 8)]
+    assert all(segment.mask is None for attention in site.ran for segment in attention.segments)
 
 
 @pytest.mark.parametrize(
@@ -162,21 +162,21 @@ def test_each_document_attends_by_itself(bias):
     ],
     ids=["dense", "shifted", "placed"],
 )
-def test_a_bias_that_does_not_move_with_the_documents_keeps_the_mask(bias):
+def test_a_bias_that_depends_on_more_than_distance_keeps_the_mask(bias):
     attention, documents = packed_attention(bias)
     site = Site("eager")
     attend_documents(site, attention, documents)
     assert site.ran == [attention]
 
 
-def test_a_backend_that_does_not_take_documents_gets_the_mask():
+def test_a_backend_that_refuses_documents_gets_the_mask():
     attention, documents = packed_attention()
     site = Site("eager", takes=False)
     attend_documents(site, attention, documents)
     assert site.ran == [attention]
 
 
-def test_probabilities_are_those_of_the_mask():
+def test_probabilities_keep_the_mask():
     attention, documents = packed_attention()
     site = Site("eager")
     result = attend_documents(site, attention, documents, probabilities=True)
@@ -184,14 +184,14 @@ def test_probabilities_are_those_of_the_mask():
     assert result.probabilities[0].shape == (2, 2, 9, 9)
 
 
-def test_without_documents_it_runs_as_it_is():
+def test_without_documents_the_attention_is_unchanged():
     attention, _ = packed_attention()
     site = Site("eager")
     attend_documents(site, attention, None)
     assert site.ran == [attention]
 
 
-def test_no_pattern_but_the_mask_says_documents():
-    """Adapters of others read ``pattern``, ``key_mask``, ``mask`` and ``bias``, and need not know documents."""
+def test_documents_change_neither_pattern_nor_key_mask():
+    """Third-party adapters read ``pattern``, ``key_mask``, ``mask`` and ``bias``, and need not know documents."""
     read = attnzoo.read_attention_mask(grid_of((2, 5))[:, None], (1, 7, 7))
     assert (read.pattern, read.key_mask) == (attnzoo.Full(), None)

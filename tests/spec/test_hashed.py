@@ -1,5 +1,6 @@
-"""Hashed chunks against their definition in plain loops, and their structure against their mask."""
+"""Hashed chunks: the mask equals the definition in plain loops, and the structure covers the mask."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ def cases(draw):
     batch, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
     random = torch.Generator().manual_seed(draw(st.integers(0, 999)))
 
-    def one():
+    def hash_round():
         keys = torch.rand((batch, kv_heads, kv_len), generator=random).argsort(-1)
         places = torch.randint(0, kv_len, (batch, kv_heads * group, q_len), generator=random)
         begins = torch.rand((batch, kv_len), generator=random) < 1 / length  # chunks of any lengths
@@ -27,31 +28,30 @@ def cases(draw):
     pattern = HashedChunks(
         length, draw(st.integers(0, 2)), draw(st.integers(0, 2)), draw(st.booleans()),
         draw(st.integers(0, 2)), draw(st.sampled_from([None, 0, 3])),
-        tuple(one() for _ in range(draw(st.integers(1, 3)))),
+        tuple(hash_round() for _ in range(draw(st.integers(1, 3)))),
     )  # fmt: skip
     return pattern, q_len, kv_len
 
 
-def truth(pattern, q_len, kv_len):
-    """``(batch, heads, q_len, kv_len)``: by counting through the sorted keys of each round."""
-    batch, heads = pattern.rounds[0].places.shape[:2]
+def definition(pattern, q_len, kv_len):
+    """Return the definition ``(batch, heads, q_len, kv_len)``, by a loop over the sorted keys of each round."""
+    batch, heads = pattern.rounds[0].query_ranks.shape[:2]
     first = kv_len - q_len if pattern.offset is None else pattern.offset
 
-    def near(one, b, h, q, k):
-        order, chunks = one.keys[b, h // (heads // one.keys.shape[1])].tolist(), one.chunks[b].tolist()
-        chunk = chunks[one.places[b, h, q]]
+    def is_near(hash_round, b, h, q, k):
+        kv_head = h // (heads // hash_round.keys.shape[1])
+        order, chunks = hash_round.keys[b, kv_head].tolist(), hash_round.chunks[b].tolist()
+        chunk = chunks[hash_round.query_ranks[b, h, q]]
         return chunk - pattern.before <= chunks[order.index(k)] <= chunk + pattern.after
 
     def sees(b, h, q, k):
-        *earlier, own = (near(one, b, h, q, k) for one in pattern.rounds)
+        *earlier, current = (is_near(hash_round, b, h, q, k) for hash_round in pattern.rounds)
         distance = first + q - k
-        allowed = distance >= pattern.apart if pattern.causal else abs(distance) >= pattern.apart
-        return own and allowed and not any(earlier)
+        allowed = distance >= pattern.min_distance if pattern.causal else abs(distance) >= pattern.min_distance
+        return current and allowed and not any(earlier)
 
-    places = [range(batch), range(heads), range(q_len), range(kv_len)]
-    return torch.tensor(
-        [[[[sees(b, h, q, k) for k in places[3]] for q in places[2]] for h in places[1]] for b in places[0]]
-    )
+    sizes = (batch, heads, q_len, kv_len)
+    return torch.tensor([sees(*index) for index in itertools.product(*map(range, sizes))]).view(sizes)
 
 
 def mask(pattern, q_len, kv_len):
@@ -60,33 +60,33 @@ def mask(pattern, q_len, kv_len):
 
 
 @given(cases())
-def test_the_mask_is_the_definition(case):
+def test_the_mask_equals_the_definition(case):
     pattern, q_len, kv_len = case
-    batch, heads = pattern.rounds[0].places.shape[:2]
+    batch, heads = pattern.rounds[0].query_ranks.shape[:2]
     pattern.check(batch, heads, q_len, kv_len)
-    assert mask(*case).expand(batch, heads, q_len, kv_len).tolist() == truth(*case).tolist()
+    assert mask(*case).expand(batch, heads, q_len, kv_len).tolist() == definition(*case).tolist()
 
 
 @given(cases(), st.data())
-def test_what_a_block_gathers_holds_every_visible_key_once(case, data):
+def test_gathered_has_every_visible_key_once(case, data):
     pattern, q_len, kv_len = case
     start = data.draw(st.integers(0, q_len - 1))
     stop = data.draw(st.integers(start + 1, q_len))
     gathered = torch.cat(list(pattern.gathered(start, stop, q_len, kv_len)), dim=2)
-    seen = truth(*case)
+    seen = definition(*case)
     for b in range(seen.shape[0]):
         for h in range(seen.shape[1]):
             keys = [key for key in gathered[b, h].tolist() if key >= 0]
             assert len(keys) == len(set(keys))
             queries = pattern.query_order[b, h, start:stop]
             assert set(seen[b, h, queries].any(0).nonzero().flatten().tolist()) <= set(keys)
-    stand = pattern.rounds[-1].query_chunks().gather(2, pattern.query_order)[:, :, start:stop]
-    low, high = stand[:, :, :1] - pattern.before, stand[:, :, -1:] + pattern.after
-    among = pattern.rounds[-1].chunks[:, None]
-    assert gathered.shape[2] == int(((among >= low) & (among <= high)).sum(-1).max()), "no more than the neighbourhood"
+    own = pattern.rounds[-1].query_chunks().gather(2, pattern.query_order)[:, :, start:stop]
+    low, high = own[:, :, :1] - pattern.before, own[:, :, -1:] + pattern.after
+    chunks = pattern.rounds[-1].chunks[:, None]
+    assert gathered.shape[2] == int(((chunks >= low) & (chunks <= high)).sum(-1).max()), "only the neighbourhood"
 
 
-def test_long_runs_come_in_pieces():
+def test_gathered_yields_long_runs_in_pieces():
     keys = torch.arange(5000).view(1, 1, -1)
     places, chunks = torch.tensor([0, 4999]).view(1, 1, -1), keys[0] // 64
     pattern = HashedChunks(64, rounds=(HashRound(keys, keys, chunks, torch.arange(2).view(1, 1, -1), places),))
@@ -95,7 +95,7 @@ def test_long_runs_come_in_pieces():
     assert torch.equal(torch.cat(pieces, dim=2), keys)
 
 
-def test_it_is_a_value_without_its_tensors():
+def test_equality_and_hash_ignore_the_tensors():
     keys = torch.arange(4).view(1, 1, -1)
     pattern = HashedChunks(2, causal=True, rounds=(HashRound(keys, keys, keys[0] // 2, keys, keys),))
     assert pattern.structure == pattern == HashedChunks(2, causal=True) and hash(pattern.structure) == hash(pattern)
@@ -104,9 +104,9 @@ def test_it_is_a_value_without_its_tensors():
 
 
 @pytest.mark.parametrize("name", HashRound.__dataclass_fields__)
-def test_tensors_that_do_not_fit_are_named(name):
+def test_check_names_a_tensor_of_the_wrong_shape_or_dtype(name):
     keys = torch.arange(4).view(1, 1, -1)
-    good = dict(keys=keys, ranks=keys, chunks=keys[0], queries=keys, places=keys)
+    good = dict(keys=keys, key_ranks=keys, chunks=keys[0], queries=keys, query_ranks=keys)
     HashedChunks(2, rounds=(HashRound(**good),)).check(1, 1, 4, 4)
     for bad in (good[name].int(), good[name][0], good[name][..., :3]):
         with pytest.raises(InvalidArgumentError, match=rf"pattern (keys|{name}): got .*; allowed: (torch\.int64 )?\("):

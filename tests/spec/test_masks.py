@@ -1,4 +1,4 @@
-"""Dense masks of models, read back: causality and padding by name where that is all they say, else as they are."""
+"""Masks of models: causality and padding become a pattern and a key mask, other masks stay dense."""
 
 import pytest
 import torch
@@ -22,8 +22,8 @@ def padding(side):
     return real
 
 
-def written_out(read, q_len, kv_len, batch=3):
-    """What a reading shows, as a grid."""
+def visible_in(read, q_len, kv_len, batch=3):
+    """Return the mask ``(batch, 1, q_len, kv_len)`` that a :class:`ReadMask` shows."""
     zero = torch.zeros((), dtype=torch.long)
     seen = read.pattern.mask_mod(q_len, kv_len)(zero, zero, torch.arange(q_len)[:, None], torch.arange(kv_len))
     seen = seen.expand(batch, 1, q_len, kv_len)
@@ -46,28 +46,28 @@ def written_out(read, q_len, kv_len, batch=3):
     ],
     ids=["prefill", "new tokens", "static cache, empty", "static cache, filled", "bidirectional", "decoding"],
 )
-def test_causality_and_padding_are_read_by_name(q_len, offset, pattern, side, additive):
+def test_causality_and_padding_become_pattern_and_key_mask(q_len, offset, pattern, side, additive):
     visible = (causal(q_len, KEYS, offset) & padding(side)[:, None])[:, None]
     given = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min) if additive else visible
     read = read_attention_mask(given, (3, q_len, KEYS))
     assert (read.pattern, read.mask, read.bias) == (pattern, None, None)
-    assert torch.equal(written_out(read, q_len, KEYS), visible)
-    # Keys after the last query of a causal mask may be called padding, or not: nobody sees them.
+    assert torch.equal(visible_in(read, q_len, KEYS), visible)
+    # Keys after the last query of a causal mask may count as padding or not: no query sees them.
     assert read.key_mask is not None or bool((padding(side) | (torch.arange(KEYS) >= q_len + offset)).all())
 
 
-def test_one_mask_for_a_batch_becomes_a_key_mask_of_the_batch():
+def test_a_mask_for_the_whole_batch_gives_a_key_mask_per_sample():
     read = read_attention_mask(padding("left")[:1, None, None].expand(-1, -1, KEYS, -1), (3, KEYS, KEYS))
     assert tuple(read.key_mask.shape) == (3, KEYS)
 
 
 @pytest.mark.parametrize("where", [(0, 0, 5, 2), (2, 0, 10, 3), (1, 0, 0, 9)])
-def test_a_grid_that_differs_in_one_place_stays_dense(where):
+def test_a_causal_mask_with_one_changed_entry_stays_dense(where):
     visible = causal(KEYS, KEYS, 0).expand(3, 1, -1, -1).clone()
     visible[where] = ~visible[where]
     read = read_attention_mask(visible, (3, KEYS, KEYS))
     assert read.pattern == attnzoo.Full()
-    assert torch.equal(written_out(read, KEYS, KEYS), visible)
+    assert torch.equal(visible_in(read, KEYS, KEYS), visible)
     assert read.mask is not None
 
 
@@ -77,7 +77,7 @@ def test_a_mask_per_head_stays_dense():
 
 
 @pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
-def test_a_row_for_all_queries_is_key_padding(additive):
+def test_a_mask_with_one_row_for_all_queries_is_a_key_mask(additive):
     given = padding("left")[:, None, None]
     hidden = torch.zeros(given.shape).masked_fill(~given, float("-inf"))
     read = read_attention_mask(hidden if additive else given, (3, NEW, KEYS))
@@ -85,7 +85,7 @@ def test_a_row_for_all_queries_is_key_padding(additive):
     assert torch.equal(read.key_mask, padding("left"))
 
 
-def test_what_is_finite_in_an_additive_mask_is_a_bias():
+def test_finite_values_of_an_additive_mask_become_a_bias():
     given = torch.zeros((3, 1, KEYS, KEYS)).masked_fill(~causal(KEYS, KEYS, 0), float("-inf"))
     given[0, 0, 4, 1] = -2.5
     read = read_attention_mask(given, (3, KEYS, KEYS))
@@ -106,12 +106,12 @@ def test_what_is_finite_in_an_additive_mask_is_a_bias():
     ],
     ids=["2-D", "long", "another batch", "another length", "NaN", "Inf"],
 )
-def test_what_is_no_mask_of_these_sizes_is_refused(given):
+def test_a_mask_of_wrong_shape_dtype_or_value_is_refused(given):
     with pytest.raises(attnzoo.InvalidArgumentError, match="attention_mask"):
         read_attention_mask(given, (3, KEYS, KEYS))
 
 
 @pytest.mark.parametrize("sizes", [(0, 4, 4), (3, 0, 4), (3, 4, 0)])
-def test_a_mask_of_nothing_is_refused(sizes):
+def test_an_empty_mask_is_refused(sizes):
     with pytest.raises(attnzoo.InvalidArgumentError, match=r"attention_mask: got .*0.*; allowed"):
         read_attention_mask(torch.ones((sizes[0], 1, *sizes[1:]), dtype=torch.bool), sizes)

@@ -1,4 +1,4 @@
-"""Backends to register: as right as eager, and able to do less."""
+"""Backends for tests that compute what ``eager`` computes, count their runs, and declare fewer capabilities."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ import torch
 import attnzoo
 from attnzoo.backends.eager import EagerBackend, evaluate
 
-CAN_ALL = EagerBackend.capabilities
 
-
-def backend(name="fake", names=(), rank=-1000, why_not=None, **narrower):
-    """A backend that computes what eager computes, counts its runs, and can do less."""
+def fake_backend(name="fake", names=(), rank=-1000, why_not=None, **narrower):
+    """Return a backend class; ``narrower`` replaces capabilities of eager, and ``why_not`` makes it unavailable."""
 
     @dataclass(frozen=True)
     class Fake(attnzoo.Backend):
         runs: ClassVar[list] = []
-        capabilities: ClassVar[attnzoo.Capabilities] = replace(CAN_ALL, **narrower)
+        capabilities: ClassVar[attnzoo.Capabilities] = replace(EagerBackend.capabilities, **narrower)
 
         @classmethod
         def unavailable(cls):
@@ -33,7 +31,8 @@ def backend(name="fake", names=(), rank=-1000, why_not=None, **narrower):
     return Fake
 
 
-def small(**changes):
+def small_inputs(**changes):
+    """Return arguments of :func:`attnzoo.attention`."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 5, 4)
     return {**dict(q=q, k=k, v=v), **changes}

@@ -1,4 +1,4 @@
-"""A cache and a registry for each test, and backends that charge a fake clock: no test reads a real one."""
+"""A fresh cache and registry for each test, and backends that advance a fake clock. No test reads a real clock."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -15,7 +15,7 @@ CAN_ALL = replace(EagerBackend.capabilities, probabilities=False)
 
 
 class FakeClock:
-    """Tells the seconds that fake backends have charged."""
+    """Returns the seconds that fake backends have added."""
 
     def __init__(self):
         self.now = 1000.0
@@ -24,8 +24,8 @@ class FakeClock:
         return self.now
 
 
-class Charge(torch.autograd.Function):
-    """Charges the clock when gradients pass."""
+class AdvanceInBackward(torch.autograd.Function):
+    """The identity; its backward advances the clock."""
 
     @staticmethod
     def forward(ctx, output, clock, seconds):
@@ -45,7 +45,7 @@ def clock():
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
-    """A cache folder, and what the process remembers of it, for each test."""
+    """An empty cache folder for each test, and no measurements in memory."""
     monkeypatch.setenv("ATTNZOO_CACHE_DIR", str(tmp_path / "cache"))
     cache.forget()
     yield
@@ -54,10 +54,14 @@ def own_cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def add(clock):
-    """Register a backend in an empty registry: ``add("fast", seconds=1.0)``; correct unless it ``spoils``."""
+    """A function that registers a fake backend in an empty registry: ``add("fast", seconds=1.0)``."""
 
-    def made(name, seconds=1.0, rank=0, costs=None, backward=0.0, spoils=None, raises=None, version="", **narrower):
-        """``costs``: seconds of each run in turn, the last for all that follow."""
+    def register(name, seconds=1.0, rank=0, costs=None, backward=0.0, spoils=None, raises=None, version="", **narrower):
+        """Register a backend that computes as eager does; each run advances the clock by ``seconds``.
+
+        ``costs`` gives the seconds of each run in turn, and its last number holds for all later runs. ``spoils``
+        changes the output. ``version`` is part of the class name: another version is other code.
+        """
 
         @dataclass(frozen=True)
         class Fake(attnzoo.Backend):
@@ -71,11 +75,11 @@ def add(clock):
                 turns = [seconds] if costs is None else costs
                 clock.now += turns[min(len(self.runs), len(turns)) - 1]
                 output = evaluate(attention).output
-                output = Charge.apply(output, clock, backward) if backward else output
+                output = AdvanceInBackward.apply(output, clock, backward) if backward else output
                 return attnzoo.Result(output if spoils is None else spoils(output), f"{name}-kernel")
 
         Fake.name, Fake.priority, Fake.__qualname__ = name, rank, f"Fake{version}"
         return attnzoo.register_backend(Fake, replace=True)
 
     with registry.replaced_by(Registry(discover=False)):
-        yield made
+        yield register

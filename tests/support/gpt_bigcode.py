@@ -1,7 +1,7 @@
-"""Tiny GPTBigCode models on spread weights, and what is compared of them.
+"""Tiny GPTBigCode models with spread weights, and a comparison of their outputs.
 
-At default initialisation attention is nearly uniform and a dropped mask goes unseen, so weights are spread. The
-reference is the original in float64 under sdpa: the model's own eager attention takes its softmax in float32 always.
+With default initialisation attention is nearly uniform and a lost mask changes little, so weights are spread. The
+reference is the original in float64 under sdpa, because its eager attention always computes the softmax in float32.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def spread_weights(model: nn.Module) -> None:
                 module.weight.normal_(0.0, 1.5 / math.sqrt(module.in_features), generator=generator)
                 if module.bias is not None:
                     module.bias.normal_(0.0, 0.5, generator=generator)
-        for module in model.modules():  # after the projections: the output layer is tied to an embedding
+        for module in model.modules():  # after the projections, since the output layer is tied to an embedding
             if isinstance(module, nn.Embedding):
                 module.weight.normal_(0.0, 1.0, generator=generator)
 
 
 def twin(model: Any, implementation: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The same weights in another dtype, under another implementation of the original."""
+    """Return the original with the same weights in another dtype and under another implementation."""
     config = copy.deepcopy(model.config)
     other = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
     other.load_state_dict(model.state_dict())
@@ -60,24 +60,24 @@ def tokens(batch: int, length: int, seed: int = 3) -> Tensor:
 
 
 def padded(batch: int, length: int, side: str) -> dict[str, Tensor]:
-    """Sample n of the batch has n thirds of its tokens padded away, on one side."""
+    """Return inputs in which padding replaces n thirds of the tokens of sample n, on one side."""
     mask = torch.ones(batch, length, dtype=torch.long)
     for sample in range(batch):
-        hidden = sample * length // 3
-        if hidden and side != "none":
-            mask[sample, slice(None, hidden) if side == "left" else slice(-hidden, None)] = 0
+        count = sample * length // 3
+        if count and side != "none":
+            mask[sample, slice(None, count) if side == "left" else slice(-count, None)] = 0
     return dict(input_ids=tokens(batch, length) * mask, attention_mask=mask)
 
 
 def results(model: Any, inputs: dict[str, Tensor], real: Tensor | None = None, **more: Any) -> dict[str, Tensor]:
-    """Logits on real tokens, and the gradients of a random function of them."""
+    """Return logits on real tokens, and the gradients of a random linear function of them."""
     real = inputs["attention_mask"].bool() if real is None else real
     model.zero_grad()
     logits = model(**inputs, **more).logits[real]
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     (logits * weights.to(logits.dtype)).sum().backward()
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return {"logits": logits.detach(), **found}
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), **gradients}
 
 
 def check(got: dict[str, Tensor], reference: dict[str, Tensor], baseline: dict[str, Tensor]) -> None:

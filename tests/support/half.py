@@ -4,8 +4,8 @@ import torch
 
 import attnzoo
 from attnzoo.backends.varlen.flash import FlashBackend
-from attnzoo.testing import Case
-from attnzoo.verification.verify import check_site
+from attnzoo.conformance.attention_check import ALL_ROWS, check_attention
+from attnzoo.testing import AttentionCase
 
 HALF = torch.float16
 
@@ -26,12 +26,12 @@ def unpadded(*lengths, of=20):
 
 
 def agrees(whole, backend):
-    report = check_site("case", whole, backend, grad=True, max_rows=1 << 30)
+    report = check_attention("case", whole, backend, grad=True, max_rows=ALL_ROWS)
     assert all(check.ok for check in report.checks), str(report.checks)
     return report.kernel
 
 
 def refusals(backend=None, **changes):
-    case = Case(**{**dict(dtype=HALF, grad=False), **changes})
+    case = AttentionCase(**{**dict(dtype=HALF, grad=False), **changes})
     reasons = (backend or FlashBackend()).refusals(case.attention().request(case.probabilities))
     return {reason.field: (reason.got, reason.allowed) for reason in reasons}

@@ -1,4 +1,4 @@
-"""Judging whole models: what a run gives on real tokens, and whether the patched model gives what the original does."""
+"""Runs of whole models on real tokens, and their comparison with the oracle under the error rule."""
 
 import torch
 import transformers
@@ -10,7 +10,7 @@ from attnzoo.patching.sites import find_sites
 
 
 def real_tokens(model, inputs):
-    """``(batch, length)``: whose logits are compared. A decoder's count where its sample has a source."""
+    """``(batch, length)``: the tokens whose logits are compared. Tokens of a decoder need a sample with a source."""
     mask = inputs["attention_mask"].bool()
     if not model.config.is_encoder_decoder:
         return mask
@@ -18,28 +18,28 @@ def real_tokens(model, inputs):
 
 
 def logits_of(model, inputs):
-    """Logits on real tokens."""
+    """Logits of real tokens."""
     return model(**inputs).logits[real_tokens(model, inputs)]
 
 
 def positions_of(mask):
-    """``(batch, length)``: positions that count real tokens, which padding on the left does not move."""
+    """``(batch, length)``: positions that count real tokens only, so that padding on the left does not change them."""
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 @torch.no_grad()
 def in_one_forward(model, inputs):
-    """Logits of the whole sequence at once."""
+    """Logits of the whole sequence in one forward."""
     return model(**inputs, position_ids=positions_of(inputs["attention_mask"])).logits
 
 
 @torch.no_grad()
 def chunked(model, inputs, sizes, static):
-    """Logits of the sequence in chunks of new tokens on a cache."""
+    """Logits of the sequence in chunks of new tokens with a cache."""
     tokens, mask = inputs["input_ids"], inputs["attention_mask"]
     positions = positions_of(mask)
     cache = transformers.StaticCache(model.config, max_cache_len=tokens.shape[1] + 7) if static else None
-    found, start = [], 0
+    logits, start = [], 0
     for size in sizes:
         stop = start + size
         step = model(
@@ -47,69 +47,69 @@ def chunked(model, inputs, sizes, static):
             past_key_values=cache, use_cache=True,
         )  # fmt: skip
         cache, start = step.past_key_values, stop
-        found.append(step.logits)
-    return torch.cat(found, dim=1)
+        logits.append(step.logits)
+    return torch.cat(logits, dim=1)
 
 
 def hashes_of(model):
     """A context that records what the model's attentions choose at random: the buckets of those that hash."""
     found = find_sites(model)
-    return recording({one.name: (one.module, one.point.replay) for one in found if one.point.replay is not None})
+    return recording({one.name: (one.module, one.point.replay) for one in found if one.point.makes_random_choices})
 
 
 def run(model, inputs, mode, patch=None):
-    """Logits on real tokens, and the gradient of a random function of them with respect to all parameters.
+    """Logits of real tokens, and the gradient of a random function of them with respect to all parameters.
 
-    Where the model refuses (a length it does not train, a backward pass in eval mode), the error is found instead.
+    If the model refuses (a length that it cannot train, a backward in eval mode), ``"refused"`` holds the error.
     """
     model.train(mode != "eval")
     if mode == "checkpointed":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    handle, found = attnzoo.patch(model, patch) if patch else None, {}
+    handle, results = attnzoo.patch(model, patch) if patch else None, {}
     try:
         logits = logits_of(model, inputs)
-        found["logits"] = logits.detach()
+        results["logits"] = logits.detach()
         weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
         (logits * weights.to(logits.dtype)).sum().backward()
-        found["gradient"] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        results["gradient"] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     except (ValueError, AssertionError) as error:
-        found["refused"] = (type(error), str(error))
-    if handle is not None and "logits" in found:
+        results["refused"] = (type(error), str(error))
+    if handle is not None and "logits" in results:
         assert all(site.calls for site in handle.sites), handle
-    return found
+    return results
 
 
 def judge(family, inputs, mode, dtype=torch.float32):
-    """Assert that the model under every backend, and its own code, are within the error rule of the oracle in float64.
+    """Assert that eager, sdpa and the model's own code pass the error rule against the oracle in float64.
 
-    All runs hash alike, where the model hashes. What the original refuses, the patched model refuses in the same words.
+    All runs use the same hash buckets. If the original refuses a call, the patched model must raise the same error.
 
     Args:
-        family: of :data:`~tests.support.models.FAMILIES`.
-        inputs: of the forward.
+        family: one of :data:`~tests.support.models.FAMILIES`.
+        inputs: arguments of the forward.
         mode: ``"eval"``, ``"train"``, or ``"checkpointed"``, which is training with gradient checkpointing.
-        dtype: of the weights and of all runs but the oracle's.
+        dtype: dtype of the weights and of all runs except the oracle's.
     """
     model = family.build().to(dtype)
-    with hashes_of(model) as made:
+    with hashes_of(model) as buckets:
         original = run(model, inputs, mode)
 
     def again(patch, computed=dtype, mode=mode):
-        model = family.build().to(dtype).to(computed)
-        with replaying(model, made):
+        model = family.build().to(dtype).to(computed)  # the weights are those of dtype
+        with replaying(model, buckets):
             return run(model, inputs, mode, patch)
 
     own = again(None, torch.float64) if family.coarse else original
-    eager, fused = again("eager"), again("sdpa")
+    eager, sdpa = again("eager"), again("sdpa")
     oracle = again("eager", torch.float64, "train" if mode == "checkpointed" else mode)
-    assert oracle.pop("refused", None) == original.get("refused") == eager.get("refused") == fused.get("refused")
+    assert oracle.pop("refused", None) == original.get("refused") == eager.get("refused") == sdpa.get("refused")
     assert oracle.keys() == original.keys() - {"refused"}
-    whole = not any(one.point.backward_in_training for one in find_sites(model))
-    assert oracle.keys() >= ({"logits", "gradient"} if whole else {"logits"} if mode == "eval" else set())
+    has_backward = not any(target.point.backward_in_training for target in find_sites(model))
+    assert oracle.keys() >= ({"logits", "gradient"} if has_backward else {"logits"} if mode == "eval" else set())
     for what, reference in oracle.items():
-        verdicts = [
+        checks = [
             check(f"{what} of the original", own[what], reference, eager[what], factor(what), dtype),
             check(f"{what} under eager", eager[what], reference, original[what], factor(what)),
-            check(f"{what} under sdpa", fused[what], reference, eager[what], factor(what)),
+            check(f"{what} under sdpa", sdpa[what], reference, eager[what], factor(what)),
         ]
-        assert all(verdict.ok for verdict in verdicts), "\n".join(map(str, verdicts))
+        assert all(check.ok for check in checks), "\n".join(map(str, checks))

@@ -1,4 +1,4 @@
-"""Tiny LongT5 models and their inputs, and how patched and original are compared."""
+"""Tiny LongT5 models, their inputs, and a comparison of a patched model with the original."""
 
 import copy
 
@@ -20,7 +20,7 @@ def longt5(kind="local", cls="LongT5ForConditionalGeneration", **changes):
 
 
 def padding(batch, length, side):
-    """As everywhere, and with ``"holes"``: padding within samples."""
+    """Return the padding mask of a side; ``"holes"`` is padding within samples."""
     mask = zoo.padded(batch, length, side)
     if side == "holes":
         mask[1:, length // 3 : length // 3 + 5] = 0
@@ -41,26 +41,26 @@ def inputs(length, side="left", batch=3):
 
 
 def outcome(model, arguments, patch=None, dtype=torch.float32, prepare=lambda model: None):
-    """What a model returns on real tokens of samples that have any, and the gradients of a loss on just that."""
+    """Return outputs of a copy on real tokens with gradients of a loss on them, and the names of the gradients."""
     model = copy.deepcopy(model).to(dtype)
     prepare(model)
     handle = attnzoo.patch(model, patch) if patch else None
     returned = model(**arguments)
     mask = arguments["attention_mask"]
     states = returned.encoder_last_hidden_state if "logits" in returned else returned.last_hidden_state
-    found = {"encoder": states[mask.bool()]}
+    results = {"encoder": states[mask.bool()]}
     if "logits" in returned:
         real = arguments["decoder_attention_mask"] * mask.any(1, keepdim=True)
-        found["logits"] = returned.logits[real.bool()]
-    sum(part.double().square().sum() for part in found.values()).backward()
+        results["logits"] = returned.logits[real.bool()]
+    sum(part.double().square().sum() for part in results.values()).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    found["gradients"] = torch.cat([gradient.flatten() for gradient in gradients.values()])
+    results["gradients"] = torch.cat([gradient.flatten() for gradient in gradients.values()])
     tables = [gradient.flatten() for name, gradient in gradients.items() if TABLES in name]
     if tables:
-        found["gradients of the tables"] = torch.cat(tables)
+        results["gradients of the tables"] = torch.cat(tables)
     if handle is not None:
         assert all(site.calls for site in handle.sites), handle
-    return found, set(gradients)
+    return results, set(gradients)
 
 
 def assert_equal_to_the_original(model, arguments, patch, prepare=lambda model: None):

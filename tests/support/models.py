@@ -1,7 +1,7 @@
-"""Tiny models of every family on *spread* weights, and inputs that use what the family has.
+"""Tiny models of every family with *spread* weights, and inputs that use the features of the family.
 
-At default initialisation attention is nearly uniform and a lost mask goes unseen; spread weights (projections with std
-1.5 / sqrt(fan_in), embeddings and bias tables 1) move logits by tenths when anything is lost.
+With the default initialisation attention is nearly uniform, and a lost mask goes unnoticed. With spread weights
+(projections with std 1.5 / sqrt(fan_in), embeddings and bias tables with std 1) it changes logits by tenths.
 """
 
 import math
@@ -16,14 +16,14 @@ VOCAB = 99
 
 
 def spread(model, seed=1):
-    """Fill all matrices with wide random numbers; returns the model in eval mode."""
+    """Fill all matrices with spread random weights; return the model in eval mode."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
                 table = any(word in name for word in ("embed", "shared", "wte", "wpe", "relative_attention_bias"))
                 std = 1.0 if table else 1.5 / math.sqrt(parameter.shape[1])
-                if name.endswith(".q.weight"):  # T5 does not scale its scores: its queries are narrower in return
+                if name.endswith(".q.weight"):  # T5 does not scale its scores, so its queries are smaller
                     std /= math.sqrt(model.config.d_kv)
                 parameter.copy_(torch.randn(parameter.shape, generator=random) * std)
             elif parameter.ndim == 1 and name.endswith("bias"):
@@ -36,9 +36,9 @@ def ids(*shape, seed=2):
 
 
 def padded(batch, length, side):
-    """A mask with ragged padding on a side: ``"none"``, ``"left"``, ``"right"``, or ``"sample"`` (a whole one).
+    """Return a mask with ragged padding: ``"none"``, ``"left"``, ``"right"``, or ``"sample"`` (one whole sample).
 
-    ``"every"`` is three samples: nothing but padding, padding on the left, padding on the right.
+    ``"every"`` needs three samples: one with only padding, one padded on the left, one padded on the right.
     """
     mask = torch.ones((batch, length), dtype=torch.long)
     if side == "every":
@@ -60,14 +60,14 @@ class Family:
     """A model family under test.
 
     Attributes:
-        name: of the family and its variant.
-        build: a fresh tiny model, spread, in eval mode.
-        inputs: ``inputs(length, side)``: forward arguments with padding on a side.
-        dropouts: names in its configuration of the dropout of attention weights (LongT5 has one for everything).
-        prompt: ``prompt(side)``: arguments of generate, or None for models that do not generate.
-        block: what its attention works in: window, chunk, radius + 1; any number for dense attention.
+        name: the family and its variant.
+        build: returns a new tiny model with spread weights in eval mode.
+        inputs: ``inputs(length, side)`` returns forward arguments with padding on a side.
+        dropouts: configuration names of the attention dropout (LongT5 has one dropout for everything).
+        prompt: ``prompt(side)`` returns arguments of ``generate``; None for models that do not generate.
+        block: the block length of its attention: window, chunk, or radius + 1; any number for dense attention.
         static_cache: whether the model supports a static cache.
-        coarse: the model's own code is what the model means in float64 only.
+        coarse: the original code is accurate in float64 only.
     """
 
     name: str
@@ -99,7 +99,7 @@ def led(cls="LEDForConditionalGeneration", **changes):
 
 
 def globals_of(mask, kind):
-    """Which real tokens are global: ``"zero"``, ``"one"``, ``"varying"`` (0, 1, 2, ... per sample) or ``"all"``."""
+    """Return a mask of global tokens: ``"zero"``, ``"one"``, ``"varying"`` (0, 1, 2, ... per sample) or ``"all"``."""
     chosen = torch.zeros_like(mask)
     for row in range(mask.shape[0]):
         real = mask[row].nonzero().flatten()
@@ -160,7 +160,7 @@ def gpt_bigcode(cls="GPTBigCodeForCausalLM", **changes):
 
 
 def reformer(cls="ReformerModelWithLMHead", **changes):
-    """Positions are not axial: those are for one length alone in training."""
+    """Positions are not axial, because axial positions allow only one length in training."""
     torch.manual_seed(0)
     base = dict(
         vocab_size=VOCAB, hidden_size=16, num_attention_heads=2, attention_head_size=8, feed_forward_size=32,
@@ -201,7 +201,7 @@ def longt5_prompt(side):
     return causal_inputs(21, side)
 
 
-# Reformer hides a token from itself with -1e5: where a token sees nothing else, little of float32 is left.
+# Reformer hides a token from itself with -1e5. If the token sees nothing else, float32 keeps little of its score.
 _REFORMER_DROPOUTS = ("local_attention_probs_dropout_prob", "lsh_attention_probs_dropout_prob")
 _LONGT5 = (longt5_inputs, ("dropout_rate",), longt5_prompt)
 _BIGCODE = (causal_inputs, ("attn_pdrop",), causal_prompt)

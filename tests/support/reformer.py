@@ -1,9 +1,11 @@
-"""Tiny Reformers, and what it means that one patched equals the original.
+"""Tiny Reformers, and a comparison of a patched Reformer with the original.
 
-Two things make Reformer hard to compare. Its hashes differ between float32 and float64, which draw other rotations from
-the same seed: so modules are compared on given buckets, and models replay them (:func:`replayed`). And in float32 it
-gets tokens that see only themselves wrong by some tenths of a percent, as it hides them with -1e5: so the original is
-the judge in float64, where it is exact, and in float32 it only says how large an error may be.
+Two properties make Reformer hard to compare:
+
+- The same seed gives other rotations, and so other hashes, in float32 and float64. So modules are compared on given
+  buckets, and models replay recorded buckets (:func:`replayed`).
+- In float32 the original is wrong by some tenths of a percent for tokens that see only themselves, because it hides
+  tokens with -1e5. So the reference is the original in float64. The original in float32 only bounds the error.
 """
 
 import copy
@@ -26,7 +28,7 @@ NEIGHBOURS = [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (2, 3), (5, 1), (0, 7)]
 
 
 def reformer(cls=None, **changes):
-    """A tiny model on wide random weights, in eval mode."""
+    """Return a tiny model with spread random weights, in eval mode."""
     base = dict(
         vocab_size=VOCAB, hidden_size=24, num_attention_heads=3, attention_head_size=8, feed_forward_size=32,
         attn_layers=["local", "lsh", "local", "lsh"], axial_pos_shape=[8, 8], axial_pos_embds_dim=[8, 16],
@@ -36,7 +38,7 @@ def reformer(cls=None, **changes):
         local_attention_probs_dropout_prob=0.0, pad_token_id=0, eos_token_id=2, hash_seed=7,
     )  # fmt: skip
     config = transformers.ReformerConfig(**{**base, **changes})
-    ahead = config.lsh_num_chunks_after or config.local_num_chunks_after  # which the language model refuses
+    ahead = config.lsh_num_chunks_after or config.local_num_chunks_after  # the language model refuses chunks ahead
     decoder = "ReformerModel" if ahead else "ReformerModelWithLMHead"
     cls = cls or (decoder if config.is_decoder else "ReformerForMaskedLM")
     model, random = getattr(transformers, cls)(config), torch.Generator().manual_seed(1)
@@ -53,7 +55,7 @@ def ids(*shape, seed=2):
 
 
 def padding(side, batch, length):
-    """``(batch, length)`` ones with ragged padding on a side, or a ``"sample"`` that is nothing else; or None."""
+    """Return a mask ``(batch, length)`` with padding on a side, or of a whole ``"sample"``; None for ``"none"``."""
     mask = torch.ones((batch, length), dtype=torch.long)
     for row in range(batch):
         cut = row * length // (batch + 1)
@@ -67,7 +69,7 @@ def padding(side, batch, length):
 
 
 def attentions(model):
-    """Its attention modules, bottom up."""
+    """Return the attention modules of a model, from the first layer to the last."""
     return [layer.attention.self_attention for layer in model.base_model.encoder.layers]
 
 
@@ -84,10 +86,10 @@ def hidden(batch, length, size=24, seed=3):
 
 
 def outcome(module, states, arguments, real, patch, dtype):
-    """Output on real tokens, and gradients with respect to input and parameters of a loss on just that."""
+    """Return the output on real tokens, and the gradients of a loss on it for input and parameters."""
     module = copy.deepcopy(module).to(dtype)
     states = states.to(dtype, copy=True).requires_grad_()
-    # Only a whole model knows its family; an attention module that has no config is put into a container that has one.
+    # An attention module has no config, so put it into a container that has one.
     whole = torch.nn.Module()
     whole.module, whole.config = module, reformer().config
     handle = attnzoo.patch(whole, patch) if patch else None
@@ -122,25 +124,25 @@ def assert_module_equals_the_original(module, states, mask, backend, **arguments
 
 @contextmanager
 def replayed(model, record):
-    """Record the buckets of every LSH attention, or hash like the recording, in any dtype."""
+    """Record the buckets of every LSH attention if ``record`` is empty; otherwise replay them, in any dtype."""
     recording, handles = not record, []
     for number, module in enumerate(attentions(model)):
         if hasattr(module, "query"):
             continue
 
-        def keep(module, args, kwargs, output, number=number):
+        def save(module, args, kwargs, output, number=number):
             if kwargs.get("buckets") is None and output.buckets is not None:
                 record[number].append(output.buckets)
 
-        def give(module, args, kwargs, number=number, turn=iter(tuple(record[number]))):  # noqa: B008
+        def replay(module, args, kwargs, number=number, turn=iter(tuple(record[number]))):  # noqa: B008
             if kwargs.get("buckets") is None and kwargs["hidden_states"].shape[1] > module.chunk_length:
                 kwargs["buckets"] = next(turn)
             return args, kwargs
 
         if recording:
-            handles.append(module.register_forward_hook(keep, with_kwargs=True))
+            handles.append(module.register_forward_hook(save, with_kwargs=True))
         else:
-            handles.append(module.register_forward_pre_hook(give, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(replay, with_kwargs=True))
     try:
         yield
     finally:
@@ -149,22 +151,22 @@ def replayed(model, record):
 
 
 def whole(model, arguments, patch, dtype, record, train):
-    """Logits on real tokens and, when training, the gradient of all parameters."""
+    """Return logits on real tokens and, in training, the gradients of all parameters."""
     model = copy.deepcopy(model).to(dtype).train(train)
     handle = attnzoo.patch(model, patch) if patch else None
     with replayed(model, record), torch.set_grad_enabled(train):
         logits = model(**arguments).logits
         mask = arguments["attention_mask"]
-        found = {"logits": logits.detach() if mask is None else logits.detach()[mask.bool()]}
+        results = {"logits": logits.detach() if mask is None else logits.detach()[mask.bool()]}
         if train:
             loss = logits.double().square()
             (loss if mask is None else loss * mask[..., None]).sum().backward()
             grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-            assert [name for name, grad in grads.items() if grad is None] == ["lm_head.bias"]  # it is not used
-            found["gradients"] = torch.cat([grad.flatten() for grad in grads.values() if grad is not None])
+            assert [name for name, grad in grads.items() if grad is None] == ["lm_head.bias"]  # unused by the model
+            results["gradients"] = torch.cat([grad.flatten() for grad in grads.values() if grad is not None])
     if handle is not None:
         assert all(site.calls == 1 + train for site in handle.sites)
-    return found
+    return results
 
 
 def assert_model_equals_the_original(model, arguments, backend, train=False, dtype=torch.float32):

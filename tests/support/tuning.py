@@ -1,10 +1,10 @@
-"""What the tests of tuning measure, and how they look at what ``auto`` took."""
+"""Attentions and models for the tests of tuning, measurements by hand, and the choices of ``auto``."""
 
 import torch
 
 import attnzoo
 from attnzoo.auto import cache, environment
-from attnzoo.auto.measurements import Measurement, Outcome, plain, size_class
+from attnzoo.auto.measurements import Measurement, Outcome, size_class, to_plain_data
 from attnzoo.registry import registry
 from tests.support.models import gpt_neox
 
@@ -25,28 +25,29 @@ def tune(clock, model=None, inputs=None, **changes):
 
 
 def took(model=None, inputs=None):
-    """What ``auto`` takes at the first site of a run without gradients, and why."""
+    """The choice of ``auto`` at the first site of a model, in a run without gradients."""
     model = gpt_neox() if model is None else model
     with attnzoo.patch(model) as handle, torch.no_grad():
         model(**(inputs or neox_inputs()))
-    (choice,) = handle.sites[0].choices
+    (choice,) = handle.sites[0].selections
     return choice
 
 
 def forget():
-    """What another process would start with: the file, and nothing in memory."""
+    """Forget the measurements in memory, as a new process would. The file stays."""
     cache.forget()
 
 
 def files():
+    """Names of the cache files."""
     return sorted(path.name for path in cache.folder().glob("*")) if cache.folder().is_dir() else []
 
 
 def measured(attention, seconds):
-    """Write down seconds by backend name, or what was wrong with it, as a tune of an attention would."""
+    """Store a measurement of an attention: by backend name, its seconds, or text that says why it is wrong."""
     outcomes = {}
-    for name, found in seconds.items():
-        code, wrong = environment.code_of(registry.backend_class(name)), isinstance(found, str)
-        outcomes[name] = Outcome(code, None if wrong else found, reason=found if wrong else "", wrong=wrong)
-    one = Measurement(plain(attention.request()), size_class(attention), outcomes, "by hand")
-    cache.add(environment.environment_of(attention.query.device), [one], save=True)
+    for name, result in seconds.items():
+        code, wrong = environment.code_of(registry.backend_class(name)), isinstance(result, str)
+        outcomes[name] = Outcome(code, None if wrong else result, reason=result if wrong else "", wrong=wrong)
+    measurement = Measurement(to_plain_data(attention.request()), size_class(attention), outcomes, "by hand")
+    cache.add(environment.environment_of(attention.query.device), [measurement], save=True)

@@ -1,4 +1,4 @@
-"""Layers whose weights arithmetic must not look at: quantised ones, and ones that adapters were put around."""
+"""Layers that must be called and not multiplied by their weight: quantised layers, and layers inside LoRA."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import warnings
 import torch
 from torch import nn
 
-_TOLD = ("__get__", "__repr__", "detach", "requires_grad_", "is_floating_point", "size", "dim", "numel")
+_ALLOWED = ("__get__", "__repr__", "detach", "requires_grad_", "is_floating_point", "size", "dim", "numel")
 
 
 class Packed(torch.Tensor):
-    """A weight as torchao's quantised tensors are: it knows ``linear()``, and tells its shape, dtype and device."""
+    """A weight like torchao's quantised tensors: it supports only ``linear()`` and has a shape, dtype and device."""
 
     @staticmethod
     def __new__(cls, weight):
         return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
 
     def __init__(self, weight):
-        self.held = weight
+        self.packed = weight
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is nn.functional.linear:
-            return nn.functional.linear(args[0], args[1].held, *args[2:], **(kwargs or {}))
-        if getattr(function, "__name__", "") in _TOLD:
+            return nn.functional.linear(args[0], args[1].packed, *args[2:], **(kwargs or {}))
+        if getattr(function, "__name__", "") in _ALLOWED:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
         raise NotImplementedError(f"packed weight: {getattr(function, '__name__', function)} is not implemented")
@@ -32,12 +32,12 @@ class Packed(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return Packed(args[0].held)
+            return Packed(args[0].packed)
         raise NotImplementedError(f"packed weight: {function} is not implemented")
 
 
 def pack(model):
-    """Pack the weights of all linear layers, which stay plain ``nn.Linear``."""
+    """Pack the weights of all linear layers. The layers stay plain ``nn.Linear``."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.weight = nn.Parameter(Packed(module.weight.data), requires_grad=False)
@@ -45,14 +45,14 @@ def pack(model):
 
 
 def quantise(model):
-    """PyTorch's dynamic quantisation, which puts modules without parameters in place of linear ones."""
+    """Apply PyTorch's dynamic quantisation, which replaces linear layers by modules without parameters."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
 
 class LowRank(nn.Module):
-    """A low-rank adapter (LoRA) around a linear layer, which it looks like."""
+    """A low-rank adapter (LoRA) around a linear layer, with the attributes of that layer."""
 
     def __init__(self, base):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A cache and a registry for each test, and a fake clock."""
+"""A fresh cache and registry for each test, and a fake clock."""
 
 from tests.support.fake_clock import add, clock, own_cache
 

@@ -1,4 +1,4 @@
-"""Backends are timed in turns, behind the error rule, and what is wrong is never taken."""
+"""Backends are timed in turns, and ``auto`` never selects a wrong one."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,17 +16,17 @@ from tests.support.models import gpt_neox
 from tests.support.tuning import attention, measured, took, tune
 
 
-def test_times_are_medians_of_turns_after_a_first_run_that_does_not_count(add, clock):
-    """A backend that compiles first and is disturbed now and then is judged by what it usually takes."""
+def test_time_is_a_median_without_the_first_run(add, clock):
+    """Compilation in the first run, and some slow runs, do not change the time."""
     add("even", seconds=3.0)
     add("uneven", costs=[1000.0] * 3 + [2.0, 50.0, 2.0, 2.0, 50.0, 2.0, 2.0])
-    (found,) = tune(clock, rounds=7)
-    assert found.ranking() == [(2.0, "uneven"), (3.0, "even")]
+    (measurement,) = tune(clock, rounds=7)
+    assert measurement.ranking() == [(2.0, "uneven"), (3.0, "even")]
     assert took().reason == "measured 2 s (its first run took 1000 s); even 3 s", "what it costs a new process"
     assert str(tune(clock)).count("its first run took 1000 s") == 1
 
 
-def test_rounds_take_turns(add, clock):
+def test_backends_take_turns_in_each_round(add, clock):
     order = []
     for name in ("first", "second"):
         cls = add(name, seconds=1.0)
@@ -36,21 +36,21 @@ def test_rounds_take_turns(add, clock):
     assert order[-6:] == ["first", "second"] * 3
 
 
-def test_short_runs_are_timed_many_at_a_time(add, clock):
+def test_sample_of_a_short_run_has_several_runs(add, clock):
     cls = add("short", seconds=2**-9)
     outcomes = race.race(attention(), [cls()], grad=False, rounds=2, clock=clock)
     assert outcomes["short"].seconds == 2**-9
-    assert len(cls.runs) == 3 + 2 * 3, "judged, warmed up, timed once, then two samples of at least 5 ms"
+    assert len(cls.runs) == 3 + 2 * 3, "checked twice, warmed up, then two samples of at least 5 ms"
 
 
-def test_the_hopeless_are_timed_once(add, clock):
+def test_much_slower_backend_is_timed_once(add, clock):
     fast, slow = add("fast", seconds=1.0), add("slow", seconds=100.0)
     outcomes = race.race(attention(), [fast(), slow()], grad=False, rounds=7, clock=clock)
     assert outcomes["slow"].seconds == 100.0
     assert (len(fast.runs), len(slow.runs)) == (3 + 7, 3 + 1)
 
 
-def test_backward_counts_where_gradients_are_asked_for(add, clock):
+def test_backward_counts_with_gradients(add, clock):
     add("forward", seconds=1.0, backward=9.0), add("both", seconds=2.0, backward=2.0)
     model = gpt_neox()
     (inference,) = tune(clock, model)
@@ -59,33 +59,33 @@ def test_backward_counts_where_gradients_are_asked_for(add, clock):
     assert training.ranking() == [(4.0, "both"), (10.0, "forward")]
     assert (inference.mode, training.mode) == ("forward", "forward+backward")
     (evaluating,) = tune(clock, model.eval(), gradients=True)
-    assert evaluating == training, "the mode of the model is one thing, gradients another"
+    assert evaluating == training, "gradients do not depend on the mode of the model"
 
 
-def test_what_is_wrong_is_reported_and_never_taken(add, clock):
+def test_wrong_output_is_reported_and_never_selected(add, clock):
     add("right", seconds=5.0), add("wrong", seconds=0.1, rank=9, spoils=lambda output: output * 1.01)
-    (found,) = tune(clock)
-    assert found.ranking() == [(5.0, "right")]
-    assert "output: error" in found.outcomes["wrong"].reason and "FAILS" in str(tune(clock))
+    (measurement,) = tune(clock)
+    assert measurement.ranking() == [(5.0, "right")]
+    assert "output: error" in measurement.outcomes["wrong"].reason and "FAILS" in str(tune(clock))
     assert took().backend.name == "right"
 
 
-def test_wrong_gradients_count_where_gradients_are_asked_for(add, clock):
+def test_wrong_gradients_count_with_gradients(add, clock):
     add("right"), add("wrong", rank=9, spoils=lambda output: output.detach() + 0.5 * (output - output.detach()))
     model = gpt_neox()
     (inference,), (training,) = tune(clock, model), tune(clock, model, gradients=True)
     assert len(inference.ranking()) == 2 and "gradient: error" in training.outcomes["wrong"].reason
 
 
-def test_what_raises_is_reported_and_never_taken(add, clock):
+def test_backend_that_raises_is_reported_and_never_selected(add, clock):
     add("broken", rank=-1, raises=RuntimeError("no such kernel\nlong trace")), add("sound")
-    (found,) = tune(clock)
-    assert found.outcomes["broken"].reason == "raised RuntimeError: no such kernel"
+    (measurement,) = tune(clock)
+    assert measurement.outcomes["broken"].reason == "raised RuntimeError: no such kernel"
     assert took().backend.name == "sound"
 
 
 def out_of_memory():
-    """What torch raises on the CPU."""
+    """The error that torch raises on the CPU."""
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     return caught.value
@@ -94,12 +94,12 @@ def out_of_memory():
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA"), MemoryError(), out_of_memory()], ids=lambda error: type(error).__name__
 )
-def test_memory_that_was_full_once_bars_no_backend_for_good(add, clock, error):
-    """It is not timed and says why; where nothing else is left, ``auto`` takes it all the same."""
+def test_backend_that_ran_out_of_memory_is_not_wrong(add, clock, error):
+    """It has a reason and no time. If no other backend is left, ``auto`` selects it nevertheless."""
     add("full", rank=-1, raises=error), add("wrong", spoils=lambda output: output * 1.01)
-    (found,) = tune(clock)
-    assert found.outcomes["full"].reason.startswith(f"raised {type(error).__name__}")
-    assert not found.outcomes["full"].wrong and found.outcomes["wrong"].wrong
+    (measurement,) = tune(clock)
+    assert measurement.outcomes["full"].reason.startswith(f"raised {type(error).__name__}")
+    assert not measurement.outcomes["full"].wrong and measurement.outcomes["wrong"].wrong
     with pytest.raises(type(error)):
         took()
 
@@ -108,7 +108,7 @@ def test_memory_that_was_full_once_bars_no_backend_for_good(add, clock, error):
     ("error", "wrong"), [(torch.OutOfMemoryError("CUDA"), False), (RuntimeError("no"), True)], ids=["memory", "other"]
 )
 @pytest.mark.parametrize("after", [3, 4, 6])
-def test_what_raises_while_it_is_timed_ends_its_own_race_alone(add, clock, error, wrong, after):
+def test_backend_that_raises_while_it_is_timed_does_not_stop_the_others(add, clock, error, wrong, after):
     add("sound", seconds=2.0)
     cls = add("late", seconds=1.0)
     run = cls.run
@@ -119,13 +119,13 @@ def test_what_raises_while_it_is_timed_ends_its_own_race_alone(add, clock, error
         return run(self, *args)
 
     cls.run = failing
-    (found,) = tune(clock)
-    assert found.ranking() == [(2.0, "sound")]
-    assert found.outcomes["late"].reason.startswith(f"raised {type(error).__name__}")
-    assert found.outcomes["late"].wrong == wrong
+    (measurement,) = tune(clock)
+    assert measurement.ranking() == [(2.0, "sound")]
+    assert measurement.outcomes["late"].reason.startswith(f"raised {type(error).__name__}")
+    assert measurement.outcomes["late"].wrong == wrong
 
 
-def test_where_all_were_wrong_auto_refuses_with_what_was_found(add):
+def test_auto_refuses_with_reasons_if_every_backend_is_wrong(add):
     add("one"), add("two"), add("three", grad=False, dtypes=frozenset({torch.float64}))
     measured(attention(), {"one": "output: error 1", "two": "raised OSError"})
     with pytest.raises(attnzoo.BackendRefusedError) as caught:
@@ -134,14 +134,14 @@ def test_where_all_were_wrong_auto_refuses_with_what_was_found(add):
         assert line in str(caught.value)
 
 
-def test_an_interrupt_is_not_a_result(add, clock):
+def test_interrupt_stores_nothing(add, clock):
     add("sound", rank=9), add("stopped", raises=KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         tune(clock)
     assert took().reason.startswith("by priority")
 
 
-def test_only_exact_backends_that_refuse_nothing_and_need_no_options_are_run(add, clock):
+def test_only_exact_supporting_backends_without_required_options_are_timed(add, clock):
     add("one"), add("two")
     outside = [add("approximate", exact=False), add("narrow", dtypes=frozenset({torch.float64}))]
 
@@ -152,26 +152,26 @@ def test_only_exact_backends_that_refuse_nothing_and_need_no_options_are_run(add
         name: ClassVar[str] = "needy"
         capabilities: ClassVar[attnzoo.Capabilities] = CAN_ALL
 
-    (found,) = tune(clock)
-    assert set(found.outcomes) == {"one", "two"}
+    (measurement,) = tune(clock)
+    assert set(measurement.outcomes) == {"one", "two"}
     assert [cls.runs for cls in outside] == [[], []]
 
 
-def test_dense_backends_are_left_out_where_they_would_fill_the_memory(add, clock, monkeypatch):
+def test_dense_backend_that_needs_too_much_memory_is_not_timed(add, clock, monkeypatch):
     add("blocked", seconds=5.0)
     dense = add("dense", seconds=1.0, rank=9)
     dense.dense = True
-    (found,) = tune(clock)
-    assert found.ranking()[0] == (1.0, "dense")
+    (measurement,) = tune(clock)
+    assert measurement.ranking()[0] == (1.0, "dense")
     monkeypatch.setattr(race, "DENSE_BYTES", race.dense_bytes(attention(21, batch=1), grad=False) - 1)
     dense.runs.clear()
-    (found,) = tune(clock, again=True)
-    assert len(dense.runs) == 2, "by the model's two layers, not timed"
-    assert "GiB for dense scores" in found.outcomes["dense"].reason
+    (measurement,) = tune(clock, again=True)
+    assert len(dense.runs) == 2, "the two layers of the model ran it; it was not timed"
+    assert "GiB for dense scores" in measurement.outcomes["dense"].reason
     assert took().backend.name == "blocked"
     assert EagerBackend.dense and not attnzoo.Backend.dense
 
 
-def test_dense_bytes_are_those_of_grids_of_scores():
+def test_dense_bytes_count_score_grids():
     assert race.dense_bytes(attention(64, batch=1), grad=False) == 2 * 64 * 64 * 4 * 6
     assert race.dense_bytes(attention(64, batch=2), grad=True) == 2 * 2 * 64 * 64 * 4 * 10

@@ -1,4 +1,4 @@
-"""``tune`` runs a model once, and leaves everything as it was."""
+"""``tune`` runs a model once, and changes nothing in it."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.support.models import gpt_neox, led, led_inputs, reformer
 from tests.support.tuning import neox_inputs, tune
 
 
-def test_tuning_leaves_the_model_and_the_random_streams_as_they_were(add, clock):
+def test_tune_leaves_the_model_and_the_random_streams_unchanged(add, clock):
     add("slow"), add("fast")
     model = led(dropout=0.1).train()
     model.led.encoder.eval()
@@ -30,7 +30,7 @@ def test_tuning_leaves_the_model_and_the_random_streams_as_they_were(add, clock)
         assert torch.equal(tensor, state[name]), name
 
 
-def test_a_model_that_fails_is_left_unpatched(add, clock):
+def test_model_that_fails_stays_unpatched(add, clock):
     add("slow"), add("fast")
     model = gpt_neox()
     with pytest.raises(IndexError):
@@ -38,35 +38,35 @@ def test_a_model_that_fails_is_left_unpatched(add, clock):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_reversible_layers_ask_for_gradients_in_their_backward(add, clock):
-    """Reformer's forward runs without gradients and again with them in its backward; buckets are not configured."""
+def test_reversible_layers_request_gradients_in_their_backward(add, clock):
+    """Reformer's forward runs without gradients, and again with gradients in its backward."""
     add("slow"), add("fast")
     model = reformer(num_buckets=None).train()
-    found = tune(clock, model, dict(input_ids=torch.arange(3, 67)[None]))
-    assert {one.mode for one in found} == {"forward", "forward+backward"}
+    report = tune(clock, model, dict(input_ids=torch.arange(3, 67)[None]))
+    assert {measurement.mode for measurement in report} == {"forward", "forward+backward"}
     assert model.config.num_buckets is None
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_function_can_run_the_model_in_its_own_way(add, clock):
+def test_inputs_may_be_a_function_that_runs_the_model(add, clock):
     add("slow", seconds=4.0, rank=5), add("fast")
     model = gpt_neox()
     prompt = dict(input_ids=torch.arange(3, 15)[None], max_new_tokens=6, min_new_tokens=6, do_sample=False)
-    found = attnzoo.tune(model, lambda: model.generate(**prompt), clock=clock)
-    assert {one.size.q_len for one in found} == {16, 1}, "the prompt, and then one token at a time"
+    report = attnzoo.tune(model, lambda: model.generate(**prompt), clock=clock)
+    assert {measurement.size.q_len for measurement in report} == {16, 1}, "the prompt, then one token per step"
     with attnzoo.patch(model) as handle:
         model.generate(**prompt)
-    assert {choice.backend.name for choice in handle.sites[0].choices} == {"fast"}
+    assert {choice.backend.name for choice in handle.sites[0].selections} == {"fast"}
 
 
-def test_it_tunes_for_the_dtype_of_autocast(add, clock):
+def test_tune_uses_the_autocast_dtype(add, clock):
     add("slow"), add("fast")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        (found,) = tune(clock)
-    assert found.request["dtype"] == "bfloat16"
+        (measurement,) = tune(clock)
+    assert measurement.request["dtype"] == "bfloat16"
 
 
-def test_a_patched_model_is_tuned_too_and_keeps_its_patch(add, clock):
+def test_patched_model_keeps_its_patch(add, clock):
     add("slow", seconds=4.0, rank=5), add("fast")
     model = gpt_neox()
     with attnzoo.patch(model) as handle:
@@ -87,12 +87,12 @@ def test_a_patched_model_is_tuned_too_and_keeps_its_patch(add, clock):
         (dict(rounds=2.5), "rounds: got 2.5"),
     ],
 )
-def test_bad_arguments(arguments, message):
+def test_invalid_arguments_are_refused(arguments, message):
     with pytest.raises(attnzoo.InvalidArgumentError, match=message):
         attnzoo.tune(**{**dict(model=gpt_neox(), inputs=neox_inputs()), **arguments})
 
 
-def test_gradients_cannot_be_tuned_in_inference_mode():
+def test_gradients_are_refused_in_inference_mode():
     model = gpt_neox()
     with torch.inference_mode(), pytest.raises(attnzoo.InvalidArgumentError, match="gradients: got True inside torch"):
         attnzoo.tune(model, neox_inputs(), gradients=True)

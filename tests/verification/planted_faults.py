@@ -1,9 +1,8 @@
-"""Faults planted in a backend that is right, and what ``verify`` says of each on the trained checkpoints in float32.
+"""Backends with one fault each, and how ``verify`` detects them on the trained checkpoints in float32.
 
-    python -m tests.verification.planted_faults        # the table of docs/design.md
+    python -m tests.verification.planted_faults        # prints the table of docs/decisions.md
 
-Each fault is wrong in one place only. The ratio is that of the worst check: its error over its budget, with the term
-for scores that are computed again, and without it.
+The table shows error / budget of the worst check, with and without the budget term for scores that are computed again.
 """
 
 from __future__ import annotations
@@ -14,42 +13,21 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-import transformers
 
 import attnzoo
 from attnzoo.backends.sdpa.backend import SdpaBackend
-from attnzoo.conformance.error_rule import Check, factor
+from attnzoo.conformance.error_rule import Check, allowed_error, factor
 from attnzoo.spec.bias import RelativeBias
 from attnzoo.spec.patterns import Causal, Chunks, Window
 from attnzoo.spec.segments import Attention
-from tests.checkpoints.train import HERE, RECIPES, tokens
+from attnzoo.verification.reports import Report
+from tests.support.checkpoints import load, passage
 
-LENGTH, SMALL = 96, 1.01
-
-
-def load(family):
-    return getattr(transformers, RECIPES[family].cls).from_pretrained(HERE / family, dtype=torch.float32).eval()
+SMALL = 1.01
 
 
-def passage(family, number=0, length=LENGTH, padded=False):
-    """Inputs of a family's recipe; padded: two samples, the second with its last quarter padded."""
-    batch = 2 if padded else 1
-    text = tokens(True)[number * length : (number + batch) * length].reshape(batch, length)
-    if RECIPES[family].inputs(text)["input_ids"].shape == text.shape:
-        inputs = {"input_ids": text}
-    else:
-        inputs = {"input_ids": text, "decoder_input_ids": text[:, : length // 3]}
-    if family == "led":
-        inputs["global_attention_mask"] = torch.zeros_like(text)
-        inputs["global_attention_mask"][:, 0] = 1
-    inputs["attention_mask"] = torch.ones_like(text)
-    if padded:
-        inputs["attention_mask"][1, -length // 4 :] = 0
-    return inputs
-
-
-class _Scaled(torch.autograd.Function):
-    """The identity, whose gradient is off by a factor."""
+class _ScaledGradient(torch.autograd.Function):
+    """The identity with a gradient that is wrong by a factor."""
 
     @staticmethod
     def forward(ctx, tensor, by):
@@ -61,21 +39,21 @@ class _Scaled(torch.autograd.Function):
         return grad * ctx.by, None
 
 
-def off(tensor, by=SMALL):
-    return _Scaled.apply(tensor, by)
+def scale_gradient(tensor, by=SMALL):
+    return _ScaledGradient.apply(tensor, by)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault of a backend.
+    """A backend with one fault.
 
     Attributes:
-        what: for people.
-        family: the checkpoint that shows it.
-        spoil: an attention to the one that is computed in its place; None: another attention than the fault is for.
-        after: an output and its attention to the output that is returned in its place.
+        what: description of the fault.
+        family: the checkpoint that shows the fault.
+        spoil: maps an attention to the attention that is computed instead; None: the fault does not apply to it.
+        after: maps an output and its attention to the output that is returned instead.
         padded: whether the inputs are two samples, one of them padded.
-        gradient_only: whether the outputs are right.
+        gradient_only: whether the outputs are right and only gradients are wrong.
     """
 
     what: str
@@ -101,8 +79,8 @@ class Fault:
 
         return Faulty
 
-    def report(self) -> attnzoo.Report:
-        """What ``verify`` finds."""
+    def report(self) -> Report:
+        """The report of ``verify`` on the faulty backend."""
         return attnzoo.verify(load(self.family), passage(self.family, padded=self.padded), self.backend())
 
 
@@ -111,8 +89,8 @@ def _first(attention, **changes):
     return replace(attention, segments=(replace(head, **changes), *rest))
 
 
-def _off(name):
-    return lambda attention: _first(attention, **{name: off(getattr(attention.segments[0], name))})
+def _scaled_gradient_of(name):
+    return lambda attention: _first(attention, **{name: scale_gradient(getattr(attention.segments[0], name))})
 
 
 def _fewer_segments(attention):
@@ -195,10 +173,14 @@ def _stale_key(attention):
     return _first(attention, key=key[:, :, index]) if key.shape[2] > 5 else None
 
 
+def _query(attention):
+    return replace(attention, query=scale_gradient(attention.query))
+
+
 def _query_row(attention):
     by = torch.ones(attention.q_len, 1)
     by[attention.q_len // 2] = SMALL
-    return replace(attention, query=off(attention.query, by))
+    return replace(attention, query=scale_gradient(attention.query, by))
 
 
 FAULTS = (
@@ -216,25 +198,24 @@ FAULTS = (
     Fault("one hash round dropped", "reformer", _fewer_segments),
     Fault("one key is its neighbour's", "gpt_bigcode", _stale_key),
     Fault("queries and keys rounded as TF32", "gpt_neox", _coarse),
-    Fault("gradient of a bias table off by 1 %", "longt5", _bias(lambda v, _: off(v)), gradient_only=True),
-    Fault("gradient of the query off by 1 %", "gpt_neox", lambda a: replace(a, query=off(a.query)), gradient_only=True),
+    Fault("gradient of a bias table off by 1 %", "longt5", _bias(lambda v, _: scale_gradient(v)), gradient_only=True),
+    Fault("gradient of the query off by 1 %", "gpt_neox", _query, gradient_only=True),
     Fault("gradient of one query row off by 1 %", "gpt_neox", _query_row, gradient_only=True),
-    Fault("gradient of the keys off by 1 %", "led", _off("key"), gradient_only=True),
-    Fault("gradient of the values off by 1 %", "gpt_bigcode", _off("value"), gradient_only=True),
+    Fault("gradient of the keys off by 1 %", "led", _scaled_gradient_of("key"), gradient_only=True),
+    Fault("gradient of the values off by 1 %", "gpt_bigcode", _scaled_gradient_of("value"), gradient_only=True),
 )  # fmt: skip
 
 
-def without_the_term(check: Check) -> float:
-    """A check's error over the budget that has no term for scores computed again."""
-    k, eps = factor(check.what), torch.finfo(torch.float32).eps
-    budget = k * (check.eager_error + 4 * eps * check.scale)
+def share_without_term(check: Check) -> float:
+    """Error / budget of a check, if the budget had no term for scores that are computed again."""
+    budget = allowed_error(factor(check.what), check.eager_error, check.scale, torch.float32)
     return check.error / budget if budget else math.inf
 
 
-def ratios(report: attnzoo.Report) -> tuple[float, float]:
-    """Error over budget of the worst check of an attention, and the same without the term."""
+def shares(report: Report) -> tuple[float, float]:
+    """Error / budget of the worst check of an attention, with and without the term."""
     checks = [check for site in report.sites for check in site.checks]
-    return max(check.share for check in checks), max(map(without_the_term, checks))
+    return max(check.share for check in checks), max(map(share_without_term, checks))
 
 
 if __name__ == "__main__":
@@ -242,5 +223,5 @@ if __name__ == "__main__":
     print("| fault | checkpoint | error over budget | without the term |")
     print("|---|---|--:|--:|")
     for fault in FAULTS:
-        now, before = ratios(fault.report())
-        print(f"| {fault.what} | {fault.family} | {now:,.0f} | {before:,.0f} |", flush=True)
+        with_term, without_term = shares(fault.report())
+        print(f"| {fault.what} | {fault.family} | {with_term:,.0f} | {without_term:,.0f} |", flush=True)

@@ -5,12 +5,14 @@ import torch
 
 import attnzoo
 from attnzoo.verification.excerpt import excerpt
+from tests.support.checkpoints import load, passage
 from tests.support.models import FAMILIES, gpt_neox, led, led_inputs
+from tests.verification.planted_faults import FAULTS
 
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
-def test_the_first_real_tokens_of_the_longest_sample():
+def test_excerpt_keeps_the_first_real_tokens_of_the_longest_sample():
     mask = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
     ids = torch.arange(18).reshape(3, 6)
     cut = excerpt(dict(input_ids=ids, attention_mask=mask, inputs_embeds=ids[..., None].float(), use_cache=False), 3)
@@ -18,7 +20,7 @@ def test_the_first_real_tokens_of_the_longest_sample():
     assert cut["inputs_embeds"].flatten().tolist() == [7.0, 8.0, 9.0] and cut["use_cache"] is False
 
 
-def test_a_decoder_has_a_beginning_of_its_own():
+def test_excerpt_cuts_decoder_inputs_by_the_decoder_mask():
     inputs = led_inputs(37, "left")
     inputs["labels"] = inputs["decoder_input_ids"]
     cut = excerpt(inputs, 4)
@@ -28,33 +30,32 @@ def test_a_decoder_has_a_beginning_of_its_own():
 
 
 @pytest.mark.parametrize("value", [torch.ones(1, 1, 5, 5), torch.ones(5), object(), [[1, 2]]])
-def test_what_cannot_be_cut_is_refused_by_name(value):
+def test_input_that_cannot_be_cut_is_refused_by_name(value):
     inputs = dict(input_ids=torch.ones(1, 5, dtype=torch.long), attention_mask=torch.ones(1, 5))
     with pytest.raises(attnzoo.InvalidArgumentError, match=r"inputs\['other'\]: got .*; allowed: with fast=True"):
         attnzoo.verify(gpt_neox(), {**inputs, "other": value}, fast=True)
 
 
 @families
-def test_a_fast_look_is_right_about_every_family(family):
-    told = []
+def test_fast_verify_passes_every_family(family):
+    steps = []
     report = attnzoo.verify(
-        family.build(), family.inputs(40, "left"), fast=True, progress=lambda done, what: told.append((done, what))
+        family.build(), family.inputs(40, "left"), fast=True, progress=lambda done, what: steps.append((done, what))
     )
     assert report.ok, str(report)
     assert "a fast look" in report.note and not any("gradient" in check.what for check in report.end_to_end)
-    assert [done for done, _ in told] == sorted(done for done, _ in told) and told[0][0] == 0.0 and told[-1][0] == 1.0
+    shares = [done for done, _ in steps]
+    assert shares == sorted(shares) and (shares[0], shares[-1]) == (0.0, 1.0)
     assert attnzoo.verify(family.build(), family.inputs(40, "left"), "native", fast=True).ok
 
 
-def test_a_fast_look_finds_what_is_wrong_in_gradients_alone():
-    from tests.verification.planted_faults import FAULTS, load, passage
-
+def test_fast_verify_detects_faults_in_gradients_alone():
     for fault in FAULTS:
         if fault.gradient_only:
             report = attnzoo.verify(load(fault.family), passage(fault.family), fault.backend(), fast=True)
             assert not report.ok, fault.what
 
 
-def test_no_gradients_in_a_hurry():
+def test_fast_verify_without_gradients_compares_outputs_only():
     report = attnzoo.verify(led(), led_inputs(26, "none"), fast=True, gradients=False)
     assert report.ok and {check.what for site in report.sites for check in site.checks} == {"output"}

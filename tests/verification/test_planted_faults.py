@@ -1,21 +1,22 @@
-"""``verify`` condemns no right backend on trained weights, and misses none of the faults planted in one."""
+"""On trained weights, ``verify`` passes right backends and detects every planted fault."""
 
 import pytest
 import torch
 
 import attnzoo
 from tests.checkpoints.train import RECIPES
-from tests.verification.planted_faults import FAULTS, load, passage, ratios, without_the_term
+from tests.support.checkpoints import load, passage
+from tests.verification.planted_faults import FAULTS, share_without_term, shares
 
 families = pytest.mark.parametrize("family", RECIPES)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
-def test_a_planted_fault_is_far_over_budget(fault):
+def test_planted_fault_exceeds_its_budget_by_far(fault):
     report = fault.report()
-    now, before = ratios(report)
-    assert not report.ok and now > 50.0, str(report)
-    assert before < 20.0 * now, "the term for scores computed again hides little of it"
+    with_term, without_term = shares(report)
+    assert not report.ok and with_term > 50.0, str(report)
+    assert without_term < 20.0 * with_term, "the term for scores computed again hides the fault"
     assert all(check.ok for check in report.original) and all(site.ok for site in report.original_sites)
     outputs = [check for site in report.sites for check in site.checks if check.what == "output"]
     assert all(check.ok for check in outputs) == fault.gradient_only
@@ -23,21 +24,21 @@ def test_a_planted_fault_is_far_over_budget(fault):
 
 @families
 @pytest.mark.parametrize(("backend", "passages"), [("sdpa", 3), ("eager", 1), ("native", 1)])
-def test_what_is_right_is_within_the_rule(family, backend, passages):
+def test_right_backend_passes(family, backend, passages):
     for number in range(passages):
         report = attnzoo.verify(load(family), passage(family, number, 256), backend)
         assert report.ok, str(report)
 
 
 @families
-def test_padding_is_judged_on_real_tokens(family):
+def test_padded_inputs_are_compared_on_real_tokens(family):
     for backend in ("sdpa", "native"):
         report = attnzoo.verify(load(family), passage(family, padded=True), backend)
         assert report.ok, str(report)
 
 
 @families
-def test_budgets_are_those_of_roundings(family):
+def test_budgets_have_the_size_of_roundings(family):
     report = attnzoo.verify(load(family), passage(family, 0, 256), "sdpa")
     checks = [check for site in (*report.sites, *report.original_sites) for check in site.checks]
     gradients = [check for check in checks if check.what == "gradient"]
@@ -46,8 +47,8 @@ def test_budgets_are_those_of_roundings(family):
     assert all(check.budget < 4e-4 * check.scale for check in checks)
 
 
-def test_one_projection_alone_is_judged_end_to_end():
-    """Its gradient has little in it but what scores that are computed again leave there."""
+def test_one_projection_alone_passes_end_to_end():
+    """Its gradient is small, so that the error from computing the scores again dominates."""
     model = load("led")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("decoder.layers.0.self_attn.q_proj" in name)
@@ -57,11 +58,11 @@ def test_one_projection_alone_is_judged_end_to_end():
         if check.what == "gradient of all parameters"
     ]
     assert check.ok and check.recomputed_error > 3 * check.eager_error > 0.0
-    assert without_the_term(check) > 0.5
+    assert share_without_term(check) > 0.5
 
 
-def test_the_original_stands_beside_its_own_kernel():
-    """GPT-NeoX calls the kernel that ``sdpa`` calls, bit for bit: neither is condemned."""
+def test_original_and_backend_with_the_same_kernel_have_the_same_errors():
+    """GPT-NeoX calls the kernel that ``sdpa`` calls, with the same bits."""
     report = attnzoo.verify(load("gpt_neox"), passage("gpt_neox", 0, 256), "sdpa")
     assert [site.name for site in report.original_sites] == [site.name for site in report.sites]
     assert {site.kernel for site in report.original_sites} == {"native"}

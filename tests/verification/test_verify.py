@@ -1,4 +1,4 @@
-"""``verify`` says yes to what is right, no to what is wrong, and changes nothing."""
+"""``verify`` passes right models, detects wrong ones, and changes nothing."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -8,7 +8,7 @@ import torch
 
 import attnzoo
 from attnzoo.backends.eager import EagerBackend
-from attnzoo.conformance import error_rule
+from attnzoo.registry import registry
 from tests.support.models import FAMILIES, gpt_bigcode, gpt_neox, led, led_inputs, reformer
 
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -16,7 +16,7 @@ families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 @dataclass(frozen=True)
 class Wrong(attnzoo.Backend):
-    """Computes what eager does, and lets ``spoil`` change what is asked."""
+    """``eager`` on an attention that ``spoil`` has changed."""
 
     name: ClassVar[str] = "wrong"
     capabilities: ClassVar[attnzoo.Capabilities] = replace(EagerBackend.capabilities, probabilities=False)
@@ -41,30 +41,30 @@ def wrong(request):
 
 
 @pytest.mark.parametrize("wrong", SPOILS, indirect=True)
-def test_a_wrong_backend_is_found_at_its_sites_and_end_to_end(wrong):
+def test_wrong_backend_fails_at_its_sites_and_end_to_end(wrong):
     report = attnzoo.verify(led(), led_inputs(37, "left"), wrong)
     assert not report.ok
     assert any(not site.ok for site in report.sites)
     assert any(not check.ok for check in report.end_to_end)
-    assert all(check.ok for check in report.original), "the original is not to blame"
+    assert all(check.ok for check in report.original), "the original is right"
     assert "FAILS" in str(report) and "NOT within the error rule" in str(report)
 
 
-def test_an_adapter_that_means_something_else_than_the_model_is_found(monkeypatch):
+def test_adapter_that_differs_from_the_model_fails_in_the_original(monkeypatch):
     from attnzoo.adapters import longformer
 
-    narrower = longformer._window
-    monkeypatch.setattr(longformer, "_window", lambda module: attnzoo.Window(narrower(module).left - 1, 2))
+    window = longformer._window
+    monkeypatch.setattr(longformer, "_window", lambda module: attnzoo.Window(window(module).left - 1, 2))
     report = attnzoo.verify(led(), led_inputs(37, "left"), "sdpa")
-    assert all(site.ok for site in report.sites), "the backend computes what the adapter says"
+    assert all(site.ok for site in report.sites), "the backend computes the adapter's attention"
     assert all(check.ok for check in report.end_to_end)
-    assert not report.ok and not all(check.ok for check in report.original), "but the model means something else"
+    assert not report.ok and not all(check.ok for check in report.original), "but the model computes another attention"
     wrong = {site.name for site in report.original_sites if not site.ok}
-    assert wrong == {f"led.encoder.layers.{n}.self_attn.longformer_self_attn" for n in (0, 1)}, "and in these modules"
+    assert wrong == {f"led.encoder.layers.{n}.self_attn.longformer_self_attn" for n in (0, 1)}, "at these modules"
 
 
 @families
-def test_it_changes_nothing(family):
+def test_verify_leaves_the_model_and_the_random_stream_unchanged(family):
     model, inputs = family.build().train(), family.inputs(37, "left")
     random, config = torch.get_rng_state(), model.config.to_dict()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -79,14 +79,14 @@ def test_it_changes_nothing(family):
         assert torch.equal(parameter, before[name])
 
 
-def test_a_patched_model_is_compared_with_the_unpatched_one():
+def test_patched_model_is_compared_with_the_unpatched_model():
     model = led()
     with attnzoo.patch(model, "eager") as handle:
         assert attnzoo.verify(model, led_inputs(26, "none"), "sdpa").ok
         assert handle.active
 
 
-def test_without_gradients_and_with_frozen_parameters():
+def test_verify_without_gradients_and_with_frozen_parameters():
     model = led().requires_grad_(False)
     report = attnzoo.verify(model, led_inputs(26, "none"), "sdpa")
     assert report.ok and not any("gradient" in check.what for check in report.end_to_end)
@@ -94,7 +94,7 @@ def test_without_gradients_and_with_frozen_parameters():
     assert report.ok and not any("gradient" in check.what for site in report.sites for check in site.checks)
 
 
-def test_gradients_do_not_depend_on_where_it_is_called():
+def test_gradients_are_compared_under_no_grad_and_refused_in_inference_mode():
     with torch.no_grad():
         report = attnzoo.verify(led(), led_inputs(26, "none"))
     assert report.ok and any("gradient" in check.what for check in report.end_to_end)
@@ -104,7 +104,7 @@ def test_gradients_do_not_depend_on_where_it_is_called():
             attnzoo.verify(led(), led_inputs(26, "none"))
 
 
-def test_the_report_is_plain_data_too():
+def test_report_converts_to_plain_data():
     data = attnzoo.verify(led(), led_inputs(26, "left"), "sdpa").to_dict()
     assert data["ok"] is True and data["backend"] == "sdpa"
     check = data["end_to_end"][0]
@@ -114,33 +114,33 @@ def test_the_report_is_plain_data_too():
 
 
 @pytest.mark.parametrize("inputs", [None, [1, 2], torch.zeros(2, 3)])
-def test_inputs_have_to_be_keyword_arguments(inputs):
+def test_inputs_must_be_keyword_arguments(inputs):
     with pytest.raises(attnzoo.InvalidArgumentError, match=r"inputs: got .*; allowed: a mapping of keyword arguments"):
         attnzoo.verify(led(), inputs)
 
 
 @pytest.mark.parametrize("model", [None, "led", dict])
-def test_a_model_has_to_be_one(model):
+def test_model_must_be_a_module(model):
     with pytest.raises(attnzoo.InvalidArgumentError, match=r"model: got .*; allowed: a torch\.nn\.Module"):
         attnzoo.verify(model, {})
 
 
 @pytest.mark.parametrize("rows", [0, 1, -3, 2.5, "all", True])
-def test_too_few_rows_to_judge(rows):
+def test_invalid_max_rows_is_refused(rows):
     with pytest.raises(attnzoo.InvalidArgumentError, match=r"max_rows: got .*; allowed: an integer >= 2"):
         attnzoo.verify(led(), led_inputs(26, "none"), max_rows=rows)
 
 
 @families
 @pytest.mark.parametrize("side", ["none", "left", "right", "sample"])
-def test_the_models_own_code_is_judged_module_by_module(family, side):
+def test_native_compares_the_models_own_code_module_by_module(family, side):
     report = attnzoo.verify(family.build(), family.inputs(37, side), "native")
     assert report.ok, str(report)
     assert report.sites == report.original_sites and {site.kernel for site in report.sites} == {"native"}
     assert {check.what for site in report.sites for check in site.checks} == {"output", "gradient"}
 
 
-def test_native_in_a_part_of_the_model():
+def test_native_at_some_sites_of_the_model():
     model = led()
     report = attnzoo.verify(model, led_inputs(26, "left"), {"*encoder_attn": "native", "*": "sdpa"})
     kernels = {site.name: site.kernel for site in report.sites}
@@ -150,7 +150,7 @@ def test_native_in_a_part_of_the_model():
     }
 
 
-def test_where_the_models_own_code_is_wrong_it_proves_nothing():
+def test_original_with_a_known_fault_is_not_compared():
     model = gpt_bigcode(multi_query=False, add_cross_attention=True, is_decoder=True)
     states = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1))
     inputs = dict(input_ids=torch.full((3, 9), 5), encoder_hidden_states=states)
@@ -158,57 +158,7 @@ def test_where_the_models_own_code_is_wrong_it_proves_nothing():
     assert report.ok and report.fault and not report.original_sites
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nothing_that_is_not_finite_ever_passes(bad):
-    values = torch.ones(3, dtype=torch.float64)
-    spoiled = values.clone()
-    spoiled[1] = bad
-    assert error_rule.check("output", values, values, values, 2.0).ok
-    assert not error_rule.check("output", spoiled, values, values, 2.0).ok
-    assert not error_rule.check("output", values, spoiled, values, 2.0).ok
-    assert not error_rule.check("output", values, values, spoiled, 2.0).ok, "not even when plain operations fail too"
-
-
-def test_the_rule_is_the_contracts():
-    reference = torch.tensor([4.0, -1.0], dtype=torch.float64)
-    eager = reference.float() + torch.tensor([0.01, 0.0])
-    budget = 2 * (0.01 + 4 * torch.finfo(torch.float32).eps * 4.0)
-    just, over = reference.float(), reference.float()
-    just[1] += 0.99 * budget
-    over[1] += 1.01 * budget
-    check = error_rule.check("output", just, reference, eager, error_rule.FORWARD)
-    assert check.budget == pytest.approx(budget, rel=1e-4) and check.ok
-    assert not error_rule.check("output", over, reference, eager, error_rule.FORWARD).ok
-    assert error_rule.check("gradient", over, reference, eager, error_rule.GRADIENT).ok
-
-
-def test_scores_that_are_computed_again_count_by_the_larger_error():
-    reference = torch.tensor([4.0, -1.0], dtype=torch.float64)
-    eager, *others = (reference.float() + torch.tensor([off, 0.0]) for off in (0.01, 0.02, 0.05))
-    few = 4 * torch.finfo(torch.float32).eps * 4.0
-
-    def budget(*recomputed):
-        return error_rule.check("gradient", eager, reference, eager, 3.0, recomputed=recomputed).budget
-
-    assert budget() == pytest.approx(3 * (0.01 + few), rel=1e-4)
-    assert budget(others[0]) == pytest.approx(3 * (0.02 + few), rel=1e-4)
-    assert budget(*others) == pytest.approx(3 * (0.05 + few), rel=1e-4)
-    assert budget(reference.float()) == budget()
-    assert not error_rule.check("gradient", eager, reference, eager, 3.0, recomputed=[eager * float("nan")]).ok
-
-
-def test_a_difference_in_any_piece_of_a_long_tensor_counts(monkeypatch):
-    monkeypatch.setattr(error_rule, "_AT_ONCE", 8)
-    reference = torch.zeros(5, 7, dtype=torch.float64)
-    for place in ((0, 0), (2, 3), (4, 6)):
-        got = torch.zeros(5, 7)
-        got[place] = -0.5
-        assert error_rule.largest_difference(got, reference) == 0.5
-        got[place] = float("nan")
-        assert error_rule.largest_difference(got, reference) == float("inf")
-
-
-def test_explain_lists_every_site_and_backend_and_every_reason():
+def test_explain_lists_every_site_and_backend():
     explanation = attnzoo.explain(led())
     assert {verdict.backend for verdict in explanation} == set(attnzoo.backends())
     assert len({verdict.site for verdict in explanation}) == 6
@@ -220,7 +170,7 @@ def test_explain_lists_every_site_and_backend_and_every_reason():
         attnzoo.explain(led(), "spda")
 
 
-def test_explain_takes_a_configured_backend_as_patch_does():
+def test_explain_accepts_a_configured_backend():
     model = gpt_neox()
     configured = attnzoo.configure("blocked-local", window=6)
     verdicts = attnzoo.explain(model, configured)
@@ -232,7 +182,7 @@ def test_explain_takes_a_configured_backend_as_patch_does():
         attnzoo.explain(reformer(), configured)
 
 
-def test_explain_tells_refusals():
+def test_explain_shows_refusals():
     @attnzoo.register_backend
     @dataclass(frozen=True)
     class Narrow(attnzoo.Backend):
@@ -248,7 +198,7 @@ def test_explain_tells_refusals():
         attnzoo.unregister_backend("narrow")
 
 
-def test_a_bias_on_sorted_keys_is_refused_by_sdpa_and_taken_by_eager():
+def test_bias_on_sorted_keys_is_refused_by_sdpa_and_supported_by_eager():
     request = attnzoo.Request(
         "cpu",
         torch.float32,
@@ -257,12 +207,12 @@ def test_a_bias_on_sorted_keys_is_refused_by_sdpa_and_taken_by_eager():
         8,
         (attnzoo.spec.segments.SegmentRequest(attnzoo.spec.patterns.SortedChunks(4), 4, bias="relative"),),
     )
-    (refusal,) = attnzoo.registry.make_backend("sdpa").refusals(request)
+    (refusal,) = registry.make_backend("sdpa").refusals(request)
     assert refusal.field == "bias" and "sorted" in refusal.got
-    assert not attnzoo.registry.make_backend("eager").refusals(request)
+    assert not registry.make_backend("eager").refusals(request)
 
 
-def test_explain_sees_a_replaced_forward_as_patch_does():
+def test_explain_and_patch_refuse_a_replaced_forward():
     model = led()
     module = model.led.encoder.layers[0].self_attn.longformer_self_attn
     module.forward = lambda *args, **kwargs: None
@@ -272,8 +222,8 @@ def test_explain_sees_a_replaced_forward_as_patch_does():
         attnzoo.patch(model, "sdpa")
 
 
-class Loses(torch.nn.Module):
-    """A model that returns one output less where it is patched with sdpa."""
+class LosesAnOutput(torch.nn.Module):
+    """A model that returns one output less when it is patched with sdpa."""
 
     def __init__(self):
         super().__init__()
@@ -285,8 +235,8 @@ class Loses(torch.nn.Module):
         return {"logits": logits} if loses else {"logits": logits, "square": logits.square()}
 
 
-def test_an_output_that_is_lost_fails():
+def test_missing_output_fails():
     inputs = dict(input_ids=torch.arange(3, 15)[None])
-    report = attnzoo.verify(Loses().eval(), inputs, "sdpa", gradients=False)
+    report = attnzoo.verify(LosesAnOutput().eval(), inputs, "sdpa", gradients=False)
     assert not report.ok and {check.what: check.ok for check in report.end_to_end} == {"logits": True, "square": False}
-    assert attnzoo.verify(Loses().eval(), inputs, "native", gradients=False).ok
+    assert attnzoo.verify(LosesAnOutput().eval(), inputs, "native", gradients=False).ok

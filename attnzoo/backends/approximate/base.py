@@ -1,8 +1,8 @@
-"""What ``blocked-local`` and ``lsh`` share: they change what dense attention looks at, and let another compute it.
+"""The base class of ``blocked-local`` and ``lsh``: they rewrite dense attention and run the result on an exact backend.
 
-Attention that is dense sees ever more keys as the sequence grows. Such attention is rewritten, its new form is exact
-data like any other, and an exact backend runs it. Everything else is handed on as it is: attention that is local of
-its own, and attention to another sequence, where nothing is near.
+Attention is dense if a query sees more keys as the sequence grows. The rewritten attention is an ordinary
+:class:`~attnzoo.spec.segments.Attention`. Local attention and cross-attention are not rewritten: the first is cheap,
+and in the second no key is near a query.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from attnzoo.auto import selection
+from attnzoo.auto.selection import AutoBackend
 from attnzoo.backend import Backend, Capabilities
-from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal, UnknownNameError
+from attnzoo.errors import InvalidArgumentError, Refusal, UnknownNameError
 from attnzoo.functional import execute
 from attnzoo.registry import registry
 from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window
@@ -22,19 +22,23 @@ LOCAL = (Window, Chunks)
 
 
 def check_count(backend: str, option: str, value: object, minimum: int) -> None:
-    """Raise unless an option is an integer of at least this size."""
+    """Raise unless an option is an integer of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise InvalidArgumentError(f"{option} of backend {backend!r}", repr(value), f"an integer >= {minimum}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApproximateBackend(Backend):
-    """Base class. Subclasses say which options dense attention needs, and how it is rewritten.
+    """Base class of approximate backends.
+
+    A subclass sets ``name`` and ``needed`` and implements :meth:`describe`, :meth:`rewrite_request` and
+    :meth:`rewrite_dense`.
 
     Attributes:
-        inner: the exact backend that computes, by name; ``"auto"`` chooses one.
-        kept: the attention is bounded by the model itself, so that nothing of it is changed. Not an option:
-            :meth:`bind_to_site` finds it out.
+        needed: names of the options that dense attention needs (class attribute).
+        inner: name of the exact backend that computes; ``"auto"`` selects one.
+        kept: whether the site is bound to local attention, so that nothing is rewritten. Not an option:
+            :meth:`bind_to_site` sets it.
     """
 
     needed: ClassVar[tuple[str, ...]] = ()
@@ -63,22 +67,20 @@ class ApproximateBackend(Backend):
         if self.inner not in exact:
             raise UnknownNameError(f"inner of backend {self.name!r}", self.inner, ("auto", *exact))
 
-    # --- what is changed
-
     def bind_to_site(self, site: tuple[Request, ...], patch: tuple[Request, ...]) -> Backend:
-        """A site that is local of its own is left alone, in whatever it asks (short inputs, global tokens, decoding).
+        """Keep a site with a local request as it is in all its requests (short inputs, global tokens, decoding).
 
-        So is, without options, all that stands beside such a site: nothing of a model that is local needs options.
+        Without options, keep every site of a patch that has a local site: a local model needs no options.
         """
-        bare = bool(self.needed) and len(self._missing()) == len(self.needed)
-        bounded = any(map(_is_local, site)) or (bare and any(map(_is_local, patch)))
-        return replace(self, kept=True) if bounded else self
+        no_options = bool(self.needed) and len(self._missing()) == len(self.needed)
+        kept = any(map(_is_local, site)) or (no_options and any(map(_is_local, patch)))
+        return replace(self, kept=True) if kept else self
 
     def unused_options(self) -> tuple[str, ...]:
-        """All but ``inner``, where the attention is kept."""
-        own = [one for one in fields(self) if self.kept and one.name in self.options() and one.name != "inner"]
-        given = {one.name: getattr(self, one.name) for one in own if getattr(self, one.name) != one.default}
-        return tuple(f"{name}={value!r}" for name, value in given.items())
+        """Return the given options except ``inner`` if the attention is kept."""
+        options = [option for option in fields(self) if option.name in self.options() and option.name != "inner"]
+        given = [option for option in options if self.kept and getattr(self, option.name) != option.default]
+        return tuple(f"{option.name}={getattr(self, option.name)!r}" for option in given)
 
     def changes(self, request: Request) -> str | None:
         if self.kept or _is_local(request) or all(_is_cross(segment.pattern) for segment in request.segments):
@@ -86,56 +88,51 @@ class ApproximateBackend(Backend):
         return self.describe(request)
 
     def describe(self, request: Request) -> str:
-        """What dense attention sees here, in words."""
+        """Return in words which keys a query of the rewritten attention sees."""
         raise NotImplementedError
 
     def _missing(self) -> tuple[str, ...]:
         return tuple(option for option in self.needed if getattr(self, option) is None)
 
-    # --- what is refused
-
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
-        own = super().refusals(request)
+        reasons = super().refusals(request)
         if self.changes(request) is not None:
-            own += self._dense_refusals(request)
-            if not own:
+            reasons += self._dense_refusals(request)
+            if not reasons:
                 request = self.rewrite_request(request)
-        return own or _inner_refusals(self.inner, request)
+        return reasons or _inner_refusals(self.inner, request)
 
     def _dense_refusals(self, request: Request) -> tuple[Refusal, ...]:
         missing = self._missing()
         if missing:
             options = ", ".join(f"{option}=..." for option in self.needed)
-            allowed = f"{options}: this attention is dense, and becomes approximate"
+            allowed = f"{options} (this attention is dense; these options make it approximate)"
             return (Refusal("options", f"no {', '.join(missing)}", allowed),)
         if len(request.segments) > 1:
-            return (Refusal("segments", f"{len(request.segments)} dense ones", "1, or a local one among them"),)
+            return (Refusal("segments", f"{len(request.segments)} dense segments", "1 dense, or one of them local"),)
         return self.more_refusals(request)
 
     def more_refusals(self, request: Request) -> tuple[Refusal, ...]:
-        """Why a single dense segment cannot be rewritten."""
+        """Return why a single dense segment cannot be rewritten; empty by default."""
         return ()
 
-    # --- what is computed
-
-    def rewrite(self, attention: Attention, choices: Any = None) -> Attention:
+    def rewrite(self, attention: Attention, decisions: Any = None) -> Attention:
         if self.changes(attention.request()) is None:
             return attention
-        return replace(attention, segments=self.rewrite_dense(attention, choices))
+        return replace(attention, segments=self.rewrite_dense(attention, decisions))
 
-    def rewrite_dense(self, attention: Attention, choices: Any) -> tuple[Segment, ...]:
-        """What stands in place of the only segment."""
+    def rewrite_dense(self, attention: Attention, decisions: Any) -> tuple[Segment, ...]:
+        """Return the segments that replace the only segment of a dense attention."""
         raise NotImplementedError
 
     def rewrite_request(self, request: Request) -> Request:
-        """The request of a rewritten attention, as far as one request tells another."""
+        """Return the expected request of the rewritten attention."""
         raise NotImplementedError
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
         rewritten = self.rewrite(attention)
-        if self.inner == "auto":
-            return execute(selection.choose_for(rewritten, probabilities).backend, rewritten, probabilities)
-        return execute(registry.configure(self.inner), rewritten, probabilities)
+        inner = AutoBackend() if self.inner == "auto" else registry.configure(self.inner)
+        return execute(inner, rewritten, probabilities)
 
 
 def _is_local(request: Request) -> bool:
@@ -147,11 +144,7 @@ def _is_cross(pattern: Pattern) -> bool:
 
 
 def _inner_refusals(inner: str, request: Request) -> tuple[Refusal, ...]:
-    """Why the inner backend cannot run it; for ``"auto"``: why none can."""
-    if inner != "auto":
-        return registry.refusals(registry.configure(inner), request)
-    try:
-        selection.choose(request)
-    except BackendRefusedError as error:
-        return tuple(dict.fromkeys(reason for reasons in error.refusals.values() for reason in reasons))
-    return ()
+    """Why the inner backend cannot run a request; for ``"auto"``: why no exact backend can."""
+    candidates = registry.exact_backends() if inner == "auto" else (registry.configure(inner),)
+    answers = [registry.refusals(candidate, request) for candidate in candidates]
+    return tuple(dict.fromkeys(reason for reasons in answers for reason in reasons)) if all(answers) else ()

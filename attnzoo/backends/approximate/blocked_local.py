@@ -1,11 +1,10 @@
-"""``blocked-local``: dense attention keeps to a sliding window, and to the first few tokens of each sample.
+"""``blocked-local``: dense attention becomes a sliding window and the first few tokens of each sample.
 
 ``attnzoo.patch(model, backend="blocked-local", window=1024, sinks=4)``. A causal query sees the last ``window`` keys,
-its own included, as in Mistral (Jiang et al. 2023, arXiv:2310.06825); where attention is not causal, it sees the
-``window - 1`` keys on either side of it. The first ``sinks`` keys that the masks show a query stay visible for good, as
-in StreamingLLM (Xiao et al. 2023, arXiv:2309.17453): models park attention there. In a packed row these are the first
-keys of the query's document. The window counts positions of the whole sequence, and the cache keeps all keys: decoding
-with it gives what a forward without it gives.
+including its own, as in Mistral (Jiang et al. 2023, arXiv:2310.06825). A query that is not causal also sees the
+``window - 1`` keys after its own. Every query sees the first ``sinks`` keys that the masks show it, as in StreamingLLM
+(Xiao et al. 2023, arXiv:2309.17453): models put unneeded weight there. In a packed row, these are the first keys of the
+query's document. The cache keeps all keys, so decoding with a cache gives the result of one forward without.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from torch import Tensor
 
 from attnzoo.backend import Capabilities
 from attnzoo.backends.approximate.base import ApproximateBackend, check_count
-from attnzoo.backends.approximate.shown import Standing, aligned_offset, first_keys, standing
+from attnzoo.backends.approximate.visible_keys import QueryPlacement, first_keys, place_queries
 from attnzoo.spec.bias import DenseBias
-from attnzoo.spec.global_keys import locate
+from attnzoo.spec.global_keys import find_global_keys
 from attnzoo.spec.patterns import Causal, Full, Window
 from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest
 from attnzoo.spec.transforms import TRANSFORMS
@@ -29,17 +28,24 @@ from attnzoo.spec.transforms import TRANSFORMS
 
 @dataclass(frozen=True, kw_only=True)
 class BlockedLocalBackend(ApproximateBackend):
-    """A sliding window, and attention sinks, in place of dense attention.
+    """Replaces dense attention by a sliding window and attention sinks.
 
     Attributes:
-        window: keys a query sees, its own included, on each side it looks to; at least 2. Dense attention needs it.
-        sinks: how many of the first keys that the masks show a query it sees besides.
+        window: number of keys that a query sees on each side, including its own; at least 2. Dense attention needs it.
+        sinks: number of first keys, of those that the masks show it, that a query sees as well.
+
+    Example:
+        >>> import torch, attnzoo
+        >>> q, k, v = torch.randn(3, 1, 2, 16, 8)
+        >>> backend = attnzoo.configure("blocked-local", window=4, sinks=1)
+        >>> attnzoo.attention(q, k, v, attnzoo.Causal(), backend=backend).shape
+        torch.Size([1, 2, 16, 8])
     """
 
     name: ClassVar[str] = "blocked-local"
     needed: ClassVar[tuple[str, ...]] = ("window",)
     example: ClassVar[Mapping[str, object]] = {"window": 8, "sinks": 2}
-    # Not under vmap: where sinks are and where queries stand is read from the masks.
+    # Not vmap: the positions of sinks and queries are read from the masks.
     capabilities: ClassVar[Capabilities] = replace(ApproximateBackend.capabilities, transforms=TRANSFORMS - {"vmap"})
 
     window: int | None = None
@@ -63,89 +69,90 @@ class BlockedLocalBackend(ApproximateBackend):
         (segment,) = request.segments
         offset = segment.pattern.offset if isinstance(segment.pattern, Causal) else None
         causal = isinstance(segment.pattern, Causal)
-        found = [replace(segment, pattern=self._window(causal, offset))]
+        segments = [replace(segment, pattern=self._window(causal, offset))]
         if self.sinks:
             causal = causal and not segment.mask
             bias = None if segment.bias is None else DenseBias.kind
             pattern = Causal(-(self.window or 0)) if causal else Full()
-            found.append(SegmentRequest(pattern, segment.kv_heads, False, not causal, bias, segment.bias_grad))
-        return replace(request, segments=tuple(found))
+            segments.append(SegmentRequest(pattern, segment.kv_heads, False, not causal, bias, segment.bias_grad))
+        return replace(request, segments=tuple(segments))
 
-    def rewrite_dense(self, attention: Attention, choices: Any) -> tuple[Segment, ...]:
+    def rewrite_dense(self, attention: Attention, decisions: Any) -> tuple[Segment, ...]:
         (segment,) = attention.segments
-        place = standing(self.name, attention)
-        window = self._window(place.causal, aligned_offset(place.position, attention.q_len, segment.kv_len))
-        far = _sinks(attention, window, place, self.sinks) if self.sinks else None
+        placement = place_queries(self.name, attention)
+        window = self._window(placement.causal, placement.offset)
         near = replace(segment, pattern=window)
-        return (near,) if far is None else (near, far)
+        sinks = _sinks(attention, window, placement, self.sinks) if self.sinks else None
+        return (near,) if sinks is None else (near, sinks)
 
 
-def _sinks(attention: Attention, window: Window, place: Standing, count: int) -> Segment | None:
-    """The first ``count`` keys that each query is shown, to be seen by the queries whose window does not reach them.
+def _sinks(attention: Attention, window: Window, placement: QueryPlacement, count: int) -> Segment | None:
+    """Return the first ``count`` visible keys as a segment for the queries whose window does not reach them.
 
-    None if there are none.
+    None if no key is visible.
     """
     (segment,) = attention.segments
     count = min(count, segment.kv_len)
     if segment.mask is not None:
-        return _sinks_by_query(attention, segment.mask, window, place.position, count)
-    real = place.real
-    if real is None or bool(real[:, :count].all()):
-        places, valid = torch.arange(count, device=segment.key.device)[None], None
+        return _sinks_by_query(attention, segment.mask, window, placement.position, count)
+    visible = placement.visible
+    if visible is None or bool(visible[:, :count].all()):
+        positions, valid = torch.arange(count, device=segment.key.device)[None], None
         key, value = segment.key[:, :, :count], segment.value[:, :, :count]
-    else:  # padding before the first of them: they are elsewhere in each sample
-        found = locate((real & (real.cumsum(1) <= count)).expand(attention.batch, -1))
-        if found is None:
+    else:  # padding on the left: the positions differ between samples
+        sinks = find_global_keys((visible & (visible.cumsum(1) <= count)).expand(attention.batch, -1))
+        if sinks is None:
             return None
-        places, valid = found
-        key, value = found.take(segment.key), found.take(segment.value)
-    bias = _bias_at(attention, places)
+        positions, valid = sinks
+        key, value = sinks.take(segment.key), sinks.take(segment.value)
+    bias = _bias_at(attention, positions)
     if window.right == 0 and valid is None:
-        return Segment(key, value, Causal(place.position - window.left - 1), bias=bias)
-    mask = _beyond(attention, window, place.position, places[:, None, None])
+        return Segment(key, value, Causal(placement.position - window.left - 1), bias=bias)
+    mask = _outside(attention, window, placement.position, positions[:, None, None])
     return Segment(key, value, mask=mask if valid is None else mask & valid[:, None, None], bias=bias)
 
 
-def _sinks_by_query(attention: Attention, grid: Tensor, window: Window, position: int, count: int) -> Segment | None:
-    """The same where a dense mask shows each query keys of its own, as it does in a packed row.
+def _sinks_by_query(attention: Attention, mask: Tensor, window: Window, position: int, count: int) -> Segment | None:
+    """Return the same for a dense mask, which can show each query other keys, as in a packed row.
 
-    The keys are those that are a sink of some query and beyond its window. Of a packed row these are at most ``count``
-    per document that is longer than the window.
+    The segment has every key that is a sink of some query outside whose window it lies: in a packed row at most
+    ``count`` keys per document that is longer than the window.
     """
     (segment,) = attention.segments
-    sinks, seen = first_keys(segment, grid, attention.q_len, count)
-    seen = seen & _beyond(attention, window, position, sinks)
-    spare = segment.kv_len  # where what is no sink is written to
-    chosen = torch.zeros((len(sinks), spare + 1), dtype=torch.bool, device=sinks.device)
-    chosen = chosen.scatter_(1, sinks.masked_fill(~seen, spare).flatten(1), True)[:, :spare]
-    found = locate(chosen.expand(attention.batch, -1))
-    if found is None:
+    sinks, seen = first_keys(segment, mask, attention.q_len, count)
+    seen = seen & _outside(attention, window, position, sinks)
+    unused = segment.kv_len  # index of an extra column that takes the entries that are no sinks
+    chosen = torch.zeros((len(sinks), unused + 1), dtype=torch.bool, device=sinks.device)
+    chosen = chosen.scatter_(1, sinks.masked_fill(~seen, unused).flatten(1), True)[:, :unused]
+    chosen_keys = find_global_keys(chosen.expand(attention.batch, -1))
+    if chosen_keys is None:
         return None
-    spare = found.positions.shape[1]
-    places = (chosen.cumsum(1) - 1).gather(1, sinks.flatten(1)).view_as(sinks)
-    mask = torch.zeros((*sinks.shape[:3], spare + 1), dtype=torch.bool, device=sinks.device)
-    mask = mask.scatter_(3, places.masked_fill(~seen, spare), True)[..., :spare]
-    bias = _bias_at(attention, found.positions)
-    return Segment(found.take(segment.key), found.take(segment.value), mask=mask, bias=bias)
+    unused = chosen_keys.positions.shape[1]
+    columns = (chosen.cumsum(1) - 1).gather(1, sinks.flatten(1)).view_as(sinks)
+    visible = torch.zeros((*sinks.shape[:3], unused + 1), dtype=torch.bool, device=sinks.device)
+    visible = visible.scatter_(3, columns.masked_fill(~seen, unused), True)[..., :unused]
+    bias = _bias_at(attention, chosen_keys.positions)
+    return Segment(chosen_keys.take(segment.key), chosen_keys.take(segment.value), mask=visible, bias=bias)
 
 
-def _beyond(attention: Attention, window: Window, position: int, keys: Tensor) -> Tensor:
-    """Which queries see keys beyond their window: bool, of the shape that keys ``(..., q_len or 1, m)`` broadcast to.
+def _outside(attention: Attention, window: Window, position: int, keys: Tensor) -> Tensor:
+    """Return bool, True where a key is outside the window of a query. ``keys`` broadcast to ``(..., q_len, m)``.
 
-    Of a causal query these are the keys before its window; those after it are not beyond but hidden.
+    For a causal query these are only the keys before its window. Keys after it are hidden.
     """
     query = torch.arange(position, position + attention.q_len, device=keys.device)[:, None]
     before = keys < query - window.left
     return before if window.right == 0 else before | (keys > query + window.right)
 
 
-def _bias_at(attention: Attention, places: Tensor) -> DenseBias | None:
-    """The bias of keys at ``places`` ``(batch or 1, m)``."""
+def _bias_at(attention: Attention, positions: Tensor) -> DenseBias | None:
+    """Return the bias of keys at ``positions`` ``(batch or 1, m)``."""
     (segment,) = attention.segments
     if segment.bias is None:
         return None
     samples = attention.batch if segment.bias.per_sample else 1
-    sample, head, query = (torch.arange(n, device=places.device) for n in (samples, attention.heads, attention.q_len))
-    add = segment.bias.gather(attention.q_len, segment.kv_len)
+    device = positions.device
+    sample, head, query = (torch.arange(n, device=device) for n in (samples, attention.heads, attention.q_len))
+    bias_at = segment.bias.gather(attention.q_len, segment.kv_len)
     b, h, q = sample[:, None, None, None], head[:, None, None], query[:, None]
-    return DenseBias(add(b, h, q, places[:, None, None]))
+    return DenseBias(bias_at(b, h, q, positions[:, None, None]))

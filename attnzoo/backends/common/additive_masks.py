@@ -97,7 +97,7 @@ class HashMasks:
             empty = queries.new_empty
             self._buffers[shape] = empty(shape, dtype=self._wide), empty(shape, dtype=self._wide)
         count, scratch = self._buffers[shape]
-        position, apart = (queries + self._shift).to(self._wide), self._pattern.apart
+        position, apart = (queries + self._shift).to(self._wide), self._pattern.min_distance
         if self._pattern.causal:
             torch.gt(keys.to(self._wide)[:, :, None], (position - apart)[..., None], out=count)
         else:

@@ -1,1 +1,1 @@
-"""A backend and an adapter that attnzoo does not know of: how to write yours."""
+"""An example plug-in with a backend and an adapter. Copy it to write another one."""

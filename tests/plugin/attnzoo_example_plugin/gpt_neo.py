@@ -1,7 +1,7 @@
 """GPT-Neo (Black et al. 2021, doi:10.5281/zenodo.5297715): layers of causal and of causal sliding-window attention.
 
-transformers has one dense code for both. The narrowest cut is the method ``_attn`` of its attention: projections, heads
-and caches stay the model's.
+transformers computes both with one dense function. The narrowest place to replace is the method ``_attn`` of the
+attention: projections, heads and caches stay the model's.
 """
 
 from typing import Any
@@ -13,13 +13,36 @@ import attnzoo
 _MODULE = "transformers.models.gpt_neo.modeling_gpt_neo"
 
 
-def _pattern(module: Any) -> attnzoo.Pattern:
-    """A local layer sees ``window_size`` tokens, the query's own among them."""
-    return attnzoo.Window(module.config.window_size - 1, 0) if module.attention_type == "local" else attnzoo.Causal()
+class GPTNeoAttention(attnzoo.PatchPoint):
+    """Causal attention, in some layers within a window."""
+
+    cls = f"{_MODULE}:GPTNeoSelfAttention"
+    # The functions this point relies on. If a release of transformers changes one of them, a patch raises until
+    # somebody has read the change and recorded the new fingerprint here.
+    verified = {
+        f"{_MODULE}:GPTNeoSelfAttention.forward": ("32c25ae9bcab8eba",),
+        f"{_MODULE}:GPTNeoSelfAttention._attn": ("3923e8104a326804",),
+        f"{_MODULE}:GPTNeoModel.forward": ("7a0ec434559688d8",),
+    }
+
+    def describe(self, module: Any) -> str:
+        return f"causal, {module.attention_type}"
+
+    def requests(self, module: Any) -> tuple[attnzoo.Request, ...]:
+        weight, heads, dim = module.q_proj.weight, module.num_heads, module.head_dim
+        segment = attnzoo.SegmentRequest(_pattern(module), heads)
+        return (attnzoo.Request(weight.device.type, weight.dtype, heads, dim, dim, (segment,)),)
+
+    def dropout(self, module: Any) -> float:
+        return float(module.attn_dropout.p)
+
+    def forward(self, module: Any, attend: attnzoo.Attend, *args: Any, **kwargs: Any) -> Any:
+        twin = _Twin(module, attend, bool(kwargs.get("output_attentions")))
+        return type(module).forward(twin, *args, **kwargs)
 
 
 class _Twin:
-    """The module to its own forward, but for the one method that computes the attention."""
+    """Stands for the module in its original forward, with another method ``_attn``."""
 
     def __init__(self, module: Any, attend: attnzoo.Attend, probabilities: bool) -> None:
         self._module, self._attend, self._probabilities = module, attend, probabilities
@@ -30,23 +53,23 @@ class _Twin:
     def _attn(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """``(batch, heads, length, head_dim)`` in and out, with the weights if asked for."""
+        """Return the output ``(batch, heads, length, head_dim)``, and the weights if asked for."""
         try:
-            return self._call(query, key, value, attention_mask)
+            return self._compute(query, key, value, attention_mask)
         except attnzoo.BackendRefusedError:
             # The cache is filled by now: what falls back is this method, not the forward.
             if not self._attend.falls_back():
                 raise
             return self._module._attn(query, key, value, attention_mask)
 
-    def _call(
+    def _compute(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         module = self._module
         key_mask = mask = bias = None
         if attention_mask is not None:
             sizes = (query.shape[0], query.shape[2], key.shape[2])
-            # Once per forward, not per layer.
+            # All layers get the same mask, so it is read once per forward of the model.
             read = self._attend.cached_per_forward(
                 attention_mask, "read", lambda given: attnzoo.read_attention_mask(given, sizes)
             )
@@ -63,33 +86,9 @@ class _Twin:
         return result.output, None if result.dropped is None else result.dropped[0]
 
 
-def _forward(module: Any, attend: attnzoo.Attend, *args: Any, **kwargs: Any) -> Any:
-    twin = _Twin(module, attend, bool(kwargs.get("output_attentions")))
-    return type(module).forward(twin, *args, **kwargs)
+def _pattern(module: Any) -> attnzoo.Pattern:
+    # A local layer sees `window_size` tokens, including the query.
+    return attnzoo.Window(module.config.window_size - 1, 0) if module.attention_type == "local" else attnzoo.Causal()
 
 
-def _requests(module: Any) -> tuple[attnzoo.Request, ...]:
-    weight, heads, dim = module.q_proj.weight, module.num_heads, module.head_dim
-    segment = attnzoo.SegmentRequest(_pattern(module), heads)
-    return (attnzoo.Request(weight.device.type, weight.dtype, heads, dim, dim, (segment,)),)
-
-
-GPT_NEO = attnzoo.Adapter(
-    model_types=("gpt_neo",),
-    versions="5.17 to 5.23",
-    points=(
-        attnzoo.PatchPoint(
-            cls=f"{_MODULE}:GPTNeoSelfAttention",
-            bind=attnzoo.bind_function(_forward),
-            describe=lambda module: f"causal, {module.attention_type}",
-            requests=_requests,
-            dropout=lambda module: module.attn_dropout.p,
-            # What this relies on. A new release of transformers that changes any of it is refused until somebody looks.
-            verified={
-                f"{_MODULE}:GPTNeoSelfAttention.forward": ("32c25ae9bcab8eba",),
-                f"{_MODULE}:GPTNeoSelfAttention._attn": ("3923e8104a326804",),
-                f"{_MODULE}:GPTNeoModel.forward": ("7a0ec434559688d8",),
-            },
-        ),
-    ),
-)
+GPT_NEO = attnzoo.Adapter(model_types=("gpt_neo",), versions="5.17 to 5.23", points=(GPTNeoAttention(),))

@@ -1,10 +1,11 @@
-"""The plug-in's own tests, as its authors would write them: run where it is installed (``tests/test_plugin.py``)."""
+"""Tests of the plug-in, as its authors would write them. ``tests/test_plugin.py`` runs them on an installed plug-in."""
 
 import pytest
 import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 import attnzoo
+from attnzoo.registry import registry
 from attnzoo.reporting import matrix, matrix_text
 
 
@@ -16,11 +17,11 @@ def model():
         window_size=5, intermediate_size=48, max_position_embeddings=64, attention_dropout=0.0, resid_dropout=0.0,
         embed_dropout=0.0, bos_token_id=0, eos_token_id=2, pad_token_id=1,
     )  # fmt: skip
-    made = GPTNeoForCausalLM(config)
-    for parameter in made.parameters():  # far from uniform attention, or a lost mask goes unseen
+    model = GPTNeoForCausalLM(config)
+    for parameter in model.parameters():  # with uniform attention, a lost mask would change nothing
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
-    return made.eval()
+    return model.eval()
 
 
 @pytest.fixture
@@ -30,47 +31,47 @@ def inputs():
     return dict(input_ids=torch.randint(3, 99, (3, 21)), attention_mask=mask)
 
 
-def test_backend_and_adapter_are_found():
+def test_entry_points_register_backend_and_adapter():
     info = attnzoo.backends()["tiled"]
     assert info.available and info.exact and info.aliases == ("online-softmax",) and info.options == ("tile",)
-    assert "gpt_neo" in attnzoo.registry.model_types()
+    assert "gpt_neo" in registry.model_types()
 
 
-def test_the_support_matrix_has_them():
+def test_support_matrix_lists_backend_and_adapter():
     page = matrix_text.markdown(matrix.families(("gpt_neo",)))
     assert "**GPTNeoSelfAttention**: causal, local" in page
     assert "| `tiled` | `cpu` [" in page
 
 
-def test_the_backend_conforms():
-    """Every case the kit knows: what is declared runs and agrees with the oracle, what is not is refused."""
+def test_backend_passes_the_conformance_kit():
+    """Declared requests run and agree with the oracle; the backend refuses all others."""
     report = attnzoo.testing.check_backend("tiled")
     ran = [outcome.case for outcome in report.outcomes if not outcome.refused]
     assert {case.dtype for case in ran} == {torch.float64, torch.float32, torch.bfloat16, torch.float16}
     assert not any(case.dropout or case.probabilities for case in ran)
 
 
-def test_the_backend_conforms_on_tiles_that_fit_nothing():
-    backend = attnzoo.registry.make_backend("tiled", tile=7)
+def test_backend_conforms_with_a_tile_that_divides_no_length():
+    backend = attnzoo.configure("tiled", tile=7)
     for case in attnzoo.testing.cases((torch.float32,)):
         if case.mask != "none" and case.kv_heads == 2 and case.q_len < 100:
             assert not attnzoo.testing.run_case(backend, case).failure
 
 
 @pytest.mark.parametrize("tile", [0, -1, 2.5, True])
-def test_an_option_that_makes_no_sense_is_refused(tile):
+def test_backend_refuses_an_invalid_tile(tile):
     with pytest.raises(attnzoo.InvalidArgumentError, match=r"tile: got .*; allowed: a positive integer"):
-        attnzoo.registry.make_backend("tiled", tile=tile)
+        attnzoo.configure("tiled", tile=tile)
 
 
 @pytest.mark.parametrize("backend", ["tiled", "sdpa", "eager", "auto"])
-def test_the_model_computes_the_same(model, inputs, backend):
+def test_patched_model_equals_the_original(model, inputs, backend):
     report = attnzoo.verify(model, inputs, backend)
     assert report.ok, str(report)
     assert len({site.name for site in report.sites}) == 2
 
 
-def test_the_backend_serves_a_model_of_attnzoo(inputs):
+def test_backend_serves_a_model_with_a_built_in_adapter(inputs):
     from transformers import LEDConfig, LEDForConditionalGeneration
 
     config = LEDConfig(
@@ -78,36 +79,36 @@ def test_the_backend_serves_a_model_of_attnzoo(inputs):
         decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, attention_window=[8],
         max_encoder_position_embeddings=64, max_decoder_position_embeddings=64, dropout=0.0,
     )  # fmt: skip
-    globals_ = torch.zeros_like(inputs["input_ids"])
-    globals_[:, 7] = 1
-    whole = dict(**inputs, global_attention_mask=globals_, decoder_input_ids=inputs["input_ids"][:, :5])
-    report = attnzoo.verify(LEDForConditionalGeneration(config), whole, "tiled", tile=4)
+    global_mask = torch.zeros_like(inputs["input_ids"])
+    global_mask[:, 7] = 1
+    led_inputs = dict(**inputs, global_attention_mask=global_mask, decoder_input_ids=inputs["input_ids"][:, :5])
+    report = attnzoo.verify(LEDForConditionalGeneration(config), led_inputs, "tiled", tile=4)
     assert report.ok, str(report)
 
 
-def test_sites_say_what_they_are_and_what_ran(model, inputs):
+def test_sites_report_pattern_backend_and_kernel(model, inputs):
     with attnzoo.patch(model, "tiled", tile=4) as handle:
         model(**inputs)
     assert [site.pattern for site in handle.sites] == ["causal, global", "causal, local"]
     assert [(site.backend, site.kernel, site.calls) for site in handle.sites] == [("tiled", "tiled", 1)] * 2
 
 
-def test_generation_gives_the_original_tokens(model):
+def test_generation_returns_the_original_tokens(model):
     prompt = dict(input_ids=torch.randint(3, 99, (2, 9)), max_new_tokens=12, do_sample=False)
     tokens = model.generate(**prompt)
     with attnzoo.patch(model, "tiled"):
         assert torch.equal(model.generate(**prompt), tokens)
 
 
-def test_what_the_backend_cannot_do_is_refused_or_falls_back(model, inputs):
-    own = model(**inputs).logits
+def test_unsupported_call_raises_or_falls_back(model, inputs):
+    original = model(**inputs).logits
     with attnzoo.patch(model, "tiled"), pytest.raises(attnzoo.BackendRefusedError, match="attention probabilities"):
         model(**inputs, output_attentions=True)
     with attnzoo.patch(model, "eager"):
-        shown = model(**inputs, output_attentions=True).attentions
-    assert [tuple(weights.shape) for weights in shown] == [(3, 4, 21, 21)] * 2
+        attentions = model(**inputs, output_attentions=True).attentions
+    assert [tuple(weights.shape) for weights in attentions] == [(3, 4, 21, 21)] * 2
     with attnzoo.patch(model, "tiled", fallback="native") as handle:
-        assert torch.equal(model(**inputs, output_attentions=True).logits, own)
+        assert torch.equal(model(**inputs, output_attentions=True).logits, original)
     assert [(site.calls, site.fallbacks) for site in handle.sites] == [(0, 1)] * 2
     model.train()
     model.transformer.h[0].attn.attention.attn_dropout.p = 0.1

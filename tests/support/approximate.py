@@ -1,4 +1,4 @@
-"""What tests of backends that change the pattern share: a definition in plain loops to judge by."""
+"""Attentions for the tests of approximate backends, and the definition in plain loops that they are compared with."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from attnzoo.backends.eager import evaluate
 from attnzoo.spec.bias import RelativeBias
 from attnzoo.spec.segments import Attention, Segment
 
-# (batch, length) of real keys: none hidden, padding on the left, on the right, both, all.
+# (start, stop) of the real keys of each of two samples; None: no padding.
 KEYS = {
     "no padding": None,
     "left": [(5, 13), (0, 13)],
@@ -37,11 +37,11 @@ def attention(pattern, real, q_len=13, kv_len=13, kv_heads=2, bias=False, mask=N
     return Attention(query, (Segment(key, value, pattern, real, mask, table),), 0.4)
 
 
-def shown(whole, sees):
-    """The attention in which ``sees(sample, head, query, key)`` says who sees whom."""
+def masked(whole, sees):
+    """Return the attention whose dense mask is ``sees(sample, head, query, key)``, besides its own masks."""
     (segment,) = whole.segments
     sizes = (whole.batch, whole.heads, whole.q_len, segment.kv_len)
-    grid = torch.tensor([sees(*place) for place in itertools.product(*map(range, sizes))]).view(sizes)
+    grid = torch.tensor([sees(*index) for index in itertools.product(*map(range, sizes))]).view(sizes)
     if segment.key_mask is not None:
         grid = grid & segment.key_mask[:, None, None]
     if segment.mask is not None:
@@ -49,14 +49,14 @@ def shown(whole, sees):
     return Attention(whole.query, (Segment(segment.key, segment.value, mask=grid, bias=segment.bias),), whole.scale)
 
 
-def is_definition(backend, whole, sees):
-    """Whether a backend computes what ``sees`` says, in float64 and so to the last digits."""
+def matches_definition(backend, whole, sees):
+    """Whether the output of a backend in float64 is that of the oracle with the mask ``sees``."""
     whole = whole.with_tensors(tuple(tensor.double() for tensor in whole.tensors()))
-    return torch.allclose(backend.run(whole).output, evaluate(shown(whole, sees)).output, rtol=0, atol=1e-12)
+    return torch.allclose(backend.run(whole).output, evaluate(masked(whole, sees)).output, rtol=0, atol=1e-12)
 
 
-def refused(call, *words):
-    """The message of the error a call raises, which has to name all of these."""
+def assert_refused(call, *words):
+    """Assert that a call raises an error of attnzoo whose message has all these words; return the error."""
     try:
         call()
     except attnzoo.AttnzooError as error:

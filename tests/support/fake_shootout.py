@@ -1,4 +1,4 @@
-"""A tiny family and backends that lie, refuse or fail, for the tests of the shootout."""
+"""A tiny model family, faulty backends and faulty contenders for the tests of the benchmarks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from attnzoo.backends.eager import EagerBackend
 from attnzoo.benchmarks.cases import Case
-from attnzoo.benchmarks.contenders import Contender, Entry, Original
+from attnzoo.benchmarks.contenders import Contender, Original, PreparedContender
 from attnzoo.benchmarks.models import LED, WORKLOADS
 from attnzoo.benchmarks.workload import Workload
 from attnzoo.spec.segments import Attention, Result
@@ -31,13 +31,13 @@ TINY: Workload = replace(
 )
 
 
-def plant() -> None:
+def add_workload() -> None:
     WORKLOADS["tiny"] = TINY
 
 
 @dataclass(frozen=True)
 class Wrong(EagerBackend):
-    """Right shape, right kernel, wrong numbers: forgets the scale."""
+    """Right shape and kernel, wrong numbers: the scale is wrong."""
 
     name: ClassVar[str] = "wrong"
 
@@ -47,7 +47,7 @@ class Wrong(EagerBackend):
 
 @dataclass(frozen=True)
 class Elsewhere(EagerBackend):
-    """Right numbers, but it is the model's own code that ran."""
+    """Right numbers, but the reported kernel is the model's own code."""
 
     name: ClassVar[str] = "elsewhere"
 
@@ -57,7 +57,7 @@ class Elsewhere(EagerBackend):
 
 @dataclass(frozen=True)
 class Pretending(EagerBackend):
-    """Right numbers, but not by the kernel it says."""
+    """Right numbers, but another kernel ran than the reported one."""
 
     name: ClassVar[str] = "pretending"
 
@@ -71,7 +71,7 @@ class Switch:
 
 @dataclass(frozen=True)
 class Switching(EagerBackend):
-    """Another kernel in the first (measured) run than the one that is judged."""
+    """The first runs, which are measured, report another kernel than the later runs, which are checked."""
 
     name: ClassVar[str] = "switching"
 
@@ -108,16 +108,16 @@ BACKENDS = (Wrong, Elsewhere, Pretending, Switching, ForwardOnly, Absent, Broken
 
 @dataclass(frozen=True)
 class TinyOriginal(Original):
-    """The original, in a process that has to be told of the tiny family first."""
+    """The original, in a process that does not know the tiny family yet."""
 
-    def prepare(self, case: Case) -> Entry:
-        plant()
+    def prepare(self, case: Case) -> PreparedContender:
+        add_workload()
         return super().prepare(case)
 
 
 @dataclass(frozen=True)
-class Suicidal(Contender):
-    """Its process ends without a word."""
+class Exiting(Contender):
+    """Its process ends without a message."""
 
-    def prepare(self, case: Case) -> Entry:
+    def prepare(self, case: Case) -> PreparedContender:
         os._exit(3)

@@ -1,0 +1,146 @@
+"""Blocks of tokens in LongT5's encoder: its masks, its layout of weights, and the sum of each block's tokens.
+
+The local attention of the model works on blocks of ``block_len = local_radius + 1`` tokens; each sees itself and the
+two blocks beside it. Transient-global attention also has a key per block of ``global_block_size`` tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnzoo.errors import InvalidArgumentError
+from attnzoo.spec.segments import describe
+from attnzoo.spec.transforms import holds, readable
+
+MODULE = "transformers.models.longt5.modeling_longt5"
+
+
+class Tokens(NamedTuple):
+    """Which tokens are not padding.
+
+    Attributes:
+        real: ``(batch, length)`` bool.
+        mask: ``real``, or None if there is no padding.
+    """
+
+    real: Tensor
+    mask: Tensor | None
+
+
+class GlobalBlocks(NamedTuple):
+    """The blocks of a batch that have a key.
+
+    Attributes:
+        block_of: ``(batch, length)`` long, the block of each token; -1 if it has none.
+        exists: ``(batch, blocks)`` bool.
+        mask: ``exists``, or None if all blocks exist.
+    """
+
+    block_of: Tensor
+    exists: Tensor
+    mask: Tensor | None
+
+    @property
+    def number(self) -> int:
+        """The number of blocks of the longest possible sample."""
+        return self.exists.shape[1]
+
+
+def check_is_given(mask: Tensor | None) -> Tensor:
+    """Return the mask. No stack passes None; the original code would then ignore its window."""
+    if not isinstance(mask, Tensor):
+        raise InvalidArgumentError("mask", describe(mask), "the mask that the model's stack makes")
+    return mask
+
+
+def read_blocked_mask(mask: Tensor, block_len: int, hidden_states: Tensor) -> Tokens:
+    """Read the mask of local attention, bool ``(batch, 1, blocks, block_len, 3 * block_len)``.
+
+    A token sees itself if it is real. The rest of the mask must follow from that.
+    """
+    batch, length = hidden_states.shape[:2]
+    blocks = -(-length // block_len)
+    shape = (batch, 1, blocks, block_len, 3 * block_len)
+    if mask.dtype != torch.bool or tuple(mask.shape) != shape:
+        raise InvalidArgumentError("mask", describe(mask), f"bool {shape}, as the model's stack makes it")
+    real = mask[:, 0].diagonal(block_len, -2, -1)
+    keys = torch.nn.functional.pad(real.flatten(1), (block_len, block_len)).unfold(1, 3 * block_len, block_len)
+    position = torch.arange(3 * block_len, device=mask.device)
+    near = (position - position[block_len : 2 * block_len, None]).abs() < block_len
+    if readable(mask) and not torch.equal(real[..., None] & keys[:, :, None] & near, mask[:, 0]):
+        raise InvalidArgumentError("mask", "one that is not made of padding", "the mask that the model's stack makes")
+    return _tokens(real.flatten(1)[:, :length])
+
+
+def read_flat_mask(mask: Tensor, hidden_states: Tensor) -> Tokens:
+    """Read the mask of transient-global attention, ``(batch, length)`` of ones (tokens) and zeros (padding)."""
+    shape = tuple(hidden_states.shape[:2])
+    if not mask.dtype.is_signed:  # the model's code numbers padding -1
+        raise InvalidArgumentError("attention_mask", describe(mask), "a dtype with negative numbers, e.g. torch.long")
+    if tuple(mask.shape) != shape or not holds(((mask == 0) | (mask == 1)).all(), unknown=True):
+        raise InvalidArgumentError("attention_mask", describe(mask), f"{shape} of ones (tokens) and zeros (padding)")
+    return _tokens(mask != 0)
+
+
+def _tokens(real: Tensor) -> Tokens:
+    return Tokens(real, None if holds(real.all(), unknown=False) else real)
+
+
+def to_blocked(weights: tuple[Tensor, ...], block_len: int) -> Tensor:
+    """Return weights in the model's layout ``(batch, blocks, heads, block_len, 3 * block_len + globals)``.
+
+    Column ``block_len + k`` of a block is its token ``k``; the blocks beside it lie to its left and right.
+
+    Args:
+        weights: dense weights of the local and of the global segment.
+        block_len: tokens per block.
+    """
+    pad = torch.nn.functional.pad
+    length = weights[0].shape[2]
+    missing = -length % block_len
+    rows = [pad(part, (0, 0, 0, missing)).unflatten(2, (-1, block_len)) for part in weights]
+    local = pad(rows[0], (block_len, block_len + missing)).unfold(-1, 3 * block_len, block_len)
+    # (batch, heads, blocks of rows, block_len, blocks of columns, 3 * block_len): select blocks of equal number
+    local = local.diagonal(0, 2, 4).permute(0, 1, 4, 2, 3)
+    return torch.cat([local, *rows[1:]], dim=-1).transpose(1, 2)
+
+
+def from_blocked(blocked: Tensor, block_len: int, length: int) -> Tensor:
+    """Undo :func:`to_blocked`: dense weights ``(batch, heads, length, length + globals)``."""
+    rows = blocked.transpose(1, 2)  # (batch, heads, blocks, block_len, 3 * block_len + globals)
+    batch, heads, blocks = rows.shape[:3]
+    local, rest = rows.split([3 * block_len, rows.shape[4] - 3 * block_len], dim=-1)
+    starts = block_len * torch.arange(blocks, device=blocked.device).view(-1, 1, 1)
+    columns = torch.arange(3 * block_len, device=blocked.device) + starts
+    wide = local.new_zeros((batch, heads, blocks, block_len, (blocks + 2) * block_len))
+    dense = wide.scatter(4, columns.expand_as(local), local).flatten(2, 3)[..., block_len : block_len + length]
+    return torch.cat([dense, rest.flatten(2, 3)], dim=-1)[:, :, :length]
+
+
+def find_global_blocks(mask: Tensor, size: int) -> GlobalBlocks:
+    """Return the blocks of ``size`` tokens by position.
+
+    Tokens behind the last block whose end is real join the last full block.
+
+    The model's code adds up ``1 / size`` in torch's default dtype to number blocks. It is wrong where these sums are
+    rounded: in bfloat16 from token 256 on, and in float32 at the ends of some blocks whose size is no power of two. The
+    numbers here are those of exact sums.
+    """
+    real, position = mask != 0, torch.arange(mask.shape[1], device=mask.device)
+    full = (real & (position % size == size - 1)).sum(1, keepdim=True)
+    block_of = torch.minimum(position // size, full - 1).masked_fill(~real, -1)
+    exists = torch.arange(mask.shape[1] // size, device=mask.device) <= block_of.amax(1, keepdim=True)
+    return GlobalBlocks(block_of, exists, None if holds(exists.all(), unknown=False) else exists)
+
+
+def sum_blocks(hidden_states: Tensor, blocks: GlobalBlocks) -> Tensor:
+    """Return the sum of each block's tokens, ``(batch, blocks, d_model)``, added up in float32 at least."""
+    batch, _, width = hidden_states.shape
+    states = hidden_states.float() if hidden_states.dtype in (torch.bfloat16, torch.float16) else hidden_states
+    sample = torch.arange(batch, device=states.device)[:, None].expand_as(blocks.block_of)
+    block = torch.where(blocks.block_of < 0, blocks.number, blocks.block_of)  # padding goes to an extra, dropped block
+    sums = states.new_zeros((batch, blocks.number + 1, width)).index_put((sample, block), states, accumulate=True)
+    return sums[:, : blocks.number].to(hidden_states.dtype)

@@ -1,0 +1,202 @@
+"""What each query of a dense segment sees: positions of queries, positions of visible keys, and documents.
+
+The approximate backends count keys per query: the window of a query, or its first visible keys. In a packed row the
+dense mask hides documents from each other, so the count must start at the query's document, not at the row.
+
+A dense mask is read a few rows at a time. No other tensor of its size is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnzoo.errors import BackendRefusedError, Refusal
+from attnzoo.spec.patterns import Causal, Full
+from attnzoo.spec.segments import Attention, Segment
+
+_ENTRIES_AT_ONCE = 1 << 22
+
+
+class Spans(NamedTuple):
+    """The keys that a dense mask shows, together with pattern and key mask.
+
+    Attributes:
+        first: ``(batch or 1, q_len)`` int64, the first key that a query sees in any head; ``kv_len`` if it sees none.
+        last: ``(batch or 1, q_len)`` int64, the last such key; -1 if it sees none.
+        visible: ``(batch or 1, kv_len)`` bool, the keys that some query sees.
+    """
+
+    first: Tensor
+    last: Tensor
+    visible: Tensor
+
+
+class DocumentNumbers(NamedTuple):
+    """The number of the document that each key and each query of a sample belongs to.
+
+    A document is a run of keys: no query sees keys on both sides of its start or of its end. A causal mask over the
+    whole row gives one document. A key that no query sees is a document of one key.
+
+    Attributes:
+        keys: ``(batch or 1, kv_len)`` int64, ascending.
+        queries: ``(batch or 1, q_len)`` int64; arbitrary for a query that sees no key.
+    """
+
+    keys: Tensor
+    queries: Tensor
+
+
+@dataclass(frozen=True)
+class QueryPlacement:
+    """The position of the queries among the keys of an attention with one dense segment.
+
+    Attributes:
+        position: key position of query 0.
+        aligned: key position of query 0 if the last query is at the last key.
+        causal: whether no query sees a key after its own position.
+        visible: ``(batch or 1, kv_len)`` bool, the keys that the masks show to some query; None: all keys.
+        spans: the keys that a dense mask shows to each query; None without a dense mask.
+    """
+
+    position: int
+    aligned: int
+    causal: bool
+    visible: Tensor | None
+    spans: Spans | None
+
+    @property
+    def offset(self) -> int | None:
+        """The offset for patterns; None, which suits all lengths, if alignment gives the same position."""
+        return None if self.position == self.aligned != 0 else self.position
+
+
+def place_queries(backend: str, attention: Attention) -> QueryPlacement:
+    """Find the position of the queries.
+
+    - A ``Causal`` pattern gives it by its offset, or aligns the last query with the last key.
+    - A single query is a decoding step at the last key that is visible in any sample: a static cache has unused room
+      after it.
+    - Of several queries on a longer cache, a causal dense mask gives it; otherwise the last query is at the last key.
+
+    Raises:
+        BackendRefusedError: several queries with masks that are not causal, on a longer cache whose last key is hidden
+            in all samples. Their positions are unknown.
+    """
+    (segment,) = attention.segments
+    q_len, kv_len = attention.q_len, segment.kv_len
+    aligned = kv_len - q_len
+    spans = None if segment.mask is None else read_spans(segment, segment.mask, q_len)
+    visible = segment.key_mask if spans is None else spans.visible
+    if isinstance(segment.pattern, Causal) and (segment.pattern.offset is not None or q_len > 1):
+        offset = segment.pattern.offset
+        position, causal = aligned if offset is None else offset, True
+    elif q_len == 1:
+        position, causal = _last_visible(visible, kv_len) if aligned else 0, True
+    else:
+        position, causal = (aligned, False) if spans is None else _position_by_mask(spans, q_len, aligned)
+        if aligned and not causal and _last_visible(visible, kv_len) < kv_len - 1:
+            got = f"the last of {kv_len} keys hidden, so the positions of {q_len} queries are unknown"
+            raise BackendRefusedError(backend, {"attention": (Refusal("key_mask", got, "Causal(offset=...)"),)}, {})
+    return QueryPlacement(position, aligned, causal, visible, spans)
+
+
+def _last_visible(visible: Tensor | None, kv_len: int) -> int:
+    """Return the last key that is visible in any sample; the last of all keys if none is. Waits for the device."""
+    if visible is None:
+        return kv_len - 1
+    count = int((torch.arange(1, kv_len + 1, device=visible.device) * visible.any(0)).max())
+    return (count or kv_len) - 1
+
+
+def _position_by_mask(spans: Spans, q_len: int, aligned: int) -> tuple[int, bool]:
+    """Return the position of query 0 by a dense mask, and whether the mask is causal.
+
+    With as many keys as queries, both are the same tokens. On a longer cache, a causal mask has one position for query
+    0 such that no query sees a key after its own, and every query that sees a key sees its own unless the masks hide
+    that key from all queries.
+    """
+    query = torch.arange(q_len, device=spans.last.device)
+    if aligned == 0:
+        return 0, bool((spans.last <= query).all())
+    has_visible_key, reach = spans.last >= 0, spans.last - query
+    if not bool(has_visible_key.any()):
+        return aligned, False
+    position = int(reach.masked_fill(~has_visible_key, -q_len).max())
+    self_key, kv_len = query + position, spans.visible.shape[1]
+    exists = (self_key >= 0) & (self_key < kv_len)
+    is_self_visible = spans.visible[:, self_key.clamp(0, kv_len - 1)] & exists
+    causal = bool((reach == position)[has_visible_key & is_self_visible].all())
+    return (position, True) if causal else (aligned, False)
+
+
+def read_spans(segment: Segment, mask: Tensor, q_len: int) -> Spans:
+    """Read the spans of visible keys from the dense mask of a segment."""
+    firsts, lasts, visible = [], [], []
+    for seen in _visible_rows(segment, mask, q_len):
+        rows = seen.any(1) if seen.shape[1] > 1 else seen[:, 0]
+        visible.append(rows.any(1))
+        rows = rows.view(torch.uint8)
+        first = rows.argmax(-1)
+        sees_none = rows.gather(2, first[..., None])[..., 0] == 0
+        firsts.append(first.masked_fill(sees_none, segment.kv_len))
+        lasts.append((segment.kv_len - 1 - rows.flip(-1).argmax(-1)).masked_fill(sees_none, -1))
+    return Spans(torch.cat(firsts, dim=1), torch.cat(lasts, dim=1), torch.stack(visible).any(0))
+
+
+def first_keys(segment: Segment, mask: Tensor, q_len: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return the first ``count`` keys that the dense mask of a segment shows each query; a query may see fewer.
+
+    Returns:
+        The keys, int64, and whether the query sees them, bool: both ``(batch or 1, heads or 1, q_len, count)``.
+    """
+    places = torch.arange(segment.kv_len, device=segment.key.device, dtype=torch.int32)
+    keys, visible = [], []
+    for seen in _visible_rows(segment, mask, q_len):
+        # Most queries see a run of keys. Checking the keys after the first visible one is faster than sorting.
+        run = seen.view(torch.uint8).argmax(-1, keepdim=True) + places[:count]
+        is_seen = seen.gather(3, run.clamp(max=segment.kv_len - 1)) & (run < segment.kv_len)
+        has_gap = ~is_seen.all(-1)
+        before_end = torch.where(seen[has_gap], segment.kv_len - places, 0)  # larger for earlier keys, 0 for hidden
+        values, run[has_gap] = before_end.topk(count)
+        is_seen[has_gap] = values > 0
+        keys.append(run)
+        visible.append(is_seen)
+    return torch.cat(keys, dim=2), torch.cat(visible, dim=2)
+
+
+def number_documents(attention: Attention, spans: Spans | None) -> DocumentNumbers:
+    """Number the documents of each sample; without a dense mask there is one document."""
+    (segment,) = attention.segments
+    q_len, kv_len = attention.q_len, segment.kv_len
+    if spans is None:
+        zeros = torch.zeros((1, max(q_len, kv_len)), dtype=torch.long, device=segment.key.device)
+        return DocumentNumbers(zeros[:, :kv_len], zeros[:, :q_len])
+    # (spans that start at a key or before) - (spans that end there or before) = spans that go on to the next key.
+    started, ended = (torch.zeros((len(end), kv_len + 1), dtype=torch.long, device=end.device) for end in spans[:2])
+    has_visible_key = (spans.last >= 0).long()
+    started.scatter_add_(1, spans.first, has_visible_key)
+    ended.scatter_add_(1, spans.last.clamp(min=0), has_visible_key)
+    open_spans = (started - ended).cumsum(1)[:, : kv_len - 1]
+    keys = torch.nn.functional.pad((open_spans == 0).long().cumsum(1), (1, 0))
+    return DocumentNumbers(keys, keys.gather(1, spans.first.clamp(max=kv_len - 1)))
+
+
+def _visible_rows(segment: Segment, mask: Tensor, q_len: int) -> Iterator[Tensor]:
+    """Yield who sees whom by dense mask, key mask and pattern, some rows of queries at a time."""
+    kv_len = segment.kv_len
+    samples = len(mask) if segment.key_mask is None else max(len(mask), len(segment.key_mask))
+    rows = max(1, _ENTRIES_AT_ONCE // (samples * mask.shape[1] * kv_len))
+    index = torch.arange(max(q_len, kv_len), device=mask.device)
+    for start in range(0, q_len, rows):
+        seen = mask[:, :, start : start + rows]
+        if segment.key_mask is not None:
+            seen = seen & segment.key_mask[:, None, None]
+        if not isinstance(segment.pattern, Full):
+            sees = segment.pattern.mask_mod(q_len, kv_len)
+            seen = seen & sees(index[:1], index[:1], index[start : start + seen.shape[2], None], index[:kv_len])
+        yield seen

@@ -1,0 +1,189 @@
+"""The cases of the conformance kit: short descriptions of attentions, and the list that every backend must pass."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from attnzoo.conformance.random_attention import LENGTH, random_attention
+from attnzoo.conformance.transform_check import CHECKED_TRANSFORMS
+from attnzoo.spec.hashed import HashedChunks
+from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window
+from attnzoo.spec.segments import FLOATS, Attention, Request, SegmentRequest
+
+PATTERNS: tuple[Pattern, ...] = (
+    Full(),
+    Causal(),
+    Causal(offset=0),
+    Window(5, 3),
+    Window(9, 0),
+    Chunks(8, 1, 1),
+    Chunks(5, 2, 0, causal=True),
+    SortedChunks(8, 1, 0, causal=True),
+    SortedChunks(5, 1, 1),
+)
+MASKS = ("none", "keys", "dense", "globals")
+BIASES = ("none", "relative", "dense", "trained relative", "trained dense")
+_HEADS, _HEAD_DIM = 4, 16
+_UNEVEN_VALUE_DIM, _UNEVEN_VALUE_DIM_OF_KERNELS = 20, 24  # kernels take multiples of 8 only
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One attention of the kit.
+
+    Attributes:
+        dtype: dtype of query, key and value.
+        pattern: pattern of the first segment.
+        mask: ``"none"``; ``"keys"``: padding on the left, on the right, and a sample that is all padding; ``"dense"``;
+            ``"globals"``: padding, and a second segment of per-sample global keys.
+        bias: kind of the first segment's bias. ``"trained ..."``: its values require grad.
+        kv_heads: key heads for the four query heads.
+        q_len: number of queries.
+        kv_len: number of keys.
+        grad: whether the inputs require grad.
+        dropout: probability of dropping a softmax weight.
+        uneven: whether value_dim differs from head_dim.
+        probabilities: whether the softmax weights are requested.
+        strided: whether head_dim is not the innermost dimension of query, key and value in memory.
+        transform: the ``torch.func`` transform around the attention, one of ``CHECKED_TRANSFORMS``; empty: none.
+    """
+
+    dtype: torch.dtype = torch.float32
+    pattern: Pattern = Full()
+    mask: str = "none"
+    bias: str = "none"
+    kv_heads: int = 4
+    q_len: int = LENGTH
+    kv_len: int = LENGTH
+    grad: bool = True
+    dropout: float = 0.0
+    uneven: bool = False
+    probabilities: bool = False
+    strided: bool = False
+    transform: str = ""
+
+    def __str__(self) -> str:
+        parts = [str(self.dtype).removeprefix("torch."), str(self.pattern), f"mask {self.mask}", f"bias {self.bias}"]
+        parts.append(f"{_HEADS}/{self.kv_heads} heads, {self.q_len} x {self.kv_len}")
+        flags = ("grad", "dropout", "uneven", "probabilities", "strided")
+        parts += [flag for flag in flags if getattr(self, flag)]
+        return ", ".join([*parts, *([f"under {self.transform}"] if self.transform else [])])
+
+    def request(self, device: str = "cpu") -> Request:
+        """The request that the case makes on a device."""
+        is_sorted = isinstance(self.pattern, SortedChunks)
+        first = SegmentRequest(
+            self.pattern,
+            _HEADS if is_sorted else self.kv_heads,
+            key_mask=self.mask in ("keys", "globals") and not is_sorted,
+            mask=self.mask == "dense",
+            bias=None if self.bias == "none" else self.bias.split()[-1],
+            bias_grad=self.grad and self.bias.startswith("trained"),
+        )
+        segments = [first]
+        if is_sorted or isinstance(self.pattern, HashedChunks):
+            segments.append(first)  # a second hash round
+        elif self.mask == "globals":
+            segments.append(SegmentRequest(Full(), self.kv_heads, key_mask=True))
+        value_dim, flags = _UNEVEN_VALUE_DIM if self.uneven else _HEAD_DIM, (self.dropout > 0.0, self.grad)
+        return Request(device, self.dtype, _HEADS, _HEAD_DIM, value_dim, tuple(segments), *flags, self.probabilities)
+
+    def attention(self, device: str = "cpu", seed: int = 0) -> Attention:
+        """The attention of the case on fresh random tensors. Sorted keys have their padding in the pattern."""
+        return random_attention(
+            self.request(device),
+            q_len=self.q_len,
+            kv_len=self.kv_len,
+            dropout=self.dropout,
+            query_mask=self.mask == "globals",
+            padded_tokens=self.mask == "keys",
+            strided=self.strided,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class RequestCase:
+    """A case that makes exactly one given request: a cell of the support matrix."""
+
+    request: Request
+    transform: ClassVar[str] = ""
+
+    @property
+    def probabilities(self) -> bool:
+        return self.request.probabilities
+
+    def attention(self, device: str = "cpu", seed: int = 0) -> Attention:
+        """The attention on fresh random tensors. A cross-attention has fewer keys than queries."""
+        pattern = self.request.segments[0].pattern
+        kv_len = LENGTH - 12 if isinstance(pattern, Full) and pattern.cross else LENGTH
+        query_mask = any(segment.key_mask for segment in self.request.segments)
+        return random_attention(replace(self.request, device=device), kv_len=kv_len, query_mask=query_mask, seed=seed)
+
+
+def shrink(request: Request) -> Request:
+    """The request with the same structure and fewer heads, narrower windows and shorter chunks."""
+    segments = tuple(
+        replace(segment, pattern=_shrunk(segment.pattern), kv_heads=_HEADS * segment.kv_heads // request.heads or 1)
+        for segment in request.segments
+    )
+    value_dim = _HEAD_DIM if request.value_dim == request.head_dim else _UNEVEN_VALUE_DIM_OF_KERNELS
+    return replace(request, heads=_HEADS, head_dim=_HEAD_DIM, value_dim=value_dim, segments=segments)
+
+
+def _shrunk(pattern: Pattern) -> Pattern:
+    if isinstance(pattern, Window):
+        return replace(pattern, left=min(pattern.left, 7), right=min(pattern.right, 5))
+    return replace(pattern, length=min(pattern.length, 8)) if isinstance(pattern, Chunks) else pattern
+
+
+def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[AttentionCase]:
+    """All cases of the kit in the given dtypes. They do not depend on the backend."""
+    for dtype, pattern, mask, bias in itertools.product(dtypes, PATTERNS, MASKS, BIASES):
+        if mask == "globals" and bias != "none":
+            continue
+        if isinstance(pattern, SortedChunks) and (mask not in ("none", "keys") or bias.endswith("dense")):
+            continue
+        for kv_heads, grad in ((_HEADS, True), (1, False)):
+            yield AttentionCase(dtype, pattern, mask, bias, kv_heads, grad=grad)
+    for dtype, mask in itertools.product(dtypes, MASKS):
+        for pattern in (Full(), Causal(), Window(5, 3)):
+            yield AttentionCase(dtype, pattern, mask, kv_heads=2, q_len=5, kv_len=23)
+            yield AttentionCase(dtype, pattern, mask, kv_heads=2, q_len=1, kv_len=1)
+            yield AttentionCase(dtype, pattern, mask, dropout=0.25)
+            yield AttentionCase(dtype, pattern, mask, uneven=True)
+            yield AttentionCase(dtype, pattern, mask, strided=True)
+            yield AttentionCase(dtype, pattern, mask, grad=False, probabilities=True)
+        if mask in ("none", "keys"):
+            yield AttentionCase(dtype, SortedChunks(8, 1, 0, causal=True), mask, dropout=0.25)
+        for hashed in (HashedChunks(5, 1, 0, causal=True), HashedChunks(4, 1, 1, min_distance=2)):
+            if mask != "globals":
+                yield AttentionCase(dtype, hashed, mask)
+                yield AttentionCase(dtype, hashed, mask, kv_heads=2, q_len=5, kv_len=23)
+                yield AttentionCase(dtype, hashed, mask, kv_heads=1, dropout=0.25)
+                yield AttentionCase(dtype, hashed, mask, uneven=True, grad=False)
+        if mask == "none":
+            yield AttentionCase(dtype, HashedChunks(5), mask, bias="trained relative")
+            yield AttentionCase(dtype, SortedChunks(8, 1, 1), mask, uneven=True)
+    # The oracle is slow on long inputs and under transforms: only one wide and one narrow dtype.
+    for dtype in [dtype for dtype in dtypes if dtype in (torch.float32, torch.bfloat16)]:
+        for pattern in PATTERNS:
+            mask = "keys" if isinstance(pattern, SortedChunks) else "globals"
+            yield AttentionCase(dtype, pattern, mask, kv_heads=2, q_len=700, kv_len=700)
+        yield from _transformed_cases(dtype)
+
+
+def _transformed_cases(dtype: torch.dtype) -> Iterator[AttentionCase]:
+    for transform, mask in itertools.product(CHECKED_TRANSFORMS, MASKS):
+        for pattern in (Full(), Causal(offset=0), Window(5, 3), Chunks(8, 1, 1)):
+            yield AttentionCase(dtype, pattern, mask, transform=transform)
+        yield AttentionCase(dtype, Causal(), mask, kv_heads=2, q_len=5, kv_len=23, transform=transform)
+        if mask in ("none", "keys"):
+            yield AttentionCase(dtype, SortedChunks(8, 1, 0, causal=True), mask, transform=transform)
+    for transform, bias in itertools.product(CHECKED_TRANSFORMS, ("relative", "trained relative", "trained dense")):
+        yield AttentionCase(dtype, Window(5, 3), "keys", bias, transform=transform)

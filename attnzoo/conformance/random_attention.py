@@ -1,0 +1,157 @@
+"""The factory of random attentions for the conformance kit and the support matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attnzoo.spec.bias import Bias, DenseBias, RelativeBias
+from attnzoo.spec.global_keys import find_global_keys
+from attnzoo.spec.hashed import HashedChunks, HashRound
+from attnzoo.spec.patterns import Full, SortedChunks
+from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest
+
+LENGTH = 37  # queries and keys; not a multiple of any block size
+FEW_KEYS = 6  # keys of every further segment
+_BATCH = 3
+
+
+def random_attention(
+    request: Request,
+    *,
+    q_len: int = LENGTH,
+    kv_len: int = LENGTH,
+    dropout: float = 0.25,
+    query_mask: bool = False,
+    padded_tokens: bool = False,
+    strided: bool = False,
+    seed: int = 0,
+) -> Attention:
+    """Build an attention with random tensors that makes a given request.
+
+    A second segment with :class:`Full` pattern and a key mask holds the global keys of the first segment, as in LED.
+    Other further segments have :data:`FEW_KEYS` keys. Hash rounds share their keys.
+
+    Args:
+        request: the request to make; only the ``start`` of sorted rounds may differ.
+        q_len: number of queries.
+        kv_len: number of keys of the first segment. Sorted rounds have ``q_len`` keys each.
+        dropout: probability of dropping a softmax weight, if the request has dropout.
+        query_mask: mask a fifth of the queries.
+        padded_tokens: the first third of the tokens of sorted rounds is padding.
+        strided: ``head_dim`` is not the innermost dimension of query, key and value in memory.
+    """
+    draw = _Draw(request, q_len, kv_len, strided, torch.Generator().manual_seed(seed))
+    query = draw.normal(_BATCH, request.heads, q_len, request.head_dim)
+    first, empty = request.segments[0], None
+    if isinstance(first.pattern, SortedChunks):
+        segments, empty = draw.sorted_rounds(padded_tokens)
+    elif isinstance(first.pattern, HashedChunks):
+        segments = draw.hashed_rounds(first.pattern)
+    elif first.key_mask and request.segments[1:] == (SegmentRequest(Full(), first.kv_heads, key_mask=True),):
+        segments = draw.with_global_keys()
+    else:
+        segments = tuple(map(draw.segment, range(len(request.segments))))
+    masked_queries = draw.flags(_BATCH, q_len, p=0.8) if query_mask else None
+    scale, dropout = request.head_dim**-0.5, dropout if request.dropout else 0.0
+    return Attention(query, segments, scale, dropout, masked_queries, empty)
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Draws the tensors of one attention. All random numbers come from the CPU: a seed means the same everywhere."""
+
+    request: Request
+    q_len: int
+    kv_len: int
+    strided: bool
+    random: torch.Generator
+
+    def normal(self, *shape: int) -> Tensor:
+        drawn = torch.randn(shape, generator=self.random, dtype=torch.float64)
+        drawn = drawn.to(device=self.request.device, dtype=self.request.dtype)
+        if self.strided and len(shape) == 4:
+            drawn = drawn.transpose(-1, -2).contiguous().transpose(-1, -2)
+        return drawn.requires_grad_(self.request.grad)
+
+    def flags(self, *shape: int, p: float) -> Tensor:
+        return (torch.rand(shape, generator=self.random) < p).to(self.request.device)
+
+    def order(self, *shape: int) -> Tensor:
+        """A random permutation of the last dimension."""
+        return torch.rand(shape, generator=self.random).argsort(-1)
+
+    def segment(self, index: int) -> Segment:
+        kv_len = FEW_KEYS if index else self.kv_len
+        kv_heads = self.request.segments[index].kv_heads
+        key = self.normal(_BATCH, kv_heads, kv_len, self.request.head_dim)
+        value = self.normal(_BATCH, kv_heads, kv_len, self.request.value_dim)
+        return self._with_bias_and_masks(index, key, value)
+
+    def with_global_keys(self) -> tuple[Segment, ...]:
+        """The first segment without its global keys, then a segment of the global keys of each sample, if any."""
+        segment = self.segment(0)
+        real = self._padding(segment.kv_len)
+        is_global = self.flags(_BATCH, segment.kv_len, p=0.2) & real
+        global_keys = find_global_keys(is_global)
+        if global_keys is None:
+            return (replace(segment, key_mask=real),)
+        key, value = global_keys.take(segment.key), global_keys.take(segment.value)
+        return replace(segment, key_mask=real & ~is_global), Segment(key, value, key_mask=global_keys.valid)
+
+    def hashed_rounds(self, pattern: HashedChunks) -> tuple[Segment, ...]:
+        """Hash rounds with random key orders and random query positions. Each round knows the rounds before it."""
+        segment, rounds, segments = self.segment(0), tuple[HashRound, ...](), []
+        kv_heads, device = segment.key.shape[1], self.request.device
+        for _ in self.request.segments:
+            keys = self.order(_BATCH, kv_heads, self.kv_len)
+            shape = (_BATCH, self.request.heads, self.q_len)
+            places = torch.randint(0, self.kv_len, shape, generator=self.random)
+            chunks = (torch.arange(self.kv_len) // pattern.length).repeat(_BATCH, 1)
+            parts = (keys, keys.argsort(-1), chunks, places.argsort(-1), places)
+            rounds = (*rounds, HashRound(*(part.to(device) for part in parts)))
+            segments.append(replace(segment, pattern=replace(pattern, rounds=rounds)))
+        return tuple(segments)
+
+    def sorted_rounds(self, padded_tokens: bool) -> tuple[tuple[Segment, ...], Tensor]:
+        """Hash rounds over the keys of all rounds in random orders; and the value of a row that sees no key."""
+        kv_heads = self.request.segments[0].kv_heads
+        group = self.request.heads // kv_heads
+        key = self.normal(_BATCH, kv_heads, self.q_len, self.request.head_dim)
+        value = self.normal(_BATCH, kv_heads, self.q_len, self.request.value_dim)
+        orders = [self.order(_BATCH, kv_heads, self.q_len).to(key.device) for _ in self.request.segments]
+        token = torch.cat(orders, dim=2)
+        if padded_tokens:
+            token = token.masked_fill(token < self.q_len // 3, -1)
+        index, token = token.clamp(min=0)[..., None], token.repeat_interleave(group, 1)
+        key, sorted_value = (part.gather(2, index.expand(-1, -1, -1, part.shape[3])) for part in (key, value))
+        segments = []
+        for number, (request, order) in enumerate(zip(self.request.segments, orders, strict=True)):
+            assert isinstance(request.pattern, SortedChunks)
+            order = order.repeat_interleave(group, 1)
+            pattern = replace(request.pattern, start=number * self.q_len, order=order, token=token)
+            segments.append(replace(self._with_bias_and_masks(number, key, sorted_value), pattern=pattern))
+        return tuple(segments), value.repeat_interleave(group, 1)
+
+    def _with_bias_and_masks(self, index: int, key: Tensor, value: Tensor) -> Segment:
+        request, kv_len = self.request.segments[index], key.shape[2]
+        bias = self._bias(request, kv_len) if request.bias else None
+        mask = self.flags(_BATCH, 1, self.q_len, kv_len, p=0.6) if request.mask else None
+        key_mask = self._padding(kv_len) if request.key_mask else None
+        return Segment(key, value, request.pattern, key_mask, mask, bias)
+
+    def _padding(self, kv_len: int) -> Tensor:
+        """A key mask with padding on the left, padding on the right, and a sample that is all padding."""
+        real = torch.ones((_BATCH, kv_len), dtype=torch.bool, device=self.request.device)
+        real[0, : kv_len // 3] = False
+        real[1, kv_len - kv_len // 4 :] = False
+        real[2] = False
+        return real
+
+    def _bias(self, request: SegmentRequest, kv_len: int) -> Bias:
+        heads, relative = self.request.heads, request.bias == RelativeBias.kind
+        shape = (heads, 21) if relative else (1, heads, self.q_len, kv_len)
+        values = self.normal(*shape).detach().requires_grad_(request.bias_grad)
+        return RelativeBias(values, zero=10) if relative else DenseBias(values)

@@ -1,0 +1,96 @@
+"""Which model does a name on the command line mean? A family of the shootout, or a checkpoint on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnzoo.benchmarks.models import WORKLOADS
+from attnzoo.benchmarks.text import read_tokens
+from attnzoo.errors import InvalidArgumentError, UnknownNameError
+
+# Two layers contain every kind of attention of a family, and the dense oracle stays affordable.
+LAYERS = 2
+
+
+def load_model(name: str) -> nn.Module:
+    """Load a model in eval mode.
+
+    Args:
+        name: a family of the shootout (published configuration with fewer layers, random weights), or the folder of a
+            checkpoint that ``save_pretrained`` wrote.
+
+    Raises:
+        UnknownNameError: ``name`` is neither a family nor a folder.
+        InvalidArgumentError: the folder has no checkpoint that loads.
+    """
+    if name in WORKLOADS:
+        return WORKLOADS[name].build(layers=LAYERS)
+    if not Path(name).is_dir():
+        raise UnknownNameError("model", name, WORKLOADS, also="the folder of a checkpoint on this machine")
+    import transformers
+
+    allowed = "the folder of a checkpoint that save_pretrained wrote"
+    logging = transformers.utils.logging
+    had_progress_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # the caller shows its own progress bar, or writes to a file
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        if config.architectures:
+            return getattr(transformers, config.architectures[0]).from_pretrained(name).eval()
+    except Exception as error:  # transformers, safetensors and torch raise many types for damaged files
+        raise InvalidArgumentError("model", f"{name!r}: {type(error).__name__}: {error}", allowed) from error
+    finally:
+        if had_progress_bar:
+            logging.enable_progress_bar()
+    raise InvalidArgumentError("model", f"{name!r}, whose config.json names no architecture", allowed)
+
+
+def load_with_passages(
+    name: str, seq_len: int, passages: int, dtype: torch.dtype | None = None
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Load a model and one dict of forward arguments per passage of real text.
+
+    A checkpoint reads the text as bytes, because its tokenizer may be absent.
+
+    Args:
+        name: as for :func:`load_model`.
+        seq_len: tokens per passage.
+        passages: number of passages.
+        dtype: dtype of the weights; None keeps the dtype in which they are built or stored.
+
+    Raises:
+        UnknownNameError, InvalidArgumentError: as :func:`load_model`, or the model has fewer positions than tokens.
+    """
+    if name in WORKLOADS:
+        too_long = WORKLOADS[name].too_long(seq_len)
+        if too_long is not None:
+            raise InvalidArgumentError("seq-len", seq_len, f"less: {too_long}")
+    model: Any = load_model(name)
+    if dtype is not None:
+        model = model.to(dtype)
+    if name in WORKLOADS:
+        return model, _split(WORKLOADS[name].read(passages, seq_len).kwargs, passages)
+    tokens = read_tokens(passages, seq_len, 0) % model.config.vocab_size
+    batch = {"input_ids": tokens, "attention_mask": tokens.new_ones(tokens.shape)}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = tokens[:, :64]
+    inputs = _split(batch, passages)
+    # Configurations have many names for the number of positions, so a forward shows whether the length fits.
+    try:
+        with torch.no_grad():
+            model(**inputs[0])
+    except Exception as error:
+        got = f"{seq_len}, on which {type(model).__name__} itself raises {type(error).__name__}: {error}"
+        raise InvalidArgumentError("seq-len", got, "a length that the model itself takes") from error
+    return model, inputs
+
+
+def _split(batch: dict[str, Any], passages: int) -> list[dict[str, Any]]:
+    return [
+        {name: value[n : n + 1] if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        for n in range(passages)
+    ]

@@ -1,0 +1,198 @@
+"""How does a terminal show a shootout? One table per family, scope and mode, then what did not run, then a legend.
+
+The tables fit 80 columns, and 60 columns without the columns ``min - max`` and ``peak``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from attnzoo.benchmarks.rows import FAILED, OK, RED, REFUSED, SKIPPED, EndToEnd, Row, Shootout
+from attnzoo.layout import fit, group_by
+
+SCOPE_TITLES = {
+    "model": "whole model",
+    "module": "one self-attention module with its projections",
+    "attention": "attention alone (one module, time of its projections subtracted)",
+}
+_STYLES = {RED: "bold red", FAILED: "red"}
+_STATUS_WORDS = {RED: "RED", FAILED: "failed", REFUSED: "refused", SKIPPED: "skipped"}
+_WRAPPED_COLUMNS = ("backend", "kernel")
+_LEFT_COLUMNS = (*_WRAPPED_COLUMNS, "gate")
+# From wide to narrow terminals: the columns to leave out, and the number of blanks between the others.
+_LAYOUTS: tuple[tuple[set[str], int], ...] = ((set(), 2), (set(), 1), ({"min - max"}, 1), ({"min - max", "peak"}, 1))
+_LEGEND = (
+    "speed: the original's median time divided by this row's median time; above 1x is faster than the original.",
+    "peak: memory that a run needs in addition to weights and inputs. "
+    "memory: this row's peak divided by the original's peak; below 1x is less than the original.",
+    "gate: ok means that every comparison with the float64 oracle is within its error budget. "
+    "The number is the largest error divided by its budget; up to 1 passes.",
+)
+_RECALL = (
+    "recall: this backend sees only a part of the keys. Recall is the share of full attention's weight that is on this "
+    "part; 1 is all of it. The gate compares the backend with the oracle on the same part of the keys."
+)
+_PEER = (
+    "peer: the attention of another library, on random tensors of the same sizes. It computes a slightly different "
+    "function, so no gate checks its numbers."
+)
+
+
+def show(shootout: Shootout, console: Console) -> None:
+    """Print the tables, what did not run and why, and the legend."""
+    for part in _parts(shootout, console.width):
+        if isinstance(part, Text):
+            part = Text(fit(part.plain, console.width), style=part.style)
+        console.print(part, soft_wrap=isinstance(part, Text))
+
+
+def _parts(shootout: Shootout, width: int) -> Iterator[Table | Text]:
+    for rows in group_by(shootout.rows, lambda row: (row.family, row.scope)):
+        first, versions = rows[0], shootout.versions
+        yield Text(f"\n{first.checkpoint}: {SCOPE_TITLES[first.scope]}", style="bold")
+        software = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "attnzoo"))
+        software += f", Python {versions['python']}"
+        yield Text(f"{first.dtype}, batch {first.batch}, {first.hardware}; {software}", style="dim")
+        in_table = [row for row in rows if row.status not in (REFUSED, SKIPPED)]
+        for of_mode in group_by(in_table, lambda row: row.mode):
+            yield Text(f"\n{of_mode[0].mode}", style="italic")
+            yield _table(of_mode, width)
+        yield Text()
+        yield from _not_run(rows)
+        yield from _complaints(rows)
+        yield from (Text(note, style="dim") for note in notes(rows))
+    legend = [*_LEGEND]
+    legend += [_RECALL] * any(row.recall is not None for row in shootout.rows)
+    legend += [_PEER] * any(row.peer for row in shootout.rows)
+    yield from (Text(line, style="dim") for line in legend)
+    yield from _end_to_end(shootout.end_to_end)
+
+
+def _table(rows: list[Row], width: int) -> Table:
+    """A table whose columns are at least as wide as their longest word."""
+    cells = [_cells(row) for row in rows]
+    names = [name for name in cells[0] if name != "recall" or any(row.recall is not None for row in rows)]
+    texts = {name: [name, *(row_cells[name] for row_cells in cells)] for name in names}
+    needed = {
+        name: max(len(word) for text in texts[name] for word in (text.split() if name in _WRAPPED_COLUMNS else [text]))
+        for name in names
+    }
+    for without, gap in _LAYOUTS:
+        kept = [name for name in names if name not in without]
+        spare = width - sum(needed[name] for name in kept) - gap * (len(kept) - 1)
+        if spare >= 0:
+            break
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
+    for name in kept:
+        more = max(0, min(spare, max(map(len, texts[name])) - needed[name]))
+        spare -= more
+        justify = "left" if name in _LEFT_COLUMNS else "right"
+        table.add_column(name, width=needed[name] + more, justify=justify)  # type: ignore[arg-type]
+    for of_length in group_by(zip(rows, cells, strict=True), lambda pair: pair[0].seq_len):
+        table.add_row(f"S = {of_length[0][0].seq_len}", style="italic")
+        for row, row_cells in of_length:
+            table.add_row(*(row_cells[name] for name in kept), style=_STYLES.get(row.status, ""))
+    return table
+
+
+def _cells(row: Row) -> dict[str, str]:
+    return {
+        "backend": row.label.replace(":", ": ").replace(",", ", "),
+        "kernel": row.kernel_label.replace("+", " + "),
+        "median": duration(row.seconds),
+        "min - max": _range(row),
+        "speed": ratio(row, row.speedup),
+        "peak": size(row.peak_bytes),
+        "memory": ratio(row, row.peak_ratio),
+        "gate": _gate(row),
+        "recall": "-" if row.recall is None else f"{row.recall:.3f}",
+    }
+
+
+def _gate(row: Row) -> str:
+    if row.status != OK:
+        return _STATUS_WORDS[row.status]
+    if row.peer:
+        return "peer"
+    return "-" if row.error is None or not row.budget else f"ok {row.error / row.budget:.2f}"
+
+
+def _range(row: Row) -> str:
+    """Fastest and slowest run, in the unit of the median."""
+    if row.seconds is None or row.fastest is None or row.slowest is None:
+        return "-"
+    if row.seconds >= 1:
+        digits = 2 if row.slowest < 10 else 1
+        return f"{row.fastest:.{digits}f}-{row.slowest:.{digits}f}"
+    return f"{row.fastest * 1e3:.0f}-{row.slowest * 1e3:.0f}"
+
+
+def duration(value: float | None) -> str:
+    """Format seconds as s or ms."""
+    if value is None:
+        return "-"
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms"
+
+
+def size(value: float | None) -> str:
+    """Format bytes as MiB or GiB."""
+    if value is None:
+        return "-"
+    return f"{value / 2**20:.0f} MiB" if value < 10 * 2**30 else f"{value / 2**30:.1f} GiB"
+
+
+def ratio(row: Row, value: float | None) -> str:
+    """Format a ratio of a row to the original; ``"1"`` for the original."""
+    if row.is_original and row.status == OK:
+        return "1"
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def notes(rows: Iterable[Row]) -> list[str]:
+    """Return how rows differ from the published configuration, without duplicates."""
+    return list(dict.fromkeys(f"S = {row.seq_len}: {row.note}." for row in rows if row.note))
+
+
+def _not_run(rows: list[Row]) -> Iterator[Text]:
+    """One paragraph about the refused and skipped rows; contenders with equal reasons are listed together."""
+    silent = [row for row in rows if row.status in (REFUSED, SKIPPED)]
+    names: dict[str, list[str]] = {}
+    for same in group_by(silent, lambda row: (row.backend, row.reason)):
+        reason = " ".join(same[0].reason.split())
+        names.setdefault(f"{_places(same, rows)} ({reason})", []).append(same[0].label)
+    if names:
+        yield Text("not run: " + "; ".join(", ".join(some) + why for why, some in names.items()), style="yellow")
+
+
+def _places(silent: list[Row], rows: list[Row]) -> str:
+    """The lengths and modes that a contender did not run; empty if it ran in none of them."""
+    all_rows = [row for row in rows if row.backend == silent[0].backend]
+    lengths, modes = sorted({row.seq_len for row in silent}), {row.mode for row in silent}
+    at = f" at S={', '.join(map(str, lengths))}" if len(lengths) < len({row.seq_len for row in all_rows}) else ""
+    return at + (f", {silent[0].mode}" if len(modes) < len({row.mode for row in all_rows}) else "")
+
+
+def _complaints(rows: Iterable[Row]) -> Iterator[Text]:
+    """Why rows are red or failed; rows with equal reasons are listed together."""
+    wrong = [row for row in rows if row.status in (RED, FAILED)]
+    for same in group_by(wrong, lambda row: (row.status, row.reason)):
+        where = ", ".join(f"{row.backend} S={row.seq_len} {row.mode}" for row in same)
+        reason = same[0].reason.replace("\n", "\n    ")
+        yield Text(f"{_STATUS_WORDS[same[0].status]}: {where}\n    {reason}", style=_STYLES[same[0].status])
+
+
+def _end_to_end(verdicts: Iterable[EndToEnd]) -> Iterator[Text]:
+    """The verdicts on whole models; equal ones are listed together."""
+    for same in group_by(
+        verdicts, lambda verdict: (verdict.family, verdict.seq_len, verdict.gradients, verdict.status)
+    ):
+        first = same[0]
+        word = "within the error budget" if first.status == OK else _STATUS_WORDS[first.status]
+        mode = "forward+backward" if first.gradients else "forward"
+        names = ", ".join(verdict.backend for verdict in same)
+        where = f"end to end, {first.family} at S={first.seq_len}, {mode}"
+        yield Text(f"{where}: {names}: {word}", style=_STYLES.get(first.status, "dim"))

@@ -1,0 +1,79 @@
+"""The plan of a site: ``patch`` and ``explain`` decide alike, and a refusal names its stage."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo import BackendRefusedError, DriftError
+from attnzoo.patching.plan import BUILT_IN, plan_sites
+from attnzoo.patching.sites import find_sites
+from tests.patching.test_fallback import mask_with_hole
+
+
+def plans_of(model, backend):
+    targets = find_sites(model)
+    return plan_sites(model, targets, {target: backend for target in targets if target.point.attends})
+
+
+def test_a_refusal_names_its_stage(neox, add_backend):
+    add_backend("narrow", grad=False, mask=False)
+    with attnzoo.patch(neox.model, "narrow"):
+        with pytest.raises(BackendRefusedError, match=r"^backend 'narrow' refuses before the call\n") as caught:
+            neox.model(**neox.inputs)
+        assert caught.value.stage == "before the call"
+        with pytest.raises(BackendRefusedError, match=r"^backend 'narrow' refuses in the call\n") as caught:
+            neox.logits(**mask_with_hole(neox))
+        assert caught.value.stage == "in the call" and list(caught.value.refusals) == [neox.sites[0]]
+    neox.model.train()
+    with pytest.raises(BackendRefusedError, match=r"^backend 'narrow' refuses at patch time\n") as caught:
+        attnzoo.patch(neox.model, "narrow")
+    assert caught.value.stage == "patch"
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "auto"])
+def test_attention_refuses_in_the_call(backend):
+    q = k = v = torch.ones(1, 1, 2, 4, device="meta")
+    with pytest.raises(
+        BackendRefusedError, match=f"^backend '{backend}' refuses in the call\n  attention:\n"
+    ) as caught:
+        attnzoo.attention(q, k, v, backend=backend)
+    assert caught.value.stage == "in the call"
+
+
+def test_a_plan_has_all_that_patch_and_explain_need(led, add_backend):
+    add_backend("one-segment", segments=1)
+    refused, *_, supported = [plan for plan in plans_of(led.model, attnzoo.configure("one-segment")) if plan.requests]
+    assert refused.target.name == led.sites[0] and supported.target.name == led.sites[-1]
+    assert refused.refusals == (attnzoo.Refusal("segments", "2", "at most 1"),) and not supported.refusals
+    assert {"sdpa", "eager"} <= set(refused.alternatives) and supported.alternatives is None
+    assert refused.obstacle is None and refused.changes == ()
+
+
+def test_auto_and_native_are_planned_like_other_backends(led):
+    for name in ("auto", "native"):
+        plans = plans_of(led.model, BUILT_IN[name])
+        assert [plan.target.name for plan in plans if plan.target.point.attends] == list(led.sites)
+        assert not any(plan.refusals or plan.changes or plan.obstacle for plan in plans)
+        assert name not in attnzoo.backends()
+    assert all(plan.target.point.attends for plan in plans), "native needs no companion"
+    assert {verdict.backend for verdict in attnzoo.explain(led.model, "native") if verdict.runs} == {"native"}
+
+
+def test_explain_shows_the_drift_of_a_companion(led, monkeypatch):
+    """The module that makes the encoder's mask is patched with the encoder's attention, and not with the decoder's."""
+
+    def check_drift(self, point, module=None):
+        if point.cls.endswith(":LEDEncoder"):
+            raise DriftError("LEDEncoder.forward: got other code; allowed: the verified code")
+
+    monkeypatch.setattr(attnzoo.Adapter, "check_drift", check_drift)
+    with pytest.raises(DriftError, match=r"LEDEncoder\.forward"):
+        attnzoo.patch(led.model, "sdpa")
+    verdicts = {verdict.site: verdict for verdict in attnzoo.explain(led.model, "sdpa")}
+    assert [name for name, verdict in verdicts.items() if not verdict.runs] == [
+        n for n in led.sites if "encoder.l" in n
+    ]
+    assert "LEDEncoder.forward: got other code" in str(verdicts[led.sites[0]].refusals[0])
+    attnzoo.patch(led.model, {"*decoder*": "sdpa"}).remove()
