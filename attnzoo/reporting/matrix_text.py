@@ -18,11 +18,12 @@ _SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", 
 Families = dict[str, tuple[Module, ...] | str]
 
 LEGEND = """\
-Each cell asks what the module asks in inference and one feature more, in float64, float32, bfloat16 and float16, on CPU
-and CUDA, with every optional package there is (`attnzoo doctor` tells what this machine has). *yes*: all of it runs.
-Else what runs is named; `cuda`: it takes a CUDA device. What the CPU runs is tested; what CUDA runs is declared, and
-tested by `make test-cuda` where there is a device. Numbers are reasons for the rest, listed below; those of *forward*
-hold for the whole row and are not repeated. *(≈)*: the backend changes the pattern there, and computes that exactly."""
+A cell is one module, one backend, and one feature in addition to what the module requests in inference, in float64,
+float32, bfloat16 and float16, on CPU and CUDA. It assumes that every optional package is installed; `attnzoo doctor` shows
+what this machine has. *yes*: the backend runs all of these. Otherwise the cell names the dtypes and devices that run;
+`cuda` means that a CUDA device is required. Tests run what the CPU runs; `make test-cuda` runs the CUDA part on a machine
+with a device. Numbers are the reasons for the rest, listed below the tables. The reasons under *forward* hold for the
+whole row and are not repeated. *(≈)*: the backend changes the pattern of the attention."""
 
 
 def _declarations() -> dict[str, dict[str, object]]:
@@ -103,7 +104,7 @@ def markdown(families: Families) -> str:
     def code(text: str) -> str:
         return f"`{text}`"
 
-    lines = ["# Support matrix", "", "Made by `attnzoo matrix --markdown` from what adapters and backends declare.", ""]
+    lines = ["# Support matrix", "", "`attnzoo matrix --markdown` writes this page from the declarations of adapters and backends.", ""]
     lines += ["## What backends declare", "", *_declared_table(), "", "## What runs where", "", LEGEND, ""]
     reasons = Reasons()
     for model_type, modules in families.items():

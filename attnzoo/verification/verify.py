@@ -214,7 +214,7 @@ class _PatchedRun:
             self.whole = gradients and self._trainable and not fast
             if self.whole and any(p.is_meta and p.requires_grad for p in model.parameters()):
                 raise InvalidArgumentError("gradients", "True for offloaded weights, which have none", "False")
-            hashing = {t.name: (t.module, t.point.replay) for t in targets if t.point.replay is not None}
+            hashing = {t.name: (t.module, t.point.replay) for t in targets if t.point.makes_random_choices}
             with recording(hashing) as self.random_choices:
                 self.outputs = run_model(model, inputs, self.whole, seed, inference=not fast, graph=gradients)
         self.native = {site.name for site in self.sites if site.backend == "native" and site.calls}

@@ -78,7 +78,11 @@ def test_point_without_forward_names_what_is_missing(one_head):
         model(torch.randn(2, 5, 8))
 
 
-@pytest.mark.parametrize("point", [OneHeadPoint, type("NoClass", (OneHeadPoint,), {"cls": ""})(), "a name"], ids=str)
+@pytest.mark.parametrize(
+    "point",
+    [OneHeadPoint, type("NoClass", (OneHeadPoint,), {"cls": ""})(), "a name"],
+    ids=["class", "no class", "name"],
+)
 def test_adapter_refuses_what_is_no_point(point):
     with pytest.raises(InvalidArgumentError, match=r"points: got .*; allowed: instances of PatchPoint subclasses"):
         Adapter(model_types=("one_head",), points=(point,))
