@@ -25,7 +25,7 @@ def text(reports: Sequence[Report]) -> str:
     original = _by_what(check for report in reports for check in report.original)
     rows += [(_share(checks), _share(original.get(what, [])), "", what) for what, checks in whole.items()]
     lines = [aligned([_HEADER, *rows]), fit(_LEGEND)]
-    lines += _failures(reports)
+    lines += _failures(reports, sites)
     lines += [fit(line) for line in _remarks(first, sites)]
     return "\n".join([*lines, fit(_verdict(reports))])
 
@@ -41,11 +41,11 @@ def _verdict(reports: Sequence[Report]) -> str:
     return f"backend {name!r}: NOT within the error rule{missed}"
 
 
-def _failures(reports: Sequence[Report]) -> list[str]:
+def _failures(reports: Sequence[Report], sites: Sequence[AttentionReport]) -> list[str]:
     """A line for each failed comparison, with the numbers of its worst passage."""
     lines = []
     for title, checks in (
-        *((site, checks) for site, checks in _named(s for r in reports for s in r.sites)),
+        *_named(sites),
         ("model", [check for report in reports for check in report.end_to_end]),
         *((f"original {site}", checks) for site, checks in _named(s for r in reports for s in r.original_sites)),
         ("original model", [check for report in reports for check in report.original]),
@@ -74,7 +74,7 @@ def _remarks(report: Report, sites: Sequence[AttentionReport]) -> list[str]:
 
 
 def _named(sites: Iterable[AttentionReport]) -> list[tuple[str, list[Check]]]:
-    return [(name, _checks(group)) for name, group in _by_name(sites).items()]
+    return [(name, [check for site in group for check in site.checks]) for name, group in _by_name(sites).items()]
 
 
 def _by_name(sites: Iterable[AttentionReport]) -> dict[str, list[AttentionReport]]:
@@ -83,10 +83,6 @@ def _by_name(sites: Iterable[AttentionReport]) -> dict[str, list[AttentionReport
 
 def _by_what(checks: Iterable[Check]) -> dict[str, list[Check]]:
     return {group[0].what: group for group in group_by(checks, lambda check: check.what)}
-
-
-def _checks(sites: Iterable[AttentionReport]) -> list[Check]:
-    return [check for site in sites for check in site.checks]
 
 
 def _share(checks: Sequence[Check]) -> str:

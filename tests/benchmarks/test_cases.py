@@ -79,7 +79,7 @@ def test_states_get_gradients_in_training_and_in_its_projections(family, train):
     # states.
     subject = build(Case(family, "attention", 512, 1, "float32", "cpu", 1, train))
     assert [states.ndim for states in subject.inputs] == ([3] if train else [])
-    assert {x.requires_grad for *_, x in Projections(subject)._calls} == {train}
+    assert {x.requires_grad for _, _, x, _ in Projections(subject)._calls} == {train}
     subject.step()
     assert all((states.grad != 0).any() for states in subject.inputs)
 
