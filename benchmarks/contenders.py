@@ -1,8 +1,4 @@
-"""Who takes part in the shootout? The original model and every backend.
-
-A contender says which cases it does not run, and prepares itself in its worker process. Another kind of contender (such
-as a peer) is one more subclass of :class:`Contender`.
-"""
+"""Which contenders are in a shootout? The original model and every backend; ``peers.py`` adds another kind."""
 
 from __future__ import annotations
 
@@ -175,13 +171,13 @@ class PreparedBackend(PreparedContender):
         for site in self._handle.sites:
             site.observer = None
         false = false_claims((kernel for _, kernel in observed), operators)
-        lies = [f"reported {kernel}, which did not run" for kernel in false]
-        lies += _miscounts(self._kernel_counts() - before, observed)
+        misreports = [f"reported {kernel}, which did not run" for kernel in false]
+        misreports += _miscounts(self._kernel_counts() - before, observed)
         train = self.subject.case.train
         reports = tuple(check_attention(name, attention, ran, grad=train) for name, attention, ran in kinds.values())
         self._checked_kernels = {report.kernel for report in reports}
         self.subject.clear()
-        return _verdict(reports, others, self._backend, lies)
+        return _verdict(reports, others, self._backend, misreports)
 
     def _kernel_counts(self) -> Counter[tuple[str, str]]:
         sites = self._handle.sites
@@ -209,7 +205,7 @@ def _miscounts(counted: Counter[tuple[str, str]], observed: Counter[tuple[str, s
     return [f"{site}: counted {counted[site, k]} calls of {k}, observed {observed[site, k]}" for site, k in wrong]
 
 
-def _verdict(reports: Sequence[AttentionReport], others: set[str], backend: str, lies: Sequence[str]) -> GateVerdict:
+def _verdict(reports: Sequence[AttentionReport], others: set[str], backend: str, misreports: list[str]) -> GateVerdict:
     checks = [check for report in reports for check in report.checks]
     failed = [f"{report.name} {report.worst}" for report in reports if not report.ok]
     recalls = [report.recall for report in reports if report.recall is not None]
@@ -218,8 +214,8 @@ def _verdict(reports: Sequence[AttentionReport], others: set[str], backend: str,
         return GateVerdict("no attention ran")
     if others:
         complaint = f"requested {backend!r}, but {', '.join(sorted(others))} ran"
-    elif lies:
-        complaint = "; ".join(lies[:3])
+    elif misreports:
+        complaint = "; ".join(misreports[:3])
     elif failed:
         complaint = f"outside the error budget: {'; '.join(failed[:3])}"
     return GateVerdict(complaint, len(checks), worst(checks), sum(recalls) / len(recalls) if recalls else None)

@@ -26,7 +26,7 @@ from attnzoo.verification.reports import Passages
 
 
 class _Commands(TyperGroup):
-    """Lists each command with the whole first paragraph of its help. click would cut it to one line."""
+    """Lists each command with the first paragraph of its help, which click would cut to one line."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         for command in self.commands.values():
@@ -96,7 +96,7 @@ def verify(
     seq_len: Annotated[int, typer.Option(help="Tokens per passage.", min=1)] = 256,
     passages: Annotated[int, typer.Option(help="Number of text passages. Each is checked alone.", min=1)] = 8,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the weights.  [default: the stored dtype]")] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="Take seconds: one passage of at most 256 tokens.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Check one passage of at most 256 tokens, in seconds.")] = False,
     gradients: Annotated[bool, typer.Option(help="Compare gradients, too.")] = True,
     as_json: Json = False,
 ) -> None:

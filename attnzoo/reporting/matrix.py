@@ -25,7 +25,7 @@ DEVICES = ("cpu", "cuda")
 
 
 def _first(request: Request, **changes: object) -> Request:
-    """The request with changes to its first segment."""
+    """Change the first segment of a request."""
     first, *rest = request.segments
     return replace(request, segments=(replace(first, **changes), *rest))  # type: ignore[arg-type]
 
@@ -35,7 +35,7 @@ def _key_mask(request: Request) -> Request:
 
 
 def _grouped(request: Request) -> Request:
-    """Half as many key heads as query heads, where the numbers are equal and even."""
+    """Halve the number of key heads if it is even and equals the number of query heads."""
     even = request.heads % 2 == 0
     segments = (
         replace(segment, kv_heads=request.heads // 2) if even and segment.kv_heads == request.heads else segment
@@ -166,7 +166,7 @@ def _modules(model_type: str) -> tuple[Module, ...]:
 
 
 def configured(cls: type[Backend], module: Module, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Backend:
-    """Return a backend bound to a module: without options if it needs none there, else with those of its example."""
+    """Return a backend bound to a module, with the options of its example if the module needs options."""
     requests, together = _on(module.requests, device, dtype), _on(module.together, device, dtype)
     if not cls.required_options():
         bare = cls().bind_to_site(requests, together)

@@ -26,7 +26,7 @@ for the whole row and are not repeated. *(≈)*: the backend changes the pattern
 
 
 def _declarations() -> dict[str, dict[str, object]]:
-    """What each registered backend that loaded declares: by backend, then by the name of the declaration."""
+    """Return the declarations of each registered backend that loaded: by backend, then by name."""
     infos = registry.backends().values()
     return {info.name: _declared(info, info.capabilities) for info in infos if info.capabilities is not None}
 
@@ -53,7 +53,7 @@ class Reasons(dict[str, int]):
 
 
 def _outcomes(row: Row, reasons: Reasons, code: Callable[[str], str]) -> list[tuple[str, str]]:
-    """Per feature: where it runs, and the numbers of the reasons for the rest. ``code`` marks code."""
+    """Return where each feature runs, and the numbers of the reasons for the rest. ``code`` marks code."""
     outcomes = []
     for feature in FEATURES:
         printed = set() if feature == "forward" else set(row.reasons("forward"))
@@ -75,19 +75,19 @@ def _where(cpu: tuple[torch.dtype, ...], cuda: tuple[torch.dtype, ...], code: Ca
 
 
 def _label(row: Row) -> tuple[str, str]:
-    """The backend with the options it needs here, and a mark if it changes the pattern."""
+    """Return the backend with the options it needs here, and a mark if it changes the pattern."""
     options = ", ".join(f"{name}={value!r}" for name, value in row.options.items())
     return f"{row.backend}({options})" if options else row.backend, f" (≈ {row.changes})" if row.changes else ""
 
 
 def _title(module: Module) -> str:
-    """The pattern of a module, and the features that the module itself requests."""
+    """Return the pattern of a module, and the features that the module itself requests."""
 
     def includes(change: Callable[[Request], Request]) -> bool:
         return any(change(request) == request for request in module.requests)
 
     features = [feature for feature, change in FEATURES.items() if feature != "forward" and includes(change)]
-    return f"{module.pattern} (asks for: {', '.join(features)})" if features else module.pattern
+    return f"{module.pattern} (requests: {', '.join(features)})" if features else module.pattern
 
 
 def markdown(families: Families) -> str:
@@ -125,7 +125,7 @@ def _head(cells: list[str]) -> list[str]:
 
 
 def _declared_table() -> list[str]:
-    """One line per declaration, one column per backend; below it the backends that failed to load."""
+    """Return a table with a line per declaration and a column per backend, then the backends that failed to load."""
     columns = _declarations()
     lines = _head(["", *(f"`{name}`" for name in columns)])
     for key in next(iter(columns.values()), {}):
@@ -166,7 +166,7 @@ def _declared_text(name: str, declared: dict[str, object]) -> str:
 
 
 def _row_text(row: Row, reasons: Reasons) -> list[tuple[str, str]]:
-    """The backend, then one line per outcome with the features that have it."""
+    """Return the backend, then one line per outcome with the features that have it."""
     name, mark = _label(row)
     outcomes: dict[str, list[str]] = {}
     for feature, (where, note) in zip(FEATURES, _outcomes(row, reasons, str), strict=True):

@@ -159,14 +159,8 @@ def test_original_with_a_known_fault_is_not_compared():
 
 
 def test_bias_on_sorted_keys_is_refused_by_sdpa_and_supported_by_eager():
-    request = attnzoo.Request(
-        "cpu",
-        torch.float32,
-        4,
-        8,
-        8,
-        (attnzoo.spec.segments.SegmentRequest(attnzoo.spec.patterns.SortedChunks(4), 4, bias="relative"),),
-    )
+    segment = attnzoo.SegmentRequest(attnzoo.spec.patterns.SortedChunks(4), 4, bias="relative")
+    request = attnzoo.Request("cpu", torch.float32, 4, 8, 8, (segment,))
     (refusal,) = registry.make_backend("sdpa").refusals(request)
     assert refusal.field == "bias" and "sorted" in refusal.got
     assert not registry.make_backend("eager").refusals(request)
