@@ -31,8 +31,6 @@ class Case:
         seq_len: input length in tokens.
         batch: number of passages.
         dtype: a key of :data:`DTYPES`.
-        device: ``"cpu"`` or ``"cuda"``.
-        threads: CPU threads.
         train: forward and backward without dropout; otherwise forward without gradients.
         layers: layers in each stack of a whole model; None: as published.
     """
@@ -58,7 +56,6 @@ class Subject:
     """A module and its inputs.
 
     Attributes:
-        case: the case.
         model: the model to patch. :meth:`release` sets it to :attr:`module`.
         module: the module to run: the model, or a part of it.
         patched: glob of the module names to patch in :attr:`model`.
@@ -93,12 +90,10 @@ class Subject:
                 self.backward(output)
 
     def forward(self) -> None:
-        """Run the forward without gradients."""
         with torch.no_grad():
             self.call()
 
     def clear(self) -> None:
-        """Delete the gradients of a run."""
         for tensor in (*self.module.parameters(), *self.inputs):
             tensor.grad = None
 
@@ -125,7 +120,7 @@ def _whole_model(case: Case) -> Subject:
 
 
 def _one_module(case: Case) -> Subject:
-    """The first self-attention module of a one-layer model, with the states and masks that the model gives it."""
+    """Return the first self-attention module of a one-layer model, with the inputs that the model gives it."""
     workload = find_workload(case.family)
     model = workload.build(layers=1, seq_len=case.seq_len).to(case.device, DTYPES[case.dtype])
     name, module = next((n, m) for n, m in model.named_modules() if type(m).__name__ == workload.attention)
@@ -200,13 +195,11 @@ def _capture(
 
 
 class _LinearRecorder(TorchFunctionMode):
-    """Records weight, bias, input shape and whether the input gets a gradient, for every linear projection.
-
-    Not a hook, because model code may look for hooks.
-    """
+    """Records every linear projection. A hook could not, because model code may look for hooks."""
 
     def __init__(self) -> None:
         super().__init__()
+        # Weight, bias, shape of the input, and whether the input gets a gradient.
         self.calls: list[tuple[Tensor, Tensor | None, torch.Size, bool]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -228,24 +221,20 @@ class Projections:
             subject.call()
         options: dict[str, Any] = dict(dtype=DTYPES[case.dtype], device=case.device)
         self._train = case.train
-        self._calls = [
-            (weight, bias, torch.randn(shape, **options).requires_grad_(requires_grad))
-            for weight, bias, shape, requires_grad in recorder.calls
-        ]
-        self._cotangents = [
-            torch.randn((*x.shape[:-1], weight.shape[0]), **options) if case.train else None
-            for weight, _, x in self._calls
-        ]
+        self._calls: list[tuple[Tensor, Tensor | None, Tensor, Tensor | None]] = []
+        for weight, bias, shape, requires_grad in recorder.calls:
+            states = torch.randn(shape, **options).requires_grad_(requires_grad)
+            cotangent = torch.randn((*shape[:-1], weight.shape[0]), **options) if case.train else None
+            self._calls.append((weight, bias, states, cotangent))
 
     def step(self) -> None:
         """Run them once, with their backward if the case trains."""
         with torch.set_grad_enabled(self._train):
-            for (weight, bias, x), cotangent in zip(self._calls, self._cotangents, strict=True):
-                output = torch.nn.functional.linear(x, weight, bias)
+            for weight, bias, states, cotangent in self._calls:
+                output = torch.nn.functional.linear(states, weight, bias)
                 if cotangent is not None:
                     output.backward(cotangent)
 
     def clear(self) -> None:
-        """Delete the gradients of a run."""
         for tensor in (tensor for call in self._calls for tensor in call if tensor is not None):
             tensor.grad = None

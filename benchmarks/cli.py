@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from attnzoo.benchmarks.models import WORKLOADS
 from attnzoo.benchmarks.plots import draw, require_matplotlib
@@ -36,11 +39,7 @@ def make_plan(
     full: bool = False,
     **fields: Any,
 ) -> ShootoutPlan:
-    """Return the plan for the options of :func:`bench`; ``fields`` are fields of :class:`ShootoutPlan`.
-
-    Raises:
-        InvalidArgumentError, UnknownNameError: a wrong value; names the allowed ones.
-    """
+    """Return the plan for the options of :func:`bench`; ``fields`` are fields of :class:`ShootoutPlan`."""
     if full:
         fields.update(seconds_per_case=60.0, dense_limit=None)
     elif not (backends or seq_lens or train) and fields.get("scope", "model") == "model":
@@ -105,7 +104,8 @@ def bench(
     _require_writable("json", json_path)
     if plot_path is not None:
         _require_writable("plot", plot_path)
-    shootout = _run(plan)
+    with progress_bar() as progress:
+        shootout = run(plan, progress)
     console = Console()
     shootout.write(json_path)
     show(shootout, console)
@@ -128,11 +128,15 @@ def _require_writable(option: str, path: Path) -> None:
         path.unlink()
 
 
-def _run(plan: ShootoutPlan) -> Shootout:
-    columns = (SpinnerColumn(), BarColumn(24), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True), transient=True) as bar:
+@contextmanager
+def progress_bar() -> Iterator[Callable[[float, str], None]]:
+    """Yield a function that shows the share of the work done (0 to 1) and the next step, if stderr is a terminal."""
+    console = Console(stderr=True)
+    step_column = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+    columns = (BarColumn(24), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), step_column)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=1.0)
-        return run(plan, lambda done, text: bar.update(task, completed=done, description=text))
+        yield lambda done, step: bar.update(task, completed=done, description=step)
 
 
 def _draw(shootout: Shootout, path: Path, console: Console, required: bool) -> None:

@@ -1,14 +1,9 @@
-"""Who takes part in the shootout? The original model and every backend.
-
-A contender says which cases it does not run, and prepares itself in its worker process. Another kind of contender (such
-as a peer) is one more subclass of :class:`Contender`.
-"""
+"""Which contenders are in a shootout? The original model and every backend; ``peers.py`` adds another kind."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -63,22 +58,15 @@ class PreparedContender:
         self.subject, self._kernel = subject, kernel
 
     def gate(self) -> GateVerdict:
-        """Check correctness."""
         return GateVerdict()
 
     def execution(self) -> Execution:
-        """Return what ran so far."""
         return Execution(self._kernel)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A participant, with one row per case.
-
-    Attributes:
-        name: value of :attr:`~attnzoo.benchmarks.rows.Row.backend`.
-        peer: see :class:`~attnzoo.benchmarks.rows.Row`.
-    """
+    """A participant, with one row per case. Rows have its ``name`` as ``backend``, and its ``peer``."""
 
     peer: ClassVar[bool] = False
     name: str
@@ -112,17 +100,14 @@ class Original(Contender):
 class BackendContender(Contender):
     """A registered backend under :func:`attnzoo.patch`.
 
-    :attr:`name` may include options, as on the command line: ``blocked-local:window=1024``.
-
-    Attributes:
-        dense_limit: longest input of a backend that builds ``length x length`` scores; None: as memory allows.
+    :attr:`name` may include options, as on the command line: ``blocked-local:window=1024``. :attr:`dense_limit` is the
+    longest input of a backend that builds ``length x length`` scores; None: as memory allows.
     """
 
     dense_limit: int | None = None
 
     @property
     def backend(self) -> str:
-        """The registered name."""
         return parse(self.name)[0]
 
     def check(self, case: Case) -> None:
@@ -179,19 +164,22 @@ class PreparedBackend(PreparedContender):
             observed[site.name, result.kernel] += 1
             kinds.setdefault((site.cls, site.pattern, attention.request()), (site.name, attention, ran))
 
-        with _observer(self._handle, observe), witness() as operators:
+        for site in self._handle.sites:
+            site.observer = observe
+        with witness() as operators:
             self.subject.forward()
+        for site in self._handle.sites:
+            site.observer = None
         false = false_claims((kernel for _, kernel in observed), operators)
-        lies = [f"reported {kernel}, which did not run" for kernel in false]
-        lies += _miscounts(self._kernel_counts() - before, observed)
+        misreports = [f"reported {kernel}, which did not run" for kernel in false]
+        misreports += _miscounts(self._kernel_counts() - before, observed)
         train = self.subject.case.train
         reports = tuple(check_attention(name, attention, ran, grad=train) for name, attention, ran in kinds.values())
         self._checked_kernels = {report.kernel for report in reports}
         self.subject.clear()
-        return _verdict(reports, others, self._backend, lies)
+        return _verdict(reports, others, self._backend, misreports)
 
     def _kernel_counts(self) -> Counter[tuple[str, str]]:
-        """Calls so far by site and kernel."""
         sites = self._handle.sites
         return Counter({(site.name, kernel): count for site in sites for kernel, count in site.kernels.items()})
 
@@ -202,25 +190,13 @@ class PreparedBackend(PreparedContender):
         for site in self._handle.sites:
             counts.update(site.kernels)
             if site.backend != self._backend or site.fallbacks or not site.calls or "native" in site.kernels:
-                complaints.append(
-                    f"{site.name}: requested {self._backend!r}, ran {site.backend!r} with kernel {site.kernel} "
-                    f"({site.calls} calls, {site.fallbacks} fallbacks)"
-                )
+                ran = f"ran {site.backend!r} with kernel {site.kernel}"
+                counted = f"{site.calls} calls, {site.fallbacks} fallbacks"
+                complaints.append(f"{site.name}: requested {self._backend!r}, {ran} ({counted})")
         unchecked = sorted(set(counts) - self._checked_kernels)
         if unchecked:
             complaints.append(f"ran {', '.join(unchecked)}, which the gate did not check")
         return Execution("+".join(kernel for kernel, _ in counts.most_common()) or "none", "; ".join(complaints[:3]))
-
-
-@contextmanager
-def _observer(handle: Handle, observe: Callable[..., None]) -> Iterator[None]:
-    for site in handle.sites:
-        site.observer = observe
-    try:
-        yield
-    finally:
-        for site in handle.sites:
-            site.observer = None
 
 
 def _miscounts(counted: Counter[tuple[str, str]], observed: Counter[tuple[str, str]]) -> list[str]:
@@ -229,7 +205,7 @@ def _miscounts(counted: Counter[tuple[str, str]], observed: Counter[tuple[str, s
     return [f"{site}: counted {counted[site, k]} calls of {k}, observed {observed[site, k]}" for site, k in wrong]
 
 
-def _verdict(reports: Sequence[AttentionReport], others: set[str], backend: str, lies: Sequence[str]) -> GateVerdict:
+def _verdict(reports: Sequence[AttentionReport], others: set[str], backend: str, misreports: list[str]) -> GateVerdict:
     checks = [check for report in reports for check in report.checks]
     failed = [f"{report.name} {report.worst}" for report in reports if not report.ok]
     recalls = [report.recall for report in reports if report.recall is not None]
@@ -238,8 +214,8 @@ def _verdict(reports: Sequence[AttentionReport], others: set[str], backend: str,
         return GateVerdict("no attention ran")
     if others:
         complaint = f"requested {backend!r}, but {', '.join(sorted(others))} ran"
-    elif lies:
-        complaint = "; ".join(lies[:3])
+    elif misreports:
+        complaint = "; ".join(misreports[:3])
     elif failed:
         complaint = f"outside the error budget: {'; '.join(failed[:3])}"
     return GateVerdict(complaint, len(checks), worst(checks), sum(recalls) / len(recalls) if recalls else None)

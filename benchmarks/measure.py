@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from attnzoo.benchmarks import source
+from attnzoo.tuning.race import synchronize
 
 
 class Peak(NamedTuple):
@@ -28,16 +29,11 @@ class Peak(NamedTuple):
 def seconds(run: Callable[[], None], device: str) -> float:
     """Return the wall-clock seconds of one run, device work included. Garbage is collected before the clock starts."""
     gc.collect()
-    _synchronize(device)
+    synchronize(torch.device(device))
     start = time.perf_counter()
     run()
-    _synchronize(device)
+    synchronize(torch.device(device))
     return time.perf_counter() - start
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def peak_of(run: Callable[[], None], device: str) -> Peak:
@@ -162,6 +158,5 @@ def machine(device: str) -> dict[str, str]:
         "cpu": cpu,
     }
     if device == "cuda":
-        values["gpu"] = torch.cuda.get_device_name()
-        values["cuda"] = str(torch.version.cuda)
+        values |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
     return values

@@ -58,118 +58,82 @@ def _layers_in(*fields: str) -> Callable[[Mapping[str, Any], int], dict[str, Any
     return shrink
 
 
-_LED = dict(
-    vocab_size=50265, d_model=768, encoder_layers=6, decoder_layers=6, encoder_attention_heads=12,
-    decoder_attention_heads=12, encoder_ffn_dim=3072, decoder_ffn_dim=3072, attention_window=[1024] * 6,
-    max_encoder_position_embeddings=16384, max_decoder_position_embeddings=1024, activation_function="gelu",
-    dropout=0.1, attention_dropout=0.0, activation_dropout=0.0, encoder_layerdrop=0.0, decoder_layerdrop=0.0,
-    init_std=0.02, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2, tie_word_embeddings=True,
-)  # fmt: skip
 LED = Workload(
-    name="led",
-    checkpoint="allenai/led-base-16384",
-    published=_LED,
+    name="led", checkpoint="allenai/led-base-16384", heads=12, layers=6, special_tokens=4,
     model_class="transformers.models.led.modeling_led:LEDForConditionalGeneration",
-    attention="LEDEncoderSelfAttention",
-    heads=12,
-    layers=6,
-    special_tokens=4,
-    inputs=_led_inputs,
-    extra=DECODER_TOKENS + 1,
+    attention="LEDEncoderSelfAttention", positions="max_encoder_position_embeddings",
     shrink=_layers_in("encoder_layers", "decoder_layers", "attention_window"),
-    positions="max_encoder_position_embeddings",
-)
-
-_LONGFORMER = dict(
-    vocab_size=50265, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
-    attention_window=[512] * 12, max_position_embeddings=4098, type_vocab_size=1, hidden_act="gelu",
-    hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, layer_norm_eps=1e-5, pad_token_id=1, bos_token_id=0,
-    eos_token_id=2, sep_token_id=2,
+    inputs=_led_inputs, extra=DECODER_TOKENS + 1,
+    published=dict(
+        vocab_size=50265, d_model=768, encoder_layers=6, decoder_layers=6, encoder_attention_heads=12,
+        decoder_attention_heads=12, encoder_ffn_dim=3072, decoder_ffn_dim=3072, attention_window=[1024] * 6,
+        max_encoder_position_embeddings=16384, max_decoder_position_embeddings=1024, activation_function="gelu",
+        dropout=0.1, attention_dropout=0.0, activation_dropout=0.0, encoder_layerdrop=0.0, decoder_layerdrop=0.0,
+        init_std=0.02, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2,
+        tie_word_embeddings=True,
+    ),
 )  # fmt: skip
 LONGFORMER = Workload(
-    name="longformer",
-    checkpoint="allenai/longformer-base-4096",
-    published=_LONGFORMER,
+    name="longformer", checkpoint="allenai/longformer-base-4096", heads=12, layers=12, special_tokens=4,
     model_class="transformers.models.longformer.modeling_longformer:LongformerForMaskedLM",
-    attention="LongformerSelfAttention",
-    heads=12,
-    layers=12,
-    special_tokens=4,
-    inputs=_masked_language_inputs,
-    extra=0,
-    shrink=_layers_in("num_hidden_layers", "attention_window"),
-    positions="max_position_embeddings",
+    attention="LongformerSelfAttention", positions="max_position_embeddings",
     reserved=2,  # the position of the first token is pad_token_id + 1
-)
-
-_GPT_NEOX = dict(
-    vocab_size=50304, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
-    hidden_act="gelu", rotary_pct=0.25, rotary_emb_base=10000, max_position_embeddings=2048, initializer_range=0.02,
-    layer_norm_eps=1e-5, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False, use_parallel_residual=True,
+    shrink=_layers_in("num_hidden_layers", "attention_window"),
+    inputs=_masked_language_inputs, extra=0,
+    published=dict(
+        vocab_size=50265, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+        attention_window=[512] * 12, max_position_embeddings=4098, type_vocab_size=1, hidden_act="gelu",
+        hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, layer_norm_eps=1e-5, pad_token_id=1,
+        bos_token_id=0, eos_token_id=2, sep_token_id=2,
+    ),
 )  # fmt: skip
 GPT_NEOX = Workload(
-    name="gpt_neox",
-    checkpoint="EleutherAI/pythia-160m",
-    published=_GPT_NEOX,
+    name="gpt_neox", checkpoint="EleutherAI/pythia-160m", heads=12, layers=12, special_tokens=1,
     model_class="transformers.models.gpt_neox.modeling_gpt_neox:GPTNeoXForCausalLM",
-    attention="GPTNeoXAttention",
-    heads=12,
-    layers=12,
-    special_tokens=1,
-    inputs=_causal_inputs,
-    extra=1,
+    attention="GPTNeoXAttention", positions=None,  # rotary positions have no table, so any length runs
     shrink=_layers_in("num_hidden_layers"),
-    positions=None,  # rotary positions have no table, so any length runs
-)
-
-_GPT_BIGCODE = dict(
-    vocab_size=49280, n_embd=2048, n_layer=24, n_head=16, n_inner=8192, n_positions=2048,
-    activation_function="gelu_pytorch_tanh", multi_query=True, attn_pdrop=0.1, embd_pdrop=0.1, resid_pdrop=0.1,
-    bos_token_id=49152, eos_token_id=49152,
+    inputs=_causal_inputs, extra=1,
+    published=dict(
+        vocab_size=50304, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+        hidden_act="gelu", rotary_pct=0.25, rotary_emb_base=10000, max_position_embeddings=2048,
+        initializer_range=0.02, layer_norm_eps=1e-5, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
+        use_parallel_residual=True,
+    ),
 )  # fmt: skip
 GPT_BIGCODE = Workload(
-    name="gpt_bigcode",
-    checkpoint="bigcode/gpt_bigcode-santacoder",
-    published=_GPT_BIGCODE,
+    name="gpt_bigcode", checkpoint="bigcode/gpt_bigcode-santacoder", heads=16, layers=24, special_tokens=0,
     model_class="transformers.models.gpt_bigcode.modeling_gpt_bigcode:GPTBigCodeForCausalLM",
-    attention="GPTBigCodeAttention",
-    heads=16,
-    layers=24,
-    special_tokens=0,
-    inputs=_causal_inputs,
-    extra=1,
+    attention="GPTBigCodeAttention", positions="n_positions",
     shrink=_layers_in("n_layer"),
-    positions="n_positions",
-)
-
-_LONGT5 = dict(
-    vocab_size=32128, d_model=768, d_kv=64, d_ff=2048, num_layers=12, num_decoder_layers=12, num_heads=12,
-    local_radius=127, global_block_size=16, relative_attention_num_buckets=32, relative_attention_max_distance=128,
-    dropout_rate=0.1, layer_norm_epsilon=1e-6, feed_forward_proj="gated-gelu", encoder_attention_type="local",
-    tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+    inputs=_causal_inputs, extra=1,
+    published=dict(
+        vocab_size=49280, n_embd=2048, n_layer=24, n_head=16, n_inner=8192, n_positions=2048,
+        activation_function="gelu_pytorch_tanh", multi_query=True, attn_pdrop=0.1, embd_pdrop=0.1, resid_pdrop=0.1,
+        bos_token_id=49152, eos_token_id=49152,
+    ),
 )  # fmt: skip
 LONGT5_LOCAL = Workload(
-    name="longt5_local",
-    checkpoint="google/long-t5-local-base",
-    published=_LONGT5,
+    name="longt5_local", checkpoint="google/long-t5-local-base", heads=12, layers=12, special_tokens=3,
     model_class="transformers.models.longt5.modeling_longt5:LongT5ForConditionalGeneration",
     attention="LongT5LocalAttention",
-    heads=12,
-    layers=12,
-    special_tokens=3,
-    inputs=_encoder_decoder_inputs,
-    extra=DECODER_TOKENS + 1,
     shrink=_layers_in("num_layers", "num_decoder_layers"),
+    inputs=_encoder_decoder_inputs, extra=DECODER_TOKENS + 1,
+    published=dict(
+        vocab_size=32128, d_model=768, d_kv=64, d_ff=2048, num_layers=12, num_decoder_layers=12, num_heads=12,
+        local_radius=127, global_block_size=16, relative_attention_num_buckets=32, relative_attention_max_distance=128,
+        dropout_rate=0.1, layer_norm_epsilon=1e-6, feed_forward_proj="gated-gelu", encoder_attention_type="local",
+        tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+    ),
     # The same three blocks of 128, without the bias and without the mask that narrows them to the radius.
     peer=Peer(
         "local-attention", 64, dict(window_size=128, causal=False, look_backward=1, look_forward=1, autopad=True)
     ),
-)
+)  # fmt: skip
 LONGT5_TGLOBAL = replace(
     LONGT5_LOCAL,
     name="longt5_tglobal",
     checkpoint="google/long-t5-tglobal-base",
-    published={**_LONGT5, "encoder_attention_type": "transient-global"},
+    published={**LONGT5_LOCAL.published, "encoder_attention_type": "transient-global"},
     attention="LongT5TransientGlobalAttention",
     peer=None,
 )
@@ -185,31 +149,23 @@ def _reformer_training(published: Mapping[str, Any], seq_len: int) -> dict[str, 
     return {"axial_pos_shape": [seq_len // columns, columns], **dict.fromkeys(dropouts, 0.0)}
 
 
-_REFORMER = dict(
-    vocab_size=258, hidden_size=1024, num_attention_heads=8, attention_head_size=128, feed_forward_size=4096,
-    hidden_act="relu", attn_layers=["local", "local", "lsh", "local"] * 3, is_decoder=True, num_hashes=4,
-    num_buckets=512, lsh_attn_chunk_length=256, lsh_num_chunks_before=1, lsh_num_chunks_after=0,
-    local_attn_chunk_length=128, local_num_chunks_before=1, local_num_chunks_after=0, axial_pos_embds=True,
-    axial_pos_embds_dim=[256, 768], axial_pos_shape=[128, 512], max_position_embeddings=65536, hash_seed=0,
-    tie_word_embeddings=False,
-)  # fmt: skip
 REFORMER = Workload(
-    name="reformer",
-    checkpoint="google/reformer-enwik8",
-    published=_REFORMER,
+    name="reformer", checkpoint="google/reformer-enwik8", heads=8, layers=12, special_tokens=2,
     model_class="transformers.models.reformer.modeling_reformer:ReformerModelWithLMHead",
-    attention="LSHSelfAttention",
-    heads=8,
-    layers=12,
-    special_tokens=2,
-    inputs=_causal_inputs,
-    extra=1,
+    attention="LSHSelfAttention", positions="max_position_embeddings", training=_reformer_training,
     shrink=lambda published, layers: {**published, "attn_layers": ["lsh", "lsh", "local"][:layers]},
-    positions="max_position_embeddings",
-    training=_reformer_training,
+    inputs=_causal_inputs, extra=1,
+    published=dict(
+        vocab_size=258, hidden_size=1024, num_attention_heads=8, attention_head_size=128, feed_forward_size=4096,
+        hidden_act="relu", attn_layers=["local", "local", "lsh", "local"] * 3, is_decoder=True, num_hashes=4,
+        num_buckets=512, lsh_attn_chunk_length=256, lsh_num_chunks_before=1, lsh_num_chunks_after=0,
+        local_attn_chunk_length=128, local_num_chunks_before=1, local_num_chunks_after=0, axial_pos_embds=True,
+        axial_pos_embds_dim=[256, 768], axial_pos_shape=[128, 512], max_position_embeddings=65536, hash_seed=0,
+        tie_word_embeddings=False,
+    ),
     # Half the chunk length: a query sees its chunk and the one before, 256 keys per hash, half of the original's 512.
     peer=Peer("reformer-pytorch", 128, dict(bucket_size=128, n_hashes=4, causal=True)),
-)
+)  # fmt: skip
 REFORMER_LOCAL = replace(
     REFORMER,
     name="reformer_local",
@@ -225,11 +181,7 @@ WORKLOADS: dict[str, Workload] = {
 
 
 def find_workload(name: str) -> Workload:
-    """Return the workload of a name.
-
-    Raises:
-        UnknownNameError: no workload has this name; suggests similar names.
-    """
+    """Return the workload of a name; raise UnknownNameError if there is none."""
     if name not in WORKLOADS:
         raise UnknownNameError("model", name, WORKLOADS)
     return WORKLOADS[name]

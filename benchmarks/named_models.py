@@ -19,13 +19,8 @@ LAYERS = 2
 def load_model(name: str) -> nn.Module:
     """Load a model in eval mode.
 
-    Args:
-        name: a family of the shootout (published configuration with fewer layers, random weights), or the folder of a
-            checkpoint that ``save_pretrained`` wrote.
-
-    Raises:
-        UnknownNameError: ``name`` is neither a family nor a folder.
-        InvalidArgumentError: the folder has no checkpoint that loads.
+    ``name`` is a family of the shootout (published configuration with fewer layers, random weights), or the folder of a
+    checkpoint that ``save_pretrained`` wrote.
     """
     if name in WORKLOADS:
         return WORKLOADS[name].build(layers=LAYERS)
@@ -54,21 +49,11 @@ def load_with_passages(
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """Load a model and one dict of forward arguments per passage of real text.
 
-    A checkpoint reads the text as bytes, because its tokenizer may be absent.
-
-    Args:
-        name: as for :func:`load_model`.
-        seq_len: tokens per passage.
-        passages: number of passages.
-        dtype: dtype of the weights; None keeps the dtype in which they are built or stored.
-
-    Raises:
-        UnknownNameError, InvalidArgumentError: as :func:`load_model`, or the model has fewer positions than tokens.
+    A checkpoint reads the text as bytes, because its tokenizer may be absent. Without a ``dtype``, weights keep the
+    dtype in which they are built or stored.
     """
-    if name in WORKLOADS:
-        too_long = WORKLOADS[name].too_long(seq_len)
-        if too_long is not None:
-            raise InvalidArgumentError("seq-len", seq_len, f"less: {too_long}")
+    if name in WORKLOADS and (too_long := WORKLOADS[name].too_long(seq_len)):
+        raise InvalidArgumentError("seq-len", seq_len, f"less: {too_long}")
     model: Any = load_model(name)
     if dtype is not None:
         model = model.to(dtype)
@@ -85,7 +70,7 @@ def load_with_passages(
             model(**inputs[0])
     except Exception as error:
         got = f"{seq_len}, on which {type(model).__name__} itself raises {type(error).__name__}: {error}"
-        raise InvalidArgumentError("seq-len", got, "a length that the model itself takes") from error
+        raise InvalidArgumentError("seq-len", got, "a length that the model itself supports") from error
     return model, inputs
 
 

@@ -29,8 +29,6 @@ class Library:
     """How to reach and call the attention of a library: ``cls(**options)(*inputs)``.
 
     Attributes:
-        module: module to import.
-        cls: name of the attention class in it.
         inputs: number of its input tensors ``(batch * heads, S, dim_head)``.
         multiple: given the options of the class, the number that must divide the input length.
     """
@@ -61,7 +59,7 @@ class PeerContender(Contender):
     def check(self, case: Case) -> None:
         multiple = LIBRARIES[self.name].multiple(_peer(case).options)
         if case.seq_len % multiple:
-            raise Problem(SKIPPED, f"takes only multiples of {multiple} tokens")
+            raise Problem(SKIPPED, f"supports only multiples of {multiple} tokens")
 
     def prepare(self, case: Case) -> PreparedContender:
         cls, peer, library = _import(self.name), _peer(case), LIBRARIES[self.name]
@@ -91,7 +89,7 @@ def _peer(case: Case) -> Peer:
 
 
 def _import(package: str) -> Callable[..., nn.Module]:
-    """The attention class of a library. If the package is absent or broken, the row is skipped."""
+    """Return the attention class of a library. If the package is absent or broken, the row is skipped."""
     library = LIBRARIES[package]
     remedy = f"pip install {package}, or pip install 'attnzoo[peers]'"
     try:

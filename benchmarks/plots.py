@@ -19,28 +19,16 @@ _GREY = "#444444"
 
 
 def require_matplotlib() -> None:
-    """Check that plots can be drawn.
-
-    Raises:
-        InvalidArgumentError: matplotlib cannot be imported; names the remedies.
-    """
+    """Raise InvalidArgumentError with the remedies if matplotlib cannot be imported."""
     try:
         import matplotlib  # noqa: F401
     except (Exception, SystemExit) as error:
-        raise InvalidArgumentError(
-            "plot",
-            f"a plot without a working matplotlib ({type(error).__name__}: {error})",
-            "pip install 'attnzoo[plots]', or --no-plot",
-        ) from error
+        got = f"a plot without a working matplotlib ({type(error).__name__}: {error})"
+        raise InvalidArgumentError("plot", got, "pip install 'attnzoo[plots]', or --no-plot") from error
 
 
 def draw(shootout: Shootout, path: Path) -> tuple[Path, ...]:
-    """Draw one PNG per family and return the files.
-
-    Args:
-        shootout: the results.
-        path: file to write; with several families, ``-<family>`` is appended to its stem.
-    """
+    """Draw one PNG per family and return the files. Several families append ``-<family>`` to the stem of ``path``."""
     require_matplotlib()
     path.parent.mkdir(parents=True, exist_ok=True)
     by_family = {rows[0].family: rows for rows in group_by(shootout.rows, lambda row: row.family)}
@@ -114,9 +102,10 @@ def _draw_error(axis: Any, rows: list[Row], style: dict[str, Any]) -> None:
     axis.plot(lengths, [row.budget for row in rows], **dashes)
 
 
-def _decorate(
-    axis: Any, title: str, label: str, lengths: list[int], unit: Callable[[float | None], str] | None
-) -> None:
+Unit = Callable[[float | None], str]
+
+
+def _decorate(axis: Any, title: str, label: str, lengths: list[int], unit: Unit | None) -> None:
     """Set titles, scales and ticks; ``unit`` formats the values of the y axis, None: powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -71,13 +72,9 @@ class ShootoutPlan:
     def __post_init__(self) -> None:
         for family in self.families:
             find_workload(family)
-        for name, value, allowed in (
-            ("scope", self.scope, SCOPES),
-            ("dtype", self.dtype, DTYPES),
-            ("device", self.device, ("cpu", "cuda")),
-        ):
-            if value not in allowed:
-                raise UnknownNameError(name, value, allowed)
+        for name, allowed in {"scope": SCOPES, "dtype": DTYPES, "device": ("cpu", "cuda")}.items():
+            if getattr(self, name) not in allowed:
+                raise UnknownNameError(name, getattr(self, name), allowed)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InvalidArgumentError("device", "'cuda'", f"'cpu': torch {torch.__version__} sees no CUDA device here")
         if self.layers is not None and self.scope != "model":
@@ -92,11 +89,7 @@ class ShootoutPlan:
                 raise InvalidArgumentError(name, count, "an integer >= 1")
 
     def contenders(self) -> tuple[Contender, ...]:
-        """Return the original, then the backends with their registered names, then the peers.
-
-        Raises:
-            UnknownNameError, InvalidArgumentError: an unknown backend, or a wrong option of a backend.
-        """
+        """Return the original, then the backends with their registered names, then the peers."""
         limit = self.dense_limit
         if self.backends is None:
             names = [info.name for info in registry.backends().values() if info.exact or not info.available]
@@ -113,12 +106,9 @@ class ShootoutPlan:
         return (*originals, *(BackendContender(name, limit) for name in names), *peers)
 
     def cases(self) -> Iterator[Case]:
-        """Iterate over the cases."""
-        for family in self.families:
-            for seq_len in self.seq_lens:
-                for train in self.modes:
-                    setting = (self.batch, self.dtype, self.device, self.threads)
-                    yield Case(family, self.scope, seq_len, *setting, train, self.layers)
+        setting = (self.batch, self.dtype, self.device, self.threads)
+        for family, seq_len, train in itertools.product(self.families, self.seq_lens, self.modes):
+            yield Case(family, self.scope, seq_len, *setting, train, self.layers)
 
 
 def run(
@@ -128,17 +118,10 @@ def run(
     check: EndToEndCheck | None = None,
     contenders: tuple[Contender, ...] | None = None,
 ) -> Shootout:
-    """Run a shootout.
+    """Run a shootout: all rows, refused and skipped ones included.
 
-    Args:
-        plan: what to run.
-        progress: called with the completed share of the work (0 to 1) and the next step in words.
-        launch: starts a worker; None: each in a fresh process.
-        check: runs an end-to-end gate; None: in a fresh process.
-        contenders: the participants; None: :meth:`ShootoutPlan.contenders`.
-
-    Returns:
-        All rows, refused and skipped ones included.
+    ``launch`` starts a worker, and ``check`` runs an end-to-end gate; by default each in a fresh process. ``progress``
+    is called with the completed share of the work (0 to 1) and the next step in words.
     """
     started, created = time.perf_counter(), datetime.datetime.now(datetime.timezone.utc)
     if contenders is None:
@@ -157,14 +140,9 @@ def run(
         case_progress = partial(_progress_within, progress, done, share)
         rows += _CaseRun(plan, case, versions, verdicts, launch, case_progress).run(contenders)
         done += share
-    return Shootout(
-        plan=json.loads(json.dumps(asdict(plan))),
-        versions=versions,
-        end_to_end=tuple(verdicts),
-        rows=tuple(rows),
-        created=created.isoformat(timespec="seconds"),
-        seconds=time.perf_counter() - started,
-    )
+    seconds = time.perf_counter() - started
+    fields = json.loads(json.dumps(asdict(plan)))
+    return Shootout(fields, versions, tuple(verdicts), tuple(rows), created.isoformat(timespec="seconds"), seconds)
 
 
 def _progress_within(progress: Progress, start: float, share: float, done: float, text: str) -> None:
@@ -241,8 +219,8 @@ class _CaseRun:
     def _empty_row(self, contender: Contender) -> Row:
         case = self._case
         workload = find_workload(case.family)
-        too_long, notes = workload.too_long(case.seq_len), []
-        if too_long is not None:
+        notes = []
+        if too_long := workload.too_long(case.seq_len):
             notes.append(f"{too_long}; here there are {case.seq_len}")
         if case.layers is not None:
             notes.append(f"{case.layers} layer(s) in each stack, fewer than published")
@@ -277,18 +255,10 @@ class _CaseRun:
         peak, self._first_seconds[name] = worker.setup()
         self._report(name, "gate")
         gate = worker.gate()
-        closest = gate.closest
-        self._rows[name] = replace(
-            self._rows[name],
-            peak_bytes=peak.extra,
-            before_bytes=peak.before,
-            memory_method=peak.method,
-            error=closest.error if closest else None,
-            budget=closest.budget if closest else None,
-            worst=closest.what if closest else None,
-            checks=gate.checks,
-            recall=gate.recall,
-        )
+        row = replace(self._rows[name], peak_bytes=peak.extra, before_bytes=peak.before, memory_method=peak.method)
+        if closest := gate.closest:
+            row = replace(row, error=closest.error, budget=closest.budget, worst=closest.what)
+        self._rows[name] = replace(row, checks=gate.checks, recall=gate.recall)
         if gate.complaint:
             raise Problem(RED, gate.complaint)
 

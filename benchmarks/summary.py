@@ -13,6 +13,7 @@ from attnzoo.benchmarks.rows import OK, Row, Shootout
 from attnzoo.benchmarks.tables import duration, notes, ratio, size
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.layout import group_by
+from attnzoo.reporting.matrix_text import markdown_row
 
 INTRODUCTION = """\
 # Results
@@ -44,14 +45,7 @@ _LEFT_COLUMNS = ("contender", "kernel")
 
 
 def page(folder: Path) -> str:
-    """Return the page in Markdown.
-
-    Args:
-        folder: contains one folder of JSON files per machine.
-
-    Raises:
-        InvalidArgumentError: no file is there, or a file has red or failed rows.
-    """
+    """Return the page in Markdown. The folder contains one folder of JSON files per machine."""
     results = [(path, Shootout.read(path)) for path in folder.glob("*/*.json")]
     if not results:
         raise InvalidArgumentError("folder", f"{folder}, with no JSON a folder below it", "results by machine")
@@ -92,9 +86,9 @@ def _options(name: str, values: Iterable[object]) -> list[str]:
 
 
 def _table(rows: list[Row]) -> Iterator[str]:
-    yield _line(_COLUMNS)
-    yield _line("---" if column in _LEFT_COLUMNS else "--:" for column in _COLUMNS)
-    yield from (_line(_cells(row)) for row in rows if row.status == OK)
+    yield markdown_row(_COLUMNS)
+    yield markdown_row("---" if column in _LEFT_COLUMNS else "--:" for column in _COLUMNS)
+    yield from (markdown_row(_cells(row)) for row in rows if row.status == OK)
     if notes(rows):
         yield from ("", *notes(rows))
 
@@ -104,10 +98,6 @@ def _cells(row: Row) -> tuple[str, ...]:
     contender = row.label if row.is_original else f"`{row.label}`"
     ratios = ratio(row, row.speedup), size(row.peak_bytes), ratio(row, row.peak_ratio)
     return (str(row.seq_len), contender, row.kernel_label, times, *ratios)
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

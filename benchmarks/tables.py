@@ -187,9 +187,7 @@ def _complaints(rows: Iterable[Row]) -> Iterator[Text]:
 
 def _end_to_end(verdicts: Iterable[EndToEnd]) -> Iterator[Text]:
     """The verdicts on whole models; equal ones are listed together."""
-    for same in group_by(
-        verdicts, lambda verdict: (verdict.family, verdict.seq_len, verdict.gradients, verdict.status)
-    ):
+    for same in group_by(verdicts, lambda gate: (gate.family, gate.seq_len, gate.gradients, gate.status)):
         first = same[0]
         word = "within the error budget" if first.status == OK else _STATUS_WORDS[first.status]
         mode = "forward+backward" if first.gradients else "forward"

@@ -18,10 +18,7 @@ def book() -> bytes:
 
 
 def read_tokens(batch: int, length: int, offset: int) -> Tensor:
-    """Return token ids ``(batch, length)``: consecutive passages of the book, each byte plus ``offset``.
-
-    After the end of the book the text starts again.
-    """
+    """Return token ids ``(batch, length)``: passages of the book, repeated after its end, each byte plus ``offset``."""
     text = torch.frombuffer(bytearray(book()), dtype=torch.uint8)
     index = torch.arange(batch * length) % len(text)
     return text[index].long().view(batch, length) + offset

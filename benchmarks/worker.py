@@ -9,6 +9,7 @@ import gc
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
@@ -49,7 +50,6 @@ class Worker:
         return peak, durations[0]
 
     def gate(self) -> GateVerdict:
-        """Check correctness."""
         return self._prepared.gate()
 
     def time(self) -> float:
@@ -63,11 +63,9 @@ class Worker:
         return duration
 
     def execution(self) -> Execution:
-        """Return what ran so far."""
         return self._prepared.execution()
 
     def close(self) -> None:
-        """Free the subject."""
         self.__dict__.clear()
 
 
@@ -199,8 +197,5 @@ class ProcessWorker(Worker):
 
 def verify_in_process(context: BaseContext, job: EndToEndJob) -> tuple[bool, str]:
     """Run :func:`verify_here` in a fresh process."""
-    remote = Remote(context, job)
-    try:
+    with closing(Remote(context, job)) as remote:
         return remote.call(verify_here)
-    finally:
-        remote.close()

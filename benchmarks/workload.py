@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from attnzoo.benchmarks.text import read_tokens
 from attnzoo.benchmarks.weights import skip_initialisation, spread
@@ -80,27 +80,20 @@ class Workload:
     def build(self, layers: int | None = None, seq_len: int | None = None, train_at: int | None = None) -> nn.Module:
         """Build the model: float32, on the CPU, without dropout.
 
-        Args:
-            layers: number of layers; None: as published.
-            seq_len: shortest position table; None: as published.
-            train_at: input length of the training of the whole model; None: no training.
-
-        Raises:
-            InvalidArgumentError: the model cannot train at this length.
+        Its position table has at least ``seq_len`` rows. ``train_at`` is the input length of training the whole model.
         """
         values = dict(self.published) if layers is None else self.shrink(self.published, layers)
         if self.positions is not None and seq_len is not None:
             values[self.positions] = max(values[self.positions], seq_len + self.reserved)
-        in_training_mode = train_at is not None and self.training is not None
-        if train_at is not None and self.training is not None:
-            values.update(self.training(values, train_at))
+        changes = None if train_at is None or self.training is None else self.training(values, train_at)
+        values.update(changes or {})
         module, _, name = self.model_class.partition(":")
         model_class = getattr(import_module(module), name)
         with skip_initialisation():
             model: nn.Module = model_class(model_class.config_class(**values))
         model.tie_weights()  # type: ignore[operator]
         spread(model, SEED)
-        return model.train(in_training_mode)
+        return model.train(changes is not None)
 
     def check_training(self, seq_len: int) -> None:
         """Raise InvalidArgumentError if the whole model cannot train at a length in tokens."""
@@ -110,4 +103,4 @@ class Workload:
     def read(self, batch: int, seq_len: int, device: str = "cpu") -> Inputs:
         """Return the inputs of ``batch`` passages of ``seq_len`` tokens of the book, on a device."""
         inputs = self.inputs(read_tokens(batch, seq_len + self.extra, self.special_tokens))
-        return Inputs(*tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, tuple(inputs)))
+        return tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)

@@ -5,25 +5,28 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Column
 from typer.core import TyperGroup
 
 import attnzoo
 from attnzoo.cli.fingerprint import fingerprint
 from attnzoo.cli.tune import MODEL_HELP, tune
-from attnzoo.errors import AttnzooError
+from attnzoo.errors import AttnzooError, InvalidArgumentError
 from attnzoo.layout import aligned, fit, group_by
+from attnzoo.registry import RESERVED_NAMES
+from attnzoo.reporting import matrix_text
+from attnzoo.reporting.doctor import examine
+from attnzoo.reporting.matrix import families, matrix_to_dict
+from attnzoo.spelling import configured, named_dtype, parse
+from attnzoo.verification.excerpt import LENGTH
+from attnzoo.verification.reports import Passages
 
 
 class _Commands(TyperGroup):
-    """Lists each command with the whole first paragraph of its help. click would cut it to one line."""
+    """Lists each command with the first paragraph of its help, which click would cut to one line."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         for command in self.commands.values():
@@ -59,11 +62,9 @@ def options(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Show what this machine can run; for the rest, show why not and what to install."""
-    from attnzoo.reporting.doctor import examine, to_dicts
-
     findings = examine()
     if as_json:
-        print(json.dumps(to_dicts(findings), indent=2))
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
         return
     for group in group_by(findings, lambda finding: finding.kind):
         print(group[0].kind)
@@ -73,14 +74,17 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 def matrix(
     model_types: Annotated[list[str] | None, typer.Argument(help="Only these; none: all with an adapter.")] = None,
+    as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
     """Show the support matrix: for each attention module, the backends, devices, dtypes and features that work."""
-    from attnzoo.reporting import matrix_text
-    from attnzoo.reporting.matrix import families
-
+    if as_json and markdown:
+        raise InvalidArgumentError("format", "--json and --markdown", "one of the two, or neither")
     modules = families(tuple(model_types or ()))
-    print(matrix_text.markdown(modules) if markdown else matrix_text.text(modules))
+    if as_json:
+        print(json.dumps(matrix_to_dict(modules), indent=2))
+    else:
+        print(matrix_text.markdown(modules) if markdown else matrix_text.text(modules))
 
 
 @app.command()
@@ -92,22 +96,18 @@ def verify(
     seq_len: Annotated[int, typer.Option(help="Tokens per passage.", min=1)] = 256,
     passages: Annotated[int, typer.Option(help="Number of text passages. Each is checked alone.", min=1)] = 8,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the weights.  [default: the stored dtype]")] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="Take seconds: one passage of at most 256 tokens.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Check one passage of at most 256 tokens, in seconds.")] = False,
     gradients: Annotated[bool, typer.Option(help="Compare gradients, too.")] = True,
     as_json: Json = False,
 ) -> None:
     """Compare a patched model with the original. The exit status is 1 if an error is larger than its budget."""
+    from attnzoo.benchmarks.cli import progress_bar
     from attnzoo.benchmarks.named_models import load_with_passages
-    from attnzoo.registry import RESERVED_NAMES
-    from attnzoo.spelling import configured, named_dtype
-    from attnzoo.verification.excerpt import LENGTH
-    from attnzoo.verification.reports import Passages
-    from attnzoo.verification.verify import verify as compare
 
     chosen = backend if backend in RESERVED_NAMES else configured(backend)
     weight_dtype = None if dtype is None else named_dtype(dtype)
     count, length = (1, min(seq_len, LENGTH)) if fast else (passages, seq_len)
-    with _progress() as progress:
+    with progress_bar() as progress:
         progress(0.0, f"loading {model}")
         loaded, inputs = load_with_passages(model, length, count, weight_dtype)
         reports = []
@@ -116,27 +116,11 @@ def verify(
             def show(done: float, step: str, number: int = number) -> None:
                 progress((number + done) / count, f"passage {number + 1} of {count}: {step}" if count > 1 else step)
 
-            reports.append(compare(loaded, passage, chosen, gradients=gradients, fast=fast, progress=show))
+            reports.append(attnzoo.verify(loaded, passage, chosen, gradients=gradients, fast=fast, progress=show))
     report = reports[0] if count == 1 else Passages(tuple(reports))
     print(json.dumps(report.to_dict(), indent=2) if as_json else report)
     if not report.ok:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[float, str], None]]:
-    """A function that shows the share of the work done (0 to 1) and the next step, if stderr is a terminal."""
-    console = Console(stderr=True)
-    columns = (BarColumn(24), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
-    with Progress(
-        *columns,
-        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task("", total=1.0)
-        yield lambda done, step: bar.update(task, completed=done, description=step)
 
 
 @app.command()
@@ -150,11 +134,9 @@ def explain(
 ) -> None:
     """Show what each backend would do at each attention of a model, and which one auto selects and why."""
     from attnzoo.benchmarks.named_models import load_model
-    from attnzoo.reporting.explain import explain as look
-    from attnzoo.spelling import parse
 
     name, options = (None, {}) if backend is None or backend == "auto" else parse(backend)
-    explanation = look(load_model(model), name, **options)
+    explanation = attnzoo.explain(load_model(model), name, **options)
     print(json.dumps(explanation.to_dict(), indent=2) if as_json else explanation)
 
 

@@ -30,15 +30,10 @@ def fingerprint(
 
 
 def fingerprint_at(path: str) -> str:
-    """Return the fingerprint of the function at ``"package.module:Class.method"``.
-
-    Raises:
-        InvalidArgumentError: the path has no function written in Python. The message suggests similar names.
-    """
+    """Return the fingerprint of the function at ``"package.module:Class.method"``."""
     module, _, attribute = path.partition(":")
     if not module or not attribute:
-        near = _with_colon(path)
-        raise InvalidArgumentError("path", f"{path!r}{near}", f"MODULE:FUNCTION, e.g. {_EXAMPLE}")
+        raise InvalidArgumentError("path", f"{path!r}{_with_colon(path)}", f"MODULE:FUNCTION, e.g. {_EXAMPLE}")
     value, where = _import(path, module), module
     for name in attribute.split("."):
         if not hasattr(value, name):
@@ -57,19 +52,21 @@ def fingerprint_at(path: str) -> str:
 def _import(path: str, module: str) -> Any:
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        missing = error.name or module
-        if not f"{module}.".startswith(f"{missing}."):
-            reason = f"which cannot be imported here ({error})"
-            raise InvalidArgumentError("path", f"{path!r}, {reason}", "a module that can be imported") from error
-        parent, _, name = missing.rpartition(".")
-        folders = getattr(importlib.import_module(parent), "__path__", []) if parent else None
-        similar = suggestion(name, (info.name for info in pkgutil.iter_modules(folders)))
-        got = f"{path!r}, but there is no module {missing!r}{similar}"
-        raise InvalidArgumentError("path", got, "a module that can be imported") from error
     except Exception as error:  # a module may raise anything when it is imported
-        got = f"{path!r}, whose module raises {type(error).__name__} when imported"
+        got = f"{path!r}, {_import_problem(module, error)}"
         raise InvalidArgumentError("path", got, "a module that can be imported") from error
+
+
+def _import_problem(module: str, error: Exception) -> str:
+    if not isinstance(error, ModuleNotFoundError):
+        return f"whose module raises {type(error).__name__} when imported"
+    missing = error.name or module
+    if not f"{module}.".startswith(f"{missing}."):
+        return f"which cannot be imported here ({error})"
+    parent, _, name = missing.rpartition(".")
+    folders = getattr(importlib.import_module(parent), "__path__", []) if parent else None
+    similar = suggestion(name, (info.name for info in pkgutil.iter_modules(folders)))
+    return f"but there is no module {missing!r}{similar}"
 
 
 def _with_colon(path: str) -> str:

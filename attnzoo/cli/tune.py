@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from typing import Annotated, Any
 
 import torch
 import typer
+from torch.utils._pytree import tree_map_only
 
+import attnzoo
 from attnzoo.auto import cache
 from attnzoo.auto.choice import by_priority_because
 from attnzoo.auto.measurements import Measurement
@@ -17,8 +20,6 @@ from attnzoo.layout import fit
 from attnzoo.spelling import dtype_name
 from attnzoo.tuning.race import ROUNDS
 from attnzoo.tuning.report import TuningReport, table
-from attnzoo.tuning.tuner import clear as forget
-from attnzoo.tuning.tuner import tune as measure
 
 MODEL_HELP = "A model of the benchmarks (see attnzoo bench --help), or the folder of a checkpoint."
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
@@ -45,7 +46,7 @@ def tune(
     if show and model is not None:
         raise InvalidArgumentError("model", f"{model!r} with --show", "none: --show measures nothing")
     if clear:
-        removed = forget()
+        removed = cache.clear()
         print(json.dumps([str(path) for path in removed]) if as_json else f"removed {len(removed)} file(s)")
     if show:
         print(json.dumps(stored_measurements(), indent=2) if as_json else stored_measurements_text())
@@ -59,8 +60,7 @@ def tune(
         return
     print(report)
     print(fit(f"stored in {cache.folder()}"))
-    because = by_priority_because()
-    if because is not None:
+    if because := by_priority_because():
         print(fit(f"note: auto selects by priority nevertheless: {because}"))
 
 
@@ -83,32 +83,24 @@ def _measure(
     for length in lengths:
         loaded, (inputs,) = load_with_passages(name, length, 1)
         loaded.train(train).to(device, _DTYPES[dtype])
-        on_device: dict[str, Any] = {
-            key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()
-        }
-        report = measure(
-            loaded, on_device, again=again, rounds=rounds, progress=lambda text: print(text, file=sys.stderr)
-        )
+        inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
+        report = attnzoo.tune(loaded, inputs, again=again, rounds=rounds, progress=partial(print, file=sys.stderr))
         measurements.update({measurement.key: measurement for measurement in report})
         fresh |= report.fresh
     return TuningReport(measurements.values(), frozenset(fresh))
 
 
 def stored_measurements() -> list[dict[str, Any]]:
-    """Every cache file as plain data."""
-    return [
-        {
-            "file": str(file.path),
-            "problem": file.problem,
-            "environment": file.environment,
-            "measurements": [measurement.to_dict() for measurement in file.measurements.values()],
-        }
-        for file in cache.stored()
-    ]
+    """Return every cache file as plain data for JSON."""
+    data = []
+    for path, environment, stored, problem in cache.stored():
+        measurements = [measurement.to_dict() for measurement in stored.values()]
+        data.append(dict(file=str(path), problem=problem, environment=environment, measurements=measurements))
+    return data
 
 
 def stored_measurements_text() -> str:
-    """Every cache file as text."""
+    """Return every cache file as text."""
     files = cache.stored()
     if not files:
         return fit(f"no measurements in {cache.folder()}; to measure, run: attnzoo tune MODEL")

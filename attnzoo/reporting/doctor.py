@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
 
 import torch
 
@@ -28,16 +27,9 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report.
+    """One line of the report. ``detail`` is a version, or why the thing cannot be used and the remedy."""
 
-    Attributes:
-        kind: ``"machine"``, ``"package"``, ``"backend"``, ``"model"`` or ``"entry point"``.
-        name: name of what was examined.
-        ok: whether it can be used.
-        detail: its version, or why it cannot be used and the remedy.
-    """
-
-    kind: str
+    kind: str  # "machine", "package", "backend", "model" or "entry point"
     name: str
     ok: bool
     detail: str
@@ -46,19 +38,8 @@ class Finding:
 def examine() -> tuple[Finding, ...]:
     """Examine the machine, the packages, every backend and every adapter. Never raises, and changes nothing."""
     unused = (Finding("entry point", name, False, reason) for name, reason in registry.unused_entry_points())
-    return (
-        *_machine(),
-        _cache(),
-        *map(_package, _PACKAGES),
-        *_backends(),
-        *map(_model, registry.model_types()),
-        *unused,
-    )
-
-
-def to_dicts(findings: tuple[Finding, ...]) -> list[dict[str, Any]]:
-    """Return the findings as plain data for JSON."""
-    return [asdict(finding) for finding in findings]
+    models = map(_model, registry.model_types())
+    return (*_machine(), _cache(), *map(_package, _PACKAGES), *_backends(), *models, *unused)
 
 
 def _machine() -> list[Finding]:
@@ -133,7 +114,6 @@ def _model(model_type: str) -> Finding:
         return Finding("model", model_type, False, str(error))
     except BaseException as error:  # transformers imports optional packages, which may be broken
         raise_interrupts(error)
-        reason = f"its code cannot be imported: {type(error).__name__}: {error}"
-        return Finding("model", model_type, False, reason)
+        return Finding("model", model_type, False, f"its code cannot be imported: {type(error).__name__}: {error}")
     names = ", ".join(dict.fromkeys(point.cls.rpartition(":")[2] for point in adapter.points))
     return Finding("model", model_type, True, f"{names}; transformers {adapter.versions}")

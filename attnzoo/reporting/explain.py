@@ -149,7 +149,6 @@ class _Unusable(Backend):
 
 
 def _configure(backend: str | Backend | None, options: Mapping[str, Any]) -> dict[str, Backend]:
-    """The backends to explain, by name."""
     if isinstance(backend, Backend):
         return {backend.name: backend}
     if backend is None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ DEVICES = ("cpu", "cuda")
 
 
 def _first(request: Request, **changes: object) -> Request:
-    """The request with changes to its first segment."""
+    """Change the first segment of a request."""
     first, *rest = request.segments
     return replace(request, segments=(replace(first, **changes), *rest))  # type: ignore[arg-type]
 
@@ -34,7 +35,7 @@ def _key_mask(request: Request) -> Request:
 
 
 def _grouped(request: Request) -> Request:
-    """Half as many key heads as query heads, where the numbers are equal and even."""
+    """Halve the number of key heads if it is even and equals the number of query heads."""
     even = request.heads % 2 == 0
     segments = (
         replace(segment, kv_heads=request.heads // 2) if even and segment.kv_heads == request.heads else segment
@@ -66,9 +67,8 @@ class Module:
     """One kind of attention module of a family.
 
     Attributes:
-        model_type: the family's model type in transformers.
         cls: the name of the module's class.
-        pattern: what it computes, as text.
+        pattern: the attention that it computes, as text.
         requests: what it requests in inference.
         together: what all modules of the same model request.
     """
@@ -83,7 +83,7 @@ class Module:
         return f"{self.model_type}: {self.cls}, {self.pattern}"
 
     def requests_with(self, feature: str, device: str, dtype: torch.dtype) -> tuple[Request, ...]:
-        """What it requests on a device, in a dtype, with a feature."""
+        """Return the requests on a device, in a dtype, with a feature."""
         return tuple(FEATURES[feature](request) for request in _on(self.requests, device, dtype))
 
 
@@ -96,10 +96,8 @@ class Row:
     """One backend at one kind of module.
 
     Attributes:
-        module: the module.
-        backend: the backend's name.
-        options: the options it is configured with here; empty if it needs none.
-        changes: how it changes the module's pattern, as text; empty where it is exact.
+        options: the options that the backend needs here.
+        changes: how the backend changes the module's pattern, as text; empty if it is exact.
         cells: refusals by feature, device and dtype; an empty tuple means it runs.
     """
 
@@ -110,29 +108,37 @@ class Row:
     cells: Mapping[tuple[str, str, torch.dtype], tuple[Refusal, ...]]
 
     def runs(self, feature: str, device: str) -> tuple[torch.dtype, ...]:
-        """The dtypes in which a feature runs on a device."""
+        """Return the dtypes in which a feature runs on a device."""
         return tuple(dtype for dtype in FLOATS if not self.cells[feature, device, dtype])
 
     def reasons(self, feature: str) -> tuple[Refusal, ...]:
-        """Every reason for which a feature is refused, on any device, in any dtype."""
+        """Return every reason for which a feature is refused, on any device, in any dtype."""
         cells = (self.cells[feature, device, dtype] for device in DEVICES for dtype in FLOATS)
         return tuple(dict.fromkeys(reason for reasons in cells for reason in reasons))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        cells = []
+        for (feature, device, dtype), reasons in self.cells.items():
+            place = {"feature": feature, "device": device, "dtype": str(dtype).removeprefix("torch.")}
+            cells.append({**place, "refusals": [asdict(reason) for reason in reasons]})
+        module = {"module": self.module.cls, "pattern": self.module.pattern}
+        return {**module, "backend": self.backend, "options": self.options, "changes": self.changes, "cells": cells}
 
-def families(model_types: tuple[str, ...] = ()) -> dict[str, tuple[Module, ...] | str]:
+
+Families = dict[str, tuple[Module, ...] | str]
+
+
+def families(model_types: tuple[str, ...] = ()) -> Families:
     """Return the kinds of attention modules by model type, or the reason why a family's model cannot be built.
 
-    Args:
-        model_types: the model types; none: all that have an adapter.
-
-    Raises:
-        UnknownNameError: a model type has no adapter.
+    Without ``model_types``: of all model types that have an adapter.
     """
     known = registry.model_types()
     for model_type in model_types:
         if model_type not in known:
             raise UnknownNameError("model_type", model_type, known)
-    modules: dict[str, tuple[Module, ...] | str] = {}
+    modules: Families = {}
     for model_type in model_types or known:
         try:
             modules[model_type] = _modules(model_type)
@@ -160,7 +166,7 @@ def _modules(model_type: str) -> tuple[Module, ...]:
 
 
 def configured(cls: type[Backend], module: Module, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Backend:
-    """Return a backend bound to a module: without options if it needs none there, else with those of its example."""
+    """Return a backend bound to a module, with the options of its example if the module needs options."""
     requests, together = _on(module.requests, device, dtype), _on(module.together, device, dtype)
     if not cls.required_options():
         bare = cls().bind_to_site(requests, together)
@@ -196,3 +202,11 @@ def rows(module: Module) -> tuple[Row, ...]:
     """Return the row of every registered backend that loaded."""
     names = (name for name, info in registry.backends().items() if info.capabilities is not None)
     return tuple(row(registry.backend_class(name), module) for name in names)
+
+
+def matrix_to_dict(families: Families) -> dict[str, Any]:
+    """Return the support matrix as plain data for JSON."""
+    return {
+        name: modules if isinstance(modules, str) else [row.to_dict() for module in modules for row in rows(module)]
+        for name, modules in families.items()
+    }

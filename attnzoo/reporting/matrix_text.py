@@ -10,24 +10,23 @@ from attnzoo.backend import BackendInfo, Capabilities
 from attnzoo.errors import Refusal
 from attnzoo.layout import aligned, fit
 from attnzoo.registry import registry
-from attnzoo.reporting.matrix import DEVICES, FEATURES, Module, Row, rows
+from attnzoo.reporting.matrix import DEVICES, FEATURES, Families, Module, Row, rows
 from attnzoo.spec.segments import FLOATS, Request
 
 _FLAGS = ("key_mask", "mask", "bias_grad", "gqa", "uneven_value_dim", "dropout", "grad", "probabilities", "exact")
 _SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-Families = dict[str, tuple[Module, ...] | str]
 
 LEGEND = """\
 A cell is one module, one backend, and one feature in addition to what the module requests in inference, in float64,
-float32, bfloat16 and float16, on CPU and CUDA. It assumes that every optional package is installed; `attnzoo doctor` shows
-what this machine has. *yes*: the backend runs all of these. Otherwise the cell names the dtypes and devices that run;
-`cuda` means that a CUDA device is required. Tests run what the CPU runs; `make test-cuda` runs the CUDA part on a machine
-with a device. Numbers are the reasons for the rest, listed below the tables. The reasons under *forward* hold for the
-whole row and are not repeated. *(≈)*: the backend changes the pattern of the attention."""
+float32, bfloat16 and float16, on CPU and CUDA. It assumes that every optional package is installed; `attnzoo doctor`
+shows what this machine has. *yes*: the backend runs all of these. Otherwise the cell names the dtypes and devices that
+run; `cuda` means that a CUDA device is required. Tests run what the CPU runs; `make test-cuda` runs the CUDA part on a
+machine with a device. Numbers are the reasons for the rest, listed below the tables. The reasons under *forward* hold
+for the whole row and are not repeated. *(≈)*: the backend changes the pattern of the attention."""
 
 
 def _declarations() -> dict[str, dict[str, object]]:
-    """What each registered backend that loaded declares: by backend, then by the name of the declaration."""
+    """Return the declarations of each registered backend that loaded: by backend, then by name."""
     infos = registry.backends().values()
     return {info.name: _declared(info, info.capabilities) for info in infos if info.capabilities is not None}
 
@@ -45,23 +44,16 @@ def _declared(info: BackendInfo, capabilities: Capabilities) -> dict[str, object
     }
 
 
-class Reasons:
-    """Numbers of refusals, in the order in which they were first printed."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
+class Reasons(dict[str, int]):
+    """Texts of refusals and their numbers, in the order in which they were first printed."""
 
     def number(self, reason: Refusal) -> int:
-        """Return the number of a reason."""
-        return self._numbers.setdefault(str(reason), len(self._numbers) + 1)
-
-    def listed(self) -> Iterable[tuple[int, str]]:
-        """Return numbers and reasons."""
-        return ((number, text) for text, number in self._numbers.items())
+        """Return the number of a reason; a new reason gets the next number."""
+        return self.setdefault(str(reason), len(self) + 1)
 
 
 def _outcomes(row: Row, reasons: Reasons, code: Callable[[str], str]) -> list[tuple[str, str]]:
-    """Per feature: where it runs, and the numbers of the reasons for the rest. ``code`` marks code."""
+    """Return where each feature runs, and the numbers of the reasons for the rest. ``code`` marks code."""
     outcomes = []
     for feature in FEATURES:
         printed = set() if feature == "forward" else set(row.reasons("forward"))
@@ -83,19 +75,19 @@ def _where(cpu: tuple[torch.dtype, ...], cuda: tuple[torch.dtype, ...], code: Ca
 
 
 def _label(row: Row) -> tuple[str, str]:
-    """The backend with the options it needs here, and a mark if it changes the pattern."""
+    """Return the backend with the options it needs here, and a mark if it changes the pattern."""
     options = ", ".join(f"{name}={value!r}" for name, value in row.options.items())
     return f"{row.backend}({options})" if options else row.backend, f" (≈ {row.changes})" if row.changes else ""
 
 
 def _title(module: Module) -> str:
-    """The pattern of a module, and the features that the module itself requests."""
+    """Return the pattern of a module, and the features that the module itself requests."""
 
     def includes(change: Callable[[Request], Request]) -> bool:
         return any(change(request) == request for request in module.requests)
 
     features = [feature for feature, change in FEATURES.items() if feature != "forward" and includes(change)]
-    return f"{module.pattern} (asks for: {', '.join(features)})" if features else module.pattern
+    return f"{module.pattern} (requests: {', '.join(features)})" if features else module.pattern
 
 
 def markdown(families: Families) -> str:
@@ -104,12 +96,17 @@ def markdown(families: Families) -> str:
     def code(text: str) -> str:
         return f"`{text}`"
 
+<<<<<<< HEAD
     lines = [
         "# Support matrix",
         "",
         "`attnzoo matrix --markdown` writes this page from the declarations of adapters and backends.",
         "",
     ]
+=======
+    source = "`attnzoo matrix --markdown` writes this page from the declarations of adapters and backends."
+    lines = ["# Support matrix", "", source, ""]
+>>>>>>> trim_top
     lines += ["## What backends declare", "", *_declared_table(), "", "## What runs where", "", LEGEND, ""]
     reasons = Reasons()
     for model_type, modules in families.items():
@@ -121,26 +118,27 @@ def markdown(families: Families) -> str:
             lines += [f"**{module.cls}**: {_title(module)}", "", *_head(["backend", *FEATURES])]
             for row in rows(module):
                 name, mark = _label(row)
-                lines.append(_line([code(name) + mark, *map("".join, _outcomes(row, reasons, code))]))
+                lines.append(markdown_row([code(name) + mark, *map("".join, _outcomes(row, reasons, code))]))
             lines.append("")
-    lines += ["## Reasons", "", *(f"{number}. {text}" for number, text in reasons.listed())]
+    lines += ["## Reasons", "", *(f"{number}. {text}" for text, number in reasons.items())]
     return "\n".join(lines)
 
 
-def _line(cells: Iterable[str]) -> str:
+def markdown_row(cells: Iterable[str]) -> str:
+    """Return a line of a table in Markdown."""
     return f"| {' | '.join(cells)} |"
 
 
 def _head(cells: list[str]) -> list[str]:
-    return [_line(cells), "|---" * len(cells) + "|"]
+    return [markdown_row(cells), "|---" * len(cells) + "|"]
 
 
 def _declared_table() -> list[str]:
-    """One line per declaration, one column per backend; below it the backends that failed to load."""
+    """Return a table with a line per declaration and a column per backend, then the backends that failed to load."""
     columns = _declarations()
     lines = _head(["", *(f"`{name}`" for name in columns)])
     for key in next(iter(columns.values()), {}):
-        lines.append(_line([key, *(_words(column[key]) for column in columns.values())]))
+        lines.append(markdown_row([key, *(_words(column[key]) for column in columns.values())]))
     broken = (info for info in registry.backends().values() if info.capabilities is None)
     return [*lines, *(f"\n`{info.name}`: {info.reason}" for info in broken)]
 
@@ -164,8 +162,8 @@ def text(families: Families) -> str:
             title = f"{module.model_type}: {module.cls}, {_title(module)}"
             parts.append(fit(title) + "\n" + aligned(lines, indent=2))
     parts.append(aligned([[LEGEND.translate(dict.fromkeys(map(ord, "*`")))]]))
-    if listed := [(f"{number}.", reason) for number, reason in reasons.listed()]:
-        parts.append(aligned(listed))
+    if reasons:
+        parts.append(aligned((f"{number}.", reason) for reason, number in reasons.items()))
     return "\n\n".join(parts)
 
 
@@ -177,7 +175,7 @@ def _declared_text(name: str, declared: dict[str, object]) -> str:
 
 
 def _row_text(row: Row, reasons: Reasons) -> list[tuple[str, str]]:
-    """The backend, then one line per outcome with the features that have it."""
+    """Return the backend, then one line per outcome with the features that have it."""
     name, mark = _label(row)
     outcomes: dict[str, list[str]] = {}
     for feature, (where, note) in zip(FEATURES, _outcomes(row, reasons, str), strict=True):

@@ -34,20 +34,11 @@ ROWS = 64
 def race(
     attention: Attention, backends: Sequence[Backend], *, grad: bool, rounds: int = ROUNDS, clock: Clock | None = None
 ) -> dict[str, Outcome]:
-    """Time backends on an attention. They take turns; a time is the median of ``rounds`` samples, without warm-up.
+    """Time backends on an attention whose tensors are leaves. ``grad``: time forward and backward, else the forward.
 
-    A backend that fails the error rule on sampled rows, or raises, is marked as wrong and not timed. A backend that
-    runs out of memory is not timed, but not marked as wrong.
-
-    Args:
-        attention: the attention to compute. Its tensors are leaves; those that require grad get gradients.
-        backends: the backends that support the attention's request.
-        grad: time forward and backward; else the forward without gradients.
-        rounds: samples per backend.
-        clock: returns seconds; None: ``time.perf_counter``.
-
-    Returns:
-        One :class:`Outcome` per backend, by name.
+    Backends take turns; a time is the median of ``rounds`` samples, without warm-up. A backend that fails the error
+    rule on sampled rows, or raises, is marked as wrong and not timed. A backend that runs out of memory is not timed,
+    but not marked as wrong. The result has one :class:`Outcome` per backend, by name.
     """
     tick = time.perf_counter if clock is None else clock
     outcomes: dict[str, Outcome] = {}
@@ -63,7 +54,7 @@ def race(
         try:
             start = tick()
             kernel = step()
-            _wait(attention.query.device)
+            synchronize(attention.query.device)
             first = tick() - start
             wrong = _wrong(backend, attention, grad)
         except Exception as error:  # a backend may raise anything
@@ -81,7 +72,7 @@ def race(
 
 
 def dense_bytes(attention: Attention, grad: bool) -> int:
-    """Roughly, the bytes that plain operations need."""
+    """Estimate the bytes that plain operations need."""
     keys = sum(segment.kv_len for segment in attention.segments)
     grid = attention.batch * attention.heads * attention.q_len * keys * attention.query.itemsize
     return grid * (GRIDS + (GRIDS_KEPT if grad else 0))
@@ -100,13 +91,13 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _wrong(backend: Backend, attention: Attention, grad: bool) -> str:
-    """The checks that fail the error rule, as text; empty if none does."""
+    """Return the checks that fail the error rule, as text."""
     report = check_attention("tune", attention, backend, grad=grad, max_rows=ROWS)
     return "; ".join(str(check) for check in report.checks if not check.ok)
 
 
 def _step(backend: Backend, attention: Attention, grad: bool) -> Callable[[], str]:
-    """A function that runs the attention as a model does, and returns the kernel that ran."""
+    """Return a function that runs the attention as a model does, and returns the kernel that ran."""
     leaves = tuple({id(tensor): tensor for tensor in attention.tensors() if tensor.requires_grad}.values())
     shape = (attention.batch, attention.heads, attention.q_len, attention.value_dim)
     cotangent = torch.ones(shape, dtype=attention.query.dtype, device=attention.query.device)
@@ -124,18 +115,18 @@ def _step(backend: Backend, attention: Attention, grad: bool) -> Callable[[], st
 def _times(
     runs: dict[str, Callable[[], str]], device: torch.device, rounds: int, tick: Clock
 ) -> dict[str, float | Exception]:
-    """Median seconds of one run, by name; or the exception that a run raised. The other backends go on."""
+    """Return the median seconds of one run, by name; or the exception that a run raised. Other backends go on."""
     failed: dict[str, float | Exception] = {}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     counts = dict.fromkeys(runs, 1)
 
     def sample(name: str) -> float | None:
         try:
-            _wait(device)
+            synchronize(device)
             start = tick()
             for _ in range(counts[name]):
                 runs[name]()
-            _wait(device)
+            synchronize(device)
             return (tick() - start) / counts[name]
         except Exception as error:
             failed[name] = error
@@ -156,6 +147,7 @@ def _times(
     return failed | {name: statistics.median(times) for name, times in samples.items()}
 
 
-def _wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

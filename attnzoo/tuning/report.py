@@ -34,7 +34,7 @@ class TuningReport(tuple[Measurement, ...]):
 
 
 def table(measurement: Measurement, remark: str = "") -> str:
-    """One measurement as a table: times of the backends, fastest first; then the backends without a time, and why."""
+    """Return a measurement as a table: times of the backends, fastest first; then backends without a time, and why."""
     request = measurement.request
     head = f"{measurement.where}: {request.get('dtype')}, {request.get('heads')} heads x {request.get('head_dim')}, "
     lines = [f"{head}{measurement.size}, {measurement.mode}{remark}"]

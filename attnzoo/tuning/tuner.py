@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ from attnzoo.tuning.report import TuningReport
 
 
 class ObservedAttention(NamedTuple):
-    """An attention that a model computed; the first one of its request, size class and environment."""
+    """The first attention of a request, size class and environment that a model computed."""
 
     request: Request
     size: SizeClass
@@ -116,15 +115,6 @@ def tune(
             measurements.append(measurement)
             fresh.add(measurement.key)
     return TuningReport(measurements, frozenset(fresh))
-
-
-def clear() -> list[Path]:
-    """Delete all measurements, in this process and in every cache file; return the removed files.
-
-    Raises:
-        CacheError: a file cannot be removed.
-    """
-    return cache.clear()
 
 
 def _observe_model(

@@ -15,15 +15,10 @@ LENGTH = 256
 
 
 def excerpt(inputs: Mapping[str, Any], length: int = LENGTH) -> dict[str, Any]:
-    """The first real tokens of the sample with the most real tokens.
+    """Return the first ``length`` real tokens of the sample with the most real tokens.
 
-    Args:
-        inputs: arguments of a model's forward: scalars, and tensors ``(batch, length)`` or ``(batch, length, dim)``.
-            Names of decoder arguments begin with ``decoder_``; if there are any, ``labels`` belong to the decoder.
-        length: the largest number of tokens to keep, of the encoder and of the decoder.
-
-    Raises:
-        InvalidArgumentError: an argument is a tensor of another shape, or an object that holds tensors (a cache).
+    Inputs are scalars, and tensors ``(batch, length)`` or ``(batch, length, dim)``. Names of decoder arguments begin
+    with ``decoder_``; if there are any, ``labels`` belong to the decoder. Other objects, such as caches, are refused.
     """
     has_decoder = any(name.startswith("decoder_") for name in inputs)
     mask = _mask(inputs, "attention_mask")
@@ -34,8 +29,8 @@ def excerpt(inputs: Mapping[str, Any], length: int = LENGTH) -> dict[str, Any]:
             cut[name] = value
             continue
         if not isinstance(value, Tensor) or value.ndim not in (2, 3):
-            got = describe(value)
-            raise InvalidArgumentError(f"inputs[{name!r}]", got, "with fast=True: a tensor (batch, length[, dim])")
+            allowed = "with fast=True: a tensor (batch, length[, dim])"
+            raise InvalidArgumentError(f"inputs[{name!r}]", describe(value), allowed)
         of_decoder = name.startswith("decoder_") or (has_decoder and name == "labels")
         mask = _mask(inputs, "decoder_attention_mask" if of_decoder else "attention_mask")
         start = 0 if mask is None else int(torch.argmax((mask[sample] != 0).int()))

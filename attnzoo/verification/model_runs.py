@@ -18,12 +18,8 @@ GRADIENT = "gradient of all parameters"
 def cast(value: Any, dtype: torch.dtype | None) -> Any:
     """Copy arguments of a forward with their floating-point tensors in a dtype, in dicts, lists and tuples, too.
 
-    The lowest number of a dtype, which hides tokens, becomes the lowest number of the new dtype. Other objects, such as
-    caches, are deep-copied, because the forward fills them.
-
-    Args:
-        value: arguments of a forward.
-        dtype: dtype of the copies; None: each tensor keeps its dtype.
+    Without a dtype, each tensor keeps its dtype. The lowest number of a dtype, which hides tokens, becomes the lowest
+    number of the new dtype. Other objects, such as caches, are deep-copied, because the forward fills them.
     """
     if isinstance(value, Tensor):
         if dtype is None or not value.is_floating_point() or value.dtype == dtype:
@@ -38,12 +34,7 @@ def cast(value: Any, dtype: torch.dtype | None) -> Any:
 
 
 def run_model(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    gradients: bool,
-    seed: int,
-    inference: bool = False,
-    graph: bool = False,
+    model: nn.Module, inputs: dict[str, Any], gradients: bool, seed: int, inference: bool = False, graph: bool = False
 ) -> dict[str, Tensor]:
     """Run a model; return its outputs on real tokens by name, and the gradient of a random function of them.
 
@@ -52,9 +43,6 @@ def run_model(
     would fail. To compare one parameter, freeze the others.
 
     Args:
-        model: the model, in eval mode.
-        inputs: arguments of its forward.
-        gradients: whether to compute the gradient.
         seed: seed of the random function and of the model's random numbers.
         inference: take the outputs from a separate forward without gradients, which may run other code.
         graph: if no gradient is computed, enable gradients in the forward nevertheless.
@@ -75,7 +63,7 @@ def run_model(
 
 
 def gradient_of(outputs: Iterable[Tensor], leaves: list[Tensor], seed: int) -> Tensor:
-    """The gradient of a random linear function of outputs with respect to some tensors, as one vector."""
+    """Return the gradient of a random linear function of outputs with respect to ``leaves``, as one vector."""
     generator = torch.Generator().manual_seed(seed)
 
     def weights(output: Tensor) -> Tensor:
@@ -83,12 +71,8 @@ def gradient_of(outputs: Iterable[Tensor], leaves: list[Tensor], seed: int) -> T
 
     with torch.enable_grad():
         total = sum((output * weights(output)).sum() for output in outputs)
-    grads = torch.autograd.grad(total, leaves, allow_unused=True)  # type: ignore[arg-type]
-    flat = [
-        (torch.zeros_like(tensor) if grad is None else grad).flatten()
-        for tensor, grad in zip(leaves, grads, strict=True)
-    ]
-    return torch.cat(flat)
+    grads = torch.autograd.grad(total, leaves, materialize_grads=True)  # type: ignore[arg-type]
+    return torch.cat([grad.detach().flatten() for grad in grads])
 
 
 def _outputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -102,9 +86,8 @@ def _outputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
             real = real_tokens(inputs, has_decoder and not name.startswith("encoder"), output)
             outputs[name] = output if real is None else output[real]
     if not outputs:
-        raise InvalidArgumentError(
-            "inputs", f"{sorted(inputs)}, for which the model returns no tensor", "a real forward"
-        )
+        got = f"{sorted(inputs)}, for which the model returns no tensor"
+        raise InvalidArgumentError("inputs", got, "arguments for which the model returns a tensor")
     return outputs
 
 
@@ -114,7 +97,7 @@ def _has_decoder(model: nn.Module) -> bool:
 
 
 def real_tokens(inputs: Mapping[str, Any], decoder: bool, output: Tensor) -> Tensor | None:
-    """Which rows ``(batch, length)`` of an output belong to real tokens; None if the inputs have no mask for them.
+    """Return which rows ``(batch, length)`` of an output are real tokens; None if the inputs have no mask for them.
 
     Rows of a decoder count only if their sample has a source to attend to.
     """
@@ -131,7 +114,7 @@ def real_tokens(inputs: Mapping[str, Any], decoder: bool, output: Tensor) -> Ten
 
 
 def rows_of_modules(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[str, Tensor], Tensor | None]:
-    """A function of a module's name and output ``(batch, length, ...)`` that returns which rows are real tokens.
+    """Return a function of a module's name and output ``(batch, length, ...)`` that returns which rows are real tokens.
 
     Models pad their inputs at the end, to a multiple of a block: rows beyond the mask are padding.
     """
@@ -141,9 +124,8 @@ def rows_of_modules(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[st
     def rows(name: str, output: Tensor) -> Tensor | None:
         decoder = has_decoder and any(name.startswith(f"{prefix}.") for prefix in decoders)
         prefix = "decoder_" if decoder else ""
-        ids = next(
-            (x for key in ("input_ids", "inputs_embeds") if isinstance(x := inputs.get(prefix + key), Tensor)), None
-        )
+        values = (inputs.get(prefix + key) for key in ("input_ids", "inputs_embeds"))
+        ids = next((value for value in values if isinstance(value, Tensor)), None)
         if output.ndim < 2 or ids is None or output.shape[0] != ids.shape[0] or output.shape[1] < ids.shape[1]:
             return None
         real = real_tokens(inputs, decoder, output[:, : ids.shape[1]])

@@ -31,7 +31,7 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
     def cast(self, dtype: torch.dtype | None) -> Call:
-        """A copy with floating-point tensors in a dtype; None: each tensor keeps its dtype."""
+        """Return a copy with floating-point tensors in a dtype; None: each tensor keeps its dtype."""
         return Call(cast(self.args, dtype), cast(self.kwargs, dtype))
 
 
@@ -47,9 +47,8 @@ def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Call]
         if name not in calls:
             calls[name] = Call(args, kwargs).cast(None)
 
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(partial(record, name), with_kwargs=True) for name in names
-    ]
+    modules = {name: model.get_submodule(name) for name in names}
+    handles = [m.register_forward_pre_hook(partial(record, name), with_kwargs=True) for name, m in modules.items()]
     try:
         yield calls
     finally:
@@ -61,11 +60,8 @@ class ModuleRuns:
     """Runs of modules on recorded calls.
 
     Args:
-        calls: the recorded call of each module, by name.
         random_choices: by name, the keyword arguments that make each call repeat the module's random choices.
         real_rows: by name and output ``(batch, length, ...)``, which rows belong to real tokens; None: all of them.
-        gradients: compare gradients, too.
-        seed: seed of the random function whose gradient is computed.
     """
 
     def __init__(
@@ -95,12 +91,7 @@ class ModuleRuns:
             self._eager[name] = self._run(model, name, None, "eager")
 
     def reports(self, model: nn.Module, dtype: torch.dtype) -> tuple[AttentionReport, ...]:
-        """Compare the own code of each module with the oracle.
-
-        Args:
-            model: the unpatched model in float64.
-            dtype: the dtype whose roundings set the budget.
-        """
+        """Compare the own code of each module with the oracle, in a float64 ``model``. ``dtype`` sets the budgets."""
         return tuple(AttentionReport(name, "native", self._checks(model, name, dtype)) for name in self._own)
 
     def _checks(self, model: nn.Module, name: str, dtype: torch.dtype) -> tuple[error_rule.Check, ...]:

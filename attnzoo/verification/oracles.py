@@ -18,13 +18,7 @@ from attnzoo.spec.segments import Attention, Result
 
 @dataclass(frozen=True, eq=False)
 class RewritingOracle(Backend):
-    """Plain operations on each attention as another backend rewrites it.
-
-    Attributes:
-        backend: the backend that rewrites.
-        random_choices: its choices, call by call.
-        plain: the backend with the plain operations.
-    """
+    """Run plain operations on each attention as another backend rewrites it, with its random choices call by call."""
 
     __eq__ = object.__eq__  # backends compare by options, and two oracles have the same options at different calls
     __hash__ = object.__hash__
@@ -43,11 +37,9 @@ class RewritingOracle(Backend):
 def oracles(
     approximate: Mapping[str, tuple[Backend, list[object]]], plain: Backend | None = None
 ) -> dict[str, str | Backend]:
-    """The oracle for each site of a model, by glob over site names, as :func:`attnzoo.patch` takes it.
+    """Return the oracle for each site of a model, by glob over site names, to pass to :func:`attnzoo.patch`.
 
-    Args:
-        approximate: by site, the backend that may change the pattern, and its random choices call by call.
-        plain: the backend with the plain operations; None: ``eager``.
+    ``approximate`` has, by site, the backend that may change the pattern, and its random choices call by call.
     """
     plain = EagerBackend() if plain is None else plain
     rewriting: dict[str, str | Backend] = {

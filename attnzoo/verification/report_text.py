@@ -14,18 +14,17 @@ _LEGEND = "of budget: the largest error divided by the allowed error; original: 
 
 
 def text(reports: Sequence[Report]) -> str:
-    """A table of the worst checks, then every failed check with its numbers, remarks, and the verdict."""
+    """Return a table of the worst checks, then every failed check with its numbers, remarks, and the verdict."""
     first = reports[0]
     sites = [site for report in reports for site in report.sites]
-    ours = dict(_named(sites))
-    own = dict(_named(site for report in reports for site in report.original_sites))
+    originals = dict(_named(site for report in reports for site in report.original_sites))
     kernels = {name: "+".join(dict.fromkeys(site.kernel for site in group)) for name, group in _by_name(sites).items()}
-    rows = [(_share(ours[name]), _share(own.get(name, [])), kernels[name], name) for name in ours]
+    rows = [(_share(checks), _share(originals.get(name, [])), kernels[name], name) for name, checks in _named(sites)]
     whole = _by_what(check for report in reports for check in report.end_to_end)
     original = _by_what(check for report in reports for check in report.original)
     rows += [(_share(checks), _share(original.get(what, [])), "", what) for what, checks in whole.items()]
     lines = [aligned([_HEADER, *rows]), fit(_LEGEND)]
-    lines += _failures(reports)
+    lines += _failures(reports, sites)
     lines += [fit(line) for line in _remarks(first, sites)]
     return "\n".join([*lines, fit(_verdict(reports))])
 
@@ -33,7 +32,7 @@ def text(reports: Sequence[Report]) -> str:
 def _verdict(reports: Sequence[Report]) -> str:
     name, within = reports[0].backend, sum(report.ok for report in reports)
     if not all(report.sites for report in reports):
-        return f"backend {name!r}: NOT shown to be within the error rule: no attention of it ran"
+        return f"backend {name!r}: NOT shown to be within the error rule: none of its attentions ran"
     many = len(reports) > 1
     if within == len(reports):
         return f"backend {name!r}: within the error rule{f' on all {within} passages' if many else ''}"
@@ -41,11 +40,11 @@ def _verdict(reports: Sequence[Report]) -> str:
     return f"backend {name!r}: NOT within the error rule{missed}"
 
 
-def _failures(reports: Sequence[Report]) -> list[str]:
-    """A line for each failed comparison, with the numbers of its worst passage."""
+def _failures(reports: Sequence[Report], sites: Sequence[AttentionReport]) -> list[str]:
+    """Return a line for each failed comparison, with the numbers of its worst passage."""
     lines = []
     for title, checks in (
-        *((site, checks) for site, checks in _named(s for r in reports for s in r.sites)),
+        *_named(sites),
         ("model", [check for report in reports for check in report.end_to_end]),
         *((f"original {site}", checks) for site, checks in _named(s for r in reports for s in r.original_sites)),
         ("original model", [check for report in reports for check in report.original]),
@@ -74,7 +73,7 @@ def _remarks(report: Report, sites: Sequence[AttentionReport]) -> list[str]:
 
 
 def _named(sites: Iterable[AttentionReport]) -> list[tuple[str, list[Check]]]:
-    return [(name, _checks(group)) for name, group in _by_name(sites).items()]
+    return [(name, [check for site in group for check in site.checks]) for name, group in _by_name(sites).items()]
 
 
 def _by_name(sites: Iterable[AttentionReport]) -> dict[str, list[AttentionReport]]:
@@ -83,10 +82,6 @@ def _by_name(sites: Iterable[AttentionReport]) -> dict[str, list[AttentionReport
 
 def _by_what(checks: Iterable[Check]) -> dict[str, list[Check]]:
     return {group[0].what: group for group in group_by(checks, lambda check: check.what)}
-
-
-def _checks(sites: Iterable[AttentionReport]) -> list[Check]:
-    return [check for site in sites for check in site.checks]
 
 
 def _share(checks: Sequence[Check]) -> str:

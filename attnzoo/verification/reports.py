@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -49,14 +49,11 @@ class Report:
         return {
             "backend": self.backend,
             "ok": self.ok,
-            "sites": [_plain_site(site) for site in self.sites],
-            "end_to_end": [_plain(check) for check in self.end_to_end],
-            "original": [_plain(check) for check in self.original],
-            "original_sites": [_plain_site(site) for site in self.original_sites],
-            "fault": self.fault,
-            "note": self.note,
-            "changed": self.changed,
-            "distance": dict(self.distance),
+            **asdict(self),
+            "sites": _plain_sites(self.sites),
+            "end_to_end": _plain_checks(self.end_to_end),
+            "original": _plain_checks(self.original),
+            "original_sites": _plain_sites(self.original_sites),
         }
 
     def __str__(self) -> str:
@@ -67,11 +64,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Passages:
-    """Reports on several passages, for one model. Prints as one table with the worst passage of each site.
-
-    Attributes:
-        reports: one report per passage, at least one.
-    """
+    """Reports on several passages, at least one. Prints as one table with the worst passage of each site."""
 
     reports: tuple[Report, ...]
 
@@ -91,10 +84,9 @@ class Passages:
         return text(self.reports)
 
 
-def _plain_site(site: AttentionReport) -> dict[str, Any]:
-    checks = [_plain(check) for check in site.checks]
-    return {"name": site.name, "kernel": site.kernel, "ok": site.ok, "recall": site.recall, "checks": checks}
+def _plain_sites(sites: Iterable[AttentionReport]) -> list[dict[str, Any]]:
+    return [{**asdict(site), "ok": site.ok, "checks": _plain_checks(site.checks)} for site in sites]
 
 
-def _plain(check: Check) -> dict[str, Any]:
-    return {**asdict(check), "ok": check.ok}
+def _plain_checks(checks: Iterable[Check]) -> list[dict[str, Any]]:
+    return [{**asdict(check), "ok": check.ok} for check in checks]

@@ -230,9 +230,9 @@ class _PatchedRun:
             self.approximate.setdefault(site.name, (backend, []))[1].append(backend.decisions(attention))
 
     def notes(self, in_float64: list[str]) -> Iterator[str]:
-        """What was not compared, or compared in another way, and why."""
+        """Yield what was not compared, or compared in another way, and why."""
         if self._gradients and self._fast:
-            yield "a fast look: no gradients end to end"
+            yield "fast: no gradients end to end"
         elif self._gradients and not self._trainable:
             yield "gradients are compared per attention only: this model's backward works in training mode only"
         if in_float64:

@@ -63,8 +63,11 @@ def test_backward_reaches_inputs_and_parameters():
     assert states.grad is None and all(parameter.grad is None for parameter in subject.module.parameters())
 
 
-def test_projections_are_those_of_the_module():
+@pytest.mark.parametrize("backend", [None, "sdpa"])
+def test_projections_are_those_of_the_module(backend):
     subject = build(replace(CASE, scope="attention"))
+    if backend is not None:
+        subject.patch(backend)
     projections = Projections(subject)
     assert len(projections._calls) == 6  # query, key, value, and the same three for global tokens
     projections.step()
@@ -79,12 +82,6 @@ def test_states_get_gradients_in_training_and_in_its_projections(family, train):
     # states.
     subject = build(Case(family, "attention", 512, 1, "float32", "cpu", 1, train))
     assert [states.ndim for states in subject.inputs] == ([3] if train else [])
-    assert {x.requires_grad for *_, x in Projections(subject)._calls} == {train}
+    assert {x.requires_grad for _, _, x, _ in Projections(subject)._calls} == {train}
     subject.step()
     assert all((states.grad != 0).any() for states in subject.inputs)
-
-
-def test_projections_of_a_patched_module_are_those_that_run():
-    subject = build(replace(CASE, scope="attention", train=False))
-    subject.patch("sdpa")
-    assert len(Projections(subject)._calls) == 6  # query, key, value, and the same three for global tokens

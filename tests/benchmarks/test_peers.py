@@ -133,7 +133,7 @@ def test_crashing_peer_fails_only_its_row(attention):
 def test_unsupported_length_has_a_row(attention):
     install()
     row = row_of(attention(seq_lens=(44,)), PACKAGE)
-    assert row.status == "skipped" and row.reason == "takes only multiples of 8 tokens"
+    assert row.status == "skipped" and row.reason == "supports only multiples of 8 tokens"
 
 
 @pytest.mark.parametrize("values", [{"scope": "model"}, {"scope": "module"}, {"peers": False}])
@@ -167,11 +167,11 @@ def test_importing_the_benchmarks_imports_no_peer():
 def test_command_turns_peers_off(monkeypatch):
     plans: list[ShootoutPlan] = []
 
-    def stop(plan):
+    def stop(plan, progress):
         plans.append(plan)
         raise typer.Exit
 
-    monkeypatch.setattr(cli, "_run", stop)
+    monkeypatch.setattr(cli, "run", stop)
     for option in ([], ["--peers"], ["--no-peers"]):
         invoke_bench("--model", "tiny", "--scope", "attention", *option)
     assert [plan.peers for plan in plans] == [None, True, False]

@@ -31,13 +31,13 @@ def test_command_of_a_table_has_the_same_plan(path, monkeypatch):
     class Planned(Exception):
         pass
 
-    def stop(plan):
+    def stop(plan, progress):
         raise Planned(plan)
 
     result = Shootout.read(path)
     if result.plan["device"] != "cpu":
         pytest.skip(f"the plan needs a {result.plan['device']} device")
-    monkeypatch.setattr(cli, "_run", stop)
+    monkeypatch.setattr(cli, "run", stop)
     ran = invoke_bench(*shlex.split(summary.command(result))[2:])
     assert isinstance(ran.exception, Planned), ran.output
     defaults = json.loads(json.dumps(asdict(ShootoutPlan())))  # for fields that are younger than the file

@@ -42,7 +42,7 @@ def models():
 
 
 def look_at(distribution):
-    """What doctor reports of a package. Not of backends, which keep what they have found."""
+    """Examine one package. Backends are not examined, because they remember whether their packages load."""
     (package,) = [package for package in doctor._PACKAGES if package[0] == distribution]
     return doctor._package(package)
 

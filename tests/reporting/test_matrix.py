@@ -1,5 +1,6 @@
 """Each cell of the support matrix runs and agrees with the oracle, or refuses with a reason."""
 
+import json
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -221,6 +222,20 @@ def test_both_formats_have_the_same_reasons():
     assert "### `led`" in markdown and "### `longt5`" not in markdown
     for name in ("LEDEncoderSelfAttention", "LEDDecoderAttention", reason, *attnzoo.backends()):
         assert name in markdown and name in table
+
+
+def test_json_has_the_refusals_of_every_cell():
+    rows = json.loads(run("gpt_neox", "--json"))["gpt_neox"]
+    assert [row["backend"] for row in rows] == sorted(attnzoo.backends())
+    for row in rows:
+        assert row["module"] == "GPTNeoXAttention" and row["pattern"]
+        assert len(row["cells"]) == len(matrix.FEATURES) * len(matrix.DEVICES) * len(FLOATS)
+    assert not any(cell["refusals"] for row in rows for cell in row["cells"] if row["backend"] == "eager")
+    flash = next(row for row in rows if row["backend"] == "flash_attention_2")
+    cell = dict(feature="forward", device="cuda", dtype="float64")
+    assert {**cell, "refusals": [dict(field="dtype", got="float64", allowed="bfloat16, float16")]} in flash["cells"]
+    with pytest.raises(attnzoo.InvalidArgumentError, match="format: got --json and --markdown; allowed: one of the"):
+        CliRunner().invoke(cli.app, ["matrix", "--json", "--markdown"], catch_exceptions=False)
 
 
 def test_an_unknown_family_raises_with_a_suggestion():
