@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Patch:
-    """What the forwards of one patch share. Holds no module strongly, because every patched module holds its forward.
+    """The shared part of the forwards of one patch. Holds modules weakly, because a patched module holds its forward.
 
     Attributes:
         number: grows with each patch of the process.
@@ -141,10 +141,6 @@ class PatchedForward(slots.Replacement):
     each call computes with the weights of that module.
 
     Attributes:
-        patch: what all forwards of the patch share.
-        plan: which backend serves the site, and how.
-        site: what ran.
-        point: the patch point of the module.
         native: whether every call runs the model's own code.
         fallback: whether calls that the backend refuses run the model's own code.
         removed: whether the patch was removed.
