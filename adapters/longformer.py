@@ -119,7 +119,7 @@ class LongformerAttention(PatchPoint):
         sample, number = once(is_index_global_attn, "places", lambda _: valid.nonzero(as_tuple=True))
         rows = merge_heads(result.output)[sample, number].to(output.dtype)
         places = (sample, positions[sample, number])
-        # A backward may need the output as it is. Without gradients, writing in place saves a copy of all rows.
+        # A backward may need the unchanged output. Without gradients, writing in place saves a copy of all rows.
         output = output.index_put(places, rows) if torch.is_grad_enabled() else output.index_put_(places, rows)
         if local.dropped is None or result.dropped is None:
             return (output,)

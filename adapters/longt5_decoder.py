@@ -142,7 +142,7 @@ class DecoderCrossAttention(DecoderSelfAttention):
 
 
 def _sum(query: Tensor, key: Tensor, bias: Bias, rest: DenseBias) -> DenseBias:
-    """Add a bias to what the user's additive mask adds."""
+    """Return the sum of a bias and the values of the user's additive mask."""
     batch, heads, q_len, _ = query.shape
     rows, columns = (torch.arange(n, device=query.device) for n in (q_len, key.shape[2]))
     dense = Segment(key, key, bias=bias).bias_at(rows, columns, q_len, batch, heads)

@@ -99,7 +99,7 @@ class Refusal:
 
 
 class BackendRefusedError(AttnzooError, NotImplementedError):
-    """The requested backend cannot run what was requested, and no other backend was used in its place.
+    """The requested backend cannot run a request, and attnzoo tried no other backend.
 
     Attributes:
         backend: name of the backend.

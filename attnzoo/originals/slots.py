@@ -57,7 +57,7 @@ def put(module: nn.Module, forward: Callable[..., Any]) -> None:
 
 
 def take_back(module: nn.Module, replacement: Callable[..., Any], original: Callable[..., Any] | None) -> None:
-    """Replace the replacement by the original forward: what :func:`current` returned before the replacement.
+    """Restore the forward that :func:`current` returned before the replacement.
 
     None stands for the forward of the class; the attribute ``forward`` is then deleted.
     """

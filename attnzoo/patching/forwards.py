@@ -1,4 +1,4 @@
-"""The forward that sits in a patched module, and what it computes attentions with."""
+"""The forward of a patched module, and the object with which it computes attentions."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ class PatchedForward(slots.Replacement):
         vars(twin).update(vars(self))
         root, target = self.patch.root(), self.plan.target
         whole = root is not None and id(root) in memo
-        # The copy of a whole model has a patch with counts of its own. The copy of a part may be put into the model, as
+        # The copy of a whole model has a patch with separate counts. The copy of a part may be put into the model, as
         # PEFT does: its calls count at the original's site, and it belongs to the original's patch.
         key = (Patch, self.patch.number)
         if key not in memo:

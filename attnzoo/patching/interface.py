@@ -73,7 +73,7 @@ class InterfacePoint(PatchPoint):
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Do what an attention function of transformers does.
+        """Compute attention as an attention function of transformers does.
 
         Args:
             module, attend: as for :meth:`PatchPoint.forward`.
@@ -127,7 +127,7 @@ class _AttentionFunctions:
                 refuse_uncomputed(kwargs, also=parameters(original), known=self._computed)
                 return self._point.compute(module, self._attend, name, *args, **{**kwargs, **self._more})
             except (BackendRefusedError, KeywordRefusedError):
-                # The module's cache is filled by now: what falls back is the attention function, not the forward.
+                # The module's cache is filled by now, so only the attention function falls back, not the forward.
                 if not self._attend.falls_back():
                     raise
                 return original(module, *args, **self._point.original_arguments(kwargs))

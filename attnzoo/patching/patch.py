@@ -111,7 +111,7 @@ def is_patched(model: nn.Module) -> bool:
 
 
 def handle(model: nn.Module) -> Handle:
-    """Return the handle of the last patch of a model. A deep copy of a patched model has its own.
+    """Return the handle of the last patch of a model. A deep copy of a patched model has a separate handle.
 
     Args:
         model: a patched model.

@@ -26,7 +26,7 @@ from attnzoo.spec.transforms import transforms_around
 
 @dataclass(frozen=True)
 class NativeBackend(Backend):
-    """The model's own code. It serves every site, and runs inside the module: no attention is handed to it."""
+    """The model's own code. It serves every site, and runs inside the module, so it computes no :class:`Attention`."""
 
     name: ClassVar[str] = "native"
 
@@ -142,7 +142,7 @@ def changes_of(backend: Backend, requests: Sequence[Request], anywhere: bool = F
 
 
 def check_plans(plans: Sequence[SitePlan], allow_refusals: bool = False) -> None:
-    """Raise what prevents a patch, if anything does.
+    """Raise the error that prevents a patch, if there is one.
 
     Raises:
         PatchError: the first obstacle.
