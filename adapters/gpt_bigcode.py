@@ -34,13 +34,7 @@ from attnzoo.adapter import Adapter, Attend, Forward, PatchPoint, request_for
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.functional import compute_dtype
 from attnzoo.patching.interface import InterfacePoint
-from attnzoo.patching.mask_arguments import (
-    CROSS_VISIBILITY,
-    DECODER_MASK,
-    MaskArguments,
-    MaskCheckPoint,
-    check_visibility,
-)
+from attnzoo.patching.mask_arguments import CROSS_VISIBILITY, DECODER_MASK, MaskCheckPoint, check_visibility
 from attnzoo.spec.heads import merge_heads, split_heads
 from attnzoo.spec.patterns import Causal, Full
 from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest, describe
@@ -53,9 +47,7 @@ class ModelMasks(MaskCheckPoint):
     """The model without cross-attention, whose attention mask is checked."""
 
     cls = f"{_MODULE}:GPTBigCodeModel"
-
-    def masks(self, module: Any) -> MaskArguments:
-        return {"attention_mask": DECODER_MASK}
+    masks = {"attention_mask": DECODER_MASK}
 
 
 class CrossModelMasks(ModelMasks):
@@ -65,6 +57,7 @@ class CrossModelMasks(ModelMasks):
     """
 
     verified = {f"{_MODULE}:GPTBigCodeModel.forward": ("19f5b50c3ae23f0f",)}
+    masks = {"attention_mask": DECODER_MASK, _MASK: CROSS_VISIBILITY}
 
     def serves(self, module: Any) -> bool:
         # A replaced forward is refused here, not left alone: 2-D masks would fail in it.
@@ -72,9 +65,6 @@ class CrossModelMasks(ModelMasks):
 
     def describe(self, module: Any) -> str:
         return "prepares the encoder mask"
-
-    def masks(self, module: Any) -> MaskArguments:
-        return {"attention_mask": DECODER_MASK, _MASK: CROSS_VISIBILITY}
 
 
 class _Attention(PatchPoint):
@@ -178,9 +168,7 @@ class CrossAttention(_Attention):
         return module.resid_dropout(output), None if result.dropped is None else result.dropped[0]
 
 
-def _keys_values(
-    module: Any, hidden_states: Tensor, encoder_states: Tensor | None, cache: Any
-) -> tuple[Tensor, Tensor]:
+def _keys_values(module: Any, states: Tensor, encoder_states: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
     """Return keys and values ``(batch, kv_heads, encoder_length, head_dim)``, through the cross half of a cache."""
     filled = getattr(cache, "is_updated", None)
     if cache is not None and filled is None:
@@ -190,7 +178,7 @@ def _keys_values(
         return layer.keys, layer.values
     if encoder_states is None:
         raise InvalidArgumentError("encoder_hidden_states", "None", "the encoder's states, or a cache filled with them")
-    _check_states(encoder_states, hidden_states)
+    _check_states(encoder_states, states)
     both = split_heads(module.c_attn(encoder_states), 2 * module.head_dim)
     key, value = both.split(module.head_dim, dim=-1)
     if filled is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from attnzoo.adapter import Adapter, request_for
 from attnzoo.patching.interface import InterfacePoint
-from attnzoo.patching.mask_arguments import DECODER_MASK, MaskArguments, MaskCheckPoint
+from attnzoo.patching.mask_arguments import DECODER_MASK, MaskCheckPoint
 from attnzoo.spec.patterns import Causal
 from attnzoo.spec.segments import Request, SegmentRequest
 
@@ -17,9 +17,7 @@ class ModelMasks(MaskCheckPoint):
     """The model, whose attention mask is checked."""
 
     cls = f"{_MODULE}:GPTNeoXModel"
-
-    def masks(self, module: Any) -> MaskArguments:
-        return {"attention_mask": DECODER_MASK}
+    masks = {"attention_mask": DECODER_MASK}
 
 
 class SelfAttention(InterfacePoint):

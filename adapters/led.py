@@ -14,7 +14,7 @@ from torch import Tensor
 from attnzoo.adapter import Adapter, Attend, PatchPoint, request_for
 from attnzoo.adapters.longformer import VERSIONS, LongformerAttention
 from attnzoo.adapters.longformer_mask import MaskFunction, OneRowMaskPoint
-from attnzoo.patching.mask_arguments import CROSS_MASK, DECODER_MASK, MaskArguments, MaskCheckPoint
+from attnzoo.patching.mask_arguments import DECODER_MASKS, MaskCheckPoint
 from attnzoo.spec.documents import attend_documents
 from attnzoo.spec.heads import merge_heads, split_heads
 from attnzoo.spec.masks import read_attention_mask
@@ -40,15 +40,10 @@ class EncoderMasks(OneRowMaskPoint):
 
 
 class DecoderMasks(MaskCheckPoint):
-    """The decoder, whose masks are checked. Users know the mask of its cross-attention as ``attention_mask``."""
+    """The decoder, whose masks are checked."""
 
     cls = f"{_MODULE}:LEDDecoder"
-
-    def masks(self, module: Any) -> MaskArguments:
-        return {
-            "attention_mask": replace(DECODER_MASK, public_name="decoder_attention_mask"),
-            "encoder_attention_mask": replace(CROSS_MASK, public_name="attention_mask"),
-        }
+    masks = DECODER_MASKS
 
 
 class EncoderAttention(LongformerAttention):
@@ -114,9 +109,7 @@ class DecoderAttention(PatchPoint):
         return output, None if result.probabilities is None else result.probabilities[0], past_key_values
 
 
-def _keys_values(
-    module: Any, hidden_states: Tensor, encoder_states: Tensor | None, cache: Any
-) -> tuple[Tensor, Tensor]:
+def _keys_values(module: Any, states: Tensor, encoder_states: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
     """Return keys and values ``(batch, heads, kv_len, head_dim)``, through the cache if there is one.
 
     An ``EncoderDecoderCache`` holds one cache for each kind of attention. The cache of the encoder's states is filled
@@ -130,7 +123,7 @@ def _keys_values(
         if cross and filled.get(module.layer_idx):
             layer = store.layers[module.layer_idx]
             return layer.keys, layer.values
-    source = hidden_states if encoder_states is None else encoder_states
+    source = states if encoder_states is None else encoder_states
     key, value = (split_heads(project(source), module.head_dim) for project in (module.k_proj, module.v_proj))
     if store is not None:
         key, value = store.update(key, value, module.layer_idx)

@@ -84,17 +84,15 @@ class LongformerAttention(PatchPoint):
         if is_global_attn and not readable(is_index_global_attn):  # the number of global tokens decides on shapes
             got = f"one per sample of vmap, {describe(is_index_global_attn)}"
             raise InvalidArgumentError("is_index_global_attn", got, "one for all samples that vmap maps over")
-        dropout = module.dropout if module.training else 0.0
-        scale = module.head_dim**-0.5
+        dropout, scale = module.dropout if module.training else 0.0, module.head_dim**-0.5
         like = (*hidden_states.shape[:2], hidden_states.device)
         attention_mask = check_mask("attention_mask", attention_mask, *like)
         is_index_masked = _check_flags("is_index_masked", is_index_masked, *like)
         is_index_global_attn = _check_flags("is_index_global_attn", is_index_global_attn, *like)
-        ordinary = attend.cached_per_forward(attention_mask, "ordinary", _ordinary)
-        real = attend.cached_per_forward(is_index_masked, "real", _real)
-        global_keys = (
-            attend.cached_per_forward(is_index_global_attn, "globals", find_global_keys) if is_global_attn else None
-        )
+        once = attend.cached_per_forward
+        ordinary = once(attention_mask, "ordinary", _ordinary)
+        real = once(is_index_masked, "real", _real)
+        global_keys = once(is_index_global_attn, "globals", find_global_keys) if is_global_attn else None
 
         query = split_heads(module.query(hidden_states), module.head_dim)
         key = split_heads(module.key(hidden_states), module.head_dim)
@@ -114,18 +112,14 @@ class LongformerAttention(PatchPoint):
         # Filler is zero, as in the model: a layer that quantises its input scales it by its largest number.
         states = states.masked_fill(~valid[:, :, None], 0.0)
         query = split_heads(module.query_global(states), module.head_dim)
-        full = Segment(
-            split_heads(module.key_global(hidden_states), module.head_dim),
-            split_heads(module.value_global(hidden_states), module.head_dim),
-            key_mask=real,
-        )
+        key = split_heads(module.key_global(hidden_states), module.head_dim)
+        value = split_heads(module.value_global(hidden_states), module.head_dim)
+        full = Segment(key, value, key_mask=real)
         result = attend(Attention(query, (full,), scale, dropout, query_mask=valid), output_attentions)
-        sample, number = attend.cached_per_forward(
-            is_index_global_attn, "places", lambda _: valid.nonzero(as_tuple=True)
-        )
+        sample, number = once(is_index_global_attn, "places", lambda _: valid.nonzero(as_tuple=True))
         rows = merge_heads(result.output)[sample, number].to(output.dtype)
         places = (sample, positions[sample, number])
-        # A backward may need the output as it is. Without gradients, writing in place saves a copy of all rows.
+        # A backward may need the unchanged output. Without gradients, writing in place saves a copy of all rows.
         output = output.index_put(places, rows) if torch.is_grad_enabled() else output.index_put_(places, rows)
         if local.dropped is None or result.dropped is None:
             return (output,)

@@ -14,7 +14,7 @@ from typing import Any
 
 from attnzoo.adapter import Attend, Forward
 from attnzoo.patching.interface import rebind
-from attnzoo.patching.mask_arguments import ENCODER_MASK, MaskArguments, MaskCheckPoint
+from attnzoo.patching.mask_arguments import ENCODER_MASK, MaskCheckPoint
 
 MaskFunction = Callable[..., Any]
 
@@ -26,6 +26,7 @@ class OneRowMaskPoint(MaskCheckPoint):
         mask_function: the global name under which the module's forward calls the function that makes the mask.
     """
 
+    masks = {"attention_mask": ENCODER_MASK, "global_attention_mask": ENCODER_MASK}
     mask_function: str
 
     def one_row(self, make: MaskFunction) -> MaskFunction:
@@ -34,9 +35,6 @@ class OneRowMaskPoint(MaskCheckPoint):
 
     def describe(self, module: Any) -> str:
         return "makes a padding mask of one row"
-
-    def masks(self, module: Any) -> MaskArguments:
-        return {"attention_mask": ENCODER_MASK, "global_attention_mask": ENCODER_MASK}
 
     def bind_checked(self, cls: Any, attend: Attend) -> Forward:
         make = cls.forward.__globals__[self.mask_function]

@@ -11,7 +11,6 @@ passes a tensor that is added to the scores; a patched stack passes the ``(heads
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ from attnzoo.adapters.longt5_blocks import (
 from attnzoo.adapters.longt5_decoder import STACK_FINGERPRINTS, DecoderCrossAttention, DecoderSelfAttention
 from attnzoo.errors import PatchError
 from attnzoo.patching.companions import FeedForwardPoint
-from attnzoo.patching.mask_arguments import CROSS_MASK, DECODER_MASK, ENCODER_MASK, MaskArguments, MaskCheckPoint
+from attnzoo.patching.mask_arguments import DECODER_MASKS, ENCODER_MASK, MaskArguments, MaskCheckPoint
 from attnzoo.spec.bias import RelativeBias
 from attnzoo.spec.heads import merge_heads, split_heads
 from attnzoo.spec.patterns import Full, Pattern, Window
@@ -56,13 +55,8 @@ class StackMasks(MaskCheckPoint):
 
     cls = f"{MODULE}:LongT5Stack"
 
-    def masks(self, module: Any) -> MaskArguments:
-        if not module.is_decoder:
-            return {"attention_mask": ENCODER_MASK}
-        return {  # users know the mask of the decoder's cross-attention as the model's `attention_mask`
-            "attention_mask": replace(DECODER_MASK, public_name="decoder_attention_mask"),
-            "encoder_attention_mask": replace(CROSS_MASK, public_name="attention_mask"),
-        }
+    def masks_of(self, module: Any) -> MaskArguments:
+        return DECODER_MASKS if module.is_decoder else {"attention_mask": ENCODER_MASK}
 
 
 class FeedForward(FeedForwardPoint):
@@ -238,17 +232,12 @@ def _global_segment(module: Any, sums: Tensor, blocks: GlobalBlocks, values: Ten
 
 
 def _attend(
-    module: Any,
-    attend: Attend,
-    hidden_states: Tensor,
-    segments: tuple[Segment, ...],
-    tokens: Tokens,
-    probabilities: bool,
+    module: Any, attend: Attend, hidden_states: Tensor, segments: tuple[Segment, ...], tokens: Tokens, wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return states ``(batch, length, d_model)``, and blocked weights if asked for. T5 does not scale its scores."""
+    """Return states ``(batch, length, d_model)``, and blocked weights if ``wanted``. T5 does not scale its scores."""
     query = split_heads(module.q(hidden_states), module.key_value_proj_dim)
     dropout = module.dropout if module.training else 0.0
-    result = attend(Attention(query, segments, 1.0, dropout, query_mask=tokens.mask), probabilities)
+    result = attend(Attention(query, segments, 1.0, dropout, query_mask=tokens.mask), wanted)
     if result.dropped is None:
         return module.o(merge_heads(result.output)), None
     blocked, mixed = to_blocked(result.dropped, module.block_len), result.output

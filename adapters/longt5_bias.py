@@ -50,12 +50,8 @@ def values_by_distance(module: Any, table: str, reach: int) -> Tensor:
     """Return the values ``(heads, 2 * reach + 1)`` of a learned table for the distances ``-reach .. reach``."""
     embedding = getattr(module, table)
     distances = torch.arange(-reach, reach + 1, device=parameter_of(embedding).device)
-    buckets = module._relative_position_bucket(
-        distances,
-        bidirectional=not module.is_decoder,
-        num_buckets=module.relative_attention_num_buckets,
-        max_distance=module.relative_attention_max_distance,
-    )
+    number, most = module.relative_attention_num_buckets, module.relative_attention_max_distance
+    buckets = module._relative_position_bucket(distances, not module.is_decoder, number, most)
     values: Tensor = embedding(buckets).T
     return values
 
@@ -64,11 +60,7 @@ def read_local_bias(blocked: Tensor, real: Tensor, block_len: int) -> Tensor:
     """Return ``(heads, 2 * block_len - 1)`` values by distance from the original's blocked bias.
 
     For each distance one pair of real tokens is looked up. Where there is no such pair, the value is not used.
-
-    Args:
-        blocked: ``(batch, blocks, heads, block_len, 3 * block_len or more)``.
-        real: ``(batch, length)`` bool, False for padding.
-        block_len: tokens per block.
+    ``blocked`` is ``(batch, blocks, heads, block_len, 3 * block_len or more)``, and ``real`` ``(batch, length)`` bool.
     """
     length = real.shape[1]
     near = min(block_len, length)
@@ -94,11 +86,7 @@ def _look_up(blocked: Tensor, sample: Tensor, query: Tensor, key: Tensor, block_
 def read_side_bias(blocked: Tensor, blocks: GlobalBlocks, block_len: int, reach: int) -> Tensor:
     """Return ``(heads, 2 * reach + 1)`` values by distance from the original's bias of the global segment.
 
-    Args:
-        blocked: ``(batch, blocks of tokens, heads, block_len, globals)``.
-        blocks: the global blocks.
-        block_len: tokens per block of tokens.
-        reach: the largest distance.
+    ``blocked`` is ``(batch, blocks of tokens, heads, block_len, globals)``.
     """
     batch, length = blocks.block_of.shape
     # Find one token of each block (-1: none). Of all pairs of such a token and an existing block, keep one per

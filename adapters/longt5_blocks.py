@@ -92,11 +92,8 @@ def _tokens(real: Tensor) -> Tokens:
 def to_blocked(weights: tuple[Tensor, ...], block_len: int) -> Tensor:
     """Return weights in the model's layout ``(batch, blocks, heads, block_len, 3 * block_len + globals)``.
 
-    Column ``block_len + k`` of a block is its token ``k``; the blocks beside it lie to its left and right.
-
-    Args:
-        weights: dense weights of the local and of the global segment.
-        block_len: tokens per block.
+    Column ``block_len + k`` of a block is its token ``k``; the blocks beside it lie to its left and right. ``weights``
+    are the dense weights of the local segment, then of the global segment.
     """
     pad = torch.nn.functional.pad
     length = weights[0].shape[2]

@@ -89,12 +89,9 @@ class DecoderSelfAttention(InterfacePoint):
             if values is not None and values.ndim == 2:
                 seen = 0 if past_key_values is None else int(past_key_values.get_seq_length(module.layer_idx))
                 bias = RelativeBias(values, zero=side_reach(module), offset=seen)
-            output, passed, weights = run(
-                module, hidden_states, mask, key_value_states, bias, past_key_values, **kwargs
-            )
-            if passed is _NO_BIAS:
-                passed = None
-            return output, values if isinstance(passed, Bias) else passed, weights
+            output, bias, weights = run(module, hidden_states, mask, key_value_states, bias, past_key_values, **kwargs)
+            # Where the bias is an object of this module, the next layer gets the values, or None.
+            return output, values if bias is _NO_BIAS or isinstance(bias, Bias) else bias, weights
 
         return forward
 
@@ -145,7 +142,7 @@ class DecoderCrossAttention(DecoderSelfAttention):
 
 
 def _sum(query: Tensor, key: Tensor, bias: Bias, rest: DenseBias) -> DenseBias:
-    """Add a bias to what the user's additive mask adds."""
+    """Return the sum of a bias and the values of the user's additive mask."""
     batch, heads, q_len, _ = query.shape
     rows, columns = (torch.arange(n, device=query.device) for n in (q_len, key.shape[2]))
     dense = Segment(key, key, bias=bias).bias_at(rows, columns, q_len, batch, heads)

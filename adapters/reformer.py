@@ -41,7 +41,7 @@ from attnzoo.adapters.reformer_layout import MODULE
 from attnzoo.adapters.reformer_local import LocalCall
 from attnzoo.adapters.reformer_lsh import BucketNumber, LshCall, window_ahead
 from attnzoo.patching.companions import FeedForwardPoint
-from attnzoo.patching.mask_arguments import ENCODER_MASK, MaskArguments, MaskCheckPoint
+from attnzoo.patching.mask_arguments import ENCODER_MASK, MaskCheckPoint
 from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern, SortedChunks
 from attnzoo.spec.segments import Request, SegmentRequest
 
@@ -50,9 +50,7 @@ class ModelMasks(MaskCheckPoint):
     """The model, whose attention mask is checked."""
 
     cls = f"{MODULE}:ReformerModel"
-
-    def masks(self, module: Any) -> MaskArguments:
-        return {"attention_mask": replace(ENCODER_MASK, cache=("past_buckets_states",))}
+    masks = {"attention_mask": replace(ENCODER_MASK, cache=("past_buckets_states",))}
 
 
 class FeedForward(FeedForwardPoint):

@@ -26,18 +26,16 @@ def real_tokens(attend: Attend, attention_mask: Tensor | None, batch: int, lengt
     """Return which tokens are real by a mask ``(batch, length)`` of 0 and 1, or None if all are."""
     if attention_mask is None:
         return None
-    return attend.cached_per_forward(
-        check_mask("attention_mask", attention_mask, batch, length, None), "real", where_real
-    )
+    checked = check_mask("attention_mask", attention_mask, batch, length, None)
+    return attend.cached_per_forward(checked, "real", where_real)
 
 
 def cached(module: Any, past_buckets_states: Any, batch: int) -> tuple[Tensor, Tensor] | None:
     """Return the buckets and the states ``(batch, length, embed)`` in the cache of a module, or None if it is empty."""
     if past_buckets_states is None or len(past_buckets_states) <= module.layer_idx:
         return None
-    buckets, states = (
-        layers[module.layer_idx] for layers in (past_buckets_states.buckets_cache, past_buckets_states.states_cache)
-    )
+    buckets = past_buckets_states.buckets_cache[module.layer_idx]
+    states = past_buckets_states.states_cache[module.layer_idx]
     if states.shape[0] != batch:
         raise InvalidArgumentError("hidden_states", f"{batch} samples", f"{states.shape[0]}, as past_buckets_states")
     return buckets, states
@@ -46,9 +44,8 @@ def cached(module: Any, past_buckets_states: Any, batch: int) -> tuple[Tensor, T
 def check_length(module: Any, length: int, copies: int = 1) -> int:
     """Return the number of chunks in ``copies`` lists of ``length`` tokens; raise if they do not fill their chunks."""
     if length * copies % module.chunk_length:
-        raise InvalidArgumentError(
-            "hidden_states", f"{length} tokens", f"a multiple of the chunk length {module.chunk_length}"
-        )
+        allowed = f"a multiple of the chunk length {module.chunk_length}"
+        raise InvalidArgumentError("hidden_states", f"{length} tokens", allowed)
     return length * copies // module.chunk_length
 
 
@@ -75,10 +72,8 @@ def neighbourhoods(module: Any, count: int) -> list[tuple[int, int]]:
 def in_chunks(weights: tuple[Tensor, ...], chunk: int, ahead: list[int]) -> Tensor:
     """Return dense weights as ``(batch, heads, chunks, chunk, len(ahead) * chunk)``: the neighbourhood of each chunk.
 
-    Args:
-        weights: one tensor ``(batch, heads, n, n)`` for all neighbours, or one for each.
-        chunk: tokens per chunk.
-        ahead: how many chunks ahead each neighbour is (:func:`steps_ahead`).
+    ``weights`` is one tensor ``(batch, heads, n, n)`` for all neighbours, or one for each. ``ahead`` is from
+    :func:`steps_ahead`.
     """
     batch, heads, length, _ = weights[0].shape
     starts = torch.arange(0, length, chunk, device=weights[0].device)

@@ -84,16 +84,14 @@ class LocalCall:
     ) -> Result:
         """Attend from tokens to the tokens ``around``, given the hidden states of both; ``real`` marks no padding."""
         module = self._module
-        query = split_heads(module.query(states), module.attention_head_size)
-        key, value = (
-            split_heads(project(around), module.attention_head_size) for project in (module.key, module.value)
-        )
+        dim = module.attention_head_size
+        query = split_heads(module.query(states), dim)
+        key, value = (split_heads(project(around), dim) for project in (module.key, module.value))
         query, key, value = (tensor.to(compute_dtype(query)) for tensor in (query, key, value))
         segments = tuple(Segment(key, value, pattern, key_mask=real) for pattern in patterns)
         query_mask = real if around.shape[1] == states.shape[1] else None
-        scale = 1.0 / math.sqrt(module.attention_head_size)
         dropout = module.dropout if module.training else 0.0
-        return self._attend(Attention(query, segments, scale, dropout, query_mask), wanted)
+        return self._attend(Attention(query, segments, 1.0 / math.sqrt(dim), dropout, query_mask), wanted)
 
     def _slice_length(self, length: int, wanted: bool) -> int | None:
         """Return the number of tokens to compute at a time, or None for all of them.

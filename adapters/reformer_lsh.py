@@ -116,9 +116,8 @@ class LshCall:
         """
         length = query.shape[2]
         if attention_mask is not None and not readable(attention_mask):  # the module's hashing reads its values
-            raise InvalidArgumentError(
-                "attention_mask", f"one per sample of vmap, {describe(attention_mask)}", "one for all"
-            )
+            got = f"one per sample of vmap, {describe(attention_mask)}"
+            raise InvalidArgumentError("attention_mask", got, "one for all")
         module, count = self._hasher(length), length // HASHED_AT_ONCE
         if count < 2 or query.device.type != "cpu":
             return torch.as_tensor(module._hash_vectors(query, hashes, attention_mask))
@@ -201,9 +200,8 @@ class LshCall:
         module, dtype = self._module, compute_dtype(query)
         hashes, length = buckets.shape[2:]
         if hashes > 1 and holds((buckets[:, :, 1:].amin(-1) <= buckets[:, :, :-1].amax(-1)).any(), unknown=False):
-            raise InvalidArgumentError(
-                "buckets", describe(buckets), "numbers that increase from one hash round to the next"
-            )
+            allowed = "numbers that increase from one hash round to the next"
+            raise InvalidArgumentError("buckets", describe(buckets), allowed)
         order = buckets.argsort(dim=-1, stable=True)
         token = order.flatten(2)
         value = value.to(dtype)
@@ -213,15 +211,12 @@ class LshCall:
             token = token.masked_fill(~real[:, None].expand(-1, token.shape[1], -1).gather(2, token), -1)
         count = check_length(module, length, hashes)
         chunk, causal, sides = module.chunk_length, bool(module.is_decoder), neighbourhoods(module, count)
-        segments = tuple(
-            Segment(
-                sorted_key,
-                sorted_value,
-                SortedChunks(chunk, before, after, causal, number * length, order[:, :, number], token),
-            )
+        patterns = (
+            SortedChunks(chunk, before, after, causal, number * length, order[:, :, number], token)
             for number in range(hashes)
             for before, after in sides
         )
+        segments = tuple(Segment(sorted_key, sorted_value, pattern) for pattern in patterns)
         result = self._attend(self._attention(query, segments, value, real), wanted)
         if result.dropped is None or result.probabilities is None:
             return result.output, None
@@ -233,12 +228,9 @@ class LshCall:
         """Decode one token on a cache too short for buckets: it sees all tokens. Hash once there is a whole chunk."""
         module = self._module
         states = torch.cat([past, hidden_states], dim=1)
-        query, value = (
-            split_heads(project(states), module.attention_head_size) for project in (module.query_key, module.value)
-        )
-        buckets = None
-        if states.shape[1] >= module.chunk_length:
-            buckets = self._hash(query, hashes, attention_mask)
+        dim = module.attention_head_size
+        query, value = (split_heads(project(states), dim) for project in (module.query_key, module.value))
+        buckets = self._hash(query, hashes, attention_mask) if states.shape[1] >= module.chunk_length else None
         dtype = compute_dtype(query)
         key, value = self._keys(query).to(dtype), value.to(dtype)
         segment = Segment(key[:, :, :-1], value[:, :, :-1])
@@ -247,30 +239,17 @@ class LshCall:
         return result.output, weights, buckets
 
     def _decode(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        hashes: int,
-        wanted: bool,
-        past: Tensor,
-        past_buckets: Tensor,
+        self, hidden_states: Tensor, mask: Tensor | None, hashes: int, wanted: bool, past: Tensor, past_buckets: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Decode one token on cached states and buckets: it sees its neighbourhood in each round's sorted list."""
         module = self._module
         if past_buckets.shape[2] != hashes:
             raise InvalidArgumentError("num_hashes", hashes, f"{past_buckets.shape[2]}, as past_buckets_states")
         query = split_heads(module.query_key(hidden_states), module.attention_head_size)
-        states, tokens, buckets = self._hasher(past.shape[1])._get_relevant_hid_states_and_buckets(
-            query_vectors=query,
-            attention_mask=attention_mask,
-            num_hashes=hashes,
-            hidden_states=hidden_states,
-            past_states=past,
-            past_buckets=past_buckets,
-        )
+        find_neighbours = self._hasher(past.shape[1])._get_relevant_hid_states_and_buckets
+        states, tokens, buckets = find_neighbours(query, mask, hashes, hidden_states, past, past_buckets)
         tokens = tokens.flatten(2)  # (batch, heads, hashes * neighbours): the token of each state
-        dtype = compute_dtype(query)
-        heads = module.num_attention_heads
+        dtype, heads = compute_dtype(query), module.num_attention_heads
         key = self._keys(project_by_head(module.query_key, states, heads)).to(dtype)
         value = project_by_head(module.value, states, heads).to(dtype)
         own = (tokens == past.shape[1])[:, :, None]

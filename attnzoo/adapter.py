@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from attnzoo.errors import DriftError, InvalidArgumentError
 from attnzoo.originals import slots
 from attnzoo.originals.drift import drift_message, find_bypassed, find_drift
-from attnzoo.originals.fingerprint import object_at
+from attnzoo.originals.fingerprint import object_at, path_of
 from attnzoo.spec.segments import Attention, Request, Result, SegmentRequest
 
 T = TypeVar("T")
@@ -109,7 +109,7 @@ class PatchPoint(ABC):
     makes_random_choices: bool = False
     backward_in_training: bool = False
 
-    # To define.
+    # A subclass defines these.
 
     @abstractmethod
     def describe(self, module: Any) -> str:
@@ -134,7 +134,7 @@ class PatchPoint(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__}: got neither forward nor bind; allowed: one of them")
 
-    # To override where the default is wrong.
+    # A subclass overrides these where the default is wrong.
 
     def bind(self, cls: Any, attend: Attend) -> Forward:
         """Return the function that replaces the forward of one module, called as ``function(module, *args, **kwargs)``.
@@ -174,7 +174,7 @@ class PatchPoint(ABC):
         """Return keyword arguments that make the module repeat the random choices of the call with this output."""
         return {}
 
-    # Not to override.
+    # No subclass overrides these.
 
     @final
     def matches(self, module: nn.Module) -> bool:
@@ -250,11 +250,6 @@ class Adapter:
 
             family = ", ".join(self.model_types)
             raise DriftError(drift_message(differences, family, self.versions, transformers.__version__))
-
-
-def path_of(cls: type) -> str:
-    """Return a class as ``"package.module:Class"``."""
-    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def _is_a(module: nn.Module, path: str) -> bool:

@@ -3,8 +3,8 @@
 Every message names the argument, what was got and what is allowed: ``argument: got X; allowed: Y``.
 :func:`got_and_allowed` gives it that form.
 
-Where the text of a refusal is made: :meth:`Capabilities.refusals <attnzoo.backend.Capabilities.refusals>` and the
-``refusals`` methods of backends choose the words of each :class:`Refusal`; ``Refusal.__str__`` makes one line of it;
+How the text of a refusal is built: :meth:`Capabilities.refusals <attnzoo.backend.Capabilities.refusals>` and the
+``refusals`` methods of backends choose the words of each :class:`Refusal`; ``Refusal.__str__`` writes it as one line;
 :class:`BackendRefusedError` joins the lines of all modules and adds the backends that support the request.
 """
 
@@ -31,7 +31,7 @@ def shorten(text: str, most: int = 200) -> str:
 
 
 def got_and_allowed(argument: str, got: object, allowed: object) -> str:
-    """Return the one form of messages: ``argument: got X; allowed: Y``."""
+    """Return a message in the form of all messages: ``argument: got X; allowed: Y``."""
     return f"{argument}: got {got}; allowed: {allowed}"
 
 
@@ -99,7 +99,7 @@ class Refusal:
 
 
 class BackendRefusedError(AttnzooError, NotImplementedError):
-    """The requested backend cannot run what was requested, and no other backend was used in its place.
+    """The requested backend cannot run a request, and attnzoo tried no other backend.
 
     Attributes:
         backend: name of the backend.
@@ -127,7 +127,7 @@ class BackendRefusedError(AttnzooError, NotImplementedError):
             others = tuple(self.alternatives[place]) if place in self.alternatives else None
             groups.setdefault((tuple(reasons), others), []).append(place)
         for (reasons, names), places in groups.items():
-            lines.append(f"  {_counted(places)}:")
+            lines.append(f"  {_first_places(places)}:")
             lines.extend(f"    {reason}" for reason in reasons)
             if names is not None:
                 lines.append(f"    backends that support it: {', '.join(map(repr, names)) or 'none'}")
@@ -135,17 +135,12 @@ class BackendRefusedError(AttnzooError, NotImplementedError):
 
     def at(self, place: str, stage: Stage) -> BackendRefusedError:
         """Return the same error with the stage, and with this place where the error has only ``"attention"``."""
-
-        def name_place(known: str) -> str:
-            return place if known == "attention" else known
-
-        refusals = {name_place(known): reasons for known, reasons in self.refusals.items()}
-        alternatives = {name_place(known): names for known, names in self.alternatives.items()}
+        refusals = {place if known == "attention" else known: reasons for known, reasons in self.refusals.items()}
+        alternatives = {place if known == "attention" else known: names for known, names in self.alternatives.items()}
         return BackendRefusedError(self.backend, refusals, alternatives, self.remedy, stage)
 
 
-def _counted(places: list[str]) -> str:
-    """A few places by name, and how many there are."""
+def _first_places(places: list[str]) -> str:
     shown = ", ".join(places[:2])
     return shown if len(places) <= 2 else f"{shown} and {len(places) - 2} more alike"
 

@@ -25,12 +25,10 @@ PROBABILITIES_REMEDY = (
 
 
 def refusals_of(backend: Backend, requests: Sequence[Request], anywhere: bool = False) -> tuple[Refusal, ...]:
-    """Return every reason why a backend cannot run the requests; empty if it runs all of them.
+    """Return every reason why a backend, bound to its site, cannot run the requests; empty if it runs all of them.
 
-    Args:
-        backend: the backend, bound to its site.
-        requests: the requests; none: only whether this machine can run the backend at all.
-        anywhere: leave out the reasons that only this machine has (a missing package or device).
+    Without requests, only this machine can be a reason. ``anywhere`` leaves out the reasons that only this machine has
+    (a missing package or device).
     """
     if anywhere:
         answers = [backend.refusals_anywhere(request) for request in requests]
@@ -157,10 +155,9 @@ def attention(
             raise InvalidArgumentError("bias", describe(bias), allowed)
         bias = DenseBias(bias)
     q, k, v = (tensor.to(compute_dtype(tensor)) for tensor in (q, k, v))
-    segment = Segment(k, v, pattern, key_mask, mask, bias)
-    segments: tuple[Segment, ...] = (segment,)
+    segments: tuple[Segment, ...] = (Segment(k, v, pattern, key_mask, mask, bias),)
     if global_keys is not None:
-        segments = _split_globals(Attention(q, (segment,), 1.0), global_keys)
+        segments = _split_globals(Attention(q, segments, 1.0), global_keys)
     whole = Attention(q, segments, q.shape[-1] ** -0.5 if scale is None else scale, dropout, query_mask)
     if bias is not None and not holds(bias.values.to(q.dtype).isfinite().all(), unknown=True):
         got = f"{describe(bias.values)} with NaN, Inf, or more than {q.dtype} can hold"
@@ -169,7 +166,6 @@ def attention(
 
 
 def _split_globals(attention: Attention, global_keys: Tensor) -> tuple[Segment, ...]:
-    """Split the only segment of an attention into its ordinary keys and its global keys."""
     (segment,) = attention.segments
     shape = (attention.batch, segment.kv_len)
     if not isinstance(global_keys, Tensor) or global_keys.dtype != torch.bool or tuple(global_keys.shape) != shape:
@@ -183,7 +179,5 @@ def _split_globals(attention: Attention, global_keys: Tensor) -> tuple[Segment, 
     if selected is None:
         return (segment,)
     ordinary = ~global_keys if segment.key_mask is None else segment.key_mask & ~global_keys
-    return (
-        replace(segment, key_mask=ordinary),
-        Segment(selected.take(segment.key), selected.take(segment.value), key_mask=selected.valid),
-    )
+    for_all = Segment(selected.take(segment.key), selected.take(segment.value), key_mask=selected.valid)
+    return replace(segment, key_mask=ordinary), for_all

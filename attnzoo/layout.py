@@ -20,11 +20,9 @@ def width() -> int:
 
 
 def fit(text: str, columns: int | None = None) -> str:
-    """Wrap the lines of a text that are too long. Continuation lines are indented by two more columns.
+    """Wrap the lines of a text that are longer than ``columns`` (None: the width of the terminal).
 
-    Args:
-        text: lines; each keeps its indentation.
-        columns: the maximum width; None: the width of the terminal.
+    Each line keeps its indentation; its continuation lines are indented by two more columns.
     """
     lines = []
     for line in text.splitlines():
@@ -34,11 +32,9 @@ def fit(text: str, columns: int | None = None) -> str:
 
 
 def aligned(rows: Iterable[Sequence[str]], indent: int = 0) -> str:
-    """Align rows of cells in columns. The last cell wraps; it moves below its row if a word does not fit beside it.
+    """Align rows of cells in columns, with ``indent`` free columns on the left.
 
-    Args:
-        rows: rows with the same number of cells.
-        indent: free columns on the left.
+    The last cell wraps. It moves below its row if a word does not fit beside the row.
     """
     rows = list(rows)
     widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]

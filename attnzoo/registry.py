@@ -50,7 +50,7 @@ class Registry:
         self._refusals: dict[tuple[Backend, Request], tuple[Refusal, ...]] = {}
 
     def copy(self) -> Registry:
-        """A registry with the same content that changes on its own. Entry points count as discovered."""
+        """Return an independent registry with the same content. It loads no further entry points of backends."""
         self._discover()
         twin = Registry(discover=False)
         for name in ("_backends", "_adapters", "_broken_backends", "_broken_adapters"):
@@ -75,7 +75,6 @@ class Registry:
     # Backends
 
     def _discover(self) -> None:
-        """Load the backends of all entry points, once."""
         with self._lock:
             if not self._discover_entry_points:
                 return
@@ -320,12 +319,7 @@ class Registry:
         return known
 
     def make_backend(self, name: str, **options: Any) -> Backend:
-        """Return a configured backend that this machine can run.
-
-        Raises:
-            UnknownNameError, InvalidArgumentError: as :meth:`configure`.
-            BackendRefusedError: the backend cannot run on this machine.
-        """
+        """Return a configured backend; raise :class:`BackendRefusedError` if it cannot run on this machine."""
         backend = self.configure(name, **options)
         reasons = self.availability(backend)
         if reasons:
@@ -335,11 +329,8 @@ class Registry:
 
     def exact_backends(self) -> tuple[Backend, ...]:
         """Return the available exact backends that need no options, highest priority first."""
-        usable = [
-            cls
-            for cls in self.backend_classes()
-            if cls.capabilities.exact and not cls.required_options() and unavailable_reason(cls) is None
-        ]
+        exact = (cls for cls in self.backend_classes() if cls.capabilities.exact and not cls.required_options())
+        usable = [cls for cls in exact if unavailable_reason(cls) is None]
         return tuple(cls() for cls in sorted(usable, key=lambda cls: (-cls.priority, cls.name)))
 
     def supporting_backends(self, request: Request) -> tuple[Backend, ...]:

@@ -41,11 +41,7 @@ def spell(name: str, options: dict[str, int | str]) -> str:
 
 
 def configured(text: str) -> Backend:
-    """Return the configured backend of a text such as ``blocked-local:window=1024``.
-
-    Raises:
-        UnknownNameError, InvalidArgumentError: as :func:`parse` and :func:`attnzoo.configure`.
-    """
+    """Return the configured backend of a text such as ``blocked-local:window=1024``. Raises as :func:`parse`."""
     name, options = parse(text)
     return registry.configure(name, **options)
 
@@ -56,11 +52,7 @@ def dtype_name(text: str) -> str:
 
 
 def named_dtype(text: str) -> torch.dtype:
-    """Return the floating-point dtype of a name, short or torch's.
-
-    Raises:
-        InvalidArgumentError: attention is not computed in a dtype of that name.
-    """
+    """Return the dtype of a name, short or torch's; raise :class:`InvalidArgumentError` for one without attention."""
     names = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
     if dtype_name(text) not in names:
         raise InvalidArgumentError("dtype", repr(text), ", ".join(names))

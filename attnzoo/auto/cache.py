@@ -108,11 +108,7 @@ def add(environment: Environment, measured: Iterable[Measurement], *, save: bool
 
 
 def check_writable() -> None:
-    """Check that measurements can be saved, before anything is measured.
-
-    Raises:
-        CacheError: the folder cannot be created or written to.
-    """
+    """Raise :class:`CacheError` unless the folder can be created and written to."""
     where = folder()
     with _cache_errors(where):
         where.mkdir(parents=True, exist_ok=True)
@@ -132,11 +128,7 @@ def obstacle() -> str:
 
 
 def clear() -> list[Path]:
-    """Delete the files of all environments and return their paths.
-
-    Raises:
-        CacheError: a file cannot be deleted.
-    """
+    """Delete the files of all environments and return their paths; raise :class:`CacheError` if a file stays."""
     with _lock:
         forget()
         removed = _files()
@@ -147,13 +139,7 @@ def clear() -> list[Path]:
 
 
 class Stored(NamedTuple):
-    """The content of one file.
-
-    Attributes:
-        environment: :meth:`Environment.to_dict` of the environment the file is for.
-        measurements: the measurements by key.
-        problem: why the file cannot be read; empty if it can.
-    """
+    """The content of one file. ``problem`` is the reason why it cannot be read; empty if it can."""
 
     path: Path
     environment: Mapping[str, Any]
@@ -177,12 +163,7 @@ def _files() -> list[Path]:
 
 
 def _read(path: Path) -> Stored:
-    """Read a file; a missing file is empty.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: the content is not in the format; the message says what is wrong.
-    """
+    """Read a file; a missing file is empty. Raise :class:`ValueError` if the content is not in the format."""
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):

@@ -53,10 +53,8 @@ def by_measurement(measurement: Measurement, candidates: Sequence[Backend]) -> C
 
 def wrongs(measurement: Measurement, candidates: Sequence[Backend]) -> dict[str, str]:
     """Return, by name, the candidates that gave wrong results or raised when they were measured, and how."""
-    outcomes = {
-        backend.name: measurement.outcomes[backend.name] for backend in candidates if is_current(measurement, backend)
-    }
-    return {name: outcome.reason for name, outcome in outcomes.items() if outcome.wrong}
+    current = [backend.name for backend in candidates if is_current(measurement, backend)]
+    return {name: measurement.outcomes[name].reason for name in current if measurement.outcomes[name].wrong}
 
 
 def is_current(measurement: Measurement, backend: Backend) -> bool:

@@ -22,11 +22,7 @@ _PACKAGES = ("attnzoo", "triton", "flash-attn", "xformers")
 class Environment:
     """A device and the versions of the packages that provide its kernels.
 
-    Attributes:
-        device: the device type.
-        name: the model of the device.
-        threads: CPU threads of torch; 0 for other devices.
-        versions: ``(package, version)`` pairs.
+    ``name`` is the model of the device. ``threads`` is the number of CPU threads of torch; 0 for other devices.
     """
 
     device: str

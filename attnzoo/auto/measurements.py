@@ -16,13 +16,7 @@ from attnzoo.spec.segments import Attention, Request
 
 @dataclass(frozen=True)
 class SizeClass:
-    """The size of an attention; each number is rounded up to a power of two.
-
-    Attributes:
-        batch: number of samples.
-        q_len: number of queries.
-        kv_lens: number of keys of each segment.
-    """
+    """The size of an attention, with the number of keys of each segment. Numbers are rounded up to a power of two."""
 
     batch: int
     q_len: int
@@ -103,11 +97,7 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, data: Any) -> Measurement:
-        """Return the measurement of :meth:`to_dict` data. Checks all of it: a user may have edited the file.
-
-        Raises:
-            ValueError: the data is invalid; the message says what is wrong.
-        """
+        """Return the measurement of :meth:`to_dict` data; raise :class:`ValueError` if a user's edit broke the data."""
         _check(data, dict, "a measurement")
         for name, kind in (("request", dict), ("size", dict), ("outcomes", dict), ("where", str)):
             _check(data.get(name), kind, name)

@@ -60,14 +60,9 @@ def choose_for(attention: Attention, probabilities: bool = False) -> Choice:
 
 @lru_cache(maxsize=4096)
 def _choose(
-    request: Request,
-    size: SizeClass | None,
-    environment: Environment | None,
-    because: str,
-    registry_generation: int,
-    cache_generation: int,
+    request: Request, size: SizeClass | None, environment: Environment | None, because: str, *generations: int
 ) -> Choice:
-    """Remembered until the registry or the measurements change. Without a size, the priority decides ``because``."""
+    """Choose, once per generation of the registry and the cache. Without a size, the priority decides ``because``."""
     supporting = registry.supporting_backends(request)
     wrong: dict[str, str] = {}
     if size is not None and environment is not None:
@@ -89,9 +84,5 @@ def _choose(
 
 
 def _with_names(answers: Mapping[str, tuple[Refusal, ...]]) -> tuple[Refusal, ...]:
-    """All reasons of several backends, each with the name of its backend."""
-    return tuple(
-        replace(reason, field=f"backend {name!r}: {reason.field}")
-        for name, reasons in answers.items()
-        for reason in reasons
-    )
+    pairs = ((name, reason) for name, reasons in answers.items() for reason in reasons)
+    return tuple(replace(reason, field=f"backend {name!r}: {reason.field}") for name, reason in pairs)

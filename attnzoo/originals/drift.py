@@ -14,7 +14,7 @@ from functools import cache
 from types import FunctionType
 from typing import Any, Literal
 
-from attnzoo.originals.fingerprint import fingerprint, object_at
+from attnzoo.originals.fingerprint import fingerprint, object_at, path_of
 
 Cause = Literal["overridden", "replaced", "unreadable", "changed"]
 _CAUSES: tuple[Cause, ...] = ("overridden", "replaced", "unreadable", "changed")  # in the order of reporting
@@ -29,7 +29,7 @@ class Difference:
     Attributes:
         path: ``"package.module:Class.method"``.
         cause: what changed it.
-        detail: the function that was found, and the allowed one.
+        detail: the present function, and the allowed one.
     """
 
     path: str
@@ -41,11 +41,7 @@ class Difference:
 
 
 def find_drift(verified: Mapping[str, tuple[str, ...]]) -> tuple[Difference, ...]:
-    """Return the verified functions that are missing or have another fingerprint.
-
-    Args:
-        verified: ``{"module:Class.method": known fingerprints}``.
-    """
+    """Return the functions of ``{"module:Class.method": fingerprints}`` that are missing or have none of these."""
     differences = (_difference(path, known) for path, known in verified.items())
     return tuple(difference for difference in differences if difference is not None)
 
@@ -56,16 +52,13 @@ def find_bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]
     Constructors do not count, because they have run before a module is patched. Methods of other classes, such as the
     model that calls the module, do not count either, because they still run.
 
-    Args:
-        cls: the class of a module.
-        base: the verified class, one of ``cls.__mro__``.
-        verified: as for :func:`find_drift`, which must have found nothing.
+    ``base`` is the verified class, one of ``cls.__mro__``. :func:`find_drift` must have returned nothing.
     """
     names = ["forward"]
     wrappers = []
     for path in verified:
         owner, _, name = path.rpartition(".") if "." in path.partition(":")[2] else ("", "", path)
-        if (owner and owner not in map(_path, base.__mro__)) or name == "__init__":
+        if (owner and owner not in map(path_of, base.__mro__)) or name == "__init__":
             continue
         if owner:
             names.append(name)
@@ -75,7 +68,7 @@ def find_bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]
             if _package(_module(wrapper)) not in {_package(path), *_DECORATING}
         ]
     overrides = [
-        Difference(f"{_path(cls)}.{name}", "overridden", f"overrides {base.__name__}.{name}")
+        Difference(f"{path_of(cls)}.{name}", "overridden", f"overrides {base.__name__}.{name}")
         for name in dict.fromkeys(names)
         if inspect.getattr_static(cls, name, None) is not inspect.getattr_static(base, name, None)
     ]
@@ -85,11 +78,7 @@ def find_bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]
 def drift_message(differences: Sequence[Difference], family: str, versions: str, installed: str) -> str:
     """Return the error message for differences: the first cause that applies, an example of it, and the remedy.
 
-    Args:
-        differences: at least one.
-        family: the model types of the adapter.
-        versions: the transformers versions the adapter was verified against.
-        installed: the installed transformers version.
+    The adapter for ``family`` (its model types) was verified against ``versions`` of transformers.
     """
     cause = next(cause for cause in _CAUSES if any(difference.cause == cause for difference in differences))
     first, *others = (difference for difference in differences if difference.cause == cause)
@@ -139,10 +128,6 @@ def _difference(path: str, known: tuple[str, ...]) -> Difference | None:
 @cache
 def _fingerprint_at(path: str, function: Callable[..., Any]) -> str:
     return fingerprint(function)
-
-
-def _path(cls: type) -> str:
-    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def _package(path: str) -> str:

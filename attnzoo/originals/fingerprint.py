@@ -36,6 +36,11 @@ _TOKEN = re.compile(
 _NEWLINE, _INDENT, _DEDENT = "\n", "\n>", "\n<"
 
 
+def path_of(cls: type) -> str:
+    """Return a class as ``"package.module:Class"``."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
 def object_at(path: str) -> Any:
     """Return the object at ``"package.module:Class.attribute"``."""
     module, _, attribute = path.partition(":")
@@ -58,12 +63,7 @@ def fingerprint(function: Callable[..., Any]) -> str:
 
 
 def source_from(function: Callable[..., Any]) -> str:
-    """Return the file that defines a function, from the function's first decorator (or its ``def``) on.
-
-    Raises:
-        OSError: the source is not available.
-        TypeError: not a function written in Python with ``def``.
-    """
+    """Return the file of a function from its first decorator or ``def`` on. Raises as :func:`fingerprint`."""
     plain = inspect.unwrap(function)
     plain = getattr(plain, "__func__", plain)
     if not isinstance(plain, FunctionType) or plain.__name__ == "<lambda>":
@@ -79,9 +79,7 @@ def source_from(function: Callable[..., Any]) -> str:
 def fingerprint_of_source(source: str) -> str:
     """Return the fingerprint of the function at the start of the source.
 
-    Args:
-        source: starts with the first decorator or the ``def`` of the function. It may be indented and may continue
-            after the function.
+    It starts with the first decorator or the ``def``. It may be indented and may continue after the function.
 
     Raises:
         OSError: the source does not begin with a function, or ends inside a string.

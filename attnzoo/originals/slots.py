@@ -57,13 +57,9 @@ def put(module: nn.Module, forward: Callable[..., Any]) -> None:
 
 
 def take_back(module: nn.Module, replacement: Callable[..., Any], original: Callable[..., Any] | None) -> None:
-    """Replace the replacement by the original forward.
+    """Restore the forward that :func:`current` returned before the replacement.
 
-    Args:
-        module: the module with the replacement.
-        replacement: the forward to remove.
-        original: what :func:`current` returned before the replacement. None stands for the forward of the class; the
-            attribute ``forward`` is then deleted.
+    None stands for the forward of the class; the attribute ``forward`` is then deleted.
     """
     slot = next(slot for slot in SLOTS if unbound(vars(module).get(slot)) is replacement)
     if original is not None:

@@ -28,11 +28,9 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
 def guard(model: nn.Module) -> list[nn.Module]:
     """Refuse continuous batching on a model and the models in it while a patch needs that, and allow it otherwise.
 
-    Call it after each change of patches. It does not reach a model whose parts were patched by themselves: there the
-    forward refuses ``cache`` in the engine's thread, and each request has the message as its ``error``.
-
-    Returns:
-        The models that have continuous batching.
+    Call it after each change of patches. Returns the models that have continuous batching. It does not reach a model
+    whose parts were patched by themselves: there the forward refuses ``cache`` in the engine's thread, and each request
+    has the message as its ``error``.
     """
     models = [module for module in model.modules() if hasattr(type(module), _ENTRY)]
     for module in models:

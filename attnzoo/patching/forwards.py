@@ -1,4 +1,4 @@
-"""The forward that sits in a patched module, and what it computes attentions with."""
+"""The forward of a patched module, and the object with which it computes attentions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Patch:
-    """What the forwards of one patch share. Holds no module strongly, because every patched module holds its forward.
+    """The shared part of the forwards of one patch. Holds modules weakly, because a patched module holds its forward.
 
     Attributes:
         number: grows with each patch of the process.
@@ -141,10 +141,6 @@ class PatchedForward(slots.Replacement):
     each call computes with the weights of that module.
 
     Attributes:
-        patch: what all forwards of the patch share.
-        plan: which backend serves the site, and how.
-        site: what ran.
-        point: the patch point of the module.
         native: whether every call runs the model's own code.
         fallback: whether calls that the backend refuses run the model's own code.
         removed: whether the patch was removed.
@@ -275,7 +271,7 @@ class PatchedForward(slots.Replacement):
         vars(twin).update(vars(self))
         root, target = self.patch.root(), self.plan.target
         whole = root is not None and id(root) in memo
-        # The copy of a whole model has a patch with counts of its own. The copy of a part may be put into the model, as
+        # The copy of a whole model has a patch with separate counts. The copy of a part may be put into the model, as
         # PEFT does: its calls count at the original's site, and it belongs to the original's patch.
         key = (Patch, self.patch.number)
         if key not in memo:

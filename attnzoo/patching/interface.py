@@ -39,9 +39,8 @@ def rebind(function: Callable[..., Any], **names: Any) -> FunctionType:
     plain = inspect.unwrap(function)
     if not isinstance(plain, FunctionType) or any(name not in plain.__code__.co_names for name in names):
         raise PatchError(f"function: got {function!r}; allowed: a Python function that uses {sorted(names)}")
-    twin = FunctionType(
-        plain.__code__, {**plain.__globals__, **names}, plain.__name__, plain.__defaults__, plain.__closure__
-    )
+    names = {**plain.__globals__, **names}
+    twin = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
     twin.__kwdefaults__ = plain.__kwdefaults__
     return twin
 
@@ -56,13 +55,7 @@ class InterfacePoint(PatchPoint):
         return self.bind_interface(cls, attend)
 
     def bind_interface(self, cls: Any, attend: Attend, **more: Any) -> Forward:
-        """Return the original forward with :meth:`compute` as its attention function.
-
-        Args:
-            cls: the class of the module.
-            attend: computes attentions on the module's backend.
-            more: further keyword arguments for :meth:`compute`.
-        """
+        """Return the original forward with :meth:`compute`, given ``more`` arguments, as its attention function."""
         original = inspect.unwrap(cls.forward).__globals__.get(_NAME)
         return rebind(cls.forward, **{_NAME: _AttentionFunctions(self, attend, original, more)})
 
@@ -80,7 +73,7 @@ class InterfacePoint(PatchPoint):
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Do what an attention function of transformers does.
+        """Compute attention as an attention function of transformers does.
 
         Args:
             module, attend: as for :meth:`PatchPoint.forward`.
@@ -134,7 +127,7 @@ class _AttentionFunctions:
                 refuse_uncomputed(kwargs, also=parameters(original), known=self._computed)
                 return self._point.compute(module, self._attend, name, *args, **{**kwargs, **self._more})
             except (BackendRefusedError, KeywordRefusedError):
-                # The module's cache is filled by now: what falls back is the attention function, not the forward.
+                # The module's cache is filled by now, so only the attention function falls back, not the forward.
                 if not self._attend.falls_back():
                     raise
                 return original(module, *args, **self._point.original_arguments(kwargs))

@@ -32,34 +32,24 @@ UNCOMPUTED = frozenset({
 
 
 def refuse_uncomputed(kwargs: Mapping[str, Any], also: Iterable[str] = (), known: Iterable[str] = ()) -> None:
-    """Raise if a keyword argument changes the result and no backend computes with it.
+    """Raise :class:`KeywordRefusedError` if a keyword argument changes the result and no backend computes with it.
 
-    Args:
-        kwargs: keyword arguments; a value of None counts as not given.
-        also: more names to refuse.
-        known: names that the caller computes with.
-
-    Raises:
-        KeywordRefusedError: names the first such keyword, its value, and the remedy.
+    A value of None counts as not given. ``also`` has more names to refuse, ``known`` those the caller computes with.
     """
     for keyword in sorted((UNCOMPUTED.union(also) & kwargs.keys()) - set(known)):
         value = kwargs[keyword]
         if value is not None:
             plain = isinstance(value, (bool, int, float))
             got = describe(value) if isinstance(value, Tensor) else repr(value) if plain else type(value).__name__
-            raise KeywordRefusedError(
-                keyword, got, 'None; patch(..., fallback="native") runs the model\'s own code where it is given'
-            )
+            allowed = 'None; patch(..., fallback="native") runs the model\'s own code where it is given'
+            raise KeywordRefusedError(keyword, got, allowed)
 
 
 def check_keywords(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """Raise, before the module does anything, if a call has keyword arguments that no backend computes with.
+    """Raise :class:`KeywordRefusedError` before the module does anything, if no backend computes with a keyword.
 
-    The adapter handles the parameters of the module's own forward. A forward without ``**kwargs`` refuses unknown
-    keywords itself, with a TypeError.
-
-    Raises:
-        KeywordRefusedError: names the keyword.
+    The adapter handles the parameters of the module's forward. A forward without ``**kwargs`` refuses unknown keywords
+    itself, with a TypeError.
     """
     forward = type(module).forward
     if not UNCOMPUTED.isdisjoint(kwargs) and inspect.getfullargspec(inspect.unwrap(forward)).varkw is not None:

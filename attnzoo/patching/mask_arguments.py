@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,17 +55,27 @@ ENCODER_MASK = MaskArgument(_INPUTS)
 DECODER_MASK = MaskArgument(_INPUTS, allows_grid=True, resized=True, cache=("past_key_values", "cache"))
 CROSS_MASK = MaskArgument(_ENCODER_STATES, allows_grid=True, queries=_INPUTS)
 CROSS_VISIBILITY = MaskArgument(_ENCODER_STATES, visibility=True, queries=_INPUTS)
+# Users know the mask of a decoder's cross-attention as the model's ``attention_mask``.
+DECODER_MASKS: MaskArguments = {
+    "attention_mask": replace(DECODER_MASK, public_name="decoder_attention_mask"),
+    "encoder_attention_mask": replace(CROSS_MASK, public_name="attention_mask"),
+}
 
 
 class MaskCheckPoint(CompanionPoint):
     """A module whose mask arguments are checked before its forward runs.
 
     The check needs only the names of the forward's arguments, so the point needs no fingerprints.
+
+    Attributes:
+        masks: the mask arguments of the forward, by name.
     """
 
-    def masks(self, module: Any) -> MaskArguments:
-        """Return the mask arguments of the module's forward, by name. To define."""
-        raise NotImplementedError
+    masks: MaskArguments
+
+    def masks_of(self, module: Any) -> MaskArguments:
+        """Return :attr:`masks`. Override it if they differ between modules of the class."""
+        return self.masks
 
     def describe(self, module: Any) -> str:
         return "checks masks"
@@ -80,7 +90,7 @@ class MaskCheckPoint(CompanionPoint):
         names = tuple(inspect.signature(cls.forward).parameters)[1:]  # without self
 
         def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-            args, kwargs = check_masks(self.masks(module), names, args, kwargs)
+            args, kwargs = check_masks(self.masks_of(module), names, args, kwargs)
             return run(module, *args, **kwargs)
 
         return forward
@@ -91,10 +101,7 @@ def check_masks(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a forward with its masks checked, and masks of one row expanded to all samples.
 
-    Args:
-        masks: the mask arguments by name.
-        names: names of the forward's positional parameters, without ``self``.
-        args, kwargs: the arguments of the call.
+    ``names`` are the forward's positional parameters, without ``self``.
     """
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     for argument, mask in masks.items():
@@ -173,17 +180,11 @@ def check_visibility(
 ) -> Tensor:
     """Check a mask that must be bool, or 0 and 1, with True for visible tokens.
 
-    An additive mask means the opposite, so other values raise, NaN included.
-
-    Args:
-        name, mask, batch, length, device: as for :func:`check_mask`.
-        q_len: the number of queries, or -1 if it is unknown.
+    An additive mask means the opposite, so other values raise, NaN included. The arguments and errors are those of
+    :func:`check_mask`; ``q_len`` is the number of queries, or -1 if it is unknown.
 
     Returns:
         Bool ``(batch, 1 or q_len, length)``.
-
-    Raises:
-        InvalidArgumentError: as for :func:`check_mask`, or the mask has values other than 0 and 1.
     """
     checked = check_mask(name, mask, batch, length, device, (q_len, length), grid_rank=3)
     if checked.dtype != torch.bool:
@@ -197,11 +198,7 @@ def check_visibility(
 
 
 def refuse_nan(name: str, mask: Tensor) -> None:
-    """Raise if a mask contains NaN. For a floating-point mask this waits for its device.
-
-    Raises:
-        InvalidArgumentError: names the mask.
-    """
+    """Raise :class:`InvalidArgumentError` if a mask contains NaN. If it has floats, this waits for its device."""
     if mask.is_floating_point() and holds(mask.isnan().any(), unknown=False):
         raise InvalidArgumentError(name, f"{describe(mask)} with NaN in it", "no NaN")
 

@@ -7,7 +7,6 @@ import itertools
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Literal
 
 from torch import nn
@@ -64,9 +63,7 @@ class Handle:
     def __enter__(self) -> Handle:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
     def __str__(self) -> str:
@@ -103,8 +100,7 @@ def is_patched(model: nn.Module) -> bool:
 
     Example:
         >>> from transformers import GPTNeoXConfig, GPTNeoXModel
-        >>> sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=9)
-        >>> model = GPTNeoXModel(GPTNeoXConfig(**sizes))
+        >>> model = GPTNeoXModel(GPTNeoXConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
         >>> is_patched(model)
         False
         >>> with patch(model, "sdpa"):
@@ -115,7 +111,7 @@ def is_patched(model: nn.Module) -> bool:
 
 
 def handle(model: nn.Module) -> Handle:
-    """Return the handle of the last patch of a model. A deep copy of a patched model has its own.
+    """Return the handle of the last patch of a model. A deep copy of a patched model has a separate handle.
 
     Args:
         model: a patched model.
@@ -129,8 +125,7 @@ def handle(model: nn.Module) -> Handle:
 
     Example:
         >>> from transformers import GPTNeoXConfig, GPTNeoXModel
-        >>> sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=9)
-        >>> model = GPTNeoXModel(GPTNeoXConfig(**sizes))
+        >>> model = GPTNeoXModel(GPTNeoXConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
         >>> sites = patch(model, "sdpa").sites
         >>> handle(model).sites == sites
         True
@@ -164,8 +159,7 @@ def unpatch(model: nn.Module) -> None:
 
     Example:
         >>> from transformers import GPTNeoXConfig, GPTNeoXModel
-        >>> sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=9)
-        >>> model = GPTNeoXModel(GPTNeoXConfig(**sizes))
+        >>> model = GPTNeoXModel(GPTNeoXConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
         >>> handle = patch(model, "sdpa")
         >>> unpatch(model)
         >>> is_patched(model)
@@ -191,11 +185,7 @@ def _check_whole(places: list[tuple[nn.Module, PatchedForward]]) -> None:
 
 
 def unpatch_all(model: nn.Module) -> None:
-    """Remove every patch of a model, if there is any. If a patch cannot be removed, none is.
-
-    Raises:
-        PatchError: a patch is no longer in place at every module, or belongs to a larger model.
-    """
+    """Remove every patch of a model; raise :class:`PatchError` and remove none if one cannot be removed."""
     layers = _layers(model)
     numbers = sorted({forward.patch.number for _, forward in layers}, reverse=True)
     for number in numbers:
@@ -241,8 +231,7 @@ def patch(
 
     Example:
         >>> from transformers import GPTNeoXConfig, GPTNeoXModel
-        >>> sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=9)
-        >>> model = GPTNeoXModel(GPTNeoXConfig(**sizes))
+        >>> model = GPTNeoXModel(GPTNeoXConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
         >>> with patch(model, "sdpa") as handle:
         ...     [site.name for site in handle.sites]
         ['layers.0.attention']

@@ -26,7 +26,7 @@ from attnzoo.spec.transforms import transforms_around
 
 @dataclass(frozen=True)
 class NativeBackend(Backend):
-    """The model's own code. It serves every site, and runs inside the module: no attention is handed to it."""
+    """The model's own code. It serves every site, and runs inside the module, so it computes no :class:`Attention`."""
 
     name: ClassVar[str] = "native"
 
@@ -70,11 +70,7 @@ class SitePlan:
     ) -> None:
         """Raise before the module does anything if the backend would refuse what a call is expected to request.
 
-        Args:
-            module: the module of the call: the target's, or a copy of it.
-            args: positional arguments of the call.
-            kwargs: keyword arguments of the call.
-            sharers: the modules that share values with the module, itself among them; none: only the module.
+        The module is the target's, or a copy of it; ``sharers`` are the modules that share values with it, if any do.
 
         Raises:
             BackendRefusedError: lists every reason.
@@ -101,13 +97,7 @@ def plan_sites(
 ) -> tuple[SitePlan, ...]:
     """Plan a patch: its sites, and their companions (modules that attend nothing and are patched with the sites).
 
-    Args:
-        model: the model.
-        targets: all patch targets of the model, from :func:`attnzoo.patching.sites.find_sites`.
-        backends: the backend for each site of the patch.
-
-    Returns:
-        One plan per site, then one per companion.
+    ``targets`` are all patch targets of the model. The plans of the sites come first.
 
     Raises:
         InvalidArgumentError: options of a backend have no effect at any of its sites.
@@ -143,19 +133,16 @@ def _plan_companions(model: nn.Module, targets: Sequence[PatchTarget], plans: Se
 
 
 def changes_of(backend: Backend, requests: Sequence[Request], anywhere: bool = False) -> tuple[str, ...]:
-    """Return how a backend changes the pattern of the requests that it does not refuse, as text.
+    """Return how a backend, bound to its site, changes the pattern of the requests that it does not refuse, as text.
 
-    Args:
-        backend: the backend, bound to its site.
-        requests: the requests.
-        anywhere: ignore refusals that only this machine has.
+    ``anywhere`` ignores refusals that only this machine has.
     """
     supported = (request for request in requests if not refusals_of(backend, (request,), anywhere))
     return tuple(dict.fromkeys(change for request in supported if (change := backend.changes(request)) is not None))
 
 
 def check_plans(plans: Sequence[SitePlan], allow_refusals: bool = False) -> None:
-    """Raise what prevents a patch, if anything does.
+    """Raise the error that prevents a patch, if there is one.
 
     Raises:
         PatchError: the first obstacle.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,25 +20,19 @@ Choices = dict[str, list[dict[str, Any]]]
 
 @contextmanager
 def recording(modules: Mapping[str, tuple[nn.Module, Callable[[Any], dict[str, Any]]]]) -> Iterator[Choices]:
-    """Record the random choices of each call of the modules.
+    """Record the random choices of each call of the modules, given by name with the ``replay`` of their patch points.
 
-    Args:
-        modules: by name, each with the ``replay`` of its patch point.
-
-    Yields:
-        By name, in the order of the calls, the keyword arguments that make a call repeat its choices.
+    Yields by name, in the order of the calls, the keyword arguments that make a call repeat its choices.
     """
     choices: Choices = defaultdict(list)
 
     def hook(name: str, replay: Callable[[Any], dict[str, Any]]) -> Callable[..., None]:
         return lambda module, args, output: choices[name].append(replay(output))
 
-    handles = [module.register_forward_hook(hook(name, replay)) for name, (module, replay) in modules.items()]
-    try:
+    with ExitStack() as handles:
+        for name, (module, replay) in modules.items():
+            handles.enter_context(module.register_forward_hook(hook(name, replay)))
         yield choices
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -48,15 +42,11 @@ def replaying(model: nn.Module, choices: Choices) -> Iterator[None]:
     def hook(recorded: Iterator[dict[str, Any]]) -> Callable[..., Any]:
         return lambda module, args, kwargs: (args, {**kwargs, **next(recorded)})
 
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(hook(iter(calls)), with_kwargs=True)
-        for name, calls in choices.items()
-    ]
-    try:
+    with ExitStack() as handles:
+        for name, calls in choices.items():
+            module = model.get_submodule(name)
+            handles.enter_context(module.register_forward_pre_hook(hook(iter(calls)), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def own_random_stream(model: nn.Module) -> AbstractContextManager[None]:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from attnzoo.adapter import Adapter, PatchPoint, parameters_of, path_of
+from attnzoo.adapter import Adapter, PatchPoint, parameters_of
 from attnzoo.backend import Backend, Choice
 from attnzoo.errors import InvalidArgumentError, PatchError, shorten
 from attnzoo.functional import autocast_dtype
+from attnzoo.originals.fingerprint import path_of
 from attnzoo.registry import registry
 from attnzoo.spec.segments import Attention, Request, Result
 
@@ -86,11 +87,8 @@ class PatchTarget:
 
     Attributes:
         name: the module's name in the model.
-        cls: the module's class.
-        point: the patch point that matches the module.
-        adapter: the adapter of the patch point.
         alive: the module; None if it was freed, or for a copy whose module is not known.
-        module: the same, of which the caller knows that it is alive.
+        module: the module; raises if it was freed.
         owner: the module in which it shares values with others (``PatchPoint.shared_in``), or None.
         label: the name for messages: see :attr:`Site.label`.
     """
@@ -151,11 +149,8 @@ def expected_requests(
     """Return what a module will request of its backend.
 
     Args:
-        point: the module's patch point.
-        module: the module.
-        sharers: the modules that share values with it, itself among them.
-        grad: whether gradients will be computed, if that is known; None: if the module is trained.
-        probabilities: whether the call returns attention probabilities.
+        sharers: the modules that share values with it, itself included.
+        grad: whether gradients will be computed; None: if the module is trained.
         transforms: the transforms of ``torch.func`` around the call.
     """
     trains_bias = False

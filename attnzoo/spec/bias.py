@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.errors import InvalidArgumentError
+from attnzoo.spec.patterns import Tile
 from attnzoo.spec.transforms import readable
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -53,23 +54,15 @@ class Bias:
         """Return a function that returns the bias at broadcastable index tensors ``(b, h, q, kv)``."""
         raise NotImplementedError
 
-    def block_key(
-        self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int
-    ) -> tuple[int, ...] | None:
-        """Return a key that only blocks with equal biases share, so that a kernel can reuse the bias of a block.
-
-        None promises nothing about other blocks.
-        """
+    def block_key(self, tile: Tile) -> tuple[int, ...] | None:
+        """Return a key that only tiles with equal biases share, so that a kernel can reuse a bias; or None."""
         return None
 
     def add_gradient_(self, grad: Tensor, grad_scores: Tensor, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> None:
         """Add the contribution of a block of scores to the gradient of :attr:`values`, in place.
 
-        Args:
-            grad: the gradient to add to, with the shape of :attr:`values`.
-            grad_scores: ``(batch, heads, n, m)``, the gradient of the scores.
-            q: ``(n,)`` query indices of the block.
-            kv: ``(m,)`` key indices of the block.
+        ``grad`` has the shape of :attr:`values`, ``grad_scores`` is ``(batch, heads, n, m)``, and ``q`` ``(n,)`` and
+        ``kv`` ``(m,)`` are the query and key indices of the block.
         """
         raise NotImplementedError
 
@@ -148,7 +141,6 @@ class RelativeBias(Bias):
         return rows.unflatten(1, (positions.shape[0], positions.shape[2])).transpose(0, 1)
 
     def _index(self, b: Tensor, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> Tensor:
-        """Return the index into the second dimension of :attr:`values`."""
         positions = q + self._shift(q_len, kv_len) if self.positions is None else self.positions[b, q]
         return (kv - positions + self.zero).clamp(0, self.values.shape[1] - 1)
 
@@ -162,12 +154,11 @@ class RelativeBias(Bias):
         by_head = grad_scores.transpose(0, 1).flatten(1)
         grad.scatter_add_(1, index.reshape(1, -1).expand(by_head.shape[0], -1), by_head.to(grad.dtype))
 
-    def block_key(
-        self, q_start: int, q_stop: int, kv_start: int, kv_stop: int, q_len: int, kv_len: int
-    ) -> tuple[int, ...] | None:
+    def block_key(self, tile: Tile) -> tuple[int, ...] | None:
         if self.positions is not None:
             return None
-        return (q_start + self._shift(q_len, kv_len) - kv_start, q_stop - q_start, kv_stop - kv_start)
+        *shape, distance = tile.shape_and_distance
+        return (*shape, distance - self._shift(tile.q_len, tile.kv_len))
 
 
 @dataclass(frozen=True, eq=False)

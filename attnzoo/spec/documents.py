@@ -64,10 +64,8 @@ class Pack:
 def find_documents(visible: Tensor, batch: int) -> tuple[Pack, ...] | None:
     """Return the documents of packed rows; None if the mask is anything but documents that see themselves causally.
 
-    Args:
-        visible: ``(batch or 1, length, length)`` bool, True where the query (rows) sees the key (columns). A query that
-            sees no key belongs to no document.
-        batch: number of samples.
+    ``visible`` is ``(batch or 1, length, length)`` bool, True where the query (rows) sees the key (columns). A query
+    that sees no key belongs to no document.
     """
     samples, q_len, kv_len = visible.shape
     if q_len != kv_len:

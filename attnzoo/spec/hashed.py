@@ -101,13 +101,6 @@ class HashedChunks(Pattern):
     def query_order(self) -> Tensor | None:
         return self.rounds[-1].queries if self.rounds else None
 
-    def batch_and_heads(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        batch, heads = self.rounds[-1].query_ranks.shape[:2]
-        return (
-            torch.arange(batch, device=device)[:, None, None, None],
-            torch.arange(heads, device=device)[None, :, None, None],
-        )
-
     def mask_mod(self, q_len: int, kv_len: int) -> MaskMod:
         shift = kv_len - q_len if self.offset is None else self.offset
 
@@ -123,7 +116,6 @@ class HashedChunks(Pattern):
         return mask
 
     def _is_near(self, hash_round: HashRound, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        """Return True where the chunk of the key is in the neighbourhood of the query's chunk."""
         group = hash_round.query_ranks.shape[1] // hash_round.key_ranks.shape[1]
         key_rank, query_rank = hash_round.key_ranks[b, h // group, kv], hash_round.query_ranks[b, h, q]
         ahead = hash_round.chunks[b, key_rank] - hash_round.chunks[b, query_rank]

@@ -81,9 +81,11 @@ class Pattern:
         return None
 
     def batch_and_heads(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the batch and head indices to evaluate a mask at: a zero each, unless samples or heads differ."""
-        zero = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=device)
-        return zero, zero
+        """Return the batch and head indices to evaluate a mask at: a zero each, unless each head has an order."""
+        order = self.query_order
+        sizes = (1, 1) if order is None else order.shape[:2]
+        batch, heads = (torch.arange(size, device=device) for size in sizes)
+        return batch[:, None, None, None], heads[None, :, None, None]
 
     def kv_spans(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> tuple[Span, ...]:
         """Return disjoint ``(start, stop)`` key ranges that contain every key visible to queries ``q_start:q_stop``."""
@@ -368,13 +370,6 @@ class SortedChunks(Chunks):
         if self.order is None or self.token is None:
             raise InvalidArgumentError("pattern", f"{self} without order and token", "both")
         return self.order, self.token
-
-    def batch_and_heads(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        batch, heads = self.sorted_tensors()[0].shape[:2]
-        return (
-            torch.arange(batch, device=device)[:, None, None, None],
-            torch.arange(heads, device=device)[None, :, None, None],
-        )
 
     def visible(self, query: Tensor, token: Tensor) -> Tensor:
         """Return True where a query may see a key of this token, wherever the key stands."""

@@ -153,20 +153,16 @@ class Attention:
         check_heads_tensor("query", self.query)
         if not self.segments:
             raise InvalidArgumentError("segments", "none", "at least one segment")
-        if (
-            isinstance(self.dropout, bool)
-            or not isinstance(self.dropout, (int, float))
-            or not 0.0 <= self.dropout < 1.0
-        ):
-            raise InvalidArgumentError("dropout", repr(self.dropout), "a probability in [0, 1)")
-        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
-            raise InvalidArgumentError("scale", repr(self.scale), "a finite number")
+        dropout, scale = self.dropout, self.scale
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
+            raise InvalidArgumentError("dropout", repr(dropout), "a probability in [0, 1)")
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise InvalidArgumentError("scale", repr(scale), "a finite number")
         _check_mask("query_mask", self.query_mask, ((self.batch, self.q_len),), self.query.device)
         for segment in self.segments:
             self._check_segment(segment)
         shape = (self.batch, self.heads, self.q_len, self.value_dim)
-        dtype, device = self.query.dtype, self.query.device
-        empty = self.empty
+        empty, dtype, device = self.empty, self.query.dtype, self.query.device
         if empty is not None and (tuple(empty.shape), empty.dtype, empty.device) != (shape, dtype, device):
             raise InvalidArgumentError("empty", describe(empty), f"{shape} {dtype} on {device}")
 

@@ -27,15 +27,13 @@ def transforms_around(tensors: Iterable[object]) -> tuple[str, ...]:
     Tensors with tangents (``torch.autograd.forward_ad``) count as ``"jvp"`` even without ``torch.func``.
     """
     names = tuple(str(level.key().name).lower() for level in _stack() or ()) if _active() else ()
-    if "jvp" not in names and any(_has_tangent(tensor) for tensor in tensors):
+    if "jvp" not in names and any(map(_has_tangent, tensors)):
         return (*names, "jvp")
     return names
 
 
-def _has_tangent(tensor: object) -> bool:
-    return (
-        isinstance(tensor, Tensor) and tensor.is_floating_point() and forward_ad.unpack_dual(tensor).tangent is not None
-    )
+def _has_tangent(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and forward_ad.unpack_dual(value).tangent is not None
 
 
 def readable(tensor: Tensor) -> bool:

@@ -281,7 +281,7 @@ class Masks:
         by_pattern: tuple[object, ...] | None = ("all", block.rows, part.kv_stop - part.kv_start)
         if not segment.pattern.sees_all(tile):
             by_pattern = segment.pattern.block_key(tile)
-        by_bias = () if segment.bias is None else segment.bias.block_key(*tile)
+        by_bias = () if segment.bias is None else segment.bias.block_key(tile)
         return None if by_pattern is None or by_bias is None else (by_pattern, by_bias)
 
 
