@@ -73,14 +73,12 @@ class Block(NamedTuple):
         return rows.take(tensor, self.queries)
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
-        """Write the block's rows."""
         if self.queries is None:
             tensor[:, :, self.q_start : self.q_stop] = values
         else:
             rows.put_(tensor, self.queries, values)
 
     def add(self, tensor: Tensor, values: Tensor) -> None:
-        """Add to the block's rows."""
         if self.queries is None:
             tensor[:, :, self.q_start : self.q_stop] += values
         else:
@@ -106,7 +104,7 @@ def positive_scale(attention: Attention) -> Attention:
 
 
 def block_size(attention: Attention) -> int:
-    """Return how many queries to take at once: at most what each pattern asks for, few if a mask or bias is a grid."""
+    """Return the number of queries per block: at most what each pattern prefers, few if a mask or bias is a grid."""
     q_len = attention.q_len
     sizes = [segment.pattern.block_size(q_len, segment.kv_len) for segment in attention.segments]
     for segment in attention.segments:
@@ -133,7 +131,7 @@ def blocks(attention: Attention, segments: list[int], size: int) -> Iterator[Blo
     pattern = attention.segments[segments[0]].pattern
     q_start = 0
     while q_start < q_len:
-        if isinstance(pattern, SortedChunks):  # a block within one chunk sees all of its spans, but for tokens
+        if isinstance(pattern, SortedChunks):  # all queries of a block are in one chunk
             size = min(DENSE_ROWS, pattern.length - (pattern.start + q_start) % pattern.length)
         elif pattern.query_order is not None:
             size = min(DENSE_ROWS, pattern.block_size(q_len, attention.segments[segments[0]].kv_len))
@@ -220,7 +218,7 @@ class Masks:
         """Return what key mask and dense mask leave visible, broadcastable to ``(batch, heads, n, m)``; None: all."""
         segment, keys = self._attention.segments[part.segment], slice(part.kv_start, part.kv_stop)
         visible: Tensor | None = None
-        if part.keys is not None:  # the key mask is applied already: it made these keys -1
+        if part.keys is not None:  # _parts() has applied the key mask: hidden keys are -1
             if segment.mask is None:
                 return None
             dense = segment.mask.expand(self._attention.batch, self._attention.heads, -1, -1)

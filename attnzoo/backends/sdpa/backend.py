@@ -1,7 +1,7 @@
 """``sdpa``: everything on ``torch.nn.functional.scaled_dot_product_attention`` and the kernels behind it.
 
-A single segment without bias and dense mask, whose keys every query sees or that is plainly causal, is one public call.
-Any other attention goes block by block, in the first of these ways that can run it:
+A single segment without bias and dense mask is one public call if every query sees every key, or if it is plainly
+causal. Any other attention goes block by block, in the first of these ways that can run it:
 
 - On the CPU, without dropout and function transforms, with ``value_dim == head_dim``: PyTorch's CPU FlashAttention
   kernel, whose parts are merged by log-sum-exp, trained biases included (:mod:`attnzoo.backends.sdpa.flash_cpu`).
@@ -117,13 +117,12 @@ def _concatenated(attention: Attention, size: int) -> Result:
         shape = (attention.batch, 1, query.shape[2])
         if not block.parts:
             outputs.append(query.sum(-1, keepdim=True).expand(-1, -1, -1, attention.value_dim) * 0.0)
-            visible_rows.append(torch.zeros(shape, dtype=torch.bool, device=query.device))
+            visible_rows.append(query.new_zeros(shape, dtype=torch.bool))
             continue
         terms = join_masks(attention, masks, block)
         output, some_rows, kernel = _call(attention, query, join_parts(pieces, block), *terms, False)
         outputs.append(output)
-        all_rows = torch.ones(shape, dtype=torch.bool, device=query.device)
-        visible_rows.append(all_rows if some_rows is None else some_rows)
+        visible_rows.append(query.new_ones(shape, dtype=torch.bool) if some_rows is None else some_rows)
         kernels.add(kernel)
     heads = max(rows.shape[1] for rows in visible_rows)
     joined = torch.cat([rows.expand(attention.batch, heads, -1) for rows in visible_rows], dim=2)
@@ -144,7 +143,7 @@ def _call(
         # Kernels disagree on rows that see no key. Let such rows see every key; their output is dropped later.
         visible_rows = visible.any(-1)
         visible = visible | ~visible_rows[..., None]
-    # On the CPU PyTorch makes a bool mask additive, and copies each row of an expanded one.
+    # On the CPU PyTorch makes a bool mask additive, and copies each row of an expanded mask.
     keeps_bool = bias is None and query.device.type != "cpu"
     mask = visible if keeps_bool else additive(visible, bias, query.dtype)
     mask = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)

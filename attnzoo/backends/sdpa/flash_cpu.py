@@ -5,7 +5,7 @@ A block of queries attends to each of its parts by one call of the kernel, which
 (:mod:`attnzoo.backends.sdpa.stacks`). The backward saves the inputs, the output and lse.
 
 The kernel behind ``scaled_dot_product_attention`` returns its ``lse`` through no public function, so this module calls
-two private operators of PyTorch. :func:`unavailable` checks their signatures; without them the sdpa backend takes its
+two private operators of PyTorch. :func:`unavailable` checks their signatures; without them the sdpa backend uses its
 slower public path. ``tests/backends/test_flash_cpu.py`` pins what the operators do.
 """
 
@@ -37,10 +37,7 @@ _operators = torch.ops.aten
 def unavailable() -> str | None:
     """Return why the private operators cannot be used with this PyTorch, or None."""
     inputs, settings = ("query", "key", "value"), ("dropout_p", "is_causal", "attn_mask", "scale")
-    expected = {
-        _FORWARD: (*inputs, *settings),
-        _BACKWARD: ("grad_out", *inputs, "out", "logsumexp", *settings),
-    }
+    expected = {_FORWARD: (*inputs, *settings), _BACKWARD: ("grad_out", *inputs, "out", "logsumexp", *settings)}
     for name, arguments in expected.items():
         op = getattr(_operators, name, None)
         if op is None:
@@ -74,10 +71,10 @@ def _without_storage(attention: Attention) -> Attention:
     def shell(tensor: Tensor) -> Tensor:
         return tensor.detach().new_empty(()).expand(tensor.shape)
 
-    segments = tuple(
+    shells = tuple(
         replace(segment, key=shell(segment.key), value=shell(segment.value)) for segment in attention.segments
     )
-    return replace(attention, query=shell(attention.query), segments=segments, query_mask=None, empty=None)
+    return replace(attention, query=shell(attention.query), segments=shells, query_mask=None, empty=None)
 
 
 def _mask_tensors(attention: Attention) -> list[Tensor]:

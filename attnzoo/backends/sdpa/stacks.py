@@ -35,7 +35,6 @@ class Stack(NamedTuple):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """What the first block sees."""
         return self.block.parts
 
     def whole(self) -> Block:
@@ -62,7 +61,6 @@ class Stack(NamedTuple):
         return self.by_block(self.whole().take(self._of_sample(tensor)))
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
-        """Write the rows."""
         if self.depth == 1:
             self.block.put(self._of_sample(tensor), values)
         else:

@@ -70,15 +70,13 @@ class BiasGradients:
     def __init__(self, attention: Attention) -> None:
         self._attention, self._masks, self._biases = attention, Masks(attention), trained_biases(attention)
         # One value may collect all scores, whose gradients sum to zero by row: float32 would keep rounding errors.
-        shapes = {index: bias.values.shape for index, bias in self._biases.items()}
-        self._grads = {i: torch.zeros(shape, dtype=torch.float64, device="cpu") for i, shape in shapes.items()}
+        self._grads = {i: torch.zeros_like(bias.values, dtype=torch.float64) for i, bias in self._biases.items()}
         self._sums: dict[int, tuple[object, Block, Part, Tensor]] = {}
 
     def __contains__(self, segment: int) -> bool:
         return segment in self._biases
 
     def add(self, block: Block, part: Part, grad_scores: Tensor) -> None:
-        """Add the gradient of a part's scores."""
         key, last = self._masks.key(block, part), self._sums.get(part.segment)
         if last is not None and key is not None and last[0] == key:
             last[3].add_(grad_scores)

@@ -265,7 +265,6 @@ class _PackedCalls(PartialKernel):
     tensors: Sequence[Tensor]
 
     def inputs(self, call: Call) -> Inputs:
-        """Return the arguments of one call."""
         key, value = (_take_rows(tensor, call.k_rows) for tensor in self.keys_values(call.segment))
         return Inputs(_take_rows(self.query, call.q_rows), key, value, call.sequences, self.scale, self.dropout)
 
