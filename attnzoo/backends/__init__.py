@@ -1,1 +1,1 @@
-"""The backends that come with attnzoo; found by entry point, loaded when first asked for."""
+"""The backends of attnzoo. The registry finds them by entry point and loads them at first use."""

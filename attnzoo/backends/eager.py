@@ -71,7 +71,7 @@ def log_mass(attention: Attention, rows: Tensor) -> Tensor:
 
 
 def grid(attention: Attention, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scaled and biased scores of query rows ``(n,)`` with the keys of all segments, and who sees whom.
+    """Return the scaled and biased scores of query rows ``(n,)`` with all keys, and which query sees which key.
 
     Both are ``(batch, heads, n, kv_len of all segments)``. The scores of hidden keys are finite.
     """

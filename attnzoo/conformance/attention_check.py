@@ -68,7 +68,7 @@ def check_attention(
 
     Args:
         name: name for the report.
-        attention: the attention to compute, for example one that a site's observer received.
+        attention: for example one that a site's observer received.
         backend: a configured backend or a name.
         grad: compare the gradients of query, keys, values, and bias values that require grad, too.
         max_rows: how many query rows to compare.
@@ -155,9 +155,8 @@ def _needs_gradient(attention: Attention) -> list[bool]:
 def detached(attention: Attention, dtype: torch.dtype, grad: bool) -> Attention:
     """The attention on copies of its tensors in a dtype; with ``grad``, as leaves that require grad."""
     pairs = zip(attention.tensors(), _needs_gradient(attention), strict=True)
-    return attention.with_tensors(
-        tuple(t.detach().to(dtype).clone().requires_grad_(grad and flag) for t, flag in pairs)
-    )
+    copies = (tensor.detach().to(dtype).clone().requires_grad_(grad and flag) for tensor, flag in pairs)
+    return attention.with_tensors(tuple(copies))
 
 
 def gradient_vector(output: Tensor, attention: Attention, cotangent: Tensor) -> Tensor:

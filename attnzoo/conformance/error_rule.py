@@ -37,7 +37,7 @@ def allowed_error(k: float, plain_error: float, scale: float, dtype: torch.dtype
 
 
 def plain_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which plain operations run beside a candidate of a dtype.
+    """The dtype in which plain operations run for a candidate of a dtype.
 
     It is the same dtype, except that there is no wider reference for float64: plain operations run in float32 there,
     and :func:`check` scales their error by the ratio of the epsilons.

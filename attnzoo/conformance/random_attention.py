@@ -36,8 +36,8 @@ def random_attention(
 
     Args:
         request: the request to make; only the ``start`` of sorted rounds may differ.
-        q_len: number of queries.
-        kv_len: number of keys of the first segment. Sorted rounds have ``q_len`` keys each.
+        q_len: number of queries, and of the keys of sorted rounds.
+        kv_len: number of keys of the first segment.
         dropout: probability of dropping a softmax weight, if the request has dropout.
         query_mask: mask a fifth of the queries.
         padded_tokens: the first third of the tokens of sorted rounds is padding.

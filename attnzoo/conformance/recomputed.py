@@ -26,12 +26,9 @@ from attnzoo.spec.segments import Attention, Result
 def recomputed(attention: Attention, rows: Tensor | None = None, order: int = 0) -> Tensor:
     """The output of an attention without dropout; its backward computes the scores again.
 
-    In half precision, scores and weights are float32 and the output is rounded, as in kernels.
-
-    Args:
-        attention: the attention to compute.
-        rows: query indices ``(n,)``; None: all of them.
-        order: seed of the order in which keys and components of ``head_dim`` are summed. Each order rounds differently.
+    In half precision, scores and weights are float32 and the output is rounded, as in kernels. ``rows`` are query
+    indices ``(n,)``; None: all. ``order`` is the seed of the order in which keys and components of ``head_dim`` are
+    summed: each order rounds differently.
     """
     if rows is None:
         rows = torch.arange(attention.q_len, device=attention.query.device)

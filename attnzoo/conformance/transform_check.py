@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,16 +28,10 @@ _Compute = Callable[[Attention], Tensor]
 
 
 def check_transform(attention: Attention, backend: Backend, transform: str, seed: int = 0) -> Check:
-    """Run an attention on a backend under a transform, and compare the result with the float64 oracle.
+    """Run an attention on a backend under one of :data:`CHECKED_TRANSFORMS`, and compare it with the float64 oracle.
 
     Gradients and tangents are those of the tensors that require grad. ``vmap`` maps over two attentions, which differ
-    in all tensors, masks included.
-
-    Args:
-        attention: the attention to compute, without dropout.
-        backend: a configured backend.
-        transform: one of :data:`CHECKED_TRANSFORMS`.
-        seed: seed of the cotangent and the tangents.
+    in all tensors, masks included. The seed is that of the cotangent and the tangents.
 
     Raises:
         BackendRefusedError: the backend does not run under the transform.
@@ -85,8 +80,6 @@ class _Run:
 
     def with_transform(self, transform: str, compute: _Compute) -> Tensor:
         """The result of the transform, as one tensor."""
-        if transform == "grad":
-            return self._gradient_by_func(self._attention, compute)
         if transform == "jvp":
 
             def of_leaves(*leaves: Tensor) -> Tensor:
@@ -94,11 +87,11 @@ class _Run:
 
             tangent: Tensor = torch.func.jvp(of_leaves, self._leaves(self._attention), tuple(self._tangents))[1]
             return tangent
-        if transform == "vmap of grad":
-            return self._mapped(lambda attention: self._gradient_by_func(attention, compute))
-        return self._mapped(compute)
+        if transform.endswith("grad"):
+            compute = partial(self._gradient_by_func, compute)
+        return self._mapped(compute) if transform.startswith("vmap") else compute(self._attention)
 
-    def _gradient_by_func(self, attention: Attention, compute: _Compute) -> Tensor:
+    def _gradient_by_func(self, compute: _Compute, attention: Attention) -> Tensor:
         def loss(leaves: tuple[Tensor, ...]) -> Tensor:
             return (compute(self._with_leaves(attention, leaves)) * self._cotangent).sum()
 
@@ -115,8 +108,6 @@ class _Run:
 
     def without_transform(self, transform: str, compute: _Compute) -> Tensor:
         """The same result, computed without ``torch.func``."""
-        if transform == "grad":
-            return self._gradient(self._attention, compute)
         if transform == "jvp":
             leaves = tuple(tensor.requires_grad_() for tensor in self._leaves(self._attention))
             output = compute(self._with_leaves(self._attention, leaves))
@@ -125,11 +116,13 @@ class _Run:
             pairs = zip(grads, self._tangents, strict=True)
             along = [(grad * tangent).sum() for grad, tangent in pairs if grad is not None]
             return torch.autograd.grad(torch.stack(along).sum(), direction)[0]
-        if transform == "vmap of grad":
-            return torch.stack([self._gradient(attention, compute) for attention in self._pair()])
-        return torch.stack([compute(attention) for attention in self._pair()])
+        if transform.endswith("grad"):
+            compute = partial(self._gradient, compute)
+        return (
+            torch.stack(list(map(compute, self._pair()))) if transform.startswith("vmap") else compute(self._attention)
+        )
 
-    def _gradient(self, attention: Attention, compute: _Compute) -> Tensor:
+    def _gradient(self, compute: _Compute, attention: Attention) -> Tensor:
         leaves = tuple(tensor.clone().requires_grad_() for tensor in self._leaves(attention))
         output = compute(self._with_leaves(attention, leaves))
         grads = torch.autograd.grad(output, leaves, self._cotangent, materialize_grads=True)

@@ -12,6 +12,9 @@ class Part(NamedTuple):
     segment: int
     keys: slice
 
+    def add(self, tensor, values):
+        tensor[self.keys] += values
+
 
 class Rows(NamedTuple):
     """Query rows ``(n, dim)`` from ``start`` to ``stop``."""
@@ -33,7 +36,7 @@ class PlainKernel(PartialKernel):
     """Attention of ``(n, dim)`` tensors with scale 1."""
 
     def __init__(self, plan, query, tensors):
-        self.plan, self.query, self.tensors = plan, query, tensors
+        self.plan, self.places, self.query, self.tensors = plan, range(4), query, tensors
 
     def new_results(self):
         return torch.zeros_like(self.query), self.query.new_full(self.query.shape[:1], float("-inf"))
@@ -41,24 +44,21 @@ class PlainKernel(PartialKernel):
     def forward_plan(self):
         return self.plan
 
-    def keys_values(self, part):
-        return [tensor[part.keys] for tensor in self.tensors[2 * part.segment :][:2]]
+    def keys_of(self, part):
+        return [tensor[part.keys] for tensor in self.keys_values(part.segment)]
 
     def forward(self, rows, number):
-        key, value = self.keys_values(rows.parts[number])
+        key, value = self.keys_of(rows.parts[number])
         scores = rows.take(self.query) @ key.T
         return scores.softmax(-1) @ value, scores.logsumexp(-1)
 
     def backward(self, rows, grad_out, out, lse):
         query = rows.take(self.query)
         for part in rows.parts:
-            key, value = self.keys_values(part)
+            key, value = self.keys_of(part)
             weights = (query @ key.T - lse[:, None]).exp()
             grad_scores = weights * (grad_out @ value.T - (grad_out * out).sum(-1, keepdim=True))
             yield grad_scores @ key, grad_scores.T @ query, weights.T @ grad_out
-
-    def add_keys(self, part, grad, values):
-        grad[part.keys] += values
 
 
 def test_a_union_of_parts_is_the_softmax_over_all_keys():
@@ -69,7 +69,7 @@ def test_a_union_of_parts_is_the_softmax_over_all_keys():
         (True, Rows(slice(4, 5), ())),
         (False, Rows(slice(2, 5), (second,))),
     ]
-    output, lse = unite(partial(PlainKernel, plan), range(4), query, tensors)
+    output, lse = unite(partial(PlainKernel, plan), query, tensors)
 
     visible = torch.zeros(6, 8, dtype=torch.bool)
     visible[0:4, [0, 1, 5, 6, 7]] = True

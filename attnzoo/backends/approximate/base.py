@@ -15,7 +15,7 @@ from attnzoo.backend import Backend, Capabilities
 from attnzoo.errors import InvalidArgumentError, Refusal, UnknownNameError
 from attnzoo.functional import execute
 from attnzoo.registry import registry
-from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window
+from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
 from attnzoo.spec.segments import Attention, Request, Result, Segment
 
 LOCAL = (Window, Chunks)
@@ -68,7 +68,7 @@ class ApproximateBackend(Backend):
             raise UnknownNameError(f"inner of backend {self.name!r}", self.inner, ("auto", *exact))
 
     def bind_to_site(self, site: tuple[Request, ...], patch: tuple[Request, ...]) -> Backend:
-        """Keep a site with a local request as it is in all its requests (short inputs, global tokens, decoding).
+        """Keep all requests of a site unchanged if one of them is local (short inputs, global tokens, decoding).
 
         Without options, keep every site of a patch that has a local site: a local model needs no options.
         """
@@ -83,9 +83,9 @@ class ApproximateBackend(Backend):
         return tuple(f"{option.name}={getattr(self, option.name)!r}" for option in given)
 
     def changes(self, request: Request) -> str | None:
-        if self.kept or _is_local(request) or all(_is_cross(segment.pattern) for segment in request.segments):
-            return None
-        return self.describe(request)
+        patterns = [segment.pattern for segment in request.segments]
+        is_cross = all(isinstance(pattern, Full) and pattern.cross for pattern in patterns)
+        return None if self.kept or _is_local(request) or is_cross else self.describe(request)
 
     def describe(self, request: Request) -> str:
         """Return in words which keys a query of the rewritten attention sees."""
@@ -137,10 +137,6 @@ class ApproximateBackend(Backend):
 
 def _is_local(request: Request) -> bool:
     return any(isinstance(segment.pattern, LOCAL) for segment in request.segments)
-
-
-def _is_cross(pattern: Pattern) -> bool:
-    return isinstance(pattern, Full) and pattern.cross
 
 
 def _inner_refusals(inner: str, request: Request) -> tuple[Refusal, ...]:

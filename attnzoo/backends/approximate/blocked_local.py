@@ -121,7 +121,7 @@ def _sinks_by_query(attention: Attention, mask: Tensor, window: Window, position
     (segment,) = attention.segments
     sinks, seen = first_keys(segment, mask, attention.q_len, count)
     seen = seen & _outside(attention, window, position, sinks)
-    unused = segment.kv_len  # index of an extra column that takes the entries that are no sinks
+    unused = segment.kv_len  # index of an extra column for the entries that are not sinks
     chosen = torch.zeros((len(sinks), unused + 1), dtype=torch.bool, device=sinks.device)
     chosen = chosen.scatter_(1, sinks.masked_fill(~seen, unused).flatten(1), True)[:, :unused]
     chosen_keys = find_global_keys(chosen.expand(attention.batch, -1))

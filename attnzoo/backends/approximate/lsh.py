@@ -14,7 +14,7 @@ chunk of its rank and the chunk before (and the chunk after, if attention is not
   still sees something.
 - A key that several rounds show counts once, as in the paper; Reformer's code counts it once per round. With one bucket
   and chunks as long as the sequence, this is full attention.
-- Each document of a packed row is sorted and cut by itself, so it gives the result that it gives alone.
+- Each document of a packed row is sorted and cut separately, so its result is the same as alone.
 
 The rotations come from a separate generator with ``seed``. Hashing has no gradient.
 """
@@ -153,19 +153,13 @@ class LshBackend(ApproximateBackend):
 class _Chunking(NamedTuple):
     """How the sorted keys of each sample are cut into chunks; the same for all heads and rounds.
 
-    Each document is sorted and cut by itself, so that its queries see the same keys as if it were alone.
-
-    Attributes:
-        visible: ``(batch or 1, kv_len)`` bool, the keys that some query may see.
-        documents: the document numbers of keys and queries.
-        chunks: ``(batch, kv_len)`` int64, the chunk of each rank.
-        last: ``(batch or 1, q_len)`` int64, the last rank in the document of each query.
+    Each document is sorted and cut separately: its queries see the same keys as if it were alone.
     """
 
-    visible: Tensor
+    visible: Tensor  # (batch or 1, kv_len) bool, the keys that some query may see
     documents: DocumentNumbers
-    chunks: Tensor
-    last: Tensor
+    chunks: Tensor  # (batch, kv_len) int64, the chunk of each rank
+    last: Tensor  # (batch or 1, q_len) int64, the last rank in the document of each query
 
     @classmethod
     def of(cls, attention: Attention, placement: QueryPlacement, length: int) -> _Chunking:

@@ -23,17 +23,11 @@ _ENTRIES_AT_ONCE = 1 << 22
 
 
 class Spans(NamedTuple):
-    """The keys that a dense mask shows, together with pattern and key mask.
+    """The keys that a dense mask shows, together with pattern and key mask."""
 
-    Attributes:
-        first: ``(batch or 1, q_len)`` int64, the first key that a query sees in any head; ``kv_len`` if it sees none.
-        last: ``(batch or 1, q_len)`` int64, the last such key; -1 if it sees none.
-        visible: ``(batch or 1, kv_len)`` bool, the keys that some query sees.
-    """
-
-    first: Tensor
-    last: Tensor
-    visible: Tensor
+    first: Tensor  # (batch or 1, q_len) int64, the first key that a query sees in any head; kv_len if it sees no key
+    last: Tensor  # (batch or 1, q_len) int64, the last such key; -1 if the query sees no key
+    visible: Tensor  # (batch or 1, kv_len) bool, the keys that some query sees
 
 
 class DocumentNumbers(NamedTuple):
@@ -41,33 +35,21 @@ class DocumentNumbers(NamedTuple):
 
     A document is a run of keys: no query sees keys on both sides of its start or of its end. A causal mask over the
     whole row gives one document. A key that no query sees is a document of one key.
-
-    Attributes:
-        keys: ``(batch or 1, kv_len)`` int64, ascending.
-        queries: ``(batch or 1, q_len)`` int64; arbitrary for a query that sees no key.
     """
 
-    keys: Tensor
-    queries: Tensor
+    keys: Tensor  # (batch or 1, kv_len) int64, ascending
+    queries: Tensor  # (batch or 1, q_len) int64; arbitrary for a query that sees no key
 
 
 @dataclass(frozen=True)
 class QueryPlacement:
-    """The position of the queries among the keys of an attention with one dense segment.
+    """The position of the queries among the keys of an attention with one dense segment."""
 
-    Attributes:
-        position: key position of query 0.
-        aligned: key position of query 0 if the last query is at the last key.
-        causal: whether no query sees a key after its own position.
-        visible: ``(batch or 1, kv_len)`` bool, the keys that the masks show to some query; None: all keys.
-        spans: the keys that a dense mask shows to each query; None without a dense mask.
-    """
-
-    position: int
-    aligned: int
-    causal: bool
-    visible: Tensor | None
-    spans: Spans | None
+    position: int  # key position of query 0
+    aligned: int  # key position of query 0 if the last query is at the last key
+    causal: bool  # whether no query sees a key after its position
+    visible: Tensor | None  # (batch or 1, kv_len) bool, the keys that the masks show to some query; None: all keys
+    spans: Spans | None  # None without a dense mask
 
     @property
     def offset(self) -> int | None:
@@ -106,7 +88,7 @@ def place_queries(backend: str, attention: Attention) -> QueryPlacement:
 
 
 def _last_visible(visible: Tensor | None, kv_len: int) -> int:
-    """Return the last key that is visible in any sample; the last of all keys if none is. Waits for the device."""
+    """Return the last key that is visible in any sample; of all keys if none is visible. Waits for the device."""
     if visible is None:
         return kv_len - 1
     count = int((torch.arange(1, kv_len + 1, device=visible.device) * visible.any(0)).max())
@@ -149,10 +131,9 @@ def read_spans(segment: Segment, mask: Tensor, q_len: int) -> Spans:
 
 
 def first_keys(segment: Segment, mask: Tensor, q_len: int, count: int) -> tuple[Tensor, Tensor]:
-    """Return the first ``count`` keys that the dense mask of a segment shows each query; a query may see fewer.
+    """Return the first ``count`` keys that the dense mask of a segment shows each query, and whether it sees them.
 
-    Returns:
-        The keys, int64, and whether the query sees them, bool: both ``(batch or 1, heads or 1, q_len, count)``.
+    Both are ``(batch or 1, heads or 1, q_len, count)``. A query may see fewer keys.
     """
     places = torch.arange(segment.kv_len, device=segment.key.device, dtype=torch.int32)
     keys, visible = [], []
@@ -187,7 +168,7 @@ def number_documents(attention: Attention, spans: Spans | None) -> DocumentNumbe
 
 
 def _visible_rows(segment: Segment, mask: Tensor, q_len: int) -> Iterator[Tensor]:
-    """Yield who sees whom by dense mask, key mask and pattern, some rows of queries at a time."""
+    """Yield which query sees which key by dense mask, key mask and pattern, some rows of queries at a time."""
     kv_len = segment.kv_len
     samples = len(mask) if segment.key_mask is None else max(len(mask), len(segment.key_mask))
     rows = max(1, _ENTRIES_AT_ONCE // (samples * mask.shape[1] * kv_len))

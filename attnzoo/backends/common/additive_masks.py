@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo.spec.hashed import HashedChunks, HashRound
+from attnzoo.spec.hashed import HashedChunks
 
 # Far below any score, and finite: -inf times a count of 0 would be NaN.
 _HIDDEN = -1e30
@@ -18,12 +18,11 @@ _EXACT_IN_FLOAT32 = 1 << 24
 
 
 class TokenMasks:
-    """Additive masks of :class:`~attnzoo.spec.patterns.SortedChunks`; a mask is valid until the next one is made.
+    """Additive masks of :class:`~attnzoo.spec.patterns.SortedChunks`; a mask is valid until the next call.
 
     Args:
         token: ``(batch, heads, kv_len)`` long, the token of each key, -1 for hidden keys.
-        causal: a query sees only keys of earlier tokens; otherwise keys of all tokens but its own.
-        dtype: of the masks.
+        causal: a query sees only keys of earlier tokens; otherwise keys of all tokens except its own.
     """
 
     def __init__(self, token: Tensor, causal: bool, dtype: torch.dtype) -> None:
@@ -38,11 +37,9 @@ class TokenMasks:
         self._buffers: dict[tuple[int, ...], Tensor] = {}
 
     def of(self, queries: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Return the mask ``(batch, heads, n, stop - start)`` and the rows that see a key; None: all rows do.
+        """Return the mask of queries ``(batch, heads, n)`` and a range of keys, ``(batch, heads, n, stop - start)``.
 
-        Args:
-            queries: ``(batch, heads, n)`` long, query indices.
-            start, stop: the range of keys.
+        Also return the rows that see a key; None: all rows do.
         """
         keys = slice(start, stop)
         tokens, query = self._for_lowest[:, :, keys], queries.to(self._for_lowest.dtype)
@@ -64,13 +61,7 @@ class TokenMasks:
 
 
 class HashMasks:
-    """Additive masks of one :class:`~attnzoo.spec.hashed.HashedChunks`; a mask is valid until the next one is made.
-
-    Args:
-        pattern: with its rounds.
-        q_len, kv_len: of the attention.
-        dtype: of the masks.
-    """
+    """Additive masks of one :class:`~attnzoo.spec.hashed.HashedChunks`; a mask is valid until the next call."""
 
     def __init__(self, pattern: HashedChunks, q_len: int, kv_len: int, dtype: torch.dtype) -> None:
         self._pattern, self._dtype = pattern, dtype
@@ -78,19 +69,16 @@ class HashMasks:
         self._wide = torch.float32 if abs(self._shift) + q_len + kv_len < _EXACT_IN_FLOAT32 else torch.float64
         # A query sees chunks at a distance of at most _reach from its own chunk plus _centre.
         self._centre, self._reach = (pattern.after - pattern.before) / 2, (pattern.after + pattern.before) / 2
-        self._chunks = [self._chunk_numbers(hash_round) for hash_round in pattern.rounds]
+        # Per round, the chunks of all queries (batch, heads, q_len) and of all keys (batch, kv_heads, kv_len).
+        self._chunks = [
+            (r.query_chunks().to(self._wide) + self._centre, r.key_chunks().to(self._wide)) for r in pattern.rounds
+        ]
         self._buffers: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-
-    def _chunk_numbers(self, hash_round: HashRound) -> tuple[Tensor, Tensor]:
-        """The chunks of all queries ``(batch, heads, q_len)`` and of all keys ``(batch, kv_heads, kv_len)``."""
-        return hash_round.query_chunks().to(self._wide) + self._centre, hash_round.key_chunks().to(self._wide)
 
     def of(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the mask ``(batch, heads, n, m)`` and the rows that see a key ``(batch, heads, n)``; None: all do.
 
-        Args:
-            queries: ``(batch, heads, n)`` long, query indices.
-            keys: ``(batch, heads, m)`` long, key indices, -1 for no key.
+        ``queries`` ``(batch, heads, n)`` and ``keys`` ``(batch, heads, m)`` are indices, -1 for no key.
         """
         shape = (*queries.shape, keys.shape[2])
         if shape not in self._buffers:

@@ -50,20 +50,15 @@ def unpadded_keys(attention: Attention) -> Tensor:
     """Return which keys of all segments the key masks show: ``(batch or 1, keys)`` bool."""
     masks = [segment.key_mask for segment in attention.segments]
     batch = 1 if all(mask is None for mask in masks) else attention.batch
-    ones = attention.query.new_ones
-    parts = [
-        ones((batch, segment.kv_len), dtype=torch.bool) if mask is None else mask
-        for segment, mask in zip(attention.segments, masks, strict=True)
-    ]
-    return torch.cat(parts, dim=1)
+    ones = torch.ones((batch, 1), dtype=torch.bool, device=attention.query.device)
+    pairs = zip(attention.segments, masks, strict=True)
+    return torch.cat([ones.expand(-1, segment.kv_len) if mask is None else mask for segment, mask in pairs], dim=1)
 
 
 def block_lists(attention: Attention, shape: BlockShape) -> BlockLists:
     """Return the block lists of an attention, cached for all layers with equal patterns, lengths and key masks.
 
-    Args:
-        attention: its dense masks are ignored.
-        shape: the size of a block; blocks may reach across the end of a segment.
+    The lists ignore dense masks. A block may reach across the end of a segment.
     """
     masks = [segment.key_mask for segment in attention.segments]
     key = (

@@ -24,18 +24,12 @@ DENSE_ROWS = 512
 
 
 class Part(NamedTuple):
-    """The keys of one segment that a block of queries sees.
+    """The keys of one segment that a block of queries sees: a range, or ``keys`` if each head sees other keys."""
 
-    Attributes:
-        segment: number of the segment.
-        kv_start, kv_stop: the key range, if all heads see the same keys.
-        keys: ``(batch, heads, kv_stop)`` key indices, -1 for no key, if each head sees other keys; else None.
-    """
-
-    segment: int
+    segment: int  # its number
     kv_start: int
     kv_stop: int
-    keys: Tensor | None = None
+    keys: Tensor | None = None  # (batch, heads, kv_stop) key indices, -1 for no key
 
     def take(self, tensor: Tensor, heads: int) -> Tensor:
         """Return the part's rows of keys or values ``(batch, kv_heads, kv_len, dim)`` for all heads."""
@@ -60,18 +54,12 @@ class Part(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A block of queries, and the parts it sees.
-
-    Attributes:
-        q_start, q_stop: the range of queries, in sequence order or in the order of ``queries``.
-        parts: what the queries see.
-        queries: ``(batch, heads, n)`` query indices, if the pattern reorders the queries; else None.
-    """
+    """A block of queries, and the parts it sees: a range in sequence order, or in the order of ``queries``."""
 
     q_start: int
     q_stop: int
     parts: tuple[Part, ...]
-    queries: Tensor | None = None
+    queries: Tensor | None = None  # (batch, heads, n) query indices, if the pattern reorders the queries
 
     @property
     def rows(self) -> int:
@@ -85,14 +73,12 @@ class Block(NamedTuple):
         return rows.take(tensor, self.queries)
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
-        """Write the block's rows."""
         if self.queries is None:
             tensor[:, :, self.q_start : self.q_stop] = values
         else:
             rows.put_(tensor, self.queries, values)
 
     def add(self, tensor: Tensor, values: Tensor) -> None:
-        """Add to the block's rows."""
         if self.queries is None:
             tensor[:, :, self.q_start : self.q_stop] += values
         else:
@@ -100,15 +86,10 @@ class Block(NamedTuple):
 
 
 class PartMask(NamedTuple):
-    """Mask of a part.
+    """The bool mask of a part: which keys a query sees, and whether it sees any."""
 
-    Attributes:
-        visible: bool, broadcastable to ``(batch, heads, n, m)``, True where the query sees the key.
-        has_visible_key: bool, ``visible.any(-1)``.
-    """
-
-    visible: Tensor
-    has_visible_key: Tensor
+    visible: Tensor  # broadcastable to (batch, heads, n, m)
+    has_visible_key: Tensor  # visible.any(-1)
 
 
 def positive_scale(attention: Attention) -> Attention:
@@ -123,7 +104,7 @@ def positive_scale(attention: Attention) -> Attention:
 
 
 def block_size(attention: Attention) -> int:
-    """Return how many queries to take at once: at most what each pattern asks for, few if a mask or bias is a grid."""
+    """Return the number of queries per block: at most what each pattern prefers, few if a mask or bias is a grid."""
     q_len = attention.q_len
     sizes = [segment.pattern.block_size(q_len, segment.kv_len) for segment in attention.segments]
     for segment in attention.segments:
@@ -150,7 +131,7 @@ def blocks(attention: Attention, segments: list[int], size: int) -> Iterator[Blo
     pattern = attention.segments[segments[0]].pattern
     q_start = 0
     while q_start < q_len:
-        if isinstance(pattern, SortedChunks):  # a block within one chunk sees all of its spans, but for tokens
+        if isinstance(pattern, SortedChunks):  # all queries of a block are in one chunk
             size = min(DENSE_ROWS, pattern.length - (pattern.start + q_start) % pattern.length)
         elif pattern.query_order is not None:
             size = min(DENSE_ROWS, pattern.block_size(q_len, attention.segments[segments[0]].kv_len))
@@ -186,7 +167,7 @@ class Masks:
     def __init__(self, attention: Attention) -> None:
         self._attention = attention
         self._last: dict[int, tuple[tuple[int, ...], PartMask]] = {}
-        self._is_open: dict[int, bool] = {}
+        self._hides_keys: dict[int, bool] = {}  # whether a segment's key mask does
 
     def of(self, block: Block, part: Part) -> PartMask | None:
         """Return the mask of a part of a block, or None if every query sees every key."""
@@ -237,18 +218,17 @@ class Masks:
         """Return what key mask and dense mask leave visible, broadcastable to ``(batch, heads, n, m)``; None: all."""
         segment, keys = self._attention.segments[part.segment], slice(part.kv_start, part.kv_stop)
         visible: Tensor | None = None
-        if part.keys is not None:  # the key mask is applied already: it made these keys -1
+        if part.keys is not None:  # _parts() has applied the key mask: hidden keys are -1
             if segment.mask is None:
                 return None
             dense = segment.mask.expand(self._attention.batch, self._attention.heads, -1, -1)
             index = part.keys.clamp(min=0)[:, :, None].expand(-1, -1, block.rows, -1)
             return block.take(dense).gather(3, index)
-        if segment.key_mask is not None and not self._shows_all_keys(part.segment):
+        if segment.key_mask is not None:
+            if part.segment not in self._hides_keys:
+                self._hides_keys[part.segment] = _may_hide(segment.key_mask)
             key_mask = segment.key_mask[:, keys]
-            # On the CPU most blocks of most batches have no padding, so a look at the data pays off. Elsewhere it would
-            # make the host wait for the device.
-            if key_mask.device.type != "cpu" or not holds(key_mask.all(), unknown=False):
-                visible = key_mask[:, None, None]
+            visible = key_mask[:, None, None] if self._hides_keys[part.segment] and _may_hide(key_mask) else None
         if segment.mask is not None:
             if block.queries is None:
                 dense = segment.mask[:, :, block.q_start : block.q_stop, keys]
@@ -256,14 +236,6 @@ class Masks:
                 dense = block.take(segment.mask[..., keys].expand(self._attention.batch, self._attention.heads, -1, -1))
             visible = dense if visible is None else visible & dense
         return visible
-
-    def _shows_all_keys(self, index: int) -> bool:
-        """Whether the key mask of a segment hides nothing; False also if only the device knows."""
-        if index not in self._is_open:
-            key_mask = self._attention.segments[index].key_mask
-            on_cpu = key_mask is not None and key_mask.device.type == "cpu"
-            self._is_open[index] = key_mask is None or (on_cpu and holds(key_mask.all(), unknown=False))
-        return self._is_open[index]
 
     def bias(self, block: Block, part: Part) -> Tensor | None:
         """Return the bias of a part, broadcastable to ``(batch, heads, n, m)``, or None."""
@@ -283,6 +255,14 @@ class Masks:
             by_pattern = segment.pattern.block_key(tile)
         by_bias = () if segment.bias is None else segment.bias.block_key(tile)
         return None if by_pattern is None or by_bias is None else (by_pattern, by_bias)
+
+
+def _may_hide(mask: Tensor) -> bool:
+    """Whether a mask hides something; True also if only the device knows, because the host would wait for it.
+
+    Most blocks of most batches have no padding, so a look at the data pays off on the CPU.
+    """
+    return mask.device.type != "cpu" or not holds(mask.all(), unknown=False)
 
 
 def visible_rows(attention: Attention) -> Tensor:

@@ -11,15 +11,7 @@ from torch import Tensor
 
 
 def take(tensor: Tensor, index: Tensor) -> Tensor:
-    """Return the rows of an index.
-
-    Args:
-        tensor: ``(batch, heads, n)`` or ``(batch, heads, n, dim)``.
-        index: ``(batch, heads, m)`` long.
-
-    Returns:
-        ``(batch, heads, m)`` or ``(batch, heads, m, dim)``.
-    """
+    """Return the rows of ``(batch, heads, n)`` or ``(batch, heads, n, dim)`` by an index ``(batch, heads, m)``."""
     flat = _as_rows(tensor, index)
     if flat is None:
         return tensor.gather(2, _expanded(tensor, index))
@@ -58,7 +50,6 @@ def _as_rows(tensor: Tensor, index: Tensor) -> tuple[Tensor, Tensor] | None:
     batch, heads, step = (stride // dim for stride in strides[:3])
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, (batch, heads, step), strict=False))
     rows = tensor.as_strided((last + 1, dim), (dim, 1))
-    device = index.device
-    samples = torch.arange(index.shape[0], device=device)[:, None, None] * batch
-    offsets = samples + torch.arange(index.shape[1], device=device)[:, None] * heads
+    samples, all_heads = (torch.arange(size, device=index.device) for size in index.shape[:2])
+    offsets = samples[:, None, None] * batch + all_heads[:, None] * heads
     return rows, (index * step + offsets).flatten()

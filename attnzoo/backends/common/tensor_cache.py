@@ -17,24 +17,17 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-_SIZE = 16
 
 
 class TensorCache:
     """Values by key and tensors, the most recent ``size`` of them; tensors on other devices are held weakly."""
 
-    def __init__(self, size: int = _SIZE) -> None:
+    def __init__(self, size: int = 16) -> None:
         self._size, self._lock = size, threading.Lock()
         self._entries: OrderedDict[Hashable, tuple[tuple[weakref.ref[Tensor], ...], Any]] = OrderedDict()
 
     def get(self, key: Hashable, tensors: tuple[Tensor, ...], make: Callable[[], T]) -> T:
-        """Return the cached value of this key and these tensors, or call ``make``.
-
-        Args:
-            key: what the value depends on beside the tensors.
-            tensors: what the value is derived from; the value must not share their memory.
-            make: makes the value.
-        """
+        """Return the cached value of this key and these tensors, or call ``make``. No value may share their memory."""
         watched = tuple(tensor for tensor in tensors if tensor.device.type != "cpu")
         if any(tensor.is_inference() for tensor in watched):
             return make()  # inference tensors count no versions

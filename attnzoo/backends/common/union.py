@@ -25,11 +25,24 @@ Grads = tuple[Tensor, Tensor, Tensor]
 class PartialKernel(ABC):
     """A kernel that returns ``(out, lse)`` of a part of the keys, bound to the tensors of one attention.
 
-    A plan yields ``(is_first, rows)``. ``rows.parts`` are the parts of the keys that these query rows see, each with
-    the number of its ``segment``. ``rows.take(tensor)``, ``rows.put(tensor, values)`` and ``rows.add(tensor, values)``
-    read and write these rows of out, lse and gradients. First rows are written without being read: they must not
-    overlap.
+    A plan yields ``(is_first, rows)``. ``rows.take(tensor)``, ``rows.put(tensor, values)`` and ``rows.add(tensor,
+    values)`` read and write these query rows of out, lse and gradients. First rows are written without being read: they
+    must not overlap. ``rows.parts`` are the parts of the keys that the rows see: ``part.segment`` is the number of the
+    segment, and ``part.add(tensor, values)`` adds to the part's rows of a key or value gradient.
+
+    Attributes:
+        places: for each segment, the number of its key and of its value among ``tensors``: key, value, key, ...
+        query: in the layout of the kernel.
+        tensors: the distinct keys and values, then further tensors with a gradient.
     """
+
+    places: Sequence[int]
+    query: Tensor
+    tensors: Sequence[Tensor]
+
+    def keys_values(self, segment: int) -> list[Tensor]:
+        """Return key and value of a segment."""
+        return [self.tensors[place] for place in self.places[2 * segment : 2 * segment + 2]]
 
     @abstractmethod
     def new_results(self) -> tuple[Tensor, Tensor]:
@@ -51,10 +64,6 @@ class PartialKernel(ABC):
     def backward(self, rows: Any, grad_out: Tensor, out: Tensor, lse: Tensor) -> Iterable[Grads]:
         """Return the gradients of query, key and value for each part, given these rows of the final out and lse."""
 
-    @abstractmethod
-    def add_keys(self, part: Any, grad: Tensor, values: Tensor) -> None:
-        """Add a part's gradient to the gradient of a whole key or value tensor."""
-
     def further_gradients(self) -> list[Tensor]:
         """Return the gradients of the tensors that follow keys and values, after the backward of all rows."""
         return []
@@ -63,29 +72,25 @@ class PartialKernel(ABC):
 Bind = Callable[[Tensor, Sequence[Tensor]], PartialKernel]
 
 
-def unite(
-    bind: Bind, places: Sequence[int], query: Tensor, tensors: Sequence[Tensor], watched: Sequence[Tensor] = ()
-) -> tuple[Tensor, Tensor]:
+def unite(bind: Bind, query: Tensor, tensors: Sequence[Tensor], masks: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
     """Run a union on a kernel, with gradients.
 
     Args:
-        bind: makes the kernel from the query and ``tensors``; the forward and each backward call it.
-        places: for each segment, the number of its key and of its value among ``tensors``: key, value, key, ...
-        query: in the layout of the kernel's rows.
-        tensors: the distinct keys and values, then further tensors with a gradient.
-        watched: masks that the backward reads: PyTorch raises if they were written to in between.
+        bind: makes the kernel from ``query`` and ``tensors``; the forward and each backward call it.
+        query, tensors: attributes of the kernel.
+        masks: other tensors that the backward reads: PyTorch raises if they were written to in between.
 
     Returns:
         The output in the query's dtype, and lse without a gradient, ``-inf`` in rows that see no key.
     """
-    output, lse = _Union.apply(bind, places, watched, query, *tensors)
+    output, lse = _Union.apply(bind, masks, query, *tensors)
     return output, lse
 
 
 class _Union(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, bind: Bind, places: Sequence[int], watched: Sequence[Tensor], query: Tensor, *tensors: Tensor
+        ctx: Any, bind: Bind, masks: Sequence[Tensor], query: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         kernel = bind(query, tensors)
         out, lse = kernel.new_results()
@@ -93,62 +98,46 @@ class _Union(torch.autograd.Function):
             merged = None if is_first else (rows.take(out), rows.take(lse))
             for number in range(len(rows.parts)):
                 part = kernel.forward(rows, number)
-                if merged is not None:
-                    merge_(*merged, *part)
-                else:
-                    merged = part if len(rows.parts) == 1 else (part[0].to(lse.dtype), part[1])
+                merged = part if merged is None else _merge(*merged, *part)
             if merged is None:  # first rows, which see no key
                 rows.put(out, torch.zeros_like(rows.take(out)))
             else:
                 rows.put(out, merged[0])
                 rows.put(lse, merged[1])
         out = out.to(query.dtype)
-        ctx.bind, ctx.places, ctx.count = bind, places, len(tensors)
+        ctx.bind, ctx.count = bind, len(tensors)
         ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(query, out, lse, *tensors, *watched)
+        ctx.save_for_backward(query, out, lse, *tensors, *masks)
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         query, out, lse, *tensors = ctx.saved_tensors[: 3 + ctx.count]
+        kernel = ctx.bind(query, tensors)
+        grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+        # A row that sees no key has lse -inf, and a kernel would compute inf - inf; with 0 its weights become 0.
+        lse = lse.masked_fill(lse == float("-inf"), 0.0)
+        # zeros_like keeps the layout of the input: projections merge heads in memory, and then copy no gradient.
+        trained = (query, *tensors[: 1 + max(kernel.places)])
+        grad_query, *grads = (torch.zeros_like(tensor, dtype=lse.dtype) for tensor in trained)
         with torch.autocast(query.device.type, enabled=False):  # the caller of backward() may be in one
-            return None, None, None, *_backward(ctx.bind, ctx.places, grad_out, out, lse, query, tensors)
+            for is_first, rows in kernel.backward_plan():
+                write = rows.put if is_first else rows.add
+                gradients = kernel.backward(rows, rows.take(grad_out), rows.take(out), rows.take(lse))
+                for part, (grad_q, *grad_kv) in zip(rows.parts, gradients, strict=True):
+                    write(grad_query, grad_q)
+                    write = rows.add
+                    for place, grad in zip(kernel.places[2 * part.segment :], grad_kv, strict=False):
+                        part.add(grads[place], grad)
+            further = kernel.further_gradients()
+        return None, None, *(grad.to(query.dtype) for grad in (grad_query, *grads)), *further
 
 
-def _backward(
-    bind: Bind, places: Sequence[int], grad_out: Tensor, out: Tensor, lse: Tensor, query: Tensor, tensors: list[Tensor]
-) -> list[Tensor]:
-    kernel = bind(query, tensors)
-    if grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()
-    # A row that sees no key has lse -inf, and a kernel would compute inf - inf; with 0 its weights become 0.
-    lse = lse.masked_fill(lse == float("-inf"), 0.0)
-    # zeros_like keeps the layout of the input: projections merge heads in memory, and then need no copy of a gradient.
-    trained = (query, *tensors[: 1 + max(places)])
-    grad_query, *grads = (torch.zeros_like(tensor, dtype=lse.dtype) for tensor in trained)
-    for is_first, rows in kernel.backward_plan():
-        write = rows.put if is_first else rows.add
-        gradients = kernel.backward(rows, rows.take(grad_out), rows.take(out), rows.take(lse))
-        for part, (grad_q, grad_k, grad_v) in zip(rows.parts, gradients, strict=True):
-            write(grad_query, grad_q)
-            write = rows.add
-            key, value = places[2 * part.segment : 2 * part.segment + 2]
-            kernel.add_keys(part, grads[key], grad_k)
-            kernel.add_keys(part, grads[value], grad_v)
-    return [*(grad.to(query.dtype) for grad in (grad_query, *grads)), *kernel.further_gradients()]
-
-
-def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
-    """Merge a further part into ``out`` and ``lse``, in place.
-
-    Args:
-        out: ``(..., n, d)``, the union so far, in the accumulation dtype.
-        lse: ``(..., n)``, its log-sum-exp; ``-inf`` in rows that have seen no key yet.
-        part_out: ``(..., n, d)``, the attention over the further keys.
-        part_lse: ``(..., n)``; ``-inf`` in rows that see no key of the part (``part_out`` must be finite there).
-    """
+def _merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge a further part into ``out`` ``(..., dim)`` and ``lse`` ``(...)``, in place if out has the dtype of lse."""
+    out = out.to(lse.dtype)
     share = torch.sigmoid(part_lse - lse)  # exp(part_lse - total); one minus it is exp(lse - total)
     share = share.masked_fill_(part_lse == float("-inf"), 0.0)
-    out.lerp_(part_out.to(out.dtype), share.to(out.dtype).unsqueeze(-1))
-    lse.copy_(torch.logaddexp(lse, part_lse))
+    out.lerp_(part_out.to(out.dtype), share.unsqueeze(-1))
+    return out, lse.copy_(torch.logaddexp(lse, part_lse))

@@ -102,7 +102,6 @@ def _compiles_on_cpu() -> bool:
 
 
 def _joined_keys_values(attention: Attention) -> tuple[Tensor, Tensor]:
-    """Keys and values of all segments, one after the other."""
     segments = attention.segments
     equal = len({segment.key.shape[1] for segment in segments}) == 1
     heads = segments[0].key.shape[1] if equal else attention.heads
@@ -138,7 +137,6 @@ def _form(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Fo
 
 
 def _terms(attention: Attention) -> Terms:
-    """The tensors from which the kernel computes masks and biases."""
     starts, device = segment_starts(attention), attention.query.device
     patterns, biases, tables, all_positions, entries = [], [], [], [], 0
     for segment, start in zip(attention.segments, starts, strict=False):

@@ -31,35 +31,22 @@ _UNCOMPILED = Refusal("torch.compile", "switched off by a stance or a setting", 
 
 
 class Form(NamedTuple):
-    """Everything a kernel's code depends on.
+    """Everything a kernel's code depends on."""
 
-    Attributes:
-        is_chunked: per segment, whether its pattern is ``Chunks``; otherwise it is a band.
-        has_bias: whether a relative bias is added.
-        has_positions: per segment, whether its bias reads the positions of the queries.
-        scale: factor on the scores.
-        block: the size of a block.
-        dtype, device: of the tensors.
-        threads: a compiled CPU kernel is for this number of threads.
-        heads, kv_heads, head_dim, value_dim: the compiled kernel is for these.
-        is_single: which of batch, q_len and number of keys are 1.
-        trained: which of query, key, value and table require grad; none if no backward is wanted.
-    """
-
-    is_chunked: tuple[bool, ...]
-    has_bias: bool
-    has_positions: tuple[bool, ...]
+    is_chunked: tuple[bool, ...]  # per segment: whether its pattern is Chunks; otherwise it is a band
+    has_bias: bool  # whether a relative bias is added
+    has_positions: tuple[bool, ...]  # per segment: whether its bias reads the positions of the queries
     scale: float
     block: BlockShape
     dtype: torch.dtype
     device: torch.device
-    threads: int
+    threads: int  # a compiled CPU kernel is for this number of threads
     heads: int
     kv_heads: int
     head_dim: int
     value_dim: int
-    is_single: tuple[bool, ...]
-    trained: tuple[bool, ...]
+    is_single: tuple[bool, ...]  # which of batch, q_len and number of keys are 1
+    trained: tuple[bool, ...]  # which of query, key, value and table require grad; all False without a backward
 
 
 Scalars = tuple[Tensor, ...]  # zero-dimensional, long
@@ -68,22 +55,16 @@ Scalars = tuple[Tensor, ...]  # zero-dimensional, long
 class Terms(NamedTuple):
     """The tensors from which the kernel computes masks and biases.
 
-    Attributes:
-        sizes: number of keys, entries of the table per head, number of queries.
-        patterns: per segment, start and stop of its keys, then five numbers: lowest and highest distance of a band; or
-            chunk length, chunks before, chunks before + after, number of chunks, and 1 if causal.
-        unpadded: ``(batch * keys,)`` bool, False for padding keys.
-        biases: per segment, the index of distance 0, key position of query 0, first and last entry of the table.
-        table: ``(heads * entries,)`` float, the bias values of all segments side by side.
-        positions: per segment, ``(batch * q_len,)`` long, the positions of its queries; ignored without positions.
+    A pattern has seven numbers: start and stop of the segment's keys; then lowest and highest distance of a band, or
+    chunk length, chunks before, chunks before + after, number of chunks, and 1 if causal.
     """
 
-    sizes: Scalars
-    patterns: tuple[Scalars, ...]
-    unpadded: Tensor
-    biases: tuple[Scalars, ...]
-    table: Tensor
-    positions: tuple[Tensor, ...]
+    sizes: Scalars  # number of keys, entries of the table per head, number of queries
+    patterns: tuple[Scalars, ...]  # per segment
+    unpadded: Tensor  # (batch * keys,) bool, False for padding keys
+    biases: tuple[Scalars, ...]  # per segment: index of distance 0, key position of query 0, first and last entry
+    table: Tensor  # (heads * entries,) float, the bias values of all segments side by side
+    positions: tuple[Tensor, ...]  # per segment: (batch * q_len,) long, positions of its queries, if it has positions
 
 
 CompiledKernel = Callable[[Tensor, Tensor, Tensor, BlockLists, Terms], Tensor]
@@ -91,11 +72,10 @@ CompiledKernel = Callable[[Tensor, Tensor, Tensor, BlockLists, Terms], Tensor]
 
 @cache
 def compiled_kernel(form: Form) -> CompiledKernel:
-    """Compile the attention of a form.
+    """Return the compiled attention of a form.
 
-    Returns:
-        A function of query ``(batch, heads, q_len, head_dim)`` (in memory ``(batch, q_len, heads, head_dim)``), keys
-        and values of all segments (contiguous ``(batch, kv_heads, keys, dim)``), block lists and terms.
+    It is a function of query ``(batch, heads, q_len, head_dim)`` in the layout of :func:`in_rows`, keys and values of
+    all segments (contiguous ``(batch, kv_heads, keys, dim)``), block lists and terms.
     """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, terms: Terms) -> Tensor:
@@ -196,21 +176,16 @@ def _example(form: Form) -> tuple[Tensor, Tensor, Tensor, BlockLists, Terms]:
     def states(length: int, count: int, dim: int, trained: bool) -> Tensor:
         return zeros(batch, count, length, dim, dtype=form.dtype, trained=trained)
 
-    *trained, table_trained = form.trained
-    shapes = (
-        (q_len, form.heads, form.head_dim),
-        (keys, form.kv_heads, form.head_dim),
-        (keys, form.kv_heads, form.value_dim),
-    )
-    query, key, value = (states(*shape, trained=trains) for shape, trains in zip(shapes, trained, strict=True))
-    query = in_rows(query)
+    query = in_rows(states(q_len, form.heads, form.head_dim, form.trained[0]))
+    key = states(keys, form.kv_heads, form.head_dim, form.trained[1])
+    value = states(keys, form.kv_heads, form.value_dim, form.trained[2])
     counts, numbers = zeros(batch, 1, rows, dtype=torch.int32), zeros(batch, 1, rows, columns, dtype=torch.int32)
     terms = Terms(
         scalars(0, 0, 0, device=form.device),
         tuple(scalars(*[1] * 7, device=form.device) for _ in form.is_chunked),
         zeros(batch * keys, dtype=torch.bool),
         tuple(scalars(*[0] * 4, device=form.device) for _ in form.is_chunked),
-        zeros(form.heads * 23, dtype=torch.float32, trained=table_trained),
+        zeros(form.heads * 23, dtype=torch.float32, trained=form.trained[3]),
         tuple(zeros(batch * q_len if has_positions else 17, dtype=torch.long) for has_positions in form.has_positions),
     )
     return query, key, value, BlockLists(counts, numbers, counts.clone(), numbers.clone()), terms

@@ -1,7 +1,7 @@
 """``sdpa``: everything on ``torch.nn.functional.scaled_dot_product_attention`` and the kernels behind it.
 
-A single segment without bias and dense mask, whose keys every query sees or that is plainly causal, is one public call.
-Any other attention goes block by block, in the first of these ways that can run it:
+A single segment without bias and dense mask is one public call if every query sees every key, or if it is plainly
+causal. Any other attention goes block by block, in the first of these ways that can run it:
 
 - On the CPU, without dropout and function transforms, with ``value_dim == head_dim``: PyTorch's CPU FlashAttention
   kernel, whose parts are merged by log-sum-exp, trained biases included (:mod:`attnzoo.backends.sdpa.flash_cpu`).
@@ -31,7 +31,7 @@ from attnzoo.errors import Refusal
 from attnzoo.spec.hashed import HashedChunks
 from attnzoo.spec.heads import expand_heads
 from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
-from attnzoo.spec.segments import Attention, Request, Result
+from attnzoo.spec.segments import Attention, Request, Result, Segment
 from attnzoo.spec.transforms import TRANSFORMS, transforms_around
 
 
@@ -57,18 +57,18 @@ class SdpaBackend(Backend):
     )
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
-        sorting = (SortedChunks, HashedChunks)
-        sorted_with_bias = any(s.bias is not None and isinstance(s.pattern, sorting) for s in request.segments)
-        allowed = "SortedChunks and HashedChunks without a bias"
-        more = (Refusal("bias", "a bias on sorted keys", allowed),) if sorted_with_bias else ()
-        return (*super().refusals(request), *more)
+        refusals = super().refusals(request)
+        if any(s.bias is not None and isinstance(s.pattern, SortedChunks | HashedChunks) for s in request.segments):
+            refusals += (Refusal("bias", "a bias on sorted keys", "SortedChunks and HashedChunks without a bias"),)
+        return refusals
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
         # The kernels read each row as contiguous memory, whether they check it or not.
         attention = positive_scale(attention.with_tensors(tuple(map(_contiguous_rows, attention.tensors()))))
-        is_causal = _is_single_causal(attention)
-        if is_causal or _is_single_whole(attention):
-            (segment,) = attention.segments
+        segment = attention.segments[0]
+        is_plain = len(attention.segments) == 1 and segment.mask is None and segment.bias is None
+        is_causal = is_plain and _is_causal(attention, segment)
+        if is_causal or (is_plain and sees_all(attention, segment)):
             visible = None if segment.key_mask is None else segment.key_mask[:, None, None, :]
             keys_values = (segment.key, segment.value)
             output, visible_rows, kernel = _call(attention, attention.query, keys_values, visible, None, is_causal)
@@ -86,25 +86,13 @@ def _contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim == 0 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _is_single_whole(attention: Attention) -> bool:
-    """Whether every query sees every key of a single segment, except padding: one call with at most a mask of keys."""
-    segment = attention.segments[0]
+def _is_causal(attention: Attention, segment: Segment) -> bool:
+    """Whether PyTorch's ``is_causal``, which aligns query 0 with key 0, describes pattern and key mask exactly."""
     return (
-        len(attention.segments) == 1 and segment.mask is None and segment.bias is None and sees_all(attention, segment)
-    )
-
-
-def _is_single_causal(attention: Attention) -> bool:
-    """Whether PyTorch's ``is_causal``, which aligns query 0 with key 0, describes the attention exactly."""
-    segment = attention.segments[0]
-    return (
-        len(attention.segments) == 1
-        and isinstance(segment.pattern, Causal)
-        and not sees_all(attention, segment)
+        isinstance(segment.pattern, Causal)
         and segment.pattern.shift(attention.q_len, segment.kv_len) == 0
         and segment.key_mask is None
-        and segment.mask is None
-        and segment.bias is None
+        and not sees_all(attention, segment)
     )
 
 
@@ -129,13 +117,12 @@ def _concatenated(attention: Attention, size: int) -> Result:
         shape = (attention.batch, 1, query.shape[2])
         if not block.parts:
             outputs.append(query.sum(-1, keepdim=True).expand(-1, -1, -1, attention.value_dim) * 0.0)
-            visible_rows.append(torch.zeros(shape, dtype=torch.bool, device=query.device))
+            visible_rows.append(query.new_zeros(shape, dtype=torch.bool))
             continue
         terms = join_masks(attention, masks, block)
         output, some_rows, kernel = _call(attention, query, join_parts(pieces, block), *terms, False)
         outputs.append(output)
-        all_rows = torch.ones(shape, dtype=torch.bool, device=query.device)
-        visible_rows.append(all_rows if some_rows is None else some_rows)
+        visible_rows.append(query.new_ones(shape, dtype=torch.bool) if some_rows is None else some_rows)
         kernels.add(kernel)
     heads = max(rows.shape[1] for rows in visible_rows)
     joined = torch.cat([rows.expand(attention.batch, heads, -1) for rows in visible_rows], dim=2)
@@ -156,7 +143,7 @@ def _call(
         # Kernels disagree on rows that see no key. Let such rows see every key; their output is dropped later.
         visible_rows = visible.any(-1)
         visible = visible | ~visible_rows[..., None]
-    # On the CPU PyTorch makes a bool mask additive, and copies each row of an expanded one.
+    # On the CPU PyTorch makes a bool mask additive, and copies each row of an expanded mask.
     keeps_bool = bias is None and query.device.type != "cpu"
     mask = visible if keeps_bool else additive(visible, bias, query.dtype)
     mask = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
@@ -251,11 +238,10 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, drop
     if query.device.type == "cpu":
         fused = dropout == 0.0 and not trained_mask and query.shape[-1] == value.shape[-1]
         return SDPBackend.FLASH_ATTENTION if fused else SDPBackend.MATH
-    params = torch.backends.cuda.SDPAParams(query, key, value, mask, dropout, causal, False)
-    if torch.backends.cuda.can_use_flash_attention(params):
+    cuda = torch.backends.cuda
+    params = cuda.SDPAParams(query, key, value, mask, dropout, causal, False)
+    if cuda.can_use_flash_attention(params):
         return SDPBackend.FLASH_ATTENTION
-    if torch.backends.cuda.can_use_efficient_attention(params):
+    if cuda.can_use_efficient_attention(params):
         return SDPBackend.EFFICIENT_ATTENTION
-    if torch.backends.cuda.can_use_cudnn_attention(params):
-        return SDPBackend.CUDNN_ATTENTION
-    return SDPBackend.MATH
+    return SDPBackend.CUDNN_ATTENTION if cuda.can_use_cudnn_attention(params) else SDPBackend.MATH

@@ -5,7 +5,7 @@ A block of queries attends to each of its parts by one call of the kernel, which
 (:mod:`attnzoo.backends.sdpa.stacks`). The backward saves the inputs, the output and lse.
 
 The kernel behind ``scaled_dot_product_attention`` returns its ``lse`` through no public function, so this module calls
-two private operators of PyTorch. :func:`unavailable` checks their signatures; without them the sdpa backend takes its
+two private operators of PyTorch. :func:`unavailable` checks their signatures; without them the sdpa backend uses its
 slower public path. ``tests/backends/test_flash_cpu.py`` pins what the operators do.
 """
 
@@ -36,31 +36,23 @@ _operators = torch.ops.aten
 @cache
 def unavailable() -> str | None:
     """Return why the private operators cannot be used with this PyTorch, or None."""
-    expected = {
-        _FORWARD: ["query", "key", "value", "dropout_p", "is_causal", "attn_mask", "scale"],
-        _BACKWARD: [
-            *("grad_out", "query", "key", "value", "out", "logsumexp", "dropout_p", "is_causal", "attn_mask", "scale")
-        ],
-    }
+    inputs, settings = ("query", "key", "value"), ("dropout_p", "is_causal", "attn_mask", "scale")
+    expected = {_FORWARD: (*inputs, *settings), _BACKWARD: ("grad_out", *inputs, "out", "logsumexp", *settings)}
     for name, arguments in expected.items():
         op = getattr(_operators, name, None)
         if op is None:
             return f"torch {torch.__version__} has no aten::{name}"
-        if [argument.name for argument in op.default._schema.arguments] != arguments:
+        if tuple(argument.name for argument in op.default._schema.arguments) != arguments:
             return f"torch {torch.__version__} changed the arguments of aten::{name}"
     return None
 
 
 def attend(attention: Attention) -> Tensor:
-    """Return the output ``(batch, heads, q_len, value_dim)`` of an attention.
-
-    Args:
-        attention: on CPU tensors, with ``value_dim == head_dim`` and without dropout.
-    """
+    """Return the output of an attention on CPU tensors with ``value_dim == head_dim``, without dropout."""
     trained = [bias.values for bias in trained_biases(attention).values()] if torch.is_grad_enabled() else []
     keys_values, places = _distinct_tensors(attention)
     kernel = partial(_CpuKernel, _without_storage(attention), places)
-    output, lse = unite(kernel, places, attention.query, [*keys_values, *trained], _mask_tensors(attention))
+    output, lse = unite(kernel, attention.query, [*keys_values, *trained], _mask_tensors(attention))
     visible_rows = lse != float("-inf")
     return attention.fill(output, None if bool(visible_rows.all()) else visible_rows)
 
@@ -79,10 +71,10 @@ def _without_storage(attention: Attention) -> Attention:
     def shell(tensor: Tensor) -> Tensor:
         return tensor.detach().new_empty(()).expand(tensor.shape)
 
-    segments = tuple(
+    shells = tuple(
         replace(segment, key=shell(segment.key), value=shell(segment.value)) for segment in attention.segments
     )
-    return replace(attention, query=shell(attention.query), segments=segments, query_mask=None, empty=None)
+    return replace(attention, query=shell(attention.query), segments=shells, query_mask=None, empty=None)
 
 
 def _mask_tensors(attention: Attention) -> list[Tensor]:
@@ -115,10 +107,8 @@ class _AdditiveMasks:
             visible_rows = (keys if pattern is None else keys & pattern.visible).any(-1)
             mask = additive(keys, mask, attention.query.dtype)
         shape = (attention.batch, attention.heads, block.rows, part.kv_stop - part.kv_start)
-        return (
-            None if mask is None else mask.expand(shape),
-            None if visible_rows is None else visible_rows.expand(shape[:3]),
-        )
+        mask = None if mask is None else mask.expand(shape)
+        return mask, None if visible_rows is None else visible_rows.expand(shape[:3])
 
     def _of_structure(self, block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
         """The same by pattern and bias alone, which is equal for most blocks of a sequence."""
@@ -149,24 +139,24 @@ class _CpuKernel(PartialKernel):
     """The two operators on an attention's parts: on stacks of blocks in the forward, on blocks in the backward."""
 
     def __init__(self, attention: Attention, places: list[int], query: Tensor, tensors: Sequence[Tensor]) -> None:
-        self._attention, self._places, self._query, self._tensors = attention, places, query, tensors
+        self._attention, self.places, self.query, self.tensors = attention, places, query, tensors
         self._masks, self._scratch = _AdditiveMasks(attention), (Scratch(), Scratch())
         self._passes = passes(attention)
-        self._bias_gradients: BiasGradients | None = None
+        self._bias_gradients: BiasGradients  # created for the backward
 
     def new_results(self) -> tuple[Tensor, Tensor]:
-        batch, heads, q_len, dim = self._query.shape
-        accumulate = torch.float64 if self._query.dtype == torch.float64 else torch.float32
+        batch, heads, q_len, dim = self.query.shape
+        accumulate = torch.float64 if self.query.dtype == torch.float64 else torch.float32
         # (batch, q_len, heads, dim) in memory, as models need it
-        dtype = self._query.dtype if len(self._passes) == 1 else accumulate
-        out = self._query.new_empty((batch, q_len, heads, dim), dtype=dtype)
-        lse = self._query.new_full((batch, q_len, heads), float("-inf"), dtype=accumulate)
+        dtype = self.query.dtype if len(self._passes) == 1 else accumulate
+        out = self.query.new_empty((batch, q_len, heads, dim), dtype=dtype)
+        lse = self.query.new_full((batch, q_len, heads), float("-inf"), dtype=accumulate)
         return out.transpose(1, 2), lse.transpose(1, 2)
 
     def forward_plan(self) -> Iterator[tuple[bool, Stack]]:
         for number, segments in enumerate(self._passes):
             for stack in stacks(self._attention, segments):
-                yield from ((number == 0, one_sample) for one_sample in stack.by_sample(self._attention.batch))
+                yield from ((number == 0, rows) for rows in stack.by_sample(self._attention.batch))
 
     def forward(self, rows: Stack, number: int) -> tuple[Tensor, Tensor]:
         """Return out and lse as :meth:`Stack.take` shapes them."""
@@ -175,10 +165,10 @@ class _CpuKernel(PartialKernel):
         call = rows.flat() if mask is None and rows.steps[number] == 0 else rows
         key, value = (
             call.keys(number, tensor, self._attention.heads, scratch)
-            for tensor, scratch in zip(self._keys_values(part), self._scratch, strict=True)
+            for tensor, scratch in zip(self.keys_values(part.segment), self._scratch, strict=True)
         )
         out, lse = getattr(_operators, _FORWARD)(
-            *(call.take(self._query), key, value, 0.0, False),
+            *(call.take(self.query), key, value, 0.0, False),
             attn_mask=None if mask is None else call.repeat(mask),
             scale=self._attention.scale,
         )
@@ -189,23 +179,21 @@ class _CpuKernel(PartialKernel):
         return out, lse
 
     def backward_plan(self) -> Iterator[tuple[bool, Block]]:
-        if len(self._tensors) > 1 + max(self._places):
-            self._bias_gradients = BiasGradients(self._attention)
+        self._bias_gradients = BiasGradients(self._attention)
         for number, segments in enumerate(self._passes):
             for block in blocks(self._attention, segments, block_size(self._attention)):
                 yield number == 0, block
 
     def backward(self, rows: Block, grad_out: Tensor, out: Tensor, lse: Tensor) -> list[Grads]:
-        query, scale, heads = rows.take(self._query), self._attention.scale, self._attention.heads
-        pairs = [tuple(part.take(tensor, heads) for tensor in self._keys_values(part)) for part in rows.parts]
-        bias_gradients = self._bias_gradients
-        if bias_gradients is not None and any(part.segment in bias_gradients for part in rows.parts):
+        query, scale, heads = rows.take(self.query), self._attention.scale, self._attention.heads
+        pairs = [[part.take(tensor, heads) for tensor in self.keys_values(part.segment)] for part in rows.parts]
+        if any(part.segment in self._bias_gradients for part in rows.parts):
             masks = [self._masks.of(rows, part)[0] for part in rows.parts]
             is_whole = len(self._passes) == 1
             by_hand = backward_by_hand((grad_out, query, out, lse), pairs, masks, scale, is_whole)
             for part, (*_, grad_scores) in zip(rows.parts, by_hand, strict=True):
-                if part.segment in bias_gradients:
-                    bias_gradients.add(rows, part, grad_scores)
+                if part.segment in self._bias_gradients:
+                    self._bias_gradients.add(rows, part, grad_scores)
             return [grads[:3] for grads in by_hand]
         return [
             getattr(_operators, _BACKWARD)(
@@ -216,11 +204,5 @@ class _CpuKernel(PartialKernel):
             for part, (key, value) in zip(rows.parts, pairs, strict=True)
         ]
 
-    def add_keys(self, part: Part, grad: Tensor, values: Tensor) -> None:
-        part.add(grad, values)
-
     def further_gradients(self) -> list[Tensor]:
-        return [] if self._bias_gradients is None else self._bias_gradients.finished()
-
-    def _keys_values(self, part: Part) -> list[Tensor]:
-        return [self._tensors[place] for place in self._places[2 * part.segment : 2 * part.segment + 2]]
+        return self._bias_gradients.finished()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -26,56 +27,47 @@ class KeyPieces:
         self._numbers = {key: number for number, key in enumerate(gathered)}
         if gathered:  # all at once, for one gradient of whole length; each block keeps its copy for the backward anyway
             keys = torch.cat(list(gathered.values()), dim=2)
-            whole, widths = Part(index, 0, keys.shape[2], keys), [keys.shape[2] for keys in gathered.values()]
-            self._keys = whole.take(segment.key, attention.heads).split(widths, dim=2)
-            self._values = whole.take(segment.value, attention.heads).split(widths, dim=2)
-            return
-        self._cuts = sorted({0, segment.kv_len, *(p.kv_start for p in parts), *(p.kv_stop for p in parts)})
-        sizes = [stop - start for start, stop in zip(self._cuts, self._cuts[1:], strict=False)]
-        self._keys = expand_heads(segment.key, attention.heads).split(sizes, dim=2)
-        self._values = expand_heads(segment.value, attention.heads).split(sizes, dim=2)
+            whole, sizes = Part(index, 0, keys.shape[2], keys), [keys.shape[2] for keys in gathered.values()]
+            tensors = [whole.take(tensor, attention.heads) for tensor in (segment.key, segment.value)]
+        else:
+            self._cuts = sorted({0, segment.kv_len, *(p.kv_start for p in parts), *(p.kv_stop for p in parts)})
+            sizes = [stop - start for start, stop in pairwise(self._cuts)]
+            tensors = [expand_heads(tensor, attention.heads) for tensor in (segment.key, segment.value)]
+        self._pieces = [tensor.split(sizes, dim=2) for tensor in tensors]
 
-    def key(self, part: Part) -> Tensor:
-        """Return the keys of a part for all heads."""
-        return self._join(part, self._keys)
-
-    def value(self, part: Part) -> Tensor:
-        """Return the values of a part for all heads."""
-        return self._join(part, self._values)
-
-    def _join(self, part: Part, pieces: tuple[Tensor, ...]) -> Tensor:
+    def of(self, part: Part) -> list[Tensor]:
+        """Return keys and values of a part for all heads."""
         if part.keys is not None:
-            return pieces[self._numbers[id(part.keys)]]
-        return torch.cat(pieces[self._cuts.index(part.kv_start) : self._cuts.index(part.kv_stop)], dim=2)
+            number = self._numbers[id(part.keys)]
+            return [pieces[number] for pieces in self._pieces]
+        numbers = slice(self._cuts.index(part.kv_start), self._cuts.index(part.kv_stop))
+        return [torch.cat(pieces[numbers], dim=2) for pieces in self._pieces]
 
 
 def join_parts(pieces: Mapping[int, KeyPieces], block: Block) -> tuple[Tensor, Tensor]:
     """Concatenate the keys, and the values, of all parts of a block."""
-    key = torch.cat([pieces[part.segment].key(part) for part in block.parts], dim=2)
-    return key, torch.cat([pieces[part.segment].value(part) for part in block.parts], dim=2)
+    keys, values = zip(*(pieces[part.segment].of(part) for part in block.parts), strict=True)
+    return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
 
 def join_masks(attention: Attention, masks: Masks, block: Block) -> tuple[Tensor | None, Tensor | None]:
     """Concatenate the masks, and the biases, of all parts of a block; None if no part has one."""
-    visible = [masks.of(block, part) for part in block.parts]
-    bias = [masks.bias(block, part) for part in block.parts]
-    batch, heads, query = attention.batch, attention.heads, attention.query
-    widths = [part.kv_stop - part.kv_start for part in block.parts]
-    joined_visible = joined_bias = None
-    if any(mask is not None for mask in visible):
-        mask_heads = max(1 if mask is None else mask.visible.shape[1] for mask in visible)
-        everything = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=query.device)
+    query = attention.query
+
+    def join(terms: list[Tensor | None], neutral: Tensor, heads: int) -> Tensor | None:
+        if all(term is None for term in terms):
+            return None
         expanded = [
-            (everything if mask is None else mask.visible).expand(batch, mask_heads, block.rows, width)
-            for mask, width in zip(visible, widths, strict=True)
-        ]
-        joined_visible = torch.cat(expanded, dim=-1)
-    if any(term is not None for term in bias):
-        expanded = [
-            (query.new_zeros((1, 1, 1, 1)) if term is None else term.to(query.dtype)).expand(
-                batch, heads, block.rows, width
+            (neutral if term is None else term.to(neutral.dtype)).expand(
+                attention.batch, heads, block.rows, part.kv_stop - part.kv_start
             )
-            for term, width in zip(bias, widths, strict=True)
+            for term, part in zip(terms, block.parts, strict=True)
         ]
-        joined_bias = torch.cat(expanded, dim=-1)
-    return joined_visible, joined_bias
+        return torch.cat(expanded, dim=-1)
+
+    part_masks = [masks.of(block, part) for part in block.parts]
+    visible = [None if mask is None else mask.visible for mask in part_masks]
+    mask_heads = max(1 if mask is None else mask.shape[1] for mask in visible)
+    everything = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=query.device)
+    bias = [masks.bias(block, part) for part in block.parts]
+    return join(visible, everything, mask_heads), join(bias, query.new_zeros((1, 1, 1, 1)), attention.heads)

@@ -24,22 +24,17 @@ _ROWS = 1024
 class Stack(NamedTuple):
     """A block, and the blocks after it that have the same masks.
 
-    Attributes:
-        block: the first block.
-        depth: the number of blocks. A stack of several blocks is of one sample, and its call has the heads in place of
-            samples and the blocks in place of heads; a single block is of the whole batch.
-        steps: for each part of the block, by how many keys it moves from one block to the next.
-        sample: the sample that the stack is of; None: all.
+    A stack of several blocks is of one sample, and its call has the heads in place of samples and the blocks in place
+    of heads. A single block is of the whole batch.
     """
 
-    block: Block
-    depth: int
-    steps: tuple[int, ...]
-    sample: int | None = None
+    block: Block  # the first
+    depth: int  # the number of blocks
+    steps: tuple[int, ...]  # by how many keys each part moves from one block to the next
+    sample: int | None = None  # None: all
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """What the first block sees."""
         return self.block.parts
 
     def whole(self) -> Block:
@@ -66,7 +61,6 @@ class Stack(NamedTuple):
         return self.by_block(self.whole().take(self._of_sample(tensor)))
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
-        """Write the rows."""
         if self.depth == 1:
             self.block.put(self._of_sample(tensor), values)
         else:

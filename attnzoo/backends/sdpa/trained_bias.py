@@ -34,11 +34,10 @@ def backward_by_hand(
         rows: grad_out, query, out and lse of a block.
         pairs: key and value of each part.
         masks: the additive mask of each part.
-        scale: factor on the scores.
-        is_whole: the parts are everything that the rows see. Then the softmax is computed again over all of them, so
-            that the gradients of a row's scores sum to zero as exactly as plain operations make them. A bias sums over
-            many rows, and with the kernel's rounded out and lse it would also sum their rounding errors. Of other
-            passes only out and lse are known.
+        is_whole: whether the parts are everything that the rows see. Then the softmax is computed again over all of
+            them, so that the gradients of a row's scores sum to zero as exactly as plain operations make them. A bias
+            sums over many rows, and with the kernel's rounded out and lse it would also sum their rounding errors.
+            Otherwise only out and lse of the other passes are known.
     """
     grad_out, query, out, lse = rows
     wide = lse.dtype
@@ -71,15 +70,13 @@ class BiasGradients:
     def __init__(self, attention: Attention) -> None:
         self._attention, self._masks, self._biases = attention, Masks(attention), trained_biases(attention)
         # One value may collect all scores, whose gradients sum to zero by row: float32 would keep rounding errors.
-        shapes = {index: bias.values.shape for index, bias in self._biases.items()}
-        self._grads = {i: torch.zeros(shape, dtype=torch.float64, device="cpu") for i, shape in shapes.items()}
+        self._grads = {i: torch.zeros_like(bias.values, dtype=torch.float64) for i, bias in self._biases.items()}
         self._sums: dict[int, tuple[object, Block, Part, Tensor]] = {}
 
     def __contains__(self, segment: int) -> bool:
         return segment in self._biases
 
     def add(self, block: Block, part: Part, grad_scores: Tensor) -> None:
-        """Add the gradient of a part's scores."""
         key, last = self._masks.key(block, part), self._sums.get(part.segment)
         if last is not None and key is not None and last[0] == key:
             last[3].add_(grad_scores)
@@ -97,7 +94,6 @@ class BiasGradients:
         if index not in self._sums:
             return
         _, block, part, total = self._sums.pop(index)
-        q = torch.arange(block.q_start, block.q_stop, device="cpu")
-        kv = torch.arange(part.kv_start, part.kv_stop, device="cpu")
+        q, kv = (torch.arange(*ends, device="cpu") for ends in (block[:2], part[1:3]))
         lengths = (self._attention.q_len, self._attention.segments[index].kv_len)
         self._biases[index].add_gradient_(self._grads[index], total, q, kv, *lengths)

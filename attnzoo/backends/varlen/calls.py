@@ -39,19 +39,14 @@ _plans = TensorCache()
 class Sequences:
     """How packed queries and keys are cut into sequences, and what is visible within each.
 
-    Attributes:
-        q_lens: the number of queries of each sequence; none is 0.
-        k_lens: the number of keys of each sequence.
-        device: of the tensors.
-        left: how many keys before its position a query sees; ``NO_LIMIT``: all.
-        right: the same for keys after its position. The last query of a sequence is at its last key.
+    The last query of a sequence is at its last key.
     """
 
-    q_lens: tuple[int, ...]
+    q_lens: tuple[int, ...]  # the number of queries of each sequence, never 0
     k_lens: tuple[int, ...]
     device: torch.device
-    left: int = NO_LIMIT
-    right: int = NO_LIMIT
+    left: int = NO_LIMIT  # how many keys before its position a query sees
+    right: int = NO_LIMIT  # how many keys after its position a query sees
 
     @property
     def causal(self) -> bool:
@@ -59,42 +54,27 @@ class Sequences:
 
     @cached_property
     def cumulative(self) -> tuple[Tensor, Tensor, int, int]:
-        """The arguments of kernels: starts of the sequences and the end of the last, ``(sequences + 1,)`` int32, of
-        queries and of keys; then the longest sequence of each.
-        """
+        """Starts of the sequences and the end of the last, of queries and of keys; the longest sequence of each."""
         starts = ([0, *accumulate(lens)] for lens in (self.q_lens, self.k_lens))
         cu_q, cu_k = (torch.tensor(start, dtype=torch.int32, device=self.device) for start in starts)
         return cu_q, cu_k, max(self.q_lens), max(self.k_lens)
 
 
 class Call(NamedTuple):
-    """One call of a kernel.
+    """One call of a kernel, on rows of the packed queries and of the packed keys of a segment."""
 
-    Attributes:
-        segment: number of the segment that has the keys.
-        sequences: how the rows are cut.
-        q_rows: ``(sum(q_lens),)``, which rows of the packed queries ``(batch * q_len, ...)``; None: all, in order.
-        k_rows: the same for the packed keys ``(batch * kv_len, ...)``. The row past the end is the spare row.
-    """
-
-    segment: int
+    segment: int  # its number
     sequences: Sequences
-    q_rows: Tensor | None = None
-    k_rows: Tensor | None = None
+    q_rows: Tensor | None = None  # (sum(q_lens),) rows of (batch * q_len, ...); None: all, in order
+    k_rows: Tensor | None = None  # (sum(k_lens),) rows of (batch * kv_len, ...); the row past the end is the spare row
 
 
 class CallPlan(NamedTuple):
-    """The calls of an attention; their outputs are merged by log-sum-exp.
+    """The calls of an attention; their outputs are merged by log-sum-exp."""
 
-    Attributes:
-        calls: empty if no query sees a key.
-        hidden: per segment ``(batch, kv_len)`` bool, keys of a call that must not be seen; or None.
-        has_spare_row: whether calls use the spare row, a query and a key that do not exist.
-    """
-
-    calls: tuple[Call, ...]
-    hidden: tuple[Tensor | None, ...]
-    has_spare_row: bool
+    calls: tuple[Call, ...]  # empty if no query sees a key
+    hidden: tuple[Tensor | None, ...]  # per segment (batch, kv_len) bool: keys of a call that must not be seen
+    has_spare_row: bool  # whether calls use the spare row, a query and a key that do not exist
 
 
 class _Range(NamedTuple):
@@ -128,10 +108,8 @@ def needs_no_union(segments: tuple[SegmentRequest, ...]) -> bool:
 def plan_calls(attention: Attention, has_windows: bool = True) -> CallPlan:
     """Return the calls of an attention, cached for the layers that share its masks if no segment is sorted.
 
-    Args:
-        attention: without bias and dense mask. If segments are sorted, it has one head (see
-            :func:`attnzoo.backends.varlen.sorted_calls.fold_heads`).
-        has_windows: whether the kernel has windows; if not, the calls of causal patterns have none.
+    The attention has no bias and no dense mask, and only one head if segments are sorted (see
+    :func:`attnzoo.backends.varlen.sorted_calls.fold_heads`). A kernel without windows gets none for causal patterns.
     """
     segments = attention.segments
     if any(isinstance(segment.pattern, SortedChunks) for segment in segments):
@@ -243,7 +221,7 @@ def _band_calls(
 
 def _extents(tile: Tile, band: Band) -> tuple[int, int]:
     """The window extents of a tile as one sequence; ``NO_LIMIT`` where an extent would hide nothing."""
-    aligned = tile.kv_stop - tile.q_stop  # the distance at which the kernel puts each query's own position
+    aligned = tile.kv_stop - tile.q_stop  # the distance from a query to its position in the kernel
     left, right = aligned - band.lowest, band.highest - aligned
     q_count, k_count = tile.q_stop - tile.q_start, tile.kv_stop - tile.kv_start
     return NO_LIMIT if left >= k_count - 1 else left, NO_LIMIT if right >= q_count - 1 else right
@@ -255,7 +233,7 @@ def _cut(tile: Tile, band: Band, has_windows: bool) -> list[Tile]:
     FlashAttention treats an extent >= the longest sequence of keys as no limit. If only one extent has no limit, it
     takes that length for it, which is wrong if many queries come before the first key. Kernels without windows have
     one extent only: 0 keys after a query. So queries that do not see the last key, and queries that do not see the
-    first key, become tiles of their own.
+    first key, become separate tiles.
     """
     q_start, q_stop, k_start, k_stop, *_ = tile
     q_count, k_count = q_stop - q_start, k_stop - k_start

@@ -20,6 +20,5 @@ class FlashBackend(PackedBackend):
     aliases: ClassVar[tuple[str, ...]] = ("flash", "fa2")
     priority: ClassVar[int] = 20
     kernels: ClassVar[tuple[type[PackedKernel], ...]] = (FlashAttnKernel, VarlenKernel)
-    capabilities: ClassVar[Capabilities] = replace(
-        CAPABILITIES, dropout=True
-    )  # flash_attn has dropout; varlen refuses it
+    # flash_attn has dropout; varlen refuses it.
+    capabilities: ClassVar[Capabilities] = replace(CAPABILITIES, dropout=True)

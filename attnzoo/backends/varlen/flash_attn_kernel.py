@@ -94,32 +94,23 @@ class FlashAttnKernel(PackedKernel):
 
     @classmethod
     def forward(cls, inputs: Inputs) -> tuple[Tensor, Tensor, Any]:
-        sequences = inputs.sequences
-        out, lse, _, state = getattr(_interface(), _FORWARD)(
-            *(*inputs[:3], *sequences.cumulative, inputs.dropout, inputs.scale, sequences.causal),
-            window_size_left=sequences.left,
-            window_size_right=sequences.right,
-            softcap=0.0,
-            alibi_slopes=None,
-            return_softmax=False,
-        )
+        out, lse, _, state = getattr(_interface(), _FORWARD)(*inputs[:3], *_settings(inputs), False)
         return out, lse, state
 
     @classmethod
     def backward(cls, inputs: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor, state: Any) -> Grads:
-        sequences = inputs.sequences
         grads = tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs[:3])
-        getattr(_interface(), _BACKWARD)(
-            *(grad_out, *inputs[:3], out, lse, *grads),
-            *(*sequences.cumulative, inputs.dropout, inputs.scale, sequences.causal),
-            window_size_left=sequences.left,
-            window_size_right=sequences.right,
-            softcap=0.0,
-            alibi_slopes=None,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            rng_state=state,
-        )
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        tensors = (grad_out, *inputs[:3], out, lse, *grads)
+        getattr(_interface(), _BACKWARD)(*tensors, *_settings(inputs), deterministic, state)
         return grads[0], grads[1], grads[2]
+
+
+def _settings(inputs: Inputs) -> tuple[Any, ...]:
+    """The arguments that both functions of a union share, in the order that :func:`_parts_unavailable` checks."""
+    sequences, softcap, alibi_slopes = inputs.sequences, 0.0, None
+    settings = (inputs.dropout, inputs.scale, sequences.causal, sequences.left, sequences.right, softcap, alibi_slopes)
+    return (*sequences.cumulative, *settings)
 
 
 def _interface() -> Any:

@@ -41,7 +41,7 @@ class PackedKernel:
         dtypes: of query, key and value.
         max_dim: the largest dim.
         dropout: whether it can drop softmax weights.
-        windows: whether it has windows; without them it gets sequences without limits, and causal ones.
+        windows: whether it supports windows; if not, it gets only causal sequences and sequences without limits.
     """
 
     name: ClassVar[str]
@@ -120,16 +120,14 @@ def example_device() -> torch.device | None:
 
 def import_package(name: str, install: str) -> tuple[ModuleType | None, str]:
     """Return a module of an optional package, or None and the reason: an import may raise anything."""
+    package = name.partition(".")[0]
     try:
         return importlib.import_module(name), ""
-    except ModuleNotFoundError as error:
-        package = name.partition(".")[0]
-        if error.name == package:
-            return None, f"{package} is not installed: pip install {install}"
-        return None, f"{package} is broken: {type(error).__name__}: {error}"
     except BaseException as error:
         raise_interrupts(error)
-        return None, f"{name.partition('.')[0]} is broken: {type(error).__name__}: {error}"
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            return None, f"{package} is not installed: pip install {install}"
+        return None, f"{package} is broken: {type(error).__name__}: {error}"
 
 
 def parameters(function: Callable[..., Any]) -> tuple[str, ...]:

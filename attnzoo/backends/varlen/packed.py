@@ -111,12 +111,12 @@ def attend(attention: Attention, kernel: type[PackedKernel]) -> Result:
     plan = plan_calls(attention, kernel.windows)
     hides = plan.has_spare_row or any(mask is not None for mask in plan.hidden)
     packed = _Packing(attention, plan, _Hiding(attention.scale) if hides else None)
-    bind = partial(_PackedCalls, kernel, plan, packed.places, attention.scale, attention.dropout, {})
+    bind = partial(_PackedCalls, kernel, plan.calls, attention.scale, attention.dropout, {}, packed.places)
     visible_rows: Tensor | None
     if len(attention.segments) == 1 and plan.calls and not hides:
         output, visible_rows = packed.attend(bind(packed.query, packed.keys_values))
     else:
-        output, lse = unite(bind, packed.places, packed.query, packed.keys_values)
+        output, lse = unite(bind, packed.query, packed.keys_values)
         visible_rows = packed.visible_rows(lse)
     output = output[: attention.batch * attention.q_len, :, : attention.value_dim]
     output = output.unflatten(0, (attention.batch, attention.q_len)).transpose(1, 2)
@@ -223,62 +223,50 @@ def _is_aligned(rows: Tensor) -> bool:
     return inner == 1 and all(step % 8 == 0 for step in (*outer, rows.storage_offset()))
 
 
-def _rows(tensor: Tensor, index: Tensor | None) -> Tensor:
+def _take_rows(tensor: Tensor, index: Tensor | None) -> Tensor:
     return tensor if index is None else tensor.index_select(0, index)
 
 
-class _CallRows(NamedTuple):
-    """The query rows of one call, as the union takes them."""
+class _PackedRows(NamedTuple):
+    """The queries of a call, or its keys, which are the only part that the queries see."""
 
-    number: int
-    call: Call
-
-    @property
-    def parts(self) -> tuple[Call]:
-        return (self.call,)
+    call: int  # its number
+    segment: int
+    numbers: Tensor | None  # None: all rows, in order
+    parts: tuple[_PackedRows, ...] = ()
 
     def take(self, tensor: Tensor) -> Tensor:
-        return _rows(tensor, self.call.q_rows)
+        return _take_rows(tensor, self.numbers)
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
-        if self.call.q_rows is None:
+        if self.numbers is None:
             tensor.copy_(values)
         else:
-            tensor.index_copy_(0, self.call.q_rows, values.to(tensor.dtype))
+            tensor.index_copy_(0, self.numbers, values.to(tensor.dtype))
 
     def add(self, tensor: Tensor, values: Tensor) -> None:
-        _add(tensor, self.call.q_rows, values)
-
-
-def _add(tensor: Tensor, index: Tensor | None, values: Tensor) -> None:
-    if index is None:
-        tensor += values
-    else:
-        tensor.index_add_(0, index, values.to(tensor.dtype))
+        if self.numbers is None:
+            tensor += values
+        else:
+            tensor.index_add_(0, self.numbers, values.to(tensor.dtype))
 
 
 @dataclass(eq=False)
 class _PackedCalls(PartialKernel):
-    """A packed kernel as the union takes it: out ``(rows, heads, dim)``, lse ``(rows, heads)``, one part per call.
-
-    ``states`` holds what the forward of each call returns for its backward.
-    """
+    """A packed kernel in the union: out ``(rows, heads, dim)``, lse ``(rows, heads)``, one part per call."""
 
     kernel: type[PackedKernel]
-    plan: CallPlan
-    places: list[int]
+    calls: tuple[Call, ...]
     scale: float
     dropout: float
-    states: dict[int, Any]
+    states: dict[int, Any]  # what the forward of each call returns for its backward
+    places: list[int]
     query: Tensor
-    keys_values: Sequence[Tensor]
+    tensors: Sequence[Tensor]
 
     def inputs(self, call: Call) -> Inputs:
-        """Return the arguments of one call."""
-        places = self.places[2 * call.segment : 2 * call.segment + 2]
-        key, value = (_rows(self.keys_values[place], call.k_rows) for place in places)
-        query = _rows(self.query, call.q_rows)
-        return Inputs(query, key, value, call.sequences, self.scale, self.dropout)
+        key, value = (_take_rows(tensor, call.k_rows) for tensor in self.keys_values(call.segment))
+        return Inputs(_take_rows(self.query, call.q_rows), key, value, call.sequences, self.scale, self.dropout)
 
     def new_results(self) -> tuple[Tensor, Tensor]:
         rows, heads, _ = self.query.shape
@@ -286,17 +274,15 @@ class _PackedCalls(PartialKernel):
         # (heads, rows) in memory, as kernels take it
         return out, self.query.new_full((heads, rows), -math.inf, dtype=torch.float32).transpose(0, 1)
 
-    def forward_plan(self) -> Iterator[tuple[bool, _CallRows]]:
-        for number, call in enumerate(self.plan.calls):
-            yield number == 0, _CallRows(number, call)
+    def forward_plan(self) -> Iterator[tuple[bool, _PackedRows]]:
+        for number, call in enumerate(self.calls):
+            keys = _PackedRows(number, call.segment, call.k_rows)
+            yield number == 0, _PackedRows(number, call.segment, call.q_rows, (keys,))
 
-    def forward(self, rows: _CallRows, number: int) -> tuple[Tensor, Tensor]:
-        out, lse, self.states[rows.number] = self.kernel.forward(self.inputs(rows.call))
+    def forward(self, rows: _PackedRows, number: int) -> tuple[Tensor, Tensor]:
+        out, lse, self.states[rows.call] = self.kernel.forward(self.inputs(self.calls[rows.call]))
         return out, lse.transpose(0, 1)
 
-    def backward(self, rows: _CallRows, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Grads]:
+    def backward(self, rows: _PackedRows, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Grads]:
         results = (grad_out.contiguous(), out, lse.transpose(0, 1).contiguous())
-        return (self.kernel.backward(self.inputs(rows.call), *results, self.states[rows.number]),)
-
-    def add_keys(self, part: Call, grad: Tensor, values: Tensor) -> None:
-        _add(grad, part.k_rows, values)
+        return (self.kernel.backward(self.inputs(self.calls[rows.call]), *results, self.states[rows.call]),)

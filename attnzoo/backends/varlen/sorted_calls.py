@@ -1,10 +1,10 @@
 """Express LSH's sorted chunks as calls of a causal kernel: exact, without masks.
 
-A query sees the keys near it whose token is not its own (causal: whose token is before its own); no order of the sorted
-positions expresses this. But within a neighbourhood, keys and queries can be sorted by token: then "before its own" is
-causal attention, "after its own" is causal attention in reverse order, and both together are all tokens but its own.
-The queries and keys of a neighbourhood become one sequence, with each query just before the keys of its own token.
-At each position one side is the spare row: as a query it is dropped, as a key it is hidden.
+A query sees the nearby keys of all other tokens (causal: of earlier tokens); no order of the sorted positions expresses
+this. But within a neighbourhood, queries and keys can be sorted by token: then causal attention sees the earlier
+tokens, causal attention in reverse order sees the later tokens, and both together see all other tokens. The queries and
+keys of a neighbourhood become one sequence, with each query just before the keys of its token. Each position holds a
+query or a key; the other is the spare row, which is dropped as a query and hidden as a key.
 """
 
 from __future__ import annotations

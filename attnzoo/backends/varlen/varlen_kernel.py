@@ -1,8 +1,8 @@
 """The FlashAttention kernels inside PyTorch (``torch.nn.attention.varlen``). Copy this file to add a GPU kernel.
 
 A kernel class has three functions: ``attend`` calls the kernel's public function; ``forward`` returns ``(out, lse,
-state)`` of a part of the keys, and ``backward`` takes the final out and lse of the whole union. The class says what it
-can do in class attributes, and ``unavailable`` says what is missing. :mod:`attnzoo.backends.varlen.packed` does the
+state)`` of a part of the keys, and ``backward`` gets the final out and lse of the whole union. Class attributes declare
+what the kernel supports, and ``unavailable`` returns what is missing. :mod:`attnzoo.backends.varlen.packed` does the
 rest: it plans the calls, packs the rows, hides keys and merges the parts.
 """
 
@@ -69,9 +69,7 @@ class VarlenKernel(PackedKernel):
     def attend(cls, inputs: Inputs) -> Tensor:
         sequences = inputs.sequences
         output: Tensor = _function()[0](
-            *(*inputs[:3], *sequences.cumulative),
-            scale=inputs.scale,
-            window_size=(sequences.left, sequences.right),
+            *(*inputs[:3], *sequences.cumulative), scale=inputs.scale, window_size=(sequences.left, sequences.right)
         )
         return output
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-
 from attnzoo.backend import Capabilities
 from attnzoo.backends.varlen.kernels import PackedKernel
 from attnzoo.backends.varlen.packed import CAPABILITIES, PackedBackend
@@ -20,6 +18,4 @@ class XformersBackend(PackedBackend):
     name: ClassVar[str] = "xformers"
     priority: ClassVar[int] = 5
     kernels: ClassVar[tuple[type[PackedKernel], ...]] = (XformersFlashKernel, XformersCutlassKernel)
-    capabilities: ClassVar[Capabilities] = replace(
-        CAPABILITIES, dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16})
-    )
+    capabilities: ClassVar[Capabilities] = replace(CAPABILITIES, dtypes=XformersCutlassKernel.dtypes)

@@ -47,11 +47,7 @@ def _operator_unavailable(name: str, deterministic: bool) -> str | None:
 
     ``is_available()`` is not enough: it is True even if xformers' compiled extension does not load (a wheel for another
     CUDA), and then every call raises. So both classes check a small example, with the message that a call would raise.
-
-    Args:
-        name: of the operator.
-        deterministic: whether PyTorch's deterministic algorithms are on, which some operators do not support. It is a
-            part of the cache's key.
+    Some operators do not support PyTorch's deterministic algorithms: the cache has an entry for each mode.
     """
     fmha, why = _package()
     if fmha is None:
@@ -199,16 +195,15 @@ def _padded_rows(sequences: Sequences, width: int) -> Tensor:
 
 
 def _biases(sequences: Sequences) -> Iterator[_Bias]:
-    """One bias for all sequences; with two-sided windows, which xformers has for equal lengths only, one per run."""
+    """Yield one bias for all sequences. A two-sided window has one bias per run of equal lengths, as xformers needs."""
     masks, (left, right) = _fmha().attn_bias, (sequences.left, sequences.right)
     q_lens, k_lens = list(sequences.q_lens), list(sequences.k_lens)
     if (left, right) == (NO_LIMIT, NO_LIMIT) or right == 0:
         bias = masks.BlockDiagonalMask.from_seqlens(q_lens, k_lens, device=sequences.device)
-        if right == 0:
-            causal = left == NO_LIMIT
-            bias = (
-                bias.make_causal_from_bottomright() if causal else bias.make_local_attention_from_bottomright(left + 1)
-            )
+        if right == 0 and left == NO_LIMIT:
+            bias = bias.make_causal_from_bottomright()
+        elif right == 0:
+            bias = bias.make_local_attention_from_bottomright(left + 1)
         yield _Bias(bias, slice(None), slice(None), 1)
         return
     q_start = k_start = 0
