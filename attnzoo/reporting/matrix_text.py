@@ -96,17 +96,8 @@ def markdown(families: Families) -> str:
     def code(text: str) -> str:
         return f"`{text}`"
 
-<<<<<<< HEAD
-    lines = [
-        "# Support matrix",
-        "",
-        "`attnzoo matrix --markdown` writes this page from the declarations of adapters and backends.",
-        "",
-    ]
-=======
     source = "`attnzoo matrix --markdown` writes this page from the declarations of adapters and backends."
     lines = ["# Support matrix", "", source, ""]
->>>>>>> trim_top
     lines += ["## What backends declare", "", *_declared_table(), "", "## What runs where", "", LEGEND, ""]
     reasons = Reasons()
     for model_type, modules in families.items():
