@@ -108,8 +108,8 @@ def verify(
         unpatch_all(plain)
         narrow = copy.deepcopy(plain).float() if wide else plain
         narrow_inputs = cast(inputs, torch.float32) if wide else inputs
-        # LSH models add -1e5 to the score of a token with itself, which leaves few bits of a float32 score. The own
-        # code of LSH models therefore runs in float64, with the error budget of the model's dtype.
+        # LSH models use the score -1e5 to hide a token from itself. Float32 scores of this size are too coarse, so the
+        # own code of LSH models runs in float64, with the error budget of the model's dtype.
         in_float64 = [] if patched.fault else list(random_choices)
         original: dict[str, Tensor] = {}
         again: dict[str, Tensor] = {}
@@ -213,9 +213,7 @@ class _PatchedRun:
             self._trainable = not any(target.point.backward_in_training for target in targets)
             self.whole = gradients and self._trainable and not fast
             if self.whole and any(p.is_meta and p.requires_grad for p in model.parameters()):
-                raise InvalidArgumentError(
-                    "gradients", "True for offloaded weights", "False, or a model with all weights in memory"
-                )
+                raise InvalidArgumentError("gradients", "True for offloaded weights", "False, or weights in memory")
             hashing = {t.name: (t.module, t.point.replay) for t in targets if t.point.makes_random_choices}
             with recording(hashing) as self.random_choices:
                 self.outputs = run_model(model, inputs, self.whole, seed, inference=not fast, graph=gradients)
