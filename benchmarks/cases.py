@@ -145,10 +145,9 @@ def _one_module(case: Case) -> Subject:
 def module_subject(
     case: Case, model: nn.Module, module: nn.Module, patched: str, call: Callable[[], Any], inputs: list[Tensor]
 ) -> Subject:
-    """Return a subject for one module.
+    """Return a subject for one module. ``call`` returns the output tensor, or nested tuples that start with it.
 
-    ``call`` returns the output tensor, or nested tuples whose first element is the output tensor. The backward starts
-    from a random tensor, which is the same in every process.
+    The backward starts from a random tensor, which is the same in every process.
     """
     shape = inputs[0].shape if case.train and inputs else None
     cotangent = None if shape is None else random_normal(case, shape, torch.Generator().manual_seed(SEED))
@@ -211,10 +210,7 @@ class _LinearRecorder(TorchFunctionMode):
 
 
 class Projections:
-    """The linear projections of a module, on random inputs of the same shapes.
-
-    In scope ``attention``, the time of the projections is subtracted from the time of the module.
-    """
+    """The linear projections of a module, on random inputs. Scope ``attention`` subtracts the projections' time."""
 
     def __init__(self, subject: Subject) -> None:
         case = subject.case

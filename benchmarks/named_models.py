@@ -19,8 +19,8 @@ LAYERS = 2
 def load_model(name: str) -> nn.Module:
     """Return a model in eval mode.
 
-    ``name`` is a family of the benchmark, or the folder of a checkpoint that ``save_pretrained`` wrote. A family has
-    the published configuration with fewer layers, and random weights.
+    ``name`` is a family of the benchmark, or the folder of a checkpoint that ``save_pretrained`` wrote. The model of a
+    family has the published configuration with fewer layers, and random weights.
     """
     if name in WORKLOADS:
         return WORKLOADS[name].build(layers=LAYERS)

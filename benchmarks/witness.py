@@ -1,7 +1,7 @@
 """Check with PyTorch's profiler whether the kernel that a backend reported did run.
 
-A backend reports the name of the kernel that it ran. The profiler records every operator by name. If the reported name
-is a kernel of ``scaled_dot_product_attention`` (SDPA), the recorded operators show whether this kernel ran.
+The profiler records every operator. For kernels of ``scaled_dot_product_attention`` (SDPA), the recorded operators
+show whether the reported kernel ran.
 """
 
 from __future__ import annotations

@@ -83,10 +83,7 @@ class EndToEndJob:
 
 
 def verify_here(job: EndToEndJob) -> tuple[bool, str]:
-    """Run the job, and return whether the backend passes, and the report as text.
-
-    The length must be small, because the reference is the whole model in float64 with dense scores.
-    """
+    """Return whether the backend passes, and the report. The length must be small, because the reference is dense."""
     torch.set_num_threads(job.threads)
     workload = find_workload(job.family)
     model = workload.build(layers=1).to(job.device, DTYPES[job.dtype])

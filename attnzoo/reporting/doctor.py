@@ -62,11 +62,7 @@ def _cache() -> Finding:
     except AttnzooError as error:
         return Finding("machine", name, False, str(error))
     files = cache.stored()
-    broken = [
-        f"{file.path} is ignored: {file.problem}; to remove it, run: attnzoo tune --clear"
-        for file in files
-        if file.problem
-    ]
+    broken = [f"{file.path} is ignored: {file.problem}; run attnzoo tune --clear" for file in files if file.problem]
     broken += [cache.obstacle()] if cache.obstacle() else []
     if broken:
         return Finding("machine", name, False, "; ".join(broken))

@@ -48,8 +48,7 @@ class Explanation(tuple[Verdict, ...]):
     """All verdicts. An explanation prints sites with equal verdicts as one block.
 
     Attributes:
-        auto: what ``auto`` selects at each site, and why, by site name. A site has one line for each measured size and
-            one line for all other sizes.
+        auto: what ``auto`` selects and why, by site name: one line for each measured size, and one for other sizes.
     """
 
     auto: dict[str, tuple[str, ...]]
@@ -85,16 +84,14 @@ class Explanation(tuple[Verdict, ...]):
 def explain(model: nn.Module, backend: str | Backend | None = None, **options: Any) -> Explanation:
     """Return whether each backend would run at each attention module of a model, and the reasons for each refusal.
 
-    ``explain`` neither changes nor runs the model.
-
     Args:
-        model: a model of a family with an adapter. The answer depends on its current mode, device and dtype.
+        model: a model of a family with an adapter. The answer depends on the model's mode, device and dtype.
         backend: name of a backend, or a configured backend (see :func:`attnzoo.configure`). None and ``"auto"`` mean
             all registered backends, and add what ``auto`` selects.
         options: options of the named backend.
 
     Returns:
-        An :class:`Explanation`, which is a tuple of :class:`Verdict`. It prints as text.
+        An :class:`Explanation`: a tuple of :class:`Verdict` that prints as text. The model is neither changed nor run.
 
     Raises:
         InvalidArgumentError, UnknownNameError: an argument is invalid.

@@ -20,8 +20,8 @@ LEGEND = """\
 A cell is one module, one backend, and one feature in addition to what the module requests in inference, in float64,
 float32, bfloat16 and float16, on CPU and CUDA. It assumes that every optional package is installed; `attnzoo doctor`
 shows what this machine has. *yes*: the backend runs all of these. Otherwise the cell names the dtypes and devices that
-run; `cuda` means that a CUDA device is required. Tests run the CPU part; `make test-cuda` runs the CUDA part on a machine with
-a device. Numbers in brackets refer to the list of reasons below the tables. A reason under *forward* is valid for
+run; `cuda` means that a CUDA device is required. Tests run the CPU part; `make test-cuda` runs the CUDA part on a
+machine with a device. Numbers in brackets refer to the reasons below the tables. A reason under *forward* is valid for
 the whole row and is not repeated. *(≈)*: the backend changes the pattern of the attention."""
 
 

@@ -19,8 +19,7 @@ def cast(value: Any, dtype: torch.dtype | None) -> Any:
     """Return a copy of the arguments of a forward, with all floating-point tensors in ``dtype``.
 
     Tensors in dicts, lists and tuples are converted, too. If ``dtype`` is None, each tensor keeps its dtype. The lowest
-    number of the old dtype, with which masks hide tokens, becomes the lowest number of ``dtype``. Objects that are not
-    tensors, for example caches, are deep-copied, because the forward changes them.
+    number of a dtype, which hides tokens, becomes the lowest number of ``dtype``. Caches and other objects are copied.
     """
     if isinstance(value, Tensor):
         if dtype is None or not value.is_floating_point() or value.dtype == dtype:
@@ -98,10 +97,9 @@ def _has_decoder(model: nn.Module) -> bool:
 
 
 def real_tokens(inputs: Mapping[str, Any], decoder: bool, output: Tensor) -> Tensor | None:
-    """Return a bool tensor ``(batch, length)`` that is True for the rows of ``output`` that are real tokens.
+    """Return whether each row ``(batch, length)`` of an output is a real token, or None if the inputs have no mask.
 
-    Return None if the inputs have no mask for the output. A row of a decoder is real only if its sample has at least
-    one real source token, because cross-attention would otherwise have no key.
+    A decoder row is real only if the sample has a real source token. Cross-attention would otherwise have no key.
     """
     mask = inputs.get("attention_mask")
     if decoder:
@@ -116,10 +114,9 @@ def real_tokens(inputs: Mapping[str, Any], decoder: bool, output: Tensor) -> Ten
 
 
 def rows_of_modules(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[str, Tensor], Tensor | None]:
-    """Return a function that is called with a module's name and output, and returns which rows are real tokens.
+    """Return a function of a module's name and output ``(batch, length, ...)`` that returns which rows are real tokens.
 
-    The output is a tensor ``(batch, length, ...)``. Some models pad their inputs at the end to a multiple of a block
-    size. Rows of the output beyond the length of the mask are therefore padding.
+    Some models pad their inputs at the end to a multiple of a block size. Rows after the end of the mask are padding.
     """
     decoders = [name for name, module in model.named_modules() if name.rpartition(".")[2] == "decoder"]
     has_decoder = _has_decoder(model)

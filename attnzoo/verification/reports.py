@@ -17,8 +17,7 @@ class Report:
     Attributes:
         backend: name of the verified backend.
         sites: comparisons of each attention of the patched model with the float64 oracle on equal inputs.
-        end_to_end: comparisons of the patched model with the reference, which is the model with the float64 oracle: the
-            outputs and the parameter gradient, on real tokens.
+        end_to_end: comparisons of outputs and parameter gradient with the reference: the model with the float64 oracle.
         original: comparisons of the model's own code with the reference. They show that the adapter is right.
         original_sites: comparisons of each attention module's own code with the float64 oracle on equal inputs.
         fault: the reason why the model's own code is wrong. That code was then not run. Empty if the code is right.
