@@ -145,7 +145,7 @@ def _one_module(case: Case) -> Subject:
 def module_subject(
     case: Case, model: nn.Module, module: nn.Module, patched: str, call: Callable[[], Any], inputs: list[Tensor]
 ) -> Subject:
-    """Return a subject for one module. ``call`` returns the output tensor, or nested tuples that start with it.
+    """Return a subject for one module. ``call`` returns the output tensor, alone or first in nested tuples.
 
     The backward starts from a random tensor, which is the same in every process.
     """

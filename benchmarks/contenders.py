@@ -23,7 +23,7 @@ from attnzoo.spec.segments import Attention, Result
 from attnzoo.spelling import parse
 from attnzoo.tuning.race import GRIDS, GRIDS_KEPT
 
-# Input length, in tokens, of the run that compiles a backend before its measured runs.
+# Input length, in tokens, of the run that compiles a backend before the measured runs.
 _COMPILE_LEN = 1024
 
 
@@ -45,14 +45,14 @@ class GateVerdict:
 
 
 class Execution(NamedTuple):
-    """The kernels that ran, most frequent first. ``complaint`` is the reason why they are not the requested kernels."""
+    """Names of the kernels that ran, most frequent first, and the difference from the request (empty if none)."""
 
     kernel: str
     complaint: str = ""
 
 
 class PreparedContender:
-    """A contender in a worker process. This base class is for the original and for peers, and it checks nothing."""
+    """A contender in a worker process. This base class is for the original and for peers, and has no checks."""
 
     def __init__(self, subject: Subject, kernel: str = "") -> None:
         self.subject, self._kernel = subject, kernel
@@ -76,7 +76,7 @@ class Contender:
         return True
 
     def check(self, case: Case) -> None:
-        """Raise :class:`Problem` if it is known before a run that the contender cannot run the case."""
+        """Raise :class:`Problem` if the contender cannot run the case and this is known without a run."""
 
     def prepare(self, case: Case) -> PreparedContender:
         """Build the subject and return the contender ready to run. The worker process calls this method."""
@@ -101,7 +101,7 @@ class BackendContender(Contender):
     """A registered backend under :func:`attnzoo.patch`.
 
     :attr:`name` may include options, as on the command line: ``blocked-local:window=1024``. :attr:`dense_limit` is the
-    longest input of a backend that builds ``length x length`` scores. If it is None, only the memory limits the input.
+    longest input of a backend that builds ``length x length`` scores. None means no limit except memory.
     """
 
     dense_limit: int | None = None
@@ -123,7 +123,7 @@ class BackendContender(Contender):
         needed, free = dense_bytes(case), available_memory(case.device)
         if free is not None and needed > free / 2:
             sizes = f"{needed / 2**30:.1f} GiB, more than half of the free {free / 2**30:.1f} GiB"
-            raise Problem(SKIPPED, f"dense scores: they need about {sizes}")
+            raise Problem(SKIPPED, f"dense scores need about {sizes}")
 
     def prepare(self, case: Case) -> PreparedContender:
         if registry.backend_class(self.backend).compiles:

@@ -19,7 +19,7 @@ from attnzoo.tuning.race import synchronize
 
 
 class Peak(NamedTuple):
-    """Peak memory of a run: ``extra`` bytes in addition to the ``before`` bytes in use before the run."""
+    """Peak memory of a run: ``extra`` bytes in addition to the bytes in use ``before`` the run, and the method."""
 
     extra: int
     before: int

@@ -30,7 +30,7 @@ class Library:
 
     Attributes:
         inputs: number of input tensors ``(batch * heads, S, dim_head)``.
-        multiple: function of the class's options that returns a number. The input length must be a multiple of it.
+        multiple: function of the options that returns a number. The input length must be divisible by this number.
     """
 
     module: str

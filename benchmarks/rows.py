@@ -141,7 +141,7 @@ class EndToEnd:
     gradients: bool | None = None
 
     def blocks(self, train: bool) -> bool:
-        """Whether rows of a mode show no numbers because of this verdict. A refusal is valid in its own mode only."""
+        """Whether rows of a mode show no numbers because of this verdict. A refusal affects only the checked mode."""
         return self.status != OK and (self.status != REFUSED or self.gradients is train)
 
 

@@ -42,7 +42,7 @@ class ShootoutPlan:
         families, seq_lens, scope, dtype, device, threads, batch, layers: as in :class:`~attnzoo.benchmarks.cases.Case`.
         backends: names or aliases, with options as in ``lsh:num_hashes=2,...``. None means every exact backend.
         modes: ``False`` (forward), ``True`` (forward+backward), or both.
-        original: whether the original runs. If it needs too much memory, leave it out; rows then have no ratios.
+        original: whether the original model runs. Without the original model, rows have no ratios.
         rounds: number of timed runs per row. None means from 3 to 9 runs, depending on :attr:`seconds_per_case`.
         seconds_per_case: time budget for the timed runs of a case if ``rounds`` is None.
         dense_limit: longest input of dense backends. None means that only the memory limits the input.

@@ -33,8 +33,8 @@ def skip_initialisation() -> Iterator[None]:
 def spread(model: nn.Module, seed: int = 0) -> None:
     """Overwrite every parameter. The same seed gives the same weights in every process.
 
-    All weights come from one pool of normal numbers, which each parameter reads from a random start. The pool saves
-    time, because every row builds a model: it fills 160 million weights in a fraction of a second.
+    All weights come from one pool of normal numbers, which each parameter reads from a random start. Each row
+    builds a model, and the pool fills 160 million weights in a fraction of a second.
     """
     generator = torch.Generator().manual_seed(seed)
     pool = torch.empty(_POOL).normal_(generator=generator)

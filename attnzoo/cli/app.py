@@ -26,7 +26,7 @@ from attnzoo.verification.reports import Passages
 
 
 class _Commands(TyperGroup):
-    """Command group that lists each command with the whole first paragraph of its help, where click prints one line."""
+    """Command group that shows the first paragraph of each command's help. Click would show only the first line."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         for command in self.commands.values():

@@ -1,7 +1,7 @@
 """The support matrix: whether each backend runs each feature at each attention module, and the reasons if not.
 
-The modules come from the example models of the adapters, which are built without weights. Backends declare what they
-support. The matrix therefore does not depend on this machine. A cell is the request of a module plus one feature.
+The modules come from example models without weights, which adapters define. The refusals come from the declarations of
+backends. So the matrix does not depend on this machine. A cell is the request of a module plus one feature.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Reasons(dict[str, int]):
 
 
 def _outcomes(row: Row, reasons: Reasons, code: Callable[[str], str]) -> list[tuple[str, str]]:
-    """Return for each feature where it runs, and the numbers of the reasons why it does not run elsewhere."""
+    """Return for each feature the dtypes and devices that run, and the numbers of the reasons for all others."""
     outcomes = []
     for feature in FEATURES:
         printed = set() if feature == "forward" else set(row.reasons("forward"))

@@ -20,7 +20,7 @@ from attnzoo.spec.segments import Attention
 Clock = Callable[[], float]
 
 ROUNDS = 7
-# A sample repeats the run until it lasts this long, because a short sample would mainly measure the launch overhead.
+# A sample repeats the run for about this many seconds, because a short sample would mainly measure the launch overhead.
 SAMPLE_SECONDS, MOST_RUNS = 0.005, 50
 # A backend that is slower than the fastest by this factor in the first round is not timed again.
 HOPELESS = 3.0

@@ -39,7 +39,7 @@ def run_model(
     """Return the outputs of a model on real tokens by name, and the gradient of a random function of these outputs.
 
     The gradient is one vector over all parameters that require grad. Gradients are not compared parameter by parameter,
-    because the exact gradient of one parameter may be zero, and its error budget would then be zero. For example, the
+    because the exact gradient and the error budget of one parameter may be zero. For example, the
     bias of a key projection shifts all scores of a row by the same number, which does not change the softmax.
 
     Args:

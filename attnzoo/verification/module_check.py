@@ -31,7 +31,7 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
     def cast(self, dtype: torch.dtype | None) -> Call:
-        """Return a copy with all floating-point tensors in ``dtype``. If it is None, each tensor keeps its dtype."""
+        """Return a copy with all floating-point tensors in ``dtype``. None means that each tensor keeps its dtype."""
         return Call(cast(self.args, dtype), cast(self.kwargs, dtype))
 
 
@@ -85,7 +85,7 @@ class ModuleRuns:
         self._own |= {name: self._run(model, name, dtype, None) for name in names}
 
     def run_plain(self, model: nn.Module) -> None:
-        """Run each module with ``eager``, and for gradients with a backend that computes its scores again, too."""
+        """Run each module with ``eager``, and, if gradients are compared, also with :class:`RecomputedBackend`."""
         for name in self._calls:
             if self._gradients:
                 self._recomputed[name] = self._run(model, name, None, RecomputedBackend())

@@ -32,7 +32,7 @@ def text(reports: Sequence[Report]) -> str:
 def _verdict(reports: Sequence[Report]) -> str:
     name, within = reports[0].backend, sum(report.ok for report in reports)
     if not all(report.sites for report in reports):
-        return f"backend {name!r}: NOT shown to be within the error rule: none of its attentions ran"
+        return f"backend {name!r}: NOT shown to be within the error rule: no attention of the model ran"
     many = len(reports) > 1
     if within == len(reports):
         return f"backend {name!r}: within the error rule{f' on all {within} passages' if many else ''}"
