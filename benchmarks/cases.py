@@ -1,4 +1,4 @@
-"""What does a contender run in a case? A subject: a whole model or one attention module, on real text."""
+"""Build the subject that a contender runs in a case: a whole model or one attention module, on real text."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float
 
 @dataclass(frozen=True)
 class Case:
-    """What all contenders of a case have in common.
+    """The settings that all contenders of a case share.
 
     Attributes:
         family: name of the workload.
-        scope: ``"model"``: the whole model; ``"module"``: one self-attention module with its projections;
-            ``"attention"``: the same module, and the measured time of its projections is subtracted.
+        scope: ``"model"`` is the whole model. ``"module"`` is one self-attention module with its projections.
+            ``"attention"`` is like ``"module"``, but the time of the projections is subtracted.
         seq_len: input length in tokens.
         batch: number of passages.
         dtype: a key of :data:`DTYPES`.
-        train: forward and backward without dropout; otherwise forward without gradients.
-        layers: layers in each stack of a whole model; None: as published.
+        train: whether a run has a forward and a backward, both without dropout. Otherwise a run has only a forward.
+        layers: number of layers in each stack of a whole model. None means the published number.
     """
 
     family: str
@@ -47,7 +47,7 @@ class Case:
 
     @property
     def mode(self) -> str:
-        """``"forward"`` or ``"forward+backward"``."""
+        """The mode as text: ``"forward"`` or ``"forward+backward"``."""
         return "forward+backward" if self.train else "forward"
 
 
@@ -56,11 +56,11 @@ class Subject:
     """A module and its inputs.
 
     Attributes:
-        model: the model to patch. :meth:`release` sets it to :attr:`module`.
-        module: the module to run: the model, or a part of it.
+        model: the model to patch. :meth:`release` replaces the model by :attr:`module`.
+        module: the module to run. It is the model or a part of the model.
         patched: glob of the module names to patch in :attr:`model`.
-        call: runs the forward and returns the output tensor.
-        backward: runs the backward from the output tensor.
+        call: function that runs the forward and returns the output tensor.
+        backward: function that runs the backward from the output tensor.
         inputs: floating-point inputs that get gradients.
     """
 
@@ -73,17 +73,17 @@ class Subject:
     inputs: list[Tensor] = field(default_factory=list)
 
     def patch(self, backend: str) -> attnzoo.Handle:
-        """Patch the module with a backend as typed on the command line, then :meth:`release`."""
+        """Patch the module and :meth:`release` the model. ``backend`` is spelled as on the command line."""
         handle = attnzoo.patch(self.model, {self.patched: configured(backend)})
         self.release()
         return handle
 
     def release(self) -> None:
-        """Free the rest of the model, so that only the module's memory is measured."""
+        """Free the model except for the module, because only the module's memory is to be measured."""
         self.model = self.module
 
     def step(self) -> None:
-        """Run once: this is the run that is timed."""
+        """Run the module once. This is the run that the benchmark times."""
         with torch.set_grad_enabled(self.case.train):
             output = self.call()
             if self.case.train:
@@ -99,7 +99,7 @@ class Subject:
 
 
 def build(case: Case) -> Subject:
-    """Build the subject of a case; weights and text are the same in every process."""
+    """Return the subject of a case. The weights and the text are the same in every process."""
     return _whole_model(case) if case.scope == "model" else _one_module(case)
 
 
@@ -120,7 +120,7 @@ def _whole_model(case: Case) -> Subject:
 
 
 def _one_module(case: Case) -> Subject:
-    """Return the first self-attention module of a one-layer model, with the inputs that the model gives it."""
+    """Return a subject for the first self-attention module of a one-layer model, with inputs recorded in the model."""
     workload = find_workload(case.family)
     model = workload.build(layers=1, seq_len=case.seq_len).to(case.device, DTYPES[case.dtype])
     name, module = next((n, m) for n, m in model.named_modules() if type(m).__name__ == workload.attention)
@@ -145,9 +145,9 @@ def _one_module(case: Case) -> Subject:
 def module_subject(
     case: Case, model: nn.Module, module: nn.Module, patched: str, call: Callable[[], Any], inputs: list[Tensor]
 ) -> Subject:
-    """Return a subject for one module whose ``call`` returns a tensor, or tuples that start with it.
+    """Return a subject for one module. ``call`` returns the output tensor, alone or first in nested tuples.
 
-    The backward starts from a random tensor, the same in every process.
+    The backward starts from a random tensor, which is the same in every process.
     """
     shape = inputs[0].shape if case.train and inputs else None
     cotangent = None if shape is None else random_normal(case, shape, torch.Generator().manual_seed(SEED))
@@ -165,12 +165,12 @@ def module_subject(
 
 
 def random_normal(case: Case, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Return a tensor of the case's dtype on its device; its values depend on the generator only."""
+    """Return a random tensor in the dtype and on the device of the case. The values depend only on ``generator``."""
     return torch.randn(shape, generator=generator).to(case.device, DTYPES[case.dtype])
 
 
 class _CapturedError(Exception):
-    """Stops the model when it reaches the module."""
+    """Exception that stops the model when the forward reaches the module."""
 
 
 def _capture(
@@ -185,7 +185,7 @@ def _capture(
 
     hook = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        with torch.enable_grad():  # hidden states then require gradients, and masks do not
+        with torch.enable_grad():  # so that hidden states require gradients, but masks do not
             model(**kwargs)
     except _CapturedError:
         pass
@@ -195,7 +195,7 @@ def _capture(
 
 
 class _LinearRecorder(TorchFunctionMode):
-    """Records every linear projection. A hook could not, because model code may look for hooks."""
+    """Mode that records every linear projection. Hooks are not used, because model code may react to hooks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,10 +210,7 @@ class _LinearRecorder(TorchFunctionMode):
 
 
 class Projections:
-    """The linear projections that a module runs, on random inputs of the same shapes.
-
-    Scope ``attention`` subtracts their time from that of the module.
-    """
+    """The linear projections of a module, on random inputs. Scope ``attention`` subtracts the projections' time."""
 
     def __init__(self, subject: Subject) -> None:
         case = subject.case
@@ -228,7 +225,7 @@ class Projections:
             self._calls.append((weight, bias, states, cotangent))
 
     def step(self) -> None:
-        """Run them once, with their backward if the case trains."""
+        """Run all projections once, and the backward of each projection if the case trains."""
         with torch.set_grad_enabled(self._train):
             for weight, bias, states, cotangent in self._calls:
                 output = torch.nn.functional.linear(states, weight, bias)

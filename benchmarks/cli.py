@@ -1,4 +1,4 @@
-"""What can a user ask for? The options of ``attnzoo bench``, and the files that it writes."""
+"""``attnzoo bench``: the options of the command, and the files that the command writes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_plan(
     full: bool = False,
     **fields: Any,
 ) -> ShootoutPlan:
-    """Return the plan for the options of :func:`bench`; ``fields`` are fields of :class:`ShootoutPlan`."""
+    """Return the plan for the options of :func:`bench`. ``fields`` are more fields of :class:`ShootoutPlan`."""
     if full:
         fields.update(seconds_per_case=60.0, dense_limit=None)
     elif not (backends or seq_lens or train) and fields.get("scope", "model") == "model":
@@ -53,22 +53,22 @@ def make_plan(
         threads=torch.get_num_threads() if threads is None else threads,
         **fields,
     )
-    plan.contenders()  # reports a wrong backend now
+    plan.contenders()  # raises for a wrong backend before the measurements start
     return plan
 
 
 def bench(
     model: list[str] = typer.Option(["led"], help=_WORKLOADS),
     backend: list[str] = typer.Option(
-        None, help="Backend, also with options (name:option=value,...), repeatable; default: every exact backend."
+        None, help="Backend, repeatable, with options as name:option=value,...; default: every exact backend."
     ),
     seq_len: list[int] = typer.Option(None, help="Input length in tokens, repeatable; default: 1024, 2048, 4096."),
     dtype: str = typer.Option("float32", help="float32, bfloat16, float16 or float64."),
     device: str = typer.Option("cpu", help="cpu or cuda."),
-    threads: int = typer.Option(None, help="CPU threads; default: torch's number."),
-    train: bool = typer.Option(None, "--train/--no-train", help="Only forward+backward, or forward; default: both."),
+    threads: int = typer.Option(None, help="CPU threads; default: the number that torch uses."),
+    train: bool = typer.Option(None, "--train/--no-train", help="Run forward+backward, or forward; default: both."),
     scope: str = typer.Option(
-        "model", help="What is timed: model, module (one attention with its projections) or attention (without them)."
+        "model", help="What is timed: model, module (attention with projections) or attention (without projections)."
     ),
     rounds: int = typer.Option(None, help="Timed runs per row; default: 3 to 9, depending on their duration."),
     batch: int = typer.Option(1, help="Passages per run."),
@@ -76,26 +76,26 @@ def bench(
         False, "--full", help="Inputs of up to 16384 tokens, more rounds, and dense backends at every length that fits."
     ),
     peers: bool = typer.Option(
-        None, "--peers/--no-peers", help="Also time attention of other libraries; default: in scope attention."
+        None, "--peers/--no-peers", help="Also time other libraries; default: yes in scope attention."
     ),
     original: bool = typer.Option(
-        True, "--original/--no-original", help="Also time the original; without it there are no ratios."
+        True, "--original/--no-original", help="Also time the original model, which all ratios refer to."
     ),
     layers: int = typer.Option(None, help="Layers in each stack of a whole model; default: as published."),
     json: Path = typer.Option(None, "--json", help="JSON file to write; default: shootout/<name>.json."),
     plot: Path = typer.Option(None, "--plot", help="PNG file to write; default: beside the JSON file."),
     no_plot: bool = typer.Option(False, "--no-plot", help="Write no PNG file."),
 ) -> None:
-    """The shootout: time every backend against the original model on real text, behind a correctness gate.
+    """The shootout: time every backend and the original model on real text, after a correctness check.
 
-    A row shows no speed if its numbers are wrong or another kernel ran than requested. The exit code is then 1.
+    A row shows no speed if the numbers are wrong or another kernel than requested ran. The exit code is then 1.
     """
     plan = make_plan(
         model, backend, seq_len, dtype=dtype, device=device, threads=threads, train=train, scope=scope, rounds=rounds,
         batch=batch, full=full, peers=peers, original=original, layers=layers,
     )  # fmt: skip
     if plot is not None and no_plot:
-        raise InvalidArgumentError("plot", f"{plot} together with --no-plot", "one of the two")
+        raise InvalidArgumentError("plot", f"{plot} with --no-plot", "at most one of --plot and --no-plot")
     if plot is not None:
         require_matplotlib()
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -117,20 +117,20 @@ def bench(
 
 
 def _require_writable(option: str, path: Path) -> None:
-    """Refuse a file that cannot be written before the measurements start."""
+    """Raise InvalidArgumentError if the output file cannot be written."""
     existed = path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()
     except OSError as error:
-        raise InvalidArgumentError(option, f"{path}: {error.strerror}", "a file that can be written") from error
+        raise InvalidArgumentError(option, f"{path}: {error.strerror}", "a path that can be written") from error
     if not existed:
         path.unlink()
 
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[float, str], None]]:
-    """Yield a function that shows the share of the work done (0 to 1) and the next step, if stderr is a terminal."""
+    """Yield a function of the completed share (0 to 1) and the next step. It updates a progress bar on a terminal."""
     console = Console(stderr=True)
     step_column = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
     columns = (BarColumn(24), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), step_column)

@@ -1,4 +1,4 @@
-"""Which contenders are in a shootout? The original model and every backend; ``peers.py`` adds another kind."""
+"""The contenders of a shootout: the original model and the backends. Peers are in ``peers.py``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from attnzoo.spec.segments import Attention, Result
 from attnzoo.spelling import parse
 from attnzoo.tuning.race import GRIDS, GRIDS_KEPT
 
-# Input length, in tokens, of the run that compiles a backend before its measured runs.
+# Input length, in tokens, of the run that compiles a backend before the measured runs.
 _COMPILE_LEN = 1024
 
 
@@ -32,9 +32,9 @@ class GateVerdict:
     """The verdict of the correctness gate on a contender.
 
     Attributes:
-        complaint: why no speed may be shown; empty if the gate is green.
+        complaint: reason why the row may show no speed. Empty if the contender passes.
         checks: number of comparisons with the float64 oracle under the error rule.
-        closest: the comparison that is closest to its error budget.
+        closest: the comparison with the largest quotient of error and error budget.
         recall: see :class:`~attnzoo.benchmarks.rows.Row`.
     """
 
@@ -45,14 +45,14 @@ class GateVerdict:
 
 
 class Execution(NamedTuple):
-    """The kernels that ran, most frequent first, and why they are not what the user requested (empty if they are)."""
+    """Names of the kernels that ran, most frequent first, and the difference from the request (empty if none)."""
 
     kernel: str
     complaint: str = ""
 
 
 class PreparedContender:
-    """A contender in its worker process. This base class checks nothing: it serves the original and peers."""
+    """A contender in a worker process. This base class is for the original and for peers, and has no checks."""
 
     def __init__(self, subject: Subject, kernel: str = "") -> None:
         self.subject, self._kernel = subject, kernel
@@ -66,26 +66,26 @@ class PreparedContender:
 
 @dataclass(frozen=True)
 class Contender:
-    """A participant, with one row per case. Rows have its ``name`` as ``backend``, and its ``peer``."""
+    """What runs in a case. ``name`` and ``peer`` become the fields ``backend`` and ``peer`` of the rows."""
 
     peer: ClassVar[bool] = False
     name: str
 
     def has_row(self, case: Case) -> bool:
-        """Whether the case has a row for this contender at all."""
+        """Whether the results of the case include a row for this contender."""
         return True
 
     def check(self, case: Case) -> None:
-        """Raise :class:`Problem` if the contender does not run the case and this is known before it runs."""
+        """Raise :class:`Problem` if the contender cannot run the case and this is known without a run."""
 
     def prepare(self, case: Case) -> PreparedContender:
-        """Build the subject; called in the worker process."""
+        """Build the subject and return the contender ready to run. The worker process calls this method."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Original(Contender):
-    """The unpatched model of transformers: every ratio refers to it."""
+    """The unpatched model of transformers. Every ratio in the results is a ratio to this model."""
 
     name: str = ORIGINAL
 
@@ -101,7 +101,7 @@ class BackendContender(Contender):
     """A registered backend under :func:`attnzoo.patch`.
 
     :attr:`name` may include options, as on the command line: ``blocked-local:window=1024``. :attr:`dense_limit` is the
-    longest input of a backend that builds ``length x length`` scores; None: as memory allows.
+    longest input of a backend that builds ``length x length`` scores. None means no limit except memory.
     """
 
     dense_limit: int | None = None
@@ -118,16 +118,16 @@ class BackendContender(Contender):
             return
         limit = self.dense_limit
         if limit is not None and case.seq_len > limit:
-            remedy = f"--backend {self.backend} or --full includes it"
+            remedy = f"--backend {self.backend} or --full runs this case"
             raise Problem(SKIPPED, f"dense scores: skipped above S={limit} to save time; {remedy}")
         needed, free = dense_bytes(case), available_memory(case.device)
         if free is not None and needed > free / 2:
             sizes = f"{needed / 2**30:.1f} GiB, more than half of the free {free / 2**30:.1f} GiB"
-            raise Problem(SKIPPED, f"dense scores: they need about {sizes}")
+            raise Problem(SKIPPED, f"dense scores need about {sizes}")
 
     def prepare(self, case: Case) -> PreparedContender:
         if registry.backend_class(self.backend).compiles:
-            # Code that is compiled for a short input serves every length, and compile time is not measured.
+            # Code that is compiled for a short input runs every length. Compile time is not part of the measurement.
             short = build(replace(case, seq_len=min(case.seq_len, _COMPILE_LEN)))
             with short.patch(self.name):
                 short.step()
@@ -136,7 +136,7 @@ class BackendContender(Contender):
 
 
 def dense_bytes(case: Case) -> int:
-    """Estimate the peak memory of a dense backend: its ``heads x S x S`` scores, those of every layer in training."""
+    """Return an estimate of the bytes of the ``heads x S x S`` scores. Training stores the scores of every layer."""
     workload = find_workload(case.family)
     layers = workload.layers if case.scope == "model" else 1
     grids = GRIDS + (GRIDS_KEPT * layers if case.train else 0)
@@ -144,7 +144,7 @@ def dense_bytes(case: Case) -> int:
 
 
 class PreparedBackend(PreparedContender):
-    """A patched subject. Its gate checks each kind of site under the error rule, and that the requested code ran."""
+    """A patched subject. The gate checks the error of each kind of site, and whether the requested backend ran."""
 
     def __init__(self, subject: Subject, backend: str, handle: Handle) -> None:
         super().__init__(subject)
@@ -152,7 +152,7 @@ class PreparedBackend(PreparedContender):
         self._checked_kernels: set[str] = set()
 
     def gate(self) -> GateVerdict:
-        """Compare the first site of each kind with the float64 oracle, on the inputs that the model gives it."""
+        """Return the verdict on the first site of each kind, compared with the float64 oracle on recorded inputs."""
         kinds: dict[tuple[Any, ...], tuple[str, Attention, Backend]] = {}
         others: set[str] = set()
         observed: Counter[tuple[str, str]] = Counter()
@@ -184,7 +184,7 @@ class PreparedBackend(PreparedContender):
         return Counter({(site.name, kernel): count for site in sites for kernel, count in site.kernels.items()})
 
     def execution(self) -> Execution:
-        """Return the kernels of all sites; complain if a site did not run the backend, or ran an unchecked kernel."""
+        """Return the kernels of all sites, with a complaint if another backend or a kernel without a check ran."""
         counts: Counter[str] = Counter()
         complaints = []
         for site in self._handle.sites:
@@ -200,7 +200,7 @@ class PreparedBackend(PreparedContender):
 
 
 def _miscounts(counted: Counter[tuple[str, str]], observed: Counter[tuple[str, str]]) -> list[str]:
-    """Sites whose counters disagree with the observed calls."""
+    """Return one line for each site whose call counters differ from the observed calls."""
     wrong = (place for place in counted | observed if counted[place] != observed[place])
     return [f"{site}: counted {counted[site, k]} calls of {k}, observed {observed[site, k]}" for site, k in wrong]
 

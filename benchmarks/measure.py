@@ -1,4 +1,4 @@
-"""How long does a run take, how much memory does it need, and on which machine?"""
+"""Measure the time and the peak memory of a run, and describe the machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from attnzoo.tuning.race import synchronize
 
 
 class Peak(NamedTuple):
-    """Peak memory of a run: bytes above ``before``, bytes in use before it, and how it was measured."""
+    """Peak memory of a run: ``extra`` bytes in addition to the bytes in use ``before`` the run, and the method."""
 
     extra: int
     before: int
@@ -27,7 +27,7 @@ class Peak(NamedTuple):
 
 
 def seconds(run: Callable[[], None], device: str) -> float:
-    """Return the wall-clock seconds of one run, device work included. Garbage is collected before the clock starts."""
+    """Return the wall-clock seconds of one run, including work on the device and excluding garbage collection."""
     gc.collect()
     synchronize(torch.device(device))
     start = time.perf_counter()
@@ -41,8 +41,8 @@ def peak_of(run: Callable[[], None], device: str) -> Peak:
 
     - CUDA: the peak of the caching allocator.
     - Linux: the high-water mark of resident memory, which is reset before the run.
-    - Elsewhere: ``getrusage``, which cannot be reset. If building the model needed more memory for a moment, that hides
-      part of the run's peak.
+    - Other systems: ``getrusage``, which cannot be reset. A higher peak while the model is built hides part of the
+      peak of the run.
     """
     gc.collect()
     if device == "cuda":
@@ -66,14 +66,14 @@ def peak_of(run: Callable[[], None], device: str) -> Peak:
 
 
 def _start_thread_pools() -> None:
-    """Start thread pools and load libraries, so that their memory does not count as the run's."""
+    """Start thread pools and load libraries now, because their memory must not count as memory of the run."""
     x = torch.randn(256, 256, requires_grad=True)
     with torch.enable_grad():
         torch.softmax(x @ x, -1).sum().backward()
 
 
 def _return_freed_memory() -> None:
-    """Return freed memory to the system: a run that reused it would seem to need less."""
+    """Return freed memory to the system, because a run that reuses freed memory would seem to need less memory."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -81,11 +81,11 @@ def _return_freed_memory() -> None:
 
 @contextlib.contextmanager
 def _large_tensors_in_own_mappings() -> Iterator[None]:
-    """Make glibc give every allocation above 1 MiB its own mapping.
+    """Context manager in which glibc puts every allocation above 1 MiB into a separate mapping.
 
-    By default tensors of up to 32 MiB lie in a heap, and freed ones leave holes that count as resident: the same run
-    peaked at 120 MiB or at 200 MiB. Afterwards both thresholds get the values of a process that has freed large
-    tensors (32 MiB, and 64 MiB for trimming). Both must be set: setting only one stops glibc from adapting the other.
+    By default, glibc allocates tensors of up to 32 MiB in a heap. Freed tensors leave holes that count as resident
+    memory: the peak of the same run was 120 MiB or 200 MiB. On exit, both thresholds get the values that glibc chooses
+    after large tensors were freed (32 MiB, and 64 MiB for trimming). Setting only one would freeze the other one.
     """
     trim, threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     try:
@@ -129,7 +129,7 @@ def _max_rss() -> int:
 
 
 def available_memory(device: str) -> int | None:
-    """Return the free bytes of a device; None if the system does not tell."""
+    """Return the free bytes of a device, or None if the system does not provide this number."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     try:
@@ -139,7 +139,7 @@ def available_memory(device: str) -> int | None:
 
 
 def machine(device: str) -> dict[str, str]:
-    """Return the versions and the hardware that belong to a result."""
+    """Return the versions of the software and the names of the hardware, which results store."""
     import transformers
 
     import attnzoo

@@ -1,6 +1,6 @@
-"""Which models run in the shootout? Published configurations as data, and how text becomes their inputs.
+"""The models of the benchmark: published configurations, and functions that turn text into model inputs.
 
-To add a family, add a workload to :data:`WORKLOADS`; no other module knows a family by name.
+To add a family, add a workload to :data:`WORKLOADS`. No other module names a family.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DECODER_TOKENS = 64
 
 
 def _encoder_decoder_inputs(tokens: Tensor) -> Inputs:
-    """The encoder reads all tokens except the last 65; the decoder continues the text."""
+    """Return inputs whose encoder reads all tokens except the last 65, and whose decoder reads the next 64."""
     source, target = tokens[:, : -DECODER_TOKENS - 1], tokens[:, -DECODER_TOKENS - 1 :]
     decoder_ids = target[:, :-1].contiguous()
     kwargs = dict(input_ids=source, attention_mask=torch.ones_like(source), decoder_input_ids=decoder_ids)
@@ -31,12 +31,12 @@ def _causal_inputs(tokens: Tensor) -> Inputs:
 
 
 def _masked_language_inputs(tokens: Tensor) -> Inputs:
-    """The model predicts the text that it reads."""
+    """Return inputs whose targets are the input tokens."""
     return Inputs(_with_global_token(dict(input_ids=tokens, attention_mask=torch.ones_like(tokens))), tokens)
 
 
 def _with_global_token(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Make the first token global, as for summarisation and classification."""
+    """Return arguments that make the first token global, as for summarisation and classification."""
     mask = torch.zeros_like(kwargs["input_ids"])
     mask[:, 0] = 1
     return {**kwargs, "global_attention_mask": mask}
@@ -48,7 +48,7 @@ def _led_inputs(tokens: Tensor) -> Inputs:
 
 
 def _layers_in(*fields: str) -> Callable[[Mapping[str, Any], int], dict[str, Any]]:
-    """Return a ``shrink`` function that sets the fields to the number of layers, or shortens their lists to it."""
+    """Return a ``shrink`` function that sets each field to the number of layers, or cuts a list to this length."""
 
     def shrink(published: Mapping[str, Any], layers: int) -> dict[str, Any]:
         old = {name: published[name] for name in fields}
@@ -124,7 +124,7 @@ LONGT5_LOCAL = Workload(
         dropout_rate=0.1, layer_norm_epsilon=1e-6, feed_forward_proj="gated-gelu", encoder_attention_type="local",
         tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
     ),
-    # The same three blocks of 128, without the bias and without the mask that narrows them to the radius.
+    # The peer attends to the same three blocks of 128, but without the bias and without the mask for the radius.
     peer=Peer(
         "local-attention", 64, dict(window_size=128, causal=False, look_backward=1, look_forward=1, autopad=True)
     ),
@@ -140,10 +140,10 @@ LONGT5_TGLOBAL = replace(
 
 
 def _reformer_training(published: Mapping[str, Any], seq_len: int) -> dict[str, Any]:
-    """In training the axial position table must cover the input exactly, so take its first rows; no dropout."""
+    """Return fields for training: no dropout, and an axial position table that is exactly as long as the input."""
     columns = published["axial_pos_shape"][1]
     if seq_len % columns:
-        allowed = f"a multiple of {columns}: training uses every column of the axial position table"
+        allowed = f"a multiple of {columns}, because training uses every column of the axial position table"
         raise InvalidArgumentError("seq-len", f"{seq_len} in training", allowed)
     dropouts = ("hidden_dropout_prob", "lsh_attention_probs_dropout_prob", "local_attention_probs_dropout_prob")
     return {"axial_pos_shape": [seq_len // columns, columns], **dict.fromkeys(dropouts, 0.0)}
@@ -163,7 +163,7 @@ REFORMER = Workload(
         axial_pos_embds_dim=[256, 768], axial_pos_shape=[128, 512], max_position_embeddings=65536, hash_seed=0,
         tie_word_embeddings=False,
     ),
-    # Half the chunk length: a query sees its chunk and the one before, 256 keys per hash, half of the original's 512.
+    # A query of the peer sees the current and the previous bucket: 256 keys per hash. The original sees 512 keys.
     peer=Peer("reformer-pytorch", 128, dict(bucket_size=128, n_hashes=4, causal=True)),
 )  # fmt: skip
 REFORMER_LOCAL = replace(
@@ -181,7 +181,7 @@ WORKLOADS: dict[str, Workload] = {
 
 
 def find_workload(name: str) -> Workload:
-    """Return the workload of a name; raise UnknownNameError if there is none."""
+    """Return the workload called ``name``. Raise UnknownNameError if no workload has this name."""
     if name not in WORKLOADS:
         raise UnknownNameError("model", name, WORKLOADS)
     return WORKLOADS[name]

@@ -1,4 +1,4 @@
-"""Which model does a name on the command line mean? A family of the shootout, or a checkpoint on disk."""
+"""Load the model that a name on the command line means: a family of the benchmark, or a checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from attnzoo.benchmarks.models import WORKLOADS
 from attnzoo.benchmarks.text import read_tokens
 from attnzoo.errors import InvalidArgumentError, UnknownNameError
 
-# Two layers contain every kind of attention of a family, and the dense oracle stays affordable.
+# Two layers contain every kind of attention of a family. More layers would make the dense oracle too slow.
 LAYERS = 2
 
 
 def load_model(name: str) -> nn.Module:
-    """Load a model in eval mode.
+    """Return a model in eval mode.
 
-    ``name`` is a family of the shootout (published configuration with fewer layers, random weights), or the folder of a
-    checkpoint that ``save_pretrained`` wrote.
+    ``name`` is a family of the benchmark, or the folder of a checkpoint that ``save_pretrained`` wrote. The model of a
+    family has the published configuration with fewer layers, and random weights.
     """
     if name in WORKLOADS:
         return WORKLOADS[name].build(layers=LAYERS)
@@ -47,13 +47,13 @@ def load_model(name: str) -> nn.Module:
 def load_with_passages(
     name: str, seq_len: int, passages: int, dtype: torch.dtype | None = None
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """Load a model and one dict of forward arguments per passage of real text.
+    """Return a model, and one dict of forward arguments for each passage of real text.
 
-    A checkpoint reads the text as bytes, because its tokenizer may be absent. Without a ``dtype``, weights keep the
-    dtype in which they are built or stored.
+    A checkpoint reads the text as bytes, because the tokenizer may be absent. If ``dtype`` is None, the weights keep
+    the dtype of the family or of the checkpoint.
     """
     if name in WORKLOADS and (too_long := WORKLOADS[name].too_long(seq_len)):
-        raise InvalidArgumentError("seq-len", seq_len, f"less: {too_long}")
+        raise InvalidArgumentError("seq-len", seq_len, f"a smaller number, because {too_long}")
     model: Any = load_model(name)
     if dtype is not None:
         model = model.to(dtype)
@@ -64,12 +64,12 @@ def load_with_passages(
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = tokens[:, :64]
     inputs = _split(batch, passages)
-    # Configurations have many names for the number of positions, so a forward shows whether the length fits.
+    # Configurations have many names for the number of positions. So a forward tests whether the length is allowed.
     try:
         with torch.no_grad():
             model(**inputs[0])
     except Exception as error:
-        got = f"{seq_len}, on which {type(model).__name__} itself raises {type(error).__name__}: {error}"
+        got = f"{seq_len}, for which {type(model).__name__} itself raises {type(error).__name__}: {error}"
         raise InvalidArgumentError("seq-len", got, "a length that the model itself supports") from error
     return model, inputs
 

@@ -1,8 +1,8 @@
-"""How do other libraries compare? Peers: their attention in the same table, timed like every row, without a gate.
+"""Peers: the attention of other libraries, timed in the same table, but without a correctness gate.
 
-A workload names the peer that its attention resembles (``Workload.peer``). A peer computes a slightly different
-function, so the float64 oracle cannot check it, and its row never fails a shootout. It has no projections: its inputs
-are random normal queries, keys and values of the family's sizes. Only the worker process of a peer imports its library.
+A workload names a peer with a similar attention (``Workload.peer``). A peer computes a slightly different function.
+The float64 oracle therefore cannot check a peer, and a peer never makes a shootout fail. A peer has no projections. It
+runs on random normal queries, keys and values of the family's sizes. Only worker processes import the libraries.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ SCOPE = "attention"
 
 @dataclass(frozen=True)
 class Library:
-    """How to reach and call the attention of a library: ``cls(**options)(*inputs)``.
+    """The attention class ``cls`` in ``module`` of a library, which is called as ``cls(**options)(*inputs)``.
 
     Attributes:
-        inputs: number of its input tensors ``(batch * heads, S, dim_head)``.
-        multiple: given the options of the class, the number that must divide the input length.
+        inputs: number of input tensors ``(batch * heads, S, dim_head)``.
+        multiple: function of the options that returns a number. The input length must be divisible by this number.
     """
 
     module: str
@@ -39,7 +39,7 @@ class Library:
     multiple: Callable[[Mapping[str, Any]], int]
 
 
-# The keys are the names to install the packages by.
+# The keys are the names of the packages for pip.
 LIBRARIES: dict[str, Library] = {
     "local-attention": Library("local_attention", "LocalAttention", 3, lambda options: 1),  # q, k, v; pads by itself
     "reformer-pytorch": Library("reformer_pytorch", "LSHAttention", 2, lambda options: 2 * options["bucket_size"]),
@@ -48,7 +48,7 @@ LIBRARIES: dict[str, Library] = {
 
 @dataclass(frozen=True)
 class PeerContender(Contender):
-    """The attention of another library; :attr:`name` is a key of :data:`LIBRARIES`."""
+    """The attention of another library. :attr:`name` is a key of :data:`LIBRARIES`."""
 
     peer: ClassVar[bool] = True
 
@@ -76,7 +76,7 @@ class PeerContender(Contender):
 
 
 def peers_of(families: Iterable[str]) -> tuple[PeerContender, ...]:
-    """Return the peers of these workloads, without duplicates."""
+    """Return the peers of the named workloads, without duplicates."""
     peers = (find_workload(family).peer for family in families)
     return tuple(PeerContender(name) for name in dict.fromkeys(peer.package for peer in peers if peer is not None))
 
@@ -89,7 +89,7 @@ def _peer(case: Case) -> Peer:
 
 
 def _import(package: str) -> Callable[..., nn.Module]:
-    """Return the attention class of a library. If the package is absent or broken, the row is skipped."""
+    """Return the attention class of a library. Raise :class:`Problem` if the package is absent or broken."""
     library = LIBRARIES[package]
     remedy = f"pip install {package}, or pip install 'attnzoo[peers]'"
     try:

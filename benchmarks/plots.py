@@ -1,4 +1,4 @@
-"""How does a picture show a shootout? Time, memory and error against the input length, one line of panels per mode."""
+"""Draw the results of a shootout: time, memory and error over the input length, with one line of panels per mode."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _GREY = "#444444"
 
 
 def require_matplotlib() -> None:
-    """Raise InvalidArgumentError with the remedies if matplotlib cannot be imported."""
+    """Raise InvalidArgumentError if matplotlib cannot be imported. The message names the remedies."""
     try:
         import matplotlib  # noqa: F401
     except (Exception, SystemExit) as error:
-        got = f"a plot without a working matplotlib ({type(error).__name__}: {error})"
-        raise InvalidArgumentError("plot", got, "pip install 'attnzoo[plots]', or --no-plot") from error
+        got = f"a plot, but matplotlib cannot be imported ({type(error).__name__}: {error})"
+        raise InvalidArgumentError("plot", got, "no plot (--no-plot), or pip install 'attnzoo[plots]'") from error
 
 
 def draw(shootout: Shootout, path: Path) -> tuple[Path, ...]:
-    """Draw one PNG per family and return the files. Several families append ``-<family>`` to the stem of ``path``."""
+    """Draw one PNG file per family and return the paths. Several families add ``-<family>`` to the name of ``path``."""
     require_matplotlib()
     path.parent.mkdir(parents=True, exist_ok=True)
     by_family = {rows[0].family: rows for rows in group_by(shootout.rows, lambda row: row.family)}
@@ -106,7 +106,7 @@ Unit = Callable[[float | None], str]
 
 
 def _decorate(axis: Any, title: str, label: str, lengths: list[int], unit: Unit | None) -> None:
-    """Set titles, scales and ticks; ``unit`` formats the values of the y axis, None: powers of ten."""
+    """Set titles, scales and ticks. ``unit`` formats the values of the y axis; None means powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_title(title, fontsize=11, loc="left")

@@ -1,4 +1,4 @@
-"""What does a shootout record? Rows, end-to-end verdicts, and the JSON file that stores them."""
+"""The results of a shootout: rows and end-to-end verdicts, and the JSON file that stores these results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ORIGINAL = "native"
 
 
 class Problem(Exception):
-    """Why a row cannot be measured: ``status`` (one of the constants above, not ``OK``) and ``reason`` in words."""
+    """Exception for a row that cannot be measured. ``status`` is a constant of this module, but never ``OK``."""
 
     def __init__(self, status: str, reason: str) -> None:
         super().__init__(status, reason)
@@ -23,33 +23,33 @@ class Problem(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """The result of one contender in one case. It has times only if ``status`` is ``"ok"``.
+    """The result of one contender in one case. Only a row with status ``"ok"`` has times.
 
     Attributes:
         family, scope, seq_len, batch, dtype, device, threads, mode: as in :class:`~attnzoo.benchmarks.cases.Case`.
-        checkpoint: the checkpoint whose configuration the family has.
-        backend: the requested backend, with its options; ``"native"`` is the original.
-        kernel: the kernels that ran; None if none ran.
-        versions: versions and hardware.
+        checkpoint: name of the checkpoint that has the configuration of the family.
+        backend: the requested backend with options. ``"native"`` is the original.
+        kernel: names of the kernels that ran. None if no kernel ran.
+        versions: versions of the software and names of the hardware.
         status: ``"ok"``, ``"refused"`` (the backend does not support the case), ``"skipped"`` (left out), ``"red"``
             (wrong numbers, or another kernel than requested) or ``"failed"`` (an exception).
-        reason: explains every status except ``"ok"``.
-        seconds: median of the timed runs.
-        fastest, slowest: their range.
+        reason: the reason for a status other than ``"ok"``.
+        seconds: median seconds of the timed runs.
+        fastest, slowest: smallest and largest seconds of the timed runs.
         runs: seconds of every timed run, in order.
-        speedup: the original's median divided by this row's; above 1 is faster.
-        peak_bytes: memory that the first run in a fresh process needs in addition to weights and inputs.
-        peak_ratio: this row's ``peak_bytes`` divided by the original's; below 1 is less.
-        before_bytes: memory in use before that run.
-        memory_method: how the peak was measured.
-        error: largest absolute difference from the float64 oracle, of the check that is closest to its budget.
-        budget: error budget of that check.
-        worst: what that check compared.
+        speedup: median seconds of the original divided by ``seconds``. Above 1 is faster than the original.
+        peak_bytes: bytes that the first run in a fresh process needs in addition to weights and inputs.
+        peak_ratio: ``peak_bytes`` divided by the original's ``peak_bytes``. Below 1 is less than the original.
+        before_bytes: bytes in use before the first run.
+        memory_method: name of the method that measured the peak.
+        worst: what the worst check compared. The worst check has the largest quotient of error and error budget.
+        error: largest absolute difference from the float64 oracle in the worst check.
+        budget: error budget of the worst check.
         checks: number of checks.
-        recall: for a backend that changes the pattern: the share of full attention's weight on the keys that it sees,
-            mean over heads and checked query rows.
-        peer: whether the contender is a peer. Nothing checks its numbers, and its status never fails the shootout.
-        note: differences from the published configuration; empty if there are none.
+        recall: share of full attention's weight on the keys that a backend sees, as the mean over heads and checked
+            query rows. None if the backend does not change the pattern.
+        peer: whether the contender is a peer. The numbers of a peer are not checked, and no peer fails the shootout.
+        note: differences from the published configuration. Empty if there are none.
     """
 
     family: str
@@ -90,32 +90,32 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The backend's name for readers."""
+        """The name of the backend in tables and plots."""
         return "original" if self.is_original else self.backend
 
     @property
     def kernel_label(self) -> str:
-        """The kernel's name for readers, ``"-"`` if no kernel ran."""
+        """The name of the kernel in tables, or ``"-"`` if no kernel ran."""
         return (self.kernel or "-").removeprefix("original ")
 
     @property
     def hardware(self) -> str:
-        """The device that computed the row, for readers."""
+        """The name of the device that computed the row."""
         return self.versions["gpu"] if self.device == "cuda" else f"{self.versions['cpu']}, {self.threads} thread(s)"
 
     def with_times(self, runs: tuple[float, ...]) -> Row:
-        """Return the row with the seconds of its timed runs."""
+        """Return the row with ``runs``, which are the seconds of the timed runs."""
         return replace(self, runs=runs, seconds=statistics.median(runs), fastest=min(runs), slowest=max(runs))
 
     def without_measurements(self, status: str, reason: str) -> Row:
-        """Return the row with this status and neither times nor memory: they do not belong to the requested backend."""
+        """Return the row with a new status, without times and memory, because these may be of another backend."""
         return replace(
             self, status=status, reason=reason, runs=(), seconds=None, fastest=None, slowest=None, speedup=None,
             peak_bytes=None, peak_ratio=None, before_bytes=None, memory_method=None,
         )  # fmt: skip
 
     def compared_with(self, original: Row | None) -> Row:
-        """Return the row with its ratios to the original's row of the same case."""
+        """Return the row with the ratios to ``original``, which is the original's row of the same case."""
         if original is None or original.status != OK or self.status != OK:
             return self
         speedup = original.seconds / self.seconds if original.seconds and self.seconds else None
@@ -125,12 +125,12 @@ class Row:
 
 @dataclass(frozen=True)
 class EndToEnd:
-    """The verdict of :func:`attnzoo.verify` on a backend, for a whole one-layer model of the family.
+    """The verdict of :func:`attnzoo.verify` on a backend in a whole one-layer model of the family.
 
     Attributes:
-        status: as in :class:`Row`.
-        report: the text of the report, or the reason why there is none.
-        gradients: whether gradients were compared too; None in result files older than this field.
+        status: a status as in :class:`Row`.
+        report: text of the report, or the reason why there is no report.
+        gradients: whether gradients were compared, too. None in result files that are older than this field.
     """
 
     family: str
@@ -141,7 +141,7 @@ class EndToEnd:
     gradients: bool | None = None
 
     def blocks(self, train: bool) -> bool:
-        """Whether rows of a mode show no numbers. A backend that refuses gradients may still run forward."""
+        """Whether rows of a mode show no numbers because of this verdict. A refusal affects only the checked mode."""
         return self.status != OK and (self.status != REFUSED or self.gradients is train)
 
 
@@ -150,11 +150,11 @@ class Shootout:
     """All results of one run.
 
     Attributes:
-        plan: the fields of :class:`~attnzoo.benchmarks.runner.ShootoutPlan`.
-        versions: versions and hardware.
-        end_to_end: one verdict per family and backend; two for a backend that refuses gradients only.
-        rows: one per case and contender, refused and skipped ones included.
-        created: time of the start, ISO 8601, UTC.
+        plan: fields of the :class:`~attnzoo.benchmarks.runner.ShootoutPlan`.
+        versions: versions of the software and names of the hardware.
+        end_to_end: one verdict per family and backend, or two verdicts if the backend refuses only gradients.
+        rows: one row per case and contender, including refused and skipped rows.
+        created: start time in UTC, in the format ISO 8601.
         seconds: total duration.
     """
 
@@ -168,17 +168,17 @@ class Shootout:
 
     @property
     def ok(self) -> bool:
-        """Whether no row is red or failed; peers do not count."""
+        """Whether no row is red or failed. Rows of peers are ignored."""
         return not any(row.status in (RED, FAILED) for row in self.rows if not row.peer)
 
     def write(self, path: Path) -> None:
-        """Write a JSON file; create its folder."""
+        """Write the results to a JSON file, and create the folder of the file if it is missing."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Shootout:
-        """Read a file of :meth:`write`. Fields that are younger than the file get their defaults."""
+        """Return the results in a file of :meth:`write`. Fields that an old file lacks get the default values."""
         data = json.loads(path.read_text())
         data["rows"] = tuple(Row(**{**row, "runs": tuple(row["runs"])}) for row in data["rows"])
         data["end_to_end"] = tuple(EndToEnd(**verdict) for verdict in data["end_to_end"])

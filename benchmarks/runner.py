@@ -1,4 +1,4 @@
-"""In which order does a shootout run? End-to-end gates; then, per case: peak memory and gates, timed runs in turns."""
+"""Run a shootout: first the end-to-end gates, then for each case peak memory, gates and alternating timed runs."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ _GATES_SHARE = 0.1
 
 @dataclass(frozen=True)
 class ShootoutPlan:
-    """What the user asks for. Result files store these fields.
+    """The options of a shootout. Result files store these fields.
 
     Attributes:
         families, seq_lens, scope, dtype, device, threads, batch, layers: as in :class:`~attnzoo.benchmarks.cases.Case`.
-        backends: names or aliases, also with options (``lsh:num_hashes=2,...``); None: every exact backend.
+        backends: names or aliases, with options as in ``lsh:num_hashes=2,...``. None means every exact backend.
         modes: ``False`` (forward), ``True`` (forward+backward), or both.
-        original: whether the original runs; without it (it may not fit into memory) there are no ratios.
-        rounds: timed runs per row; None: from 3 to 9, depending on :attr:`seconds_per_case`.
+        original: whether the original model runs. Without the original model, rows have no ratios.
+        rounds: number of timed runs per row. None means from 3 to 9 runs, depending on :attr:`seconds_per_case`.
         seconds_per_case: time budget for the timed runs of a case if ``rounds`` is None.
-        dense_limit: longest input of dense backends; None: as memory allows.
-        train_limit: longest input for forward+backward; None: no limit.
+        dense_limit: longest input of dense backends. None means that only the memory limits the input.
+        train_limit: longest input for forward+backward. None means no limit.
         verify_len: input length of the end-to-end gate.
-        peers: whether peers run, in scope ``attention`` only; None: in that scope.
+        peers: whether peers run. True is valid in scope ``attention`` only. None means True in this scope.
     """
 
     families: tuple[str, ...] = ("led",)
@@ -76,29 +76,29 @@ class ShootoutPlan:
             if getattr(self, name) not in allowed:
                 raise UnknownNameError(name, getattr(self, name), allowed)
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise InvalidArgumentError("device", "'cuda'", f"'cpu': torch {torch.__version__} sees no CUDA device here")
+            raise InvalidArgumentError("device", "'cuda'", f"'cpu', as torch {torch.__version__} finds no CUDA device")
         if self.layers is not None and self.scope != "model":
             raise InvalidArgumentError("layers", f"--layers with scope {self.scope!r}", "--scope model")
         if self.peers and self.scope != PEER_SCOPE:
             raise InvalidArgumentError("peers", f"--peers with scope {self.scope!r}", f"--scope {PEER_SCOPE}")
         if not self.families or not self.seq_lens or not self.modes:
-            raise InvalidArgumentError("plan", "no model, sequence length or mode", "at least one of each")
+            raise InvalidArgumentError("plan", "no model, length or mode", "a plan with at least one of each")
         counts = [("threads", self.threads), ("batch", self.batch), ("rounds", self.rounds), ("layers", self.layers)]
         for name, count in [*(("seq-len", seq_len) for seq_len in self.seq_lens), *counts]:
             if count is not None and count < 1:
                 raise InvalidArgumentError(name, count, "an integer >= 1")
 
     def contenders(self) -> tuple[Contender, ...]:
-        """Return the original, then the backends with their registered names, then the peers."""
+        """Return the original, then the backends by registered name, then the peers."""
         limit = self.dense_limit
         if self.backends is None:
             names = [info.name for info in registry.backends().values() if info.exact or not info.available]
         else:
             if "auto" in self.backends:
-                raise InvalidArgumentError("backend", "'auto'", "backends by name: the shootout compares them all")
+                raise InvalidArgumentError("backend", "'auto'", "names of the backends to compare")
             parsed = [parse(name) for name in self.backends if name != ORIGINAL]
             for name, options in parsed:
-                registry.configure(name, **options)  # reports a wrong option before a minute of measuring
+                registry.configure(name, **options)  # raises for a wrong option before the measurements start
             names = list(dict.fromkeys(spell(name, options) for name, options in parsed))
             limit = None
         peers = peers_of(self.families) if self.scope == PEER_SCOPE and self.peers is not False else ()
@@ -118,10 +118,10 @@ def run(
     check: EndToEndCheck | None = None,
     contenders: tuple[Contender, ...] | None = None,
 ) -> Shootout:
-    """Run a shootout: all rows, refused and skipped ones included.
+    """Run a shootout, and return the results, including refused and skipped rows.
 
-    ``launch`` starts a worker, and ``check`` runs an end-to-end gate; by default each in a fresh process. ``progress``
-    is called with the completed share of the work (0 to 1) and the next step in words.
+    ``launch`` starts a worker, and ``check`` runs an end-to-end gate. The defaults use a fresh process for each call.
+    ``progress`` is called with the completed share of the work (0 to 1) and the name of the next step.
     """
     started, created = time.perf_counter(), datetime.datetime.now(datetime.timezone.utc)
     if contenders is None:
@@ -173,7 +173,7 @@ def _end_to_end(
 
 
 class _CaseRun:
-    """Measures all contenders of one case."""
+    """The measurements of all contenders of one case."""
 
     def __init__(
         self, plan: ShootoutPlan, case: Case, versions: dict[str, str], verdicts: Sequence[EndToEnd], launch: Launch,
@@ -207,7 +207,7 @@ class _CaseRun:
 
     @contextmanager
     def _problems_of(self, name: str) -> Iterator[None]:
-        """Turn an exception into the status of the row, delete its measurements and end its worker."""
+        """Context manager that turns an exception into the status of row ``name``, and ends the worker of the row."""
         try:
             yield
         except Exception as error:
@@ -233,7 +233,7 @@ class _CaseRun:
         self._progress(self._done, f"{self._case.family} S={self._case.seq_len} {self._case.mode}: {name}, {step}")
 
     def _check_exclusions(self, contender: Contender) -> None:
-        """Raise :class:`Problem` if the contender does not run at all."""
+        """Raise :class:`Problem` if the contender cannot run the case, or must not run it."""
         case, limit = self._case, self._plan.train_limit
         if case.train and case.scope == "model":
             try:
@@ -241,7 +241,7 @@ class _CaseRun:
             except InvalidArgumentError as error:
                 raise Problem(SKIPPED, str(error)) from error
         if case.train and limit is not None and case.seq_len > limit:
-            remedy = "--full, --train or --seq-len includes it"
+            remedy = "--full, --train or --seq-len runs this case"
             raise Problem(SKIPPED, f"forward+backward: skipped above S={limit} to save time; {remedy}")
         contender.check(case)
         for verdict in self._verdicts:
@@ -263,7 +263,7 @@ class _CaseRun:
             raise Problem(RED, gate.complaint)
 
     def _time(self) -> None:
-        """Each round runs every contender once and starts with the next one, so that noise hits all of them alike."""
+        """Time the contenders alternately. Each round starts with another contender, to spread noise evenly."""
         expected = sum(self._first_seconds[name] for name in self._workers)
         affordable = int(self._plan.seconds_per_case / max(expected, 1e-3))
         rounds = self._plan.rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, affordable))

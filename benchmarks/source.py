@@ -1,4 +1,4 @@
-"""Which code produced a result? Between two releases the version number stays the same, so results store a digest."""
+"""Digest of the source code. Results store the digest, because the version number is the same between two releases."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def digest(folders: Mapping[str, Path]) -> str:
-    """Return twelve hex digits of all Python files in ``folders``, which map a name in the package to a folder.
+    """Return a digest of twelve hex digits of all Python files in ``folders``, which maps package names to folders.
 
-    The digest does not depend on where a folder is: inside the package (a wheel) or beside it (the repository).
+    The digest does not depend on the places of the folders. So a wheel and the repository have the same digest.
     """
     files = {
         (Path(name) / path.relative_to(folder)).as_posix(): path
@@ -27,7 +27,7 @@ def digest(folders: Mapping[str, Path]) -> str:
 
 @cache
 def installed() -> str:
-    """Return the digest of the installed attnzoo."""
+    """Return the digest of the installed attnzoo, with adapters and benchmarks."""
     import attnzoo
     import attnzoo.adapters
     import attnzoo.benchmarks

@@ -1,6 +1,6 @@
-"""Which results does the documentation show? ``make docs-results`` writes docs/results.md from the JSON in a folder.
+"""Write the page docs/results.md from a folder of JSON files, for ``make docs-results``.
 
-Only this module copies numbers into the documentation.
+No other module copies numbers into the documentation.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ INTRODUCTION = """\
 `make docs-results` writes this page from the JSON files in `benchmarks/results/`. Do not edit it. Each folder there
 holds the results of one machine in one state.
 
-Each table is one run of the shootout, and each of its lines is one contender: the original model, a backend, or the
-attention of another library. Backends are listed only if their numbers passed the correctness gate.
+Each table is one run of the shootout, and each line is one contender: the original model, a backend, or the attention
+of another library. A table lists only backends whose numbers passed the correctness gate.
 
 - **S**: input length in tokens.
 - **kernel**: the code that computed the attention.
-- **time**: median of the timed runs, then the fastest and the slowest run. The contenders of a table run in turns, so
-  that noise of the machine hits all of them alike.
+- **time**: median of the timed runs, then the fastest and the slowest run. The contenders of a table run alternately,
+  so that noise of the machine affects all contenders equally.
 - **speed**: time of the original divided by the time of this line. Above 1x is faster than the original.
 - **peak**: memory that a run needs in addition to weights and inputs.
 - **memory**: peak of this line divided by the peak of the original. Below 1x is less than the original.
 
-The scope is what the times are of. `model`: the whole model. `module`: one self-attention module with its projections.
-`attention`: the same module, with the time of its projections subtracted.
+The scope names the timed code. `model` is the whole model. `module` is one self-attention module with its projections.
+`attention` is one self-attention module without the time of its projections.
 
 Compare lines of the same folder only:
 
-- Folders that end in `-just-started`: the virtual machine had just started, and handing out memory took it long. The
-  original models need gigabytes and took twice their usual time or more. The speeds are therefore too favourable.
-- Folders that end in `-shared`: other programs ran on the same cores. Read the memory there, not time or speed."""
+- Folders that end in `-just-started`: the virtual machine had just started, and memory allocation was slow. The
+  original models need gigabytes and took twice the usual time or more. The speeds are therefore too favourable.
+- Folders that end in `-shared`: other programs ran on the same cores. Only the memory is reliable in these folders."""
 _COLUMNS = ("S", "contender", "kernel", "time", "speed", "peak", "memory")
 _LEFT_COLUMNS = ("contender", "kernel")
 
 
 def page(folder: Path) -> str:
-    """Return the page in Markdown. The folder contains one folder of JSON files per machine."""
+    """Return the page as Markdown. ``folder`` contains one folder of JSON files for each machine."""
     results = [(path, Shootout.read(path)) for path in folder.glob("*/*.json")]
     if not results:
-        raise InvalidArgumentError("folder", f"{folder}, with no JSON a folder below it", "results by machine")
+        raise InvalidArgumentError("folder", f"{folder}, where no JSON file matches */*.json", "a folder of results")
     for path, shootout in results:
         if not shootout.ok:
-            raise InvalidArgumentError("folder", f"{path}, which has red or failed rows", "results with green gates")
+            raise InvalidArgumentError("folder", f"{path}, which has red or failed rows", "results without such rows")
     # Whole models come first, because users run whole models.
     results.sort(key=lambda result: (result[0].parent.name, result[1].plan["scope"] != "model", result[0].name))
     lines, heading = [INTRODUCTION], ""
@@ -67,7 +67,7 @@ def page(folder: Path) -> str:
 
 
 def command(shootout: Shootout) -> str:
-    """Return the command line that runs the same shootout."""
+    """Return the command line that runs ``shootout`` again."""
     plan = shootout.plan
     words = ["attnzoo bench", *_options("model", plan["families"])]
     words += [f"--{name} {plan[name]}" for name in ("scope", "dtype", "device", "threads")]

@@ -1,6 +1,6 @@
-"""How does a terminal show a shootout? One table per family, scope and mode, then what did not run, then a legend.
+"""Print the results of a shootout: one table per family, scope and mode, then the missing rows, then a legend.
 
-The tables fit 80 columns, and 60 columns without the columns ``min - max`` and ``peak``.
+The tables are at most 80 characters wide, and 60 without the columns ``min - max`` and ``peak``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LEGEND = (
     "peak: memory that a run needs in addition to weights and inputs. "
     "memory: this row's peak divided by the original's peak; below 1x is less than the original.",
     "gate: ok means that every comparison with the float64 oracle is within its error budget. "
-    "The number is the largest error divided by its budget; up to 1 passes.",
+    "The number is the largest error divided by the error budget; up to 1 passes.",
 )
 _RECALL = (
     "recall: this backend sees only a part of the keys. Recall is the share of full attention's weight that is on this "
@@ -43,7 +43,7 @@ _PEER = (
 
 
 def show(shootout: Shootout, console: Console) -> None:
-    """Print the tables, what did not run and why, and the legend."""
+    """Print the tables, the rows that did not run with reasons, and the legend."""
     for part in _parts(shootout, console.width):
         if isinstance(part, Text):
             part = Text(fit(part.plain, console.width), style=part.style)
@@ -73,7 +73,7 @@ def _parts(shootout: Shootout, width: int) -> Iterator[Table | Text]:
 
 
 def _table(rows: list[Row], width: int) -> Table:
-    """A table whose columns are at least as wide as their longest word."""
+    """Return a table in which each column is at least as wide as the longest word of the column."""
     cells = [_cells(row) for row in rows]
     names = [name for name in cells[0] if name != "recall" or any(row.recall is not None for row in rows)]
     texts = {name: [name, *(row_cells[name] for row_cells in cells)] for name in names}
@@ -122,7 +122,7 @@ def _gate(row: Row) -> str:
 
 
 def _range(row: Row) -> str:
-    """Fastest and slowest run, in the unit of the median."""
+    """Return the fastest and the slowest time as text, in the unit of the median."""
     if row.seconds is None or row.fastest is None or row.slowest is None:
         return "-"
     if row.seconds >= 1:
@@ -132,33 +132,33 @@ def _range(row: Row) -> str:
 
 
 def duration(value: float | None) -> str:
-    """Format seconds as s or ms."""
+    """Return a text for a number of seconds, in s or ms."""
     if value is None:
         return "-"
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms"
 
 
 def size(value: float | None) -> str:
-    """Format bytes as MiB or GiB."""
+    """Return a text for a number of bytes, in MiB or GiB."""
     if value is None:
         return "-"
     return f"{value / 2**20:.0f} MiB" if value < 10 * 2**30 else f"{value / 2**30:.1f} GiB"
 
 
 def ratio(row: Row, value: float | None) -> str:
-    """Format a ratio of a row to the original; ``"1"`` for the original."""
+    """Return a text for a ratio of a row to the original. The text for the original is ``"1"``."""
     if row.is_original and row.status == OK:
         return "1"
     return "-" if value is None else f"{value:.2f}x"
 
 
 def notes(rows: Iterable[Row]) -> list[str]:
-    """Return how rows differ from the published configuration, without duplicates."""
+    """Return the differences of rows from the published configuration, without duplicates."""
     return list(dict.fromkeys(f"S = {row.seq_len}: {row.note}." for row in rows if row.note))
 
 
 def _not_run(rows: list[Row]) -> Iterator[Text]:
-    """One paragraph about the refused and skipped rows; contenders with equal reasons are listed together."""
+    """Yield one paragraph about refused and skipped rows, in which contenders with equal reasons are one entry."""
     silent = [row for row in rows if row.status in (REFUSED, SKIPPED)]
     names: dict[str, list[str]] = {}
     for same in group_by(silent, lambda row: (row.backend, row.reason)):
@@ -169,7 +169,7 @@ def _not_run(rows: list[Row]) -> Iterator[Text]:
 
 
 def _places(silent: list[Row], rows: list[Row]) -> str:
-    """The lengths and modes that a contender did not run; empty if it ran in none of them."""
+    """Return the lengths and modes that a contender did not run. Return "" if the contender did not run at all."""
     all_rows = [row for row in rows if row.backend == silent[0].backend]
     lengths, modes = sorted({row.seq_len for row in silent}), {row.mode for row in silent}
     at = f" at S={', '.join(map(str, lengths))}" if len(lengths) < len({row.seq_len for row in all_rows}) else ""
@@ -177,7 +177,7 @@ def _places(silent: list[Row], rows: list[Row]) -> str:
 
 
 def _complaints(rows: Iterable[Row]) -> Iterator[Text]:
-    """Why rows are red or failed; rows with equal reasons are listed together."""
+    """Yield the reasons for red and failed rows. Rows with equal reasons are one paragraph."""
     wrong = [row for row in rows if row.status in (RED, FAILED)]
     for same in group_by(wrong, lambda row: (row.status, row.reason)):
         where = ", ".join(f"{row.backend} S={row.seq_len} {row.mode}" for row in same)
@@ -186,7 +186,7 @@ def _complaints(rows: Iterable[Row]) -> Iterator[Text]:
 
 
 def _end_to_end(verdicts: Iterable[EndToEnd]) -> Iterator[Text]:
-    """The verdicts on whole models; equal ones are listed together."""
+    """Yield the verdicts on whole models. Backends with equal verdicts are one line."""
     for same in group_by(verdicts, lambda gate: (gate.family, gate.seq_len, gate.gradients, gate.status)):
         first = same[0]
         word = "within the error budget" if first.status == OK else _STATUS_WORDS[first.status]

@@ -1,4 +1,4 @@
-"""Which text do the models read? Chapters of a book as bytes, one token per byte."""
+"""The text that the models read: chapters of a book as bytes. Each byte is one token."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-BOOK = Path(__file__).parent / "data" / "moby_dick.txt"  # data/SOURCE.md names its source
+BOOK = Path(__file__).parent / "data" / "moby_dick.txt"  # data/SOURCE.md names the source of the text
 
 
 @lru_cache(maxsize=1)
 def book() -> bytes:
-    """Return the text: enough for four passages of the longest input (65536 tokens, Reformer)."""
+    """Return the text. Its length is enough for four passages of the longest input (65536 tokens, Reformer)."""
     return BOOK.read_bytes()
 
 
 def read_tokens(batch: int, length: int, offset: int) -> Tensor:
-    """Return token ids ``(batch, length)``: passages of the book, repeated after its end, each byte plus ``offset``."""
+    """Return token ids ``(batch, length)``. An id is a byte of the book plus ``offset``. The book repeats if needed."""
     text = torch.frombuffer(bytearray(book()), dtype=torch.uint8)
     index = torch.arange(batch * length) % len(text)
     return text[index].long().view(batch, length) + offset

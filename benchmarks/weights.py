@@ -1,7 +1,7 @@
-"""Which weights do the models have? Random weights with a large spread, so that attention is far from uniform.
+"""Fill models with random weights of a large standard deviation, so that attention is far from uniform.
 
-At the default initialisation attention is nearly uniform, and a wrong mask has no visible effect. Here projections have
-standard deviation ``1.5 / sqrt(fan_in)`` and embeddings 1: a wrong mask or bias changes the logits by tenths.
+With the default initialisation, attention is nearly uniform, and a wrong mask has no visible effect. Here projections
+have the standard deviation ``1.5 / sqrt(fan_in)``, and embeddings have 1. A wrong mask then changes logits by tenths.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-# The number of samples is prime, so that the rows of a repeated matrix are never aligned.
+# The number of samples is prime. A matrix that reads the pool repeatedly therefore has no equal rows.
 _POOL = 4_194_301
 
 
 @contextmanager
 def skip_initialisation() -> Iterator[None]:
-    """Build models without initialising their weights, which :func:`spread` overwrites (saves seconds per model)."""
+    """Context manager that skips the initialisation of weights, because :func:`spread` overwrites all weights."""
     try:
         from transformers.initialization import no_init_weights
-    except ImportError:  # other versions of transformers may lack it: then building a model is only slower
+    except ImportError:  # versions of transformers without this function only build models more slowly
         yield
         return
     with no_init_weights():
@@ -31,10 +31,10 @@ def skip_initialisation() -> Iterator[None]:
 
 @torch.no_grad()
 def spread(model: nn.Module, seed: int = 0) -> None:
-    """Overwrite every parameter; the same seed gives the same weights in every process.
+    """Overwrite every parameter. The same seed gives the same weights in every process.
 
-    All samples come from one pool of normal numbers, which each parameter reads from a random start. Every row has its
-    own process and builds its own model: this fills 160 million weights in a fraction of a second.
+    All weights come from one pool of normal numbers, which each parameter reads from a random start. Each row
+    builds a model, and the pool fills 160 million weights in a fraction of a second.
     """
     generator = torch.Generator().manual_seed(seed)
     pool = torch.empty(_POOL).normal_(generator=generator)

@@ -1,7 +1,7 @@
-"""Did the kernel run that the backend reported? PyTorch's profiler is the witness: it sees every operator by name.
+"""Check with PyTorch's profiler whether the kernel that a backend reported did run.
 
-Only the backend can name its kernel. Where it names one of the kernels behind ``scaled_dot_product_attention``, the
-operators that ran confirm or refute the name.
+The profiler records every operator. For kernels of ``scaled_dot_product_attention`` (SDPA), the recorded operators
+show whether the reported kernel ran.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-# Operators behind torch.nn.functional.scaled_dot_product_attention -> the kernel that each one proves.
+# Operator of torch.nn.functional.scaled_dot_product_attention -> the kernel that ran if the operator ran.
 _OPERATORS = {
     "aten::_scaled_dot_product_flash_attention": "flash",
     "aten::_scaled_dot_product_flash_attention_for_cpu": "flash",
@@ -26,7 +26,7 @@ _CLAIMS = {"flash_cpu": "flash", **{kernel: kernel for kernel in _OPERATORS.valu
 
 @contextmanager
 def witness() -> Iterator[Counter[str]]:
-    """Count the forward runs of each kernel behind ``scaled_dot_product_attention``; filled when the block ends."""
+    """Count the forward runs of each SDPA kernel. The yielded counts are complete when the ``with`` block exits."""
     ran: Counter[str] = Counter()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         yield ran
@@ -36,11 +36,11 @@ def witness() -> Iterator[Counter[str]]:
 
 
 def claimed(reported: Iterable[str]) -> frozenset[str]:
-    """Return the kernels behind ``scaled_dot_product_attention`` that reported names (``"flash+math"``) claim."""
+    """Return the kernels of ``scaled_dot_product_attention`` in reported names such as ``"flash+math"``."""
     names = (name for kernels in reported for name in kernels.split("+"))
     return frozenset(_CLAIMS[name] for name in names if name in _CLAIMS)
 
 
 def false_claims(reported: Iterable[str], ran: Iterable[str]) -> tuple[str, ...]:
-    """Return the kernels that the reported names claim and that did not run."""
+    """Return the kernels that are in the reported names, but did not run."""
     return tuple(sorted(claimed(reported) - set(ran)))

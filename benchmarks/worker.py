@@ -1,6 +1,6 @@
-"""How is one row measured? In its own process: built, checked, and then timed in turns with the other rows.
+"""Measure each row in a separate process: build the contender, check the contender, and time runs.
 
-The parent sends one request at a time, so only one process computes at any moment.
+The processes of a case run alternately. The parent sends one request at a time, so only one process computes.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Answer = TypeVar("Answer")
 
 
 class Worker:
-    """Measures one contender in one case, in the calling process."""
+    """Worker that measures one contender in one case, in the calling process."""
 
     def __init__(self, contender: Contender, case: Case) -> None:
         self._contender, self._case = contender, case
         self._projections: Projections | None = None
 
     def setup(self) -> tuple[Peak, float]:
-        """Build the subject; return the peak memory and the seconds of its first run, which is also a warm-up."""
+        """Build the subject, and return the peak memory and the seconds of the first run, which is also a warm-up."""
         torch.set_num_threads(self._case.threads)
         self._prepared = self._contender.prepare(self._case)
         subject, device = self._prepared.subject, self._case.device
@@ -83,10 +83,7 @@ class EndToEndJob:
 
 
 def verify_here(job: EndToEndJob) -> tuple[bool, str]:
-    """Run the job: return whether the backend passes, and the report.
-
-    The whole model is compared in float64 with dense scores, so the length has to be small.
-    """
+    """Return whether the backend passes, and the report. The length must be small, because the reference is dense."""
     torch.set_num_threads(job.threads)
     workload = find_workload(job.family)
     model = workload.build(layers=1).to(job.device, DTYPES[job.dtype])
@@ -96,9 +93,9 @@ def verify_here(job: EndToEndJob) -> tuple[bool, str]:
 
 
 def process_context(preload: Iterable[str]) -> BaseContext:
-    """Return how worker processes start: forked from a server that has imported ``preload``, or spawned."""
-    # torch 2.13's profiler logs its start and stop on stderr unless this level is set before it loads. The environment
-    # reaches the processes that start from here; this process has loaded it already.
+    """Return the context that starts worker processes: by a fork server that imports ``preload``, or by spawning."""
+    # The profiler of torch 2.13 logs to stderr unless this level is set before torch is imported. The setting affects
+    # the worker processes only, because this process has already imported torch.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -108,7 +105,7 @@ def process_context(preload: Iterable[str]) -> BaseContext:
 
 
 class Remote(Generic[Served]):
-    """An object in a fresh process, which runs one method of it at a time."""
+    """An object in a fresh process. The process runs one method of the object at a time."""
 
     def __init__(self, context: BaseContext, served: Served) -> None:
         self._connection, theirs = context.Pipe()
@@ -117,7 +114,7 @@ class Remote(Generic[Served]):
         theirs.close()
 
     def call(self, method: Callable[[Served], Answer]) -> Answer:
-        """Run ``method`` on the object and return the result.
+        """Run ``method`` on the object in the process, and return the result.
 
         Raises:
             Problem: the method raised an exception, or the process died.
@@ -135,10 +132,10 @@ class Remote(Generic[Served]):
         return answer
 
     def close(self) -> None:
-        """End the process.
+        """End the process, and terminate it if it still runs after 10 seconds.
 
-        It gets 10 seconds to end by itself. Terminated at once, it would leave semaphores behind (compiling creates one
-        for tqdm's lock), and multiprocessing would warn about them on stderr.
+        Immediate termination would leave semaphores (compilation creates one for tqdm's lock), and multiprocessing
+        would print a warning about each of them.
         """
         self._connection.close()
         self._process.join(10)
@@ -148,7 +145,7 @@ class Remote(Generic[Served]):
 
 
 def _serve(connection: Connection, served: object) -> None:
-    gc.freeze()  # the garbage collector, which runs before every timed run, then ignores everything imported so far
+    gc.freeze()  # so that garbage collection before every timed run ignores all imported modules
     while True:
         try:
             method = connection.recv()
@@ -164,7 +161,7 @@ def _serve(connection: Connection, served: object) -> None:
 
 
 def as_problem(error: Exception) -> Problem:
-    """Turn an exception into the status and reason of a row."""
+    """Return a :class:`Problem` with the status and the reason for an exception."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, BackendRefusedError):

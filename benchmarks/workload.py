@@ -1,4 +1,4 @@
-"""What is a workload? A model family at a published configuration, with seeded weights, that reads real text."""
+"""Workload: a model family with a published configuration and seeded random weights, which reads real text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEED = 0
 
 
 class Inputs(NamedTuple):
-    """Keyword arguments of a forward, and the token ids ``(batch, n)`` that the loss compares its logits with."""
+    """Keyword arguments of a forward, and the target token ids ``(batch, n)`` of the loss."""
 
     kwargs: dict[str, Any]
     targets: Tensor
@@ -25,7 +25,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Peer:
-    """A peer: a key of ``peers.LIBRARIES``, the size of a head, and the arguments of the library's attention class."""
+    """A key of ``peers.LIBRARIES``, the size of a head, and the arguments of the library's attention class."""
 
     package: str
     dim_head: int
@@ -34,7 +34,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Workload:
-    """One family at a published configuration.
+    """One family with a published configuration.
 
     Attributes:
         name: value of the option ``--model``.
@@ -42,18 +42,18 @@ class Workload:
         published: arguments of the configuration class, as published.
         model_class: ``"module:Class"`` of the model.
         attention: class name of the self-attention module that the scopes ``module`` and ``attention`` run.
-        heads: attention heads, for the memory estimate of dense backends.
-        layers: layers that attend over the whole input, for the same estimate.
+        heads: number of attention heads, for the memory estimate of dense backends.
+        layers: number of layers that attend over the whole input, for the memory estimate of dense backends.
         special_tokens: token id of byte 0.
-        inputs: turns tokens ``(batch, seq_len + extra)`` into model inputs.
-        extra: tokens that ``inputs`` needs in addition to the input length.
-        shrink: ``shrink(published, layers)`` returns the same configuration with fewer layers.
-        positions: name of the configuration's field that limits the input length, or None.
-        reserved: positions that no token uses.
-        training: for a model whose own backward works in training mode only: ``training(published, seq_len)`` returns
-            the fields to change for training the whole model, dropout off. It raises InvalidArgumentError for a length
-            that the model cannot train at. None: the model trains in eval mode.
-        peer: the peer in scope ``attention``, or None.
+        inputs: function that turns tokens ``(batch, seq_len + extra)`` into model inputs.
+        extra: number of tokens that ``inputs`` needs in addition to the input length.
+        shrink: function of ``published`` and a number of layers that returns the configuration with fewer layers.
+        positions: name of the configuration's field that limits the input length. None means no limit.
+        reserved: number of positions that no token uses.
+        training: function of ``published`` and an input length, for a model whose backward works in training mode only.
+            It returns the fields to change for training without dropout, and raises InvalidArgumentError for a length
+            that the model cannot train with. None means that the model trains in eval mode.
+        peer: the peer in scope ``attention``. None means that the family has no peer.
     """
 
     name: str
@@ -73,14 +73,14 @@ class Workload:
     peer: Peer | None = None
 
     def too_long(self, seq_len: int) -> str | None:
-        """Return why an input length exceeds the published configuration; None if it does not."""
+        """Return the reason why an input is too long for the published configuration, or None if it is not."""
         limit = None if self.positions is None else int(self.published[self.positions]) - self.reserved
         return None if limit is None or seq_len <= limit else f"the published configuration has {limit} positions"
 
     def build(self, layers: int | None = None, seq_len: int | None = None, train_at: int | None = None) -> nn.Module:
-        """Build the model: float32, on the CPU, without dropout.
+        """Return the model in float32 on the CPU, without dropout.
 
-        Its position table has at least ``seq_len`` rows. ``train_at`` is the input length of training the whole model.
+        The position table has at least ``seq_len`` rows. ``train_at`` is the input length of a training run, or None.
         """
         values = dict(self.published) if layers is None else self.shrink(self.published, layers)
         if self.positions is not None and seq_len is not None:
@@ -96,11 +96,11 @@ class Workload:
         return model.train(changes is not None)
 
     def check_training(self, seq_len: int) -> None:
-        """Raise InvalidArgumentError if the whole model cannot train at a length in tokens."""
+        """Raise InvalidArgumentError if the whole model cannot train with inputs of ``seq_len`` tokens."""
         if self.training is not None:
             self.training(self.published, seq_len)
 
     def read(self, batch: int, seq_len: int, device: str = "cpu") -> Inputs:
-        """Return the inputs of ``batch`` passages of ``seq_len`` tokens of the book, on a device."""
+        """Return, on ``device``, the inputs for ``batch`` passages of the book with ``seq_len`` tokens each."""
         inputs = self.inputs(read_tokens(batch, seq_len + self.extra, self.special_tokens))
         return tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)

@@ -26,7 +26,7 @@ from attnzoo.verification.reports import Passages
 
 
 class _Commands(TyperGroup):
-    """Lists each command with the first paragraph of its help, which click would cut to one line."""
+    """Command group that shows the first paragraph of each command's help. Click would show only the first line."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         for command in self.commands.values():
@@ -61,7 +61,7 @@ def options(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Show what this machine can run; for the rest, show why not and what to install."""
+    """Show what this machine can run. For everything else, show the reason and what to install."""
     findings = examine()
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
@@ -73,13 +73,13 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def matrix(
-    model_types: Annotated[list[str] | None, typer.Argument(help="Only these; none: all with an adapter.")] = None,
+    model_types: Annotated[list[str] | None, typer.Argument(help="Model types to show.  [default: all]")] = None,
     as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
-    """Show the support matrix: for each attention module, the backends, devices, dtypes and features that work."""
+    """Show which backends, devices, dtypes and features work at each attention module (the support matrix)."""
     if as_json and markdown:
-        raise InvalidArgumentError("format", "--json and --markdown", "one of the two, or neither")
+        raise InvalidArgumentError("format", "--json and --markdown", "at most one of --json and --markdown")
     modules = families(tuple(model_types or ()))
     if as_json:
         print(json.dumps(matrix_to_dict(modules), indent=2))
@@ -94,13 +94,13 @@ def verify(
         str, typer.Option(help="Backend to verify, with options as name:option=value,...; or native.")
     ] = "sdpa",
     seq_len: Annotated[int, typer.Option(help="Tokens per passage.", min=1)] = 256,
-    passages: Annotated[int, typer.Option(help="Number of text passages. Each is checked alone.", min=1)] = 8,
+    passages: Annotated[int, typer.Option(help="Number of passages, which are checked separately.", min=1)] = 8,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the weights.  [default: the stored dtype]")] = None,
     fast: Annotated[bool, typer.Option("--fast", help="Check one passage of at most 256 tokens, in seconds.")] = False,
     gradients: Annotated[bool, typer.Option(help="Compare gradients, too.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Compare a patched model with the original. The exit status is 1 if an error is larger than its budget."""
+    """Compare a patched model with the original. The exit status is 1 if an error is larger than the error budget."""
     from attnzoo.benchmarks.cli import progress_bar
     from attnzoo.benchmarks.named_models import load_with_passages
 
@@ -132,7 +132,7 @@ def explain(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what each backend would do at each attention of a model, and which one auto selects and why."""
+    """Show which backends would run at each attention of a model, and which backend auto selects and why."""
     from attnzoo.benchmarks.named_models import load_model
 
     name, options = (None, {}) if backend is None or backend == "auto" else parse(backend)
@@ -145,7 +145,7 @@ app.command()(fingerprint)
 
 
 def main() -> None:
-    """Run the ``attnzoo`` command. An error of attnzoo prints as one message without a traceback."""
+    """Run the ``attnzoo`` command. For errors of attnzoo, print only the message, without a traceback."""
     from attnzoo.benchmarks.cli import bench
 
     app.command()(bench)

@@ -1,4 +1,4 @@
-"""``attnzoo fingerprint``: fingerprints of the functions an adapter relies on."""
+"""``attnzoo fingerprint``: print fingerprints of the functions that an adapter depends on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def fingerprint(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print fingerprints of installed functions, to record in an adapter. They are the same on every Python."""
+    """Print fingerprints of installed functions, to record in an adapter. Every Python version gives the same ones."""
     computed = {path: fingerprint_at(path) for path in paths}
     if as_json:
         print(json.dumps(computed, indent=2))
@@ -38,7 +38,7 @@ def fingerprint_at(path: str) -> str:
     for name in attribute.split("."):
         if not hasattr(value, name):
             near = suggestion(name, dir(value))
-            raise InvalidArgumentError("path", f"{path!r}, but {where} has no {name!r}{near}", "a function that exists")
+            raise InvalidArgumentError("path", f"{path!r}, but {where} has no {name!r}{near}", "an existing function")
         value, where = getattr(value, name), f"{where}.{name}"
     try:
         return compute(value)
@@ -46,7 +46,7 @@ def fingerprint_at(path: str) -> str:
         kind = "a class" if isinstance(value, type) else f"an object of type {type(value).__name__}"
         raise InvalidArgumentError("path", f"{path!r}, {kind}", "a function written in Python with def") from error
     except OSError as error:
-        raise InvalidArgumentError("path", f"{path!r}, but {error}", "a function with its source") from error
+        raise InvalidArgumentError("path", f"{path!r}, but {error}", "a function whose source is installed") from error
 
 
 def _import(path: str, module: str) -> Any:
@@ -70,7 +70,7 @@ def _import_problem(module: str, error: Exception) -> str:
 
 
 def _with_colon(path: str) -> str:
-    """Return a suggestion for a path without a colon: a colon behind the part that can be imported."""
+    """Return a suggestion for a path without a colon. It has the colon after the part that can be imported."""
     names = path.strip(":").split(".")
     for length in range(len(names) - 1, 0, -1):
         module = ".".join(names[:length])

@@ -1,4 +1,4 @@
-"""``attnzoo tune``: measure backends for ``auto``; show and remove the stored measurements."""
+"""``attnzoo tune``: measure backends for ``auto``, and show or remove the stored measurements."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def tune(
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16 (fp32, bf16, fp16).")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.  [default: those of torch]", min=1)] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.  [default: torch's number]", min=1)] = None,
     train: Annotated[
         bool, typer.Option("--train", help="Tune for training (forward and backward) instead of inference.")
     ] = False,
     rounds: Annotated[int, typer.Option(help="Timed samples per backend.", min=1)] = ROUNDS,
-    again: Annotated[bool, typer.Option("--again", help="Measure known attentions again.")] = False,
-    show: Annotated[bool, typer.Option("--show", help="Print the stored measurements; measure nothing.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Also measure attentions with a stored measurement.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the stored measurements and measure nothing.")] = False,
     clear: Annotated[bool, typer.Option("--clear", help="Remove the stored measurements.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure which backend is fastest at each attention of a model, and store the result for auto."""
+    """Measure the fastest backend of each attention of a model, and store the result for auto."""
     if show and model is not None:
-        raise InvalidArgumentError("model", f"{model!r} with --show", "none: --show measures nothing")
+        raise InvalidArgumentError("model", f"{model!r} with --show", "no model, because --show measures nothing")
     if clear:
         removed = cache.clear()
         print(json.dumps([str(path) for path in removed]) if as_json else f"removed {len(removed)} file(s)")
@@ -52,7 +52,7 @@ def tune(
         print(json.dumps(stored_measurements(), indent=2) if as_json else stored_measurements_text())
     if model is None:
         if not (show or clear):
-            raise InvalidArgumentError("model", "nothing", "a family or a checkpoint; or --show, or --clear")
+            raise InvalidArgumentError("model", "None", "a family or a checkpoint, unless --show or --clear is given")
         return
     report = _measure(model, seq_len or [1024], dtype, device, threads, train, again, rounds)
     if as_json:

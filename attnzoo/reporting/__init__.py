@@ -1,1 +1,1 @@
-"""Reports for people: ``explain``, ``doctor`` and the support matrix."""
+"""Reports as text: ``explain``, ``doctor`` and the support matrix."""

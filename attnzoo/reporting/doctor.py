@@ -1,4 +1,4 @@
-"""What this machine can run, and for the rest why not and what to install."""
+"""``doctor``: list what this machine can run. For everything else, give the reason and what to install."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _PACKAGES = (
     ("accelerate", "accelerate", "hooks and device maps; optional"),
     ("flash-attn", "flash_attn", "FlashAttention 2 kernels on CUDA; optional"),
     ("xformers", "xformers", "memory-efficient attention on CUDA; optional"),
-    ("matplotlib", "matplotlib", "the shootout's plots; optional"),
+    ("matplotlib", "matplotlib", "plots of attnzoo bench; optional"),
 )
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. ``detail`` is a version, or why the thing cannot be used and the remedy."""
+    """One line of the report. ``detail`` has the version of a usable item, or the reason and remedy for another."""
 
     kind: str  # "machine", "package", "backend", "model" or "entry point"
     name: str
@@ -36,7 +36,7 @@ class Finding:
 
 
 def examine() -> tuple[Finding, ...]:
-    """Examine the machine, the packages, every backend and every adapter. Never raises, and changes nothing."""
+    """Return findings on the machine, the packages, every backend and every adapter. This function never raises."""
     unused = (Finding("entry point", name, False, reason) for name, reason in registry.unused_entry_points())
     models = map(_model, registry.model_types())
     return (*_machine(), _cache(), *map(_package, _PACKAGES), *_backends(), *models, *unused)
@@ -46,7 +46,7 @@ def _machine() -> list[Finding]:
     if torch.cuda.is_available():
         cuda = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
     else:
-        lacks = "is built without CUDA" if torch.version.cuda is None else "sees no CUDA device"
+        lacks = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
         cuda = f"torch {torch.__version__} {lacks}"
     return [
         Finding("machine", "python", True, platform.python_version()),
@@ -62,13 +62,13 @@ def _cache() -> Finding:
     except AttnzooError as error:
         return Finding("machine", name, False, str(error))
     files = cache.stored()
-    broken = [f"{file.path} is ignored: {file.problem}; attnzoo tune --clear" for file in files if file.problem]
+    broken = [f"{file.path} is ignored: {file.problem}; run attnzoo tune --clear" for file in files if file.problem]
     broken += [cache.obstacle()] if cache.obstacle() else []
     if broken:
         return Finding("machine", name, False, "; ".join(broken))
     count = sum(len(file.measurements) for file in files)
     unused = f"; not used: {because}" if because else ""
-    return Finding("machine", name, True, f"{count or 'none'} in {cache.folder()} (attnzoo tune){unused}")
+    return Finding("machine", name, True, f"{count or 'none'} in {cache.folder()} (see attnzoo tune){unused}")
 
 
 def _package(package: tuple[str, str, str]) -> Finding:

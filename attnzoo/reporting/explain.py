@@ -1,4 +1,4 @@
-"""Which backend would run at which attention module of a model, and why not, without patching the model."""
+"""``explain``: list the backends that would run at each attention module of a model, without patching the model."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Verdict:
     """Whether a backend would run at a site.
 
     Attributes:
-        site: the module's name.
-        cls: the name of its class.
-        pattern: what it computes, as text.
-        backend: the backend's name.
-        refusals: every reason why the backend would not run; empty means it runs.
-        changes: how the backend would change the pattern, as text; empty means it is exact here.
+        site: name of the attention module.
+        cls: name of the module's class.
+        pattern: description of the module's attention pattern.
+        backend: name of the backend.
+        refusals: every reason why the backend would not run. Empty means that the backend would run.
+        changes: descriptions of how the backend would change the pattern. Empty means that the backend is exact here.
     """
 
     site: str
@@ -40,15 +40,15 @@ class Verdict:
 
     @property
     def runs(self) -> bool:
-        """Whether the backend would run here."""
+        """Whether the backend would run at the site."""
         return not self.refusals
 
 
 class Explanation(tuple[Verdict, ...]):
-    """All verdicts. Prints sites with equal verdicts together.
+    """All verdicts. An explanation prints sites with equal verdicts as one block.
 
     Attributes:
-        auto: by site, what ``auto`` selects and why: one line per measured size, and one for other sizes.
+        auto: what ``auto`` selects and why, by site name: one line for each measured size, and one for other sizes.
     """
 
     auto: dict[str, tuple[str, ...]]
@@ -59,7 +59,7 @@ class Explanation(tuple[Verdict, ...]):
         return explanation
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return {"verdicts": [{**asdict(verdict), "runs": verdict.runs} for verdict in self], "auto": self.auto}
 
     def __str__(self) -> str:
@@ -75,26 +75,26 @@ class Explanation(tuple[Verdict, ...]):
         return fit("\n".join(lines))
 
     def _content(self, verdicts: list[Verdict]) -> Hashable:
-        """Everything that is printed about a site, except its name."""
+        """Return everything that is printed about a site, except the name of the site."""
         first = verdicts[0]
         printed = tuple((verdict.backend, verdict.refusals, verdict.changes) for verdict in verdicts)
         return first.cls, first.pattern, printed, self.auto.get(first.site, ())
 
 
 def explain(model: nn.Module, backend: str | Backend | None = None, **options: Any) -> Explanation:
-    """Return what each backend would do at each attention module of a model.
+    """Return whether each backend would run at each attention module of a model, and the reasons for each refusal.
 
     Args:
-        model: a model of a family with an adapter, as it is now (train or eval, device, dtype).
-        backend: a backend's name, or a configured backend (:func:`attnzoo.configure`); None or ``"auto"``: all
-            registered backends, and what ``auto`` selects.
+        model: a model of a family with an adapter. The answer depends on the model's mode, device and dtype.
+        backend: name of a backend, or a configured backend (see :func:`attnzoo.configure`). None and ``"auto"`` mean
+            all registered backends, and add what ``auto`` selects.
         options: options of the named backend.
 
     Returns:
-        An :class:`Explanation`: a tuple of :class:`Verdict` that prints as text. Nothing is changed or run.
+        An :class:`Explanation`: a tuple of :class:`Verdict` that prints as text. The model is neither changed nor run.
 
     Raises:
-        InvalidArgumentError, UnknownNameError: a bad argument.
+        InvalidArgumentError, UnknownNameError: an argument is invalid.
         PatchError: no adapter finds an attention module in the model.
 
     Example:
@@ -107,7 +107,7 @@ def explain(model: nn.Module, backend: str | Backend | None = None, **options: A
     backend = None if backend == "auto" else backend
     if options and (not isinstance(backend, str) or backend in BUILT_IN):
         given = "without a backend" if backend is None else f"with backend {backend}"
-        raise InvalidArgumentError("options", f"{sorted(options)} {given}", "options of a named backend")
+        raise InvalidArgumentError("options", f"{sorted(options)} {given}", "options with a backend's name")
     targets = find_sites(model)
     verdicts = []
     for name, configured in _configure(backend, options).items():
@@ -126,10 +126,10 @@ def _plan(model: nn.Module, targets: Sequence[PatchTarget], backend: Backend) ->
 
 
 def _verdict(name: str, plan: SitePlan, plans: Sequence[SitePlan]) -> Verdict:
-    """The verdict on a site. An obstacle at a companion of the site prevents a patch of the site, too."""
+    """Return the verdict on a site. An obstacle at a helper module of the site also prevents a patch of the site."""
     target = plan.target
     obstacles = tuple(
-        Refusal("adapter", str(other.obstacle), "what the adapter was verified against")
+        Refusal("adapter", str(other.obstacle), "the code that the adapter was verified against")
         for other in plans
         if other.obstacle is not None
         and (other is plan or (not other.target.point.attends and target.module in other.target.covered_modules()))
@@ -140,7 +140,7 @@ def _verdict(name: str, plan: SitePlan, plans: Sequence[SitePlan]) -> Verdict:
 
 @dataclass(frozen=True)
 class _Unusable(Backend):
-    """Stands for a backend that failed to load, or that needs options: refuses everything for that reason."""
+    """Placeholder for a backend that failed to load or lacks options. It refuses every request for this reason."""
 
     reason: Refusal
 
@@ -162,7 +162,7 @@ def _configure(backend: str | Backend | None, options: Mapping[str, Any]) -> dic
 def _configure_named(name: str, options: Mapping[str, Any]) -> Backend:
     info = registry.backends()[name]
     if info.capabilities is None:
-        return _Unusable(Refusal("availability", info.reason, "a machine that has it"))
+        return _Unusable(Refusal("availability", info.reason, "a machine that can load the backend"))
     missing = [option for option in registry.backend_class(name).required_options() if option not in options]
     if missing:
         return _Unusable(Refusal("options", f"no {', '.join(missing)}", f"{missing[0]}=..."))

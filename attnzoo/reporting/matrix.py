@@ -1,7 +1,7 @@
-"""The support matrix: which backend runs which feature at which attention module, and why not.
+"""The support matrix: whether each backend runs each feature at each attention module, and the reasons if not.
 
-The modules come from the adapters' examples, built without weights; the backends declare what they support. Neither
-depends on this machine. Each cell requests what a module requests, plus one feature.
+The modules come from example models without weights, which adapters define. The refusals come from the declarations of
+backends. So the matrix does not depend on this machine. A cell is the request of a module plus one feature.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEVICES = ("cpu", "cuda")
 
 
 def _first(request: Request, **changes: object) -> Request:
-    """Change the first segment of a request."""
+    """Return the request with changed fields of the first segment."""
     first, *rest = request.segments
     return replace(request, segments=(replace(first, **changes), *rest))  # type: ignore[arg-type]
 
@@ -35,7 +35,7 @@ def _key_mask(request: Request) -> Request:
 
 
 def _grouped(request: Request) -> Request:
-    """Halve the number of key heads if it is even and equals the number of query heads."""
+    """Return the request with half as many key heads, if all heads have their own keys and the number is even."""
     even = request.heads % 2 == 0
     segments = (
         replace(segment, kv_heads=request.heads // 2) if even and segment.kv_heads == request.heads else segment
@@ -48,7 +48,7 @@ def _trained(request: Request) -> Request:
     return replace(_first(request, bias=request.segments[0].bias or "relative", bias_grad=True), grad=True)
 
 
-# How each feature changes what a module requests.
+# How each feature changes the requests of a module.
 FEATURES: Mapping[str, Callable[[Request], Request]] = {
     "forward": lambda request: request,
     "backward": lambda request: replace(request, grad=True),
@@ -67,10 +67,10 @@ class Module:
     """One kind of attention module of a family.
 
     Attributes:
-        cls: the name of the module's class.
-        pattern: the attention that it computes, as text.
-        requests: what it requests in inference.
-        together: what all modules of the same model request.
+        cls: name of the module's class.
+        pattern: description of the module's attention pattern.
+        requests: requests of the module in inference.
+        together: requests of all modules of the same model.
     """
 
     model_type: str
@@ -83,7 +83,7 @@ class Module:
         return f"{self.model_type}: {self.cls}, {self.pattern}"
 
     def requests_with(self, feature: str, device: str, dtype: torch.dtype) -> tuple[Request, ...]:
-        """Return the requests on a device, in a dtype, with a feature."""
+        """Return the requests of the module with another device and dtype, and with a feature added."""
         return tuple(FEATURES[feature](request) for request in _on(self.requests, device, dtype))
 
 
@@ -93,12 +93,12 @@ def _on(requests: tuple[Request, ...], device: str, dtype: torch.dtype) -> tuple
 
 @dataclass(frozen=True)
 class Row:
-    """One backend at one kind of module.
+    """The results of one backend at one kind of module.
 
     Attributes:
-        options: the options that the backend needs here.
-        changes: how the backend changes the module's pattern, as text; empty if it is exact.
-        cells: refusals by feature, device and dtype; an empty tuple means it runs.
+        options: options that the backend needs at this module.
+        changes: description of how the backend changes the module's pattern. Empty if the backend is exact.
+        cells: refusals by feature, device and dtype. An empty tuple means that the backend runs.
     """
 
     module: Module
@@ -112,12 +112,12 @@ class Row:
         return tuple(dtype for dtype in FLOATS if not self.cells[feature, device, dtype])
 
     def reasons(self, feature: str) -> tuple[Refusal, ...]:
-        """Return every reason for which a feature is refused, on any device, in any dtype."""
+        """Return every reason for which the backend refuses a feature on any device in any dtype."""
         cells = (self.cells[feature, device, dtype] for device in DEVICES for dtype in FLOATS)
         return tuple(dict.fromkeys(reason for reasons in cells for reason in reasons))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         cells = []
         for (feature, device, dtype), reasons in self.cells.items():
             place = {"feature": feature, "device": device, "dtype": str(dtype).removeprefix("torch.")}
@@ -130,9 +130,9 @@ Families = dict[str, tuple[Module, ...] | str]
 
 
 def families(model_types: tuple[str, ...] = ()) -> Families:
-    """Return the kinds of attention modules by model type, or the reason why a family's model cannot be built.
+    """Return the kinds of attention modules of each model type, or the reason why the example model cannot be built.
 
-    Without ``model_types``: of all model types that have an adapter.
+    An empty ``model_types`` means all model types that have an adapter.
     """
     known = registry.model_types()
     for model_type in model_types:
@@ -166,7 +166,7 @@ def _modules(model_type: str) -> tuple[Module, ...]:
 
 
 def configured(cls: type[Backend], module: Module, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Backend:
-    """Return a backend bound to a module, with the options of its example if the module needs options."""
+    """Return a backend bound to a module. The backend has its example options if it needs options at this module."""
     requests, together = _on(module.requests, device, dtype), _on(module.together, device, dtype)
     if not cls.required_options():
         bare = cls().bind_to_site(requests, together)
@@ -199,7 +199,7 @@ def _cells() -> Iterator[tuple[str, str, torch.dtype]]:
 
 
 def rows(module: Module) -> tuple[Row, ...]:
-    """Return the row of every registered backend that loaded."""
+    """Return one row for each registered backend that was loaded without an error."""
     names = (name for name, info in registry.backends().items() if info.capabilities is not None)
     return tuple(row(registry.backend_class(name), module) for name in names)
 

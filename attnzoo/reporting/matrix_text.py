@@ -1,4 +1,4 @@
-"""The support matrix as text: for terminals and as Markdown."""
+"""Format the support matrix as text for a terminal, and as Markdown."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ LEGEND = """\
 A cell is one module, one backend, and one feature in addition to what the module requests in inference, in float64,
 float32, bfloat16 and float16, on CPU and CUDA. It assumes that every optional package is installed; `attnzoo doctor`
 shows what this machine has. *yes*: the backend runs all of these. Otherwise the cell names the dtypes and devices that
-run; `cuda` means that a CUDA device is required. Tests run what the CPU runs; `make test-cuda` runs the CUDA part on a
-machine with a device. Numbers are the reasons for the rest, listed below the tables. The reasons under *forward* hold
-for the whole row and are not repeated. *(≈)*: the backend changes the pattern of the attention."""
+run; `cuda` means that a CUDA device is required. Tests run the CPU part; `make test-cuda` runs the CUDA part on a
+machine with a device. Numbers in brackets refer to the reasons below the tables. A reason under *forward* is valid for
+the whole row and is not repeated. *(≈)*: the backend changes the pattern of the attention."""
 
 
 def _declarations() -> dict[str, dict[str, object]]:
-    """Return the declarations of each registered backend that loaded: by backend, then by name."""
+    """Return the declared values of each loaded backend, by name of the backend and name of the declaration."""
     infos = registry.backends().values()
     return {info.name: _declared(info, info.capabilities) for info in infos if info.capabilities is not None}
 
@@ -45,15 +45,15 @@ def _declared(info: BackendInfo, capabilities: Capabilities) -> dict[str, object
 
 
 class Reasons(dict[str, int]):
-    """Texts of refusals and their numbers, in the order in which they were first printed."""
+    """Numbers of refusals, by text. The numbers follow the order in which the refusals are first printed."""
 
     def number(self, reason: Refusal) -> int:
-        """Return the number of a reason; a new reason gets the next number."""
+        """Return the number of a reason. A new reason gets the next free number."""
         return self.setdefault(str(reason), len(self) + 1)
 
 
 def _outcomes(row: Row, reasons: Reasons, code: Callable[[str], str]) -> list[tuple[str, str]]:
-    """Return where each feature runs, and the numbers of the reasons for the rest. ``code`` marks code."""
+    """Return for each feature the dtypes and devices that run, and the numbers of the reasons for all others."""
     outcomes = []
     for feature in FEATURES:
         printed = set() if feature == "forward" else set(row.reasons("forward"))
@@ -75,13 +75,13 @@ def _where(cpu: tuple[torch.dtype, ...], cuda: tuple[torch.dtype, ...], code: Ca
 
 
 def _label(row: Row) -> tuple[str, str]:
-    """Return the backend with the options it needs here, and a mark if it changes the pattern."""
+    """Return the backend's name with the required options, and a mark if the backend changes the pattern."""
     options = ", ".join(f"{name}={value!r}" for name, value in row.options.items())
     return f"{row.backend}({options})" if options else row.backend, f" (≈ {row.changes})" if row.changes else ""
 
 
 def _title(module: Module) -> str:
-    """Return the pattern of a module, and the features that the module itself requests."""
+    """Return the pattern of a module, with the features that the requests of the module include."""
 
     def includes(change: Callable[[Request], Request]) -> bool:
         return any(change(request) == request for request in module.requests)
@@ -91,7 +91,7 @@ def _title(module: Module) -> str:
 
 
 def markdown(families: Families) -> str:
-    """Return the support matrix as the page of the documentation."""
+    """Return the support matrix as a page of the documentation, in Markdown."""
 
     def code(text: str) -> str:
         return f"`{text}`"
@@ -116,7 +116,7 @@ def markdown(families: Families) -> str:
 
 
 def markdown_row(cells: Iterable[str]) -> str:
-    """Return a line of a table in Markdown."""
+    """Return one line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
@@ -125,7 +125,7 @@ def _head(cells: list[str]) -> list[str]:
 
 
 def _declared_table() -> list[str]:
-    """Return a table with a line per declaration and a column per backend, then the backends that failed to load."""
+    """Return a table with one line per declaration and one column per backend, and the backends with load errors."""
     columns = _declarations()
     lines = _head(["", *(f"`{name}`" for name in columns)])
     for key in next(iter(columns.values()), {}):
@@ -141,7 +141,7 @@ def _words(value: object) -> str:
 
 
 def text(families: Families) -> str:
-    """Return the support matrix for a terminal: what each backend declares, then what runs at each module."""
+    """Return the support matrix for a terminal: the declarations of each backend, then the rows of each module."""
     parts = ["Declared capabilities", *(_declared_text(*declared) for declared in _declarations().items())]
     reasons = Reasons()
     for model_type, modules in families.items():
@@ -166,7 +166,7 @@ def _declared_text(name: str, declared: dict[str, object]) -> str:
 
 
 def _row_text(row: Row, reasons: Reasons) -> list[tuple[str, str]]:
-    """Return the backend, then one line per outcome with the features that have it."""
+    """Return pairs of backend name and line. Each line lists the features with the same outcome."""
     name, mark = _label(row)
     outcomes: dict[str, list[str]] = {}
     for feature, (where, note) in zip(FEATURES, _outcomes(row, reasons, str), strict=True):

@@ -1,4 +1,4 @@
-"""What ``auto`` will select at a site, as far as that is known before anything runs."""
+"""Predict, from stored measurements and priorities, what ``auto`` will select at a site."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _COMPARED = ("device", "dtype", "heads", "head_dim", "value_dim")
 
 
 def outlook(plan: SitePlan) -> tuple[str, ...]:
-    """Return one line per measured size of attentions similar to the site's, and one line for all other sizes.
+    """Return one line for each measured size of similar attentions, and one line for all other sizes.
 
-    Masks, gradients and lengths are not known before a run. So similar means: the same device, dtype, heads and first
-    pattern.
+    An attention is similar if it has the same device, dtype, heads and first pattern as the site. Masks, gradients and
+    lengths are ignored, because they are unknown before a run.
     """
     because = by_priority_because()
     lines = []

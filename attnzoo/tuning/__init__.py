@@ -1,1 +1,1 @@
-"""Measure backends on a model. ``attnzoo.auto`` reads the measurements."""
+"""Measure the speed of backends on a model. ``attnzoo.auto`` reads the measurements."""

@@ -1,4 +1,4 @@
-"""Time backends against each other on one attention; backends that fail the error rule are not timed."""
+"""Time several backends on one attention. Backends that fail the error rule are not timed."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from attnzoo.spec.segments import Attention
 Clock = Callable[[], float]
 
 ROUNDS = 7
-# A sample runs the backend several times, for at least these seconds: the clock and the launch must not dominate.
+# A sample repeats the run for about this many seconds, because a short sample would mainly measure the launch overhead.
 SAMPLE_SECONDS, MOST_RUNS = 0.005, 50
 # A backend that is slower than the fastest by this factor in the first round is not timed again.
 HOPELESS = 3.0
 # Dense backends are not timed if they need more bytes than this.
 DENSE_BYTES = 2 << 30
-# Score grids that plain operations hold at the same time, and those that they keep for a backward.
+# Number of score grids in memory at the same time in plain operations, and number of grids stored for the backward.
 GRIDS, GRIDS_KEPT = 6, 4
 ROWS = 64
 
@@ -34,11 +34,11 @@ ROWS = 64
 def race(
     attention: Attention, backends: Sequence[Backend], *, grad: bool, rounds: int = ROUNDS, clock: Clock | None = None
 ) -> dict[str, Outcome]:
-    """Time backends on an attention whose tensors are leaves. ``grad``: time forward and backward, else the forward.
+    """Return one :class:`Outcome` for each backend, by name, with the time of the backend on ``attention``.
 
-    Backends take turns; a time is the median of ``rounds`` samples, without warm-up. A backend that fails the error
-    rule on sampled rows, or raises, is marked as wrong and not timed. A backend that runs out of memory is not timed,
-    but not marked as wrong. The result has one :class:`Outcome` per backend, by name.
+    The backends run alternately. A time is the median of ``rounds`` samples, without warm-up. With ``grad``, a time
+    includes the backward; the tensors of ``attention`` must be leaves. A backend that fails the error rule on sampled
+    rows, or raises, is marked as wrong and not timed. A backend that runs out of memory is only not timed.
     """
     tick = time.perf_counter if clock is None else clock
     outcomes: dict[str, Outcome] = {}
@@ -47,7 +47,7 @@ def race(
         code = code_of(type(backend))
         need = dense_bytes(attention, grad)
         if backend.dense and need > DENSE_BYTES:
-            reason = f"needs about {need / (1 << 30):.1f} GiB for dense scores, is timed up to {DENSE_BYTES >> 30} GiB"
+            reason = f"needs about {need / (1 << 30):.1f} GiB for dense scores; the limit is {DENSE_BYTES >> 30} GiB"
             outcomes[backend.name] = Outcome(code, reason=reason)
             continue
         step, kernel, first, out_of_memory = _step(backend, attention, grad), "", 0.0, False
@@ -72,7 +72,7 @@ def race(
 
 
 def dense_bytes(attention: Attention, grad: bool) -> int:
-    """Estimate the bytes that plain operations need."""
+    """Return an estimate of the bytes that plain operations need for the scores of ``attention``."""
     keys = sum(segment.kv_len for segment in attention.segments)
     grid = attention.batch * attention.heads * attention.q_len * keys * attention.query.itemsize
     return grid * (GRIDS + (GRIDS_KEPT if grad else 0))
@@ -83,7 +83,7 @@ def _raised(error: Exception) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether memory was full: a state of the machine, not a fault of the backend."""
+    """Whether the memory was full. This is a state of the machine and not an error of the backend."""
     # The CPU allocator of torch raises a plain RuntimeError.
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         type(error) is RuntimeError and "DefaultCPUAllocator" in str(error)
@@ -91,13 +91,13 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _wrong(backend: Backend, attention: Attention, grad: bool) -> str:
-    """Return the checks that fail the error rule, as text."""
+    """Return the checks that fail the error rule as text, or an empty string if all checks pass."""
     report = check_attention("tune", attention, backend, grad=grad, max_rows=ROWS)
     return "; ".join(str(check) for check in report.checks if not check.ok)
 
 
 def _step(backend: Backend, attention: Attention, grad: bool) -> Callable[[], str]:
-    """Return a function that runs the attention as a model does, and returns the kernel that ran."""
+    """Return a function that runs ``backend`` once, as a model does, and returns the name of the kernel that ran."""
     leaves = tuple({id(tensor): tensor for tensor in attention.tensors() if tensor.requires_grad}.values())
     shape = (attention.batch, attention.heads, attention.q_len, attention.value_dim)
     cotangent = torch.ones(shape, dtype=attention.query.dtype, device=attention.query.device)
@@ -115,7 +115,7 @@ def _step(backend: Backend, attention: Attention, grad: bool) -> Callable[[], st
 def _times(
     runs: dict[str, Callable[[], str]], device: torch.device, rounds: int, tick: Clock
 ) -> dict[str, float | Exception]:
-    """Return the median seconds of one run, by name; or the exception that a run raised. Other backends go on."""
+    """Return, by name, the median seconds of one run, or the exception that a run of the backend raised."""
     failed: dict[str, float | Exception] = {}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     counts = dict.fromkeys(runs, 1)
@@ -148,6 +148,6 @@ def _times(
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has finished its work."""
+    """Wait until the device has finished all submitted work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

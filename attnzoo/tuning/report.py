@@ -1,4 +1,4 @@
-"""The result of ``tune``, and measurements as tables."""
+"""The result of ``tune``, and a function that formats measurements as tables."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from attnzoo.layout import fit
 
 
 class TuningReport(tuple[Measurement, ...]):
-    """The measurements of :func:`attnzoo.tune`, one per request and size class. Prints as tables.
+    """The measurements of :func:`attnzoo.tune`, one per request and size class. The report prints as tables.
 
     Attributes:
-        fresh: keys of the new measurements; the others are from the cache.
+        fresh: keys of the new measurements. Measurements with other keys were already in the cache.
     """
 
     fresh: frozenset[str]
@@ -24,17 +24,17 @@ class TuningReport(tuple[Measurement, ...]):
         return report
 
     def to_dict(self) -> list[dict[str, Any]]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return [{**measurement.to_dict(), "fresh": measurement.key in self.fresh} for measurement in self]
 
     def __str__(self) -> str:
         if not self:
-            return "nothing to measure: no attention has more than one backend that supports it"
-        return "\n".join(table(m, "" if m.key in self.fresh else " (known already)") for m in self)
+            return "nothing to measure: no attention is supported by more than one backend"
+        return "\n".join(table(m, "" if m.key in self.fresh else " (already stored)") for m in self)
 
 
 def table(measurement: Measurement, remark: str = "") -> str:
-    """Return a measurement as a table: times of the backends, fastest first; then backends without a time, and why."""
+    """Return a table of a measurement: the timed backends, fastest first, and then the untimed ones with reasons."""
     request = measurement.request
     head = f"{measurement.where}: {request.get('dtype')}, {request.get('heads')} heads x {request.get('head_dim')}, "
     lines = [f"{head}{measurement.size}, {measurement.mode}{remark}"]

@@ -1,4 +1,4 @@
-"""``tune``: measure which backend is fastest at each attention of a model, and store the result for ``auto``."""
+"""``tune``: measure the fastest backend of each attention of a model, and store the result for ``auto``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from attnzoo.tuning.report import TuningReport
 
 
 class ObservedAttention(NamedTuple):
-    """The first attention of a request, size class and environment that a model computed."""
+    """The first observed attention of a model with this combination of request, size class and environment."""
 
     request: Request
     size: SizeClass
@@ -45,35 +45,34 @@ def tune(
     clock: Clock | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> TuningReport:
-    """Measure which backend is fastest at each attention of a model. ``auto`` selects by these measurements.
+    """Measure the fastest backend of each attention of a model. ``auto`` selects backends by these measurements.
 
-    ``tune`` runs the model once, in its present mode, dtype and autocast, and observes its attentions. It then times
-    each attention on every backend that supports it, once per request and size class (batch and lengths rounded up to
+    ``tune`` runs the model once, in the current mode, dtype and autocast, and records the attentions. It then times
+    every backend that supports a recorded attention, once per request and size class (batch and lengths rounded up to
     powers of two). A time is the median of several rounds, without warm-up and compilation. ``auto`` never selects a
-    backend that failed the error rule or raised. Backends that change the pattern are not timed. Known measurements
-    are reused.
-
-    A forward never measures; only ``tune`` does. The model, its gradients and the random streams stay as they were.
+    backend that failed the error rule or raised. ``tune`` reuses stored measurements, and does not time backends that
+    change the pattern. It changes neither the model nor its gradients nor the state of random number generators.
 
     Args:
-        model: a model of a family with an adapter. It may be patched.
-        inputs: keyword arguments of the model's forward; or a function that runs the model, for example
+        model: a model of a family with an adapter. The model may be patched.
+        inputs: keyword arguments of the model's forward, or a function that runs the model, for example
             ``lambda: model.generate(**prompt)``.
-        gradients: tune for training (forward and backward) or for inference; None: for the mode of the model.
-        again: measure known attentions again.
-        save: write the results to the cache file (in ``$ATTNZOO_CACHE_DIR``, else ``~/.cache/attnzoo``). Otherwise they
-            are valid in this process only.
-        rounds: timed samples per backend, at least 1.
-        clock: returns seconds; None: ``time.perf_counter``.
-        progress: is called with the name of each attention before it is measured.
+        gradients: True tunes for training (forward and backward), and False tunes for inference. None selects training
+            if the model is in training mode.
+        again: whether attentions with a stored measurement are measured again.
+        save: whether the results are written to the cache file (in ``$ATTNZOO_CACHE_DIR``, or in ``~/.cache/attnzoo``
+            if that variable is not set). Without the file, the results are valid in this process only.
+        rounds: number of timed samples per backend, at least 1.
+        clock: function that returns seconds. None means ``time.perf_counter``.
+        progress: function that is called with the name of each attention before the measurement.
 
     Returns:
-        A tuple of measurements; ``print`` shows it as tables.
+        A tuple of measurements. ``print`` shows the tuple as tables.
 
     Raises:
         InvalidArgumentError: an argument is invalid.
-        CacheError: the cache file cannot be written. Nothing was measured.
-        Any exception of :func:`attnzoo.patch` and of the model.
+        CacheError: the cache file cannot be written. The check comes before the first measurement.
+        Any exception that :func:`attnzoo.patch` or the model raises.
 
     Example:
         >>> import torch, transformers, attnzoo
@@ -94,7 +93,7 @@ def tune(
         raise InvalidArgumentError("rounds", repr(rounds), "an integer >= 1")
     gradients = model.training if gradients is None else gradients
     if gradients and torch.is_inference_mode_enabled():
-        raise InvalidArgumentError("gradients", "True inside torch.inference_mode()", "False, or outside of it")
+        raise InvalidArgumentError("gradients", "True inside torch.inference_mode()", "False in inference mode")
     if save:
         cache.check_writable()
     measurements: list[Measurement] = []
@@ -120,7 +119,7 @@ def tune(
 def _observe_model(
     model: nn.Module, inputs: Mapping[str, Any] | Callable[[], object], gradients: bool
 ) -> list[ObservedAttention]:
-    """Run the model once, and return its attentions that more than one backend supports."""
+    """Run the model once, and return the attentions that more than one backend supports."""
     observed: dict[tuple[str, Environment], ObservedAttention] = {}
 
     def observe(site: Site, attention: Attention, result: Result, ran: Backend) -> None:
@@ -154,7 +153,7 @@ def _backward(returned: Any) -> None:
 
 
 def _without_history(attention: Attention) -> Attention:
-    """The attention on leaves that require grad if its tensors do. Tensors that were the same object stay the same."""
+    """Return the attention on detached tensors. One tensor that occurs several times becomes one detached tensor."""
     leaves: dict[int, Tensor] = {}
     for tensor in attention.tensors():
         leaves.setdefault(id(tensor), tensor.detach().requires_grad_(tensor.requires_grad))
@@ -163,7 +162,7 @@ def _without_history(attention: Attention) -> Attention:
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Restore the gradients of parameters, and the buffers that a forward in training mode changes (running means)."""
+    """Context manager that restores the gradients of parameters, and the buffers that a forward in training changes."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if model.training else []
     for parameter, _ in gradients:

@@ -1,4 +1,4 @@
-"""Cut a model's inputs to the beginning of one sample, for ``verify(fast=True)``."""
+"""Shorten the inputs of a model to the first tokens of one sample, for ``verify(fast=True)``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LENGTH = 256
 
 
 def excerpt(inputs: Mapping[str, Any], length: int = LENGTH) -> dict[str, Any]:
-    """Return the first ``length`` real tokens of the sample with the most real tokens.
+    """Return inputs with only the first ``length`` real tokens of the sample that has the most real tokens.
 
-    Inputs are scalars, and tensors ``(batch, length)`` or ``(batch, length, dim)``. Names of decoder arguments begin
-    with ``decoder_``; if there are any, ``labels`` belong to the decoder. Other objects, such as caches, are refused.
+    Raise InvalidArgumentError if an input is neither a scalar nor a tensor ``(batch, length[, dim])``. If a name begins
+    with ``decoder_``, ``labels`` belong to the decoder, too.
     """
     has_decoder = any(name.startswith("decoder_") for name in inputs)
     mask = _mask(inputs, "attention_mask")
@@ -29,7 +29,7 @@ def excerpt(inputs: Mapping[str, Any], length: int = LENGTH) -> dict[str, Any]:
             cut[name] = value
             continue
         if not isinstance(value, Tensor) or value.ndim not in (2, 3):
-            allowed = "with fast=True: a tensor (batch, length[, dim])"
+            allowed = "with fast=True: a tensor (batch, length[, dim]), a scalar or None"
             raise InvalidArgumentError(f"inputs[{name!r}]", describe(value), allowed)
         of_decoder = name.startswith("decoder_") or (has_decoder and name == "labels")
         mask = _mask(inputs, "decoder_attention_mask" if of_decoder else "attention_mask")

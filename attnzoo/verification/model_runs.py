@@ -1,4 +1,4 @@
-"""Run a model or a module for a comparison: its outputs on real tokens, and their gradients."""
+"""Run a model to get the outputs on real tokens and the gradient of these outputs, for a comparison."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ GRADIENT = "gradient of all parameters"
 
 
 def cast(value: Any, dtype: torch.dtype | None) -> Any:
-    """Copy arguments of a forward with their floating-point tensors in a dtype, in dicts, lists and tuples, too.
+    """Return a copy of the arguments of a forward, with all floating-point tensors in ``dtype``.
 
-    Without a dtype, each tensor keeps its dtype. The lowest number of a dtype, which hides tokens, becomes the lowest
-    number of the new dtype. Other objects, such as caches, are deep-copied, because the forward fills them.
+    Tensors in dicts, lists and tuples are converted, too. If ``dtype`` is None, each tensor keeps its dtype. The lowest
+    number of a dtype, which hides tokens, becomes the lowest number of ``dtype``. Caches and other objects are copied.
     """
     if isinstance(value, Tensor):
         if dtype is None or not value.is_floating_point() or value.dtype == dtype:
@@ -36,16 +36,16 @@ def cast(value: Any, dtype: torch.dtype | None) -> Any:
 def run_model(
     model: nn.Module, inputs: dict[str, Any], gradients: bool, seed: int, inference: bool = False, graph: bool = False
 ) -> dict[str, Tensor]:
-    """Run a model; return its outputs on real tokens by name, and the gradient of a random function of them.
+    """Return the outputs of a model on real tokens by name, and the gradient of a random function of these outputs.
 
-    The gradient is one vector over all parameters that require grad. The gradient of one parameter may be zero except
-    for rounding (the bias of a key projection shifts all scores of a row by the same number), and a budget of zero
-    would fail. To compare one parameter, freeze the others.
+    The gradient is one vector over all parameters that require grad. Gradients are not compared parameter by parameter,
+    because the exact gradient and the error budget of one parameter may be zero. For example, the
+    bias of a key projection shifts all scores of a row by the same number, which does not change the softmax.
 
     Args:
         seed: seed of the random function and of the model's random numbers.
-        inference: take the outputs from a separate forward without gradients, which may run other code.
-        graph: if no gradient is computed, enable gradients in the forward nevertheless.
+        inference: whether a separate forward without gradients computes the outputs. That forward may run other code.
+        graph: whether gradients are enabled in the forward even if no gradient is computed.
     """
     parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = gradients and bool(parameters)
@@ -63,7 +63,7 @@ def run_model(
 
 
 def gradient_of(outputs: Iterable[Tensor], leaves: list[Tensor], seed: int) -> Tensor:
-    """Return the gradient of a random linear function of outputs with respect to ``leaves``, as one vector."""
+    """Return, as one vector, the gradient of a random linear function of ``outputs`` with respect to ``leaves``."""
     generator = torch.Generator().manual_seed(seed)
 
     def weights(output: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def gradient_of(outputs: Iterable[Tensor], leaves: list[Tensor], seed: int) -> T
 
 
 def _outputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Every floating-point tensor that the model returns, by name, without the rows of padding tokens."""
+    """Return each floating-point tensor that the model returns, by name and without the rows of padding tokens."""
     returned = model(**inputs)
     items = returned.items() if isinstance(returned, Mapping) else [("output", returned)]
     has_decoder = _has_decoder(model)
@@ -86,20 +86,20 @@ def _outputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
             real = real_tokens(inputs, has_decoder and not name.startswith("encoder"), output)
             outputs[name] = output if real is None else output[real]
     if not outputs:
-        got = f"{sorted(inputs)}, for which the model returns no tensor"
-        raise InvalidArgumentError("inputs", got, "arguments for which the model returns a tensor")
+        got = f"{sorted(inputs)}, for which the model returns no floating-point tensor"
+        raise InvalidArgumentError("inputs", got, "arguments for which the model returns a floating-point tensor")
     return outputs
 
 
 def _has_decoder(model: nn.Module) -> bool:
-    # An encoder alone has the same config: only the forward tells them apart.
+    # The config cannot show this, because the encoder of a model has the same config as the whole model.
     return "decoder_input_ids" in inspect.signature(model.forward).parameters
 
 
 def real_tokens(inputs: Mapping[str, Any], decoder: bool, output: Tensor) -> Tensor | None:
-    """Return which rows ``(batch, length)`` of an output are real tokens; None if the inputs have no mask for them.
+    """Return whether each row ``(batch, length)`` of an output is a real token, or None if the inputs have no mask.
 
-    Rows of a decoder count only if their sample has a source to attend to.
+    A decoder row is real only if the sample has a real source token. Cross-attention would otherwise have no key.
     """
     mask = inputs.get("attention_mask")
     if decoder:
@@ -116,7 +116,7 @@ def real_tokens(inputs: Mapping[str, Any], decoder: bool, output: Tensor) -> Ten
 def rows_of_modules(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[str, Tensor], Tensor | None]:
     """Return a function of a module's name and output ``(batch, length, ...)`` that returns which rows are real tokens.
 
-    Models pad their inputs at the end, to a multiple of a block: rows beyond the mask are padding.
+    Some models pad their inputs at the end to a multiple of a block size. Rows after the end of the mask are padding.
     """
     decoders = [name for name, module in model.named_modules() if name.rpartition(".")[2] == "decoder"]
     has_decoder = _has_decoder(model)

@@ -1,8 +1,8 @@
-"""Compare a model's own attention code with the oracle, module by module: the baseline beside every backend.
+"""Compare a model's own attention code with the oracle, module by module.
 
-A module's own code builds no ``Attention``, so its results are compared. Each module runs again on the inputs that it
-got in the model: with its own code, with plain operations in the same dtype, and with the oracle in float64. The error
-rule applies to its output on real tokens, and to the gradient with respect to its inputs and parameters.
+A module's own code builds no ``Attention``, so the outputs of the module are compared. Each module runs again on its
+recorded inputs: with its own code, with plain operations in the same dtype, and with the oracle in float64. The error
+rule applies to the output on real tokens, and to the gradient with respect to the module's inputs and parameters.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
     def cast(self, dtype: torch.dtype | None) -> Call:
-        """Return a copy with floating-point tensors in a dtype; None: each tensor keeps its dtype."""
+        """Return a copy with all floating-point tensors in ``dtype``. None means that each tensor keeps its dtype."""
         return Call(cast(self.args, dtype), cast(self.kwargs, dtype))
 
 
 @contextmanager
 def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Call]]:
-    """Record the arguments of the first call of each module, by name.
+    """Context manager that records the arguments of the first call of each named module.
 
-    The arguments are copied, because the call fills its cache and may change its inputs.
+    The arguments are copied, because the call may change its inputs and fills its cache.
     """
     calls: dict[str, Call] = {}
 
@@ -60,8 +60,9 @@ class ModuleRuns:
     """Runs of modules on recorded calls.
 
     Args:
-        random_choices: by name, the keyword arguments that make each call repeat the module's random choices.
-        real_rows: by name and output ``(batch, length, ...)``, which rows belong to real tokens; None: all of them.
+        random_choices: by module name, one dict per call. It has the keyword arguments that repeat random choices.
+        real_rows: function of a module name and an output ``(batch, length, ...)``. It returns which rows are real
+            tokens, or None if all rows are.
     """
 
     def __init__(
@@ -80,18 +81,18 @@ class ModuleRuns:
         self._recomputed: dict[str, dict[str, Tensor]] = {}
 
     def run_own(self, model: nn.Module, names: Iterable[str], dtype: torch.dtype | None = None) -> None:
-        """Run the own code of modules of an unpatched model, on inputs in a dtype; None: as recorded."""
+        """Run the own code of some modules of an unpatched model, on the recorded inputs converted to ``dtype``."""
         self._own |= {name: self._run(model, name, dtype, None) for name in names}
 
     def run_plain(self, model: nn.Module) -> None:
-        """Run plain operations in the dtype of an unpatched model, as ``eager`` and with scores computed again."""
+        """Run each module with ``eager``, and, if gradients are compared, also with :class:`RecomputedBackend`."""
         for name in self._calls:
             if self._gradients:
                 self._recomputed[name] = self._run(model, name, None, RecomputedBackend())
             self._eager[name] = self._run(model, name, None, "eager")
 
     def reports(self, model: nn.Module, dtype: torch.dtype) -> tuple[AttentionReport, ...]:
-        """Compare the own code of each module with the oracle, in a float64 ``model``. ``dtype`` sets the budgets."""
+        """Compare the results of :meth:`run_own` with the oracle in a float64 ``model``; ``dtype`` sets the budgets."""
         return tuple(AttentionReport(name, "native", self._checks(model, name, dtype)) for name in self._own)
 
     def _checks(self, model: nn.Module, name: str, dtype: torch.dtype) -> tuple[error_rule.Check, ...]:
@@ -125,7 +126,7 @@ class ModuleRuns:
 
 
 def _is_hidden_states(tensor: Tensor) -> bool:
-    """Whether an argument is hidden states ``(batch, length, dim)``; masks and biases have other ranks."""
+    """Whether a tensor has the shape ``(batch, length, dim)`` of hidden states. Masks and biases have other ranks."""
     return tensor.is_floating_point() and tensor.ndim == 3
 
 

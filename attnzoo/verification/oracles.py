@@ -1,7 +1,7 @@
-"""The oracle for models whose backends change the pattern: it computes the changed attention.
+"""Oracles for backends that change the pattern of an attention. The oracle computes the changed attention.
 
-Runs in several dtypes can be compared only if they make the same random choices (hash buckets). The oracle therefore
-repeats the choices of one recorded run.
+Runs in several dtypes can be compared only if all runs make the same random choices (hash buckets). The oracle
+therefore repeats the random choices of one recorded run.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from attnzoo.spec.segments import Attention, Result
 
 @dataclass(frozen=True, eq=False)
 class RewritingOracle(Backend):
-    """Run plain operations on each attention as another backend rewrites it, with its random choices call by call."""
+    """Backend that rewrites each attention with ``backend`` and the next recorded choices, and then runs ``plain``."""
 
-    __eq__ = object.__eq__  # backends compare by options, and two oracles have the same options at different calls
+    __eq__ = object.__eq__  # backends compare by options, but two oracles may be at different calls
     __hash__ = object.__hash__
 
     name: ClassVar[str] = "eager"
@@ -37,9 +37,9 @@ class RewritingOracle(Backend):
 def oracles(
     approximate: Mapping[str, tuple[Backend, list[object]]], plain: Backend | None = None
 ) -> dict[str, str | Backend]:
-    """Return the oracle for each site of a model, by glob over site names, to pass to :func:`attnzoo.patch`.
+    """Return a dict from globs of site names to oracles, as :func:`attnzoo.patch` accepts.
 
-    ``approximate`` has, by site, the backend that may change the pattern, and its random choices call by call.
+    ``approximate`` maps a site to the backend that changes the pattern, and to that backend's random choices per call.
     """
     plain = EagerBackend() if plain is None else plain
     rewriting: dict[str, str | Backend] = {

@@ -1,4 +1,4 @@
-"""Reports of ``verify`` as text: one row for each site and output, for any number of passages."""
+"""Format reports of ``verify`` as text, with one row for each site and each output of the model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from attnzoo.layout import aligned, fit, group_by
 from attnzoo.verification.reports import Report
 
 _HEADER = ("of budget", "original", "kernel", "attention, or output of the model")
-_LEGEND = "of budget: the largest error divided by the allowed error; original: the same for the model's own code"
+_LEGEND = "of budget: the largest error divided by the allowed error; original: this number for the model's own code"
 
 
 def text(reports: Sequence[Report]) -> str:
-    """Return a table of the worst checks, then every failed check with its numbers, remarks, and the verdict."""
+    """Return a table with the worst check of each site, every failed check, the remarks, and the verdict."""
     first = reports[0]
     sites = [site for report in reports for site in report.sites]
     originals = dict(_named(site for report in reports for site in report.original_sites))
@@ -32,7 +32,7 @@ def text(reports: Sequence[Report]) -> str:
 def _verdict(reports: Sequence[Report]) -> str:
     name, within = reports[0].backend, sum(report.ok for report in reports)
     if not all(report.sites for report in reports):
-        return f"backend {name!r}: NOT shown to be within the error rule: none of its attentions ran"
+        return f"backend {name!r}: NOT shown to be within the error rule: no attention of the model ran"
     many = len(reports) > 1
     if within == len(reports):
         return f"backend {name!r}: within the error rule{f' on all {within} passages' if many else ''}"
@@ -41,7 +41,7 @@ def _verdict(reports: Sequence[Report]) -> str:
 
 
 def _failures(reports: Sequence[Report], sites: Sequence[AttentionReport]) -> list[str]:
-    """Return a line for each failed comparison, with the numbers of its worst passage."""
+    """Return one line for each failed comparison, with the numbers of the passage that has the largest error."""
     lines = []
     for title, checks in (
         *_named(sites),
@@ -68,7 +68,7 @@ def _remarks(report: Report, sites: Sequence[AttentionReport]) -> list[str]:
         mean = sum(recalls) / len(recalls)
         lines.append(f"recall: {mean:.3f} of the unchanged attention's weight is on keys that are still visible")
     for what, distance in report.distance.items():
-        lines.append(f"{what} differs from the unchanged model's by {distance:.2g} of its largest value")
+        lines.append(f"{what} differs from the unchanged model's {what} by {distance:.2g} of the largest value")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The results of ``verify``: a report for one passage, and a collection for several."""
+"""The results of ``verify``: a report on one passage, and a collection of reports on several passages."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from attnzoo.conformance.error_rule import Check
 
 @dataclass(frozen=True)
 class Report:
-    """The result of :func:`verify`. Prints as a table with one row per site; :meth:`to_dict` gives plain data.
+    """The result of :func:`verify`. It prints as a table with one row per site.
 
     Attributes:
-        backend: the verified backend.
-        sites: each attention of the patched model compared with the float64 oracle, on the inputs that it got.
-        end_to_end: outputs and parameter gradient on real tokens, compared with the model with the oracle in float64.
-        original: the model's own code compared with the same reference. It shows that the adapter is right.
-        original_sites: each attention module's own code compared with the oracle, on the inputs that it got.
-        fault: why the model's own code is wrong, so that it was not run; empty if it is right.
-        note: what was not compared, and why; empty if everything was.
-        changed: how the backend changes the pattern; the reference has the same change. Empty: no change.
-        distance: if the pattern was changed, the effect on each output: the largest difference between the model's own
-            code and the reference, divided by the reference's largest value.
+        backend: name of the verified backend.
+        sites: comparisons of each attention of the patched model with the float64 oracle on equal inputs.
+        end_to_end: comparisons of outputs and parameter gradient with the reference: the model with the float64 oracle.
+        original: comparisons of the model's own code with the reference. They show that the adapter is right.
+        original_sites: comparisons of each attention module's own code with the float64 oracle on equal inputs.
+        fault: the reason why the model's own code is wrong. That code was then not run. Empty if the code is right.
+        note: the comparisons that were left out, and the reasons. Empty if none was left out.
+        changed: how the backend and the reference change the pattern. Empty if the pattern is unchanged.
+        distance: the effect of a changed pattern on each output: the largest difference between the model's own code
+            and the reference, divided by the largest value of the reference. Empty if the pattern is unchanged.
     """
 
     backend: str
@@ -45,7 +45,7 @@ class Report:
         return bool(self.sites and checks) and all(site.ok for site in sites) and all(check.ok for check in checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: every check with its error, budget and verdict."""
+        """Return plain data for JSON: every check with its error, budget and verdict."""
         return {
             "backend": self.backend,
             "ok": self.ok,
@@ -64,7 +64,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Passages:
-    """Reports on several passages, at least one. Prints as one table with the worst passage of each site."""
+    """Reports on one or more passages. They print as one table with the largest error of each site."""
 
     reports: tuple[Report, ...]
 
@@ -74,7 +74,7 @@ class Passages:
         return all(report.ok for report in self.reports)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: every report in full."""
+        """Return plain data for JSON, with every report in full."""
         reports = [report.to_dict() for report in self.reports]
         return {"backend": self.reports[0].backend, "ok": self.ok, "passages": reports}
 

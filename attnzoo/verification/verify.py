@@ -1,4 +1,4 @@
-"""``verify``: check on a user's model and inputs that a patch changes nothing but speed and memory."""
+"""``verify``: check that a patched model computes the same numbers as the original on a user's inputs."""
 
 from __future__ import annotations
 
@@ -45,32 +45,32 @@ def verify(
 ) -> Report:
     """Compare a patched model with the original under the error rule, end to end and attention by attention.
 
-    The reference is the model with the dense oracle in float64. ``verify`` compares the patched model and the model's
-    own code with it on real tokens (``attention_mask``): the outputs, the parameter gradient, and each attention on the
-    inputs that it got in the model. Plain operations in the model's dtype set the budgets. ``backend="native"`` checks
-    the model's own code alone.
+    The reference is the model with the dense oracle in float64. ``verify`` compares the patched model, and also the
+    model's own code, with the reference: the outputs on real tokens (``attention_mask``), the gradient of the
+    parameters, and each attention. The error of plain operations in the model's dtype determines the error budgets.
+    With ``backend="native"``, ``verify`` checks only the model's own code.
 
-    The model runs in eval mode, and ``verify`` leaves it, its gradients and the random streams unchanged. It needs
-    memory for a copy of the model in float64 and for ``length x length`` scores.
+    The model runs in eval mode. ``verify`` changes neither the model nor its gradients nor the state of random number
+    generators. It needs memory for a copy of the model in float64 and for ``length x length`` scores.
 
     Args:
-        model: a model of a family with an adapter. It may be patched; it is compared with an unpatched copy.
+        model: a model of a family with an adapter. A patched model is compared with an unpatched copy.
         inputs: keyword arguments of the model's forward, as a tokenizer returns them.
-        backend: as for :func:`attnzoo.patch`.
-        gradients: compare gradients, too.
-        max_rows: how many query rows of each attention to compare.
-        seed: seed of the random cotangents.
-        fast: take seconds instead of minutes. ``verify`` then reads the first 256 real tokens of one sample, and skips
-            the end-to-end gradients and the module-by-module check of the model's own code.
-        progress: is called with the share of the work done (0 to 1) and the name of the next step.
+        backend: a backend, or a mapping of globs to backends, as for :func:`attnzoo.patch`.
+        gradients: whether gradients are compared, too.
+        max_rows: maximum number of query rows to compare in each attention.
+        seed: seed of the random numbers that the backward starts from.
+        fast: whether to finish in seconds instead of minutes. ``verify`` then uses only the first 256 real tokens of
+            one sample, and skips the end-to-end gradients and the check of the own code of each module.
+        progress: function that is called with the completed share of the work (0 to 1) and the name of the next step.
         options: options of the backend.
 
     Returns:
-        A report. ``report.ok`` is True if every error is within its budget; ``print(report)`` shows a table.
+        A report. ``report.ok`` is True if every error is within its budget. ``print(report)`` prints a table.
 
     Raises:
         InvalidArgumentError: an argument is invalid, or the model returns no tensor to compare.
-        Any exception of :func:`attnzoo.patch` and of the model.
+        Any exception that :func:`attnzoo.patch` or the model raises.
 
     Example:
         >>> import torch, transformers, attnzoo
@@ -87,14 +87,14 @@ def verify(
     if not isinstance(inputs, Mapping):
         raise InvalidArgumentError("inputs", type(inputs).__name__, "a mapping of keyword arguments of model.forward")
     if gradients and torch.is_inference_mode_enabled():
-        raise InvalidArgumentError("gradients", "True inside torch.inference_mode()", "False, or outside of it")
+        raise InvalidArgumentError("gradients", "True inside torch.inference_mode()", "False in inference mode")
     inputs = excerpt(inputs) if fast else dict(inputs)
 
     def apply_patch(model: nn.Module) -> Handle:
         return patch(model, backend, **options)
 
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    # The model's own code computes its softmax in float32 even in a float64 model: it runs in float32 there.
+    # The own code of a float64 model computes the softmax in float32. So the own code runs in float32 here.
     own_dtype = error_rule.plain_dtype(dtype)
     wide = own_dtype != dtype
 
@@ -108,8 +108,8 @@ def verify(
         unpatch_all(plain)
         narrow = copy.deepcopy(plain).float() if wide else plain
         narrow_inputs = cast(inputs, torch.float32) if wide else inputs
-        # LSH models hide a token from itself with -1e5, which leaves few bits of a float32 score. Their own code runs
-        # in float64, and its budget is that of the model's dtype.
+        # LSH models use the score -1e5 to hide a token from itself. Float32 scores of this size are too coarse, so the
+        # own code of LSH models runs in float64, with the error budget of the model's dtype.
         in_float64 = [] if patched.fault else list(random_choices)
         original: dict[str, Tensor] = {}
         again: dict[str, Tensor] = {}
@@ -164,7 +164,7 @@ def verify(
             dtypes, k = (dtype, error_rule.plain_dtype(dtype)), error_rule.factor(what)
             yield error_rule.check(what, values[what], reference[what], eager[what], k, *dtypes, recomputed)
 
-    # An output that the patched model does not return fails, whatever the other outputs are.
+    # A reference output that the patched model does not return is a failed check.
     lost = tuple(Check(what, math.inf, 0.0, 0.0, 0.0) for what in reference if what not in got)
     distance = {}
     if patched.changed:
@@ -188,14 +188,14 @@ def verify(
 
 
 class _PatchedRun:
-    """One run of the patched model, and what it shows.
+    """The observations of one run of the patched model.
 
     Attributes:
-        attentions: by site and request, an attention, the kernel that computed it and its backend.
-        approximate: by site, the backend that changed the pattern, and its random choices call by call.
-        random_choices: by module, the arguments that make a call repeat its hash buckets (``replay.py``).
-        fault: why the model's own code is wrong; empty if it is right.
-        whole: whether gradients are compared end to end; ``outputs`` has the parameter gradient then.
+        attentions: an attention, the kernel that computed the attention, and the backend, by site and request.
+        approximate: the backend that changed the pattern, and the backend's random choices for each call, by site.
+        random_choices: the arguments that make each call repeat its hash buckets (see ``replay.py``), by module.
+        fault: the reason why the model's own code is wrong. Empty if the code is right.
+        whole: whether gradients are compared end to end. If so, ``outputs`` includes the parameter gradient.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class _PatchedRun:
             self._trainable = not any(target.point.backward_in_training for target in targets)
             self.whole = gradients and self._trainable and not fast
             if self.whole and any(p.is_meta and p.requires_grad for p in model.parameters()):
-                raise InvalidArgumentError("gradients", "True for offloaded weights, which have none", "False")
+                raise InvalidArgumentError("gradients", "True for offloaded weights", "False, or weights in memory")
             hashing = {t.name: (t.module, t.point.replay) for t in targets if t.point.makes_random_choices}
             with recording(hashing) as self.random_choices:
                 self.outputs = run_model(model, inputs, self.whole, seed, inference=not fast, graph=gradients)
@@ -230,15 +230,15 @@ class _PatchedRun:
             self.approximate.setdefault(site.name, (backend, []))[1].append(backend.decisions(attention))
 
     def notes(self, in_float64: list[str]) -> Iterator[str]:
-        """Yield what was not compared, or compared in another way, and why."""
+        """Yield the comparisons that were left out or made in another way, with the reasons."""
         if self._gradients and self._fast:
-            yield "fast: no gradients end to end"
+            yield "end-to-end gradients are not compared, because fast=True"
         elif self._gradients and not self._trainable:
-            yield "gradients are compared per attention only: this model's backward works in training mode only"
+            yield "gradients are compared per attention only, because this model's backward requires training mode"
         if in_float64:
             yield f"the model's own code ran in float64 at {', '.join(in_float64)}"
         if unreached := [site.name for site in self.sites if not site.calls]:
-            yield f"not checked, as these inputs do not reach it: {', '.join(unreached)}"
+            yield f"not checked, because these inputs do not reach them: {', '.join(unreached)}"
 
 
 def _label(backend: str | Backend | Mapping[str, str | Backend]) -> str:

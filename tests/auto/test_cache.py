@@ -21,7 +21,7 @@ def test_tune_measures_again_only_on_request(add, clock):
     slow.runs.clear(), fast.runs.clear()
     second = tune(clock)
     assert second == first and (first.fresh, second.fresh) == ({first[0].key}, frozenset())
-    assert "known already" in str(second) and "known already" not in str(first)
+    assert "already stored" in str(second) and "already stored" not in str(first)
     assert max(len(slow.runs), len(fast.runs)) <= 2, "only the forward of the two layers, no measurement"
     assert tune(clock, again=True).fresh == first.fresh
 

@@ -51,7 +51,7 @@ def test_plots_are_written_without_an_error_to_draw(shootout, tmp_path):
 
 def test_missing_matplotlib_names_the_remedies(shootout, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InvalidArgumentError, match=r"pip install 'attnzoo\[plots\]', or --no-plot"):
+    with pytest.raises(InvalidArgumentError, match=r"no plot \(--no-plot\), or pip install 'attnzoo\[plots\]'"):
         draw(shootout("eager"), tmp_path / "plot.png")
 
 
@@ -106,7 +106,7 @@ def test_unwritable_file_is_refused_before_anything_runs(command, tmp_path, monk
         ({"backends": ["sdpaa"]}, UnknownNameError, "did you mean 'sdpa'"),
         ({"backends": ["lsh:num_hash=2"]}, UnknownNameError, "did you mean 'num_hashes'"),
         ({"backends": ["blocked-local:window=one"]}, InvalidArgumentError, "window of .*: got 'one'"),
-        ({"backends": ["auto"]}, InvalidArgumentError, "backend: got 'auto'; allowed: backends by name"),
+        ({"backends": ["auto"]}, InvalidArgumentError, "backend: got 'auto'; allowed: names of the backends"),
         ({"scope": "modul"}, UnknownNameError, "scope: got 'modul'.*did you mean"),
         ({"dtype": "int8"}, UnknownNameError, "dtype: got 'int8'.*allowed: 'bfloat16', 'float16'"),
         ({"device": "tpu"}, UnknownNameError, "device: got 'tpu'.*'cpu', 'cuda'"),

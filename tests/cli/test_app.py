@@ -126,7 +126,10 @@ def test_explain_accepts_backend_options(tmp_path):
         (("verify", "."), "model: got '.'"),
         (("verify", "led", "--dtype", "int8"), "dtype: got 'int8'; allowed: "),
         (("explain", "EleutherAI/pythia-160m"), "'reformer_local', or the folder of a checkpoint"),
-        (("verify", "gpt_bigcode", "--seq-len", "4096"), "seq-len: got 4096; allowed: less: the published conf"),
+        (
+            ("verify", "gpt_bigcode", "--seq-len", "4096"),
+            "seq-len: got 4096; allowed: a smaller number, because the published conf",
+        ),
     ],
 )
 def test_error_is_one_message_within_the_terminal_width(arguments, message):

@@ -152,5 +152,5 @@ def test_a_handle_counts_no_call_if_an_adapter_runs_the_original(neox):
 def test_verify_names_sites_that_were_not_reached(neox):
     report = attnzoo.verify(neox.model, neox.inputs, "sdpa")
     assert report.ok and {site.name for site in report.sites} == {neox.sites[1]}
-    assert report.note == f"not checked, as these inputs do not reach it: {neox.sites[0]}"
+    assert report.note == f"not checked, because these inputs do not reach them: {neox.sites[0]}"
     assert report.note in str(report) and report.to_dict()["note"] == report.note
