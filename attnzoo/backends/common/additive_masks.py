@@ -76,7 +76,7 @@ class HashMasks:
         self._buffers: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def of(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the mask ``(batch, heads, n, m)`` and the rows ``(batch, heads, n)`` that see a key (None: all).
+        """Return the mask ``(batch, heads, n, m)``, and the rows ``(batch, heads, n)`` that see a key or None for all.
 
         ``queries`` ``(batch, heads, n)`` and ``keys`` ``(batch, heads, m)`` are indices. Index -1 means no key.
         """

@@ -27,7 +27,7 @@ class TensorCache:
         self._entries: OrderedDict[Hashable, tuple[tuple[weakref.ref[Tensor], ...], Any]] = OrderedDict()
 
     def get(self, key: Hashable, tensors: tuple[Tensor, ...], make: Callable[[], T]) -> T:
-        """Return the value of this key and these tensors, from ``make`` on a miss. The value must not share memory."""
+        """Return the cached value, or call ``make`` on a miss. The value must not share memory with ``tensors``."""
         watched = tuple(tensor for tensor in tensors if tensor.device.type != "cpu")
         if any(tensor.is_inference() for tensor in watched):
             return make()  # inference tensors have no version
