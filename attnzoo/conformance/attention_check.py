@@ -63,7 +63,7 @@ def check_attention(
 
     If the backend changes the pattern, the oracle computes the changed attention (:meth:`Backend.rewrite`).
 
-    For long inputs only a sample of query rows is compared. The sample includes the first and the last row. The compared
+    For long inputs a sample of query rows is compared. The sample includes the first and the last row. The compared
     rows are exact, because output rows are independent and the cotangent of all other rows is zero.
 
     Args:
