@@ -1,1 +1,1 @@
-"""Check one attention, or a whole backend, against the oracle: the error rule and the conformance kit."""
+"""The error rule and the conformance kit: compare an attention, or all results of a backend, with the oracle."""

@@ -1,4 +1,4 @@
-"""Compare a backend with the float64 oracle on one attention: output and gradients, on sampled query rows."""
+"""Compare output and gradients of a backend with the float64 oracle, on one attention and sampled query rows."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from attnzoo.functional import execute
 from attnzoo.registry import registry
 from attnzoo.spec.segments import Attention
 
-ALL_ROWS = 1 << 30  # for `max_rows`
+ALL_ROWS = 1 << 30  # the value of `max_rows` that compares all rows
 _MOST_ORDERS, _MANY_ROWS = 8, 256
 
 
 @dataclass(frozen=True)
 class AttentionReport:
-    """How one attention compares with the float64 oracle on the same inputs.
+    """Comparison of one attention with the float64 oracle on equal inputs.
 
     Attributes:
-        name: name of the attention; in a model, of its site.
-        kernel: the kernel that ran.
-        checks: the output; and the gradient with respect to queries, keys, values and trained biases, as one vector.
-        recall: for a backend that changes the pattern, the share of the unchanged attention's softmax weight that lies
-            on keys that are still visible, mean over the compared rows and heads; else None.
+        name: name of the attention. In a model, this is the name of the site.
+        kernel: name of the kernel that ran.
+        checks: one check of the output, and one of the gradient of all trained inputs, concatenated to one vector.
+        recall: share of the softmax weight that the changed pattern keeps, as a mean over the compared rows and heads.
+            None if the backend does not change the pattern.
     """
 
     name: str
@@ -42,17 +42,17 @@ class AttentionReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every check passed."""
+        """Whether all checks passed."""
         return all(check.ok for check in self.checks)
 
     @property
     def worst(self) -> Check:
-        """The check with the largest error relative to its budget."""
+        """The check with the largest ratio of error to budget."""
         return worst(self.checks)
 
 
 def worst(checks: Iterable[Check]) -> Check:
-    """The check with the largest error relative to its budget."""
+    """Return the check with the largest ratio of error to budget."""
     return max(checks, key=lambda check: (not check.ok, check.share))
 
 
@@ -61,17 +61,17 @@ def check_attention(
 ) -> AttentionReport:
     """Compare a backend with the float64 oracle on one attention, without dropout.
 
-    A backend that changes the pattern is compared with the oracle on the changed attention (:meth:`Backend.rewrite`).
+    If the backend changes the pattern, the oracle computes the changed attention (:meth:`Backend.rewrite`).
 
-    Long inputs are compared on a sample of query rows, which includes the first and the last row. The comparison is
-    exact at any length: rows of the oracle do not depend on each other, and the cotangent is zero in all other rows.
+    For long inputs a sample of query rows is compared. The sample includes the first and the last row. The compared
+    rows are exact, because output rows are independent and the cotangent of all other rows is zero.
 
     Args:
         name: name for the report.
-        attention: for example one that a site's observer received.
-        backend: a configured backend or a name.
-        grad: compare the gradients of query, keys, values, and bias values that require grad, too.
-        max_rows: how many query rows to compare.
+        attention: the inputs, for example from the observer of a site.
+        backend: a configured backend or a registered name.
+        grad: whether to compare gradients too. Bias values get a gradient only if they require grad.
+        max_rows: the largest number of query rows to compare.
         seed: seed of the row sample and the cotangent.
     """
     check_max_rows(max_rows)
@@ -109,7 +109,7 @@ def check_attention(
 
 
 def _orders(rows: int) -> int:
-    """How many orders of summation to try. In few rows, a single order may have small roundings by chance."""
+    """Return the number of summation orders to try. With few rows, one order may have small errors by chance."""
     return max(1, min(_MOST_ORDERS, _MANY_ROWS // rows))
 
 
@@ -119,7 +119,7 @@ def _evaluate(attention: Attention, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _recall(backend: Backend, attention: Attention, random_choices: object, rows: Tensor) -> float:
-    """The share of the softmax weight that a changed pattern keeps. No key is seen twice, so masses can be compared."""
+    """Return the share of the softmax weight that a changed pattern keeps. No query may see a key twice."""
     wide = detached(attention, torch.float64, False)
     before, after = log_mass(wide, rows), log_mass(backend.rewrite(wide, random_choices), rows)
     counted = before > float("-inf")
@@ -129,9 +129,9 @@ def _recall(backend: Backend, attention: Attention, random_choices: object, rows
 
 
 def check_max_rows(max_rows: object) -> None:
-    """Raise :class:`InvalidArgumentError` unless this is a valid number of rows to compare."""
+    """Raise :class:`InvalidArgumentError` if ``max_rows`` is not an integer of at least 2."""
     if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 2:
-        allowed = "an integer >= 2: the first and the last row are always compared"
+        allowed = "an integer >= 2, because the first and the last row are always compared"
         raise InvalidArgumentError("max_rows", repr(max_rows), allowed)
 
 
@@ -143,7 +143,7 @@ def _sampled_rows(length: int, max_rows: int, generator: torch.Generator) -> Ten
 
 
 def _needs_gradient(attention: Attention) -> list[bool]:
-    """Which tensors of the attention get a gradient in a check: all but bias values that require none."""
+    """Return, per tensor of the attention, whether a check needs its gradient. Bias values may not require grad."""
     flags = [True]
     for segment in attention.segments:
         flags += [True, True]
@@ -153,17 +153,17 @@ def _needs_gradient(attention: Attention) -> list[bool]:
 
 
 def detached(attention: Attention, dtype: torch.dtype, grad: bool) -> Attention:
-    """The attention on copies of its tensors in a dtype; with ``grad``, as leaves that require grad."""
+    """Return the attention on detached copies of all tensors in ``dtype``, which require grad if ``grad`` is True."""
     pairs = zip(attention.tensors(), _needs_gradient(attention), strict=True)
     copies = (tensor.detach().to(dtype).clone().requires_grad_(grad and flag) for tensor, flag in pairs)
     return attention.with_tensors(tuple(copies))
 
 
 def gradient_vector(output: Tensor, attention: Attention, cotangent: Tensor) -> Tensor:
-    """The gradient with respect to every tensor of the attention that requires grad, as a single vector.
+    """Return the gradients of all tensors of the attention that require grad, concatenated to one vector.
 
-    The gradient of one tensor may be zero except for rounding (the query's, if it sees a single key), and a budget of
-    zero would fail. Together the gradients have a scale.
+    The exact gradient of a single tensor may be zero, for example of a query that sees a single key. Then the budget
+    would be zero, and rounding errors would fail the check. The whole vector is not zero.
     """
     leaves = [tensor for tensor in attention.tensors() if tensor.requires_grad]
     grads = torch.autograd.grad(output, leaves, cotangent.to(output.dtype), allow_unused=True, materialize_grads=True)

@@ -1,4 +1,4 @@
-"""The cases of the conformance kit: short descriptions of attentions, and the list that every backend must pass."""
+"""The cases of the conformance kit: attentions that every backend must either compute correctly or refuse."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PATTERNS: tuple[Pattern, ...] = (
 MASKS = ("none", "keys", "dense", "globals")
 BIASES = ("none", "relative", "dense", "trained relative", "trained dense")
 _HEADS, _HEAD_DIM = 4, 16
-_UNEVEN_VALUE_DIM, _UNEVEN_VALUE_DIM_OF_KERNELS = 20, 24  # kernels take multiples of 8 only
+_UNEVEN_VALUE_DIM, _UNEVEN_VALUE_DIM_OF_KERNELS = 20, 24  # kernels support only multiples of 8
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class AttentionCase:
     Attributes:
         dtype: dtype of query, key and value.
         pattern: pattern of the first segment.
-        mask: ``"none"``; ``"keys"``: padding on the left, on the right, and a sample that is all padding; ``"dense"``;
-            ``"globals"``: padding, and a second segment of per-sample global keys.
-        bias: kind of the first segment's bias. ``"trained ..."``: its values require grad.
-        kv_heads: key heads for the four query heads.
+        mask: ``"none"``, ``"keys"``, ``"dense"`` or ``"globals"``. With ``"keys"``, one sample has padding on the left,
+            one on the right, and one has only padding. ``"globals"`` adds a second segment of global keys.
+        bias: kind of the bias of the first segment. With ``"trained ..."``, the bias values require grad.
+        kv_heads: number of key heads. The number of query heads is 4.
         q_len: number of queries.
         kv_len: number of keys.
         grad: whether the inputs require grad.
@@ -50,7 +50,7 @@ class AttentionCase:
         uneven: whether value_dim differs from head_dim.
         probabilities: whether the softmax weights are requested.
         strided: whether head_dim is not the innermost dimension of query, key and value in memory.
-        transform: the ``torch.func`` transform around the attention, one of ``CHECKED_TRANSFORMS``; empty: none.
+        transform: one of ``CHECKED_TRANSFORMS``, which runs the attention under ``torch.func``. Empty means none.
     """
 
     dtype: torch.dtype = torch.float32
@@ -75,7 +75,7 @@ class AttentionCase:
         return ", ".join([*parts, *([f"under {self.transform}"] if self.transform else [])])
 
     def request(self, device: str = "cpu") -> Request:
-        """The request that the case makes on a device."""
+        """Return the request of the case on a device."""
         is_sorted = isinstance(self.pattern, SortedChunks)
         first = SegmentRequest(
             self.pattern,
@@ -94,7 +94,7 @@ class AttentionCase:
         return Request(device, self.dtype, _HEADS, _HEAD_DIM, value_dim, tuple(segments), *flags, self.probabilities)
 
     def attention(self, device: str = "cpu", seed: int = 0) -> Attention:
-        """The attention of the case on fresh random tensors. Sorted keys have their padding in the pattern."""
+        """Return the attention of the case with random tensors. The pattern of sorted keys contains the padding."""
         return random_attention(
             self.request(device),
             q_len=self.q_len,
@@ -109,7 +109,7 @@ class AttentionCase:
 
 @dataclass(frozen=True)
 class RequestCase:
-    """A case that makes exactly one given request: a cell of the support matrix."""
+    """A case with exactly the given request. One such case is one cell of the support matrix."""
 
     request: Request
     transform: ClassVar[str] = ""
@@ -119,7 +119,7 @@ class RequestCase:
         return self.request.probabilities
 
     def attention(self, device: str = "cpu", seed: int = 0) -> Attention:
-        """The attention on fresh random tensors. A cross-attention has fewer keys than queries."""
+        """Return an attention with random tensors. A cross-attention has fewer keys than queries."""
         pattern = self.request.segments[0].pattern
         kv_len = LENGTH - 12 if isinstance(pattern, Full) and pattern.cross else LENGTH
         query_mask = any(segment.key_mask for segment in self.request.segments)
@@ -127,7 +127,7 @@ class RequestCase:
 
 
 def shrink(request: Request) -> Request:
-    """The request with the same structure and fewer heads, narrower windows and shorter chunks."""
+    """Return a smaller request of equal structure: four heads, narrower windows and shorter chunks."""
     segments = tuple(
         replace(segment, pattern=_shrunk(segment.pattern), kv_heads=_HEADS * segment.kv_heads // request.heads or 1)
         for segment in request.segments
@@ -143,7 +143,7 @@ def _shrunk(pattern: Pattern) -> Pattern:
 
 
 def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[AttentionCase]:
-    """All cases of the kit in the given dtypes. They do not depend on the backend."""
+    """Yield all cases of the kit in the given dtypes. All backends get equal cases."""
     for dtype, pattern, mask, bias in itertools.product(dtypes, PATTERNS, MASKS, BIASES):
         if mask == "globals" and bias != "none":
             continue
@@ -170,7 +170,7 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[AttentionCase]:
         if mask == "none":
             yield AttentionCase(dtype, HashedChunks(5), mask, bias="trained relative")
             yield AttentionCase(dtype, SortedChunks(8, 1, 1), mask, uneven=True)
-    # The oracle is slow on long inputs and under transforms: only one wide and one narrow dtype.
+    # The oracle is slow on long inputs and under transforms, so these cases use only two dtypes.
     for dtype in [dtype for dtype in dtypes if dtype in (torch.float32, torch.bfloat16)]:
         for pattern in PATTERNS:
             mask = "keys" if isinstance(pattern, SortedChunks) else "globals"

@@ -1,14 +1,14 @@
-"""The error rule: how large an error may be. Tests, ``verify``, ``tune`` and the benchmarks share this rule.
+"""The error rule: the largest error that passes. Tests, ``verify``, ``tune`` and the benchmarks share this rule.
 
-A result passes if ``error <= k * (plain_error + ROUNDINGS * eps(dtype) * max|reference|)``. Errors are largest absolute
-differences from the float64 oracle. ``k`` is :data:`FORWARD` for outputs and :data:`GRADIENT` for gradients. NaN and
-Inf never pass. In words: a kernel may be about as wrong as plain operations in the same dtype (the rule of
-flash-attention's tests), plus a few roundings.
+A result passes if ``error <= k * (plain_error + ROUNDINGS * eps(dtype) * max|reference|)``. An error is the largest
+absolute difference from the float64 oracle. ``k`` is :data:`FORWARD` for outputs and :data:`GRADIENT` for gradients.
+NaN and Inf never pass. So the error of a kernel may be a small multiple of the error of plain operations in the same
+dtype, as in the tests of flash-attention, plus a few roundings.
 
-For outputs, ``plain_error`` is the error of ``eager``. For gradients, it is the larger error of two: that of
-``eager``, which uses the softmax weights of the forward in the backward, and that of plain operations that compute the
-scores again in the backward (:mod:`attnzoo.conformance.recomputed`), as every kernel does that stores no weights. Both
-are measured on the inputs of the candidate, and neither depends on the candidate.
+For outputs, ``plain_error`` is the error of ``eager``. For gradients, ``plain_error`` is the larger of two errors. The
+first is the error of ``eager``, whose backward uses the softmax weights of the forward. The second is the error of
+plain operations whose backward computes the scores again (:mod:`attnzoo.conformance.recomputed`), because every kernel
+that stores no weights does this. Both errors depend on the inputs of the kernel, but not on the result of the kernel.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _ELEMENTS_AT_ONCE = 1 << 17
 
 
 def factor(what: str) -> float:
-    """The ``k`` of a comparison by its name: names of gradients begin with "gradient"."""
+    """Return ``k`` for a comparison. The names of gradient comparisons begin with "gradient"."""
     return GRADIENT if what.startswith("gradient") else FORWARD
 
 
 def allowed_error(k: float, plain_error: float, scale: float, dtype: torch.dtype) -> float:
-    """The largest error that passes; ``scale`` is the largest absolute value of the reference."""
+    """Return the largest error that passes. ``scale`` is the largest absolute value of the reference."""
     return k * (plain_error + ROUNDINGS * torch.finfo(dtype).eps * scale)
 
 
 def plain_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which plain operations run for a candidate of a dtype.
+    """Return the dtype of the plain operations: float32 for float64, otherwise ``dtype``.
 
-    It is the same dtype, except that there is no wider reference for float64: plain operations run in float32 there,
-    and :func:`check` scales their error by the ratio of the epsilons.
+    Plain operations in float64 would have no error, because the reference has the same dtype. So these operations run
+    in float32, and :func:`check` multiplies the error by the ratio of the epsilons.
     """
     return torch.float32 if dtype == torch.float64 else dtype
 
@@ -50,9 +50,9 @@ class Check:
     """One comparison under the error rule.
 
     Attributes:
-        what: what was compared.
-        error: largest absolute difference of the candidate from the reference; Inf if either is not finite.
-        eager_error: the same for plain operations in the candidate's dtype.
+        what: name of the compared result.
+        error: largest absolute difference between candidate and reference, or Inf if a value is not finite.
+        eager_error: error of plain operations in the dtype of the candidate.
         scale: largest absolute value of the reference.
         budget: the largest error that passes.
         recomputed_error: for gradients, the error of plain operations that compute the scores again in the backward.
@@ -67,7 +67,7 @@ class Check:
 
     @property
     def share(self) -> float:
-        """The error divided by the budget: at most 1 passes."""
+        """The error divided by the budget. A share of at most 1 passes."""
         if self.error == 0.0 or not math.isfinite(self.error):
             return self.error
         return self.error / self.budget if self.budget else math.inf
@@ -86,14 +86,14 @@ class Check:
 
 
 def largest_difference(got: Tensor, reference: Tensor) -> float:
-    """Largest absolute difference in float64; Inf if a value is not finite or the shapes differ."""
+    """Return the largest absolute difference in float64, or Inf if a value is not finite or the shapes differ."""
     if got.shape != reference.shape:
         return math.inf
     if got.numel() == 0:
         return 0.0
     largest = 0.0
     pieces = (tensor.detach().flatten().split(_ELEMENTS_AT_ONCE) for tensor in (got, reference))
-    for piece, reference_piece in zip(*pieces, strict=True):  # a float64 copy of a whole tensor would not fit the cache
+    for piece, reference_piece in zip(*pieces, strict=True):  # a float64 copy of all values would exceed the CPU cache
         difference = float((piece.double() - reference_piece.double()).abs().max())
         if not math.isfinite(difference):
             return math.inf
@@ -115,14 +115,14 @@ def check(
 
     Args:
         what: name for reports.
-        got: the candidate.
-        reference: the result in float64, same shape.
+        got: the candidate result.
+        reference: the result in float64, with the shape of ``got``.
         eager: the result of plain operations.
         k: :data:`FORWARD` or :data:`GRADIENT`.
-        dtype: the dtype of the candidate's computation; None: that of ``got``.
-        eager_dtype: the dtype of the plain operations (:func:`plain_dtype`); None: ``dtype``.
+        dtype: the dtype in which the candidate computes. None means the dtype of ``got``.
+        eager_dtype: the dtype of the plain operations (:func:`plain_dtype`). None means ``dtype``.
         recomputed: for gradients, the results of plain operations that compute the scores again in the backward, one
-            per order of summation. The largest of their errors counts.
+            per order of summation. The largest error counts.
     """
     dtype = got.dtype if dtype is None else dtype
     ratio = 1.0 if eager_dtype is None else torch.finfo(dtype).eps / torch.finfo(eager_dtype).eps

@@ -1,9 +1,9 @@
-"""The conformance kit: check that a backend computes what it declares and refuses everything else.
+"""The conformance kit: check that a backend computes all supported attentions correctly and refuses all others.
 
-The kit runs one list of cases (:mod:`attnzoo.conformance.cases`) on every backend. If the backend's capabilities
-include a case, the backend must run it and agree with the float64 oracle under the error rule, forward and backward.
-Otherwise the backend must refuse it, with a field, the value it got and the values it allows. A backend that changes
-the pattern is compared with the oracle on the changed attention (:meth:`attnzoo.Backend.rewrite`).
+The kit runs one list of cases (:mod:`attnzoo.conformance.cases`) on every backend. If the capabilities of the backend
+include a case, the results must agree with the float64 oracle under the error rule, forward and backward. Otherwise the
+backend must refuse the case with refusals that name a field, the value of the field and the allowed values. If the
+backend changes the pattern, the oracle computes the changed attention (:meth:`attnzoo.Backend.rewrite`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from attnzoo.spec.segments import FLOATS, Attention
 
 
 class ConformanceError(AttnzooError, AssertionError):
-    """A backend fails a case that it declares, or runs a case that it refuses."""
+    """Raised when a backend fails a case that the backend supports, or runs a case that the backend refuses."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class CaseOutcome:
     """The outcome of one case.
 
     Attributes:
-        case: the case.
-        refused: whether the backend declares that it refuses the case.
-        checks: comparisons of output and gradients with the oracle; empty if the backend did not run.
-        failure: what is wrong; empty if nothing is.
+        case: the case that was run or refused.
+        refused: whether the backend returns refusals for the case.
+        checks: comparisons of output and gradients with the oracle. Empty if the backend refused the case.
+        failure: description of the failure. Empty if the case passed.
     """
 
     case: AttentionCase | RequestCase
@@ -49,7 +49,7 @@ class CaseOutcome:
 
 @dataclass(frozen=True)
 class ConformanceReport:
-    """The outcomes of all cases for one backend. Prints as a summary."""
+    """The outcomes of all cases for one backend. ``str()`` returns a summary."""
 
     backend: str
     outcomes: tuple[CaseOutcome, ...]
@@ -70,7 +70,7 @@ class ConformanceReport:
 def check_backend(
     backend: str | Backend, *, device: str = "cpu", dtypes: tuple[torch.dtype, ...] = FLOATS, seed: int = 0
 ) -> ConformanceReport:
-    """Run every case of the kit on a backend.
+    """Run every case of the kit on a backend, and raise if a case fails.
 
     Args:
         backend: a registered name, or a configured backend.
@@ -84,8 +84,8 @@ def check_backend(
     Raises:
         InvalidArgumentError: ``backend`` is neither a name nor a backend.
         UnknownNameError: no backend of that name is registered.
-        BackendRefusedError: the backend cannot run on this machine.
-        ConformanceError: at least one case failed, or the backend refuses all cases. The message lists every failure.
+        BackendRefusedError: the backend is not available on this machine.
+        ConformanceError: a case failed, or the backend refuses all cases. The message lists all failures.
 
     Example:
         >>> import torch, attnzoo
@@ -100,12 +100,12 @@ def check_backend(
     if report.failures:
         raise ConformanceError(str(report))
     if all(outcome.refused for outcome in outcomes):
-        raise ConformanceError(f"{report}: the backend refuses everything on {device!r}, which proves nothing")
+        raise ConformanceError(f"{report}: the backend refuses all cases on {device!r}, so no result was checked")
     return report
 
 
 def run_case(backend: Backend, case: AttentionCase | RequestCase, device: str = "cpu", seed: int = 0) -> CaseOutcome:
-    """Run one case on a backend, or let the backend refuse it, and check the outcome."""
+    """Run one case on a backend and return the outcome. If the backend refuses the case, check the refusal."""
     attention = case.attention(device, seed)
     transforms = tuple(case.transform.split(" of ")) if case.transform else ()
     refusals = registry.refusals(backend, replace(attention.request(case.probabilities), transforms=transforms))
@@ -122,7 +122,7 @@ def run_case(backend: Backend, case: AttentionCase | RequestCase, device: str = 
             checks = check_attention("case", attention, backend, grad=grad, max_rows=ALL_ROWS, seed=seed).checks
             failure = _result_failure(backend, case, attention)
     except Exception as error:  # a backend may raise anything; every exception is a failure of the case
-        failure = f"declared to run, yet it raised {type(error).__name__}: {error}"
+        failure = f"the backend supports this case, but raised {type(error).__name__}: {error}"
     return CaseOutcome(case, False, checks, _failed(checks) or failure)
 
 
@@ -133,7 +133,7 @@ def _failed(checks: Iterable[Check]) -> str:
 def _refusal_failure(
     backend: Backend, case: AttentionCase | RequestCase, attention: Attention, refusals: tuple[Refusal, ...]
 ) -> str:
-    """What is wrong with how the backend refuses the case; empty if nothing is."""
+    """Return what is wrong with the refusal of the case, or an empty string."""
     try:
         if case.transform:
             check_transform(attention, backend, case.transform)
@@ -141,24 +141,24 @@ def _refusal_failure(
             execute(backend, attention, case.probabilities)
     except BackendRefusedError:
         vague = [refusal for refusal in refusals if not (refusal.field and refusal.got and refusal.allowed)]
-        return f"a refusal without field, got or allowed: {vague}" if vague else ""
+        return f"these refusals have an empty field, got or allowed: {vague}" if vague else ""
     except Exception as error:
-        return f"declared refused, yet it raised {type(error).__name__}: {error}"
-    return f"declared refused, yet it ran: {'; '.join(map(str, refusals))}"
+        return f"the backend must raise BackendRefusedError, but raised {type(error).__name__}: {error}"
+    return f"the backend refuses this case, but ran: {'; '.join(map(str, refusals))}"
 
 
 def _result_failure(backend: Backend, case: AttentionCase | RequestCase, attention: Attention) -> str:
-    """What is wrong with shape, dtype, kernel name or probabilities of the result; empty if nothing is."""
+    """Return what is wrong with shape, dtype, kernel name or probabilities of the result, or an empty string."""
     result, dtype = execute(backend, attention, case.probabilities), attention.query.dtype
     expected = (attention.batch, attention.heads, attention.q_len, attention.value_dim)
     if tuple(result.output.shape) != expected or result.output.dtype != dtype:
-        return f"output is {tuple(result.output.shape)} {result.output.dtype}, not {expected} {dtype}"
+        return f"output: got {tuple(result.output.shape)} {result.output.dtype}; allowed: {expected} {dtype}"
     if not isinstance(result.kernel, str) or not result.kernel:
-        return f"the result does not name the kernel that ran: {result.kernel!r}"
+        return f"kernel of the result: got {result.kernel!r}; allowed: a non-empty string"
     if not case.probabilities:
         return ""
     if result.probabilities is None or len(result.probabilities) != len(attention.segments):
-        return "probabilities were requested and declared, but not returned for each segment"
+        return "the backend supports probabilities, but did not return one tensor per segment"
     reference = evaluate(attention.with_tensors(tuple(t.detach().double() for t in attention.tensors())))
     eager = evaluate(attention)
     triples = zip(result.probabilities, reference.probabilities or (), eager.probabilities or (), strict=True)
@@ -166,10 +166,10 @@ def _result_failure(backend: Backend, case: AttentionCase | RequestCase, attenti
 
 
 def _dropout_failure(backend: Backend, attention: Attention, seed: int = 0) -> str:
-    """What is wrong with dropout; empty if nothing is.
+    """Return what is wrong with dropout, or an empty string.
 
-    With one-hot values, the output consists of the softmax weights after dropout. Each must be 0, or its softmax weight
-    divided by ``1 - dropout``; and about ``dropout`` of them must be 0.
+    With one-hot values, the output consists of the weights after dropout. Each weight must be either 0, or the softmax
+    weight divided by ``1 - dropout``. The share of zeros must be close to ``dropout``.
     """
     total = sum(segment.kv_len for segment in attention.segments)
     one_hot = torch.eye(total, dtype=attention.query.dtype, device=attention.query.device)
@@ -193,10 +193,10 @@ def _dropout_failure(backend: Backend, attention: Attention, seed: int = 0) -> s
     eps = torch.finfo(got.dtype).eps
     error = (got.double() - scaled).abs().masked_fill(dropped, 0.0).max().item()
     if error > 16 * eps * scaled.max().item():
-        return f"dropout: a kept weight differs by {error:.3g} from its softmax weight / (1 - dropout)"
+        return f"dropout: a kept weight differs by {error:.3g} from softmax weight / (1 - dropout)"
     candidates = weights > eps
     share, count = dropped[candidates].double().mean().item(), int(candidates.sum())
     slack = 5.0 * (attention.dropout * (1.0 - attention.dropout) / count) ** 0.5
     if abs(share - attention.dropout) > slack:
-        return f"dropout: {share:.3f} of {count} weights dropped, requested {attention.dropout}"
+        return f"dropout: got a share of {share:.3f} dropped weights of {count}; allowed: about {attention.dropout}"
     return ""

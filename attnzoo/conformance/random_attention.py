@@ -1,4 +1,4 @@
-"""The factory of random attentions for the conformance kit and the support matrix."""
+"""Random attentions for the conformance kit and the support matrix."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from attnzoo.spec.hashed import HashedChunks, HashRound
 from attnzoo.spec.patterns import Full, SortedChunks
 from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest
 
-LENGTH = 37  # queries and keys; not a multiple of any block size
-FEW_KEYS = 6  # keys of every further segment
+LENGTH = 37  # number of queries and of keys, not a multiple of any block size
+FEW_KEYS = 6  # number of keys of every segment after the first
 _BATCH = 3
 
 
@@ -29,19 +29,19 @@ def random_attention(
     strided: bool = False,
     seed: int = 0,
 ) -> Attention:
-    """Build an attention with random tensors that makes a given request.
+    """Return an attention with random tensors whose request is equal to ``request``.
 
-    A second segment with :class:`Full` pattern and a key mask holds the global keys of the first segment, as in LED.
-    Other further segments have :data:`FEW_KEYS` keys. Hash rounds share their keys.
+    If the second segment has a :class:`Full` pattern and a key mask, the keys are the global keys of the first segment,
+    as in LED. In other cases each segment after the first has :data:`FEW_KEYS` keys. Hash rounds share keys.
 
     Args:
-        request: the request to make; only the ``start`` of sorted rounds may differ.
-        q_len: number of queries, and of the keys of sorted rounds.
+        request: request of the attention. Only ``start`` of sorted rounds may differ.
+        q_len: number of queries. Sorted rounds have equally many keys.
         kv_len: number of keys of the first segment.
-        dropout: probability of dropping a softmax weight, if the request has dropout.
-        query_mask: mask a fifth of the queries.
-        padded_tokens: the first third of the tokens of sorted rounds is padding.
-        strided: ``head_dim`` is not the innermost dimension of query, key and value in memory.
+        dropout: probability of dropping a softmax weight, ignored if the request has no dropout.
+        query_mask: whether to mask a fifth of the queries.
+        padded_tokens: whether the first third of the tokens of sorted rounds is padding.
+        strided: whether ``head_dim`` is not the innermost dimension of query, key and value in memory.
     """
     draw = _Draw(request, q_len, kv_len, strided, torch.Generator().manual_seed(seed))
     query = draw.normal(_BATCH, request.heads, q_len, request.head_dim)
@@ -61,7 +61,7 @@ def random_attention(
 
 @dataclass(frozen=True)
 class _Draw:
-    """Draws the tensors of one attention. All random numbers come from the CPU: a seed means the same everywhere."""
+    """Factory of the random tensors of one attention. A seed gives equal numbers on all devices, drawn on the CPU."""
 
     request: Request
     q_len: int
@@ -80,7 +80,7 @@ class _Draw:
         return (torch.rand(shape, generator=self.random) < p).to(self.request.device)
 
     def order(self, *shape: int) -> Tensor:
-        """A random permutation of the last dimension."""
+        """Return random permutations along the last dimension."""
         return torch.rand(shape, generator=self.random).argsort(-1)
 
     def segment(self, index: int) -> Segment:
@@ -91,7 +91,7 @@ class _Draw:
         return self._with_bias_and_masks(index, key, value)
 
     def with_global_keys(self) -> tuple[Segment, ...]:
-        """The first segment without its global keys, then a segment of the global keys of each sample, if any."""
+        """Return the first segment without global keys, then a segment of the global keys if a sample has any."""
         segment = self.segment(0)
         real = self._padding(segment.kv_len)
         is_global = self.flags(_BATCH, segment.kv_len, p=0.2) & real
@@ -102,7 +102,7 @@ class _Draw:
         return replace(segment, key_mask=real & ~is_global), Segment(key, value, key_mask=global_keys.valid)
 
     def hashed_rounds(self, pattern: HashedChunks) -> tuple[Segment, ...]:
-        """Hash rounds with random key orders and random query positions. Each round knows the rounds before it."""
+        """Return hash rounds with random key orders and query positions. Each pattern includes all earlier rounds."""
         segment, rounds, segments = self.segment(0), tuple[HashRound, ...](), []
         kv_heads, device = segment.key.shape[1], self.request.device
         for _ in self.request.segments:
@@ -116,7 +116,7 @@ class _Draw:
         return tuple(segments)
 
     def sorted_rounds(self, padded_tokens: bool) -> tuple[tuple[Segment, ...], Tensor]:
-        """Hash rounds over the keys of all rounds in random orders; and the value of a row that sees no key."""
+        """Return hash rounds over the randomly sorted keys of all rounds, and the output of rows that see no key."""
         kv_heads = self.request.segments[0].kv_heads
         group = self.request.heads // kv_heads
         key = self.normal(_BATCH, kv_heads, self.q_len, self.request.head_dim)
@@ -143,7 +143,7 @@ class _Draw:
         return Segment(key, value, request.pattern, key_mask, mask, bias)
 
     def _padding(self, kv_len: int) -> Tensor:
-        """A key mask with padding on the left, padding on the right, and a sample that is all padding."""
+        """Return a key mask of three samples: padding on the left, padding on the right, and only padding."""
         real = torch.ones((_BATCH, kv_len), dtype=torch.bool, device=self.request.device)
         real[0, : kv_len // 3] = False
         real[1, kv_len - kv_len // 4 :] = False

@@ -1,13 +1,13 @@
-"""Plain operations that compute the scores again in the backward: the second yardstick for gradients.
+"""Plain operations that compute the scores again in the backward: the second reference for gradient errors.
 
-A kernel that stores no ``q_len x kv_len`` weights keeps the output and the log-sum-exp ``lse`` of each row. Its
-backward computes the scores a second time and takes ``exp(scores - lse)`` for the weights (FlashAttention, Dao et al.
-2022, arXiv:2205.14135, algorithm 4). The second scores are rounded in another order than those behind ``lse`` and the
-output.
+A kernel that stores no ``q_len x kv_len`` weights stores the output and the log-sum-exp ``lse`` of each row. The
+backward computes the scores a second time, and the weights are ``exp(scores - lse)`` (FlashAttention, Dao et al. 2022,
+arXiv:2205.14135, algorithm 4). The second scores have different rounding errors from the scores of the forward.
 
-Plain operations use the same weights in both directions, so most of a score's rounding cancels: the score gradients of
-a row add up to zero. After two roundings they add up to about ``eps * max|score|``. The component that all keys share
-then appears in the gradient of the query. No kernel of this kind can avoid this error, and this module adds no other.
+Plain operations use equal weights in forward and backward, so the score gradients of a row add up to zero. With
+different rounding errors, the sum is about ``eps * max|score|``. This sum, multiplied by the component that all keys
+share, is an error of the query gradient. Every kernel that computes the scores again has this error. This module has
+only this error.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from attnzoo.spec.segments import Attention, Result
 
 
 def recomputed(attention: Attention, rows: Tensor | None = None, order: int = 0) -> Tensor:
-    """The output of an attention without dropout; its backward computes the scores again.
+    """Return the output of an attention without dropout. The backward computes the scores again.
 
-    In half precision, scores and weights are float32 and the output is rounded, as in kernels. ``rows`` are query
-    indices ``(n,)``; None: all. ``order`` is the seed of the order in which keys and components of ``head_dim`` are
-    summed: each order rounds differently.
+    In half precision, scores and weights are float32 and only the output is rounded, as in kernels. ``rows`` are query
+    indices ``(n,)``, or None for all queries. ``order`` is the seed of a random order in which keys and components of
+    ``head_dim`` are summed. Each order has different rounding errors.
     """
     if rows is None:
         rows = torch.arange(attention.q_len, device=attention.query.device)
@@ -38,7 +38,7 @@ def recomputed(attention: Attention, rows: Tensor | None = None, order: int = 0)
 
 @dataclass(frozen=True)
 class RecomputedBackend(Backend):
-    """:func:`recomputed` as a backend, to patch whole models with. It is a yardstick and is not registered."""
+    """Backend that calls :func:`recomputed`. Tests patch whole models with this backend, which is not registered."""
 
     name: ClassVar[str] = "recomputed"
     capabilities: ClassVar[Capabilities] = replace(EagerBackend.capabilities, dropout=False, probabilities=False)
@@ -82,7 +82,7 @@ class _Recomputed(torch.autograd.Function):
         mean = (grad_output * output).sum(-1, keepdim=True)
         grad_scores = weights * (grad_output @ values.detach().transpose(-1, -2) - mean)
         with torch.enable_grad():
-            # Linear in values and scores; the gradients above enter as constants.
+            # The total is linear in values and scores, and treats the gradients above as constants.
             filled = leaves.fill(weights @ values, has_visible_key, rows)
             total = (filled * grad_output).sum() + (scores * grad_scores).sum()
         grads = torch.autograd.grad(total, leaves.tensors(), allow_unused=True, materialize_grads=True)
@@ -90,7 +90,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _widened(attention: Attention, tensors: Any) -> Attention:
-    """The attention on detached copies of the tensors, in the dtype in which kernels compute."""
+    """Return the attention on detached copies of the tensors, in the dtype in which kernels compute."""
     dtype = torch.promote_types(attention.query.dtype, torch.float32)
     return attention.with_tensors(tuple(tensor.detach().to(dtype, copy=True) for tensor in tensors))
 
@@ -100,7 +100,7 @@ def _permutation(length: int, seed: int, device: torch.device) -> Tensor:
 
 
 def _in_another_order(attention: Attention, order: int) -> Attention:
-    """The same scores, but scaled before the product instead of after it, and summed in another order."""
+    """Return an attention with equal scores, whose query is scaled first and whose products are summed in ``order``."""
     parts = _permutation(attention.head_dim, order, attention.query.device)
     segments = tuple(replace(segment, key=segment.key[..., parts]) for segment in attention.segments)
     return replace(attention, query=(attention.query * attention.scale)[..., parts], segments=segments, scale=1.0)

@@ -1,7 +1,7 @@
 """Compare a backend with the oracle under ``torch.func``: gradients, tangents and batches of attentions.
 
-The oracle uses no transform. Its gradients come from autograd, its tangents from the derivative of a gradient (``J t``
-is the derivative of ``t . (J^T v)`` with respect to ``v``), and its batches from a loop.
+The oracle uses no transform. Autograd computes the gradients of the oracle, and a loop computes batches. A tangent
+``J t`` of the oracle is the derivative of ``t . (J^T v)`` with respect to ``v``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from attnzoo.functional import execute
 from attnzoo.spec.bias import RelativeBias
 from attnzoo.spec.segments import Attention
 
-# "vmap of grad" gives the gradients of each sample.
+# "vmap of grad" computes one gradient per sample.
 CHECKED_TRANSFORMS = ("grad", "jvp", "vmap", "vmap of grad")
 
 _Compute = Callable[[Attention], Tensor]
@@ -30,11 +30,11 @@ _Compute = Callable[[Attention], Tensor]
 def check_transform(attention: Attention, backend: Backend, transform: str, seed: int = 0) -> Check:
     """Run an attention on a backend under one of :data:`CHECKED_TRANSFORMS`, and compare it with the float64 oracle.
 
-    Gradients and tangents are those of the tensors that require grad. ``vmap`` maps over two attentions, which differ
-    in all tensors, masks included. The seed is that of the cotangent and the tangents.
+    Only tensors that require grad have gradients and tangents. ``vmap`` maps over two attentions, which differ in all
+    tensors and masks. ``seed`` is the seed of the cotangent and the tangents.
 
     Raises:
-        BackendRefusedError: the backend does not run under the transform.
+        BackendRefusedError: the backend does not support the transform.
     """
     dtype = attention.query.dtype
     plain_dtype = error_rule.plain_dtype(dtype)
@@ -52,12 +52,12 @@ def check_transform(attention: Attention, backend: Backend, transform: str, seed
 
 
 class _Run:
-    """One attention in one dtype, with its cotangent and tangents."""
+    """An attention in one dtype, with a random cotangent and random tangents."""
 
     def __init__(self, attention: Attention, dtype: torch.dtype, seed: int) -> None:
         tensors = attention.tensors()
         self._requires_grad = [tensor.requires_grad for tensor in tensors]
-        # Contiguous copies: tangents are written into tensors of the same layout, which expanded tensors do not allow.
+        # The copies are contiguous, because PyTorch cannot write tangents in the layout of an expanded tensor.
         plain = (tensor.detach().to(dtype).clone(memory_format=torch.contiguous_format) for tensor in tensors)
         self._attention = attention = attention.with_tensors(tuple(plain))
         random = torch.Generator().manual_seed(seed)
@@ -79,7 +79,7 @@ class _Run:
         return attention.with_tensors(tuple(next(rest) if requires_grad else tensor for tensor, requires_grad in pairs))
 
     def with_transform(self, transform: str, compute: _Compute) -> Tensor:
-        """The result of the transform, as one tensor."""
+        """Return the result of the transform as one tensor."""
         if transform == "jvp":
 
             def of_leaves(*leaves: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class _Run:
         return self._attention, _with_every_tensor(self._attention, flipped)
 
     def without_transform(self, transform: str, compute: _Compute) -> Tensor:
-        """The same result, computed without ``torch.func``."""
+        """Return the result of the transform as one tensor, computed without ``torch.func``."""
         if transform == "jvp":
             leaves = tuple(tensor.requires_grad_() for tensor in self._leaves(self._attention))
             output = compute(self._with_leaves(self._attention, leaves))
@@ -130,7 +130,7 @@ class _Run:
 
 
 def _every_tensor(attention: Attention) -> list[Tensor]:
-    """All tensors of an attention: those that may get a gradient, then masks and positions."""
+    """Return all tensors of an attention: first all tensors that may get a gradient, then masks and positions."""
     tensors = [*attention.tensors(), attention.query_mask]
     for segment in attention.segments:
         tensors += [segment.key_mask, segment.mask]
@@ -140,7 +140,7 @@ def _every_tensor(attention: Attention) -> list[Tensor]:
 
 
 def _with_every_tensor(attention: Attention, tensors: list[Tensor]) -> Attention:
-    """The attention on other tensors, in the order of :func:`_every_tensor`."""
+    """Return the attention on new tensors, given in the order of :func:`_every_tensor`."""
     count = len(attention.tensors())
     attention, rest = attention.with_tensors(tuple(tensors[:count])), iter(tensors[count:])
 

@@ -1,1 +1,1 @@
-"""Shared by several backends: blocks of queries, block lists, rows, masks, and the union of partial softmaxes."""
+"""Code that several backends share: blocks of queries, block lists, rows, masks, the union of partial softmaxes."""

@@ -1,8 +1,8 @@
-"""Additive masks of sorted and of hashed keys. Each block has another mask, so it must be fast to make.
+"""Additive masks of sorted and of hashed keys. Every block needs a new mask, so making a mask must be fast.
 
-On the CPU a comparison of floating-point numbers that writes floating-point numbers runs at full vector width; one that
-writes bools, or a fill by a bool mask, runs at a tenth of it. So masks count, in floating point, the reasons to hide a
-key, and then scale the count. Token and chunk numbers are integers, which the chosen dtype holds exactly.
+On the CPU a floating-point comparison whose result is floating-point uses the full vector width. A comparison with a
+bool result, or a fill by a bool mask, is ten times slower. So the code counts, in floating point, the reasons to hide
+a key, and then scales the count. The chosen dtype represents all token and chunk numbers exactly.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from attnzoo.spec.hashed import HashedChunks
 
-# Far below any score, and finite: -inf times a count of 0 would be NaN.
+# Far below any score, but finite, because -inf times a count of 0 would be NaN.
 _HIDDEN = -1e30
 _EXACT_IN_FLOAT32 = 1 << 24
 
 
 class TokenMasks:
-    """Additive masks of :class:`~attnzoo.spec.patterns.SortedChunks`; a mask is valid until the next call.
+    """Factory of additive masks for :class:`~attnzoo.spec.patterns.SortedChunks`. The next call overwrites a mask.
 
     Args:
-        token: ``(batch, heads, kv_len)`` long, the token of each key, -1 for hidden keys.
-        causal: a query sees only keys of earlier tokens; otherwise keys of all tokens except its own.
+        token: the token of each key, ``(batch, heads, kv_len)`` long. Hidden keys have token -1.
+        causal: whether a query sees only keys of earlier tokens. If False, a query sees every token except itself.
     """
 
     def __init__(self, token: Tensor, causal: bool, dtype: torch.dtype) -> None:
@@ -30,16 +30,16 @@ class TokenMasks:
         wide = torch.float32 if int(token.max()) < _EXACT_IN_FLOAT32 else torch.float64
         hidden = token < 0
         self._any_hidden = bool(hidden.any())
-        # Hidden keys must not be the lowest token of a range, nor the highest.
+        # A hidden key must be neither the lowest nor the highest token of a range.
         self._for_lowest = token.to(wide).masked_fill_(hidden, float("inf"))
         self._for_highest = token.to(wide).masked_fill_(hidden, float("-inf"))
         self._hidden = hidden.to(wide)
         self._buffers: dict[tuple[int, ...], Tensor] = {}
 
     def of(self, queries: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Return the mask of queries ``(batch, heads, n)`` and a range of keys, ``(batch, heads, n, stop - start)``.
+        """Return the mask ``(batch, heads, n, stop - start)`` of the queries and of the keys from start to stop.
 
-        Also return the rows that see a key; None: all rows do.
+        The second result marks the rows that see a key. None means that all rows see a key.
         """
         keys = slice(start, stop)
         tokens, query = self._for_lowest[:, :, keys], queries.to(self._for_lowest.dtype)
@@ -61,7 +61,7 @@ class TokenMasks:
 
 
 class HashMasks:
-    """Additive masks of one :class:`~attnzoo.spec.hashed.HashedChunks`; a mask is valid until the next call."""
+    """Factory of additive masks for one :class:`~attnzoo.spec.hashed.HashedChunks`. The next call overwrites a mask."""
 
     def __init__(self, pattern: HashedChunks, q_len: int, kv_len: int, dtype: torch.dtype) -> None:
         self._pattern, self._dtype = pattern, dtype
@@ -76,9 +76,9 @@ class HashMasks:
         self._buffers: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def of(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the mask ``(batch, heads, n, m)`` and the rows that see a key ``(batch, heads, n)``; None: all do.
+        """Return the mask ``(batch, heads, n, m)``, and the rows ``(batch, heads, n)`` that see a key or None for all.
 
-        ``queries`` ``(batch, heads, n)`` and ``keys`` ``(batch, heads, m)`` are indices, -1 for no key.
+        ``queries`` ``(batch, heads, n)`` and ``keys`` ``(batch, heads, m)`` are indices. Index -1 means no key.
         """
         shape = (*queries.shape, keys.shape[2])
         if shape not in self._buffers:
@@ -101,8 +101,8 @@ class HashMasks:
         return count.mul_(_HIDDEN).to(self._dtype), None if bool(visible_rows.all()) else visible_rows
 
     def _distance(self, chunks: tuple[Tensor, Tensor], queries: Tensor, keys: Tensor, out: Tensor) -> None:
-        """Write how many chunks a key is from the middle of what the query sees; infinitely many for no key."""
+        """Write the distance, in chunks, from each key to the middle of the visible chunks. Index -1 gets infinity."""
         query_chunks, key_chunks = chunks
-        shared = keys.clamp(min=0).reshape(*key_chunks.shape[:2], -1)  # a key head serves neighbouring query heads
+        shared = keys.clamp(min=0).reshape(*key_chunks.shape[:2], -1)  # neighbouring query heads share a key head
         of_keys = key_chunks.gather(2, shared).view(keys.shape).masked_fill_(keys < 0, float("inf"))
         torch.sub(of_keys[:, :, None], query_chunks.gather(2, queries)[..., None], out=out).abs_()

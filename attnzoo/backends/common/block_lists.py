@@ -1,8 +1,8 @@
-"""Block lists: which blocks of keys a block of queries sees, fully or partly, from structure alone.
+"""Block lists: for each block of queries, the blocks of keys that it sees fully or partly.
 
-The keys of all segments stand one after the other. For a block of queries, a block of keys is *full* (every query sees
-every key), *partial* (the mask decides) or absent (no query sees a key). Any kernel that takes such lists can use this
-module, as FlexAttention does (Dong et al. 2024, arXiv:2412.05496). Nothing here is as large as ``q_len x kv_len``.
+The keys of all segments are concatenated. For a block of queries, a block of keys is *full* (every query sees every
+key), *partial* (the mask decides) or absent (no query sees a key). Kernels such as FlexAttention read these lists
+(Dong et al. 2024, arXiv:2412.05496). No tensor of this module is as large as ``q_len x kv_len``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from attnzoo.spec.segments import Attention
 
 
 class BlockShape(NamedTuple):
-    """How many queries and how many keys make one block."""
+    """The number of queries and the number of keys of one block."""
 
     queries: int
     keys: int
@@ -29,7 +29,7 @@ class BlockShape(NamedTuple):
 class BlockLists(NamedTuple):
     """Key blocks per block of queries, int32: counts ``(batch, 1, n)`` and block numbers ``(batch, 1, n, m)``.
 
-    ``BlockMask.from_kv_blocks`` of FlexAttention takes these four. Numbers past the count mean nothing.
+    The fields are the arguments of FlexAttention's ``BlockMask.from_kv_blocks``. Numbers past the count are ignored.
     """
 
     partial_count: Tensor
@@ -42,12 +42,12 @@ _cache = TensorCache()
 
 
 def segment_starts(attention: Attention) -> tuple[int, ...]:
-    """Return where the keys of each segment start among all keys, and last the number of all keys."""
+    """Return the index of each segment's first key among the concatenated keys, followed by the number of all keys."""
     return (0, *accumulate(segment.kv_len for segment in attention.segments))
 
 
 def unpadded_keys(attention: Attention) -> Tensor:
-    """Return which keys of all segments the key masks show: ``(batch or 1, keys)`` bool."""
+    """Return ``(batch or 1, keys)`` bool, False for the keys of any segment that a key mask hides."""
     masks = [segment.key_mask for segment in attention.segments]
     batch = 1 if all(mask is None for mask in masks) else attention.batch
     ones = torch.ones((batch, 1), dtype=torch.bool, device=attention.query.device)
@@ -56,9 +56,9 @@ def unpadded_keys(attention: Attention) -> Tensor:
 
 
 def block_lists(attention: Attention, shape: BlockShape) -> BlockLists:
-    """Return the block lists of an attention, cached for all layers with equal patterns, lengths and key masks.
+    """Return the block lists of an attention. Layers with equal patterns, lengths and key masks share cached lists.
 
-    The lists ignore dense masks. A block may reach across the end of a segment.
+    The lists ignore dense masks. A block may contain keys of several segments.
     """
     masks = [segment.key_mask for segment in attention.segments]
     key = (
@@ -81,7 +81,7 @@ def _make_lists(attention: Attention, shape: BlockShape) -> BlockLists:
 
 
 def _listed(grid: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts and numbers of the True blocks in ``(batch, n, m)``; the numbers of False blocks follow them."""
+    """Return counts and numbers of the True blocks in ``(batch, n, m)``. The numbers of False blocks come last."""
     order = grid[:, None].byte().argsort(dim=-1, descending=True, stable=True)
     return grid[:, None].sum(-1, dtype=torch.int32), order.to(torch.int32)
 
@@ -90,10 +90,10 @@ def _listed(grid: Tensor) -> tuple[Tensor, Tensor]:
 def _grids(
     patterns: tuple[Pattern, ...], q_len: int, starts: tuple[int, ...], shape: BlockShape
 ) -> tuple[Tensor, Tensor]:
-    """Which blocks are visible and which are full by pattern alone: ``(blocks of queries, blocks of keys)`` bool.
+    """Return two bool grids ``(blocks of queries, blocks of keys)``: visible blocks and full blocks, without masks.
 
-    A block that reaches across the end of a segment is never full. A grid has at least two blocks each way, because a
-    compiler treats a size of 1 as a constant.
+    A block with keys of several segments is never full. Both sizes of a grid are at least 2, because a compiler treats
+    a size of 1 as a constant.
     """
     counts = (-(-q_len // shape.queries), -(-starts[-1] // shape.keys))
     visible, full = (torch.zeros([max(2, count) for count in counts], dtype=torch.bool, device="cpu") for _ in range(2))
@@ -103,7 +103,7 @@ def _grids(
             for first, last in pattern.kv_spans(*queries, q_len, stop - start):
                 begin, end = (start + first) // shape.keys, -(-(start + last) // shape.keys)
                 visible[row, begin:end] = True
-                # Halve a run of blocks until it is full, or a single block.
+                # Halve each run of blocks until the run is full or has a single block.
                 runs = [(max(begin, -(-start // shape.keys)), min(end, stop // shape.keys))]
                 while runs:
                     head, tail = runs.pop()

@@ -1,7 +1,7 @@
-"""Cut an attention into blocks of queries and the key ranges they can see, and make the mask of each part.
+"""Cut an attention into blocks of queries and their visible key ranges, and make the mask of each part.
 
-Kernels that skip work by structure share this module. For a local pattern nothing here is as large as
-``q_len x kv_len``: a mask is made for one part at a time, and reused while the following parts have the same mask.
+Kernels that skip hidden blocks share this module. For a local pattern no tensor of this module is as large as
+``q_len x kv_len``. Only the mask of one part exists at a time, and consecutive parts with equal masks share one mask.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from attnzoo.spec.patterns import SortedChunks, Tile
 from attnzoo.spec.segments import Attention, Segment
 from attnzoo.spec.transforms import holds
 
-# A dense pattern needs masks of whole rows: this many query rows of a mask exist at a time.
+# The mask of a dense pattern has whole rows. At most this many rows of the mask exist at a time.
 DENSE_ROWS = 512
 
 
 class Part(NamedTuple):
-    """The keys of one segment that a block of queries sees: a range, or ``keys`` if each head sees other keys."""
+    """The keys of one segment that a block of queries sees: a range, or ``keys`` if the heads see different keys."""
 
-    segment: int  # its number
+    segment: int  # the number of the segment
     kv_start: int
     kv_stop: int
-    keys: Tensor | None = None  # (batch, heads, kv_stop) key indices, -1 for no key
+    keys: Tensor | None = None  # (batch, heads, kv_stop) key indices; -1 means no key
 
     def take(self, tensor: Tensor, heads: int) -> Tensor:
         """Return the part's rows of keys or values ``(batch, kv_heads, kv_len, dim)`` for all heads."""
@@ -49,12 +49,12 @@ class Part(NamedTuple):
 
     @staticmethod
     def _by_key_head(keys: Tensor, tensor: Tensor) -> Tensor:
-        """The keys ``(batch, kv_heads, group * m)`` of all query heads that share a key head; key 0 replaces no key."""
+        """Return the indices ``(batch, kv_heads, group * m)`` of the keys per key head. Index 0 replaces index -1."""
         return keys.clamp(min=0).reshape(*tensor.shape[:2], -1)
 
 
 class Block(NamedTuple):
-    """A block of queries, and the parts it sees: a range in sequence order, or in the order of ``queries``."""
+    """A block of queries and its visible parts. If ``queries`` is given, the range indexes the reordered queries."""
 
     q_start: int
     q_stop: int
@@ -86,7 +86,7 @@ class Block(NamedTuple):
 
 
 class PartMask(NamedTuple):
-    """The bool mask of a part: which keys a query sees, and whether it sees any."""
+    """The bool mask of a part: which keys each query sees, and which queries see at least one key."""
 
     visible: Tensor  # broadcastable to (batch, heads, n, m)
     has_visible_key: Tensor  # visible.any(-1)
@@ -95,7 +95,7 @@ class PartMask(NamedTuple):
 def positive_scale(attention: Attention) -> Attention:
     """Return an equal attention with a scale above zero.
 
-    Kernels rely on it: they take the largest score, or hide keys by ``-inf``, before they scale.
+    Kernels need a positive scale, because they compute the largest score, or add ``-inf``, before scaling.
     """
     if attention.scale > 0.0:
         return attention
@@ -104,7 +104,7 @@ def positive_scale(attention: Attention) -> Attention:
 
 
 def block_size(attention: Attention) -> int:
-    """Return the number of queries per block: at most what each pattern prefers, few if a mask or bias is a grid."""
+    """Return the number of queries per block: the smallest preferred size, at most 512 if a segment needs masks."""
     q_len = attention.q_len
     sizes = [segment.pattern.block_size(q_len, segment.kv_len) for segment in attention.segments]
     for segment in attention.segments:
@@ -120,13 +120,13 @@ def sees_all(attention: Attention, segment: Segment) -> bool:
 
 
 def passes(attention: Attention) -> list[list[int]]:
-    """Group the segments by query order: those in sequence order first, then each reordered segment alone."""
+    """Return groups of segments: all segments in sequence order first, then each reordered segment alone."""
     plain = [i for i, segment in enumerate(attention.segments) if segment.pattern.query_order is None]
     return [group for group in (plain, *([i] for i in range(len(attention.segments)) if i not in plain)) if group]
 
 
 def blocks(attention: Attention, segments: list[int], size: int) -> Iterator[Block]:
-    """Yield all blocks of one pass, first query first. ``size`` is for queries in sequence order."""
+    """Yield all blocks of one pass in ascending order. ``size`` applies only to queries in sequence order."""
     q_len = attention.q_len
     pattern = attention.segments[segments[0]].pattern
     q_start = 0
@@ -162,12 +162,12 @@ def _parts(attention: Attention, index: int, q_start: int, q_stop: int) -> Itera
 
 
 class Masks:
-    """Makes the masks of parts. Keeps, per segment, the last mask that came from the pattern alone."""
+    """Factory of part masks. For each segment, the last mask that the pattern alone determines is cached."""
 
     def __init__(self, attention: Attention) -> None:
         self._attention = attention
         self._last: dict[int, tuple[tuple[int, ...], PartMask]] = {}
-        self._hides_keys: dict[int, bool] = {}  # whether a segment's key mask does
+        self._hides_keys: dict[int, bool] = {}  # per segment: whether the key mask hides a key
 
     def of(self, block: Block, part: Part) -> PartMask | None:
         """Return the mask of a part of a block, or None if every query sees every key."""
@@ -179,7 +179,7 @@ class Masks:
         return PartMask(visible, visible.any(-1))
 
     def of_pattern(self, block: Block, part: Part) -> PartMask | None:
-        """Return the mask that the pattern alone makes, or None if it hides nothing."""
+        """Return the mask of the pattern, without key mask and dense mask, or None if the pattern hides no key."""
         pattern, tile = self._attention.segments[part.segment].pattern, self._tile(block, part)
         if pattern.sees_all(tile):
             return None
@@ -205,7 +205,7 @@ class Masks:
         return Tile(block.q_start, block.q_stop, part.kv_start, part.kv_stop, self._attention.q_len, kv_len)
 
     def _indices(self, block: Block, part: Part) -> tuple[Tensor, Tensor]:
-        """The indices of queries ``(..., n, 1)`` and keys ``(..., 1, m)``, as a ``mask_mod`` takes them."""
+        """Return the indices of queries ``(..., n, 1)`` and keys ``(..., 1, m)``, the arguments of a ``mask_mod``."""
         device = self._attention.query.device
         q, kv = block.queries, part.keys
         if q is None:
@@ -215,7 +215,7 @@ class Masks:
         return q[..., None], kv[:, :, None]
 
     def of_keys(self, block: Block, part: Part) -> Tensor | None:
-        """Return what key mask and dense mask leave visible, broadcastable to ``(batch, heads, n, m)``; None: all."""
+        """Return the keys that both masks leave visible, broadcastable to ``(batch, heads, n, m)``, or None for all."""
         segment, keys = self._attention.segments[part.segment], slice(part.kv_start, part.kv_stop)
         visible: Tensor | None = None
         if part.keys is not None:  # _parts() has applied the key mask: hidden keys are -1
@@ -238,17 +238,17 @@ class Masks:
         return visible
 
     def bias(self, block: Block, part: Part) -> Tensor | None:
-        """Return the bias of a part, broadcastable to ``(batch, heads, n, m)``, or None."""
+        """Return the bias of a part, broadcastable to ``(batch, heads, n, m)``, or None without a bias."""
         attention = self._attention
         device = attention.query.device
         q = torch.arange(block.q_start, block.q_stop, device=device) if block.queries is None else block.queries
         kv = torch.arange(part.kv_start, part.kv_stop, device=device)
         if part.keys is not None and attention.segments[part.segment].bias is not None:
-            raise NotImplementedError("a bias on keys that each head gathers: the backend should have refused it")
+            raise NotImplementedError("a bias on keys that each head gathers, which the backend must refuse")
         return attention.segments[part.segment].bias_at(q, kv, attention.q_len, attention.batch, attention.heads)
 
     def key(self, block: Block, part: Part) -> tuple[object, ...] | None:
-        """Return a value that is equal only for parts with equal pattern masks and equal biases; or None."""
+        """Return a key that is equal only for parts with equal pattern masks and biases, or None if no key exists."""
         segment, tile = self._attention.segments[part.segment], self._tile(block, part)
         by_pattern: tuple[object, ...] | None = ("all", block.rows, part.kv_stop - part.kv_start)
         if not segment.pattern.sees_all(tile):
@@ -258,15 +258,15 @@ class Masks:
 
 
 def _may_hide(mask: Tensor) -> bool:
-    """Whether a mask hides something; True also if only the device knows, because the host would wait for it.
+    """Whether a mask may hide a key. On other devices than the CPU always True, because reading the mask would wait.
 
-    Most blocks of most batches have no padding, so a look at the data pays off on the CPU.
+    On the CPU reading the mask saves time, because most blocks of most batches have no padding.
     """
     return mask.device.type != "cpu" or not holds(mask.all(), unknown=False)
 
 
 def visible_rows(attention: Attention) -> Tensor:
-    """Return which rows see a key, ``(batch, heads or 1, q_len)`` bool, for patterns that do not reorder queries."""
+    """Return ``(batch, heads or 1, q_len)`` bool, True for rows that see a key. No pattern may reorder the queries."""
     masks, all_rows = Masks(attention), []
     for block in blocks(attention, list(range(len(attention.segments))), block_size(attention)):
         visible = attention.query.new_zeros((attention.batch, 1, block.rows), dtype=torch.bool)
@@ -279,7 +279,7 @@ def visible_rows(attention: Attention) -> Tensor:
 
 
 def additive(visible: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Join mask and bias to one additive term with ``-inf`` at hidden keys; None if there is neither."""
+    """Return mask and bias as one additive term with ``-inf`` at hidden keys, or None without mask and bias."""
     if visible is None:
         return None if bias is None else bias.to(dtype)
     if bias is None:

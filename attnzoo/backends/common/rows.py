@@ -1,7 +1,7 @@
 """Read and write whole rows of tensors by index, for queries and keys that a pattern reorders.
 
-A row that moves as one piece of memory is several times faster than ``gather`` or ``scatter``, which take an index per
-element. A tensor whose memory is not made of whole rows goes through ``gather`` and ``scatter``.
+Copying a row as one piece of memory is several times faster than ``gather`` or ``scatter``, which need an index per
+element. These two functions are used only for tensors whose rows are not contiguous in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def take(tensor: Tensor, index: Tensor) -> Tensor:
 
 
 def put_(tensor: Tensor, index: Tensor, values: Tensor) -> None:
-    """Write rows; no index may occur twice."""
+    """Write ``values`` to the indexed rows. No index may occur twice."""
     flat, values = _as_rows(tensor, index), values.to(tensor.dtype)
     if flat is None:
         tensor.scatter_(2, _expanded(tensor, index), values)
@@ -28,7 +28,7 @@ def put_(tensor: Tensor, index: Tensor, values: Tensor) -> None:
 
 
 def add_(tensor: Tensor, index: Tensor, values: Tensor) -> None:
-    """Add to rows."""
+    """Add ``values`` to the indexed rows. An index may occur several times."""
     flat, values = _as_rows(tensor, index), values.to(tensor.dtype)
     if flat is None:
         tensor.scatter_add_(2, _expanded(tensor, index), values)
@@ -41,7 +41,7 @@ def _expanded(tensor: Tensor, index: Tensor) -> Tensor:
 
 
 def _as_rows(tensor: Tensor, index: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The tensor's memory as ``(rows, dim)``, and the row number of each index; None if it is not whole rows."""
+    """Return the memory as ``(rows, dim)`` and the row number of each index, or None if rows are not contiguous."""
     dim = tensor.shape[3] if tensor.ndim == 4 else 1
     # The stride of a dimension of size 1 is arbitrary.
     strides = [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]

@@ -1,8 +1,8 @@
-"""A cache of values derived from tensors, for what all layers of one forward share (plans and block lists from masks).
+"""A cache of values computed from tensors. For example, all layers of one forward share a plan computed from a mask.
 
-On the CPU the key is a tensor's content. On other devices a look at the content would wait for the device: there the
-key is the tensor's identity and version, while the tensor is alive. A write through ``.data`` or DLPack does not raise
-the version, so the cache misses it; models and adapters make their masks anew in every forward.
+On the CPU the key is the content of a tensor. On other devices reading the content would wait for the device, so the
+key is the identity and version of a live tensor. A write through ``.data`` or DLPack does not raise the version, so
+the cache does not notice this write. Models and adapters avoid the problem by making new masks in every forward.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ T = TypeVar("T")
 
 
 class TensorCache:
-    """Values by key and tensors, the most recent ``size`` of them; tensors on other devices are held weakly."""
+    """Cache of the ``size`` most recently used values. The cache keeps only weak references to tensors off the CPU."""
 
     def __init__(self, size: int = 16) -> None:
         self._size, self._lock = size, threading.Lock()
         self._entries: OrderedDict[Hashable, tuple[tuple[weakref.ref[Tensor], ...], Any]] = OrderedDict()
 
     def get(self, key: Hashable, tensors: tuple[Tensor, ...], make: Callable[[], T]) -> T:
-        """Return the cached value of this key and these tensors, or call ``make``. No value may share their memory."""
+        """Return the cached value, or call ``make`` on a miss. The value must not share memory with ``tensors``."""
         watched = tuple(tensor for tensor in tensors if tensor.device.type != "cpu")
         if any(tensor.is_inference() for tensor in watched):
-            return make()  # inference tensors count no versions
+            return make()  # inference tensors have no version
         # A tensor made in inference mode cannot be saved for a backward.
         whole = (key, torch.is_inference_mode_enabled(), *map(_state, tensors))
         with self._lock:
@@ -50,7 +50,7 @@ class TensorCache:
 
 
 def _state(tensor: Tensor) -> Hashable:
-    """Equal for CPU tensors of equal content, and for a tensor elsewhere that nothing was written to."""
+    """Return a key for a tensor: the content on the CPU, the identity and version on other devices."""
     if tensor.device.type == "cpu":
         return tensor.dtype, tensor.shape, tensor.detach().numpy().tobytes()
     return id(tensor), tensor._version

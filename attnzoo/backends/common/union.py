@@ -1,13 +1,12 @@
-"""The union of partial softmaxes, exact in forward and backward: one executor for every kernel that returns (out, lse).
+"""The exact union of partial softmaxes, forward and backward, for every kernel that returns ``(out, lse)``.
 
-Attention over a union of key sets follows from the attention over each set: with ``lse`` the log-sum-exp of a part's
-scores, ``lse = logsumexp(lse_i)`` and ``out = sum(exp(lse_i - lse) * out_i)`` (Milakov & Gimelshein 2018,
-arXiv:1805.02867; used across devices by Ring Attention, arXiv:2310.01889). The backward of each part is exact when it
-gets the *final* out and lse, because the gradient of a softmax needs nothing else of the other parts.
+A kernel computes the attention over each part ``i`` of the keys: the output ``out_i``, and the log-sum-exp of the
+scores, ``lse_i``. Then ``lse = logsumexp(lse_i)`` and ``out = sum(exp(lse_i - lse) * out_i)`` (Milakov & Gimelshein
+2018, arXiv:1805.02867; used across devices by Ring Attention, arXiv:2310.01889). The backward of each part needs only
+the *final* out and lse to be exact, because the gradient of a softmax depends on the other parts through these alone.
 
-To add a GPU kernel that takes packed sequences, copy ``varlen/varlen_kernel.py``; ``varlen/packed.py`` unites its
-calls. To unite a kernel with another interface, subclass :class:`PartialKernel` and call :func:`unite`, as
-``sdpa/flash_cpu.py`` does.
+To add a GPU kernel for packed sequences, copy ``varlen/varlen_kernel.py``. To add a kernel with a different interface,
+subclass :class:`PartialKernel` and call :func:`unite`, as ``sdpa/flash_cpu.py`` does.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ class PartialKernel(ABC):
     """A kernel that returns ``(out, lse)`` of a part of the keys, bound to the tensors of one attention.
 
     A plan yields ``(is_first, rows)``. ``rows.take(tensor)``, ``rows.put(tensor, values)`` and ``rows.add(tensor,
-    values)`` read and write these query rows of out, lse and gradients. First rows are written without being read: they
-    must not overlap. ``rows.parts`` are the parts of the keys that the rows see: ``part.segment`` is the number of the
-    segment, and ``part.add(tensor, values)`` adds to the part's rows of a key or value gradient.
+    values)`` read and write these query rows of out, lse and gradients. Rows with ``is_first`` must not overlap,
+    because they are written without being read. ``rows.parts`` are the parts of the keys that the rows see:
+    ``part.segment`` is the segment number, and ``part.add(tensor, values)`` adds to rows of a key or value gradient.
 
     Attributes:
-        places: for each segment, the number of its key and of its value among ``tensors``: key, value, key, ...
-        query: in the layout of the kernel.
-        tensors: the distinct keys and values, then further tensors with a gradient.
+        places: the indices of each segment's key and value in ``tensors``: key, value, key, ...
+        query: the query tensor in the layout of the kernel.
+        tensors: the distinct keys and values, followed by further tensors with a gradient.
     """
 
     places: Sequence[int]
@@ -46,26 +45,26 @@ class PartialKernel(ABC):
 
     @abstractmethod
     def new_results(self) -> tuple[Tensor, Tensor]:
-        """Return memory for out, which may hold garbage where first rows will write, and lse filled with ``-inf``."""
+        """Return memory for out, uninitialised where ``is_first`` rows are written, and lse filled with ``-inf``."""
 
     @abstractmethod
     def forward_plan(self) -> Iterable[tuple[bool, Any]]:
-        """Yield rows until every query has met every key it sees."""
+        """Yield ``(is_first, rows)`` such that each visible pair of query and key occurs exactly once."""
 
     @abstractmethod
     def forward(self, rows: Any, number: int) -> tuple[Tensor, Tensor]:
-        """Return out and lse of the rows over part ``number``; lse is ``-inf`` and out finite if a row sees no key."""
+        """Return out and lse of rows over part ``number``. A row that sees no key has finite out and lse ``-inf``."""
 
     def backward_plan(self) -> Iterable[tuple[bool, Any]]:
-        """Yield the rows of the backward, by default those of the forward."""
+        """Yield ``(is_first, rows)`` for the backward. The default is the plan of the forward."""
         return self.forward_plan()
 
     @abstractmethod
     def backward(self, rows: Any, grad_out: Tensor, out: Tensor, lse: Tensor) -> Iterable[Grads]:
-        """Return the gradients of query, key and value for each part, given these rows of the final out and lse."""
+        """Return the gradients of query, key and value for each part. The ``out`` and ``lse`` are final values."""
 
     def further_gradients(self) -> list[Tensor]:
-        """Return the gradients of the tensors that follow keys and values, after the backward of all rows."""
+        """Return the gradients of the further tensors. :func:`unite` calls this after the backward of all rows."""
         return []
 
 
@@ -73,15 +72,15 @@ Bind = Callable[[Tensor, Sequence[Tensor]], PartialKernel]
 
 
 def unite(bind: Bind, query: Tensor, tensors: Sequence[Tensor], masks: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
-    """Run a union on a kernel, with gradients.
+    """Return the attention over the union of all parts, with gradients.
 
     Args:
-        bind: makes the kernel from ``query`` and ``tensors``; the forward and each backward call it.
-        query, tensors: attributes of the kernel.
-        masks: other tensors that the backward reads: PyTorch raises if they were written to in between.
+        bind: function that makes the kernel from ``query`` and ``tensors``, called by the forward and each backward.
+        query, tensors: the attributes of the kernel with these names.
+        masks: further tensors that the backward reads. PyTorch raises if code changes them before the backward.
 
     Returns:
-        The output in the query's dtype, and lse without a gradient, ``-inf`` in rows that see no key.
+        The output in the dtype of the query, and lse without a gradient. Rows that see no key have lse ``-inf``.
     """
     output, lse = _Union.apply(bind, masks, query, *tensors)
     return output, lse
@@ -99,7 +98,7 @@ class _Union(torch.autograd.Function):
             for number in range(len(rows.parts)):
                 part = kernel.forward(rows, number)
                 merged = part if merged is None else _merge(*merged, *part)
-            if merged is None:  # first rows, which see no key
+            if merged is None:  # these rows see no key, and no earlier result exists
                 rows.put(out, torch.zeros_like(rows.take(out)))
             else:
                 rows.put(out, merged[0])
@@ -116,12 +115,12 @@ class _Union(torch.autograd.Function):
         query, out, lse, *tensors = ctx.saved_tensors[: 3 + ctx.count]
         kernel = ctx.bind(query, tensors)
         grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
-        # A row that sees no key has lse -inf, and a kernel would compute inf - inf; with 0 its weights become 0.
+        # A row that sees no key has lse -inf, and a kernel would compute inf - inf. With lse 0 all weights become 0.
         lse = lse.masked_fill(lse == float("-inf"), 0.0)
-        # zeros_like keeps the layout of the input: projections merge heads in memory, and then copy no gradient.
+        # zeros_like keeps the layout of the input. So the backward of a projection, which merges heads, copies nothing.
         trained = (query, *tensors[: 1 + max(kernel.places)])
         grad_query, *grads = (torch.zeros_like(tensor, dtype=lse.dtype) for tensor in trained)
-        with torch.autocast(query.device.type, enabled=False):  # the caller of backward() may be in one
+        with torch.autocast(query.device.type, enabled=False):  # the caller of backward() may use autocast
             for is_first, rows in kernel.backward_plan():
                 write = rows.put if is_first else rows.add
                 gradients = kernel.backward(rows, rows.take(grad_out), rows.take(out), rows.take(lse))
@@ -135,9 +134,9 @@ class _Union(torch.autograd.Function):
 
 
 def _merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge a further part into ``out`` ``(..., dim)`` and ``lse`` ``(...)``, in place if out has the dtype of lse."""
+    """Return ``out`` ``(..., dim)`` and ``lse`` ``(...)`` with one more part merged, in place for equal dtypes."""
     out = out.to(lse.dtype)
-    share = torch.sigmoid(part_lse - lse)  # exp(part_lse - total); one minus it is exp(lse - total)
+    share = torch.sigmoid(part_lse - lse)  # exp(part_lse - total); 1 - share is exp(lse - total)
     share = share.masked_fill_(part_lse == float("-inf"), 0.0)
     out.lerp_(part_out.to(out.dtype), share.unsqueeze(-1))
     return out, lse.copy_(torch.logaddexp(lse, part_lse))

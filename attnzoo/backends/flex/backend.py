@@ -1,7 +1,7 @@
-"""``flex_attention``: all segments in one call of compiled FlexAttention (Dong et al. 2024, arXiv:2412.05496).
+"""``flex_attention``: one call of compiled FlexAttention for all segments (Dong et al. 2024, arXiv:2412.05496).
 
-The keys of all segments stand one after the other. The kernel evaluates masks and biases as the patterns define them,
-and skips blocks that no query sees (:mod:`attnzoo.backends.common.block_lists`).
+The keys of all segments are concatenated. The kernel computes masks and biases from the definitions of the patterns,
+and skips blocks without visible keys (:mod:`attnzoo.backends.common.block_lists`).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from attnzoo.spec.heads import expand_heads
 from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern, Window
 from attnzoo.spec.segments import Attention, Request, Result
 
-# Kernels on CUDA take tiles of up to 128 queries out of a block.
+# CUDA kernels divide a block into tiles of at most 128 queries.
 BLOCK_SHAPES = {"cpu": BlockShape(64, 64), "cuda": BlockShape(128, 128)}
-_LEAST_DIM = 16  # of a matrix product in Triton, the language of PyTorch's CUDA kernels for FlexAttention
+_LEAST_DIM = 16  # the smallest dimension of a matrix product in Triton, which compiles the CUDA kernels
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,19 @@ class FlexBackend(Backend):
     @classmethod
     def unavailable(cls) -> str | None:
         if os.environ.get("TORCHDYNAMO_DISABLE", "0") == "1":
-            return "torch.compile is off (TORCHDYNAMO_DISABLE=1), and FlexAttention is only useful when compiled"
+            return "TORCHDYNAMO_DISABLE=1 turns torch.compile off, and attnzoo runs FlexAttention only when compiled"
         return None
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
         refusals = self.refusals_anywhere(request)
         if request.device == "cpu" and not _compiles_on_cpu():
-            refusals += (Refusal("device", "cpu without AVX2 or a C++ compiler", "cpu with both, or cuda"),)
+            refusals += (Refusal("device", "cpu without AVX2 or a C++ compiler", "cpu with both of these, or cuda"),)
         return refusals
 
     def refusals_anywhere(self, request: Request) -> tuple[Refusal, ...]:
         refusals = self.capabilities.refusals(request)
         if request.device == "cpu" and request.grad:
-            refusals += (Refusal("grad", "requested on cpu", "torch.no_grad() on cpu, or cuda"),)
+            refusals += (Refusal("grad", "True on cpu", "torch.no_grad() on cpu, or device cuda"),)
         dim = min(request.head_dim, request.value_dim)
         if request.device == "cuda" and dim < _LEAST_DIM:
             refusals += (Refusal("head_dim", str(dim), f"at least {_LEAST_DIM} on cuda"),)
@@ -73,8 +73,8 @@ class FlexBackend(Backend):
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
         _check_biases(attention)
-        # One layout for all calls, so that one compiled kernel serves them. Queries, and so the output, have the layout
-        # of models; the keys of a head lie side by side, which is a sixth faster on the CPU than the layout of models.
+        # All calls use one memory layout, so one compiled kernel is enough. Queries and output have the model layout.
+        # Keys and values are contiguous per head, which is a sixth faster on the CPU than the layout of models.
         query = in_rows(attention.query)
         key, value = _joined_keys_values(attention)
         form, terms = _form(attention, query, key, value), _terms(attention)
@@ -86,15 +86,15 @@ class FlexBackend(Backend):
 
 
 def _check_biases(attention: Attention) -> None:
-    """Raise unless every bias is a plain table, as the kernel reads it: a subclass may define other values."""
+    """Raise if a bias is not exactly a ``RelativeBias``. A subclass may define values that are not in the table."""
     for segment in attention.segments:
         if segment.bias is not None and type(segment.bias) is not RelativeBias:
-            reason = Refusal("bias", type(segment.bias).__name__, "RelativeBias itself, not a subclass")
+            reason = Refusal("bias", type(segment.bias).__name__, "RelativeBias, but no subclass")
             raise BackendRefusedError(FlexBackend.name, {"attention": (reason,)}, {})
 
 
 def _compiles_on_cpu() -> bool:
-    # No public function of PyTorch tells; its CPU kernels for FlexAttention state these two conditions.
+    # PyTorch has no public function for this. The source of its CPU kernels for FlexAttention checks these conditions.
     compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
     return torch.backends.cpu.get_cpu_capability() != "DEFAULT" and any(
         name and shutil.which(name) for name in compilers
@@ -152,7 +152,7 @@ def _terms(attention: Attention) -> Terms:
         tables.append(table.expand(attention.heads, -1))
         all_positions.append(positions)
         entries += table.shape[1]
-    # contiguous(): with a single key, the flattened mask is a view of one repeated element.
+    # contiguous() is needed with a single key: the flattened mask is then a view of one repeated element.
     unpadded = unpadded_keys(attention).expand(attention.batch, -1).flatten().contiguous()
     sizes = scalars(starts[-1], entries, attention.q_len, device=device)
     table = torch.cat(tables, dim=1).flatten()
@@ -160,11 +160,11 @@ def _terms(attention: Attention) -> Terms:
 
 
 def _pattern_numbers(pattern: Pattern, q_len: int, kv_len: int) -> list[int]:
-    """A pattern as the numbers that :class:`~attnzoo.backends.flex.kernel.Terms` describes."""
+    """Return the last five of the seven numbers that :class:`~attnzoo.backends.flex.kernel.Terms` describes."""
     if isinstance(pattern, Chunks):
         count = -(-kv_len // pattern.length)
         return [pattern.length, pattern.before, pattern.before + pattern.after, count, int(pattern.causal)]
     band = pattern.band(q_len, kv_len)
     if band is None:
-        raise NotImplementedError(f"{pattern} is neither chunks nor a band: the backend should have refused it")
+        raise NotImplementedError(f"pattern {pattern} is neither Chunks nor a band, and the backend must refuse it")
     return [*band, 0, 0, 0]

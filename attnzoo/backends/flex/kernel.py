@@ -1,16 +1,16 @@
-"""Compiled FlexAttention: one kernel for all attentions of the same *form*, whatever their lengths.
+"""Compiled FlexAttention: one kernel for all attentions of equal *form*. Attentions of any length share the kernel.
 
-A form is everything the kernel's code depends on: the kind of pattern of each segment, whether there is a bias, the
-scale, the dtype, the heads and their dimensions, and which lengths are 1 (a compiler treats 1 as a constant). Lengths,
-windows, offsets and tables are symbols or tensors, so a new length compiles nothing. Three measures ensure this:
+A form contains everything that the compiled code depends on, for example the kind of pattern of each segment, the
+dtype, the scale, and which lengths are 1 (a compiler treats 1 as a constant). Lengths, windows, offsets and tables are
+symbols or tensors, so a new length needs no new compilation. Three measures ensure this:
 
-- Each form has its own function, because a compiler gives up on a function that it has compiled too often. The function
-  raises if the compiler gives up (``fullgraph``) or is switched off, because uncompiled FlexAttention would make whole
-  ``q_len x kv_len`` grids.
-- The function is compiled on an example with no two equal sizes: a compiler takes equal sizes for one symbol.
-- Masks and biases read flat tensors through ``embedding``, which needs no size: PyTorch's CPU kernels (seen in 2.13)
-  take a wrong size for a captured tensor if the size is a symbol. Trained tables, which exist on CUDA only, are
-  indexed instead: indexing is the only lookup whose gradient PyTorch's backward of FlexAttention computes.
+- Each form has a separate function, because the compiler limits the number of compilations of one function. The
+  function raises if it is not compiled, because FlexAttention would then compute whole ``q_len x kv_len`` grids.
+- The function is compiled on example tensors without equal sizes, because the compiler replaces equal sizes by one
+  symbol.
+- Masks and biases read flat tensors with ``embedding``, which needs no size. PyTorch's CPU kernels (seen in 2.13) use
+  a wrong size for a captured tensor if the size is a symbol. Trained tables are indexed instead, because PyTorch's
+  backward of FlexAttention computes gradients only for indexing. Trained tables exist on CUDA only.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from attnzoo.backends.common.block_lists import BlockLists, BlockShape
 from attnzoo.errors import BackendRefusedError, Refusal
 
-_UNCOMPILED = Refusal("torch.compile", "switched off by a stance or a setting", "on: uncompiled, it makes whole grids")
+_UNCOMPILED = Refusal("torch.compile", "disabled by a stance or a setting", "enabled, for memory below q_len x kv_len")
 
 
 class Form(NamedTuple):
-    """Everything a kernel's code depends on."""
+    """Everything that the compiled code of a kernel depends on."""
 
     is_chunked: tuple[bool, ...]  # per segment: whether its pattern is Chunks; otherwise it is a band
     has_bias: bool  # whether a relative bias is added
@@ -40,7 +40,7 @@ class Form(NamedTuple):
     block: BlockShape
     dtype: torch.dtype
     device: torch.device
-    threads: int  # a compiled CPU kernel is for this number of threads
+    threads: int  # a CPU kernel is compiled for this number of threads
     heads: int
     kv_heads: int
     head_dim: int
@@ -55,16 +55,16 @@ Scalars = tuple[Tensor, ...]  # zero-dimensional, long
 class Terms(NamedTuple):
     """The tensors from which the kernel computes masks and biases.
 
-    A pattern has seven numbers: start and stop of the segment's keys; then lowest and highest distance of a band, or
-    chunk length, chunks before, chunks before + after, number of chunks, and 1 if causal.
+    A pattern has seven numbers. The first two are start and stop of the segment's keys. For a band, the lowest and the
+    highest distance follow, then zeros. For chunks, these five follow: length, before, before + after, count, causal.
     """
 
     sizes: Scalars  # number of keys, entries of the table per head, number of queries
     patterns: tuple[Scalars, ...]  # per segment
     unpadded: Tensor  # (batch * keys,) bool, False for padding keys
-    biases: tuple[Scalars, ...]  # per segment: index of distance 0, key position of query 0, first and last entry
-    table: Tensor  # (heads * entries,) float, the bias values of all segments side by side
-    positions: tuple[Tensor, ...]  # per segment: (batch * q_len,) long, positions of its queries, if it has positions
+    biases: tuple[Scalars, ...]  # per segment: index of distance 0, position of query 0, first and last entry
+    table: Tensor  # (heads * entries,) float, the concatenated bias values of all segments
+    positions: tuple[Tensor, ...]  # per segment: (batch * q_len,) long positions of the queries, or zeros
 
 
 CompiledKernel = Callable[[Tensor, Tensor, Tensor, BlockLists, Terms], Tensor]
@@ -72,10 +72,10 @@ CompiledKernel = Callable[[Tensor, Tensor, Tensor, BlockLists, Terms], Tensor]
 
 @cache
 def compiled_kernel(form: Form) -> CompiledKernel:
-    """Return the compiled attention of a form.
+    """Return the compiled attention function of a form.
 
-    It is a function of query ``(batch, heads, q_len, head_dim)`` in the layout of :func:`in_rows`, keys and values of
-    all segments (contiguous ``(batch, kv_heads, keys, dim)``), block lists and terms.
+    The arguments of this function are query ``(batch, heads, q_len, head_dim)`` in the layout of :func:`in_rows`,
+    contiguous keys and values ``(batch, kv_heads, keys, dim)`` of all segments, block lists and terms.
     """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, terms: Terms) -> Tensor:
@@ -100,7 +100,7 @@ def compiled_kernel(form: Form) -> CompiledKernel:
         output: Tensor = flex_attention(query, key, value, modified, block_mask, scale, enable_gqa=True)
         return output
 
-    # Compilers count compilations by code object, so each form gets its own.
+    # The compiler counts compilations per code object, so each form gets a separate code object.
     code = attend.__code__.replace(co_name=f"attend_{compiled_kernel.cache_info().misses}")
     function = FunctionType(code, attend.__globals__, code.co_name, None, attend.__closure__)
     compiled = torch.compile(function, dynamic=True, fullgraph=True, options={"assert_indirect_indexing": False})
@@ -113,7 +113,7 @@ def _lookup(flat: Tensor, index: Tensor) -> Tensor:
 
 
 def _visible(form: Form, terms: Terms, q: Tensor, kv: Tensor) -> Tensor:
-    """The ``mask_mod`` of all segments, with the patterns' numbers as tensors."""
+    """Return which keys are visible by the patterns of all segments, as a ``mask_mod`` does."""
     visible = None
     for number, is_chunked in enumerate(form.is_chunked):
         start, stop, *rest = terms.patterns[number]
@@ -130,7 +130,7 @@ def _visible(form: Form, terms: Terms, q: Tensor, kv: Tensor) -> Tensor:
 
 
 def _bias_entry(form: Form, terms: Terms, b: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-    """The entry of the table for a query and a key."""
+    """Return the index of the table entry of a query and a key, within one head."""
     entry = None
     for number, has_positions in enumerate(form.has_positions):
         zero, shift, first, last = terms.biases[number]
@@ -142,14 +142,14 @@ def _bias_entry(form: Form, terms: Terms, b: Tensor, q: Tensor, kv: Tensor) -> T
 
 
 def scalars(*values: int, device: torch.device) -> Scalars:
-    """Return one new tensor per number: a view would have a size and an offset that a kernel is compiled for."""
+    """Return one new tensor per number. A kernel compiled for views would depend on their sizes and offsets."""
     return tuple(torch.tensor(value, device=device) for value in values)
 
 
 def in_rows(query: Tensor) -> Tensor:
-    """Return queries ``(batch, heads, q_len, head_dim)`` in the only layout that kernels are compiled for.
+    """Return queries ``(batch, heads, q_len, head_dim)`` in the only memory layout that kernels are compiled for.
 
-    A compiler compiles anew for another base of a view, and for other strides along dimensions of size 1.
+    A compiler compiles again if the base of a view changes, or if the strides of dimensions of size 1 change.
     """
     rows = query.transpose(1, 2).contiguous()
     rows = rows.view(rows.shape)
@@ -157,7 +157,7 @@ def in_rows(query: Tensor) -> Tensor:
 
 
 def _example(form: Form) -> tuple[Tensor, Tensor, Tensor, BlockLists, Terms]:
-    """Arguments of the form whose sizes are 1 or all different. The block lists are empty, so nothing is computed."""
+    """Return example arguments whose sizes above 1 are all different. Empty block lists make the example fast."""
     taken = {form.heads, form.kv_heads, form.head_dim, form.value_dim}
 
     def fresh(size: int) -> int:

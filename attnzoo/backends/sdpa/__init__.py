@@ -1,1 +1,1 @@
-"""The ``sdpa`` backend: ``scaled_dot_product_attention`` and the CPU kernel behind it."""
+"""The ``sdpa`` backend: ``scaled_dot_product_attention`` and the CPU kernel that it calls."""

@@ -1,14 +1,14 @@
-"""``sdpa``: everything on ``torch.nn.functional.scaled_dot_product_attention`` and the kernels behind it.
+"""The backend ``sdpa``: ``torch.nn.functional.scaled_dot_product_attention`` and the kernels that it calls.
 
-A single segment without bias and dense mask is one public call if every query sees every key, or if it is plainly
-causal. Any other attention goes block by block, in the first of these ways that can run it:
+A single segment without bias and dense mask needs one public call if the pattern is causal or if every query sees
+every key. Any other attention is computed block by block, by the first of these methods that supports it:
 
 - On the CPU, without dropout and function transforms, with ``value_dim == head_dim``: PyTorch's CPU FlashAttention
-  kernel, whose parts are merged by log-sum-exp, trained biases included (:mod:`attnzoo.backends.sdpa.flash_cpu`).
-- With segments that reorder the queries: plain operations (:mod:`attnzoo.backends.sdpa.math_blocks`).
+  kernel, with trained biases too. Log-sum-exp merges the parts (:mod:`attnzoo.backends.sdpa.flash_cpu`).
+- With segments that reorder the queries: plain PyTorch operations (:mod:`attnzoo.backends.sdpa.math_blocks`).
 - Otherwise: one public call per block, on the concatenated keys of its parts.
 
-This module chooses the kernel of a public call and enforces it, so that the reported kernel is the one that ran.
+This module chooses the kernel of a public call and forces PyTorch to use this kernel, so the reported name is correct.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from attnzoo.spec.transforms import TRANSFORMS, transforms_around
 
 @dataclass(frozen=True)
 class SdpaBackend(Backend):
-    """Scaled dot-product attention of PyTorch, in blocks if the pattern is local."""
+    """PyTorch's scaled dot-product attention, computed in blocks if the pattern is local."""
 
     name: ClassVar[str] = "sdpa"
     priority: ClassVar[int] = 10
@@ -59,11 +59,11 @@ class SdpaBackend(Backend):
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
         refusals = super().refusals(request)
         if any(s.bias is not None and isinstance(s.pattern, SortedChunks | HashedChunks) for s in request.segments):
-            refusals += (Refusal("bias", "a bias on sorted keys", "SortedChunks and HashedChunks without a bias"),)
+            refusals += (Refusal("bias", "a bias on sorted keys", "no bias with SortedChunks and HashedChunks"),)
         return refusals
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
-        # The kernels read each row as contiguous memory, whether they check it or not.
+        # The kernels read each row as contiguous memory, and some kernels do not check this.
         attention = positive_scale(attention.with_tensors(tuple(map(_contiguous_rows, attention.tensors()))))
         segment = attention.segments[0]
         is_plain = len(attention.segments) == 1 and segment.mask is None and segment.bias is None
@@ -87,7 +87,7 @@ def _contiguous_rows(tensor: Tensor) -> Tensor:
 
 
 def _is_causal(attention: Attention, segment: Segment) -> bool:
-    """Whether PyTorch's ``is_causal``, which aligns query 0 with key 0, describes pattern and key mask exactly."""
+    """Whether PyTorch's ``is_causal`` is equal to pattern and key mask. ``is_causal`` aligns query 0 with key 0."""
     return (
         isinstance(segment.pattern, Causal)
         and segment.pattern.shift(attention.q_len, segment.kv_len) == 0
@@ -101,13 +101,13 @@ def _can_use_cpu_kernel(attention: Attention) -> bool:
         attention.query.device.type == "cpu"
         and attention.dropout == 0.0
         and attention.value_dim == attention.head_dim
-        and not transforms_around(attention.tensors())  # the union is an autograd.Function without rules for transforms
+        and not transforms_around(attention.tensors())  # the union supports no transforms
         and flash_cpu.unavailable() is None
     )
 
 
 def _concatenated(attention: Attention, size: int) -> Result:
-    """One public call per block, on the concatenated keys of all its parts."""
+    """Compute each block by one public call on the concatenated keys of all parts of the block."""
     indices = list(range(len(attention.segments)))
     all_blocks = list(blocks(attention, indices, size))
     masks = Masks(attention)
@@ -137,13 +137,13 @@ def _call(
     bias: Tensor | None,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor | None, str]:
-    """One ``scaled_dot_product_attention``: output, rows that see a key (None: all do), and the kernel."""
+    """Return output, rows that see a key (None for all rows), and kernel name of one public call."""
     visible_rows = None
     if visible is not None:
         # Kernels disagree on rows that see no key. Let such rows see every key; their output is dropped later.
         visible_rows = visible.any(-1)
         visible = visible | ~visible_rows[..., None]
-    # On the CPU PyTorch makes a bool mask additive, and copies each row of an expanded mask.
+    # On the CPU PyTorch would convert a bool mask to an additive mask, and copy each row of an expanded mask.
     keeps_bool = bias is None and query.device.type != "cpu"
     mask = visible if keeps_bool else additive(visible, bias, query.dtype)
     mask = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
@@ -158,10 +158,10 @@ def _call(
 
 
 class _Switches:
-    """A lock around PyTorch's kernel switches, which are global: a change is visible to models in other threads.
+    """Lock around PyTorch's kernel switches. The switches are global, so a change affects models in other threads.
 
-    Calls that leave the switches alone run side by side. A call that changes them waits for those, runs alone, and
-    restores the switches.
+    Calls that do not change the switches may run at the same time. A call that changes the switches first waits for
+    all running calls, then runs alone, and finally restores the switches.
     """
 
     def __init__(self) -> None:
@@ -191,8 +191,8 @@ _switches = _Switches()
 
 @contextmanager
 def _enforced(kernel: SDPBackend, query: Tensor, key: Tensor, value: Tensor, terms: dict[str, Any]) -> Iterator[None]:
-    """Make PyTorch run this call on this kernel, or raise. Change its switches only if its default differs."""
-    if torch.compiler.is_compiling():  # torch.compile cannot trace the choice or the lock; it sets the switches itself
+    """Force PyTorch to use ``kernel`` or raise. Change the global switches only if PyTorch's default kernel differs."""
+    if torch.compiler.is_compiling():  # torch.compile cannot trace the choice or the lock
         with sdpa_kernel(kernel):
             yield
         return
@@ -205,9 +205,9 @@ def _enforced(kernel: SDPBackend, query: Tensor, key: Tensor, value: Tensor, ter
 
 
 def _default_kernel(query: Tensor, key: Tensor, value: Tensor, terms: dict[str, Any]) -> SDPBackend | None:
-    """The kernel PyTorch would choose; None if unknown.
+    """Return the kernel that PyTorch would choose, or None if the choice is unknown.
 
-    Under ``torch.func`` PyTorch chooses at each level: a bias may need a gradient at one level and not at the next.
+    Under ``torch.func`` PyTorch chooses once per level, because a bias may need a gradient at some levels only.
     """
     if transforms_around((query, key, value)):
         return None
@@ -226,10 +226,10 @@ _NAMES = {
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> SDPBackend:
-    """The fastest kernel that can run this call.
+    """Return the fastest kernel that can run this call.
 
-    Only ``MATH``, which is plain operations, has batching rules, tangents and second derivatives. One level of
-    ``torch.func.grad`` needs none of these, but only that level knows whether a mask needs a gradient.
+    Only ``MATH``, which uses plain operations, has batching rules, tangents and second derivatives. A single level of
+    ``torch.func.grad`` needs none of these, but code outside the level cannot see whether a mask needs a gradient.
     """
     transforms = transforms_around((query, key, value))
     if transforms and (transforms != ("grad",) or mask is not None):

@@ -1,12 +1,12 @@
 """Blocked union attention on PyTorch's CPU FlashAttention kernel, forward and backward.
 
-A block of queries attends to each of its parts by one call of the kernel, which returns ``(out, lse)``;
-:mod:`attnzoo.backends.common.union` merges the parts. Consecutive blocks with equal masks go into one forward call
-(:mod:`attnzoo.backends.sdpa.stacks`). The backward saves the inputs, the output and lse.
+For each block of queries and each part of the block, one kernel call returns ``(out, lse)``.
+:mod:`attnzoo.backends.common.union` merges the parts. One forward call computes consecutive blocks with equal masks
+(:mod:`attnzoo.backends.sdpa.stacks`). The forward saves the inputs, the output and lse for the backward.
 
-The kernel behind ``scaled_dot_product_attention`` returns its ``lse`` through no public function, so this module calls
-two private operators of PyTorch. :func:`unavailable` checks their signatures; without them the sdpa backend uses its
-slower public path. ``tests/backends/test_flash_cpu.py`` pins what the operators do.
+No public function returns the ``lse`` of PyTorch's CPU kernel, so this module calls two private operators of PyTorch.
+:func:`unavailable` checks the signatures of these operators. Without the operators the ``sdpa`` backend makes slower
+public calls. ``tests/backends/test_flash_cpu.py`` tests the behaviour of the operators.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _operators = torch.ops.aten
 
 @cache
 def unavailable() -> str | None:
-    """Return why the private operators cannot be used with this PyTorch, or None."""
+    """Return the reason why this PyTorch version lacks the private operators, or None if they can be used."""
     inputs, settings = ("query", "key", "value"), ("dropout_p", "is_causal", "attn_mask", "scale")
     expected = {_FORWARD: (*inputs, *settings), _BACKWARD: ("grad_out", *inputs, "out", "logsumexp", *settings)}
     for name, arguments in expected.items():
@@ -48,7 +48,7 @@ def unavailable() -> str | None:
 
 
 def attend(attention: Attention) -> Tensor:
-    """Return the output of an attention on CPU tensors with ``value_dim == head_dim``, without dropout."""
+    """Return the output of an attention. Requires CPU tensors, ``value_dim == head_dim`` and no dropout."""
     trained = [bias.values for bias in trained_biases(attention).values()] if torch.is_grad_enabled() else []
     keys_values, places = _distinct_tensors(attention)
     kernel = partial(_CpuKernel, _without_storage(attention), places)
@@ -58,7 +58,7 @@ def attend(attention: Attention) -> Tensor:
 
 
 def _distinct_tensors(attention: Attention) -> tuple[list[Tensor], list[int]]:
-    """Keys and values of all segments, each tensor once, and the numbers of each segment's: key, value, key, ..."""
+    """Return the distinct keys and values, and their index for each segment in the order key, value, key, ..."""
     every = [tensor for segment in attention.segments for tensor in (segment.key, segment.value)]
     distinct = list({id(tensor): tensor for tensor in every}.values())
     numbers = {id(tensor): number for number, tensor in enumerate(distinct)}
@@ -66,7 +66,7 @@ def _distinct_tensors(attention: Attention) -> tuple[list[Tensor], list[int]]:
 
 
 def _without_storage(attention: Attention) -> Attention:
-    """The attention on tensors of equal shapes without storage, so that the graph holds no tensor twice."""
+    """Return a copy with storage-free tensors of equal shapes. Otherwise the graph would refer to tensors twice."""
 
     def shell(tensor: Tensor) -> Tensor:
         return tensor.detach().new_empty(()).expand(tensor.shape)
@@ -78,7 +78,7 @@ def _without_storage(attention: Attention) -> Attention:
 
 
 def _mask_tensors(attention: Attention) -> list[Tensor]:
-    """The masks and biases that the backward reads again."""
+    """Return the tensors of masks and biases that the backward reads again."""
     values: list[object] = []
     for segment in attention.segments:
         values += [segment.key_mask, segment.mask]
@@ -89,7 +89,7 @@ def _mask_tensors(attention: Attention) -> list[Tensor]:
 
 
 class _AdditiveMasks:
-    """The additive mask of each part and the rows that see a key; keeps the last mask of each segment."""
+    """Factory of the additive masks of parts. The last mask of each segment is cached."""
 
     def __init__(self, attention: Attention) -> None:
         self._masks, self._attention = Masks(attention), attention
@@ -98,7 +98,7 @@ class _AdditiveMasks:
         self._by_hash: dict[int, HashMasks] = {}
 
     def of(self, block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
-        """Return the mask ``(batch, heads, n, m)`` and the rows ``(batch, heads, n)`` that see a key; None: all do."""
+        """Return the mask ``(batch, heads, n, m)``, and the rows ``(batch, heads, n)`` that see a key."""
         attention = self._attention
         mask, visible_rows = self._of_structure(block, part)
         keys = self._masks.of_keys(block, part)
@@ -111,7 +111,7 @@ class _AdditiveMasks:
         return mask, None if visible_rows is None else visible_rows.expand(shape[:3])
 
     def _of_structure(self, block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
-        """The same by pattern and bias alone, which is equal for most blocks of a sequence."""
+        """Return mask and rows from pattern and bias alone. Most blocks of a sequence have equal results."""
         segment, dtype = self._attention.segments[part.segment], self._attention.query.dtype
         pattern = segment.pattern
         if isinstance(pattern, SortedChunks) and segment.bias is None and block.queries is not None:
@@ -136,7 +136,7 @@ class _AdditiveMasks:
 
 
 class _CpuKernel(PartialKernel):
-    """The two operators on an attention's parts: on stacks of blocks in the forward, on blocks in the backward."""
+    """The two private operators as a :class:`PartialKernel`. The forward runs on stacks, the backward on blocks."""
 
     def __init__(self, attention: Attention, places: list[int], query: Tensor, tensors: Sequence[Tensor]) -> None:
         self._attention, self.places, self.query, self.tensors = attention, places, query, tensors
@@ -147,7 +147,7 @@ class _CpuKernel(PartialKernel):
     def new_results(self) -> tuple[Tensor, Tensor]:
         batch, heads, q_len, dim = self.query.shape
         accumulate = torch.float64 if self.query.dtype == torch.float64 else torch.float32
-        # (batch, q_len, heads, dim) in memory, as models need it
+        # Models need the memory layout (batch, q_len, heads, dim).
         dtype = self.query.dtype if len(self._passes) == 1 else accumulate
         out = self.query.new_empty((batch, q_len, heads, dim), dtype=dtype)
         lse = self.query.new_full((batch, q_len, heads), float("-inf"), dtype=accumulate)
@@ -159,7 +159,7 @@ class _CpuKernel(PartialKernel):
                 yield from ((number == 0, rows) for rows in stack.by_sample(self._attention.batch))
 
     def forward(self, rows: Stack, number: int) -> tuple[Tensor, Tensor]:
-        """Return out and lse as :meth:`Stack.take` shapes them."""
+        """Return out and lse in the shapes that :meth:`Stack.take` returns."""
         part = rows.parts[number]
         mask, visible_rows = self._masks.of(rows.block, part)
         call = rows.flat() if mask is None and rows.steps[number] == 0 else rows

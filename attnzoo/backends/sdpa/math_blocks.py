@@ -1,8 +1,8 @@
-"""Blocked union attention in plain torch operations: any device, dropout, reordered queries, transforms.
+"""Blocked union attention in plain PyTorch operations, for any device, dropout, reordered queries and transforms.
 
-Slower than a fused kernel, but as small: for a local pattern scores exist only for a block of queries and the keys near
-it. The parts of a block share one softmax. Passes (segments that reorder the queries) are merged by log-sum-exp as in
-:mod:`attnzoo.backends.common.union`, but out of place, so that autograd differentiates the merge.
+This code is slower than a fused kernel, but also needs little memory: for a local pattern only the scores of one block
+of queries and the nearby keys exist. The parts of a block share one softmax. Segments that reorder the queries are
+merged by log-sum-exp as in :mod:`attnzoo.backends.common.union`, but out of place for autograd.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from attnzoo.backends.sdpa.pieces import KeyPieces, join_masks, join_parts
 from attnzoo.spec.segments import Attention
 
 KERNEL = "math_blocks"
-# The log-sum-exp of no key: a constant without gradient, so low that exp() of its distance to any score is 0.
+# The log-sum-exp of a row that sees no key. The constant is so low that exp(_NOTHING - score) is 0 for any score.
 _NOTHING = -1e30
 
 
@@ -34,7 +34,7 @@ def attend(attention: Attention) -> Tensor:
 
 
 def _pass(attention: Attention, segments: list[int]) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp over the segments of one pass, queries in sequence order."""
+    """Return output and log-sum-exp over the segments of one pass, with the queries in sequence order."""
     all_blocks = list(blocks(attention, segments, block_size(attention)))
     pieces = {index: KeyPieces(attention, index, all_blocks) for index in segments}
     masks = Masks(attention)
@@ -70,7 +70,7 @@ def _block(
         hidden_rows = ~visible.any(-1, keepdim=True)
         scores = scores.masked_fill(~(visible | hidden_rows), float("-inf"))
     lse = torch.logsumexp(scores, dim=-1, keepdim=True)
-    # Not exp(scores - lse): lse is rounded, so the weights of a row would not sum to 1, and its gradient would be off.
+    # Not exp(scores - lse): lse is rounded, so the weights of a row would not sum to 1 and the gradient would be wrong.
     weights = torch.softmax(scores, dim=-1).to(query.dtype)
     if attention.dropout > 0.0:
         weights = torch.nn.functional.dropout(weights, attention.dropout)

@@ -1,4 +1,4 @@
-"""Join the keys, values, masks and biases of a block's parts, in a form that autograd differentiates fast."""
+"""Join the keys, values, masks and biases of the parts of a block. The backward of these operations is fast."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from attnzoo.spec.segments import Attention
 class KeyPieces:
     """Keys and values of a segment, cut wherever a part of any block begins or ends.
 
-    If each block took a slice, autograd would add up one gradient of whole length per block. The gradient of a piece is
-    as long as the piece.
+    If each block sliced the whole tensor, autograd would add one gradient of full length per block. The gradient of a
+    piece is only as long as the piece.
     """
 
     def __init__(self, attention: Attention, index: int, all_blocks: list[Block]) -> None:
@@ -25,7 +25,7 @@ class KeyPieces:
         parts = [part for block in all_blocks for part in block.parts if part.segment == index]
         gathered = {id(part.keys): part.keys for part in parts if part.keys is not None}
         self._numbers = {key: number for number, key in enumerate(gathered)}
-        if gathered:  # all at once, for one gradient of whole length; each block keeps its copy for the backward anyway
+        if gathered:  # one gather for all blocks makes a single gradient of full length
             keys = torch.cat(list(gathered.values()), dim=2)
             whole, sizes = Part(index, 0, keys.shape[2], keys), [keys.shape[2] for keys in gathered.values()]
             tensors = [whole.take(tensor, attention.heads) for tensor in (segment.key, segment.value)]
@@ -36,7 +36,7 @@ class KeyPieces:
         self._pieces = [tensor.split(sizes, dim=2) for tensor in tensors]
 
     def of(self, part: Part) -> list[Tensor]:
-        """Return keys and values of a part for all heads."""
+        """Return the keys and the values of a part for all query heads."""
         if part.keys is not None:
             number = self._numbers[id(part.keys)]
             return [pieces[number] for pieces in self._pieces]
@@ -45,13 +45,13 @@ class KeyPieces:
 
 
 def join_parts(pieces: Mapping[int, KeyPieces], block: Block) -> tuple[Tensor, Tensor]:
-    """Concatenate the keys, and the values, of all parts of a block."""
+    """Return the concatenated keys and the concatenated values of all parts of a block."""
     keys, values = zip(*(pieces[part.segment].of(part) for part in block.parts), strict=True)
     return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
 
 def join_masks(attention: Attention, masks: Masks, block: Block) -> tuple[Tensor | None, Tensor | None]:
-    """Concatenate the masks, and the biases, of all parts of a block; None if no part has one."""
+    """Return the concatenated masks and biases of all parts of a block, each None if no part has a mask or a bias."""
     query = attention.query
 
     def join(terms: list[Tensor | None], neutral: Tensor, heads: int) -> Tensor | None:

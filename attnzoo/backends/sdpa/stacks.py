@@ -1,7 +1,7 @@
-"""Stacks of blocks with equal masks, so that one kernel call computes many blocks.
+"""Stacks of blocks with equal masks. One kernel call computes all blocks of a stack.
 
-Away from the ends of a sequence, each block of a window sees the same number of keys, at the same distance and under
-the same mask, as the block before it. Such blocks are views into the same tensors with a constant step.
+For a window pattern, all blocks except those near the ends of a sequence have equal masks, equal numbers of keys and
+equal distances between queries and keys. Such blocks are views into common tensors with a constant step.
 """
 
 from __future__ import annotations
@@ -15,49 +15,49 @@ from attnzoo.backends.common.blocks import Block, Masks, Part, block_at, block_s
 from attnzoo.spec.heads import expand_heads
 from attnzoo.spec.segments import Attention
 
-# The CPU kernel computes 32 queries at a time; blocks in a stack can be that small, which wastes the fewest keys.
+# The CPU kernel computes 32 queries at a time. Blocks of 32 queries compute the fewest hidden keys.
 _TILE = 32
-# Queries of one call: what the call reads should stay in the cache.
+# The largest number of queries per call. The data of one call should fit the CPU cache.
 _ROWS = 1024
 
 
 class Stack(NamedTuple):
-    """A block, and the blocks after it that have the same masks.
+    """Consecutive blocks with equal masks.
 
-    A stack of several blocks is of one sample, and its call has the heads in place of samples and the blocks in place
-    of heads. A single block is of the whole batch.
+    A stack of several blocks belongs to one sample. The kernel call then has the heads in the batch dimension and the
+    blocks in the head dimension. A stack of a single block covers the whole batch.
     """
 
-    block: Block  # the first
+    block: Block  # the first block
     depth: int  # the number of blocks
-    steps: tuple[int, ...]  # by how many keys each part moves from one block to the next
-    sample: int | None = None  # None: all
+    steps: tuple[int, ...]  # per part: the number of keys between consecutive blocks
+    sample: int | None = None  # None: the whole batch
 
     @property
     def parts(self) -> tuple[Part, ...]:
         return self.block.parts
 
     def whole(self) -> Block:
-        """Return all queries as one block without parts."""
+        """Return one block that contains all queries of the stack and no parts."""
         return self.block._replace(q_stop=self.block.q_start + self.depth * self.block.rows, parts=())
 
     def can_grow(self, steps: tuple[int, ...]) -> bool:
-        """Return whether a further block with these steps fits."""
+        """Return whether the stack can include one more block with these steps."""
         return (self.depth + 1) * self.block.rows <= _ROWS and (self.depth == 1 or steps == self.steps)
 
     def by_sample(self, batch: int) -> Iterator[Stack]:
-        """Yield the stack of each sample; a single block is one stack of the whole batch."""
+        """Yield one stack per sample, or only this stack if it consists of a single block."""
         if self.depth == 1:
             yield self
         else:
             yield from (self._replace(sample=sample) for sample in range(batch))
 
     def flat(self) -> Stack:
-        """Return the stack as a single block, for parts that do not move and need no mask."""
+        """Return the stack as a single block. All parts must have step 0 and no mask."""
         return self._replace(block=self.whole()._replace(parts=self.block.parts), depth=1)
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Return the rows of ``(batch, heads, q_len, ...)`` as ``(heads, depth, rows, ...)``, or a single block's."""
+        """Return the rows ``(heads, depth, rows, ...)``, or ``(batch, heads, rows, ...)`` for a single block."""
         return self.by_block(self.whole().take(self._of_sample(tensor)))
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
@@ -70,16 +70,16 @@ class Stack(NamedTuple):
         return tensor if self.sample is None else tensor[self.sample : self.sample + 1]
 
     def by_block(self, rows: Tensor) -> Tensor:
-        """View ``(1, heads, depth * rows, ...)`` as ``(heads, depth, rows, ...)``."""
+        """Return a view ``(heads, depth, rows, ...)`` of ``(1, heads, depth * rows, ...)``."""
         return rows if self.depth == 1 else rows[0].unflatten(1, (self.depth, self.block.rows))
 
     def repeat(self, rows: Tensor) -> Tensor:
-        """Return values of one block's rows ``(batch, heads, rows, ...)`` for all blocks."""
+        """Return values of the first block ``(batch, heads, rows, ...)``, repeated for all blocks of the stack."""
         rows = self._of_sample(rows)
         return rows if self.depth == 1 else rows[0][:, None].expand(-1, self.depth, *rows.shape[2:])
 
     def keys(self, number: int, tensor: Tensor, heads: int, scratch: Scratch) -> Tensor:
-        """Return keys or values of part ``number`` as ``(heads, depth, m, dim)``, or a single block's."""
+        """Return rows of a part ``(heads, depth, m, dim)``, or ``(batch, heads, m, dim)`` for a single block."""
         part, step, tensor = self.block.parts[number], self.steps[number], self._of_sample(tensor)
         if self.depth == 1:
             return part.take(tensor, heads)
@@ -91,29 +91,30 @@ class Stack(NamedTuple):
 
 
 class Scratch:
-    """Memory to lay the rows of keys or values side by side; projections leave the rows of a head apart.
+    """Reusable memory for contiguous copies of keys or values.
 
-    Each block of a stack reads most of the keys of the block before it: side by side, they stay in the cache.
+    The projections of a model leave gaps between the rows of a head. Consecutive blocks of a stack read mostly the same
+    keys, and without gaps these keys stay in the CPU cache.
     """
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
 
     def contiguous_rows(self, tensor: Tensor) -> Tensor:
-        """Return the rows of ``(..., n, dim)`` side by side; the result is valid until the next call."""
+        """Return ``(..., n, dim)`` with contiguous rows. The next call overwrites the result."""
         if tensor.stride(-2) == tensor.shape[-1]:
             return tensor
         if self._memory is None or self._memory.numel() < tensor.numel():
-            self._memory = tensor.new_empty(tensor.numel())  # on the CPU, whatever device is the default
+            self._memory = tensor.new_empty(tensor.numel())  # new_empty ignores the default device
         return self._memory[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
 def stacks(attention: Attention, segments: list[int]) -> Iterator[Stack]:
-    """Yield all blocks of one pass, first query first, as stacks."""
+    """Yield all blocks of one pass in ascending order, grouped into stacks."""
     masks = Masks(attention)
     stack: Stack | None = None
     end: Block | None = None  # the last block of the stack
-    key: tuple[object, ...] | None = None  # of all its blocks
+    key: tuple[object, ...] | None = None  # the mask key of all blocks of the stack
     for block in blocks(attention, segments, _size(attention, segments, masks)):
         previous, key = key, None if _hides_by_data(masks, block) else _mask_key(masks, block)
         if stack is not None and end is not None:
@@ -128,7 +129,7 @@ def stacks(attention: Attention, segments: list[int]) -> Iterator[Stack]:
 
 
 def _size(attention: Attention, segments: list[int], masks: Masks) -> int:
-    """The number of queries per block: smaller than usual if the blocks in the middle then make a stack that moves."""
+    """Return the queries per block: ``_TILE`` if such blocks make a stack with steps above 0, else the usual size."""
     size, middle = block_size(attention), attention.q_len // 2
     dense = any(attention.segments[index].mask is not None for index in segments)
     if dense or size <= _TILE or middle + 2 * _TILE > attention.q_len:
@@ -140,7 +141,7 @@ def _size(attention: Attention, segments: list[int], masks: Masks) -> int:
 
 
 def _mask_key(masks: Masks, block: Block) -> tuple[object, ...] | None:
-    """Equal only for blocks with equal masks by pattern and equal biases; None: unknown."""
+    """Return a key that is equal only for blocks with equal pattern masks and biases, or None if no key exists."""
     if block.queries is not None or any(part.keys is not None for part in block.parts):
         return None
     keys = [(part.segment, part.kv_stop - part.kv_start, masks.key(block, part)) for part in block.parts]
@@ -148,11 +149,11 @@ def _mask_key(masks: Masks, block: Block) -> tuple[object, ...] | None:
 
 
 def _steps(block: Block, following: Block) -> tuple[int, ...] | None:
-    """By how many keys each part moves to the next block; None if a part moves back."""
+    """Return, per part, the number of keys between both blocks, or None if a number is negative."""
     steps = tuple(b.kv_start - a.kv_start for a, b in zip(block.parts, following.parts, strict=True))
     return steps if min(steps, default=0) >= 0 else None
 
 
 def _hides_by_data(masks: Masks, block: Block) -> bool:
-    """Whether a key mask or dense mask hides a key of the block."""
+    """Whether a key mask or dense mask may hide a key of the block."""
     return any(masks.of_keys(block, part) is not None for part in block.parts)

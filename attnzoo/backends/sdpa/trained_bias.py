@@ -13,7 +13,7 @@ from attnzoo.spec.segments import Attention
 
 
 def trained_biases(attention: Attention) -> dict[int, Bias]:
-    """Return the biases that need a gradient, by the number of their segment."""
+    """Return the biases that require grad, as a dictionary from segment number to bias."""
     return {
         index: segment.bias
         for index, segment in enumerate(attention.segments)
@@ -31,13 +31,13 @@ def backward_by_hand(
     """Return the gradients of query, key, value and scores for each part.
 
     Args:
-        rows: grad_out, query, out and lse of a block.
+        rows: the tensors grad_out, query, out and lse of a block.
         pairs: key and value of each part.
-        masks: the additive mask of each part.
-        is_whole: whether the parts are everything that the rows see. Then the softmax is computed again over all of
-            them, so that the gradients of a row's scores sum to zero as exactly as plain operations make them. A bias
-            sums over many rows, and with the kernel's rounded out and lse it would also sum their rounding errors.
-            Otherwise only out and lse of the other passes are known.
+        masks: the additive mask of each part, or None.
+        is_whole: whether the parts include all keys that the rows see. If True, the softmax is computed again over all
+            parts. Then the score gradients of a row sum to zero as exactly as with plain operations. With the rounded
+            out and lse of the kernel, the gradient of a bias would add the rounding errors of many rows. If False,
+            this function must use out and lse, because the keys of other passes are not available.
     """
     grad_out, query, out, lse = rows
     wide = lse.dtype
@@ -48,7 +48,7 @@ def backward_by_hand(
     joined = torch.cat(masked, dim=-1)
     grad_weights = torch.cat([grad_out @ value.transpose(-1, -2) for value in values], dim=-1)
     if is_whole:
-        # A row that sees no key has only -inf: the clamps make its weights 0 instead of 0 / 0.
+        # All scores of a row that sees no key are -inf. The clamps make the weights 0 instead of 0 / 0.
         joined = torch.exp(joined - joined.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min))
         weights = joined / joined.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
         mean = (weights * grad_weights).sum(-1, keepdim=True)
@@ -65,11 +65,11 @@ def backward_by_hand(
 
 
 class BiasGradients:
-    """Gradients of the trained biases. Sums the gradients of equal blocks before it scatters them by index."""
+    """Accumulator of the gradients of trained biases. Equal blocks are summed before one scatter by index."""
 
     def __init__(self, attention: Attention) -> None:
         self._attention, self._masks, self._biases = attention, Masks(attention), trained_biases(attention)
-        # One value may collect all scores, whose gradients sum to zero by row: float32 would keep rounding errors.
+        # The gradient of one value may sum over all scores, whose exact sum is near zero. float32 is too inexact.
         self._grads = {i: torch.zeros_like(bias.values, dtype=torch.float64) for i, bias in self._biases.items()}
         self._sums: dict[int, tuple[object, Block, Part, Tensor]] = {}
 
@@ -85,7 +85,7 @@ class BiasGradients:
         self._sums[part.segment] = (key, block, part, grad_scores.double())
 
     def finished(self) -> list[Tensor]:
-        """Return the gradients in the order of the segments, each in the dtype of the bias values."""
+        """Return the gradients in segment order. Each gradient has the dtype of the bias values."""
         for segment in self._biases:
             self._flush(segment)
         return [grad.to(self._biases[index].values.dtype) for index, grad in self._grads.items()]

@@ -1,1 +1,1 @@
-"""Backends on kernels for packed sequences of varying lengths (varlen): FlashAttention and xformers."""
+"""Backends that call kernels for packed sequences of varying lengths (varlen): FlashAttention and xformers."""

@@ -1,17 +1,16 @@
-"""Plan an attention as calls of a kernel for packed sequences: padding is left out, windows are shifted arithmetic.
+"""Plan an attention as calls of a kernel for packed sequences, without padding.
 
-FlashAttention's kernels (Dao 2023, arXiv:2307.08691) take sequences of varying lengths, packed one after the other. In
-each sequence the last query is aligned with the last key, and a query sees the keys from ``left`` before to ``right``
-after its position. :func:`plan_calls` expresses any attention without bias and dense mask in such calls:
+The inputs of FlashAttention's kernels (Dao 2023, arXiv:2307.08691) are concatenated sequences of varying lengths. The
+last query of a sequence has the position of the last key. A query at position ``p`` sees the keys from ``p - left`` to
+``p + right``. :func:`plan_calls` expresses any attention without bias and dense mask in such calls:
 
-- If positions do not matter (``Full``, chunks that are seen whole), padding keys and queries are left out.
-- In a band (windows, causal) positions matter: the sequence of a sample is its range of unpadded keys with the queries
-  that see any of them, and the window extents are shifted by how far this alignment differs from the pattern's. Samples
-  with the same extents share a call.
-- Hidden keys inside such a range keep their positions; :mod:`attnzoo.backends.varlen.packed` hides them by an extra
-  dimension.
+- If positions do not matter (``Full``, or whole visible chunks), the sequences contain no padding keys and queries.
+- In a band (windows, causal) positions matter. The sequence of a sample is then the range of unpadded keys and the
+  queries that see a key of this range. ``left`` and ``right`` are shifted, because the kernel aligns queries and keys
+  differently from the pattern. Samples with equal ``left`` and ``right`` share a call.
+- Hidden keys inside such a range stay in the sequence. :mod:`attnzoo.backends.varlen.packed` hides these keys.
 
-Every query row of a call sees at least one key of the call, hidden or not.
+Every query of a call sees at least one key of the call. This key may be hidden.
 """
 
 from __future__ import annotations
@@ -30,23 +29,23 @@ from attnzoo.backends.varlen.sorted_calls import sorted_rows
 from attnzoo.spec.patterns import Band, Chunks, Full, SortedChunks, Tile
 from attnzoo.spec.segments import Attention, Segment, SegmentRequest
 
-NO_LIMIT = -1  # how kernels spell a window extent without a limit
-MAX_SEQUENCES = 65535  # per call: the size of the dimension of CUDA's grid in which kernels count sequences
+NO_LIMIT = -1  # the value that means no limit for ``left`` and ``right`` in kernels
+MAX_SEQUENCES = 65535  # per call: kernels use one CUDA grid dimension of this size for the sequences
 _plans = TensorCache()
 
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """How packed queries and keys are cut into sequences, and what is visible within each.
+    """The lengths of packed sequences, and the visible range of keys around each query.
 
-    The last query of a sequence is at its last key.
+    The last query of a sequence has the position of the last key.
     """
 
     q_lens: tuple[int, ...]  # the number of queries of each sequence, never 0
     k_lens: tuple[int, ...]
     device: torch.device
-    left: int = NO_LIMIT  # how many keys before its position a query sees
-    right: int = NO_LIMIT  # how many keys after its position a query sees
+    left: int = NO_LIMIT  # the number of visible keys before the position of a query
+    right: int = NO_LIMIT  # the number of visible keys after the position of a query
 
     @property
     def causal(self) -> bool:
@@ -54,31 +53,31 @@ class Sequences:
 
     @cached_property
     def cumulative(self) -> tuple[Tensor, Tensor, int, int]:
-        """Starts of the sequences and the end of the last, of queries and of keys; the longest sequence of each."""
+        """The starts and the final end of query and of key sequences, then the longest query and key lengths."""
         starts = ([0, *accumulate(lens)] for lens in (self.q_lens, self.k_lens))
         cu_q, cu_k = (torch.tensor(start, dtype=torch.int32, device=self.device) for start in starts)
         return cu_q, cu_k, max(self.q_lens), max(self.k_lens)
 
 
 class Call(NamedTuple):
-    """One call of a kernel, on rows of the packed queries and of the packed keys of a segment."""
+    """One kernel call on rows of the packed queries and rows of the packed keys of one segment."""
 
-    segment: int  # its number
+    segment: int  # the number of the segment
     sequences: Sequences
-    q_rows: Tensor | None = None  # (sum(q_lens),) rows of (batch * q_len, ...); None: all, in order
-    k_rows: Tensor | None = None  # (sum(k_lens),) rows of (batch * kv_len, ...); the row past the end is the spare row
+    q_rows: Tensor | None = None  # (sum(q_lens),) rows of (batch * q_len, ...); None: all rows in order
+    k_rows: Tensor | None = None  # (sum(k_lens),) rows of (batch * kv_len, ...); row batch * kv_len is spare
 
 
 class CallPlan(NamedTuple):
-    """The calls of an attention; their outputs are merged by log-sum-exp."""
+    """The kernel calls of an attention. The union of the call outputs is the output of the attention."""
 
     calls: tuple[Call, ...]  # empty if no query sees a key
-    hidden: tuple[Tensor | None, ...]  # per segment (batch, kv_len) bool: keys of a call that must not be seen
-    has_spare_row: bool  # whether calls use the spare row, a query and a key that do not exist
+    hidden: tuple[Tensor | None, ...]  # per segment: (batch, kv_len) bool, True for hidden keys of a call
+    has_spare_row: bool  # whether calls use the spare row, a dummy query and key
 
 
 class _Range(NamedTuple):
-    """The tokens of one sample from the first unpadded token to the last, and how many of them are unpadded."""
+    """The range from the first to the last unpadded token of a sample, and the number of unpadded tokens."""
 
     start: int
     stop: int
@@ -86,14 +85,14 @@ class _Range(NamedTuple):
 
 
 class _Runs(NamedTuple):
-    """Runs of packed rows that make sequences: the length of each run, and which rows; None: all, in order."""
+    """Packed rows that are divided into sequences."""
 
-    lens: list[int]
-    rows: Tensor | None = None
+    lens: list[int]  # the number of rows of each sequence
+    rows: Tensor | None = None  # the row numbers; None: all rows in order
 
 
 def may_hide_keys(segment: SegmentRequest) -> bool:
-    """Return whether a segment may need the extra dimension that hides keys."""
+    """Return whether a segment may need the extra vector component that hides keys."""
     pattern = segment.pattern
     if isinstance(pattern, SortedChunks):
         return True
@@ -101,15 +100,15 @@ def may_hide_keys(segment: SegmentRequest) -> bool:
 
 
 def needs_no_union(segments: tuple[SegmentRequest, ...]) -> bool:
-    """Return whether each query row is in one call at most and no key is hidden."""
+    """Return whether every query is in at most one call and no call contains a hidden key."""
     return len(segments) == 1 and not may_hide_keys(segments[0])
 
 
 def plan_calls(attention: Attention, has_windows: bool = True) -> CallPlan:
-    """Return the calls of an attention, cached for the layers that share its masks if no segment is sorted.
+    """Return the calls of an attention. Layers with equal masks share a cached plan, except with sorted segments.
 
-    The attention has no bias and no dense mask, and only one head if segments are sorted (see
-    :func:`attnzoo.backends.varlen.sorted_calls.fold_heads`). A kernel without windows gets none for causal patterns.
+    The attention must have no bias and no dense mask. With sorted segments the attention must have one head
+    (:func:`attnzoo.backends.varlen.sorted_calls.fold_heads`). ``has_windows=False`` avoids windows in causal patterns.
     """
     segments = attention.segments
     if any(isinstance(segment.pattern, SortedChunks) for segment in segments):
@@ -145,7 +144,7 @@ def _plan(attention: Attention, has_windows: bool) -> CallPlan:
         else:
             band = pattern.band(q_len, kv_len)
             if band is None:
-                raise NotImplementedError(f"{pattern} is neither chunks nor a band: the backend should have refused it")
+                raise NotImplementedError(f"pattern {pattern}, which is no band and no Chunks and must be refused")
             calls += _band_calls(attention, number, band, zip(q_ranges, ranges, strict=True), has_windows)
             has_holes = any(keys.unpadded < keys.stop - keys.start for keys in ranges)
         hidden.append(~segment.key_mask if has_holes and segment.key_mask is not None else None)
@@ -155,7 +154,7 @@ def _plan(attention: Attention, has_windows: bool) -> CallPlan:
 
 
 def _split(call: Call) -> list[Call]:
-    """Split a call with more than ``MAX_SEQUENCES`` sequences."""
+    """Return the call in pieces of at most ``MAX_SEQUENCES`` sequences."""
     whole, count = call.sequences, len(call.sequences.q_lens)
     if count <= MAX_SEQUENCES:
         return [call]
@@ -170,7 +169,7 @@ def _split(call: Call) -> list[Call]:
 
 
 def _row_numbers(call: Call) -> tuple[Tensor, Tensor]:
-    """The row numbers of a call's queries and keys, in place of None."""
+    """Return the row numbers of queries and keys of a call, also if the call stores None for all rows."""
     sequences = call.sequences
     q_rows, k_rows = (
         torch.arange(sum(lens), device=sequences.device) if rows is None else rows
@@ -180,7 +179,7 @@ def _row_numbers(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _ranges(masks: list[Tensor | None]) -> list[list[_Range] | None]:
-    """The range of each sample under each mask. Waits for the device, once."""
+    """Return the range of each sample for each mask. This function waits for the device once."""
     stacked = []
     for mask in masks:
         if mask is not None:
@@ -195,11 +194,11 @@ def _ranges(masks: list[Tensor | None]) -> list[list[_Range] | None]:
 def _band_calls(
     attention: Attention, number: int, band: Band, ranges: Iterable[tuple[_Range, _Range]], has_windows: bool
 ) -> list[Call]:
-    """Windows and causal patterns: one sequence per sample, one call per pair of window extents."""
+    """Return the calls of a window or causal pattern. Sequences with equal ``left`` and ``right`` share a call."""
     q_len, kv_len, device = attention.q_len, attention.segments[number].kv_len, attention.query.device
     groups: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}
     for sample, (queries, keys) in enumerate(ranges):
-        # Leave out keys that no query sees, and then queries that see no key.
+        # Remove keys that no query sees, then queries that see no key.
         k_stop = min(keys.stop, queries.stop + band.highest)
         k_start = max(keys.start, queries.start + band.lowest)
         q_stop = min(queries.stop, k_stop - band.lowest)
@@ -220,7 +219,7 @@ def _band_calls(
 
 
 def _extents(tile: Tile, band: Band) -> tuple[int, int]:
-    """The window extents of a tile as one sequence; ``NO_LIMIT`` where an extent would hide nothing."""
+    """Return ``left`` and ``right`` of a tile as one sequence. A value that would hide no key becomes ``NO_LIMIT``."""
     aligned = tile.kv_stop - tile.q_stop  # the distance from a query to its position in the kernel
     left, right = aligned - band.lowest, band.highest - aligned
     q_count, k_count = tile.q_stop - tile.q_start, tile.kv_stop - tile.kv_start
@@ -228,12 +227,12 @@ def _extents(tile: Tile, band: Band) -> tuple[int, int]:
 
 
 def _cut(tile: Tile, band: Band, has_windows: bool) -> list[Tile]:
-    """Cut a sample by queries if kernels would compute other extents than asked for.
+    """Return the tile, or several tiles with fewer queries if a kernel would compute a wrong window.
 
-    FlashAttention treats an extent >= the longest sequence of keys as no limit. If only one extent has no limit, it
-    takes that length for it, which is wrong if many queries come before the first key. Kernels without windows have
-    one extent only: 0 keys after a query. So queries that do not see the last key, and queries that do not see the
-    first key, become separate tiles.
+    FlashAttention replaces ``left`` or ``right`` by no limit if the value is at least the longest key length. If only
+    one of them has no limit, the kernel uses the longest key length instead. This length is wrong if many queries
+    precede the first key. Kernels without windows support only ``right=0``. So queries that do not see the last key,
+    and queries that do not see the first key, become separate tiles.
     """
     q_start, q_stop, k_start, k_stop, *_ = tile
     q_count, k_count = q_stop - q_start, k_stop - k_start
@@ -250,18 +249,18 @@ def _cut(tile: Tile, band: Band, has_windows: bool) -> list[Tile]:
 
 
 def _is_all(starts: tuple[int, ...], lens: tuple[int, ...], batch: int, length: int) -> bool:
-    """Whether the runs are all samples, whole and in order."""
+    """Whether the runs are all rows of all samples in order."""
     return lens == (length,) * batch and starts == tuple(range(0, batch * length, length))
 
 
 def _is_ordered(pattern: Chunks, kv_len: int) -> bool:
-    """Whether a causal query sees its own chunk in part, so that positions within the chunk matter."""
+    """Whether a causal query sees only a part of its chunk. Then positions within the chunk matter."""
     return pattern.causal and pattern.before % -(-kv_len // pattern.length) <= pattern.before + pattern.after
 
 
 @lru_cache(maxsize=64)
 def _neighbourhoods(pattern: Chunks, length: int) -> tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]:
-    """Start and length of each chunk of queries that sees keys, and start and length of each run of these keys."""
+    """Return start and length of each query chunk that sees keys, and start and length of each visible key run."""
     chunks = []
     for start in range(0, length, pattern.length):
         stop = min(length, start + pattern.length)
@@ -272,7 +271,7 @@ def _neighbourhoods(pattern: Chunks, length: int) -> tuple[tuple[int, int, tuple
 
 
 def _chunk_calls(attention: Attention, number: int, segment: Segment, pattern: Chunks) -> list[Call]:
-    """One sequence per sample and chunk. Causal keys end with the chunk itself, where the kernel aligns."""
+    """Return a call with one sequence per sample and chunk. If causal, the last key is the last key of the chunk."""
     length, device = segment.kv_len, attention.query.device
     chunks = _neighbourhoods(pattern, length)
     if not chunks:
@@ -292,7 +291,7 @@ def _chunk_calls(attention: Attention, number: int, segment: Segment, pattern: C
 
 
 def _unordered_calls(attention: Attention, number: int, queries: _Runs, keys: _Runs) -> list[Call]:
-    """Sequences in which every query sees every key, without masked rows. Waits for the device if there is a mask."""
+    """Return a call without masked rows in which every query sees every key. A mask makes this wait for the device."""
     device, key_mask = attention.query.device, attention.segments[number].key_mask
     if attention.query_mask is not None or key_mask is not None:
         q_kept, q_of = _kept(attention.query_mask, queries, device)
@@ -300,7 +299,7 @@ def _unordered_calls(attention: Attention, number: int, queries: _Runs, keys: _R
         counts = torch.zeros((2, len(queries.lens)), dtype=torch.long, device=device)
         counts[0].index_add_(0, q_of, q_kept.long())
         counts[1].index_add_(0, k_of, k_kept.long())
-        counts *= (counts > 0).all(0)  # leave out queries without keys, and keys without queries
+        counts *= (counts > 0).all(0)  # drop sequences without queries or without keys
         q_lens, k_lens = counts.tolist()
         queries = _pick(queries, q_kept & (counts[0] > 0)[q_of], q_lens)
         keys = _pick(keys, k_kept & (counts[1] > 0)[k_of], k_lens)
@@ -310,7 +309,7 @@ def _unordered_calls(attention: Attention, number: int, queries: _Runs, keys: _R
 
 
 def _kept(mask: Tensor | None, runs: _Runs, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which of the rows a mask keeps, and the sequence of each row."""
+    """Return which rows the mask keeps, and the sequence number of each row."""
     total, lens = sum(runs.lens), torch.tensor(runs.lens, device=device)
     sequence = torch.arange(len(lens), device=device).repeat_interleave(lens, output_size=total)
     if mask is None:
@@ -319,7 +318,7 @@ def _kept(mask: Tensor | None, runs: _Runs, device: torch.device) -> tuple[Tenso
 
 
 def _pick(runs: _Runs, kept: Tensor, lens: list[int]) -> _Runs:
-    """The kept rows, whose sequences have the lengths ``lens``; sequences without rows are dropped."""
+    """Return runs of the kept rows only. ``lens`` are the new lengths, and sequences of length 0 are dropped."""
     index = runs.rows
     if sum(lens) < sum(runs.lens):
         index = kept.nonzero().flatten() if index is None else index[kept]
@@ -327,7 +326,7 @@ def _pick(runs: _Runs, kept: Tensor, lens: list[int]) -> _Runs:
 
 
 def rows_of(starts: Iterable[int], lens: Iterable[int], device: torch.device) -> Tensor:
-    """Return the row numbers of runs of rows, one run after the other."""
+    """Return the concatenated row numbers of runs with the given starts and lengths."""
     lens = list(lens)
     ends = list(accumulate(lens))
     begins = [start - end + count for start, end, count in zip(starts, ends, lens, strict=True)]

@@ -1,4 +1,4 @@
-"""``flash_attention_2``: FlashAttention 2 by the ``flash_attn`` package, otherwise by PyTorch's built-in kernels."""
+"""``flash_attention_2``: FlashAttention 2 from the package ``flash_attn``, or else from PyTorch's own kernels."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from attnzoo.backends.varlen.varlen_kernel import VarlenKernel
 
 @dataclass(frozen=True)
 class FlashBackend(PackedBackend):
-    """FlashAttention 2."""
+    """FlashAttention 2 for packed sequences."""
 
     name: ClassVar[str] = "flash_attention_2"
     aliases: ClassVar[tuple[str, ...]] = ("flash", "fa2")
     priority: ClassVar[int] = 20
     kernels: ClassVar[tuple[type[PackedKernel], ...]] = (FlashAttnKernel, VarlenKernel)
-    # flash_attn has dropout; varlen refuses it.
+    # The kernel flash_attn supports dropout, and the kernel varlen refuses dropout.
     capabilities: ClassVar[Capabilities] = replace(CAPABILITIES, dropout=True)

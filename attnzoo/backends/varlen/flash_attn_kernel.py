@@ -1,4 +1,4 @@
-"""The kernels of the ``flash_attn`` package (Dao 2023, arXiv:2307.08691)."""
+"""The kernels of the package ``flash_attn`` (Dao 2023, arXiv:2307.08691)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _PUBLIC = (
     *("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
     *("dropout_p", "softmax_scale", "causal", "window_size"),
 )
-# The public function returns lse, but its backward takes none, and a union needs that. So a union calls the two
-# functions that the public function wraps, as the package itself does.
+# A union needs a backward with lse as an argument. The backward of the public function has no such argument. So a union
+# calls the two functions that the public function wraps.
 _FORWARD, _BACKWARD = "_wrapped_flash_attn_varlen_forward", "_wrapped_flash_attn_varlen_backward"
 _PARTS = {
     _FORWARD: (*_PUBLIC[:-1], "window_size_left", "window_size_right", "softcap", "alibi_slopes", "return_softmax"),
@@ -43,9 +43,9 @@ def _package() -> tuple[ModuleType | None, str]:
 
 
 def _missing_symbols(interface: Any) -> str | None:
-    """Why the functions of the compiled extension, which all others call, cannot be used; or None.
+    """Return the reason why the functions of the compiled extension cannot be used, or None.
 
-    The extension is a private name of the interface, but without a call nothing else shows whether it is loaded.
+    This check reads private names, because only a call through the public functions would show a broken extension.
     """
     try:
         extensions = [getattr(interface, name, None) for name in _EXTENSIONS]
@@ -62,12 +62,12 @@ def _missing_symbols(interface: Any) -> str | None:
 @cache
 def _parts_unavailable() -> str | None:
     module, _ = _package()
-    whose = "flash_attn (2.7 is the first version known to have them)"
+    whose = "flash_attn (version 2.7 or later is needed)"
     return None if module is None else changed_signature(module, _PARTS, whose)
 
 
 class FlashAttnKernel(PackedKernel):
-    """``flash_attn`` 2, which has dropout."""
+    """The kernel of ``flash_attn`` 2. This kernel supports dropout."""
 
     name: ClassVar[str] = "flash_attn"
     dropout: ClassVar[bool] = True
@@ -107,7 +107,7 @@ class FlashAttnKernel(PackedKernel):
 
 
 def _settings(inputs: Inputs) -> tuple[Any, ...]:
-    """The arguments that both functions of a union share, in the order that :func:`_parts_unavailable` checks."""
+    """Return the arguments that forward and backward share, in the order that :func:`_parts_unavailable` checks."""
     sequences, softcap, alibi_slopes = inputs.sequences, 0.0, None
     settings = (inputs.dropout, inputs.scale, sequences.causal, sequences.left, sequences.right, softcap, alibi_slopes)
     return (*sequences.cumulative, *settings)

@@ -1,4 +1,4 @@
-"""The interface of a kernel for packed sequences, and how its optional package is looked up.
+"""The interface of a kernel for packed sequences, and functions that import and check optional packages.
 
 To add such a kernel, copy ``varlen_kernel.py`` and list the class in the ``kernels`` of a backend (``flash.py``).
 """
@@ -32,16 +32,16 @@ class Inputs(NamedTuple):
 
 
 class PackedKernel:
-    """A kernel on packed sequences. All tensors have one ``dim``, a multiple of 8.
+    """A kernel for packed sequences. All tensors have equal ``dim``, which is a multiple of 8.
 
     Query head ``h`` uses key head ``h // (heads // kv_heads)``.
 
     Class attributes:
-        name: what sites report.
-        dtypes: of query, key and value.
-        max_dim: the largest dim.
-        dropout: whether it can drop softmax weights.
-        windows: whether it supports windows; if not, it gets only causal sequences and sequences without limits.
+        name: the kernel name in reports.
+        dtypes: the supported dtypes of query, key and value.
+        max_dim: the largest supported ``dim``.
+        dropout: whether the kernel supports dropout.
+        windows: whether the kernel supports windows. If False, sequences are either causal or without any limit.
     """
 
     name: ClassVar[str]
@@ -52,36 +52,36 @@ class PackedKernel:
 
     @classmethod
     def unavailable(cls) -> str | None:
-        """Return why the kernel cannot be used here and what to do, or None."""
+        """Return why the kernel cannot run on this machine and how to solve this, or None if the kernel can run."""
         raise NotImplementedError
 
     @classmethod
     def parts_unavailable(cls) -> str | None:
-        """Return why :meth:`forward` and :meth:`backward` cannot be used although :meth:`attend` can, or None."""
+        """Return why :meth:`forward` and :meth:`backward` cannot run, or None. :meth:`attend` may still run."""
         return None
 
     @classmethod
     def refusals(cls, request: Request) -> tuple[Refusal, ...]:
-        """Return what the kernel cannot do of a request that its backend accepts."""
+        """Return refusals for the parts of the request that the kernel does not support."""
         refusals = []
         hides = any(map(may_hide_keys, request.segments))
         dim = max(request.head_dim, request.value_dim)
         if dim + hides > cls.max_dim:
-            allowed = f"at most {cls.max_dim - 1}, and one more to hide keys" if hides else f"at most {cls.max_dim}"
+            allowed = f"at most {cls.max_dim - 1} if keys are hidden" if hides else f"at most {cls.max_dim}"
             refusals.append(Refusal("head_dim", str(dim), allowed))
         if request.dtype not in cls.dtypes:
             names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in cls.dtypes))
             refusals.append(Refusal("dtype", str(request.dtype).removeprefix("torch."), f"{names} with {cls.name}"))
         if request.dropout and not cls.dropout:
-            refusals.append(Refusal("dropout", f"requested of {cls.name}", "dropout=0.0"))
+            refusals.append(Refusal("dropout", f"a probability above 0 with {cls.name}", "dropout=0.0"))
         return tuple(refusals)
 
     @classmethod
     def missing_parts(cls, request: Request) -> tuple[Refusal, ...]:
-        """Return a refusal if the request needs a union and the installed kernel cannot compute parts."""
+        """Return a refusal if the request needs a union and the installed package has no functions for parts."""
         if needs_no_union(request.segments) or (why := cls.parts_unavailable()) is None:
             return ()
-        return (Refusal("segments", f"parts to unite, and {why}", "one segment without a key mask"),)
+        return (Refusal("segments", f"several parts, but {why}", "one segment without a key mask"),)
 
     @classmethod
     def attend(cls, inputs: Inputs) -> Tensor:
@@ -90,19 +90,19 @@ class PackedKernel:
 
     @classmethod
     def forward(cls, inputs: Inputs) -> tuple[Tensor, Tensor, Any]:
-        """Return the same without gradients, lse ``(heads, rows)`` float32, and a state for :meth:`backward`."""
+        """Return out without gradients, lse ``(heads, rows)`` float32, and a state for :meth:`backward`."""
         raise NotImplementedError
 
     @classmethod
     def backward(cls, inputs: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor, state: Any) -> Grads:
-        """Return the gradients of query, key and value, from out and lse of the whole union and the forward's state."""
+        """Return the gradients of query, key and value. ``out`` and ``lse`` are the final results of the union."""
         raise NotImplementedError
 
 
 def no_device(capability: tuple[int, int] = (8, 0)) -> str | None:
-    """Return why there is no device of at least this compute capability, or None."""
+    """Return why no device has at least this compute capability, or None if a device has it."""
     if not torch.cuda.is_available():
-        without = "is built without CUDA" if torch.version.cuda is None else "sees no CUDA device"
+        without = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
         return f"torch {torch.__version__} {without}"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built for another device than CUDA"
@@ -114,12 +114,12 @@ def no_device(capability: tuple[int, int] = (8, 0)) -> str | None:
 
 
 def example_device() -> torch.device | None:
-    """Return the device for a small example to try a package on, or None; without a device CUDA stays uninitialised."""
+    """Return the device for a small test call of a package, or None. Without a device CUDA stays uninitialised."""
     return torch.device("cuda") if no_device() is None else None
 
 
 def import_package(name: str, install: str) -> tuple[ModuleType | None, str]:
-    """Return a module of an optional package, or None and the reason: an import may raise anything."""
+    """Return a module and an empty string, or None and the reason why the import failed with any exception."""
     package = name.partition(".")[0]
     try:
         return importlib.import_module(name), ""
@@ -139,9 +139,9 @@ def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def changed_signature(module: ModuleType | Any, expected: Mapping[str, tuple[str, ...]], whose: str) -> str | None:
-    """Return which expected function a module lacks, or has with other first parameters; or None.
+    """Return which expected function is missing or has unexpected first parameters, or None if no function differs.
 
-    Like the import, a look at a broken package may raise anything; that is then the reason not to use it.
+    Reading an attribute of a broken package may raise any exception. The result then contains this exception.
     """
     for name, names in expected.items():
         try:
@@ -151,7 +151,7 @@ def changed_signature(module: ModuleType | Any, expected: Mapping[str, tuple[str
             actual = parameters(function)
         except BaseException as error:
             raise_interrupts(error)
-            return f"{whose}'s {name} hides its parameters: {type(error).__name__}: {error}"
+            return f"the parameters of {name} from {whose} cannot be read: {type(error).__name__}: {error}"
         if actual[: len(names)] != names:
             return f"{whose} changed the parameters of {name} to {', '.join(actual)}"
     return None

@@ -1,12 +1,12 @@
-"""Attention on kernels for packed sequences: calls merged by log-sum-exp, forward and backward.
+"""Attention by kernels for packed sequences, forward and backward.
 
-Each call (:mod:`attnzoo.backends.varlen.calls`) returns an output and its log-sum-exp;
-:mod:`attnzoo.backends.common.union` merges them. If no query is in two calls, the kernel's public function runs.
+Each kernel call (:mod:`attnzoo.backends.varlen.calls`) returns an output and a log-sum-exp.
+:mod:`attnzoo.backends.common.union` merges the calls. If no query is in two calls, the public kernel function runs.
 
-Keys that are hidden but must keep their positions are hidden by one more dimension. Queries have a positive number
-there, hidden keys a negative one and visible keys 0, such that the scaled scores of hidden keys are 2^22 lower. Their
-weights underflow to exactly 0, forward and backward, and the lse of a row shows whether it saw hidden keys only. The
-offset is not larger because kernels round the argument of the exponential, and its error would overflow.
+Some hidden keys must keep their positions. An extra vector component hides these keys. The component is positive in
+queries, negative in hidden keys and 0 in visible keys, so the scaled scores of hidden keys are 2^22 lower. The weights
+of hidden keys then underflow to exactly 0, forward and backward. If a row sees only hidden keys, the lse of the row is
+far below all other values. A larger offset would overflow, because kernels round the argument of the exponential.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from attnzoo.errors import InvalidArgumentError, Refusal
 from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
 from attnzoo.spec.segments import Attention, Request, Result
 
-_HIDING_EXPONENT = 22  # hidden keys score 2^22 lower
-_LARGEST_EXPONENT = 15  # of a power of two in float16
+_HIDING_EXPONENT = 22  # the scaled scores of hidden keys are 2^22 lower
+_LARGEST_EXPONENT = 15  # the largest power of two in float16 is 2^15
 
 CAPABILITIES = Capabilities(
     devices=frozenset({"cuda"}),
@@ -47,13 +47,13 @@ CAPABILITIES = Capabilities(
 
 @dataclass(frozen=True)
 class PackedBackend(Backend):
-    """A backend on kernels for packed sequences.
+    """Base class of backends with kernels for packed sequences.
 
     Options:
-        kernel: the name of the kernel to use; None: the first that can run the request.
+        kernel: the name of the kernel. None selects the first kernel that supports the request.
 
     Class attributes:
-        kernels: the kernels to choose from, best first.
+        kernels: the kernel classes of the backend, fastest first.
     """
 
     kernel: str | None = None
@@ -77,7 +77,7 @@ class PackedBackend(Backend):
         return self._joined(request, min((kernel.refusals(request) for kernel in self._named()), key=len))
 
     def _joined(self, request: Request, of_kernel: tuple[Refusal, ...]) -> tuple[Refusal, ...]:
-        """The refusals of the backend, and those of its kernel for other fields."""
+        """Return the refusals of the backend, and the refusals of the kernel for fields that the backend accepts."""
         refusals = [
             replace(reason, allowed=f"{reason.allowed}, or torch.autocast to one of them")
             if reason.field == "dtype" and request.dtype == torch.float32
@@ -91,7 +91,7 @@ class PackedBackend(Backend):
         return [kernel for kernel in self.kernels if self.kernel in (None, kernel.name)]
 
     def _choose(self, request: Request) -> tuple[type[PackedKernel], tuple[Refusal, ...]]:
-        """The first kernel that can run a request; if none can, one of them and its refusals."""
+        """Return the first kernel that supports a request, or a kernel and the refusals of this kernel."""
         named = self._named()
         usable = [kernel for kernel in named if kernel.unavailable() is None]
         if not usable and self.kernel is not None:
@@ -104,7 +104,7 @@ class PackedBackend(Backend):
 
 
 def attend(attention: Attention, kernel: type[PackedKernel]) -> Result:
-    """Run an attention without bias and dense mask on a kernel; it reports "none" if no query sees a key."""
+    """Return the result of an attention without bias and dense mask. The kernel is "none" if no query sees a key."""
     whole, attention = attention, positive_scale(attention)
     if any(isinstance(segment.pattern, SortedChunks) for segment in attention.segments):
         attention = fold_heads(attention)
@@ -127,25 +127,25 @@ def attend(attention: Attention, kernel: type[PackedKernel]) -> Result:
 
 
 class _Hiding:
-    """The numbers in the extra dimension: powers of two, which multiply without rounding."""
+    """The values of the extra component. The values are powers of two, so multiplication does not round."""
 
     def __init__(self, scale: float) -> None:
         exponent = min(math.ceil(_HIDING_EXPONENT - math.log2(scale)), 2 * _LARGEST_EXPONENT)
         self.depth = scale * 2.0**exponent
         if self.depth < 2.0 ** (_HIDING_EXPONENT / 2):
-            least = f"at least 2**{_HIDING_EXPONENT // 2 - 2 * _LARGEST_EXPONENT}, to hide keys by"
+            least = f"at least 2**{_HIDING_EXPONENT // 2 - 2 * _LARGEST_EXPONENT} if keys are hidden"
             raise InvalidArgumentError("scale", scale, least)
         self.query = 2.0 ** min(exponent - exponent // 2, _LARGEST_EXPONENT)
         self.key = -(2.0**exponent) / self.query
 
 
 class _Packing:
-    """Queries, keys and values in the layout of the kernels, ``(rows, heads, dim)``; each distinct tensor once.
+    """Queries, keys and values in the kernel layout ``(rows, heads, dim)``. Each distinct tensor is packed once.
 
     Attributes:
-        query: ``(batch * q_len, heads, dim)``, plus the spare row if the plan uses it.
-        keys_values: ``(batch * kv_len, kv_heads, dim)`` each, likewise.
-        places: for each segment, the number of its key and of its value: key, value, key, ...
+        query: the queries ``(batch * q_len, heads, dim)``, followed by the spare row if the plan uses a spare row.
+        keys_values: keys and values ``(batch * kv_len, kv_heads, dim)``, with the spare row in the same cases.
+        places: the indices of each segment's key and value in ``keys_values``: key, value, key, ...
     """
 
     def __init__(self, attention: Attention, plan: CallPlan, hiding: _Hiding | None) -> None:
@@ -177,10 +177,10 @@ class _Packing:
         return self._pack(key, numbers, self._hiding.key)
 
     def _pack(self, tensor: Tensor, numbers: Tensor | None, spare: float) -> Tensor:
-        """Pack ``(batch, heads, n, d)`` as ``(batch * n, heads, dim)``, numbers ``(batch, n)`` in the extra dimension.
+        """Return ``(batch, heads, n, d)`` as ``(batch * n, heads, dim)`` with ``numbers`` in the extra component.
 
-        The spare row is zero, except for ``spare`` in the extra dimension: as a query it scores all keys zero and its
-        output is dropped, so its gradients are zero; as a key it is hidden.
+        ``numbers`` has shape ``(batch, n)``. The spare row is zero except for ``spare`` in the extra component, which
+        hides the spare key. The spare query has gradient zero, because its output is dropped.
         """
         rows = tensor.transpose(1, 2).flatten(0, 1)
         padding = self._dim - rows.shape[2]
@@ -196,9 +196,9 @@ class _Packing:
         return rows if _is_aligned(rows) else rows.clone(memory_format=torch.contiguous_format)
 
     def attend(self, packed: _PackedCalls) -> tuple[Tensor, Tensor | None]:
-        """The output of a single segment ``(rows, heads, dim)`` and the rows that see a key, ``(batch, 1, q_len)``.
+        """Return the output ``(rows, heads, dim)`` of one segment, and the rows ``(batch, 1, q_len)`` that see a key.
 
-        No key is hidden, so no query is in two calls (:func:`attnzoo.backends.varlen.calls.needs_no_union`).
+        No query is in two calls, because no key is hidden (:func:`attnzoo.backends.varlen.calls.needs_no_union`).
         """
         calls = self._plan.calls
         outputs = [packed.kernel.attend(packed.inputs(call)) for call in calls]
@@ -211,14 +211,14 @@ class _Packing:
         return whole, visible.view(self._attention.batch, 1, self._attention.q_len)
 
     def visible_rows(self, lse: Tensor) -> Tensor:
-        """Which rows see a key, ``(batch, heads, q_len)``, from the union's lse ``(rows, heads)``."""
+        """Return which rows see a key, ``(batch, heads, q_len)``, from the lse ``(rows, heads)`` of the union."""
         batch, q_len = self._attention.batch, self._attention.q_len
         floor = -math.inf if self._hiding is None else -self._hiding.depth / 2
         return (lse[: batch * q_len] > floor).unflatten(0, (batch, q_len)).transpose(1, 2)
 
 
 def _is_aligned(rows: Tensor) -> bool:
-    """Whether a kernel can load the rows from where they are, 16 bytes at a time."""
+    """Whether the memory layout of the rows allows loads of 16 bytes."""
     *outer, inner = rows.stride()
     return inner == 1 and all(step % 8 == 0 for step in (*outer, rows.storage_offset()))
 
@@ -228,11 +228,11 @@ def _take_rows(tensor: Tensor, index: Tensor | None) -> Tensor:
 
 
 class _PackedRows(NamedTuple):
-    """The queries of a call, or its keys, which are the only part that the queries see."""
+    """The queries or the keys of a call. The only part of the queries is the keys of the same call."""
 
-    call: int  # its number
+    call: int  # the number of the call
     segment: int
-    numbers: Tensor | None  # None: all rows, in order
+    numbers: Tensor | None  # row numbers; None: all rows in order
     parts: tuple[_PackedRows, ...] = ()
 
     def take(self, tensor: Tensor) -> Tensor:
@@ -253,13 +253,13 @@ class _PackedRows(NamedTuple):
 
 @dataclass(eq=False)
 class _PackedCalls(PartialKernel):
-    """A packed kernel in the union: out ``(rows, heads, dim)``, lse ``(rows, heads)``, one part per call."""
+    """A packed kernel for :func:`unite`, with one part per call: out ``(rows, heads, dim)``, lse ``(rows, heads)``."""
 
     kernel: type[PackedKernel]
     calls: tuple[Call, ...]
     scale: float
     dropout: float
-    states: dict[int, Any]  # what the forward of each call returns for its backward
+    states: dict[int, Any]  # per call: the state from the forward for the backward
     places: list[int]
     query: Tensor
     tensors: Sequence[Tensor]
@@ -271,7 +271,7 @@ class _PackedCalls(PartialKernel):
     def new_results(self) -> tuple[Tensor, Tensor]:
         rows, heads, _ = self.query.shape
         out = self.query.new_zeros(self.query.shape, dtype=torch.float32)
-        # (heads, rows) in memory, as kernels take it
+        # Kernels need the memory layout (heads, rows).
         return out, self.query.new_full((heads, rows), -math.inf, dtype=torch.float32).transpose(0, 1)
 
     def forward_plan(self) -> Iterator[tuple[bool, _PackedRows]]:

@@ -1,10 +1,10 @@
-"""Express LSH's sorted chunks as calls of a causal kernel: exact, without masks.
+"""Express the sorted chunks of LSH attention exactly as calls of a causal kernel without masks.
 
-A query sees the nearby keys of all other tokens (causal: of earlier tokens); no order of the sorted positions expresses
-this. But within a neighbourhood, queries and keys can be sorted by token: then causal attention sees the earlier
-tokens, causal attention in reverse order sees the later tokens, and both together see all other tokens. The queries and
-keys of a neighbourhood become one sequence, with each query just before the keys of its token. Each position holds a
-query or a key; the other is the spare row, which is dropped as a query and hidden as a key.
+A query sees the nearby keys of other tokens, or only of earlier tokens if the pattern is causal. A neighbourhood is a
+chunk of sorted queries and the keys near this chunk. The queries and keys of a neighbourhood, sorted by token, make one
+sequence, in which each query precedes the keys of its token. Causal attention then sees the earlier tokens, and causal
+attention in reverse order sees the later tokens. Each position has a query and a key. One of both is the spare row: the
+kernel hides the spare key, and the output of the spare query is dropped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LAST = torch.iinfo(torch.long).max
 
 
 def fold_heads(attention: Attention) -> Attention:
-    """Return the attention with heads as samples, because each head has another order; without ``empty``."""
+    """Return the attention with heads as samples and without ``empty``. Each head sorts the tokens differently."""
     batch, heads = attention.batch, attention.heads
 
     def fold(tensor: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def fold_heads(attention: Attention) -> Attention:
     def repeat(mask: Tensor | None) -> Tensor | None:
         return None if mask is None else mask.repeat_interleave(heads, dim=0)
 
-    folded: dict[int, Tensor] = {}  # hash rounds share their keys, and must still share them
+    folded: dict[int, Tensor] = {}  # hash rounds must share keys after folding too
     segments = []
     for segment in attention.segments:
         for tensor in (segment.key, segment.value):
@@ -51,7 +51,7 @@ def fold_heads(attention: Attention) -> Attention:
 def sorted_rows(
     attention: Attention, segment: Segment, pattern: SortedChunks
 ) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
-    """Yield the causal calls of a segment with one head: sequence lengths, rows of the queries, rows of the keys."""
+    """Yield sequence lengths, query rows and key rows of each causal call of a segment with one head."""
     order, token = (tensor.squeeze(1) for tensor in pattern.sorted_tensors())
     if segment.key_mask is not None:
         token = token.masked_fill(~segment.key_mask, -1)
@@ -61,7 +61,7 @@ def sorted_rows(
         queries, tokens = order[:, q_index], token[:, k_index]  # (samples, chunks, n) and (samples, chunks, m)
         n, m = queries.shape[2], tokens.shape[2]
         for sign in (1,) if pattern.causal else (1, -1):
-            places = (2 * sign * tokens + 1).masked_fill(tokens < 0, _LAST)  # hidden keys come after every query
+            places = (2 * sign * tokens + 1).masked_fill(tokens < 0, _LAST)  # hidden keys follow all queries
             merged = torch.argsort(torch.cat([2 * sign * queries, places], dim=-1), dim=-1)
             is_query = merged < n
             q_rows = queries.gather(2, merged.clamp(max=n - 1)) + samples * attention.q_len
@@ -77,7 +77,7 @@ def sorted_rows(
 def _neighbourhoods(
     pattern: SortedChunks, q_len: int, kv_len: int
 ) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
-    """Places of the sorted queries of a chunk, and of the keys near them; chunks with equal counts together."""
+    """Yield the sorted positions of queries and nearby keys per chunk, grouped by equal numbers of positions."""
     groups: dict[tuple[int, int], tuple[list[list[int]], list[list[int]]]] = {}
     start = 0
     while start < q_len:

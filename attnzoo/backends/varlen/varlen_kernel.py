@@ -1,9 +1,9 @@
-"""The FlashAttention kernels inside PyTorch (``torch.nn.attention.varlen``). Copy this file to add a GPU kernel.
+"""PyTorch's FlashAttention kernels (``torch.nn.attention.varlen``). Copy this file to add a GPU kernel.
 
-A kernel class has three functions: ``attend`` calls the kernel's public function; ``forward`` returns ``(out, lse,
-state)`` of a part of the keys, and ``backward`` gets the final out and lse of the whole union. Class attributes declare
-what the kernel supports, and ``unavailable`` returns what is missing. :mod:`attnzoo.backends.varlen.packed` does the
-rest: it plans the calls, packs the rows, hides keys and merges the parts.
+A kernel class has three main methods. ``attend`` calls the public function of the kernel. ``forward`` returns ``(out,
+lse, state)`` of a part of the keys. The arguments of ``backward`` include the final out and lse of the union. Class
+attributes declare what the kernel supports, and ``unavailable`` returns what is missing on this machine.
+:mod:`attnzoo.backends.varlen.packed` plans the calls, packs the rows, hides keys and merges the parts.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from attnzoo.backends.common.union import Grads
 from attnzoo.backends.varlen.kernels import Inputs, PackedKernel, changed_signature, import_package, parameters
 
 _PUBLIC = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
-# The public function returns lse, but its backward takes none, and a union needs that. So a union calls the two
-# operators that the public function consists of.
+# A union needs a backward with lse as an argument. The backward of the public function has no such argument. So a union
+# calls the two operators that the public function wraps.
 _FORWARD, _BACKWARD = "_varlen_attn", "_varlen_attn_backward"
 _PARTS = {
     _FORWARD: (*_PUBLIC, "is_causal", "scale", "window_size"),
@@ -35,15 +35,15 @@ def _function() -> tuple[Any, str]:
     module, why = import_package("torch.nn.attention.varlen", "'torch>=2.11'")
     function = getattr(module, "varlen_attn", None)
     if function is None:
-        return None, f"torch {torch.__version__} has no torch.nn.attention.varlen.varlen_attn: 2.11 is needed. {why}"
+        return None, f"torch {torch.__version__} has no varlen_attn: install torch>=2.11. {why}"
     names = parameters(function)
     missing = [name for name in (*_PUBLIC, "scale", "window_size") if name not in names]
     if missing:
-        return None, f"torch {torch.__version__}: varlen_attn has no {', '.join(missing)}: 2.11 is needed"
+        return None, f"torch {torch.__version__}: varlen_attn has no {', '.join(missing)}: install torch>=2.11"
     # A build with CUDA may lack FlashAttention and still have the Python function.
     if torch.version.cuda is not None and not torch.backends.cuda.is_flash_attention_available():
         return None, f"torch {torch.__version__} is built without FlashAttention"
-    # Since 2.12 grouped key heads need enable_gqa=True; before, they need nothing.
+    # Grouped key heads need enable_gqa=True since torch 2.12. Earlier versions lack this argument.
     return (partial(function, enable_gqa=True) if "enable_gqa" in names else function), ""
 
 
@@ -53,7 +53,7 @@ def _parts_unavailable() -> str | None:
 
 
 class VarlenKernel(PackedKernel):
-    """``varlen_attn``, which has no dropout."""
+    """The kernel ``varlen_attn`` of PyTorch. This kernel does not support dropout."""
 
     name: ClassVar[str] = "varlen"
 

@@ -1,4 +1,4 @@
-"""``xformers``: memory-efficient attention of the ``xformers`` package, described by its structured biases."""
+"""The backend ``xformers``: memory-efficient attention of the package ``xformers``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from attnzoo.backends.varlen.xformers_kernels import XformersCutlassKernel, Xfor
 
 @dataclass(frozen=True)
 class XformersBackend(PackedBackend):
-    """Memory-efficient attention."""
+    """Memory-efficient attention of the package ``xformers``."""
 
     name: ClassVar[str] = "xformers"
     priority: ClassVar[int] = 5

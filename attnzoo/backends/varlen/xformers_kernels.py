@@ -1,7 +1,7 @@
-"""The kernels behind ``xformers.ops.memory_efficient_attention`` (Lefaudeux et al. 2022), by its structured biases.
+"""The kernels of ``xformers.ops.memory_efficient_attention`` (Lefaudeux et al. 2022).
 
-xformers takes tensors ``(batch, rows, heads, dim)`` and a bias object that describes the sequences and what is visible
-within each. Every call names its operator, so that the reported kernel is the one that ran.
+The arguments are tensors ``(batch, rows, heads, dim)`` and a bias object, which describes the sequences and the visible
+keys within each sequence. Every call names an operator, so the reported kernel is always the kernel that ran.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FUNCTIONS = {
     "memory_efficient_attention_backward": ("grad", "output", "lse", *_INPUTS),
 }
 _LSE_ALIGNMENT = 32
-_LONGEST_REASON = 120  # characters per operator: one message has the reasons of two operators
+_LONGEST_REASON = 120  # characters per operator, because one message contains the reasons of two operators
 
 
 @cache
@@ -43,11 +43,11 @@ def _package() -> tuple[ModuleType | None, str]:
 
 @cache
 def _operator_unavailable(name: str, deterministic: bool) -> str | None:
-    """Why an operator (a module of xformers with ``FwOp`` and ``BwOp``) cannot be used; or None.
+    """Return why an operator (a module of xformers with ``FwOp`` and ``BwOp``) cannot be used, or None.
 
-    ``is_available()`` is not enough: it is True even if xformers' compiled extension does not load (a wheel for another
-    CUDA), and then every call raises. So both classes check a small example, with the message that a call would raise.
-    Some operators do not support PyTorch's deterministic algorithms: the cache has an entry for each mode.
+    ``is_available()`` is not enough. It is True even if the compiled extension of xformers does not load, for example
+    with a wheel for another CUDA version. So ``not_supported_reasons`` of both classes checks a small example. Some
+    operators do not support PyTorch's deterministic algorithms, so the cache has an entry for each mode.
     """
     fmha, why = _package()
     if fmha is None:
@@ -56,7 +56,7 @@ def _operator_unavailable(name: str, deterministic: bool) -> str | None:
     try:
         operators: list[Any] = [getattr(getattr(fmha, name, None), half, None) for half in ("FwOp", "BwOp")]
         if not all(operator is not None and operator.is_available() for operator in operators):
-            return f"xformers has no working operator {name!r}: see python -m xformers.info"
+            return f"xformers has no working operator {name!r}: run python -m xformers.info"
         example = _example(fmha)
         for operator in operators if example is not None else ():
             reasons += operator.not_supported_reasons(example)
@@ -66,11 +66,11 @@ def _operator_unavailable(name: str, deterministic: bool) -> str | None:
     if not reasons:
         return None
     short = shorten("; ".join(dict.fromkeys(reasons)), _LONGEST_REASON, placeholder=" ...")
-    return f"xformers' operator {name!r} does not run here: {short}: see python -m xformers.info"
+    return f"xformers' operator {name!r} does not run here: {short}: run python -m xformers.info"
 
 
 def _example(fmha: Any) -> Any:
-    """Inputs of 8 tokens in the form of every call of this module; None without a device."""
+    """Return inputs of 8 tokens in the same form as all calls of this module, or None without a device."""
     device = example_device()
     if device is None:
         return None
@@ -80,7 +80,7 @@ def _example(fmha: Any) -> Any:
 
 
 class _Bias(NamedTuple):
-    """A bias of xformers, and its rows of queries and keys, cut into ``samples`` of equal length."""
+    """A bias object, and the rows of queries and keys it applies to, divided into ``samples`` of equal length."""
 
     bias: Any
     q_rows: slice
@@ -89,7 +89,7 @@ class _Bias(NamedTuple):
 
 
 class _XformersKernel(PackedKernel):
-    """The base class of the two operators."""
+    """The base class of the kernels of both operators."""
 
     operator: ClassVar[str]
 
@@ -137,26 +137,27 @@ class _XformersKernel(PackedKernel):
 
     @classmethod
     def from_lse(cls, lse: Tensor, sequences: Sequences) -> Tensor:
-        """Return ``(heads, rows)`` from the lse that the operator returns."""
+        """Return lse as ``(heads, rows)`` from the lse in the operator's layout."""
         return lse.transpose(0, 1).flatten(1)
 
     @classmethod
     def to_lse(cls, lse: Tensor, samples: int, sequences: Sequences) -> Tensor:
-        """Return the lse that the operator takes from ``(heads, rows)``."""
+        """Return lse in the operator's layout from lse ``(heads, rows)``."""
         return lse.unflatten(1, (samples, -1)).transpose(0, 1).contiguous()
 
 
 class XformersFlashKernel(_XformersKernel):
-    """FlashAttention 2 from the ``flash_attn`` package or from PyTorch, as xformers finds it."""
+    """FlashAttention 2 through xformers, which calls the package ``flash_attn`` or PyTorch."""
 
     name: ClassVar[str] = "xformers_flash"
     operator: ClassVar[str] = "flash"
 
 
 class XformersCutlassKernel(_XformersKernel):
-    """xformers' cutlass kernel: float32 and wide heads, but no windows: its backward has none aligned bottom right.
+    """The cutlass kernel of xformers, which supports float32 and a large ``head_dim``.
 
-    Its lse is by sequence, ``(sequences, heads, longest)``.
+    This class refuses windows, because the backward cannot align the last query with the last key in a window. The lse
+    of the operator has the layout ``(sequences, heads, longest)``.
     """
 
     name: ClassVar[str] = "xformers_cutlass"
@@ -168,7 +169,7 @@ class XformersCutlassKernel(_XformersKernel):
     @classmethod
     def refusals(cls, request: Request) -> tuple[Refusal, ...]:
         windows = [segment.pattern for segment in request.segments if isinstance(segment.pattern, Window)]
-        allowed = f"no window with {cls.name}"
+        allowed = f"a pattern other than Window with {cls.name}"
         return (*super().refusals(request), *(Refusal("pattern", str(window), allowed) for window in windows))
 
     @classmethod
@@ -189,13 +190,13 @@ def _fmha() -> Any:
 
 
 def _padded_rows(sequences: Sequences, width: int) -> Tensor:
-    """The row numbers of all queries if each sequence is padded to a width."""
+    """Return the row numbers of all queries after padding each sequence to ``width`` rows."""
     starts = range(0, len(sequences.q_lens) * width, width)
     return rows_of(starts, sequences.q_lens, sequences.device)
 
 
 def _biases(sequences: Sequences) -> Iterator[_Bias]:
-    """Yield one bias for all sequences. A two-sided window has one bias per run of equal lengths, as xformers needs."""
+    """Yield one bias for all sequences, or for a two-sided window one bias per run of sequences of equal length."""
     masks, (left, right) = _fmha().attn_bias, (sequences.left, sequences.right)
     q_lens, k_lens = list(sequences.q_lens), list(sequences.k_lens)
     if (left, right) == (NO_LIMIT, NO_LIMIT) or right == 0:
@@ -217,7 +218,7 @@ def _biases(sequences: Sequences) -> Iterator[_Bias]:
 
 
 def _rows(bias: _Bias, inputs: Inputs) -> list[Tensor]:
-    """Query, key and value as ``(samples, rows, heads, dim)``. xformers has no backward for grouped key heads."""
+    """Return query, key and value ``(samples, rows, heads, dim)``, expanded because no backward supports GQA."""
     heads = inputs.query.shape[1]
     keys_values = (_expand(tensor[bias.k_rows], heads) for tensor in (inputs.key, inputs.value))
     return [tensor.unflatten(0, (bias.samples, -1)) for tensor in (inputs.query[bias.q_rows], *keys_values)]
