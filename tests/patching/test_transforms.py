@@ -357,7 +357,7 @@ def test_an_ambiguous_mask_of_numbers_is_refused_under_vmap():
     def check(mask):
         return check_visibility("encoder_attention_mask", mask, 1, 5, mask.device, 1)
 
-    with pytest.raises(attnzoo.InvalidArgumentError, match=r"encoder_attention_mask: .*under vmap.*; allowed: bool"):
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"encoder_attention_mask: .*under vmap; .* a bool mask"):
         vmap(check)(torch.ones(2, 1, 5))
     assert vmap(check)(torch.ones(2, 1, 5, dtype=torch.bool)).all()
 
