@@ -21,7 +21,7 @@ Decisions:
   patch. If a call had a mask, a token also sees the padding of the prompt (``generate`` passes no mask). The states of
   padding are zero, but undefined in the original.
 - Projections when decoding with the cache. A patch calls the projections. The original multiplies by their weights, so
-  it ignores hooks and low-rank adapters, and fails on quantised weights. With plain linear layers the results are equal.
+  it ignores hooks and low-rank adapters, and fails on quantised weights. Plain linear layers give equal results.
 - ``output_attentions`` returns weights in the original layout: the neighbourhood of each chunk in sorted order,
   normalised per round. In training, a token that sees only itself has a weight of 1, even if dropout drops the weight.
 """
