@@ -42,14 +42,14 @@ _MASK = "encoder_attention_mask"
 
 
 class ModelMasks(MaskCheckPoint):
-    """Patch point of the model without cross-attention. It checks the attention mask."""
+    """Patch point that checks the attention mask of the model without cross-attention."""
 
     cls = f"{_MODULE}:GPTBigCodeModel"
     masks = {"attention_mask": DECODER_MASK}
 
 
 class CrossModelMasks(ModelMasks):
-    """Patch point of the model with cross-attention. It checks both masks.
+    """Patch point that checks both masks of the model with cross-attention.
 
     The encoder mask is expanded to three dimensions, because the original forward requires them.
     """
@@ -110,7 +110,7 @@ class SelfAttention(_Attention, InterfacePoint):
 
 
 class CrossAttention(_Attention):
-    """Patch point of cross-attention, which this point repairs."""
+    """Patch point that repairs cross-attention."""
 
     verified = {
         f"{_MODULE}:GPTBigCodeAttention.__init__": ("3df96d659edfe3dd",),
@@ -167,7 +167,7 @@ class CrossAttention(_Attention):
 
 
 def _keys_values(module: Any, states: Tensor, encoder_states: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
-    """Return keys and values ``(batch, kv_heads, encoder_length, head_dim)``. Read or fill the cache if given."""
+    """Return keys and values ``(batch, kv_heads, encoder_length, head_dim)``. Read or fill the given cache."""
     filled = getattr(cache, "is_updated", None)
     if cache is not None and filled is None:
         raise InvalidArgumentError("layer_past", type(cache).__name__, "an EncoderDecoderCache, or None")

@@ -14,7 +14,7 @@ _MODULE = "transformers.models.gpt_neox.modeling_gpt_neox"
 
 
 class ModelMasks(MaskCheckPoint):
-    """Patch point of the model, which checks the attention mask."""
+    """Patch point that checks the attention mask of the model."""
 
     cls = f"{_MODULE}:GPTNeoXModel"
     masks = {"attention_mask": DECODER_MASK}

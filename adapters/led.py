@@ -26,7 +26,7 @@ _ENCODER_FORWARD = ("47720093331635f3", "d710ce36e019c88c")
 
 
 class EncoderMasks(OneRowMaskPoint):
-    """Patch point of the encoder, which builds a padding mask."""
+    """Patch point that builds the padding mask of the encoder with one row."""
 
     cls = f"{_MODULE}:LEDEncoder"
     verified = {
@@ -40,7 +40,7 @@ class EncoderMasks(OneRowMaskPoint):
 
 
 class DecoderMasks(MaskCheckPoint):
-    """Patch point of the decoder, which checks the masks."""
+    """Patch point that checks the masks of the decoder."""
 
     cls = f"{_MODULE}:LEDDecoder"
     masks = DECODER_MASKS
@@ -59,7 +59,7 @@ class EncoderAttention(LongformerAttention):
 
 
 class DecoderAttention(PatchPoint):
-    """Patch point of the decoder's attention. A call with ``key_value_states`` is cross-attention."""
+    """Patch point of the decoder's attention. A call with ``key_value_states`` computes cross-attention."""
 
     cls = f"{_MODULE}:LEDDecoderAttention"
     verified = {
@@ -90,7 +90,7 @@ class DecoderAttention(PatchPoint):
     ) -> tuple[Tensor, Tensor | None, Any]:
         """Return states ``(batch, length, embed)``, weights or None, and the cache.
 
-        A call with ``key_value_states`` computes cross-attention, and a call without them causal self-attention.
+        A call with ``key_value_states`` computes cross-attention. Other calls compute self-attention.
         """
         query = split_heads(module.q_proj(hidden_states), module.head_dim)
         key, value = _keys_values(module, hidden_states, key_value_states, past_key_values)
@@ -110,10 +110,10 @@ class DecoderAttention(PatchPoint):
 
 
 def _keys_values(module: Any, states: Tensor, encoder_states: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
-    """Return keys and values ``(batch, heads, kv_len, head_dim)``. Read and update the cache if given.
+    """Return keys and values ``(batch, heads, kv_len, head_dim)``. Read and update the given cache.
 
     An ``EncoderDecoderCache`` contains one cache for self-attention and one for cross-attention. Only the first call
-    of cross-attention fills its cache.
+    of cross-attention fills the second cache.
     """
     cross = encoder_states is not None
     filled = getattr(cache, "is_updated", None)

@@ -26,7 +26,7 @@ _MODULE = "transformers.models.longformer.modeling_longformer"
 
 
 class ModelMasks(OneRowMaskPoint):
-    """Patch point of the model, which builds the padding mask of the encoder."""
+    """Patch point that builds the padding mask of the model with one row."""
 
     cls = f"{_MODULE}:LongformerModel"
     verified = {
@@ -143,7 +143,7 @@ def _real(is_index_masked: Tensor) -> Tensor | None:
 
 
 def _ordinary(attention_mask: Tensor) -> Tensor:
-    """Return which tokens are ordinary: 0 in the mask, neither padding (negative) nor global (positive)."""
+    """Return bool, True for ordinary tokens (mask value 0). Padding is negative, and global tokens are positive."""
     refuse_nan("attention_mask", attention_mask)
     return attention_mask == 0
 

@@ -29,7 +29,7 @@ class OneRowMaskPoint(MaskCheckPoint):
     mask_function: str
 
     def one_row(self, make: MaskFunction) -> MaskFunction:
-        """Return a function that has the arguments of ``make`` and returns only one row of the mask."""
+        """Return a function that has the arguments of ``make`` and returns a mask with one row."""
         raise NotImplementedError
 
     def describe(self, module: Any) -> str:

@@ -51,7 +51,7 @@ from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest
 
 
 class StackMasks(MaskCheckPoint):
-    """Patch point of the encoder or the decoder, which checks the masks."""
+    """Patch point that checks the masks of the encoder or the decoder."""
 
     cls = f"{MODULE}:LongT5Stack"
 
@@ -60,7 +60,7 @@ class StackMasks(MaskCheckPoint):
 
 
 class FeedForward(FeedForwardPoint):
-    """Patch point of the feed-forward layer. Gated GELU needs most memory: four ``(batch, length, d_ff)`` tensors."""
+    """Patch point of the feed-forward layer. Its ``(batch, length, d_ff)`` tensors use most of the model's memory."""
 
     cls = f"{MODULE}:LongT5LayerFF"
     shared_in = f"{MODULE}:LongT5Block"
@@ -142,7 +142,7 @@ class LocalAttention(PatchPoint):
 
 
 class TransientGlobalAttention(LocalAttention):
-    """Patch point of the encoder's local attention with a second segment of one key per block of tokens."""
+    """Patch point of the encoder's local attention and a second segment, with one key per block."""
 
     cls = f"{MODULE}:LongT5TransientGlobalAttention"
     verified = {
@@ -176,7 +176,7 @@ class TransientGlobalAttention(LocalAttention):
         position_bias: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor | None, ...]:
-        """Return the values that local attention returns. The bias has the values of both segments side by side."""
+        """Return states, bias and weights as local attention does. The bias contains the values of both segments."""
         mask = check_is_given(mask)
         tokens = attend.cached_per_forward(mask, "tokens", lambda mask: read_flat_mask(mask, hidden_states))
         size = module.global_block_size  # encoders that get the same mask may have blocks of different sizes

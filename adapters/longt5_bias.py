@@ -59,7 +59,7 @@ def values_by_distance(module: Any, table: str, reach: int) -> Tensor:
 def read_local_bias(blocked: Tensor, real: Tensor, block_len: int) -> Tensor:
     """Return ``(heads, 2 * block_len - 1)`` values by distance from the original's blocked bias.
 
-    For each distance, the value is that of one pair of real tokens. If no pair exists, the value is 0 and never used.
+    The value for a distance is the bias of one pair of real tokens. Without such a pair, the value is 0 and not used.
     ``blocked`` is ``(batch, blocks, heads, block_len, 3 * block_len or more)``, and ``real`` ``(batch, length)`` bool.
     """
     length = real.shape[1]

@@ -57,7 +57,7 @@ def check_is_given(mask: Tensor | None) -> Tensor:
 
 
 def read_blocked_mask(mask: Tensor, block_len: int, hidden_states: Tensor) -> Tokens:
-    """Return the real tokens of the mask of local attention, bool ``(batch, 1, blocks, block_len, 3 * block_len)``.
+    """Return the real tokens from the mask of local attention, bool ``(batch, 1, blocks, block_len, 3 * block_len)``.
 
     A token is real if it sees itself. The mask must let real tokens see exactly the real tokens within their window.
     """
@@ -76,7 +76,7 @@ def read_blocked_mask(mask: Tensor, block_len: int, hidden_states: Tensor) -> To
 
 
 def read_flat_mask(mask: Tensor, hidden_states: Tensor) -> Tokens:
-    """Return the real tokens of a mask ``(batch, length)`` of ones (tokens) and zeros (padding)."""
+    """Return the real tokens from a mask ``(batch, length)`` of ones (tokens) and zeros (padding)."""
     shape = tuple(hidden_states.shape[:2])
     if not mask.dtype.is_signed:  # the model's code writes -1 for padding
         raise InvalidArgumentError("attention_mask", describe(mask), "a dtype with negative numbers, e.g. torch.long")

@@ -110,7 +110,7 @@ class DecoderSelfAttention(InterfacePoint):
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Like the base class, with ``position_bias``: the original tensor, or the object that :meth:`bind` passes."""
+        """Compute attention as the base class does. ``position_bias`` is a tensor or an object from :meth:`bind`."""
         bias = DenseBias(position_bias) if isinstance(position_bias, Tensor) else position_bias
         bias = None if bias is _NO_BIAS else bias
         read = read_interface_mask(attend, implementation, query, key, attention_mask, module.is_causal)

@@ -9,10 +9,10 @@ from torch.nn.modules import module as torch_module
 
 
 def project_by_head(layer: Any, states: Tensor, heads: int) -> Tensor:
-    """Return the states of each head, projected by the rows of a layer's weight for this head.
+    """Project the states of each head by the part of a layer that belongs to the head.
 
-    For a plain linear layer, multiply each head's states by the head's part of the weight. Call any other layer on the
-    states, which computes all heads for each state, because a wrapper (LoRA), a hook or quantisation changes results.
+    A plain linear layer is multiplied head by head. Layers with a wrapper (LoRA), a hook or a quantised weight give
+    different results, so they are called. Such a call computes all heads for each state.
 
     Args:
         layer: maps ``width`` to ``heads * head_dim``.

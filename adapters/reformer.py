@@ -44,7 +44,7 @@ from attnzoo.spec.segments import Request, SegmentRequest
 
 
 class ModelMasks(MaskCheckPoint):
-    """Patch point of the model, which checks the attention mask."""
+    """Patch point that checks the attention mask of the model."""
 
     cls = f"{MODULE}:ReformerModel"
     masks = {"attention_mask": replace(ENCODER_MASK, cache=("past_buckets_states",))}

@@ -52,7 +52,7 @@ def check_length(module: Any, length: int, copies: int = 1) -> int:
 def steps_ahead(module: Any, count: int) -> list[int]:
     """Return the distance in chunks from a query's chunk to each chunk of its neighbourhood.
 
-    The list has ``count`` chunks. A distance of ``count`` or more becomes 0, because the original rotates by slicing.
+    The list has ``count`` chunks. A distance of ``count`` or more becomes 0, because the original then does not rotate.
     """
     steps = range(-module.num_chunks_before, module.num_chunks_after + 1)
     return [step if abs(step) < count else 0 for step in steps]
@@ -95,7 +95,7 @@ def with_own_token(weights: Tensor, share: Tensor, own: Tensor) -> Tensor:
     Args:
         weights: ``(..., n)``.
         share: ``(..., 1)``, the sum of the weights before dropout.
-        own: bool, broadcastable to ``weights``, True for keys that are the query's token. A row may have several.
+        own: bool, broadcastable to ``weights``, True for keys that are the query's token. A token may occur twice.
     """
     alone = share == 0.0
     itself = own / own.sum(-1, keepdim=True).clamp(min=1)

@@ -82,7 +82,7 @@ class LocalCall:
     def _run(
         self, states: Tensor, around: Tensor, real: Tensor | None, patterns: tuple[Pattern, ...], wanted: bool = False
     ) -> Result:
-        """Return the attention of ``states`` to ``around``, both hidden states. ``real`` is False for padding."""
+        """Return the attention of queries from ``states`` to keys from ``around``. ``real`` is False for padding."""
         module = self._module
         dim = module.attention_head_size
         query = split_heads(module.query(states), dim)
@@ -96,8 +96,8 @@ class LocalCall:
     def _slice_length(self, length: int, wanted: bool) -> int | None:
         """Return the number of tokens per slice, or None to compute all tokens at once.
 
-        Slices are used only if they change no result. So there may be no gradients, dropout or requested probabilities.
-        Causal attention to later chunks also prevents slices, because its last chunk sees the first chunk.
+        Slices are used only if they change no result. So they are not used with gradients, dropout or requested
+        probabilities. Causal attention to later chunks uses no slices, because the last chunk sees the first chunk.
         """
         module = self._module
         around = module.num_chunks_before + module.num_chunks_after

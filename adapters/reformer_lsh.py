@@ -154,12 +154,12 @@ class LshCall:
         return Attention(query, segments, 1.0, dropout, query_mask=real, empty=empty)
 
     def _keys(self, queries: Tensor) -> Tensor:
-        """Return the normalised queries. The norm includes the scale of the scores."""
+        """Return the keys: the normalised queries, which include the scale of the scores."""
         keys: Tensor = self._module._len_and_dim_norm(queries, math.sqrt(self._module.attention_head_size))
         return keys
 
     def _short(self, query: Tensor, value: Tensor, real: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor | None]:
-        """Return output and weights of an input of one chunk. Every token sees all tokens except itself."""
+        """Return output and weights for at most one chunk of tokens. A token sees all other tokens."""
         dtype, length = compute_dtype(query), query.shape[2]
         query, key, value = query.to(dtype), self._keys(query).to(dtype), value.to(dtype)
         patterns = (Causal(offset=-1), *(() if self._module.is_decoder else (window_ahead(self._module),)))

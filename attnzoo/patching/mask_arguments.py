@@ -142,7 +142,7 @@ def check_mask(
         mask: the value of the argument.
         batch: the number of samples. A mask with one row applies to all samples.
         length: the number of tokens. None allows any number.
-        device: the device of the tokens. None allows any device that holds data.
+        device: the device of the tokens. None allows any device except meta.
         grid: ``(q_len, kv_len)`` if the mask may be a grid. A length of -1 allows any number.
         grid_rank: the rank of a grid: 4 if it has a dimension of heads, otherwise 3.
 
@@ -168,7 +168,7 @@ def check_mask(
     if not fits or mask.shape[0] not in (1, batch):
         raise InvalidArgumentError(name, describe(mask), allowed)
     if mask.device != device and (device is not None or mask.is_meta):
-        allowed = "a device that holds data" if device is None else f"{device}, the device of the tokens"
+        allowed = "any device except meta" if device is None else f"{device}, the device of the tokens"
         raise InvalidArgumentError(f"{name} device", mask.device, allowed)
     # If no expansion is needed, return the mask object itself, because results for a mask are cached by identity.
     return mask.expand(batch, -1) if mask.ndim == 2 and mask.shape[0] != batch else mask
@@ -197,13 +197,13 @@ def check_visibility(
 
 
 def refuse_nan(name: str, mask: Tensor) -> None:
-    """Raise :class:`InvalidArgumentError` if a mask contains NaN. The check of a float mask waits for its device."""
+    """Raise :class:`InvalidArgumentError` if a mask contains NaN. The check of a float mask waits for the device."""
     if mask.is_floating_point() and holds(mask.isnan().any(), unknown=False):
         raise InvalidArgumentError(name, f"{describe(mask)} with NaN", "a mask without NaN")
 
 
 def _first_tokens(given: Mapping[str, Any], names: tuple[str, ...]) -> Tensor | None:
-    """Return the first argument that is a tensor ``(batch, length, ...)``, or None if no argument is."""
+    """Return the first argument that is a tensor ``(batch, length, ...)``, or None if there is none."""
     values = (given.get(name) for name in names)
     return next((tokens for tokens in values if isinstance(tokens, Tensor) and tokens.ndim >= 2), None)
 

@@ -48,7 +48,7 @@ class SitePlan:
         requests: the expected requests of the module, for the model in its current state.
         refusals: every reason why the backend refuses these requests.
         alternatives: names of the backends that support all these requests. None if unknown or not needed.
-        changes: descriptions of how the backend changes the pattern of supported requests. Empty if it is exact.
+        changes: descriptions of how the backend changes the pattern of supported requests. Empty for an exact backend.
         obstacle: the error that prevents any patch of the site, such as drift. None if nothing prevents a patch.
     """
 
@@ -101,7 +101,7 @@ def plan_sites(
     targets of the model.
 
     Raises:
-        InvalidArgumentError: options of a backend have no effect at any of its sites.
+        InvalidArgumentError: options of a backend have no effect at any site.
     """
     obstacles: dict[PatchTarget, PatchError | None] = {}
     requests: dict[PatchTarget, tuple[Request, ...]] = {}
@@ -190,7 +190,7 @@ def _check_forward(target: PatchTarget) -> None:
 
 
 def _check_loaded(model: nn.Module, target: PatchTarget) -> None:
-    """Raise if a parameter is on the meta device and no hook of accelerate moves it to another device."""
+    """Raise if a parameter is on the meta device and no hook of accelerate moves the data to a device."""
     for name, parameter in target.module.named_parameters(prefix=target.name):
         if parameter.is_meta and not _is_offloaded(model, name):
             raise PatchError(
@@ -201,7 +201,7 @@ def _check_loaded(model: nn.Module, target: PatchTarget) -> None:
 
 
 def _is_offloaded(model: nn.Module, parameter: str) -> bool:
-    """Whether a hook of accelerate moves a parameter to a device for each forward of a module that contains it."""
+    """Whether a hook of accelerate moves a parameter to a device when a module around it runs."""
     path = parameter.split(".")[:-1]
     around = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1))
     return any(slots.runs_on(module) is not None for module in around)

@@ -20,7 +20,7 @@ Choices = dict[str, list[dict[str, Any]]]
 
 @contextmanager
 def recording(modules: Mapping[str, tuple[nn.Module, Callable[[Any], dict[str, Any]]]]) -> Iterator[Choices]:
-    """Yield a dictionary of the random choices of ``modules``, which is filled while the ``with`` block runs.
+    """Yield a dictionary, which receives the random choices of ``modules`` while the ``with`` block runs.
 
     ``modules`` is ``{name: (module, replay of its patch point)}``. The yielded dictionary has, for each name and call,
     the keyword arguments with which the module repeats the choices of the call.

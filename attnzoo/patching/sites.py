@@ -66,7 +66,7 @@ class Site:
 
     @property
     def approximate(self) -> str:
-        """The changes of the pattern so far. Before the first call, the expected changes. Empty without changes."""
+        """The pattern changes by calls so far, or the expected changes before the first call. Empty without changes."""
         return "; ".join(self.changed if self.calls else self.changes)
 
     @property
@@ -150,7 +150,7 @@ def expected_requests(
 
     Args:
         sharers: the module and the modules that share values with it.
-        grad: whether gradients will be computed. None means: if the module is in training mode and has trained weights.
+        grad: whether gradients will be computed. None means yes in training mode if the module has trained parameters.
         transforms: the transforms of ``torch.func`` around the call.
     """
     trains_bias = False
@@ -186,7 +186,7 @@ def find_sites(model: nn.Module) -> list[PatchTarget]:
     """Return every module of a model that a registered adapter can patch.
 
     The class of a module decides, not the configuration. If several patch points match, the point for the nearest base
-    class is used. Among these, a point of an adapter for a model type in the model is preferred.
+    class is used. Among several such points, a point for a model type in the model is preferred.
 
     Raises:
         InvalidArgumentError: ``model`` is not a ``torch.nn.Module``.
@@ -220,7 +220,7 @@ def _model_types(model: nn.Module) -> tuple[str, ...]:
 
 
 def _no_site_error(model: nn.Module, types: tuple[str, ...], points: Iterable[str]) -> PatchError:
-    """Return the error for a model without sites. It lists adapters that failed to load and classes of equal name."""
+    """Return the error for a model without sites. It names broken adapters and a class of the same name."""
     reasons = [f"{name}: {reason}" for name, reason in registry.broken_adapters().items()]
     why = f" (an adapter exists but did not load: {shorten('; '.join(reasons), 200)})" if reasons else ""
     known = {path.rpartition(":")[2]: path for path in points}
