@@ -194,9 +194,9 @@ def _check_loaded(model: nn.Module, target: PatchTarget) -> None:
     for name, parameter in target.module.named_parameters(prefix=target.name):
         if parameter.is_meta and not _is_offloaded(model, name):
             raise PatchError(
-                f"{name}: got a parameter on the meta device, without data; allowed: a parameter with data: load the "
-                "weights before you call patch, with from_pretrained, or with "
-                "accelerate.load_checkpoint_and_dispatch after init_empty_weights"
+                f"{name}: got a parameter on the meta device, without data; allowed: a parameter with data (before "
+                "patch, load the weights with from_pretrained, or with accelerate.load_checkpoint_and_dispatch after "
+                "init_empty_weights)"
             )
 
 
