@@ -1,1 +1,1 @@
-"""Adapters: one file per model family, registered by an entry point named after its ``config.model_type``."""
+"""Adapters of model families. The entry point that registers an adapter has the name of its ``config.model_type``."""

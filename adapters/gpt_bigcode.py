@@ -1,26 +1,24 @@
 """GPTBigCode (SantaCoder, StarCoder): multi-query or multi-head attention (Shazeer 2019, arXiv:1911.02150).
 
-Self-attention looks its attention function up in transformers' interface. Its projections, the split into queries, keys
-and values, and its caches stay the model's. The original computes the softmax of half precision in float32 whatever
-``attention_softmax_in_fp32`` and ``scale_attention_softmax_in_fp32`` are, and so do we. ``scale_attn_weights`` decides
-the scale.
+Self-attention gets its attention function from transformers' ``AttentionInterface``. The model's code computes the
+projections, the split into queries, keys and values, and the caches. Like the original, this adapter always computes
+the softmax of half precision in float32. ``attention_softmax_in_fp32`` and ``scale_attention_softmax_in_fp32`` have no
+effect. ``scale_attn_weights`` decides the scale.
 
-Cross-attention (``config.add_cross_attention``) does not work in transformers: it splits keys and values at the wrong
-width, applies the decoder's causal mask to the encoder's tokens, ignores the encoder's mask (a 2-D mask fails an
-assertion), and with its own cache a second call has no query and appends the keys again. This adapter repairs it, with
-these decisions:
+Cross-attention (``config.add_cross_attention``) does not work in transformers. It splits keys and values at the wrong
+width. It applies the decoder's causal mask to the encoder's tokens. It ignores the encoder's mask, and a 2-D mask fails
+an assertion. With a cache, a second call has no query and appends the keys again. This adapter repairs cross-attention:
 
-- Weights. ``c_attn`` maps to ``2 x embed_dim``, read as ``(heads, 2 x head_dim)``: each head's key beside its value.
-  Self-attention lays out heads in the same way, and the widths in the original's split agree. The size of the weight
-  decides the number of key heads, so a multi-query ``c_attn`` of ``2 x head_dim`` works too (transformers refuses to
-  build one).
-- Masks. Every query sees every encoder token that ``encoder_attention_mask`` shows: ``(batch, encoder_length)``, or
-  ``(batch, 1 or length, encoder_length)``, of bool or 0 and 1. A sample whose encoder tokens are all hidden gets zeros
-  from the attention. Decoder masks and ``is_causal`` have no effect.
-- Caches. The model passes no cache to its cross-attention, which then computes its keys from the encoder's states on
-  every call. Called with an ``EncoderDecoderCache``, it fills the cross half once and reads it afterwards.
+- Weights. ``c_attn`` maps to ``2 x embed_dim``, read as ``(heads, 2 x head_dim)``: first the key of a head, then its
+  value. Self-attention has the same layout of heads. The size of the weight decides the number of key heads, so a
+  multi-query ``c_attn`` with ``2 x head_dim`` outputs also works, although transformers cannot build it.
+- Masks. ``encoder_attention_mask`` has the shape ``(batch, encoder_length)`` or ``(batch, 1 or length,
+  encoder_length)`` and contains bool, or 0 and 1. Every query sees every encoder token with True or 1. The attention
+  output is zero for a sample without visible encoder tokens. Decoder masks and ``is_causal`` have no effect.
+- Caches. The model passes no cache to its cross-attention, which then computes keys from the encoder's states on every
+  call. If a call passes an ``EncoderDecoderCache``, the first call fills its cross-attention half.
 
-With ``backend="native"`` a cross-attention module runs transformers' code, which is wrong.
+With ``backend="native"`` a cross-attention module runs the wrong code of transformers.
 """
 
 from __future__ import annotations
@@ -44,23 +42,23 @@ _MASK = "encoder_attention_mask"
 
 
 class ModelMasks(MaskCheckPoint):
-    """The model without cross-attention, whose attention mask is checked."""
+    """Patch point that checks the attention mask of the model without cross-attention."""
 
     cls = f"{_MODULE}:GPTBigCodeModel"
     masks = {"attention_mask": DECODER_MASK}
 
 
 class CrossModelMasks(ModelMasks):
-    """The model with cross-attention.
+    """Patch point that checks both masks of the model with cross-attention.
 
-    Its original forward asserts that an encoder mask has three dimensions, so it gets one that has.
+    The encoder mask is expanded to three dimensions, because the original forward requires them.
     """
 
     verified = {f"{_MODULE}:GPTBigCodeModel.forward": ("19f5b50c3ae23f0f",)}
     masks = {"attention_mask": DECODER_MASK, _MASK: CROSS_VISIBILITY}
 
     def serves(self, module: Any) -> bool:
-        # A replaced forward is refused here, not left alone: 2-D masks would fail in it.
+        # Unlike other mask checks, this point refuses a replaced forward, because 2-D masks would fail in it.
         return bool(module.config.add_cross_attention)
 
     def describe(self, module: Any) -> str:
@@ -68,7 +66,7 @@ class CrossModelMasks(ModelMasks):
 
 
 class _Attention(PatchPoint):
-    """The common part of self-attention and cross-attention."""
+    """Base class of the patch points of self-attention and cross-attention."""
 
     cls = f"{_MODULE}:GPTBigCodeAttention"
 
@@ -76,12 +74,12 @@ class _Attention(PatchPoint):
         return float(module.attn_dropout)
 
     def wants_probabilities(self, module: Any, kwargs: Mapping[str, Any]) -> bool:
-        # The block passes `output_attentions=False` if the user passed nothing, so False does not overrule the config.
+        # The block passes `output_attentions=False` if the user passed nothing, so False does not override the config.
         return bool(kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False))
 
 
 class SelfAttention(_Attention, InterfacePoint):
-    """Causal self-attention."""
+    """Patch point of causal self-attention."""
 
     verified = {
         f"{_MODULE}:GPTBigCodeAttention.forward": ("c39be72d161b452f",),
@@ -112,7 +110,7 @@ class SelfAttention(_Attention, InterfacePoint):
 
 
 class CrossAttention(_Attention):
-    """Cross-attention, repaired."""
+    """Patch point that repairs cross-attention."""
 
     verified = {
         f"{_MODULE}:GPTBigCodeAttention.__init__": ("3df96d659edfe3dd",),
@@ -150,11 +148,11 @@ class CrossAttention(_Attention):
     ) -> tuple[Tensor, Tensor | None]:
         """Return states ``(batch, length, embed)`` and weights ``(batch, heads, length, encoder_length)`` or None.
 
-        ``attention_mask`` and ``is_causal`` are the decoder's and do not concern the encoder's tokens.
+        ``attention_mask`` and ``is_causal`` have no effect, because they describe the decoder's tokens.
 
         Raises:
             InvalidArgumentError: the cache has no cross-attention half, there are neither encoder states nor a filled
-                cache, or the encoder mask does not fit.
+                cache, or the encoder mask has a wrong shape, dtype or device.
         """
         query = split_heads(module.q_attn(hidden_states), module.head_dim)
         key, value = _keys_values(module, hidden_states, encoder_hidden_states, layer_past)
@@ -169,7 +167,7 @@ class CrossAttention(_Attention):
 
 
 def _keys_values(module: Any, states: Tensor, encoder_states: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
-    """Return keys and values ``(batch, kv_heads, encoder_length, head_dim)``, through the cross half of a cache."""
+    """Return keys and values ``(batch, kv_heads, encoder_length, head_dim)``. Read or fill the given cache."""
     filled = getattr(cache, "is_updated", None)
     if cache is not None and filled is None:
         raise InvalidArgumentError("layer_past", type(cache).__name__, "an EncoderDecoderCache, or None")
@@ -177,7 +175,7 @@ def _keys_values(module: Any, states: Tensor, encoder_states: Tensor | None, cac
         layer = cache.cross_attention_cache.layers[module.layer_idx]
         return layer.keys, layer.values
     if encoder_states is None:
-        raise InvalidArgumentError("encoder_hidden_states", "None", "the encoder's states, or a cache filled with them")
+        raise InvalidArgumentError("encoder_hidden_states", "None", "the encoder's states, or a filled cache")
     _check_states(encoder_states, states)
     both = split_heads(module.c_attn(encoder_states), 2 * module.head_dim)
     key, value = both.split(module.head_dim, dim=-1)
@@ -188,7 +186,7 @@ def _keys_values(module: Any, states: Tensor, encoder_states: Tensor | None, cac
 
 
 def _check_states(encoder_states: object, hidden_states: Tensor) -> None:
-    """Raise unless batch, width and dtype (as autocast casts it) are those of the decoder's states."""
+    """Raise unless the encoder's states have the batch, width and (after autocast) dtype of the decoder's states."""
     batch, _, width = hidden_states.shape
     if (
         not isinstance(encoder_states, Tensor)
@@ -197,14 +195,14 @@ def _check_states(encoder_states: object, hidden_states: Tensor) -> None:
         or compute_dtype(encoder_states) != compute_dtype(hidden_states)
     ):
         dtype = str(hidden_states.dtype).removeprefix("torch.")
-        allowed = f"({batch}, encoder_length, {width}) {dtype}, as the decoder's states"
+        allowed = f"({batch}, encoder_length, {width}) {dtype}, like the decoder's states"
         raise InvalidArgumentError("encoder_hidden_states", describe(encoder_states), allowed)
 
 
 def _masks(given: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Return the encoder mask as ``(batch, encoder_length)``, or per query as ``(batch, 1, length, encoder_length)``.
 
-    The model passes ``(batch, 1, length, encoder_length)``, or ``(batch, length, 1, encoder_length)`` if multi-query.
+    The model passes ``(batch, 1, length, encoder_length)`` or, for multi-query, ``(batch, length, 1, encoder_length)``.
     """
     if given is None:
         return None, None

@@ -14,14 +14,14 @@ _MODULE = "transformers.models.gpt_neox.modeling_gpt_neox"
 
 
 class ModelMasks(MaskCheckPoint):
-    """The model, whose attention mask is checked."""
+    """Patch point that checks the attention mask of the model."""
 
     cls = f"{_MODULE}:GPTNeoXModel"
     masks = {"attention_mask": DECODER_MASK}
 
 
 class SelfAttention(InterfacePoint):
-    """Causal self-attention."""
+    """Patch point of causal self-attention."""
 
     cls = f"{_MODULE}:GPTNeoXAttention"
     verified = {f"{_MODULE}:GPTNeoXAttention.forward": ("680bb9e237b1e0ff", "0019986976651fef")}

@@ -1,6 +1,6 @@
 """LED, the Longformer Encoder-Decoder (Beltagy et al. 2020, arXiv:2004.05150).
 
-The encoder has Longformer's attention. The decoder has causal self-attention and cross-attention, both with caches.
+The encoder uses Longformer's attention. The decoder uses causal self-attention and cross-attention, both with caches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ENCODER_FORWARD = ("47720093331635f3", "d710ce36e019c88c")
 
 
 class EncoderMasks(OneRowMaskPoint):
-    """The encoder, which makes a padding mask."""
+    """Patch point that builds the padding mask of the encoder with one row."""
 
     cls = f"{_MODULE}:LEDEncoder"
     verified = {
@@ -40,14 +40,14 @@ class EncoderMasks(OneRowMaskPoint):
 
 
 class DecoderMasks(MaskCheckPoint):
-    """The decoder, whose masks are checked."""
+    """Patch point that checks the masks of the decoder."""
 
     cls = f"{_MODULE}:LEDDecoder"
     masks = DECODER_MASKS
 
 
 class EncoderAttention(LongformerAttention):
-    """Longformer's attention in LED's encoder."""
+    """Patch point of Longformer's attention in LED's encoder."""
 
     cls = f"{_MODULE}:LEDEncoderSelfAttention"
     verified = {
@@ -59,7 +59,7 @@ class EncoderAttention(LongformerAttention):
 
 
 class DecoderAttention(PatchPoint):
-    """Causal self-attention or cross-attention, as each call decides."""
+    """Patch point of the decoder's attention. A call with ``key_value_states`` computes cross-attention."""
 
     cls = f"{_MODULE}:LEDDecoderAttention"
     verified = {
@@ -90,7 +90,7 @@ class DecoderAttention(PatchPoint):
     ) -> tuple[Tensor, Tensor | None, Any]:
         """Return states ``(batch, length, embed)``, weights or None, and the cache.
 
-        With ``key_value_states`` this is cross-attention.
+        A call with ``key_value_states`` computes cross-attention. Other calls compute self-attention.
         """
         query = split_heads(module.q_proj(hidden_states), module.head_dim)
         key, value = _keys_values(module, hidden_states, key_value_states, past_key_values)
@@ -110,10 +110,10 @@ class DecoderAttention(PatchPoint):
 
 
 def _keys_values(module: Any, states: Tensor, encoder_states: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
-    """Return keys and values ``(batch, heads, kv_len, head_dim)``, through the cache if there is one.
+    """Return keys and values ``(batch, heads, kv_len, head_dim)``. Read and update the given cache.
 
-    An ``EncoderDecoderCache`` holds one cache for each kind of attention. The cache of the encoder's states is filled
-    once.
+    An ``EncoderDecoderCache`` contains one cache for self-attention and one for cross-attention. Only the first call
+    of cross-attention fills the second cache.
     """
     cross = encoder_states is not None
     filled = getattr(cache, "is_updated", None)

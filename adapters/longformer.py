@@ -1,7 +1,7 @@
 """Longformer: sliding windows and per-sample global tokens (Beltagy et al. 2020, arXiv:2004.05150).
 
-Ordinary tokens look at two segments: a window without the global tokens, and the global tokens of their sample. Global
-tokens look at all tokens, through separate projections. LED's encoder has the same attention.
+An ordinary token sees two segments: the ordinary tokens in its window, and the global tokens of its sample. A global
+token sees all tokens of its sample, by separate projections. LED's encoder uses the attention of Longformer, too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MODULE = "transformers.models.longformer.modeling_longformer"
 
 
 class ModelMasks(OneRowMaskPoint):
-    """The model, which makes the padding mask of its encoder."""
+    """Patch point that builds the padding mask of the model with one row."""
 
     cls = f"{_MODULE}:LongformerModel"
     verified = {
@@ -45,7 +45,7 @@ class ModelMasks(OneRowMaskPoint):
 
 
 class LongformerAttention(PatchPoint):
-    """Window attention with global tokens."""
+    """Patch point of window attention with global tokens."""
 
     cls = f"{_MODULE}:LongformerSelfAttention"
     verified = {
@@ -77,13 +77,13 @@ class LongformerAttention(PatchPoint):
         is_global_attn: bool,
         output_attentions: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Return states ``(batch, length, embed)``, with weights of ordinary and of global tokens if asked for.
+        """Return states ``(batch, length, embed)``, and the weights of ordinary and global tokens if requested.
 
-        ``attention_mask`` ``(batch, length)`` is negative for padding, positive for global tokens, else 0.
+        ``attention_mask`` ``(batch, length)`` is negative for padding, positive for global tokens, and otherwise 0.
         """
-        if is_global_attn and not readable(is_index_global_attn):  # the number of global tokens decides on shapes
-            got = f"one per sample of vmap, {describe(is_index_global_attn)}"
-            raise InvalidArgumentError("is_index_global_attn", got, "one for all samples that vmap maps over")
+        if is_global_attn and not readable(is_index_global_attn):  # the number of global tokens decides shapes
+            got = f"{describe(is_index_global_attn)}, which vmap maps over"
+            raise InvalidArgumentError("is_index_global_attn", got, "a tensor that vmap does not map over")
         dropout, scale = module.dropout if module.training else 0.0, module.head_dim**-0.5
         like = (*hidden_states.shape[:2], hidden_states.device)
         attention_mask = check_mask("attention_mask", attention_mask, *like)
@@ -109,7 +109,7 @@ class LongformerAttention(PatchPoint):
 
         positions, valid = global_keys.positions, global_keys.valid
         states = hidden_states.gather(1, positions[:, :, None].expand(-1, -1, hidden_states.shape[2]))
-        # Filler is zero, as in the model: a layer that quantises its input scales it by its largest number.
+        # Unused rows are zero, as in the model, because a layer that quantises its input scales by the largest number.
         states = states.masked_fill(~valid[:, :, None], 0.0)
         query = split_heads(module.query_global(states), module.head_dim)
         key = split_heads(module.key_global(hidden_states), module.head_dim)
@@ -119,7 +119,7 @@ class LongformerAttention(PatchPoint):
         sample, number = once(is_index_global_attn, "places", lambda _: valid.nonzero(as_tuple=True))
         rows = merge_heads(result.output)[sample, number].to(output.dtype)
         places = (sample, positions[sample, number])
-        # A backward may need the unchanged output. Without gradients, writing in place saves a copy of all rows.
+        # With gradients, a backward may need the unchanged output. Without gradients, an in-place write avoids a copy.
         output = output.index_put(places, rows) if torch.is_grad_enabled() else output.index_put_(places, rows)
         if local.dropped is None or result.dropped is None:
             return (output,)
@@ -143,17 +143,18 @@ def _real(is_index_masked: Tensor) -> Tensor | None:
 
 
 def _ordinary(attention_mask: Tensor) -> Tensor:
-    """Return the keys of the window: neither padding (negative) nor global (positive)."""
+    """Return bool, True for ordinary tokens (mask value 0). Padding is negative, and global tokens are positive."""
     refuse_nan("attention_mask", attention_mask)
     return attention_mask == 0
 
 
 def _banded(weights: tuple[Tensor, ...], window: int, is_global: Tensor | None) -> Tensor:
-    """Return dense weights per segment in the model's layout ``(batch, length, heads, globals + 2 * window + 1)``.
+    """Return dense weights in the model's layout ``(batch, length, heads, globals + 2 * window + 1)``.
 
-    Column ``globals + window + d`` is the key ``d`` tokens after the query. Rows of global tokens are zero.
+    ``weights`` has a tensor for each segment. Column ``globals + window + d`` of the result is the key ``d`` tokens
+    after the query. Rows of global tokens are zero.
     """
-    local = torch.nn.functional.pad(weights[0], (window, window))  # key k sits in column k + window
+    local = torch.nn.functional.pad(weights[0], (window, window))  # key k is in column k + window
     length, width = local.shape[2], 2 * window + 1
     columns = torch.arange(length, device=local.device)[:, None] + torch.arange(width, device=local.device)
     band = local.gather(3, columns.expand(*local.shape[:2], -1, -1))

@@ -1,10 +1,9 @@
-"""Padding masks of one row, for the models around the encoders of Longformer and LED.
+"""Build padding masks with one row in Longformer and in the encoder of LED.
 
-Both models expand their padding mask to ``(batch, 1, length, length)`` and then read row 0 of it (``[:, 0, 0, :]``).
-All rows are equal, but the grid and the temporaries used to make it take several times ``4 * length**2`` bytes per
-sample: 4 GiB of the 4.3 GiB that a whole LED needs at 16384 tokens. The patch point runs the model's original forward
-with one global name rebound: the function that makes the mask makes one row. Every layer, patched or not, gets the same
-``(batch, length)`` mask as before.
+Both models expand their padding mask to ``(batch, 1, length, length)`` and then read only row 0 (``[:, 0, 0, :]``). All
+rows are equal, but the expanded mask and its temporaries need several times ``4 * length**2`` bytes per sample. For an
+LED with 16384 tokens, this is 4 GiB of 4.3 GiB. The patch point runs the model's original forward with a replaced mask
+function, which builds one row. Every layer gets the ``(batch, length)`` mask that it gets without a patch.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ MaskFunction = Callable[..., Any]
 
 
 class OneRowMaskPoint(MaskCheckPoint):
-    """A module that makes a square mask and reads one row of it. Its mask arguments are checked, too.
+    """Patch point of a module that builds a square mask and reads one row. The point also checks the mask arguments.
 
     Attributes:
-        mask_function: the global name under which the module's forward calls the function that makes the mask.
+        mask_function: the global name by which the module's forward calls the function that builds the mask.
     """
 
     masks = {"attention_mask": ENCODER_MASK, "global_attention_mask": ENCODER_MASK}
     mask_function: str
 
     def one_row(self, make: MaskFunction) -> MaskFunction:
-        """Return a function with the arguments of ``make`` that returns its mask with one row."""
+        """Return a function that has the arguments of ``make`` and returns a mask with one row."""
         raise NotImplementedError
 
     def describe(self, module: Any) -> str:

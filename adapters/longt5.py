@@ -1,12 +1,12 @@
 """LongT5 (Guo et al. 2022, arXiv:2112.07916): long encoders with relative biases (T5, arXiv:1910.10683).
 
-A token of the encoder looks at the tokens within ``local_radius``. With transient-global attention it looks at a second
-segment: a key per full block of ``global_block_size`` tokens, projected from the sum of the block. The decoder has T5's
-causal self-attention and cross-attention (:mod:`attnzoo.adapters.longt5_decoder`).
+A token of the encoder sees the tokens within ``local_radius``. With transient-global attention, it also sees a second
+segment with one key per full block of ``global_block_size`` tokens. This key is a projection of the sum of the block's
+tokens. The decoder uses T5's causal self-attention and cross-attention (:mod:`attnzoo.adapters.longt5_decoder`).
 
-The first layer of a stack computes the learned bias, and the stack passes it on to the other layers. The original
-passes a tensor that is added to the scores; a patched stack passes the ``(heads, R)`` values of a
-:class:`~attnzoo.spec.bias.RelativeBias`.
+The first layer of a stack computes the learned bias, and the stack passes the bias to the later layers. In the original
+model, the bias is a tensor that each layer adds to the scores. A patched stack passes the ``(heads, R)`` values of a
+:class:`~attnzoo.spec.bias.RelativeBias` instead.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest
 
 
 class StackMasks(MaskCheckPoint):
-    """The encoder or the decoder, whose masks are checked."""
+    """Patch point that checks the masks of the encoder or the decoder."""
 
     cls = f"{MODULE}:LongT5Stack"
 
@@ -60,7 +60,7 @@ class StackMasks(MaskCheckPoint):
 
 
 class FeedForward(FeedForwardPoint):
-    """The feed-forward layer. Gated GELU holds four ``(batch, length, d_ff)`` tensors, most of the model's memory."""
+    """Patch point of the feed-forward layer. Its ``(batch, length, d_ff)`` tensors use most of the model's memory."""
 
     cls = f"{MODULE}:LongT5LayerFF"
     shared_in = f"{MODULE}:LongT5Block"
@@ -87,7 +87,7 @@ _ENCODER_FINGERPRINTS = {
 
 
 class LocalAttention(PatchPoint):
-    """The encoder's local attention with a relative bias."""
+    """Patch point of the encoder's local attention with a relative bias."""
 
     cls = f"{MODULE}:LongT5LocalAttention"
     shared_in = f"{MODULE}:LongT5Stack"
@@ -113,7 +113,7 @@ class LocalAttention(PatchPoint):
 
     def check(self, module: Any) -> None:
         if local_reach(module) < 1:
-            raise PatchError(f"config.local_radius: got {local_reach(module)}; allowed: 1 or more")
+            raise PatchError(f"config.local_radius: got {local_reach(module)}; allowed: an integer >= 1")
         check_buckets(module)
 
     def forward(
@@ -125,7 +125,7 @@ class LocalAttention(PatchPoint):
         position_bias: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor | None, ...]:
-        """Return states ``(batch, length, d_model)``, the bias to pass on, and weights if asked for."""
+        """Return states ``(batch, length, d_model)``, the bias for the next layer, and the weights if requested."""
         mask = check_is_given(mask)
         tokens = attend.cached_per_forward(
             mask, "tokens", lambda mask: read_blocked_mask(mask, module.block_len, hidden_states)
@@ -142,7 +142,7 @@ class LocalAttention(PatchPoint):
 
 
 class TransientGlobalAttention(LocalAttention):
-    """The encoder's local attention with a second segment, which has a key per block of tokens."""
+    """Patch point of the encoder's local attention and a second segment, with one key per block."""
 
     cls = f"{MODULE}:LongT5TransientGlobalAttention"
     verified = {
@@ -176,7 +176,7 @@ class TransientGlobalAttention(LocalAttention):
         position_bias: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor | None, ...]:
-        """As for local attention. The bias to pass on holds the values of both segments side by side."""
+        """Return states, bias and weights as local attention does. The bias contains the values of both segments."""
         mask = check_is_given(mask)
         tokens = attend.cached_per_forward(mask, "tokens", lambda mask: read_flat_mask(mask, hidden_states))
         size = module.global_block_size  # encoders that get the same mask may have blocks of different sizes
@@ -204,7 +204,7 @@ class TransientGlobalAttention(LocalAttention):
             segments.append(_global_segment(module, sums, blocks, side_values[0]))
         output, weights = _attend(module, attend, hidden_states, tuple(segments), tokens, output_attentions)
         if not blocks.number:
-            # Adds 0, the sum of nothing. It gives the weight of the norm a gradient of zeros, as in the original.
+            # The sum of an empty tensor is 0. It gives the weight of the norm a gradient of zeros, as in the original.
             output = output + sums.sum()
         return (output, passed) if weights is None else (output, passed, weights)
 
@@ -234,21 +234,21 @@ def _global_segment(module: Any, sums: Tensor, blocks: GlobalBlocks, values: Ten
 def _attend(
     module: Any, attend: Attend, hidden_states: Tensor, segments: tuple[Segment, ...], tokens: Tokens, wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return states ``(batch, length, d_model)``, and blocked weights if ``wanted``. T5 does not scale its scores."""
+    """Return states ``(batch, length, d_model)``, and blocked weights if ``wanted``. T5 does not scale scores."""
     query = split_heads(module.q(hidden_states), module.key_value_proj_dim)
     dropout = module.dropout if module.training else 0.0
     result = attend(Attention(query, segments, 1.0, dropout, query_mask=tokens.mask), wanted)
     if result.dropped is None:
         return module.o(merge_heads(result.output)), None
     blocked, mixed = to_blocked(result.dropped, module.block_len), result.output
-    if blocked.requires_grad:  # compute the output from the returned weights, so that these get a gradient
+    if blocked.requires_grad:  # compute the output from the returned weights, which gives the weights a gradient
         dense = from_blocked(blocked, module.block_len, query.shape[2])
         mixed = dense @ torch.cat([segment.value for segment in segments], dim=2)
     return module.o(merge_heads(mixed)), blocked
 
 
 def _bias_to_pass(module: Any, attend: Attend, values: Tensor, hidden_states: Tensor, mask: Tensor) -> Tensor:
-    """Return the bias for the other layers: values by distance, or the original's tensor if one is not patched."""
+    """Return the bias for the next layers: values by distance, or the original tensor if a layer is not patched."""
     if attend.complete:
         return values
     original: Tensor = type(module).forward(module, hidden_states.detach(), mask)[1]

@@ -1,8 +1,8 @@
-"""The relative biases of LongT5 as values by distance: from the learned tables, or from the original's bias tensor.
+"""Compute the relative biases of LongT5 for each distance, from the learned tables or the original's bias tensor.
 
-The original encoder passes a blocked tensor, which includes the mask, from layer to layer. A patched layer gets it if
-the first layer runs the original code. It then looks the values up in the tensor, and gradients flow through the
-lookup.
+The original encoder passes a blocked tensor, which includes the mask, from layer to layer. A patched layer gets this
+tensor if the first layer runs the original code. The patched layer then reads the value of each distance from the
+tensor. Gradients reach the tensor through this lookup.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ TABLE, SIDE_TABLE = "relative_attention_bias", "global_relative_attention_bias"
 
 
 def local_reach(module: Any) -> int:
-    """Return how many tokens an encoder token sees on either side."""
+    """Return how many tokens an encoder token sees on each side."""
     return int(module.block_len) - 1
 
 
 def side_reach(module: Any) -> int:
-    """Return the distance beyond which all distances fall into the last bucket."""
+    """Return the distance beyond which all distances share the last bucket."""
     return int(module.relative_attention_max_distance)
 
 
 def check_buckets(module: Any) -> None:
-    """Raise unless the last bucket begins before :func:`side_reach`, as the bucket function requires."""
+    """Raise unless the buckets for exact distances end before :func:`side_reach`, as the bucket function requires."""
     buckets, reach = int(module.relative_attention_num_buckets), side_reach(module)
     exact = buckets // (2 if module.is_decoder else 4)
     if not 0 < exact < reach:
         raise PatchError(
             f"config: got relative_attention_num_buckets={buckets}, relative_attention_max_distance={reach}; "
-            "allowed: at least 4 buckets, and a distance beyond the buckets of one distance each"
+            f"allowed: at least {2 if module.is_decoder else 4} buckets, and a distance above the {exact} exact buckets"
         )
 
 
 def trains_bias(module: Any, *tables: str) -> bool:
-    """Whether the module has the tables and at least one of them is not frozen."""
+    """Whether the module has the bias tables and at least one table is not frozen."""
     trained = (getattr(module, table).weight.requires_grad for table in tables)
     return bool(module.has_relative_attention_bias) and any(trained)
 
 
 def values_by_distance(module: Any, table: str, reach: int) -> Tensor:
-    """Return the values ``(heads, 2 * reach + 1)`` of a learned table for the distances ``-reach .. reach``."""
+    """Return the values ``(heads, 2 * reach + 1)`` of a learned table for distances from ``-reach`` to ``reach``."""
     embedding = getattr(module, table)
     distances = torch.arange(-reach, reach + 1, device=parameter_of(embedding).device)
     number, most = module.relative_attention_num_buckets, module.relative_attention_max_distance
@@ -59,7 +59,7 @@ def values_by_distance(module: Any, table: str, reach: int) -> Tensor:
 def read_local_bias(blocked: Tensor, real: Tensor, block_len: int) -> Tensor:
     """Return ``(heads, 2 * block_len - 1)`` values by distance from the original's blocked bias.
 
-    For each distance one pair of real tokens is looked up. Where there is no such pair, the value is not used.
+    The value for a distance is the bias of one pair of real tokens. Without such a pair, the value is 0 and not used.
     ``blocked`` is ``(batch, blocks, heads, block_len, 3 * block_len or more)``, and ``real`` ``(batch, length)`` bool.
     """
     length = real.shape[1]
@@ -76,7 +76,7 @@ def read_local_bias(blocked: Tensor, real: Tensor, block_len: int) -> Tensor:
 
 
 def _look_up(blocked: Tensor, sample: Tensor, query: Tensor, key: Tensor, block_len: int, exists: Tensor) -> Tensor:
-    """Return the bias ``(heads, n)`` of ``n`` pairs of tokens; 0 where the pair does not exist."""
+    """Return the bias ``(heads, n)`` of ``n`` pairs of tokens. The bias of a pair that does not exist is 0."""
     query, key = (torch.where(exists, index, 0) for index in (query, key))
     block = query // block_len
     column = key - (block - 1) * block_len
@@ -89,8 +89,7 @@ def read_side_bias(blocked: Tensor, blocks: GlobalBlocks, block_len: int, reach:
     ``blocked`` is ``(batch, blocks of tokens, heads, block_len, globals)``.
     """
     batch, length = blocks.block_of.shape
-    # Find one token of each block (-1: none). Of all pairs of such a token and an existing block, keep one per
-    # distance.
+    # Find one token of each block (-1 if the block has none). Then keep one pair (token, existing block) per distance.
     slots = blocks.block_of.where(blocks.block_of >= 0, blocks.number)
     token = slots.new_full((batch, blocks.number + 1), -1)
     token = token.scatter(1, slots, _numbers(slots, length).expand(batch, -1))[:, :-1]

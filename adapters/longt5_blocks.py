@@ -1,7 +1,7 @@
-"""Blocks of tokens in LongT5's encoder: its masks, its layout of weights, and the sum of each block's tokens.
+"""Read the masks of LongT5's encoder, convert its weights to and from blocks, and sum the tokens of each block.
 
-The local attention of the model works on blocks of ``block_len = local_radius + 1`` tokens; each sees itself and the
-two blocks beside it. Transient-global attention also has a key per block of ``global_block_size`` tokens.
+The model computes local attention in blocks of ``block_len = local_radius + 1`` tokens. A block sees the tokens of the
+same block and of both neighbouring blocks. Transient-global attention adds a key per ``global_block_size`` tokens.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ MODULE = "transformers.models.longt5.modeling_longt5"
 
 
 class Tokens(NamedTuple):
-    """Which tokens are not padding.
+    """The tokens of a batch that are not padding.
 
     Attributes:
-        real: ``(batch, length)`` bool.
+        real: ``(batch, length)`` bool, True for tokens that are not padding.
         mask: ``real``, or None if there is no padding.
     """
 
@@ -34,8 +34,8 @@ class GlobalBlocks(NamedTuple):
     """The blocks of a batch that have a key.
 
     Attributes:
-        block_of: ``(batch, length)`` long, the block of each token; -1 if it has none.
-        exists: ``(batch, blocks)`` bool.
+        block_of: ``(batch, length)`` long, the block of each token. -1 stands for a token without a block.
+        exists: ``(batch, blocks)`` bool, True for blocks of the sample.
         mask: ``exists``, or None if all blocks exist.
     """
 
@@ -45,40 +45,40 @@ class GlobalBlocks(NamedTuple):
 
     @property
     def number(self) -> int:
-        """The number of blocks of the longest possible sample."""
+        """The number of blocks in a sample without padding."""
         return self.exists.shape[1]
 
 
 def check_is_given(mask: Tensor | None) -> Tensor:
-    """Return the mask. No stack passes None; the original code would then ignore its window."""
+    """Return the mask, or raise if it is None. Without a mask, the original code would ignore the window."""
     if not isinstance(mask, Tensor):
-        raise InvalidArgumentError("mask", describe(mask), "the mask that the model's stack makes")
+        raise InvalidArgumentError("mask", describe(mask), "the mask tensor from LongT5Stack")
     return mask
 
 
 def read_blocked_mask(mask: Tensor, block_len: int, hidden_states: Tensor) -> Tokens:
-    """Read the mask of local attention, bool ``(batch, 1, blocks, block_len, 3 * block_len)``.
+    """Return the real tokens from the mask of local attention, bool ``(batch, 1, blocks, block_len, 3 * block_len)``.
 
-    A token sees itself if it is real. The rest of the mask must follow from that.
+    A token is real if it sees itself. The mask must let real tokens see exactly the real tokens within their window.
     """
     batch, length = hidden_states.shape[:2]
     blocks = -(-length // block_len)
     shape = (batch, 1, blocks, block_len, 3 * block_len)
     if mask.dtype != torch.bool or tuple(mask.shape) != shape:
-        raise InvalidArgumentError("mask", describe(mask), f"bool {shape}, as the model's stack makes it")
+        raise InvalidArgumentError("mask", describe(mask), f"bool {shape}, the mask from LongT5Stack")
     real = mask[:, 0].diagonal(block_len, -2, -1)
     keys = torch.nn.functional.pad(real.flatten(1), (block_len, block_len)).unfold(1, 3 * block_len, block_len)
     position = torch.arange(3 * block_len, device=mask.device)
     near = (position - position[block_len : 2 * block_len, None]).abs() < block_len
     if readable(mask) and not torch.equal(real[..., None] & keys[:, :, None] & near, mask[:, 0]):
-        raise InvalidArgumentError("mask", "one that is not made of padding", "the mask that the model's stack makes")
+        raise InvalidArgumentError("mask", f"{describe(mask)}, not made of padding", "the mask from LongT5Stack")
     return _tokens(real.flatten(1)[:, :length])
 
 
 def read_flat_mask(mask: Tensor, hidden_states: Tensor) -> Tokens:
-    """Read the mask of transient-global attention, ``(batch, length)`` of ones (tokens) and zeros (padding)."""
+    """Return the real tokens from a mask ``(batch, length)`` of ones (tokens) and zeros (padding)."""
     shape = tuple(hidden_states.shape[:2])
-    if not mask.dtype.is_signed:  # the model's code numbers padding -1
+    if not mask.dtype.is_signed:  # the model's code writes -1 for padding
         raise InvalidArgumentError("attention_mask", describe(mask), "a dtype with negative numbers, e.g. torch.long")
     if tuple(mask.shape) != shape or not holds(((mask == 0) | (mask == 1)).all(), unknown=True):
         raise InvalidArgumentError("attention_mask", describe(mask), f"{shape} of ones (tokens) and zeros (padding)")
@@ -92,8 +92,8 @@ def _tokens(real: Tensor) -> Tokens:
 def to_blocked(weights: tuple[Tensor, ...], block_len: int) -> Tensor:
     """Return weights in the model's layout ``(batch, blocks, heads, block_len, 3 * block_len + globals)``.
 
-    Column ``block_len + k`` of a block is its token ``k``; the blocks beside it lie to its left and right. ``weights``
-    are the dense weights of the local segment, then of the global segment.
+    The first ``3 * block_len`` columns of a block are the tokens of the block before, of this block and of the block
+    after. ``weights`` are the dense weights of the local segment and then of the global segment.
     """
     pad = torch.nn.functional.pad
     length = weights[0].shape[2]
@@ -106,7 +106,7 @@ def to_blocked(weights: tuple[Tensor, ...], block_len: int) -> Tensor:
 
 
 def from_blocked(blocked: Tensor, block_len: int, length: int) -> Tensor:
-    """Undo :func:`to_blocked`: dense weights ``(batch, heads, length, length + globals)``."""
+    """Return the dense weights ``(batch, heads, length, length + globals)`` of weights from :func:`to_blocked`."""
     rows = blocked.transpose(1, 2)  # (batch, heads, blocks, block_len, 3 * block_len + globals)
     batch, heads, blocks = rows.shape[:3]
     local, rest = rows.split([3 * block_len, rows.shape[4] - 3 * block_len], dim=-1)
@@ -120,11 +120,10 @@ def from_blocked(blocked: Tensor, block_len: int, length: int) -> Tensor:
 def find_global_blocks(mask: Tensor, size: int) -> GlobalBlocks:
     """Return the blocks of ``size`` tokens by position.
 
-    Tokens behind the last block whose end is real join the last full block.
-
-    The model's code adds up ``1 / size`` in torch's default dtype to number blocks. It is wrong where these sums are
-    rounded: in bfloat16 from token 256 on, and in float32 at the ends of some blocks whose size is no power of two. The
-    numbers here are those of exact sums.
+    A block is full if its last position is a real token. Tokens after the full blocks belong to the last full block.
+    The model's code sums ``1 / size`` in torch's default dtype to number the blocks. Rounding makes these numbers
+    wrong in bfloat16 from token 256 on, and in float32 at the ends of some blocks unless the block size is a power of
+    two. This function computes the exact numbers.
     """
     real, position = mask != 0, torch.arange(mask.shape[1], device=mask.device)
     full = (real & (position % size == size - 1)).sum(1, keepdim=True)
@@ -134,7 +133,7 @@ def find_global_blocks(mask: Tensor, size: int) -> GlobalBlocks:
 
 
 def sum_blocks(hidden_states: Tensor, blocks: GlobalBlocks) -> Tensor:
-    """Return the sum of each block's tokens, ``(batch, blocks, d_model)``, added up in float32 at least."""
+    """Return the sum of each block's tokens, ``(batch, blocks, d_model)``. Half precision is summed in float32."""
     batch, _, width = hidden_states.shape
     states = hidden_states.float() if hidden_states.dtype in (torch.bfloat16, torch.float16) else hidden_states
     sample = torch.arange(batch, device=states.device)[:, None].expand_as(blocks.block_of)

@@ -1,7 +1,7 @@
 """LongT5's decoder: causal self-attention with a relative bias, and cross-attention, both with caches.
 
-The module runs its original forward, with its projections and its caching; only the attention function in it is
-replaced. In place of a bias as large as the scores, that forward passes on a small object at which it does not look.
+A patched module runs its original forward with another attention function. The original bias is a tensor as large as
+the scores. The patch gives the forward a small object instead, which the forward passes on without reading it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ STACK_FINGERPRINTS: dict[str, tuple[str, ...]] = {
     f"{MODULE}:LongT5Stack.forward": ("500d61b6a9e97b7d",),
     f"{MODULE}:LongT5Block.forward": ("fc0a577f7b4979e7",),
 }
-_NO_BIAS = object()  # stops the original forward from making a bias of zeros as large as the scores
+_NO_BIAS = object()  # with it, the original forward does not build a bias of zeros as large as the scores
 
 
 class DecoderSelfAttention(InterfacePoint):
-    """Causal self-attention with a relative bias."""
+    """Patch point of causal self-attention with a relative bias."""
 
     cls = f"{MODULE}:LongT5Attention"
     shared_in = f"{MODULE}:LongT5Stack"
@@ -62,7 +62,7 @@ class DecoderSelfAttention(InterfacePoint):
         return float(module.dropout)
 
     def wants_probabilities(self, module: Any, kwargs: Mapping[str, Any]) -> bool:
-        return bool(kwargs.get("output_attentions"))  # the stack has read the config
+        return bool(kwargs.get("output_attentions"))  # the stack has already read the config
 
     def check(self, module: Any) -> None:
         super().check(module)
@@ -90,7 +90,7 @@ class DecoderSelfAttention(InterfacePoint):
                 seen = 0 if past_key_values is None else int(past_key_values.get_seq_length(module.layer_idx))
                 bias = RelativeBias(values, zero=side_reach(module), offset=seen)
             output, bias, weights = run(module, hidden_states, mask, key_value_states, bias, past_key_values, **kwargs)
-            # Where the bias is an object of this module, the next layer gets the values, or None.
+            # If this module made the bias object, the next layer gets the values, or None.
             return output, values if bias is _NO_BIAS or isinstance(bias, Bias) else bias, weights
 
         return forward
@@ -110,7 +110,7 @@ class DecoderSelfAttention(InterfacePoint):
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As in the base class, with ``position_bias``: the original's tensor, or what :meth:`bind` passes instead."""
+        """Compute attention as the base class does. ``position_bias`` is a tensor or an object from :meth:`bind`."""
         bias = DenseBias(position_bias) if isinstance(position_bias, Tensor) else position_bias
         bias = None if bias is _NO_BIAS else bias
         read = read_interface_mask(attend, implementation, query, key, attention_mask, module.is_causal)
@@ -128,7 +128,7 @@ class DecoderSelfAttention(InterfacePoint):
 
 
 class DecoderCrossAttention(DecoderSelfAttention):
-    """Cross-attention. It has no learned bias, but its mask may add one."""
+    """Patch point of cross-attention, which has no learned bias. Its mask may contain an additive bias."""
 
     def serves(self, module: Any) -> bool:
         return not module.is_causal

@@ -1,32 +1,29 @@
-"""Reformer: attention within chunks, of neighbours by position or by hash (Kitaev et al. 2020, arXiv:2001.04451).
+"""Reformer: attention of chunks to neighbours by position or by hash (Kitaev et al. 2020, arXiv:2001.04451).
 
-Local attention looks at a token's chunk and the chunks around it. LSH attention hashes queries, which are also the
-keys, into buckets in several rounds. It sorts the tokens of all rounds into one list and looks at the chunks around
-each copy of a token in that list. A token does not see itself, unless it sees nothing else: then it gets its own value.
-Rounds are segments on the same sorted keys under one softmax, which equals the original's weighting of rounds by
-log-sum-exp.
+In local attention, a token sees its chunk and the neighbouring chunks. In LSH attention, queries are also keys. Each
+round hashes the queries into buckets. The tokens of all rounds are sorted into one list, which contains each token once
+per round. Each copy of a token sees its chunk and the neighbouring chunks of the list. A token that sees no other token
+gets its own value as output. Otherwise, it does not see itself. Rounds are segments over the same sorted keys under one
+softmax. This equals the original's weighting of rounds by log-sum-exp.
 
 Decisions:
 
-- Buckets. The module hashes by its original method, so rotations, buckets and the use of the random stream do not
-  change. Buckets passed in are used unchanged (the reversible layers pass theirs in the backward).
-- ``num_buckets=None``. The original derives a number from its first input and writes it into the module and the config.
-  A patch derives the same number and remembers it. Module and config keep their None, so removing the patch leaves no
-  trace. Where the original fails for lack of a number (decoding from a prompt shorter than a chunk), the patch derives
-  one from the length at which it is first needed.
-- Memory. The original rotates all queries at once to hash them, and projects all tokens at once. A patch hashes long
-  inputs in slices (``reformer_lsh``). Without gradients, its local attention computes the output in slices, too
-  (``reformer_local``). The results are the same.
-- Padding. Padding queries get zeros, and so do tokens of local attention that see nothing.
-- Decoding with the cache shows a token what the original shows it, without causal or padding mask. With several
-  samples, the original looks up the cached states of the first sample for all of them, and so do we. If a call had a
-  mask, a token also sees the padding of its prompt (``generate`` passes no mask on). The states there are zeros; in the
-  original they are leftovers.
-- Decoding with the cache calls the projections. The original multiplies by their weights instead, so it ignores hooks
-  and low-rank adapters, and fails on quantised weights. For a plain linear layer both give the same result.
-- ``output_attentions`` returns the original's layout: weights within each chunk's neighbourhood, in sorted order,
-  normalised per round. In training, tokens that see only themselves get their whole weight, even where dropout drops
-  it.
+- Buckets. The original method of the module computes the hashes, so rotations, buckets and the use of the random stream
+  do not change. Buckets that a call passes are used unchanged. Reversible layers pass buckets in the backward.
+- ``num_buckets=None``. The original derives a number from the first input and writes it into the module and the config.
+  A patch derives the same number but stores it outside the module, so removing the patch restores everything. If a
+  prompt is shorter than a chunk, decoding fails in the original. A patch then derives the number at the first hash.
+- Memory. The original hashes and projects all tokens at once. A patch hashes long inputs in slices (``reformer_lsh``).
+  Without gradients, local attention also computes the output in slices (``reformer_local``). The results are equal.
+- Padding. The attention output is zero for padding queries, and for tokens of local attention that see no key.
+- Visible tokens when decoding with the cache. A token sees the same keys as in the original, without causal or padding
+  mask. With several samples, the original reads the cached states of the first sample for all samples, and so does the
+  patch. If a call had a mask, a token also sees the padding of the prompt (``generate`` passes no mask). The states of
+  padding are zero, but undefined in the original.
+- Projections when decoding with the cache. A patch calls the projections. The original multiplies by their weights, so
+  it ignores hooks and low-rank adapters, and fails on quantised weights. Plain linear layers give equal results.
+- ``output_attentions`` returns weights in the original layout: the neighbourhood of each chunk in sorted order,
+  normalised per round. In training, a token that sees only itself has a weight of 1, even if dropout drops the weight.
 """
 
 from __future__ import annotations
@@ -47,14 +44,14 @@ from attnzoo.spec.segments import Request, SegmentRequest
 
 
 class ModelMasks(MaskCheckPoint):
-    """The model, whose attention mask is checked."""
+    """Patch point that checks the attention mask of the model."""
 
     cls = f"{MODULE}:ReformerModel"
     masks = {"attention_mask": replace(ENCODER_MASK, cache=("past_buckets_states",))}
 
 
 class FeedForward(FeedForwardPoint):
-    """The feed-forward layer."""
+    """Patch point of the feed-forward layer."""
 
     cls = f"{MODULE}:ChunkReformerFeedForward"
     shared_in = f"{MODULE}:ReformerLayer"
@@ -66,13 +63,13 @@ class FeedForward(FeedForwardPoint):
     }
 
     def forward(self, module: Any, attend: Attend, attention_output: Tensor) -> Tensor:
-        if module.chunk_size_feed_forward:  # the original forward has slices of this length
+        if module.chunk_size_feed_forward:  # the original forward already uses slices of this length
             output: Tensor = type(module).forward(module, attention_output)
             return output
         return super().forward(module, attend, attention_output)
 
 
-# Functions that both kinds of attention rely on.
+# Fingerprints of the functions that both kinds of attention use.
 _SHARED_FINGERPRINTS: dict[str, tuple[str, ...]] = {
     f"{MODULE}:EfficientAttentionMixin._look_adjacent": ("0a8d1c8e51f7a75b",),
     f"{MODULE}:EfficientAttentionMixin._split_hidden_size_dim": ("a7b4aa8fd9c088fa",),
@@ -84,7 +81,7 @@ _SHARED_FINGERPRINTS: dict[str, tuple[str, ...]] = {
 
 
 class _Attention(PatchPoint):
-    """The common part of both kinds of attention."""
+    """Base class of the patch points of local and LSH attention."""
 
     backward_in_training = True
 
@@ -93,7 +90,7 @@ class _Attention(PatchPoint):
 
 
 class LocalAttention(_Attention):
-    """Attention to chunks that are neighbours by position."""
+    """Patch point of attention to chunks that are neighbours by position."""
 
     cls = f"{MODULE}:LocalSelfAttention"
     verified = {
@@ -118,7 +115,7 @@ class LocalAttention(_Attention):
 
 
 class LshAttention(_Attention):
-    """Attention to chunks that are neighbours by hash."""
+    """Patch point of attention to chunks that are neighbours by hash."""
 
     cls = f"{MODULE}:LSHSelfAttention"
     verified = {

@@ -1,4 +1,4 @@
-"""Helpers of both Reformer attentions: padding, caches, neighbourhoods of chunks, and the layout of weights."""
+"""Functions for both Reformer attentions: padding, caches, neighbourhoods of chunks, and the layout of weights."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MODULE = "transformers.models.reformer.modeling_reformer"
 
 
 def where_real(attention_mask: Tensor) -> Tensor | None:
-    """Return where a mask is not 0, or None if that is everywhere."""
+    """Return a bool mask that is True where ``attention_mask`` is not 0, or None if no value is 0."""
     refuse_nan("attention_mask", attention_mask)
     real = attention_mask.bool()
     return None if holds(real.all(), unknown=False) else real
 
 
 def real_tokens(attend: Attend, attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """Return which tokens are real by a mask ``(batch, length)`` of 0 and 1, or None if all are."""
+    """Return bool ``(batch, length)``, True for tokens that are not padding, or None if no token is padding."""
     if attention_mask is None:
         return None
     checked = check_mask("attention_mask", attention_mask, batch, length, None)
@@ -31,18 +31,18 @@ def real_tokens(attend: Attend, attention_mask: Tensor | None, batch: int, lengt
 
 
 def cached(module: Any, past_buckets_states: Any, batch: int) -> tuple[Tensor, Tensor] | None:
-    """Return the buckets and the states ``(batch, length, embed)`` in the cache of a module, or None if it is empty."""
+    """Return the cached buckets and states ``(batch, length, embed)`` of a module, or None if the cache is empty."""
     if past_buckets_states is None or len(past_buckets_states) <= module.layer_idx:
         return None
     buckets = past_buckets_states.buckets_cache[module.layer_idx]
     states = past_buckets_states.states_cache[module.layer_idx]
     if states.shape[0] != batch:
-        raise InvalidArgumentError("hidden_states", f"{batch} samples", f"{states.shape[0]}, as past_buckets_states")
+        raise InvalidArgumentError("hidden_states", f"{batch} samples", f"{states.shape[0]}, like past_buckets_states")
     return buckets, states
 
 
 def check_length(module: Any, length: int, copies: int = 1) -> int:
-    """Return the number of chunks in ``copies`` lists of ``length`` tokens; raise if they do not fill their chunks."""
+    """Return the number of chunks in ``copies`` lists of ``length`` tokens. Raise if the last chunk is not full."""
     if length * copies % module.chunk_length:
         allowed = f"a multiple of the chunk length {module.chunk_length}"
         raise InvalidArgumentError("hidden_states", f"{length} tokens", allowed)
@@ -50,18 +50,19 @@ def check_length(module: Any, length: int, copies: int = 1) -> int:
 
 
 def steps_ahead(module: Any, count: int) -> list[int]:
-    """Return how many chunks ahead of a query each chunk of its neighbourhood is, in a list of ``count`` chunks.
+    """Return the distance in chunks from a query's chunk to each chunk of its neighbourhood.
 
-    The original rotates its chunks by slicing, so a rotation by ``count`` or more does nothing.
+    The list has ``count`` chunks. A distance of ``count`` or more becomes 0, because the original then does not rotate.
     """
     steps = range(-module.num_chunks_before, module.num_chunks_after + 1)
     return [step if abs(step) < count else 0 for step in steps]
 
 
 def neighbourhoods(module: Any, count: int) -> list[tuple[int, int]]:
-    """Return ``(before, after)`` per segment: one segment for the neighbourhood or, if a chunk repeats, one per chunk.
+    """Return ``(before, after)`` in chunks for each segment of the neighbourhood.
 
-    If the neighbourhood is longer than the list, the original counts a chunk several times.
+    One segment is enough unless the neighbourhood is longer than the list of ``count`` chunks. The original then counts
+    some chunks several times, so each chunk of the neighbourhood becomes a segment.
     """
     before, after = module.num_chunks_before, module.num_chunks_after
     if before + after < count:
@@ -70,10 +71,10 @@ def neighbourhoods(module: Any, count: int) -> list[tuple[int, int]]:
 
 
 def in_chunks(weights: tuple[Tensor, ...], chunk: int, ahead: list[int]) -> Tensor:
-    """Return dense weights as ``(batch, heads, chunks, chunk, len(ahead) * chunk)``: the neighbourhood of each chunk.
+    """Return the weights of each chunk's neighbourhood, ``(batch, heads, chunks, chunk, len(ahead) * chunk)``.
 
-    ``weights`` is one tensor ``(batch, heads, n, n)`` for all neighbours, or one for each. ``ahead`` is from
-    :func:`steps_ahead`.
+    ``weights`` has one dense tensor ``(batch, heads, n, n)`` for all neighbours, or one per neighbour. ``ahead`` is a
+    result of :func:`steps_ahead`.
     """
     batch, heads, length, _ = weights[0].shape
     starts = torch.arange(0, length, chunk, device=weights[0].device)
@@ -87,14 +88,14 @@ def in_chunks(weights: tuple[Tensor, ...], chunk: int, ahead: list[int]) -> Tens
 
 
 def with_own_token(weights: Tensor, share: Tensor, own: Tensor) -> Tensor:
-    """Return weights divided by their share.
+    """Return weights divided by their sum before dropout.
 
-    A row without a share sees only itself and puts its weight on its own token.
+    If the sum of a row is 0, the query sees only its own token, so the query's token gets a weight of 1.
 
     Args:
         weights: ``(..., n)``.
         share: ``(..., 1)``, the sum of the weights before dropout.
-        own: bool, broadcastable to ``weights``, True where the key is the query's token, which may occur several times.
+        own: bool, broadcastable to ``weights``, True for keys that are the query's token. A token may occur twice.
     """
     alone = share == 0.0
     itself = own / own.sum(-1, keepdim=True).clamp(min=1)
@@ -107,9 +108,9 @@ def of_rounds(
     """Return sorted weights of all rounds, ``(batch, heads, hashes * length / chunk, chunk, len(ahead) * chunk)``.
 
     Args:
-        probabilities: per round and neighbour (or per round) ``(batch, heads, length, hashes * length)``.
-        dropped: the same after dropout.
-        order: ``(batch, heads, hashes, length)``: the token at each place of each round.
+        probabilities: dense weights ``(batch, heads, length, hashes * length)`` of each segment of each round.
+        dropped: ``probabilities`` after dropout.
+        order: ``(batch, heads, hashes, length)``, the token at each position of each round's sorted list.
         chunk, ahead: as for :func:`in_chunks`.
     """
     hashes = order.shape[2]

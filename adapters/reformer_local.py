@@ -1,4 +1,4 @@
-"""Reformer's local attention: chunks that see the chunks around them. ``reformer`` explains the decisions."""
+"""Reformer's local attention: each chunk sees its neighbours. The module ``reformer`` explains the decisions."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from attnzoo.spec.heads import merge_heads, split_heads
 from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern
 from attnzoo.spec.segments import Attention, Result, Segment
 
-# A slice has at least SLICE tokens. Every slice computes its neighbourhood again, so it is at least
-# SLICE_PER_NEIGHBOURHOOD times as long.
+# A slice has about SLICE tokens or more. It is at least SLICE_PER_NEIGHBOURHOOD times as long as its neighbourhood,
+# because each slice computes its neighbourhood again.
 SLICE, SLICE_PER_NEIGHBOURHOOD = 2048, 8
 
 
 class LocalCall:
-    """One call of a local attention."""
+    """A call of a local attention module."""
 
     def __init__(self, module: Any, attend: Attend) -> None:
         self._module, self._attend = module, attend
@@ -47,7 +47,7 @@ class LocalCall:
         buckets: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
-        """Return states ``(batch, length, embed)``, and weights if asked for. Ignores hashes and buckets."""
+        """Return states ``(batch, length, embed)``, and weights if requested. Ignore ``num_hashes`` and ``buckets``."""
         module, wanted = self._module, bool(output_attentions)
         batch, length, _ = hidden_states.shape
         chunk, causal = module.chunk_length, bool(module.is_decoder)
@@ -57,8 +57,8 @@ class LocalCall:
             relevant = module._retrieve_relevant_hidden_states(past[1], chunk, module.num_chunks_before)
             states = torch.cat([relevant, hidden_states], dim=1)
             if length > (1 if causal else chunk):
-                raise InvalidArgumentError("hidden_states", f"{length} tokens on a filled cache", "one token at a time")
-        # On a filled cache, the mask may be that of the new token alone.
+                raise InvalidArgumentError("hidden_states", f"{length} tokens on a filled cache", "1 token per call")
+        # With a filled cache, the mask may have one column, for the new token.
         is_step = isinstance(attention_mask, Tensor) and attention_mask.shape[1:] == (1,)
         real = real_tokens(self._attend, attention_mask, batch, 1 if is_step else states.shape[1])
         real = None if real is None else real.expand(-1, states.shape[1])
@@ -82,7 +82,7 @@ class LocalCall:
     def _run(
         self, states: Tensor, around: Tensor, real: Tensor | None, patterns: tuple[Pattern, ...], wanted: bool = False
     ) -> Result:
-        """Attend from tokens to the tokens ``around``, given the hidden states of both; ``real`` marks no padding."""
+        """Return the attention of queries from ``states`` to keys from ``around``. ``real`` is False for padding."""
         module = self._module
         dim = module.attention_head_size
         query = split_heads(module.query(states), dim)
@@ -94,11 +94,10 @@ class LocalCall:
         return self._attend(Attention(query, segments, 1.0 / math.sqrt(dim), dropout, query_mask), wanted)
 
     def _slice_length(self, length: int, wanted: bool) -> int | None:
-        """Return the number of tokens to compute at a time, or None for all of them.
+        """Return the number of tokens per slice, or None to compute all tokens at once.
 
-        Slices are used only if they change no result: without gradients, dropout and probabilities, and if the end of
-        the sequence does not matter. It does for causal attention that looks ahead, where the last chunk sees the
-        first.
+        Slices are used only if they change no result. So they are not used with gradients, dropout or requested
+        probabilities. Causal attention to later chunks uses no slices, because the last chunk sees the first chunk.
         """
         module = self._module
         around = module.num_chunks_before + module.num_chunks_after
@@ -110,8 +109,8 @@ class LocalCall:
     def _in_slices(self, states: Tensor, real: Tensor | None, size: int) -> Tensor:
         """Return the merged output ``(batch, length, embed)``, computed in slices.
 
-        Queries, keys and values of all tokens would be three times as large as the output. Each slice is computed with
-        its neighbourhood, whose output is dropped. Every slice calls the projections, which must treat tokens alike.
+        Slices save memory, because queries, keys and values of all tokens are three times as large as the output. Each
+        slice is computed with its neighbourhood, whose output is discarded. The projections must treat tokens alike.
         """
         module, length = self._module, states.shape[1]
         check_length(module, length)
@@ -120,7 +119,7 @@ class LocalCall:
         output: Tensor | None = None
         for start in range(0, length, size):
             stop = min(start + size, length)
-            # A causal sequence does not wrap around.
+            # In a causal sequence, the first chunks do not see the last chunks.
             first, last = start - before * chunk, stop + after * chunk
             first = max(0, first) if causal else first
             part = _around(states, first, last)
@@ -134,7 +133,7 @@ class LocalCall:
 
 
 def _around(tensor: Tensor, first: int, last: int) -> Tensor:
-    """Return tokens ``first:last`` of ``(batch, length, ...)``; positions outside wrap around."""
+    """Return tokens ``first:last`` of ``(batch, length, ...)``. Positions outside the sequence wrap around."""
     parts = [tensor[:, max(0, first) : last]]
     if first < 0:
         parts.insert(0, tensor[:, first:])

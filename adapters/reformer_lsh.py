@@ -1,4 +1,4 @@
-"""Reformer's LSH attention: chunks of tokens sorted by hash bucket. ``reformer`` explains the decisions."""
+"""Reformer's LSH attention: chunks of tokens sorted by bucket. The module ``reformer`` explains the decisions."""
 
 from __future__ import annotations
 
@@ -35,23 +35,22 @@ from attnzoo.spec.patterns import Causal, SortedChunks, Window
 from attnzoo.spec.segments import Attention, Segment, describe
 from attnzoo.spec.transforms import holds, readable
 
-# Tokens the module hashes in one call: few enough that their rotations stay in the CPU's cache until they are compared,
-# and enough to make up for drawing the rotations again.
+# Tokens per hashing call. The rotations of 384 queries fit in the CPU's cache. Fewer tokens would need too many calls.
 HASHED_AT_ONCE = 384
 # Bytes of sorted keys and values in memory at once. For all heads and 4 rounds they are 8 times as large as the output.
-# Smaller calls take longer: a quarter of the heads at a time takes 5 % longer at 8192 tokens.
+# Smaller calls take longer: a quarter of the heads per call takes 5 % longer at 8192 tokens.
 SORTED_AT_ONCE = 3 << 26
 
 
 @dataclass
 class BucketNumber:
-    """The number of buckets of one site, if it was derived from a length. All later calls use it."""
+    """The number of buckets that one site derived from a length. None before the first call that needs the number."""
 
     derived: int | list[int] | None = None
 
 
 class LshCall:
-    """One call of an LSH attention."""
+    """A call of an LSH attention module."""
 
     def __init__(self, module: Any, attend: Attend, bucket_number: BucketNumber) -> None:
         self._module, self._attend, self._bucket_number = module, attend, bucket_number
@@ -74,7 +73,7 @@ class LshCall:
         wanted, past = bool(output_attentions), cached(module, past_buckets_states, batch)
         if past is not None:
             if length > 1:
-                raise InvalidArgumentError("hidden_states", f"{length} tokens on a filled cache", "one token at a time")
+                raise InvalidArgumentError("hidden_states", f"{length} tokens on a filled cache", "1 token per call")
             past_buckets, states = past
             lengths = (1,) if past_buckets.numel() else (1, states.shape[1] + 1)
             step = (hidden_states, _mask_of_step(attention_mask, batch, lengths), hashes, wanted, states)
@@ -91,8 +90,8 @@ class LshCall:
                 if buckets is None:
                     buckets = self._hash(query, hashes, attention_mask)
                 shape = (batch, module.num_attention_heads, hashes, length)
-                if buckets.numel() != math.prod(shape):  # the backward does not know the ``num_hashes`` of a call
-                    raise InvalidArgumentError("buckets", describe(buckets), f"{shape}: {hashes} hashes")
+                if buckets.numel() != math.prod(shape):  # a backward does not get the call's ``num_hashes``
+                    raise InvalidArgumentError("buckets", describe(buckets), f"shape {shape} for {hashes} hashes")
                 buckets = buckets.view(shape)
                 size = self._heads_at_once(query, hashes, wanted)
                 if size < shape[1]:
@@ -109,15 +108,15 @@ class LshCall:
     def _hash(self, query: Tensor, hashes: int, attention_mask: Tensor | None) -> Tensor:
         """Return the module's buckets ``(batch, heads, hashes * length)`` of queries ``(batch, heads, length, dim)``.
 
-        The module rotates all queries by all rotations at once, which is many times as large as the queries. On the CPU
-        it gets them in slices. The random stream is reset between slices, so that every slice meets the same rotations,
-        and ends where one call leaves it. On the CPU a row of a matrix product does not depend on the number of rows,
-        unless there are very few. On other devices the number of rows selects the kernel, so all queries go at once.
+        The rotated queries of all rounds are many times as large as the queries. So on the CPU the module hashes slices
+        of queries. The random state is reset between slices, so every slice gets the same rotations, and the final
+        state is that after one call. On the CPU, a row of a matrix product does not depend on the number of rows,
+        except for very few rows. On other devices the number of rows selects the kernel, so there is only one slice.
         """
         length = query.shape[2]
-        if attention_mask is not None and not readable(attention_mask):  # the module's hashing reads its values
-            got = f"one per sample of vmap, {describe(attention_mask)}"
-            raise InvalidArgumentError("attention_mask", got, "one for all")
+        if attention_mask is not None and not readable(attention_mask):  # the module's hashing reads the values
+            got = f"{describe(attention_mask)}, which vmap maps over"
+            raise InvalidArgumentError("attention_mask", got, "a tensor that vmap does not map over")
         module, count = self._hasher(length), length // HASHED_AT_ONCE
         if count < 2 or query.device.type != "cpu":
             return torch.as_tensor(module._hash_vectors(query, hashes, attention_mask))
@@ -129,20 +128,20 @@ class LshCall:
         for number, (rows, mask) in enumerate(zip(query.tensor_split(count, dim=2), masks, strict=True)):
             last = number == count - 1
             with contextlib.nullcontext() if last else torch.random.fork_rng(devices=()):
-                # A padding bucket counts in all slices, including those without padding.
+                # If any slice has padding, all slices need the extra bucket for padding.
                 part = module._hash_vectors(rows, hashes, mask, increase_num_buckets=padded)
             parts.append(part.unflatten(2, (hashes, -1)))
         return torch.cat(parts, dim=-1).flatten(2)
 
     def _hasher(self, length: int) -> Any:
-        """Return the module, or a copy with the number of buckets it would derive from a length if it has none."""
+        """Return the module or, if it has no number of buckets, a copy with the number derived from a length."""
         module = self._module
         if module.num_buckets is not None:
             return module
         twin = copy.copy(module)
         if self._bucket_number.derived is None:
             twin.config = SimpleNamespace()
-            silent = SimpleNamespace(warning=lambda text: None)  # it would warn that the config is being written
+            silent = SimpleNamespace(warning=lambda text: None)  # the method warns that it writes the config
             rebind(type(module)._set_num_buckets, logger=silent)(twin, length)
             self._bucket_number.derived = twin.num_buckets
         twin.num_buckets = self._bucket_number.derived
@@ -155,12 +154,12 @@ class LshCall:
         return Attention(query, segments, 1.0, dropout, query_mask=real, empty=empty)
 
     def _keys(self, queries: Tensor) -> Tensor:
-        """Return the queries, normalised. The attention has no other scale."""
+        """Return the keys: the normalised queries, which include the scale of the scores."""
         keys: Tensor = self._module._len_and_dim_norm(queries, math.sqrt(self._module.attention_head_size))
         return keys
 
     def _short(self, query: Tensor, value: Tensor, real: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor | None]:
-        """Attend to all tokens except the query's own."""
+        """Return output and weights for at most one chunk of tokens. A token sees all other tokens."""
         dtype, length = compute_dtype(query), query.shape[2]
         query, key, value = query.to(dtype), self._keys(query).to(dtype), value.to(dtype)
         patterns = (Causal(offset=-1), *(() if self._module.is_decoder else (window_ahead(self._module),)))
@@ -175,8 +174,8 @@ class LshCall:
     def _heads_at_once(self, query: Tensor, hashes: int, wanted: bool) -> int:
         """Return how many heads to sort at a time.
 
-        This is fewer than all only on the CPU, without gradients, dropout and probabilities. Heads do not see one
-        another, so only the number of attentions changes. On a GPU the launches of small kernels would take longer.
+        The result is less than all heads only on the CPU, without gradients, dropout and probabilities. Heads are
+        independent, so only the number of attentions changes. On a GPU, more small kernels would take longer.
         """
         batch, heads, length, dim = query.shape
         if query.device.type != "cpu" or torch.is_grad_enabled() or self._module.training or wanted:
@@ -196,7 +195,7 @@ class LshCall:
     def _sorted(
         self, query: Tensor, value: Tensor, buckets: Tensor, real: Tensor | None, wanted: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend within chunks of the sorted list of all rounds; ``buckets`` is ``(batch, heads, hashes, length)``."""
+        """Return the output, and the weights if wanted. ``buckets`` is ``(batch, heads, hashes, length)``."""
         module, dtype = self._module, compute_dtype(query)
         hashes, length = buckets.shape[2:]
         if hashes > 1 and holds((buckets[:, :, 1:].amin(-1) <= buckets[:, :, :-1].amax(-1)).any(), unknown=False):
@@ -225,7 +224,7 @@ class LshCall:
     def _extend(
         self, hidden_states: Tensor, attention_mask: Tensor | None, hashes: int, wanted: bool, past: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Decode one token on a cache too short for buckets: it sees all tokens. Hash once there is a whole chunk."""
+        """Return output, weights and buckets (None before the first full chunk) of a token that sees all tokens."""
         module = self._module
         states = torch.cat([past, hidden_states], dim=1)
         dim = module.attention_head_size
@@ -241,10 +240,10 @@ class LshCall:
     def _decode(
         self, hidden_states: Tensor, mask: Tensor | None, hashes: int, wanted: bool, past: Tensor, past_buckets: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Decode one token on cached states and buckets: it sees its neighbourhood in each round's sorted list."""
+        """Return output, weights and buckets of one token that sees its neighbourhood in each round's sorted list."""
         module = self._module
         if past_buckets.shape[2] != hashes:
-            raise InvalidArgumentError("num_hashes", hashes, f"{past_buckets.shape[2]}, as past_buckets_states")
+            raise InvalidArgumentError("num_hashes", hashes, f"{past_buckets.shape[2]}, like past_buckets_states")
         query = split_heads(module.query_key(hidden_states), module.attention_head_size)
         find_neighbours = self._hasher(past.shape[1])._get_relevant_hid_states_and_buckets
         states, tokens, buckets = find_neighbours(query, mask, hashes, hidden_states, past, past_buckets)
@@ -254,7 +253,7 @@ class LshCall:
         value = project_by_head(module.value, states, heads).to(dtype)
         own = (tokens == past.shape[1])[:, :, None]
         itself = _rows(value, own[:, :, 0].long().argmax(-1, keepdim=True))
-        # Every head hides other keys. Heads are treated as samples, so that a key mask can say so.
+        # The hidden keys differ from head to head, so each head becomes a sample with a separate key mask.
         query, key, value, itself = (tensor.flatten(0, 1)[:, None] for tensor in (query.to(dtype), key, value, itself))
         segment = Segment(key, value, key_mask=~own.flatten(0, 2))
         result = self._attend(self._attention(query, (segment,), itself), wanted)
@@ -269,12 +268,12 @@ class LshCall:
 
 
 def _mask_of_step(attention_mask: Tensor | None, batch: int, lengths: tuple[int, ...]) -> Tensor | None:
-    """Return the mask for hashing (of the new token, or of all if none has a bucket); None if it hides nothing."""
+    """Return the mask for hashing, or raise if its shape is wrong. Return None if no value is 0."""
     if attention_mask is None or where_real(attention_mask) is None:
         return None
     if tuple(attention_mask.shape) not in [(batch, length) for length in lengths]:
         allowed = " or ".join(str((batch, length)) for length in lengths)
-        raise InvalidArgumentError("attention_mask", describe(attention_mask), f"{allowed}, 0 for padding")
+        raise InvalidArgumentError("attention_mask", describe(attention_mask), f"shape {allowed}, with 0 for padding")
     return attention_mask
 
 
@@ -289,12 +288,12 @@ def _check_rounds(hashes: Any) -> int:
 
 
 def window_ahead(module: Any) -> Window:
-    """Return the tokens after a token in an input no longer than a chunk."""
+    """Return the pattern of all tokens after a token, for inputs that are not longer than a chunk."""
     return Window(0, module.chunk_length, offset=1)
 
 
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """Return rows of ``(batch, heads, n, dim)`` by ``(batch, heads, m)`` indices; faster than ``gather``."""
+    """Return rows of ``(batch, heads, n, dim)`` by indices ``(batch, heads, m)``. This is faster than ``gather``."""
     batch, heads, length, dim = tensor.shape
     samples = torch.arange(batch, device=index.device)[:, None, None] * length
     numbers = (index + samples) * heads + torch.arange(heads, device=index.device)[:, None]

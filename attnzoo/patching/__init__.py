@@ -1,1 +1,1 @@
-"""Patching models in place: sites, plans, forwards, and what adapters build on."""
+"""Patch models in place: sites, plans, forwards, and the base classes of adapters."""

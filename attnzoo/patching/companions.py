@@ -1,7 +1,7 @@
-"""Patch points of modules around attention, which compute no attention but use more memory than necessary.
+"""Patch points of modules that compute no attention but use more memory than necessary.
 
-``patch`` takes over such a module together with the attention it belongs to. This changes memory and error messages,
-never results. A module whose forward a subclass or another library has replaced is therefore left alone.
+``patch`` patches such a module together with the attention modules around it or inside it. This changes memory use and
+error messages, never results. If another class or library has replaced the module's forward, ``patch`` does nothing.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from attnzoo.adapter import Attend, PatchPoint
 from attnzoo.originals import slots
 from attnzoo.originals.fingerprint import object_at
 
-# The smallest slice. Its hidden layers fit in tens of MiB, and matrix products are as fast as on all tokens at once.
+# Tokens of the smallest slice. Its hidden layers fit in tens of MiB, and slices take no longer than all tokens at once.
 TOKENS_AT_ONCE = 2048
 
 
 class CompanionPoint(PatchPoint):
-    """A module that computes no attention and may keep its original forward."""
+    """Patch point of a module that computes no attention and may keep its original forward."""
 
     attends = False
 
@@ -29,10 +29,10 @@ class CompanionPoint(PatchPoint):
 
 
 class FeedForwardPoint(CompanionPoint):
-    """A module that treats all tokens alike and runs its original forward on slices of tokens.
+    """Patch point of a module that treats all tokens alike. Its forward runs the original forward on slices of tokens.
 
-    All tokens go at once with gradients, which keep the hidden layers of all tokens anyway, and in training, where
-    dropout would draw other numbers.
+    If gradients are enabled, the forward runs on all tokens at once, because autograd keeps all hidden layers anyway.
+    In training, the forward also runs on all tokens at once, because dropout would draw different numbers for slices.
     """
 
     def describe(self, module: Any) -> str:

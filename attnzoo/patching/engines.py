@@ -1,9 +1,9 @@
-"""Continuous batching of transformers (``generate_batch``) on a patched model: refused where its caller sees it.
+"""Refuse continuous batching of transformers (``generate_batch``) on a patched model, in the caller's thread.
 
-That engine keeps keys and values in a paged cache, which no backend reads. It runs the model in a thread that catches
-every exception, so a refusal inside the forward ends as requests without tokens. All its entry points call
-``model.init_continuous_batching`` first, in the caller's thread. While a patch would refuse, an instance attribute of
-that name raises instead.
+Continuous batching keeps keys and values in a paged cache, which no backend reads. It runs the model in a thread that
+catches every exception, so after a refusal inside the forward the user would get requests without tokens. Each function
+that starts continuous batching first calls ``model.init_continuous_batching`` in the caller's thread. While the patch
+of a model would refuse the paged cache, attnzoo sets an instance attribute of that name, which raises an error.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ _ENTRY = "init_continuous_batching"
 def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
     raise PatchError(
         f"{_ENTRY}: got a patched model, whose backends do not read the paged cache of continuous batching "
-        '(generate_batch); allowed: patch(..., fallback="native"), backend="native", or attnzoo.unpatch(model) first'
+        '(generate_batch); allowed: a model patched with fallback="native" or backend="native", or a model without a '
+        "patch (call attnzoo.unpatch(model))"
     )
 
 
 def guard(model: nn.Module) -> list[nn.Module]:
-    """Refuse continuous batching on a model and the models in it while a patch needs that, and allow it otherwise.
+    """Return the models that have continuous batching, after each of them refuses or allows it as its patches require.
 
-    Call it after each change of patches. Returns the models that have continuous batching. It does not reach a model
-    whose parts were patched by themselves: there the forward refuses ``cache`` in the engine's thread, and each request
-    has the message as its ``error``.
+    Call this function after each change of patches. It does not protect a model of which only a part was patched. In
+    such a model the forward refuses the keyword ``cache`` in the thread of continuous batching, and the ``error`` of
+    each request is the message of the refusal.
     """
     models = [module for module in model.modules() if hasattr(type(module), _ENTRY)]
     for module in models:

@@ -1,4 +1,4 @@
-"""The forward of a patched module, and the object with which it computes attentions."""
+"""The forward of a patched module, and the object that computes the attentions of the module."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Patch:
-    """The shared part of the forwards of one patch. Holds modules weakly, because a patched module holds its forward.
+    """Data that all forwards of one patch share. It refers to modules weakly, because modules refer to their forwards.
 
     Attributes:
-        number: grows with each patch of the process.
-        root: the patched model, weakly.
-        names: names of the modules in the model that the patch covers.
-        guarded: the models in it that refuse continuous batching while the patch is in place (``engines``), weakly.
-        memory: the values that :meth:`SiteAttend.cached_per_forward` remembers.
+        number: the number of the patch. Each later patch in the process has a larger number.
+        root: weak reference to the patched model.
+        names: names of the patched modules in the model.
+        guarded: weak references to the models in the root that have continuous batching (see ``engines``).
+        memory: the values that :meth:`SiteAttend.cached_per_forward` caches.
     """
 
     number: int
@@ -48,10 +48,10 @@ class Patch:
 
 
 class SiteAttend:
-    """The :class:`~attnzoo.adapter.Attend` of one site: runs attentions on its backend and records what ran.
+    """The :class:`~attnzoo.adapter.Attend` of one site. It runs attentions on the site's backend and counts them.
 
     Attributes:
-        sharers: modules that share values with the site (``PatchPoint.shared_in``), itself included; empty if none do.
+        sharers: the site's module and the modules that share values with it. Empty if no module shares values.
     """
 
     def __init__(self, site: Site, plan: SitePlan, fallback: bool, memory: WeakTensorKeyDictionary) -> None:
@@ -59,7 +59,7 @@ class SiteAttend:
 
     @functools.cached_property
     def _weak_sharers(self) -> tuple[weakref.ref[nn.Module], ...]:
-        # Computed at the first call, because the owner of a deep copy is incomplete while it is being copied.
+        # This runs at the first call, because the owner of a deep copy is incomplete until the copy is finished.
         target = self.plan.target
         return () if target.owner is None else tuple(map(weakref.ref, target.point.sharers(target.owner)))
 
@@ -99,17 +99,17 @@ class SiteAttend:
         return self._fallback and can
 
     def cached_per_forward(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
-        # Each forward asks once per site, so a site that asks again is in the next forward. Version counters cannot
-        # tell that: inference tensors have none, and writes through ``.data`` or numpy do not change them. A value
-        # made in inference mode cannot be saved for a backward, so the mode is part of the version.
-        if transforms_around(()):  # tensors made under torch.func have no storage and are useless outside
+        # Each site calls this method once per forward, so a second call of a site starts the next forward. Version
+        # counters cannot show that: inference tensors have none, and writes through ``.data`` or numpy do not change
+        # them. The version includes the inference mode, because autograd cannot save values made in that mode.
+        if transforms_around(()):  # tensors made under torch.func have no storage and cannot be used after it
             return make(tensor)
         entries = self._memory.setdefault(tensor, {})
         version = (None if tensor.is_inference() else tensor._version, torch.is_inference_mode_enabled())
         if name not in entries or entries[name][0] != version or self.site.name in entries[name][1]:
             value = make(tensor)
             if _shares_memory(value, tensor):
-                return value  # an entry that holds its own key would never be freed
+                return value  # an entry that refers to its own key would never be freed
             entries[name] = (version, set(), value)
         _, served, known = entries[name]
         served.add(self.site.name)
@@ -117,34 +117,34 @@ class SiteAttend:
 
 
 def _shares_memory(value: Any, tensor: Tensor) -> bool:
-    """Whether a value, or a member of a tuple, is the tensor or a view of it."""
+    """Whether a value, or a member of a tuple, shares memory with a tensor."""
     pointer = tensor.untyped_storage().data_ptr()
     parts = value if isinstance(value, tuple) else (value,)
     return any(isinstance(part, Tensor) and part.untyped_storage().data_ptr() == pointer for part in parts)
 
 
 class _CalledModule(threading.local):
-    """The module that a pre-hook saw being called on this thread, weakly; None once its forward runs."""
+    """Weak reference to the module that a pre-hook recorded on this thread. None once the module's forward runs."""
 
     module: weakref.ref[nn.Module] | None = None
 
     def __reduce__(self) -> Any:
-        # accelerate copies the attributes of a forward to its wrapper, and deep copies copy wrappers.
+        # accelerate copies the attributes of a forward to a wrapper, and a deep copy of the model copies the wrapper.
         return _CalledModule, ()
 
 
 class PatchedForward(slots.Replacement):
-    """The callable in a patched module's forward slot. Copies itself with the module; refuses to be pickled.
+    """The callable that replaces the forward of a patched module. It supports ``copy.deepcopy`` and refuses pickling.
 
-    Copies of the module that share its attributes (``copy.copy``, replicas of ``nn.DataParallel``) share this object,
-    and an instance attribute gets no ``self``. So a forward pre-hook notes the module being called, per thread, and
-    each call computes with the weights of that module.
+    Shallow copies of the module (``copy.copy``, replicas of ``nn.DataParallel``) share this object. Python passes no
+    ``self`` to a function in an instance attribute. Therefore a forward pre-hook records, per thread, the module that
+    is called, and each call computes with the weights of the recorded module.
 
     Attributes:
-        native: whether every call runs the model's own code.
-        fallback: whether calls that the backend refuses run the model's own code.
+        native: whether every call runs the model's original code.
+        fallback: whether calls that the backend refuses run the model's original code.
         removed: whether the patch was removed.
-        original: the forward beneath this one; None: that of the module's class.
+        original: the forward that this object replaced. None stands for the forward of the module's class.
     """
 
     def __init__(self, patch: Patch, plan: SitePlan, fallback: bool) -> None:
@@ -158,17 +158,17 @@ class PatchedForward(slots.Replacement):
         self._pre_hook: RemovableHandle | None = None
         functools.update_wrapper(self, self.original or target.cls.forward, updated=())
         self.__signature__ = inspect.signature(module.forward)
-        # torch.compile cannot trace a forward with other globals, or one that reads tensor values. So it leaves patched
-        # modules alone and compiles the rest; backends may compile inside. As a decorator this would import the
-        # compiler together with attnzoo; transformers has imported it once there is a model.
-        # A module that attends nothing contains most of the model: only this frame of it stays uncompiled.
+        # torch.compile cannot trace a forward with replaced globals, or a forward that reads tensor values. So patched
+        # modules run uncompiled, and torch.compile compiles the rest of the model. Backends may compile inside. A
+        # decorator would import the compiler together with attnzoo. Here transformers has already imported it.
+        # A module that computes no attention may contain most of the model, so only this frame of it is uncompiled.
         self._uncompiled = torch.compiler.disable(
             PatchedForward._run, reason="attnzoo runs patched modules uncompiled", recursive=self.point.attends
         )
-        # The noted module changes with each call: compiled code would be guarded on it.
+        # The recorded module changes with each call, so compiled code would be recompiled for each module.
         self._note = torch.compiler.disable(PatchedForward._note_module)
         self._find_module = torch.compiler.disable(PatchedForward._module_of_call)
-        self._traced: nn.Module | None = None  # the module noted inside a graph, until its forward runs
+        self._traced: nn.Module | None = None  # the module recorded in a graph, until its forward runs
 
     def _bind(self) -> None:
         self._called = _CalledModule()
@@ -177,26 +177,26 @@ class PatchedForward(slots.Replacement):
 
     @property
     def may_run_native(self) -> bool:
-        """Whether a call can run the model's own code."""
+        """Whether a call can run the model's original code."""
         return self.native or self.fallback
 
     @property
     def module(self) -> nn.Module | None:
-        """The module that was patched; None if it was freed."""
+        """The module that was patched, or None if the module was freed."""
         return self.plan.target.alive
 
     def of(self, module: nn.Module) -> PatchTarget:
-        """The patch target for a module: the patched module or a copy of it."""
+        """Return the patch target for a module, which is the patched module or a copy of it."""
         return self.plan.target.at(module, self.plan.target.owner)
 
     def put(self) -> None:
-        """Take the module's forward over."""
+        """Replace the forward of the module with this object."""
         module = self.plan.target.module
         slots.put(module, self)
         self._pre_hook = module.register_forward_pre_hook(self._note_call)
 
     def take_off(self, module: nn.Module) -> None:
-        """Restore the forward of a module: the patched module or a copy of it."""
+        """Restore the forward of a module, which is the patched module or a copy of it."""
         slots.take_back(module, self, self.original)
         if module is self.module:
             self.removed = True
@@ -205,7 +205,7 @@ class PatchedForward(slots.Replacement):
 
     def _note_call(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.native and torch.compiler.is_compiling():
-            self._traced = module  # the compiler can trace an attribute, but no thread-local value
+            self._traced = module  # the compiler can trace attributes, but not thread-local values
         else:
             self._note(self, module)
 
@@ -213,7 +213,7 @@ class PatchedForward(slots.Replacement):
         self._called.module = weakref.ref(module)
 
     def _module_of_call(self) -> nn.Module:
-        """The module being called: the noted module, or the patched module if none is noted."""
+        """Return the module of this call: the recorded module, or the patched module if no module is recorded."""
         noted, self._called.module = self._called.module, None
         module = None if noted is None else noted()
         if module is not None and self in patches_of(module):
@@ -221,21 +221,21 @@ class PatchedForward(slots.Replacement):
         patched = self.module
         if patched is None or self.removed:
             raise PatchError(
-                f"{self.site.label}: got a call through a copy of a module whose patch is gone; allowed: "
-                "attnzoo.unpatch(copy) before the original's patch is removed, or copy.deepcopy"
+                f"{self.site.label}: got a call through a copy of a module whose patch was removed; allowed: a copy "
+                "from copy.deepcopy, or a copy restored with attnzoo.unpatch(copy) before the patch was removed"
             )
         return patched
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.native and torch.compiler.is_compiling():
-            # The compiler traces the model's own code. Calls inside a graph cannot be counted.
+            # The compiler traces the model's original code. Calls inside a graph cannot be counted.
             module, self._traced = self._traced or self.module, None
             return self._run_original(module, args, kwargs)
         if self._forward is not None and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
-            # Patched modules read the values of masks: a trace would keep those of its example for all later inputs.
+            # Patched modules read the values of masks. A trace would use the values of its example for all inputs.
             raise PatchError(
                 f"{self.site.label}: got a patched model to trace or export; allowed: a model patched with "
-                '"native", or attnzoo.unpatch(model) first'
+                '"native", or a model without a patch (call attnzoo.unpatch(model))'
             )
         return self._uncompiled(self, args, kwargs)
 
@@ -249,7 +249,8 @@ class PatchedForward(slots.Replacement):
             return self._run_original(module, args, kwargs)
         states = args[0] if args else kwargs.get("hidden_states")
         if isinstance(states, Tensor) and 0 in states.shape:  # models fail on empty inputs with unclear errors
-            raise InvalidArgumentError(f"input of {self.site.label}", describe(states), "a tensor, none of its sizes 0")
+            allowed = "a tensor whose sizes are all at least 1"
+            raise InvalidArgumentError(f"input of {self.site.label}", describe(states), allowed)
         try:
             self.plan.check_call(module, args, kwargs, self._attend.sharers)
         except (BackendRefusedError, KeywordRefusedError):
@@ -259,7 +260,7 @@ class PatchedForward(slots.Replacement):
         return self._forward(module, *args, **kwargs)
 
     def _run_original(self, module: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run the model's own forward of a module, beneath every patch."""
+        """Run the original forward of a module, without any patch."""
         forward = self.original
         while isinstance(forward, PatchedForward):
             forward = forward.original
@@ -271,8 +272,8 @@ class PatchedForward(slots.Replacement):
         vars(twin).update(vars(self))
         root, target = self.patch.root(), self.plan.target
         whole = root is not None and id(root) in memo
-        # The copy of a whole model has a patch with separate counts. The copy of a part may be put into the model, as
-        # PEFT does: its calls count at the original's site, and it belongs to the original's patch.
+        # The copy of a whole model has a patch with separate counts. The copy of a part may become part of the model,
+        # as in PEFT. Calls of that copy count at the original's site, and the copy belongs to the original's patch.
         key = (Patch, self.patch.number)
         if key not in memo:
             memo[key] = Patch(self.patch.number, weakref.ref(memo[id(root)]) if whole else self.patch.root)
@@ -288,13 +289,13 @@ class PatchedForward(slots.Replacement):
 
     def __reduce__(self) -> Any:
         raise PatchError(
-            f"{self.site.label}: a patched model cannot be pickled; allowed: model.save_pretrained, "
-            "state_dict, or attnzoo.unpatch(model) first"
+            f"{self.site.label}: got a patched model, which cannot be pickled; allowed: model.save_pretrained, "
+            "model.state_dict, or a model without a patch (call attnzoo.unpatch(model))"
         )
 
 
 def patches_of(module: nn.Module) -> Iterator[PatchedForward]:
-    """The patches of one module, the last one first."""
+    """Yield the patched forwards of one module, from the last patch to the first."""
     for slot in slots.SLOTS:
         forward = slots.unbound(vars(module).get(slot))
         while isinstance(forward, PatchedForward):

@@ -1,9 +1,9 @@
-"""The patch point of models that look their attention function up in transformers' ``AttentionInterface``.
+"""Base class of patch points for modules that get their attention function from transformers' ``AttentionInterface``.
 
-Such a module's forward calls ``ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, ...)``. The name is a
-global of the modelling file, and models may share the config, so the patch changes neither of them. The module runs its
-original forward, the same code object, with this one global name bound to another object for this module only.
-Projections, rotary embeddings and caching stay the model's.
+The forward of such a module calls ``ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, ...)``. That
+name is a global of the modelling file, and models may share the config. So a patch changes neither the global nor the
+config. The patched module runs the code object of its original forward, in which only this global name has another
+value. Projections, rotary embeddings and caching remain the model's code.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def rebind(function: Callable[..., Any], **names: Any) -> FunctionType:
-    """Return a function with the same code object and other values for some of its global names.
+    """Return a copy of a function in which the given global names have the given values.
 
-    The other globals keep the values they have now.
+    All remaining globals keep their current values.
 
     Raises:
-        PatchError: ``function`` is not a plain function, or does not use one of the names.
+        PatchError: ``function`` is not a plain Python function, or ``function`` does not use one of the names.
     """
     plain = inspect.unwrap(function)
     if not isinstance(plain, FunctionType) or any(name not in plain.__code__.co_names for name in names):
@@ -46,16 +46,17 @@ def rebind(function: Callable[..., Any], **names: Any) -> FunctionType:
 
 
 class InterfacePoint(PatchPoint):
-    """A module that gets its attention function from ``AttentionInterface`` and keeps the rest of its forward.
+    """Patch point of a module that gets its attention function from ``AttentionInterface``.
 
-    A subclass sets ``cls`` and ``verified`` and defines ``describe`` and ``requests``.
+    The rest of the forward is unchanged. A subclass sets ``cls`` and ``verified``, and defines ``describe`` and
+    ``requests``.
     """
 
     def bind(self, cls: Any, attend: Attend) -> Forward:
         return self.bind_interface(cls, attend)
 
     def bind_interface(self, cls: Any, attend: Attend, **more: Any) -> Forward:
-        """Return the original forward with :meth:`compute`, given ``more`` arguments, as its attention function."""
+        """Return the original forward with :meth:`compute`, called with ``more``, as the attention function."""
         original = inspect.unwrap(cls.forward).__globals__.get(_NAME)
         return rebind(cls.forward, **{_NAME: _AttentionFunctions(self, attend, original, more)})
 
@@ -73,21 +74,22 @@ class InterfacePoint(PatchPoint):
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute attention as an attention function of transformers does.
+        """Return the output of an attention. The signature is that of transformers' attention functions.
 
         Args:
             module, attend: as for :meth:`PatchPoint.forward`.
             implementation: ``"eager"`` or ``"sdpa"``, which decides the format of ``attention_mask``.
             query, key, value, attention_mask, scaling, dropout, is_causal: as in transformers.
-            kwargs: the other keyword arguments of the module's forward.
+            kwargs: the remaining keyword arguments of the module's forward.
 
         Returns:
-            The output ``(batch, q_len, heads, head_dim)``, and the attention weights if they were asked for.
+            The output ``(batch, q_len, heads, head_dim)``, and the attention weights or None. The weights are returned
+            only if the call requests them.
         """
         if is_causal is None:
             is_causal = bool(getattr(module, "is_causal", True))
         read = read_interface_mask(attend, implementation, query, key, attention_mask, is_causal)
-        dtype = compute_dtype(value)  # some models rotate or normalise queries and keys in float32 and leave them there
+        dtype = compute_dtype(value)  # models may leave queries and keys in float32
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         segment = Segment(key, value, read.pattern, read.key_mask, read.mask, read.bias)
@@ -97,22 +99,22 @@ class InterfacePoint(PatchPoint):
         return result.output.transpose(1, 2).contiguous(), weights
 
     def original_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the keyword arguments for the original attention function, which runs after a refusal."""
+        """Return the keyword arguments with which the original attention function runs after a refusal."""
         return kwargs
 
     def check(self, module: Any) -> None:
-        """Raise unless the model builds the masks of ``eager`` or ``sdpa``, the formats :meth:`compute` reads."""
-        # A private field, but the one that the module's forward and the construction of masks read.
+        """Raise unless the model builds masks for ``eager`` or ``sdpa``, because :meth:`compute` reads no others."""
+        # This field is private, but the module's forward and transformers' construction of masks read it.
         _check_implementation(module.config._attn_implementation)
 
     def wants_probabilities(self, module: Any, kwargs: Mapping[str, Any]) -> bool:
-        """Whether the keyword ``output_attentions`` or, without it, the config asks for attention probabilities."""
+        """Whether ``output_attentions``, as a keyword or else in the config, requests attention probabilities."""
         keyword = kwargs.get("output_attentions")
         return bool(getattr(module.config, "output_attentions", False) if keyword is None else keyword)
 
 
 class _AttentionFunctions:
-    """Stands where the modelling file expects ``ALL_ATTENTION_FUNCTIONS``."""
+    """Replacement for the global ``ALL_ATTENTION_FUNCTIONS`` in the forward of one module."""
 
     def __init__(self, point: InterfacePoint, attend: Attend, original: Any, more: Mapping[str, Any]) -> None:
         self._point, self._attend, self._original, self._more = point, attend, original, more
@@ -127,7 +129,7 @@ class _AttentionFunctions:
                 refuse_uncomputed(kwargs, also=parameters(original), known=self._computed)
                 return self._point.compute(module, self._attend, name, *args, **{**kwargs, **self._more})
             except (BackendRefusedError, KeywordRefusedError):
-                # The module's cache is filled by now, so only the attention function falls back, not the forward.
+                # The forward has already filled the cache, so only the attention function falls back to the original.
                 if not self._attend.falls_back():
                     raise
                 return original(module, *args, **self._point.original_arguments(kwargs))
@@ -137,16 +139,16 @@ class _AttentionFunctions:
 
 def _check_implementation(name: str | None) -> None:
     if name not in ("eager", "sdpa"):
-        raise PatchError(f"config._attn_implementation: got {name!r}; allowed: a model loaded with 'eager' or 'sdpa'")
+        raise PatchError(f"config._attn_implementation: got {name!r}; allowed: 'eager' or 'sdpa'")
 
 
 def read_interface_mask(
     attend: Attend, implementation: str, query: Tensor, key: Tensor, attention_mask: Tensor | None, is_causal: bool
 ) -> ReadMask:
-    """Read a mask that transformers built for an implementation.
+    """Return the content of a mask that transformers built for an implementation.
 
-    None means different things: with ``eager`` nothing is hidden. With ``sdpa`` the model relies on ``is_causal``,
-    which torch aligns with key 0 (a prefill into an empty static cache), unless there is one query (decoding).
+    For ``sdpa``, a mask of None means causal attention if ``is_causal`` is True and there are several queries. torch
+    then aligns query 0 with key 0 (prefill of a static cache). In all other cases, a mask of None hides no key.
     """
     if attention_mask is None:
         causal = implementation == "sdpa" and is_causal and query.shape[2] > 1

@@ -1,9 +1,9 @@
-"""Checks of the masks that users pass to a model.
+"""Check the masks that users pass to a model.
 
-The code of a model turns masks into grids. On a list, an array or a wrong rank it fails with an unrelated message, or
-it accepts a mask that does not fit. A patched attention sees only the grid. So an adapter describes the mask arguments
-of its model (:class:`MaskArgument`), and a :class:`MaskCheckPoint` checks them before the model's forward starts:
-before the model builds its grid, and before a cache is filled.
+A model expands masks to grids ``(batch, 1, q_len, kv_len)``. For a list, an array or a mask of a wrong rank, the model
+raises an unrelated error or accepts a mask of a wrong size. A patched attention gets only the grid. So an adapter
+describes the mask arguments of its model (:class:`MaskArgument`), and a :class:`MaskCheckPoint` checks these arguments
+before the model's forward starts. At that time the model has built no grid and filled no cache.
 """
 
 from __future__ import annotations
@@ -25,19 +25,18 @@ from attnzoo.spec.transforms import holds, readable
 
 @dataclass(frozen=True)
 class MaskArgument:
-    """A mask argument of a module: ``(batch, length)``, and further forms that the module accepts.
+    """Description of a mask argument ``(batch, length)`` of a module.
 
     Attributes:
-        tokens: names of the arguments that may hold the masked tokens, ``(batch, length, ...)``. The first one given
-            counts.
-        public_name: the user's name of the mask, if the module's argument has another name.
-        allows_grid: whether the mask may also be ``(batch or 1, heads or 1, q_len or 1, kv_len or 1)``.
-        visibility: whether the mask must be bool, or 0 and 1, with True for visible tokens. It may then also be
-            ``(batch or 1, q_len or 1, length)``. The module gets a bool mask of that rank.
-        queries: names of the arguments that may hold the queries, if these are other tokens.
-        resized: whether the model itself cuts or extends a mask of another length and moves it to its device.
-        cache: names of the arguments that may hold a cache. With a cache, a grid has one column per cached token, and
-            other masks may have any length.
+        tokens: names of arguments with the masked tokens, ``(batch, length, ...)``. The first argument given is used.
+        public_name: the name by which users pass the mask. Empty if it equals the name of the module's argument.
+        allows_grid: whether the mask may also have the shape ``(batch or 1, heads or 1, q_len or 1, kv_len or 1)``.
+        visibility: whether the mask must contain True (or 1) for visible tokens and False (or 0) for hidden tokens. The
+            shape may then also be ``(batch or 1, q_len or 1, length)``. The module gets a bool mask of rank 3.
+        queries: names of arguments with the queries. Empty if the queries are the masked tokens.
+        resized: whether the model cuts or extends a mask of a different length and moves the mask to the right device.
+        cache: names of arguments that may contain a cache. With a cache, a grid has one column per cached token, and
+            a mask ``(batch, length)`` may have any length.
     """
 
     tokens: tuple[str, ...]
@@ -55,7 +54,7 @@ ENCODER_MASK = MaskArgument(_INPUTS)
 DECODER_MASK = MaskArgument(_INPUTS, allows_grid=True, resized=True, cache=("past_key_values", "cache"))
 CROSS_MASK = MaskArgument(_ENCODER_STATES, allows_grid=True, queries=_INPUTS)
 CROSS_VISIBILITY = MaskArgument(_ENCODER_STATES, visibility=True, queries=_INPUTS)
-# Users know the mask of a decoder's cross-attention as the model's ``attention_mask``.
+# Users pass the mask of a decoder's cross-attention as the ``attention_mask`` of the whole model.
 DECODER_MASKS: MaskArguments = {
     "attention_mask": replace(DECODER_MASK, public_name="decoder_attention_mask"),
     "encoder_attention_mask": replace(CROSS_MASK, public_name="attention_mask"),
@@ -63,9 +62,9 @@ DECODER_MASKS: MaskArguments = {
 
 
 class MaskCheckPoint(CompanionPoint):
-    """A module whose mask arguments are checked before its forward runs.
+    """Patch point of a module whose mask arguments are checked before the forward runs.
 
-    The check needs only the names of the forward's arguments, so the point needs no fingerprints.
+    The point needs no fingerprints, because the check uses only the names of the forward's arguments.
 
     Attributes:
         masks: the mask arguments of the forward, by name.
@@ -74,14 +73,14 @@ class MaskCheckPoint(CompanionPoint):
     masks: MaskArguments
 
     def masks_of(self, module: Any) -> MaskArguments:
-        """Return :attr:`masks`. Override it if they differ between modules of the class."""
+        """Return the mask arguments of a module. Override this method if modules of the class have different masks."""
         return self.masks
 
     def describe(self, module: Any) -> str:
         return "checks masks"
 
     def bind_checked(self, cls: Any, attend: Attend) -> Forward:
-        """Return the forward that runs after the check: the original, unless a subclass overrides this method."""
+        """Return the forward that runs after the check. By default, it is the original forward."""
         forward: Forward = cls.forward
         return forward
 
@@ -99,7 +98,7 @@ class MaskCheckPoint(CompanionPoint):
 def check_masks(
     masks: MaskArguments, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a forward with its masks checked, and masks of one row expanded to all samples.
+    """Check the masks among the arguments of a forward. Return the arguments, with masks expanded to the batch.
 
     ``names`` are the forward's positional parameters, without ``self``.
     """
@@ -136,22 +135,22 @@ def check_mask(
     grid: tuple[int, int] | None = None,
     grid_rank: int = 4,
 ) -> Tensor:
-    """Check the type, shape and device of a mask.
+    """Raise unless the type, shape and device of a mask are valid.
 
     Args:
-        name: the user's name of the argument.
+        name: the name by which users pass the mask.
         mask: the value of the argument.
-        batch: the number of samples. A mask of one row applies to all of them.
+        batch: the number of samples. A mask with one row applies to all samples.
         length: the number of tokens. None allows any number.
-        device: the device of the tokens. None allows any device that holds data.
+        device: the device of the tokens. None allows any device except meta.
         grid: ``(q_len, kv_len)`` if the mask may be a grid. A length of -1 allows any number.
-        grid_rank: the rank of a grid; 4 with a dimension of heads, 3 without.
+        grid_rank: the rank of a grid: 4 if it has a dimension of heads, otherwise 3.
 
     Returns:
         The mask as ``(batch, length)``, or the grid unchanged.
 
     Raises:
-        InvalidArgumentError: the mask is not a tensor, or has a wrong rank, shape, dtype or device.
+        InvalidArgumentError: the mask is not a tensor, or the rank, shape, dtype or device is wrong.
     """
     allowed = f"a tensor ({batch}, {'length' if length is None else length}) of bool, integers or floats"
     if grid is not None:
@@ -169,28 +168,28 @@ def check_mask(
     if not fits or mask.shape[0] not in (1, batch):
         raise InvalidArgumentError(name, describe(mask), allowed)
     if mask.device != device and (device is not None or mask.is_meta):
-        allowed = "a device that holds data" if device is None else f"{device}, as its tokens"
+        allowed = "any device except meta" if device is None else f"{device}, the device of the tokens"
         raise InvalidArgumentError(f"{name} device", mask.device, allowed)
-    # A mask that needs no expansion stays the same object: results derived from it are cached by identity.
+    # If no expansion is needed, return the mask object itself, because results for a mask are cached by identity.
     return mask.expand(batch, -1) if mask.ndim == 2 and mask.shape[0] != batch else mask
 
 
 def check_visibility(
     name: str, mask: object, batch: int, length: int, device: torch.device | None, q_len: int
 ) -> Tensor:
-    """Check a mask that must be bool, or 0 and 1, with True for visible tokens.
+    """Raise unless a mask contains only True or 1 (visible) and False or 0 (hidden).
 
-    An additive mask means the opposite, so other values raise, NaN included. The arguments and errors are those of
-    :func:`check_mask`; ``q_len`` is the number of queries, or -1 if it is unknown.
+    In an additive mask, 0 means visible. So every value except 0 and 1 is refused, including NaN. The arguments and
+    errors are those of :func:`check_mask`. ``q_len`` is the number of queries, or -1 for an unknown number.
 
     Returns:
-        Bool ``(batch, 1 or q_len, length)``.
+        The mask as bool ``(batch, 1 or q_len, length)``.
     """
     checked = check_mask(name, mask, batch, length, device, (q_len, length), grid_rank=3)
     if checked.dtype != torch.bool:
         if not readable(checked):
-            got = f"{describe(checked)} under vmap, where its values cannot be checked"
-            raise InvalidArgumentError(name, got, "bool")
+            allowed = "a bool mask, because vmap hides the values of masks"
+            raise InvalidArgumentError(name, f"{describe(checked)} under vmap", allowed)
         if not bool(((checked == 0) | (checked == 1)).all()):
             raise InvalidArgumentError(name, f"{describe(checked)} with values other than 0 and 1", "bool, or 0 and 1")
         checked = checked.bool()
@@ -198,19 +197,19 @@ def check_visibility(
 
 
 def refuse_nan(name: str, mask: Tensor) -> None:
-    """Raise :class:`InvalidArgumentError` if a mask contains NaN. If it has floats, this waits for its device."""
+    """Raise :class:`InvalidArgumentError` if a mask contains NaN. The check of a float mask waits for the device."""
     if mask.is_floating_point() and holds(mask.isnan().any(), unknown=False):
-        raise InvalidArgumentError(name, f"{describe(mask)} with NaN in it", "no NaN")
+        raise InvalidArgumentError(name, f"{describe(mask)} with NaN", "a mask without NaN")
 
 
 def _first_tokens(given: Mapping[str, Any], names: tuple[str, ...]) -> Tensor | None:
-    """Return the first argument that is a tensor ``(batch, length, ...)``; without one, the model itself will raise."""
+    """Return the first argument that is a tensor ``(batch, length, ...)``, or None if there is none."""
     values = (given.get(name) for name in names)
     return next((tokens for tokens in values if isinstance(tokens, Tensor) and tokens.ndim >= 2), None)
 
 
 def _columns(cache: Any, length: int) -> int:
-    """Return the number of keys of the first layer; -1 if the cache does not tell (pages of many requests)."""
+    """Return the number of keys in the first layer, or -1 if the cache does not report it (a paged cache)."""
     if cache is None:
         return length
     sizes = getattr(cache, "get_mask_sizes", None)

@@ -1,4 +1,4 @@
-"""Patching a model's attention in place: per instance, reversible, stackable, all or nothing."""
+"""Patch the attention of one model instance in place, and remove patches. A failed patch leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _patch_numbers = itertools.count(1)
 
 @dataclass(eq=False)
 class Handle:
-    """A patch in place. Prints as a table. As a context manager it removes the patch on leaving.
+    """The handle of a patch. ``print(handle)`` prints a table. Leaving ``with handle:`` removes the patch.
 
     Attributes:
-        sites: one :class:`Site` per patched module.
+        sites: one :class:`Site` per patched attention module.
     """
 
     sites: tuple[Site, ...]
@@ -40,13 +40,13 @@ class Handle:
         return any(forward in patches_of(forward.module) for forward in self.forwards if forward.module is not None)
 
     def remove(self) -> None:
-        """Restore the original forwards exactly. Does nothing if the patch was removed already.
+        """Restore the original forwards exactly. Do nothing if the patch was already removed.
 
-        Copies of patched modules that have become part of the model (PEFT's ``modules_to_save``) are restored, too.
+        Copies of patched modules in the model (as PEFT's ``modules_to_save`` makes them) are also restored.
 
         Raises:
-            PatchError: a later patch is on top (the last patch comes off first), or something else has replaced a
-                patched forward since. Nothing is changed then.
+            PatchError: the patch is not the last patch of a module, or other code has replaced a patched forward. The
+                model is unchanged.
         """
         if all(forward.removed for forward in self.forwards):
             return
@@ -71,7 +71,7 @@ class Handle:
 
 
 def _layers(model: nn.Module) -> list[tuple[nn.Module, PatchedForward]]:
-    """Every patched forward in a model, each with its module."""
+    """Return every patched forward in a model, with its module."""
     return [(module, forward) for module in model.modules() for forward in patches_of(module)]
 
 
@@ -80,13 +80,13 @@ def _remove(places: list[tuple[nn.Module, PatchedForward]]) -> None:
         layers = list(patches_of(module))
         if forward not in layers:
             raise PatchError(
-                f"{forward.site.label}: got a module whose forward is not this patch's; allowed: to remove a patch "
-                "while nothing else has replaced the forward since"
+                f"{forward.site.label}: got a module whose patched forward other code has replaced; allowed: a module "
+                "that still has the forward of this patch"
             )
         if layers[0] is not forward:
             raise PatchError(
-                f"{forward.site.label}: got a patch with a later one on top; allowed: to remove the last patch first "
-                "(last in, first out)"
+                f"{forward.site.label}: got a patch that is followed by a later patch; allowed: the last patch of the "
+                "module (last in, first out)"
             )
     for module, forward in places:
         forward.take_off(module)
@@ -96,7 +96,7 @@ def is_patched(model: nn.Module) -> bool:
     """Return whether a model is patched.
 
     Raises:
-        InvalidArgumentError: not a module.
+        InvalidArgumentError: ``model`` is not a ``torch.nn.Module``.
 
     Example:
         >>> from transformers import GPTNeoXConfig, GPTNeoXModel
@@ -120,7 +120,7 @@ def handle(model: nn.Module) -> Handle:
         A :class:`Handle` with the same sites as the handle from :func:`patch`.
 
     Raises:
-        InvalidArgumentError: not a module.
+        InvalidArgumentError: ``model`` is not a ``torch.nn.Module``.
         PatchError: the model is not patched.
 
     Example:
@@ -142,7 +142,7 @@ def _checked(model: nn.Module) -> nn.Module:
 
 
 def _last(model: nn.Module) -> list[tuple[nn.Module, PatchedForward]]:
-    """The forwards of the last patch of a model, each with its module."""
+    """Return the forwards of the last patch of a model, with their modules."""
     layers = _layers(_checked(model))
     if not layers:
         raise PatchError(f"model: got {type(model).__name__}, which is not patched; allowed: a patched model")
@@ -151,10 +151,10 @@ def _last(model: nn.Module) -> list[tuple[nn.Module, PatchedForward]]:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Remove the last patch of a model, exactly. Works on copies of a patched model too.
+    """Remove the last patch of a model or of a copy of a patched model. Restore the earlier forwards exactly.
 
     Raises:
-        InvalidArgumentError: not a module.
+        InvalidArgumentError: ``model`` is not a ``torch.nn.Module``.
         PatchError: the model is not patched, or its last patch is no longer in place at every module.
 
     Example:
@@ -172,20 +172,20 @@ def unpatch(model: nn.Module) -> None:
 
 
 def _check_whole(places: list[tuple[nn.Module, PatchedForward]]) -> None:
-    """Raise unless a patch is in place at every module; ``places`` are its forwards in a model."""
+    """Raise unless a patch is in place at every module. ``places`` are the forwards of the patch in a model."""
     in_place = {forward.site.name for _, forward in places}
-    # A shallow copy of a part was not patched itself, and does not count.
+    # Ignore shallow copies, because a patch includes the original modules only.
     expected = [name for module, forward in places if module is forward.module for name in forward.patch.names]
     lost = [name or "the model that was patched" for name in dict.fromkeys(expected) if name not in in_place]
     if lost:
         raise PatchError(
             f"model: got a model whose last patch is no longer in place at {shorten(', '.join(lost))}; allowed: the "
-            "whole model that was patched, while nothing else has replaced a patched forward"
+            "whole model that was patched, if nothing else has replaced a patched forward"
         )
 
 
 def unpatch_all(model: nn.Module) -> None:
-    """Remove every patch of a model; raise :class:`PatchError` and remove none if one cannot be removed."""
+    """Remove every patch of a model. If a patch cannot be removed, remove none and raise :class:`PatchError`."""
     layers = _layers(model)
     numbers = sorted({forward.patch.number for _, forward in layers}, reverse=True)
     for number in numbers:
@@ -206,28 +206,28 @@ def patch(
 
     Args:
         model: a Hugging Face model of a family with an adapter (see ``attnzoo doctor``), or a part of one.
-        backend: a backend name or alias, ``"auto"`` (selects the fastest measured backend per attention, or the
-            supporting one of highest priority), ``"native"`` (the model's own code, counted), a configured
-            :class:`Backend`, or ``{glob over module names: any of these}``. The first glob that matches a module
-            decides, so narrower globs come first. Modules that no glob matches stay as they are.
-        fallback: what happens to a call that the backend refuses. ``"error"``: it raises. ``"native"``: that forward
-            runs the model's own code, and ``Site.fallbacks`` counts it. Some refusals show only inside the forward (a
-            mask that is more than causality and padding). There, a site whose attention function alone is replaced
-            falls back. A site whose whole forward is replaced raises, because its cache may be filled already.
-        replace: remove the patches that are in place once the new one is known to succeed, so that a notebook cell can
-            run again. Otherwise patches stack.
-        options: options of the named backends, e.g. ``window=1024``. Configured backends
-            (:func:`attnzoo.configure`) keep theirs.
+        backend: a backend name or alias, a configured :class:`Backend`, or ``{glob over module names: backend}``.
+            ``"auto"`` selects, for each attention, the fastest measured backend or else the supporting backend of
+            highest priority. ``"native"`` runs the model's original code and counts the calls. The first glob that
+            matches a module decides, so write narrow globs first. Modules that match no glob are not patched.
+        fallback: what happens to a call that the backend refuses. With ``"error"``, the call raises. With
+            ``"native"``, the call runs the model's original code, and ``Site.fallbacks`` counts it. Exception: if the
+            refusal happens inside a forward that the patch replaces as a whole, the call raises, because the cache may
+            already be filled. For example, a mask may be refused that is not causal and not padding.
+        replace: whether to remove earlier patches of the model, after the checks of the new patch have passed. This
+            lets a notebook cell run again. By default, patches stack.
+        options: options of the named backends, e.g. ``window=1024``. They do not change configured backends
+            (:func:`attnzoo.configure`).
 
     Returns:
-        A :class:`Handle`. Weights, state_dict, config and every other model stay untouched.
+        A :class:`Handle`. Weights, state_dict and config of the model are unchanged.
 
     Raises:
-        InvalidArgumentError, UnknownNameError: a bad argument.
-        PatchError: no site is reached, or a glob reaches none, or stands behind a wider one; or weights are not loaded.
-        DriftError: the model's code differs from what the adapter was verified against.
-        BackendRefusedError: a backend refuses what a site will request (unless ``fallback="native"``).
-        After any of these the model is unchanged.
+        InvalidArgumentError, UnknownNameError: an argument is invalid.
+        PatchError: no site matches, a glob matches no site or follows a wider glob, or weights are not loaded.
+        DriftError: the model's code differs from the code that the adapter was verified against.
+        BackendRefusedError: a backend refuses an expected request of a site and ``fallback`` is ``"error"``.
+        After each of these errors the model is unchanged.
 
     Example:
         >>> from transformers import GPTNeoXConfig, GPTNeoXModel
@@ -256,12 +256,12 @@ def patch(
 def _assign(
     sites: list[PatchTarget], backend: str | Backend | Mapping[str, str | Backend]
 ) -> dict[PatchTarget, str | Backend]:
-    """The requested backend of each site in the patch."""
+    """Return the requested backend of each site in the patch."""
     if isinstance(backend, (str, Backend)):
         return dict.fromkeys(sites, backend)
     pairs = backend.items() if isinstance(backend, Mapping) else ()
     if not pairs or not all(isinstance(glob, str) and isinstance(name, (str, Backend)) for glob, name in pairs):
-        raise InvalidArgumentError("backend", repr(backend), "a name, or {glob over module names: name}")
+        raise InvalidArgumentError("backend", repr(backend), "a backend, or {glob over module names: backend}")
     matched: dict[str, list[PatchTarget]] = {}
     for glob in backend:
         matched[glob] = [site for site in sites if fnmatch.fnmatchcase(site.name, glob)]
@@ -269,18 +269,18 @@ def _assign(
             names = [site.name for site in sites]
             raise PatchError(f"backend: got glob {glob!r}, which matches no site; allowed: a glob for some of {names}")
         for first in [other for other in matched if other != glob]:
-            # A glob that matches the text of the earlier one is wider, and stands for the remaining sites.
+            # A later glob that matches the text of the earlier glob is wider, so it applies to the remaining sites.
             if set(matched[glob]) <= set(matched[first]) and not fnmatch.fnmatchcase(first, glob):
                 raise PatchError(
-                    f"backend: got glob {glob!r} behind {first!r}, which matches all its sites and decides first; "
-                    "allowed: narrower globs before wider ones"
+                    f"backend: got glob {glob!r} after {first!r}, which matches all sites of {glob!r}; "
+                    "allowed: narrower globs before wider globs"
                 )
     deciding = {site: glob for glob in reversed(matched) for site in matched[glob]}
     return {site: backend[deciding[site]] for site in sites if site in deciding}
 
 
 def _configure(requested: Iterable[str | Backend], options: Mapping[str, Any]) -> dict[str | Backend, Backend]:
-    """The configured backend of each requested one. Options go to the backends that are named."""
+    """Return the configured backend of each requested backend. Options apply to backends requested by name."""
     requested = tuple(dict.fromkeys(requested))
     named = [name for name in requested if isinstance(name, str) and name not in BUILT_IN]
     if options and not named:

@@ -1,7 +1,7 @@
-"""The decision whether a backend may serve a site, made in one place: a :class:`SitePlan` per site.
+"""Decide whether a backend may serve a site. The decision for each site is a :class:`SitePlan`.
 
-``patch`` raises from the plans or installs them, ``explain`` prints them, and each call of a patched module is checked
-by its plan. The support matrix asks :func:`attnzoo.functional.refusals_of`, as the plans do.
+``patch`` raises the errors in the plans or installs the plans. ``explain`` prints the plans. The plan of a patched
+module checks each call of the module. Plans and the support matrix call :func:`attnzoo.functional.refusals_of`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from attnzoo.spec.transforms import transforms_around
 
 @dataclass(frozen=True)
 class NativeBackend(Backend):
-    """The model's own code. It serves every site, and runs inside the module, so it computes no :class:`Attention`."""
+    """Backend that runs the model's original code. It supports every site, and never gets an :class:`Attention`."""
 
     name: ClassVar[str] = "native"
 
@@ -34,22 +34,22 @@ class NativeBackend(Backend):
         return ()
 
 
-# Backends that every model has, under the names that the registry reserves.
+# Backends that every model supports. The registry reserves their names.
 BUILT_IN: Mapping[str, Backend] = {backend.name: backend for backend in (AutoBackend(), NativeBackend())}
 
 
 @dataclass(frozen=True, eq=False)
 class SitePlan:
-    """Whether a backend may serve a site, how, and if not, why.
+    """The plan for one site: the backend, the expected requests, and the reasons against a patch.
 
     Attributes:
-        target: the module.
+        target: the module to patch.
         backend: the backend, bound to the site.
-        requests: what the module is expected to request, for the model as it is now.
+        requests: the expected requests of the module, for the model in its current state.
         refusals: every reason why the backend refuses these requests.
-        alternatives: names of the backends that support all of them; None where that is not known or not needed.
-        changes: how the backend changes the pattern of what it does not refuse, as text; empty where it is exact.
-        obstacle: why no backend can be patched in at the site (drift, for example); None if there is no such reason.
+        alternatives: names of the backends that support all these requests. None if unknown or not needed.
+        changes: descriptions of how the backend changes the pattern of supported requests. Empty for an exact backend.
+        obstacle: the error that prevents any patch of the site, such as drift. None if nothing prevents a patch.
     """
 
     target: PatchTarget
@@ -62,26 +62,26 @@ class SitePlan:
 
     @property
     def is_native(self) -> bool:
-        """Whether the site runs the model's own code."""
+        """Whether the site runs the model's original code."""
         return isinstance(self.backend, NativeBackend)
 
     def check_call(
         self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], sharers: Sequence[nn.Module]
     ) -> None:
-        """Raise before the module does anything if the backend would refuse what a call is expected to request.
+        """Before a module runs, raise if the backend refuses an expected request of the call.
 
-        The module is the target's, or a copy of it; ``sharers`` are the modules that share values with it, if any do.
+        ``module`` is the target's module or a copy of it. ``sharers`` are the modules that share values with it.
 
         Raises:
-            BackendRefusedError: lists every reason.
-            KeywordRefusedError: a keyword argument changes the result, and no backend computes with it.
+            BackendRefusedError: the backend refuses a request. The error lists every reason.
+            KeywordRefusedError: a keyword argument changes the result, and no backend uses it.
         """
         point = self.target.point
         if not point.attends:
             return
         check_keywords(module, kwargs)
         if isinstance(self.backend, AutoBackend):
-            return  # it checks each attention when it selects; a check here would take 20 us per layer and call
+            return  # `auto` checks each attention when it selects. A check here would take 20 us per layer and call.
         inputs = (*args, *kwargs.values())
         grad = torch.is_grad_enabled() and (
             has_trained_parameters(module) or any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
@@ -95,12 +95,13 @@ class SitePlan:
 def plan_sites(
     model: nn.Module, targets: Sequence[PatchTarget], backends: Mapping[PatchTarget, Backend]
 ) -> tuple[SitePlan, ...]:
-    """Plan a patch: its sites, and their companions (modules that attend nothing and are patched with the sites).
+    """Return the plans of a patch: first the plans of the sites, then the plans of the companions.
 
-    ``targets`` are all patch targets of the model. The plans of the sites come first.
+    A companion is a module that computes no attention and is patched together with a site. ``targets`` are all patch
+    targets of the model.
 
     Raises:
-        InvalidArgumentError: options of a backend have no effect at any of its sites.
+        InvalidArgumentError: options of a backend have no effect at any site.
     """
     obstacles: dict[PatchTarget, PatchError | None] = {}
     requests: dict[PatchTarget, tuple[Request, ...]] = {}
@@ -133,20 +134,20 @@ def _plan_companions(model: nn.Module, targets: Sequence[PatchTarget], plans: Se
 
 
 def changes_of(backend: Backend, requests: Sequence[Request], anywhere: bool = False) -> tuple[str, ...]:
-    """Return how a backend, bound to its site, changes the pattern of the requests that it does not refuse, as text.
+    """Return descriptions of how a backend changes the pattern of the requests that it supports.
 
-    ``anywhere`` ignores refusals that only this machine has.
+    The backend is bound to a site. ``anywhere`` ignores refusals that are specific to this machine.
     """
     supported = (request for request in requests if not refusals_of(backend, (request,), anywhere))
     return tuple(dict.fromkeys(change for request in supported if (change := backend.changes(request)) is not None))
 
 
 def check_plans(plans: Sequence[SitePlan], allow_refusals: bool = False) -> None:
-    """Raise the error that prevents a patch, if there is one.
+    """Raise if a plan has an obstacle or, unless ``allow_refusals`` is True, a refusal.
 
     Raises:
-        PatchError: the first obstacle.
-        BackendRefusedError: lists every site with a refusal, unless refusals are allowed.
+        PatchError: a plan has an obstacle. The first obstacle is raised.
+        BackendRefusedError: a plan has a refusal. The error lists every such site.
     """
     for plan in plans:
         if plan.obstacle is not None:
@@ -160,22 +161,22 @@ def check_plans(plans: Sequence[SitePlan], allow_refusals: bool = False) -> None
 
 
 def _check_options(backends: Sequence[Backend]) -> None:
-    """Raise if a backend has options that have no effect at any site; it is given once per site, bound to that site."""
+    """Raise if options of a backend have no effect at any site. ``backends`` lists the bound backend of each site."""
     unused = [backend.unused_options() for backend in backends]
     if unused and all(unused):
-        allowed = "no options: every attention in this patch is already local, so they would have no effect"
+        allowed = "no options, because all attention here is already local and options have no effect"
         raise InvalidArgumentError(f"options of backend {backends[0].name!r}", ", ".join(unused[0]), allowed)
 
 
 def _find_obstacle(model: nn.Module, target: PatchTarget) -> PatchError | None:
-    """Return why nothing can be patched in at a target: drift, a replaced forward, a configuration, no weights."""
+    """Return the error that prevents a patch of a target (drift or missing weights, for example), or None."""
     try:
         target.adapter.check_drift(target.point, target.module)
         _check_forward(target)
         target.point.check(target.module)
         _check_loaded(model, target)
     except PatchError as error:
-        return error.with_traceback(None)  # the frames would keep the model alive
+        return error.with_traceback(None)  # the frames of a traceback would keep the model in memory
     return None
 
 
@@ -183,24 +184,24 @@ def _check_forward(target: PatchTarget) -> None:
     if slots.is_foreign(target.module):
         forward = shorten(repr(slots.current(target.module)))
         raise PatchError(
-            f"{target.name}: got a module whose forward was replaced by {forward}; allowed: the class's "
-            "own forward (accelerate's hooks may be around it), or attnzoo's patches"
+            f"{target.name}: got a module whose forward was replaced by {forward}; allowed: the forward of the "
+            "class, with or without accelerate's hooks, or a patch of attnzoo"
         )
 
 
 def _check_loaded(model: nn.Module, target: PatchTarget) -> None:
-    """Raise if a parameter is on the meta device and no hook of accelerate moves it to another device."""
+    """Raise if a parameter is on the meta device and no hook of accelerate moves the data to a device."""
     for name, parameter in target.module.named_parameters(prefix=target.name):
         if parameter.is_meta and not _is_offloaded(model, name):
             raise PatchError(
-                f"{name}: got a parameter on the meta device, without data; allowed: a model whose weights are "
-                "loaded (from_pretrained, or accelerate.load_checkpoint_and_dispatch after init_empty_weights): "
-                "load the weights first, then patch"
+                f"{name}: got a parameter on the meta device, without data; allowed: a parameter with data (before "
+                "patch, load the weights with from_pretrained, or with accelerate.load_checkpoint_and_dispatch after "
+                "init_empty_weights)"
             )
 
 
 def _is_offloaded(model: nn.Module, parameter: str) -> bool:
-    """Whether a hook on a module around a parameter moves the parameter to a device for each forward."""
+    """Whether a hook of accelerate moves a parameter to a device when a module around it runs."""
     path = parameter.split(".")[:-1]
     around = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1))
     return any(slots.runs_on(module) is not None for module in around)

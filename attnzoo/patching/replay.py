@@ -1,8 +1,8 @@
-"""Repeat the random choices of one run of a model in other runs, whatever their dtype.
+"""Repeat the random choices of one run of a model in later runs, also in runs of a different dtype.
 
-LSH attention hashes by random rotations that are drawn in the model's dtype, so the same seed gives other hashes in
-float64. Runs are comparable only if all of them hash alike. ``PatchPoint.replay`` turns a module's output into the
-keyword arguments that make the module repeat its choices.
+LSH attention hashes with random rotations in the model's dtype. So the hashes in float64 differ from the hashes in
+float32, even with the same seed. Runs are comparable only if their hashes are equal. From a module's output,
+``PatchPoint.replay`` returns the keyword arguments with which the module repeats its choices.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ Choices = dict[str, list[dict[str, Any]]]
 
 @contextmanager
 def recording(modules: Mapping[str, tuple[nn.Module, Callable[[Any], dict[str, Any]]]]) -> Iterator[Choices]:
-    """Record the random choices of each call of the modules, given by name with the ``replay`` of their patch points.
+    """Yield a dictionary, which receives the random choices of ``modules`` while the ``with`` block runs.
 
-    Yields by name, in the order of the calls, the keyword arguments that make a call repeat its choices.
+    ``modules`` is ``{name: (module, replay of its patch point)}``. The yielded dictionary has, for each name and call,
+    the keyword arguments with which the module repeats the choices of the call.
     """
     choices: Choices = defaultdict(list)
 
@@ -37,7 +38,7 @@ def recording(modules: Mapping[str, tuple[nn.Module, Callable[[Any], dict[str, A
 
 @contextmanager
 def replaying(model: nn.Module, choices: Choices) -> Iterator[None]:
-    """Make the modules of these names repeat the recorded choices, call by call."""
+    """Context manager in which each call of a recorded module repeats the choices of the recorded call."""
 
     def hook(recorded: Iterator[dict[str, Any]]) -> Callable[..., Any]:
         return lambda module, args, kwargs: (args, {**kwargs, **next(recorded)})
@@ -50,6 +51,6 @@ def replaying(model: nn.Module, choices: Choices) -> Iterator[None]:
 
 
 def own_random_stream(model: nn.Module) -> AbstractContextManager[None]:
-    """Restore the random streams of the CPU and of the model's CUDA devices on leaving the ``with`` block."""
+    """Return a context manager that restores the random state of the CPU and of the model's CUDA devices."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     return torch.random.fork_rng(devices=devices)

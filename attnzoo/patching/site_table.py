@@ -1,4 +1,4 @@
-"""What ran at the sites of a patch, as a table."""
+"""The table of the kernels that ran at the sites of a patch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HEADER = ("backend", "kernel", "calls", "fallbacks", "sites")
 
 
 def table(sites: Iterable[Site]) -> str:
-    """One row for all sites at which the same ran. Counts are those of each site, a range where they differ."""
+    """Return a table with one row per class, pattern, backend and kernel. Counts that differ in a row are ranges."""
     groups = group_by(sites, lambda site: (site.cls, site.pattern, site.ran, site.kernel, site.approximate))
     return aligned([HEADER, *map(_row, groups)])
 

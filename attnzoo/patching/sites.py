@@ -1,4 +1,4 @@
-"""Sites: the attention modules that adapters can patch in a model, their expected requests, and what ran there."""
+"""The attention modules of a model that adapters can patch, the requests of these modules, and their counts."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Site:
     """One patched attention module.
 
     Attributes:
-        name: the module's name in the model.
-        cls: the name of its class.
-        pattern: what it computes, as text.
-        backend: name of the requested backend; ``"native"`` is the model's own code.
-        changes: how the backend is expected to change the pattern, as text; empty where the backend is exact.
+        name: the name of the module in the model.
+        cls: the name of the module's class.
+        pattern: the attention pattern in words, such as ``"causal"``.
+        backend: name of the requested backend. ``"native"`` stands for the model's original code.
+        changes: expected changes of the pattern by the backend, as text. Empty if the backend is exact.
         kernels: how often each kernel ran.
         calls: how many attentions the backend ran.
-        selections: how often ``auto`` selected each backend, and why; empty for other backends.
-        changed: how often the backend changed the pattern, by the change.
-        fallbacks: how many forwards ran the model's own code under ``fallback="native"``.
-        observer: called after each attention with the site, the attention, its result and the backend that ran.
+        selections: how often ``auto`` made each choice. Empty unless the requested backend is ``auto``.
+        changed: how often the backend made each change of the pattern.
+        fallbacks: how many forwards ran the model's original code because of ``fallback="native"``.
+        observer: function called after each attention with the site, the attention, the result and the backend.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Site:
 
     @property
     def label(self) -> str:
-        """The name for messages: the class where the patched model itself is the module, as it has no name."""
+        """The module's name for messages, or the class name if the module is the patched model, which has no name."""
         return self.name or self.cls
 
     @property
@@ -61,17 +61,17 @@ class Site:
 
     @property
     def kernel(self) -> str | None:
-        """The kernels that ran so far, most frequent first; None before the first call."""
+        """The kernels that ran so far, most frequent first, or None before the first call."""
         return "+".join(kernel for kernel, _ in self.kernels.most_common()) or None
 
     @property
     def approximate(self) -> str:
-        """How calls so far changed the pattern, or before the first call, how they will; empty if they do not."""
+        """The pattern changes by calls so far, or the expected changes before the first call. Empty without changes."""
         return "; ".join(self.changed if self.calls else self.changes)
 
     @property
     def ran(self) -> str:
-        """The requested backend, with the backends that ``auto`` selected so far, most frequent first."""
+        """The requested backend and, for ``auto``, the backends selected so far, most frequent first."""
         selected = dict.fromkeys(choice.backend.name for choice, _ in self.selections.most_common())
         return f"{self.backend}: {'+'.join(selected)}" if selected else self.backend
 
@@ -83,14 +83,14 @@ class Site:
 
 
 class PatchTarget:
-    """A module that an adapter can patch. Holds the module weakly, because a patched module holds its target.
+    """A module that an adapter can patch. The reference to the module is weak, because the module refers to its target.
 
     Attributes:
-        name: the module's name in the model.
-        alive: the module; None if it was freed, or for a copy whose module is not known.
-        module: the module; raises if it was freed.
-        owner: the module in which it shares values with others (``PatchPoint.shared_in``), or None.
-        label: the name for messages: see :attr:`Site.label`.
+        name: the name of the module in the model.
+        alive: the module. None if the module was freed, or if this target is a copy without a known module.
+        module: the module. Reading this attribute raises PatchError if the module was freed.
+        owner: the module whose layers share values (``PatchPoint.shared_in``), or None.
+        label: the module's name for messages, as in :attr:`Site.label`.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class PatchTarget:
         self._module, self._owner = _weak(module), _weak(owner)
 
     def at(self, module: nn.Module | None, owner: nn.Module | None) -> PatchTarget:
-        """Return the same target for a copy of the module."""
+        """Return a copy of this target with another module and another owner."""
         twin = copy.copy(self)
         twin._module, twin._owner = _weak(module), _weak(owner)
         return twin
@@ -113,7 +113,7 @@ class PatchTarget:
     def module(self) -> nn.Module:
         module = self.alive
         if module is None:
-            raise PatchError(f"{self.label}: got a target whose module was freed; allowed: a model that is in use")
+            raise PatchError(f"{self.label}: got a module that was freed; allowed: a module of a model in memory")
         return module
 
     @property
@@ -129,7 +129,7 @@ class PatchTarget:
         return (self.owner or self.module).modules()
 
     def expected_requests(self) -> tuple[Request, ...]:
-        """Return what the module will request, for the model as it is now (train or eval, device, dtype, autocast)."""
+        """Return the expected requests of the module for its current mode, device, dtype and autocast state."""
         sharers = (self.module,) if self.owner is None else self.point.sharers(self.owner)
         return expected_requests(self.point, self.module, sharers)
 
@@ -146,16 +146,16 @@ def expected_requests(
     probabilities: bool = False,
     transforms: tuple[str, ...] = (),
 ) -> tuple[Request, ...]:
-    """Return what a module will request of its backend.
+    """Return the expected requests of a module.
 
     Args:
-        sharers: the modules that share values with it, itself included.
-        grad: whether gradients will be computed; None: if the module is trained.
+        sharers: the module and the modules that share values with it.
+        grad: whether gradients will be computed. None means yes in training mode if the module has trained parameters.
         transforms: the transforms of ``torch.func`` around the call.
     """
     trains_bias = False
     if module.training if grad is None else grad:
-        trains_bias = any(map(point.trains_bias, sharers))  # one sharer makes the bias for all of them
+        trains_bias = any(map(point.trains_bias, sharers))  # one sharer computes the bias for all sharers
     if grad is None:
         grad = module.training and (trains_bias or has_trained_parameters(module))
     dropout = module.training and point.dropout(module) > 0.0
@@ -183,17 +183,17 @@ def has_trained_parameters(module: nn.Module) -> bool:
 
 
 def find_sites(model: nn.Module) -> list[PatchTarget]:
-    """Return every module of a model that a registered adapter can patch. The class decides, not the configuration.
+    """Return every module of a model that a registered adapter can patch.
 
-    Where several patch points match, that of the nearest class wins, then that of an adapter for a model type in the
-    model.
+    The class of a module decides, not the configuration. If several patch points match, the point for the nearest base
+    class is used. Among several such points, a point for a model type in the model is preferred.
 
     Raises:
-        InvalidArgumentError: not a module.
-        PatchError: no adapter knows an attention module in the model.
+        InvalidArgumentError: ``model`` is not a ``torch.nn.Module``.
+        PatchError: no adapter supports an attention module of the model.
     """
     if not isinstance(model, nn.Module):
-        raise InvalidArgumentError("model", f"{type(model).__name__}", "a torch.nn.Module, e.g. from from_pretrained")
+        raise InvalidArgumentError("model", f"{type(model).__name__}", "a torch.nn.Module, e.g. a Hugging Face model")
     types = _model_types(model)
     adapters = registry.adapters()
     preferred = [adapters[name] for name in types if name in adapters]
@@ -220,7 +220,7 @@ def _model_types(model: nn.Module) -> tuple[str, ...]:
 
 
 def _no_site_error(model: nn.Module, types: tuple[str, ...], points: Iterable[str]) -> PatchError:
-    """The error for a model without a site: names adapters that failed to load, and a class with a known name."""
+    """Return the error for a model without sites. It names broken adapters and a class of the same name."""
     reasons = [f"{name}: {reason}" for name, reason in registry.broken_adapters().items()]
     why = f" (an adapter exists but did not load: {shorten('; '.join(reasons), 200)})" if reasons else ""
     known = {path.rpartition(":")[2]: path for path in points}
@@ -230,6 +230,6 @@ def _no_site_error(model: nn.Module, types: tuple[str, ...], points: Iterable[st
             break
     return PatchError(
         f"model: got {type(model).__name__} of model type {', '.join(types) or 'none (no config)'}, "
-        f"in which no adapter finds an attention module{why}; allowed: a model with modules of type "
-        f"{', '.join(registry.model_types())}, or an adapter for it, from attnzoo.register_adapter"
+        f"in which no adapter supports an attention module{why}; allowed: a model with modules of type "
+        f"{', '.join(registry.model_types())}, or a model with an adapter from attnzoo.register_adapter"
     )

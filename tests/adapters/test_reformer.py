@@ -243,7 +243,9 @@ def test_training_refuses_num_hashes_that_the_backward_does_not_know():
     model = reformer().train()
     with attnzoo.patch(model, "sdpa"):
         loss = model(ids(2, 64), num_hashes=3).logits.sum()
-        with pytest.raises(InvalidArgumentError, match=r"buckets: got .2, 3, 3, 64.*allowed: .2, 3, 2, 64.: 2 hashes"):
+        with pytest.raises(
+            InvalidArgumentError, match=r"buckets: got .2, 3, 3, 64.*allowed: .*2, 3, 2, 64. for 2 hash"
+        ):
             loss.backward()
 
 

@@ -111,12 +111,22 @@ def hiding(length):
 
 
 BAD_STEPS = {
-    "a mask of all tokens": ("lsh", 9, {MASK: hiding(10)}, r"attention_mask: got .2, 10.*allowed: .2, 1., 0 for"),
-    "a mask of other tokens": ("lsh", 3, {MASK: hiding(5)}, r"attention_mask: got .2, 5.*allowed: .2, 1. or .2, 4., 0"),
+    "a mask of all tokens": ("lsh", 9, {MASK: hiding(10)}, r"attention_mask: got .2, 10.*allowed: shape .2, 1., w"),
+    "a mask of other tokens": (
+        "lsh",
+        3,
+        {MASK: hiding(5)},
+        r"attention_mask: got .2, 5.*allowed: shape .2, 1. or .2, 4.",
+    ),
     "NaN": ("lsh", 9, {MASK: torch.full((2, 1), math.nan)}, r"attention_mask: got .* with NaN"),
-    "other hashes": ("lsh", 9, dict(num_hashes=3), r"num_hashes: got 3; allowed: 2, as past_buckets_states"),
+    "other hashes": ("lsh", 9, dict(num_hashes=3), r"num_hashes: got 3; allowed: 2, like past_buckets_states"),
     **{
-        f"other samples, {kind}": (kind, 9, dict(input_ids=ids(3, 1)), r"hidden_states: got 3 samples; allowed: 2, as")
+        f"other samples, {kind}": (
+            kind,
+            9,
+            dict(input_ids=ids(3, 1)),
+            r"hidden_states: got 3 samples; allowed: 2, like",
+        )
         for kind in ("lsh", "local")
     },
 }

@@ -109,7 +109,7 @@ def test_a_part_of_a_model_can_be_patched(led):
 
 
 def test_a_patch_that_reaches_no_site_raises(led):
-    with pytest.raises(PatchError, match=r"model: got .*no adapter finds an attention module.*gpt_neox.*led"):
+    with pytest.raises(PatchError, match=r"model: got .*no adapter supports an attention module.*gpt_neox.*led"):
         attnzoo.patch(led.model.lm_head, "sdpa")
 
 
@@ -211,7 +211,7 @@ def test_a_glob_that_matches_nothing_raises(led, as_it_was):
 def test_a_glob_behind_a_wider_one_raises(led, as_it_was, glob):
     """Also if both match the same sites."""
     before = as_it_was(led)
-    named = re.escape(f"got glob {glob!r} behind '*', which matches all its sites")
+    named = re.escape(f"got glob {glob!r} after '*', which matches all sites of {glob!r}")
     with pytest.raises(PatchError, match=named + ".*; allowed: narrower globs before"):
         attnzoo.patch(led.model, {"*": "native", glob: "sdpa"})
     before.check()

@@ -238,7 +238,7 @@ def test_the_attention_of_longformer_supports_padding_per_sample(backend):
     with attnzoo.patch(model, backend):
         close(vmap(partial(run_longformer, module))(states, mask), expected)
         mask[1, 0] = mask[2, 3] = 1e4
-        with pytest.raises(attnzoo.InvalidArgumentError, match="is_index_global_attn: got one per sample of vmap"):
+        with pytest.raises(attnzoo.InvalidArgumentError, match=r"is_index_global_attn: got .*, which vmap maps over"):
             vmap(partial(run_longformer, module, has_globals=True))(states, mask)
 
 
@@ -278,7 +278,7 @@ def test_the_attention_of_reformer_supports_transforms(number, backend):
         for got, wanted in zip(legs(partial(vmap, randomness="same")), expected, strict=True):
             close(got, wanted)
         if number:
-            with pytest.raises(attnzoo.InvalidArgumentError, match="attention_mask: got one per sample of vmap"):
+            with pytest.raises(attnzoo.InvalidArgumentError, match=r"attention_mask: got .*, which vmap maps over"):
                 vmap(lambda given, one: run(given[None], one[None]), randomness="same")(states, mask)
 
 
@@ -357,7 +357,7 @@ def test_an_ambiguous_mask_of_numbers_is_refused_under_vmap():
     def check(mask):
         return check_visibility("encoder_attention_mask", mask, 1, 5, mask.device, 1)
 
-    with pytest.raises(attnzoo.InvalidArgumentError, match=r"encoder_attention_mask: .*under vmap.*; allowed: bool"):
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"encoder_attention_mask: .*under vmap; .* a bool mask"):
         vmap(check)(torch.ones(2, 1, 5))
     assert vmap(check)(torch.ones(2, 1, 5, dtype=torch.bool)).all()
 

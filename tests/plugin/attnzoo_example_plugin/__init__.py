@@ -1,1 +1,1 @@
-"""An example plug-in with a backend and an adapter. Copy it to write another one."""
+"""An example plug-in with a backend and an adapter. To write a plug-in, copy this package."""

@@ -1,7 +1,7 @@
 """GPT-Neo (Black et al. 2021, doi:10.5281/zenodo.5297715): layers of causal and of causal sliding-window attention.
 
-transformers computes both with one dense function. The narrowest place to replace is the method ``_attn`` of the
-attention: projections, heads and caches stay the model's.
+transformers computes both kinds of layers with one dense function. The smallest part to replace is the method ``_attn``
+of the attention module. The original code still computes projections, heads and caches.
 """
 
 from typing import Any
@@ -14,11 +14,11 @@ _MODULE = "transformers.models.gpt_neo.modeling_gpt_neo"
 
 
 class GPTNeoAttention(attnzoo.PatchPoint):
-    """Causal attention, in some layers within a window."""
+    """Patch point of causal attention. In local layers, a query sees only the tokens in a window."""
 
     cls = f"{_MODULE}:GPTNeoSelfAttention"
-    # The functions this point relies on. If a release of transformers changes one of them, a patch raises until
-    # somebody has read the change and recorded the new fingerprint here.
+    # Fingerprints of the functions that this point relies on. If a release of transformers changes one of these
+    # functions, patches raise until a developer has read the change and added the new fingerprint here.
     verified = {
         f"{_MODULE}:GPTNeoSelfAttention.forward": ("32c25ae9bcab8eba",),
         f"{_MODULE}:GPTNeoSelfAttention._attn": ("3923e8104a326804",),
@@ -42,7 +42,7 @@ class GPTNeoAttention(attnzoo.PatchPoint):
 
 
 class _Twin:
-    """Stands for the module in its original forward, with another method ``_attn``."""
+    """Replacement for the module as ``self`` of the original forward. Only the method ``_attn`` differs."""
 
     def __init__(self, module: Any, attend: attnzoo.Attend, probabilities: bool) -> None:
         self._module, self._attend, self._probabilities = module, attend, probabilities
@@ -53,11 +53,11 @@ class _Twin:
     def _attn(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the output ``(batch, heads, length, head_dim)``, and the weights if asked for."""
+        """Return the output ``(batch, heads, length, head_dim)``, and the weights if the call requests them."""
         try:
             return self._compute(query, key, value, attention_mask)
         except attnzoo.BackendRefusedError:
-            # The cache is filled by now: what falls back is this method, not the forward.
+            # The forward has already filled the cache, so only this method falls back to the original.
             if not self._attend.falls_back():
                 raise
             return self._module._attn(query, key, value, attention_mask)
@@ -69,12 +69,12 @@ class _Twin:
         key_mask = mask = bias = None
         if attention_mask is not None:
             sizes = (query.shape[0], query.shape[2], key.shape[2])
-            # All layers get the same mask, so it is read once per forward of the model.
+            # All layers get the same mask, so read the mask once per forward of the model.
             read = self._attend.cached_per_forward(
                 attention_mask, "read", lambda given: attnzoo.read_attention_mask(given, sizes)
             )
             key_mask, mask, bias = read.key_mask, read.mask, read.bias
-            # Every layer is causal up to the last key anyway.
+            # Every layer is causal up to the last key, so these patterns hide nothing more.
             if read.pattern not in (attnzoo.Full(), attnzoo.Causal(), attnzoo.Causal(offset=sizes[2] - sizes[1])):
                 allowed = "a mask whose last query sees the last key"
                 raise attnzoo.InvalidArgumentError("attention_mask", str(read.pattern), allowed)
@@ -87,7 +87,7 @@ class _Twin:
 
 
 def _pattern(module: Any) -> attnzoo.Pattern:
-    # A local layer sees `window_size` tokens, including the query.
+    # A query of a local layer sees `window_size` tokens, including itself.
     return attnzoo.Window(module.config.window_size - 1, 0) if module.attention_type == "local" else attnzoo.Causal()
 
 

@@ -1,4 +1,4 @@
-"""Tests of the plug-in, as its authors would write them. ``tests/test_plugin.py`` runs them on an installed plug-in."""
+"""Example tests that a plug-in should have. ``tests/test_plugin.py`` runs them on the installed plug-in."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def model():
         embed_dropout=0.0, bos_token_id=0, eos_token_id=2, pad_token_id=1,
     )  # fmt: skip
     model = GPTNeoForCausalLM(config)
-    for parameter in model.parameters():  # with uniform attention, a lost mask would change nothing
+    for parameter in model.parameters():  # with uniform attention, a missing mask would change nothing
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
     return model.eval()
@@ -44,7 +44,7 @@ def test_support_matrix_lists_backend_and_adapter():
 
 
 def test_backend_passes_the_conformance_kit():
-    """Declared requests run and agree with the oracle; the backend refuses all others."""
+    """Declared requests run and agree with the oracle. The backend refuses all other requests."""
     report = attnzoo.testing.check_backend("tiled")
     ran = [outcome.case for outcome in report.outcomes if not outcome.refused]
     assert {case.dtype for case in ran} == {torch.float64, torch.float32, torch.bfloat16, torch.float16}
@@ -60,7 +60,7 @@ def test_backend_conforms_with_a_tile_that_divides_no_length():
 
 @pytest.mark.parametrize("tile", [0, -1, 2.5, True])
 def test_backend_refuses_an_invalid_tile(tile):
-    with pytest.raises(attnzoo.InvalidArgumentError, match=r"tile: got .*; allowed: a positive integer"):
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"tile: got .*; allowed: an integer >= 1"):
         attnzoo.configure("tiled", tile=tile)
 
 
