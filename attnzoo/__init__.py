@@ -4,7 +4,7 @@
 the result against a float64 oracle. Importing attnzoo has no effect on transformers.
 """
 
-# The package attnzoo.backends is imported first: a later import would replace the function attnzoo.backends with it.
+# The package attnzoo.backends is imported first: a later import would replace the function attnzoo.backends.
 import attnzoo.backends  # noqa: F401
 from attnzoo.adapter import Adapter, Attend, PatchPoint
 from attnzoo.backend import Backend, BackendInfo, Capabilities, Choice

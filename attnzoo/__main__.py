@@ -1,4 +1,4 @@
-"""``python -m attnzoo`` is the ``attnzoo`` command."""
+"""Run the ``attnzoo`` command as ``python -m attnzoo``."""
 
 from attnzoo.cli.app import main
 

@@ -1,8 +1,8 @@
-"""Where a backend is used: patch points, and the adapter that lists the patch points of a model family.
+"""Patch points, at which a model calls a backend, and adapters, which list the patch points of a model family.
 
-A patch point is one class of modules and the narrowest place at which a patch can take over their attention. Its
-forward turns the module's inputs into an ``Attention``, calls an :class:`Attend` with it, and returns what the module's
-original forward returns. Adapters name no backend.
+A patch point replaces the forward of one class of modules. The new forward turns the inputs of a module into an
+``Attention``, calls an :class:`Attend` with this ``Attention``, and returns what the original forward returns. Adapters
+do not depend on backends.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ Forward = Callable[..., Any]
 
 
 class Attend(Protocol):
-    """Computes the attentions of one patched module.
+    """A callable that computes the attentions of one patched module.
 
     Attributes:
         complete: whether every module that shares values with this module (:attr:`PatchPoint.shared_in`) is patched and
-            none of them may fall back to its original forward. Only then may they pass values in another format.
+            no such module may fall back to the original forward. Only then may these modules pass values in another
+            format.
     """
 
     @property
@@ -40,47 +41,47 @@ class Attend(Protocol):
         """Run an attention on the backend of the module."""
 
     def takes(self, attention: Attention) -> bool:
-        """Whether the backend would run an attention. Use it to choose between two equivalent descriptions."""
+        """Whether the backend supports an attention. Use this to choose between two equivalent attentions."""
 
     def falls_back(self, can: bool = True) -> bool:
-        """Whether to run the original code after a refusal. Counts a fallback if the answer is yes.
+        """Whether to run the original code after a refusal. If True, the call counts as a fallback.
 
         Args:
-            can: whether the original code can serve this call.
+            can: whether the original code supports the inputs of this call.
         """
 
     def cached_per_forward(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
         """Return ``make(tensor)``, computed once per forward of the model and shared by all layers of the patch.
 
-        Call it once per forward and name: a second call of the same module starts the next forward.
+        A module must call this once per forward and name, because a second call starts the next forward.
 
         Args:
-            tensor: what ``make`` reads, such as an attention mask.
-            name: identifies the result. Include every other value that ``make`` depends on, since parts of one model
-                may differ in it.
-            make: computes the result.
+            tensor: the input of ``make``, such as an attention mask.
+            name: the name of the result. The name must contain every other value that ``make`` depends on, because
+                this value may differ between layers.
+            make: the function that computes the result.
         """
 
 
 class PatchPoint(ABC):
-    """One class of modules in a model family, and how a patch takes over its forward.
+    """One class of modules in a model family, and the forward that a patch gives to these modules.
 
-    To support a class, write a subclass: set :attr:`cls` and :attr:`verified`, and define :meth:`describe`,
-    :meth:`requests` and :meth:`forward`. Override the other methods where their default is wrong for the class. Put an
-    instance into :attr:`Adapter.points`.
+    To support a class of modules, write a subclass of ``PatchPoint``. Set :attr:`cls` and :attr:`verified`, and define
+    :meth:`describe`, :meth:`requests` and :meth:`forward`. Override each other method whose default is wrong for the
+    modules. Put an instance of the subclass into :attr:`Adapter.points`.
 
     Attributes:
-        cls: ``"package.module:Class"``. The point serves this class and subclasses that keep its forward.
-        verified: ``{"package.module:Class.method": (fingerprint, ...)}`` of every original function the point relies
-            on: those it replaces, calls or imitates. ``attnzoo fingerprint`` prints them. A patch refuses other code.
-        shared_in: ``"package.module:Class"`` of the module whose layers share values, such as a bias that the first
-            layer computes for all layers. None if the layers share nothing.
-        attends: whether the module computes attention. Use False for a module that is patched only because of the
-            attention inside it, such as a model whose masks need a check; with ``shared_in``, because of the attention
-            anywhere in that module. Such a module is not listed as a site.
+        cls: the class as ``"package.module:Class"``. The point also serves subclasses that inherit the forward.
+        verified: ``{"package.module:Class.method": (fingerprint, ...)}`` of every original function that the point
+            replaces, calls or imitates. ``attnzoo fingerprint`` prints fingerprints. A patch refuses changed functions.
+        shared_in: the class of the module whose layers share values, as ``"package.module:Class"``. For example, the
+            first layer computes a bias for all layers. None means that the layers share nothing.
+        attends: whether the module computes attention. A module with False is not listed as a site, and is patched only
+            if a module inside it computes attention. For example, the masks of the model need a check. With
+            ``shared_in``, the attention may be anywhere in the module that shares values.
         makes_random_choices: whether the forward draws random numbers that decide which tokens attend to one another,
-            as hashing does. :meth:`replay` then repeats them.
-        backward_in_training: whether the original backward works in training mode only.
+            as hashing does. :meth:`replay` repeats these choices.
+        backward_in_training: whether the original backward works only in training mode.
 
     Example:
         >>> from attnzoo import Attention, Full, PatchPoint, Request, Segment, SegmentRequest
@@ -116,50 +117,50 @@ class PatchPoint(ABC):
         """Return the module's attention pattern in words, such as ``"causal"``."""
 
     def requests(self, module: Any) -> tuple[Request, ...]:
-        """Return what the module will request of a backend, as far as its weights and configuration tell.
+        """Return the requests of the module that follow from the weights and the configuration of the module.
 
-        A patch refuses a backend that cannot serve one of them. Set no dropout, gradients or transforms: attnzoo adds
-        these for each call.
+        A patch refuses a backend that cannot serve one of these requests. Leave out dropout, gradients and transforms,
+        because attnzoo adds them for each call.
         """
         return ()
 
     def forward(self, module: Any, attend: Attend, *args: Any, **kwargs: Any) -> Any:
-        """Replace the module's forward.
+        """Compute the output of the module. A patch calls this method instead of the original forward.
 
         Args:
-            module: the module that is called, which may be a copy of the patched module. Do not store it: a reference
-                would keep a model alive after its last user dropped it.
-            attend: computes attentions on the module's backend.
-            *args, **kwargs: the arguments of the original forward. Declare them by name.
+            module: the module that is called, which may be a copy of the patched module. Do not store the module,
+                because a stored reference would prevent Python from freeing the model.
+            attend: the callable that computes attentions on the module's backend.
+            *args, **kwargs: the arguments of the original forward. Declare each argument by name.
         """
-        raise NotImplementedError(f"{type(self).__name__}: got neither forward nor bind; allowed: one of them")
+        raise NotImplementedError(f"{type(self).__name__}: got neither forward nor bind; allowed: one of these methods")
 
     # A subclass overrides these where the default is wrong.
 
     def bind(self, cls: Any, attend: Attend) -> Forward:
-        """Return the function that replaces the forward of one module, called as ``function(module, *args, **kwargs)``.
+        """Return a function ``function(module, *args, **kwargs)`` that replaces the forward of one module.
 
-        Override it, instead of :meth:`forward`, to prepare something once per module.
+        Override ``bind`` instead of :meth:`forward` to prepare data once per module.
 
         Args:
             cls: the class of the module.
-            attend: as for :meth:`forward`.
+            attend: the callable that computes attentions on the module's backend.
         """
         return lambda module, *args, **kwargs: self.forward(module, attend, *args, **kwargs)
 
     def serves(self, module: Any) -> bool:
-        """Whether the point is for this module of the class. Override it if it is not for all of them."""
+        """Whether the point serves this module. Override this method if it serves only some modules of the class."""
         return True
 
     def check(self, module: Any) -> None:  # noqa: B027  (the default accepts every configuration)
         """Raise if the point cannot serve the configuration of the module."""
 
     def fault(self, module: Any) -> str | None:
-        """Return why the original forward is wrong, or None. Nothing falls back to a wrong forward."""
+        """Return why the original forward is wrong, or None. attnzoo never falls back to a wrong forward."""
         return None
 
     def dropout(self, module: Any) -> float:
-        """Return the attention dropout that the module applies in training."""
+        """Return the dropout probability that the module applies to softmax weights in training."""
         return 0.0
 
     def trains_bias(self, module: Any) -> bool:
@@ -167,23 +168,23 @@ class PatchPoint(ABC):
         return False
 
     def wants_probabilities(self, module: Any, kwargs: Mapping[str, Any]) -> bool:
-        """Whether a call with these keyword arguments asks for attention probabilities."""
+        """Whether a call with these keyword arguments requests attention probabilities."""
         return bool(kwargs.get("output_attentions"))
 
     def replay(self, output: Any) -> dict[str, Any]:
-        """Return keyword arguments that make the module repeat the random choices of the call with this output."""
+        """Return keyword arguments that repeat the random choices of the module's call that returned ``output``."""
         return {}
 
     # No subclass overrides these.
 
     @final
     def matches(self, module: nn.Module) -> bool:
-        """Whether the module is of the point's class, or a subclass, and the point serves it."""
+        """Whether the module is an instance of the point's class and the point serves the module."""
         return _is_a(module, self.cls) and self.serves(module)
 
     @final
     def owner(self, model: nn.Module, module: nn.Module) -> nn.Module | None:
-        """Return the module of the model in which a module shares values (:attr:`shared_in`), or None."""
+        """Return the part of ``model`` inside which ``module`` shares values (:attr:`shared_in`), or None."""
         if self.shared_in is None:
             return None
         for owner in model.modules():
@@ -193,7 +194,7 @@ class PatchPoint(ABC):
 
     @final
     def sharers(self, owner: nn.Module) -> tuple[nn.Module, ...]:
-        """Return the modules that share values in an owner."""
+        """Return the modules inside ``owner`` that share values."""
         return tuple(module for module in owner.modules() if self.matches(module))
 
 
@@ -202,12 +203,12 @@ class Adapter:
     """The patch points of a model family.
 
     Attributes:
-        model_types: ``config.model_type`` values of the family. Points match by class in any model; the model type only
-            decides between adapters with points for the same class.
+        model_types: the ``config.model_type`` values of the family. Points match modules by class in any model. The
+            model type only decides between two adapters with points for the same class.
         points: instances of :class:`PatchPoint` subclasses.
-        versions: the transformers versions the points were verified against, for people.
-        examples: changes of the default configuration that together build a module for every point. The support matrix
-            is generated from them.
+        versions: the transformers versions that the points were verified against, as text for messages.
+        examples: changes of the default configuration. The models of all examples together contain a module for every
+            point. The support matrix is generated from these models.
 
     Raises:
         InvalidArgumentError: one of ``points`` is not a :class:`PatchPoint` with a ``cls``.
@@ -230,16 +231,16 @@ class Adapter:
                 raise InvalidArgumentError("points", got, "instances of PatchPoint subclasses that set cls")
 
     def check_drift(self, point: PatchPoint, module: nn.Module | None = None) -> None:
-        """Raise unless the functions a point relies on are those it was verified against.
+        """Raise if the functions of ``point.verified`` have changed since the point was verified.
 
         Args:
             point: a point of the adapter.
-            module: a module the point serves. Its class must not override the forward or another method in
-                ``verified``.
+            module: a module that the point serves, whose class must not override the forward or another method in
+                ``verified``. None means that only the class of the point is checked.
 
         Raises:
-            DriftError: a function is missing, or was changed by a subclass, at run time or by another version. The
-                message says which.
+            DriftError: a function is missing, overridden by a subclass, replaced at run time, or different in the
+                installed version. The message names the cause.
         """
         differences = find_drift(point.verified)
         if not differences:
@@ -257,10 +258,10 @@ def _is_a(module: nn.Module, path: str) -> bool:
 
 
 def parameters_of(module: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Yield every parameter of a module, with the submodule that holds it.
+    """Yield ``(submodule, parameter)`` for every parameter of a module and of each submodule.
 
-    Replicas of ``nn.DataParallel`` list no parameters: they hold plain tensors in a private attribute
-    (torch/nn/parallel/replicate.py). If torch removes that attribute, a replica seems to have no parameters.
+    Replicas of ``nn.DataParallel`` list no parameters, because they store plain tensors in a private attribute
+    (torch/nn/parallel/replicate.py). If torch removes that attribute, this function yields nothing for a replica.
     """
     for owner in module.modules():
         replicated = vars(owner).get("_former_parameters") or {}

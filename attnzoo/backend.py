@@ -1,7 +1,7 @@
 """The interface of backends: what a backend declares, and the methods its author implements.
 
-A backend is a frozen dataclass; its fields are its options. It declares its capabilities as data, answers a request
-with the reasons why it cannot run it (:meth:`Backend.refusals`), and runs an
+A backend is a frozen dataclass whose fields are the options of the backend. A backend declares capabilities as data,
+returns the reasons why it cannot run a request (:meth:`Backend.refusals`), and runs an
 :class:`~attnzoo.spec.segments.Attention`.
 """
 
@@ -24,26 +24,25 @@ def _names(items: Iterable[object]) -> str:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend supports. The conformance kit generates its cases from it.
+    """The features that a backend supports. The conformance kit generates test cases from them.
 
     Attributes:
-        devices: device types, e.g. ``{"cpu", "cuda"}``.
-        dtypes: dtypes of query, key and value.
-        patterns: pattern classes that the backend computes exactly.
+        devices: the supported device types, e.g. ``{"cpu", "cuda"}``.
+        dtypes: the supported dtypes of query, key and value.
+        patterns: the supported pattern classes.
         segments: the largest number of segments in one softmax.
-        key_mask: a mask of keys per sample.
-        mask: a dense mask.
-        bias: kinds of additive bias, of ``"relative"`` and ``"dense"``.
-        bias_grad: gradients of the bias values.
-        gqa: fewer key heads than query heads.
-        uneven_value_dim: a ``value_dim`` that differs from ``head_dim``.
-        dropout: dropout of softmax weights.
-        grad: a backward pass.
-        probabilities: returns the softmax weights on request.
-        transforms: transforms of ``torch.func`` it runs under, of ``"grad"``, ``"vmap"``, ``"jvp"`` and
-            ``"functionalize"``.
-        exact: computes every request as it is. False: changes the pattern of dense attention
-            (:meth:`Backend.changes`).
+        key_mask: whether the backend supports a mask of keys per sample.
+        mask: whether the backend supports a dense mask.
+        bias: the supported kinds of additive bias: a subset of ``{"relative", "dense"}``.
+        bias_grad: whether the backend computes gradients of the bias values.
+        gqa: whether the backend supports fewer key heads than query heads.
+        uneven_value_dim: whether ``value_dim`` may differ from ``head_dim``.
+        dropout: whether the backend supports dropout of softmax weights.
+        grad: whether the backend has a backward pass.
+        probabilities: whether the backend can return the softmax weights.
+        transforms: the supported ``torch.func`` transforms: a subset of ``{"grad", "vmap", "jvp", "functionalize"}``.
+        exact: whether the backend computes every request without changes. An approximate backend changes the pattern of
+            dense attention (:meth:`Backend.changes`).
 
     Example:
         >>> import attnzoo
@@ -74,7 +73,7 @@ class Capabilities:
 
         def check(field: str, requested: bool, supported: bool, allowed: str) -> None:
             if requested and not supported:
-                refused.append(Refusal(field, "requested", allowed))
+                refused.append(Refusal(field, "True", allowed))
 
         if request.device not in self.devices:
             refused.append(Refusal("device", request.device, _names(self.devices)))
@@ -109,18 +108,19 @@ class Capabilities:
 class Backend:
     """Base class of backends.
 
-    A backend must set ``name`` and ``capabilities`` and implement :meth:`run`. The other methods have defaults that
-    suit an exact backend without options.
+    A backend must set ``name`` and ``capabilities`` and implement :meth:`run`. The defaults of the other methods suit
+    an exact backend without options.
 
     Class attributes:
-        name: the registered name.
-        aliases: other names that users may type.
-        priority: without measurements, ``auto`` selects the supporting backend of highest priority.
-        dense: the backend stores a score for every query and key; ``tune`` skips it where that needs too much memory.
-        capabilities: what the backend supports.
-        compiles: the first run of each kind of input compiles a kernel. ``tune`` and the benchmarks run a short input
-            before they measure.
-        example: values of the required options, for the support matrix and the tests.
+        name: the name under which the backend is registered.
+        aliases: alternative names that users may type.
+        priority: the rank for ``auto``. Without measurements, ``auto`` selects the supporting backend of highest rank.
+        dense: whether the backend stores a score for every pair of query and key. ``tune`` skips a dense backend if
+            these scores need too much memory.
+        capabilities: the features that the backend supports.
+        compiles: whether the first run of each kind of input compiles a kernel. For such a backend, ``tune`` and the
+            benchmarks run a short input before they measure.
+        example: the values of the required options for the support matrix and the tests.
 
     Example:
         A backend that supports one segment without masks or bias, and has no backward:
@@ -150,14 +150,15 @@ class Backend:
     example: ClassVar[Mapping[str, object]] = {}
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
-        """Compute the attention. Required.
+        """Compute the attention. Every backend must implement this method.
 
-        attnzoo calls it with attentions whose request :meth:`refusals` did not refuse, and with autocast off.
+        attnzoo calls ``run`` with autocast off, and only if :meth:`refusals` returned no reason for the request.
 
         Args:
-            attention: query, segments, scale, dropout and masks, with shapes that fit. Finish the output with
+            attention: query, segments, scale, dropout and masks, with checked shapes. Finish the output with
                 :meth:`Attention.fill`, which zeroes padding rows and rows without visible keys.
-            probabilities: return the softmax weights too; True only if ``capabilities.probabilities`` is.
+            probabilities: whether to return the softmax weights too. attnzoo passes True only if
+                ``capabilities.probabilities`` is True.
 
         Returns:
             A :class:`Result` with the output ``(batch, heads, q_len, value_dim)`` and the name of the kernel that ran.
@@ -166,16 +167,16 @@ class Backend:
 
     @classmethod
     def unavailable(cls) -> str | None:
-        """Return why this backend cannot run on this machine and what to install, or None if it can.
+        """Return why this backend cannot run on this machine and what to install. None means that it can run.
 
-        Override it if the backend needs a package or a device. It may import the package. If it raises, the exception
-        is the reason.
+        Override this method if the backend needs a package or a device. The method may import the package. An exception
+        counts as the reason.
         """
         return None
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
-        """Return the names of the options that users may give: the fields whose metadata has no ``option: False``."""
+        """Return the names of the options: all fields of the class except those with the metadata ``option: False``."""
         return tuple(option.name for option in fields(cls) if option.metadata.get("option", True))
 
     @classmethod
@@ -184,56 +185,56 @@ class Backend:
         return tuple(f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING)
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
-        """Return every reason why this backend cannot run the request; empty if it can.
+        """Return every reason why this backend cannot run the request. An empty tuple means that it can run.
 
-        Override it to add limits that :class:`Capabilities` cannot express, and call ``super().refusals(request)``.
-        attnzoo caches the answer by backend and request.
+        Override this method to add limits that :class:`Capabilities` cannot express, and call
+        ``super().refusals(request)``. attnzoo caches the returned tuple by backend and request.
         """
         return self.capabilities.refusals(request)
 
     def refusals_anywhere(self, request: Request) -> tuple[Refusal, ...]:
-        """Return the reasons that hold on every machine; the support matrix shows them.
+        """Return the reasons that do not depend on the machine. The support matrix shows these reasons.
 
-        Override it if :meth:`refusals` depends on installed packages or devices.
+        Override this method if :meth:`refusals` depends on installed packages or devices.
         """
         return self.refusals(request)
 
     def bind_to_site(self, site: tuple[Request, ...], patch: tuple[Request, ...]) -> Backend:
-        """Return the backend that serves one site of a patch: this one, or a copy with other fields.
+        """Return the backend that serves one site of a patch: this backend, or a copy with other fields.
 
         Args:
             site: the expected requests of the site.
-            patch: the expected requests of all sites that this backend serves in the patch.
+            patch: the expected requests of all sites of the patch that this backend serves.
         """
         return self
 
     def unused_options(self) -> tuple[str, ...]:
-        """Return the given options, as ``name=value``, that have no effect at the site this backend is bound to."""
+        """Return the options, as ``name=value``, that the user set but that have no effect at the bound site."""
         return ()
 
-    # The next three are for backends whose capabilities have ``exact=False``.
+    # Approximate backends (capabilities with ``exact=False``) override the next three methods.
 
     def changes(self, request: Request) -> str | None:
-        """Return in words what this backend changes of the request, or None if it computes the request exactly."""
+        """Return in words how this backend changes the request, or None if it computes the request exactly."""
         return None
 
     def decisions(self, attention: Attention) -> object:
-        """Return what :meth:`rewrite` derives from tensor values, e.g. hash buckets, so that it can be repeated."""
+        """Return what :meth:`rewrite` derives from tensor values, e.g. hash buckets. Another run can reuse this."""
         return None
 
     def rewrite(self, attention: Attention, decisions: object = None) -> Attention:
-        """Return the attention that this backend computes instead of ``attention``. The oracle evaluates it.
+        """Return the attention that this backend computes instead of ``attention``. The oracle evaluates the result.
 
-        The result is built from the tensors of ``attention``, so gradients flow to them.
+        The result must be computed from the tensors of ``attention``, so that gradients flow to these tensors.
 
         Args:
             attention: the requested attention.
-            decisions: of :meth:`decisions` in another run, e.g. in another dtype; None: derive them from ``attention``.
+            decisions: the result of :meth:`decisions` in another run. None means to derive it from ``attention``.
         """
         return attention
 
     def select(self, attention: Attention, probabilities: bool = False) -> Choice:
-        """Return the backend that runs an attention: this backend itself; ``auto`` selects one per attention."""
+        """Return the backend that runs an attention: this backend. ``auto`` overrides this and selects a backend."""
         return Choice(self)
 
 
@@ -242,8 +243,8 @@ class Choice:
     """The backend that runs an attention.
 
     Attributes:
-        backend: the backend, configured.
-        reason: why ``auto`` selected it; empty for a backend that was requested.
+        backend: the configured backend.
+        reason: the reason why ``auto`` selected the backend. Empty means that the user requested the backend.
     """
 
     backend: Backend
@@ -255,16 +256,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """A backend as :func:`attnzoo.backends` lists it.
+    """The information about one backend in the result of :func:`attnzoo.backends`.
 
     Attributes:
         name: the registered name.
-        aliases: its other names.
+        aliases: the alternative names of the backend.
         available: whether the backend can run on this machine.
-        reason: why it cannot; empty if it can.
-        exact: whether it computes every request as it is.
-        capabilities: what it supports; None if it failed to load.
-        options: the names of its options.
+        reason: the reason why the backend cannot run. Empty means that the backend can run.
+        exact: whether the backend computes every request without changes.
+        capabilities: the features that the backend supports. None means that the backend failed to load.
+        options: the names of the backend's options.
     """
 
     name: str

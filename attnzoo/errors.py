@@ -1,10 +1,10 @@
 """The exceptions of attnzoo, and the form of their messages.
 
-Every message names the argument, what was got and what is allowed: ``argument: got X; allowed: Y``.
-:func:`got_and_allowed` gives it that form.
+Every message names the argument, the given value and the allowed values: ``argument: got X; allowed: Y``.
+:func:`got_and_allowed` writes this form.
 
-How the text of a refusal is built: :meth:`Capabilities.refusals <attnzoo.backend.Capabilities.refusals>` and the
-``refusals`` methods of backends choose the words of each :class:`Refusal`; ``Refusal.__str__`` writes it as one line;
+The message of a refusal is built in three steps. :meth:`Capabilities.refusals <attnzoo.backend.Capabilities.refusals>`
+and the ``refusals`` methods of backends choose the words of each :class:`Refusal`. ``Refusal.__str__`` writes one line.
 :class:`BackendRefusedError` joins the lines of all modules and adds the backends that support the request.
 """
 
@@ -17,12 +17,12 @@ from typing import Literal
 
 Stage = Literal["patch", "before the call", "in the call"]
 
-_LONGEST_MESSAGE = 399  # characters; a longer "got" part is shortened until the message fits
-_SHORTEST_GOT = 100  # characters of the "got" part that stay, however long the rest of the message is
+_LONGEST_MESSAGE = 399  # characters; a longer message gets a shorter "got" part
+_SHORTEST_GOT = 100  # characters; the "got" part is never shortened below this length
 
 
 def shorten(text: str, most: int = 200) -> str:
-    """Return the text on one line; a text of more than ``most`` characters loses its middle."""
+    """Return the text on one line. In a text of more than ``most`` characters, `` ... `` replaces the middle."""
     line = " ".join(text.split()) if "\n" in text else text
     if len(line) <= most:
         return line
@@ -31,7 +31,7 @@ def shorten(text: str, most: int = 200) -> str:
 
 
 def got_and_allowed(argument: str, got: object, allowed: object) -> str:
-    """Return a message in the form of all messages: ``argument: got X; allowed: Y``."""
+    """Return a message of the form ``argument: got X; allowed: Y``."""
     return f"{argument}: got {got}; allowed: {allowed}"
 
 
@@ -43,9 +43,9 @@ class InvalidArgumentError(AttnzooError, ValueError):
     """An argument has a value that is not allowed.
 
     Attributes:
-        argument: name of the argument.
-        got: the value in words, shortened.
-        allowed: the accepted values, in words.
+        argument: the name of the argument.
+        got: a short description of the given value.
+        allowed: a description of the allowed values.
     """
 
     def __init__(self, argument: str, got: object, allowed: object) -> None:
@@ -56,7 +56,7 @@ class InvalidArgumentError(AttnzooError, ValueError):
 
 
 class KeywordRefusedError(InvalidArgumentError):
-    """A model's keyword argument changes the result of its attention, and no backend computes that."""
+    """No backend can compute the effect that a keyword argument of a model has on attention."""
 
 
 class UnknownNameError(InvalidArgumentError, LookupError):
@@ -70,7 +70,7 @@ class UnknownNameError(InvalidArgumentError, LookupError):
 
 
 def suggestion(got: str, names: Iterable[str]) -> str:
-    """Return `` (did you mean ...?)`` with up to two similar names; empty if no name is similar."""
+    """Return `` (did you mean ...?)`` with up to two similar names, or ``""`` if no name is similar."""
     folded = {name.casefold(): name for name in names}
     near = [folded[name] for name in difflib.get_close_matches(got.casefold(), folded, n=2, cutoff=0.5)]
     return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
@@ -81,9 +81,9 @@ class Refusal:
     """One reason why a backend does not support a request.
 
     Attributes:
-        field: the property of the request that is refused, e.g. ``"dtype"`` or ``"dropout"``.
-        got: the value in the request.
-        allowed: the values the backend supports.
+        field: the refused property of the request, e.g. ``"dtype"`` or ``"dropout"``.
+        got: the value of the property in the request.
+        allowed: the values that the backend supports.
 
     Example:
         >>> print(Refusal("bias", "relative", "none"))
@@ -102,12 +102,12 @@ class BackendRefusedError(AttnzooError, NotImplementedError):
     """The requested backend cannot run a request, and attnzoo tried no other backend.
 
     Attributes:
-        backend: name of the backend.
-        refusals: ``{place: reasons}``; a place is a module's name, or ``"attention"`` for a call of a function.
-        alternatives: ``{place: names of the backends that support the same requests}``; a place is missing where these
-            are not known.
-        stage: when the backend refused: at ``"patch"`` time, ``"before the call"`` of a module (the module has done
-            nothing) or ``"in the call"`` (its cache may be filled); None outside of these.
+        backend: the name of the backend.
+        refusals: ``{place: reasons}``. A place is the name of a module, or ``"attention"`` for a call of a function.
+        alternatives: ``{place: names of the backends that support the same requests}``. A missing place means that
+            these backends are unknown.
+        stage: the time of the refusal: ``"patch"``, ``"before the call"`` of a module (the module is unchanged) or
+            ``"in the call"`` (the cache of the module may be filled). None means another time.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class BackendRefusedError(AttnzooError, NotImplementedError):
         super().__init__("\n".join([*lines, f"  {remedy}"] if remedy else lines))
 
     def at(self, place: str, stage: Stage) -> BackendRefusedError:
-        """Return the same error with the stage, and with this place where the error has only ``"attention"``."""
+        """Return a copy of the error with ``stage``, and with ``place`` as the name of the place ``"attention"``."""
         refusals = {place if known == "attention" else known: reasons for known, reasons in self.refusals.items()}
         alternatives = {place if known == "attention" else known: names for known, names in self.alternatives.items()}
         return BackendRefusedError(self.backend, refusals, alternatives, self.remedy, stage)
@@ -154,10 +154,13 @@ class CacheError(AttnzooError, OSError):
 
 
 class DriftError(PatchError):
-    """A model's code differs from the code its adapter was verified against: by version, subclass or at run time."""
+    """The code of a model differs from the code that the adapter was verified against.
+
+    The cause is another version, a subclass, or a function that was replaced at run time.
+    """
 
 
 def raise_interrupts(error: BaseException) -> None:
-    """Raise a user's Ctrl-C again. Anything else that a broken package raises, even ``SystemExit``, is a reason."""
+    """Raise a user's Ctrl-C again. Callers report any other error of a broken package, even ``SystemExit``."""
     if isinstance(error, KeyboardInterrupt):
         raise error

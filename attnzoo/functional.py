@@ -1,4 +1,4 @@
-"""Running an attention on a backend: whether the backend supports it, autocast, and the function users call."""
+"""Functions that check whether a backend supports an attention, and functions that run an attention."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ PROBABILITIES_REMEDY = (
 
 
 def refusals_of(backend: Backend, requests: Sequence[Request], anywhere: bool = False) -> tuple[Refusal, ...]:
-    """Return every reason why a backend, bound to its site, cannot run the requests; empty if it runs all of them.
+    """Return every reason why a backend, bound to a site, cannot run the requests. Empty means that it can run all.
 
-    Without requests, only this machine can be a reason. ``anywhere`` leaves out the reasons that only this machine has
-    (a missing package or device).
+    Without requests, the result contains only reasons why the backend is unavailable on this machine. With
+    ``anywhere``, the result omits reasons that depend on the machine, such as a missing package.
     """
     if anywhere:
         answers = [backend.refusals_anywhere(request) for request in requests]
@@ -38,17 +38,17 @@ def refusals_of(backend: Backend, requests: Sequence[Request], anywhere: bool = 
 
 
 def alternatives_to(backend: Backend, requests: Sequence[Request]) -> tuple[str, ...] | None:
-    """Return the names of the exact backends that run all requests; None for ``auto``, which has asked all of them."""
+    """Return the names of the exact backends that support all requests; None for ``auto``, which tried all of them."""
     if isinstance(backend, AutoBackend):
         return None
     return tuple(other.name for other in registry.exact_backends() if not any(map(other.refusals, requests)))
 
 
 def check_requests(backend: Backend, requests: Sequence[Request], place: str, stage: Stage) -> None:
-    """Raise unless a backend runs the requests.
+    """Raise unless a backend supports all requests.
 
     Raises:
-        BackendRefusedError: lists every reason, and the backends that run the requests.
+        BackendRefusedError: the message lists every reason, and the backends that support the requests.
     """
     reasons = refusals_of(backend, requests)
     if reasons:
@@ -59,10 +59,10 @@ def check_requests(backend: Backend, requests: Sequence[Request], place: str, st
 
 
 def execute(backend: Backend, attention: Attention, probabilities: bool = False, place: str = "attention") -> Result:
-    """Run an attention on a backend, in the dtype of its tensors: autocast is off inside.
+    """Run an attention on a backend, with autocast off and in the dtype of the attention's tensors.
 
     Raises:
-        BackendRefusedError: the backend does not support the attention; no other backend is tried.
+        BackendRefusedError: the backend does not support the attention. attnzoo tries no other backend.
     """
     check_requests(backend, (attention.request(probabilities),), place, "in the call")
     device = attention.query.device.type
@@ -71,12 +71,12 @@ def execute(backend: Backend, attention: Attention, probabilities: bool = False,
             return backend.run(attention, probabilities)
         with torch.autocast(device, enabled=False):
             return backend.run(attention, probabilities)
-    except BackendRefusedError as error:  # a backend may refuse values of tensors, and does not know its place
+    except BackendRefusedError as error:  # a refusal that depends on tensor values, raised without a place
         raise error.at(place, "in the call").with_traceback(error.__traceback__) from error.__cause__
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype attention is computed in: autocast's where autocast is on (not for float64), else the tensor's.
+    """Return the dtype for attention: the tensor's, or autocast's if autocast is on and the tensor is not float64.
 
     Example:
         >>> compute_dtype(torch.ones(2, dtype=torch.float16))
@@ -86,7 +86,7 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def autocast_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
-    """Return what :func:`compute_dtype` returns for a tensor of this dtype and device type."""
+    """Return the result of :func:`compute_dtype` for a tensor of this dtype and device type."""
     if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return dtype
@@ -107,36 +107,36 @@ def attention(
     query_mask: Tensor | None = None,
     global_keys: Tensor | None = None,
 ) -> Tensor:
-    """Compute ``softmax(scale * q @ k.T + bias) @ v`` over the keys that the pattern and the masks show.
+    """Compute ``softmax(scale * q @ k.T + bias) @ v`` over the keys that the pattern and the masks allow.
 
-    Scaled dot-product attention of Vaswani et al. 2017 (arXiv:1706.03762). The output of a query that sees no key is
-    zero, and so is its gradient.
+    This is scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762). The output and the gradient of a query
+    that sees no key are zero.
 
     Args:
         q: queries ``(batch, heads, q_len, head_dim)``.
-        k: keys ``(batch, kv_heads, kv_len, head_dim)``; ``heads % kv_heads == 0``, neighbouring query heads share a
+        k: keys ``(batch, kv_heads, kv_len, head_dim)`` with ``heads % kv_heads == 0``. Neighbouring query heads share a
             key head.
         v: values ``(batch, kv_heads, kv_len, value_dim)``.
-        pattern: which keys a query sees: ``Full()``, ``Causal()``, ``Window(left, right)``,
-            ``Chunks(length, before, after)``. Positions count tokens; with more keys than queries the last query is
-            aligned with the last key.
-        bias: added to the scores: a :class:`RelativeBias`, or a finite ``(batch or 1, heads or 1, q_len, kv_len)``.
-        scale: factor on the scores; None means ``head_dim ** -0.5``.
-        dropout: probability in ``[0, 1)`` of dropping a softmax weight; applied in every call, as there is no model
-            that could be in eval mode.
+        pattern: the keys that a query sees, as ``Full()``, ``Causal()``, ``Window(left, right)`` or
+            ``Chunks(length, before, after)``. If there are more keys than queries, the last query has the position of
+            the last key.
+        bias: values added to the scores, as a :class:`RelativeBias` or a finite tensor
+            ``(batch or 1, heads or 1, q_len, kv_len)``.
+        scale: the factor on the scores. None means ``head_dim ** -0.5``.
+        dropout: the probability in ``[0, 1)`` of dropping a softmax weight. Dropout applies in every call.
         backend: a registered name or alias, ``"auto"``, or a configured backend (:func:`attnzoo.configure`).
-        mask: bool ``(batch or 1, heads or 1, q_len, kv_len)``, True where visible.
+        mask: bool ``(batch or 1, heads or 1, q_len, kv_len)``, True if the query sees the key.
         key_mask: bool ``(batch, kv_len)``, False for padding keys.
-        query_mask: bool ``(batch, q_len)``, False for queries whose output shall be zero.
-        global_keys: bool ``(batch, kv_len)``, True for keys that every query sees whatever the pattern is.
+        query_mask: bool ``(batch, q_len)``, False for queries whose output must be zero.
+        global_keys: bool ``(batch, kv_len)``, True for keys that every query sees, also outside the pattern.
 
     Returns:
-        ``(batch, heads, q_len, value_dim)`` in the dtype of ``q`` (under autocast: the autocast dtype).
+        The output ``(batch, heads, q_len, value_dim)`` in the dtype that :func:`compute_dtype` returns for ``q``.
 
     Raises:
-        InvalidArgumentError: wrong rank, empty, or shapes, dtypes, devices or values that do not fit together.
+        InvalidArgumentError: a tensor is empty, has the wrong rank, or does not fit the other tensors.
         UnknownNameError: no backend has this name.
-        BackendRefusedError: the backend cannot compute this attention; the error lists every reason.
+        BackendRefusedError: the backend cannot compute this attention. The message lists every reason.
 
     Example:
         >>> q = k = v = torch.randn(1, 2, 8, 16)
@@ -151,7 +151,7 @@ def attention(
         raise InvalidArgumentError("pattern", repr(pattern), "a pattern, e.g. attnzoo.Causal()")
     if bias is not None and not isinstance(bias, Bias):
         if not isinstance(bias, Tensor) or not bias.is_floating_point():
-            allowed = "a RelativeBias, or a floating-point tensor; to hide keys, mask="
+            allowed = "a RelativeBias, or a floating-point tensor (use mask= to hide keys)"
             raise InvalidArgumentError("bias", describe(bias), allowed)
         bias = DenseBias(bias)
     q, k, v = (tensor.to(compute_dtype(tensor)) for tensor in (q, k, v))
@@ -160,8 +160,8 @@ def attention(
         segments = _split_globals(Attention(q, segments, 1.0), global_keys)
     whole = Attention(q, segments, q.shape[-1] ** -0.5 if scale is None else scale, dropout, query_mask)
     if bias is not None and not holds(bias.values.to(q.dtype).isfinite().all(), unknown=True):
-        got = f"{describe(bias.values)} with NaN, Inf, or more than {q.dtype} can hold"
-        raise InvalidArgumentError("bias", got, f"finite values of {q.dtype}, the query's; hide keys with mask=")
+        got = f"{describe(bias.values)} with NaN, Inf, or numbers outside the range of {q.dtype}"
+        raise InvalidArgumentError("bias", got, f"finite values of {q.dtype}, the query's (use mask= to hide keys)")
     return execute(backend, whole).output
 
 
@@ -169,11 +169,11 @@ def _split_globals(attention: Attention, global_keys: Tensor) -> tuple[Segment, 
     (segment,) = attention.segments
     shape = (attention.batch, segment.kv_len)
     if not isinstance(global_keys, Tensor) or global_keys.dtype != torch.bool or tuple(global_keys.shape) != shape:
-        raise InvalidArgumentError("global_keys", describe(global_keys), f"bool {shape}, True for global keys")
+        raise InvalidArgumentError("global_keys", describe(global_keys), f"a bool tensor {shape}, True for global keys")
     if global_keys.device != attention.query.device:
         raise InvalidArgumentError("global_keys device", global_keys.device, f"{attention.query.device}, the query's")
     if segment.mask is not None or segment.bias is not None:
-        raise InvalidArgumentError("global_keys", "together with mask or bias", "global_keys without mask and bias")
+        raise InvalidArgumentError("global_keys", "a tensor together with mask or bias", "None with mask or bias")
     visible = global_keys if segment.key_mask is None else global_keys & segment.key_mask
     selected = find_global_keys(visible)
     if selected is None:

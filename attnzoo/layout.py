@@ -1,6 +1,6 @@
-"""Text that fits the terminal.
+"""Functions that wrap and align text to the width of the terminal.
 
-Text wraps at spaces only. A word that is longer than a line stays whole, because people copy paths, names and commands
+Text wraps only at spaces. A word that is longer than a line is not split, because users copy paths, names and commands
 from the terminal.
 """
 
@@ -15,14 +15,14 @@ Item = TypeVar("Item")
 
 
 def width() -> int:
-    """Return the columns of the terminal, or ``COLUMNS`` of the environment; 80 if neither is known, as in a pipe."""
+    """Return the environment variable ``COLUMNS``, or the width of the terminal, or 80 without a terminal."""
     return shutil.get_terminal_size().columns
 
 
 def fit(text: str, columns: int | None = None) -> str:
-    """Wrap the lines of a text that are longer than ``columns`` (None: the width of the terminal).
+    """Wrap the lines of a text that are longer than ``columns``. None means the width of the terminal.
 
-    Each line keeps its indentation; its continuation lines are indented by two more columns.
+    Each line keeps the indentation. Continuation lines are indented by two more columns.
     """
     lines = []
     for line in text.splitlines():
@@ -32,9 +32,9 @@ def fit(text: str, columns: int | None = None) -> str:
 
 
 def aligned(rows: Iterable[Sequence[str]], indent: int = 0) -> str:
-    """Align rows of cells in columns, with ``indent`` free columns on the left.
+    """Align rows of cells in columns, and indent every row by ``indent`` spaces.
 
-    The last cell wraps. It moves below its row if a word does not fit beside the row.
+    The last cell of a row wraps. The last cell starts on the next line if a word does not fit on the line of the row.
     """
     rows = list(rows)
     widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
@@ -61,7 +61,7 @@ def _wrap(text: str, first_indent: str, indent: str, columns: int | None = None)
 
 
 def group_by(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list[Item]]:
-    """Group the items with equal keys, in the order in which the keys first appear."""
+    """Return lists of the items with equal keys, in the order in which the keys first appear."""
     groups: dict[Hashable, list[Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -69,6 +69,6 @@ def group_by(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[lis
 
 
 def heading(names: Sequence[str], cls: str, pattern: str) -> str:
-    """Return a title for a group of sites: the first name, the number of further sites, their class and pattern."""
+    """Return a title for a group of sites: the first name, the number of further sites, the class and the pattern."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{names[0]}{more} ({cls}, {pattern})"

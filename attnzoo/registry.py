@@ -1,8 +1,8 @@
-"""The registry: backend names to backend classes, model types to adapters.
+"""The registry, which maps backend names to backend classes and model types to adapters.
 
-Backends and adapters register by entry point (groups ``attnzoo.backends`` and ``attnzoo.adapters``) or by decorator;
-those of attnzoo use entry points too. Entry points are loaded on first use. One that fails to load raises nothing:
-``attnzoo doctor`` shows the reason. :mod:`attnzoo.auto.selection` selects the backend for ``auto``.
+Backends and adapters are registered by entry points (groups ``attnzoo.backends`` and ``attnzoo.adapters``) or by a
+call. The backends and adapters of attnzoo also use entry points. The registry loads entry points on first use. If
+loading fails, the registry raises nothing, and ``attnzoo doctor`` shows the reason.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 RESERVED_NAMES = ("auto", "native")
 BACKEND_GROUP, ADAPTER_GROUP = "attnzoo.backends", "attnzoo.adapters"
 
-_MOST_REFUSALS = 4096  # cached answers; requests with ever new offsets would fill the memory
+_MOST_REFUSALS = 4096  # cached refusals; without this limit, requests with new offsets would fill the memory
 
 _BackendType = TypeVar("_BackendType", bound=type[Backend])
 
@@ -31,15 +31,15 @@ _BackendType = TypeVar("_BackendType", bound=type[Backend])
 class Registry:
     """Backends by name and adapters by model type.
 
-    The process uses one registry, :data:`registry`. Tests build fresh ones and put them in its place with
+    The process uses one registry, :data:`registry`. Tests create other registries and activate them with
     :meth:`replaced_by`.
 
     Attributes:
-        generation: grows with every change; callers use it as a key of caches that depend on the content.
+        generation: a number that grows with every change. Callers use the number in the keys of their caches.
     """
 
     def __init__(self, discover: bool = True) -> None:
-        """Start empty, and load the entry points of installed packages on first use if ``discover`` is True."""
+        """Create an empty registry. If ``discover`` is True, load entry points of backends on first use."""
         self.generation = 0
         self._discover_entry_points = discover
         self._lock = threading.RLock()
@@ -50,7 +50,7 @@ class Registry:
         self._refusals: dict[tuple[Backend, Request], tuple[Refusal, ...]] = {}
 
     def copy(self) -> Registry:
-        """Return an independent registry with the same content. It loads no further entry points of backends."""
+        """Return an independent registry with the same content. The copy loads no further entry points of backends."""
         self._discover()
         twin = Registry(discover=False)
         for name in ("_backends", "_adapters", "_broken_backends", "_broken_adapters"):
@@ -59,7 +59,7 @@ class Registry:
 
     @contextmanager
     def replaced_by(self, other: Registry) -> Iterator[Registry]:
-        """Use the content of another registry within a ``with`` block, and restore this one's content afterwards."""
+        """Context manager that replaces the content of this registry by that of ``other`` in a ``with`` block."""
         before = dict(vars(self))
         vars(self).update(vars(other), generation=before["generation"] + 1)
         try:
@@ -82,7 +82,7 @@ class Registry:
             for entry in metadata.entry_points(group=BACKEND_GROUP):
                 try:
                     cls = entry.load()
-                    if entry.name not in self._backends:  # a class may register itself when its module is loaded
+                    if entry.name not in self._backends:  # the import may already have registered the class
                         self.register_backend(cls)
                 except BaseException as error:
                     raise_interrupts(error)
@@ -90,17 +90,17 @@ class Registry:
                         self._broken_backends[entry.name] = _failure(entry, error)
 
     def register_backend(self, cls: _BackendType, *, replace: bool = False) -> _BackendType:
-        """Register a backend class; usable as a decorator.
+        """Register a backend class. This function can be used as a decorator.
 
         Args:
             cls: a subclass of :class:`attnzoo.Backend` that sets ``name``.
-            replace: allow taking over a name that is registered already.
+            replace: whether the class may replace a backend that already has the same name.
 
         Returns:
             The class, unchanged.
 
         Raises:
-            InvalidArgumentError: not a backend class, or one of its names is taken or reserved.
+            InvalidArgumentError: ``cls`` is not a backend class, or a name of the class is already used or reserved.
 
         Example:
             >>> import attnzoo
@@ -119,17 +119,17 @@ class Registry:
             for name in (cls.name, *cls.aliases):
                 if name in taken:
                     raise InvalidArgumentError("backend name", repr(name), f"a name other than {sorted(taken)}")
-            self._backends.pop(cls.name, None)  # the class registered last owns a name
+            self._backends.pop(cls.name, None)  # the class that is registered last gets the name
             self._backends[cls.name] = cls
             self._broken_backends.pop(cls.name, None)
             self.forget()
         return cls
 
     def unregister_backend(self, name: str) -> None:
-        """Remove a backend from the registry. Models patched with it keep it.
+        """Remove a backend from the registry. Models that are patched with the backend continue to use it.
 
         Raises:
-            UnknownNameError: no backend of that name is registered.
+            UnknownNameError: no backend with this name is registered.
 
         Example:
             >>> import attnzoo
@@ -147,7 +147,7 @@ class Registry:
         return tuple(self._backends.values())
 
     def backends(self) -> dict[str, BackendInfo]:
-        """Return every registered backend by name: aliases, availability and its reason, capabilities, option names.
+        """Return a :class:`BackendInfo` for every registered backend, by name.
 
         Example:
             >>> import attnzoo
@@ -164,21 +164,21 @@ class Registry:
         return dict(sorted(infos.items()))
 
     def _owner(self, name: str) -> type[Backend] | None:
-        """Return the backend registered last that has the name or alias."""
+        """Return the last registered backend with this name or alias."""
         return next((cls for cls in reversed(self._backends.values()) if name in (cls.name, *cls.aliases)), None)
 
     def _aliases(self, cls: type[Backend]) -> tuple[str, ...]:
         return tuple(alias for alias in cls.aliases if self._owner(alias) is cls)
 
     def backend_class(self, name: str) -> type[Backend]:
-        """Return the class of a backend name or alias.
+        """Return the backend class for a name or alias.
 
         Raises:
-            InvalidArgumentError: the name is a selection mode, or belongs to a backend that failed to load.
-            UnknownNameError: the name is not registered; similar names are suggested.
+            InvalidArgumentError: the name is ``"auto"`` or ``"native"``, or the name of a backend that failed to load.
+            UnknownNameError: the name is not registered. The message suggests similar names.
         """
         self._discover()
-        text = name if isinstance(name, str) else ""  # an array cannot be compared with names
+        text = name if isinstance(name, str) else ""  # comparing an array with a name would raise
         owner = self._owner(text)
         if owner is not None:
             return owner
@@ -187,18 +187,20 @@ class Registry:
         known = {alias for cls in self._backends.values() for alias in (cls.name, *self._aliases(cls))}
         if text in RESERVED_NAMES:
             names = ", ".join(map(repr, sorted(known)))
-            raise InvalidArgumentError("backend", f"{text!r}, which is a selection mode, not a backend", names)
+            raise InvalidArgumentError("backend", f"{text!r}, which is not a backend", names)
         raise UnknownNameError("backend", name, known | set(RESERVED_NAMES))
 
     def configure(self, name: str, **options: Any) -> Backend:
-        """Return a configured backend, whether or not this machine can run it. Use it in place of a backend name.
+        """Return a backend with these options, also if this machine cannot run the backend.
+
+        Functions that accept a backend name also accept the returned backend.
 
         Args:
             name: a backend name or alias.
-            options: options of that backend, e.g. ``window=1024``; :func:`attnzoo.backends` lists their names.
+            options: options of that backend, e.g. ``window=1024``. :func:`attnzoo.backends` lists the option names.
 
         Raises:
-            UnknownNameError: unknown backend or option name.
+            UnknownNameError: the backend or an option is unknown.
             InvalidArgumentError: a required option is missing, or a value is not allowed.
 
         Example:
@@ -212,7 +214,7 @@ class Registry:
                 raise UnknownNameError(f"option of backend {cls.name!r}", option, cls.options())
         missing = [option for option in cls.required_options() if option not in options]
         if missing:
-            got = f"no {', '.join(missing)}"
+            got = f"no value for {', '.join(missing)}"
             raise InvalidArgumentError(f"options of backend {cls.name!r}", got, f"{missing[0]}=...")
         return cls(**options)
 
@@ -222,14 +224,14 @@ class Registry:
         """Register the adapter of one or more model types.
 
         Args:
-            adapter: describes the attention modules of a model family.
-            replace: allow taking over a model type that has an adapter already.
+            adapter: the description of the attention modules of a model family.
+            replace: whether the adapter may replace the adapter of a model type.
 
         Returns:
             The adapter, unchanged.
 
         Raises:
-            InvalidArgumentError: not an adapter, or a model type is taken.
+            InvalidArgumentError: ``adapter`` is not an adapter, or a model type already has another adapter.
 
         Example:
             >>> import attnzoo
@@ -251,7 +253,7 @@ class Registry:
         return adapter
 
     def unregister_adapter(self, model_type: str) -> None:
-        """Remove the adapter of a model type. An adapter that has an entry point is loaded again when needed.
+        """Remove the adapter of a model type. The registry loads an adapter with an entry point again on next use.
 
         Raises:
             UnknownNameError: the model type has no registered adapter.
@@ -267,7 +269,7 @@ class Registry:
             self.forget()
 
     def find_adapter(self, model_type: str) -> Adapter | None:
-        """Return the adapter of a transformers ``config.model_type``, loaded on first use; None if there is none."""
+        """Return the adapter of a transformers ``config.model_type``, or None if no adapter can be loaded."""
         with self._lock:
             if model_type in self._adapters:
                 return self._adapters[model_type]
@@ -275,7 +277,7 @@ class Registry:
             return next((adapter for entry in entries if (adapter := self._load_adapter(entry)) is not None), None)
 
     def adapters(self) -> dict[str, Adapter]:
-        """Return every adapter by model type: the registered ones and those of entry points that load."""
+        """Return every adapter by model type. This loads all entry points and omits those that fail to load."""
         with self._lock:
             for entry in metadata.entry_points(group=ADAPTER_GROUP):
                 if entry.name not in self._adapters:
@@ -293,23 +295,23 @@ class Registry:
         return adapter
 
     def broken_adapters(self) -> dict[str, str]:
-        """Return by model type why the entry point of its adapter failed to load when it was last needed."""
+        """Return, by model type, why the last attempt to load the adapter's entry point failed."""
         return dict(self._broken_adapters)
 
     def model_types(self) -> tuple[str, ...]:
-        """Return every model type with an adapter, loaded or not."""
+        """Return every model type that has an adapter or an entry point of an adapter."""
         entries = metadata.entry_points(group=ADAPTER_GROUP)
         return tuple(sorted({*self._adapters, *(entry.name for entry in entries)}))
 
-    # What a backend supports on this machine
+    # Support on this machine
 
     def availability(self, backend: Backend) -> tuple[Refusal, ...]:
-        """Return why a backend cannot run on this machine; empty if it can."""
+        """Return why a backend cannot run on this machine. An empty tuple means that it can run."""
         reason = unavailable_reason(type(backend))
-        return () if reason is None else (Refusal("availability", reason, "a machine that can run it"),)
+        return () if reason is None else (Refusal("availability", reason, "a machine on which the backend can run"),)
 
     def refusals(self, backend: Backend, request: Request) -> tuple[Refusal, ...]:
-        """Return every reason why a backend cannot run a request on this machine. Cached until the registry changes."""
+        """Return every reason why a backend cannot run a request on this machine. Cache the result until a change."""
         key = (backend, request)
         known = self._refusals.get(key)
         if known is None:
@@ -319,7 +321,7 @@ class Registry:
         return known
 
     def make_backend(self, name: str, **options: Any) -> Backend:
-        """Return a configured backend; raise :class:`BackendRefusedError` if it cannot run on this machine."""
+        """Return a configured backend, or raise :class:`BackendRefusedError` if it cannot run on this machine."""
         backend = self.configure(name, **options)
         reasons = self.availability(backend)
         if reasons:
@@ -334,18 +336,18 @@ class Registry:
         return tuple(cls() for cls in sorted(usable, key=lambda cls: (-cls.priority, cls.name)))
 
     def supporting_backends(self, request: Request) -> tuple[Backend, ...]:
-        """Return the exact backends that support a request, highest priority first: the candidates of ``auto``."""
+        """Return the available exact backends that support a request, highest priority first."""
         return tuple(backend for backend in self.exact_backends() if not backend.refusals(request))
 
     def unused_entry_points(self) -> tuple[tuple[str, str], ...]:
-        """Return name and reason of entry points that are not used, because another object has their name."""
+        """Return ``(name, reason)`` for every entry point that fails to load or whose name another object uses."""
         self._discover()
         unused = []
         for group, owners in ((BACKEND_GROUP, self._backends), (ADAPTER_GROUP, self.adapters())):
             for entry in metadata.entry_points(group=group):
                 try:
                     if entry.name in owners and entry.load() is not owners[entry.name]:
-                        unused.append((entry.name, f"{entry.value} is not used: the name is taken"))
+                        unused.append((entry.name, f"{entry.value} is not used: another object has this name"))
                 except BaseException as error:
                     raise_interrupts(error)
                     unused.append((entry.name, _failure(entry, error)))
@@ -357,7 +359,7 @@ def _failure(entry: metadata.EntryPoint, error: BaseException) -> str:
 
 
 def unavailable_reason(cls: type[Backend]) -> str | None:
-    """Return why a backend cannot run on this machine, or None. A check that raises is a reason too."""
+    """Return why a backend cannot run on this machine, or None. An exception in the check counts as a reason."""
     try:
         return cls.unavailable()
     except BaseException as error:
@@ -367,7 +369,7 @@ def unavailable_reason(cls: type[Backend]) -> str | None:
 
 registry = Registry()
 
-# The functions that attnzoo exports.
+# attnzoo exports these functions.
 backends = registry.backends
 configure = registry.configure
 register_backend = registry.register_backend

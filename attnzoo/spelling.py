@@ -1,4 +1,4 @@
-"""Backends and dtypes as users type them: ``sdpa``, ``blocked-local:window=1024,sinks=4``, ``bf16``."""
+"""Parsers of backends and dtypes in text, e.g. ``sdpa``, ``blocked-local:window=1024,sinks=4`` or ``bf16``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "fl
 
 
 def parse(text: str) -> tuple[str, dict[str, int | str]]:
-    """Return the registered name of a backend and its options; options that look like integers become integers.
+    """Return the registered name of a backend and the options. An option that looks like an integer becomes an int.
 
     Raises:
         UnknownNameError: the name is not registered.
-        InvalidArgumentError: an option has no value, or is given twice.
+        InvalidArgumentError: an option has no value, or has two values.
 
     Example:
         >>> parse("flash"), parse("blocked-local:window=1024,sinks=4")
@@ -28,7 +28,7 @@ def parse(text: str) -> tuple[str, dict[str, int | str]]:
     for item in rest.split(",") if rest else ():
         option, equals, value = (part.strip() for part in item.partition("="))
         if not (option and equals and value):
-            raise InvalidArgumentError("backend", repr(text), "a name, or name:option=value,option=value")
+            raise InvalidArgumentError("backend", repr(text), "a backend name, or name:option=value,option=value")
         if option in options:
             raise InvalidArgumentError(f"option {option!r} of a backend", f"two values in {text!r}", "one value")
         options[option] = int(value) if value.removeprefix("-").isdecimal() else value
@@ -36,23 +36,23 @@ def parse(text: str) -> tuple[str, dict[str, int | str]]:
 
 
 def spell(name: str, options: dict[str, int | str]) -> str:
-    """Return the text that :func:`parse` turns into this name and these options."""
+    """Return the text for which :func:`parse` returns this name and these options."""
     return f"{name}:{','.join(f'{option}={value}' for option, value in options.items())}" if options else name
 
 
 def configured(text: str) -> Backend:
-    """Return the configured backend of a text such as ``blocked-local:window=1024``. Raises as :func:`parse`."""
+    """Return the configured backend for a text such as ``blocked-local:window=1024``. Errors: see :func:`parse`."""
     name, options = parse(text)
     return registry.configure(name, **options)
 
 
 def dtype_name(text: str) -> str:
-    """Return torch's name for a short name such as ``bf16``; return any other text unchanged."""
+    """Return torch's dtype name for a short name such as ``bf16``. Return any other text unchanged."""
     return _DTYPES.get(text, text)
 
 
 def named_dtype(text: str) -> torch.dtype:
-    """Return the dtype of a name, short or torch's; raise :class:`InvalidArgumentError` for one without attention."""
+    """Return the dtype for a short name or torch's name. Raise :class:`InvalidArgumentError` for any other name."""
     names = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
     if dtype_name(text) not in names:
         raise InvalidArgumentError("dtype", repr(text), ", ".join(names))

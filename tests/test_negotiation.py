@@ -36,11 +36,11 @@ def test_a_refusal_lists_every_reason_and_the_alternatives():
         Refusal("pattern", "Causal(offset=None)", "Full"),
         Refusal("bias", "dense", "none"),
         Refusal("key heads", "2", "4, the query's"),
-        Refusal("key_mask", "requested", "no key mask"),
-        Refusal("mask", "requested", "no dense mask"),
+        Refusal("key_mask", "True", "no key mask"),
+        Refusal("mask", "True", "no dense mask"),
         Refusal("value_dim", "5", "8, the head_dim"),
-        Refusal("dropout", "requested", "dropout=0.0"),
-        Refusal("grad", "requested", "torch.no_grad(), or inputs that do not require grad"),
+        Refusal("dropout", "True", "dropout=0.0"),
+        Refusal("grad", "True", "torch.no_grad(), or inputs that do not require grad"),
     )
     error = caught.value
     assert error.backend == "narrow"

@@ -222,7 +222,7 @@ def test_an_entry_point_that_cannot_be_registered_is_listed_with_its_reason(monk
 
 @pytest.mark.parametrize(
     ("second", "words"),
-    [(fake_backend("sdpa"), "Thing is not used: the name is taken"), (OSError("no"), "OSError: no")],
+    [(fake_backend("sdpa"), "Thing is not used: another object has this name"), (OSError("no"), "OSError: no")],
 )
 def test_doctor_names_a_second_entry_point_of_a_backend_name(monkeypatch, second, words):
     add_entry_points(monkeypatch, "attnzoo.backends", sdpa=second)
@@ -253,7 +253,7 @@ def test_patch_names_an_adapter_that_fails_to_load(monkeypatch):
 @pytest.mark.parametrize(
     ("second", "words"),
     [
-        (attnzoo.Adapter(model_types=("gpt_neox",), points=()), "Thing is not used: the name is taken"),
+        (attnzoo.Adapter(model_types=("gpt_neox",), points=()), "Thing is not used: another object has this name"),
         (OSError("no"), "failed to load: OSError: no"),
     ],
 )

@@ -1,1 +1,1 @@
-"""How ``auto`` selects a backend: by measurements that are valid in an environment, else by priority."""
+"""Backend selection by ``auto``: by measurements from the same environment if there are any, else by priority."""

@@ -1,8 +1,8 @@
-"""The cache of measurements: one JSON file per environment, in a folder of the user.
+"""The cache of measurements, which is one JSON file per environment in a folder of the user.
 
-A file is always replaced as a whole, so a reader sees the old or the new content. A lock lets one process write at a
-time (without ``flock``, as on Windows, the last writer wins). A process reads each file once. A file that cannot be
-read counts as empty: attnzoo warns once, ``attnzoo doctor`` shows the reason, and ``auto`` selects by priority.
+attnzoo always replaces a whole file, so a reader gets either the old or the new content. A lock lets one process write
+at a time. Without ``flock``, as on Windows, the last of two writers replaces the file. A process reads each file once.
+If a file cannot be read, attnzoo warns once, ``attnzoo doctor`` shows the reason, and ``auto`` selects by priority.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _generation = 0
 
 
 class CacheWarning(UserWarning):
-    """A file of measurements cannot be read and is ignored."""
+    """The warning that attnzoo cannot read a file of measurements and ignores the file."""
 
 
 def folder() -> Path:
-    """Return ``$ATTNZOO_CACHE_DIR/auto``, else ``attnzoo/auto`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return ``$ATTNZOO_CACHE_DIR/auto`` if the variable is set, else ``attnzoo/auto`` in the user's cache folder."""
     if directory := os.environ.get(VARIABLE):
         return Path(directory) / "auto"
     base = os.environ.get("XDG_CACHE_HOME")
@@ -56,12 +56,12 @@ def _home() -> Path:
 
 
 def generation() -> int:
-    """Return a number that grows with every change; callers use it as a key of caches that depend on measurements."""
+    """Return a number that grows with every change. Callers use the number in the keys of their caches."""
     return _generation
 
 
 def forget() -> None:
-    """Forget the files this process has read. The files stay."""
+    """Forget the measurements that this process has read, without deleting files."""
     global _generation
     with _lock:
         _loaded.clear()
@@ -74,14 +74,14 @@ def find(environment: Environment, key: str) -> Measurement | None:
 
 
 def known(environment: Environment) -> Measurements:
-    """Return all measurements in an environment by key. An unreadable file gives a :class:`CacheWarning` once."""
+    """Return all measurements in an environment by key. Warn once (:class:`CacheWarning`) if the file is unreadable."""
     path = folder() / environment.file
     with _lock:
         if path not in _loaded:
             try:
                 file = _read(path)
                 if file.environment not in ({}, environment.to_dict()):
-                    raise ValueError("the file belongs to another device or other versions")
+                    raise ValueError("the file is for a different device or different versions")
                 _loaded[path] = file.measurements
             except (OSError, ValueError) as error:
                 _loaded[path] = {}
@@ -91,10 +91,10 @@ def known(environment: Environment) -> Measurements:
 
 
 def add(environment: Environment, measured: Iterable[Measurement], *, save: bool) -> None:
-    """Add measurements to those of this process, and to the file if ``save`` is True.
+    """Add measurements to the cache in memory, and also to the file if ``save`` is True.
 
     Raises:
-        CacheError: the file could not be written. This process has the measurements all the same.
+        CacheError: the file cannot be written. The measurements are still kept in this process.
     """
     global _generation
     new = {measurement.key: measurement for measurement in measured}
@@ -117,18 +117,18 @@ def check_writable() -> None:
 
 
 def obstacle() -> str:
-    """Return why measurements cannot be saved, without creating anything; empty if no reason is visible."""
+    """Return why measurements cannot be saved, or ``""``. This check creates no files, so it may miss a reason."""
     where = folder()
     try:
         nearest = next(path for path in (where, *where.parents) if path.exists())
         writable = nearest.is_dir() and os.access(nearest, os.W_OK)
     except OSError as error:
         return f"{where}: {type(error).__name__}: {error}"
-    return "" if writable else f"{where} cannot be written: {nearest} is not a writable folder (${VARIABLE})"
+    return "" if writable else f"{where} cannot be written: {nearest} is not a writable folder (set ${VARIABLE})"
 
 
 def clear() -> list[Path]:
-    """Delete the files of all environments and return their paths; raise :class:`CacheError` if a file stays."""
+    """Delete the files of all environments and return the paths. Raise :class:`CacheError` if a deletion fails."""
     with _lock:
         forget()
         removed = _files()
@@ -139,7 +139,7 @@ def clear() -> list[Path]:
 
 
 class Stored(NamedTuple):
-    """The content of one file. ``problem`` is the reason why it cannot be read; empty if it can."""
+    """The content of one file. ``problem`` is the reason why the file cannot be read. Empty means no problem."""
 
     path: Path
     environment: Mapping[str, Any]
@@ -148,7 +148,7 @@ class Stored(NamedTuple):
 
 
 def stored() -> list[Stored]:
-    """Return every file in the folder, readable or not."""
+    """Return the content of every file in the folder, including unreadable files."""
     files = []
     for path in _files():
         try:
@@ -163,7 +163,7 @@ def _files() -> list[Path]:
 
 
 def _read(path: Path) -> Stored:
-    """Read a file; a missing file is empty. Raise :class:`ValueError` if the content is not in the format."""
+    """Return the content of a file, or empty content if the file is missing. Raise :class:`ValueError` if invalid."""
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
@@ -176,13 +176,13 @@ def _read(path: Path) -> Stored:
         raise ValueError(f"the format is not {FORMAT!r}")
     environment, listed = data.get("environment"), data.get("measurements")
     if not isinstance(environment, dict) or not isinstance(listed, list):
-        raise ValueError("environment or measurements are missing")
+        raise ValueError("the environment or the list of measurements is missing")
     measurements = [Measurement.from_dict(item) for item in listed]
     return Stored(path, environment, {measurement.key: measurement for measurement in measurements})
 
 
 def _saved(path: Path) -> Measurements:
-    """Return the measurements in a file; none if it is invalid, because it is replaced then."""
+    """Return the measurements in a file. Return none if the file is invalid, because the caller replaces the file."""
     try:
         return _read(path).measurements
     except ValueError:
@@ -211,9 +211,9 @@ def _file_lock(where: Path) -> Iterator[None]:
 
 @contextmanager
 def _cache_errors(path: Path) -> Iterator[None]:
-    """Raise an ``OSError`` as a :class:`CacheError` that names the path."""
+    """Context manager that converts an ``OSError`` into a :class:`CacheError` that names the path."""
     try:
         yield
     except OSError as error:
-        got, allowed = f"{path}, {type(error).__name__}: {error}", f"a writable folder (${VARIABLE}), or save=False"
+        got, allowed = f"{path}, {type(error).__name__}: {error}", f"a writable folder (set ${VARIABLE}), or save=False"
         raise CacheError(got_and_allowed("cache", got, allowed)) from error

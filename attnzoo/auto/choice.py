@@ -1,4 +1,4 @@
-"""The rules by which ``auto`` selects: by measurement, or by priority."""
+"""The rules by which ``auto`` selects a backend: by measurement or by priority."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ VARIABLE = "ATTNZOO_AUTO"
 
 
 def by_priority_because() -> str | None:
-    """Return why ``auto`` ignores measurements and selects by priority now; None: it uses measurements.
+    """Return why ``auto`` currently selects by priority. None means that ``auto`` uses measurements.
 
-    The reasons: ``ATTNZOO_AUTO=priority``; ``torch.compile``; and ``torch.use_deterministic_algorithms`` unless
-    ``ATTNZOO_AUTO=measured``, because the fastest backend may change from one measurement to the next.
+    There are three reasons: ``ATTNZOO_AUTO=priority``, ``torch.compile``, and ``torch.use_deterministic_algorithms``
+    without ``ATTNZOO_AUTO=measured``. The last is a reason because the fastest backend may change between measurements.
 
     Raises:
-        InvalidArgumentError: ``ATTNZOO_AUTO`` has another value.
+        InvalidArgumentError: ``ATTNZOO_AUTO`` is neither empty nor ``measured`` nor ``priority``.
     """
     value = os.environ.get(VARIABLE, "")
     if value not in ("", "measured", "priority"):
@@ -37,9 +37,9 @@ def by_priority_because() -> str | None:
 
 
 def by_measurement(measurement: Measurement, candidates: Sequence[Backend]) -> Choice | None:
-    """Return the fastest candidate that was measured; None if no candidate was.
+    """Return the fastest measured candidate, or None if no candidate was measured.
 
-    A candidate counts only if its code is the code that was measured.
+    A candidate counts only if the measurement was made with the current code of the candidate.
     """
     current = {backend.name: backend for backend in candidates if is_current(measurement, backend)}
     ranking = [(seconds, name) for seconds, name in measurement.ranking() if name in current]
@@ -52,12 +52,12 @@ def by_measurement(measurement: Measurement, candidates: Sequence[Backend]) -> C
 
 
 def wrongs(measurement: Measurement, candidates: Sequence[Backend]) -> dict[str, str]:
-    """Return, by name, the candidates that gave wrong results or raised when they were measured, and how."""
+    """Return the names of candidates that gave wrong results or raised in the measurement, and the reasons."""
     current = [backend.name for backend in candidates if is_current(measurement, backend)]
     return {name: measurement.outcomes[name].reason for name in current if measurement.outcomes[name].wrong}
 
 
 def is_current(measurement: Measurement, backend: Backend) -> bool:
-    """Whether the backend's code is the code that was measured, and not another class of the same name."""
+    """Whether the measurement was made with the current code of the backend."""
     outcome = measurement.outcomes.get(backend.name)
     return outcome is not None and outcome.code == code_of(type(backend))

@@ -1,4 +1,4 @@
-"""The environment a measurement is valid in: the device, and the versions of the packages that provide kernels."""
+"""The environment in which a measurement is valid: the device and the versions of packages with kernels."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-# The packages that provide kernels, besides torch.
+# The packages that provide kernels, in addition to torch.
 _PACKAGES = ("attnzoo", "triton", "flash-attn", "xformers")
 
 
 @dataclass(frozen=True)
 class Environment:
-    """A device and the versions of the packages that provide its kernels.
+    """A device, and the versions of the packages that provide kernels for the device.
 
-    ``name`` is the model of the device. ``threads`` is the number of CPU threads of torch; 0 for other devices.
+    ``name`` is the model of the device. ``threads`` is the number of torch threads on a CPU, and 0 on other devices.
     """
 
     device: str
@@ -32,12 +32,12 @@ class Environment:
 
     @property
     def file(self) -> str:
-        """The name of the cache file: the device's name for people, then a hash of the environment."""
+        """The name of the cache file: the readable name of the device, then a hash of the environment."""
         digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
         return f"{re.sub(r'[^a-z0-9]+', '-', self.name.lower()).strip('-')[:40]}-{digest[:12]}.json"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
+        """Return the environment as plain data for JSON."""
         return {**asdict(self), "versions": dict(self.versions)}
 
     def __str__(self) -> str:
@@ -71,16 +71,16 @@ def _version(package: str) -> str | None:
 
 
 def code_of(cls: type) -> str:
-    """Identify the code of a class: its path, and the version of the distribution named like its top-level package.
+    """Return text that identifies the code of a class: the class path and the version of the package.
 
-    A measurement counts for a backend only if both the name and this text are the same.
+    A measurement counts for a backend only if the backend's name and this text are equal to the measured ones.
     """
     version = _version(cls.__module__.partition(".")[0])
     return f"{cls.__module__}:{cls.__qualname__}" + ("" if version is None else f" {version}")
 
 
 def _cpu_model() -> str:
-    """Return the model of the processor: from ``/proc/cpuinfo`` on Linux, elsewhere from ``platform``."""
+    """Return the model of the processor. Linux lists the model in ``/proc/cpuinfo``."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""Measurements as plain data: the request, its size class, and the result of each backend."""
+"""Measurements as plain data: a request, a size class, and the outcome of each backend."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from attnzoo.spec.segments import Attention, Request
 
 @dataclass(frozen=True)
 class SizeClass:
-    """The size of an attention, with the number of keys of each segment. Numbers are rounded up to a power of two."""
+    """The size of an attention. All numbers are rounded up to powers of two. ``kv_lens`` has one number per segment."""
 
     batch: int
     q_len: int
@@ -34,15 +34,15 @@ def size_class(attention: Attention) -> SizeClass:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one backend.
+    """The outcome of measuring one backend.
 
     Attributes:
-        code: the measured code (:func:`attnzoo.auto.environment.code_of`).
-        seconds: the median time of a run (forward, or forward and backward); None: the backend was not a candidate.
-        first: seconds of the first run, including compilation unless the process had compiled the kernel before.
-        kernel: the kernel that ran.
-        reason: why the backend was not a candidate; empty if it was.
-        wrong: the output was wrong or the run raised. ``auto`` never selects such a backend.
+        code: the code that was measured (:func:`attnzoo.auto.environment.code_of`).
+        seconds: the median time of a run (forward, or forward and backward). None means no measured time.
+        first: the seconds of the first run, including compilation unless the kernel was already compiled.
+        kernel: the name of the kernel that ran.
+        reason: the reason why there is no measured time. Empty means that ``seconds`` is set.
+        wrong: whether the output was wrong or the run raised. ``auto`` never selects such a backend.
     """
 
     code: str
@@ -54,20 +54,20 @@ class Outcome:
 
     @property
     def warm_up(self) -> str:
-        """The time of the first run in words if compilation made it long; else empty."""
+        """The time of the first run in words if compilation made the run slow, else an empty string."""
         is_long = self.seconds is not None and self.first > max(1.0, 3.0 * self.seconds)
         return f"its first run took {format_seconds(self.first)}" if is_long else ""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The results of all backends for one request and one size class.
+    """The outcomes of all backends for one request and one size class.
 
     Attributes:
         request: the request as plain data (:func:`to_plain_data`).
-        size: its size class.
-        outcomes: the results by backend name.
-        where: the first site with this request, for people.
+        size: the size class of the attention.
+        outcomes: the outcomes by backend name.
+        where: the name of the first site with this request, which is only shown to users.
     """
 
     request: Mapping[str, Any]
@@ -91,13 +91,13 @@ class Measurement:
         return sorted((outcome.seconds, name) for name, outcome in outcomes if outcome.seconds is not None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
+        """Return the measurement as plain data for JSON."""
         outcomes = {name: asdict(outcome) for name, outcome in self.outcomes.items()}
         return {"where": self.where, "request": self.request, "size": asdict(self.size), "outcomes": outcomes}
 
     @classmethod
     def from_dict(cls, data: Any) -> Measurement:
-        """Return the measurement of :meth:`to_dict` data; raise :class:`ValueError` if a user's edit broke the data."""
+        """Return the measurement from the data of :meth:`to_dict`. Raise :class:`ValueError` if the data is invalid."""
         _check(data, dict, "a measurement")
         for name, kind in (("request", dict), ("size", dict), ("outcomes", dict), ("where", str)):
             _check(data.get(name), kind, name)
@@ -115,7 +115,7 @@ class Measurement:
             seconds, first = outcome.get("seconds"), outcome.get("first")
             for number in (first,) if seconds is None else (seconds, first):
                 if not isinstance(number, float) or not 0.0 <= number < math.inf:
-                    raise ValueError(f"seconds of {name}: {number!r}")
+                    raise ValueError(f"seconds of {name} is {number!r}, not a finite float >= 0")
             for field in ("code", "kernel", "reason"):
                 _check(outcome.get(field), str, f"{field} of {name}")
             _check(outcome.get("wrong"), bool, f"wrong of {name}")
@@ -129,12 +129,12 @@ def _check(value: object, kind: type, what: str) -> None:
 
 
 def mode_of(grad: bool) -> str:
-    """Return the mode of a request: with ``grad`` or without."""
+    """Return ``"forward+backward"`` if ``grad`` is True, else ``"forward"``."""
     return "forward+backward" if grad else "forward"
 
 
 def to_plain_data(value: Any) -> Any:
-    """Return a request as plain data. Offsets in its patterns are rounded like the lengths they grow with."""
+    """Return a request as plain data. Offsets in patterns are rounded like lengths, because they grow with lengths."""
     if isinstance(value, Pattern):
         return repr(value.coarse)
     if isinstance(value, torch.dtype):
@@ -147,13 +147,13 @@ def to_plain_data(value: Any) -> Any:
 
 
 def key_of(request: Request | Mapping[str, Any], size: SizeClass) -> str:
-    """Return the key of a measurement: the request and the size class as JSON."""
+    """Return the key of a measurement, which is the request and the size class as JSON."""
     plain = to_plain_data(request) if isinstance(request, Request) else request
     return json.dumps([plain, asdict(size)], sort_keys=True)
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a time with three digits in s, ms or us."""
+    """Return the time as text with three digits, in s, ms or us."""
     for unit, scale in (("s", 1.0), ("ms", 1e3)):
         if seconds * scale >= 1.0:
             return f"{seconds * scale:.3g} {unit}" if seconds * scale < 1000 else f"{seconds * scale:.0f} {unit}"

@@ -1,4 +1,4 @@
-"""``auto``: the backend that selects another one for each attention."""
+"""The backend ``auto``, which selects a backend for each attention."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from attnzoo.spec.segments import Attention, Request, Result
 
 @dataclass(frozen=True)
 class AutoBackend(Backend):
-    """Selects a backend per attention: the fastest measured one, else the supporting one of highest priority.
+    """The backend that selects the fastest measured backend per attention, else the one of highest priority.
 
-    The candidates are the available exact backends. The registry does not list this backend, but reserves its name.
+    The candidates are the available exact backends that support the attention. The registry reserves the name ``auto``,
+    but does not list this backend.
     """
 
     name: ClassVar[str] = "auto"
@@ -31,7 +32,7 @@ class AutoBackend(Backend):
         return self
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
-        """Every reason of every candidate, each with the candidate's name; empty if one supports the request."""
+        """Return the reasons of all candidates with the names of the candidates. Empty if a candidate has no reason."""
         answers = {candidate.name: candidate.refusals(request) for candidate in registry.exact_backends()}
         return _with_names(answers) if all(answers.values()) else ()
 
@@ -46,8 +47,8 @@ def choose_for(attention: Attention, probabilities: bool = False) -> Choice:
     """Return the backend that ``auto`` selects for an attention.
 
     Raises:
-        BackendRefusedError: no candidate supports the request, or ``tune`` measured wrong results for those that do;
-            the error lists every reason of every candidate.
+        BackendRefusedError: no candidate supports the request, or the candidates that do gave wrong results in
+            ``tune``. The message lists every reason of every candidate.
         InvalidArgumentError: ``ATTNZOO_AUTO`` has a value that is not allowed.
     """
     request = attention.request(probabilities)
@@ -62,11 +63,11 @@ def choose_for(attention: Attention, probabilities: bool = False) -> Choice:
 def _choose(
     request: Request, size: SizeClass | None, environment: Environment | None, because: str, *generations: int
 ) -> Choice:
-    """Choose, once per generation of the registry and the cache. Without a size, the priority decides ``because``."""
+    """Return the choice, cached per generation of registry and measurements. Without a size, select by priority."""
     supporting = registry.supporting_backends(request)
     wrong: dict[str, str] = {}
     if size is not None and environment is not None:
-        because = f"nothing measured for {mode_of(request.grad)} at {size}; attnzoo.tune measures"
+        because = f"no measurement for {mode_of(request.grad)} at {size}; to measure, run attnzoo tune"
         measurement = cache.find(environment, key_of(request, size))
         if measurement is not None:
             fastest = by_measurement(measurement, supporting)
@@ -76,10 +77,10 @@ def _choose(
     right = [backend for backend in supporting if backend.name not in wrong]
     if right:
         alone = len(supporting) == 1
-        return Choice(right[0], "the only backend that supports this" if alone else f"by priority: {because}")
+        return Choice(right[0], "the only backend that supports this request" if alone else f"by priority: {because}")
     answers = {backend.name: backend.refusals(request) for backend in registry.exact_backends()}
     for name, reason in wrong.items():
-        answers[name] = (Refusal("measured", reason, "results that agree with the oracle; see attnzoo tune"),)
+        answers[name] = (Refusal("measured", reason, "results that agree with the oracle (attnzoo tune)"),)
     raise BackendRefusedError(AutoBackend.name, {"attention": _with_names(answers)}, {})
 
 

@@ -1,8 +1,8 @@
-"""``eager``: the oracle. It evaluates masks and biases on dense grids of queries and keys, and so defines correctness.
+"""The backend ``eager``, which is also the oracle: its results define correctness.
 
-Standard scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762) in plain torch operations, with one
-softmax over all segments. Memory is ``batch x heads x q_len x kv_len``: use it to check results and to get
-probabilities.
+It computes standard scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762) in plain torch operations,
+with one softmax over all segments. Scores, masks and biases need memory of size ``batch x heads x q_len x kv_len``.
+Use this backend to check results and to get probabilities.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from attnzoo.spec.transforms import TRANSFORMS
 
 
 def evaluate(attention: Attention, rows: Tensor | None = None) -> Result:
-    """Evaluate an attention by its definition, in the dtype of its tensors.
+    """Return the result of an attention by definition, computed in the dtype of the attention's tensors.
 
-    In half precision the softmax runs in float32, as in models.
+    In half precision, the softmax runs in float32, as in models.
 
     Args:
-        attention: the attention.
-        rows: ``(n,)`` indices of the query rows to compute; None: all rows.
+        attention: the attention to compute.
+        rows: ``(n,)`` indices of the query rows to compute. None means all rows.
 
     Returns:
-        Output ``(batch, heads, n, value_dim)`` and the probabilities of each segment, before and after dropout.
+        The output ``(batch, heads, n, value_dim)``, and the probabilities per segment before and after dropout.
     """
     if rows is None:
         rows = torch.arange(attention.q_len, device=attention.query.device)
     scores, seen = grid(attention, rows)
     has_visible_key = seen.any(-1, keepdim=True)
-    # A row without visible keys keeps finite scores and gets weight 0. With -inf, it and its gradient would be NaN.
+    # A row without visible keys keeps finite scores and gets weight 0, because -inf would give NaN and NaN gradients.
     scores = scores.masked_fill(~seen & has_visible_key, float("-inf"))
     half = scores.dtype in (torch.bfloat16, torch.float16)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32 if half else None).to(scores.dtype) * has_visible_key
@@ -53,10 +53,10 @@ def evaluate(attention: Attention, rows: Tensor | None = None) -> Result:
 
 
 def _split(weights: Tensor, lengths: list[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the weights of all segments and those of each segment.
+    """Return the weights of all segments in one tensor, and the weights of each segment.
 
-    With gradients, the first are concatenated from the second. The returned probabilities then lie on the path to the
-    output and get a gradient (``retain_grad``), as in models.
+    With gradients, the one tensor is concatenated from the weights of the segments. The output then depends on these
+    weights, so they get a gradient (``retain_grad``), as in models.
     """
     if len(lengths) == 1:
         return weights, (weights,)
@@ -65,15 +65,15 @@ def _split(weights: Tensor, lengths: list[int]) -> tuple[Tensor, tuple[Tensor, .
 
 
 def log_mass(attention: Attention, rows: Tensor) -> Tensor:
-    """Return the log-sum-exp ``(batch, heads, n)`` of the visible scores of query rows ``(n,)``; -inf without any."""
+    """Return the log-sum-exp ``(batch, heads, n)`` of the visible scores of query rows ``(n,)``, -inf for no keys."""
     scores, seen = grid(attention, rows)
     return scores.masked_fill(~seen, float("-inf")).logsumexp(-1)
 
 
 def grid(attention: Attention, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scaled and biased scores of query rows ``(n,)`` with all keys, and which query sees which key.
+    """Return the scores of query rows ``(n,)`` with all keys, and a bool mask, True where the query sees the key.
 
-    Both are ``(batch, heads, n, kv_len of all segments)``. The scores of hidden keys are finite.
+    Both are ``(batch, heads, n, kv_len of all segments)``. Scores include scale and bias, and are finite everywhere.
     """
     query = attention.query[:, :, rows]
     grids = [_scores(attention, segment, query, rows) for segment in attention.segments]
@@ -100,7 +100,7 @@ def _scores(attention: Attention, segment: Segment, query: Tensor, rows: Tensor)
 
 @dataclass(frozen=True)
 class EagerBackend(Backend):
-    """The oracle as a backend: supports every pattern, mask, bias and dtype, and returns attention probabilities."""
+    """The oracle as a backend. It supports every pattern, mask, bias and dtype, and returns probabilities."""
 
     name: ClassVar[str] = "eager"
     priority: ClassVar[int] = -100

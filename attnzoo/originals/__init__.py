@@ -1,1 +1,1 @@
-"""The original functions of transformers: fingerprints, drift from them, and the slots patches replace."""
+"""Original functions of transformers: their fingerprints, drift from the fingerprints, and how patches replace them."""

@@ -1,7 +1,7 @@
-"""Drift: differences between the functions of a model and those its adapter was verified against.
+"""Drift: differences between the functions of a model and the functions that the adapter was verified against.
 
-There are four causes with four remedies: a subclass overrides a method, other code replaced or wrapped a function at
-run time, the source cannot be read, or the package has different code (another version, or edited files).
+Drift has four causes. A subclass overrides a method, other code replaced or wrapped a function at run time, the source
+of a function cannot be read, or the package has different code (another version or edited files).
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Any, Literal
 from attnzoo.originals.fingerprint import fingerprint, object_at, path_of
 
 Cause = Literal["overridden", "replaced", "unreadable", "changed"]
-_CAUSES: tuple[Cause, ...] = ("overridden", "replaced", "unreadable", "changed")  # in the order of reporting
-# Decorators of these packages, and of the model's package, may be part of the original.
+_CAUSES: tuple[Cause, ...] = ("overridden", "replaced", "unreadable", "changed")  # in the order of messages
+# A decorator from these packages or the model's package may be part of the original.
 _DECORATING = frozenset({"torch", *sys.stdlib_module_names})
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One function that differs from the verified one.
+    """One function that differs from the verified function.
 
     Attributes:
-        path: ``"package.module:Class.method"``.
-        cause: what changed it.
-        detail: the present function, and the allowed one.
+        path: the function as ``"package.module:Class.method"``.
+        cause: the cause of the difference.
+        detail: the difference in words, for the message.
     """
 
     path: str
@@ -41,18 +41,19 @@ class Difference:
 
 
 def find_drift(verified: Mapping[str, tuple[str, ...]]) -> tuple[Difference, ...]:
-    """Return the functions of ``{"module:Class.method": fingerprints}`` that are missing or have none of these."""
+    """Return the functions of ``{"module:Class.method": fingerprints}`` that are missing or differ."""
     differences = (_difference(path, known) for path, known in verified.items())
     return tuple(difference for difference in differences if difference is not None)
 
 
 def find_bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]) -> tuple[Difference, ...]:
-    """Return overrides in a subclass and wrappers, which a patch would bypass although the originals are as verified.
+    """Return the overrides in a subclass and the run-time wrappers that a patch would bypass.
 
-    Constructors do not count, because they have run before a module is patched. Methods of other classes, such as the
-    model that calls the module, do not count either, because they still run.
+    Constructors do not count, because they run before a patch. Methods of other classes, such as the model that calls
+    the module, do not count, because a patch does not bypass them.
 
-    ``base`` is the verified class, one of ``cls.__mro__``. :func:`find_drift` must have returned nothing.
+    ``base`` is the verified class, which must be in ``cls.__mro__``. Call this only if :func:`find_drift` returned
+    nothing.
     """
     names = ["forward"]
     wrappers = []
@@ -76,9 +77,9 @@ def find_bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]
 
 
 def drift_message(differences: Sequence[Difference], family: str, versions: str, installed: str) -> str:
-    """Return the error message for differences: the first cause that applies, an example of it, and the remedy.
+    """Return the error message for differences. The message names one cause, one example and the remedy.
 
-    The adapter for ``family`` (its model types) was verified against ``versions`` of transformers.
+    ``family`` lists the model types of the adapter, which was verified against ``versions`` of transformers.
     """
     cause = next(cause for cause in _CAUSES if any(difference.cause == cause for difference in differences))
     first, *others = (difference for difference in differences if difference.cause == cause)
@@ -135,7 +136,7 @@ def _package(path: str) -> str:
 
 
 def _is_defined_at(path: str, function: Any) -> bool:
-    """Whether a function was defined in the class or module of the path. An inherited method counts as such."""
+    """Whether the code of a function comes from the class or module in the path. An inherited method counts."""
     module, _, attribute = path.partition(":")
     owner, _, name = attribute.rpartition(".")
     inherited = owner and name not in vars(object_at(f"{module}:{owner}"))
@@ -145,7 +146,7 @@ def _is_defined_at(path: str, function: Any) -> bool:
 
 
 def _wrappers(function: Any) -> Iterator[Any]:
-    """Yield the wrappers of a function, the outermost first."""
+    """Yield the wrappers of a function, outermost first."""
     original = inspect.unwrap(function)
     while function is not original:
         yield function
@@ -153,9 +154,9 @@ def _wrappers(function: Any) -> Iterator[Any]:
 
 
 def _module(function: Any) -> str:
-    """Return the module of the code that runs.
+    """Return the module that contains the code of a function or the class of another callable.
 
-    Wrappers copy ``__module__``, so this reads the globals of a function, or the type of another callable.
+    Wrappers copy ``__module__``, so this reads the globals of the function instead.
     """
     plain = getattr(function, "__func__", function)
     if isinstance(plain, FunctionType):
@@ -164,7 +165,7 @@ def _module(function: Any) -> str:
 
 
 def _describe(function: Any) -> str:
-    """Describe a callable. Wrappers copy the name of the wrapped function, so this reads the name of the code."""
+    """Return a description of a callable. Wrappers copy function names, so this reads the name of the code object."""
     code = getattr(getattr(function, "__func__", function), "__code__", None)
     if code is None:
         return f"an object of type {type(function).__module__}.{type(function).__qualname__}"

@@ -1,9 +1,9 @@
-"""Fingerprints of the functions an adapter was verified against.
+"""Fingerprints of the functions that an adapter was verified against.
 
-A fingerprint is a hash of the tokens of a function. Comments, docstrings, blank lines and layout do not count. The same
-source has the same fingerprint on every Python version. This module therefore has its own lexer: ``tokenize`` splits
-f-strings since Python 3.12, and ``ast`` and ``inspect.getsource`` also differ between versions. The module needs only
-the standard library.
+A fingerprint is a hash of the tokens of a function. Comments, docstrings, blank lines and layout do not count. A source
+has an equal fingerprint on every Python version. This module contains a lexer, because ``tokenize`` splits f-strings
+since Python 3.12, and ``ast`` and ``inspect.getsource`` also differ between versions. The module needs only the
+standard library.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from types import FunctionType
 from typing import Any
 
 # Characters beyond ASCII belong to names, as in CPython's tokenizer. The result does not depend on Unicode tables.
-# Operators are single characters: no two programs differ only in spaces between the characters of an operator.
-# No keyword consists only of letters of string prefixes, so a word of such letters that touches a quote is a prefix.
+# Operators are single characters, because spaces inside an operator cannot turn a program into another program.
+# A word of prefix letters directly before a quote is a string prefix, because no keyword has only such letters.
 _TOKEN = re.compile(
     r"""
     (?P<space> [ \t\f]+ | \\\n | \#[^\n]* )
@@ -37,12 +37,12 @@ _NEWLINE, _INDENT, _DEDENT = "\n", "\n>", "\n<"
 
 
 def path_of(cls: type) -> str:
-    """Return a class as ``"package.module:Class"``."""
+    """Return the path of a class as ``"package.module:Class"``."""
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def object_at(path: str) -> Any:
-    """Return the object at ``"package.module:Class.attribute"``."""
+    """Return the object with the path ``"package.module:Class.attribute"``."""
     module, _, attribute = path.partition(":")
     value: Any = importlib.import_module(module)
     for name in attribute.split("."):
@@ -51,35 +51,35 @@ def object_at(path: str) -> Any:
 
 
 def fingerprint(function: Callable[..., Any]) -> str:
-    """Return sixteen hex digits that change when the code of a Python function changes.
+    """Return sixteen hex digits that change if the code of a Python function changes.
 
-    Decorators count. A function wrapped with :func:`functools.wraps` has the fingerprint of the wrapped function.
+    Decorators are part of the code. For a wrapper made with :func:`functools.wraps`, the wrapped function counts.
 
     Raises:
         OSError: the source of the function is not available.
-        TypeError: not a function written in Python with ``def``.
+        TypeError: ``function`` is not a Python function defined with ``def``.
     """
     return fingerprint_of_source(source_from(function))
 
 
 def source_from(function: Callable[..., Any]) -> str:
-    """Return the file of a function from its first decorator or ``def`` on. Raises as :func:`fingerprint`."""
+    """Return the file of a function from the first decorator or ``def`` to the end. Errors: see :func:`fingerprint`."""
     plain = inspect.unwrap(function)
     plain = getattr(plain, "__func__", plain)
     if not isinstance(plain, FunctionType) or plain.__name__ == "<lambda>":
-        raise TypeError(f"got {function!r}; allowed: a function written in Python with def")
+        raise TypeError(f"got {function!r}; allowed: a Python function defined with def")
     code = plain.__code__
     linecache.checkcache(code.co_filename)
     lines = linecache.getlines(code.co_filename, plain.__globals__)[code.co_firstlineno - 1 :]
     if not lines:
-        raise OSError(f"its source is not available ({PurePath(code.co_filename).name})")
+        raise OSError(f"the source of the function is not available ({PurePath(code.co_filename).name})")
     return "".join(lines)
 
 
 def fingerprint_of_source(source: str) -> str:
     """Return the fingerprint of the function at the start of the source.
 
-    It starts with the first decorator or the ``def``. It may be indented and may continue after the function.
+    The source starts with the first decorator or ``def``, may be indented, and may continue after the function.
 
     Raises:
         OSError: the source does not begin with a function, or ends inside a string.
@@ -109,7 +109,7 @@ def fingerprint_of_source(source: str) -> str:
 
 
 def _logical_lines(text: str) -> Iterator[tuple[int, list[str], bool]]:
-    """Yield for every logical line its column, its tokens, and whether it is a docstring (only plain strings)."""
+    """Yield ``(column, tokens, is_docstring)`` for every logical line. A docstring is a line of plain strings only."""
     at, depth, column, line, is_docstring = 0, 0, 0, list[str](), True
     while match := _TOKEN.match(text, at):
         kind, end = match.lastgroup, _end_of(text, match)
@@ -135,7 +135,7 @@ def _nesting(kind: str | None, token: str) -> int:
 
 
 def _end_of(text: str, match: re.Match[str]) -> int:
-    """Return the end of a token. Of a string, the regular expression matches only the opening quote."""
+    """Return the end of a token. The regular expression matches only the opening quote of a string."""
     if match.lastgroup != "string":
         return match.end()
     has_fields, quote, at = bool(set(match["prefix"].lower()) & set("ft")), match["quote"], match.end()
@@ -152,7 +152,7 @@ def _end_of(text: str, match: re.Match[str]) -> int:
 
 
 def _end_of_field(text: str, at: int) -> int:
-    """Return the end of a replacement field of an f-string, whose expression starts at ``at``."""
+    """Return the end of the replacement field of an f-string whose expression starts at ``at``."""
     depth = 0
     while match := _TOKEN.match(text, at):
         at, token = _end_of(text, match), match[0]
@@ -165,7 +165,7 @@ def _end_of_field(text: str, at: int) -> int:
 
 
 def _end_of_format(text: str, at: int) -> int:
-    """Return the end of a replacement field, whose format specification starts at ``at``."""
+    """Return the end of the replacement field whose format specification starts at ``at``."""
     while not text.startswith("}", at):
         if at >= len(text):
             raise OSError("the source ends inside an f-string")

@@ -1,10 +1,10 @@
-"""Replace the forward of one module instance, and restore it.
+"""Functions that replace the forward of one module instance and restore the original forward.
 
-The replacement is an instance attribute. If accelerate has hooked the module, its hook sits in ``forward`` and calls
-``_old_forward`` (accelerate/hooks.py). The replacement then goes to ``_old_forward`` and the hook stays in front. Hooks
-may come and go while a patch is in place, so both attributes are searched when it is removed.
+The replacement is an instance attribute. A hook of accelerate is stored in ``forward`` and calls ``_old_forward``
+(accelerate/hooks.py). If a module has such a hook, the replacement is stored in ``_old_forward``, so the hook still
+runs. Hooks can be added and removed while a module is patched, so :func:`take_back` searches both attributes.
 
-A replacement must not hold the module, or a patched module would live until the cycle collector runs.
+A replacement must not reference the module, because a reference cycle would delay the deletion of the module.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ class Replacement:
 
 
 def active_slot(module: nn.Module) -> str:
-    """Return the attribute for a new forward: the one behind accelerate's hook if there is a hook."""
+    """Return the attribute for a new forward: ``_old_forward`` if the module has a hook of accelerate."""
     return "_old_forward" if "_old_forward" in vars(module) else "forward"
 
 
 def current(module: nn.Module) -> Callable[..., Any] | None:
-    """Return the instance's forward behind any hook, or None if that is the forward of the module's class."""
+    """Return the forward that was set on the instance, without accelerate's hook. None means the class's forward."""
     value = vars(module).get(active_slot(module))
     plain = isinstance(value, MethodType) and value.__self__ is module and value.__func__ is type(module).forward
     return None if plain else unbound(value)
 
 
 def is_foreign(module: nn.Module) -> bool:
-    """Whether other code than attnzoo and accelerate's hooks has replaced the instance's forward."""
+    """Whether code outside attnzoo and accelerate has replaced the forward of the instance."""
     forward = current(module)
     return forward is not None and not isinstance(forward, Replacement)
 
 
 def unbound(value: Any) -> Any:
-    """Return the object that a bound method calls, if that is no plain function; any other value unchanged.
+    """Return the callable inside a bound method, unless this is a plain function. Return other values unchanged.
 
-    accelerate's ``unwrap_model`` leaves such bound methods.
+    accelerate's ``unwrap_model`` creates bound methods of callables that are not plain functions.
     """
     if isinstance(value, MethodType) and not isinstance(value.__func__, FunctionType):
         return value.__func__
@@ -52,14 +52,14 @@ def unbound(value: Any) -> Any:
 
 
 def put(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Put a forward into the active slot."""
+    """Store a forward in the attribute that :func:`active_slot` returns."""
     vars(module)[active_slot(module)] = forward
 
 
 def take_back(module: nn.Module, replacement: Callable[..., Any], original: Callable[..., Any] | None) -> None:
     """Restore the forward that :func:`current` returned before the replacement.
 
-    None stands for the forward of the class; the attribute ``forward`` is then deleted.
+    If ``original`` is None, restore the forward of the class.
     """
     slot = next(slot for slot in SLOTS if unbound(vars(module).get(slot)) is replacement)
     if original is not None:
@@ -71,7 +71,7 @@ def take_back(module: nn.Module, replacement: Callable[..., Any], original: Call
 
 
 def runs_on(module: nn.Module) -> torch.device | None:
-    """Return the device to which accelerate's hook moves the weights of a module, or None without such a hook.
+    """Return the device to which accelerate's hook moves a module's weights, or None without a hook.
 
     accelerate has no public function for this. ``_hf_hook`` holds a hook or a sequence of hooks (accelerate/hooks.py).
     """

@@ -1,1 +1,1 @@
-"""What is computed: an attention as plain data, without device code and without kernels."""
+"""The description of an attention as plain data, without device code and without kernels."""

@@ -1,6 +1,6 @@
 """Additive biases: values that are added to the scores before the softmax, with exact gradients for learned tables.
 
-A bias is defined by its FlexAttention ``score_mod(score, b, h, q, kv)``, as a pattern is by its ``mask_mod``.
+A FlexAttention ``score_mod(score, b, h, q, kv)`` defines a bias, as a ``mask_mod`` defines a pattern.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _is_integer(value: object) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Bias:
-    """Base class of biases. Capabilities and requests name a bias by its ``kind``.
+    """Base class of biases. Capabilities and requests identify a bias by the attribute ``kind``.
 
     In all methods ``q_len`` and ``kv_len`` are the lengths of the whole query and key sequences, in tokens.
     """
@@ -43,10 +43,10 @@ class Bias:
         """Raise :class:`InvalidArgumentError` unless the values fit an attention of this size."""
         if not isinstance(self.values, Tensor) or not self.values.is_floating_point():
             got = f"{tuple(self.values.shape)} {self.values.dtype}" if isinstance(self.values, Tensor) else self.values
-            raise InvalidArgumentError("bias values", got, "a floating-point tensor; to hide keys, mask=")
+            raise InvalidArgumentError("bias values", got, "a floating-point tensor (use mask= to hide keys)")
 
     def score_mod(self, q_len: int, kv_len: int) -> ScoreMod:
-        """Return the definition: a function that adds the bias to scores at broadcastable index tensors."""
+        """Return a function that adds the bias to the scores at broadcastable index tensors ``(b, h, q, kv)``."""
         bias_at = self.gather(q_len, kv_len)
         return lambda score, b, h, q, kv: score + bias_at(b, h, q, kv)
 
@@ -55,30 +55,30 @@ class Bias:
         raise NotImplementedError
 
     def block_key(self, tile: Tile) -> tuple[int, ...] | None:
-        """Return a key that only tiles with equal biases share, so that a kernel can reuse a bias; or None."""
+        """Return a value that is equal only for tiles with equal biases, or None. A kernel can reuse equal biases."""
         return None
 
     def add_gradient_(self, grad: Tensor, grad_scores: Tensor, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> None:
         """Add the contribution of a block of scores to the gradient of :attr:`values`, in place.
 
-        ``grad`` has the shape of :attr:`values`, ``grad_scores`` is ``(batch, heads, n, m)``, and ``q`` ``(n,)`` and
-        ``kv`` ``(m,)`` are the query and key indices of the block.
+        ``grad`` has the shape of :attr:`values`, and ``grad_scores`` is ``(batch, heads, n, m)``. The query indices of
+        the block are ``q`` ``(n,)``, and the key indices are ``kv`` ``(m,)``.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
 class RelativeBias(Bias):
-    """A bias that depends only on the head and on ``key position - query position`` (T5; Raffel et al. 2020).
+    """A bias that depends only on the head and on ``key position - query position`` (T5, Raffel et al. 2020).
 
     Attributes:
-        values: ``(heads or 1, R)``; a key ``d`` tokens after the query gets ``values[h, zero + d]``. Larger distances
-            get the first or the last value, so a bucketed table needs only the range in which its buckets differ.
-            To train a bucket table, gather from it: ``table[bucket(distances)].T``; gradients flow through.
-        zero: index of distance 0.
-        offset: key position of query 0; None aligns the last query with the last key.
-        positions: ``(batch, q_len)`` int64, the position of each query among the keys where that is not
-            ``q + offset``, or None. LongT5 needs it: its queries see one key per block of tokens.
+        values: ``(heads or 1, R)``. A key ``d`` tokens after the query gets ``values[h, zero + d]``. Distances outside
+            the table get the first or the last value, so the table needs only the distances whose values differ.
+            To train a bucket table, pass ``table[bucket(distances)].T``. Gradients then flow to ``table``.
+        zero: the index of distance 0 in ``values``.
+        offset: the key position of query 0. None aligns the last query with the last key.
+        positions: ``(batch, q_len)`` int64, the position of each query among the keys. None means ``q + offset``.
+            LongT5 passes positions, because each global key of LongT5 represents a block of tokens.
 
     Example:
         >>> import torch, attnzoo
@@ -102,18 +102,18 @@ class RelativeBias(Bias):
         fits = self.values.ndim == 2 and self.values.shape[0] in (1, heads)
         if not fits or not _is_integer(self.zero) or not 0 <= self.zero < self.values.shape[1]:
             got = f"values {tuple(self.values.shape)}, zero={self.zero!r}"
-            raise InvalidArgumentError("bias", got, f"(1 or {heads}, R) and 0 <= zero < R, an integer")
+            raise InvalidArgumentError("bias", got, f"values (1 or {heads}, R) and an integer 0 <= zero < R")
         if self.offset is not None and not _is_integer(self.offset):
             raise InvalidArgumentError("bias offset", repr(self.offset), "an integer, or None")
         if self.positions is None:
             return
         if not isinstance(self.positions, Tensor):
-            raise InvalidArgumentError("bias positions", repr(self.positions), f"a tensor ({batch}, {q_len}), or None")
+            raise InvalidArgumentError("bias positions", repr(self.positions), f"a tensor ({batch}, {q_len}) or None")
         if tuple(self.positions.shape) != (batch, q_len):
             raise InvalidArgumentError("bias positions", tuple(self.positions.shape), f"({batch}, {q_len})")
         if self.positions.dtype != torch.long or self.positions.device != self.values.device:
             got = f"{self.positions.dtype} on {self.positions.device}"
-            raise InvalidArgumentError("bias positions", got, f"torch.int64 on {self.values.device}, as the values")
+            raise InvalidArgumentError("bias positions", got, f"torch.int64 on {self.values.device}, as values")
 
     def _shift(self, q_len: int, kv_len: int) -> int:
         """Return the key position of query 0."""
@@ -131,9 +131,9 @@ class RelativeBias(Bias):
         return bias_at
 
     def _gather_rows(self, positions: Tensor, kv: Tensor) -> Tensor:
-        """Return the bias of queries at ``positions`` (batch, 1, n, 1): gather one row per position, then copy rows.
+        """Return the bias of queries at ``positions`` (batch, 1, n, 1). Gather one row per position, then copy rows.
 
-        All tokens of a block share a position, and copying a row is much faster than gathering its entries again.
+        All tokens of a block share a position, and copying a row is much faster than gathering the entries again.
         """
         distinct, row = positions.unique(return_inverse=True)
         index = (kv.reshape(1, -1) - distinct[:, None] + self.zero).clamp(0, self.values.shape[1] - 1)
@@ -166,7 +166,7 @@ class DenseBias(Bias):
     """A bias with a value for every query and key.
 
     Attributes:
-        values: ``(batch or 1, heads or 1, q_len, kv_len)``, finite. To hide keys, use a mask.
+        values: finite values ``(batch or 1, heads or 1, q_len, kv_len)``. To hide keys, use a mask.
 
     Example:
         >>> import torch, attnzoo

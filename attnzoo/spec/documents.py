@@ -1,8 +1,8 @@
-"""Packed rows: several documents in one row, where each document sees only itself, causally.
+"""Packed rows: rows of several documents, where a token sees only the earlier tokens of the same document.
 
-Models write the mask of packed rows as a dense grid. This module reads the documents back from the grid and computes
-the attention with each document as a separate sample. Every backend that supports causal attention and padding keys
-then supports packed rows, and no query pays for the keys of another document.
+Models describe packed rows by a dense mask. This module finds the documents in the mask and computes the attention with
+each document as a separate sample. Every backend that supports causal attention and padding keys then supports packed
+rows, and no kernel computes scores between two documents.
 """
 
 from __future__ import annotations
@@ -21,51 +21,51 @@ if TYPE_CHECKING:
     from attnzoo.adapter import Attend
 
 _ENTRIES_AT_ONCE = 1 << 24
-_SHORT = 6  # documents of up to 2**6 tokens share a pack: one more kernel call costs more than their padding
+_SHORT = 6  # documents of up to 2**6 tokens share a pack, because another kernel call costs more than padding
 
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """Documents of similar length as the samples of one batch.
+    """Documents of similar length that form one batch, with one document per sample.
 
     Attributes:
         index: ``(documents, longest)`` int64, the tokens of each document as indices into the ``batch * length`` tokens
-            of the packed rows; arbitrary in padding.
-        real: ``(documents, longest)`` bool, False for padding; None if there is no padding.
+            of the packed rows. The indices of padding are arbitrary.
+        real: ``(documents, longest)`` bool, False for padding. None means that there is no padding.
     """
 
     index: Tensor
     real: Tensor | None
 
     def attention(self, packed: Attention) -> Attention:
-        """Return the attention of these documents, given the attention of the packed rows."""
+        """Return the attention within these documents, computed from the attention of the packed rows."""
         (segment,) = packed.segments
         key, value = self._gather(segment.key), self._gather(segment.value)
         segment = replace(segment, key=key, value=value, pattern=Causal(offset=0), key_mask=self.real, mask=None)
         return replace(packed, query=self._gather(packed.query), segments=(segment,), query_mask=self.real)
 
     def real_rows(self, output: Tensor) -> Tensor:
-        """Return the rows ``(n, heads, dim)`` of an output ``(documents, heads, longest, dim)`` without padding."""
+        """Return the rows ``(n, heads, dim)`` of real tokens in an output ``(documents, heads, longest, dim)``."""
         output = output.transpose(1, 2)
         return output.flatten(0, 1) if self.real is None else output[self.real]
 
     @property
     def real_index(self) -> Tensor:
-        """``(n,)``: :attr:`index` without padding, in the order of :meth:`real_rows`."""
+        """The indices ``(n,)`` of the real tokens, in the order of :meth:`real_rows`."""
         return self.index.flatten() if self.real is None else self.index[self.real]
 
     def _gather(self, tensor: Tensor) -> Tensor:
-        """Return ``(documents, heads, longest, dim)`` of ``(batch, heads, length, dim)``."""
-        # A view for most models: their projections have the memory layout (batch, length, heads, dim).
+        """Return the documents ``(documents, heads, longest, dim)`` from ``(batch, heads, length, dim)``."""
+        # This is a view in most models, because projections have the memory layout (batch, length, heads, dim).
         tokens = tensor.transpose(1, 2).flatten(0, 1)
         return tokens.index_select(0, self.index.flatten()).unflatten(0, tuple(self.index.shape)).transpose(1, 2)
 
 
 def find_documents(visible: Tensor, batch: int) -> tuple[Pack, ...] | None:
-    """Return the documents of packed rows; None if the mask is anything but documents that see themselves causally.
+    """Return the documents of packed rows, or None if the mask is not the mask of packed rows.
 
-    ``visible`` is ``(batch or 1, length, length)`` bool, True where the query (rows) sees the key (columns). A query
-    that sees no key belongs to no document.
+    ``visible`` is ``(batch or 1, length, length)`` bool, True if the query (dimension 1) sees the key (dimension 2). A
+    query that sees no key belongs to no document.
     """
     samples, q_len, kv_len = visible.shape
     if q_len != kv_len:
@@ -89,7 +89,7 @@ def find_documents(visible: Tensor, batch: int) -> tuple[Pack, ...] | None:
 
 
 def _packs(lengths: dict[int, int], device: torch.device) -> tuple[Pack, ...]:
-    """Group documents ``{index of the first token: length}`` by length, so that padding at most doubles a pack."""
+    """Group documents ``{index of the first token: length}`` by length. Padding at most doubles a long document."""
     groups: dict[int, list[int]] = {}
     for start, length in lengths.items():
         groups.setdefault(max(_SHORT, (length - 1).bit_length()), []).append(start)
@@ -106,10 +106,10 @@ def _packs(lengths: dict[int, int], device: torch.device) -> tuple[Pack, ...]:
 def attend_documents(
     attend: Attend, attention: Attention, documents: tuple[Pack, ...] | None, probabilities: bool = False
 ) -> Result:
-    """Run an attention of one segment by its documents; with its dense mask if that is not possible.
+    """Compute an attention of one segment per document, or with the dense mask if that is not possible.
 
-    The dense mask stays if ``documents`` is None, the backend refuses the documents, the bias depends on more than
-    distance, probabilities are requested, or the attention has further masks.
+    The dense mask is used in five cases: ``documents`` is None, the backend refuses the documents, the bias depends on
+    more than distance, probabilities are requested, or the attention has further masks.
     """
     (segment,) = attention.segments
     extras = (attention.query_mask, attention.empty, segment.key_mask)
@@ -127,5 +127,5 @@ def attend_documents(
 
 
 def _by_distance(bias: Bias | None) -> bool:
-    """Whether the bias of a document is the same wherever the document stands in its row."""
+    """Whether the bias of a document does not depend on the position of the document in the row."""
     return bias is None or (type(bias) is RelativeBias and bias.positions is None and not bias.offset)

@@ -1,4 +1,4 @@
-"""Global keys: keys that every query sees, at any positions and of any number per sample (Longformer, LED, ETC)."""
+"""Global keys, which every query sees. Each sample has any number of them at any positions (Longformer, LED, ETC)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class GlobalKeys(NamedTuple):
     """The positions of the global tokens of a batch.
 
     Attributes:
-        positions: ``(batch, most)`` int64, the positions of each sample, then filler.
-        valid: ``(batch, most)`` bool, False for filler.
+        positions: ``(batch, most)`` int64, the positions of the global tokens in each sample, padded to ``most``.
+        valid: ``(batch, most)`` bool, False for padding entries of ``positions``.
     """
 
     positions: Tensor
@@ -28,9 +28,9 @@ class GlobalKeys(NamedTuple):
 
 
 def find_global_keys(is_global: Tensor) -> GlobalKeys | None:
-    """Return the positions where ``is_global`` ``(batch, length)`` bool is True; None if it is False everywhere.
+    """Return the positions where ``is_global`` ``(batch, length)`` bool is True, or None if no entry is True.
 
-    Counting waits for the device. Under ``vmap`` the count is unknown, and ``most`` is the length.
+    Counting waits for the device. Under ``vmap`` the count is unknown, so ``most`` is ``length``.
     """
     counts = is_global.sum(1)
     most = int(counts.max()) if readable(counts) else is_global.shape[1]

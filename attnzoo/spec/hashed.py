@@ -1,7 +1,7 @@
-"""The pattern of LSH attention in which queries and keys differ: queries see keys with similar hashes.
+"""The pattern of LSH attention with separate queries and keys, in which queries see keys with similar hashes.
 
-As in Reformer (Kitaev et al. 2020, arXiv:2001.04451), keys are sorted by bucket and cut into chunks, in several rounds.
-In Reformer a query is its own key. Here each query has a rank among the sorted keys, which can be between two keys.
+As in Reformer (Kitaev et al. 2020, arXiv:2001.04451), each round sorts the keys by bucket and cuts them into chunks. In
+Reformer, queries and keys are the same vectors. Here, each query has a rank among the sorted keys.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _KEYS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class HashRound:
-    """One sorting of the keys, and the ranks of the queries in it. All tensors are int64.
+    """One sorted order of the keys, and the rank of each query in this order. All tensors are int64.
 
     Attributes:
         keys: ``(batch, kv_heads, kv_len)``, the key indices in sorted order.
-        key_ranks: ``(batch, kv_heads, kv_len)``, the rank of each key: the inverse of ``keys``.
+        key_ranks: ``(batch, kv_heads, kv_len)``, the rank of each key, i.e. the inverse of ``keys``.
         chunks: ``(batch, kv_len)``, the chunk of each rank, ascending from 0 without gaps.
         queries: ``(batch, heads, q_len)``, the query indices in the order of their ranks.
         query_ranks: ``(batch, heads, q_len)``, the rank of each query.
@@ -51,18 +51,18 @@ class HashRound:
 
 @dataclass(frozen=True)
 class HashedChunks(Pattern):
-    """One round of hashing: the sorted keys are cut into chunks, and a query sees the chunks around its rank.
+    """One round of hashing, in which sorted keys are cut into chunks and a query sees the chunks around its rank.
 
     A query whose rank is in chunk ``c`` sees the keys of chunks ``c - before`` to ``c + after``. The neighbourhood does
-    not wrap around the ends. A key that an earlier round shows to the query is hidden, so the union of all rounds shows
-    every key once, as in Reformer's paper. Reformer's code counts a key once per round that shows it.
+    not wrap around the ends. A round hides the keys that the query saw in an earlier round. Each key therefore counts
+    once over all rounds, as in the Reformer paper. In the Reformer code, a key counts once per round.
 
     Attributes:
         length: the largest number of keys in a chunk.
-        before, after: number of neighbouring chunks.
-        causal: a query sees only keys up to its own position.
-        min_distance: hide keys that are closer than this to the query's position, because another segment shows them.
-        offset: key position of query 0; None aligns the last query with the last key.
+        before, after: the numbers of visible chunks before and after the chunk of the query.
+        causal: whether a query sees only keys up to the position of the query.
+        min_distance: the smallest distance to a visible key. Closer keys are hidden, because another segment has them.
+        offset: the key position of query 0. None aligns the last query with the last key.
         rounds: the earlier rounds, then this round.
     """
 
@@ -84,7 +84,7 @@ class HashedChunks(Pattern):
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         if not self.rounds:
-            raise InvalidArgumentError("pattern rounds", "none", "at least one HashRound")
+            raise InvalidArgumentError("pattern rounds", "()", "a tuple of at least one HashRound")
         for hash_round in self.rounds:
             keys = hash_round.keys
             kv_heads = keys.shape[1] if keys.ndim == 3 else 0
@@ -122,13 +122,13 @@ class HashedChunks(Pattern):
         return (ahead >= -self.before) & (ahead <= self.after)
 
     def block_size(self, q_len: int, kv_len: int) -> int:
-        # A block reads the chunks of its queries and their neighbours: small blocks read few keys for nothing.
+        # A block reads the chunks of its queries and the neighbouring chunks. Small blocks read few unneeded keys.
         return min(q_len, max(128, self.length))
 
     def gathered(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> Iterator[Tensor]:
-        """Yield the keys that *sorted* queries ``q_start:q_stop`` may see, as ``(batch, heads, m)``; -1 is no key.
+        """Yield the key indices ``(batch, heads, m)`` that *sorted* queries ``q_start:q_stop`` may see.
 
-        Each head has a run of neighbours in sorted order. All heads get as many entries as the longest run.
+        Each head sees a run of keys in sorted order. Shorter runs are padded to the longest run with -1.
         """
         hash_round = self.rounds[-1]
         ends = hash_round.query_ranks.gather(2, hash_round.queries[:, :, [q_start, q_stop - 1]])

@@ -1,8 +1,8 @@
-"""Reading the ``attention_mask`` of a model back into a pattern, masks and a bias.
+"""Functions that convert the ``attention_mask`` of a model into a pattern, masks and a bias.
 
-Models mask with finite numbers (``finfo.min``, ``-1e9``, ...), and write causality and padding as one dense grid. The
-reading is exact: the finite rest of an additive mask becomes a bias, and a grid becomes a pattern and padding only if
-they show exactly the same keys. Under ``vmap`` Python cannot read the values, and the mask stays dense.
+Models mask with finite numbers (``finfo.min``, ``-1e9``, ...), and combine causality and padding in one dense mask. The
+conversion is exact. The other values of an additive mask become a bias. A dense mask becomes a pattern and a key mask
+only if these hide exactly the same keys. Under ``vmap`` Python cannot read the values, so the mask stays dense.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _ENTRIES_AT_ONCE = 1 << 24
 
 
 class ReadMask(NamedTuple):
-    """The content of a mask as the fields of a segment.
+    """The content of an attention mask, as fields of a segment.
 
     Attributes:
         pattern: ``Causal`` or ``Full``.
-        key_mask: ``(batch, kv_len)`` bool, False for padding, or None.
-        mask: ``(batch or 1, heads or 1, q_len, kv_len)`` bool, or None if pattern and key mask show the same keys.
-        bias: the finite values of an additive mask, or None.
-        documents: the documents if ``mask`` shows exactly those of packed rows, or None.
+        key_mask: ``(batch, kv_len)`` bool, False for padding. None means that there is no padding.
+        mask: ``(batch or 1, heads or 1, q_len, kv_len)`` bool. None means that pattern and key mask replace the mask.
+        bias: the finite values of an additive mask. None means no values, or only zeros.
+        documents: the documents of packed rows. None means that ``mask`` is not the mask of packed rows.
     """
 
     pattern: Pattern
@@ -41,16 +41,16 @@ class ReadMask(NamedTuple):
 
 
 def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], floor: float | None = None) -> ReadMask:
-    """Read a 4-D ``attention_mask``: bool (True: visible) or additive.
+    """Convert a 4-D bool or additive ``attention_mask`` into a pattern, masks and a bias.
 
     Args:
-        attention_mask: ``(batch or 1, heads or 1, q_len or 1, kv_len or 1)``. Dimensions of 1 are repeated.
-        sizes: ``(batch, q_len, kv_len)`` of the attention.
-        floor: additive values at or below it mean "not visible"; None: half of the dtype's most negative number.
+        attention_mask: ``(batch or 1, heads or 1, q_len or 1, kv_len or 1)``. In a bool mask, True means visible.
+        sizes: the sizes ``(batch, q_len, kv_len)`` of the attention.
+        floor: the largest additive value that hides a key. None means half of the dtype's most negative number.
 
     Raises:
-        InvalidArgumentError: not a 4-D bool or floating-point tensor of these sizes, or with NaN or +Inf. Under
-            ``vmap`` NaN and +Inf go unnoticed and make the output NaN.
+        InvalidArgumentError: the mask is not a 4-D bool or floating-point tensor of these sizes, or contains NaN or
+            +Inf. Under ``vmap``, NaN and +Inf raise no error and make the output NaN.
 
     Example:
         >>> import torch, attnzoo
@@ -58,17 +58,17 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
         >>> read.pattern, read.mask
         (Causal(offset=0), None)
     """
-    allowed = "a 4-D bool mask (True: visible) or additive floating-point mask without NaN and +Inf"
+    allowed = "a 4-D bool mask (True: visible), or a 4-D additive mask of floats without NaN and +Inf"
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4 or 0 in attention_mask.shape:
         raise InvalidArgumentError("attention_mask", describe(attention_mask), allowed)
     batch, *lengths = sizes
     if any(attention_mask.shape[dim] not in (1, size) for dim, size in zip((0, 2, 3), sizes, strict=True)):
-        fits = f"(1 or {batch}, heads or 1, {lengths[0]}, {lengths[1]}), or 1 in place of a length"
+        fits = f"(1 or {batch}, heads or 1, 1 or {lengths[0]}, 1 or {lengths[1]})"
         raise InvalidArgumentError("attention_mask", describe(attention_mask), fits)
     if attention_mask.dtype == torch.bool:
         visible = attention_mask.expand(-1, -1, *lengths)
         read = _simplify(visible, batch) if readable(visible) else ReadMask(Full(), None, visible, None)
-        # The copy matters: results that share memory with the mask are not cached, and every layer would read it again.
+        # Copy: results that share memory with the mask are not cached, and every layer would convert the mask again.
         return read if read.mask is None else read._replace(mask=read.mask.clone())
     if not attention_mask.is_floating_point():
         raise InvalidArgumentError("attention_mask", describe(attention_mask), allowed)
@@ -78,21 +78,21 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
     if not readable(attention_mask):
         return ReadMask(Full(), None, visible, bias)
     if bool(attention_mask.isnan().any()):
-        raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)} with NaN in it", allowed)
+        raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)} with NaN", allowed)
     if not bool(rest.isfinite().all()):
-        raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)} with +Inf in it", allowed)
+        raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)} with +Inf", allowed)
     return _simplify(visible, batch)._replace(bias=bias if bool((rest != 0).any()) else None)
 
 
 def _simplify(visible: Tensor, batch: int) -> ReadMask:
-    """Return causality and padding if they show exactly the visible keys; else the dense mask and its documents."""
+    """Return a pattern and a key mask if they are equal to ``visible``, else the dense mask and the documents."""
     if visible.shape[1] != 1:
         return ReadMask(Full(), None, visible, None)
     grid = visible[:, 0]
     q_len, kv_len = grid.shape[1:]
     real = grid.any(1)
     key_mask = None if bool(real.all()) else real.expand(batch, -1)
-    # If the last query of some sample is no padding, the last key it sees is its position.
+    # If the last query of a sample is not padding, the position of this query is the last key that it sees.
     last = kv_len - 1 - int(grid[:, -1].any(0).flip(0).byte().argmax())
     offsets = dict.fromkeys((last - (q_len - 1), kv_len - q_len, 0)) if q_len > 1 else {}
     for pattern in (Full(), *(Causal(None if offset == kv_len - q_len != 0 else offset) for offset in offsets)):
@@ -102,7 +102,7 @@ def _simplify(visible: Tensor, batch: int) -> ReadMask:
 
 
 def _shows_exactly(pattern: Pattern, real: Tensor, grid: Tensor) -> bool:
-    """Whether a pattern and real keys ``(batch, kv_len)`` show exactly a grid ``(batch, q_len, kv_len)``."""
+    """Whether a pattern and a key mask ``(batch, kv_len)`` equal a dense mask ``(batch, q_len, kv_len)``."""
     samples, q_len, kv_len = grid.shape
     zero, key = real.new_zeros((), dtype=torch.long), torch.arange(kv_len, device=grid.device)
     mask, start = pattern.mask_mod(q_len, kv_len), 0

@@ -1,8 +1,8 @@
-"""Patterns: which query sees which key, as plain frozen data.
+"""Patterns, which define as plain frozen data the keys that each query sees.
 
-A pattern defines its visibility once, as a FlexAttention ``mask_mod(b, h, q, kv) -> bool``. Its *structure* lets a
-kernel skip work: which key ranges a block of queries can see, and whether a tile needs no mask. Indices are positions
-in the query and key sequences; ``offset`` is the key position of query 0.
+A FlexAttention ``mask_mod(b, h, q, kv) -> bool`` defines a pattern. Other methods let a kernel skip work: they return
+the key ranges that a block of queries can see, and whether a tile needs no mask. Indices are positions in the query and
+key sequences. ``offset`` is the key position of query 0.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from attnzoo.errors import InvalidArgumentError
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Span = tuple[int, int]
-UNLIMITED = 1 << 40  # farther than any two tokens are apart, and far from the limits of int64
+UNLIMITED = 1 << 40  # larger than any distance between tokens, and much smaller than the int64 limit
 
 
 class Band(NamedTuple):
-    """The visible distances, key index minus query index; a side without a limit is ``-UNLIMITED`` or ``UNLIMITED``."""
+    """The range of visible distances (key index minus query index). ``UNLIMITED`` stands for no limit on a side."""
 
     lowest: int
     highest: int
 
 
 class Tile(NamedTuple):
-    """Queries ``q_start:q_stop`` and keys ``kv_start:kv_stop`` of a ``q_len x kv_len`` grid."""
+    """The queries ``q_start:q_stop`` and keys ``kv_start:kv_stop`` of a ``q_len x kv_len`` attention."""
 
     q_start: int
     q_stop: int
@@ -40,7 +40,7 @@ class Tile(NamedTuple):
 
     @property
     def shape_and_distance(self) -> tuple[int, int, int]:
-        """Equal for tiles of the same size whose first query and first key are equally far apart."""
+        """The number of queries, the number of keys, and the distance from the first query to the first key."""
         return (self.q_stop - self.q_start, self.kv_stop - self.kv_start, self.kv_start - self.q_start)
 
 
@@ -50,69 +50,69 @@ def _check_count(argument: str, value: object, minimum: int) -> None:
 
 
 def power_of_two(count: int) -> int:
-    """Round the magnitude of a number up to a power of two and keep its sign; 0 stays 0."""
+    """Return the number with its magnitude rounded up to a power of two. Return 0 for 0."""
     rounded = 1 << (abs(count) - 1).bit_length() if count else 0
     return rounded if count >= 0 else -rounded
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Base class. ``q_len`` and ``kv_len`` are the lengths of the whole query and key sequences, in tokens."""
+    """Base class of patterns. ``q_len`` and ``kv_len`` are the lengths of the whole sequences in tokens."""
 
     @property
     def structure(self) -> Pattern:
-        """The pattern without its tensors, as requests hold it."""
+        """A copy of the pattern without tensors, for use in requests."""
         return self
 
     @property
     def coarse(self) -> Pattern:
-        """The structure with every length-dependent number rounded up to a power of two: the key of a measurement."""
+        """The structure with length-dependent numbers rounded up to powers of two, for use in keys of measurements."""
         return self.structure
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
-        """Raise :class:`InvalidArgumentError` if the pattern has no meaning for an attention of this size."""
+        """Raise :class:`InvalidArgumentError` if the pattern is not defined for an attention of this size."""
 
     def mask_mod(self, q_len: int, kv_len: int) -> MaskMod:
-        """Return the definition: a function of broadcastable index tensors, True where query ``q`` sees key ``kv``."""
+        """Return a function of broadcastable index tensors that returns True where query ``q`` sees key ``kv``."""
         raise NotImplementedError
 
     def band(self, q_len: int, kv_len: int) -> Band | None:
-        """Return the band, if the key index minus the query index alone decides what is visible; else None."""
+        """Return the band if visibility depends only on the key index minus the query index, else None."""
         return None
 
     def batch_and_heads(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the batch and head indices to evaluate a mask at: a zero each, unless each head has an order."""
+        """Return the batch and head indices for ``mask_mod``. Both are zero unless :attr:`query_order` is set."""
         order = self.query_order
         sizes = (1, 1) if order is None else order.shape[:2]
         batch, heads = (torch.arange(size, device=device) for size in sizes)
         return batch[:, None, None, None], heads[None, :, None, None]
 
     def kv_spans(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> tuple[Span, ...]:
-        """Return disjoint ``(start, stop)`` key ranges that contain every key visible to queries ``q_start:q_stop``."""
+        """Return disjoint ``(start, stop)`` key ranges with all keys that queries ``q_start:q_stop`` see."""
         return ((0, kv_len),)
 
     def sees_all(self, tile: Tile) -> bool:
-        """Return True only if every query of the tile sees every key of the tile, so that it needs no mask."""
+        """Return True only if every query of the tile sees every key of the tile. Such a tile needs no mask."""
         return False
 
     def block_size(self, q_len: int, kv_len: int) -> int:
-        """Return how many queries a blocked kernel should take at once."""
+        """Return the recommended number of queries in one block of a blocked kernel."""
         return q_len
 
     @property
     def query_order(self) -> Tensor | None:
-        """Query indices ``(batch, heads, q_len)`` in the order that the structure counts them; None: first to last."""
+        """The query indices ``(batch, heads, q_len)`` in sorted order. None means the order of the sequence."""
         return None
 
     def gathered(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> Iterator[Tensor] | None:
-        """Yield the keys that a block of queries sees, if each head sees other keys.
+        """Yield the key indices ``(batch, heads, m)`` that a block of queries sees, if they differ between heads.
 
-        Yields key indices ``(batch, heads, m)``, each key once, -1 for no key. None: :meth:`kv_spans` has the keys.
+        Each key occurs once, and -1 is padding. Return None if :meth:`kv_spans` returns the keys for all heads.
         """
         return None
 
     def block_key(self, tile: Tile) -> tuple[int, ...] | None:
-        """Return a value that is equal only for tiles with equal masks, so that a kernel can reuse a mask; or None."""
+        """Return a value that is equal only for tiles with equal masks, or None. A kernel can reuse equal masks."""
         return None
 
 
@@ -121,8 +121,8 @@ class Full(Pattern):
     """Every query sees every key.
 
     Attributes:
-        cross: the keys come from another sequence (cross-attention), so distances between queries and keys mean
-            nothing. Approximate backends leave such an attention unchanged.
+        cross: whether the keys come from another sequence (cross-attention). Distances between queries and keys then
+            have no meaning, and approximate backends do not change the attention.
     """
 
     cross: bool = False
@@ -146,12 +146,12 @@ class Full(Pattern):
 
 @dataclass(frozen=True)
 class _Banded(Pattern):
-    """A pattern that is a :class:`Band`. ``offset=None`` aligns the last query with the last key (bottom right)."""
+    """Base class of patterns with a :class:`Band`. ``offset=None`` aligns the last query with the last key."""
 
     def __post_init__(self) -> None:
         offset: object = getattr(self, "offset", None)
         if offset is not None and (isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt))):
-            raise InvalidArgumentError(f"offset of {type(self).__name__}", repr(offset), "an integer, or None")
+            raise InvalidArgumentError(f"offset of {type(self).__name__}", repr(offset), "an integer or None")
 
     def band(self, q_len: int, kv_len: int) -> Band:
         raise NotImplementedError
@@ -187,9 +187,9 @@ class _Banded(Pattern):
 
 @dataclass(frozen=True)
 class Causal(_Banded):
-    """Query ``i`` sees keys up to its own position ``i + offset``.
+    """Causal attention: query ``i`` sees the keys up to position ``i + offset``.
 
-    The default offset aligns bottom right, as FlashAttention does: new tokens on a longer cache see all of the cache.
+    The default offset aligns the last query with the last key, as in FlashAttention. New tokens see the whole cache.
 
     Raises:
         InvalidArgumentError: the offset is neither an integer nor None.
@@ -207,13 +207,13 @@ class Causal(_Banded):
 
 @dataclass(frozen=True)
 class Window(_Banded):
-    """Sliding window: a query at position ``p`` sees keys ``p - left`` to ``p + right``, both included.
+    """Sliding window: a query at position ``p`` sees the keys from ``p - left`` to ``p + right``, both included.
 
-    ``Window(w, 0)`` is the causal window of Mistral; ``Window(w, w)`` that of Longformer (Beltagy et al. 2020,
+    ``Window(w, 0)`` is the causal window of Mistral. ``Window(w, w)`` is the window of Longformer (Beltagy et al. 2020,
     arXiv:2004.05150) with ``attention_window = 2 * w``.
 
     Raises:
-        InvalidArgumentError: a side is negative, or both are zero; the offset is neither an integer nor None.
+        InvalidArgumentError: a side is negative, both sides are zero, or the offset is neither an integer nor None.
 
     Example:
         >>> Window(left=3, right=1).kv_spans(8, 10, q_len=20, kv_len=20)  # what queries 8 and 9 see
@@ -236,7 +236,7 @@ class Window(_Banded):
         return Band(shift - self.left, shift + self.right)
 
     def block_size(self, q_len: int, kv_len: int) -> int:
-        # A block of n queries reads n + left + right keys: small blocks waste few, but each costs a kernel call.
+        # A block of n queries reads n + left + right keys. Small blocks read few unneeded keys but need more calls.
         return min(q_len, max(64, min(256, (self.left + self.right) // 16)))
 
 
@@ -244,15 +244,16 @@ class Window(_Banded):
 class Chunks(Pattern):
     """Chunked attention of Reformer (Kitaev et al. 2020, arXiv:2001.04451).
 
-    The sequence is cut into chunks of ``length`` tokens; a query in chunk ``c`` sees chunks ``c - before`` to
-    ``c + after``. This neighbourhood wraps around the end of the sequence. With ``causal`` a query sees only keys up to
-    its own position, so it sees nothing that wrapped around.
+    The sequence is cut into chunks of ``length`` tokens. A query in chunk ``c`` sees chunks ``c - before`` to
+    ``c + after``. This neighbourhood wraps around the ends of the sequence. With ``causal``, a query sees only keys up
+    to the position of the query.
 
-    The last chunk may be partial. A query sees each key at most once, however often the neighbourhood wraps onto it.
-    ``before`` or ``after`` may be negative: ``Chunks(n, -1, 1)`` sees the next chunk alone.
+    The last chunk may be shorter. A query sees each key at most once, even if the neighbourhood is longer than the
+    sequence. ``before`` or ``after`` may be negative. For example, with ``Chunks(n, -1, 1)`` a query sees only the next
+    chunk.
 
     Raises:
-        InvalidArgumentError: ``length < 1``, an empty neighbourhood, or (in use) query and key lengths that differ.
+        InvalidArgumentError: ``length < 1``, or an empty neighbourhood. Unequal query and key lengths raise it in use.
 
     Example:
         >>> Chunks(4, before=1).kv_spans(8, 12, q_len=16, kv_len=16)  # the third chunk sees the second and itself
@@ -277,7 +278,7 @@ class Chunks(Pattern):
             raise InvalidArgumentError("pattern", got, "as many queries as keys")
 
     def near(self, query_position: Tensor, kv: Tensor, kv_len: int) -> Tensor:
-        """Return True where a key's chunk is in the neighbourhood of the chunk of a query position."""
+        """Return True where the chunk of key ``kv`` is in the neighbourhood of the chunk of ``query_position``."""
         ahead = kv // self.length - query_position // self.length
         return (ahead + self.before) % -(-kv_len // self.length) <= self.before + self.after
 
@@ -311,7 +312,7 @@ class Chunks(Pattern):
         return (not self.causal or tile.kv_stop <= tile.q_start + 1) and self._all_near(tile)
 
     def _all_near(self, tile: Tile) -> bool:
-        """Whether every key of the tile is in the neighbourhood of every query, causal or not."""
+        """Whether every key of the tile is in the neighbourhood of every query of the tile, if causality is ignored."""
         if self.before + self.after + 1 >= -(-tile.kv_len // self.length):
             return True
         one_chunk = tile.q_start // self.length == (tile.q_stop - 1) // self.length
@@ -319,7 +320,7 @@ class Chunks(Pattern):
         return one_chunk and any(start <= tile.kv_start and tile.kv_stop <= stop for start, stop in spans)
 
     def block_key(self, tile: Tile) -> tuple[int, ...] | None:
-        return tile.shape_and_distance if self._all_near(tile) else None  # causality alone decides
+        return tile.shape_and_distance if self._all_near(tile) else None  # then the mask depends only on causality
 
     def block_size(self, q_len: int, kv_len: int) -> int:
         return min(q_len, self.length)
@@ -327,19 +328,19 @@ class Chunks(Pattern):
 
 @dataclass(frozen=True)
 class SortedChunks(Chunks):
-    """Chunks of sorted keys, as LSH attention sorts them by bucket; each query has a place among the keys.
+    """Chunks of keys that LSH attention has sorted by bucket. Each query has a position among the sorted keys.
 
-    Keys stand in sorted order, and ``token`` has the token index of each. Queries stand in sequence order, and
-    ``order`` has their places: the query with index ``order[b, h, j]`` stands at key position ``start + j``. With
-    several hash rounds the keys of all rounds stand one after the other. Each round is a segment with its own ``start``
-    on the same keys, so that a neighbourhood reaches into the round before, as in Reformer. A query never sees its own
-    token: with shared queries and keys it would see little else.
+    The keys are in sorted order, and ``token`` contains the token index of each key. The queries are in sequence order.
+    The query with index ``order[b, h, j]`` has the key position ``start + j``. With several hash rounds, the keys of
+    all rounds are concatenated. Each round is a segment with these keys and a different ``start``, because in Reformer
+    a neighbourhood includes the last chunk of the previous round. A query never sees the key of its own token, because
+    that score would dominate if queries and keys are equal.
 
     Attributes:
-        start: key position of the first sorted query.
-        order: ``(batch, heads, q_len)`` long, a permutation of the query indices per head.
-        token: ``(batch, heads, kv_len)`` long, the token index of each key; -1 hides the key (padding).
-        causal: a query sees only keys of earlier tokens.
+        start: the key position of the first sorted query.
+        order: ``(batch, heads, q_len)`` int64, a permutation of the query indices per head.
+        token: ``(batch, heads, kv_len)`` int64, the token index of each key. -1 hides the key (padding).
+        causal: whether a query sees only keys of earlier tokens.
     """
 
     start: int = 0
@@ -368,11 +369,11 @@ class SortedChunks(Chunks):
     def sorted_tensors(self) -> tuple[Tensor, Tensor]:
         """Return ``order`` and ``token``, or raise :class:`InvalidArgumentError`."""
         if self.order is None or self.token is None:
-            raise InvalidArgumentError("pattern", f"{self} without order and token", "both")
+            raise InvalidArgumentError("pattern", f"{self} without order or token", "a pattern with order and token")
         return self.order, self.token
 
     def visible(self, query: Tensor, token: Tensor) -> Tensor:
-        """Return True where a query may see a key of this token, wherever the key stands."""
+        """Return True where ``query`` may see a key of ``token``. The position of the key is ignored."""
         return (token >= 0) & ((token < query) if self.causal else (token != query))
 
     def mask_mod(self, q_len: int, kv_len: int) -> MaskMod:

@@ -1,6 +1,6 @@
-"""An attention as plain data: one softmax over one or more segments of keys. No device code.
+"""Data types that describe an attention: one softmax over one or more segments of keys.
 
-Each segment has keys and values, a pattern (which query sees which key), and optional masks and a bias. The softmax
+A segment contains keys, values and a pattern (which query sees which key), and optionally masks and a bias. The softmax
 normalises over the visible keys of all segments together.
 """
 
@@ -25,7 +25,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def describe(given: object) -> str:
-    """Describe a value in a message: shape, dtype and device of a tensor or array, else type and value."""
+    """Return a description for messages: shape, dtype and device of a tensor, or type and value of other objects."""
     if isinstance(given, Tensor):
         return f"{tuple(given.shape)} {str(given.dtype).removeprefix('torch.')} on {given.device}"
     shape, dtype = getattr(given, "shape", None), getattr(given, "dtype", None)
@@ -36,15 +36,15 @@ def describe(given: object) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """Keys and values, and the keys that each query sees. A key is visible if pattern, key mask and mask all show it.
+    """Keys and values. A query sees a key if the pattern, the key mask and the mask all allow the key.
 
     Attributes:
         key: ``(batch, kv_heads, kv_len, head_dim)``.
         value: ``(batch, kv_heads, kv_len, value_dim)``.
-        pattern: which query position sees which key position.
-        key_mask: ``(batch, kv_len)`` bool, False for padding keys, or None.
-        mask: ``(batch or 1, heads or 1, q_len, kv_len)`` bool, True where visible, or None. Dense, so for short inputs.
-        bias: added to the scores, or None.
+        pattern: the key positions that each query position sees.
+        key_mask: ``(batch, kv_len)`` bool, False for padding keys. None means no padding.
+        mask: ``(batch or 1, heads or 1, q_len, kv_len)`` bool, True if the query sees the key. None means no mask.
+        bias: the values that are added to the scores. None means no bias.
     """
 
     key: Tensor
@@ -61,7 +61,7 @@ class Segment:
     def visible(self, q: Tensor, kv: Tensor, q_len: int) -> Tensor | None:
         """Return bool ``(batch or 1, heads or 1, n, m)``, True where query ``q`` (n,) sees key ``kv`` (m,).
 
-        None if every query sees every key.
+        Return None if every query sees every key.
         """
         seen: Tensor | None = None
         if not isinstance(self.pattern, Full):
@@ -87,7 +87,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class SegmentRequest:
-    """The properties of a segment that decide which backends support it: hashable, without tensors or lengths."""
+    """The hashable properties of a segment that decide which backends support the segment."""
 
     pattern: Pattern
     kv_heads: int
@@ -99,10 +99,10 @@ class SegmentRequest:
 
 @dataclass(frozen=True)
 class Request:
-    """The properties of an attention that decide which backends support it: hashable, without tensors or lengths.
+    """The hashable properties of an attention that decide which backends support the attention.
 
     Attributes:
-        transforms: the function transforms it runs under (:func:`attnzoo.spec.transforms.transforms_around`).
+        transforms: the active function transforms (:func:`attnzoo.spec.transforms.transforms_around`).
     """
 
     device: str
@@ -119,20 +119,20 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """One attention: ``softmax(scale * query @ keys.T + bias) @ values`` over the visible keys of all segments.
+    """The inputs of ``softmax(scale * query @ keys.T + bias) @ values`` over the visible keys of all segments.
 
     Attributes:
         query: ``(batch, heads, q_len, head_dim)``.
-        segments: keys and values; ``heads`` must be a multiple of each segment's ``kv_heads``, and query head ``h``
-            uses key head ``h // (heads // kv_heads)``.
-        scale: factor on the scores.
-        dropout: probability in ``[0, 1)`` of dropping a softmax weight.
-        query_mask: ``(batch, q_len)`` bool, False for padding rows, whose output is zero; or None.
-        empty: ``(batch, heads, q_len, value_dim)``, the output of rows that see no key; None: zeros. It counts as one
-            value of weight 1, which dropout may drop.
+        segments: the keys and values. ``heads`` must be a multiple of the ``kv_heads`` of each segment. Query head
+            ``h`` uses key head ``h // (heads // kv_heads)``.
+        scale: the factor on the scores.
+        dropout: the probability in ``[0, 1)`` of dropping a softmax weight.
+        query_mask: ``(batch, q_len)`` bool, False for padding rows, whose output is zero. None means no padding.
+        empty: ``(batch, heads, q_len, value_dim)``, the output of rows that see no key. Dropout may drop a row of
+            ``empty``. None means zeros.
 
     Raises:
-        InvalidArgumentError: wrong rank, or shapes, dtypes or devices that do not fit together.
+        InvalidArgumentError: a tensor has the wrong rank, or does not fit the other tensors.
 
     Example:
         >>> import torch, attnzoo
@@ -152,7 +152,7 @@ class Attention:
     def __post_init__(self) -> None:
         check_heads_tensor("query", self.query)
         if not self.segments:
-            raise InvalidArgumentError("segments", "none", "at least one segment")
+            raise InvalidArgumentError("segments", "()", "a tuple of at least one Segment")
         dropout, scale = self.dropout, self.scale
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
             raise InvalidArgumentError("dropout", repr(dropout), "a probability in [0, 1)")
@@ -177,13 +177,13 @@ class Attention:
             if tensor.device != query.device:
                 raise InvalidArgumentError(f"{name} device", tensor.device, f"{query.device}, the query's")
         if key.shape[:3] != value.shape[:3]:
-            raise InvalidArgumentError("value", describe(value), f"{tuple(key.shape[:3])} + (value_dim,), as the key")
+            raise InvalidArgumentError("value", describe(value), f"a tensor {tuple(key.shape[:3])} + (value_dim,)")
         if key.shape[3] != query.shape[3]:
             raise InvalidArgumentError("key head_dim", key.shape[3], f"{query.shape[3]}, the query's")
         if self.heads % key.shape[1]:
             raise InvalidArgumentError("key heads", key.shape[1], f"a divisor of the query's {self.heads}")
         if value.shape[3] != self.value_dim:
-            raise InvalidArgumentError("value_dim", value.shape[3], f"{self.value_dim}, as in the first segment")
+            raise InvalidArgumentError("value_dim", value.shape[3], f"{self.value_dim}, the first segment's")
         lengths = (self.q_len, segment.kv_len)
         segment.pattern.check(self.batch, self.heads, *lengths)
         _check_mask("key_mask", segment.key_mask, ((self.batch, lengths[1]),), query.device)
@@ -215,7 +215,7 @@ class Attention:
         return self.segments[0].value.shape[3]
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return all tensors that can get a gradient: query; key, value and bias values of each segment; empty."""
+        """Return all tensors that can get a gradient: query, then key, value, bias of each segment, then empty."""
         tensors = [self.query]
         for segment in self.segments:
             tensors += [segment.key, segment.value]
@@ -224,7 +224,7 @@ class Attention:
         return tuple(tensors) if self.empty is None else (*tensors, self.empty)
 
     def with_tensors(self, tensors: tuple[Tensor, ...]) -> Attention:
-        """Return the same attention with other tensors, in the order of :meth:`tensors`."""
+        """Return a copy of the attention with new tensors, which are in the order of :meth:`tensors`."""
         rest = iter(tensors)
         query = next(rest)
         segments = []
@@ -237,12 +237,12 @@ class Attention:
         return replace(self, query=query, segments=tuple(segments), empty=empty)
 
     def fill(self, output: Tensor, has_visible_key: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """Finish an output: set rows without visible keys to :attr:`empty` or zero, and padding rows to zero.
+        """Return the output after setting rows without visible keys to :attr:`empty` or zero, and padding to zero.
 
         Args:
-            output: ``(batch, heads, n, value_dim)``; rows without visible keys may hold any finite values.
-            has_visible_key: bool, broadcastable to ``(batch, heads, n)``; None: every row sees a key.
-            rows: ``(n,)`` indices of the query rows in ``output``; None: all rows in order.
+            output: ``(batch, heads, n, value_dim)``. Rows without visible keys may have any finite values.
+            has_visible_key: bool, broadcastable to ``(batch, heads, n)``. None means that every row sees a key.
+            rows: ``(n,)`` indices of the query rows in ``output``. None means all rows in order.
         """
         index = slice(None) if rows is None else rows
         if has_visible_key is not None and self.empty is None:
@@ -257,7 +257,7 @@ class Attention:
         return output
 
     def request(self, probabilities: bool = False) -> Request:
-        """Return the hashable summary that decides which backends support this attention."""
+        """Return the request: the hashable properties that decide which backends support this attention."""
         grad, tensors = torch.is_grad_enabled(), self.tensors()
         return Request(
             device=self.query.device.type,
@@ -284,14 +284,14 @@ class Attention:
 
 
 class Result(NamedTuple):
-    """The result of a backend.
+    """The return value of :meth:`Backend.run`.
 
     Attributes:
-        output: ``(batch, heads, q_len, value_dim)``, in the query's dtype.
-        kernel: name of the kernel that ran, e.g. ``"flash_cpu"``.
-        probabilities: the softmax weights ``(batch, heads, q_len, kv_len)`` of each segment before dropout; None unless
-            requested.
-        dropped: the same after dropout.
+        output: ``(batch, heads, q_len, value_dim)`` in the query's dtype.
+        kernel: the name of the kernel that ran, e.g. ``"flash_cpu"``.
+        probabilities: the softmax weights ``(batch, heads, q_len, kv_len)`` of each segment before dropout. None means
+            that the caller did not request them.
+        dropped: the softmax weights after dropout, or None as for ``probabilities``.
     """
 
     output: Tensor
@@ -301,8 +301,8 @@ class Result(NamedTuple):
 
 
 def check_heads_tensor(name: str, tensor: object) -> None:
-    """Raise unless this is a dense floating-point tensor ``(batch, heads, length, head_dim)``, no dimension 0."""
-    allowed = "(batch, heads, length, head_dim), none of them 0"
+    """Raise unless ``tensor`` is a dense, non-empty, floating-point tensor ``(batch, heads, length, head_dim)``."""
+    allowed = "(batch, heads, length, head_dim) whose sizes are all at least 1"
     if isinstance(tensor, Tensor) and (tensor.is_nested or tensor.layout != torch.strided):
         raise InvalidArgumentError(name, "a nested or sparse tensor", f"a dense tensor {allowed}")
     if not isinstance(tensor, Tensor) or tensor.ndim != 4 or 0 in tensor.shape:
@@ -316,7 +316,7 @@ def _check_mask(name: str, mask: object, shapes: tuple[tuple[int, ...], ...], de
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) not in shapes:
         has_nan = isinstance(mask, Tensor) and mask.is_floating_point() and holds(mask.isnan().any(), unknown=False)
-        got = describe(mask) + (" with NaN in it" if has_nan else "")
-        raise InvalidArgumentError(name, got, f"bool, True where visible, {' or '.join(map(str, sorted(shapes)))}")
+        got = describe(mask) + (" with NaN" if has_nan else "")
+        raise InvalidArgumentError(name, got, f"a bool tensor {' or '.join(map(str, sorted(shapes)))}, True: visible")
     if mask.device != device:
         raise InvalidArgumentError(f"{name} device", mask.device, f"{device}, the query's")

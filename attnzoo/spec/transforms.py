@@ -1,7 +1,7 @@
-"""The function transforms of PyTorch around a call, and tensors whose values Python cannot read there.
+"""Functions that find active ``torch.func`` transforms, and tensors whose values Python cannot read.
 
-``torch.func`` passes wrapped tensors to the function it transforms. They have no storage. Under ``vmap`` one tensor
-stands for all samples, so Python cannot branch on its values.
+``torch.func`` passes wrapped tensors without storage to the transformed function. Under ``vmap`` one tensor represents
+all samples, so Python cannot branch on the values of the tensor.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from torch.autograd import forward_ad
 
 TRANSFORMS = frozenset({"grad", "vmap", "jvp", "functionalize"})
 
-# Private functions, because PyTorch has no public ones. ``autograd.Function.apply`` calls the first before it refuses
-# to run under torch.func. If a PyTorch version lacks them, calls look untransformed and fail with PyTorch's own errors.
+# These functions are private, because PyTorch has no public ones. If a PyTorch version lacks them, attnzoo finds no
+# transforms, and PyTorch raises an error in a transformed call.
 _active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _stack = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", lambda: None)
 
 
 def transforms_around(tensors: Iterable[object]) -> tuple[str, ...]:
-    """Return the transforms that a call on these tensors runs under, outermost first: ``"grad"``, ``"vmap"``, ...
+    """Return the names of the transforms that are active in a call on these tensors, outermost first.
 
-    ``vjp``, ``jacrev``, ``jacfwd`` and ``hessian`` consist of these: a Hessian runs under ``("vmap", "jvp", "grad")``.
+    ``TRANSFORMS`` lists the names. ``vjp``, ``jacrev``, ``jacfwd`` and ``hessian`` consist of these transforms. For
+    example, a Hessian runs under ``("vmap", "jvp", "grad")``.
     Tensors with tangents (``torch.autograd.forward_ad``) count as ``"jvp"`` even without ``torch.func``.
     """
     names = tuple(str(level.key().name).lower() for level in _stack() or ()) if _active() else ()
@@ -37,11 +38,11 @@ def _has_tangent(value: object) -> bool:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether Python can read the values of a tensor: False if ``vmap`` maps over it."""
-    # Such a tensor hides the dimension that vmap maps over; nothing else changes the number of dimensions.
+    """Whether Python can read the values of a tensor. The result is False if ``vmap`` maps over the tensor."""
+    # vmap hides the dimension that it maps over. No other transform changes the number of dimensions.
     return not _active() or torch.func.debug_unwrap(tensor).ndim == tensor.ndim
 
 
 def holds(condition: Tensor, unknown: bool) -> bool:
-    """Return the value of a bool tensor of one element; ``unknown`` if Python cannot read it (:func:`readable`)."""
+    """Return the value of a one-element bool tensor, or ``unknown`` if Python cannot read the value."""
     return bool(condition) if readable(condition) else unknown

@@ -23,7 +23,7 @@ def test_without_measurements_auto_selects_by_priority(add):
     choice = took()
     assert choice.backend.name == "slow"
     assert choice.reason == (
-        "by priority: nothing measured for forward at batch <= 1, queries <= 32, keys <= 32; attnzoo.tune measures"
+        "by priority: no measurement for forward at batch <= 1, queries <= 32, keys <= 32; to measure, run attnzoo tune"
     )
 
 
@@ -116,7 +116,7 @@ def test_a_request_with_one_supporting_backend_is_not_measured(add, clock):
     assert tune(clock) == ()
     assert str(tune(clock)).startswith("nothing to measure") and files() == []
     only.runs.clear()
-    assert took() == attnzoo.Choice(only(), "the only backend that supports this")
+    assert took() == attnzoo.Choice(only(), "the only backend that supports this request")
 
 
 # Deterministic selection

@@ -189,7 +189,7 @@ def test_unused_options_are_refused():
 
 
 def test_a_dense_site_in_a_local_model_needs_all_options():
-    assert_refused(lambda: attnzoo.patch(zoo.led(), "lsh", num_hashes=2), "decoder", "no chunk_length, num_buckets")
+    assert_refused(lambda: attnzoo.patch(zoo.led(), "lsh", num_hashes=2), "decoder", "for chunk_length, num_buckets")
 
 
 def test_options_change_only_the_dense_sites():
@@ -284,12 +284,14 @@ def test_training_reaches_every_parameter():
 def test_dense_models_need_the_window():
     model = zoo.gpt_neox()
     error = assert_refused(
-        lambda: attnzoo.patch(model, "blocked-local"), "gpt_neox.layers.0.attention", "no window", "window=..."
+        lambda: attnzoo.patch(model, "blocked-local"), "gpt_neox.layers.0.attention", "value for window", "window=..."
     )
     assert {reason.field for reasons in error.refusals.values() for reason in reasons} == {"options"}
     assert not any("forward" in vars(module) for module in model.modules())
     assert_refused(
-        lambda: attnzoo.attention(*torch.randn(3, 1, 2, 5, 8), backend="blocked-local"), "no window", "window=..."
+        lambda: attnzoo.attention(*torch.randn(3, 1, 2, 5, 8), backend="blocked-local"),
+        "no value for window",
+        "window=...",
     )
 
 

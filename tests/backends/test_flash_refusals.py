@@ -18,8 +18,8 @@ def test_refusals_name_what_was_got_and_what_is_allowed(flash_attn):
     assert refusals() == {}
     assert refusals(dtype=torch.float32)["dtype"] == ("float32", "bfloat16, float16, or torch.autocast to one of them")
     assert refusals(bias="relative")["bias"] == ("relative", "none")
-    assert refusals(mask="dense")["mask"] == ("requested", "no dense mask")
-    assert refusals(probabilities=True)["attention probabilities"] == ("requested", "output_attentions=False")
+    assert refusals(mask="dense")["mask"] == ("True", "no dense mask")
+    assert refusals(probabilities=True)["attention probabilities"] == ("True", "output_attentions=False")
 
 
 def wide(dim, pattern, key_mask):

@@ -78,7 +78,7 @@ def test_wrong_path_is_refused_with_similar_names(path, message):
     [
         ("import no_such_dependency", "which cannot be imported here (No module named 'no_such_dependency')"),
         ("raise RuntimeError('no device')", "whose module raises RuntimeError when imported"),
-        ("exec('def f(): pass')", "but its source is not available (<string>)"),
+        ("exec('def f(): pass')", "but the source of the function is not available (<string>)"),
     ],
 )
 def test_module_without_the_function_is_refused(tmp_path, monkeypatch, source, message):

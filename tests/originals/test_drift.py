@@ -188,7 +188,7 @@ def test_package_without_source_has_another_message(monkeypatch):
     drift_module._fingerprint_at.cache_clear()
     message = refusal(model)
     assert message.startswith(
-        f"{FORWARD}: its source is not available (modeling_gpt_neox.py); the adapter for gpt_neox"
+        f"{FORWARD}: the source of the function is not available (modeling_gpt_neox.py); the adapter for gpt_neox"
     )
     assert "Install the package with its .py files" in message and "version" not in message
     runs_natively(model)
@@ -260,7 +260,7 @@ def test_message_is_short_for_many_differences(adapter, point, cause):
     detail = {
         "changed": "got fingerprint 0123456789abcdef; allowed: 0123456789abcdef, 0123456789abcdef",
         "replaced": "replaced at run time by function.<locals>.forward of module package.module, line 1000",
-        "unreadable": "its source is not available (modeling_reformer.py)",
+        "unreadable": "the source of the function is not available (modeling_reformer.py)",
     }[cause]
     for path in point.verified:
         others = [Difference(other, cause, detail) for other in point.verified]

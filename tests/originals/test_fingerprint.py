@@ -82,14 +82,14 @@ def test_wrapped_function_is_read_at_its_source(module_of):
     ids=["built in", "class", "partial", "lambda", "str"],
 )
 def test_object_that_is_no_python_function_is_refused(function):
-    with pytest.raises(TypeError, match=r"got .*; allowed: a function written in Python with def"):
+    with pytest.raises(TypeError, match=r"got .*; allowed: a Python function defined with def"):
         fingerprint(function)
 
 
 def test_function_without_source_is_refused():
     names = {}
     exec(compile(PLAIN, "<nowhere>", "exec"), names)
-    with pytest.raises(OSError, match=r"its source is not available \(<nowhere>\)"):
+    with pytest.raises(OSError, match=r"the source of the function is not available \(<nowhere>\)"):
         fingerprint(names["f"])
 
 

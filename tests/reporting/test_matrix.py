@@ -217,7 +217,7 @@ def run(*arguments):
 
 
 def test_both_formats_have_the_same_reasons():
-    reason = "mask: got requested; allowed: no dense mask"
+    reason = "mask: got True; allowed: no dense mask"
     markdown, table = run("led", "--markdown"), run("led")
     assert "### `led`" in markdown and "### `longt5`" not in markdown
     for name in ("LEDEncoderSelfAttention", "LEDDecoderAttention", reason, *attnzoo.backends()):

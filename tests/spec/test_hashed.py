@@ -111,5 +111,5 @@ def test_check_names_a_tensor_of_the_wrong_shape_or_dtype(name):
     for bad in (good[name].int(), good[name][0], good[name][..., :3]):
         with pytest.raises(InvalidArgumentError, match=rf"pattern (keys|{name}): got .*; allowed: (torch\.int64 )?\("):
             HashedChunks(2, rounds=(HashRound(**{**good, name: bad}),)).check(1, 1, 4, 4)
-    with pytest.raises(InvalidArgumentError, match="pattern rounds: got none"):
+    with pytest.raises(InvalidArgumentError, match=r"pattern rounds: got \(\)"):
         HashedChunks(2).check(1, 1, 4, 4)

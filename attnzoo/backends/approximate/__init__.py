@@ -1,1 +1,1 @@
-"""Backends that change the pattern of dense attention: ``blocked-local`` and ``lsh``."""
+"""The backends ``blocked-local`` and ``lsh``, which change the pattern of dense attention."""

@@ -1,8 +1,8 @@
-"""The base class of ``blocked-local`` and ``lsh``: they rewrite dense attention and run the result on an exact backend.
+"""The base class of ``blocked-local`` and ``lsh``, which replace dense attention by sparser attention.
 
-Attention is dense if a query sees more keys as the sequence grows. The rewritten attention is an ordinary
-:class:`~attnzoo.spec.segments.Attention`. Local attention and cross-attention are not rewritten: the first is cheap,
-and in the second no key is near a query.
+Attention is dense if a query sees more keys as the sequence grows. The backends rewrite dense attention into another
+:class:`~attnzoo.spec.segments.Attention`, which an exact backend computes. They do not rewrite local attention, because
+local attention is fast, or cross-attention, because distances between queries and keys have no meaning there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOCAL = (Window, Chunks)
 
 
 def check_count(backend: str, option: str, value: object, minimum: int) -> None:
-    """Raise unless an option is an integer of at least ``minimum``."""
+    """Raise unless the value of an option is an integer of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise InvalidArgumentError(f"{option} of backend {backend!r}", repr(value), f"an integer >= {minimum}")
 
@@ -35,10 +35,10 @@ class ApproximateBackend(Backend):
     :meth:`rewrite_dense`.
 
     Attributes:
-        needed: names of the options that dense attention needs (class attribute).
-        inner: name of the exact backend that computes; ``"auto"`` selects one.
-        kept: whether the site is bound to local attention, so that nothing is rewritten. Not an option:
-            :meth:`bind_to_site` sets it.
+        needed: the names of the options that dense attention requires (class attribute).
+        inner: the name of the exact backend that computes the rewritten attention. ``"auto"`` selects a backend.
+        kept: whether the backend leaves all attention of the site unchanged. :meth:`bind_to_site` sets this field, and
+            users cannot set it.
     """
 
     needed: ClassVar[tuple[str, ...]] = ()
@@ -68,16 +68,17 @@ class ApproximateBackend(Backend):
             raise UnknownNameError(f"inner of backend {self.name!r}", self.inner, ("auto", *exact))
 
     def bind_to_site(self, site: tuple[Request, ...], patch: tuple[Request, ...]) -> Backend:
-        """Keep all requests of a site unchanged if one of them is local (short inputs, global tokens, decoding).
+        """Return the backend for a site. It keeps all attention of the site unchanged if one request is local.
 
-        Without options, keep every site of a patch that has a local site: a local model needs no options.
+        Without options, it also keeps a dense site unchanged if another site of the patch is local, because a model
+        with local attention must work without options.
         """
         no_options = bool(self.needed) and len(self._missing()) == len(self.needed)
         kept = any(map(_is_local, site)) or (no_options and any(map(_is_local, patch)))
         return replace(self, kept=True) if kept else self
 
     def unused_options(self) -> tuple[str, ...]:
-        """Return the given options except ``inner`` if the attention is kept."""
+        """Return all options that the user set, except ``inner``, if the attention is kept unchanged."""
         options = [option for option in fields(self) if option.name in self.options() and option.name != "inner"]
         given = [option for option in options if self.kept and getattr(self, option.name) != option.default]
         return tuple(f"{option.name}={getattr(self, option.name)!r}" for option in given)
@@ -88,7 +89,7 @@ class ApproximateBackend(Backend):
         return None if self.kept or _is_local(request) or is_cross else self.describe(request)
 
     def describe(self, request: Request) -> str:
-        """Return in words which keys a query of the rewritten attention sees."""
+        """Return a description of the keys that a query sees in the rewritten attention."""
         raise NotImplementedError
 
     def _missing(self) -> tuple[str, ...]:
@@ -107,13 +108,13 @@ class ApproximateBackend(Backend):
         if missing:
             options = ", ".join(f"{option}=..." for option in self.needed)
             allowed = f"{options} (this attention is dense; these options make it approximate)"
-            return (Refusal("options", f"no {', '.join(missing)}", allowed),)
+            return (Refusal("options", f"no value for {', '.join(missing)}", allowed),)
         if len(request.segments) > 1:
-            return (Refusal("segments", f"{len(request.segments)} dense segments", "1 dense, or one of them local"),)
+            return (Refusal("segments", f"{len(request.segments)} dense segments", "1 dense segment"),)
         return self.more_refusals(request)
 
     def more_refusals(self, request: Request) -> tuple[Refusal, ...]:
-        """Return why a single dense segment cannot be rewritten; empty by default."""
+        """Return the reasons why a single dense segment cannot be rewritten. The default is no reason."""
         return ()
 
     def rewrite(self, attention: Attention, decisions: Any = None) -> Attention:
@@ -140,7 +141,7 @@ def _is_local(request: Request) -> bool:
 
 
 def _inner_refusals(inner: str, request: Request) -> tuple[Refusal, ...]:
-    """Why the inner backend cannot run a request; for ``"auto"``: why no exact backend can."""
+    """Return why the inner backend, or for ``"auto"`` every exact backend, cannot run a request. Empty if one can."""
     candidates = registry.exact_backends() if inner == "auto" else (registry.configure(inner),)
     answers = [registry.refusals(candidate, request) for candidate in candidates]
     return tuple(dict.fromkeys(reason for reasons in answers for reason in reasons)) if all(answers) else ()

@@ -1,10 +1,10 @@
-"""``blocked-local``: dense attention becomes a sliding window and the first few tokens of each sample.
+"""The backend ``blocked-local``, which replaces dense attention by a sliding window and attention sinks.
 
-``attnzoo.patch(model, backend="blocked-local", window=1024, sinks=4)``. A causal query sees the last ``window`` keys,
-including its own, as in Mistral (Jiang et al. 2023, arXiv:2310.06825). A query that is not causal also sees the
-``window - 1`` keys after its own. Every query sees the first ``sinks`` keys that the masks show it, as in StreamingLLM
-(Xiao et al. 2023, arXiv:2309.17453): models put unneeded weight there. In a packed row, these are the first keys of the
-query's document. The cache keeps all keys, so decoding with a cache gives the result of one forward without.
+``attnzoo.patch(model, backend="blocked-local", window=1024, sinks=4)``. A causal query sees the last ``window`` keys
+up to the position of the query, as in Mistral (Jiang et al. 2023, arXiv:2310.06825). A non-causal query also sees the
+``window - 1`` keys after this position. Every query also sees the sinks: the first ``sinks`` keys that the masks allow.
+Models put unneeded weight on sinks (StreamingLLM, Xiao et al. 2023, arXiv:2309.17453). In a packed row, the sinks are
+the first keys of the query's document. The cache stores all keys, so decoding gives the result of one whole forward.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from attnzoo.spec.transforms import TRANSFORMS
 
 @dataclass(frozen=True, kw_only=True)
 class BlockedLocalBackend(ApproximateBackend):
-    """Replaces dense attention by a sliding window and attention sinks.
+    """A backend that replaces dense attention by a sliding window and attention sinks.
 
     Attributes:
-        window: number of keys that a query sees on each side, including its own; at least 2. Dense attention needs it.
-        sinks: number of first keys, of those that the masks show it, that a query sees as well.
+        window: the number of keys that a query sees on each side, including the key at the query's position. The
+            minimum is 2. Dense attention requires this option.
+        sinks: the number of first visible keys that a query sees in addition to the window.
 
     Example:
         >>> import torch, attnzoo
@@ -45,7 +46,7 @@ class BlockedLocalBackend(ApproximateBackend):
     name: ClassVar[str] = "blocked-local"
     needed: ClassVar[tuple[str, ...]] = ("window",)
     example: ClassVar[Mapping[str, object]] = {"window": 8, "sinks": 2}
-    # Not vmap: the positions of sinks and queries are read from the masks.
+    # vmap is not supported, because Python reads the positions of sinks and queries from the masks.
     capabilities: ClassVar[Capabilities] = replace(ApproximateBackend.capabilities, transforms=TRANSFORMS - {"vmap"})
 
     window: int | None = None
@@ -87,9 +88,9 @@ class BlockedLocalBackend(ApproximateBackend):
 
 
 def _sinks(attention: Attention, window: Window, placement: QueryPlacement, count: int) -> Segment | None:
-    """Return the first ``count`` visible keys as a segment for the queries whose window does not reach them.
+    """Return a segment of the first ``count`` visible keys, in which queries see only keys outside the window.
 
-    None if no key is visible.
+    Return None if no key is visible.
     """
     (segment,) = attention.segments
     count = min(count, segment.kv_len)
@@ -113,10 +114,10 @@ def _sinks(attention: Attention, window: Window, placement: QueryPlacement, coun
 
 
 def _sinks_by_query(attention: Attention, mask: Tensor, window: Window, position: int, count: int) -> Segment | None:
-    """Return the same for a dense mask, which can show each query other keys, as in a packed row.
+    """Return the segment of sinks for a dense mask, with which sinks may differ between queries.
 
-    The segment has every key that is a sink of some query outside whose window it lies: in a packed row at most
-    ``count`` keys per document that is longer than the window.
+    The segment contains every key that is a sink of at least one query and outside the window of this query. In a
+    packed row, these are at most ``count`` keys per document.
     """
     (segment,) = attention.segments
     sinks, seen = first_keys(segment, mask, attention.q_len, count)
@@ -138,7 +139,7 @@ def _sinks_by_query(attention: Attention, mask: Tensor, window: Window, position
 def _outside(attention: Attention, window: Window, position: int, keys: Tensor) -> Tensor:
     """Return bool, True where a key is outside the window of a query. ``keys`` broadcast to ``(..., q_len, m)``.
 
-    For a causal query these are only the keys before its window. Keys after it are hidden.
+    For a causal query, the result is True only before the window, because later keys are hidden.
     """
     query = torch.arange(position, position + attention.q_len, device=keys.device)[:, None]
     before = keys < query - window.left
@@ -146,7 +147,7 @@ def _outside(attention: Attention, window: Window, position: int, keys: Tensor) 
 
 
 def _bias_at(attention: Attention, positions: Tensor) -> DenseBias | None:
-    """Return the bias of keys at ``positions`` ``(batch or 1, m)``."""
+    """Return the bias of all queries with the keys at ``positions`` ``(batch or 1, m)``, or None without bias."""
     (segment,) = attention.segments
     if segment.bias is None:
         return None

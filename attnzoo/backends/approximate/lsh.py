@@ -1,22 +1,22 @@
-"""``lsh``: in dense attention, a query sees the keys with similar hashes.
+"""The backend ``lsh``, which replaces dense attention by attention to keys with similar hashes.
 
-``attnzoo.patch(model, backend="lsh", num_hashes=4, chunk_length=64, num_buckets=32)``. Queries and keys are hashed with
-the same random rotations, to the nearest of ``num_buckets`` directions (cross-polytope LSH, Andoni et al. 2015,
-arXiv:1509.02897), so vectors with a large product tend to share a bucket. As in Reformer (Kitaev et al. 2020,
+``attnzoo.patch(model, backend="lsh", num_hashes=4, chunk_length=64, num_buckets=32)``. Random rotations hash
+queries and keys to the nearest of ``num_buckets`` directions (cross-polytope LSH, Andoni et al. 2015,
+arXiv:1509.02897), so vectors with a large product are often in one bucket. As in Reformer (Kitaev et al. 2020,
 arXiv:2001.04451), the keys are sorted by bucket and position and cut into chunks of ``chunk_length``. A query sees the
-chunk of its rank and the chunk before (and the chunk after, if attention is not causal). The result is the union of
-``num_hashes`` such rounds. Differences from Reformer:
+chunk of the query's rank and the previous chunk. A non-causal query also sees the next chunk. A query sees the union of
+``num_hashes`` such rounds. There are four differences from Reformer:
 
-- Queries are not keys. The rank of a query is where its own bucket and position would be among the sorted keys. It
-  depends only on the keys and on this query, so a decoding step gives the last row of a whole forward. (Earlier rows
-  may differ, because new keys change the chunks.)
-- A token always sees itself and its neighbours (if causal, only the one before). So a row without similar visible keys
-  still sees something.
-- A key that several rounds show counts once, as in the paper; Reformer's code counts it once per round. With one bucket
-  and chunks as long as the sequence, this is full attention.
-- Each document of a packed row is sorted and cut separately, so its result is the same as alone.
+- Queries and keys differ. The rank of a query is the index at which the bucket and position of the query would be
+  inserted into the sorted keys. The rank depends only on the keys and this query, so a decoding step gives the last row
+  of a whole forward. Earlier rows may differ, because new keys change the chunks.
+- A token always sees itself, the previous token and, if not causal, the next token. A row without similar keys
+  therefore still sees a key.
+- A key counts once, even if several rounds contain the key, as in the paper. In Reformer's code, a key counts once per
+  round. With one bucket and chunks as long as the sequence, this is full attention.
+- Each document of a packed row is sorted and cut separately, so other documents do not change the result.
 
-The rotations come from a separate generator with ``seed``. Hashing has no gradient.
+The rotations come from a separate random generator with ``seed``. Hashing has no gradient.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from attnzoo.spec.hashed import HashedChunks, HashRound
 from attnzoo.spec.patterns import Causal, Window
 from attnzoo.spec.segments import Attention, Request, Segment
 
-# Tokens that are hashed at once: bounds the memory of the products with all directions.
+# The number of tokens hashed at once, which limits the memory of the products with all directions.
 _ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class LshBackend(ApproximateBackend):
-    """Replaces dense attention by LSH attention. Dense attention needs the first three options.
+    """A backend that replaces dense attention by LSH attention. Dense attention requires the first three options.
 
     Attributes:
-        num_hashes: number of hash rounds.
-        chunk_length: number of keys per chunk.
-        num_buckets: number of directions: even, or 1 for no hashing.
-        seed: seed of the rotations.
+        num_hashes: the number of hash rounds.
+        chunk_length: the number of keys per chunk.
+        num_buckets: the number of directions, which must be even or 1. The value 1 means no hashing.
+        seed: the random seed of the rotations.
 
     Example:
         >>> import torch, attnzoo
@@ -74,18 +74,16 @@ class LshBackend(ApproximateBackend):
             if getattr(self, option) is not None:
                 check_count(self.name, option, getattr(self, option), 1)
         if self.num_buckets is not None and self.num_buckets > 1 and self.num_buckets % 2:
-            raise InvalidArgumentError(
-                f"num_buckets of backend {self.name!r}", self.num_buckets, "1, or an even number"
-            )
+            raise InvalidArgumentError(f"num_buckets of backend {self.name!r}", self.num_buckets, "1 or an even number")
         check_count(self.name, "seed", self.seed, 0)
         if self.seed >= 1 << 63:
-            raise InvalidArgumentError(f"seed of backend {self.name!r}", self.seed, "an integer >= 0 of 63 bits")
+            raise InvalidArgumentError(f"seed of backend {self.name!r}", self.seed, "an integer from 0 to 2**63 - 1")
 
     def describe(self, request: Request) -> str:
         return f"{self.num_hashes} hash rounds of {self.num_buckets} buckets, chunks of {self.chunk_length} keys"
 
     def more_refusals(self, request: Request) -> tuple[Refusal, ...]:
-        """Refuse a bias if ``auto`` could only select dense backends: the user must request those by name."""
+        """Refuse a bias if ``auto`` could only select dense backends, which users must request by name."""
         (segment,) = request.segments
         if self.inner != "auto" or segment.bias is None:
             return ()
@@ -105,7 +103,7 @@ class LshBackend(ApproximateBackend):
     def _patterns(
         self, causal: bool, offset: int | None, rounds: tuple[HashRound, ...] = ()
     ) -> tuple[Window | HashedChunks, ...]:
-        """Return the window of neighbours, then one pattern per round."""
+        """Return the window of neighbouring tokens, then one pattern per round."""
         hashed = HashedChunks(self.chunk_length or 0, 1, 0 if causal else 1, causal, min_distance=2, offset=offset)
         by_round = (replace(hashed, rounds=rounds[: number + 1]) for number in range(self.num_hashes or 0))
         return Window(1, 0 if causal else 1, offset), *by_round
@@ -118,7 +116,7 @@ class LshBackend(ApproximateBackend):
         return tuple(replace(segment, pattern=pattern) for pattern in patterns)
 
     def decisions(self, attention: Attention) -> Any:
-        """Return one :class:`HashRound` per round; None if nothing is rewritten."""
+        """Return one :class:`HashRound` per round, or None if the attention is not rewritten."""
         if self.changes(attention.request()) is None:
             return None
         return self._rounds(attention, place_queries(self.name, attention))
@@ -151,9 +149,9 @@ class LshBackend(ApproximateBackend):
 
 
 class _Chunking(NamedTuple):
-    """How the sorted keys of each sample are cut into chunks; the same for all heads and rounds.
+    """The chunks into which the sorted keys of each sample are cut. All heads and rounds use these chunks.
 
-    Each document is sorted and cut separately: its queries see the same keys as if it were alone.
+    Each document is sorted and cut separately, so other documents do not change the keys that a query sees.
     """
 
     visible: Tensor  # (batch or 1, kv_len) bool, the keys that some query may see
@@ -165,14 +163,14 @@ class _Chunking(NamedTuple):
     def of(cls, attention: Attention, placement: QueryPlacement, length: int) -> _Chunking:
         (segment,) = attention.segments
         kv_len, ranks = segment.kv_len, torch.arange(segment.kv_len, device=segment.key.device)
-        # A static cache has unused room after the last query. A causal mask need not hide it.
+        # A static cache has unused entries after the last query, which a causal mask does not always hide.
         stop = placement.position + attention.q_len if placement.causal else kv_len
         visible = (ranks < stop)[None] if placement.visible is None else placement.visible & (ranks < stop)
         numbers = number_documents(attention, placement.spans)
         sizes = torch.zeros(visible.shape, dtype=torch.long, device=visible.device)
         sizes = sizes.scatter_add(1, numbers.keys.expand(visible.shape), visible.long())
         ends, counts = sizes.cumsum(1), -(-sizes // length)
-        # Hidden keys have the ranks after all documents. Their chunks continue from the last document.
+        # Hidden keys have the ranks after all documents. The chunks of hidden keys continue after the last document.
         document = torch.searchsorted(ends, ranks.expand(visible.shape).contiguous(), right=True).clamp(max=kv_len - 1)
         first_rank, first_chunk = (ends - sizes).gather(1, document), (counts.cumsum(1) - counts).gather(1, document)
         chunks = first_chunk + (ranks - first_rank) // length
@@ -182,7 +180,7 @@ class _Chunking(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _rotations(seed: int, rounds: int, dim: int, buckets: int) -> tuple[Tensor, ...]:
-    """Return ``(dim, buckets / 2)`` per round: a direction and its opposite are two buckets."""
+    """Return one tensor ``(dim, buckets / 2)`` per round. A direction and the opposite direction are two buckets."""
     generator = torch.Generator().manual_seed(seed)
     shape = (rounds, dim, buckets // 2)
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").unbind()
@@ -191,7 +189,7 @@ def _rotations(seed: int, rounds: int, dim: int, buckets: int) -> tuple[Tensor, 
 def _buckets(vectors: Tensor, rotation: Tensor) -> Tensor:
     """Return the buckets of vectors ``(batch, heads, n, dim)``: the index of the direction with the largest product.
 
-    The length of a vector does not change its bucket, so nothing is normalised.
+    The bucket does not depend on the length of the vector, so nothing is normalised.
     """
     if rotation.shape[1] == 0:
         return torch.zeros(vectors.shape[:3], dtype=torch.long, device=vectors.device)

@@ -1,9 +1,9 @@
-"""What each query of a dense segment sees: positions of queries, positions of visible keys, and documents.
+"""Functions that find the positions of queries, the visible keys and the documents of a dense segment.
 
-The approximate backends count keys per query: the window of a query, or its first visible keys. In a packed row the
-dense mask hides documents from each other, so the count must start at the query's document, not at the row.
+Approximate backends count keys relative to each query, for example the first visible keys. In a packed row the dense
+mask hides documents from each other, so the count must start at the beginning of the query's document.
 
-A dense mask is read a few rows at a time. No other tensor of its size is allocated.
+These functions read a dense mask a few rows at a time, to avoid other tensors of the size of the mask.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ _ENTRIES_AT_ONCE = 1 << 22
 
 
 class Spans(NamedTuple):
-    """The keys that a dense mask shows, together with pattern and key mask."""
+    """The range of keys that each query sees with dense mask, key mask and pattern, and all visible keys."""
 
-    first: Tensor  # (batch or 1, q_len) int64, the first key that a query sees in any head; kv_len if it sees no key
-    last: Tensor  # (batch or 1, q_len) int64, the last such key; -1 if the query sees no key
-    visible: Tensor  # (batch or 1, kv_len) bool, the keys that some query sees
+    first: Tensor  # (batch or 1, q_len) int64, the first key that a query sees in any head; kv_len for no key
+    last: Tensor  # (batch or 1, q_len) int64, the last key that a query sees in any head; -1 for no key
+    visible: Tensor  # (batch or 1, kv_len) bool, the keys that at least one query sees
 
 
 class DocumentNumbers(NamedTuple):
-    """The number of the document that each key and each query of a sample belongs to.
+    """The document numbers of the keys and queries of each sample.
 
-    A document is a run of keys: no query sees keys on both sides of its start or of its end. A causal mask over the
-    whole row gives one document. A key that no query sees is a document of one key.
+    A document is a smallest range of keys such that no query sees keys both inside and outside the range. A causal mask
+    over the whole row gives one document. A key that no query sees is a document of one key.
     """
 
     keys: Tensor  # (batch or 1, kv_len) int64, ascending
-    queries: Tensor  # (batch or 1, q_len) int64; arbitrary for a query that sees no key
+    queries: Tensor  # (batch or 1, q_len) int64, arbitrary for a query that sees no key
 
 
 @dataclass(frozen=True)
@@ -46,28 +46,29 @@ class QueryPlacement:
     """The position of the queries among the keys of an attention with one dense segment."""
 
     position: int  # key position of query 0
-    aligned: int  # key position of query 0 if the last query is at the last key
-    causal: bool  # whether no query sees a key after its position
-    visible: Tensor | None  # (batch or 1, kv_len) bool, the keys that the masks show to some query; None: all keys
+    aligned: int  # key position of query 0 if the last query has the position of the last key
+    causal: bool  # whether no query sees a later key
+    visible: Tensor | None  # (batch or 1, kv_len) bool, the keys that at least one query sees; None means all keys
     spans: Spans | None  # None without a dense mask
 
     @property
     def offset(self) -> int | None:
-        """The offset for patterns; None, which suits all lengths, if alignment gives the same position."""
+        """The offset for patterns. None aligns the last query with the last key, if this gives ``position``."""
         return None if self.position == self.aligned != 0 else self.position
 
 
 def place_queries(backend: str, attention: Attention) -> QueryPlacement:
-    """Find the position of the queries.
+    """Return the position of the queries among the keys.
 
-    - A ``Causal`` pattern gives it by its offset, or aligns the last query with the last key.
-    - A single query is a decoding step at the last key that is visible in any sample: a static cache has unused room
-      after it.
-    - Of several queries on a longer cache, a causal dense mask gives it; otherwise the last query is at the last key.
+    - The offset of a ``Causal`` pattern is the position of query 0. No offset aligns the last query with the last key.
+    - A single query is a decoding step. It has the position of the last key that is visible in any sample, because a
+      static cache has unused entries after this key.
+    - For several queries on a longer cache, a causal dense mask determines the position. Without such a mask, the last
+      query has the position of the last key.
 
     Raises:
-        BackendRefusedError: several queries with masks that are not causal, on a longer cache whose last key is hidden
-            in all samples. Their positions are unknown.
+        BackendRefusedError: the positions of several queries are unknown, because the masks are not causal and the last
+            key of a longer cache is hidden in all samples.
     """
     (segment,) = attention.segments
     q_len, kv_len = attention.q_len, segment.kv_len
@@ -88,7 +89,7 @@ def place_queries(backend: str, attention: Attention) -> QueryPlacement:
 
 
 def _last_visible(visible: Tensor | None, kv_len: int) -> int:
-    """Return the last key that is visible in any sample; of all keys if none is visible. Waits for the device."""
+    """Return the last key that is visible in any sample, or the last key if no key is visible. Wait for the device."""
     if visible is None:
         return kv_len - 1
     count = int((torch.arange(1, kv_len + 1, device=visible.device) * visible.any(0)).max())
@@ -96,11 +97,11 @@ def _last_visible(visible: Tensor | None, kv_len: int) -> int:
 
 
 def _position_by_mask(spans: Spans, q_len: int, aligned: int) -> tuple[int, bool]:
-    """Return the position of query 0 by a dense mask, and whether the mask is causal.
+    """Return the position of query 0 according to a dense mask, and whether the mask is causal.
 
-    With as many keys as queries, both are the same tokens. On a longer cache, a causal mask has one position for query
-    0 such that no query sees a key after its own, and every query that sees a key sees its own unless the masks hide
-    that key from all queries.
+    With as many keys as queries, the position is 0. On a longer cache, a mask is causal if a position exists that meets
+    two conditions. No query sees a key after the query's position. Every query that sees any key also sees the key at
+    the query's position, unless the masks hide that key from all queries.
     """
     query = torch.arange(q_len, device=spans.last.device)
     if aligned == 0:
@@ -117,7 +118,7 @@ def _position_by_mask(spans: Spans, q_len: int, aligned: int) -> tuple[int, bool
 
 
 def read_spans(segment: Segment, mask: Tensor, q_len: int) -> Spans:
-    """Read the spans of visible keys from the dense mask of a segment."""
+    """Return the spans of visible keys for the dense mask, the key mask and the pattern of a segment."""
     firsts, lasts, visible = [], [], []
     for seen in _visible_rows(segment, mask, q_len):
         rows = seen.any(1) if seen.shape[1] > 1 else seen[:, 0]
@@ -131,14 +132,14 @@ def read_spans(segment: Segment, mask: Tensor, q_len: int) -> Spans:
 
 
 def first_keys(segment: Segment, mask: Tensor, q_len: int, count: int) -> tuple[Tensor, Tensor]:
-    """Return the first ``count`` keys that the dense mask of a segment shows each query, and whether it sees them.
+    """Return the first ``count`` keys that each query sees, and a bool tensor that is False for entries without a key.
 
-    Both are ``(batch or 1, heads or 1, q_len, count)``. A query may see fewer keys.
+    Both are ``(batch or 1, heads or 1, q_len, count)``. A query may see fewer than ``count`` keys.
     """
     places = torch.arange(segment.kv_len, device=segment.key.device, dtype=torch.int32)
     keys, visible = [], []
     for seen in _visible_rows(segment, mask, q_len):
-        # Most queries see a run of keys. Checking the keys after the first visible one is faster than sorting.
+        # Most queries see consecutive keys. Checking the keys after the first visible key is faster than sorting.
         run = seen.view(torch.uint8).argmax(-1, keepdim=True) + places[:count]
         is_seen = seen.gather(3, run.clamp(max=segment.kv_len - 1)) & (run < segment.kv_len)
         has_gap = ~is_seen.all(-1)
@@ -151,7 +152,7 @@ def first_keys(segment: Segment, mask: Tensor, q_len: int, count: int) -> tuple[
 
 
 def number_documents(attention: Attention, spans: Spans | None) -> DocumentNumbers:
-    """Number the documents of each sample; without a dense mask there is one document."""
+    """Return the document numbers of each sample. Without a dense mask, there is one document."""
     (segment,) = attention.segments
     q_len, kv_len = attention.q_len, segment.kv_len
     if spans is None:
@@ -168,7 +169,7 @@ def number_documents(attention: Attention, spans: Spans | None) -> DocumentNumbe
 
 
 def _visible_rows(segment: Segment, mask: Tensor, q_len: int) -> Iterator[Tensor]:
-    """Yield which query sees which key by dense mask, key mask and pattern, some rows of queries at a time."""
+    """Yield bool masks from dense mask, key mask and pattern, for a few queries at a time."""
     kv_len = segment.kv_len
     samples = len(mask) if segment.key_mask is None else max(len(mask), len(segment.key_mask))
     rows = max(1, _ENTRIES_AT_ONCE // (samples * mask.shape[1] * kv_len))

@@ -112,5 +112,5 @@ def test_unsupported_call_raises_or_falls_back(model, inputs):
     assert [(site.calls, site.fallbacks) for site in handle.sites] == [(0, 1)] * 2
     model.train()
     model.transformer.h[0].attn.attention.attn_dropout.p = 0.1
-    with pytest.raises(attnzoo.BackendRefusedError, match=r"dropout: got requested; allowed: dropout=0\.0"):
+    with pytest.raises(attnzoo.BackendRefusedError, match=r"dropout: got True; allowed: dropout=0\.0"):
         attnzoo.patch(model, "tiled")
