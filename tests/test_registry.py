@@ -49,7 +49,7 @@ def add_entry_points(monkeypatch, group, **results):
 
 def test_register_backend_as_a_decorator():
     @attnzoo.register_backend
-    class Mine(fake_backend("mine", names=("my-own",))):
+    class Mine(fake_backend("mine", aliases=("my-own",))):
         """A backend of a user."""
 
     assert Mine.__doc__ == "A backend of a user."
@@ -75,18 +75,18 @@ def test_backends_lists_availability_and_capabilities():
      ("mine", ("auto",))],
 )  # fmt: skip
 def test_a_taken_name_is_refused(name, names):
-    attnzoo.register_backend(fake_backend("other", names=("other-alias",)))
+    attnzoo.register_backend(fake_backend("other", aliases=("other-alias",)))
     before = attnzoo.backends()
     taken = name if name != "mine" else names[0]
     with pytest.raises(
         InvalidArgumentError, match=f"backend name: got '{taken}'; allowed: a name other than .*'{taken}'"
     ):
-        attnzoo.register_backend(fake_backend(name, names=names))
+        attnzoo.register_backend(fake_backend(name, aliases=names))
     assert attnzoo.backends() == before
 
 
 def test_registering_the_same_class_twice_is_allowed():
-    cls = attnzoo.register_backend(fake_backend("mine", names=("my-own",)))
+    cls = attnzoo.register_backend(fake_backend("mine", aliases=("my-own",)))
     assert attnzoo.register_backend(cls) is cls
 
 
@@ -97,8 +97,8 @@ def test_replace_takes_over_a_name():
 
 
 def test_replace_takes_over_an_alias():
-    first = attnzoo.register_backend(fake_backend("first", names=("nick",)))
-    second = attnzoo.register_backend(fake_backend("second", names=("nick",)), replace=True)
+    first = attnzoo.register_backend(fake_backend("first", aliases=("nick",)))
+    second = attnzoo.register_backend(fake_backend("second", aliases=("nick",)), replace=True)
     attnzoo.attention(**small_inputs(), backend="nick")
     assert (len(first.runs), len(second.runs)) == (0, 1)
 
@@ -115,7 +115,7 @@ def test_register_backend_refuses_anything_but_a_backend_class(thing):
 
 
 def test_unregister_backend_by_name_or_alias():
-    attnzoo.register_backend(fake_backend("mine", names=("my-own",)))
+    attnzoo.register_backend(fake_backend("mine", aliases=("my-own",)))
     attnzoo.unregister_backend("my-own")
     assert "mine" not in attnzoo.backends()
     with pytest.raises(UnknownNameError, match="backend: got 'mine'"):
@@ -155,7 +155,7 @@ def test_similar_names_are_suggested(typed, meant):
 
 
 def test_similar_aliases_are_suggested():
-    attnzoo.register_backend(fake_backend("mine", names=("imitation",)))
+    attnzoo.register_backend(fake_backend("mine", aliases=("imitation",)))
     with pytest.raises(UnknownNameError, match="did you mean 'imitation'"):
         attnzoo.attention(**small_inputs(), backend="imitatoin")
 
@@ -212,7 +212,7 @@ def test_an_entry_point_that_fails_to_load_is_listed_with_its_reason(monkeypatch
 
 
 def test_an_entry_point_that_cannot_be_registered_is_listed_with_its_reason(monkeypatch):
-    add_entry_points(monkeypatch, "attnzoo.backends", nonsense=print, thief=fake_backend("thief", names=("sdpa",)))
+    add_entry_points(monkeypatch, "attnzoo.backends", nonsense=print, thief=fake_backend("thief", aliases=("sdpa",)))
     with registry.replaced_by(Registry()):
         infos = attnzoo.backends()
         assert "a subclass of attnzoo.Backend" in infos["nonsense"].reason
@@ -267,11 +267,11 @@ def test_doctor_names_a_second_entry_point_of_a_model_type(monkeypatch, second, 
 
 
 def test_an_unavailable_backend_is_refused_with_its_reason():
-    attnzoo.register_backend(fake_backend("mine", rank=1000, why_not="mine_kernels is not installed: pip install mine"))
+    attnzoo.register_backend(fake_backend("mine", priority=1000, why_not="mine_kernels is missing: pip install mine"))
     info = attnzoo.backends()["mine"]
     assert not info.available
-    assert info.reason == "mine_kernels is not installed: pip install mine"
-    with pytest.raises(BackendRefusedError, match="availability: got mine_kernels is not installed") as caught:
+    assert info.reason == "mine_kernels is missing: pip install mine"
+    with pytest.raises(BackendRefusedError, match="availability: got mine_kernels is missing") as caught:
         attnzoo.attention(**small_inputs(), backend="mine")
     assert {"eager", "sdpa"} <= set(caught.value.alternatives["attention"])
     assert "mine" not in caught.value.alternatives["attention"]
@@ -279,7 +279,7 @@ def test_an_unavailable_backend_is_refused_with_its_reason():
 
 
 def test_an_availability_check_that_raises_gives_the_reason():
-    cls = fake_backend("mine", rank=1000)
+    cls = fake_backend("mine", priority=1000)
 
     def unavailable(cls):
         raise OSError("libmine.so: cannot open shared object file")

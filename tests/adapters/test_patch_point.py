@@ -39,7 +39,7 @@ class OneHeadPoint(Described):
 
 
 @pytest.fixture
-def one_head(registry_of_its_own):
+def one_head(isolated_registry):
     """A model, and a function that registers a point for it."""
     return OneHead(), lambda point: registry.register_adapter(Adapter(("one_head",), (point,)), replace=True)
 

@@ -20,7 +20,7 @@ from tests.support import fake_shootout
 def test_every_row_has_its_own_process():
     plan = ShootoutPlan(families=("tiny",), backends=(), seq_lens=(40,), modes=(False,), rounds=2)
     context, random_state = process_context(["transformers.models.led.modeling_led"]), torch.get_rng_state()
-    contenders = (fake_shootout.TinyOriginal(), fake_shootout.Suicidal("suicidal"))
+    contenders = (fake_shootout.TinyOriginal(), fake_shootout.Exiting("exiting"))
     original, dead = run(plan, launch=partial(ProcessWorker, context), contenders=contenders).rows
     assert original.status == "ok" and len(original.runs) == 2, original.reason
     assert dead.status == "failed" and "exit code 3" in dead.reason and dead.seconds is None
