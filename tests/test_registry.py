@@ -78,9 +78,7 @@ def test_a_taken_name_is_refused(name, names):
     attnzoo.register_backend(fake_backend("other", aliases=("other-alias",)))
     before = attnzoo.backends()
     taken = name if name != "mine" else names[0]
-    with pytest.raises(
-        InvalidArgumentError, match=f"backend name: got '{taken}'; allowed: a name other than .*'{taken}'"
-    ):
+    with pytest.raises(InvalidArgumentError, match=f"backend name: got '{taken}'; allowed: a name other .*'{taken}'"):
         attnzoo.register_backend(fake_backend(name, aliases=names))
     assert attnzoo.backends() == before
 
@@ -148,9 +146,7 @@ def test_a_taken_name_is_refused_before_entry_points_are_loaded():
     ("typed", "meant"), [("spda", "sdpa"), ("egaer", "eager"), ("atuo", "auto"), ("SDPA", "sdpa"), ("nativ", "native")]
 )
 def test_similar_names_are_suggested(typed, meant):
-    with pytest.raises(
-        UnknownNameError, match=f"backend: got '{typed}' .did you mean .*'{meant}'.*allowed: 'auto', .*'eager'"
-    ):
+    with pytest.raises(UnknownNameError, match=f"got '{typed}' .did you mean .*'{meant}'.*allowed: 'auto', .*'eager'"):
         attnzoo.attention(**small_inputs(), backend=typed)
 
 
@@ -171,11 +167,6 @@ def test_a_name_without_similar_names_gets_the_list(thing):
     with pytest.raises(UnknownNameError, match=r"backend: got .*; allowed: .*'eager'.*'sdpa'") as caught:
         attnzoo.attention(**small_inputs(), backend=thing)
     assert "did you mean" not in str(caught.value)
-
-
-def test_unknown_options_are_refused():
-    with pytest.raises(UnknownNameError, match="option of backend 'sdpa': got 'window'; allowed: none"):
-        registry.make_backend("sdpa", window=3)
 
 
 # Entry points and availability checks that fail
@@ -269,8 +260,7 @@ def test_doctor_names_a_second_entry_point_of_a_model_type(monkeypatch, second, 
 def test_an_unavailable_backend_is_refused_with_its_reason():
     attnzoo.register_backend(fake_backend("mine", priority=1000, why_not="mine_kernels is missing: pip install mine"))
     info = attnzoo.backends()["mine"]
-    assert not info.available
-    assert info.reason == "mine_kernels is missing: pip install mine"
+    assert not info.available and info.reason == "mine_kernels is missing: pip install mine"
     with pytest.raises(BackendRefusedError, match="availability: got mine_kernels is missing") as caught:
         attnzoo.attention(**small_inputs(), backend="mine")
     assert {"eager", "sdpa"} <= set(caught.value.alternatives["attention"])

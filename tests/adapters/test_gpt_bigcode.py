@@ -150,7 +150,7 @@ def test_output_attentions_equals_the_original(multi_query, requested_by):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_output_attentions_after_a_fallback_within_the_forward(add_backend, implementation):
-    """Only the call of the attention function shows that there is a mask. Under sdpa the original returns no weights."""
+    """Only the call of the attention function shows that there is a mask. sdpa itself returns no weights."""
     add_backend("without-masks", mask=False, key_mask=False)
     model, given = build(implementation), dict(**causal_inputs(7, "left", batch=2), output_attentions=True)
     expected = model(**given).attentions
