@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import attnzoo
 from attnzoo.registry import registry
+from tests.support.fake_backends import fake_backend
 
 torch.set_num_threads(1)
 _common = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -47,6 +49,12 @@ def isolated_registry():
     """Let the test change the registry; its content is restored afterwards."""
     with registry.replaced_by(registry.copy()):
         yield
+
+
+@pytest.fixture
+def add_backend(isolated_registry):
+    """Register a backend for the test that computes as eager does: ``add_backend("forward-only", grad=False)``."""
+    return lambda *names, **changes: attnzoo.register_backend(fake_backend(*names, **changes))
 
 
 @pytest.fixture(autouse=True)

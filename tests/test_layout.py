@@ -16,15 +16,27 @@ COMMANDS = ("doctor", "matrix", "verify", "explain", "tune", "bench")
 
 @pytest.fixture
 def columns(monkeypatch):
-    """Return a function that sets the width of the terminal; None: no terminal, as in a pipe."""
+    """Return a function that sets the width of the terminal."""
+    return lambda width: monkeypatch.setenv("COLUMNS", str(width))
 
-    def use(width):
-        if width is None:
-            monkeypatch.delenv("COLUMNS", raising=False)
+
+@pytest.fixture(params=[*WIDTHS, None])
+def assert_fits_the_terminal(request, monkeypatch, columns):
+    """Return a function that compares the text that a function makes with its text in a wide terminal.
+
+    The width None is no terminal, as in a pipe.
+    """
+
+    def check(make_text):
+        columns(WIDE)
+        wide = make_text()
+        if request.param is None:
+            monkeypatch.delenv("COLUMNS")
         else:
-            monkeypatch.setenv("COLUMNS", str(width))
+            columns(request.param)
+        assert_fits(make_text(), request.param or 80, wide)
 
-    return use
+    return check
 
 
 @pytest.fixture(scope="module")
@@ -56,24 +68,16 @@ def run(monkeypatch, capsys):
     return run_command
 
 
-@pytest.mark.parametrize("width", [*WIDTHS, None])
 @pytest.mark.parametrize(
     "arguments", [("--help",), *((command, "--help") for command in COMMANDS), ("doctor",), ("matrix",)], ids=" ".join
 )
-def test_commands_fit_the_terminal(run, columns, arguments, width):
-    columns(WIDE)
-    wide = run(*arguments)
-    columns(width)
-    assert_fits(run(*arguments), width or 80, wide)
+def test_commands_fit_the_terminal(run, arguments, assert_fits_the_terminal):
+    assert_fits_the_terminal(lambda: run(*arguments))
 
 
-@pytest.mark.parametrize("width", [*WIDTHS, None])
 @pytest.mark.parametrize("options", [(), ("--backend", "flash"), ("--backend", "blocked-local:window=8")], ids=" ".join)
-def test_explain_fits_the_terminal(run, columns, checkpoint, options, width):
-    columns(WIDE)
-    wide = run("explain", checkpoint, *options)
-    columns(width)
-    assert_fits(run("explain", checkpoint, *options), width or 80, wide)
+def test_explain_fits_the_terminal(run, checkpoint, options, assert_fits_the_terminal):
+    assert_fits_the_terminal(lambda: run("explain", checkpoint, *options))
 
 
 def test_help_lists_the_whole_summary_of_each_command(run, columns):
@@ -84,29 +88,21 @@ def test_help_lists_the_whole_summary_of_each_command(run, columns):
         assert " ".join(summary.split()) in listed
 
 
-@pytest.mark.parametrize("width", [*WIDTHS, None])
-def test_measurements_fit_the_terminal(columns, monkeypatch, tmp_path, width):
+def test_measurements_fit_the_terminal(monkeypatch, tmp_path, assert_fits_the_terminal):
     monkeypatch.setenv("ATTNZOO_CACHE_DIR", str(tmp_path))
-    columns(WIDE)
     report = tuner.tune(gpt_neox(), causal_inputs(16, "none"), rounds=1)
-    wide = str(report), stored_measurements_text()
-    columns(width)
-    for text, unwrapped in zip((str(report), stored_measurements_text()), wide, strict=True):
-        assert_fits(text, width or 80, unwrapped)
+    assert_fits_the_terminal(report.__str__)
+    assert_fits_the_terminal(stored_measurements_text)
 
 
-@pytest.mark.parametrize("width", [*WIDTHS, None])
 @pytest.mark.parametrize(
     ("backend", "options"), [("sdpa", {}), ("auto", {}), ("native", {}), ("blocked-local", dict(window=6, sinks=2))]
 )
-def test_a_handle_fits_the_terminal(columns, backend, options, width):
+def test_a_handle_fits_the_terminal(backend, options, assert_fits_the_terminal):
     model = gpt_neox()
     with attnzoo.patch(model, backend, **options) as handle:
         model(**causal_inputs(16, "none"))
-    columns(WIDE)
-    wide = str(handle)
-    columns(width)
-    assert_fits(str(handle), width or 80, wide)
+    assert_fits_the_terminal(handle.__str__)
 
 
 # Functions of attnzoo.layout

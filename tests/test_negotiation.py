@@ -80,8 +80,8 @@ def test_a_refusal_without_alternatives_says_so():
 
 
 def test_auto_selects_the_supporting_backend_of_highest_priority():
-    best = attnzoo.register_backend(fake_backend("best", rank=1000, patterns=frozenset({attnzoo.Full})))
-    second = attnzoo.register_backend(fake_backend("second", rank=999))
+    best = attnzoo.register_backend(fake_backend("best", priority=1000, patterns=frozenset({attnzoo.Full})))
+    second = attnzoo.register_backend(fake_backend("second", priority=999))
     attnzoo.attention(**small_inputs())
     assert (len(best.runs), len(second.runs)) == (1, 0)
     attnzoo.attention(**small_inputs(), pattern=attnzoo.Causal())
@@ -95,7 +95,7 @@ def test_auto_selects_the_supporting_backend_of_highest_priority():
 
 
 def test_auto_never_selects_an_approximate_backend():
-    changing = attnzoo.register_backend(fake_backend("changing", rank=1000, exact=False))
+    changing = attnzoo.register_backend(fake_backend("changing", priority=1000, exact=False))
     attnzoo.attention(**small_inputs())
     assert changing.runs == []
     assert not attnzoo.backends()["changing"].exact
@@ -117,7 +117,7 @@ def test_auto_lists_the_reasons_of_every_candidate():
 
 
 def test_a_requested_backend_is_never_replaced():
-    narrow = attnzoo.register_backend(fake_backend("narrow", rank=1000, patterns=frozenset({attnzoo.Full})))
+    narrow = attnzoo.register_backend(fake_backend("narrow", priority=1000, patterns=frozenset({attnzoo.Full})))
     with pytest.raises(BackendRefusedError):
         attnzoo.attention(**small_inputs(), pattern=attnzoo.Causal(), backend="narrow")
     assert narrow.runs == []
@@ -125,7 +125,7 @@ def test_a_requested_backend_is_never_replaced():
 
 def test_auto_ignores_a_backend_with_a_required_option():
     @dataclass(frozen=True)
-    class Demanding(fake_backend("base", rank=1000)):
+    class Demanding(fake_backend("base", priority=1000)):
         window: int
         name: ClassVar[str] = "demanding"
         priority: ClassVar[int] = 1000

@@ -16,13 +16,9 @@ PLUGIN = Path(__file__).parent / "plugin"
 
 def run_python(*command, **environment):
     """Run ``python -m`` and return its output; the failure of the test shows it otherwise."""
+    command, environment = [sys.executable, "-m", *command], {**os.environ, **environment}
     done = subprocess.run(
-        [sys.executable, "-m", *command],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **environment},
-        cwd=PLUGIN.parent.parent,
+        command, capture_output=True, text=True, timeout=300, env=environment, cwd=PLUGIN.parent.parent
     )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -42,9 +38,8 @@ def test_an_installed_plugin_is_found_and_passes_its_tests(installed):
     """Its tests run the conformance kit on its backend and ``verify`` on its model."""
     # pytest puts the folder of the tests on the path first: the sources there would hide the installed package.
     assert not (PLUGIN / "tests" / "attnzoo_example_plugin").exists()
-    output = run_python(
-        "pytest", "-q", "-p", "no:cacheprovider", "tests/plugin/tests/checks.py", PYTHONPATH=str(installed)
-    )
+    arguments = ("-q", "-p", "no:cacheprovider", "tests/plugin/tests/checks.py")
+    output = run_python("pytest", *arguments, PYTHONPATH=str(installed))
     assert " passed" in output and "failed" not in output and "skipped" not in output
 
 

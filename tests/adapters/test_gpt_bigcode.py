@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
 import attnzoo
-from attnzoo.backends.eager import EagerBackend
-from tests.support.gpt_bigcode import BACKENDS, BOTH, HEADS, KINDS, build, check, padded, results, twin
+from tests.support.gpt_bigcode import BACKENDS, BOTH, HEADS, KINDS, build, check, results, twin
+from tests.support.models import causal_inputs
 
 
 @KINDS
 @BOTH
 @pytest.mark.parametrize("length", [1, 7, 33])
 @pytest.mark.parametrize("side", ["none", "left", "right"])
-def test_logits_and_gradients_equal_the_original(multi_query: bool, backend: str, length: int, side: str) -> None:
+def test_logits_and_gradients_equal_the_original(multi_query, backend, length, side):
     for implementation in ("eager", "sdpa"):  # they build masks of different formats
-        model, inputs = build(implementation, multi_query=multi_query), padded(3, length, side)
+        model, inputs = build(implementation, multi_query=multi_query), causal_inputs(length, side)
         reference = results(twin(model, "sdpa", torch.float64), inputs)
         baseline = results(twin(model, "eager"), inputs)
         with attnzoo.patch(model, backend) as handle:
@@ -32,8 +29,8 @@ def test_logits_and_gradients_equal_the_original(multi_query: bool, backend: str
 @KINDS
 @BOTH
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_sample_of_padding_only_changes_no_other_sample(multi_query: bool, backend: str, side: str) -> None:
-    inputs = padded(2, 7, side)
+def test_sample_of_padding_only_changes_no_other_sample(multi_query, backend, side):
+    inputs = causal_inputs(7, side, batch=2)
     empty = {name: torch.cat([value, torch.zeros_like(value[:1])]) for name, value in inputs.items()}
     for implementation in ("eager", "sdpa"):
         model = build(implementation, multi_query=multi_query)
@@ -56,8 +53,8 @@ SETTINGS = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "+".join(settings))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @BOTH
-def test_softmax_settings_equal_the_original(settings: dict[str, bool], dtype: torch.dtype, backend: str) -> None:
-    inputs = padded(2, 9, "left")
+def test_softmax_settings_equal_the_original(settings, dtype, backend):
+    inputs = causal_inputs(9, "left", batch=2)
     model = build(**settings).to(dtype)
     reference = results(twin(model, "sdpa", torch.float64), inputs)
     baseline = results(twin(model, "eager", dtype), inputs)
@@ -67,9 +64,9 @@ def test_softmax_settings_equal_the_original(settings: dict[str, bool], dtype: t
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "+".join(settings))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_eager_rounds_as_the_original(settings: dict[str, bool], dtype: torch.dtype) -> None:
+def test_eager_rounds_as_the_original(settings, dtype):
     """The softmax of half precision is computed in float32 under all settings, so the results are equal bit for bit."""
-    inputs = padded(2, 9, "right")
+    inputs = causal_inputs(9, "right", batch=2)
     real = inputs["attention_mask"].bool()
     model = build("eager", **settings).to(dtype)
     with torch.no_grad():
@@ -81,9 +78,9 @@ def test_eager_rounds_as_the_original(settings: dict[str, bool], dtype: torch.dt
 @KINDS
 @pytest.mark.parametrize("beams", [1, 4])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generation_returns_the_original_tokens(multi_query: bool, beams: int, cache: str) -> None:
+def test_generation_returns_the_original_tokens(multi_query, beams, cache):
     options = dict(max_new_tokens=10, do_sample=False, num_beams=beams, cache_implementation=cache)
-    inputs = padded(3, 6, "left")
+    inputs = causal_inputs(6, "left")
     for implementation in ("eager", "sdpa"):
         model = build(implementation, multi_query=multi_query)
         expected = model.generate(**inputs, **options)
@@ -95,9 +92,9 @@ def test_generation_returns_the_original_tokens(multi_query: bool, beams: int, c
 
 @KINDS
 @BOTH
-def test_dropout_in_training_equals_the_original(multi_query: bool, backend: str) -> None:
+def test_dropout_in_training_equals_the_original(multi_query, backend):
     model = build(backend, multi_query=multi_query, attn_pdrop=0.5)
-    inputs = padded(2, 9, "right")
+    inputs = causal_inputs(9, "right", batch=2)
     real = inputs["attention_mask"].bool()
 
     def run(seed: int) -> Tensor:
@@ -115,37 +112,23 @@ def test_dropout_in_training_equals_the_original(multi_query: bool, backend: str
         torch.testing.assert_close(run(0), evaluated, atol=1e-4, rtol=1e-4)
 
 
-class WithoutDropout(EagerBackend):
-    name = "without-dropout"
-    capabilities = replace(EagerBackend.capabilities, dropout=False)
-
-
-class WithoutMasks(EagerBackend):
-    name = "without-masks"
-    capabilities = replace(EagerBackend.capabilities, mask=False, key_mask=False)
-
-
-@pytest.fixture
-def limited_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    attnzoo.register_backend(request.param)
-    yield request.param.name
-    attnzoo.unregister_backend(request.param.name)
-
-
-@pytest.mark.parametrize("limited_backend", [WithoutDropout], indirect=True)
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
-def test_backend_without_dropout_is_refused_in_training(limited_backend: str, cross: bool) -> None:
+def test_a_backend_without_dropout_is_refused_in_training(add_backend, cross):
+    add_backend("without-dropout", dropout=False)
     model = build(multi_query=False, add_cross_attention=cross, attn_pdrop=0.1).train()
     sites = "*crossattention" if cross else "*"
     with pytest.raises(attnzoo.BackendRefusedError, match="dropout"):
-        attnzoo.patch(model, {sites: limited_backend})
-    attnzoo.patch(model.eval(), {sites: limited_backend}).remove()
+        attnzoo.patch(model, {sites: "without-dropout"})
+    attnzoo.patch(model.eval(), {sites: "without-dropout"}).remove()
 
 
 @KINDS
 @pytest.mark.parametrize("requested_by", ["argument", "config"])
-def test_output_attentions_equals_the_original(multi_query: bool, requested_by: str) -> None:
-    inputs, options = padded(2, 7, "left"), dict(output_attentions=True) if requested_by == "argument" else {}
+def test_output_attentions_equals_the_original(multi_query, requested_by):
+    inputs, options = (
+        causal_inputs(7, "left", batch=2),
+        dict(output_attentions=True) if requested_by == "argument" else {},
+    )
     model = build("eager", multi_query=multi_query)
     if requested_by == "config":
         model.config.output_attentions = True
@@ -165,23 +148,19 @@ def test_output_attentions_equals_the_original(multi_query: bool, requested_by: 
         assert [site.fallbacks for site in handle.sites] == [1, 1]
 
 
-@pytest.mark.parametrize("limited_backend", [WithoutMasks], indirect=True)
-def test_output_attentions_after_a_fallback_within_the_forward(limited_backend: str) -> None:
-    """Only the call of the attention function shows that there is a mask. The fallback must return weights, too."""
-    inputs = padded(2, 7, "left")
-    model = build("eager")
-    expected = model(**inputs, output_attentions=True).attentions
-    with attnzoo.patch(model, limited_backend, fallback="native") as handle:
-        assert torch.equal(model(**inputs, output_attentions=True).attentions[1], expected[1])
-        assert [site.fallbacks for site in handle.sites] == [1, 1]
-    model = build("sdpa")  # whose original attention function returns no weights
-    expected = model(**inputs, output_attentions=True).attentions
-    with attnzoo.patch(model, limited_backend, fallback="native") as handle:
-        assert model(**inputs, output_attentions=True).attentions == expected
-        assert [site.fallbacks for site in handle.sites] == [1, 1]
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_output_attentions_after_a_fallback_within_the_forward(add_backend, implementation):
+    """Only the call of the attention function shows that there is a mask. sdpa itself returns no weights."""
+    add_backend("without-masks", mask=False, key_mask=False)
+    model, given = build(implementation), dict(**causal_inputs(7, "left", batch=2), output_attentions=True)
+    expected = model(**given).attentions
+    with attnzoo.patch(model, "without-masks", fallback="native") as handle:
+        got = model(**given).attentions
+    assert torch.equal(got[1], expected[1]) if implementation == "eager" else got == expected
+    assert [site.fallbacks for site in handle.sites] == [1, 1]
 
 
-def test_model_loaded_with_another_implementation_is_refused() -> None:
+def test_model_loaded_with_another_implementation_is_refused():
     model = build()
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(attnzoo.PatchError, match="flash_attention_2"):

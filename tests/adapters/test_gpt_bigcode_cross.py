@@ -14,22 +14,11 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeAttention
 
 import attnzoo
-from tests.support.gpt_bigcode import (
-    BOTH,
-    HEADS,
-    KINDS,
-    WIDTH,
-    build,
-    check,
-    padded,
-    results,
-    spread_weights,
-    tokens,
-    twin,
-)
+from tests.support.gpt_bigcode import BOTH, HEADS, KINDS, WIDTH, build, check, results, twin
+from tests.support.models import causal_inputs, ids, spread
 
 
-def build_cross(multi_query: bool = False, implementation: str = "sdpa", **changes: Any) -> Any:
+def build_cross(multi_query=False, implementation: str = "sdpa", **changes: Any) -> Any:
     """Build a model with cross-attention. transformers refuses to build a multi-query one, so replace its modules."""
     model = build(implementation, multi_query=False, add_cross_attention=True, **changes)
     if multi_query:
@@ -39,7 +28,7 @@ def build_cross(multi_query: bool = False, implementation: str = "sdpa", **chang
             block.attn = GPTBigCodeAttention(config, layer_idx=index)
             block.crossattention.c_attn = nn.Linear(WIDTH, 2 * WIDTH // HEADS)
             block.crossattention.multi_query, block.crossattention.kv_heads = True, 1
-        spread_weights(model)
+        spread(model)
     return model.eval()
 
 
@@ -67,7 +56,7 @@ def oracle_cross(module: Any, visible: Tensor, hidden_states: Tensor, dropout: f
     return module.c_proj(output), dropped
 
 
-def with_oracle(model: Any, visible: Tensor, dtype: torch.dtype) -> Any:
+def with_oracle(model: Any, visible: Tensor, dtype) -> Any:
     """Return a copy of the model whose cross-attention is the oracle. Call it without an encoder mask."""
     model = copy.deepcopy(model).to(dtype)
     for block in model.transformer.h:
@@ -75,7 +64,7 @@ def with_oracle(model: Any, visible: Tensor, dtype: torch.dtype) -> Any:
     return model
 
 
-def encoder(batch: int = 3, length: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+def encoder(batch: int = 3, length=5, dtype=torch.float32) -> Tensor:
     return torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(9)).to(dtype)
 
 
@@ -91,14 +80,14 @@ def encoder_masks(batch: int, q_len: int, kv_len: int) -> dict[str, Tensor | Non
 @BOTH
 @pytest.mark.parametrize("form", ["none", "2-D", "2-D bool", "3-D", "3-D per query"])
 @pytest.mark.parametrize("length", [1, 7])
-def test_cross_attention_equals_the_oracle(multi_query: bool, backend: str, form: str, length: int) -> None:
-    inputs = padded(3, length, "right")
+def test_cross_attention_equals_the_oracle(multi_query, backend, form, length):
+    inputs = causal_inputs(length, "right")
     mask = encoder_masks(3, length, 5)[form]
     visible = torch.ones(3, 1, 5, dtype=torch.bool) if mask is None else mask.bool()
     visible = (visible[:, None] if visible.ndim == 2 else visible).expand(3, length, 5)
     model = build_cross(multi_query)
 
-    def run(model: Any, dtype: torch.dtype, **more: Any) -> dict[str, Tensor]:
+    def run(model: Any, dtype, **more: Any) -> dict[str, Tensor]:
         states = encoder(dtype=dtype).requires_grad_()
         output = results(model, inputs, encoder_hidden_states=states, **more)
         return {**output, "encoder states": states.grad}
@@ -114,16 +103,16 @@ def test_cross_attention_equals_the_oracle(multi_query: bool, backend: str, form
 
 @KINDS
 @BOTH
-def test_hidden_encoder_tokens_change_nothing(multi_query: bool, backend: str) -> None:
-    model, ids, states = build_cross(multi_query), tokens(2, 6), encoder(2)
+def test_hidden_encoder_tokens_change_nothing(multi_query, backend):
+    model, tokens, states = build_cross(multi_query), ids(2, 6), encoder(2)
     mask = torch.tensor([[1, 1, 1, 0, 0]] * 2)
     with attnzoo.patch(model, backend), torch.no_grad():
-        masked = model(ids, encoder_hidden_states=states, encoder_attention_mask=mask).logits
-        cut = model(ids, encoder_hidden_states=states[:, :3]).logits
-        whole = model(ids, encoder_hidden_states=states).logits
+        masked = model(tokens, encoder_hidden_states=states, encoder_attention_mask=mask).logits
+        cut = model(tokens, encoder_hidden_states=states[:, :3]).logits
+        whole = model(tokens, encoder_hidden_states=states).logits
         states[:, 3:] = 100.0
-        changed = model(ids, encoder_hidden_states=states, encoder_attention_mask=mask).logits
-        by_position = model.transformer(ids, None, None, None, None, None, states, mask)
+        changed = model(tokens, encoder_hidden_states=states, encoder_attention_mask=mask).logits
+        by_position = model.transformer(tokens, None, None, None, None, None, states, mask)
     assert torch.equal(masked, changed)
     assert torch.equal(model.lm_head(by_position[0]), changed)
     torch.testing.assert_close(masked, cut, atol=1e-4, rtol=1e-4)
@@ -133,18 +122,18 @@ def test_hidden_encoder_tokens_change_nothing(multi_query: bool, backend: str) -
 @KINDS
 @BOTH
 @pytest.mark.parametrize("form", ["2-D", "3-D per query"])
-def test_cached_steps_equal_one_forward(multi_query: bool, backend: str, form: str) -> None:
-    model, ids, states = build_cross(multi_query), tokens(3, 14), encoder()
+def test_cached_steps_equal_one_forward(multi_query, backend, form):
+    model, tokens, states = build_cross(multi_query), ids(3, 14), encoder()
     mask = encoder_masks(3, 14, 5)[form]
     caches = [DynamicCache(config=model.config), EncoderDecoderCache(DynamicCache(), DynamicCache())]
     with torch.no_grad(), attnzoo.patch(model, backend):
-        expected = model(ids, encoder_hidden_states=states, encoder_attention_mask=mask, use_cache=False).logits
+        expected = model(tokens, encoder_hidden_states=states, encoder_attention_mask=mask, use_cache=False).logits
         for cache in caches:
             pieces, start = [], 0
             for new in (6, 1, 2, 5):
                 part = slice(start, start + new)
                 piece = model(
-                    ids[:, part], past_key_values=cache, use_cache=True, encoder_hidden_states=states,
+                    tokens[:, part], past_key_values=cache, use_cache=True, encoder_hidden_states=states,
                     encoder_attention_mask=mask if form == "2-D" else mask[:, part],
                 )  # fmt: skip
                 pieces.append(piece.logits)
@@ -155,8 +144,8 @@ def test_cached_steps_equal_one_forward(multi_query: bool, backend: str, form: s
 @KINDS
 @BOTH
 @pytest.mark.parametrize("beams", [1, 4])
-def test_generation_returns_the_same_tokens_with_any_cache(multi_query: bool, backend: str, beams: int) -> None:
-    inputs, options = padded(2, 4, "left"), dict(max_new_tokens=8, do_sample=False, num_beams=beams)
+def test_generation_returns_the_same_tokens_with_any_cache(multi_query, backend, beams):
+    inputs, options = causal_inputs(4, "left", batch=2), dict(max_new_tokens=8, do_sample=False, num_beams=beams)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     model = build_cross(multi_query)
     with attnzoo.patch(model, backend):
@@ -180,7 +169,7 @@ def test_generation_returns_the_same_tokens_with_any_cache(multi_query: bool, ba
 
 @KINDS
 @BOTH
-def test_cross_attention_cache_is_filled_once(multi_query: bool, backend: str) -> None:
+def test_cross_attention_cache_is_filled_once(multi_query, backend):
     model = build_cross(multi_query)
     module, states, hidden = model.transformer.h[1].crossattention, encoder(), encoder(3, 9)
     mask = encoder_masks(3, 9, 5)["2-D"]
@@ -202,10 +191,10 @@ def test_cross_attention_cache_is_filled_once(multi_query: bool, backend: str) -
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_repaired_attention_equals_the_original_where_that_is_right() -> None:
+def test_repaired_attention_equals_the_original_where_that_is_right():
     """With one head, one sample, one query and no mask, the faults of the original have no effect."""
     model = build(multi_query=False, add_cross_attention=True, n_head=1)
-    given = dict(input_ids=tokens(1, 1), encoder_hidden_states=encoder(1))
+    given = dict(input_ids=ids(1, 1), encoder_hidden_states=encoder(1))
     with torch.no_grad():
         expected = model(**given).logits
         with attnzoo.patch(model, "sdpa"):
@@ -214,7 +203,7 @@ def test_repaired_attention_equals_the_original_where_that_is_right() -> None:
 
 @KINDS
 @BOTH
-def test_dropout_applies_in_training_only(multi_query: bool, backend: str) -> None:
+def test_dropout_applies_in_training_only(multi_query, backend):
     model = build_cross(multi_query, attn_pdrop=0.5).train()
     module, states, hidden = model.transformer.h[0].crossattention, encoder(), encoder(3, 4)
     mask = torch.ones(3, 5, dtype=torch.bool)
@@ -232,15 +221,15 @@ def test_dropout_applies_in_training_only(multi_query: bool, backend: str) -> No
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_probabilities_equal_the_oracle() -> None:
-    model, ids, states, mask = build_cross(), tokens(3, 6), encoder(), encoder_masks(3, 6, 5)["2-D"]
+def test_probabilities_equal_the_oracle():
+    model, tokens, states, mask = build_cross(), ids(3, 6), encoder(), encoder_masks(3, 6, 5)["2-D"]
     given = dict(encoder_hidden_states=states, encoder_attention_mask=mask, output_attentions=True)
     visible = mask.bool()[:, None].expand(3, 6, 5)
     with torch.no_grad():
         oracle = with_oracle(twin(model, "eager"), visible, torch.float32)
-        expected = oracle(ids, encoder_hidden_states=states, output_attentions=True)
+        expected = oracle(tokens, encoder_hidden_states=states, output_attentions=True)
         with attnzoo.patch(model, "eager"):
-            got = model(ids, **given)
+            got = model(tokens, **given)
         for name in ("attentions", "cross_attentions"):
             assert len(got[name]) == 2
             for ours, theirs in zip(got[name], expected[name], strict=True):
@@ -248,11 +237,11 @@ def test_probabilities_equal_the_oracle() -> None:
         refused = pytest.raises(attnzoo.BackendRefusedError, match='backend="eager"')
         for fallback in ("error", "native"):  # nothing falls back to the wrong original
             with attnzoo.patch(model, {"*crossattention": "sdpa"}, fallback=fallback), refused:
-                model(ids, **{**given, "encoder_attention_mask": visible})
+                model(tokens, **{**given, "encoder_attention_mask": visible})
 
 
-def test_gradient_checkpointing_equals_no_checkpointing() -> None:
-    model, inputs = build_cross(), padded(3, 7, "right")
+def test_gradient_checkpointing_equals_no_checkpointing():
+    model, inputs = build_cross(), causal_inputs(7, "right")
     given = dict(encoder_hidden_states=encoder(), encoder_attention_mask=encoder_masks(3, 7, 5)["2-D"])
     model.train()
     with attnzoo.patch(model, "sdpa"):
@@ -275,11 +264,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_bad_encoder_mask_is_refused_by_name(bad: str) -> None:
+def test_bad_encoder_mask_is_refused_by_name(bad):
     mask, message = BAD[bad]
     model = build_cross()
     with attnzoo.patch(model, "sdpa") as handle, pytest.raises(attnzoo.InvalidArgumentError, match=message):
-        model(tokens(3, 6), encoder_hidden_states=encoder(), encoder_attention_mask=mask)
+        model(ids(3, 6), encoder_hidden_states=encoder(), encoder_attention_mask=mask)
     assert {site.calls for site in handle.sites} == {0}, "the model refuses the mask before its first layer"
 
 
@@ -288,7 +277,7 @@ def test_bad_encoder_mask_is_refused_by_name(bad: str) -> None:
     [encoder()[0], encoder()[..., 1:], encoder(2), encoder().half(), encoder().long(), [1.0]],
     ids=["rank", "width", "batch", "dtype", "integers", "no tensor"],
 )
-def test_bad_encoder_states_are_refused_by_name(states: Any) -> None:
+def test_bad_encoder_states_are_refused_by_name(states):
     model = build_cross()
     allowed = r"encoder_hidden_states: got .*; allowed: \(3, encoder_length, \d+\) float32"
     with attnzoo.patch(model, "sdpa") as handle, pytest.raises(attnzoo.InvalidArgumentError, match=allowed):
@@ -296,14 +285,14 @@ def test_bad_encoder_states_are_refused_by_name(states: Any) -> None:
     assert {site.calls for site in handle.sites} == {0}
 
 
-def test_autocast_accepts_encoder_states_of_another_dtype() -> None:
+def test_autocast_accepts_encoder_states_of_another_dtype():
     model = build_cross()
     with attnzoo.patch(model, "sdpa"), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        got = model(tokens(3, 6), encoder_hidden_states=encoder().bfloat16()).logits
-        torch.testing.assert_close(got, model(tokens(3, 6), encoder_hidden_states=encoder()).logits)
+        got = model(ids(3, 6), encoder_hidden_states=encoder().bfloat16()).logits
+        torch.testing.assert_close(got, model(ids(3, 6), encoder_hidden_states=encoder()).logits)
 
 
-def test_bad_calls_are_refused_by_name() -> None:
+def test_bad_calls_are_refused_by_name():
     model, hidden = build_cross(), encoder(3, 6)
     module = model.transformer.h[0].crossattention
     with attnzoo.patch(model, "sdpa"):
@@ -315,35 +304,26 @@ def test_bad_calls_are_refused_by_name() -> None:
             module(hidden, encoder_hidden_states=encoder(), softcap=2.0)
 
 
-def test_remove_restores_the_original() -> None:
+def test_remove_restores_the_original():
     model = build_cross()
     before = {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
     with attnzoo.patch(model, "sdpa"):
-        model(tokens(2, 5), encoder_hidden_states=encoder(2))
+        model(ids(2, 5), encoder_hidden_states=encoder(2))
     assert {name: (type(module), set(vars(module))) for name, module in model.named_modules()} == before
     with pytest.raises(RuntimeError, match="split"):  # the original is wrong again
-        model(tokens(2, 5), encoder_hidden_states=encoder(2))
+        model(ids(2, 5), encoder_hidden_states=encoder(2))
 
 
-def test_patch_of_cross_attention_alone_accepts_2d_masks() -> None:
+def test_patch_of_cross_attention_alone_accepts_2d_masks():
     model, mask = build_cross(), torch.tensor([[1, 1, 1, 0, 0]] * 2)
     with attnzoo.patch(model, {"*.crossattention": "sdpa"}) as handle:
-        model(tokens(2, 5), encoder_hidden_states=encoder(2), encoder_attention_mask=mask)
+        model(ids(2, 5), encoder_hidden_states=encoder(2), encoder_attention_mask=mask)
     assert [site.name.rpartition(".")[2] for site in handle.sites] == ["crossattention"] * 2
     assert "forward" not in vars(model.transformer)
 
 
-def test_nothing_falls_back_to_the_wrong_original() -> None:
-    model = build_cross().train()
-    with (
-        attnzoo.patch(model, {"*.crossattention": "sdpa"}, fallback="native"),
-        pytest.raises(attnzoo.BackendRefusedError, match="attention probabilities"),
-    ):
-        model(tokens(2, 5), encoder_hidden_states=encoder(2), output_attentions=True)
-
-
-def test_verify_reports_the_fault_and_compares_with_the_oracle() -> None:
-    inputs = dict(input_ids=tokens(2, 5), encoder_hidden_states=encoder(2))
+def test_verify_reports_the_fault_and_compares_with_the_oracle():
+    inputs = dict(input_ids=ids(2, 5), encoder_hidden_states=encoder(2))
     report = attnzoo.verify(build_cross(), inputs, "sdpa")
     assert report.ok and not report.original
     assert "wrong width" in report.fault and "the original was not run" in str(report)

@@ -1,15 +1,14 @@
 """LongT5's first layer computes the bias of all layers, also if some are not patched, are copied, or fall back."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
 
 import attnzoo
-from attnzoo.backends.eager import EagerBackend
-from attnzoo.conformance.error_rule import GRADIENT, check
+from attnzoo.conformance.error_rule import GRADIENT
 from attnzoo.errors import BackendRefusedError
+from tests.support.compare import assert_obeys_the_error_rule
 from tests.support.longt5 import RADIUS, TABLES, assert_equal_to_the_original, backends, inputs, kinds, longt5, outcome
 
 MIXTURES = {
@@ -52,18 +51,10 @@ def test_part_of_a_stack_can_be_patched(kind):
             torch.testing.assert_close(got[real], expected[real], rtol=1e-5, atol=1e-4)
 
 
-class WithoutBiasGradient(EagerBackend):
-    """Computes all gradients except those of biases."""
-
-    name = "without-bias-gradient"
-    capabilities = dataclasses.replace(EagerBackend.capabilities, bias_grad=False)
-
-
 @pytest.fixture
-def without_bias_gradient():
-    attnzoo.register_backend(WithoutBiasGradient)
-    yield "without-bias-gradient"
-    attnzoo.unregister_backend("without-bias-gradient")
+def without_bias_gradient(add_backend):
+    """A backend with all gradients except those of biases."""
+    return add_backend("without-bias-gradient", bias_grad=False).name
 
 
 @kinds
@@ -84,8 +75,7 @@ def test_layers_fall_back_together_if_the_shared_bias_trains(kind, train, first,
         copies, _ = outcome(copied, arguments)
     for name, expected in reference.items():
         for got in (patched[name], copies[name]):
-            verdict = check(name, got, expected, original[name], GRADIENT)
-            assert verdict.ok, str(verdict)
+            assert_obeys_the_error_rule(name, got, expected, original[name], GRADIENT)
 
 
 @kinds
@@ -104,32 +94,24 @@ def test_layers_are_refused_if_another_layer_trains_their_bias(kind, without_bia
 
 @kinds
 @pytest.mark.parametrize("frozen", ["encoder.block.0", "encoder.block.1", "relative_attention_bias"])
-def test_layers_that_fall_back_share_the_bias_with_other_layers(kind, frozen):
+def test_layers_that_fall_back_share_the_bias_with_other_layers(kind, frozen, add_backend):
     """The backend has no gradients: it runs the layers before the first trained weight; the others fall back."""
-
-    class WithoutGradient(EagerBackend):
-        name = "without-gradient"
-        capabilities = dataclasses.replace(EagerBackend.capabilities, grad=False, bias_grad=False)
 
     def prepare(model):
         model.train()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not (name.startswith("shared") or frozen in name))
 
+    add_backend("without-gradient", grad=False, bias_grad=False)
     model, arguments = longt5(kind, tie_word_embeddings=False), inputs(37)
     reference, _ = outcome(model, arguments, None, torch.float64, prepare)
     original, _ = outcome(model, arguments, None, torch.float32, prepare)
-    attnzoo.register_backend(WithoutGradient)
-    try:
-        prepare(model)
-        with attnzoo.patch(model, "without-gradient", fallback="native") as handle:
-            patched, _ = outcome(model, arguments)
-    finally:
-        attnzoo.unregister_backend("without-gradient")
+    prepare(model)
+    with attnzoo.patch(model, "without-gradient", fallback="native") as handle:
+        patched, _ = outcome(model, arguments)
     assert handle.sites
     for name, expected in reference.items():
-        verdict = check(name, patched[name], expected, original[name], GRADIENT)
-        assert verdict.ok, str(verdict)
+        assert_obeys_the_error_rule(name, patched[name], expected, original[name], GRADIENT)
 
 
 @kinds

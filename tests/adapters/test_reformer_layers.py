@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 
 import attnzoo
 from attnzoo.adapters.projections import is_plain, project_by_head
-from tests.support.reformer import attentions, backends, ids, reformer
+from tests.support.models import ids
+from tests.support.reformer import attentions, backends, reformer
 from tests.support.weights import LowRank, Packed, pack, quantise
 
 PROJECTIONS = ("query_key", "value")

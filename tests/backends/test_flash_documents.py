@@ -6,8 +6,7 @@ import torch
 import attnzoo
 from attnzoo.backends.varlen.flash import FlashBackend
 from attnzoo.spec.documents import attend_documents, find_documents
-from tests.models.test_packed_rows import LENGTHS, ROW
-from tests.spec.test_documents import Site, grid_of
+from tests.support.documents import LENGTHS, ROW, RecordingAttend, grid_of
 from tests.support.half import HALF, heads
 from tests.support.models import gpt_neox
 
@@ -17,7 +16,7 @@ def test_documents_become_the_sequences_of_one_call(varlen, lengths):
     """Hidden tokens and padding are in no sequence."""
     mask = grid_of(lengths)[:, None].expand(2, -1, -1, -1)
     whole = attnzoo.Attention(heads(20), (attnzoo.Segment(heads(20, seed=1), heads(20, seed=2), mask=mask),), 0.3)
-    site = Site("flash_attention_2")
+    site = RecordingAttend("flash_attention_2")
     site.backend = FlashBackend(kernel="varlen")
     output = attend_documents(site, whole, find_documents(mask[:, 0], 2)).output
     ((name, call),) = varlen
@@ -25,7 +24,7 @@ def test_documents_become_the_sequences_of_one_call(varlen, lengths):
     ends = [0, *torch.tensor(real * 2).cumsum(0).tolist()]
     assert (name, call["cu_q"].tolist(), call["cu_k"].tolist()) == ("forward", ends, ends)
     assert call["causal"] or max(real) == 1
-    expected = Site("eager")(whole).output
+    expected = RecordingAttend("eager")(whole).output
     assert torch.allclose(output.float(), expected.float(), atol=2e-3)
 
 

@@ -287,7 +287,7 @@ def test_a_bias_needs_a_dense_backend_by_name():
 
 
 def test_a_bias_runs_on_a_backend_that_is_not_dense(request):
-    able, whole = fake_backend("able", rank=1), attention(Causal(), None, bias=True)
+    able, whole = fake_backend("able", priority=1), attention(Causal(), None, bias=True)
     assert registry.refusals(lsh(inner="auto"), whole.request())
     attnzoo.register_backend(able)
     request.addfinalizer(lambda: attnzoo.unregister_backend("able"))

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from attnzoo import register_backend, unregister_backend
+from attnzoo import register_backend
 from attnzoo.benchmarks import cli, weights
 from attnzoo.benchmarks.measure import machine
 from attnzoo.benchmarks.models import WORKLOADS
@@ -36,7 +36,7 @@ def frozen() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def tiny(monkeypatch: pytest.MonkeyPatch, isolated_registry: None) -> Iterator[None]:
     """Register the tiny family and the planted backends during a test."""
     monkeypatch.setitem(WORKLOADS, "tiny", fake_shootout.TINY)
     monkeypatch.setattr(weights, "_POOL", 65537)  # enough for tiny models
@@ -45,8 +45,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for cls in fake_shootout.BACKENDS:
         register_backend(cls)
     yield
-    for cls in fake_shootout.BACKENDS:
-        unregister_backend(cls.name)
     torch.set_num_threads(threads)
 
 
@@ -76,6 +74,13 @@ def row_of(result: Shootout, backend: str, mode: str = "forward") -> Row:
 def assert_no_measurements(row: Row) -> None:
     assert row.seconds is None and row.fastest is None and row.slowest is None and row.speedup is None
     assert row.runs == () and row.peak_bytes is None and row.peak_ratio is None
+
+
+def assert_red(result: Shootout, backend: str, *words: str) -> None:
+    """Assert that a backend has a red row with these words in its reason and without measurements."""
+    row = row_of(result, backend)
+    assert row.status == "red" and all(word in row.reason for word in words), row.reason
+    assert_no_measurements(row)
 
 
 def printed(result: Shootout, width: int = 120) -> str:

@@ -16,7 +16,7 @@ from attnzoo.benchmarks.models import GPT_NEOX, WORKLOADS
 from attnzoo.benchmarks.rows import Problem
 from attnzoo.benchmarks.worker import EndToEndJob, verify_here
 from attnzoo.patching import forwards
-from tests.benchmarks.conftest import MODES, assert_no_measurements, line_of, printed, row_of
+from tests.benchmarks.conftest import MODES, assert_no_measurements, assert_red, line_of, printed, row_of
 
 
 def test_correct_backends_are_timed_and_compared(shootout):
@@ -38,9 +38,8 @@ def test_correct_backends_are_timed_and_compared(shootout):
 @pytest.mark.parametrize("scope", ["model", "module", "attention"])
 def test_wrong_numbers_show_no_speed(shootout, scope):
     result = shootout("wrong", scope=scope)
-    row = row_of(result, "wrong")
-    assert row.status == "red" and "outside the error budget" in row.reason and row.error > row.budget
-    assert_no_measurements(row)
+    assert_red(result, "wrong", "outside the error budget")
+    assert row_of(result, "wrong").error > row_of(result, "wrong").budget
     assert not result.ok
     cells = line_of(printed(result), "wrong")
     assert cells[-1] == "RED" and "ms" not in cells and "s" not in cells
@@ -48,9 +47,7 @@ def test_wrong_numbers_show_no_speed(shootout, scope):
 
 def test_red_end_to_end_gate_shows_no_speed(shootout):
     result = shootout("eager", check=lambda job: (False, "logits: FAILS"))
-    row = row_of(result, "eager")
-    assert row.status == "red" and "end to end: logits: FAILS" in row.reason
-    assert_no_measurements(row)
+    assert_red(result, "eager", "end to end: logits: FAILS")
     assert row_of(result, "native").seconds is not None
 
 
@@ -75,17 +72,14 @@ def test_backend_that_refuses_gradients_end_to_end_runs_forward(shootout):
 def test_end_to_end_verdict_is_that_of_verify(shootout):
     result = shootout("eager", "wrong", check=verify_here, verify_len=16)
     assert {verdict.backend: verdict.status for verdict in result.end_to_end} == {"eager": "ok", "wrong": "red"}
-    assert "end to end" in row_of(result, "wrong").reason
-    assert_no_measurements(row_of(result, "wrong"))
+    assert_red(result, "wrong", "end to end")
 
 
 @pytest.mark.parametrize(
     ("backend", "words"), [("elsewhere", "with kernel native"), ("switching", "which the gate did not check")]
 )
 def test_unrequested_kernel_is_red(shootout, backend, words):
-    row = row_of(shootout(backend), backend)
-    assert row.status == "red" and "not what was requested" in row.reason and words in row.reason
-    assert_no_measurements(row)
+    assert_red(shootout(backend), backend, "not what was requested", words)
 
 
 def test_unrequested_backend_is_red(shootout, monkeypatch):
@@ -99,15 +93,11 @@ def test_unrequested_backend_is_red(shootout, monkeypatch):
         return result
 
     monkeypatch.setattr(forwards.SiteAttend, "__call__", call)
-    row = row_of(shootout("sdpa"), "sdpa")
-    assert row.status == "red" and "requested 'sdpa', but eager ran" in row.reason
-    assert_no_measurements(row)
+    assert_red(shootout("sdpa"), "sdpa", "requested 'sdpa', but eager ran")
 
 
 def test_reported_kernel_that_did_not_run_is_red(shootout):
-    row = row_of(shootout("pretending"), "pretending")
-    assert row.status == "red" and "reported flash, which did not run" in row.reason
-    assert_no_measurements(row)
+    assert_red(shootout("pretending"), "pretending", "reported flash, which did not run")
 
 
 def test_counted_calls_that_did_not_happen_are_red(shootout, monkeypatch):
@@ -118,9 +108,7 @@ def test_counted_calls_that_did_not_happen_are_red(shootout, monkeypatch):
         return call(self, attention, probabilities)
 
     monkeypatch.setattr(forwards.SiteAttend, "__call__", call_and_miscount)
-    row = row_of(shootout("eager"), "eager")
-    assert row.status == "red" and "counted 4 calls of eager, observed 2" in row.reason
-    assert_no_measurements(row)
+    assert_red(shootout("eager"), "eager", "counted 4 calls of eager, observed 2")
 
 
 def test_site_without_calls_is_red(shootout, monkeypatch):
@@ -131,9 +119,7 @@ def test_site_without_calls_is_red(shootout, monkeypatch):
         return execution(self)
 
     monkeypatch.setattr(PreparedBackend, "execution", execution_without_last_site)
-    row = row_of(shootout("eager"), "eager")
-    assert row.status == "red" and "0 calls" in row.reason
-    assert_no_measurements(row)
+    assert_red(shootout("eager"), "eager", "0 calls")
 
 
 def test_refusals_have_rows_and_do_not_fail_the_shootout(shootout):
@@ -254,9 +240,7 @@ def test_backend_that_changes_the_pattern_is_checked_on_it_and_shows_recall(shoo
 
 def test_backend_that_computes_another_pattern_is_red(shootout, dense, monkeypatch):
     monkeypatch.setattr(BlockedLocalBackend, "run", lambda self, attention, *_: SdpaBackend().run(attention))
-    row = row_of(shootout("blocked-local:window=6"), "blocked-local:window=6")
-    assert row.status == "red" and "outside the error budget" in row.reason
-    assert_no_measurements(row)
+    assert_red(shootout("blocked-local:window=6"), "blocked-local:window=6", "outside the error budget")
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,12 @@ def attnzoo_command(*arguments, columns=80):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
+@pytest.fixture
+def checkpoint(tmp_path):
+    led().save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
 def test_doctor_lists_every_backend_model_and_package():
     output = run("doctor").output
     for name in (*attnzoo.backends(), *attnzoo.registry.registry.model_types(), "torch", "transformers", "cuda"):
@@ -49,22 +55,20 @@ def test_doctor_prints_json():
     assert all(finding["detail"] for finding in findings)
 
 
-def test_verify_accepts_a_checkpoint_on_disk(tmp_path):
-    led().save_pretrained(tmp_path)
-    result = run("verify", str(tmp_path), "--seq-len", "40")
+def test_verify_accepts_a_checkpoint_on_disk(checkpoint):
+    result = run("verify", checkpoint, "--seq-len", "40")
     assert result.exit_code == 0, result.output
     assert "within the error rule" in result.output
     assert "on all 8 passages" in result.output
-    data = json.loads(run("verify", str(tmp_path), "--seq-len", "40", "--json", "--no-gradients").stdout)
+    data = json.loads(run("verify", checkpoint, "--seq-len", "40", "--json", "--no-gradients").stdout)
     assert data["ok"] is True and len(data["passages"]) == 8
     assert all(passage["ok"] and len(passage["sites"]) >= 6 for passage in data["passages"])
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager", "native"])
-def test_verify_prints_each_site_once_in_80_columns(tmp_path, backend, monkeypatch):
+def test_verify_prints_each_site_once_in_80_columns(checkpoint, backend, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    led().save_pretrained(tmp_path)
-    arguments = (str(tmp_path), "--seq-len", "40", "--dtype", "fp32", "--backend", backend, "--passages", "2")
+    arguments = (checkpoint, "--seq-len", "40", "--dtype", "fp32", "--backend", backend, "--passages", "2")
     result = run("verify", *arguments)
     assert result.exit_code == 0, result.output
     assert all(len(line) <= 80 for line in result.stdout.splitlines())
@@ -73,7 +77,7 @@ def test_verify_prints_each_site_once_in_80_columns(tmp_path, backend, monkeypat
         assert result.stdout.count(f"led.{name}.layers.{layer}.{attention}\n") == 1
 
 
-def test_verify_exits_with_1_if_a_check_fails(tmp_path):
+def test_verify_exits_with_1_if_a_check_fails(checkpoint, isolated_registry):
     @attnzoo.register_backend
     @dataclass(frozen=True)
     class Sloppy(EagerBackend):
@@ -82,39 +86,32 @@ def test_verify_exits_with_1_if_a_check_fails(tmp_path):
         def run(self, attention, probabilities=False):
             return super().run(replace(attention, scale=attention.scale * 1.01))
 
-    led().save_pretrained(tmp_path)
-    try:
-        result = run("verify", str(tmp_path), "--seq-len", "40", "--backend", "sloppy", "--passages", "2")
-    finally:
-        attnzoo.unregister_backend("sloppy")
+    result = run("verify", checkpoint, "--seq-len", "40", "--backend", "sloppy", "--passages", "2")
     assert result.exit_code == 1
     assert "NOT within the error rule on 2 of 2 passages" in result.output and "FAILS" in result.output
     assert "led.encoder.layers.0.self_attn.longformer_self_attn: output: error" in result.output
 
 
-def test_verify_fast_compares_one_passage(tmp_path):
-    led().save_pretrained(tmp_path)
-    data = json.loads(run("verify", str(tmp_path), "--fast", "--seq-len", "40", "--json").stdout)
+def test_verify_fast_compares_one_passage(checkpoint):
+    data = json.loads(run("verify", checkpoint, "--fast", "--seq-len", "40", "--json").stdout)
     assert data["ok"] is True and data["sites"] and not data["original_sites"] and data["original"]
     assert {check["what"] for site in data["sites"] for check in site["checks"]} == {"output", "gradient"}
     assert not any("gradient" in check["what"] for check in data["end_to_end"])
     assert "fast" in data["note"]
-    native = json.loads(run("verify", str(tmp_path), "--fast", "--json", "--backend", "native").stdout)
+    native = json.loads(run("verify", checkpoint, "--fast", "--json", "--backend", "native").stdout)
     assert native["ok"] is True and native["sites"] == native["original_sites"]
 
 
-def test_progress_bar_needs_a_terminal(tmp_path):
-    led().save_pretrained(tmp_path)
-    done = attnzoo_command("verify", str(tmp_path), "--fast", "--seq-len", "32")
+def test_progress_bar_needs_a_terminal(checkpoint):
+    done = attnzoo_command("verify", checkpoint, "--fast", "--seq-len", "32")
     assert done.returncode == 0 and "%" not in done.stderr and "Loading" not in done.stderr
 
 
-def test_explain_accepts_backend_options(tmp_path):
-    led().save_pretrained(tmp_path)
-    result = run("explain", str(tmp_path), "--backend", "blocked-local:window=8")
+def test_explain_accepts_backend_options(checkpoint):
+    result = run("explain", checkpoint, "--backend", "blocked-local:window=8")
     assert result.exit_code == 0, result.output
     assert "approximate: window of 8 keys" in result.output
-    assert "runs" in run("explain", str(tmp_path), "--backend", "auto").output
+    assert "runs" in run("explain", checkpoint, "--backend", "auto").output
 
 
 @pytest.mark.parametrize(
@@ -139,13 +136,10 @@ def test_error_is_one_message_within_the_terminal_width(arguments, message):
     assert all(len(line) <= 60 or " " not in line.strip() for line in done.stderr.splitlines())
 
 
-def test_checkpoint_that_does_not_load_is_refused(tmp_path):
-    led().save_pretrained(tmp_path)
+def test_checkpoint_that_does_not_load_is_refused(checkpoint, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"cut short")
-    with pytest.raises(
-        attnzoo.InvalidArgumentError, match=r"model: got .*Safetensor.*; allowed: the folder of a checkp"
-    ):
-        run_raising("explain", str(tmp_path))
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"model: got .*Safetensor.*; allowed: the folder of a che"):
+        run_raising("explain", checkpoint)
 
 
 def test_checkpoint_without_architecture_is_refused(tmp_path):
@@ -175,15 +169,15 @@ def test_help_lists_every_command():
     assert all(f"\n  {command} " in output for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_fits_the_terminal_and_cuts_no_word(command):
-    narrow, wide = (attnzoo_command(*command.split(), "--help", columns=columns).stdout for columns in (80, 100))
-    assert narrow.split() == wide.split()
-    assert all(len(line) <= 80 for line in narrow.splitlines())
-
-
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_command_runs_in_an_encoding_without_all_characters(encoding):
     command = [sys.executable, "-m", "attnzoo", "matrix", "gpt_neox"]
     done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
     assert done.returncode == 0, done.stderr
+
+
+def test_help_of_fingerprint_fits_the_terminal_and_cuts_no_word():
+    """``tests/test_layout.py`` tests the help of the other commands, which fits narrower terminals, too."""
+    narrow, wide = (attnzoo_command("fingerprint", "--help", columns=columns).stdout for columns in (80, 100))
+    assert narrow.split() == wide.split()
+    assert all(len(line) <= 80 for line in narrow.splitlines())

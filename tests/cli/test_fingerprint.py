@@ -29,7 +29,7 @@ def test_fingerprint_prints_one_line_per_path():
     assert result.stdout.splitlines() == [f"{path}  {fingerprint(object_at(path))}" for path in PATHS]
 
 
-def test_json():
+def test_fingerprint_prints_json():
     assert json.loads(run("--json", *PATHS).stdout) == {path: fingerprint(object_at(path)) for path in PATHS}
 
 

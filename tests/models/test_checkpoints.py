@@ -8,10 +8,11 @@ import torch
 
 import attnzoo
 from attnzoo.conformance.error_rule import FORWARD, GRADIENT, check
-from attnzoo.patching.replay import recording, replaying
-from attnzoo.patching.sites import find_sites
+from attnzoo.patching.replay import replaying
 from tests.checkpoints.train import HERE, LENGTH, RECIPES, unigram_bits, windows
 from tests.support.checkpoints import load
+from tests.support.compare import assert_obeys_the_error_rule
+from tests.support.judge import hashes_of
 
 families = pytest.mark.parametrize("family", RECIPES)
 backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
@@ -53,15 +54,10 @@ def fine_tune(family, backend, dtype=torch.float32, buckets=None, rate=0.01):
     With ``buckets``, the run uses these: a rounding may move a token into another bucket.
     """
     model = load(family, dtype).train()
-    sites = {
-        found.name: (found.module, found.point.replay)
-        for found in find_sites(model)
-        if found.point.makes_random_choices
-    }
     handle = attnzoo.patch(model, backend) if backend else None
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     generator, losses = torch.Generator().manual_seed(3), []
-    with recording(sites) if buckets is None else replaying(model, buckets) as recorded:
+    with hashes_of(model) if buckets is None else replaying(model, buckets) as recorded:
         for _ in range(STEPS):
             loss = model(**RECIPES[family].inputs(windows(2, LENGTH, True, generator))).loss
             optimizer.zero_grad()
@@ -105,8 +101,8 @@ def test_fine_tuning_of_reformer_equals_the_originals_without_replay():
     original, *patched = (fine_tune("reformer", backend, torch.float64) for backend in (None, "eager", "sdpa"))
     for run in patched:
         for what, k, index in (("losses", FORWARD, 0), ("parameters", GRADIENT, 1)):
-            result = check(what, run[index], original[index], original[index], k)  # only a few roundings are allowed
-            assert result.ok, str(result)
+            # The original is its own reference, so only a few roundings are allowed.
+            assert_obeys_the_error_rule(what, run[index], original[index], original[index], k)
         for name, calls in original[2].items():
             assert len(run[2][name]) == len(calls) == 2 * STEPS
             for ours, theirs in zip(run[2][name], calls, strict=True):

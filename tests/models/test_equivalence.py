@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.conformance.error_rule import FORWARD, check
 from attnzoo.patching.replay import replaying
+from tests.support.compare import assert_obeys_the_error_rule
 from tests.support.judge import hashes_of, judge, logits_of
 from tests.support.models import (
     FAMILIES,
@@ -44,7 +44,7 @@ def modes(family):
 
 
 @pytest.mark.parametrize(("family", "length"), [(f, n) for f in FAMILIES.values() for n in lengths(f)], ids=str)
-def test_every_length_without_padding(family, length):
+def test_logits_and_gradients_without_padding_at_every_length(family, length):
     report = attnzoo.verify(family.build(), family.inputs(length, "none"), "sdpa")
     assert report.ok, str(report)
 
@@ -54,12 +54,12 @@ def test_every_length_without_padding(family, length):
     [(f, mode, n) for f in FAMILIES.values() for mode in modes(f) for n in (*lengths(f), 1000)],
     ids=str,
 )
-def test_every_length_with_every_padding_in_every_mode(family, mode, length):
+def test_logits_and_gradients_at_every_length_in_every_mode(family, mode, length):
     judge(family, family.inputs(length, "every"), mode)
 
 
 @pytest.mark.parametrize(("family", "mode"), [(f, mode) for f in FAMILIES.values() for mode in modes(f)], ids=str)
-def test_bfloat16_with_every_padding_in_every_mode(family, mode):
+def test_bfloat16_logits_and_gradients_in_every_mode(family, mode):
     judge(family, family.inputs(4 * family.block, "every"), mode, torch.bfloat16)
 
 
@@ -84,7 +84,7 @@ def test_other_dtypes_pass_the_error_rule(family, backend, dtype):
 @backends
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("build", [gpt_neox, gpt_bigcode])
-def test_4d_mask_with_one_row_for_all_queries(build, implementation, backend):
+def test_4d_mask_with_one_row_hides_its_keys_from_all_queries(build, implementation, backend):
     """The original uses the row for all queries, without causality."""
     model, inputs = build(), causal_inputs(11, "left")
     model.set_attn_implementation(implementation)
@@ -147,8 +147,7 @@ def test_autocast_computes_in_the_autocast_dtype(family, backend):
         with replaying(model, buckets), attnzoo.patch(model, "eager"):
             reference = logits_of(model.double(), inputs)
     assert set(dtypes) == {torch.bfloat16}
-    result = check("logits", got, reference, original, FORWARD, dtype=torch.bfloat16)
-    assert result.ok, str(result)
+    assert_obeys_the_error_rule("logits", got, reference, original, dtype=torch.bfloat16)
 
 
 @families
@@ -161,22 +160,14 @@ def test_dropout_is_applied_in_training_and_not_in_eval(family, backend):
         assert not torch.allclose(logits_of(model, inputs), logits_of(model, inputs), atol=1e-2)
 
 
+CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 HEADS = [
-    *[(led, f"LED{head}", led_inputs) for head in ("Model", "ForQuestionAnswering")],
-    *[
-        (longformer, f"Longformer{head}", longformer_inputs)
-        for head in ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-    ],
+    *((led, f"LED{head}", led_inputs) for head in ("Model", "ForQuestionAnswering")),
+    *((longformer, f"Longformer{head}", longformer_inputs) for head in ("Model", *CLASSIFIERS)),
     (longt5, "LongT5Model", longt5_inputs),
     (longt5, "LongT5EncoderModel", causal_inputs),
-    *[
-        (gpt_neox, f"GPTNeoX{head}", causal_inputs)
-        for head in ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-    ],
-    *[
-        (gpt_bigcode, f"GPTBigCode{head}", causal_inputs)
-        for head in ("Model", "ForSequenceClassification", "ForTokenClassification")
-    ],
+    *((gpt_neox, f"GPTNeoX{head}", causal_inputs) for head in ("Model", *CLASSIFIERS)),
+    *((gpt_bigcode, f"GPTBigCode{head}", causal_inputs) for head in ("Model", *CLASSIFIERS[:2])),
 ]
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.conformance.error_rule import FORWARD, check
 from tests.checkpoints.train import RECIPES, windows
 from tests.support.checkpoints import load
+from tests.support.compare import assert_obeys_the_error_rule
 from tests.support.judge import chunked, in_one_forward
 from tests.support.models import FAMILIES, ids
 
@@ -95,8 +95,7 @@ def test_chunks_of_tokens_with_a_cache_equal_one_forward(family, backend, side, 
     with attnzoo.patch(model, "eager"):
         reference = in_one_forward(model.double(), inputs)
     for what, values in (("chunks", got), ("one forward", together)):
-        result = check(what, values[real], reference[real], original[real], FORWARD)
-        assert result.ok, str(result)
+        assert_obeys_the_error_rule(what, values[real], reference[real], original[real])
 
 
 @decoders

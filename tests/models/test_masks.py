@@ -115,10 +115,8 @@ def test_mask_dtypes_of_the_original_are_accepted(name, argument, change):
     model, inputs = family.build(), family.inputs(24, "right")
     given = {**inputs, argument: change(inputs[argument])}
     if name == "longt5-tglobal" and argument == "attention_mask" and given[argument].dtype == torch.bool:
-        with (
-            attnzoo.patch(model, "sdpa"),
-            pytest.raises(InvalidArgumentError, match=r"attention_mask: got .* bool .*neg"),
-        ):
+        refused = pytest.raises(InvalidArgumentError, match=r"attention_mask: got .* bool .*neg")
+        with attnzoo.patch(model, "sdpa"), refused:
             model(**given)  # the original fails, because it subtracts the mask
         return
     assert_same(model, given, inputs)
@@ -145,9 +143,8 @@ def test_4d_mask_that_does_not_fit_leaves_the_cache_unchanged(build, filled, sha
         if filled:
             model(ids(3, filled), past_key_values=cache)
         grid = torch.ones([filled + 5 if size == -1 else size for size in shape]).bool()
-        with pytest.raises(
-            InvalidArgumentError, match=r"^attention_mask: got .*; allowed: .*grid \(1 or 3, heads or 1, 5, "
-        ):
+        message = r"^attention_mask: got .*; allowed: .*grid \(1 or 3, heads or 1, 5, "
+        with pytest.raises(InvalidArgumentError, match=message):
             model(ids(3, 5), attention_mask=grid, past_key_values=cache)
         assert cache.get_seq_length() == filled
         fits = torch.ones(1, 1, 5, filled + 5).bool()

@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import attnzoo
-from tests.support.models import FAMILIES, led_inputs, longformer_inputs
+from tests.support.models import FAMILIES
 
 LENGTH = 1024
 ENCODERS = ("led", "longformer", "longt5-local", "longt5-tglobal", "reformer")
+DECODERS = ("gpt_neox", "gpt_bigcode-mqa", "gpt_bigcode-mha")
 
 
 class LargestTensor(TorchDispatchMode):
@@ -45,38 +46,25 @@ def largest_tensor(model, inputs, mode):
     return largest
 
 
-def modes(family):
-    return "forward", "train", *(["checkpointed"] if family.build().supports_gradient_checkpointing else [])
+def modes(name):
+    checkpointing = FAMILIES[name].build().supports_gradient_checkpointing
+    return "forward", "train", *(["checkpointed"] if checkpointing else [])
 
 
-@pytest.mark.parametrize("side", ["none", "every"])
-@pytest.mark.parametrize(
-    ("family", "mode"), [(FAMILIES[name], mode) for name in ENCODERS for mode in modes(FAMILIES[name])], ids=str
-)
-def test_patched_encoder_has_no_quadratic_tensor(family, mode, side):
-    model = family.build()
+CASES = [
+    *((name, mode, (side,)) for name in ENCODERS for mode in modes(name) for side in ("none", "every")),
+    *((name, mode, ("none",)) for name in DECODERS for mode in ("forward", "train")),
+    *((name, "forward", ("every", tokens)) for name in ENCODERS[:2] for tokens in ("zero", "one", "varying")),
+]
+
+
+@pytest.mark.parametrize(("name", "mode", "options"), CASES, ids=str)
+def test_patched_model_has_no_quadratic_tensor(name, mode, options):
+    """Decoders run without padding, LED and Longformer also with given numbers of global tokens."""
+    model, inputs = FAMILIES[name].build(), FAMILIES[name].inputs(LENGTH, *options)
     with attnzoo.patch(model, "sdpa") as handle:
-        largest = largest_tensor(model, family.inputs(LENGTH, side), mode)
+        largest = largest_tensor(model, inputs, mode)
         assert all(site.calls for site in handle.sites)
-    assert largest.elements < LENGTH**2, largest.operation
-
-
-@pytest.mark.parametrize("name", ["gpt_neox", "gpt_bigcode-mqa", "gpt_bigcode-mha"])
-@pytest.mark.parametrize("mode", ["forward", "train"])
-def test_patched_decoder_without_padding_has_no_quadratic_tensor(name, mode):
-    family = FAMILIES[name]
-    model = family.build()
-    with attnzoo.patch(model, "sdpa"):
-        largest = largest_tensor(model, family.inputs(LENGTH, "none"), mode)
-    assert largest.elements < LENGTH**2, largest.operation
-
-
-@pytest.mark.parametrize("globals_", ["zero", "one", "varying"])
-@pytest.mark.parametrize(("family", "inputs"), [("led", led_inputs), ("longformer", longformer_inputs)])
-def test_global_tokens_need_no_quadratic_tensor(family, inputs, globals_):
-    model = FAMILIES[family].build()
-    with attnzoo.patch(model, "sdpa"):
-        largest = largest_tensor(model, inputs(LENGTH, "every", globals_), "forward")
     assert largest.elements < LENGTH**2, largest.operation
 
 

@@ -8,17 +8,14 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.backends.eager import EagerBackend
 from attnzoo.spec import documents, masks
-from attnzoo.spec.segments import Result
+from tests.support.compare import is_close
+from tests.support.documents import LENGTHS, POSITIONS, ROW
 from tests.support.models import gpt_bigcode, gpt_neox, ids, led
 
-LENGTHS = (5, 7, 1, 11)
 LENGTH = sum(LENGTHS)
-POSITIONS = torch.cat([torch.arange(length) for length in LENGTHS])[None]
 ENDS = torch.tensor([0, 5, 12, 13, LENGTH], dtype=torch.int32)
 BOUNDARIES = dict(cu_seq_lens_q=ENDS, cu_seq_lens_k=ENDS, max_length_q=11, max_length_k=11)
-ROW = dict(input_ids=ids(1, LENGTH), position_ids=POSITIONS, use_cache=False)
 GRID = torch.block_diag(*(torch.ones(length, length).tril() for length in LENGTHS)).bool()[None, None]
 MODELS = [(gpt_neox, "sdpa"), (gpt_neox, "eager"), (gpt_bigcode, "sdpa"), (gpt_bigcode, "eager")]
 
@@ -31,28 +28,12 @@ def model(request):
     return model
 
 
-def close(got, expected):
-    return bool((got - expected).abs().max() < 1e-4 * expected.abs().max())
-
-
 @pytest.fixture
-def maskless():
+def maskless(add_backend):
     """A backend without dense masks, like kernels for sequences of varying length."""
-
-    class Maskless(attnzoo.Backend):
-        name = "maskless"
-        capabilities = attnzoo.Capabilities(
-            devices=frozenset({"cpu"}), patterns=EagerBackend.capabilities.patterns, key_mask=True, gqa=True, grad=True
-        )
-
-        def run(self, attention: attnzoo.Attention, probabilities: bool = False) -> Result:
-            assert attention.segments[0].mask is None
-            return EagerBackend().run(attention)._replace(kernel="maskless")
-
-    attnzoo.backends()
-    attnzoo.register_backend(Maskless)
-    yield "maskless"
-    attnzoo.unregister_backend("maskless")
+    cls = add_backend("maskless", mask=False)
+    yield cls.name
+    assert not any(segment.mask is not None for attention in cls.runs for segment in attention.segments)
 
 
 @pytest.mark.parametrize("boundaries", [{}, BOUNDARIES], ids=["positions", "positions and boundaries"])
@@ -68,8 +49,8 @@ def test_packed_row_equals_the_original(model, backend, boundaries, maskless):
         patched.loss.backward()
         alone = [model(tokens).logits for tokens in ROW["input_ids"].split(LENGTHS, dim=1)]
     assert all(site.calls and not site.fallbacks for site in handle.sites)
-    assert close(patched.logits, native.logits)
-    assert close(patched.logits, torch.cat(alone, dim=1))
+    assert is_close(patched.logits, native.logits)
+    assert is_close(patched.logits, torch.cat(alone, dim=1))
     largest = max(float(grad.abs().max()) for grad in expected.values())
     for name, parameter in model.named_parameters():
         if name in expected:
@@ -83,7 +64,7 @@ def test_rows_of_a_batch_may_have_different_documents(model, maskless):
         native = model(**row).logits
         for backend in ("sdpa", maskless):
             with attnzoo.patch(model, backend):
-                assert close(model(**row).logits, native)
+                assert is_close(model(**row).logits, native)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager", "maskless"])
@@ -103,8 +84,8 @@ def test_row_that_the_original_does_not_pack_is_one_document(model, backend, giv
         native = model(**row).logits
         packed = model(**ROW).logits
         with attnzoo.patch(model, backend):
-            assert close(model(**row).logits, native)
-    assert not close(native, packed)
+            assert is_close(model(**row).logits, native)
+    assert not is_close(native, packed)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager", "maskless"])
@@ -116,7 +97,7 @@ def test_4d_mask_overrides_positions(model, backend, positions, grid, maskless):
     with torch.no_grad():
         native = model(**row).logits
         with attnzoo.patch(model, backend):
-            assert close(model(**row).logits, native)
+            assert is_close(model(**row).logits, native)
 
 
 @pytest.mark.parametrize("options", [dict(window=3, sinks=2), dict(window=2)], ids=str)
@@ -126,7 +107,7 @@ def test_windows_and_sinks_apply_within_each_document(options):
     with torch.no_grad(), attnzoo.patch(model, "blocked-local", **options):
         packed = model(**ROW).logits
         alone = [model(tokens).logits for tokens in ROW["input_ids"].split(LENGTHS, dim=1)]
-    assert close(packed, torch.cat(alone, dim=1))
+    assert is_close(packed, torch.cat(alone, dim=1))
 
 
 def test_probabilities_of_a_packed_row_cover_the_whole_row(model):
@@ -147,7 +128,7 @@ def test_decoder_of_an_encoder_decoder_supports_documents(maskless):
     with torch.no_grad():
         native = model(**{**row, "decoder_attention_mask": additive}).logits
         with attnzoo.patch(model, {"*decoder*": maskless, "*": "sdpa"}):
-            assert close(model(**{**row, "decoder_attention_mask": additive}).logits, native)
+            assert is_close(model(**{**row, "decoder_attention_mask": additive}).logits, native)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -161,7 +161,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("changes", "argument", "got", "allowed"), BAD.values(), ids=BAD)
-def test_the_functional_call(changes, argument, got, allowed):
+def test_a_bad_argument_raises_and_is_named(changes, argument, got, allowed):
     with pytest.raises(InvalidArgumentError, match=f"(?s){argument}.*: got .*{got}.*; allowed: .*{allowed}") as caught:
         call(**changes)
     assert isinstance(caught.value, AttnzooError)
@@ -180,20 +180,12 @@ def test_unknown_keyword_arguments_raise():
         call(attn_mask=zeros(2, 4, 6, 7).bool())
 
 
-@pytest.mark.parametrize("sides", [(0, 0), (-1, 2), (2, -1)])
-def test_an_empty_window_raises(sides):
-    with pytest.raises(InvalidArgumentError, match=r"window.*: got .*; allowed: .*>"):
-        call(pattern=Window(*sides))
-
-
 def test_a_pattern_that_no_backend_supports_is_refused():
     class Diagonal(attnzoo.Pattern):
         def mask_mod(self, q_len, kv_len):
             return lambda b, h, q, kv: q == kv
 
-    with pytest.raises(
-        BackendRefusedError, match=r"pattern: got .*Diagonal.*; allowed: Causal, Chunks, Full, .*Window"
-    ):
+    with pytest.raises(BackendRefusedError, match=r"pattern: got .*Diagonal.*; allowed: Causal, Chunks, Full, .*Wind"):
         call("sdpa", pattern=Diagonal())
     with pytest.raises(BackendRefusedError, match="pattern"):
         call(pattern=Diagonal())
@@ -204,7 +196,7 @@ def test_a_cuda_backend_refuses_cpu_tensors(add_backend):
     with pytest.raises(BackendRefusedError, match="device: got cpu; allowed: cuda") as caught:
         call("gpu")
     assert re.search(r"backends that support it: 'sdpa'.*, 'eager'$", str(caught.value), re.M)
-    assert fake.runs == 0
+    assert not fake.runs
 
 
 def test_tensors_on_a_device_that_no_backend_supports_are_refused():

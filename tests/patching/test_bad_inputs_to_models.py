@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from transformers import BertConfig, BertModel
@@ -13,13 +11,13 @@ from attnzoo import AttnzooError, BackendRefusedError, InvalidArgumentError, Pat
 from tests.support.models import gpt_bigcode, gpt_neox
 
 
-def test_a_cuda_backend_refuses_a_cpu_model(subject, add_backend, as_it_was):
-    before, fake = as_it_was(subject), add_backend("gpu", devices=frozenset({"cuda"}))
+def test_a_cuda_backend_refuses_a_cpu_model(subject, add_backend, snapshot):
+    before, fake = snapshot(subject), add_backend("gpu", devices=frozenset({"cuda"}))
     with pytest.raises(BackendRefusedError, match="device: got cpu; allowed: cuda") as caught:
         attnzoo.patch(subject.model, "gpu")
     assert set(caught.value.refusals) == set(subject.sites), "every site is named, not the first"
-    before.check()
-    assert fake.runs == 0
+    before.assert_unchanged()
+    assert not fake.runs
 
 
 def test_auto_refuses_a_model_that_no_backend_supports(subject):
@@ -59,45 +57,41 @@ def test_a_backend_refuses_a_dtype_that_it_does_not_support(subject, add_backend
 
 
 @pytest.mark.parametrize(("name", "meant"), [("spda", "sdpa"), ("aeger", "eager"), ("nativ", "native")])
-def test_an_unknown_backend_raises_with_a_suggestion(subject, as_it_was, name, meant):
-    before = as_it_was(subject)
+def test_an_unknown_backend_raises_with_a_suggestion(subject, snapshot, name, meant):
+    before = snapshot(subject)
     with pytest.raises(UnknownNameError, match=f"backend: got '{name}' .did you mean '{meant}'.*allowed: .*'sdpa'"):
         attnzoo.patch(subject.model, name)
     with pytest.raises(UnknownNameError, match=f"did you mean '{meant}'"):
         attnzoo.patch(subject.model, {subject.sites[0]: "eager", "*": name})
-    before.check()
+    before.assert_unchanged()
 
 
-@pytest.mark.parametrize("backend", [None, 3, {}, ["sdpa"], {"*": None}, {"*": ["sdpa"]}, {3: "sdpa"}])
-def test_a_backend_of_a_wrong_type_raises(neox, as_it_was, backend):
-    before = as_it_was(neox)
-    with pytest.raises(AttnzooError, match=r"backend: got .*; allowed: "):
-        attnzoo.patch(neox.model, backend)
-    before.check()
+BAD_ARGUMENTS = [
+    *(
+        (AttnzooError, dict(backend=bad), "backend: got .*; allowed: ")
+        for bad in (None, 3, {}, ["sdpa"], {"*": None}, {"*": ["sdpa"]}, {3: "sdpa"})
+    ),
+    *(
+        (UnknownNameError, dict(backend=name, window=3), f"option of backend '{name}': got 'window'; allowed: none")
+        for name in ("sdpa", "eager")
+    ),
+    *(
+        (InvalidArgumentError, dict(backend=name, window=3), rf"options: got \['window'\] with backend '{name}'; allo")
+        for name in ("auto", "native")
+    ),
+    *(
+        (InvalidArgumentError, dict(backend="sdpa", fallback=bad), f"fallback: got {bad!r}; allowed: 'error' or 'nat")
+        for bad in ("eager", None, True)
+    ),
+]
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def test_an_unknown_option_raises(subject, as_it_was, backend):
-    before = as_it_was(subject)
-    with pytest.raises(UnknownNameError, match=f"option of backend '{backend}': got 'window'; allowed: none"):
-        attnzoo.patch(subject.model, backend, window=3)
-    before.check()
-
-
-@pytest.mark.parametrize("backend", ["auto", "native"])
-def test_options_without_a_named_backend_raise(neox, as_it_was, backend):
-    before = as_it_was(neox)
-    with pytest.raises(InvalidArgumentError, match=rf"options: got \['window'\] with backend '{backend}'; allowed: "):
-        attnzoo.patch(neox.model, backend, window=3)
-    before.check()
-
-
-@pytest.mark.parametrize("fallback", ["eager", None, True])
-def test_an_unknown_fallback_raises(neox, as_it_was, fallback):
-    before = as_it_was(neox)
-    with pytest.raises(InvalidArgumentError, match=f"fallback: got {fallback!r}; allowed: 'error' or 'native'"):
-        attnzoo.patch(neox.model, "sdpa", fallback=fallback)
-    before.check()
+@pytest.mark.parametrize(("error", "arguments", "message"), BAD_ARGUMENTS)
+def test_a_bad_argument_of_patch_raises_and_changes_nothing(subject, snapshot, error, arguments, message):
+    before = snapshot(subject)
+    with pytest.raises(error, match=message):
+        attnzoo.patch(subject.model, **arguments)
+    before.assert_unchanged()
 
 
 def test_a_model_without_an_adapter_raises():
@@ -116,29 +110,28 @@ def test_a_module_without_a_config_raises():
 
 
 @pytest.mark.parametrize("thing", ["EleutherAI/pythia-70m", None, dict])
-def test_a_model_that_is_no_module_raises(thing):
+@pytest.mark.parametrize("function", [attnzoo.patch, attnzoo.unpatch, attnzoo.is_patched, attnzoo.handle])
+def test_a_model_that_is_no_module_raises(function, thing):
     with pytest.raises(InvalidArgumentError, match=r"model: got (str|NoneType|type); allowed: a torch\.nn\.Module"):
-        attnzoo.patch(thing, "sdpa")
-    with pytest.raises(InvalidArgumentError, match=r"model: got (str|NoneType|type); allowed: a torch\.nn\.Module"):
-        attnzoo.unpatch(thing)
+        function(thing)
 
 
 @pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2", "kernels-community/flash-attn"])
-def test_a_model_with_masks_of_another_implementation_raises(neox, as_it_was, implementation):
-    before, config = as_it_was(neox), neox.model.config
+def test_a_model_with_masks_of_another_implementation_raises(neox, snapshot, implementation):
+    before, config = snapshot(neox), neox.model.config
     config._attn_implementation_internal = implementation  # the public setter wants the packages there
     with pytest.raises(PatchError, match=f"_attn_implementation: got '{implementation}'; allowed: .*'eager' or 'sdpa'"):
         attnzoo.patch(neox.model, "sdpa")
-    config._attn_implementation_internal = before.implementation
-    before.check()
+    config._attn_implementation_internal = before.before["implementation"]
+    before.assert_unchanged()
     module, states, rotary = neox.module(), torch.randn(1, 5, 16), (torch.ones(1, 5, 8), torch.zeros(1, 5, 8))
     with attnzoo.patch(neox.model, "sdpa") as handle:
         config._attn_implementation_internal = implementation  # changed after the patch: the forward checks it
         with pytest.raises(PatchError, match=f"_attn_implementation: got '{implementation}'"):
             module(states, None, position_embeddings=rotary)
-        config._attn_implementation_internal = before.implementation
+        config._attn_implementation_internal = before.before["implementation"]
         assert handle.sites[0].calls == 0
-    before.check()
+    before.assert_unchanged()
 
 
 # Masks
@@ -151,8 +144,8 @@ def additive(*shape):
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
-def test_nan_in_a_float_mask_of_gpt_neox_raises(neox, as_it_was, backend):
-    before, length = as_it_was(neox), neox.inputs["input_ids"].shape[1]
+def test_nan_in_a_float_mask_of_gpt_neox_raises(neox, snapshot, backend):
+    before, length = snapshot(neox), neox.inputs["input_ids"].shape[1]
     mask = additive(3, 1, length, length)
     with attnzoo.patch(neox.model, backend), torch.no_grad():
         neox.model(input_ids=neox.inputs["input_ids"], attention_mask=mask)
@@ -162,12 +155,12 @@ def test_nan_in_a_float_mask_of_gpt_neox_raises(neox, as_it_was, backend):
             match=r"attention_mask: got \(3, 1, 11, 11\) float32 .*NaN; allowed: .*without NaN",
         ):
             neox.model(input_ids=neox.inputs["input_ids"], attention_mask=mask)
-    before.check()
+    before.assert_unchanged()
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "auto"])
-def test_nan_in_a_float_mask_of_the_led_encoder_raises(led, as_it_was, backend):
-    before = as_it_was(led)
+def test_nan_in_a_float_mask_of_the_led_encoder_raises(led, snapshot, backend):
+    before = snapshot(led)
     mask = led.inputs["attention_mask"].float()
     inputs = {**led.inputs, "attention_mask": mask}
     with attnzoo.patch(led.model, backend), torch.no_grad():
@@ -175,12 +168,12 @@ def test_nan_in_a_float_mask_of_the_led_encoder_raises(led, as_it_was, backend):
         mask[0, 3] = float("nan")
         with pytest.raises(InvalidArgumentError, match=r"attention_mask: got .*NaN.*; allowed: .*no.* NaN"):
             led.model(**inputs)
-    before.check()
+    before.assert_unchanged()
 
 
 @pytest.mark.parametrize("argument", ["decoder_attention_mask", "encoder_attention_mask"])
-def test_nan_in_a_float_mask_of_the_led_decoder_raises(led, as_it_was, argument):
-    before, decoder = as_it_was(led), led.model.led.decoder
+def test_nan_in_a_float_mask_of_the_led_decoder_raises(led, snapshot, argument):
+    before, decoder = snapshot(led), led.model.led.decoder
     tokens, states = led.inputs["decoder_input_ids"], torch.randn(3, 5, 16)
     self_mask, cross_mask = additive(3, 1, 6, 6), additive(3, 1, 6, 5)
     (self_mask if argument == "decoder_attention_mask" else cross_mask)[1, 0, 2, 3] = float("nan")
@@ -190,7 +183,7 @@ def test_nan_in_a_float_mask_of_the_led_decoder_raises(led, as_it_was, argument)
         pytest.raises(InvalidArgumentError, match=r"attention_mask: got .*NaN.*; allowed: .*NaN"),
     ):
         decoder(tokens, self_mask, encoder_hidden_states=states, encoder_attention_mask=cross_mask)
-    before.check()
+    before.assert_unchanged()
 
 
 @pytest.mark.parametrize(
@@ -202,25 +195,25 @@ def test_nan_in_a_float_mask_of_the_led_decoder_raises(led, as_it_was, argument)
         (torch.zeros(3, 1, 11, 7), r"\(3, 1, 11, 7\)"),
     ],
 )
-def test_a_mask_of_wrong_shape_or_dtype_at_an_attention_module_raises(neox, as_it_was, mask, got):
-    before, module = as_it_was(neox), neox.module()
+def test_a_mask_of_wrong_shape_or_dtype_at_an_attention_module_raises(neox, snapshot, mask, got):
+    before, module = snapshot(neox), neox.module()
     states, rotary = torch.randn(3, 11, 16), (torch.ones(3, 11, 8), torch.zeros(3, 11, 8))
     with attnzoo.patch(neox.model, "sdpa") as handle, torch.no_grad():
         module(states, None, position_embeddings=rotary)
         with pytest.raises(InvalidArgumentError, match=f"mask: got .*{got}.*; allowed: .*(4-D|11, 11)"):
             module(states, mask, position_embeddings=rotary)
         assert handle.sites[0].calls == 1
-    before.check()
+    before.assert_unchanged()
 
 
-def test_a_keyword_that_no_backend_computes_with_is_refused(neox, as_it_was):
-    before, module = as_it_was(neox), neox.module()
+def test_a_keyword_that_no_backend_computes_with_is_refused(neox, snapshot):
+    before, module = snapshot(neox), neox.module()
     states, rotary = torch.randn(3, 11, 16), (torch.ones(3, 11, 8), torch.zeros(3, 11, 8))
     with attnzoo.patch(neox.model, "sdpa"), torch.no_grad():
         for name, value in dict(sliding_window=4, softcap=30.0, s_aux=torch.zeros(2), head_mask=torch.ones(2)).items():
             with pytest.raises(InvalidArgumentError, match=f"{name}: got .*; allowed: None"):
                 module(states, None, position_embeddings=rotary, **{name: value})
-    before.check()
+    before.assert_unchanged()
 
 
 def test_an_unknown_argument_to_an_led_attention_is_refused(led):
@@ -229,25 +222,22 @@ def test_an_unknown_argument_to_an_led_attention_is_refused(led):
             led.module(number)(torch.randn(3, 8, 16), head_mask=torch.ones(2))
 
 
-def test_an_empty_sequence_at_an_attention_module_raises(led, as_it_was):
-    before, states, empty = as_it_was(led), torch.randn(1, 5, 16), torch.randn(1, 0, 16)
+def test_an_empty_sequence_at_an_attention_module_raises(led, snapshot):
+    before, states, empty = snapshot(led), torch.randn(1, 5, 16), torch.randn(1, 0, 16)
     with attnzoo.patch(led.model, "sdpa") as handle, torch.no_grad():
         for number, more in ((2, {}), (3, dict(key_value_states=states))):
-            with pytest.raises(
-                InvalidArgumentError, match=r"decoder.*attn: got \(1, 0, 16\).*; allowed: .*none of its"
-            ):
+            with pytest.raises(InvalidArgumentError, match=r"decoder.*attn: got \(1, 0, 16\).*; allowed: .*none of"):
                 led.module(number)(hidden_states=empty, **more)
         with pytest.raises(InvalidArgumentError, match=r"key: got \(1, 2, 0, 8\).*; allowed: .*at least 1"):
             led.module(3)(states, key_value_states=empty)
         assert {site.calls for site in handle.sites} == {0}
-    before.check()
+    before.assert_unchanged()
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("multi_query", [None, True, False])
 def test_a_model_call_without_tokens_raises(multi_query, implementation):
-    build = gpt_neox if multi_query is None else partial(gpt_bigcode, multi_query=multi_query)
-    model = build()
+    model = gpt_neox() if multi_query is None else gpt_bigcode(multi_query=multi_query)
     model.set_attn_implementation(implementation)
     with attnzoo.patch(model, "sdpa") as handle, torch.no_grad():
         for form in (0, 3), (3, 0):

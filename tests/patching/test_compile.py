@@ -1,6 +1,6 @@
-"""``torch.compile`` around a patched model: what is around the patched modules is compiled, with the same results.
+"""``torch.compile`` compiles the code around patched modules, with the same results.
 
-With a compiler backend that runs what is traced, as it is: what is tested is the tracing.
+The compiler backend runs the traced graph unchanged, so these tests concern the tracing only.
 """
 
 import copy
@@ -9,17 +9,11 @@ import pytest
 import torch
 
 import attnzoo
-from tests.support.models import (
-    causal_inputs,
-    gpt_bigcode,
-    gpt_neox,
-    led,
-    led_inputs,
-    longformer,
-    longformer_inputs,
-    longt5,
-    longt5_inputs,
-)
+from tests.support.models import FAMILIES, causal_inputs, gpt_neox, longt5
+
+
+def families(*names):
+    return pytest.mark.parametrize("family", [FAMILIES[name] for name in names], ids=str)
 
 
 def run(model, inputs):
@@ -31,29 +25,22 @@ def run(model, inputs):
     return [logits.detach(), *(gradient.clone() for gradient in gradients)]
 
 
-@pytest.mark.parametrize(
-    ("build", "inputs"), [(gpt_neox, causal_inputs), (led, led_inputs)], ids=["attention function", "forward"]
-)
-def test_a_patched_model_compiles(build, inputs):
-    model = build().eval()
+@families("gpt_neox", "led")  # an attention function, and a forward
+def test_a_patched_model_compiles(family):
+    model, inputs = family.build(), [family.inputs(20, "left"), family.inputs(33, "right")]
     with attnzoo.patch(model, "sdpa") as handle:
-        expected = [run(model, inputs(length, side)) for length, side in ((20, "left"), (33, "right"))]
+        expected = [run(model, given) for given in inputs]
         calls = handle.sites[0].calls
         compiled = torch.compile(model, backend="eager")
-        outputs = [run(compiled, inputs(length, side)) for length, side in ((20, "left"), (33, "right"))]
+        outputs = [run(compiled, given) for given in inputs]
         assert handle.sites[0].calls == 2 * calls
-    for got, wanted in zip(outputs, expected, strict=True):
-        for one, other in zip(got, wanted, strict=True):
-            torch.testing.assert_close(one, other)
-
-
-FOUR = [(gpt_neox, causal_inputs), (gpt_bigcode, causal_inputs), (longt5, longt5_inputs), (led, led_inputs)]
+    torch.testing.assert_close(outputs, expected)
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize(("build", "inputs"), FOUR)
-def test_equal_calls_do_not_recompile(build, inputs, grad):
-    model, given, graphs = build().eval(), inputs(20, "left"), []
+@families("gpt_neox", "gpt_bigcode-mqa", "longt5-local", "led")
+def test_equal_calls_do_not_recompile(family, grad):
+    model, given, graphs = family.build(), family.inputs(20, "left"), []
     torch.compiler.reset()
     with attnzoo.patch(model, "sdpa"), torch.set_grad_enabled(grad):
         expected = model(**given).logits
@@ -67,7 +54,7 @@ def test_equal_calls_do_not_recompile(build, inputs, grad):
 
 @pytest.mark.parametrize("backend", ["sdpa", "native"])
 def test_a_compiled_shallow_copy_computes_with_its_own_weights(backend):
-    model = gpt_neox().eval()
+    model = gpt_neox()
     module = model.gpt_neox.layers[0].attention
     states = torch.randn(1, 5, model.config.hidden_size)
     rotary = model.gpt_neox.rotary_emb(states, torch.arange(5)[None])
@@ -82,12 +69,10 @@ def test_a_compiled_shallow_copy_computes_with_its_own_weights(backend):
         assert module(states, None, position_embeddings=rotary)[0].abs().max() > 0.0
 
 
-@pytest.mark.parametrize(
-    ("build", "inputs"), [(gpt_neox, causal_inputs), (gpt_bigcode, causal_inputs), (longt5, longt5_inputs)]
-)
-def test_native_compiles_to_one_graph_if_the_original_does(build, inputs):
+@families("gpt_neox", "gpt_bigcode-mqa", "longt5-local")
+def test_native_compiles_to_one_graph_if_the_original_does(family):
     """Calls inside the graph are not counted: counting would break the graph."""
-    model, given = build().eval(), inputs(20, "none")
+    model, given = family.build(), family.inputs(20, "none")
     with torch.no_grad():
         expected = torch.compile(model, backend="eager", fullgraph=True)(**given).logits
         torch.compiler.reset()
@@ -98,8 +83,8 @@ def test_native_compiles_to_one_graph_if_the_original_does(build, inputs):
             assert all(site.calls for site in handle.sites)
 
 
-@pytest.mark.parametrize(("build", "inputs"), [(led, led_inputs), (longformer, longformer_inputs)])
-def test_a_patched_module_around_attention_is_compiled(build, inputs):
+@families("led", "longformer")
+def test_a_patched_module_around_attention_is_compiled(family):
     """The encoder is patched for its mask. Everything else in it is compiled as in a patch of its layers alone."""
 
     def compiled_calls(model):
@@ -110,13 +95,11 @@ def test_a_patched_module_around_attention_is_compiled(build, inputs):
             return graph
 
         torch.compiler.reset()
-        torch.compile(model, backend=count)(**inputs(24, "left"))
+        torch.compile(model, backend=count)(**family.inputs(24, "left"))
         return sum(counted)
 
-    model = build()
-    layers = next(
-        module for name, module in model.named_modules() if name.endswith(("encoder.layers", "encoder.layer"))
-    )
+    model, ends = family.build(), ("encoder.layers", "encoder.layer")
+    layers = next(module for name, module in model.named_modules() if name.endswith(ends))
     with torch.no_grad():
         with attnzoo.patch(layers, "sdpa"):
             expected = compiled_calls(model)
@@ -143,9 +126,7 @@ RECORDERS = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("record", RECORDERS.values(), ids=RECORDERS)
-@pytest.mark.parametrize(
-    "build", [gpt_neox, lambda: longt5("LongT5EncoderModel")], ids=["attention function", "forward"]
-)
+@pytest.mark.parametrize("build", [gpt_neox, lambda: longt5("LongT5EncoderModel")], ids=["function", "forward"])
 def test_tracing_and_exporting_are_refused(build, record):
     model = build()
     wrapped, example, other = Logits(model), causal_inputs(24, "none"), causal_inputs(24, "left")
@@ -158,12 +139,10 @@ def test_tracing_and_exporting_are_refused(build, record):
         torch.testing.assert_close(recorded(*other.values()), wrapped(*other.values()))
 
 
-@pytest.mark.parametrize(
-    ("build", "inputs", "fewest"), [(gpt_neox, causal_inputs, 3), (led, led_inputs, 6)], ids=["gpt_neox", "led"]
-)
-def test_modules_between_patched_modules_are_compiled(build, inputs, fewest):
+@pytest.mark.parametrize(("name", "fewest"), [("gpt_neox", 3), ("led", 6)])
+def test_modules_between_patched_modules_are_compiled(name, fewest):
     """A module patched to check masks attends nothing: its layers are compiled, except their attention."""
-    model, compiled = build(), []
+    model, compiled = FAMILIES[name].build(), []
 
     def count(graph, example):
         compiled.extend(node for node in graph.graph.nodes if getattr(node.target, "__name__", "") == "linear")
@@ -171,5 +150,5 @@ def test_modules_between_patched_modules_are_compiled(build, inputs, fewest):
 
     torch.compiler.reset()
     with attnzoo.patch(model, "sdpa"), torch.no_grad():
-        torch.compile(model, backend=count)(**inputs(24, "none"))
+        torch.compile(model, backend=count)(**FAMILIES[name].inputs(24, "none"))
     assert len(compiled) >= fewest

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 import attnzoo
+from tests.support.compare import is_close
 from tests.support.models import FAMILIES, gpt_bigcode
+from tests.support.subject import removals
 
 
 def logits(model, inputs):
@@ -45,17 +47,13 @@ def family(request):
     return request.param
 
 
-def close(got, expected):
-    return (got - expected).abs().max() < 1e-4 * expected.abs().max()
-
-
 @pytest.mark.parametrize("backend", ["sdpa", "eager", "native", "auto"])
 def test_replicas_compute_with_their_own_weights_and_are_counted(family, backend):
     model, inputs = family.build(), family.inputs(21, "none")
     model = model.double() if family.coarse else model  # its masks leave float32 little of a score
     expected = logits(replica(model), inputs)
     with attnzoo.patch(model, backend) as handle:
-        assert close(logits(replica(model), inputs), expected)
+        assert is_close(logits(replica(model), inputs), expected)
         assert all(site.calls for site in handle.sites)
 
 
@@ -109,8 +107,8 @@ def test_a_shallow_copy_computes_with_its_own_layers_and_is_counted(neox):
         assert call(neox.module(), neox.model).abs().max() > 0.0, "the original computes with its own weights"
 
 
-def test_a_shallow_copy_is_unpatched_separately(neox, as_it_was):
-    before = as_it_was(neox)
+def test_a_shallow_copy_is_unpatched_separately(neox, snapshot):
+    before = snapshot(neox)
     handle = attnzoo.patch(neox.model, "sdpa")
     twin = shallow(neox.module(), "dense")
     attnzoo.unpatch(twin)
@@ -120,7 +118,7 @@ def test_a_shallow_copy_is_unpatched_separately(neox, as_it_was):
     call(neox.module(), neox.model)
     assert handle.sites[0].calls == 1
     handle.remove()
-    before.check()
+    before.assert_unchanged()
 
 
 def test_a_call_of_a_shallow_copy_raises_after_its_original_is_unpatched(neox):
@@ -145,10 +143,8 @@ class Swapped(nn.Module):
         return self.modules_to_save["default"](*args, **kwargs)
 
 
-@pytest.mark.parametrize(
-    "take_off", [lambda handle, model: handle.remove(), lambda handle, model: attnzoo.unpatch(model)]
-)
-def test_deep_copies_inside_the_model_are_counted_and_unpatched_with_it(subject, take_off):
+@removals
+def test_deep_copies_inside_the_model_are_counted_and_unpatched_with_it(subject, remove):
     native = subject.logits()
     handle = attnzoo.patch(subject.model, "sdpa")
     module, name = subject.module(), subject.sites[0]
@@ -157,7 +153,7 @@ def test_deep_copies_inside_the_model_are_counted_and_unpatched_with_it(subject,
     setattr(subject.model.get_submodule(parent), attribute, wrapper)
     assert subject.close(subject.logits(), native)
     assert handle.sites[0].calls == (2 if subject.kind == "led" else 1)
-    take_off(handle, subject.model)
+    remove(handle, subject.model)
     assert all("forward" not in vars(module) for module in subject.model.modules())
     assert torch.equal(subject.logits(), native)
 

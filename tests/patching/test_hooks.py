@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import attnzoo
+from tests.support.compare import is_close
 from tests.support.models import FAMILIES
+from tests.support.subject import REMOVALS
 
 accelerate = pytest.importorskip("accelerate")
 hooks = pytest.importorskip("accelerate.hooks")
@@ -65,15 +67,10 @@ def check_runs(subject, counting, handle, expected):
 @pytest.mark.parametrize("first_on", ["patch", "hook"])
 def test_patch_and_hook_run_in_every_order_and_the_original_is_restored(subject, first_on, last_off):
     native = subject.logits()
-    if first_on == "hook":
-        counting = hook_up(subject)
-        check_runs(subject, counting, None, native)
-        handle = attnzoo.patch(subject.model, "sdpa")
-    else:
-        handle = attnzoo.patch(subject.model, "sdpa")
-        counting = hook_up(subject)
+    counting = hook_up(subject) if first_on == "hook" else None
+    handle = attnzoo.patch(subject.model, "sdpa")
+    counting = counting or hook_up(subject)
     check_runs(subject, counting, handle, native)
-
     if last_off == "hook":
         handle.remove()
         assert torch.equal(check_runs(subject, counting, handle, native), native)
@@ -168,7 +165,7 @@ def test_a_model_with_offloaded_weights_is_patched(family, first_on):
         offload(model)
     with torch.no_grad():
         got = model(**inputs).logits
-    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert is_close(got, expected)
     assert all(site.calls for site in handle.sites)
     assert all(verdict.runs for verdict in attnzoo.explain(model, "sdpa"))
     assert attnzoo.verify(model, inputs, "eager", gradients=False).ok
@@ -191,7 +188,13 @@ def test_verify_refuses_gradients_of_offloaded_weights(neox):
 # Forwards that something else replaces
 
 
-def test_remove_raises_if_something_replaced_the_patched_forward(subject):
+def leave_the_context(handle, model):
+    with handle:
+        pass
+
+
+@pytest.mark.parametrize("remove", [*REMOVALS.values(), leave_the_context], ids=[*REMOVALS, "context"])
+def test_removing_raises_and_changes_nothing_if_something_replaced_the_patched_forward(subject, remove):
     handle = attnzoo.patch(subject.model, "sdpa")
     module, name = subject.module(1), subject.sites[1]
     patched, seen = module.forward, []
@@ -203,28 +206,15 @@ def test_remove_raises_if_something_replaced_the_patched_forward(subject):
     module.forward = replacement
     subject.logits()
     with pytest.raises(attnzoo.PatchError, match=f"{name}: .*other code has replaced"):
-        handle.remove()
+        remove(handle, subject.model)
     assert module.forward is replacement
     assert all("forward" in vars(subject.module(number)) for number in range(len(subject.sites)))
     subject.logits()
     assert seen == [name, name]
     assert all(site.calls for site in handle.sites)
-
     module.forward = patched
     handle.remove()
     assert not handle.active
-
-
-def test_unpatch_removes_all_of_a_patch_or_nothing(subject):
-    handle = attnzoo.patch(subject.model, "sdpa")
-    module, patched = subject.module(1), subject.module(1).forward
-    module.forward = lambda *args, **kwargs: patched(*args, **kwargs)
-    with pytest.raises(attnzoo.PatchError, match=f"no longer in place at {subject.sites[1]}.*nothing else has repl"):
-        attnzoo.unpatch(subject.model)
-    others = [number for number in range(len(subject.sites)) if number != 1]
-    assert all("forward" in vars(subject.module(number)) for number in others), "all or nothing"
-    module.forward = patched
-    handle.remove()
 
 
 def test_patch_does_not_bypass_a_replaced_forward_silently(subject):

@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 import textwrap
 
 import pytest
 import torch
-from transformers import GPTNeoXForCausalLM, LEDForConditionalGeneration
 
 import attnzoo
-
-CLASSES = {"led": LEDForConditionalGeneration, "gpt_neox": GPTNeoXForCausalLM}
+from tests.support.subject import build_subject
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "native", "auto"])
-def test_a_patch_does_not_change_a_model_with_the_same_config_object(subject, build_subject, backend, as_it_was):
-    other = build_subject(subject.kind, config=subject.model.config, seed=1)
+def test_a_patch_does_not_change_a_model_with_the_same_config_object(subject, backend, snapshot):
+    other = build_subject(subject.kind, config=subject.model.config, seed=2)
     assert other.model.config is subject.model.config
-    before, native = as_it_was(other), subject.logits()
+    before, native = snapshot(other), subject.logits()
     handle = attnzoo.patch(subject.model, backend)
-    before.check()
+    before.assert_unchanged()
     subject.logits()
-    before.check()
+    before.assert_unchanged()
     counted = [site.calls for site in handle.sites]
     other.logits()
     assert [site.calls for site in handle.sites] == counted
     handle.remove()
-    before.check()
+    before.assert_unchanged()
     assert torch.equal(subject.logits(), native)
 
 
-def test_two_models_with_one_config_run_different_backends(subject, build_subject):
-    other = build_subject(subject.kind, config=subject.model.config, seed=1)
+def test_two_models_with_one_config_run_different_backends(subject):
+    other = build_subject(subject.kind, config=subject.model.config, seed=2)
     natives = subject.logits(), other.logits()
     with attnzoo.patch(subject.model, "eager") as first, attnzoo.patch(other.model, "sdpa") as second:
         assert subject.close(subject.logits(), natives[0])
@@ -48,49 +45,40 @@ def test_two_models_with_one_config_run_different_backends(subject, build_subjec
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "native", "auto"])
-def test_remove_restores_the_model(subject, backend, as_it_was):
-    before = as_it_was(subject)
-    config = copy.deepcopy(subject.model.config.to_dict())
+def test_remove_restores_the_model(subject, backend, snapshot):
+    before = snapshot(subject)
     handle = attnzoo.patch(subject.model, backend)
     for number, name in enumerate(subject.sites):
         assert "forward" in vars(subject.module(number)), name
     subject.logits()
     handle.remove()
-    before.check()
+    before.assert_unchanged()
     for name, module in subject.model.named_modules():
         assert "forward" not in vars(module), name
         assert module.forward.__func__ is type(module).forward, name
-    assert subject.model.config.to_dict() == config
     assert handle.sites[0].calls, "what ran can still be read after the removal"
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-def test_a_patch_does_not_change_types_weights_and_config(subject, backend, as_it_was):
-    before = as_it_was(subject)
-    hooks = {name: len(module._forward_hooks) for name, module in subject.model.named_modules()}
+def test_a_patch_does_not_change_types_weights_and_config(subject, backend, snapshot):
+    before = snapshot(subject)
     with attnzoo.patch(subject.model, backend):
         subject.logits()
-        model = subject.model
-        assert {name: type(module) for name, module in model.named_modules()} == before.types
-        state = model.state_dict()
-        assert list(state) == list(before.state)
-        assert all(torch.equal(tensor, before.state[name]) for name, tensor in state.items())
-        assert model.config.to_dict() == before.config
-        assert model.config._attn_implementation == before.implementation
-        assert {name: len(module._forward_hooks) for name, module in model.named_modules()} == hooks
-    before.check()
+        before.assert_unchanged(patched=True)
+        assert not any(module._forward_hooks for module in subject.model.modules())
+    before.assert_unchanged()
 
 
-def test_save_pretrained_of_a_patched_model_saves_the_original(subject, tmp_path, as_it_was):
+def test_save_pretrained_of_a_patched_model_saves_the_original(subject, tmp_path, snapshot):
     subject.model.save_pretrained(tmp_path / "plain")  # writes dtype and architectures into the config
-    before = as_it_was(subject)
+    before = snapshot(subject)
     with attnzoo.patch(subject.model, "sdpa") as handle:
         subject.logits()
         subject.model.save_pretrained(tmp_path / "patched")
         assert handle.active
-    before.check()
+    before.assert_unchanged()
 
-    loaded = CLASSES[subject.kind].from_pretrained(tmp_path / "patched").eval()
+    loaded = type(subject.model).from_pretrained(tmp_path / "patched").eval()
     state = loaded.state_dict()
     assert list(state) == list(before.state)
     assert all(torch.equal(tensor, before.state[name]) for name, tensor in state.items())
@@ -100,8 +88,8 @@ def test_save_pretrained_of_a_patched_model_saves_the_original(subject, tmp_path
     assert (tmp_path / "plain/config.json").read_text() == (tmp_path / "patched/config.json").read_text()
 
 
-def test_weights_can_be_loaded_into_a_patched_model(subject, build_subject):
-    other = build_subject(subject.kind, seed=1)
+def test_weights_can_be_loaded_into_a_patched_model(subject):
+    other = build_subject(subject.kind, seed=2)
     with attnzoo.patch(subject.model, "sdpa"):
         subject.model.load_state_dict(other.model.state_dict())
         assert subject.close(subject.logits(), other.logits())

@@ -9,7 +9,7 @@ import attnzoo
 from attnzoo import BackendRefusedError, DriftError
 from attnzoo.patching.plan import BUILT_IN, plan_sites
 from attnzoo.patching.sites import find_sites
-from tests.patching.test_fallback import mask_with_hole
+from tests.support.subject import mask_with_hole
 
 
 def plans_of(model, backend):
@@ -35,9 +35,8 @@ def test_a_refusal_names_its_stage(neox, add_backend):
 @pytest.mark.parametrize("backend", ["sdpa", "auto"])
 def test_attention_refuses_in_the_call(backend):
     q = k = v = torch.ones(1, 1, 2, 4, device="meta")
-    with pytest.raises(
-        BackendRefusedError, match=f"^backend '{backend}' refuses in the call\n  attention:\n"
-    ) as caught:
+    message = f"^backend '{backend}' refuses in the call\n  attention:\n"
+    with pytest.raises(BackendRefusedError, match=message) as caught:
         attnzoo.attention(q, k, v, backend=backend)
     assert caught.value.stage == "in the call"
 
@@ -72,8 +71,7 @@ def test_explain_shows_the_drift_of_a_companion(led, monkeypatch):
     with pytest.raises(DriftError, match=r"LEDEncoder\.forward"):
         attnzoo.patch(led.model, "sdpa")
     verdicts = {verdict.site: verdict for verdict in attnzoo.explain(led.model, "sdpa")}
-    assert [name for name, verdict in verdicts.items() if not verdict.runs] == [
-        n for n in led.sites if "encoder.l" in n
-    ]
+    refused = [name for name, verdict in verdicts.items() if not verdict.runs]
+    assert refused == [name for name in led.sites if "encoder.l" in name]
     assert "LEDEncoder.forward: got other code" in str(verdicts[led.sites[0]].refusals[0])
     attnzoo.patch(led.model, {"*decoder*": "sdpa"}).remove()

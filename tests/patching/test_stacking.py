@@ -12,7 +12,7 @@ import torch
 import attnzoo
 from attnzoo import PatchError
 from attnzoo.backends.sdpa.backend import SdpaBackend
-from tests.patching.conftest import calls
+from tests.support.subject import calls, removals
 
 
 def test_patches_stack_last_in_first_out(subject):
@@ -37,13 +37,11 @@ def test_removing_out_of_order_raises_and_changes_nothing(subject):
     top = subject.logits()
     with pytest.raises(PatchError, match=f"{subject.sites[0]}: .*followed by a later patch.*last in, first out"):
         first.remove()
-    assert first.active
-    assert second.active
+    assert first.active and second.active
     assert torch.equal(subject.logits(), top)
     second.remove()
     first.remove()
-    assert not first.active
-    assert not second.active
+    assert not first.active and not second.active
 
 
 def test_a_partly_covered_patch_is_not_removed_at_all(led):
@@ -68,54 +66,40 @@ def test_patches_of_different_modules_are_removed_in_any_order(led):
     assert torch.equal(led.logits(), native)
 
 
-@pytest.mark.parametrize(
-    "take_off", [lambda handle, model: handle.remove(), lambda handle, model: attnzoo.unpatch(model)]
-)
-def test_leaving_a_context_whose_patch_was_removed_does_nothing(subject, as_it_was, take_off):
-    before = as_it_was(subject)
+@removals
+def test_leaving_a_context_whose_patch_was_removed_does_nothing(subject, snapshot, remove):
+    before = snapshot(subject)
     with attnzoo.patch(subject.model, "sdpa") as handle:
-        take_off(handle, subject.model)
-        before.check()
-    before.check()
+        remove(handle, subject.model)
+        before.assert_unchanged()
+    before.assert_unchanged()
     with attnzoo.patch(subject.model, "sdpa"), attnzoo.patch(subject.model, "eager") as later:
         later.remove()
-    before.check()
+    before.assert_unchanged()
 
 
-def test_leaving_a_context_raises_if_something_replaced_the_forward(neox):
-    handle = attnzoo.patch(neox.model, "sdpa")
-    module = handle.forwards[0].module
-    kept, module.forward = module.forward, lambda *args, **kwargs: None
-    with pytest.raises(PatchError, match="other code has replaced"), handle:
-        pass
-    module.forward = kept
-    handle.remove()
-
-
-def test_removing_twice_does_nothing(subject, as_it_was):
-    before = as_it_was(subject)
+def test_removing_twice_does_nothing(subject, snapshot):
+    before = snapshot(subject)
     handle = attnzoo.patch(subject.model, "sdpa")
     handle.remove()
     handle.remove()
-    before.check()
+    before.assert_unchanged()
     with attnzoo.patch(subject.model, "sdpa") as later:
         handle.remove()
         assert later.active
 
 
-def test_a_context_manager_removes_its_patch_also_on_exceptions(subject, as_it_was):
-    before = as_it_was(subject)
+def test_a_context_manager_removes_its_patch_also_on_exceptions(subject, snapshot):
+    before = snapshot(subject)
     with (
         pytest.raises(KeyError, match="in the middle"),
         attnzoo.patch(subject.model, "sdpa") as outer,
         attnzoo.patch(subject.model, "eager") as inner,
     ):
-        assert outer.active
-        assert inner.active
+        assert outer.active and inner.active
         raise KeyError("in the middle")
-    assert not outer.active
-    assert not inner.active
-    before.check()
+    assert not outer.active and not inner.active
+    before.assert_unchanged()
 
 
 def test_an_exception_inside_a_forward_does_not_disturb_the_patch(neox, monkeypatch):
@@ -130,25 +114,18 @@ def test_an_exception_inside_a_forward_does_not_disturb_the_patch(neox, monkeypa
     assert torch.equal(neox.logits(), native)
 
 
-def test_unpatch_removes_the_last_patch(subject, as_it_was):
-    before = as_it_was(subject)
+def test_unpatch_removes_the_last_patch(subject, snapshot):
+    before = snapshot(subject)
     attnzoo.patch(subject.model, "sdpa")
     under_sdpa = subject.logits()
     attnzoo.patch(subject.model, "eager")
     attnzoo.unpatch(subject.model)
     assert torch.equal(subject.logits(), under_sdpa)
     attnzoo.unpatch(subject.model)
-    before.check()
+    before.assert_unchanged()
     with pytest.raises(PatchError, match="which is not patched; allowed: a patched model"):
         attnzoo.unpatch(subject.model)
-    before.check()
-
-
-def test_unpatch_after_the_handle_and_the_handle_after_unpatch(subject):
-    handle = attnzoo.patch(subject.model, "sdpa")
-    attnzoo.unpatch(subject.model)
-    assert not handle.active
-    handle.remove()
+    before.assert_unchanged()
 
 
 # Copies

@@ -10,16 +10,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import run_state_machine_as_test as run_machine
 
 import attnzoo
+from tests.support.subject import Snapshot, build_subject
 
 LONG = os.environ.get("ATTNZOO_HYPOTHESIS_PROFILE") == "long"
 backends = st.sampled_from(["eager", "sdpa", "auto", "native"])
@@ -32,14 +27,12 @@ class Patches(RuleBasedStateMachine):
     """
 
     kind: str
-    build: staticmethod
-    remember: staticmethod
 
     @initialize()
     def begin(self):
-        self.subject = self.build(self.kind)
-        self.other = self.build(self.kind, config=self.subject.model.config, seed=1)
-        self.before, self.others_before = self.remember(self.subject), self.remember(self.other)
+        self.subject = build_subject(self.kind)
+        self.other = build_subject(self.kind, config=self.subject.model.config, seed=2)
+        self.before, self.others_before = Snapshot(self.subject), Snapshot(self.other)
         self.stack = []
 
     # Actions
@@ -203,21 +196,13 @@ class Patches(RuleBasedStateMachine):
         while self.stack:
             self.stack.pop()[0].remove()
         self.subject.model.eval()
-        self.before.check()
-        self.others_before.check()
+        self.before.assert_unchanged()
+        self.others_before.assert_unchanged()
 
 
 @pytest.mark.parametrize("kind", ["led", "gpt_neox"])
-def test_any_sequence_of_patches_restores_the_original(kind, build_subject, as_it_was):
-    machine = type(
-        f"Patches_{kind}",
-        (Patches,),
-        dict(kind=kind, build=staticmethod(build_subject), remember=staticmethod(as_it_was)),
-    )
-    profile = settings(
-        max_examples=settings().max_examples if LONG else 30,
-        stateful_step_count=15,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    run_state_machine_as_test(machine, settings=profile)
+def test_any_sequence_of_patches_restores_the_original(kind):
+    machine = type(f"Patches_{kind}", (Patches,), dict(kind=kind))
+    examples, checks = settings().max_examples if LONG else 30, list(HealthCheck)
+    profile = settings(max_examples=examples, stateful_step_count=15, deadline=None, suppress_health_check=checks)
+    run_machine(machine, settings=profile)

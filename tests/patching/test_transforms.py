@@ -14,12 +14,16 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp
 from torch.utils._pytree import tree_leaves, tree_map
 
 import attnzoo
+from attnzoo.patching.mask_arguments import check_visibility
 from attnzoo.spec.masks import read_attention_mask
 from attnzoo.spec.patterns import Full
+from tests.support import compare
 from tests.support.models import FAMILIES, gpt_neox, longformer, longt5, reformer
 
 # LED draws a number for each layer, in older releases of transformers in eval mode too.
 vmap = partial(torch.func.vmap, randomness="same")
+is_close = partial(compare.is_close, tolerance=2e-4)
+backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
 MASKS = ("attention_mask", "decoder_attention_mask", "global_attention_mask")
 NAMES = [name for name in FAMILIES if name != "reformer"]  # its reversible layers support no transform: see below
 
@@ -183,7 +187,7 @@ def test_a_patched_model_computes_what_the_original_computes(name, leg):
         with attnzoo.patch(model, backend) as handle:
             got = flat(run(model, inputs))
             assert all(site.calls for site in handle.sites)
-        assert (got - expected).abs().max() < 2e-4 * expected.abs().max(), backend
+        assert is_close(got, expected), backend
 
 
 def test_models_loaded_with_sdpa_with_and_without_a_mask():
@@ -197,24 +201,20 @@ def test_models_loaded_with_sdpa_with_and_without_a_mask():
         for backend in ("eager", "sdpa"):
             with attnzoo.patch(model, backend):
                 got = flat([leg(model, given) for leg in (gradients, tangent, curvature)])
-            assert (got - expected).abs().max() < 2e-4 * expected.abs().max(), backend
+            assert is_close(got, expected), backend
 
 
 # Modules in models that do not support transforms, or that read the masks themselves
 
 
-def close(got, expected):
-    assert (got - expected).abs().max() < 2e-4 * expected.abs().max()
-
-
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@backends
 @pytest.mark.parametrize("kind", ["local", "transient-global"])
 def test_the_encoder_of_longt5_supports_a_mask_per_sample(kind, backend):
     model, inputs = longt5("LongT5EncoderModel", kind=kind), FAMILIES["longt5-local"].inputs(21, "right")
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     expected = batch_with_masks(model, inputs)
     with attnzoo.patch(model, backend):
-        close(batch_with_masks(model, inputs), expected)
+        assert is_close(batch_with_masks(model, inputs), expected)
 
 
 def longformer_attention():
@@ -230,19 +230,19 @@ def run_longformer(module, states, mask, has_globals=False):
     return module(states[None], attention_mask=mask[None], **marks)[0] * (mask >= 0)[:, None]
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@backends
 def test_the_attention_of_longformer_supports_padding_per_sample(backend):
     model, states, mask = longformer_attention()
     module = model.encoder.layer[0].attention.self
     expected = vmap(partial(run_longformer, module))(states, mask)
     with attnzoo.patch(model, backend):
-        close(vmap(partial(run_longformer, module))(states, mask), expected)
+        assert is_close(vmap(partial(run_longformer, module))(states, mask), expected)
         mask[1, 0] = mask[2, 3] = 1e4
         with pytest.raises(attnzoo.InvalidArgumentError, match=r"is_index_global_attn: got .*, which vmap maps over"):
             vmap(partial(run_longformer, module, has_globals=True))(states, mask)
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@backends
 @pytest.mark.parametrize("number", [0, 1], ids=["local", "lsh"])
 def test_the_attention_of_reformer_supports_transforms(number, backend):
     """The model's reversible layers and its own LSH attention support no transform: the reference is a loop."""
@@ -266,17 +266,15 @@ def test_the_attention_of_reformer_supports_transforms(number, backend):
 
     with pytest.raises(RuntimeError, match="setup_context"):
         gradients(model, inputs)
-    if number:
-        with pytest.raises(RuntimeError, match="setup_context"):
-            grad(lambda given: run(given, mask).square().sum())(states)
     with attnzoo.patch(model, "eager"):
         expected = by_definition()
-    if not number:
-        for got, wanted in zip(legs(vmap), expected, strict=True):
-            close(got, wanted)
+    if number == 0:
+        assert all(map(is_close, legs(vmap), expected))
+    else:
+        with pytest.raises(RuntimeError, match="setup_context"):
+            grad(lambda given: run(given, mask).square().sum())(states)
     with attnzoo.patch(model, backend):
-        for got, wanted in zip(legs(partial(vmap, randomness="same")), expected, strict=True):
-            close(got, wanted)
+        assert all(map(is_close, legs(vmap), expected))
         if number:
             with pytest.raises(attnzoo.InvalidArgumentError, match=r"attention_mask: got .*, which vmap maps over"):
                 vmap(lambda given, one: run(given[None], one[None]), randomness="same")(states, mask)
@@ -310,7 +308,7 @@ def test_blocked_local_refuses_vmap_because_it_reads_masks():
         expected = gradients(model, inputs)
         with pytest.raises(attnzoo.BackendRefusedError, match="got vmap; allowed: functionalize, grad, jvp"):
             batch_with_masks(model, inputs)
-    close(flat(expected), flat(gradients(model, inputs)))
+    assert is_close(flat(expected), flat(gradients(model, inputs)))
 
 
 def test_capabilities_declare_transforms():
@@ -339,7 +337,7 @@ def test_nan_in_a_mask_under_vmap_reaches_the_output():
     assert output[1, ..., [0, 1, 3], :].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@backends
 def test_vmap_supports_global_keys_per_sample(backend):
     query = torch.randn(3, 1, 2, 12, 8, generator=torch.Generator().manual_seed(4))
     chosen = torch.zeros(3, 1, 12, dtype=torch.bool)
@@ -348,12 +346,10 @@ def test_vmap_supports_global_keys_per_sample(backend):
     def run(query, chosen):
         return attnzoo.attention(query, query, query, attnzoo.Window(2, 2), backend=backend, global_keys=chosen)
 
-    close(vmap(run)(query, chosen), looped(run, (0, 0))(query, chosen))
+    assert is_close(vmap(run)(query, chosen), looped(run, (0, 0))(query, chosen))
 
 
 def test_an_ambiguous_mask_of_numbers_is_refused_under_vmap():
-    from attnzoo.patching.mask_arguments import check_visibility
-
     def check(mask):
         return check_visibility("encoder_attention_mask", mask, 1, 5, mask.device, 1)
 
@@ -367,11 +363,8 @@ def test_sdpa_uses_the_kernel_that_has_the_derivatives():
     model, inputs = build("gpt_neox"), inputs_of("gpt_neox")
     unmasked = {"input_ids": inputs["input_ids"]}
     model.set_attn_implementation("sdpa")
-    for given, leg, kernel in (
-        (unmasked, gradients, "flash"),
-        (unmasked, tangent, "math"),
-        (inputs, gradients, "math"),
-    ):
+    kernels = (unmasked, gradients, "flash"), (unmasked, tangent, "math"), (inputs, gradients, "math")
+    for given, leg, kernel in kernels:
         with attnzoo.patch(model, "sdpa") as handle:
             leg(model, given)
             assert {site.kernel for site in handle.sites} == {kernel}

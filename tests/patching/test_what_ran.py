@@ -31,10 +31,8 @@ CLASSES = {"eager": EagerBackend, "sdpa": SdpaBackend, "pretending": Pretending}
 
 
 @pytest.fixture(autouse=True)
-def registered():
+def registered(isolated_registry):
     attnzoo.register_backend(Pretending)
-    yield
-    attnzoo.unregister_backend("pretending")
 
 
 @pytest.fixture
@@ -116,7 +114,7 @@ def test_calls_that_are_not_counted_are_caught(subject, judge, monkeypatch):
 
 
 @pytest.fixture
-def original_in_disguise():
+def original_in_disguise(registered):
     """An adapter that runs the model's own forward in the first layer, and no backend."""
 
     honest = registry.find_adapter("gpt_neox")
@@ -125,13 +123,9 @@ def original_in_disguise():
     class InDisguise(type(point)):
         def bind(self, cls, attend):
             patched = super().bind(cls, attend)
-            return lambda module, *args, **kwargs: (cls.forward if module.layer_idx == 0 else patched)(
-                module, *args, **kwargs
-            )
+            return lambda module, *args, **more: (patched if module.layer_idx else cls.forward)(module, *args, **more)
 
     attnzoo.register_adapter(replace(honest, points=(InDisguise(), *companions)), replace=True)
-    yield
-    attnzoo.register_adapter(honest, replace=True)
 
 
 @pytest.mark.usefixtures("original_in_disguise")

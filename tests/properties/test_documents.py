@@ -16,7 +16,7 @@ from attnzoo.spec.bias import RelativeBias
 from attnzoo.spec.documents import attend_documents
 from attnzoo.spec.masks import read_attention_mask
 from attnzoo.spec.segments import Attention, Segment
-from tests.spec.test_documents import Site, grid_of, packed_rows
+from tests.support.documents import RecordingAttend, grid_of, packed_rows
 
 BACKENDS = [name for name, info in attnzoo.backends().items() if info.available and info.exact]
 
@@ -25,7 +25,7 @@ BACKENDS = [name for name, info in attnzoo.backends().items() if info.available 
 class ByDocuments(attnzoo.Backend):
     """Computes an attention by its documents on another backend. The oracle computes it by the dense mask."""
 
-    site: Site = field(compare=False)
+    site: RecordingAttend = field(compare=False)
     documents: tuple = field(compare=False)
 
     name: ClassVar[str] = "by-documents"
@@ -62,11 +62,11 @@ def packed_attentions(draw):
 def test_documents_agree_with_the_oracle_on_the_dense_mask(backend, attention, grad):
     note(f"{attention.request()}")
     read = read_attention_mask(attention.segments[0].mask, (attention.batch, attention.q_len, attention.q_len))
-    site = Site(backend)
+    site = RecordingAttend(backend)
     if read.documents is None:  # the mask is causality and padding only
         assert read.mask is None
         return
-    if registry.refusals(registry.make_backend(backend), read.documents[0].of(attention).request()):
+    if registry.refusals(registry.make_backend(backend), read.documents[0].attention(attention).request()):
         return
     report = check_attention("drawn", attention, ByDocuments(site, read.documents), grad=grad, max_rows=ALL_ROWS)
     assert report.ok, "\n".join(map(str, report.checks))

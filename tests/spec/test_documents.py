@@ -12,15 +12,7 @@ from attnzoo.spec.bias import DenseBias, RelativeBias
 from attnzoo.spec.documents import attend_documents, find_documents
 from attnzoo.spec.masks import read_attention_mask
 from attnzoo.spec.segments import Attention, Segment
-
-
-def grid_of(*samples):
-    """Return the mask ``(samples, length, length)`` of packed rows, given document lengths; negative: hidden tokens."""
-
-    def block(length):
-        return torch.ones(length, length).tril() if length > 0 else torch.zeros(-length, -length)
-
-    return torch.stack([torch.block_diag(*map(block, lengths)).bool() for lengths in samples])
+from tests.support.documents import RecordingAttend, grid_of, packed_rows
 
 
 def mask_of(documents, batch, length):
@@ -34,21 +26,6 @@ def mask_of(documents, batch, length):
     number = number.view(batch, length)
     same_document = (number[:, :, None] == number[:, None]) & (number >= 0)[:, None]
     return same_document & torch.ones(length, length, dtype=torch.bool).tril()
-
-
-@st.composite
-def packed_rows(draw, batch, length):
-    """Draw document lengths for each sample; negative lengths are hidden tokens."""
-    samples = []
-    for _ in range(batch):
-        lengths, left = [], length
-        while left:
-            count = draw(st.one_of(st.integers(1, left), st.integers(1, min(left, 3))))
-            hidden = draw(st.integers(0, 5)) == 0
-            lengths.append(-count if hidden else count)
-            left -= count
-        samples.append(tuple(lengths))
-    return tuple(samples)
 
 
 @given(data=st.data())
@@ -117,20 +94,6 @@ def test_padding_at_most_doubles_long_documents():
     assert len(packs) == 4, "up to 64, 65 to 128, 129 to 256, and 257 to 512 tokens"
 
 
-class Site:
-    """An :class:`attnzoo.Attend` that records the attentions it ran."""
-
-    def __init__(self, backend, takes=True):
-        self.backend, self.ran, self._takes = registry.make_backend(backend), [], takes
-
-    def __call__(self, attention, probabilities=False):
-        self.ran.append(attention)
-        return execute(self.backend, attention, probabilities)
-
-    def takes(self, attention):
-        return self._takes and not registry.refusals(self.backend, attention.request())
-
-
 def packed_attention(bias=None):
     """Return an attention over two rows with documents of 5 and 4, and of 9 tokens, and its documents."""
     random = torch.Generator().manual_seed(1)
@@ -146,49 +109,30 @@ RELATIVE = RelativeBias(torch.randn(2, 7, dtype=torch.float64, generator=torch.G
 @pytest.mark.parametrize("bias", [None, RELATIVE], ids=["no bias", "by distance"])
 def test_each_document_is_a_sample(bias):
     attention, documents = packed_attention(bias)
-    site = Site("eager")
+    site = RecordingAttend("eager")
     result = attend_documents(site, attention, documents)
     assert torch.allclose(result.output, execute(registry.make_backend("eager"), attention).output, atol=1e-12)
     assert [tuple(attention.query.shape) for attention in site.ran] == [(3, 2, 9, 8)]
     assert all(segment.mask is None for attention in site.ran for segment in attention.segments)
 
 
-@pytest.mark.parametrize(
-    "bias",
-    [
-        DenseBias(torch.zeros(1, 1, 9, 9, dtype=torch.float64)),
-        RelativeBias(RELATIVE.values, zero=4, offset=2),
-        RelativeBias(RELATIVE.values, zero=4, positions=torch.arange(9).expand(2, -1).contiguous()),
-    ],
-    ids=["dense", "shifted", "placed"],
-)
-def test_a_bias_that_depends_on_more_than_distance_keeps_the_mask(bias):
-    attention, documents = packed_attention(bias)
-    site = Site("eager")
-    attend_documents(site, attention, documents)
+KEEPING_THE_MASK = {
+    "dense bias": dict(bias=DenseBias(torch.zeros(1, 1, 9, 9, dtype=torch.float64))),
+    "shifted bias": dict(bias=RelativeBias(RELATIVE.values, zero=4, offset=2)),
+    "placed bias": dict(bias=RelativeBias(RELATIVE.values, zero=4, positions=torch.arange(9).repeat(2, 1))),
+    "refused documents": dict(takes=False),
+    "probabilities": dict(probabilities=True),
+    "no documents": dict(packed=False),
+}
+
+
+@pytest.mark.parametrize("case", KEEPING_THE_MASK.values(), ids=KEEPING_THE_MASK)
+def test_an_attention_that_documents_cannot_replace_keeps_its_mask(case):
+    attention, documents = packed_attention(case.get("bias"))
+    site, probabilities = RecordingAttend("eager", case.get("takes", True)), case.get("probabilities", False)
+    result = attend_documents(site, attention, documents if case.get("packed", True) else None, probabilities)
     assert site.ran == [attention]
-
-
-def test_a_backend_that_refuses_documents_gets_the_mask():
-    attention, documents = packed_attention()
-    site = Site("eager", takes=False)
-    attend_documents(site, attention, documents)
-    assert site.ran == [attention]
-
-
-def test_probabilities_keep_the_mask():
-    attention, documents = packed_attention()
-    site = Site("eager")
-    result = attend_documents(site, attention, documents, probabilities=True)
-    assert site.ran == [attention]
-    assert result.probabilities[0].shape == (2, 2, 9, 9)
-
-
-def test_without_documents_the_attention_is_unchanged():
-    attention, _ = packed_attention()
-    site = Site("eager")
-    attend_documents(site, attention, None)
-    assert site.ran == [attention]
+    assert not probabilities or result.probabilities[0].shape == (2, 2, 9, 9)
 
 
 def test_documents_change_neither_pattern_nor_key_mask():

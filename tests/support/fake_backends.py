@@ -1,4 +1,4 @@
-"""Backends for tests that compute what ``eager`` computes, count their runs, and declare fewer capabilities."""
+"""Backends for tests that compute what ``eager`` computes, record their runs, and declare fewer capabilities."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 
 import attnzoo
-from attnzoo.backends.eager import EagerBackend, evaluate
+from attnzoo.backends.eager import EagerBackend
 
 
-def fake_backend(name="fake", names=(), rank=-1000, why_not=None, **narrower):
+def fake_backend(name="fake", aliases=(), priority=-1000, why_not=None, **narrower):
     """Return a backend class; ``narrower`` replaces capabilities of eager, and ``why_not`` makes it unavailable."""
 
     @dataclass(frozen=True)
@@ -25,9 +25,9 @@ def fake_backend(name="fake", names=(), rank=-1000, why_not=None, **narrower):
 
         def run(self, attention, probabilities=False):
             self.runs.append(attention)
-            return evaluate(attention)._replace(kernel=self.name)
+            return EagerBackend().run(attention, probabilities)._replace(kernel=f"{self.name}-kernel")
 
-    Fake.name, Fake.aliases, Fake.priority = name, names, rank
+    Fake.name, Fake.aliases, Fake.priority = name, aliases, priority
     return Fake
 
 

@@ -14,18 +14,10 @@ from attnzoo.benchmarks.workload import Workload
 from attnzoo.spec.segments import Attention, Result
 
 SMALL = dict(
-    vocab_size=300,
-    d_model=16,
-    encoder_layers=2,
-    decoder_layers=2,
-    encoder_attention_heads=2,
-    decoder_attention_heads=2,
-    encoder_ffn_dim=16,
-    decoder_ffn_dim=16,
-    attention_window=[8, 8],
-    max_encoder_position_embeddings=128,
-    max_decoder_position_embeddings=64,
-)
+    vocab_size=300, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+    decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, attention_window=[8, 8],
+    max_encoder_position_embeddings=128, max_decoder_position_embeddings=64,
+)  # fmt: skip
 TINY: Workload = replace(
     LED, name="tiny", checkpoint="tiny-led", published={**LED.published, **SMALL}, heads=2, layers=2
 )

@@ -4,9 +4,9 @@ import torch
 import transformers
 
 import attnzoo
-from attnzoo.conformance.error_rule import check, factor
 from attnzoo.patching.replay import recording, replaying
 from attnzoo.patching.sites import find_sites
+from tests.support.compare import assert_obeys_the_error_rule
 
 
 def real_tokens(model, inputs):
@@ -53,8 +53,8 @@ def chunked(model, inputs, sizes, static):
 
 def hashes_of(model):
     """A context that records what the model's attentions choose at random: the buckets of those that hash."""
-    found = find_sites(model)
-    return recording({one.name: (one.module, one.point.replay) for one in found if one.point.makes_random_choices})
+    targets = [target for target in find_sites(model) if target.point.makes_random_choices]
+    return recording({target.name: (target.module, target.point.replay) for target in targets})
 
 
 def run(model, inputs, mode, patch=None):
@@ -83,12 +83,7 @@ def judge(family, inputs, mode, dtype=torch.float32):
     """Assert that eager, sdpa and the model's own code pass the error rule against the oracle in float64.
 
     All runs use the same hash buckets. If the original refuses a call, the patched model must raise the same error.
-
-    Args:
-        family: one of :data:`~tests.support.models.FAMILIES`.
-        inputs: arguments of the forward.
-        mode: ``"eval"``, ``"train"``, or ``"checkpointed"``, which is training with gradient checkpointing.
-        dtype: dtype of the weights and of all runs except the oracle's.
+    The mode is ``"eval"``, ``"train"``, or ``"checkpointed"``, which is training with gradient checkpointing.
     """
     model = family.build().to(dtype)
     with hashes_of(model) as buckets:
@@ -107,9 +102,6 @@ def judge(family, inputs, mode, dtype=torch.float32):
     has_backward = not any(target.point.backward_in_training for target in find_sites(model))
     assert oracle.keys() >= ({"logits", "gradient"} if has_backward else {"logits"} if mode == "eval" else set())
     for what, reference in oracle.items():
-        checks = [
-            check(f"{what} of the original", own[what], reference, eager[what], factor(what), dtype),
-            check(f"{what} under eager", eager[what], reference, original[what], factor(what)),
-            check(f"{what} under sdpa", sdpa[what], reference, eager[what], factor(what)),
-        ]
-        assert all(check.ok for check in checks), "\n".join(map(str, checks))
+        assert_obeys_the_error_rule(f"{what} of the original", own[what], reference, eager[what], dtype=dtype)
+        assert_obeys_the_error_rule(f"{what} under eager", eager[what], reference, original[what])
+        assert_obeys_the_error_rule(f"{what} under sdpa", sdpa[what], reference, eager[what])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.conformance.error_rule import FORWARD, GRADIENT, check
 from tests.support import models as zoo
+from tests.support.compare import assert_obeys_the_error_rule
 
 RADIUS, BLOCK = 7, 4
 TABLES = "relative_attention_bias"
@@ -69,7 +69,5 @@ def assert_equal_to_the_original(model, arguments, patch, prepare=lambda model: 
     patched, trained_too = outcome(model, arguments, patch, torch.float32, prepare)
     assert trained_too == trained
     for name, expected in reference.items():
-        k = FORWARD if name in ("encoder", "logits") else GRADIENT
-        verdict = check(name, patched[name], expected, original[name], k)
-        assert verdict.ok, str(verdict)
+        assert_obeys_the_error_rule(name, patched[name], expected, original[name])
     return patched

@@ -3,24 +3,23 @@
 Two properties make Reformer hard to compare:
 
 - The same seed gives other rotations, and so other hashes, in float32 and float64. So modules are compared on given
-  buckets, and models replay recorded buckets (:func:`replayed`).
+  buckets, and models replay recorded buckets (:func:`~attnzoo.patching.replay.replaying`).
 - In float32 the original is wrong by some tenths of a percent for tokens that see only themselves, because it hides
   tokens with -1e5. So the reference is the original in float64. The original in float32 only bounds the error.
 """
 
 import copy
-import math
-from collections import defaultdict
-from contextlib import contextmanager
 
 import pytest
 import torch
-import transformers
 
 import attnzoo
-from attnzoo.conformance.error_rule import FORWARD, GRADIENT, check
+from attnzoo.patching.replay import replaying
+from tests.support import models as zoo
+from tests.support.compare import assert_obeys_the_error_rule
+from tests.support.judge import hashes_of
 
-VOCAB, CHUNK = 99, 4
+CHUNK = 4
 backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
 causal = pytest.mark.parametrize("is_decoder", [True, False], ids=["causal", "both ways"])
 sides = pytest.mark.parametrize("side", ["none", "left", "right", "sample"])
@@ -29,43 +28,19 @@ NEIGHBOURS = [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (2, 3), (5, 1), (0, 7)]
 
 def reformer(cls=None, **changes):
     """Return a tiny model with spread random weights, in eval mode."""
-    base = dict(
-        vocab_size=VOCAB, hidden_size=24, num_attention_heads=3, attention_head_size=8, feed_forward_size=32,
-        attn_layers=["local", "lsh", "local", "lsh"], axial_pos_shape=[8, 8], axial_pos_embds_dim=[8, 16],
-        lsh_attn_chunk_length=CHUNK, local_attn_chunk_length=CHUNK, lsh_num_chunks_before=1, lsh_num_chunks_after=0,
-        local_num_chunks_before=1, local_num_chunks_after=0, num_hashes=2, num_buckets=4, is_decoder=True,
-        max_position_embeddings=64, hidden_dropout_prob=0.0, lsh_attention_probs_dropout_prob=0.0,
-        local_attention_probs_dropout_prob=0.0, pad_token_id=0, eos_token_id=2, hash_seed=7,
+    sizes = dict(
+        hidden_size=24, num_attention_heads=3, attn_layers=["local", "lsh", "local", "lsh"], axial_pos_embds=True,
+        axial_pos_shape=[8, 8], axial_pos_embds_dim=[8, 16], num_buckets=4, max_position_embeddings=64, pad_token_id=0,
     )  # fmt: skip
-    config = transformers.ReformerConfig(**{**base, **changes})
-    ahead = config.lsh_num_chunks_after or config.local_num_chunks_after  # the language model refuses chunks ahead
-    decoder = "ReformerModel" if ahead else "ReformerModelWithLMHead"
-    cls = cls or (decoder if config.is_decoder else "ReformerForMaskedLM")
-    model, random = getattr(transformers, cls)(config), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                std = 1.0 if "embed" in name else 1.5 / math.sqrt(parameter.shape[1])
-                parameter.copy_(torch.randn(parameter.shape, generator=random) * std)
-    return model.eval()
-
-
-def ids(*shape, seed=2):
-    return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+    sizes.update(changes)
+    ahead = sizes.get("lsh_num_chunks_after") or sizes.get("local_num_chunks_after")
+    decoder = "ReformerModel" if ahead else "ReformerModelWithLMHead"  # the language model refuses chunks ahead
+    return zoo.reformer(cls or (decoder if sizes.get("is_decoder", True) else "ReformerForMaskedLM"), **sizes)
 
 
 def padding(side, batch, length):
     """Return a mask ``(batch, length)`` with padding on a side, or of a whole ``"sample"``; None for ``"none"``."""
-    mask = torch.ones((batch, length), dtype=torch.long)
-    for row in range(batch):
-        cut = row * length // (batch + 1)
-        if side == "left":
-            mask[row, :cut] = 0
-        elif side == "right":
-            mask[row, length - cut :] = 0
-    if side == "sample":
-        mask[-1] = 0
-    return None if side == "none" else mask
+    return None if side == "none" else zoo.padded(batch, length, side)
 
 
 def attentions(model):
@@ -100,10 +75,7 @@ def outcome(module, states, arguments, real, patch, dtype):
     if handle is not None:
         assert all(site.calls == 1 for site in handle.sites)
     gradients = [states.grad, *(parameter.grad for parameter in module.parameters())]
-    return {
-        "output": output.detach(),
-        "gradients": torch.cat([gradient.flatten() for gradient in gradients]),
-    }
+    return {"output": output.detach(), "gradients": torch.cat([gradient.flatten() for gradient in gradients])}
 
 
 def assert_module_equals_the_original(module, states, mask, backend, **arguments):
@@ -116,45 +88,16 @@ def assert_module_equals_the_original(module, states, mask, backend, **arguments
 
     exact, oracle = run(None, torch.float64), run("eager", torch.float64)
     original, patched = run(None, torch.float32), run(backend, torch.float32)
-    for name, k in (("output", FORWARD), ("gradients", GRADIENT)):
+    for name in exact:
         torch.testing.assert_close(oracle[name], exact[name], rtol=1e-10, atol=1e-10)
-        verdict = check(name, patched[name], oracle[name], original[name], k)
-        assert verdict.ok, str(verdict)
+        assert_obeys_the_error_rule(name, patched[name], oracle[name], original[name])
 
 
-@contextmanager
-def replayed(model, record):
-    """Record the buckets of every LSH attention if ``record`` is empty; otherwise replay them, in any dtype."""
-    recording, handles = not record, []
-    for number, module in enumerate(attentions(model)):
-        if hasattr(module, "query"):
-            continue
-
-        def save(module, args, kwargs, output, number=number):
-            if kwargs.get("buckets") is None and output.buckets is not None:
-                record[number].append(output.buckets)
-
-        def replay(module, args, kwargs, number=number, turn=iter(tuple(record[number]))):  # noqa: B008
-            if kwargs.get("buckets") is None and kwargs["hidden_states"].shape[1] > module.chunk_length:
-                kwargs["buckets"] = next(turn)
-            return args, kwargs
-
-        if recording:
-            handles.append(module.register_forward_hook(save, with_kwargs=True))
-        else:
-            handles.append(module.register_forward_pre_hook(replay, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def whole(model, arguments, patch, dtype, record, train):
-    """Return logits on real tokens and, in training, the gradients of all parameters."""
+def run(model, arguments, patch, dtype, buckets, train):
+    """Return logits on real tokens and, in training, the gradients of all parameters; repeat the buckets, if given."""
     model = copy.deepcopy(model).to(dtype).train(train)
     handle = attnzoo.patch(model, patch) if patch else None
-    with replayed(model, record), torch.set_grad_enabled(train):
+    with replaying(model, buckets), torch.set_grad_enabled(train):
         logits = model(**arguments).logits
         mask = arguments["attention_mask"]
         results = {"logits": logits.detach() if mask is None else logits.detach()[mask.bool()]}
@@ -169,14 +112,13 @@ def whole(model, arguments, patch, dtype, record, train):
     return results
 
 
-def assert_model_equals_the_original(model, arguments, backend, train=False, dtype=torch.float32):
-    record = defaultdict(list)
-    original = whole(model, arguments, None, dtype, record, train)
-    exact = whole(model, arguments, None, torch.float64, record, train)
-    oracle = whole(model, arguments, "eager", torch.float64, record, train)
-    patched = whole(model, arguments, backend, dtype, record, train)
-    for name, k in (("logits", FORWARD), ("gradients", GRADIENT)):
-        if name in exact:
-            torch.testing.assert_close(oracle[name], exact[name], rtol=1e-9, atol=1e-9)
-            verdict = check(name, patched[name], oracle[name], original[name], k, dtype)
-            assert verdict.ok, str(verdict)
+def assert_model_equals_the_original(model, arguments, backend, train=False):
+    twin = copy.deepcopy(model)
+    with hashes_of(twin) as buckets:
+        original = run(twin, arguments, None, torch.float32, {}, train)
+    exact = run(model, arguments, None, torch.float64, buckets, train)
+    oracle = run(model, arguments, "eager", torch.float64, buckets, train)
+    patched = run(model, arguments, backend, torch.float32, buckets, train)
+    for name in exact:
+        torch.testing.assert_close(oracle[name], exact[name], rtol=1e-9, atol=1e-9)
+        assert_obeys_the_error_rule(name, patched[name], oracle[name], original[name])

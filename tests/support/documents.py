@@ -1,0 +1,50 @@
+"""Packed rows: their masks, their documents, and an ``Attend`` that records what it ran."""
+
+import hypothesis.strategies as st
+import torch
+
+from attnzoo.functional import execute
+from attnzoo.registry import registry
+from tests.support.models import ids
+
+LENGTHS = (5, 7, 1, 11)
+POSITIONS = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+ROW = dict(input_ids=ids(1, sum(LENGTHS)), position_ids=POSITIONS, use_cache=False)
+
+
+def grid_of(*samples):
+    """Return the mask ``(samples, length, length)`` of packed rows, given document lengths; negative: hidden tokens."""
+
+    def block(length):
+        return torch.ones(length, length).tril() if length > 0 else torch.zeros(-length, -length)
+
+    return torch.stack([torch.block_diag(*map(block, lengths)).bool() for lengths in samples])
+
+
+@st.composite
+def packed_rows(draw, batch, length):
+    """Draw document lengths for each sample; negative lengths are hidden tokens."""
+    samples = []
+    for _ in range(batch):
+        lengths, left = [], length
+        while left:
+            count = draw(st.one_of(st.integers(1, left), st.integers(1, min(left, 3))))
+            hidden = draw(st.integers(0, 5)) == 0
+            lengths.append(-count if hidden else count)
+            left -= count
+        samples.append(tuple(lengths))
+    return tuple(samples)
+
+
+class RecordingAttend:
+    """An :class:`attnzoo.Attend` that records the attentions it ran."""
+
+    def __init__(self, backend, takes=True):
+        self.backend, self.ran, self._takes = registry.make_backend(backend), [], takes
+
+    def __call__(self, attention, probabilities=False):
+        self.ran.append(attention)
+        return execute(self.backend, attention, probabilities)
+
+    def takes(self, attention):
+        return self._takes and not registry.refusals(self.backend, attention.request())
