@@ -239,8 +239,7 @@ class Adapter:
                 ``verified``. None means that only the class of the point is checked.
 
         Raises:
-            DriftError: a function is missing, overridden by a subclass, replaced at run time, or different in the
-                installed version. The message names the cause.
+            DriftError: a function is missing, overridden, replaced at run time, or different in this version.
         """
         differences = find_drift(point.verified)
         if not differences:

@@ -169,8 +169,7 @@ class Backend:
     def unavailable(cls) -> str | None:
         """Return why this backend cannot run on this machine and what to install. None means that it can run.
 
-        Override this method if the backend needs a package or a device. The method may import the package. An exception
-        counts as the reason.
+        Override this method if the backend needs a package or a device. An exception counts as the reason.
         """
         return None
 
@@ -187,8 +186,8 @@ class Backend:
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
         """Return every reason why this backend cannot run the request. An empty tuple means that it can run.
 
-        Override this method to add limits that :class:`Capabilities` cannot express, and call
-        ``super().refusals(request)``. attnzoo caches the returned tuple by backend and request.
+        Override this method to add limits that :class:`Capabilities` cannot express, and extend the result of
+        ``super()``. attnzoo caches the returned tuple by backend and request.
         """
         return self.capabilities.refusals(request)
 

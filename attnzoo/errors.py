@@ -154,10 +154,7 @@ class CacheError(AttnzooError, OSError):
 
 
 class DriftError(PatchError):
-    """The code of a model differs from the code that the adapter was verified against.
-
-    The cause is another version, a subclass, or a function that was replaced at run time.
-    """
+    """The code of a model differs from the code that the adapter was verified against."""
 
 
 def raise_interrupts(error: BaseException) -> None:

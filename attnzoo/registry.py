@@ -191,9 +191,7 @@ class Registry:
         raise UnknownNameError("backend", name, known | set(RESERVED_NAMES))
 
     def configure(self, name: str, **options: Any) -> Backend:
-        """Return a backend with these options, also if this machine cannot run the backend.
-
-        Functions that accept a backend name also accept the returned backend.
+        """Return a configured backend, which functions accept in place of a backend name.
 
         Args:
             name: a backend name or alias.

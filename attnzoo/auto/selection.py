@@ -21,8 +21,7 @@ from attnzoo.spec.segments import Attention, Request, Result
 class AutoBackend(Backend):
     """The backend that selects the fastest measured backend per attention, else the one of highest priority.
 
-    The candidates are the available exact backends that support the attention. The registry reserves the name ``auto``,
-    but does not list this backend.
+    The candidates are the available exact backends. The registry reserves the name but does not list this backend.
     """
 
     name: ClassVar[str] = "auto"

@@ -52,8 +52,7 @@ def find_bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]
     Constructors do not count, because they run before a patch. Methods of other classes, such as the model that calls
     the module, do not count, because a patch does not bypass them.
 
-    ``base`` is the verified class, which must be in ``cls.__mro__``. Call this only if :func:`find_drift` returned
-    nothing.
+    ``base`` is the verified class in ``cls.__mro__``. Call this only if :func:`find_drift` returned nothing.
     """
     names = ["forward"]
     wrappers = []

@@ -37,8 +37,7 @@ class ApproximateBackend(Backend):
     Attributes:
         needed: the names of the options that dense attention requires (class attribute).
         inner: the name of the exact backend that computes the rewritten attention. ``"auto"`` selects a backend.
-        kept: whether the backend leaves all attention of the site unchanged. :meth:`bind_to_site` sets this field, and
-            users cannot set it.
+        kept: whether all attention of the site stays unchanged. Only :meth:`bind_to_site` sets this field.
     """
 
     needed: ClassVar[tuple[str, ...]] = ()

@@ -31,8 +31,7 @@ class BlockedLocalBackend(ApproximateBackend):
     """A backend that replaces dense attention by a sliding window and attention sinks.
 
     Attributes:
-        window: the number of keys that a query sees on each side, including the key at the query's position. The
-            minimum is 2. Dense attention requires this option.
+        window: the number of keys that a query sees on each side, including the query's position; at least 2.
         sinks: the number of first visible keys that a query sees in addition to the window.
 
     Example:

@@ -63,8 +63,7 @@ def place_queries(backend: str, attention: Attention) -> QueryPlacement:
     - The offset of a ``Causal`` pattern is the position of query 0. No offset aligns the last query with the last key.
     - A single query is a decoding step. It has the position of the last key that is visible in any sample, because a
       static cache has unused entries after this key.
-    - For several queries on a longer cache, a causal dense mask determines the position. Without such a mask, the last
-      query has the position of the last key.
+    - For several queries, a causal dense mask gives the position. Otherwise, the last query is at the last key.
 
     Raises:
         BackendRefusedError: the positions of several queries are unknown, because the masks are not causal and the last
