@@ -19,14 +19,11 @@ def files():
 @pytest.mark.parametrize("page", PAGES)
 def test_page_names_existing_files(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    named = set(re.findall(r"`([\w./-]+\.(?:py|json|toml|md))`", text)) - {"adapters/<family>.py"}
-    known = files()
-    missing = [name for name in sorted(named) if not any(f"/{path}".endswith(f"/{name}") for path in known)]
-    assert not missing
+    known, named = files(), set(re.findall(r"`([\w./-]+\.(?:py|json|toml|md))`", text))
+    assert not [name for name in sorted(named) if not any(f"/{path}".endswith(f"/{name}") for path in known)]
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_page_links_to_existing_files(page):
-    source = ROOT / page
-    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", source.read_text(encoding="utf-8"))
-    assert not [link for link in links if not (source.parent / link).exists()]
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
+    assert not [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]

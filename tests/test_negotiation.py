@@ -1,7 +1,5 @@
 """Refusals list every reason, ``auto`` selects a backend, and a requested backend is never replaced."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """The registry: registration, name collisions, suggestions, and entry points that fail to load."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Backends for tests that compute what ``eager`` computes, record their runs, and declare fewer capabilities."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
