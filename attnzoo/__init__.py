@@ -1,6 +1,6 @@
-"""attnzoo: a pluggable attention-backend registry for Hugging Face models.
+"""attnzoo runs the attention of Hugging Face models on interchangeable backends.
 
-``attnzoo.patch(model, backend="sdpa")`` makes a model run its attention on another kernel; ``attnzoo.verify`` checks
+``attnzoo.patch(model, backend="sdpa")`` makes a model run its attention on another kernel. ``attnzoo.verify`` checks
 the result against a float64 oracle. Importing attnzoo has no effect on transformers.
 """
 

@@ -30,8 +30,8 @@ class Attend(Protocol):
 
     Attributes:
         complete: whether every module that shares values with this module (:attr:`PatchPoint.shared_in`) is patched and
-            no such module may fall back to the original forward. Only then may these modules pass values in another
-            format.
+            no such module may fall back to the original forward. Only if True, these modules may exchange values in a
+            format that differs from the original format.
     """
 
     @property
@@ -44,7 +44,7 @@ class Attend(Protocol):
         """Whether the backend supports an attention. Use this to choose between two equivalent attentions."""
 
     def falls_back(self, can: bool = True) -> bool:
-        """Whether to run the original code after a refusal. If True, the call counts as a fallback.
+        """Whether to run the original code after a refusal (``fallback="native"``). True also counts a fallback.
 
         Args:
             can: whether the original code supports the inputs of this call.
@@ -53,12 +53,12 @@ class Attend(Protocol):
     def cached_per_forward(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
         """Return ``make(tensor)``, computed once per forward of the model and shared by all layers of the patch.
 
-        A module must call this once per forward and name, because a second call starts the next forward.
+        A module must use each name only once per forward, because a second call with the name starts the next forward.
 
         Args:
             tensor: the input of ``make``, such as an attention mask.
             name: the name of the result. The name must contain every other value that ``make`` depends on, because
-                this value may differ between layers.
+                such values may differ between layers.
             make: the function that computes the result.
         """
 
@@ -67,7 +67,7 @@ class PatchPoint(ABC):
     """One class of modules in a model family, and the forward that a patch gives to these modules.
 
     To support a class of modules, write a subclass of ``PatchPoint``. Set :attr:`cls` and :attr:`verified`, and define
-    :meth:`describe`, :meth:`requests` and :meth:`forward`. Override each other method whose default is wrong for the
+    :meth:`describe`, :meth:`requests` and :meth:`forward`. Override other methods if their defaults are wrong for the
     modules. Put an instance of the subclass into :attr:`Adapter.points`.
 
     Attributes:
@@ -76,9 +76,9 @@ class PatchPoint(ABC):
             replaces, calls or imitates. ``attnzoo fingerprint`` prints fingerprints. A patch refuses changed functions.
         shared_in: the class of the module whose layers share values, as ``"package.module:Class"``. For example, the
             first layer computes a bias for all layers. None means that the layers share nothing.
-        attends: whether the module computes attention. A module with False is not listed as a site, and is patched only
-            if a module inside it computes attention. For example, the masks of the model need a check. With
-            ``shared_in``, the attention may be anywhere in the module that shares values.
+        attends: whether the module computes attention. False means a companion, such as a module that makes masks. A
+            companion is not a site, and is patched only if a site inside the companion is patched. With ``shared_in``,
+            the site may be anywhere inside the module of class ``shared_in``.
         makes_random_choices: whether the forward draws random numbers that decide which tokens attend to one another,
             as hashing does. :meth:`replay` repeats these choices.
         backward_in_training: whether the original backward works only in training mode.
@@ -110,17 +110,17 @@ class PatchPoint(ABC):
     makes_random_choices: bool = False
     backward_in_training: bool = False
 
-    # A subclass defines these.
+    # Subclasses define the next methods.
 
     @abstractmethod
     def describe(self, module: Any) -> str:
         """Return the module's attention pattern in words, such as ``"causal"``."""
 
     def requests(self, module: Any) -> tuple[Request, ...]:
-        """Return the requests of the module that follow from the weights and the configuration of the module.
+        """Return the requests that follow from the weights and the configuration of the module.
 
         A patch refuses a backend that cannot serve one of these requests. Leave out dropout, gradients and transforms,
-        because attnzoo adds them for each call.
+        because attnzoo adds these properties for each call.
         """
         return ()
 
@@ -131,11 +131,11 @@ class PatchPoint(ABC):
             module: the module that is called, which may be a copy of the patched module. Do not store the module,
                 because a stored reference would prevent Python from freeing the model.
             attend: the callable that computes attentions on the module's backend.
-            *args, **kwargs: the arguments of the original forward. Declare each argument by name.
+            *args, **kwargs: the arguments of the original forward. A subclass must declare each argument by name.
         """
         raise NotImplementedError(f"{type(self).__name__}: got neither forward nor bind; allowed: one of these methods")
 
-    # A subclass overrides these where the default is wrong.
+    # Subclasses override the next methods if the default is wrong.
 
     def bind(self, cls: Any, attend: Attend) -> Forward:
         """Return a function ``function(module, *args, **kwargs)`` that replaces the forward of one module.
@@ -149,14 +149,14 @@ class PatchPoint(ABC):
         return lambda module, *args, **kwargs: self.forward(module, attend, *args, **kwargs)
 
     def serves(self, module: Any) -> bool:
-        """Whether the point serves this module. Override this method if it serves only some modules of the class."""
+        """Whether the point serves this module. Override this if the point serves only some modules of the class."""
         return True
 
     def check(self, module: Any) -> None:  # noqa: B027  (the default accepts every configuration)
         """Raise if the point cannot serve the configuration of the module."""
 
     def fault(self, module: Any) -> str | None:
-        """Return why the original forward is wrong, or None. attnzoo never falls back to a wrong forward."""
+        """Return why the original forward computes wrong results, or None. In this case attnzoo never falls back."""
         return None
 
     def dropout(self, module: Any) -> float:
@@ -175,7 +175,7 @@ class PatchPoint(ABC):
         """Return keyword arguments that repeat the random choices of the module's call that returned ``output``."""
         return {}
 
-    # No subclass overrides these.
+    # Subclasses do not override the next methods.
 
     @final
     def matches(self, module: nn.Module) -> bool:
@@ -184,7 +184,7 @@ class PatchPoint(ABC):
 
     @final
     def owner(self, model: nn.Module, module: nn.Module) -> nn.Module | None:
-        """Return the part of ``model`` inside which ``module`` shares values (:attr:`shared_in`), or None."""
+        """Return the module of class :attr:`shared_in` that contains ``module`` and its sharers, or None."""
         if self.shared_in is None:
             return None
         for owner in model.modules():
@@ -194,7 +194,7 @@ class PatchPoint(ABC):
 
     @final
     def sharers(self, owner: nn.Module) -> tuple[nn.Module, ...]:
-        """Return the modules inside ``owner`` that share values."""
+        """Return the modules inside ``owner`` that share values with one another."""
         return tuple(module for module in owner.modules() if self.matches(module))
 
 
@@ -207,8 +207,8 @@ class Adapter:
             model type only decides between two adapters with points for the same class.
         points: instances of :class:`PatchPoint` subclasses.
         versions: the transformers versions that the points were verified against, as text for messages.
-        examples: changes of the default configuration. The models of all examples together contain a module for every
-            point. The support matrix is generated from these models.
+        examples: changes to the default configuration. Each example gives one model. The models together contain a
+            module for every point. The support matrix is generated from these models.
 
     Raises:
         InvalidArgumentError: one of ``points`` is not a :class:`PatchPoint` with a ``cls``.
@@ -269,10 +269,10 @@ def parameters_of(module: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
 
 
 def parameter_of(module: nn.Module) -> Tensor:
-    """Return a floating-point tensor with the dtype and device of the module's weights when it runs.
+    """Return a floating-point tensor that has the dtype and device of the module's weights during a forward.
 
-    accelerate keeps offloaded weights on the meta device between forwards. For those, the result is an empty tensor on
-    the device to which accelerate moves them.
+    accelerate keeps offloaded weights on the meta device between forwards. For offloaded weights, this returns an empty
+    tensor on the device to which accelerate moves the weights.
     """
     for owner, parameter in parameters_of(module):
         if parameter.is_floating_point():
@@ -282,6 +282,6 @@ def parameter_of(module: nn.Module) -> Tensor:
 
 
 def request_for(module: nn.Module, heads: int, head_dim: int, *segments: SegmentRequest) -> Request:
-    """Return the request of a module for one attention, on the device and in the dtype of its weights."""
+    """Return the request for one attention of a module, with the device and the dtype of the module's weights."""
     parameter = parameter_of(module)
     return Request(parameter.device.type, parameter.dtype, heads, head_dim, head_dim, segments)

@@ -24,14 +24,14 @@ def _names(items: Iterable[object]) -> str:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """The features that a backend supports. The conformance kit generates test cases from them.
+    """The features that a backend supports. The conformance kit generates test cases from these features.
 
     Attributes:
         devices: the supported device types, e.g. ``{"cpu", "cuda"}``.
         dtypes: the supported dtypes of query, key and value.
         patterns: the supported pattern classes.
         segments: the largest number of segments in one softmax.
-        key_mask: whether the backend supports a mask of keys per sample.
+        key_mask: whether the backend supports a mask that hides keys of each sample from all queries.
         mask: whether the backend supports a dense mask.
         bias: the supported kinds of additive bias: a subset of ``{"relative", "dense"}``.
         bias_grad: whether the backend computes gradients of the bias values.
@@ -68,7 +68,7 @@ class Capabilities:
     exact: bool = True
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
-        """Return a :class:`Refusal` for every part of the request that these capabilities do not cover."""
+        """Return a :class:`Refusal` for every property of the request that these capabilities do not cover."""
         refused: list[Refusal] = []
 
         def check(field: str, requested: bool, supported: bool, allowed: str) -> None:
@@ -114,7 +114,7 @@ class Backend:
     Class attributes:
         name: the name under which the backend is registered.
         aliases: alternative names that users may type.
-        priority: the rank for ``auto``. Without measurements, ``auto`` selects the supporting backend of highest rank.
+        priority: a number for ``auto``. Without measurements, ``auto`` selects the highest among supporting backends.
         dense: whether the backend stores a score for every pair of query and key. ``tune`` skips a dense backend if
             these scores need too much memory.
         capabilities: the features that the backend supports.
@@ -123,7 +123,7 @@ class Backend:
         example: the values of the required options for the support matrix and the tests.
 
     Example:
-        A backend that supports one segment without masks or bias, and has no backward:
+        A backend that supports one segment without masks or bias, and has no backward pass:
 
         >>> import torch, attnzoo
         >>> class Tiny(attnzoo.Backend):
@@ -184,7 +184,7 @@ class Backend:
         return tuple(f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING)
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
-        """Return every reason why this backend cannot run the request. An empty tuple means that it can run.
+        """Return every reason why this backend cannot run the request. An empty tuple means that there is no reason.
 
         Override this method to add limits that :class:`Capabilities` cannot express, and extend the result of
         ``super()``. attnzoo caches the returned tuple by backend and request.
@@ -192,7 +192,7 @@ class Backend:
         return self.capabilities.refusals(request)
 
     def refusals_anywhere(self, request: Request) -> tuple[Refusal, ...]:
-        """Return the reasons that do not depend on the machine. The support matrix shows these reasons.
+        """Return only the refusals that do not depend on the machine. The support matrix shows these refusals.
 
         Override this method if :meth:`refusals` depends on installed packages or devices.
         """
@@ -214,26 +214,26 @@ class Backend:
     # Approximate backends (capabilities with ``exact=False``) override the next three methods.
 
     def changes(self, request: Request) -> str | None:
-        """Return in words how this backend changes the request, or None if it computes the request exactly."""
+        """Return in words how this backend changes the request, or None if the backend changes nothing."""
         return None
 
     def decisions(self, attention: Attention) -> object:
-        """Return what :meth:`rewrite` derives from tensor values, e.g. hash buckets. Another run can reuse this."""
+        """Return what :meth:`rewrite` derives from tensors, e.g. hash buckets. Another run can reuse this result."""
         return None
 
     def rewrite(self, attention: Attention, decisions: object = None) -> Attention:
-        """Return the attention that this backend computes instead of ``attention``. The oracle evaluates the result.
+        """Return the attention that this backend computes instead of ``attention``. The oracle computes it too.
 
         The result must be computed from the tensors of ``attention``, so that gradients flow to these tensors.
 
         Args:
             attention: the requested attention.
-            decisions: the result of :meth:`decisions` in another run. None means to derive it from ``attention``.
+            decisions: the result of :meth:`decisions` in another run. None means a new result for ``attention``.
         """
         return attention
 
     def select(self, attention: Attention, probabilities: bool = False) -> Choice:
-        """Return the backend that runs an attention: this backend. ``auto`` overrides this and selects a backend."""
+        """Return this backend as the choice for an attention. ``auto`` overrides this and selects another backend."""
         return Choice(self)
 
 

@@ -4,7 +4,7 @@ Every message names the argument, the given value and the allowed values: ``argu
 :func:`got_and_allowed` writes this form.
 
 The message of a refusal is built in three steps. :meth:`Capabilities.refusals <attnzoo.backend.Capabilities.refusals>`
-and the ``refusals`` methods of backends choose the words of each :class:`Refusal`. ``Refusal.__str__`` writes one line.
+and the ``refusals`` methods of backends choose the texts of each :class:`Refusal`. ``Refusal.__str__`` writes one line.
 :class:`BackendRefusedError` joins the lines of all modules and adds the backends that support the request.
 """
 
@@ -107,7 +107,7 @@ class BackendRefusedError(AttnzooError, NotImplementedError):
         alternatives: ``{place: names of the backends that support the same requests}``. A missing place means that
             these backends are unknown.
         stage: the time of the refusal: ``"patch"``, ``"before the call"`` of a module (the module is unchanged) or
-            ``"in the call"`` (the cache of the module may be filled). None means another time.
+            ``"in the call"`` (the cache of the module may be filled). None means none of these times.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class BackendRefusedError(AttnzooError, NotImplementedError):
         super().__init__("\n".join([*lines, f"  {remedy}"] if remedy else lines))
 
     def at(self, place: str, stage: Stage) -> BackendRefusedError:
-        """Return a copy of the error with ``stage``, and with ``place`` as the name of the place ``"attention"``."""
+        """Return a copy of the error with this ``stage``, in which ``place`` replaces the place ``"attention"``."""
         refusals = {place if known == "attention" else known: reasons for known, reasons in self.refusals.items()}
         alternatives = {place if known == "attention" else known: names for known, names in self.alternatives.items()}
         return BackendRefusedError(self.backend, refusals, alternatives, self.remedy, stage)
@@ -158,6 +158,6 @@ class DriftError(PatchError):
 
 
 def raise_interrupts(error: BaseException) -> None:
-    """Raise a user's Ctrl-C again. Callers report any other error of a broken package, even ``SystemExit``."""
+    """Raise ``error`` again if it is a Ctrl-C of the user. Callers report all other errors, even ``SystemExit``."""
     if isinstance(error, KeyboardInterrupt):
         raise error

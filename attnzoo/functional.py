@@ -25,7 +25,7 @@ PROBABILITIES_REMEDY = (
 
 
 def refusals_of(backend: Backend, requests: Sequence[Request], anywhere: bool = False) -> tuple[Refusal, ...]:
-    """Return every reason why a backend, bound to a site, cannot run the requests. Empty means that it can run all.
+    """Return every reason why a backend that is bound to a site cannot run the requests. Empty means no reason.
 
     Without requests, the result contains only reasons why the backend is unavailable on this machine. With
     ``anywhere``, the result omits reasons that depend on the machine, such as a missing package.
@@ -38,7 +38,7 @@ def refusals_of(backend: Backend, requests: Sequence[Request], anywhere: bool = 
 
 
 def alternatives_to(backend: Backend, requests: Sequence[Request]) -> tuple[str, ...] | None:
-    """Return the names of the exact backends that support all requests; None for ``auto``, which tried all of them."""
+    """Return the exact backends that support all requests. Return None for ``auto``, which already tried them all."""
     if isinstance(backend, AutoBackend):
         return None
     return tuple(other.name for other in registry.exact_backends() if not any(map(other.refusals, requests)))
@@ -76,7 +76,7 @@ def execute(backend: Backend, attention: Attention, probabilities: bool = False,
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype for attention: the tensor's, or autocast's if autocast is on and the tensor is not float64.
+    """Return autocast's dtype if autocast is on and the tensor is not float64, else the dtype of the tensor.
 
     Example:
         >>> compute_dtype(torch.ones(2, dtype=torch.float16))
@@ -128,7 +128,7 @@ def attention(
         mask: bool ``(batch or 1, heads or 1, q_len, kv_len)``, True if the query sees the key.
         key_mask: bool ``(batch, kv_len)``, False for padding keys.
         query_mask: bool ``(batch, q_len)``, False for queries whose output must be zero.
-        global_keys: bool ``(batch, kv_len)``, True for keys that every query sees, also outside the pattern.
+        global_keys: bool ``(batch, kv_len)``, True for keys that every query sees, even if the pattern hides them.
 
     Returns:
         The output ``(batch, heads, q_len, value_dim)`` in the dtype that :func:`compute_dtype` returns for ``q``.

@@ -15,14 +15,14 @@ Item = TypeVar("Item")
 
 
 def width() -> int:
-    """Return the environment variable ``COLUMNS``, or the width of the terminal, or 80 without a terminal."""
+    """Return the number of columns: ``COLUMNS`` if set, else the width of the terminal, else 80."""
     return shutil.get_terminal_size().columns
 
 
 def fit(text: str, columns: int | None = None) -> str:
     """Wrap the lines of a text that are longer than ``columns``. None means the width of the terminal.
 
-    Each line keeps the indentation. Continuation lines are indented by two more columns.
+    Each line keeps its indentation. Continuation lines are indented by two more columns.
     """
     lines = []
     for line in text.splitlines():
@@ -34,7 +34,7 @@ def fit(text: str, columns: int | None = None) -> str:
 def aligned(rows: Iterable[Sequence[str]], indent: int = 0) -> str:
     """Align rows of cells in columns, and indent every row by ``indent`` spaces.
 
-    The last cell of a row wraps. The last cell starts on the next line if a word does not fit on the line of the row.
+    The last cell of a row wraps. If a word of this cell does not fit after the other cells, the cell starts a new line.
     """
     rows = list(rows)
     widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]

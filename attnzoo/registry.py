@@ -29,13 +29,13 @@ _BackendType = TypeVar("_BackendType", bound=type[Backend])
 
 
 class Registry:
-    """Backends by name and adapters by model type.
+    """A collection of backends by name and of adapters by model type.
 
     The process uses one registry, :data:`registry`. Tests create other registries and activate them with
     :meth:`replaced_by`.
 
     Attributes:
-        generation: a number that grows with every change. Callers use the number in the keys of their caches.
+        generation: a number that grows with every change. Callers put the number into their cache keys.
     """
 
     def __init__(self, discover: bool = True) -> None:
@@ -59,7 +59,7 @@ class Registry:
 
     @contextmanager
     def replaced_by(self, other: Registry) -> Iterator[Registry]:
-        """Context manager that replaces the content of this registry by that of ``other`` in a ``with`` block."""
+        """Context manager that replaces the content of this registry by the content of ``other`` in the block."""
         before = dict(vars(self))
         vars(self).update(vars(other), generation=before["generation"] + 1)
         try:
@@ -68,7 +68,7 @@ class Registry:
             vars(self).update(before, generation=self.generation + 1)
 
     def forget(self) -> None:
-        """Clear the cached refusals. Call it after the content or the installed packages have changed."""
+        """Clear the cached refusals. Call this method after the content or the installed packages have changed."""
         self.generation += 1
         self._refusals.clear()
 
@@ -251,7 +251,7 @@ class Registry:
         return adapter
 
     def unregister_adapter(self, model_type: str) -> None:
-        """Remove the adapter of a model type. The registry loads an adapter with an entry point again on next use.
+        """Remove the adapter of a model type. If the adapter has an entry point, the next use loads it again.
 
         Raises:
             UnknownNameError: the model type has no registered adapter.
@@ -293,7 +293,7 @@ class Registry:
         return adapter
 
     def broken_adapters(self) -> dict[str, str]:
-        """Return, by model type, why the last attempt to load the adapter's entry point failed."""
+        """Return ``{model type: reason}`` for adapters whose entry point failed to load at the last attempt."""
         return dict(self._broken_adapters)
 
     def model_types(self) -> tuple[str, ...]:
@@ -304,12 +304,12 @@ class Registry:
     # Support on this machine
 
     def availability(self, backend: Backend) -> tuple[Refusal, ...]:
-        """Return why a backend cannot run on this machine. An empty tuple means that it can run."""
+        """Return why a backend cannot run on this machine. An empty tuple means that there is no reason."""
         reason = unavailable_reason(type(backend))
         return () if reason is None else (Refusal("availability", reason, "a machine on which the backend can run"),)
 
     def refusals(self, backend: Backend, request: Request) -> tuple[Refusal, ...]:
-        """Return every reason why a backend cannot run a request on this machine. Cache the result until a change."""
+        """Return every reason why a backend cannot run a request here. The result is cached until :meth:`forget`."""
         key = (backend, request)
         known = self._refusals.get(key)
         if known is None:
@@ -319,7 +319,7 @@ class Registry:
         return known
 
     def make_backend(self, name: str, **options: Any) -> Backend:
-        """Return a configured backend, or raise :class:`BackendRefusedError` if it cannot run on this machine."""
+        """Return a configured backend. Raise :class:`BackendRefusedError` if this machine cannot run the backend."""
         backend = self.configure(name, **options)
         reasons = self.availability(backend)
         if reasons:
@@ -338,7 +338,7 @@ class Registry:
         return tuple(backend for backend in self.exact_backends() if not backend.refusals(request))
 
     def unused_entry_points(self) -> tuple[tuple[str, str], ...]:
-        """Return ``(name, reason)`` for every entry point that fails to load or whose name another object uses."""
+        """Return ``(name, reason)`` for each entry point that fails to load or has the name of another object."""
         self._discover()
         unused = []
         for group, owners in ((BACKEND_GROUP, self._backends), (ADAPTER_GROUP, self.adapters())):
@@ -357,7 +357,7 @@ def _failure(entry: metadata.EntryPoint, error: BaseException) -> str:
 
 
 def unavailable_reason(cls: type[Backend]) -> str | None:
-    """Return why a backend cannot run on this machine, or None. An exception in the check counts as a reason."""
+    """Return why a backend cannot run on this machine, or None. If the check raises, the exception is the reason."""
     try:
         return cls.unavailable()
     except BaseException as error:

@@ -1,1 +1,1 @@
-"""Backend selection by ``auto``: by measurements from the same environment if there are any, else by priority."""
+"""The backend ``auto``, which selects by measurements from the same environment, or by priority if none exist."""

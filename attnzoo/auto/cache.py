@@ -1,7 +1,7 @@
-"""The cache of measurements, which is one JSON file per environment in a folder of the user.
+"""The cache of measurements, which has one JSON file per environment in a folder of the user.
 
 attnzoo always replaces a whole file, so a reader gets either the old or the new content. A lock lets one process write
-at a time. Without ``flock``, as on Windows, the last of two writers replaces the file. A process reads each file once.
+at a time. Without ``flock``, as on Windows, one of two writers may lose its changes. A process reads each file once.
 If a file cannot be read, attnzoo warns once, ``attnzoo doctor`` shows the reason, and ``auto`` selects by priority.
 """
 
@@ -56,7 +56,7 @@ def _home() -> Path:
 
 
 def generation() -> int:
-    """Return a number that grows with every change. Callers use the number in the keys of their caches."""
+    """Return a number that grows with every change of measurements. Callers put the number into their cache keys."""
     return _generation
 
 
@@ -69,12 +69,12 @@ def forget() -> None:
 
 
 def find(environment: Environment, key: str) -> Measurement | None:
-    """Return the measurement of a key (:func:`~attnzoo.auto.measurements.key_of`) in an environment, or None."""
+    """Return the measurement in an environment that :func:`~attnzoo.auto.measurements.key_of` identifies, or None."""
     return known(environment).get(key)
 
 
 def known(environment: Environment) -> Measurements:
-    """Return all measurements in an environment by key. Warn once (:class:`CacheWarning`) if the file is unreadable."""
+    """Return ``{key: measurement}`` for an environment. Warn once (:class:`CacheWarning`) if the file is unreadable."""
     path = folder() / environment.file
     with _lock:
         if path not in _loaded:
@@ -117,7 +117,7 @@ def check_writable() -> None:
 
 
 def obstacle() -> str:
-    """Return why measurements cannot be saved, or ``""``. This check creates no files, so it may miss a reason."""
+    """Return why measurements cannot be saved, or ``""``. The check writes no files, so it may overlook a reason."""
     where = folder()
     try:
         nearest = next(path for path in (where, *where.parents) if path.exists())
@@ -128,7 +128,7 @@ def obstacle() -> str:
 
 
 def clear() -> list[Path]:
-    """Delete the files of all environments and return the paths. Raise :class:`CacheError` if a deletion fails."""
+    """Delete the files of all environments and return their paths. Raise :class:`CacheError` if a deletion fails."""
     with _lock:
         forget()
         removed = _files()
@@ -163,7 +163,7 @@ def _files() -> list[Path]:
 
 
 def _read(path: Path) -> Stored:
-    """Return the content of a file, or empty content if the file is missing. Raise :class:`ValueError` if invalid."""
+    """Return the content of a file, which is empty for a missing file. An invalid file raises :class:`ValueError`."""
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
@@ -182,7 +182,7 @@ def _read(path: Path) -> Stored:
 
 
 def _saved(path: Path) -> Measurements:
-    """Return the measurements in a file. Return none if the file is invalid, because the caller replaces the file."""
+    """Return the measurements in a file. Return an empty dict for an invalid file, because the caller replaces it."""
     try:
         return _read(path).measurements
     except ValueError:

@@ -19,7 +19,7 @@ def by_priority_because() -> str | None:
     """Return why ``auto`` currently selects by priority. None means that ``auto`` uses measurements.
 
     There are three reasons: ``ATTNZOO_AUTO=priority``, ``torch.compile``, and ``torch.use_deterministic_algorithms``
-    without ``ATTNZOO_AUTO=measured``. The last is a reason because the fastest backend may change between measurements.
+    without ``ATTNZOO_AUTO=measured``, because the fastest backend may change from one measurement to the next.
 
     Raises:
         InvalidArgumentError: ``ATTNZOO_AUTO`` is neither empty nor ``measured`` nor ``priority``.
@@ -37,9 +37,9 @@ def by_priority_because() -> str | None:
 
 
 def by_measurement(measurement: Measurement, candidates: Sequence[Backend]) -> Choice | None:
-    """Return the fastest measured candidate, or None if no candidate was measured.
+    """Return the fastest measured candidate, or None if no candidate has a measured time.
 
-    A candidate counts only if the measurement was made with the current code of the candidate.
+    The time of a candidate counts only if it was measured with the current code of the candidate.
     """
     current = {backend.name: backend for backend in candidates if is_current(measurement, backend)}
     ranking = [(seconds, name) for seconds, name in measurement.ranking() if name in current]
@@ -52,12 +52,12 @@ def by_measurement(measurement: Measurement, candidates: Sequence[Backend]) -> C
 
 
 def wrongs(measurement: Measurement, candidates: Sequence[Backend]) -> dict[str, str]:
-    """Return the names of candidates that gave wrong results or raised in the measurement, and the reasons."""
+    """Return ``{name: reason}`` for the candidates that gave wrong results or raised in the measurement."""
     current = [backend.name for backend in candidates if is_current(measurement, backend)]
     return {name: measurement.outcomes[name].reason for name in current if measurement.outcomes[name].wrong}
 
 
 def is_current(measurement: Measurement, backend: Backend) -> bool:
-    """Whether the measurement was made with the current code of the backend."""
+    """Whether the measurement contains the backend, measured with the current code of the backend."""
     outcome = measurement.outcomes.get(backend.name)
     return outcome is not None and outcome.code == code_of(type(backend))

@@ -32,7 +32,7 @@ class Environment:
 
     @property
     def file(self) -> str:
-        """The name of the cache file: the readable name of the device, then a hash of the environment."""
+        """The name of the cache file, which consists of the device's name and a hash of the environment."""
         digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
         return f"{re.sub(r'[^a-z0-9]+', '-', self.name.lower()).strip('-')[:40]}-{digest[:12]}.json"
 
@@ -73,7 +73,7 @@ def _version(package: str) -> str | None:
 def code_of(cls: type) -> str:
     """Return text that identifies the code of a class: the class path and the version of the package.
 
-    A measurement counts for a backend only if the backend's name and this text are equal to the measured ones.
+    A measurement stores this text. If the text of a backend has changed, ``auto`` ignores the stored measurement.
     """
     version = _version(cls.__module__.partition(".")[0])
     return f"{cls.__module__}:{cls.__qualname__}" + ("" if version is None else f" {version}")

@@ -54,7 +54,7 @@ class Outcome:
 
     @property
     def warm_up(self) -> str:
-        """The time of the first run in words if compilation made the run slow, else an empty string."""
+        """Words about the time of the first run if this run was much slower than the median, else an empty string."""
         is_long = self.seconds is not None and self.first > max(1.0, 3.0 * self.seconds)
         return f"its first run took {format_seconds(self.first)}" if is_long else ""
 
@@ -82,11 +82,11 @@ class Measurement:
 
     @property
     def mode(self) -> str:
-        """``"forward"``, or ``"forward+backward"`` if the request needs gradients."""
+        """The mode, which is ``"forward+backward"`` if the request needs gradients, else ``"forward"``."""
         return mode_of(bool(self.request.get("grad")))
 
     def ranking(self) -> list[tuple[float, str]]:
-        """Return ``(seconds, backend)``, fastest first."""
+        """Return ``(seconds, backend)`` for every measured time, fastest first."""
         outcomes = self.outcomes.items()
         return sorted((outcome.seconds, name) for name, outcome in outcomes if outcome.seconds is not None)
 
@@ -97,7 +97,7 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, data: Any) -> Measurement:
-        """Return the measurement from the data of :meth:`to_dict`. Raise :class:`ValueError` if the data is invalid."""
+        """Create a measurement from the result of :meth:`to_dict`. Raise :class:`ValueError` for invalid data."""
         _check(data, dict, "a measurement")
         for name, kind in (("request", dict), ("size", dict), ("outcomes", dict), ("where", str)):
             _check(data.get(name), kind, name)
@@ -134,7 +134,7 @@ def mode_of(grad: bool) -> str:
 
 
 def to_plain_data(value: Any) -> Any:
-    """Return a request as plain data. Offsets in patterns are rounded like lengths, because they grow with lengths."""
+    """Return a request as plain data. Pattern offsets grow with lengths, so they are rounded up to powers of two."""
     if isinstance(value, Pattern):
         return repr(value.coarse)
     if isinstance(value, torch.dtype):

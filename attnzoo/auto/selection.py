@@ -19,7 +19,7 @@ from attnzoo.spec.segments import Attention, Request, Result
 
 @dataclass(frozen=True)
 class AutoBackend(Backend):
-    """The backend that selects the fastest measured backend per attention, else the one of highest priority.
+    """The backend that runs each attention on the fastest measured backend, or by priority without measurements.
 
     The candidates are the available exact backends. The registry reserves the name but does not list this backend.
     """
@@ -31,7 +31,7 @@ class AutoBackend(Backend):
         return self
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
-        """Return the reasons of all candidates with the names of the candidates. Empty if a candidate has no reason."""
+        """Return the refusals of all candidates, with their names. Return none if a candidate supports the request."""
         answers = {candidate.name: candidate.refusals(request) for candidate in registry.exact_backends()}
         return _with_names(answers) if all(answers.values()) else ()
 
@@ -46,8 +46,8 @@ def choose_for(attention: Attention, probabilities: bool = False) -> Choice:
     """Return the backend that ``auto`` selects for an attention.
 
     Raises:
-        BackendRefusedError: no candidate supports the request, or the candidates that do gave wrong results in
-            ``tune``. The message lists every reason of every candidate.
+        BackendRefusedError: no candidate supports the request, or every candidate that supports the request gave wrong
+            results in ``tune``. The message lists every reason of every candidate.
         InvalidArgumentError: ``ATTNZOO_AUTO`` has a value that is not allowed.
     """
     request = attention.request(probabilities)
@@ -62,7 +62,7 @@ def choose_for(attention: Attention, probabilities: bool = False) -> Choice:
 def _choose(
     request: Request, size: SizeClass | None, environment: Environment | None, because: str, *generations: int
 ) -> Choice:
-    """Return the choice, cached per generation of registry and measurements. Without a size, select by priority."""
+    """Select a backend, by priority if ``size`` is None. A change of registry or measurements ends the caching."""
     supporting = registry.supporting_backends(request)
     wrong: dict[str, str] = {}
     if size is not None and environment is not None:

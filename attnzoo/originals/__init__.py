@@ -1,1 +1,1 @@
-"""Original functions of transformers: their fingerprints, drift from the fingerprints, and how patches replace them."""
+"""Functions that fingerprint the original functions of transformers, find drift, and replace forwards."""

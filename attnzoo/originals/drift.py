@@ -1,7 +1,7 @@
 """Drift: differences between the functions of a model and the functions that the adapter was verified against.
 
 Drift has four causes. A subclass overrides a method, other code replaced or wrapped a function at run time, the source
-of a function cannot be read, or the package has different code (another version or edited files).
+of a function cannot be read, or the installed package has different code (another version or edited files).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Difference:
     """One function that differs from the verified function.
 
     Attributes:
-        path: the function as ``"package.module:Class.method"``.
+        path: the path of the function as ``"package.module:Class.method"``.
         cause: the cause of the difference.
         detail: the difference in words, for the message.
     """
@@ -41,16 +41,16 @@ class Difference:
 
 
 def find_drift(verified: Mapping[str, tuple[str, ...]]) -> tuple[Difference, ...]:
-    """Return the functions of ``{"module:Class.method": fingerprints}`` that are missing or differ."""
+    """Return the differences from ``{"module:Class.method": fingerprints}``, including missing functions."""
     differences = (_difference(path, known) for path, known in verified.items())
     return tuple(difference for difference in differences if difference is not None)
 
 
 def find_bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]) -> tuple[Difference, ...]:
-    """Return the overrides in a subclass and the run-time wrappers that a patch would bypass.
+    """Return the overrides in a subclass, and the run-time wrappers, that would no longer run after a patch.
 
-    Constructors do not count, because they run before a patch. Methods of other classes, such as the model that calls
-    the module, do not count, because a patch does not bypass them.
+    The result omits constructors, because they run before a patch. The result also omits methods of other classes, such
+    as the model that calls the module, because these methods still run after a patch.
 
     ``base`` is the verified class in ``cls.__mro__``. Call this only if :func:`find_drift` returned nothing.
     """
@@ -78,7 +78,7 @@ def find_bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]
 def drift_message(differences: Sequence[Difference], family: str, versions: str, installed: str) -> str:
     """Return the error message for differences. The message names one cause, one example and the remedy.
 
-    ``family`` lists the model types of the adapter, which was verified against ``versions`` of transformers.
+    ``family`` lists the model types of the adapter. ``versions`` are the transformers versions of its verification.
     """
     cause = next(cause for cause in _CAUSES if any(difference.cause == cause for difference in differences))
     first, *others = (difference for difference in differences if difference.cause == cause)
@@ -135,7 +135,7 @@ def _package(path: str) -> str:
 
 
 def _is_defined_at(path: str, function: Any) -> bool:
-    """Whether the code of a function comes from the class or module in the path. An inherited method counts."""
+    """Whether the class or module in the path defines the function. The result is True for an inherited method."""
     module, _, attribute = path.partition(":")
     owner, _, name = attribute.rpartition(".")
     inherited = owner and name not in vars(object_at(f"{module}:{owner}"))
@@ -153,9 +153,9 @@ def _wrappers(function: Any) -> Iterator[Any]:
 
 
 def _module(function: Any) -> str:
-    """Return the module that contains the code of a function or the class of another callable.
+    """Return the module that contains the code of a function. For other callables, return the module of the class.
 
-    Wrappers copy ``__module__``, so this reads the globals of the function instead.
+    Wrappers copy ``__module__``, so this function reads the globals of ``function`` instead.
     """
     plain = getattr(function, "__func__", function)
     if isinstance(plain, FunctionType):
@@ -164,7 +164,7 @@ def _module(function: Any) -> str:
 
 
 def _describe(function: Any) -> str:
-    """Return a description of a callable. Wrappers copy function names, so this reads the name of the code object."""
+    """Return a description of a callable with the name of the code object, because wrappers copy function names."""
     code = getattr(getattr(function, "__func__", function), "__code__", None)
     if code is None:
         return f"an object of type {type(function).__module__}.{type(function).__qualname__}"

@@ -1,7 +1,7 @@
 """Fingerprints of the functions that an adapter was verified against.
 
-A fingerprint is a hash of the tokens of a function. Comments, docstrings, blank lines and layout do not count. A source
-has an equal fingerprint on every Python version. This module contains a lexer, because ``tokenize`` splits f-strings
+A fingerprint is a hash of a function's tokens without comments, docstrings, blank lines and layout. All Python versions
+give a function the same fingerprint. The module contains a lexer for this, because ``tokenize`` splits f-strings only
 since Python 3.12, and ``ast`` and ``inspect.getsource`` also differ between versions. The module needs only the
 standard library.
 """
@@ -53,7 +53,7 @@ def object_at(path: str) -> Any:
 def fingerprint(function: Callable[..., Any]) -> str:
     """Return sixteen hex digits that change if the code of a Python function changes.
 
-    Decorators are part of the code. For a wrapper made with :func:`functools.wraps`, the wrapped function counts.
+    Decorators are part of the code. A wrapper made by :func:`functools.wraps` has the wrapped function's fingerprint.
 
     Raises:
         OSError: the source of the function is not available.
@@ -63,7 +63,7 @@ def fingerprint(function: Callable[..., Any]) -> str:
 
 
 def source_from(function: Callable[..., Any]) -> str:
-    """Return the file of a function from the first decorator or ``def`` to the end. Errors: see :func:`fingerprint`."""
+    """Return the text of a function's file, from the function's first decorator or ``def`` to the end of the file."""
     plain = inspect.unwrap(function)
     plain = getattr(plain, "__func__", plain)
     if not isinstance(plain, FunctionType) or plain.__name__ == "<lambda>":
@@ -109,7 +109,7 @@ def fingerprint_of_source(source: str) -> str:
 
 
 def _logical_lines(text: str) -> Iterator[tuple[int, list[str], bool]]:
-    """Yield ``(column, tokens, is_docstring)`` for every logical line. A docstring is a line of plain strings only."""
+    """Yield ``(column, tokens, is_docstring)`` per logical line. A line of only plain strings is a docstring."""
     at, depth, column, line, is_docstring = 0, 0, 0, list[str](), True
     while match := _TOKEN.match(text, at):
         kind, end = match.lastgroup, _end_of(text, match)
@@ -152,7 +152,7 @@ def _end_of(text: str, match: re.Match[str]) -> int:
 
 
 def _end_of_field(text: str, at: int) -> int:
-    """Return the end of the replacement field of an f-string whose expression starts at ``at``."""
+    """Return the end of a replacement field in an f-string. The expression of the field starts at ``at``."""
     depth = 0
     while match := _TOKEN.match(text, at):
         at, token = _end_of(text, match), match[0]
@@ -165,7 +165,7 @@ def _end_of_field(text: str, at: int) -> int:
 
 
 def _end_of_format(text: str, at: int) -> int:
-    """Return the end of the replacement field whose format specification starts at ``at``."""
+    """Return the end of a replacement field. The format specification of the field starts at ``at``."""
     while not text.startswith("}", at):
         if at >= len(text):
             raise OSError("the source ends inside an f-string")

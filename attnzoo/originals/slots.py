@@ -24,12 +24,12 @@ class Replacement:
 
 
 def active_slot(module: nn.Module) -> str:
-    """Return the attribute for a new forward: ``_old_forward`` if the module has a hook of accelerate."""
+    """Return the attribute for a new forward: ``_old_forward`` under a hook of accelerate, else ``forward``."""
     return "_old_forward" if "_old_forward" in vars(module) else "forward"
 
 
 def current(module: nn.Module) -> Callable[..., Any] | None:
-    """Return the forward that was set on the instance, without accelerate's hook. None means the class's forward."""
+    """Return the forward of the instance inside accelerate's hook. None means that the class's forward is used."""
     value = vars(module).get(active_slot(module))
     plain = isinstance(value, MethodType) and value.__self__ is module and value.__func__ is type(module).forward
     return None if plain else unbound(value)
@@ -42,7 +42,7 @@ def is_foreign(module: nn.Module) -> bool:
 
 
 def unbound(value: Any) -> Any:
-    """Return the callable inside a bound method, unless this is a plain function. Return other values unchanged.
+    """Return the callable inside a bound method, unless the callable is a plain function. Return others unchanged.
 
     accelerate's ``unwrap_model`` creates bound methods of callables that are not plain functions.
     """
@@ -73,7 +73,7 @@ def take_back(module: nn.Module, replacement: Callable[..., Any], original: Call
 def runs_on(module: nn.Module) -> torch.device | None:
     """Return the device to which accelerate's hook moves a module's weights, or None without a hook.
 
-    accelerate has no public function for this. ``_hf_hook`` holds a hook or a sequence of hooks (accelerate/hooks.py).
+    accelerate has no public function for this. ``_hf_hook`` is a hook or a sequence of hooks (accelerate/hooks.py).
     """
     hook = getattr(module, "_hf_hook", None)
     for part in getattr(hook, "hooks", (hook,)):

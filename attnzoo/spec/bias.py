@@ -1,6 +1,6 @@
-"""Additive biases: values that are added to the scores before the softmax, with exact gradients for learned tables.
+"""Additive biases are values that are added to the scores before the softmax. Learned tables get exact gradients.
 
-A FlexAttention ``score_mod(score, b, h, q, kv)`` defines a bias, as a ``mask_mod`` defines a pattern.
+A function ``score_mod(score, b, h, q, kv)``, as in FlexAttention, defines a bias.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _is_integer(value: object) -> bool:
 class Bias:
     """Base class of biases. Capabilities and requests identify a bias by the attribute ``kind``.
 
-    In all methods ``q_len`` and ``kv_len`` are the lengths of the whole query and key sequences, in tokens.
+    In all methods, ``q_len`` and ``kv_len`` are the lengths of the whole query and key sequences, in tokens.
     """
 
     kind: ClassVar[str] = "none"
@@ -40,29 +40,29 @@ class Bias:
         return False
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
-        """Raise :class:`InvalidArgumentError` unless the values fit an attention of this size."""
+        """Raise :class:`InvalidArgumentError` unless the values fit an attention of these sizes."""
         if not isinstance(self.values, Tensor) or not self.values.is_floating_point():
             got = f"{tuple(self.values.shape)} {self.values.dtype}" if isinstance(self.values, Tensor) else self.values
             raise InvalidArgumentError("bias values", got, "a floating-point tensor (use mask= to hide keys)")
 
     def score_mod(self, q_len: int, kv_len: int) -> ScoreMod:
-        """Return a function that adds the bias to the scores at broadcastable index tensors ``(b, h, q, kv)``."""
+        """Return a function ``f(score, b, h, q, kv)`` that adds the bias. The index tensors are broadcastable."""
         bias_at = self.gather(q_len, kv_len)
         return lambda score, b, h, q, kv: score + bias_at(b, h, q, kv)
 
     def gather(self, q_len: int, kv_len: int) -> BiasAt:
-        """Return a function that returns the bias at broadcastable index tensors ``(b, h, q, kv)``."""
+        """Return a function ``f(b, h, q, kv)`` that returns bias values. The index tensors are broadcastable."""
         raise NotImplementedError
 
     def block_key(self, tile: Tile) -> tuple[int, ...] | None:
-        """Return a value that is equal only for tiles with equal biases, or None. A kernel can reuse equal biases."""
+        """Return a cache key for the bias of a tile, or None. Tiles with equal cache keys have equal biases."""
         return None
 
     def add_gradient_(self, grad: Tensor, grad_scores: Tensor, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> None:
-        """Add the contribution of a block of scores to the gradient of :attr:`values`, in place.
+        """Add the contribution of one block of scores to ``grad``, which is the gradient of :attr:`values`.
 
-        ``grad`` has the shape of :attr:`values`, and ``grad_scores`` is ``(batch, heads, n, m)``. The query indices of
-        the block are ``q`` ``(n,)``, and the key indices are ``kv`` ``(m,)``.
+        ``grad`` is changed in place. ``grad_scores`` ``(batch, heads, n, m)`` is the gradient of the scores in the
+        block. ``q`` ``(n,)`` and ``kv`` ``(m,)`` are the query indices and the key indices of the block.
         """
         raise NotImplementedError
 
@@ -72,13 +72,13 @@ class RelativeBias(Bias):
     """A bias that depends only on the head and on ``key position - query position`` (T5, Raffel et al. 2020).
 
     Attributes:
-        values: ``(heads or 1, R)``. A key ``d`` tokens after the query gets ``values[h, zero + d]``. Distances outside
-            the table get the first or the last value, so the table needs only the distances whose values differ.
-            To train a bucket table, pass ``table[bucket(distances)].T``. Gradients then flow to ``table``.
+        values: ``(heads or 1, R)``, by distance. A key ``d`` tokens after the query gets ``values[h, zero + d]``.
+            Distances below the table get the first value, and distances above the table get the last value.
+            To train a table of distance buckets, pass ``table[bucket(distances)].T``. ``table`` then gets gradients.
         zero: the index of distance 0 in ``values``.
         offset: the key position of query 0. None aligns the last query with the last key.
         positions: ``(batch, q_len)`` int64, the position of each query among the keys. None means ``q + offset``.
-            LongT5 passes positions, because each global key of LongT5 represents a block of tokens.
+            LongT5 passes positions, because each global key of LongT5 represents a block of several tokens.
 
     Example:
         >>> import torch, attnzoo
@@ -131,9 +131,9 @@ class RelativeBias(Bias):
         return bias_at
 
     def _gather_rows(self, positions: Tensor, kv: Tensor) -> Tensor:
-        """Return the bias of queries at ``positions`` (batch, 1, n, 1). Gather one row per position, then copy rows.
+        """Return the bias of queries at ``positions`` (batch, 1, n, 1). Gather one row for each distinct position.
 
-        All tokens of a block share a position, and copying a row is much faster than gathering the entries again.
+        Queries with equal positions get copies of one row, because a copy is much faster than another gather.
         """
         distinct, row = positions.unique(return_inverse=True)
         index = (kv.reshape(1, -1) - distinct[:, None] + self.zero).clamp(0, self.values.shape[1] - 1)
@@ -163,7 +163,7 @@ class RelativeBias(Bias):
 
 @dataclass(frozen=True, eq=False)
 class DenseBias(Bias):
-    """A bias with a value for every query and key.
+    """A bias with a separate value for every pair of query and key.
 
     Attributes:
         values: finite values ``(batch or 1, heads or 1, q_len, kv_len)``. To hide keys, use a mask.

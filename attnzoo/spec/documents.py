@@ -1,6 +1,6 @@
-"""Packed rows: rows of several documents, where a token sees only the earlier tokens of the same document.
+"""Attention of packed rows, which contain several documents. A token sees only earlier tokens of its own document.
 
-Models describe packed rows by a dense mask. This module finds the documents in the mask and computes the attention with
+Models describe packed rows by a dense mask. This module finds the documents in the mask and computes the attention of
 each document as a separate sample. Every backend that supports causal attention and padding keys then supports packed
 rows, and no kernel computes scores between two documents.
 """
@@ -38,14 +38,14 @@ class Pack:
     real: Tensor | None
 
     def attention(self, packed: Attention) -> Attention:
-        """Return the attention within these documents, computed from the attention of the packed rows."""
+        """Return the attention of these documents as a batch. ``packed`` is the attention of the packed rows."""
         (segment,) = packed.segments
         key, value = self._gather(segment.key), self._gather(segment.value)
         segment = replace(segment, key=key, value=value, pattern=Causal(offset=0), key_mask=self.real, mask=None)
         return replace(packed, query=self._gather(packed.query), segments=(segment,), query_mask=self.real)
 
     def real_rows(self, output: Tensor) -> Tensor:
-        """Return the rows ``(n, heads, dim)`` of real tokens in an output ``(documents, heads, longest, dim)``."""
+        """Remove padding: return ``(n, heads, dim)`` from an output ``(documents, heads, longest, dim)``."""
         output = output.transpose(1, 2)
         return output.flatten(0, 1) if self.real is None else output[self.real]
 
@@ -55,7 +55,7 @@ class Pack:
         return self.index.flatten() if self.real is None else self.index[self.real]
 
     def _gather(self, tensor: Tensor) -> Tensor:
-        """Return the documents ``(documents, heads, longest, dim)`` from ``(batch, heads, length, dim)``."""
+        """Return the tokens of the documents as ``(documents, heads, longest, dim)``."""
         # This is a view in most models, because projections have the memory layout (batch, length, heads, dim).
         tokens = tensor.transpose(1, 2).flatten(0, 1)
         return tokens.index_select(0, self.index.flatten()).unflatten(0, tuple(self.index.shape)).transpose(1, 2)
@@ -78,7 +78,7 @@ def find_documents(visible: Tensor, batch: int) -> tuple[Pack, ...] | None:
         if not torch.equal((key >= first[..., None]) & (key <= query[:, None]), rows):
             return None
         parts.append(first)
-    first = torch.cat(parts, dim=1)  # the first key that each query sees; kv_len for a query that sees none
+    first = torch.cat(parts, dim=1)  # the first key that each query sees; kv_len for a query that sees no key
     previous = torch.nn.functional.pad(first, (1, 0), value=-1)[:, :-1]
     if not bool(((first == key) | (first == previous) | (first == kv_len)).all()):
         return None
@@ -89,7 +89,7 @@ def find_documents(visible: Tensor, batch: int) -> tuple[Pack, ...] | None:
 
 
 def _packs(lengths: dict[int, int], device: torch.device) -> tuple[Pack, ...]:
-    """Group documents ``{index of the first token: length}`` by length. Padding at most doubles a long document."""
+    """Group the documents ``{index of first token: length}`` by length. Padding at most doubles a long document."""
     groups: dict[int, list[int]] = {}
     for start, length in lengths.items():
         groups.setdefault(max(_SHORT, (length - 1).bit_length()), []).append(start)
@@ -106,10 +106,10 @@ def _packs(lengths: dict[int, int], device: torch.device) -> tuple[Pack, ...]:
 def attend_documents(
     attend: Attend, attention: Attention, documents: tuple[Pack, ...] | None, probabilities: bool = False
 ) -> Result:
-    """Compute an attention of one segment per document, or with the dense mask if that is not possible.
+    """Compute an attention that has one segment. Compute each document separately, or else use the dense mask.
 
-    The dense mask is used in five cases: ``documents`` is None, the backend refuses the documents, the bias depends on
-    more than distance, probabilities are requested, or the attention has further masks.
+    The dense mask is used in five cases: ``documents`` is None, the backend refuses the documents, probabilities are
+    requested, the attention has a query mask, a key mask or ``empty``, or the bias does not depend only on distance.
     """
     (segment,) = attention.segments
     extras = (attention.query_mask, attention.empty, segment.key_mask)

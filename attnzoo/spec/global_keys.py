@@ -14,7 +14,7 @@ class GlobalKeys(NamedTuple):
     """The positions of the global tokens of a batch.
 
     Attributes:
-        positions: ``(batch, most)`` int64, the positions of the global tokens in each sample, padded to ``most``.
+        positions: ``(batch, most)`` int64, the positions in each sample, padded to the largest number of positions.
         valid: ``(batch, most)`` bool, False for padding entries of ``positions``.
     """
 
@@ -22,7 +22,7 @@ class GlobalKeys(NamedTuple):
     valid: Tensor
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Return the rows ``(batch, heads, most, dim)`` of ``(batch, heads, length, dim)`` at the positions."""
+        """Select the global tokens of ``(batch, heads, length, dim)``. Return ``(batch, heads, most, dim)``."""
         index = self.positions[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
         return tensor.gather(2, index)
 
@@ -30,7 +30,7 @@ class GlobalKeys(NamedTuple):
 def find_global_keys(is_global: Tensor) -> GlobalKeys | None:
     """Return the positions where ``is_global`` ``(batch, length)`` bool is True, or None if no entry is True.
 
-    Counting waits for the device. Under ``vmap`` the count is unknown, so ``most`` is ``length``.
+    The call waits until the device has counted. Under ``vmap`` Python cannot read the count, so ``most`` is ``length``.
     """
     counts = is_global.sum(1)
     most = int(counts.max()) if readable(counts) else is_global.shape[1]

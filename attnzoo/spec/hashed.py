@@ -1,7 +1,7 @@
-"""The pattern of LSH attention with separate queries and keys, in which queries see keys with similar hashes.
+"""The pattern of LSH attention for queries and keys that are different vectors. Queries see keys with similar hashes.
 
 As in Reformer (Kitaev et al. 2020, arXiv:2001.04451), each round sorts the keys by bucket and cuts them into chunks. In
-Reformer, queries and keys are the same vectors. Here, each query has a rank among the sorted keys.
+Reformer, queries and keys are equal. Here they differ, so each query also needs a rank among the sorted keys.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class HashRound:
     Attributes:
         keys: ``(batch, kv_heads, kv_len)``, the key indices in sorted order.
         key_ranks: ``(batch, kv_heads, kv_len)``, the rank of each key, i.e. the inverse of ``keys``.
-        chunks: ``(batch, kv_len)``, the chunk of each rank, ascending from 0 without gaps.
+        chunks: ``(batch, kv_len)``, the chunk number of each rank. The numbers start at 0 and ascend without gaps.
         queries: ``(batch, heads, q_len)``, the query indices in the order of their ranks.
         query_ranks: ``(batch, heads, q_len)``, the rank of each query.
     """
@@ -51,19 +51,19 @@ class HashRound:
 
 @dataclass(frozen=True)
 class HashedChunks(Pattern):
-    """One round of hashing, in which sorted keys are cut into chunks and a query sees the chunks around its rank.
+    """One round of hashing, in which sorted keys are cut into chunks. A query sees the chunks near its rank.
 
-    A query whose rank is in chunk ``c`` sees the keys of chunks ``c - before`` to ``c + after``. The neighbourhood does
-    not wrap around the ends. A round hides the keys that the query saw in an earlier round. Each key therefore counts
-    once over all rounds, as in the Reformer paper. In the Reformer code, a key counts once per round.
+    A query with a rank in chunk ``c`` sees the keys of chunks ``c - before`` to ``c + after``. The first chunk is not a
+    neighbour of the last chunk. A round hides keys that the query saw in an earlier round. So each key counts at most
+    once, as in the Reformer paper. In the code of Reformer, a key counts once for each round in which it is visible.
 
     Attributes:
         length: the largest number of keys in a chunk.
         before, after: the numbers of visible chunks before and after the chunk of the query.
         causal: whether a query sees only keys up to the position of the query.
-        min_distance: the smallest distance to a visible key. Closer keys are hidden, because another segment has them.
+        min_distance: the smallest distance of visible keys. Closer keys are hidden, as another segment contains them.
         offset: the key position of query 0. None aligns the last query with the last key.
-        rounds: the earlier rounds, then this round.
+        rounds: all rounds up to this round. This round is the last element.
     """
 
     length: int
@@ -126,9 +126,9 @@ class HashedChunks(Pattern):
         return min(q_len, max(128, self.length))
 
     def gathered(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> Iterator[Tensor]:
-        """Yield the key indices ``(batch, heads, m)`` that *sorted* queries ``q_start:q_stop`` may see.
+        """Yield the indices ``(batch, heads, m)`` of keys that queries ``q_start:q_stop`` in sorted order may see.
 
-        Each head sees a run of keys in sorted order. Shorter runs are padded to the longest run with -1.
+        Each head sees consecutive keys of the sorted order. A head with fewer keys than other heads is padded with -1.
         """
         hash_round = self.rounds[-1]
         ends = hash_round.query_ranks.gather(2, hash_round.queries[:, :, [q_start, q_stop - 1]])
@@ -138,6 +138,6 @@ class HashedChunks(Pattern):
         most = int((stops - starts).max()) if readable(starts) else kv_len
         for first in range(0, most, _KEYS_AT_ONCE):
             ranks = starts[:, :, None] + torch.arange(first, min(most, first + _KEYS_AT_ONCE), device=starts.device)
-            # Neighbouring query heads share a key head: their ranks become one dimension.
+            # Neighbouring query heads share a key head, so the ranks of these query heads become one dimension.
             shared = ranks.clamp(max=kv_len - 1).view(*hash_round.keys.shape[:2], -1)
             yield hash_round.keys.gather(2, shared).view_as(ranks).masked_fill(ranks >= stops[:, :, None], -1)

@@ -1,4 +1,4 @@
-"""Functions that split and merge heads. The result is a view if the memory layout allows a view."""
+"""Functions that split, merge and expand heads. Their results are views if the memory layout allows views."""
 
 from __future__ import annotations
 

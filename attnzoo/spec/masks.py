@@ -1,8 +1,8 @@
 """Functions that convert the ``attention_mask`` of a model into a pattern, masks and a bias.
 
 Models mask with finite numbers (``finfo.min``, ``-1e9``, ...), and combine causality and padding in one dense mask. The
-conversion is exact. The other values of an additive mask become a bias. A dense mask becomes a pattern and a key mask
-only if these hide exactly the same keys. Under ``vmap`` Python cannot read the values, so the mask stays dense.
+conversion is exact. Values of an additive mask that hide no key become a bias. A dense mask becomes a pattern and a key
+mask only if these hide exactly the same keys. Under ``vmap`` Python cannot read the values, so the mask stays dense.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _ENTRIES_AT_ONCE = 1 << 24
 
 
 class ReadMask(NamedTuple):
-    """The content of an attention mask, as fields of a segment.
+    """The fields of a segment that are together equivalent to an attention mask.
 
     Attributes:
         pattern: ``Causal`` or ``Full``.
         key_mask: ``(batch, kv_len)`` bool, False for padding. None means that there is no padding.
-        mask: ``(batch or 1, heads or 1, q_len, kv_len)`` bool. None means that pattern and key mask replace the mask.
-        bias: the finite values of an additive mask. None means no values, or only zeros.
+        mask: ``(batch or 1, heads or 1, q_len, kv_len)`` bool. None means that pattern and key mask are sufficient.
+        bias: the values of an additive mask at visible keys. None means a bool mask, or that all these values are 0.
         documents: the documents of packed rows. None means that ``mask`` is not the mask of packed rows.
     """
 
@@ -68,7 +68,7 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
     if attention_mask.dtype == torch.bool:
         visible = attention_mask.expand(-1, -1, *lengths)
         read = _simplify(visible, batch) if readable(visible) else ReadMask(Full(), None, visible, None)
-        # Copy: results that share memory with the mask are not cached, and every layer would convert the mask again.
+        # Copy the mask. A result that shares memory with the mask is not cached, so every layer would convert it again.
         return read if read.mask is None else read._replace(mask=read.mask.clone())
     if not attention_mask.is_floating_point():
         raise InvalidArgumentError("attention_mask", describe(attention_mask), allowed)
@@ -85,14 +85,14 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
 
 
 def _simplify(visible: Tensor, batch: int) -> ReadMask:
-    """Return a pattern and a key mask if they are equal to ``visible``, else the dense mask and the documents."""
+    """Return a pattern and a key mask that equal ``visible`` if they exist, else the dense mask and its documents."""
     if visible.shape[1] != 1:
         return ReadMask(Full(), None, visible, None)
     grid = visible[:, 0]
     q_len, kv_len = grid.shape[1:]
     real = grid.any(1)
     key_mask = None if bool(real.all()) else real.expand(batch, -1)
-    # If the last query of a sample is not padding, the position of this query is the last key that it sees.
+    # If the last query of a sample is not padding, the last key that this query sees has the position of the query.
     last = kv_len - 1 - int(grid[:, -1].any(0).flip(0).byte().argmax())
     offsets = dict.fromkeys((last - (q_len - 1), kv_len - q_len, 0)) if q_len > 1 else {}
     for pattern in (Full(), *(Causal(None if offset == kv_len - q_len != 0 else offset) for offset in offsets)):
@@ -102,7 +102,7 @@ def _simplify(visible: Tensor, batch: int) -> ReadMask:
 
 
 def _shows_exactly(pattern: Pattern, real: Tensor, grid: Tensor) -> bool:
-    """Whether a pattern and a key mask ``(batch, kv_len)`` equal a dense mask ``(batch, q_len, kv_len)``."""
+    """Whether a pattern and a key mask ``(batch, kv_len)`` together equal a dense mask ``(batch, q_len, kv_len)``."""
     samples, q_len, kv_len = grid.shape
     zero, key = real.new_zeros((), dtype=torch.long), torch.arange(kv_len, device=grid.device)
     mask, start = pattern.mask_mod(q_len, kv_len), 0

@@ -1,8 +1,8 @@
-"""Patterns, which define as plain frozen data the keys that each query sees.
+"""Patterns, which are plain frozen data and define the keys that each query sees.
 
-A FlexAttention ``mask_mod(b, h, q, kv) -> bool`` defines a pattern. Other methods let a kernel skip work: they return
-the key ranges that a block of queries can see, and whether a tile needs no mask. Indices are positions in the query and
-key sequences. ``offset`` is the key position of query 0.
+A function ``mask_mod(b, h, q, kv) -> bool``, as in FlexAttention, defines a pattern. Other methods help kernels to skip
+work. For example, one method returns the key ranges that a block of queries can see. Indices are positions in the query
+and key sequences. ``offset`` is the key position of query 0.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ UNLIMITED = 1 << 40  # larger than any distance between tokens, and much smaller
 
 
 class Band(NamedTuple):
-    """The range of visible distances (key index minus query index). ``UNLIMITED`` stands for no limit on a side."""
+    """The range of visible distances (key index minus query index). ``UNLIMITED`` means that a side has no limit."""
 
     lowest: int
     highest: int
 
 
 class Tile(NamedTuple):
-    """The queries ``q_start:q_stop`` and keys ``kv_start:kv_stop`` of a ``q_len x kv_len`` attention."""
+    """The scores of queries ``q_start:q_stop`` and keys ``kv_start:kv_stop`` in a ``q_len x kv_len`` attention."""
 
     q_start: int
     q_stop: int
@@ -50,7 +50,7 @@ def _check_count(argument: str, value: object, minimum: int) -> None:
 
 
 def power_of_two(count: int) -> int:
-    """Return the number with its magnitude rounded up to a power of two. Return 0 for 0."""
+    """Round the magnitude of a number up to a power of two and keep the sign. Return 0 for 0."""
     rounded = 1 << (abs(count) - 1).bit_length() if count else 0
     return rounded if count >= 0 else -rounded
 
@@ -66,29 +66,29 @@ class Pattern:
 
     @property
     def coarse(self) -> Pattern:
-        """The structure with length-dependent numbers rounded up to powers of two, for use in keys of measurements."""
+        """A copy of :attr:`structure` that identifies measurements. Offsets are rounded up to powers of two."""
         return self.structure
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
-        """Raise :class:`InvalidArgumentError` if the pattern is not defined for an attention of this size."""
+        """Raise :class:`InvalidArgumentError` if the pattern is not defined for an attention of these sizes."""
 
     def mask_mod(self, q_len: int, kv_len: int) -> MaskMod:
-        """Return a function of broadcastable index tensors that returns True where query ``q`` sees key ``kv``."""
+        """Return a function ``f(b, h, q, kv)`` of broadcastable index tensors: True where query q sees key kv."""
         raise NotImplementedError
 
     def band(self, q_len: int, kv_len: int) -> Band | None:
-        """Return the band if visibility depends only on the key index minus the query index, else None."""
+        """Return the band of visible distances. Return None if the visible keys are not one range of distances."""
         return None
 
     def batch_and_heads(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the batch and head indices for ``mask_mod``. Both are zero unless :attr:`query_order` is set."""
+        """Return index tensors of batch and heads for ``mask_mod``. Both contain only 0 without a query order."""
         order = self.query_order
         sizes = (1, 1) if order is None else order.shape[:2]
         batch, heads = (torch.arange(size, device=device) for size in sizes)
         return batch[:, None, None, None], heads[None, :, None, None]
 
     def kv_spans(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> tuple[Span, ...]:
-        """Return disjoint ``(start, stop)`` key ranges with all keys that queries ``q_start:q_stop`` see."""
+        """Return disjoint key ranges ``(start, stop)`` that contain every key that queries ``q_start:q_stop`` see."""
         return ((0, kv_len),)
 
     def sees_all(self, tile: Tile) -> bool:
@@ -96,23 +96,23 @@ class Pattern:
         return False
 
     def block_size(self, q_len: int, kv_len: int) -> int:
-        """Return the recommended number of queries in one block of a blocked kernel."""
+        """Return the recommended number of queries per block, for kernels that process blocks of queries."""
         return q_len
 
     @property
     def query_order(self) -> Tensor | None:
-        """The query indices ``(batch, heads, q_len)`` in sorted order. None means the order of the sequence."""
+        """The query indices ``(batch, heads, q_len)`` sorted by bucket (LSH). None means the order of the sequence."""
         return None
 
     def gathered(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> Iterator[Tensor] | None:
-        """Yield the key indices ``(batch, heads, m)`` that a block of queries sees, if they differ between heads.
+        """Yield the indices ``(batch, heads, m)`` of the keys that a block of queries sees in each head.
 
-        Each key occurs once, and -1 is padding. Return None if :meth:`kv_spans` returns the keys for all heads.
+        Each key occurs once, and -1 is padding. Return None if :meth:`kv_spans` returns the keys of all heads.
         """
         return None
 
     def block_key(self, tile: Tile) -> tuple[int, ...] | None:
-        """Return a value that is equal only for tiles with equal masks, or None. A kernel can reuse equal masks."""
+        """Return a cache key for the mask of a tile, or None. Tiles with equal cache keys have equal masks."""
         return None
 
 
@@ -122,7 +122,7 @@ class Full(Pattern):
 
     Attributes:
         cross: whether the keys come from another sequence (cross-attention). Distances between queries and keys then
-            have no meaning, and approximate backends do not change the attention.
+            have no meaning, so approximate backends do not change the attention.
     """
 
     cross: bool = False
@@ -187,9 +187,9 @@ class _Banded(Pattern):
 
 @dataclass(frozen=True)
 class Causal(_Banded):
-    """Causal attention: query ``i`` sees the keys up to position ``i + offset``.
+    """Causal attention, in which query ``i`` sees the keys up to position ``i + offset``.
 
-    The default offset aligns the last query with the last key, as in FlashAttention. New tokens see the whole cache.
+    The default offset aligns the last query with the last key, as in FlashAttention. So new tokens see the whole cache.
 
     Raises:
         InvalidArgumentError: the offset is neither an integer nor None.
@@ -207,7 +207,7 @@ class Causal(_Banded):
 
 @dataclass(frozen=True)
 class Window(_Banded):
-    """Sliding window: a query at position ``p`` sees the keys from ``p - left`` to ``p + right``, both included.
+    """Sliding window, in which a query at position ``p`` sees the keys from ``p - left`` to ``p + right`` inclusive.
 
     ``Window(w, 0)`` is the causal window of Mistral. ``Window(w, w)`` is the window of Longformer (Beltagy et al. 2020,
     arXiv:2004.05150) with ``attention_window = 2 * w``.
@@ -253,7 +253,7 @@ class Chunks(Pattern):
     chunk.
 
     Raises:
-        InvalidArgumentError: ``length < 1``, or an empty neighbourhood. Unequal query and key lengths raise it in use.
+        InvalidArgumentError: ``length < 1``, or ``before + after < 0``. :meth:`check` raises if lengths differ.
 
     Example:
         >>> Chunks(4, before=1).kv_spans(8, 12, q_len=16, kv_len=16)  # the third chunk sees the second and itself
@@ -293,7 +293,7 @@ class Chunks(Pattern):
         return self.spans_near(q_start, q_stop, kv_len, q_stop if self.causal else kv_len)
 
     def spans_near(self, start: int, stop: int, kv_len: int, limit: int) -> tuple[Span, ...]:
-        """Return the key ranges below ``limit`` in the neighbourhood of query positions ``start:stop``."""
+        """Return the key ranges near query positions ``start:stop``. The ranges end at ``limit`` or before it."""
         count = -(-kv_len // self.length)
         first, last = start // self.length - self.before, (stop - 1) // self.length + self.after
         chunks = range(count) if last - first + 1 >= count else sorted({c % count for c in range(first, last + 1)})
@@ -312,7 +312,7 @@ class Chunks(Pattern):
         return (not self.causal or tile.kv_stop <= tile.q_start + 1) and self._all_near(tile)
 
     def _all_near(self, tile: Tile) -> bool:
-        """Whether every key of the tile is in the neighbourhood of every query of the tile, if causality is ignored."""
+        """Whether every query of the tile has all keys of the tile in its neighbourhood. This ignores causality."""
         if self.before + self.after + 1 >= -(-tile.kv_len // self.length):
             return True
         one_chunk = tile.q_start // self.length == (tile.q_stop - 1) // self.length
@@ -333,12 +333,12 @@ class SortedChunks(Chunks):
     The keys are in sorted order, and ``token`` contains the token index of each key. The queries are in sequence order.
     The query with index ``order[b, h, j]`` has the key position ``start + j``. With several hash rounds, the keys of
     all rounds are concatenated. Each round is a segment with these keys and a different ``start``, because in Reformer
-    a neighbourhood includes the last chunk of the previous round. A query never sees the key of its own token, because
-    that score would dominate if queries and keys are equal.
+    the first chunk of a round also sees the last chunk of the previous round. A query never sees the key of its own
+    token, because queries and keys are equal in Reformer, and the score of equal vectors would dominate.
 
     Attributes:
         start: the key position of the first sorted query.
-        order: ``(batch, heads, q_len)`` int64, a permutation of the query indices per head.
+        order: ``(batch, heads, q_len)`` int64, the query indices of each head in sorted order.
         token: ``(batch, heads, kv_len)`` int64, the token index of each key. -1 hides the key (padding).
         causal: whether a query sees only keys of earlier tokens.
     """
@@ -373,7 +373,7 @@ class SortedChunks(Chunks):
         return self.order, self.token
 
     def visible(self, query: Tensor, token: Tensor) -> Tensor:
-        """Return True where ``query`` may see a key of ``token``. The position of the key is ignored."""
+        """Return True where the token ``query`` may see the key of ``token``. This does not check the chunks."""
         return (token >= 0) & ((token < query) if self.causal else (token != query))
 
     def mask_mod(self, q_len: int, kv_len: int) -> MaskMod:
@@ -386,7 +386,7 @@ class SortedChunks(Chunks):
         return mask
 
     def kv_spans(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> tuple[Span, ...]:
-        """Return the key ranges in the neighbourhood of *sorted* queries ``q_start:q_stop``."""
+        """Return the key ranges near queries ``q_start:q_stop`` in sorted order."""
         return self.spans_near(q_start + self.start, q_stop + self.start, kv_len, kv_len)
 
     def sees_all(self, tile: Tile) -> bool:

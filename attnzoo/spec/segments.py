@@ -127,9 +127,9 @@ class Attention:
             ``h`` uses key head ``h // (heads // kv_heads)``.
         scale: the factor on the scores.
         dropout: the probability in ``[0, 1)`` of dropping a softmax weight.
-        query_mask: ``(batch, q_len)`` bool, False for padding rows, whose output is zero. None means no padding.
-        empty: ``(batch, heads, q_len, value_dim)``, the output of rows that see no key. Dropout may drop a row of
-            ``empty``. None means zeros.
+        query_mask: ``(batch, q_len)`` bool, False for padding queries. These get zero as output. None means no padding.
+        empty: ``(batch, heads, q_len, value_dim)``, the output of queries that see no key. Dropout may drop the output
+            of a query. None means zeros.
 
     Raises:
         InvalidArgumentError: a tensor has the wrong rank, or does not fit the other tensors.
@@ -215,7 +215,7 @@ class Attention:
         return self.segments[0].value.shape[3]
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return all tensors that can get a gradient: query, then key, value, bias of each segment, then empty."""
+        """Return all tensors that can get a gradient: query, then key, value and bias per segment, then empty."""
         tensors = [self.query]
         for segment in self.segments:
             tensors += [segment.key, segment.value]
@@ -237,12 +237,12 @@ class Attention:
         return replace(self, query=query, segments=tuple(segments), empty=empty)
 
     def fill(self, output: Tensor, has_visible_key: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """Return the output after setting rows without visible keys to :attr:`empty` or zero, and padding to zero.
+        """Return ``output`` with zero in padding rows, and with :attr:`empty` or zero in rows that see no key.
 
         Args:
             output: ``(batch, heads, n, value_dim)``. Rows without visible keys may have any finite values.
             has_visible_key: bool, broadcastable to ``(batch, heads, n)``. None means that every row sees a key.
-            rows: ``(n,)`` indices of the query rows in ``output``. None means all rows in order.
+            rows: ``(n,)``, the query index of each row of ``output``. None means that all queries are there in order.
         """
         index = slice(None) if rows is None else rows
         if has_visible_key is not None and self.empty is None:
@@ -291,7 +291,7 @@ class Result(NamedTuple):
         kernel: the name of the kernel that ran, e.g. ``"flash_cpu"``.
         probabilities: the softmax weights ``(batch, heads, q_len, kv_len)`` of each segment before dropout. None means
             that the caller did not request them.
-        dropped: the softmax weights after dropout, or None as for ``probabilities``.
+        dropped: the softmax weights after dropout. None means that ``probabilities`` is None.
     """
 
     output: Tensor
