@@ -44,7 +44,7 @@ class Attend(Protocol):
         """Whether the backend supports an attention. Use this to choose between two equivalent attentions."""
 
     def falls_back(self, can: bool = True) -> bool:
-        """Whether to run the original code after a refusal (``fallback="native"``). True also counts a fallback.
+        """Whether to run the original code after a refusal. True requires ``fallback="native"`` and counts a fallback.
 
         Args:
             can: whether the original code supports the inputs of this call.
@@ -156,7 +156,7 @@ class PatchPoint(ABC):
         """Raise if the point cannot serve the configuration of the module."""
 
     def fault(self, module: Any) -> str | None:
-        """Return why the original forward computes wrong results, or None. In this case attnzoo never falls back."""
+        """Return why the original forward computes wrong results, or None. With a reason, attnzoo never falls back."""
         return None
 
     def dropout(self, module: Any) -> float:
@@ -235,8 +235,8 @@ class Adapter:
 
         Args:
             point: a point of the adapter.
-            module: a module that the point serves, whose class must not override the forward or another method in
-                ``verified``. None means that only the class of the point is checked.
+            module: a module that the point serves. The class of the module must not override the forward or another
+                method in ``verified``. None means that only the class of the point is checked.
 
         Raises:
             DriftError: a function is missing, overridden, replaced at run time, or different in this version.

@@ -1,4 +1,4 @@
-"""The interface of backends: what a backend declares, and the methods its author implements.
+"""The interface of backends: what a backend declares, and which methods an author of a backend implements.
 
 A backend is a frozen dataclass whose fields are the options of the backend. A backend declares capabilities as data,
 returns the reasons why it cannot run a request (:meth:`Backend.refusals`), and runs an
@@ -114,7 +114,7 @@ class Backend:
     Class attributes:
         name: the name under which the backend is registered.
         aliases: alternative names that users may type.
-        priority: a number for ``auto``. Without measurements, ``auto`` selects the highest among supporting backends.
+        priority: a number. Without measurements, ``auto`` selects the supporting backend with the highest number.
         dense: whether the backend stores a score for every pair of query and key. ``tune`` skips a dense backend if
             these scores need too much memory.
         capabilities: the features that the backend supports.
@@ -167,9 +167,9 @@ class Backend:
 
     @classmethod
     def unavailable(cls) -> str | None:
-        """Return why this backend cannot run on this machine and what to install. None means that it can run.
+        """Return why this backend cannot run on this machine and what to install. None means that there is no reason.
 
-        Override this method if the backend needs a package or a device. An exception counts as the reason.
+        Override this method if the backend needs a package or a device. If this method raises, the exception counts.
         """
         return None
 
@@ -222,7 +222,7 @@ class Backend:
         return None
 
     def rewrite(self, attention: Attention, decisions: object = None) -> Attention:
-        """Return the attention that this backend computes instead of ``attention``. The oracle computes it too.
+        """Return the attention that this backend and the oracle compute instead of ``attention``.
 
         The result must be computed from the tensors of ``attention``, so that gradients flow to these tensors.
 

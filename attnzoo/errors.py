@@ -107,7 +107,7 @@ class BackendRefusedError(AttnzooError, NotImplementedError):
         alternatives: ``{place: names of the backends that support the same requests}``. A missing place means that
             these backends are unknown.
         stage: the time of the refusal: ``"patch"``, ``"before the call"`` of a module (the module is unchanged) or
-            ``"in the call"`` (the cache of the module may be filled). None means none of these times.
+            ``"in the call"`` (the cache of the module may be filled). None means any other time.
     """
 
     def __init__(

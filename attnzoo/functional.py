@@ -38,7 +38,7 @@ def refusals_of(backend: Backend, requests: Sequence[Request], anywhere: bool = 
 
 
 def alternatives_to(backend: Backend, requests: Sequence[Request]) -> tuple[str, ...] | None:
-    """Return the exact backends that support all requests. Return None for ``auto``, which already tried them all."""
+    """Return the names of exact backends that support all requests. Return None for ``auto``, which tries all."""
     if isinstance(backend, AutoBackend):
         return None
     return tuple(other.name for other in registry.exact_backends() if not any(map(other.refusals, requests)))

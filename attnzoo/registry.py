@@ -59,7 +59,7 @@ class Registry:
 
     @contextmanager
     def replaced_by(self, other: Registry) -> Iterator[Registry]:
-        """Context manager that replaces the content of this registry by the content of ``other`` in the block."""
+        """Context manager that replaces the content of this registry by the content of ``other``."""
         before = dict(vars(self))
         vars(self).update(vars(other), generation=before["generation"] + 1)
         try:
@@ -251,7 +251,7 @@ class Registry:
         return adapter
 
     def unregister_adapter(self, model_type: str) -> None:
-        """Remove the adapter of a model type. If the adapter has an entry point, the next use loads it again.
+        """Remove the adapter of a model type. An adapter with an entry point is loaded again on the next use.
 
         Raises:
             UnknownNameError: the model type has no registered adapter.
@@ -309,7 +309,7 @@ class Registry:
         return () if reason is None else (Refusal("availability", reason, "a machine on which the backend can run"),)
 
     def refusals(self, backend: Backend, request: Request) -> tuple[Refusal, ...]:
-        """Return every reason why a backend cannot run a request here. The result is cached until :meth:`forget`."""
+        """Return why a backend cannot run a request on this machine. :meth:`forget` clears the cached results."""
         key = (backend, request)
         known = self._refusals.get(key)
         if known is None:

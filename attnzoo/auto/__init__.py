@@ -1,1 +1,1 @@
-"""The backend ``auto``, which selects by measurements from the same environment, or by priority if none exist."""
+"""The backend ``auto``, which selects by priority unless there are measurements from the same environment."""

@@ -69,7 +69,7 @@ def forget() -> None:
 
 
 def find(environment: Environment, key: str) -> Measurement | None:
-    """Return the measurement in an environment that :func:`~attnzoo.auto.measurements.key_of` identifies, or None."""
+    """Return the measurement with this key (:func:`~attnzoo.auto.measurements.key_of`) in an environment, or None."""
     return known(environment).get(key)
 
 
@@ -182,7 +182,7 @@ def _read(path: Path) -> Stored:
 
 
 def _saved(path: Path) -> Measurements:
-    """Return the measurements in a file. Return an empty dict for an invalid file, because the caller replaces it."""
+    """Return the measurements in a file. An invalid file counts as empty, because the caller replaces the file."""
     try:
         return _read(path).measurements
     except ValueError:

@@ -19,7 +19,7 @@ from attnzoo.spec.segments import Attention, Request, Result
 
 @dataclass(frozen=True)
 class AutoBackend(Backend):
-    """The backend that runs each attention on the fastest measured backend, or by priority without measurements.
+    """The backend that runs each attention on the fastest measured backend. Without measurements, priority decides.
 
     The candidates are the available exact backends. The registry reserves the name but does not list this backend.
     """
@@ -31,7 +31,7 @@ class AutoBackend(Backend):
         return self
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
-        """Return the refusals of all candidates, with their names. Return none if a candidate supports the request."""
+        """Return the refusals of all candidates by name. The result is empty if a candidate supports the request."""
         answers = {candidate.name: candidate.refusals(request) for candidate in registry.exact_backends()}
         return _with_names(answers) if all(answers.values()) else ()
 
@@ -62,7 +62,7 @@ def choose_for(attention: Attention, probabilities: bool = False) -> Choice:
 def _choose(
     request: Request, size: SizeClass | None, environment: Environment | None, because: str, *generations: int
 ) -> Choice:
-    """Select a backend, by priority if ``size`` is None. A change of registry or measurements ends the caching."""
+    """Select a backend, by priority if ``size`` is None. The result is cached until registry or measurements change."""
     supporting = registry.supporting_backends(request)
     wrong: dict[str, str] = {}
     if size is not None and environment is not None:

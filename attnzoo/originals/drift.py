@@ -41,7 +41,7 @@ class Difference:
 
 
 def find_drift(verified: Mapping[str, tuple[str, ...]]) -> tuple[Difference, ...]:
-    """Return the differences from ``{"module:Class.method": fingerprints}``, including missing functions."""
+    """Return the differences between ``{"module:Class.method": fingerprints}`` and the current functions."""
     differences = (_difference(path, known) for path, known in verified.items())
     return tuple(difference for difference in differences if difference is not None)
 
@@ -52,7 +52,7 @@ def find_bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]
     The result omits constructors, because they run before a patch. The result also omits methods of other classes, such
     as the model that calls the module, because these methods still run after a patch.
 
-    ``base`` is the verified class in ``cls.__mro__``. Call this only if :func:`find_drift` returned nothing.
+    ``base`` is the verified class in ``cls.__mro__``. Call this function only if :func:`find_drift` returned nothing.
     """
     names = ["forward"]
     wrappers = []
@@ -78,7 +78,7 @@ def find_bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]
 def drift_message(differences: Sequence[Difference], family: str, versions: str, installed: str) -> str:
     """Return the error message for differences. The message names one cause, one example and the remedy.
 
-    ``family`` lists the model types of the adapter. ``versions`` are the transformers versions of its verification.
+    ``family`` lists the model types of the adapter. The adapter was verified against transformers ``versions``.
     """
     cause = next(cause for cause in _CAUSES if any(difference.cause == cause for difference in differences))
     first, *others = (difference for difference in differences if difference.cause == cause)

@@ -29,7 +29,7 @@ def active_slot(module: nn.Module) -> str:
 
 
 def current(module: nn.Module) -> Callable[..., Any] | None:
-    """Return the forward of the instance inside accelerate's hook. None means that the class's forward is used."""
+    """Return the forward set on the instance, without accelerate's hook. None means that the class's forward runs."""
     value = vars(module).get(active_slot(module))
     plain = isinstance(value, MethodType) and value.__self__ is module and value.__func__ is type(module).forward
     return None if plain else unbound(value)
@@ -42,7 +42,7 @@ def is_foreign(module: nn.Module) -> bool:
 
 
 def unbound(value: Any) -> Any:
-    """Return the callable inside a bound method, unless the callable is a plain function. Return others unchanged.
+    """Unwrap a bound method of a callable that is not a plain function. Return any other value unchanged.
 
     accelerate's ``unwrap_model`` creates bound methods of callables that are not plain functions.
     """

@@ -46,7 +46,7 @@ class Bias:
             raise InvalidArgumentError("bias values", got, "a floating-point tensor (use mask= to hide keys)")
 
     def score_mod(self, q_len: int, kv_len: int) -> ScoreMod:
-        """Return a function ``f(score, b, h, q, kv)`` that adds the bias. The index tensors are broadcastable."""
+        """Return a function ``f(score, b, h, q, kv)`` that adds the bias to ``score``. Indices are broadcastable."""
         bias_at = self.gather(q_len, kv_len)
         return lambda score, b, h, q, kv: score + bias_at(b, h, q, kv)
 
@@ -72,7 +72,7 @@ class RelativeBias(Bias):
     """A bias that depends only on the head and on ``key position - query position`` (T5, Raffel et al. 2020).
 
     Attributes:
-        values: ``(heads or 1, R)``, by distance. A key ``d`` tokens after the query gets ``values[h, zero + d]``.
+        values: a table ``(heads or 1, R)``. A key ``d`` tokens after the query gets ``values[h, zero + d]``.
             Distances below the table get the first value, and distances above the table get the last value.
             To train a table of distance buckets, pass ``table[bucket(distances)].T``. ``table`` then gets gradients.
         zero: the index of distance 0 in ``values``.

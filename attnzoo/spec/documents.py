@@ -106,7 +106,7 @@ def _packs(lengths: dict[int, int], device: torch.device) -> tuple[Pack, ...]:
 def attend_documents(
     attend: Attend, attention: Attention, documents: tuple[Pack, ...] | None, probabilities: bool = False
 ) -> Result:
-    """Compute an attention that has one segment. Compute each document separately, or else use the dense mask.
+    """Compute an attention that has one segment: each document separately if possible, else with the dense mask.
 
     The dense mask is used in five cases: ``documents`` is None, the backend refuses the documents, probabilities are
     requested, the attention has a query mask, a key mask or ``empty``, or the bias does not depend only on distance.

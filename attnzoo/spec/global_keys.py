@@ -1,4 +1,4 @@
-"""Global keys, which every query sees. Each sample has any number of them at any positions (Longformer, LED, ETC)."""
+"""Global keys, which every query sees. A sample may have any number of global keys at any positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class GlobalKeys(NamedTuple):
     """The positions of the global tokens of a batch.
 
     Attributes:
-        positions: ``(batch, most)`` int64, the positions in each sample, padded to the largest number of positions.
+        positions: ``(batch, most)`` int64, the positions in each sample. ``most`` is the largest number per sample.
         valid: ``(batch, most)`` bool, False for padding entries of ``positions``.
     """
 

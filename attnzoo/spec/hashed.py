@@ -126,7 +126,7 @@ class HashedChunks(Pattern):
         return min(q_len, max(128, self.length))
 
     def gathered(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> Iterator[Tensor]:
-        """Yield the indices ``(batch, heads, m)`` of keys that queries ``q_start:q_stop`` in sorted order may see.
+        """Yield the indices ``(batch, heads, m)`` of the keys that the sorted queries ``q_start:q_stop`` may see.
 
         Each head sees consecutive keys of the sorted order. A head with fewer keys than other heads is padded with -1.
         """

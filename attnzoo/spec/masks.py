@@ -85,7 +85,7 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
 
 
 def _simplify(visible: Tensor, batch: int) -> ReadMask:
-    """Return a pattern and a key mask that equal ``visible`` if they exist, else the dense mask and its documents."""
+    """If a pattern and a key mask equal ``visible``, return these, else the dense mask and its documents."""
     if visible.shape[1] != 1:
         return ReadMask(Full(), None, visible, None)
     grid = visible[:, 0]

@@ -73,7 +73,7 @@ class Pattern:
         """Raise :class:`InvalidArgumentError` if the pattern is not defined for an attention of these sizes."""
 
     def mask_mod(self, q_len: int, kv_len: int) -> MaskMod:
-        """Return a function ``f(b, h, q, kv)`` of broadcastable index tensors: True where query q sees key kv."""
+        """Return a function ``f(b, h, q, kv)`` that is True where a query sees a key. Indices are broadcastable."""
         raise NotImplementedError
 
     def band(self, q_len: int, kv_len: int) -> Band | None:
@@ -81,7 +81,7 @@ class Pattern:
         return None
 
     def batch_and_heads(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return index tensors of batch and heads for ``mask_mod``. Both contain only 0 without a query order."""
+        """Return the indices of batch and heads for ``mask_mod``. They are only 0 if :attr:`query_order` is None."""
         order = self.query_order
         sizes = (1, 1) if order is None else order.shape[:2]
         batch, heads = (torch.arange(size, device=device) for size in sizes)
@@ -118,7 +118,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Full(Pattern):
-    """Every query sees every key.
+    """A pattern in which every query sees every key.
 
     Attributes:
         cross: whether the keys come from another sequence (cross-attention). Distances between queries and keys then
@@ -253,7 +253,7 @@ class Chunks(Pattern):
     chunk.
 
     Raises:
-        InvalidArgumentError: ``length < 1``, or ``before + after < 0``. :meth:`check` raises if lengths differ.
+        InvalidArgumentError: ``length < 1``, or ``before + after < 0``. :meth:`check` raises if ``q_len != kv_len``.
 
     Example:
         >>> Chunks(4, before=1).kv_spans(8, 12, q_len=16, kv_len=16)  # the third chunk sees the second and itself
@@ -293,7 +293,7 @@ class Chunks(Pattern):
         return self.spans_near(q_start, q_stop, kv_len, q_stop if self.causal else kv_len)
 
     def spans_near(self, start: int, stop: int, kv_len: int, limit: int) -> tuple[Span, ...]:
-        """Return the key ranges near query positions ``start:stop``. The ranges end at ``limit`` or before it."""
+        """Return the ranges of keys below ``limit`` that are in the neighbourhood of query positions ``start:stop``."""
         count = -(-kv_len // self.length)
         first, last = start // self.length - self.before, (stop - 1) // self.length + self.after
         chunks = range(count) if last - first + 1 >= count else sorted({c % count for c in range(first, last + 1)})
@@ -386,7 +386,7 @@ class SortedChunks(Chunks):
         return mask
 
     def kv_spans(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> tuple[Span, ...]:
-        """Return the key ranges near queries ``q_start:q_stop`` in sorted order."""
+        """Return the ranges of keys in the neighbourhood of the sorted queries ``q_start:q_stop``."""
         return self.spans_near(q_start + self.start, q_stop + self.start, kv_len, kv_len)
 
     def sees_all(self, tile: Tile) -> bool:

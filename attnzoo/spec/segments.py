@@ -242,7 +242,7 @@ class Attention:
         Args:
             output: ``(batch, heads, n, value_dim)``. Rows without visible keys may have any finite values.
             has_visible_key: bool, broadcastable to ``(batch, heads, n)``. None means that every row sees a key.
-            rows: ``(n,)``, the query index of each row of ``output``. None means that all queries are there in order.
+            rows: ``(n,)``, the query index of each row of ``output``. None means all queries in order.
         """
         index = slice(None) if rows is None else rows
         if has_visible_key is not None and self.empty is None:
