@@ -169,7 +169,7 @@ class Backend:
     def unavailable(cls) -> str | None:
         """Return why this backend cannot run on this machine and what to install. None means that there is no reason.
 
-        Override this method if the backend needs a package or a device. If this method raises, the exception counts.
+        Override this method if the backend needs a package or a device. attnzoo treats an exception as the reason.
         """
         return None
 
@@ -208,7 +208,7 @@ class Backend:
         return self
 
     def unused_options(self) -> tuple[str, ...]:
-        """Return the options, as ``name=value``, that the user set but that have no effect at the bound site."""
+        """Return ``name=value`` of each option that the user set and that has no effect at the bound site."""
         return ()
 
     # Approximate backends (capabilities with ``exact=False``) override the next three methods.
@@ -228,7 +228,7 @@ class Backend:
 
         Args:
             attention: the requested attention.
-            decisions: the result of :meth:`decisions` in another run. None means a new result for ``attention``.
+            decisions: the result of :meth:`decisions` in another run. None means that they are computed anew.
         """
         return attention
 

@@ -54,7 +54,7 @@ class Outcome:
 
     @property
     def warm_up(self) -> str:
-        """Words about the time of the first run if this run was much slower than the median, else an empty string."""
+        """A text about the time of the first run if this run was much slower than the median, else an empty string."""
         is_long = self.seconds is not None and self.first > max(1.0, 3.0 * self.seconds)
         return f"its first run took {format_seconds(self.first)}" if is_long else ""
 

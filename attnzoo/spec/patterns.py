@@ -81,7 +81,7 @@ class Pattern:
         return None
 
     def batch_and_heads(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the indices of batch and heads for ``mask_mod``. They are only 0 if :attr:`query_order` is None."""
+        """Return the indices of batch and heads for ``mask_mod``. All are 0 if :attr:`query_order` is None."""
         order = self.query_order
         sizes = (1, 1) if order is None else order.shape[:2]
         batch, heads = (torch.arange(size, device=device) for size in sizes)
@@ -333,7 +333,7 @@ class SortedChunks(Chunks):
     The keys are in sorted order, and ``token`` contains the token index of each key. The queries are in sequence order.
     The query with index ``order[b, h, j]`` has the key position ``start + j``. With several hash rounds, the keys of
     all rounds are concatenated. Each round is a segment with these keys and a different ``start``, because in Reformer
-    the first chunk of a round also sees the last chunk of the previous round. A query never sees the key of its own
+    the first queries of a round also see the last chunk of the previous round. A query never sees the key of its own
     token, because queries and keys are equal in Reformer, and the score of equal vectors would dominate.
 
     Attributes:
