@@ -67,17 +67,17 @@ class ApproximateBackend(Backend):
             raise UnknownNameError(f"inner of backend {self.name!r}", self.inner, ("auto", *exact))
 
     def bind_to_site(self, site: tuple[Request, ...], patch: tuple[Request, ...]) -> Backend:
-        """Return the backend for a site. It keeps all attention of the site unchanged if one request is local.
+        """Return the backend for a site. If any request of the site is local, attention at this site stays unchanged.
 
-        Without options, it also keeps a dense site unchanged if another site of the patch is local, because a model
-        with local attention must work without options.
+        If the user set no options, dense sites also stay unchanged if another site of the patch is local, because a
+        model with local attention must work without options.
         """
         no_options = bool(self.needed) and len(self._missing()) == len(self.needed)
         kept = any(map(_is_local, site)) or (no_options and any(map(_is_local, patch)))
         return replace(self, kept=True) if kept else self
 
     def unused_options(self) -> tuple[str, ...]:
-        """Return all options that the user set, except ``inner``, if the attention is kept unchanged."""
+        """If the attention stays unchanged, return the options that the user set, except ``inner``."""
         options = [option for option in fields(self) if option.name in self.options() and option.name != "inner"]
         given = [option for option in options if self.kept and getattr(self, option.name) != option.default]
         return tuple(f"{option.name}={getattr(self, option.name)!r}" for option in given)
@@ -126,7 +126,7 @@ class ApproximateBackend(Backend):
         raise NotImplementedError
 
     def rewrite_request(self, request: Request) -> Request:
-        """Return the expected request of the rewritten attention."""
+        """Return the request that the rewritten attention will have."""
         raise NotImplementedError
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
@@ -140,7 +140,7 @@ def _is_local(request: Request) -> bool:
 
 
 def _inner_refusals(inner: str, request: Request) -> tuple[Refusal, ...]:
-    """Return why the inner backend, or for ``"auto"`` every exact backend, cannot run a request. Empty if one can."""
+    """Return why no candidate can run a request, or () if one can. For ``"auto"``, every exact backend is one."""
     candidates = registry.exact_backends() if inner == "auto" else (registry.configure(inner),)
     answers = [registry.refusals(candidate, request) for candidate in candidates]
     return tuple(dict.fromkeys(reason for reasons in answers for reason in reasons)) if all(answers) else ()
