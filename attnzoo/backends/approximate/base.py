@@ -1,8 +1,8 @@
 """The base class of ``blocked-local`` and ``lsh``, which replace dense attention by sparser attention.
 
 Attention is dense if a query sees more keys as the sequence grows. The backends rewrite dense attention into another
-:class:`~attnzoo.spec.segments.Attention`, which an exact backend computes. They do not rewrite local attention, because
-local attention is fast, or cross-attention, because distances between queries and keys have no meaning there.
+:class:`~attnzoo.spec.segments.Attention`, which an exact backend computes. The backends keep local attention, because it
+is fast. They also keep cross-attention, because distances between queries and keys have no meaning in cross-attention.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _is_local(request: Request) -> bool:
 
 
 def _inner_refusals(inner: str, request: Request) -> tuple[Refusal, ...]:
-    """Return why no candidate can run a request, or () if one can. For ``"auto"``, every exact backend is one."""
+    """Return the refusals of ``inner``. For ``"auto"``, return refusals of exact backends, or () if any has none."""
     candidates = registry.exact_backends() if inner == "auto" else (registry.configure(inner),)
     answers = [registry.refusals(candidate, request) for candidate in candidates]
     return tuple(dict.fromkeys(reason for reasons in answers for reason in reasons)) if all(answers) else ()

@@ -3,9 +3,8 @@
 ``attnzoo.patch(model, backend="blocked-local", window=1024, sinks=4)``. A causal query sees the last ``window`` keys
 up to the position of the query, as in Mistral (Jiang et al. 2023, arXiv:2310.06825). A non-causal query also sees the
 ``window - 1`` keys after this position. Every query also sees the sinks: the first ``sinks`` keys that the masks allow.
-Models give sinks the weight that no other key needs (StreamingLLM, Xiao et al. 2023, arXiv:2309.17453). In a packed
-row, the sinks are the first keys of the query's document. The cache stores all keys, so decoding gives the result of
-one whole forward.
+Models rely on sinks (StreamingLLM, Xiao et al. 2023, arXiv:2309.17453). In a packed row, the sinks are the first keys
+of the query's document. The cache stores all keys, so decoding gives the result of one whole forward.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ def _sinks(attention: Attention, window: Window, placement: QueryPlacement, coun
 
 
 def _sinks_by_query(attention: Attention, mask: Tensor, window: Window, position: int, count: int) -> Segment | None:
-    """Return the segment of sinks for a segment with a dense mask. The sinks may then differ between queries.
+    """Return the segment of sinks if a dense mask exists. The sinks may then differ between queries.
 
     The segment contains every key that is a sink of at least one query and outside the window of this query. In a
     packed row, the segment contains at most ``count`` keys per document.

@@ -83,7 +83,7 @@ class LshBackend(ApproximateBackend):
         return f"{self.num_hashes} hash rounds of {self.num_buckets} buckets, chunks of {self.chunk_length} keys"
 
     def more_refusals(self, request: Request) -> tuple[Refusal, ...]:
-        """Refuse a bias that only dense backends support, unless the user requests a backend by name as ``inner``."""
+        """Refuse a bias that only dense backends support, unless the user names one of these backends as ``inner``."""
         (segment,) = request.segments
         if self.inner != "auto" or segment.bias is None:
             return ()

@@ -60,7 +60,7 @@ class QueryPlacement:
 def place_queries(backend: str, attention: Attention) -> QueryPlacement:
     """Return the position of the queries among the keys.
 
-    - The offset of a ``Causal`` pattern is the position of query 0. With None, the last query is at the last key.
+    - The offset of a ``Causal`` pattern is the position of query 0. Offset None puts the last query at the last key.
     - A single query is a decoding step. This query is at the last key that is visible in any sample, because a static
       cache has unused entries after this key.
     - For several queries, a causal dense mask gives the position. Otherwise, the last query is at the last key.

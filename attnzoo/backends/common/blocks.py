@@ -104,7 +104,7 @@ def positive_scale(attention: Attention) -> Attention:
 
 
 def block_size(attention: Attention) -> int:
-    """Return the queries per block: the smallest size that any pattern prefers. With a mask or bias, at most 512."""
+    """Return the queries per block: the smallest size that any pattern prefers. A mask or bias limits this to 512."""
     q_len = attention.q_len
     sizes = [segment.pattern.block_size(q_len, segment.kv_len) for segment in attention.segments]
     for segment in attention.segments:
@@ -120,7 +120,7 @@ def sees_all(attention: Attention, segment: Segment) -> bool:
 
 
 def passes(attention: Attention) -> list[list[int]]:
-    """Return the segments of each pass: all that keep the query order, then each segment that reorders the queries."""
+    """Return the segments of each pass. Segments that keep the query order share a pass. Others are alone in a pass."""
     plain = [i for i, segment in enumerate(attention.segments) if segment.pattern.query_order is None]
     return [group for group in (plain, *([i] for i in range(len(attention.segments)) if i not in plain)) if group]
 

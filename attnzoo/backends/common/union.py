@@ -64,7 +64,7 @@ class PartialKernel(ABC):
         """Return the gradients of query, key and value for each part. ``out`` and ``lse`` are those of the union."""
 
     def further_gradients(self) -> list[Tensor]:
-        """Return the gradients of ``tensors`` that are no keys or values. :func:`unite` calls this last."""
+        """Return the gradients of ``tensors`` that are neither keys nor values. :func:`unite` calls this last."""
         return []
 
 
@@ -77,7 +77,7 @@ def unite(bind: Bind, query: Tensor, tensors: Sequence[Tensor], masks: Sequence[
     Args:
         bind: function that makes the kernel from ``query`` and ``tensors``, called by the forward and each backward.
         query, tensors: the attributes of the kernel with these names.
-        masks: further tensors that the backward reads. PyTorch raises if their values change before the backward.
+        masks: further tensors that the backward reads. PyTorch raises if these tensors change before the backward.
 
     Returns:
         The output in the dtype of the query, and lse without a gradient. Rows that see no key have lse ``-inf``.

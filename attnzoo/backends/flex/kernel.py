@@ -113,7 +113,7 @@ def _lookup(flat: Tensor, index: Tensor) -> Tensor:
 
 
 def _visible(form: Form, terms: Terms, q: Tensor, kv: Tensor) -> Tensor:
-    """Return whether a pattern lets query ``q`` see key ``kv`` of all concatenated keys, as a ``mask_mod`` does."""
+    """Return whether query ``q`` sees key ``kv`` of the concatenated keys by the patterns, as a ``mask_mod`` does."""
     visible = None
     for number, is_chunked in enumerate(form.is_chunked):
         start, stop, *rest = terms.patterns[number]

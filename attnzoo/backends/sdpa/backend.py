@@ -87,7 +87,7 @@ def _contiguous_rows(tensor: Tensor) -> Tensor:
 
 
 def _is_causal(attention: Attention, segment: Segment) -> bool:
-    """Whether ``is_causal=True`` alone hides the right keys. PyTorch aligns query 0 with key 0 for ``is_causal``."""
+    """Whether ``is_causal=True`` can replace pattern and key mask. PyTorch then aligns query 0 with key 0."""
     return (
         isinstance(segment.pattern, Causal)
         and segment.pattern.shift(attention.q_len, segment.kv_len) == 0
@@ -191,7 +191,7 @@ _switches = _Switches()
 
 @contextmanager
 def _enforced(kernel: SDPBackend, query: Tensor, key: Tensor, value: Tensor, terms: dict[str, Any]) -> Iterator[None]:
-    """Context manager in which PyTorch runs ``kernel`` or raises. If the default kernel is equal, no switch changes."""
+    """Context manager in which PyTorch runs ``kernel`` or raises. If ``kernel`` is the default, no switch changes."""
     if torch.compiler.is_compiling():  # torch.compile cannot trace the choice or the lock
         with sdpa_kernel(kernel):
             yield

@@ -48,7 +48,7 @@ def unavailable() -> str | None:
 
 
 def attend(attention: Attention) -> Tensor:
-    """Return the output of an attention. Requires CPU tensors, ``value_dim == head_dim`` and no dropout."""
+    """Return the output of an attention with CPU tensors, ``value_dim == head_dim`` and no dropout."""
     trained = [bias.values for bias in trained_biases(attention).values()] if torch.is_grad_enabled() else []
     keys_values, places = _distinct_tensors(attention)
     kernel = partial(_CpuKernel, _without_storage(attention), places)

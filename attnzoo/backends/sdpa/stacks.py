@@ -79,7 +79,7 @@ class Stack(NamedTuple):
         return rows if self.depth == 1 else rows[0][:, None].expand(-1, self.depth, *rows.shape[2:])
 
     def keys(self, number: int, tensor: Tensor, heads: int, scratch: Scratch) -> Tensor:
-        """Return the rows of a part, ``(heads, depth, m, dim)`` or, for a single block, ``(batch, heads, m, dim)``."""
+        """Return key rows of a part, ``(heads, depth, m, dim)`` or, for a single block, ``(batch, heads, m, dim)``."""
         part, step, tensor = self.block.parts[number], self.steps[number], self._of_sample(tensor)
         if self.depth == 1:
             return part.take(tensor, heads)
@@ -129,7 +129,7 @@ def stacks(attention: Attention, segments: list[int]) -> Iterator[Stack]:
 
 
 def _size(attention: Attention, segments: list[int], masks: Masks) -> int:
-    """Return the queries per block: ``_TILE`` if such blocks form stacks and see different keys, else as usual."""
+    """Return the queries per block: ``_TILE`` if such blocks form stacks with a step above 0, else ``block_size()``."""
     size, middle = block_size(attention), attention.q_len // 2
     dense = any(attention.segments[index].mask is not None for index in segments)
     if dense or size <= _TILE or middle + 2 * _TILE > attention.q_len:
@@ -149,7 +149,7 @@ def _mask_key(masks: Masks, block: Block) -> tuple[object, ...] | None:
 
 
 def _steps(block: Block, following: Block) -> tuple[int, ...] | None:
-    """Return, per part, by how many keys the part moves to the following block, or None if a number is negative."""
+    """Return how many keys later each part begins in the following block, or None if a part begins earlier."""
     steps = tuple(b.kv_start - a.kv_start for a, b in zip(block.parts, following.parts, strict=True))
     return steps if min(steps, default=0) >= 0 else None
 

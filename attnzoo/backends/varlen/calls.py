@@ -92,7 +92,7 @@ class _Runs(NamedTuple):
 
 
 def may_hide_keys(segment: SegmentRequest) -> bool:
-    """Return whether keys of a segment may need hiding by :mod:`attnzoo.backends.varlen.packed`."""
+    """Return whether :mod:`attnzoo.backends.varlen.packed` may have to hide keys of a segment."""
     pattern = segment.pattern
     if isinstance(pattern, SortedChunks):
         return True
@@ -260,7 +260,7 @@ def _is_ordered(pattern: Chunks, kv_len: int) -> bool:
 
 @lru_cache(maxsize=64)
 def _neighbourhoods(pattern: Chunks, length: int) -> tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]:
-    """Return start and length of each query chunk, with start and length of each run of keys that the chunk sees."""
+    """Return start and length of each chunk of queries that see keys, and of each run of keys that the chunk sees."""
     chunks = []
     for start in range(0, length, pattern.length):
         stop = min(length, start + pattern.length)
@@ -271,7 +271,7 @@ def _neighbourhoods(pattern: Chunks, length: int) -> tuple[tuple[int, int, tuple
 
 
 def _chunk_calls(attention: Attention, number: int, segment: Segment, pattern: Chunks) -> list[Call]:
-    """Return one call, or none, with one sequence per sample and chunk: the chunk's queries and all keys they see."""
+    """Return at most one call, in which each chunk of each sample is a sequence with the keys that the chunk sees."""
     length, device = segment.kv_len, attention.query.device
     chunks = _neighbourhoods(pattern, length)
     if not chunks:
@@ -291,7 +291,7 @@ def _chunk_calls(attention: Attention, number: int, segment: Segment, pattern: C
 
 
 def _unordered_calls(attention: Attention, number: int, queries: _Runs, keys: _Runs) -> list[Call]:
-    """Return at most one call, without masked rows and with all keys visible. Masks make this wait for the device."""
+    """Return at most one call, in which every query sees every key. Removing masked rows waits for the device."""
     device, key_mask = attention.query.device, attention.segments[number].key_mask
     if attention.query_mask is not None or key_mask is not None:
         q_kept, q_of = _kept(attention.query_mask, queries, device)

@@ -62,7 +62,7 @@ class PackedKernel:
 
     @classmethod
     def refusals(cls, request: Request) -> tuple[Refusal, ...]:
-        """Return refusals for the parts of the request that the kernel does not support."""
+        """Return a refusal for each field of the request that the kernel does not support."""
         refusals = []
         hides = any(map(may_hide_keys, request.segments))
         dim = max(request.head_dim, request.value_dim)
@@ -100,7 +100,7 @@ class PackedKernel:
 
 
 def no_device(capability: tuple[int, int] = (8, 0)) -> str | None:
-    """Return why no device with at least this compute capability exists, or None if the device has this capability."""
+    """Return why this machine has no device of at least this compute capability, or None if the device has it."""
     if not torch.cuda.is_available():
         without = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
         return f"torch {torch.__version__} {without}"
@@ -119,7 +119,7 @@ def example_device() -> torch.device | None:
 
 
 def import_package(name: str, install: str) -> tuple[ModuleType | None, str]:
-    """Return a module and an empty string, or None and the reason why the import failed with any exception."""
+    """Return a module and an empty string. If the import raises any exception, return None and the reason."""
     package = name.partition(".")[0]
     try:
         return importlib.import_module(name), ""

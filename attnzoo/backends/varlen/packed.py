@@ -91,7 +91,7 @@ class PackedBackend(Backend):
         return [kernel for kernel in self.kernels if self.kernel in (None, kernel.name)]
 
     def _choose(self, request: Request) -> tuple[type[PackedKernel], tuple[Refusal, ...]]:
-        """Return the first kernel that supports a request. If none does, return a kernel and the refusals of it."""
+        """Return the first kernel that supports a request. If none does, return one kernel and its refusals."""
         named = self._named()
         usable = [kernel for kernel in named if kernel.unavailable() is None]
         if not usable and self.kernel is not None:
@@ -104,7 +104,7 @@ class PackedBackend(Backend):
 
 
 def attend(attention: Attention, kernel: type[PackedKernel]) -> Result:
-    """Return the result of an attention without bias and dense mask. Without calls, the kernel is "none"."""
+    """Return the result of an attention without bias and dense mask. If no query sees a key, the kernel is "none"."""
     whole, attention = attention, positive_scale(attention)
     if any(isinstance(segment.pattern, SortedChunks) for segment in attention.segments):
         attention = fold_heads(attention)
@@ -144,7 +144,7 @@ class _Packing:
 
     Attributes:
         query: the queries ``(batch * q_len, heads, dim)``, followed by the spare row if the plan uses a spare row.
-        keys_values: keys and values ``(batch * kv_len, kv_heads, dim)``, and the spare row if the plan uses it.
+        keys_values: keys and values ``(batch * kv_len, kv_heads, dim)``, with a spare row if the query has one.
         places: for each segment in order, the index of the key in ``keys_values``, then the index of the value.
     """
 

@@ -196,7 +196,7 @@ def _padded_rows(sequences: Sequences, width: int) -> Tensor:
 
 
 def _biases(sequences: Sequences) -> Iterator[_Bias]:
-    """Yield one bias for all sequences. With a two-sided window, yield one per run of sequences of equal length."""
+    """Yield one bias for all sequences. For a two-sided window, yield one bias per run of equal lengths."""
     masks, (left, right) = _fmha().attn_bias, (sequences.left, sequences.right)
     q_lens, k_lens = list(sequences.q_lens), list(sequences.k_lens)
     if (left, right) == (NO_LIMIT, NO_LIMIT) or right == 0:
@@ -218,7 +218,7 @@ def _biases(sequences: Sequences) -> Iterator[_Bias]:
 
 
 def _rows(bias: _Bias, inputs: Inputs) -> list[Tensor]:
-    """Return query, key and value ``(samples, rows, heads, dim)``. Keys are repeated, as no backward supports GQA."""
+    """Return query, key and value ``(samples, rows, heads, dim)``. Keys are repeated, because GQA has no backward."""
     heads = inputs.query.shape[1]
     keys_values = (_expand(tensor[bias.k_rows], heads) for tensor in (inputs.key, inputs.value))
     return [tensor.unflatten(0, (bias.samples, -1)) for tensor in (inputs.query[bias.q_rows], *keys_values)]
