@@ -1,8 +1,8 @@
 """The base class of ``blocked-local`` and ``lsh``, which replace dense attention by sparser attention.
 
 Attention is dense if a query sees more keys as the sequence grows. The backends rewrite dense attention into another
-:class:`~attnzoo.spec.segments.Attention`, which an exact backend computes. The backends keep local attention, because it
-is fast. They also keep cross-attention, because distances between queries and keys have no meaning in cross-attention.
+:class:`~attnzoo.spec.segments.Attention`, which an exact backend computes. The backends keep local attention, which is
+fast. The backends also keep cross-attention, because distances from queries to keys have no meaning in cross-attention.
 """
 
 from __future__ import annotations

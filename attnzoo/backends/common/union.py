@@ -61,7 +61,7 @@ class PartialKernel(ABC):
 
     @abstractmethod
     def backward(self, rows: Any, grad_out: Tensor, out: Tensor, lse: Tensor) -> Iterable[Grads]:
-        """Return the gradients of query, key and value for each part. ``out`` and ``lse`` are those of the union."""
+        """Return the gradients of query, key and value for each part. ``out`` and ``lse`` are results of the union."""
 
     def further_gradients(self) -> list[Tensor]:
         """Return the gradients of ``tensors`` that are neither keys nor values. :func:`unite` calls this last."""

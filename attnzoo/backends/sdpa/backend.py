@@ -6,7 +6,7 @@ every key. Any other attention is computed block by block, by the first of these
 - On the CPU, without dropout and function transforms, with ``value_dim == head_dim``: PyTorch's CPU FlashAttention
   kernel, with trained biases too. The parts are merged by log-sum-exp (:mod:`attnzoo.backends.sdpa.flash_cpu`).
 - With segments that reorder the queries: plain PyTorch operations (:mod:`attnzoo.backends.sdpa.math_blocks`).
-- Otherwise: one public call per block, on the concatenated keys of its parts.
+- Otherwise: one public call per block, on the concatenated keys of all parts of the block.
 
 This module chooses the kernel of a public call and forces PyTorch to use this kernel, so the reported name is correct.
 """

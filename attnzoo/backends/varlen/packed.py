@@ -91,7 +91,7 @@ class PackedBackend(Backend):
         return [kernel for kernel in self.kernels if self.kernel in (None, kernel.name)]
 
     def _choose(self, request: Request) -> tuple[type[PackedKernel], tuple[Refusal, ...]]:
-        """Return the first kernel that supports a request. If none does, return one kernel and its refusals."""
+        """Return the first kernel that supports a request. If no kernel does, return one kernel and its refusals."""
         named = self._named()
         usable = [kernel for kernel in named if kernel.unavailable() is None]
         if not usable and self.kernel is not None:
