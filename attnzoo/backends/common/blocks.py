@@ -95,7 +95,7 @@ class PartMask(NamedTuple):
 def positive_scale(attention: Attention) -> Attention:
     """Return an attention with the same scores and a scale above zero.
 
-    Kernels need a positive scale, because they compute the largest score, or add ``-inf``, before scaling.
+    Kernels need a positive scale, because kernels compute the largest score, or add ``-inf``, before scaling.
     """
     if attention.scale > 0.0:
         return attention
@@ -205,7 +205,7 @@ class Masks:
         return Tile(block.q_start, block.q_stop, part.kv_start, part.kv_stop, self._attention.q_len, kv_len)
 
     def _indices(self, block: Block, part: Part) -> tuple[Tensor, Tensor]:
-        """Return the indices of queries ``(..., n, 1)`` and keys ``(..., 1, m)``, the arguments of a ``mask_mod``."""
+        """Return the indices of queries ``(..., n, 1)`` and keys ``(..., 1, m)``, as a ``mask_mod`` expects."""
         device = self._attention.query.device
         q, kv = block.queries, part.keys
         if q is None:

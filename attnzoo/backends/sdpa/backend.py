@@ -207,7 +207,7 @@ def _enforced(kernel: SDPBackend, query: Tensor, key: Tensor, value: Tensor, ter
 def _default_kernel(query: Tensor, key: Tensor, value: Tensor, terms: dict[str, Any]) -> SDPBackend | None:
     """Return the kernel that PyTorch would choose, or None if the choice is unknown.
 
-    Under ``torch.func`` PyTorch chooses once per level, because a bias may need a gradient at some levels only.
+    Under ``torch.func`` the choice is unknown, because PyTorch chooses separately at each level of transforms.
     """
     if transforms_around((query, key, value)):
         return None
