@@ -65,7 +65,7 @@ def backward_by_hand(
 
 
 class BiasGradients:
-    """Accumulator of the gradients of trained biases. Score gradients with equal masks are summed first."""
+    """Accumulator of the gradients of trained biases. Score gradients of blocks with equal masks are summed first."""
 
     def __init__(self, attention: Attention) -> None:
         self._attention, self._masks, self._biases = attention, Masks(attention), trained_biases(attention)

@@ -198,7 +198,7 @@ class _Packing:
     def attend(self, packed: _PackedCalls) -> tuple[Tensor, Tensor | None]:
         """Return the output ``(rows, heads, dim)`` of one segment, and the rows ``(batch, 1, q_len)`` that see a key.
 
-        With one segment and no hidden key, no query is in two calls (:func:`attnzoo.backends.varlen.calls.needs_no_union`).
+        Without hidden keys, no query is in two calls (:func:`attnzoo.backends.varlen.calls.needs_no_union`).
         """
         calls = self._plan.calls
         outputs = [packed.kernel.attend(packed.inputs(call)) for call in calls]
