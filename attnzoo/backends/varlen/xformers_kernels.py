@@ -218,7 +218,7 @@ def _biases(sequences: Sequences) -> Iterator[_Bias]:
 
 
 def _rows(bias: _Bias, inputs: Inputs) -> list[Tensor]:
-    """Return query, key and value ``(samples, rows, heads, dim)``. Keys are repeated, because the backward lacks GQA."""
+    """Return query, key and value ``(samples, rows, heads, dim)``. Keys are repeated, as the backward has no GQA."""
     heads = inputs.query.shape[1]
     keys_values = (_expand(tensor[bias.k_rows], heads) for tensor in (inputs.key, inputs.value))
     return [tensor.unflatten(0, (bias.samples, -1)) for tensor in (inputs.query[bias.q_rows], *keys_values)]
