@@ -1,6 +1,6 @@
 """The backend ``eager``, which is also the oracle: its results define correctness.
 
-It computes standard scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762) in plain torch operations,
+This backend computes scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762) in plain torch operations,
 with one softmax over all segments. Scores, masks and biases need memory of size ``batch x heads x q_len x kv_len``.
 Use this backend to check results and to get probabilities.
 """
@@ -22,7 +22,7 @@ from attnzoo.spec.transforms import TRANSFORMS
 
 
 def evaluate(attention: Attention, rows: Tensor | None = None) -> Result:
-    """Return the result of an attention by definition, computed in the dtype of the attention's tensors.
+    """Compute an attention as the definition says, in the dtype of the tensors, and return the result.
 
     In half precision, the softmax runs in float32, as in models.
 
@@ -55,8 +55,8 @@ def evaluate(attention: Attention, rows: Tensor | None = None) -> Result:
 def _split(weights: Tensor, lengths: list[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the weights of all segments in one tensor, and the weights of each segment.
 
-    With gradients, the one tensor is concatenated from the weights of the segments. The output then depends on these
-    weights, so they get a gradient (``retain_grad``), as in models.
+    If the weights require grad, the first result is concatenated from the second result. The output then depends on the
+    weights of each segment, so these weights can get a gradient (``retain_grad``), as in models.
     """
     if len(lengths) == 1:
         return weights, (weights,)
@@ -65,15 +65,15 @@ def _split(weights: Tensor, lengths: list[int]) -> tuple[Tensor, tuple[Tensor, .
 
 
 def log_mass(attention: Attention, rows: Tensor) -> Tensor:
-    """Return the log-sum-exp ``(batch, heads, n)`` of the visible scores of query rows ``(n,)``, -inf for no keys."""
+    """Return the log-sum-exp ``(batch, heads, n)`` of the scores of visible keys, ``-inf`` if a row sees no key."""
     scores, seen = grid(attention, rows)
     return scores.masked_fill(~seen, float("-inf")).logsumexp(-1)
 
 
 def grid(attention: Attention, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scores of query rows ``(n,)`` with all keys, and a bool mask, True where the query sees the key.
+    """Return the scores of query rows ``(n,)`` and all keys, and a bool mask that is True where a query sees a key.
 
-    Both are ``(batch, heads, n, kv_len of all segments)``. Scores include scale and bias, and are finite everywhere.
+    Both have shape ``(batch, heads, n, kv_len of all segments)``. Scores contain scale and bias, and are finite.
     """
     query = attention.query[:, :, rows]
     grids = [_scores(attention, segment, query, rows) for segment in attention.segments]
@@ -100,7 +100,7 @@ def _scores(attention: Attention, segment: Segment, query: Tensor, rows: Tensor)
 
 @dataclass(frozen=True)
 class EagerBackend(Backend):
-    """The oracle as a backend. It supports every pattern, mask, bias and dtype, and returns probabilities."""
+    """The oracle as a backend, which supports every pattern, mask, bias and dtype, and returns probabilities."""
 
     name: ClassVar[str] = "eager"
     priority: ClassVar[int] = -100

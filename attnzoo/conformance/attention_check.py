@@ -30,7 +30,7 @@ class AttentionReport:
     Attributes:
         name: name of the attention. In a model, this is the name of the site.
         kernel: name of the kernel that ran.
-        checks: one check of the output, and one of the gradient of all trained inputs, concatenated to one vector.
+        checks: a check of the output and, if gradients are compared, a check of :func:`gradient_vector`.
         recall: share of the softmax weight that the changed pattern keeps, as a mean over the compared rows and heads.
             None if the backend does not change the pattern.
     """
@@ -63,8 +63,8 @@ def check_attention(
 
     If the backend changes the pattern, the oracle computes the changed attention (:meth:`Backend.rewrite`).
 
-    For long inputs a sample of query rows is compared. The sample includes the first and the last row. The compared
-    rows are exact, because output rows are independent and the cotangent of all other rows is zero.
+    For long inputs a sample of query rows is compared. The sample includes the first and the last row. Sampling
+    does not change compared values, because output rows are independent and the cotangent of all other rows is zero.
 
     Args:
         name: name for the report.
@@ -143,7 +143,7 @@ def _sampled_rows(length: int, max_rows: int, generator: torch.Generator) -> Ten
 
 
 def _needs_gradient(attention: Attention) -> list[bool]:
-    """Return, per tensor of the attention, whether a check needs its gradient. Bias values may not require grad."""
+    """Return, per tensor of the attention, whether to compare the gradient. Untrained biases have no gradient."""
     flags = [True]
     for segment in attention.segments:
         flags += [True, True]
@@ -153,7 +153,7 @@ def _needs_gradient(attention: Attention) -> list[bool]:
 
 
 def detached(attention: Attention, dtype: torch.dtype, grad: bool) -> Attention:
-    """Return the attention on detached copies of all tensors in ``dtype``, which require grad if ``grad`` is True."""
+    """Return the attention with detached copies of all tensors, in ``dtype``. With ``grad``, copies require grad."""
     pairs = zip(attention.tensors(), _needs_gradient(attention), strict=True)
     copies = (tensor.detach().to(dtype).clone().requires_grad_(grad and flag) for tensor, flag in pairs)
     return attention.with_tensors(tuple(copies))

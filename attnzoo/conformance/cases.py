@@ -94,7 +94,7 @@ class AttentionCase:
         return Request(device, self.dtype, _HEADS, _HEAD_DIM, value_dim, tuple(segments), *flags, self.probabilities)
 
     def attention(self, device: str = "cpu", seed: int = 0) -> Attention:
-        """Return the attention of the case with random tensors. The pattern of sorted keys contains the padding."""
+        """Return the attention of the case with random tensors. For sorted keys, the pattern contains the padding."""
         return random_attention(
             self.request(device),
             q_len=self.q_len,
@@ -143,7 +143,7 @@ def _shrunk(pattern: Pattern) -> Pattern:
 
 
 def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[AttentionCase]:
-    """Yield all cases of the kit in the given dtypes. All backends get equal cases."""
+    """Yield all cases of the kit in the given dtypes. All backends run the same cases."""
     for dtype, pattern, mask, bias in itertools.product(dtypes, PATTERNS, MASKS, BIASES):
         if mask == "globals" and bias != "none":
             continue

@@ -6,9 +6,9 @@ NaN and Inf never pass. So the error of a kernel may be a small multiple of the 
 dtype, as in the tests of flash-attention, plus a few roundings.
 
 For outputs, ``plain_error`` is the error of ``eager``. For gradients, ``plain_error`` is the larger of two errors. The
-first is the error of ``eager``, whose backward uses the softmax weights of the forward. The second is the error of
-plain operations whose backward computes the scores again (:mod:`attnzoo.conformance.recomputed`), because every kernel
-that stores no weights does this. Both errors depend on the inputs of the kernel, but not on the result of the kernel.
+first is the error of ``eager``, which uses the softmax weights of the forward in the backward. The second is the error
+of plain operations that compute the scores again in the backward (:mod:`attnzoo.conformance.recomputed`), because every
+kernel that stores no weights does this. Both errors depend only on the inputs of the kernel, not on the result.
 """
 
 from __future__ import annotations

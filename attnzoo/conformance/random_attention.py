@@ -29,14 +29,14 @@ def random_attention(
     strided: bool = False,
     seed: int = 0,
 ) -> Attention:
-    """Return an attention with random tensors whose request is equal to ``request``.
+    """Return an attention with random tensors. The request of this attention is equal to ``request``.
 
     If the second segment has a :class:`Full` pattern and a key mask, the keys are the global keys of the first segment,
     as in LED. In other cases each segment after the first has :data:`FEW_KEYS` keys. Hash rounds share keys.
 
     Args:
-        request: request of the attention. Only ``start`` of sorted rounds may differ.
-        q_len: number of queries. Sorted rounds have equally many keys.
+        request: request of the attention. Only ``start`` of sorted rounds may differ in the result.
+        q_len: number of queries. In sorted rounds, this is also the number of keys per round.
         kv_len: number of keys of the first segment.
         dropout: probability of dropping a softmax weight, ignored if the request has no dropout.
         query_mask: whether to mask a fifth of the queries.
@@ -61,7 +61,7 @@ def random_attention(
 
 @dataclass(frozen=True)
 class _Draw:
-    """Factory of the random tensors of one attention. A seed gives equal numbers on all devices, drawn on the CPU."""
+    """Factory of the random tensors of one attention. A seed gives equal tensors on all devices."""
 
     request: Request
     q_len: int
@@ -91,7 +91,7 @@ class _Draw:
         return self._with_bias_and_masks(index, key, value)
 
     def with_global_keys(self) -> tuple[Segment, ...]:
-        """Return the first segment without global keys, then a segment of the global keys if a sample has any."""
+        """Return the first segment without global keys, and a segment of global keys if any sample has global keys."""
         segment = self.segment(0)
         real = self._padding(segment.kv_len)
         is_global = self.flags(_BATCH, segment.kv_len, p=0.2) & real

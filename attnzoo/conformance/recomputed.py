@@ -6,8 +6,8 @@ arXiv:2205.14135, algorithm 4). The second scores have different rounding errors
 
 Plain operations use equal weights in forward and backward, so the score gradients of a row add up to zero. With
 different rounding errors, the sum is about ``eps * max|score|``. This sum, multiplied by the component that all keys
-share, is an error of the query gradient. Every kernel that computes the scores again has this error. This module has
-only this error.
+share, is an error of the query gradient. Every kernel that computes the scores again has this error. The operations
+of this module have only this error in addition to the errors of plain operations.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _permutation(length: int, seed: int, device: torch.device) -> Tensor:
 
 
 def _in_another_order(attention: Attention, order: int) -> Attention:
-    """Return an attention with equal scores, whose query is scaled first and whose products are summed in ``order``."""
+    """Return an attention with equal scores that sums the products of each score in the order of seed ``order``."""
     parts = _permutation(attention.head_dim, order, attention.query.device)
     segments = tuple(replace(segment, key=segment.key[..., parts]) for segment in attention.segments)
     return replace(attention, query=(attention.query * attention.scale)[..., parts], segments=segments, scale=1.0)

@@ -1,8 +1,8 @@
 """The base class of ``blocked-local`` and ``lsh``, which replace dense attention by sparser attention.
 
 Attention is dense if a query sees more keys as the sequence grows. The backends rewrite dense attention into another
-:class:`~attnzoo.spec.segments.Attention`, which an exact backend computes. They do not rewrite local attention, because
-local attention is fast, or cross-attention, because distances between queries and keys have no meaning there.
+:class:`~attnzoo.spec.segments.Attention`, which an exact backend computes. The backends keep local attention, which is
+fast. The backends also keep cross-attention, because distances from queries to keys have no meaning in cross-attention.
 """
 
 from __future__ import annotations
@@ -67,17 +67,17 @@ class ApproximateBackend(Backend):
             raise UnknownNameError(f"inner of backend {self.name!r}", self.inner, ("auto", *exact))
 
     def bind_to_site(self, site: tuple[Request, ...], patch: tuple[Request, ...]) -> Backend:
-        """Return the backend for a site. It keeps all attention of the site unchanged if one request is local.
+        """Return the backend for a site. If any request of the site is local, attention at this site stays unchanged.
 
-        Without options, it also keeps a dense site unchanged if another site of the patch is local, because a model
-        with local attention must work without options.
+        If the user set no options, dense sites also stay unchanged if another site of the patch is local, because a
+        model with local attention must work without options.
         """
         no_options = bool(self.needed) and len(self._missing()) == len(self.needed)
         kept = any(map(_is_local, site)) or (no_options and any(map(_is_local, patch)))
         return replace(self, kept=True) if kept else self
 
     def unused_options(self) -> tuple[str, ...]:
-        """Return all options that the user set, except ``inner``, if the attention is kept unchanged."""
+        """If the attention stays unchanged, return the options that the user set, except ``inner``."""
         options = [option for option in fields(self) if option.name in self.options() and option.name != "inner"]
         given = [option for option in options if self.kept and getattr(self, option.name) != option.default]
         return tuple(f"{option.name}={getattr(self, option.name)!r}" for option in given)
@@ -126,7 +126,7 @@ class ApproximateBackend(Backend):
         raise NotImplementedError
 
     def rewrite_request(self, request: Request) -> Request:
-        """Return the expected request of the rewritten attention."""
+        """Return the request that the rewritten attention will have."""
         raise NotImplementedError
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
@@ -140,7 +140,7 @@ def _is_local(request: Request) -> bool:
 
 
 def _inner_refusals(inner: str, request: Request) -> tuple[Refusal, ...]:
-    """Return why the inner backend, or for ``"auto"`` every exact backend, cannot run a request. Empty if one can."""
+    """Return the refusals of ``inner``. For ``"auto"``, return refusals of exact backends, or () if any has none."""
     candidates = registry.exact_backends() if inner == "auto" else (registry.configure(inner),)
     answers = [registry.refusals(candidate, request) for candidate in candidates]
     return tuple(dict.fromkeys(reason for reasons in answers for reason in reasons)) if all(answers) else ()

@@ -3,8 +3,8 @@
 ``attnzoo.patch(model, backend="blocked-local", window=1024, sinks=4)``. A causal query sees the last ``window`` keys
 up to the position of the query, as in Mistral (Jiang et al. 2023, arXiv:2310.06825). A non-causal query also sees the
 ``window - 1`` keys after this position. Every query also sees the sinks: the first ``sinks`` keys that the masks allow.
-Models put unneeded weight on sinks (StreamingLLM, Xiao et al. 2023, arXiv:2309.17453). In a packed row, the sinks are
-the first keys of the query's document. The cache stores all keys, so decoding gives the result of one whole forward.
+Models rely on sinks (StreamingLLM, Xiao et al. 2023, arXiv:2309.17453). In a packed row, the sinks are the first keys
+of the query's document. The cache stores all keys, so decoding gives the result of one whole forward.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ class BlockedLocalBackend(ApproximateBackend):
 
 
 def _sinks(attention: Attention, window: Window, placement: QueryPlacement, count: int) -> Segment | None:
-    """Return a segment of the first ``count`` visible keys, in which queries see only keys outside the window.
+    """Return a segment with the first ``count`` visible keys, or None if no key is visible.
 
-    Return None if no key is visible.
+    In this segment, each query sees only the keys outside the window of the query.
     """
     (segment,) = attention.segments
     count = min(count, segment.kv_len)
@@ -113,10 +113,10 @@ def _sinks(attention: Attention, window: Window, placement: QueryPlacement, coun
 
 
 def _sinks_by_query(attention: Attention, mask: Tensor, window: Window, position: int, count: int) -> Segment | None:
-    """Return the segment of sinks for a dense mask, with which sinks may differ between queries.
+    """Return the segment of sinks if a dense mask exists. The sinks may then differ between queries.
 
     The segment contains every key that is a sink of at least one query and outside the window of this query. In a
-    packed row, these are at most ``count`` keys per document.
+    packed row, the segment contains at most ``count`` keys per document.
     """
     (segment,) = attention.segments
     sinks, seen = first_keys(segment, mask, attention.q_len, count)
@@ -136,9 +136,9 @@ def _sinks_by_query(attention: Attention, mask: Tensor, window: Window, position
 
 
 def _outside(attention: Attention, window: Window, position: int, keys: Tensor) -> Tensor:
-    """Return bool, True where a key is outside the window of a query. ``keys`` broadcast to ``(..., q_len, m)``.
+    """Return which keys are outside the window of each query. ``keys`` must be broadcastable to ``(..., q_len, m)``.
 
-    For a causal query, the result is True only before the window, because later keys are hidden.
+    In a causal window, the result is True only for keys before the window, because later keys are hidden anyway.
     """
     query = torch.arange(position, position + attention.q_len, device=keys.device)[:, None]
     before = keys < query - window.left
@@ -146,7 +146,7 @@ def _outside(attention: Attention, window: Window, position: int, keys: Tensor) 
 
 
 def _bias_at(attention: Attention, positions: Tensor) -> DenseBias | None:
-    """Return the bias of all queries with the keys at ``positions`` ``(batch or 1, m)``, or None without bias."""
+    """Return the bias between all queries and the keys at ``positions`` ``(batch or 1, m)``, or None without bias."""
     (segment,) = attention.segments
     if segment.bias is None:
         return None

@@ -2,7 +2,7 @@
 
 ``attnzoo.patch(model, backend="lsh", num_hashes=4, chunk_length=64, num_buckets=32)``. Random rotations hash
 queries and keys to the nearest of ``num_buckets`` directions (cross-polytope LSH, Andoni et al. 2015,
-arXiv:1509.02897), so vectors with a large product are often in one bucket. As in Reformer (Kitaev et al. 2020,
+arXiv:1509.02897), so vectors with a large dot product are often in one bucket. As in Reformer (Kitaev et al. 2020,
 arXiv:2001.04451), the keys are sorted by bucket and position and cut into chunks of ``chunk_length``. A query sees the
 chunk of the query's rank and the previous chunk. A non-causal query also sees the next chunk. A query sees the union of
 ``num_hashes`` such rounds. There are four differences from Reformer:
@@ -13,7 +13,7 @@ chunk of the query's rank and the previous chunk. A non-causal query also sees t
 - A token always sees itself, the previous token and, if not causal, the next token. A row without similar keys
   therefore still sees a key.
 - A key counts once, even if several rounds contain the key, as in the paper. In Reformer's code, a key counts once per
-  round. With one bucket and chunks as long as the sequence, this is full attention.
+  round. Therefore one bucket and chunks as long as the sequence give full attention.
 - Each document of a packed row is sorted and cut separately, so other documents do not change the result.
 
 The rotations come from a separate random generator with ``seed``. Hashing has no gradient.
@@ -83,7 +83,7 @@ class LshBackend(ApproximateBackend):
         return f"{self.num_hashes} hash rounds of {self.num_buckets} buckets, chunks of {self.chunk_length} keys"
 
     def more_refusals(self, request: Request) -> tuple[Refusal, ...]:
-        """Refuse a bias if ``auto`` could only select dense backends, which users must request by name."""
+        """Refuse a bias that only dense backends support, unless the user names one of these backends as ``inner``."""
         (segment,) = request.segments
         if self.inner != "auto" or segment.bias is None:
             return ()
@@ -103,7 +103,7 @@ class LshBackend(ApproximateBackend):
     def _patterns(
         self, causal: bool, offset: int | None, rounds: tuple[HashRound, ...] = ()
     ) -> tuple[Window | HashedChunks, ...]:
-        """Return the window of neighbouring tokens, then one pattern per round."""
+        """Return the window that contains the neighbouring tokens, and one pattern per hash round."""
         hashed = HashedChunks(self.chunk_length or 0, 1, 0 if causal else 1, causal, min_distance=2, offset=offset)
         by_round = (replace(hashed, rounds=rounds[: number + 1]) for number in range(self.num_hashes or 0))
         return Window(1, 0 if causal else 1, offset), *by_round
@@ -189,7 +189,7 @@ def _rotations(seed: int, rounds: int, dim: int, buckets: int) -> tuple[Tensor, 
 def _buckets(vectors: Tensor, rotation: Tensor) -> Tensor:
     """Return the buckets of vectors ``(batch, heads, n, dim)``: the index of the direction with the largest product.
 
-    The bucket does not depend on the length of the vector, so nothing is normalised.
+    Vectors need no normalisation, because the bucket does not depend on the length of a vector.
     """
     if rotation.shape[1] == 0:
         return torch.zeros(vectors.shape[:3], dtype=torch.long, device=vectors.device)

@@ -23,7 +23,7 @@ _ENTRIES_AT_ONCE = 1 << 22
 
 
 class Spans(NamedTuple):
-    """The range of keys that each query sees with dense mask, key mask and pattern, and all visible keys."""
+    """The first and the last key that each query sees by dense mask, key mask and pattern, and all visible keys."""
 
     first: Tensor  # (batch or 1, q_len) int64, the first key that a query sees in any head; kv_len for no key
     last: Tensor  # (batch or 1, q_len) int64, the last key that a query sees in any head; -1 for no key
@@ -53,21 +53,21 @@ class QueryPlacement:
 
     @property
     def offset(self) -> int | None:
-        """The offset for patterns. None aligns the last query with the last key, if this gives ``position``."""
+        """The offset for patterns. The offset is None if the last query has the position of the last key."""
         return None if self.position == self.aligned != 0 else self.position
 
 
 def place_queries(backend: str, attention: Attention) -> QueryPlacement:
     """Return the position of the queries among the keys.
 
-    - The offset of a ``Causal`` pattern is the position of query 0. No offset aligns the last query with the last key.
-    - A single query is a decoding step. It has the position of the last key that is visible in any sample, because a
-      static cache has unused entries after this key.
+    - The offset of a ``Causal`` pattern is the position of query 0. Offset None puts the last query at the last key.
+    - A single query is a decoding step. This query is at the last key that is visible in any sample, because a static
+      cache has unused entries after this key.
     - For several queries, a causal dense mask gives the position. Otherwise, the last query is at the last key.
 
     Raises:
-        BackendRefusedError: the positions of several queries are unknown, because the masks are not causal and the last
-            key of a longer cache is hidden in all samples.
+        BackendRefusedError: there are more keys than queries, the masks are not causal, and the last key is hidden in
+            all samples. The positions of several queries are then unknown.
     """
     (segment,) = attention.segments
     q_len, kv_len = attention.q_len, segment.kv_len
@@ -88,7 +88,7 @@ def place_queries(backend: str, attention: Attention) -> QueryPlacement:
 
 
 def _last_visible(visible: Tensor | None, kv_len: int) -> int:
-    """Return the last key that is visible in any sample, or the last key if no key is visible. Wait for the device."""
+    """Return the last key that is visible in any sample, or else the last key. This waits for the device."""
     if visible is None:
         return kv_len - 1
     count = int((torch.arange(1, kv_len + 1, device=visible.device) * visible.any(0)).max())
@@ -96,7 +96,7 @@ def _last_visible(visible: Tensor | None, kv_len: int) -> int:
 
 
 def _position_by_mask(spans: Spans, q_len: int, aligned: int) -> tuple[int, bool]:
-    """Return the position of query 0 according to a dense mask, and whether the mask is causal.
+    """Return the position of query 0 that a dense mask implies, and whether the mask is causal.
 
     With as many keys as queries, the position is 0. On a longer cache, a mask is causal if a position exists that meets
     two conditions. No query sees a key after the query's position. Every query that sees any key also sees the key at
@@ -117,7 +117,7 @@ def _position_by_mask(spans: Spans, q_len: int, aligned: int) -> tuple[int, bool
 
 
 def read_spans(segment: Segment, mask: Tensor, q_len: int) -> Spans:
-    """Return the spans of visible keys for the dense mask, the key mask and the pattern of a segment."""
+    """Return the spans of keys that the dense mask, the key mask and the pattern of a segment leave visible."""
     firsts, lasts, visible = [], [], []
     for seen in _visible_rows(segment, mask, q_len):
         rows = seen.any(1) if seen.shape[1] > 1 else seen[:, 0]
@@ -133,7 +133,7 @@ def read_spans(segment: Segment, mask: Tensor, q_len: int) -> Spans:
 def first_keys(segment: Segment, mask: Tensor, q_len: int, count: int) -> tuple[Tensor, Tensor]:
     """Return the first ``count`` keys that each query sees, and a bool tensor that is False for entries without a key.
 
-    Both are ``(batch or 1, heads or 1, q_len, count)``. A query may see fewer than ``count`` keys.
+    Both tensors are ``(batch or 1, heads or 1, q_len, count)``. A query may see fewer than ``count`` keys.
     """
     places = torch.arange(segment.kv_len, device=segment.key.device, dtype=torch.int32)
     keys, visible = [], []
@@ -168,7 +168,7 @@ def number_documents(attention: Attention, spans: Spans | None) -> DocumentNumbe
 
 
 def _visible_rows(segment: Segment, mask: Tensor, q_len: int) -> Iterator[Tensor]:
-    """Yield bool masks from dense mask, key mask and pattern, for a few queries at a time."""
+    """Yield bool masks that combine dense mask, key mask and pattern. Each bool mask covers a few queries."""
     kv_len = segment.kv_len
     samples = len(mask) if segment.key_mask is None else max(len(mask), len(segment.key_mask))
     rows = max(1, _ENTRIES_AT_ONCE // (samples * mask.shape[1] * kv_len))

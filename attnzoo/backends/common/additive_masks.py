@@ -1,8 +1,8 @@
-"""Additive masks of sorted and of hashed keys. Every block needs a new mask, so making a mask must be fast.
+"""Additive masks for ``SortedChunks`` and ``HashedChunks``. Every block needs a new mask, so this code must be fast.
 
-On the CPU a floating-point comparison whose result is floating-point uses the full vector width. A comparison with a
-bool result, or a fill by a bool mask, is ten times slower. So the code counts, in floating point, the reasons to hide
-a key, and then scales the count. The chosen dtype represents all token and chunk numbers exactly.
+On the CPU, comparing numbers is ten times faster if the result is a floating-point tensor and not a bool tensor. A fill
+by a bool mask is slow too. So the code counts the reasons to hide a key in a floating-point tensor, and multiplies the
+count by a large negative number. The dtype of the tensor represents all token and chunk numbers exactly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _EXACT_IN_FLOAT32 = 1 << 24
 
 
 class TokenMasks:
-    """Factory of additive masks for :class:`~attnzoo.spec.patterns.SortedChunks`. The next call overwrites a mask.
+    """Factory of additive masks for ``SortedChunks`` with equal tokens. A new mask may overwrite earlier masks.
 
     Args:
         token: the token of each key, ``(batch, heads, kv_len)`` long. Hidden keys have token -1.
@@ -37,9 +37,9 @@ class TokenMasks:
         self._buffers: dict[tuple[int, ...], Tensor] = {}
 
     def of(self, queries: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Return the mask ``(batch, heads, n, stop - start)`` of the queries and of the keys from start to stop.
+        """Return the mask ``(batch, heads, n, stop - start)`` of ``queries`` and the keys from ``start`` to ``stop``.
 
-        The second result marks the rows that see a key. None means that all rows see a key.
+        The second result is a bool tensor that is True for rows that see a key, or None if all rows see a key.
         """
         keys = slice(start, stop)
         tokens, query = self._for_lowest[:, :, keys], queries.to(self._for_lowest.dtype)
@@ -61,7 +61,7 @@ class TokenMasks:
 
 
 class HashMasks:
-    """Factory of additive masks for one :class:`~attnzoo.spec.hashed.HashedChunks`. The next call overwrites a mask."""
+    """Factory of additive masks for one ``HashedChunks`` pattern. A new mask may overwrite earlier masks."""
 
     def __init__(self, pattern: HashedChunks, q_len: int, kv_len: int, dtype: torch.dtype) -> None:
         self._pattern, self._dtype = pattern, dtype
@@ -76,7 +76,7 @@ class HashMasks:
         self._buffers: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def of(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the mask ``(batch, heads, n, m)``, and the rows ``(batch, heads, n)`` that see a key or None for all.
+        """Return the mask ``(batch, heads, n, m)``, and which rows ``(batch, heads, n)`` see a key. None means all.
 
         ``queries`` ``(batch, heads, n)`` and ``keys`` ``(batch, heads, m)`` are indices. Index -1 means no key.
         """
@@ -101,7 +101,7 @@ class HashMasks:
         return count.mul_(_HIDDEN).to(self._dtype), None if bool(visible_rows.all()) else visible_rows
 
     def _distance(self, chunks: tuple[Tensor, Tensor], queries: Tensor, keys: Tensor, out: Tensor) -> None:
-        """Write the distance, in chunks, from each key to the middle of the visible chunks. Index -1 gets infinity."""
+        """Write to ``out`` the distance in chunks from keys to the middle of visible chunks. Key -1 gets infinity."""
         query_chunks, key_chunks = chunks
         shared = keys.clamp(min=0).reshape(*key_chunks.shape[:2], -1)  # neighbouring query heads share a key head
         of_keys = key_chunks.gather(2, shared).view(keys.shape).masked_fill_(keys < 0, float("inf"))

@@ -1,4 +1,4 @@
-"""Block lists: for each block of queries, the blocks of keys that it sees fully or partly.
+"""Block lists: for each block of queries, the blocks of keys that the queries see fully or partly.
 
 The keys of all segments are concatenated. For a block of queries, a block of keys is *full* (every query sees every
 key), *partial* (the mask decides) or absent (no query sees a key). Kernels such as FlexAttention read these lists
@@ -27,9 +27,9 @@ class BlockShape(NamedTuple):
 
 
 class BlockLists(NamedTuple):
-    """Key blocks per block of queries, int32: counts ``(batch, 1, n)`` and block numbers ``(batch, 1, n, m)``.
+    """For each block of queries, the count ``(batch, 1, n)`` and the numbers ``(batch, 1, n, m)`` of key blocks, int32.
 
-    The fields are the arguments of FlexAttention's ``BlockMask.from_kv_blocks``. Numbers past the count are ignored.
+    The fields are the arguments of FlexAttention's ``BlockMask.from_kv_blocks``. Numbers after the count are ignored.
     """
 
     partial_count: Tensor
@@ -47,7 +47,7 @@ def segment_starts(attention: Attention) -> tuple[int, ...]:
 
 
 def unpadded_keys(attention: Attention) -> Tensor:
-    """Return ``(batch or 1, keys)`` bool, False for the keys of any segment that a key mask hides."""
+    """Return a bool tensor ``(batch or 1, keys of all segments)``, which is False for keys that a key mask hides."""
     masks = [segment.key_mask for segment in attention.segments]
     batch = 1 if all(mask is None for mask in masks) else attention.batch
     ones = torch.ones((batch, 1), dtype=torch.bool, device=attention.query.device)
@@ -81,7 +81,7 @@ def _make_lists(attention: Attention, shape: BlockShape) -> BlockLists:
 
 
 def _listed(grid: Tensor) -> tuple[Tensor, Tensor]:
-    """Return counts and numbers of the True blocks in ``(batch, n, m)``. The numbers of False blocks come last."""
+    """Return, per row of a ``(batch, n, m)`` grid, the count of True blocks, and all block numbers, True ones first."""
     order = grid[:, None].byte().argsort(dim=-1, descending=True, stable=True)
     return grid[:, None].sum(-1, dtype=torch.int32), order.to(torch.int32)
 
@@ -90,10 +90,10 @@ def _listed(grid: Tensor) -> tuple[Tensor, Tensor]:
 def _grids(
     patterns: tuple[Pattern, ...], q_len: int, starts: tuple[int, ...], shape: BlockShape
 ) -> tuple[Tensor, Tensor]:
-    """Return two bool grids ``(blocks of queries, blocks of keys)``: visible blocks and full blocks, without masks.
+    """Return two bool grids ``(blocks of queries, blocks of keys)``: which blocks are visible and which are full.
 
-    A block with keys of several segments is never full. Both sizes of a grid are at least 2, because a compiler treats
-    a size of 1 as a constant.
+    The grids ignore masks. A block with keys of several segments is never full. Both sizes of a grid are at least 2,
+    because a compiler treats a size of 1 as a constant.
     """
     counts = (-(-q_len // shape.queries), -(-starts[-1] // shape.keys))
     visible, full = (torch.zeros([max(2, count) for count in counts], dtype=torch.bool, device="cpu") for _ in range(2))

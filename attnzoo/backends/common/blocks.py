@@ -1,6 +1,6 @@
-"""Cut an attention into blocks of queries and their visible key ranges, and make the mask of each part.
+"""Cut an attention into blocks of queries and the parts that these queries see, and make the mask of each part.
 
-Kernels that skip hidden blocks share this module. For a local pattern no tensor of this module is as large as
+Kernels that skip hidden keys share this module. For a local pattern no tensor of this module is as large as
 ``q_len x kv_len``. Only the mask of one part exists at a time, and consecutive parts with equal masks share one mask.
 """
 
@@ -24,7 +24,7 @@ DENSE_ROWS = 512
 
 
 class Part(NamedTuple):
-    """The keys of one segment that a block of queries sees: a range, or ``keys`` if the heads see different keys."""
+    """The keys that a block of queries sees in one segment: a range, or ``keys`` if the heads see different keys."""
 
     segment: int  # the number of the segment
     kv_start: int
@@ -32,13 +32,13 @@ class Part(NamedTuple):
     keys: Tensor | None = None  # (batch, heads, kv_stop) key indices; -1 means no key
 
     def take(self, tensor: Tensor, heads: int) -> Tensor:
-        """Return the part's rows of keys or values ``(batch, kv_heads, kv_len, dim)`` for all heads."""
+        """Return the rows of this part from keys or values ``(batch, kv_heads, kv_len, dim)``, for all query heads."""
         if self.keys is None:
             return expand_heads(tensor[:, :, self.kv_start : self.kv_stop], heads)
         return rows.take(tensor, self._by_key_head(self.keys, tensor)).view(*self.keys.shape, -1)
 
     def add(self, tensor: Tensor, values: Tensor) -> None:
-        """Add ``(batch, heads, m, dim)`` to the part's rows of ``(batch, kv_heads, kv_len, dim)``."""
+        """Add values ``(batch, heads, m, dim)`` to the rows of this part in ``(batch, kv_heads, kv_len, dim)``."""
         batch, kv_heads = tensor.shape[:2]
         if self.keys is not None:
             values = values.reshape(batch, kv_heads, -1, values.shape[3])
@@ -49,12 +49,12 @@ class Part(NamedTuple):
 
     @staticmethod
     def _by_key_head(keys: Tensor, tensor: Tensor) -> Tensor:
-        """Return the indices ``(batch, kv_heads, group * m)`` of the keys per key head. Index 0 replaces index -1."""
+        """Return the key indices of each key head, ``(batch, kv_heads, group * m)``. Index 0 replaces index -1."""
         return keys.clamp(min=0).reshape(*tensor.shape[:2], -1)
 
 
 class Block(NamedTuple):
-    """A block of queries and its visible parts. If ``queries`` is given, the range indexes the reordered queries."""
+    """A block of queries and the parts that the queries see. The range counts queries in the order of the pattern."""
 
     q_start: int
     q_stop: int
@@ -67,7 +67,7 @@ class Block(NamedTuple):
         return self.q_stop - self.q_start
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Return the block's rows of ``(batch, heads, q_len)`` or ``(batch, heads, q_len, dim)``."""
+        """Return the rows of this block from a tensor ``(batch, heads, q_len)`` or ``(batch, heads, q_len, dim)``."""
         if self.queries is None:
             return tensor[:, :, self.q_start : self.q_stop]
         return rows.take(tensor, self.queries)
@@ -93,9 +93,9 @@ class PartMask(NamedTuple):
 
 
 def positive_scale(attention: Attention) -> Attention:
-    """Return an equal attention with a scale above zero.
+    """Return an attention with the same scores and a scale above zero.
 
-    Kernels need a positive scale, because they compute the largest score, or add ``-inf``, before scaling.
+    Kernels need a positive scale, because kernels compute the largest score, or add ``-inf``, before scaling.
     """
     if attention.scale > 0.0:
         return attention
@@ -104,7 +104,7 @@ def positive_scale(attention: Attention) -> Attention:
 
 
 def block_size(attention: Attention) -> int:
-    """Return the number of queries per block: the smallest preferred size, at most 512 if a segment needs masks."""
+    """Return the queries per block: the smallest size that any pattern prefers. A mask or bias limits this to 512."""
     q_len = attention.q_len
     sizes = [segment.pattern.block_size(q_len, segment.kv_len) for segment in attention.segments]
     for segment in attention.segments:
@@ -120,13 +120,13 @@ def sees_all(attention: Attention, segment: Segment) -> bool:
 
 
 def passes(attention: Attention) -> list[list[int]]:
-    """Return groups of segments: all segments in sequence order first, then each reordered segment alone."""
+    """Return the segments of each pass. Segments that keep the query order share a pass. Others are alone in a pass."""
     plain = [i for i, segment in enumerate(attention.segments) if segment.pattern.query_order is None]
     return [group for group in (plain, *([i] for i in range(len(attention.segments)) if i not in plain)) if group]
 
 
 def blocks(attention: Attention, segments: list[int], size: int) -> Iterator[Block]:
-    """Yield all blocks of one pass in ascending order. ``size`` applies only to queries in sequence order."""
+    """Yield all blocks of one pass in ascending order. ``size`` is ignored if the pattern reorders queries."""
     q_len = attention.q_len
     pattern = attention.segments[segments[0]].pattern
     q_start = 0
@@ -141,7 +141,7 @@ def blocks(attention: Attention, segments: list[int], size: int) -> Iterator[Blo
 
 
 def block_at(attention: Attention, segments: list[int], q_start: int, q_stop: int) -> Block:
-    """Return queries ``q_start:q_stop`` of one pass as a block."""
+    """Return the block of the queries from ``q_start`` to ``q_stop`` of one pass."""
     parts = tuple(part for index in segments for part in _parts(attention, index, q_start, q_stop))
     order = attention.segments[segments[0]].pattern.query_order
     return Block(q_start, q_stop, parts, None if order is None else order[:, :, q_start:q_stop])
@@ -162,7 +162,7 @@ def _parts(attention: Attention, index: int, q_start: int, q_stop: int) -> Itera
 
 
 class Masks:
-    """Factory of part masks. For each segment, the last mask that the pattern alone determines is cached."""
+    """Factory of the masks of parts. The last result of :meth:`of_pattern` is cached for each segment."""
 
     def __init__(self, attention: Attention) -> None:
         self._attention = attention
@@ -205,7 +205,7 @@ class Masks:
         return Tile(block.q_start, block.q_stop, part.kv_start, part.kv_stop, self._attention.q_len, kv_len)
 
     def _indices(self, block: Block, part: Part) -> tuple[Tensor, Tensor]:
-        """Return the indices of queries ``(..., n, 1)`` and keys ``(..., 1, m)``, the arguments of a ``mask_mod``."""
+        """Return the indices of queries ``(..., n, 1)`` and keys ``(..., 1, m)``, as a ``mask_mod`` expects."""
         device = self._attention.query.device
         q, kv = block.queries, part.keys
         if q is None:
@@ -215,7 +215,7 @@ class Masks:
         return q[..., None], kv[:, :, None]
 
     def of_keys(self, block: Block, part: Part) -> Tensor | None:
-        """Return the keys that both masks leave visible, broadcastable to ``(batch, heads, n, m)``, or None for all."""
+        """Return which keys both masks leave visible, broadcastable to ``(batch, heads, n, m)``. None means all."""
         segment, keys = self._attention.segments[part.segment], slice(part.kv_start, part.kv_stop)
         visible: Tensor | None = None
         if part.keys is not None:  # _parts() has applied the key mask: hidden keys are -1
@@ -248,7 +248,7 @@ class Masks:
         return attention.segments[part.segment].bias_at(q, kv, attention.q_len, attention.batch, attention.heads)
 
     def key(self, block: Block, part: Part) -> tuple[object, ...] | None:
-        """Return a key that is equal only for parts with equal pattern masks and biases, or None if no key exists."""
+        """Return a value that is equal only for parts with equal pattern masks and biases, or None if none exists."""
         segment, tile = self._attention.segments[part.segment], self._tile(block, part)
         by_pattern: tuple[object, ...] | None = ("all", block.rows, part.kv_stop - part.kv_start)
         if not segment.pattern.sees_all(tile):
@@ -258,15 +258,15 @@ class Masks:
 
 
 def _may_hide(mask: Tensor) -> bool:
-    """Whether a mask may hide a key. On other devices than the CPU always True, because reading the mask would wait.
+    """Whether a mask may hide a key. On a GPU, the result is always True, because reading the mask would be slow.
 
-    On the CPU reading the mask saves time, because most blocks of most batches have no padding.
+    On the CPU, reading the mask saves time, because most blocks have no padding and then need no mask.
     """
     return mask.device.type != "cpu" or not holds(mask.all(), unknown=False)
 
 
 def visible_rows(attention: Attention) -> Tensor:
-    """Return ``(batch, heads or 1, q_len)`` bool, True for rows that see a key. No pattern may reorder the queries."""
+    """Return which rows see a key, bool ``(batch, heads or 1, q_len)``. No pattern may reorder the queries."""
     masks, all_rows = Masks(attention), []
     for block in blocks(attention, list(range(len(attention.segments))), block_size(attention)):
         visible = attention.query.new_zeros((attention.batch, 1, block.rows), dtype=torch.bool)
@@ -279,7 +279,7 @@ def visible_rows(attention: Attention) -> Tensor:
 
 
 def additive(visible: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return mask and bias as one additive term with ``-inf`` at hidden keys, or None without mask and bias."""
+    """Return mask and bias as one additive term with ``-inf`` at hidden keys, or None if both are None."""
     if visible is None:
         return None if bias is None else bias.to(dtype)
     if bias is None:

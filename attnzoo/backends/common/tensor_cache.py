@@ -1,7 +1,7 @@
 """A cache of values computed from tensors. For example, all layers of one forward share a plan computed from a mask.
 
 On the CPU the key is the content of a tensor. On other devices reading the content would wait for the device, so the
-key is the identity and version of a live tensor. A write through ``.data`` or DLPack does not raise the version, so
+key is the identity and version of the tensor object. A write through ``.data`` or DLPack does not raise the version, so
 the cache does not notice this write. Models and adapters avoid the problem by making new masks in every forward.
 """
 
@@ -20,14 +20,14 @@ T = TypeVar("T")
 
 
 class TensorCache:
-    """Cache of the ``size`` most recently used values. The cache keeps only weak references to tensors off the CPU."""
+    """Cache of the ``size`` most recently used values. The cache has only weak references to GPU tensors."""
 
     def __init__(self, size: int = 16) -> None:
         self._size, self._lock = size, threading.Lock()
         self._entries: OrderedDict[Hashable, tuple[tuple[weakref.ref[Tensor], ...], Any]] = OrderedDict()
 
     def get(self, key: Hashable, tensors: tuple[Tensor, ...], make: Callable[[], T]) -> T:
-        """Return the cached value, or call ``make`` on a miss. The value must not share memory with ``tensors``."""
+        """Return the cached value, or else the value of ``make()``, which must not share memory with ``tensors``."""
         watched = tuple(tensor for tensor in tensors if tensor.device.type != "cpu")
         if any(tensor.is_inference() for tensor in watched):
             return make()  # inference tensors have no version

@@ -2,8 +2,8 @@
 
 A kernel computes the attention over each part ``i`` of the keys: the output ``out_i``, and the log-sum-exp of the
 scores, ``lse_i``. Then ``lse = logsumexp(lse_i)`` and ``out = sum(exp(lse_i - lse) * out_i)`` (Milakov & Gimelshein
-2018, arXiv:1805.02867; used across devices by Ring Attention, arXiv:2310.01889). The backward of each part needs only
-the *final* out and lse to be exact, because the gradient of a softmax depends on the other parts through these alone.
+2018, arXiv:1805.02867; used across devices by Ring Attention, arXiv:2310.01889). The backward of each part needs
+only the *final* out and lse to be exact, because the other parts affect the gradients only through out and lse.
 
 To add a GPU kernel for packed sequences, copy ``varlen/varlen_kernel.py``. To add a kernel with a different interface,
 subclass :class:`PartialKernel` and call :func:`unite`, as ``sdpa/flash_cpu.py`` does.
@@ -22,7 +22,7 @@ Grads = tuple[Tensor, Tensor, Tensor]
 
 
 class PartialKernel(ABC):
-    """A kernel that returns ``(out, lse)`` of a part of the keys, bound to the tensors of one attention.
+    """A kernel that returns ``(out, lse)`` of a part of the keys. Each object is made for the tensors of one attention.
 
     A plan yields ``(is_first, rows)``. ``rows.take(tensor)``, ``rows.put(tensor, values)`` and ``rows.add(tensor,
     values)`` read and write these query rows of out, lse and gradients. Rows with ``is_first`` must not overlap,
@@ -30,7 +30,7 @@ class PartialKernel(ABC):
     ``part.segment`` is the segment number, and ``part.add(tensor, values)`` adds to rows of a key or value gradient.
 
     Attributes:
-        places: the indices of each segment's key and value in ``tensors``: key, value, key, ...
+        places: for each segment in order, the index of the key in ``tensors``, then the index of the value.
         query: the query tensor in the layout of the kernel.
         tensors: the distinct keys and values, followed by further tensors with a gradient.
     """
@@ -45,7 +45,7 @@ class PartialKernel(ABC):
 
     @abstractmethod
     def new_results(self) -> tuple[Tensor, Tensor]:
-        """Return memory for out, uninitialised where ``is_first`` rows are written, and lse filled with ``-inf``."""
+        """Return new out and lse. All lse are ``-inf``. Rows of out with ``is_first`` may be uninitialised."""
 
     @abstractmethod
     def forward_plan(self) -> Iterable[tuple[bool, Any]]:
@@ -53,7 +53,7 @@ class PartialKernel(ABC):
 
     @abstractmethod
     def forward(self, rows: Any, number: int) -> tuple[Tensor, Tensor]:
-        """Return out and lse of rows over part ``number``. A row that sees no key has finite out and lse ``-inf``."""
+        """Return out and lse of ``rows.parts[number]``. A row that sees no key has finite out and lse ``-inf``."""
 
     def backward_plan(self) -> Iterable[tuple[bool, Any]]:
         """Yield ``(is_first, rows)`` for the backward. The default is the plan of the forward."""
@@ -61,10 +61,10 @@ class PartialKernel(ABC):
 
     @abstractmethod
     def backward(self, rows: Any, grad_out: Tensor, out: Tensor, lse: Tensor) -> Iterable[Grads]:
-        """Return the gradients of query, key and value for each part. The ``out`` and ``lse`` are final values."""
+        """Return the gradients of query, key and value for each part. ``out`` and ``lse`` are results of the union."""
 
     def further_gradients(self) -> list[Tensor]:
-        """Return the gradients of the further tensors. :func:`unite` calls this after the backward of all rows."""
+        """Return the gradients of ``tensors`` that are neither keys nor values. :func:`unite` calls this last."""
         return []
 
 
@@ -77,7 +77,7 @@ def unite(bind: Bind, query: Tensor, tensors: Sequence[Tensor], masks: Sequence[
     Args:
         bind: function that makes the kernel from ``query`` and ``tensors``, called by the forward and each backward.
         query, tensors: the attributes of the kernel with these names.
-        masks: further tensors that the backward reads. PyTorch raises if code changes them before the backward.
+        masks: further tensors that the backward reads. PyTorch raises if these tensors change before the backward.
 
     Returns:
         The output in the dtype of the query, and lse without a gradient. Rows that see no key have lse ``-inf``.
@@ -134,7 +134,7 @@ class _Union(torch.autograd.Function):
 
 
 def _merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``out`` ``(..., dim)`` and ``lse`` ``(...)`` with one more part merged, in place for equal dtypes."""
+    """Merge a part into ``out`` ``(..., dim)`` and ``lse`` ``(...)``. If both dtypes are equal, this is in place."""
     out = out.to(lse.dtype)
     share = torch.sigmoid(part_lse - lse)  # exp(part_lse - total); 1 - share is exp(lse - total)
     share = share.masked_fill_(part_lse == float("-inf"), 0.0)

@@ -86,7 +86,7 @@ class FlexBackend(Backend):
 
 
 def _check_biases(attention: Attention) -> None:
-    """Raise if a bias is not exactly a ``RelativeBias``. A subclass may define values that are not in the table."""
+    """Raise if a bias is not exactly a ``RelativeBias``. A subclass may have values outside the table."""
     for segment in attention.segments:
         if segment.bias is not None and type(segment.bias) is not RelativeBias:
             reason = Refusal("bias", type(segment.bias).__name__, "RelativeBias, but no subclass")

@@ -113,7 +113,7 @@ def _lookup(flat: Tensor, index: Tensor) -> Tensor:
 
 
 def _visible(form: Form, terms: Terms, q: Tensor, kv: Tensor) -> Tensor:
-    """Return which keys are visible by the patterns of all segments, as a ``mask_mod`` does."""
+    """Return whether query ``q`` sees key ``kv`` of the concatenated keys by the patterns, as a ``mask_mod`` does."""
     visible = None
     for number, is_chunked in enumerate(form.is_chunked):
         start, stop, *rest = terms.patterns[number]
@@ -130,7 +130,7 @@ def _visible(form: Form, terms: Terms, q: Tensor, kv: Tensor) -> Tensor:
 
 
 def _bias_entry(form: Form, terms: Terms, b: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-    """Return the index of the table entry of a query and a key, within one head."""
+    """Return the index of the bias value for a query and a key, among the bias values of one head."""
     entry = None
     for number, has_positions in enumerate(form.has_positions):
         zero, shift, first, last = terms.biases[number]
@@ -142,7 +142,7 @@ def _bias_entry(form: Form, terms: Terms, b: Tensor, q: Tensor, kv: Tensor) -> T
 
 
 def scalars(*values: int, device: torch.device) -> Scalars:
-    """Return one new tensor per number. A kernel compiled for views would depend on their sizes and offsets."""
+    """Return one separate tensor per number, because code compiled for a view depends on the offset of the view."""
     return tuple(torch.tensor(value, device=device) for value in values)
 
 

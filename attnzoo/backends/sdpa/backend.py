@@ -4,9 +4,9 @@ A single segment without bias and dense mask needs one public call if the patter
 every key. Any other attention is computed block by block, by the first of these methods that supports it:
 
 - On the CPU, without dropout and function transforms, with ``value_dim == head_dim``: PyTorch's CPU FlashAttention
-  kernel, with trained biases too. Log-sum-exp merges the parts (:mod:`attnzoo.backends.sdpa.flash_cpu`).
+  kernel, with trained biases too. The parts are merged by log-sum-exp (:mod:`attnzoo.backends.sdpa.flash_cpu`).
 - With segments that reorder the queries: plain PyTorch operations (:mod:`attnzoo.backends.sdpa.math_blocks`).
-- Otherwise: one public call per block, on the concatenated keys of its parts.
+- Otherwise: one public call per block, on the concatenated keys of all parts of the block.
 
 This module chooses the kernel of a public call and forces PyTorch to use this kernel, so the reported name is correct.
 """
@@ -87,7 +87,7 @@ def _contiguous_rows(tensor: Tensor) -> Tensor:
 
 
 def _is_causal(attention: Attention, segment: Segment) -> bool:
-    """Whether PyTorch's ``is_causal`` is equal to pattern and key mask. ``is_causal`` aligns query 0 with key 0."""
+    """Whether ``is_causal=True`` can replace pattern and key mask. PyTorch then aligns query 0 with key 0."""
     return (
         isinstance(segment.pattern, Causal)
         and segment.pattern.shift(attention.q_len, segment.kv_len) == 0
@@ -137,7 +137,7 @@ def _call(
     bias: Tensor | None,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor | None, str]:
-    """Return output, rows that see a key (None for all rows), and kernel name of one public call."""
+    """Run one public call. Return the output, which rows see a key (None means all), and the kernel name."""
     visible_rows = None
     if visible is not None:
         # Kernels disagree on rows that see no key. Let such rows see every key; their output is dropped later.
@@ -191,7 +191,7 @@ _switches = _Switches()
 
 @contextmanager
 def _enforced(kernel: SDPBackend, query: Tensor, key: Tensor, value: Tensor, terms: dict[str, Any]) -> Iterator[None]:
-    """Force PyTorch to use ``kernel`` or raise. Change the global switches only if PyTorch's default kernel differs."""
+    """Context manager in which PyTorch runs ``kernel`` or raises. If ``kernel`` is the default, no switch changes."""
     if torch.compiler.is_compiling():  # torch.compile cannot trace the choice or the lock
         with sdpa_kernel(kernel):
             yield
@@ -207,7 +207,7 @@ def _enforced(kernel: SDPBackend, query: Tensor, key: Tensor, value: Tensor, ter
 def _default_kernel(query: Tensor, key: Tensor, value: Tensor, terms: dict[str, Any]) -> SDPBackend | None:
     """Return the kernel that PyTorch would choose, or None if the choice is unknown.
 
-    Under ``torch.func`` PyTorch chooses once per level, because a bias may need a gradient at some levels only.
+    Under ``torch.func`` the choice is unknown, because PyTorch chooses separately at each level of transforms.
     """
     if transforms_around((query, key, value)):
         return None

@@ -35,7 +35,7 @@ _operators = torch.ops.aten
 
 @cache
 def unavailable() -> str | None:
-    """Return the reason why this PyTorch version lacks the private operators, or None if they can be used."""
+    """Return which private operator this PyTorch version lacks or has changed, or None if both can be used."""
     inputs, settings = ("query", "key", "value"), ("dropout_p", "is_causal", "attn_mask", "scale")
     expected = {_FORWARD: (*inputs, *settings), _BACKWARD: ("grad_out", *inputs, "out", "logsumexp", *settings)}
     for name, arguments in expected.items():
@@ -48,7 +48,7 @@ def unavailable() -> str | None:
 
 
 def attend(attention: Attention) -> Tensor:
-    """Return the output of an attention. Requires CPU tensors, ``value_dim == head_dim`` and no dropout."""
+    """Return the output of an attention with CPU tensors, ``value_dim == head_dim`` and no dropout."""
     trained = [bias.values for bias in trained_biases(attention).values()] if torch.is_grad_enabled() else []
     keys_values, places = _distinct_tensors(attention)
     kernel = partial(_CpuKernel, _without_storage(attention), places)
@@ -58,7 +58,7 @@ def attend(attention: Attention) -> Tensor:
 
 
 def _distinct_tensors(attention: Attention) -> tuple[list[Tensor], list[int]]:
-    """Return the distinct keys and values, and their index for each segment in the order key, value, key, ..."""
+    """Return the distinct keys and values, and for each segment in order the index of the key and of the value."""
     every = [tensor for segment in attention.segments for tensor in (segment.key, segment.value)]
     distinct = list({id(tensor): tensor for tensor in every}.values())
     numbers = {id(tensor): number for number, tensor in enumerate(distinct)}
@@ -66,7 +66,7 @@ def _distinct_tensors(attention: Attention) -> tuple[list[Tensor], list[int]]:
 
 
 def _without_storage(attention: Attention) -> Attention:
-    """Return a copy with storage-free tensors of equal shapes. Otherwise the graph would refer to tensors twice."""
+    """Return a copy with placeholders of equal shapes, because the autograd graph must not keep the tensors twice."""
 
     def shell(tensor: Tensor) -> Tensor:
         return tensor.detach().new_empty(()).expand(tensor.shape)
@@ -98,7 +98,7 @@ class _AdditiveMasks:
         self._by_hash: dict[int, HashMasks] = {}
 
     def of(self, block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
-        """Return the mask ``(batch, heads, n, m)``, and the rows ``(batch, heads, n)`` that see a key."""
+        """Return the mask ``(batch, heads, n, m)``, and which rows ``(batch, heads, n)`` see a key. None means all."""
         attention = self._attention
         mask, visible_rows = self._of_structure(block, part)
         keys = self._masks.of_keys(block, part)
@@ -111,7 +111,7 @@ class _AdditiveMasks:
         return mask, None if visible_rows is None else visible_rows.expand(shape[:3])
 
     def _of_structure(self, block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
-        """Return mask and rows from pattern and bias alone. Most blocks of a sequence have equal results."""
+        """Return the results of :meth:`of` for pattern and bias alone. Most blocks of a sequence have equal results."""
         segment, dtype = self._attention.segments[part.segment], self._attention.query.dtype
         pattern = segment.pattern
         if isinstance(pattern, SortedChunks) and segment.bias is None and block.queries is not None:
@@ -136,7 +136,7 @@ class _AdditiveMasks:
 
 
 class _CpuKernel(PartialKernel):
-    """The two private operators as a :class:`PartialKernel`. The forward runs on stacks, the backward on blocks."""
+    """A kernel that calls the two private operators. The forward runs on stacks of blocks, the backward on blocks."""
 
     def __init__(self, attention: Attention, places: list[int], query: Tensor, tensors: Sequence[Tensor]) -> None:
         self._attention, self.places, self.query, self.tensors = attention, places, query, tensors

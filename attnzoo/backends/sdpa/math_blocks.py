@@ -2,7 +2,7 @@
 
 This code is slower than a fused kernel, but also needs little memory: for a local pattern only the scores of one block
 of queries and the nearby keys exist. The parts of a block share one softmax. Segments that reorder the queries are
-merged by log-sum-exp as in :mod:`attnzoo.backends.common.union`, but out of place for autograd.
+merged by log-sum-exp as in :mod:`attnzoo.backends.common.union`, but not in place, because autograd records the merge.
 """
 
 from __future__ import annotations

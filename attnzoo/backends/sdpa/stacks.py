@@ -1,7 +1,7 @@
 """Stacks of blocks with equal masks. One kernel call computes all blocks of a stack.
 
 For a window pattern, all blocks except those near the ends of a sequence have equal masks, equal numbers of keys and
-equal distances between queries and keys. Such blocks are views into common tensors with a constant step.
+equal distances between queries and keys. The keys of such blocks are views with a constant step into one tensor.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Stack(NamedTuple):
             yield from (self._replace(sample=sample) for sample in range(batch))
 
     def flat(self) -> Stack:
-        """Return the stack as a single block. All parts must have step 0 and no mask."""
+        """Return the stack as a single block. Only parts with step 0 and without a mask may be read from this block."""
         return self._replace(block=self.whole()._replace(parts=self.block.parts), depth=1)
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Return the rows ``(heads, depth, rows, ...)``, or ``(batch, heads, rows, ...)`` for a single block."""
+        """Return the query rows ``(heads, depth, rows, ...)``, or ``(batch, heads, rows, ...)`` for a single block."""
         return self.by_block(self.whole().take(self._of_sample(tensor)))
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
@@ -79,7 +79,7 @@ class Stack(NamedTuple):
         return rows if self.depth == 1 else rows[0][:, None].expand(-1, self.depth, *rows.shape[2:])
 
     def keys(self, number: int, tensor: Tensor, heads: int, scratch: Scratch) -> Tensor:
-        """Return rows of a part ``(heads, depth, m, dim)``, or ``(batch, heads, m, dim)`` for a single block."""
+        """Return key rows of a part, ``(heads, depth, m, dim)`` or, for a single block, ``(batch, heads, m, dim)``."""
         part, step, tensor = self.block.parts[number], self.steps[number], self._of_sample(tensor)
         if self.depth == 1:
             return part.take(tensor, heads)
@@ -101,7 +101,7 @@ class Scratch:
         self._memory: Tensor | None = None
 
     def contiguous_rows(self, tensor: Tensor) -> Tensor:
-        """Return ``(..., n, dim)`` with contiguous rows. The next call overwrites the result."""
+        """Return the tensor ``(..., n, dim)`` with contiguous rows. The next call may overwrite the result."""
         if tensor.stride(-2) == tensor.shape[-1]:
             return tensor
         if self._memory is None or self._memory.numel() < tensor.numel():
@@ -129,7 +129,7 @@ def stacks(attention: Attention, segments: list[int]) -> Iterator[Stack]:
 
 
 def _size(attention: Attention, segments: list[int], masks: Masks) -> int:
-    """Return the queries per block: ``_TILE`` if such blocks make a stack with steps above 0, else the usual size."""
+    """Return the queries per block: ``_TILE`` if such blocks form stacks with a step above 0, else ``block_size()``."""
     size, middle = block_size(attention), attention.q_len // 2
     dense = any(attention.segments[index].mask is not None for index in segments)
     if dense or size <= _TILE or middle + 2 * _TILE > attention.q_len:
@@ -141,7 +141,7 @@ def _size(attention: Attention, segments: list[int], masks: Masks) -> int:
 
 
 def _mask_key(masks: Masks, block: Block) -> tuple[object, ...] | None:
-    """Return a key that is equal only for blocks with equal pattern masks and biases, or None if no key exists."""
+    """Return a value that is equal only for blocks with equal pattern masks and biases, or None if none exists."""
     if block.queries is not None or any(part.keys is not None for part in block.parts):
         return None
     keys = [(part.segment, part.kv_stop - part.kv_start, masks.key(block, part)) for part in block.parts]
@@ -149,7 +149,7 @@ def _mask_key(masks: Masks, block: Block) -> tuple[object, ...] | None:
 
 
 def _steps(block: Block, following: Block) -> tuple[int, ...] | None:
-    """Return, per part, the number of keys between both blocks, or None if a number is negative."""
+    """Return how many keys later each part begins in the following block, or None if a part begins earlier."""
     steps = tuple(b.kv_start - a.kv_start for a, b in zip(block.parts, following.parts, strict=True))
     return steps if min(steps, default=0) >= 0 else None
 

@@ -1,4 +1,4 @@
-"""The backward of blocks with a trained bias. PyTorch's CPU kernel returns no gradient of the scores."""
+"""The backward of blocks with a trained bias, because PyTorch's CPU kernel returns no gradient of the scores."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def backward_by_hand(
         pairs: key and value of each part.
         masks: the additive mask of each part, or None.
         is_whole: whether the parts include all keys that the rows see. If True, the softmax is computed again over all
-            parts. Then the score gradients of a row sum to zero as exactly as with plain operations. With the rounded
+            parts, so the score gradients of a row sum to zero as exactly as with plain operations. With the rounded
             out and lse of the kernel, the gradient of a bias would add the rounding errors of many rows. If False,
             this function must use out and lse, because the keys of other passes are not available.
     """
@@ -65,7 +65,7 @@ def backward_by_hand(
 
 
 class BiasGradients:
-    """Accumulator of the gradients of trained biases. Equal blocks are summed before one scatter by index."""
+    """Accumulator of the gradients of trained biases. Score gradients of blocks with equal masks are summed first."""
 
     def __init__(self, attention: Attention) -> None:
         self._attention, self._masks, self._biases = attention, Masks(attention), trained_biases(attention)

@@ -10,7 +10,7 @@ last query of a sequence has the position of the last key. A query at position `
   differently from the pattern. Samples with equal ``left`` and ``right`` share a call.
 - Hidden keys inside such a range stay in the sequence. :mod:`attnzoo.backends.varlen.packed` hides these keys.
 
-Every query of a call sees at least one key of the call. This key may be hidden.
+By position, every query of a call sees at least one key of the call. A key mask may hide this key.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Sequences:
 
     @cached_property
     def cumulative(self) -> tuple[Tensor, Tensor, int, int]:
-        """The starts and the final end of query and of key sequences, then the longest query and key lengths."""
+        """The boundaries of query sequences and of key sequences, the longest query length, the longest key length."""
         starts = ([0, *accumulate(lens)] for lens in (self.q_lens, self.k_lens))
         cu_q, cu_k = (torch.tensor(start, dtype=torch.int32, device=self.device) for start in starts)
         return cu_q, cu_k, max(self.q_lens), max(self.k_lens)
@@ -92,7 +92,7 @@ class _Runs(NamedTuple):
 
 
 def may_hide_keys(segment: SegmentRequest) -> bool:
-    """Return whether a segment may need the extra vector component that hides keys."""
+    """Return whether :mod:`attnzoo.backends.varlen.packed` may have to hide keys of a segment."""
     pattern = segment.pattern
     if isinstance(pattern, SortedChunks):
         return True
@@ -108,7 +108,7 @@ def plan_calls(attention: Attention, has_windows: bool = True) -> CallPlan:
     """Return the calls of an attention. Layers with equal masks share a cached plan, except with sorted segments.
 
     The attention must have no bias and no dense mask. With sorted segments the attention must have one head
-    (:func:`attnzoo.backends.varlen.sorted_calls.fold_heads`). ``has_windows=False`` avoids windows in causal patterns.
+    (:func:`attnzoo.backends.varlen.sorted_calls.fold_heads`). ``has_windows`` is whether the kernel supports windows.
     """
     segments = attention.segments
     if any(isinstance(segment.pattern, SortedChunks) for segment in segments):
@@ -154,7 +154,7 @@ def _plan(attention: Attention, has_windows: bool) -> CallPlan:
 
 
 def _split(call: Call) -> list[Call]:
-    """Return the call in pieces of at most ``MAX_SEQUENCES`` sequences."""
+    """Return the call as several calls of at most ``MAX_SEQUENCES`` sequences."""
     whole, count = call.sequences, len(call.sequences.q_lens)
     if count <= MAX_SEQUENCES:
         return [call]
@@ -169,7 +169,7 @@ def _split(call: Call) -> list[Call]:
 
 
 def _row_numbers(call: Call) -> tuple[Tensor, Tensor]:
-    """Return the row numbers of queries and keys of a call, also if the call stores None for all rows."""
+    """Return the row numbers of queries and keys of a call. None in the call is replaced by the numbers of all rows."""
     sequences = call.sequences
     q_rows, k_rows = (
         torch.arange(sum(lens), device=sequences.device) if rows is None else rows
@@ -179,7 +179,7 @@ def _row_numbers(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _ranges(masks: list[Tensor | None]) -> list[list[_Range] | None]:
-    """Return the range of each sample for each mask. This function waits for the device once."""
+    """Return, for each mask, the range of each sample, or None without a mask. This waits for the device once."""
     stacked = []
     for mask in masks:
         if mask is not None:
@@ -219,7 +219,7 @@ def _band_calls(
 
 
 def _extents(tile: Tile, band: Band) -> tuple[int, int]:
-    """Return ``left`` and ``right`` of a tile as one sequence. A value that would hide no key becomes ``NO_LIMIT``."""
+    """Return ``left`` and ``right`` for a tile in one sequence. A value that would hide no key becomes ``NO_LIMIT``."""
     aligned = tile.kv_stop - tile.q_stop  # the distance from a query to its position in the kernel
     left, right = aligned - band.lowest, band.highest - aligned
     q_count, k_count = tile.q_stop - tile.q_start, tile.kv_stop - tile.kv_start
@@ -230,7 +230,7 @@ def _cut(tile: Tile, band: Band, has_windows: bool) -> list[Tile]:
     """Return the tile, or several tiles with fewer queries if a kernel would compute a wrong window.
 
     FlashAttention replaces ``left`` or ``right`` by no limit if the value is at least the longest key length. If only
-    one of them has no limit, the kernel uses the longest key length instead. This length is wrong if many queries
+    one of the two has no limit, the kernel uses the longest key length instead. This length is wrong if many queries
     precede the first key. Kernels without windows support only ``right=0``. So queries that do not see the last key,
     and queries that do not see the first key, become separate tiles.
     """
@@ -249,18 +249,18 @@ def _cut(tile: Tile, band: Band, has_windows: bool) -> list[Tile]:
 
 
 def _is_all(starts: tuple[int, ...], lens: tuple[int, ...], batch: int, length: int) -> bool:
-    """Whether the runs are all rows of all samples in order."""
+    """Whether the runs contain all rows of all samples in order."""
     return lens == (length,) * batch and starts == tuple(range(0, batch * length, length))
 
 
 def _is_ordered(pattern: Chunks, kv_len: int) -> bool:
-    """Whether a causal query sees only a part of its chunk. Then positions within the chunk matter."""
+    """Whether queries see only the earlier keys of their own chunk, so that positions within the chunk matter."""
     return pattern.causal and pattern.before % -(-kv_len // pattern.length) <= pattern.before + pattern.after
 
 
 @lru_cache(maxsize=64)
 def _neighbourhoods(pattern: Chunks, length: int) -> tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]:
-    """Return start and length of each query chunk that sees keys, and start and length of each visible key run."""
+    """Return start and length of each chunk of queries that see keys, and of each run of keys that the chunk sees."""
     chunks = []
     for start in range(0, length, pattern.length):
         stop = min(length, start + pattern.length)
@@ -271,7 +271,7 @@ def _neighbourhoods(pattern: Chunks, length: int) -> tuple[tuple[int, int, tuple
 
 
 def _chunk_calls(attention: Attention, number: int, segment: Segment, pattern: Chunks) -> list[Call]:
-    """Return a call with one sequence per sample and chunk. If causal, the last key is the last key of the chunk."""
+    """Return at most one call, in which each chunk of each sample is a sequence with the keys that the chunk sees."""
     length, device = segment.kv_len, attention.query.device
     chunks = _neighbourhoods(pattern, length)
     if not chunks:
@@ -291,7 +291,7 @@ def _chunk_calls(attention: Attention, number: int, segment: Segment, pattern: C
 
 
 def _unordered_calls(attention: Attention, number: int, queries: _Runs, keys: _Runs) -> list[Call]:
-    """Return a call without masked rows in which every query sees every key. A mask makes this wait for the device."""
+    """Return at most one call, in which every query sees every key. Removing masked rows waits for the device."""
     device, key_mask = attention.query.device, attention.segments[number].key_mask
     if attention.query_mask is not None or key_mask is not None:
         q_kept, q_of = _kept(attention.query_mask, queries, device)

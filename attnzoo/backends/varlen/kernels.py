@@ -62,7 +62,7 @@ class PackedKernel:
 
     @classmethod
     def refusals(cls, request: Request) -> tuple[Refusal, ...]:
-        """Return refusals for the parts of the request that the kernel does not support."""
+        """Return a refusal for each field of the request that the kernel does not support."""
         refusals = []
         hides = any(map(may_hide_keys, request.segments))
         dim = max(request.head_dim, request.value_dim)
@@ -78,7 +78,7 @@ class PackedKernel:
 
     @classmethod
     def missing_parts(cls, request: Request) -> tuple[Refusal, ...]:
-        """Return a refusal if the request needs a union and the installed package has no functions for parts."""
+        """Return a refusal if the request needs a union and the kernel cannot run :meth:`forward`."""
         if needs_no_union(request.segments) or (why := cls.parts_unavailable()) is None:
             return ()
         return (Refusal("segments", f"several parts, but {why}", "one segment without a key mask"),)
@@ -100,7 +100,7 @@ class PackedKernel:
 
 
 def no_device(capability: tuple[int, int] = (8, 0)) -> str | None:
-    """Return why no device has at least this compute capability, or None if a device has it."""
+    """Return why this machine has no device of at least this compute capability, or None if the device has it."""
     if not torch.cuda.is_available():
         without = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
         return f"torch {torch.__version__} {without}"
@@ -114,12 +114,12 @@ def no_device(capability: tuple[int, int] = (8, 0)) -> str | None:
 
 
 def example_device() -> torch.device | None:
-    """Return the device for a small test call of a package, or None. Without a device CUDA stays uninitialised."""
+    """Return the device for a small test call of a package, or None if no device is usable."""
     return torch.device("cuda") if no_device() is None else None
 
 
 def import_package(name: str, install: str) -> tuple[ModuleType | None, str]:
-    """Return a module and an empty string, or None and the reason why the import failed with any exception."""
+    """Return a module and an empty string. If the import raises any exception, return None and the reason."""
     package = name.partition(".")[0]
     try:
         return importlib.import_module(name), ""

@@ -1,7 +1,7 @@
 """Attention by kernels for packed sequences, forward and backward.
 
 Each kernel call (:mod:`attnzoo.backends.varlen.calls`) returns an output and a log-sum-exp.
-:mod:`attnzoo.backends.common.union` merges the calls. If no query is in two calls, the public kernel function runs.
+:mod:`attnzoo.backends.common.union` merges the results. If no query is in two calls, the public kernel function runs.
 
 Some hidden keys must keep their positions. An extra vector component hides these keys. The component is positive in
 queries, negative in hidden keys and 0 in visible keys, so the scaled scores of hidden keys are 2^22 lower. The weights
@@ -91,7 +91,7 @@ class PackedBackend(Backend):
         return [kernel for kernel in self.kernels if self.kernel in (None, kernel.name)]
 
     def _choose(self, request: Request) -> tuple[type[PackedKernel], tuple[Refusal, ...]]:
-        """Return the first kernel that supports a request, or a kernel and the refusals of this kernel."""
+        """Return the first kernel that supports a request. If no kernel does, return one kernel and its refusals."""
         named = self._named()
         usable = [kernel for kernel in named if kernel.unavailable() is None]
         if not usable and self.kernel is not None:
@@ -104,7 +104,7 @@ class PackedBackend(Backend):
 
 
 def attend(attention: Attention, kernel: type[PackedKernel]) -> Result:
-    """Return the result of an attention without bias and dense mask. The kernel is "none" if no query sees a key."""
+    """Return the result of an attention without bias and dense mask. If no query sees a key, the kernel is "none"."""
     whole, attention = attention, positive_scale(attention)
     if any(isinstance(segment.pattern, SortedChunks) for segment in attention.segments):
         attention = fold_heads(attention)
@@ -144,8 +144,8 @@ class _Packing:
 
     Attributes:
         query: the queries ``(batch * q_len, heads, dim)``, followed by the spare row if the plan uses a spare row.
-        keys_values: keys and values ``(batch * kv_len, kv_heads, dim)``, with the spare row in the same cases.
-        places: the indices of each segment's key and value in ``keys_values``: key, value, key, ...
+        keys_values: keys and values ``(batch * kv_len, kv_heads, dim)``, with a spare row if the query has one.
+        places: for each segment in order, the index of the key in ``keys_values``, then the index of the value.
     """
 
     def __init__(self, attention: Attention, plan: CallPlan, hiding: _Hiding | None) -> None:
@@ -198,7 +198,7 @@ class _Packing:
     def attend(self, packed: _PackedCalls) -> tuple[Tensor, Tensor | None]:
         """Return the output ``(rows, heads, dim)`` of one segment, and the rows ``(batch, 1, q_len)`` that see a key.
 
-        No query is in two calls, because no key is hidden (:func:`attnzoo.backends.varlen.calls.needs_no_union`).
+        Without hidden keys, no query is in two calls (:func:`attnzoo.backends.varlen.calls.needs_no_union`).
         """
         calls = self._plan.calls
         outputs = [packed.kernel.attend(packed.inputs(call)) for call in calls]
@@ -228,7 +228,7 @@ def _take_rows(tensor: Tensor, index: Tensor | None) -> Tensor:
 
 
 class _PackedRows(NamedTuple):
-    """The queries or the keys of a call. The only part of the queries is the keys of the same call."""
+    """The query rows or the key rows of a call. Query rows have one part, which is the key rows of the call."""
 
     call: int  # the number of the call
     segment: int
@@ -253,7 +253,7 @@ class _PackedRows(NamedTuple):
 
 @dataclass(eq=False)
 class _PackedCalls(PartialKernel):
-    """A packed kernel for :func:`unite`, with one part per call: out ``(rows, heads, dim)``, lse ``(rows, heads)``."""
+    """A kernel for :func:`unite` with one part per call. Out is ``(rows, heads, dim)``, lse is ``(rows, heads)``."""
 
     kernel: type[PackedKernel]
     calls: tuple[Call, ...]

@@ -3,8 +3,8 @@
 A query sees the nearby keys of other tokens, or only of earlier tokens if the pattern is causal. A neighbourhood is a
 chunk of sorted queries and the keys near this chunk. The queries and keys of a neighbourhood, sorted by token, make one
 sequence, in which each query precedes the keys of its token. Causal attention then sees the earlier tokens, and causal
-attention in reverse order sees the later tokens. Each position has a query and a key. One of both is the spare row: the
-kernel hides the spare key, and the output of the spare query is dropped.
+attention in reverse order sees the later tokens. Each position has a query and a key, and one of the two
+is the spare row. The kernel hides the spare key, and the output of the spare query is dropped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LAST = torch.iinfo(torch.long).max
 
 
 def fold_heads(attention: Attention) -> Attention:
-    """Return the attention with heads as samples and without ``empty``. Each head sorts the tokens differently."""
+    """Return the attention with each head as a sample, because heads sort tokens differently, and without ``empty``."""
     batch, heads = attention.batch, attention.heads
 
     def fold(tensor: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def sorted_rows(
 def _neighbourhoods(
     pattern: SortedChunks, q_len: int, kv_len: int
 ) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
-    """Yield the sorted positions of queries and nearby keys per chunk, grouped by equal numbers of positions."""
+    """Yield, for each group of chunks of equal size, the sorted positions of queries and of nearby keys per chunk."""
     groups: dict[tuple[int, int], tuple[list[list[int]], list[list[int]]]] = {}
     start = 0
     while start < q_len:

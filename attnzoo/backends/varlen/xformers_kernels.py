@@ -45,9 +45,9 @@ def _package() -> tuple[ModuleType | None, str]:
 def _operator_unavailable(name: str, deterministic: bool) -> str | None:
     """Return why an operator (a module of xformers with ``FwOp`` and ``BwOp``) cannot be used, or None.
 
-    ``is_available()`` is not enough. It is True even if the compiled extension of xformers does not load, for example
-    with a wheel for another CUDA version. So ``not_supported_reasons`` of both classes checks a small example. Some
-    operators do not support PyTorch's deterministic algorithms, so the cache has an entry for each mode.
+    ``is_available()`` is True even if the compiled extension of xformers does not load, for example with a wheel for
+    another CUDA version. So ``not_supported_reasons`` of both classes also checks a small example. Some operators do
+    not support PyTorch's deterministic algorithms, so the cache has an entry for each mode.
     """
     fmha, why = _package()
     if fmha is None:
@@ -70,7 +70,7 @@ def _operator_unavailable(name: str, deterministic: bool) -> str | None:
 
 
 def _example(fmha: Any) -> Any:
-    """Return inputs of 8 tokens in the same form as all calls of this module, or None without a device."""
+    """Return inputs of 8 tokens that are built as in all calls of this module, or None without a device."""
     device = example_device()
     if device is None:
         return None
@@ -80,7 +80,7 @@ def _example(fmha: Any) -> Any:
 
 
 class _Bias(NamedTuple):
-    """A bias object, and the rows of queries and keys it applies to, divided into ``samples`` of equal length."""
+    """A bias object, and the query rows and key rows of this bias, divided into ``samples`` of equal length."""
 
     bias: Any
     q_rows: slice
@@ -196,7 +196,7 @@ def _padded_rows(sequences: Sequences, width: int) -> Tensor:
 
 
 def _biases(sequences: Sequences) -> Iterator[_Bias]:
-    """Yield one bias for all sequences, or for a two-sided window one bias per run of sequences of equal length."""
+    """Yield one bias for all sequences. For a two-sided window, yield one bias per run of equal lengths."""
     masks, (left, right) = _fmha().attn_bias, (sequences.left, sequences.right)
     q_lens, k_lens = list(sequences.q_lens), list(sequences.k_lens)
     if (left, right) == (NO_LIMIT, NO_LIMIT) or right == 0:
@@ -218,7 +218,7 @@ def _biases(sequences: Sequences) -> Iterator[_Bias]:
 
 
 def _rows(bias: _Bias, inputs: Inputs) -> list[Tensor]:
-    """Return query, key and value ``(samples, rows, heads, dim)``, expanded because no backward supports GQA."""
+    """Return query, key and value ``(samples, rows, heads, dim)``. Keys are repeated, as the backward has no GQA."""
     heads = inputs.query.shape[1]
     keys_values = (_expand(tensor[bias.k_rows], heads) for tensor in (inputs.key, inputs.value))
     return [tensor.unflatten(0, (bias.samples, -1)) for tensor in (inputs.query[bias.q_rows], *keys_values)]
