@@ -200,9 +200,9 @@ def _check_states(encoder_states: object, hidden_states: Tensor) -> None:
 
 
 def _masks(given: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return a key mask ``(batch, encoder_length)`` and a mask ``(batch, 1, length, encoder_length)``. One is None.
+    """Return a key mask ``(batch, encoder_length)`` and a mask ``(batch, 1, length, encoder_length)``.
 
-    The model passes a mask of the second shape or, for multi-query, ``(batch, length, 1, encoder_length)``.
+    At least one is None. The model passes the second shape or, for multi-query, ``(batch, length, 1, encoder_length)``.
     """
     if given is None:
         return None, None

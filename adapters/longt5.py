@@ -248,7 +248,7 @@ def _attend(
 
 
 def _bias_to_pass(module: Any, attend: Attend, values: Tensor, hidden_states: Tensor, mask: Tensor) -> Tensor:
-    """Return the bias for the next layers: values by distance, or the original tensor if a layer is not patched."""
+    """Return the values by distance for the next layers, or the original bias tensor if a layer is not patched."""
     if attend.complete:
         return values
     original: Tensor = type(module).forward(module, hidden_states.detach(), mask)[1]

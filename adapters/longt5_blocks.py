@@ -1,7 +1,7 @@
 """Read the masks of LongT5's encoder, convert its weights to and from blocks, and sum the tokens of global blocks.
 
 The model computes local attention in blocks of ``block_len = local_radius + 1`` tokens. A block sees the tokens of the
-same block and of both neighbouring blocks. A global block has ``global_block_size`` tokens and adds one key.
+same block and of both neighbouring blocks. Each global block (``global_block_size`` tokens) adds one key.
 """
 
 from __future__ import annotations
@@ -118,9 +118,9 @@ def from_blocked(blocked: Tensor, block_len: int, length: int) -> Tensor:
 
 
 def find_global_blocks(mask: Tensor, size: int) -> GlobalBlocks:
-    """Return the global blocks, which have ``size`` tokens each.
+    """Return the global blocks of ``size`` tokens.
 
-    A block is full if its last position is a real token. Tokens after the full blocks belong to the last full block.
+    A block is full if its last position is a real token. Tokens after the full blocks are added to the last full block.
     The model's code sums ``1 / size`` in torch's default dtype to number the blocks. In bfloat16, rounding makes the
     numbers wrong from token 256 on. In float32, some numbers are wrong at the ends of blocks if ``size`` is not a power
     of two. This function computes the exact numbers.

@@ -52,14 +52,14 @@ def check_length(module: Any, length: int, copies: int = 1) -> int:
 def steps_ahead(module: Any, count: int) -> list[int]:
     """Return the distances (in chunks) from a query's chunk to each chunk of its neighbourhood.
 
-    ``count`` is the number of all chunks. The original does not rotate by ``count`` or more, so such a distance is 0.
+    The original does not rotate ``count`` chunks by ``count`` or more, so such a distance becomes 0.
     """
     steps = range(-module.num_chunks_before, module.num_chunks_after + 1)
     return [step if abs(step) < count else 0 for step in steps]
 
 
 def neighbourhoods(module: Any, count: int) -> list[tuple[int, int]]:
-    """Return the numbers of chunks ``(before, after)`` for each segment of the neighbourhood.
+    """Return the numbers of chunks ``(before, after)`` the query's chunk for each segment of the neighbourhood.
 
     One segment is enough unless the neighbourhood is longer than the list of ``count`` chunks. In this case the
     original counts some chunks several times, so each chunk of the neighbourhood becomes a segment.
@@ -105,7 +105,7 @@ def with_own_token(weights: Tensor, share: Tensor, own: Tensor) -> Tensor:
 def of_rounds(
     probabilities: tuple[Tensor, ...], dropped: tuple[Tensor, ...], order: Tensor, chunk: int, ahead: list[int]
 ) -> Tensor:
-    """Return all rounds' sorted weights ``(batch, heads, hashes * length / chunk, chunk, len(ahead) * chunk)``.
+    """Return weights in the model's layout ``(batch, heads, hashes * length / chunk, chunk, len(ahead) * chunk)``.
 
     Args:
         probabilities: dense weights ``(batch, heads, length, hashes * length)`` of each segment of each round.

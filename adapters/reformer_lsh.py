@@ -111,7 +111,7 @@ class LshCall:
         The rotated queries of all rounds are many times as large as the queries. So on the CPU the module hashes slices
         of queries. The random state is reset between slices, so every slice gets the same rotations. The final random
         state is the same as after a single call. On the CPU, a row of a matrix product depends on the number of rows
-        only if there are very few. On other devices the number of rows selects the kernel, so there is one slice.
+        only if there are very few rows. On other devices the number of rows selects the kernel, so there is one slice.
         """
         length = query.shape[2]
         if attention_mask is not None and not readable(attention_mask):  # the module's hashing reads the values

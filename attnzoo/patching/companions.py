@@ -29,10 +29,10 @@ class CompanionPoint(PatchPoint):
 
 
 class FeedForwardPoint(CompanionPoint):
-    """Patch point of a module that computes each token separately. Its original forward runs on slices of tokens.
+    """Patch point of a module that computes each token separately. The original forward runs on slices of tokens.
 
     If gradients are enabled, the forward runs on all tokens at once, because autograd keeps all hidden layers anyway.
-    In training mode, it also runs on all tokens at once, because dropout would draw different numbers for slices.
+    Training mode also computes all tokens at once, because dropout would draw different numbers for slices.
     """
 
     def describe(self, module: Any) -> str:

@@ -30,8 +30,8 @@ def guard(model: nn.Module) -> list[nn.Module]:
     """Make the models inside ``model`` refuse or allow continuous batching, as their patches require. Return them.
 
     Call this function after each change of patches. It does not protect a model if only a part of the model was passed
-    to ``patch``. Then the forward refuses the keyword ``cache`` in the thread of continuous batching, and the ``error``
-    of each request is the message of the refusal.
+    to ``patch``. In this case the forward refuses the keyword ``cache`` in the thread of continuous batching, and the
+    ``error`` of each request is the message of the refusal.
     """
     models = [module for module in model.modules() if hasattr(type(module), _ENTRY)]
     for module in models:

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Patch:
-    """Data that all forwards of one patch share. References to modules are weak, as modules refer to their forwards.
+    """Data that all forwards of one patch share. References to modules are weak, because modules refer to forwards.
 
     Attributes:
         number: the number of the patch. Each later patch in the process has a larger number.

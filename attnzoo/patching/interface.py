@@ -56,7 +56,7 @@ class InterfacePoint(PatchPoint):
         return self.bind_interface(cls, attend)
 
     def bind_interface(self, cls: Any, attend: Attend, **more: Any) -> Forward:
-        """Return the original forward with :meth:`compute` as attention function. ``compute`` also gets ``more``."""
+        """Return the original forward with :meth:`compute` as its attention function, which also gets ``more``."""
         original = inspect.unwrap(cls.forward).__globals__.get(_NAME)
         return rebind(cls.forward, **{_NAME: _AttentionFunctions(self, attend, original, more)})
 
@@ -108,7 +108,7 @@ class InterfacePoint(PatchPoint):
         _check_implementation(module.config._attn_implementation)
 
     def wants_probabilities(self, module: Any, kwargs: Mapping[str, Any]) -> bool:
-        """Whether the keyword ``output_attentions`` requests probabilities. Without it, the config decides."""
+        """Whether the keyword ``output_attentions`` requests probabilities. Without the keyword, the config decides."""
         keyword = kwargs.get("output_attentions")
         return bool(getattr(module.config, "output_attentions", False) if keyword is None else keyword)
 

@@ -28,12 +28,12 @@ class MaskArgument:
     """Description of a mask argument ``(batch, length)`` of a module.
 
     Attributes:
-        tokens: names of arguments that may contain the masked tokens ``(batch, length, ...)``. The first given is used.
+        tokens: names of arguments that may contain the tokens ``(batch, length, ...)``. The first given one is used.
         public_name: the name by which users pass the mask. Empty if it equals the name of the module's argument.
         allows_grid: whether the mask may also have the shape ``(batch or 1, heads or 1, q_len or 1, kv_len or 1)``.
         visibility: whether the mask must contain True (or 1) for visible tokens and False (or 0) for hidden tokens. The
             shape may then also be ``(batch or 1, q_len or 1, length)``. The module gets a bool mask of rank 3.
-        queries: names of arguments that may contain the queries. Empty if the queries are the masked tokens.
+        queries: names of arguments that may contain the queries. Empty if the queries are the same tokens.
         resized: whether the model cuts or extends a mask of a wrong length and moves the mask to the right device.
         cache: names of arguments that may contain a cache. With a cache, a grid also has columns for cached tokens, and
             a mask ``(batch, length)`` may have any length.
@@ -179,7 +179,7 @@ def check_visibility(
 ) -> Tensor:
     """Raise unless a mask contains only True or 1 (visible) and False or 0 (hidden).
 
-    A mask with any other value may be additive, so that 0 means visible. Such a mask is refused. The arguments and
+    Other values are refused, because the mask may be additive. In an additive mask, 0 means visible. The arguments and
     errors are those of :func:`check_mask`. ``q_len`` is the number of queries, or -1 for an unknown number.
 
     Returns:
@@ -203,7 +203,7 @@ def refuse_nan(name: str, mask: Tensor) -> None:
 
 
 def _first_tokens(given: Mapping[str, Any], names: tuple[str, ...]) -> Tensor | None:
-    """Return the first of the named arguments that is a tensor ``(batch, length, ...)``, or None if none is."""
+    """Return the first of the named arguments that is a tensor ``(batch, length, ...)``, or None."""
     values = (given.get(name) for name in names)
     return next((tokens for tokens in values if isinstance(tokens, Tensor) and tokens.ndim >= 2), None)
 

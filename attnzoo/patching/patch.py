@@ -71,7 +71,7 @@ class Handle:
 
 
 def _layers(model: nn.Module) -> list[tuple[nn.Module, PatchedForward]]:
-    """Return all pairs of a module and a patched forward of this module in a model."""
+    """Return a pair of module and patched forward for each patched forward in a model."""
     return [(module, forward) for module in model.modules() for forward in patches_of(module)]
 
 
@@ -142,7 +142,7 @@ def _checked(model: nn.Module) -> nn.Module:
 
 
 def _last(model: nn.Module) -> list[tuple[nn.Module, PatchedForward]]:
-    """Return the pairs of a module and its patched forward that belong to the last patch of a model."""
+    """Return a pair of module and patched forward for each forward of the last patch of a model."""
     layers = _layers(_checked(model))
     if not layers:
         raise PatchError(f"model: got {type(model).__name__}, which is not patched; allowed: a patched model")
@@ -172,7 +172,7 @@ def unpatch(model: nn.Module) -> None:
 
 
 def _check_whole(places: list[tuple[nn.Module, PatchedForward]]) -> None:
-    """Raise unless a patch is in place at all its modules. ``places`` are the modules and forwards in the model."""
+    """Raise unless a patch is in place at each of its modules. ``places`` are pairs as from :func:`_last`."""
     in_place = {forward.site.name for _, forward in places}
     # Ignore shallow copies, because a patch includes the original modules only.
     expected = [name for module, forward in places if module is forward.module for name in forward.patch.names]
@@ -207,13 +207,13 @@ def patch(
     Args:
         model: a Hugging Face model of a family with an adapter (see ``attnzoo doctor``), or a part of such a model.
         backend: a backend name or alias, a configured :class:`Backend`, or ``{glob over module names: backend}``.
-            ``"auto"`` selects the fastest measured backend for each attention. Without measurements, the backend with
-            the highest priority runs. ``"native"`` runs the model's original code and counts the calls. The first glob
+            ``"auto"`` selects the fastest measured backend for each attention or, without measurements, the supporting
+            backend of highest priority. ``"native"`` counts the calls of the model's original code. The first glob
             that matches a module decides, so write narrow globs first. Modules that match no glob are not patched.
         fallback: what happens to a call that the backend refuses. With ``"error"``, the call raises. With
             ``"native"``, the call runs the model's original code, and ``Site.fallbacks`` counts it. But if a forward
             that the patch replaces as a whole has already started, the call raises, because the cache may already be
-            filled. An example is a refused mask that is neither causal nor a padding mask.
+            filled. An example is a refusal of a mask that is neither causal nor a padding mask.
         replace: whether to remove earlier patches of the model, after the checks of the new patch have passed. This
             lets a notebook cell run again. By default, the new patch is added to the earlier patches.
         options: options of backends that are given by name, e.g. ``window=1024``. They do not change configured

@@ -22,8 +22,8 @@ Choices = dict[str, list[dict[str, Any]]]
 def recording(modules: Mapping[str, tuple[nn.Module, Callable[[Any], dict[str, Any]]]]) -> Iterator[Choices]:
     """Yield a dictionary, which receives the random choices of ``modules`` while the ``with`` block runs.
 
-    ``modules`` maps names to a module and the ``replay`` of its patch point. The yielded dictionary has a list for each
-    name. The list has, for each call, the keyword arguments that make the module repeat the choices of the call.
+    ``modules`` maps each name to a module and its patch point's ``replay``. The yielded dictionary has a list for each
+    name. For each call, the list has the keyword arguments that make the module repeat the choices of the call.
     """
     choices: Choices = defaultdict(list)
 

@@ -66,7 +66,7 @@ class Site:
 
     @property
     def approximate(self) -> str:
-        """The pattern changes that happened so far or, before the first call, the expected changes. May be empty."""
+        """The pattern changes that happened so far or, before the first call, the expected changes. Empty if none."""
         return "; ".join(self.changed if self.calls else self.changes)
 
     @property
@@ -100,7 +100,7 @@ class PatchTarget:
         self._module, self._owner = _weak(module), _weak(owner)
 
     def at(self, module: nn.Module | None, owner: nn.Module | None) -> PatchTarget:
-        """Return a copy of this target with another module and another owner."""
+        """Return a copy of this target that has the given module and owner."""
         twin = copy.copy(self)
         twin._module, twin._owner = _weak(module), _weak(owner)
         return twin
@@ -150,7 +150,7 @@ def expected_requests(
 
     Args:
         sharers: the module and the modules that share values with it.
-        grad: whether gradients will be computed. None means: in training mode, if the module has trained parameters.
+        grad: whether gradients will be computed. None means True in training mode if the module has trained parameters.
         transforms: the transforms of ``torch.func`` around the call.
     """
     trains_bias = False
@@ -186,7 +186,7 @@ def find_sites(model: nn.Module) -> list[PatchTarget]:
     """Return every module of a model that a registered adapter can patch.
 
     A patch point matches modules by class, not by configuration. If several patch points match, the point for the
-    nearest base class is used. If there are several such points, an adapter for the model's type is preferred.
+    nearest base class is used. Among several such points, the point of an adapter for the model's type is preferred.
 
     Raises:
         InvalidArgumentError: ``model`` is not a ``torch.nn.Module``.
@@ -220,7 +220,7 @@ def _model_types(model: nn.Module) -> tuple[str, ...]:
 
 
 def _no_site_error(model: nn.Module, types: tuple[str, ...], points: Iterable[str]) -> PatchError:
-    """Return the error for a model without sites. It names adapters that did not load and classes with equal names."""
+    """Return the error for a model without sites. The text includes possible reasons, such as a broken adapter."""
     reasons = [f"{name}: {reason}" for name, reason in registry.broken_adapters().items()]
     why = f" (an adapter exists but did not load: {shorten('; '.join(reasons), 200)})" if reasons else ""
     known = {path.rpartition(":")[2]: path for path in points}

@@ -18,8 +18,8 @@ GRADIENT = "gradient of all parameters"
 def cast(value: Any, dtype: torch.dtype | None) -> Any:
     """Return a copy of the arguments of a forward, with all floating-point tensors in ``dtype``.
 
-    Tensors in dicts, lists and tuples are converted, too. If ``dtype`` is None, each tensor keeps its dtype. Masks hide
-    tokens with the lowest number of their dtype. This becomes the lowest number of ``dtype``. Other objects are copied.
+    Tensors in dicts, lists and tuples are converted, too. Caches and other objects are copied. If ``dtype`` is None,
+    each tensor keeps its dtype. The lowest number of each dtype, which hides tokens, becomes that of ``dtype``.
     """
     if isinstance(value, Tensor):
         if dtype is None or not value.is_floating_point() or value.dtype == dtype:
@@ -44,7 +44,7 @@ def run_model(
 
     Args:
         seed: seed of the random function and of the model's random numbers.
-        inference: whether a separate forward without gradients computes the outputs, because it may run other kernels.
+        inference: whether the outputs come from a separate forward without gradients, which may run other kernels.
         graph: whether gradients are enabled in the forward even if no gradient is computed.
     """
     parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -97,7 +97,7 @@ def _has_decoder(model: nn.Module) -> bool:
 
 
 def real_tokens(inputs: Mapping[str, Any], decoder: bool, output: Tensor) -> Tensor | None:
-    """Return bool ``(batch, length)``, True for output rows of real tokens, or None if the inputs have no mask.
+    """Return a bool mask ``(batch, length)``, True for output rows of real tokens, or None if the inputs have no mask.
 
     A decoder row is real only if the sample has a real source token, because otherwise cross-attention has no key.
     """
@@ -114,7 +114,7 @@ def real_tokens(inputs: Mapping[str, Any], decoder: bool, output: Tensor) -> Ten
 
 
 def rows_of_modules(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[str, Tensor], Tensor | None]:
-    """Return a function that tells from a module's name and output ``(batch, length, ...)`` which rows are real tokens.
+    """Return a function that gets a module's name and output ``(batch, length, ...)`` and returns which rows are real.
 
     Some models pad inputs at the end to a multiple of a block size, so rows after the end of the mask are padding.
     """

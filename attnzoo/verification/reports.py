@@ -17,7 +17,7 @@ class Report:
     Attributes:
         backend: name of the verified backend.
         sites: comparisons of each attention of the patched model with the float64 oracle on equal inputs.
-        end_to_end: comparisons of outputs and parameter gradient with the model under the float64 oracle (reference).
+        end_to_end: comparisons of outputs and parameter gradient with the reference (model with float64 oracle).
         original: comparisons of the model's own code with the reference. They show that the adapter is right.
         original_sites: comparisons of each attention module's own code with the float64 oracle on equal inputs.
         fault: the reason why the model's own code is wrong and was not run. Empty if the code is right.
@@ -70,7 +70,7 @@ class Passages:
 
     @property
     def ok(self) -> bool:
-        """Whether the report on every passage is ok."""
+        """Whether the reports on all passages are ok."""
         return all(report.ok for report in self.reports)
 
     def to_dict(self) -> dict[str, Any]:
