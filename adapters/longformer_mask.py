@@ -19,7 +19,7 @@ MaskFunction = Callable[..., Any]
 
 
 class OneRowMaskPoint(MaskCheckPoint):
-    """Patch point of a module that builds a square mask but reads one row. The point also checks the mask arguments.
+    """Patch point of a module that builds a square mask but reads only row 0. The point also checks mask arguments.
 
     Attributes:
         mask_function: the name of the global function that the module's forward calls to build the mask.

@@ -59,7 +59,7 @@ def values_by_distance(module: Any, table: str, reach: int) -> Tensor:
 def read_local_bias(blocked: Tensor, real: Tensor, block_len: int) -> Tensor:
     """Return the bias for each distance, ``(heads, 2 * block_len - 1)``, from the original bias tensor ``blocked``.
 
-    The result for a distance is the bias of any pair of real tokens. Without a pair, the result is 0 and not used.
+    The result is the bias of any pair of real tokens at this distance. Without such a pair, it is 0 and not used.
     ``blocked`` is ``(batch, blocks, heads, block_len, 3 * block_len or more)``. ``real`` is ``(batch, length)`` bool.
     """
     length = real.shape[1]

@@ -1,4 +1,4 @@
-"""Reformer: attention of chunks to neighbours by position or by hash (Kitaev et al. 2020, arXiv:2001.04451).
+"""Reformer: attention to chunks that are neighbours by position or hash (Kitaev et al. 2020, arXiv:2001.04451).
 
 In local attention, a token sees its chunk and the neighbouring chunks. In LSH attention, the queries are also the keys.
 Each hash round hashes the queries into buckets. The tokens of all rounds are sorted into one list, which contains each

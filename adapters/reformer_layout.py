@@ -61,8 +61,8 @@ def steps_ahead(module: Any, count: int) -> list[int]:
 def neighbourhoods(module: Any, count: int) -> list[tuple[int, int]]:
     """Return the numbers of chunks ``(before, after)`` the query's chunk for each segment of the neighbourhood.
 
-    One segment is enough unless the neighbourhood is longer than the list of ``count`` chunks. In this case the
-    original counts some chunks several times, so each chunk of the neighbourhood becomes a segment.
+    One segment is enough if the neighbourhood is not longer than the list of ``count`` chunks. In a longer
+    neighbourhood, the original counts some chunks several times, so each chunk becomes a segment.
     """
     before, after = module.num_chunks_before, module.num_chunks_after
     if before + after < count:

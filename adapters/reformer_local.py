@@ -110,7 +110,7 @@ class LocalCall:
         """Return the merged output ``(batch, length, embed)``, computed in slices.
 
         Slices save memory, because queries, keys and values of all tokens are three times as large as the output. Each
-        slice is computed with its neighbouring chunks, and their output is discarded. Projections must not mix tokens.
+        slice is computed with its neighbouring chunks. Their output is discarded. Projections must not mix tokens.
         """
         module, length = self._module, states.shape[1]
         check_length(module, length)

@@ -19,7 +19,7 @@ def cast(value: Any, dtype: torch.dtype | None) -> Any:
     """Return a copy of the arguments of a forward, with all floating-point tensors in ``dtype``.
 
     Tensors in dicts, lists and tuples are converted, too. Caches and other objects are copied. If ``dtype`` is None,
-    each tensor keeps its dtype. The lowest number of each dtype, which hides tokens, becomes that of ``dtype``.
+    each tensor keeps its dtype. The lowest number of a dtype hides tokens and becomes the lowest number of ``dtype``.
     """
     if isinstance(value, Tensor):
         if dtype is None or not value.is_floating_point() or value.dtype == dtype:
