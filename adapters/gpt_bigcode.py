@@ -2,23 +2,23 @@
 
 Self-attention gets its attention function from transformers' ``AttentionInterface``. The model's code computes the
 projections, the split into queries, keys and values, and the caches. Like the original, this adapter always computes
-the softmax of half precision in float32. ``attention_softmax_in_fp32`` and ``scale_attention_softmax_in_fp32`` have no
-effect. ``scale_attn_weights`` decides the scale.
+the softmax of half-precision scores in float32. So ``attention_softmax_in_fp32`` and
+``scale_attention_softmax_in_fp32`` have no effect. ``scale_attn_weights`` decides the scale.
 
 Cross-attention (``config.add_cross_attention``) does not work in transformers. It splits keys and values at the wrong
-width. It applies the decoder's causal mask to the encoder's tokens. It ignores the encoder's mask, and a 2-D mask fails
-an assertion. With a cache, a second call has no query and appends the keys again. This adapter repairs cross-attention:
+width. It applies the decoder's causal mask to the encoder's tokens. It ignores the encoder's mask, and fails for a 2-D
+mask. With a cache, the second call has no query and appends the keys again. This adapter repairs cross-attention:
 
-- Weights. ``c_attn`` maps to ``2 x embed_dim``, read as ``(heads, 2 x head_dim)``: first the key of a head, then its
-  value. Self-attention has the same layout of heads. The size of the weight decides the number of key heads, so a
+- Weights. ``c_attn`` has ``2 x embed_dim`` outputs in the layout ``(heads, 2 x head_dim)``. The first half of a head's
+  outputs is the key, and the second half is the value. The size of the weight decides the number of key heads, so a
   multi-query ``c_attn`` with ``2 x head_dim`` outputs also works, although transformers cannot build it.
 - Masks. ``encoder_attention_mask`` has the shape ``(batch, encoder_length)`` or ``(batch, 1 or length,
   encoder_length)`` and contains bool, or 0 and 1. Every query sees every encoder token with True or 1. The attention
   output is zero for a sample without visible encoder tokens. Decoder masks and ``is_causal`` have no effect.
-- Caches. The model passes no cache to its cross-attention, which then computes keys from the encoder's states on every
-  call. If a call passes an ``EncoderDecoderCache``, the first call fills its cross-attention half.
+- Caches. The model passes no cache to its cross-attention, so every call computes the keys from the encoder's states.
+  If a user's call of the module passes an ``EncoderDecoderCache``, the first call fills its cross-attention half.
 
-With ``backend="native"`` a cross-attention module runs the wrong code of transformers.
+With ``backend="native"``, a cross-attention module runs transformers' code, and its results are wrong.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ _MASK = "encoder_attention_mask"
 
 
 class ModelMasks(MaskCheckPoint):
-    """Patch point that checks the attention mask of the model without cross-attention."""
+    """Patch point that checks the attention mask of models that have no cross-attention."""
 
     cls = f"{_MODULE}:GPTBigCodeModel"
     masks = {"attention_mask": DECODER_MASK}
 
 
 class CrossModelMasks(ModelMasks):
-    """Patch point that checks both masks of the model with cross-attention.
+    """Patch point that checks both masks of models that have cross-attention.
 
-    The encoder mask is expanded to three dimensions, because the original forward requires them.
+    The encoder mask is expanded to three dimensions, because the original forward requires three dimensions.
     """
 
     verified = {f"{_MODULE}:GPTBigCodeModel.forward": ("19f5b50c3ae23f0f",)}
@@ -167,7 +167,7 @@ class CrossAttention(_Attention):
 
 
 def _keys_values(module: Any, states: Tensor, encoder_states: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
-    """Return keys and values ``(batch, kv_heads, encoder_length, head_dim)``. Read or fill the given cache."""
+    """Return keys and values ``(batch, kv_heads, encoder_length, head_dim)``. If a cache is given, read or fill it."""
     filled = getattr(cache, "is_updated", None)
     if cache is not None and filled is None:
         raise InvalidArgumentError("layer_past", type(cache).__name__, "an EncoderDecoderCache, or None")
@@ -186,7 +186,7 @@ def _keys_values(module: Any, states: Tensor, encoder_states: Tensor | None, cac
 
 
 def _check_states(encoder_states: object, hidden_states: Tensor) -> None:
-    """Raise unless the encoder's states have the batch, width and (after autocast) dtype of the decoder's states."""
+    """Raise unless encoder and decoder states have the same batch size, width and (after autocast) dtype."""
     batch, _, width = hidden_states.shape
     if (
         not isinstance(encoder_states, Tensor)
@@ -200,9 +200,9 @@ def _check_states(encoder_states: object, hidden_states: Tensor) -> None:
 
 
 def _masks(given: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return the encoder mask as ``(batch, encoder_length)``, or per query as ``(batch, 1, length, encoder_length)``.
+    """Return a key mask ``(batch, encoder_length)`` and a mask ``(batch, 1, length, encoder_length)``.
 
-    The model passes ``(batch, 1, length, encoder_length)`` or, for multi-query, ``(batch, length, 1, encoder_length)``.
+    At least one is None. The model passes the second shape or, for multi-query, ``(batch, length, 1, encoder_length)``.
     """
     if given is None:
         return None, None

@@ -26,7 +26,7 @@ _ENCODER_FORWARD = ("47720093331635f3", "d710ce36e019c88c")
 
 
 class EncoderMasks(OneRowMaskPoint):
-    """Patch point that builds the padding mask of the encoder with one row."""
+    """Patch point that builds a padding mask with only one row for the encoder."""
 
     cls = f"{_MODULE}:LEDEncoder"
     verified = {
@@ -110,10 +110,10 @@ class DecoderAttention(PatchPoint):
 
 
 def _keys_values(module: Any, states: Tensor, encoder_states: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
-    """Return keys and values ``(batch, heads, kv_len, head_dim)``. Read and update the given cache.
+    """Return keys and values ``(batch, heads, kv_len, head_dim)``. Read and update the cache if there is one.
 
     An ``EncoderDecoderCache`` contains one cache for self-attention and one for cross-attention. Only the first call
-    of cross-attention fills the second cache.
+    of cross-attention fills the cache for cross-attention.
     """
     cross = encoder_states is not None
     filled = getattr(cache, "is_updated", None)

@@ -1,7 +1,7 @@
-"""Longformer: sliding windows and per-sample global tokens (Beltagy et al. 2020, arXiv:2004.05150).
+"""Longformer: sliding windows, and global tokens in each sample (Beltagy et al. 2020, arXiv:2004.05150).
 
 An ordinary token sees two segments: the ordinary tokens in its window, and the global tokens of its sample. A global
-token sees all tokens of its sample, by separate projections. LED's encoder uses the attention of Longformer, too.
+token sees all tokens of its sample, and has separate projections. LED's encoder also uses Longformer's attention.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MODULE = "transformers.models.longformer.modeling_longformer"
 
 
 class ModelMasks(OneRowMaskPoint):
-    """Patch point that builds the padding mask of the model with one row."""
+    """Patch point that builds a padding mask with only one row for the model."""
 
     cls = f"{_MODULE}:LongformerModel"
     verified = {
@@ -143,7 +143,7 @@ def _real(is_index_masked: Tensor) -> Tensor | None:
 
 
 def _ordinary(attention_mask: Tensor) -> Tensor:
-    """Return bool, True for ordinary tokens (mask value 0). Padding is negative, and global tokens are positive."""
+    """Return a bool mask that is True for ordinary tokens, which have the value 0 in ``attention_mask``."""
     refuse_nan("attention_mask", attention_mask)
     return attention_mask == 0
 
@@ -151,8 +151,8 @@ def _ordinary(attention_mask: Tensor) -> Tensor:
 def _banded(weights: tuple[Tensor, ...], window: int, is_global: Tensor | None) -> Tensor:
     """Return dense weights in the model's layout ``(batch, length, heads, globals + 2 * window + 1)``.
 
-    ``weights`` has a tensor for each segment. Column ``globals + window + d`` of the result is the key ``d`` tokens
-    after the query. Rows of global tokens are zero.
+    ``weights`` has a tensor for each segment. Column ``globals + window + d`` of the result has the weight of the key
+    ``d`` tokens after the query. Rows of global tokens are zero.
     """
     local = torch.nn.functional.pad(weights[0], (window, window))  # key k is in column k + window
     length, width = local.shape[2], 2 * window + 1

@@ -1,9 +1,9 @@
-"""Build padding masks with one row in Longformer and in the encoder of LED.
+"""Build padding masks that have only one row, for Longformer and for the encoder of LED.
 
 Both models expand their padding mask to ``(batch, 1, length, length)`` and then read only row 0 (``[:, 0, 0, :]``). All
-rows are equal, but the expanded mask and its temporaries need several times ``4 * length**2`` bytes per sample. For an
-LED with 16384 tokens, this is 4 GiB of 4.3 GiB. The patch point runs the model's original forward with a replaced mask
-function, which builds one row. Every layer gets the ``(batch, length)`` mask that it gets without a patch.
+rows are equal, but the expanded mask and its temporaries need several times ``4 * length**2`` bytes per sample. An LED
+with 16384 tokens needs 4.3 GiB, and 4 GiB of them are for the mask. The patch point runs the model's original forward
+with a mask function that builds one row. Every layer gets the same ``(batch, length)`` mask as without a patch.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ MaskFunction = Callable[..., Any]
 
 
 class OneRowMaskPoint(MaskCheckPoint):
-    """Patch point of a module that builds a square mask and reads one row. The point also checks the mask arguments.
+    """Patch point of a module that builds a square mask but reads only row 0. The point also checks mask arguments.
 
     Attributes:
-        mask_function: the global name by which the module's forward calls the function that builds the mask.
+        mask_function: the name of the global function that the module's forward calls to build the mask.
     """
 
     masks = {"attention_mask": ENCODER_MASK, "global_attention_mask": ENCODER_MASK}
     mask_function: str
 
     def one_row(self, make: MaskFunction) -> MaskFunction:
-        """Return a function that has the arguments of ``make`` and returns a mask with one row."""
+        """Return a function that has the same arguments as ``make`` and returns a mask with one row."""
         raise NotImplementedError
 
     def describe(self, module: Any) -> str:

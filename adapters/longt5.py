@@ -1,12 +1,12 @@
 """LongT5 (Guo et al. 2022, arXiv:2112.07916): long encoders with relative biases (T5, arXiv:1910.10683).
 
-A token of the encoder sees the tokens within ``local_radius``. With transient-global attention, it also sees a second
-segment with one key per full block of ``global_block_size`` tokens. This key is a projection of the sum of the block's
-tokens. The decoder uses T5's causal self-attention and cross-attention (:mod:`attnzoo.adapters.longt5_decoder`).
+A token of the encoder sees the tokens within ``local_radius``. In transient-global attention, the token also sees a
+second segment, which has one key per full block of ``global_block_size`` tokens. The key is a projection of the sum of
+the block's tokens. :mod:`attnzoo.adapters.longt5_decoder` describes the attention of the decoder.
 
 The first layer of a stack computes the learned bias, and the stack passes the bias to the later layers. In the original
-model, the bias is a tensor that each layer adds to the scores. A patched stack passes the ``(heads, R)`` values of a
-:class:`~attnzoo.spec.bias.RelativeBias` instead.
+model, the bias is a tensor that each layer adds to the scores. Instead of this tensor, a patched stack passes the
+``(heads, R)`` values of a :class:`~attnzoo.spec.bias.RelativeBias`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class StackMasks(MaskCheckPoint):
 
 
 class FeedForward(FeedForwardPoint):
-    """Patch point of the feed-forward layer. Its ``(batch, length, d_ff)`` tensors use most of the model's memory."""
+    """Patch point of the feed-forward layer. The layer's ``(batch, length, d_ff)`` tensors use most of the memory."""
 
     cls = f"{MODULE}:LongT5LayerFF"
     shared_in = f"{MODULE}:LongT5Block"
@@ -142,7 +142,7 @@ class LocalAttention(PatchPoint):
 
 
 class TransientGlobalAttention(LocalAttention):
-    """Patch point of the encoder's local attention and a second segment, with one key per block."""
+    """Patch point of the encoder's local attention with a second segment, which has one key per block."""
 
     cls = f"{MODULE}:LongT5TransientGlobalAttention"
     verified = {
@@ -176,7 +176,7 @@ class TransientGlobalAttention(LocalAttention):
         position_bias: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor | None, ...]:
-        """Return states, bias and weights as local attention does. The bias contains the values of both segments."""
+        """Return states, bias and weights, as in local attention. The bias contains the values of both segments."""
         mask = check_is_given(mask)
         tokens = attend.cached_per_forward(mask, "tokens", lambda mask: read_flat_mask(mask, hidden_states))
         size = module.global_block_size  # encoders that get the same mask may have blocks of different sizes
@@ -234,7 +234,7 @@ def _global_segment(module: Any, sums: Tensor, blocks: GlobalBlocks, values: Ten
 def _attend(
     module: Any, attend: Attend, hidden_states: Tensor, segments: tuple[Segment, ...], tokens: Tokens, wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return states ``(batch, length, d_model)``, and blocked weights if ``wanted``. T5 does not scale scores."""
+    """Return states ``(batch, length, d_model)``, and weights in blocks if ``wanted``. T5 does not scale the scores."""
     query = split_heads(module.q(hidden_states), module.key_value_proj_dim)
     dropout = module.dropout if module.training else 0.0
     result = attend(Attention(query, segments, 1.0, dropout, query_mask=tokens.mask), wanted)
@@ -248,7 +248,7 @@ def _attend(
 
 
 def _bias_to_pass(module: Any, attend: Attend, values: Tensor, hidden_states: Tensor, mask: Tensor) -> Tensor:
-    """Return the bias for the next layers: values by distance, or the original tensor if a layer is not patched."""
+    """Return the values by distance for the next layers, or the original bias tensor if a layer is not patched."""
     if attend.complete:
         return values
     original: Tensor = type(module).forward(module, hidden_states.detach(), mask)[1]

@@ -1,8 +1,8 @@
-"""Compute the relative biases of LongT5 for each distance, from the learned tables or the original's bias tensor.
+"""Compute LongT5's relative bias for each distance, from the learned tables or from the original code's bias tensor.
 
-The original encoder passes a blocked tensor, which includes the mask, from layer to layer. A patched layer gets this
-tensor if the first layer runs the original code. The patched layer then reads the value of each distance from the
-tensor. Gradients reach the tensor through this lookup.
+The original encoder passes a bias tensor, which is split into blocks and includes the mask, from layer to layer. A
+patched layer gets this tensor if the first layer runs the original code. In this case the patched layer reads the value
+of each distance from the tensor. Gradients reach the tensor through this lookup.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def local_reach(module: Any) -> int:
 
 
 def side_reach(module: Any) -> int:
-    """Return the distance beyond which all distances share the last bucket."""
+    """Return the maximum distance. All larger distances belong to the last bucket."""
     return int(module.relative_attention_max_distance)
 
 
 def check_buckets(module: Any) -> None:
-    """Raise unless the buckets for exact distances end before :func:`side_reach`, as the bucket function requires."""
+    """Raise unless the number of buckets for a single distance is positive and less than :func:`side_reach`."""
     buckets, reach = int(module.relative_attention_num_buckets), side_reach(module)
     exact = buckets // (2 if module.is_decoder else 4)
     if not 0 < exact < reach:
@@ -57,10 +57,10 @@ def values_by_distance(module: Any, table: str, reach: int) -> Tensor:
 
 
 def read_local_bias(blocked: Tensor, real: Tensor, block_len: int) -> Tensor:
-    """Return ``(heads, 2 * block_len - 1)`` values by distance from the original's blocked bias.
+    """Return the bias for each distance, ``(heads, 2 * block_len - 1)``, from the original bias tensor ``blocked``.
 
-    The value for a distance is the bias of one pair of real tokens. Without such a pair, the value is 0 and not used.
-    ``blocked`` is ``(batch, blocks, heads, block_len, 3 * block_len or more)``, and ``real`` ``(batch, length)`` bool.
+    The result is the bias of any pair of real tokens at this distance. Without such a pair, it is 0 and not used.
+    ``blocked`` is ``(batch, blocks, heads, block_len, 3 * block_len or more)``. ``real`` is ``(batch, length)`` bool.
     """
     length = real.shape[1]
     near = min(block_len, length)
@@ -76,7 +76,7 @@ def read_local_bias(blocked: Tensor, real: Tensor, block_len: int) -> Tensor:
 
 
 def _look_up(blocked: Tensor, sample: Tensor, query: Tensor, key: Tensor, block_len: int, exists: Tensor) -> Tensor:
-    """Return the bias ``(heads, n)`` of ``n`` pairs of tokens. The bias of a pair that does not exist is 0."""
+    """Return the bias ``(heads, n)`` of ``n`` pairs of tokens. The bias is 0 for pairs where ``exists`` is False."""
     query, key = (torch.where(exists, index, 0) for index in (query, key))
     block = query // block_len
     column = key - (block - 1) * block_len
@@ -84,7 +84,7 @@ def _look_up(blocked: Tensor, sample: Tensor, query: Tensor, key: Tensor, block_
 
 
 def read_side_bias(blocked: Tensor, blocks: GlobalBlocks, block_len: int, reach: int) -> Tensor:
-    """Return ``(heads, 2 * reach + 1)`` values by distance from the original's bias of the global segment.
+    """Return the global segment's bias for each distance, ``(heads, 2 * reach + 1)``, from the original bias tensor.
 
     ``blocked`` is ``(batch, blocks of tokens, heads, block_len, globals)``.
     """

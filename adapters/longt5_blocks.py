@@ -1,7 +1,7 @@
-"""Read the masks of LongT5's encoder, convert its weights to and from blocks, and sum the tokens of each block.
+"""Read the masks of LongT5's encoder, convert its weights to and from blocks, and sum the tokens of global blocks.
 
 The model computes local attention in blocks of ``block_len = local_radius + 1`` tokens. A block sees the tokens of the
-same block and of both neighbouring blocks. Transient-global attention adds a key per ``global_block_size`` tokens.
+same block and of both neighbouring blocks. Each global block (``global_block_size`` tokens) adds one key.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ MODULE = "transformers.models.longt5.modeling_longt5"
 
 
 class Tokens(NamedTuple):
-    """The tokens of a batch that are not padding.
+    """The real tokens of a batch, which are the tokens that are not padding.
 
     Attributes:
-        real: ``(batch, length)`` bool, True for tokens that are not padding.
+        real: ``(batch, length)`` bool, True for real tokens.
         mask: ``real``, or None if there is no padding.
     """
 
@@ -31,11 +31,11 @@ class Tokens(NamedTuple):
 
 
 class GlobalBlocks(NamedTuple):
-    """The blocks of a batch that have a key.
+    """The global blocks of a batch. Each block has one key.
 
     Attributes:
         block_of: ``(batch, length)`` long, the block of each token. -1 stands for a token without a block.
-        exists: ``(batch, blocks)`` bool, True for blocks of the sample.
+        exists: ``(batch, blocks)`` bool, True for blocks that the sample has.
         mask: ``exists``, or None if all blocks exist.
     """
 
@@ -57,9 +57,9 @@ def check_is_given(mask: Tensor | None) -> Tensor:
 
 
 def read_blocked_mask(mask: Tensor, block_len: int, hidden_states: Tensor) -> Tokens:
-    """Return the real tokens from the mask of local attention, bool ``(batch, 1, blocks, block_len, 3 * block_len)``.
+    """Return the real tokens of a local attention mask, bool ``(batch, 1, blocks, block_len, 3 * block_len)``.
 
-    A token is real if it sees itself. The mask must let real tokens see exactly the real tokens within their window.
+    A token is real if it sees itself. In the mask, each real token must see exactly the real tokens in its window.
     """
     batch, length = hidden_states.shape[:2]
     blocks = -(-length // block_len)
@@ -76,7 +76,7 @@ def read_blocked_mask(mask: Tensor, block_len: int, hidden_states: Tensor) -> To
 
 
 def read_flat_mask(mask: Tensor, hidden_states: Tensor) -> Tokens:
-    """Return the real tokens from a mask ``(batch, length)`` of ones (tokens) and zeros (padding)."""
+    """Return the real tokens of a mask ``(batch, length)``, which has ones for tokens and zeros for padding."""
     shape = tuple(hidden_states.shape[:2])
     if not mask.dtype.is_signed:  # the model's code writes -1 for padding
         raise InvalidArgumentError("attention_mask", describe(mask), "a dtype with negative numbers, e.g. torch.long")
@@ -92,8 +92,8 @@ def _tokens(real: Tensor) -> Tokens:
 def to_blocked(weights: tuple[Tensor, ...], block_len: int) -> Tensor:
     """Return weights in the model's layout ``(batch, blocks, heads, block_len, 3 * block_len + globals)``.
 
-    The first ``3 * block_len`` columns of a block are the tokens of the block before, of this block and of the block
-    after. ``weights`` are the dense weights of the local segment and then of the global segment.
+    In each block, the first ``3 * block_len`` columns are the keys of the previous block, of this block and of the next
+    block. ``weights`` has the dense weights of the local segment and, if there is one, of the global segment.
     """
     pad = torch.nn.functional.pad
     length = weights[0].shape[2]
@@ -106,7 +106,7 @@ def to_blocked(weights: tuple[Tensor, ...], block_len: int) -> Tensor:
 
 
 def from_blocked(blocked: Tensor, block_len: int, length: int) -> Tensor:
-    """Return the dense weights ``(batch, heads, length, length + globals)`` of weights from :func:`to_blocked`."""
+    """Convert weights from :func:`to_blocked` to dense weights ``(batch, heads, length, length + globals)``."""
     rows = blocked.transpose(1, 2)  # (batch, heads, blocks, block_len, 3 * block_len + globals)
     batch, heads, blocks = rows.shape[:3]
     local, rest = rows.split([3 * block_len, rows.shape[4] - 3 * block_len], dim=-1)
@@ -118,12 +118,12 @@ def from_blocked(blocked: Tensor, block_len: int, length: int) -> Tensor:
 
 
 def find_global_blocks(mask: Tensor, size: int) -> GlobalBlocks:
-    """Return the blocks of ``size`` tokens by position.
+    """Return the global blocks of ``size`` tokens.
 
-    A block is full if its last position is a real token. Tokens after the full blocks belong to the last full block.
-    The model's code sums ``1 / size`` in torch's default dtype to number the blocks. Rounding makes these numbers
-    wrong in bfloat16 from token 256 on, and in float32 at the ends of some blocks unless the block size is a power of
-    two. This function computes the exact numbers.
+    A block is full if its last position is a real token. Tokens after the full blocks are added to the last full block.
+    The model's code sums ``1 / size`` in torch's default dtype to number the blocks. In bfloat16, rounding makes the
+    numbers wrong from token 256 on. In float32, some numbers are wrong at the ends of blocks if ``size`` is not a power
+    of two. This function computes the exact numbers.
     """
     real, position = mask != 0, torch.arange(mask.shape[1], device=mask.device)
     full = (real & (position % size == size - 1)).sum(1, keepdim=True)

@@ -1,7 +1,7 @@
 """LongT5's decoder: causal self-attention with a relative bias, and cross-attention, both with caches.
 
 A patched module runs its original forward with another attention function. The original bias is a tensor as large as
-the scores. The patch gives the forward a small object instead, which the forward passes on without reading it.
+the scores. The patch replaces this tensor by a small object, which the forward only passes to the attention function.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Project states if every head has different states."""
+"""Apply a linear layer to states that differ from head to head."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.nn.modules import module as torch_module
 
 
 def project_by_head(layer: Any, states: Tensor, heads: int) -> Tensor:
-    """Project the states of each head by the part of a layer that belongs to the head.
+    """Project the states of each head with the rows of a layer's weight that belong to the head.
 
-    A plain linear layer is multiplied head by head. Layers with a wrapper (LoRA), a hook or a quantised weight give
-    different results, so they are called. Such a call computes all heads for each state.
+    The weight of a plain linear layer is multiplied head by head. Layers with a wrapper (LoRA), a hook or a quantised
+    weight would then give wrong results, so they are called. Such a call computes all heads for each state.
 
     Args:
         layer: maps ``width`` to ``heads * head_dim``.
@@ -34,8 +34,8 @@ def is_plain(layer: Any) -> bool:
     """Whether calling a layer only multiplies by its weight and adds its bias.
 
     Wrappers, quantisation and parametrisation change the type of the layer or of its weight. accelerate sets an
-    attribute ``forward`` on the instance. torch has no public function that lists hooks. If torch removes the private
-    attributes that this function reads, the result is False for every layer.
+    attribute ``forward`` on the instance. torch has no public function that lists hooks, so this function reads private
+    attributes. If torch removes these attributes, the result is False for every layer.
     """
     if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or "forward" in vars(layer):
         return False

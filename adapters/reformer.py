@@ -1,10 +1,10 @@
-"""Reformer: attention of chunks to neighbours by position or by hash (Kitaev et al. 2020, arXiv:2001.04451).
+"""Reformer: attention to chunks that are neighbours by position or hash (Kitaev et al. 2020, arXiv:2001.04451).
 
-In local attention, a token sees its chunk and the neighbouring chunks. In LSH attention, queries are also keys. Each
-round hashes the queries into buckets. The tokens of all rounds are sorted into one list, which contains each token once
-per round. Each copy of a token sees its chunk and the neighbouring chunks of the list. A token that sees no other token
-gets its own value as output. Otherwise, it does not see itself. Rounds are segments over the same sorted keys under one
-softmax. This equals the original's weighting of rounds by log-sum-exp.
+In local attention, a token sees its chunk and the neighbouring chunks. In LSH attention, the queries are also the keys.
+Each hash round hashes the queries into buckets. The tokens of all rounds are sorted into one list, which contains each
+token once per round. Each copy of a token sees its chunk and the neighbouring chunks of the list. A token does not see
+itself. If it sees no other token, its output is its own value. Each round is a segment over the same sorted keys, and
+all segments share one softmax. The original gets the same result when it weights the rounds by log-sum-exp.
 
 Decisions:
 
@@ -12,16 +12,16 @@ Decisions:
   do not change. Buckets that a call passes are used unchanged. Reversible layers pass buckets in the backward.
 - ``num_buckets=None``. The original derives a number from the first input and writes it into the module and the config.
   A patch derives the same number but stores it outside the module, so removing the patch restores everything. If a
-  prompt is shorter than a chunk, decoding fails in the original. A patch then derives the number at the first hash.
+  prompt is shorter than a chunk, decoding fails in the original, but a patch derives the number at the first hash.
 - Memory. The original hashes and projects all tokens at once. A patch hashes long inputs in slices (``reformer_lsh``).
   Without gradients, local attention also computes the output in slices (``reformer_local``). The results are equal.
 - Padding. The attention output is zero for padding queries, and for tokens of local attention that see no key.
-- Visible tokens when decoding with the cache. A token sees the same keys as in the original, without causal or padding
-  mask. With several samples, the original reads the cached states of the first sample for all samples, and so does the
-  patch. If a call had a mask, a token also sees the padding of the prompt (``generate`` passes no mask). The states of
-  padding are zero, but undefined in the original.
-- Projections when decoding with the cache. A patch calls the projections. The original multiplies by their weights, so
-  it ignores hooks and low-rank adapters, and fails on quantised weights. Plain linear layers give equal results.
+- Visible tokens when decoding with the cache. A token sees the same keys as in the original, which applies neither a
+  causal nor a padding mask. For several samples, the original reads the cached states of the first sample for all
+  samples, and so does the patch. If a call had a mask, a token also sees the padding of the prompt (``generate`` passes
+  no mask). The states of padding are undefined in the original, but zero with a patch.
+- Projections when decoding with the cache. A patch calls the projection layers. The original only multiplies by their
+  weights, so it ignores hooks and low-rank adapters, and fails on quantised weights. Results of plain layers are equal.
 - ``output_attentions`` returns weights in the original layout: the neighbourhood of each chunk in sorted order,
   normalised per round. In training, a token that sees only itself has a weight of 1, even if dropout drops the weight.
 """
@@ -90,7 +90,7 @@ class _Attention(PatchPoint):
 
 
 class LocalAttention(_Attention):
-    """Patch point of attention to chunks that are neighbours by position."""
+    """Patch point of attention to chunks that are neighbours in token order."""
 
     cls = f"{MODULE}:LocalSelfAttention"
     verified = {
@@ -115,7 +115,7 @@ class LocalAttention(_Attention):
 
 
 class LshAttention(_Attention):
-    """Patch point of attention to chunks that are neighbours by hash."""
+    """Patch point of attention to chunks that are neighbours after sorting by hash bucket."""
 
     cls = f"{MODULE}:LSHSelfAttention"
     verified = {

@@ -23,7 +23,7 @@ def where_real(attention_mask: Tensor) -> Tensor | None:
 
 
 def real_tokens(attend: Attend, attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """Return bool ``(batch, length)``, True for tokens that are not padding, or None if no token is padding."""
+    """Return a bool mask ``(batch, length)`` that is True for real tokens, or None if no token is padding."""
     if attention_mask is None:
         return None
     checked = check_mask("attention_mask", attention_mask, batch, length, None)
@@ -50,19 +50,19 @@ def check_length(module: Any, length: int, copies: int = 1) -> int:
 
 
 def steps_ahead(module: Any, count: int) -> list[int]:
-    """Return the distance in chunks from a query's chunk to each chunk of its neighbourhood.
+    """Return the distances (in chunks) from a query's chunk to each chunk of its neighbourhood.
 
-    The list has ``count`` chunks. A distance of ``count`` or more becomes 0, because the original then does not rotate.
+    The original does not rotate ``count`` chunks by ``count`` or more, so such a distance becomes 0.
     """
     steps = range(-module.num_chunks_before, module.num_chunks_after + 1)
     return [step if abs(step) < count else 0 for step in steps]
 
 
 def neighbourhoods(module: Any, count: int) -> list[tuple[int, int]]:
-    """Return ``(before, after)`` in chunks for each segment of the neighbourhood.
+    """Return the numbers of chunks ``(before, after)`` the query's chunk for each segment of the neighbourhood.
 
-    One segment is enough unless the neighbourhood is longer than the list of ``count`` chunks. The original then counts
-    some chunks several times, so each chunk of the neighbourhood becomes a segment.
+    One segment is enough if the neighbourhood is not longer than the list of ``count`` chunks. In a longer
+    neighbourhood, the original counts some chunks several times, so each chunk becomes a segment.
     """
     before, after = module.num_chunks_before, module.num_chunks_after
     if before + after < count:
@@ -73,8 +73,8 @@ def neighbourhoods(module: Any, count: int) -> list[tuple[int, int]]:
 def in_chunks(weights: tuple[Tensor, ...], chunk: int, ahead: list[int]) -> Tensor:
     """Return the weights of each chunk's neighbourhood, ``(batch, heads, chunks, chunk, len(ahead) * chunk)``.
 
-    ``weights`` has one dense tensor ``(batch, heads, n, n)`` for all neighbours, or one per neighbour. ``ahead`` is a
-    result of :func:`steps_ahead`.
+    ``weights`` has one dense tensor ``(batch, heads, n, n)`` for all neighbouring chunks, or one tensor for each of
+    them. ``ahead`` is a result of :func:`steps_ahead`.
     """
     batch, heads, length, _ = weights[0].shape
     starts = torch.arange(0, length, chunk, device=weights[0].device)
@@ -88,9 +88,9 @@ def in_chunks(weights: tuple[Tensor, ...], chunk: int, ahead: list[int]) -> Tens
 
 
 def with_own_token(weights: Tensor, share: Tensor, own: Tensor) -> Tensor:
-    """Return weights divided by their sum before dropout.
+    """Return weights divided by the sum that they had before dropout.
 
-    If the sum of a row is 0, the query sees only its own token, so the query's token gets a weight of 1.
+    If the sum of a row is 0, the query sees only its own token, so its own token gets a weight of 1.
 
     Args:
         weights: ``(..., n)``.
@@ -105,7 +105,7 @@ def with_own_token(weights: Tensor, share: Tensor, own: Tensor) -> Tensor:
 def of_rounds(
     probabilities: tuple[Tensor, ...], dropped: tuple[Tensor, ...], order: Tensor, chunk: int, ahead: list[int]
 ) -> Tensor:
-    """Return sorted weights of all rounds, ``(batch, heads, hashes * length / chunk, chunk, len(ahead) * chunk)``.
+    """Return weights in the model's layout ``(batch, heads, hashes * length / chunk, chunk, len(ahead) * chunk)``.
 
     Args:
         probabilities: dense weights ``(batch, heads, length, hashes * length)`` of each segment of each round.

@@ -96,8 +96,8 @@ class LocalCall:
     def _slice_length(self, length: int, wanted: bool) -> int | None:
         """Return the number of tokens per slice, or None to compute all tokens at once.
 
-        Slices are used only if they change no result. So they are not used with gradients, dropout or requested
-        probabilities. Causal attention to later chunks uses no slices, because the last chunk sees the first chunk.
+        Slices are used only if they change no result. So they are not used if gradients, dropout or probabilities are
+        needed. They are also not used for causal attention to later chunks, where the last chunk sees the first chunk.
         """
         module = self._module
         around = module.num_chunks_before + module.num_chunks_after
@@ -110,7 +110,7 @@ class LocalCall:
         """Return the merged output ``(batch, length, embed)``, computed in slices.
 
         Slices save memory, because queries, keys and values of all tokens are three times as large as the output. Each
-        slice is computed with its neighbourhood, whose output is discarded. The projections must treat tokens alike.
+        slice is computed with its neighbouring chunks. Their output is discarded. Projections must not mix tokens.
         """
         module, length = self._module, states.shape[1]
         check_length(module, length)

@@ -109,9 +109,9 @@ class LshCall:
         """Return the module's buckets ``(batch, heads, hashes * length)`` of queries ``(batch, heads, length, dim)``.
 
         The rotated queries of all rounds are many times as large as the queries. So on the CPU the module hashes slices
-        of queries. The random state is reset between slices, so every slice gets the same rotations, and the final
-        state is that after one call. On the CPU, a row of a matrix product does not depend on the number of rows,
-        except for very few rows. On other devices the number of rows selects the kernel, so there is only one slice.
+        of queries. The random state is reset between slices, so every slice gets the same rotations. The final random
+        state is the same as after a single call. On the CPU, a row of a matrix product depends on the number of rows
+        only if there are very few rows. On other devices the number of rows selects the kernel, so there is one slice.
         """
         length = query.shape[2]
         if attention_mask is not None and not readable(attention_mask):  # the module's hashing reads the values
@@ -134,7 +134,7 @@ class LshCall:
         return torch.cat(parts, dim=-1).flatten(2)
 
     def _hasher(self, length: int) -> Any:
-        """Return the module or, if it has no number of buckets, a copy with the number derived from a length."""
+        """Return the module if it has a number of buckets, else a copy with a number derived from ``length``."""
         module = self._module
         if module.num_buckets is not None:
             return module
@@ -154,7 +154,7 @@ class LshCall:
         return Attention(query, segments, 1.0, dropout, query_mask=real, empty=empty)
 
     def _keys(self, queries: Tensor) -> Tensor:
-        """Return the keys: the normalised queries, which include the scale of the scores."""
+        """Return the keys, which are the normalised queries multiplied by the scale of the scores."""
         keys: Tensor = self._module._len_and_dim_norm(queries, math.sqrt(self._module.attention_head_size))
         return keys
 
@@ -174,8 +174,8 @@ class LshCall:
     def _heads_at_once(self, query: Tensor, hashes: int, wanted: bool) -> int:
         """Return how many heads to sort at a time.
 
-        The result is less than all heads only on the CPU, without gradients, dropout and probabilities. Heads are
-        independent, so only the number of attentions changes. On a GPU, more small kernels would take longer.
+        The heads are split only on the CPU, and only if gradients, dropout and probabilities are not needed. Heads are
+        independent, so only the number of attentions changes. On a GPU, many small kernels would take longer.
         """
         batch, heads, length, dim = query.shape
         if query.device.type != "cpu" or torch.is_grad_enabled() or self._module.training or wanted:
@@ -224,7 +224,7 @@ class LshCall:
     def _extend(
         self, hidden_states: Tensor, attention_mask: Tensor | None, hashes: int, wanted: bool, past: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return output, weights and buckets (None before the first full chunk) of a token that sees all tokens."""
+        """Return output, weights and buckets (None before the first full chunk) of a new token that sees all tokens."""
         module = self._module
         states = torch.cat([past, hidden_states], dim=1)
         dim = module.attention_head_size
@@ -240,7 +240,7 @@ class LshCall:
     def _decode(
         self, hidden_states: Tensor, mask: Tensor | None, hashes: int, wanted: bool, past: Tensor, past_buckets: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return output, weights and buckets of one token that sees its neighbourhood in each round's sorted list."""
+        """Return output, weights and buckets of a new token that sees its neighbours in each round's sorted list."""
         module = self._module
         if past_buckets.shape[2] != hashes:
             raise InvalidArgumentError("num_hashes", hashes, f"{past_buckets.shape[2]}, like past_buckets_states")
@@ -268,7 +268,7 @@ class LshCall:
 
 
 def _mask_of_step(attention_mask: Tensor | None, batch: int, lengths: tuple[int, ...]) -> Tensor | None:
-    """Return the mask for hashing, or raise if its shape is wrong. Return None if no value is 0."""
+    """Return the mask for hashing, or None if no token is padding. Raise if the shape of the mask is wrong."""
     if attention_mask is None or where_real(attention_mask) is None:
         return None
     if tuple(attention_mask.shape) not in [(batch, length) for length in lengths]:
@@ -288,12 +288,12 @@ def _check_rounds(hashes: Any) -> int:
 
 
 def window_ahead(module: Any) -> Window:
-    """Return the pattern of all tokens after a token, for inputs that are not longer than a chunk."""
+    """Return the pattern in which a query sees all later tokens, for inputs that are not longer than a chunk."""
     return Window(0, module.chunk_length, offset=1)
 
 
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """Return rows of ``(batch, heads, n, dim)`` by indices ``(batch, heads, m)``. This is faster than ``gather``."""
+    """Return rows of a tensor ``(batch, heads, n, dim)`` at ``(batch, heads, m)`` indices, faster than ``gather``."""
     batch, heads, length, dim = tensor.shape
     samples = torch.arange(batch, device=index.device)[:, None, None] * length
     numbers = (index + samples) * heads + torch.arange(heads, device=index.device)[:, None]

@@ -1,7 +1,7 @@
 """Patch points of modules that compute no attention but use more memory than necessary.
 
 ``patch`` patches such a module together with the attention modules around it or inside it. This changes memory use and
-error messages, never results. If another class or library has replaced the module's forward, ``patch`` does nothing.
+error messages, never results. If other code has replaced the forward of such a module, ``patch`` leaves it unpatched.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TOKENS_AT_ONCE = 2048
 
 
 class CompanionPoint(PatchPoint):
-    """Patch point of a module that computes no attention and may keep its original forward."""
+    """Patch point of a module that computes no attention and also works unpatched."""
 
     attends = False
 
@@ -29,10 +29,10 @@ class CompanionPoint(PatchPoint):
 
 
 class FeedForwardPoint(CompanionPoint):
-    """Patch point of a module that treats all tokens alike. Its forward runs the original forward on slices of tokens.
+    """Patch point of a module that computes each token separately. The original forward runs on slices of tokens.
 
     If gradients are enabled, the forward runs on all tokens at once, because autograd keeps all hidden layers anyway.
-    In training, the forward also runs on all tokens at once, because dropout would draw different numbers for slices.
+    Training mode also computes all tokens at once, because dropout would draw different numbers for slices.
     """
 
     def describe(self, module: Any) -> str:

@@ -2,8 +2,8 @@
 
 Continuous batching keeps keys and values in a paged cache, which no backend reads. It runs the model in a thread that
 catches every exception, so after a refusal inside the forward the user would get requests without tokens. Each function
-that starts continuous batching first calls ``model.init_continuous_batching`` in the caller's thread. While the patch
-of a model would refuse the paged cache, attnzoo sets an instance attribute of that name, which raises an error.
+that starts continuous batching first calls ``model.init_continuous_batching`` in the caller's thread. As long as the
+patch of a model would refuse the paged cache, attnzoo replaces this method by a function that raises an error.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def guard(model: nn.Module) -> list[nn.Module]:
-    """Return the models that have continuous batching, after each of them refuses or allows it as its patches require.
+    """Make the models inside ``model`` refuse or allow continuous batching, as their patches require. Return them.
 
-    Call this function after each change of patches. It does not protect a model of which only a part was patched. In
-    such a model the forward refuses the keyword ``cache`` in the thread of continuous batching, and the ``error`` of
-    each request is the message of the refusal.
+    Call this function after each change of patches. It does not protect a model if only a part of the model was passed
+    to ``patch``. In this case the forward refuses the keyword ``cache`` in the thread of continuous batching, and the
+    ``error`` of each request is the message of the refusal.
     """
     models = [module for module in model.modules() if hasattr(type(module), _ENTRY)]
     for module in models:

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Patch:
-    """Data that all forwards of one patch share. It refers to modules weakly, because modules refer to their forwards.
+    """Data that all forwards of one patch share. References to modules are weak, because modules refer to forwards.
 
     Attributes:
         number: the number of the patch. Each later patch in the process has a larger number.
@@ -117,14 +117,14 @@ class SiteAttend:
 
 
 def _shares_memory(value: Any, tensor: Tensor) -> bool:
-    """Whether a value, or a member of a tuple, shares memory with a tensor."""
+    """Whether a value, or any member if the value is a tuple, shares memory with a tensor."""
     pointer = tensor.untyped_storage().data_ptr()
     parts = value if isinstance(value, tuple) else (value,)
     return any(isinstance(part, Tensor) and part.untyped_storage().data_ptr() == pointer for part in parts)
 
 
 class _CalledModule(threading.local):
-    """Weak reference to the module that a pre-hook recorded on this thread. None once the module's forward runs."""
+    """Weak reference to the module that a pre-hook recorded on this thread. None after the module's forward started."""
 
     module: weakref.ref[nn.Module] | None = None
 
@@ -137,8 +137,8 @@ class PatchedForward(slots.Replacement):
     """The callable that replaces the forward of a patched module. It supports ``copy.deepcopy`` and refuses pickling.
 
     Shallow copies of the module (``copy.copy``, replicas of ``nn.DataParallel``) share this object. Python passes no
-    ``self`` to a function in an instance attribute. Therefore a forward pre-hook records, per thread, the module that
-    is called, and each call computes with the weights of the recorded module.
+    ``self`` to a function that is stored in an instance attribute. Therefore a forward pre-hook records for each thread
+    which module is called, and each call computes with the weights of the recorded module.
 
     Attributes:
         native: whether every call runs the model's original code.

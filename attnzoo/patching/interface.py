@@ -1,9 +1,9 @@
 """Base class of patch points for modules that get their attention function from transformers' ``AttentionInterface``.
 
-The forward of such a module calls ``ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, ...)``. That
-name is a global of the modelling file, and models may share the config. So a patch changes neither the global nor the
-config. The patched module runs the code object of its original forward, in which only this global name has another
-value. Projections, rotary embeddings and caching remain the model's code.
+The forward of such a module calls ``ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, ...)``. Several
+models may share the global ``ALL_ATTENTION_FUNCTIONS`` and the config, so a patch changes neither. The patched module
+runs a copy of its original forward in which only this global has a different value. Projections, rotary embeddings and
+caching remain the model's code.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def rebind(function: Callable[..., Any], **names: Any) -> FunctionType:
     All remaining globals keep their current values.
 
     Raises:
-        PatchError: ``function`` is not a plain Python function, or ``function`` does not use one of the names.
+        PatchError: ``function`` is not a plain Python function, or at least one of the names is not used in it.
     """
     plain = inspect.unwrap(function)
     if not isinstance(plain, FunctionType) or any(name not in plain.__code__.co_names for name in names):
@@ -48,15 +48,15 @@ def rebind(function: Callable[..., Any], **names: Any) -> FunctionType:
 class InterfacePoint(PatchPoint):
     """Patch point of a module that gets its attention function from ``AttentionInterface``.
 
-    The rest of the forward is unchanged. A subclass sets ``cls`` and ``verified``, and defines ``describe`` and
-    ``requests``.
+    Only the attention function in the forward changes. A subclass sets ``cls`` and ``verified``, and defines
+    ``describe`` and ``requests``.
     """
 
     def bind(self, cls: Any, attend: Attend) -> Forward:
         return self.bind_interface(cls, attend)
 
     def bind_interface(self, cls: Any, attend: Attend, **more: Any) -> Forward:
-        """Return the original forward with :meth:`compute`, called with ``more``, as the attention function."""
+        """Return the original forward with :meth:`compute` as its attention function, which also gets ``more``."""
         original = inspect.unwrap(cls.forward).__globals__.get(_NAME)
         return rebind(cls.forward, **{_NAME: _AttentionFunctions(self, attend, original, more)})
 
@@ -74,7 +74,7 @@ class InterfacePoint(PatchPoint):
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the output of an attention. The signature is that of transformers' attention functions.
+        """Compute an attention in place of an attention function of transformers.
 
         Args:
             module, attend: as for :meth:`PatchPoint.forward`.
@@ -99,16 +99,16 @@ class InterfacePoint(PatchPoint):
         return result.output.transpose(1, 2).contiguous(), weights
 
     def original_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the keyword arguments with which the original attention function runs after a refusal."""
+        """Return the keyword arguments of the original function, which ``fallback="native"`` runs after a refusal."""
         return kwargs
 
     def check(self, module: Any) -> None:
-        """Raise unless the model builds masks for ``eager`` or ``sdpa``, because :meth:`compute` reads no others."""
+        """Raise unless the model builds masks for ``eager`` or ``sdpa``, because :meth:`compute` reads only these."""
         # This field is private, but the module's forward and transformers' construction of masks read it.
         _check_implementation(module.config._attn_implementation)
 
     def wants_probabilities(self, module: Any, kwargs: Mapping[str, Any]) -> bool:
-        """Whether ``output_attentions``, as a keyword or else in the config, requests attention probabilities."""
+        """Whether the keyword ``output_attentions`` requests probabilities. Without the keyword, the config decides."""
         keyword = kwargs.get("output_attentions")
         return bool(getattr(module.config, "output_attentions", False) if keyword is None else keyword)
 
@@ -145,10 +145,10 @@ def _check_implementation(name: str | None) -> None:
 def read_interface_mask(
     attend: Attend, implementation: str, query: Tensor, key: Tensor, attention_mask: Tensor | None, is_causal: bool
 ) -> ReadMask:
-    """Return the content of a mask that transformers built for an implementation.
+    """Return the content of a mask that transformers built for the given attention implementation.
 
-    For ``sdpa``, a mask of None means causal attention if ``is_causal`` is True and there are several queries. torch
-    then aligns query 0 with key 0 (prefill of a static cache). In all other cases, a mask of None hides no key.
+    For ``sdpa``, a mask of None means causal attention if ``is_causal`` is True and there are several queries. In this
+    case query 0 is aligned with key 0 (prefill of a static cache). In all other cases, a mask of None hides no key.
     """
     if attention_mask is None:
         causal = implementation == "sdpa" and is_causal and query.shape[2] > 1

@@ -1,6 +1,6 @@
-"""Keyword arguments that models pass to their attention: which are ignored, and which are refused.
+"""Refuse keyword arguments that change the result of attention but that no backend uses. Ignore the others.
 
-Decoders of transformers pass every unknown keyword to every attention module, such as labels or numbers for the loss.
+Decoders of transformers pass every unknown keyword, such as labels or numbers for the loss, to all attention modules.
 The attention functions for ``eager`` and ``sdpa`` read a few keywords by name and ignore the rest. A patched model also
 ignores the rest, because these keywords do not change the result, and a refusal would break calls that work without a
 patch. A patched model refuses two kinds of keywords:
@@ -8,8 +8,8 @@ patch. A patched model refuses two kinds of keywords:
 - the keywords in ``UNCOMPUTED``, which change the result of some attention function of transformers but of no backend;
 - any other parameter that the original attention function declares, because a later release may add one.
 
-``cu_seq_lens_q`` and similar document boundaries are ignored, as by ``eager`` and ``sdpa``. The model encodes the
-documents of a packed row in the mask, which it builds from ``position_ids``.
+``eager`` and ``sdpa`` ignore ``cu_seq_lens_q`` and similar document boundaries, and so does a patched model. The mask,
+which the model builds from ``position_ids``, already separates the documents of a packed row.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UNCOMPUTED = frozenset({
 def refuse_uncomputed(kwargs: Mapping[str, Any], also: Iterable[str] = (), known: Iterable[str] = ()) -> None:
     """Raise :class:`KeywordRefusedError` if a keyword argument changes the result but no backend uses it.
 
-    A value of None counts as not given. ``also`` lists more names to refuse, and ``known`` the names the caller uses.
+    A value of None counts as not given. Names in ``also`` are refused, too. Names in ``known`` are never refused.
     """
     for keyword in sorted((UNCOMPUTED.union(also) & kwargs.keys()) - set(known)):
         value = kwargs[keyword]

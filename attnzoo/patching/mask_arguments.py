@@ -1,7 +1,7 @@
 """Check the masks that users pass to a model.
 
-A model expands masks to grids ``(batch, 1, q_len, kv_len)``. For a list, an array or a mask of a wrong rank, the model
-raises an unrelated error or accepts a mask of a wrong size. A patched attention gets only the grid. So an adapter
+A model expands masks to grids ``(batch, 1, q_len, kv_len)``. If the user passes a list, an array or a mask of a wrong
+shape, the model raises an unrelated error or accepts the mask. A patched attention gets only the grid. So an adapter
 describes the mask arguments of its model (:class:`MaskArgument`), and a :class:`MaskCheckPoint` checks these arguments
 before the model's forward starts. At that time the model has built no grid and filled no cache.
 """
@@ -28,14 +28,14 @@ class MaskArgument:
     """Description of a mask argument ``(batch, length)`` of a module.
 
     Attributes:
-        tokens: names of arguments with the masked tokens, ``(batch, length, ...)``. The first argument given is used.
+        tokens: names of arguments that may contain the tokens ``(batch, length, ...)``. The first given one is used.
         public_name: the name by which users pass the mask. Empty if it equals the name of the module's argument.
         allows_grid: whether the mask may also have the shape ``(batch or 1, heads or 1, q_len or 1, kv_len or 1)``.
         visibility: whether the mask must contain True (or 1) for visible tokens and False (or 0) for hidden tokens. The
             shape may then also be ``(batch or 1, q_len or 1, length)``. The module gets a bool mask of rank 3.
-        queries: names of arguments with the queries. Empty if the queries are the masked tokens.
-        resized: whether the model cuts or extends a mask of a different length and moves the mask to the right device.
-        cache: names of arguments that may contain a cache. With a cache, a grid has one column per cached token, and
+        queries: names of arguments that may contain the queries. Empty if the queries are the same tokens.
+        resized: whether the model cuts or extends a mask of a wrong length and moves the mask to the right device.
+        cache: names of arguments that may contain a cache. With a cache, a grid also has columns for cached tokens, and
             a mask ``(batch, length)`` may have any length.
     """
 
@@ -73,7 +73,7 @@ class MaskCheckPoint(CompanionPoint):
     masks: MaskArguments
 
     def masks_of(self, module: Any) -> MaskArguments:
-        """Return the mask arguments of a module. Override this method if modules of the class have different masks."""
+        """Return the mask arguments of a module. Override this method if they differ between modules of the class."""
         return self.masks
 
     def describe(self, module: Any) -> str:
@@ -98,7 +98,7 @@ class MaskCheckPoint(CompanionPoint):
 def check_masks(
     masks: MaskArguments, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Check the masks among the arguments of a forward. Return the arguments, with masks expanded to the batch.
+    """Check the masks among the arguments of a forward. Return the arguments, with masks expanded to the batch size.
 
     ``names`` are the forward's positional parameters, without ``self``.
     """
@@ -143,7 +143,7 @@ def check_mask(
         batch: the number of samples. A mask with one row applies to all samples.
         length: the number of tokens. None allows any number.
         device: the device of the tokens. None allows any device except meta.
-        grid: ``(q_len, kv_len)`` if the mask may be a grid. A length of -1 allows any number.
+        grid: ``(q_len, kv_len)`` if the mask may be a grid, else None. A length of -1 allows any length.
         grid_rank: the rank of a grid: 4 if it has a dimension of heads, otherwise 3.
 
     Returns:
@@ -179,7 +179,7 @@ def check_visibility(
 ) -> Tensor:
     """Raise unless a mask contains only True or 1 (visible) and False or 0 (hidden).
 
-    In an additive mask, 0 means visible. So every value except 0 and 1 is refused, including NaN. The arguments and
+    Other values are refused, because the mask may be additive. In an additive mask, 0 means visible. The arguments and
     errors are those of :func:`check_mask`. ``q_len`` is the number of queries, or -1 for an unknown number.
 
     Returns:
@@ -203,13 +203,13 @@ def refuse_nan(name: str, mask: Tensor) -> None:
 
 
 def _first_tokens(given: Mapping[str, Any], names: tuple[str, ...]) -> Tensor | None:
-    """Return the first argument that is a tensor ``(batch, length, ...)``, or None if there is none."""
+    """Return the first of the named arguments that is a tensor ``(batch, length, ...)``, or None."""
     values = (given.get(name) for name in names)
     return next((tokens for tokens in values if isinstance(tokens, Tensor) and tokens.ndim >= 2), None)
 
 
 def _columns(cache: Any, length: int) -> int:
-    """Return the number of keys in the first layer, or -1 if the cache does not report it (a paged cache)."""
+    """Return the number of keys in the first layer, or -1 for a cache that does not report it (a paged cache)."""
     if cache is None:
         return length
     sizes = getattr(cache, "get_mask_sizes", None)

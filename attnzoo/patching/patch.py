@@ -42,7 +42,7 @@ class Handle:
     def remove(self) -> None:
         """Restore the original forwards exactly. Do nothing if the patch was already removed.
 
-        Copies of patched modules in the model (as PEFT's ``modules_to_save`` makes them) are also restored.
+        Copies of patched modules inside the model, such as those from PEFT's ``modules_to_save``, are also restored.
 
         Raises:
             PatchError: the patch is not the last patch of a module, or other code has replaced a patched forward. The
@@ -71,7 +71,7 @@ class Handle:
 
 
 def _layers(model: nn.Module) -> list[tuple[nn.Module, PatchedForward]]:
-    """Return every patched forward in a model, with its module."""
+    """Return a pair of module and patched forward for each patched forward in a model."""
     return [(module, forward) for module in model.modules() for forward in patches_of(module)]
 
 
@@ -142,7 +142,7 @@ def _checked(model: nn.Module) -> nn.Module:
 
 
 def _last(model: nn.Module) -> list[tuple[nn.Module, PatchedForward]]:
-    """Return the forwards of the last patch of a model, with their modules."""
+    """Return a pair of module and patched forward for each forward of the last patch of a model."""
     layers = _layers(_checked(model))
     if not layers:
         raise PatchError(f"model: got {type(model).__name__}, which is not patched; allowed: a patched model")
@@ -172,7 +172,7 @@ def unpatch(model: nn.Module) -> None:
 
 
 def _check_whole(places: list[tuple[nn.Module, PatchedForward]]) -> None:
-    """Raise unless a patch is in place at every module. ``places`` are the forwards of the patch in a model."""
+    """Raise unless a patch is in place at each of its modules. ``places`` are pairs as from :func:`_last`."""
     in_place = {forward.site.name for _, forward in places}
     # Ignore shallow copies, because a patch includes the original modules only.
     expected = [name for module, forward in places if module is forward.module for name in forward.patch.names]
@@ -205,19 +205,19 @@ def patch(
     """Replace the attention of a model, in place.
 
     Args:
-        model: a Hugging Face model of a family with an adapter (see ``attnzoo doctor``), or a part of one.
+        model: a Hugging Face model of a family with an adapter (see ``attnzoo doctor``), or a part of such a model.
         backend: a backend name or alias, a configured :class:`Backend`, or ``{glob over module names: backend}``.
-            ``"auto"`` selects, for each attention, the fastest measured backend or else the supporting backend of
-            highest priority. ``"native"`` runs the model's original code and counts the calls. The first glob that
-            matches a module decides, so write narrow globs first. Modules that match no glob are not patched.
+            ``"auto"`` selects the fastest measured backend for each attention or, without measurements, the supporting
+            backend of highest priority. ``"native"`` counts the calls of the model's original code. The first glob
+            that matches a module decides, so write narrow globs first. Modules that match no glob are not patched.
         fallback: what happens to a call that the backend refuses. With ``"error"``, the call raises. With
-            ``"native"``, the call runs the model's original code, and ``Site.fallbacks`` counts it. Exception: if the
-            refusal happens inside a forward that the patch replaces as a whole, the call raises, because the cache may
-            already be filled. For example, a mask may be refused that is not causal and not padding.
+            ``"native"``, the call runs the model's original code, and ``Site.fallbacks`` counts it. But if a forward
+            that the patch replaces as a whole has already started, the call raises, because the cache may already be
+            filled. An example is a refusal of a mask that is neither causal nor a padding mask.
         replace: whether to remove earlier patches of the model, after the checks of the new patch have passed. This
-            lets a notebook cell run again. By default, patches stack.
-        options: options of the named backends, e.g. ``window=1024``. They do not change configured backends
-            (:func:`attnzoo.configure`).
+            lets a notebook cell run again. By default, the new patch is added to the earlier patches.
+        options: options of backends that are given by name, e.g. ``window=1024``. They do not change configured
+            backends (:func:`attnzoo.configure`).
 
     Returns:
         A :class:`Handle`. Weights, state_dict and config of the model are unchanged.
@@ -280,7 +280,7 @@ def _assign(
 
 
 def _configure(requested: Iterable[str | Backend], options: Mapping[str, Any]) -> dict[str | Backend, Backend]:
-    """Return the configured backend of each requested backend. Options apply to backends requested by name."""
+    """Return a configured backend for each requested backend. Options apply only to backends requested by name."""
     requested = tuple(dict.fromkeys(requested))
     named = [name for name in requested if isinstance(name, str) and name not in BUILT_IN]
     if options and not named:

@@ -1,7 +1,7 @@
 """Decide whether a backend may serve a site. The decision for each site is a :class:`SitePlan`.
 
-``patch`` raises the errors in the plans or installs the plans. ``explain`` prints the plans. The plan of a patched
-module checks each call of the module. Plans and the support matrix call :func:`attnzoo.functional.refusals_of`.
+``patch`` raises the errors in the plans, or patches the sites as planned. ``explain`` prints the plans. The plan of a
+patched module checks each call. Plans and the support matrix use :func:`attnzoo.functional.refusals_of`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BUILT_IN: Mapping[str, Backend] = {backend.name: backend for backend in (AutoBac
 
 @dataclass(frozen=True, eq=False)
 class SitePlan:
-    """The plan for one site: the backend, the expected requests, and the reasons against a patch.
+    """The plan for one site: the backend, the expected requests, and the reasons why a patch is not possible.
 
     Attributes:
         target: the module to patch.
@@ -136,7 +136,7 @@ def _plan_companions(model: nn.Module, targets: Sequence[PatchTarget], plans: Se
 def changes_of(backend: Backend, requests: Sequence[Request], anywhere: bool = False) -> tuple[str, ...]:
     """Return descriptions of how a backend changes the pattern of the requests that it supports.
 
-    The backend is bound to a site. ``anywhere`` ignores refusals that are specific to this machine.
+    ``backend`` is bound to a site. If ``anywhere`` is True, refusals that are specific to this machine are ignored.
     """
     supported = (request for request in requests if not refusals_of(backend, (request,), anywhere))
     return tuple(dict.fromkeys(change for request in supported if (change := backend.changes(request)) is not None))
@@ -147,7 +147,7 @@ def check_plans(plans: Sequence[SitePlan], allow_refusals: bool = False) -> None
 
     Raises:
         PatchError: a plan has an obstacle. The first obstacle is raised.
-        BackendRefusedError: a plan has a refusal. The error lists every such site.
+        BackendRefusedError: a plan has a refusal. The error lists every site with a refusal.
     """
     for plan in plans:
         if plan.obstacle is not None:

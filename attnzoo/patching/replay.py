@@ -22,8 +22,8 @@ Choices = dict[str, list[dict[str, Any]]]
 def recording(modules: Mapping[str, tuple[nn.Module, Callable[[Any], dict[str, Any]]]]) -> Iterator[Choices]:
     """Yield a dictionary, which receives the random choices of ``modules`` while the ``with`` block runs.
 
-    ``modules`` is ``{name: (module, replay of its patch point)}``. The yielded dictionary has, for each name and call,
-    the keyword arguments with which the module repeats the choices of the call.
+    ``modules`` maps each name to a module and its patch point's ``replay``. The yielded dictionary has a list for each
+    name. For each call, the list has the keyword arguments that make the module repeat the choices of the call.
     """
     choices: Choices = defaultdict(list)
 
@@ -38,7 +38,7 @@ def recording(modules: Mapping[str, tuple[nn.Module, Callable[[Any], dict[str, A
 
 @contextmanager
 def replaying(model: nn.Module, choices: Choices) -> Iterator[None]:
-    """Context manager in which each call of a recorded module repeats the choices of the recorded call."""
+    """Context manager in which each call of a recorded module repeats the choices of its next recorded call."""
 
     def hook(recorded: Iterator[dict[str, Any]]) -> Callable[..., Any]:
         return lambda module, args, kwargs: (args, {**kwargs, **next(recorded)})
@@ -51,6 +51,6 @@ def replaying(model: nn.Module, choices: Choices) -> Iterator[None]:
 
 
 def own_random_stream(model: nn.Module) -> AbstractContextManager[None]:
-    """Return a context manager that restores the random state of the CPU and of the model's CUDA devices."""
+    """Return a context manager that, at its end, restores the random state of the CPU and the model's CUDA devices."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     return torch.random.fork_rng(devices=devices)

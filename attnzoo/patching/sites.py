@@ -1,4 +1,4 @@
-"""The attention modules of a model that adapters can patch, the requests of these modules, and their counts."""
+"""Find the attention modules of a model that adapters can patch. Describe their requests and count their kernels."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Site:
 
     @property
     def approximate(self) -> str:
-        """The pattern changes by calls so far, or the expected changes before the first call. Empty without changes."""
+        """The pattern changes that happened so far or, before the first call, the expected changes. Empty if none."""
         return "; ".join(self.changed if self.calls else self.changes)
 
     @property
@@ -76,7 +76,7 @@ class Site:
         return f"{self.backend}: {'+'.join(selected)}" if selected else self.backend
 
     def copy(self) -> Site:
-        """Return a site that starts with the same counts and counts separately."""
+        """Return a copy that starts with the same counts and then counts separately."""
         return replace(
             self, kernels=self.kernels.copy(), selections=self.selections.copy(), changed=self.changed.copy()
         )
@@ -89,7 +89,7 @@ class PatchTarget:
         name: the name of the module in the model.
         alive: the module. None if the module was freed, or if this target is a copy without a known module.
         module: the module. Reading this attribute raises PatchError if the module was freed.
-        owner: the module whose layers share values (``PatchPoint.shared_in``), or None.
+        owner: the module around this module in which layers share values (``PatchPoint.shared_in``), or None.
         label: the module's name for messages, as in :attr:`Site.label`.
     """
 
@@ -100,7 +100,7 @@ class PatchTarget:
         self._module, self._owner = _weak(module), _weak(owner)
 
     def at(self, module: nn.Module | None, owner: nn.Module | None) -> PatchTarget:
-        """Return a copy of this target with another module and another owner."""
+        """Return a copy of this target that has the given module and owner."""
         twin = copy.copy(self)
         twin._module, twin._owner = _weak(module), _weak(owner)
         return twin
@@ -150,7 +150,7 @@ def expected_requests(
 
     Args:
         sharers: the module and the modules that share values with it.
-        grad: whether gradients will be computed. None means yes in training mode if the module has trained parameters.
+        grad: whether gradients will be computed. None means True in training mode if the module has trained parameters.
         transforms: the transforms of ``torch.func`` around the call.
     """
     trains_bias = False
@@ -185,8 +185,8 @@ def has_trained_parameters(module: nn.Module) -> bool:
 def find_sites(model: nn.Module) -> list[PatchTarget]:
     """Return every module of a model that a registered adapter can patch.
 
-    The class of a module decides, not the configuration. If several patch points match, the point for the nearest base
-    class is used. Among several such points, a point for a model type in the model is preferred.
+    A patch point matches modules by class, not by configuration. If several patch points match, the point for the
+    nearest base class is used. Among several such points, the point of an adapter for the model's type is preferred.
 
     Raises:
         InvalidArgumentError: ``model`` is not a ``torch.nn.Module``.
@@ -220,7 +220,7 @@ def _model_types(model: nn.Module) -> tuple[str, ...]:
 
 
 def _no_site_error(model: nn.Module, types: tuple[str, ...], points: Iterable[str]) -> PatchError:
-    """Return the error for a model without sites. It names broken adapters and a class of the same name."""
+    """Return the error for a model without sites. The text includes possible reasons, such as a broken adapter."""
     reasons = [f"{name}: {reason}" for name, reason in registry.broken_adapters().items()]
     why = f" (an adapter exists but did not load: {shorten('; '.join(reasons), 200)})" if reasons else ""
     known = {path.rpartition(":")[2]: path for path in points}

@@ -18,8 +18,8 @@ GRADIENT = "gradient of all parameters"
 def cast(value: Any, dtype: torch.dtype | None) -> Any:
     """Return a copy of the arguments of a forward, with all floating-point tensors in ``dtype``.
 
-    Tensors in dicts, lists and tuples are converted, too. If ``dtype`` is None, each tensor keeps its dtype. The lowest
-    number of a dtype, which hides tokens, becomes the lowest number of ``dtype``. Caches and other objects are copied.
+    Tensors in dicts, lists and tuples are converted, too. Caches and other objects are copied. If ``dtype`` is None,
+    each tensor keeps its dtype. The lowest number of a dtype hides tokens and becomes the lowest number of ``dtype``.
     """
     if isinstance(value, Tensor):
         if dtype is None or not value.is_floating_point() or value.dtype == dtype:
@@ -36,15 +36,15 @@ def cast(value: Any, dtype: torch.dtype | None) -> Any:
 def run_model(
     model: nn.Module, inputs: dict[str, Any], gradients: bool, seed: int, inference: bool = False, graph: bool = False
 ) -> dict[str, Tensor]:
-    """Return the outputs of a model on real tokens by name, and the gradient of a random function of these outputs.
+    """Return a model's outputs on real tokens, by name, and the gradient of a random function of these outputs.
 
-    The gradient is one vector over all parameters that require grad. Gradients are not compared parameter by parameter,
-    because the exact gradient and the error budget of one parameter may be zero. For example, the
-    bias of a key projection shifts all scores of a row by the same number, which does not change the softmax.
+    The gradient is one vector over all parameters that require grad. It is not compared parameter by parameter, because
+    the exact gradient and the error budget of one parameter may be zero. For example, the bias of a key projection adds
+    the same number to all scores of a row, which does not change the softmax.
 
     Args:
         seed: seed of the random function and of the model's random numbers.
-        inference: whether a separate forward without gradients computes the outputs. That forward may run other code.
+        inference: whether the outputs come from a separate forward without gradients, which may run other kernels.
         graph: whether gradients are enabled in the forward even if no gradient is computed.
     """
     parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -97,9 +97,9 @@ def _has_decoder(model: nn.Module) -> bool:
 
 
 def real_tokens(inputs: Mapping[str, Any], decoder: bool, output: Tensor) -> Tensor | None:
-    """Return whether each row ``(batch, length)`` of an output is a real token, or None if the inputs have no mask.
+    """Return a bool mask ``(batch, length)``, True for output rows of real tokens, or None if the inputs have no mask.
 
-    A decoder row is real only if the sample has a real source token. Cross-attention would otherwise have no key.
+    A decoder row is real only if the sample has a real source token, because otherwise cross-attention has no key.
     """
     mask = inputs.get("attention_mask")
     if decoder:
@@ -114,9 +114,9 @@ def real_tokens(inputs: Mapping[str, Any], decoder: bool, output: Tensor) -> Ten
 
 
 def rows_of_modules(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[str, Tensor], Tensor | None]:
-    """Return a function of a module's name and output ``(batch, length, ...)`` that returns which rows are real tokens.
+    """Return a function that gets a module's name and output ``(batch, length, ...)`` and returns which rows are real.
 
-    Some models pad their inputs at the end to a multiple of a block size. Rows after the end of the mask are padding.
+    Some models pad inputs at the end to a multiple of a block size, so rows after the end of the mask are padding.
     """
     decoders = [name for name, module in model.named_modules() if name.rpartition(".")[2] == "decoder"]
     has_decoder = _has_decoder(model)

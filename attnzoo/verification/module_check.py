@@ -39,7 +39,7 @@ class Call(NamedTuple):
 def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Call]]:
     """Context manager that records the arguments of the first call of each named module.
 
-    The arguments are copied, because the call may change its inputs and fills its cache.
+    The arguments are copied, because the call may change its inputs and may fill its cache.
     """
     calls: dict[str, Call] = {}
 
@@ -60,9 +60,9 @@ class ModuleRuns:
     """Runs of modules on recorded calls.
 
     Args:
-        random_choices: by module name, one dict per call. It has the keyword arguments that repeat random choices.
+        random_choices: for each module name, a list with the keyword arguments that make each call repeat its choices.
         real_rows: function of a module name and an output ``(batch, length, ...)``. It returns which rows are real
-            tokens, or None if all rows are.
+            tokens, or None if all rows are real tokens.
     """
 
     def __init__(
@@ -81,18 +81,18 @@ class ModuleRuns:
         self._recomputed: dict[str, dict[str, Tensor]] = {}
 
     def run_own(self, model: nn.Module, names: Iterable[str], dtype: torch.dtype | None = None) -> None:
-        """Run the own code of some modules of an unpatched model, on the recorded inputs converted to ``dtype``."""
+        """Run the original code of the named modules of an unpatched model on the recorded inputs, in ``dtype``."""
         self._own |= {name: self._run(model, name, dtype, None) for name in names}
 
     def run_plain(self, model: nn.Module) -> None:
-        """Run each module with ``eager``, and, if gradients are compared, also with :class:`RecomputedBackend`."""
+        """Run each module with ``eager``. If gradients are compared, also run it with :class:`RecomputedBackend`."""
         for name in self._calls:
             if self._gradients:
                 self._recomputed[name] = self._run(model, name, None, RecomputedBackend())
             self._eager[name] = self._run(model, name, None, "eager")
 
     def reports(self, model: nn.Module, dtype: torch.dtype) -> tuple[AttentionReport, ...]:
-        """Compare the results of :meth:`run_own` with the oracle in a float64 ``model``; ``dtype`` sets the budgets."""
+        """Compare the results of :meth:`run_own` with the oracle in a float64 ``model``. ``dtype`` sets the budgets."""
         return tuple(AttentionReport(name, "native", self._checks(model, name, dtype)) for name in self._own)
 
     def _checks(self, model: nn.Module, name: str, dtype: torch.dtype) -> tuple[error_rule.Check, ...]:

@@ -1,4 +1,4 @@
-"""Oracles for backends that change the pattern of an attention. The oracle computes the changed attention.
+"""Oracles for backends that change the pattern of an attention. Such an oracle computes the changed pattern, too.
 
 Runs in several dtypes can be compared only if all runs make the same random choices (hash buckets). The oracle
 therefore repeats the random choices of one recorded run.
@@ -18,7 +18,7 @@ from attnzoo.spec.segments import Attention, Result
 
 @dataclass(frozen=True, eq=False)
 class RewritingOracle(Backend):
-    """Backend that rewrites each attention with ``backend`` and the next recorded choices, and then runs ``plain``."""
+    """Backend that lets ``backend`` change each attention with the next recorded choices, and then runs ``plain``."""
 
     __eq__ = object.__eq__  # backends compare by options, but two oracles may be at different calls
     __hash__ = object.__hash__
@@ -39,7 +39,7 @@ def oracles(
 ) -> dict[str, str | Backend]:
     """Return a dict from globs of site names to oracles, as :func:`attnzoo.patch` accepts.
 
-    ``approximate`` maps a site to the backend that changes the pattern, and to that backend's random choices per call.
+    ``approximate`` maps the name of a site to the backend that changes the pattern, and its random choices per call.
     """
     plain = EagerBackend() if plain is None else plain
     rewriting: dict[str, str | Backend] = {

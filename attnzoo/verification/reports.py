@@ -1,4 +1,4 @@
-"""The results of ``verify``: a report on one passage, and a collection of reports on several passages."""
+"""The results of ``verify``: a report on one passage of text, and a collection of reports on several passages."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Report:
     Attributes:
         backend: name of the verified backend.
         sites: comparisons of each attention of the patched model with the float64 oracle on equal inputs.
-        end_to_end: comparisons of outputs and parameter gradient with the reference: the model with the float64 oracle.
-        original: comparisons of the model's own code with the reference. They show that the adapter is right.
+        end_to_end: comparisons of outputs and parameter gradient with the reference (model with float64 oracle).
+        original: comparisons of the model's own code with the reference. If they pass, the adapter is right.
         original_sites: comparisons of each attention module's own code with the float64 oracle on equal inputs.
-        fault: the reason why the model's own code is wrong. That code was then not run. Empty if the code is right.
+        fault: the reason why the model's own code is wrong and was not run. Empty if the code is right.
         note: the comparisons that were left out, and the reasons. Empty if none was left out.
         changed: how the backend and the reference change the pattern. Empty if the pattern is unchanged.
-        distance: the effect of a changed pattern on each output: the largest difference between the model's own code
-            and the reference, divided by the largest value of the reference. Empty if the pattern is unchanged.
+        distance: for each output, the largest difference between the model's own code and the reference, divided by
+            the largest value of the reference. Empty if the pattern is unchanged.
     """
 
     backend: str
@@ -70,7 +70,7 @@ class Passages:
 
     @property
     def ok(self) -> bool:
-        """Whether every passage is within the error rule."""
+        """Whether the reports on all passages are ok."""
         return all(report.ok for report in self.reports)
 
     def to_dict(self) -> dict[str, Any]:

@@ -45,9 +45,9 @@ def verify(
 ) -> Report:
     """Compare a patched model with the original under the error rule, end to end and attention by attention.
 
-    The reference is the model with the dense oracle in float64. ``verify`` compares the patched model, and also the
-    model's own code, with the reference: the outputs on real tokens (``attention_mask``), the gradient of the
-    parameters, and each attention. The error of plain operations in the model's dtype determines the error budgets.
+    The reference is the model with the dense oracle in float64. ``verify`` compares the patched model and the model's
+    own code with the reference. It compares the outputs on the tokens that ``attention_mask`` marks as real, the
+    parameter gradient, and each attention. The error of plain operations in the model's dtype sets the error budgets.
     With ``backend="native"``, ``verify`` checks only the model's own code.
 
     The model runs in eval mode. ``verify`` changes neither the model nor its gradients nor the state of random number
@@ -59,9 +59,9 @@ def verify(
         backend: a backend, or a mapping of globs to backends, as for :func:`attnzoo.patch`.
         gradients: whether gradients are compared, too.
         max_rows: maximum number of query rows to compare in each attention.
-        seed: seed of the random numbers that the backward starts from.
+        seed: seed of all random numbers, such as those from which the backward starts.
         fast: whether to finish in seconds instead of minutes. ``verify`` then uses only the first 256 real tokens of
-            one sample, and skips the end-to-end gradients and the check of the own code of each module.
+            one sample. It skips the end-to-end gradients and the separate check of each module's own code.
         progress: function that is called with the completed share of the work (0 to 1) and the name of the next step.
         options: options of the backend.
 
@@ -191,9 +191,9 @@ class _PatchedRun:
     """The observations of one run of the patched model.
 
     Attributes:
-        attentions: an attention, the kernel that computed the attention, and the backend, by site and request.
-        approximate: the backend that changed the pattern, and the backend's random choices for each call, by site.
-        random_choices: the arguments that make each call repeat its hash buckets (see ``replay.py``), by module.
+        attentions: for each site and request, one attention, the kernel that computed it, and the backend.
+        approximate: for each site, the backend that changed the pattern, and its random choices in each call.
+        random_choices: for each module, the arguments that make each call repeat its hash buckets (see ``replay.py``).
         fault: the reason why the model's own code is wrong. Empty if the code is right.
         whole: whether gradients are compared end to end. If so, ``outputs`` includes the parameter gradient.
     """
@@ -230,7 +230,7 @@ class _PatchedRun:
             self.approximate.setdefault(site.name, (backend, []))[1].append(backend.decisions(attention))
 
     def notes(self, in_float64: list[str]) -> Iterator[str]:
-        """Yield the comparisons that were left out or made in another way, with the reasons."""
+        """Yield a remark on each comparison that was left out or that used a dtype other than the model's."""
         if self._gradients and self._fast:
             yield "end-to-end gradients are not compared, because fast=True"
         elif self._gradients and not self._trainable:
