@@ -1,11 +1,11 @@
-"""The benchmark, which checks every backend of this machine on real text, and times the backends and the original.
+"""Check every backend of this machine against the oracle, then time the original model and the backends on real text.
 
 Start it with ``attnzoo bench``, or from Python with :func:`attnzoo.benchmarks.runner.run`. One run is a *shootout*.
 
-- plan: the options of a shootout. It defines cases. A case has one family, scope, length, mode, dtype and device.
+- plan: the options of a shootout. Each case of a plan has one family, scope, length, mode, dtype and device.
 - contender: the code that a case measures: the original model, a backend, or a peer (attention of another library).
 - subject: the PyTorch module that a contender runs in a case: a whole model or one attention module.
 - row: the result of one contender in one case, measured in a separate process.
 - gate: the comparison of a contender with the float64 oracle, under the error rule.
-- kernel: the code that computed the attention. The backend reports the name of the kernel. ``witness.py`` checks it.
+- kernel: the code that computed the attention. ``witness.py`` checks the kernel name that a backend reports.
 """

@@ -31,7 +31,7 @@ class Case:
         seq_len: input length in tokens.
         batch: number of passages.
         dtype: a key of :data:`DTYPES`.
-        train: whether a run has a forward and a backward, both without dropout. Otherwise a run has only a forward.
+        train: True means that a run is a forward and a backward, both without dropout. False means only a forward.
         layers: number of layers in each stack (encoder or decoder) of a whole model. None means the published number.
     """
 
@@ -120,7 +120,7 @@ def _whole_model(case: Case) -> Subject:
 
 
 def _one_module(case: Case) -> Subject:
-    """Return a subject for the first self-attention module of a one-layer model. The model computes the inputs."""
+    """Return a subject for the first self-attention module of a one-layer model. The inputs come from a model run."""
     workload = find_workload(case.family)
     model = workload.build(layers=1, seq_len=case.seq_len).to(case.device, DTYPES[case.dtype])
     name, module = next((n, m) for n, m in model.named_modules() if type(m).__name__ == workload.attention)
@@ -210,7 +210,7 @@ class _LinearRecorder(TorchFunctionMode):
 
 
 class Projections:
-    """The linear projections of a module, run on random inputs. The scope ``attention`` subtracts their time."""
+    """The linear projections of a module, run on random inputs. Scope ``attention`` subtracts the time of this run."""
 
     def __init__(self, subject: Subject) -> None:
         case = subject.case

@@ -52,7 +52,7 @@ class Execution(NamedTuple):
 
 
 class PreparedContender:
-    """A contender that is ready to run in a worker process. For the original and peers, it checks nothing."""
+    """A contender that is ready to run in a worker process. The original and peers have no checks."""
 
     def __init__(self, subject: Subject, kernel: str = "") -> None:
         self.subject, self._kernel = subject, kernel
@@ -152,7 +152,7 @@ class PreparedBackend(PreparedContender):
         self._checked_kernels: set[str] = set()
 
     def gate(self) -> GateVerdict:
-        """Record one attention of each kind of site, compare each with the float64 oracle, and return the verdict."""
+        """Record one attention per kind of site, compare its result with the float64 oracle, and return the verdict."""
         kinds: dict[tuple[Any, ...], tuple[str, Attention, Backend]] = {}
         others: set[str] = set()
         observed: Counter[tuple[str, str]] = Counter()
@@ -184,7 +184,7 @@ class PreparedBackend(PreparedContender):
         return Counter({(site.name, kernel): count for site in sites for kernel, count in site.kernels.items()})
 
     def execution(self) -> Execution:
-        """Return the kernels of all sites. Complain if another backend or a kernel that the gate did not check ran."""
+        """Return the kernels of all sites. Complain if a kernel ran unchecked, or if another backend ran."""
         counts: Counter[str] = Counter()
         complaints = []
         for site in self._handle.sites:

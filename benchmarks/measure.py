@@ -19,7 +19,7 @@ from attnzoo.tuning.race import synchronize
 
 
 class Peak(NamedTuple):
-    """The bytes in use ``before`` a run, the ``extra`` bytes at the peak of the run, and the measuring ``method``."""
+    """The bytes in use ``before`` a run, the ``extra`` bytes at the peak of the run, and how they were measured."""
 
     extra: int
     before: int
@@ -27,7 +27,7 @@ class Peak(NamedTuple):
 
 
 def seconds(run: Callable[[], None], device: str) -> float:
-    """Return the wall-clock seconds of one run, with its work on the device. Garbage is collected before the run."""
+    """Return the wall-clock seconds of one run, until the device has finished. Garbage is collected before the run."""
     gc.collect()
     synchronize(torch.device(device))
     start = time.perf_counter()
@@ -84,8 +84,8 @@ def _large_tensors_in_own_mappings() -> Iterator[None]:
     """Context manager in which glibc puts every allocation above 1 MiB into a separate memory mapping.
 
     By default, glibc allocates tensors of up to 32 MiB on the heap. Freed tensors leave gaps there, which still count
-    as resident memory. The measured peak of one run was then 120 MiB or 200 MiB. On exit, the thresholds for mapping
-    and trimming are set to 32 MiB and 64 MiB, because glibc adapts neither of them after a program sets one.
+    as resident memory. The peak of the same run was then 120 MiB at one time and 200 MiB at another. On exit, both of
+    glibc's thresholds (mapping: 32 MiB, trimming: 64 MiB) are set, because glibc adapts neither after one was set.
     """
     trim, threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     try:

@@ -19,7 +19,7 @@ DECODER_TOKENS = 64
 
 
 def _encoder_decoder_inputs(tokens: Tensor) -> Inputs:
-    """Return inputs: all tokens except the last 65 for the encoder, and the 64 tokens after them for the decoder."""
+    """Return inputs. The encoder gets all tokens except the last 65. The decoder gets the 64 tokens that follow."""
     source, target = tokens[:, : -DECODER_TOKENS - 1], tokens[:, -DECODER_TOKENS - 1 :]
     decoder_ids = target[:, :-1].contiguous()
     kwargs = dict(input_ids=source, attention_mask=torch.ones_like(source), decoder_input_ids=decoder_ids)
@@ -48,7 +48,7 @@ def _led_inputs(tokens: Tensor) -> Inputs:
 
 
 def _layers_in(*fields: str) -> Callable[[Mapping[str, Any], int], dict[str, Any]]:
-    """Return a ``shrink`` function. It replaces numbers in ``fields`` by the number of layers, and cuts lists to it."""
+    """Return a ``shrink`` function. It sets integer fields to the number of layers, and cuts lists to this length."""
 
     def shrink(published: Mapping[str, Any], layers: int) -> dict[str, Any]:
         old = {name: published[name] for name in fields}

@@ -28,7 +28,7 @@ def require_matplotlib() -> None:
 
 
 def draw(shootout: Shootout, path: Path) -> tuple[Path, ...]:
-    """Draw one PNG file per family and return the paths. If there are several, file names end in ``-<family>.png``."""
+    """Draw one PNG file per family and return the paths. For several families, file names end in ``-<family>``."""
     require_matplotlib()
     path.parent.mkdir(parents=True, exist_ok=True)
     by_family = {rows[0].family: rows for rows in group_by(shootout.rows, lambda row: row.family)}
@@ -106,7 +106,7 @@ Unit = Callable[[float | None], str]
 
 
 def _decorate(axis: Any, title: str, label: str, lengths: list[int], unit: Unit | None) -> None:
-    """Set titles, scales and ticks. ``unit`` formats the ticks of the y axis. If None, the ticks are powers of ten."""
+    """Set titles, scales and ticks. ``unit`` formats the ticks of the y axis. None means powers of ten as ticks."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_title(title, fontsize=11, loc="left")

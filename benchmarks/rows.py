@@ -141,7 +141,7 @@ class EndToEnd:
     gradients: bool | None = None
 
     def blocks(self, train: bool) -> bool:
-        """Whether this verdict prevents rows in a mode. A refusal prevents only rows in the mode that was checked."""
+        """Whether rows of a mode are not measured because of this verdict. A refusal affects only the checked mode."""
         return self.status != OK and (self.status != REFUSED or self.gradients is train)
 
 

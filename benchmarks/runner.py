@@ -89,7 +89,7 @@ class ShootoutPlan:
                 raise InvalidArgumentError(name, count, "an integer >= 1")
 
     def contenders(self) -> tuple[Contender, ...]:
-        """Return the original, the backends and the peers, in this order. Backend aliases become registered names."""
+        """Return the original, the backends and the peers, in this order. Aliases are replaced by registered names."""
         limit = self.dense_limit
         if self.backends is None:
             names = [info.name for info in registry.backends().values() if info.exact or not info.available]
@@ -233,7 +233,7 @@ class _CaseRun:
         self._progress(self._done, f"{self._case.family} S={self._case.seq_len} {self._case.mode}: {name}, {step}")
 
     def _check_exclusions(self, contender: Contender) -> None:
-        """Raise :class:`Problem` if the contender cannot run the case, or if a limit or verdict excludes it."""
+        """Raise :class:`Problem` if the contender cannot run the case, or if a limit or verdict excludes the case."""
         case, limit = self._case, self._plan.train_limit
         if case.train and case.scope == "model":
             try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def digest(folders: Mapping[str, Path]) -> str:
-    """Return a digest (twelve hex digits) of all Python files. ``folders`` maps the names of packages to folders.
+    """Return a digest (twelve hex digits) of all Python files in ``folders``. Its keys are the names of packages.
 
     The digest does not depend on the paths of the folders. So a wheel and the repository have the same digest.
     """

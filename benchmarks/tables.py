@@ -1,6 +1,6 @@
-"""Print the results of a shootout: one table per family, scope and mode, then the missing rows, then a legend.
+"""Print the results of a shootout: one table per family, scope and mode, then why rows are missing, then a legend.
 
-A table is at most 80 characters wide. In a narrower terminal, it leaves out ``min - max`` and, at last, ``peak``.
+The tables are at most 80 characters wide. Without the columns ``min - max`` and ``peak``, they are at most 60 wide.
 """
 
 from __future__ import annotations

@@ -36,11 +36,11 @@ def witness() -> Iterator[Counter[str]]:
 
 
 def claimed(reported: Iterable[str]) -> frozenset[str]:
-    """Return the kernels of ``scaled_dot_product_attention`` that reports such as ``"flash+math"`` name."""
+    """Return which reported kernels are kernels of SDPA. A report may join names, as in ``"flash+math"``."""
     names = (name for kernels in reported for name in kernels.split("+"))
     return frozenset(_CLAIMS[name] for name in names if name in _CLAIMS)
 
 
 def false_claims(reported: Iterable[str], ran: Iterable[str]) -> tuple[str, ...]:
-    """Return the kernels of ``scaled_dot_product_attention`` that were reported, but did not run."""
+    """Return the SDPA kernels that a backend reported, but that did not run."""
     return tuple(sorted(claimed(reported) - set(ran)))

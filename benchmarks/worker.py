@@ -93,7 +93,7 @@ def verify_here(job: EndToEndJob) -> tuple[bool, str]:
 
 
 def process_context(preload: Iterable[str]) -> BaseContext:
-    """Return the context that starts worker processes. It is a fork server with ``preload``, if supported."""
+    """Return the context that starts workers: a fork server that has imported ``preload`` if possible, or ``spawn``."""
     # The profiler of torch 2.13 logs to stderr unless this level is set before torch is imported. The setting affects
     # the worker processes only, because this process has already imported torch.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -161,7 +161,7 @@ def _serve(connection: Connection, served: object) -> None:
 
 
 def as_problem(error: Exception) -> Problem:
-    """Convert an exception to a :class:`Problem` with a status and a reason, and return it."""
+    """Return an exception as a :class:`Problem` with a status and a reason."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, BackendRefusedError):

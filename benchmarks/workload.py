@@ -101,6 +101,6 @@ class Workload:
             self.training(self.published, seq_len)
 
     def read(self, batch: int, seq_len: int, device: str = "cpu") -> Inputs:
-        """Return the inputs on ``device``. They are ``batch`` passages of the book with ``seq_len`` tokens each."""
+        """Return the inputs on ``device`` for ``batch`` passages of the book. Each passage has ``seq_len`` tokens."""
         inputs = self.inputs(read_tokens(batch, seq_len + self.extra, self.special_tokens))
         return tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)

@@ -45,7 +45,7 @@ def _declared(info: BackendInfo, capabilities: Capabilities) -> dict[str, object
 
 
 class Reasons(dict[str, int]):
-    """Dict from the text of a refusal to its number. Refusals are numbered in the order of their first print."""
+    """Dict from the text of a refusal to its number. The refusal that is printed first has number 1."""
 
     def number(self, reason: Refusal) -> int:
         """Return the number of a reason. A new reason gets the next free number."""
@@ -166,7 +166,7 @@ def _declared_text(name: str, declared: dict[str, object]) -> str:
 
 
 def _row_text(row: Row, reasons: Reasons) -> list[tuple[str, str]]:
-    """Return pairs of name and line. Only the first pair names the backend. A line lists features of equal outcome."""
+    """Return pairs of backend name (in the first pair only) and line. Features with the same outcome share a line."""
     name, mark = _label(row)
     outcomes: dict[str, list[str]] = {}
     for feature, (where, note) in zip(FEATURES, _outcomes(row, reasons, str), strict=True):

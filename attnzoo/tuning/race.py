@@ -38,7 +38,7 @@ def race(
 
     The backends run alternately. A time is the median of ``rounds`` samples, without warm-up. With ``grad``, a time
     includes the backward, and the tensors of ``attention`` must be leaves. A backend that raises, or fails the error
-    rule on sampled rows, is not timed and is marked as wrong, unless the memory was full.
+    rule on sampled rows, is marked as wrong and not timed. A backend that runs out of memory is not marked as wrong.
     """
     tick = time.perf_counter if clock is None else clock
     outcomes: dict[str, Outcome] = {}

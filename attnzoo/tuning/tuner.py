@@ -25,7 +25,7 @@ from attnzoo.tuning.report import TuningReport
 
 
 class ObservedAttention(NamedTuple):
-    """One attention of a model. It represents all its attentions with equal request, size class and environment."""
+    """One attention of a model. It represents all attentions with the same request, size class and environment."""
 
     request: Request
     size: SizeClass
