@@ -31,8 +31,8 @@ class Case:
         seq_len: input length in tokens.
         batch: number of passages.
         dtype: a key of :data:`DTYPES`.
-        train: whether a run has a forward and a backward, both without dropout. Otherwise a run has only a forward.
-        layers: number of layers in each stack of a whole model. None means the published number.
+        train: True means that a run is a forward and a backward, both without dropout. False means only a forward.
+        layers: number of layers in each stack (encoder or decoder) of a whole model. None means the published number.
     """
 
     family: str
@@ -58,10 +58,10 @@ class Subject:
     Attributes:
         model: the model to patch. :meth:`release` replaces the model by :attr:`module`.
         module: the module to run. It is the model or a part of the model.
-        patched: glob of the module names to patch in :attr:`model`.
+        patched: glob that matches the names of the modules to patch in :attr:`model`.
         call: function that runs the forward and returns the output tensor.
-        backward: function that runs the backward from the output tensor.
-        inputs: floating-point inputs that get gradients.
+        backward: function of the output tensor that runs the backward.
+        inputs: floating-point inputs of the module that get gradients.
     """
 
     case: Case
@@ -73,17 +73,17 @@ class Subject:
     inputs: list[Tensor] = field(default_factory=list)
 
     def patch(self, backend: str) -> attnzoo.Handle:
-        """Patch the module and :meth:`release` the model. ``backend`` is spelled as on the command line."""
+        """Patch the module, then :meth:`release` the model. ``backend`` has the syntax of the option ``--backend``."""
         handle = attnzoo.patch(self.model, {self.patched: configured(backend)})
         self.release()
         return handle
 
     def release(self) -> None:
-        """Free the model except for the module, because only the module's memory is to be measured."""
+        """Free everything in the model except the module, because only the memory of the module is to be measured."""
         self.model = self.module
 
     def step(self) -> None:
-        """Run the module once. This is the run that the benchmark times."""
+        """Run the module once, with its backward if :attr:`Case.train` is True. The benchmark times this method."""
         with torch.set_grad_enabled(self.case.train):
             output = self.call()
             if self.case.train:
@@ -120,7 +120,7 @@ def _whole_model(case: Case) -> Subject:
 
 
 def _one_module(case: Case) -> Subject:
-    """Return a subject for the first self-attention module of a one-layer model, with inputs recorded in the model."""
+    """Return a subject for the first self-attention module of a one-layer model. The inputs come from a model run."""
     workload = find_workload(case.family)
     model = workload.build(layers=1, seq_len=case.seq_len).to(case.device, DTYPES[case.dtype])
     name, module = next((n, m) for n, m in model.named_modules() if type(m).__name__ == workload.attention)
@@ -145,9 +145,9 @@ def _one_module(case: Case) -> Subject:
 def module_subject(
     case: Case, model: nn.Module, module: nn.Module, patched: str, call: Callable[[], Any], inputs: list[Tensor]
 ) -> Subject:
-    """Return a subject for one module. ``call`` returns the output tensor, alone or first in nested tuples.
+    """Return a subject for one module. ``call`` returns a tensor, or nested tuples that start with the output tensor.
 
-    The backward starts from a random tensor, which is the same in every process.
+    The backward starts from a random gradient of the output. This gradient is the same in every process.
     """
     shape = inputs[0].shape if case.train and inputs else None
     cotangent = None if shape is None else random_normal(case, shape, torch.Generator().manual_seed(SEED))
@@ -170,7 +170,7 @@ def random_normal(case: Case, shape: Sequence[int], generator: torch.Generator) 
 
 
 class _CapturedError(Exception):
-    """Exception that stops the model when the forward reaches the module."""
+    """Exception that stops the forward of the model directly before the module runs."""
 
 
 def _capture(
@@ -195,7 +195,7 @@ def _capture(
 
 
 class _LinearRecorder(TorchFunctionMode):
-    """Mode that records every linear projection. Hooks are not used, because model code may react to hooks."""
+    """PyTorch mode that records every call of ``linear``. It uses no module hooks, because models may detect hooks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class _LinearRecorder(TorchFunctionMode):
 
 
 class Projections:
-    """The linear projections of a module, on random inputs. Scope ``attention`` subtracts the projections' time."""
+    """The linear projections of a module, run on random inputs. Scope ``attention`` subtracts the time of this run."""
 
     def __init__(self, subject: Subject) -> None:
         case = subject.case
@@ -225,7 +225,7 @@ class Projections:
             self._calls.append((weight, bias, states, cotangent))
 
     def step(self) -> None:
-        """Run all projections once, and the backward of each projection if the case trains."""
+        """Run every projection once, with its backward if :attr:`Case.train` is True."""
         with torch.set_grad_enabled(self._train):
             for weight, bias, states, cotangent in self._calls:
                 output = torch.nn.functional.linear(states, weight, bias)

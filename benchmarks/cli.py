@@ -1,4 +1,4 @@
-"""``attnzoo bench``: the options of the command, and the files that the command writes."""
+"""Define the command ``attnzoo bench`` with its options, and write its output files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_plan(
     full: bool = False,
     **fields: Any,
 ) -> ShootoutPlan:
-    """Return the plan for the options of :func:`bench`. ``fields`` are more fields of :class:`ShootoutPlan`."""
+    """Return the plan for the options of :func:`bench`. ``fields`` sets the other fields of :class:`ShootoutPlan`."""
     if full:
         fields.update(seconds_per_case=60.0, dense_limit=None)
     elif not (backends or seq_lens or train) and fields.get("scope", "model") == "model":
@@ -86,9 +86,9 @@ def bench(
     plot: Path = typer.Option(None, "--plot", help="PNG file to write; default: beside the JSON file."),
     no_plot: bool = typer.Option(False, "--no-plot", help="Write no PNG file."),
 ) -> None:
-    """The shootout: time every backend and the original model on real text, after a correctness check.
+    """Time the original model and every backend on real text, after a correctness check of every backend.
 
-    A row shows no speed if the numbers are wrong or another kernel than requested ran. The exit code is then 1.
+    If a backend computes wrong numbers or does not run as requested, its row has no speed, and the exit code is 1.
     """
     plan = make_plan(
         model, backend, seq_len, dtype=dtype, device=device, threads=threads, train=train, scope=scope, rounds=rounds,
@@ -130,7 +130,7 @@ def _require_writable(option: str, path: Path) -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[float, str], None]]:
-    """Yield a function of the completed share (0 to 1) and the next step. It updates a progress bar on a terminal."""
+    """Yield ``update(done, step)``. It shows the completed share (0 to 1) and the next step in a progress bar."""
     console = Console(stderr=True)
     step_column = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
     columns = (BarColumn(24), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), step_column)

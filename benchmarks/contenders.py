@@ -32,10 +32,10 @@ class GateVerdict:
     """The verdict of the correctness gate on a contender.
 
     Attributes:
-        complaint: reason why the row may show no speed. Empty if the contender passes.
+        complaint: reason why the row must not show a speed. Empty if the contender passes.
         checks: number of comparisons with the float64 oracle under the error rule.
-        closest: the comparison with the largest quotient of error and error budget.
-        recall: see :class:`~attnzoo.benchmarks.rows.Row`.
+        closest: the comparison in which the error is the largest fraction of the error budget.
+        recall: as in :class:`~attnzoo.benchmarks.rows.Row`.
     """
 
     complaint: str = ""
@@ -45,14 +45,14 @@ class GateVerdict:
 
 
 class Execution(NamedTuple):
-    """Names of the kernels that ran, most frequent first, and the difference from the request (empty if none)."""
+    """``kernel`` names the kernels that ran, most frequent first. ``complaint`` is empty if they ran as requested."""
 
     kernel: str
     complaint: str = ""
 
 
 class PreparedContender:
-    """A contender in a worker process. This base class is for the original and for peers, and has no checks."""
+    """A contender that is ready to run in a worker process. The original and peers have no checks."""
 
     def __init__(self, subject: Subject, kernel: str = "") -> None:
         self.subject, self._kernel = subject, kernel
@@ -66,7 +66,7 @@ class PreparedContender:
 
 @dataclass(frozen=True)
 class Contender:
-    """What runs in a case. ``name`` and ``peer`` become the fields ``backend`` and ``peer`` of the rows."""
+    """Code that a case measures. In the rows, ``name`` is stored as ``backend``, and ``peer`` as ``peer``."""
 
     peer: ClassVar[bool] = False
     name: str
@@ -76,7 +76,7 @@ class Contender:
         return True
 
     def check(self, case: Case) -> None:
-        """Raise :class:`Problem` if the contender cannot run the case and this is known without a run."""
+        """Raise :class:`Problem` if the contender cannot run the case. This check runs no model and no backend."""
 
     def prepare(self, case: Case) -> PreparedContender:
         """Build the subject and return the contender ready to run. The worker process calls this method."""
@@ -85,7 +85,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Original(Contender):
-    """The unpatched model of transformers. Every ratio in the results is a ratio to this model."""
+    """The unpatched model of transformers. The ratios in the results compare other contenders with this model."""
 
     name: str = ORIGINAL
 
@@ -98,10 +98,10 @@ class Original(Contender):
 
 @dataclass(frozen=True)
 class BackendContender(Contender):
-    """A registered backend under :func:`attnzoo.patch`.
+    """A registered backend, which runs in a subject that :func:`attnzoo.patch` patched.
 
-    :attr:`name` may include options, as on the command line: ``blocked-local:window=1024``. :attr:`dense_limit` is the
-    longest input of a backend that builds ``length x length`` scores. None means no limit except memory.
+    :attr:`name` may include options, as on the command line: ``blocked-local:window=1024``. If the backend stores all
+    ``length x length`` scores, inputs longer than :attr:`dense_limit` are skipped. None means no limit except memory.
     """
 
     dense_limit: int | None = None
@@ -136,7 +136,7 @@ class BackendContender(Contender):
 
 
 def dense_bytes(case: Case) -> int:
-    """Return an estimate of the bytes of the ``heads x S x S`` scores. Training stores the scores of every layer."""
+    """Estimate how many bytes the ``heads x S x S`` scores need. Training stores the scores of all layers."""
     workload = find_workload(case.family)
     layers = workload.layers if case.scope == "model" else 1
     grids = GRIDS + (GRIDS_KEPT * layers if case.train else 0)
@@ -144,7 +144,7 @@ def dense_bytes(case: Case) -> int:
 
 
 class PreparedBackend(PreparedContender):
-    """A patched subject. The gate checks the error of each kind of site, and whether the requested backend ran."""
+    """A patched subject. For each kind of site, the gate checks the error and whether the requested backend ran."""
 
     def __init__(self, subject: Subject, backend: str, handle: Handle) -> None:
         super().__init__(subject)
@@ -152,7 +152,7 @@ class PreparedBackend(PreparedContender):
         self._checked_kernels: set[str] = set()
 
     def gate(self) -> GateVerdict:
-        """Return the verdict on the first site of each kind, compared with the float64 oracle on recorded inputs."""
+        """Record one attention per kind of site, compare its result with the float64 oracle, and return the verdict."""
         kinds: dict[tuple[Any, ...], tuple[str, Attention, Backend]] = {}
         others: set[str] = set()
         observed: Counter[tuple[str, str]] = Counter()
@@ -184,7 +184,7 @@ class PreparedBackend(PreparedContender):
         return Counter({(site.name, kernel): count for site in sites for kernel, count in site.kernels.items()})
 
     def execution(self) -> Execution:
-        """Return the kernels of all sites, with a complaint if another backend or a kernel without a check ran."""
+        """Return the kernels of all sites. Complain if a kernel ran unchecked, or if another backend ran."""
         counts: Counter[str] = Counter()
         complaints = []
         for site in self._handle.sites:
@@ -200,7 +200,7 @@ class PreparedBackend(PreparedContender):
 
 
 def _miscounts(counted: Counter[tuple[str, str]], observed: Counter[tuple[str, str]]) -> list[str]:
-    """Return one line for each site whose call counters differ from the observed calls."""
+    """Return one line for each site and kernel if the site counted more or fewer calls than were observed."""
     wrong = (place for place in counted | observed if counted[place] != observed[place])
     return [f"{site}: counted {counted[site, k]} calls of {k}, observed {observed[site, k]}" for site, k in wrong]
 

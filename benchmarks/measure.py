@@ -19,7 +19,7 @@ from attnzoo.tuning.race import synchronize
 
 
 class Peak(NamedTuple):
-    """Peak memory of a run: ``extra`` bytes in addition to the bytes in use ``before`` the run, and the method."""
+    """The bytes in use ``before`` a run, the ``extra`` bytes at the peak of the run, and how they were measured."""
 
     extra: int
     before: int
@@ -27,7 +27,7 @@ class Peak(NamedTuple):
 
 
 def seconds(run: Callable[[], None], device: str) -> float:
-    """Return the wall-clock seconds of one run, including work on the device and excluding garbage collection."""
+    """Return the wall-clock seconds of one run, until the device has finished. Garbage is collected before the run."""
     gc.collect()
     synchronize(torch.device(device))
     start = time.perf_counter()
@@ -37,12 +37,12 @@ def seconds(run: Callable[[], None], device: str) -> float:
 
 
 def peak_of(run: Callable[[], None], device: str) -> Peak:
-    """Return the peak memory of the first run of a process.
+    """Return the peak memory of ``run``, which must be the first run of the process.
 
     - CUDA: the peak of the caching allocator.
     - Linux: the high-water mark of resident memory, which is reset before the run.
-    - Other systems: ``getrusage``, which cannot be reset. A higher peak while the model is built hides part of the
-      peak of the run.
+    - Other systems: the peak of the whole process, which ``getrusage`` returns. The result is too small if building
+      the model needed more memory than was in use directly before the run.
     """
     gc.collect()
     if device == "cuda":
@@ -66,14 +66,14 @@ def peak_of(run: Callable[[], None], device: str) -> Peak:
 
 
 def _start_thread_pools() -> None:
-    """Start thread pools and load libraries now, because their memory must not count as memory of the run."""
+    """Start thread pools and load libraries before the run, so that the run's memory does not include them."""
     x = torch.randn(256, 256, requires_grad=True)
     with torch.enable_grad():
         torch.softmax(x @ x, -1).sum().backward()
 
 
 def _return_freed_memory() -> None:
-    """Return freed memory to the system, because a run that reuses freed memory would seem to need less memory."""
+    """Return freed memory to the operating system. A run that reused freed memory would seem to need less memory."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -81,11 +81,11 @@ def _return_freed_memory() -> None:
 
 @contextlib.contextmanager
 def _large_tensors_in_own_mappings() -> Iterator[None]:
-    """Context manager in which glibc puts every allocation above 1 MiB into a separate mapping.
+    """Context manager in which glibc puts every allocation above 1 MiB into a separate memory mapping.
 
-    By default, glibc allocates tensors of up to 32 MiB in a heap. Freed tensors leave holes that count as resident
-    memory: the peak of the same run was 120 MiB or 200 MiB. On exit, both thresholds get the values that glibc chooses
-    after large tensors were freed (32 MiB, and 64 MiB for trimming). Setting only one would freeze the other one.
+    By default, glibc allocates tensors of up to 32 MiB on the heap. Freed tensors leave gaps there, which still count
+    as resident memory. The peak of the same run was then 120 MiB at one time and 200 MiB at another. On exit, both of
+    glibc's thresholds (mapping: 32 MiB, trimming: 64 MiB) are set, because glibc adapts neither after one was set.
     """
     trim, threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     try:
@@ -110,7 +110,7 @@ def _reset_high_water_mark() -> bool:
 
 
 def _proc_value(path: str, name: str) -> str:
-    """Return the value of the first line ``name: value`` of a file in /proc."""
+    """Find the first line ``name: value`` in a file in /proc, and return the value."""
     lines = Path(path).read_text().splitlines()
     return next(line.partition(":")[2].strip() for line in lines if line.startswith(name))
 
@@ -139,7 +139,7 @@ def available_memory(device: str) -> int | None:
 
 
 def machine(device: str) -> dict[str, str]:
-    """Return the versions of the software and the names of the hardware, which results store."""
+    """Return the versions of the software and the names of the hardware. Result files store both."""
     import transformers
 
     import attnzoo

@@ -19,7 +19,7 @@ DECODER_TOKENS = 64
 
 
 def _encoder_decoder_inputs(tokens: Tensor) -> Inputs:
-    """Return inputs whose encoder reads all tokens except the last 65, and whose decoder reads the next 64."""
+    """Return inputs. The encoder gets all tokens except the last 65. The decoder gets the 64 tokens that follow."""
     source, target = tokens[:, : -DECODER_TOKENS - 1], tokens[:, -DECODER_TOKENS - 1 :]
     decoder_ids = target[:, :-1].contiguous()
     kwargs = dict(input_ids=source, attention_mask=torch.ones_like(source), decoder_input_ids=decoder_ids)
@@ -31,12 +31,12 @@ def _causal_inputs(tokens: Tensor) -> Inputs:
 
 
 def _masked_language_inputs(tokens: Tensor) -> Inputs:
-    """Return inputs whose targets are the input tokens."""
+    """Return inputs for a masked language model. The targets are the input tokens themselves."""
     return Inputs(_with_global_token(dict(input_ids=tokens, attention_mask=torch.ones_like(tokens))), tokens)
 
 
 def _with_global_token(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments that make the first token global, as for summarisation and classification."""
+    """Add a mask that makes the first token global, as is usual for summarisation and classification."""
     mask = torch.zeros_like(kwargs["input_ids"])
     mask[:, 0] = 1
     return {**kwargs, "global_attention_mask": mask}
@@ -48,7 +48,7 @@ def _led_inputs(tokens: Tensor) -> Inputs:
 
 
 def _layers_in(*fields: str) -> Callable[[Mapping[str, Any], int], dict[str, Any]]:
-    """Return a ``shrink`` function that sets each field to the number of layers, or cuts a list to this length."""
+    """Return a ``shrink`` function. It sets integer fields to the number of layers, and cuts lists to this length."""
 
     def shrink(published: Mapping[str, Any], layers: int) -> dict[str, Any]:
         old = {name: published[name] for name in fields}
@@ -140,7 +140,7 @@ LONGT5_TGLOBAL = replace(
 
 
 def _reformer_training(published: Mapping[str, Any], seq_len: int) -> dict[str, Any]:
-    """Return fields for training: no dropout, and an axial position table that is exactly as long as the input."""
+    """Return configuration fields for training. Dropout is 0, and the axial position table is as long as the input."""
     columns = published["axial_pos_shape"][1]
     if seq_len % columns:
         allowed = f"a multiple of {columns}, because training uses every column of the axial position table"

@@ -1,4 +1,4 @@
-"""Load the model that a name on the command line means: a family of the benchmark, or a checkpoint on disk."""
+"""Load a model by its name on the command line: a family of the benchmark, or the folder of a checkpoint."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def load_with_passages(
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """Return a model, and one dict of forward arguments for each passage of real text.
 
-    A checkpoint reads the text as bytes, because the tokenizer may be absent. If ``dtype`` is None, the weights keep
-    the dtype of the family or of the checkpoint.
+    For a checkpoint, the token ids are the bytes of the text, because the folder may contain no tokenizer. If ``dtype``
+    is None, the weights keep the dtype of the family or of the checkpoint.
     """
     if name in WORKLOADS and (too_long := WORKLOADS[name].too_long(seq_len)):
         raise InvalidArgumentError("seq-len", seq_len, f"a smaller number, because {too_long}")

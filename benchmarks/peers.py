@@ -1,8 +1,8 @@
-"""Peers: the attention of other libraries, timed in the same table, but without a correctness gate.
+"""Peers are attentions of other libraries. The tables include their times, but no correctness gate checks them.
 
-A workload names a peer with a similar attention (``Workload.peer``). A peer computes a slightly different function.
-The float64 oracle therefore cannot check a peer, and a peer never makes a shootout fail. A peer has no projections. It
-runs on random normal queries, keys and values of the family's sizes. Only worker processes import the libraries.
+``Workload.peer`` names the peer of a family. The peer computes a function that is similar, but not the same. The
+float64 oracle therefore cannot check a peer, and a peer never makes a shootout fail. A peer has no projections. Its
+inputs are random queries, keys and values of the family's sizes. Only worker processes import the libraries.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCOPE = "attention"
 
 @dataclass(frozen=True)
 class Library:
-    """The attention class ``cls`` in ``module`` of a library, which is called as ``cls(**options)(*inputs)``.
+    """The attention class ``cls`` in the module ``module`` of a library. ``cls(**options)(*inputs)`` runs it.
 
     Attributes:
         inputs: number of input tensors ``(batch * heads, S, dim_head)``.

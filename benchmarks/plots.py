@@ -1,4 +1,4 @@
-"""Draw the results of a shootout: time, memory and error over the input length, with one line of panels per mode."""
+"""Plot time, memory and error of a shootout over the input length. Each mode has its own row of three panels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def require_matplotlib() -> None:
 
 
 def draw(shootout: Shootout, path: Path) -> tuple[Path, ...]:
-    """Draw one PNG file per family and return the paths. Several families add ``-<family>`` to the name of ``path``."""
+    """Draw one PNG file per family and return the paths. For several families, file names end in ``-<family>``."""
     require_matplotlib()
     path.parent.mkdir(parents=True, exist_ok=True)
     by_family = {rows[0].family: rows for rows in group_by(shootout.rows, lambda row: row.family)}
@@ -106,7 +106,7 @@ Unit = Callable[[float | None], str]
 
 
 def _decorate(axis: Any, title: str, label: str, lengths: list[int], unit: Unit | None) -> None:
-    """Set titles, scales and ticks. ``unit`` formats the values of the y axis; None means powers of ten."""
+    """Set titles, scales and ticks. ``unit`` formats the ticks of the y axis. None means powers of ten as ticks."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_title(title, fontsize=11, loc="left")

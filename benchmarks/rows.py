@@ -14,7 +14,7 @@ ORIGINAL = "native"
 
 
 class Problem(Exception):
-    """Exception for a row that cannot be measured. ``status`` is a constant of this module, but never ``OK``."""
+    """Exception for a row that cannot be measured. ``status`` is REFUSED, SKIPPED, RED or FAILED."""
 
     def __init__(self, status: str, reason: str) -> None:
         super().__init__(status, reason)
@@ -35,21 +35,21 @@ class Row:
             (wrong numbers, or another kernel than requested) or ``"failed"`` (an exception).
         reason: the reason for a status other than ``"ok"``.
         seconds: median seconds of the timed runs.
-        fastest, slowest: smallest and largest seconds of the timed runs.
+        fastest, slowest: seconds of the fastest and of the slowest timed run.
         runs: seconds of every timed run, in order.
-        speedup: median seconds of the original divided by ``seconds``. Above 1 is faster than the original.
+        speedup: median seconds of the original divided by ``seconds``. A value above 1 means faster than the original.
         peak_bytes: bytes that the first run in a fresh process needs in addition to weights and inputs.
-        peak_ratio: ``peak_bytes`` divided by the original's ``peak_bytes``. Below 1 is less than the original.
+        peak_ratio: ``peak_bytes`` divided by the original's ``peak_bytes``. A value below 1 means less memory.
         before_bytes: bytes in use before the first run.
         memory_method: name of the method that measured the peak.
-        worst: what the worst check compared. The worst check has the largest quotient of error and error budget.
+        worst: what the worst check compared. In the worst check, the error is the largest fraction of its budget.
         error: largest absolute difference from the float64 oracle in the worst check.
         budget: error budget of the worst check.
         checks: number of checks.
-        recall: share of full attention's weight on the keys that a backend sees, as the mean over heads and checked
-            query rows. None if the backend does not change the pattern.
+        recall: share of full attention's weight on the keys that queries still see under the backend. It is a mean over
+            heads and checked queries. None if the backend does not change the pattern.
         peer: whether the contender is a peer. The numbers of a peer are not checked, and no peer fails the shootout.
-        note: differences from the published configuration. Empty if there are none.
+        note: how the case differs from the published configuration. Empty if it does not differ.
     """
 
     family: str
@@ -104,18 +104,18 @@ class Row:
         return self.versions["gpu"] if self.device == "cuda" else f"{self.versions['cpu']}, {self.threads} thread(s)"
 
     def with_times(self, runs: tuple[float, ...]) -> Row:
-        """Return the row with ``runs``, which are the seconds of the timed runs."""
+        """Return the row with ``runs`` (the seconds of the timed runs), and with their median and range."""
         return replace(self, runs=runs, seconds=statistics.median(runs), fastest=min(runs), slowest=max(runs))
 
     def without_measurements(self, status: str, reason: str) -> Row:
-        """Return the row with a new status, without times and memory, because these may be of another backend."""
+        """Return the row with a new status. Times and memory are removed, because another backend may have run."""
         return replace(
             self, status=status, reason=reason, runs=(), seconds=None, fastest=None, slowest=None, speedup=None,
             peak_bytes=None, peak_ratio=None, before_bytes=None, memory_method=None,
         )  # fmt: skip
 
     def compared_with(self, original: Row | None) -> Row:
-        """Return the row with the ratios to ``original``, which is the original's row of the same case."""
+        """Return the row with the ratios to ``original``, the row of the original model in the same case."""
         if original is None or original.status != OK or self.status != OK:
             return self
         speedup = original.seconds / self.seconds if original.seconds and self.seconds else None
@@ -141,7 +141,7 @@ class EndToEnd:
     gradients: bool | None = None
 
     def blocks(self, train: bool) -> bool:
-        """Whether rows of a mode show no numbers because of this verdict. A refusal affects only the checked mode."""
+        """Whether rows of a mode are not measured because of this verdict. A refusal affects only the checked mode."""
         return self.status != OK and (self.status != REFUSED or self.gradients is train)
 
 
@@ -150,9 +150,9 @@ class Shootout:
     """All results of one run.
 
     Attributes:
-        plan: fields of the :class:`~attnzoo.benchmarks.runner.ShootoutPlan`.
+        plan: values of the fields of the :class:`~attnzoo.benchmarks.runner.ShootoutPlan`.
         versions: versions of the software and names of the hardware.
-        end_to_end: one verdict per family and backend, or two verdicts if the backend refuses only gradients.
+        end_to_end: one verdict per family and backend. If gradients are refused, a verdict without gradients follows.
         rows: one row per case and contender, including refused and skipped rows.
         created: start time in UTC, in the format ISO 8601.
         seconds: total duration.
@@ -178,7 +178,7 @@ class Shootout:
 
     @classmethod
     def read(cls, path: Path) -> Shootout:
-        """Return the results in a file of :meth:`write`. Fields that an old file lacks get the default values."""
+        """Return the results from a file that :meth:`write` wrote. Fields that an old file lacks get default values."""
         data = json.loads(path.read_text())
         data["rows"] = tuple(Row(**{**row, "runs": tuple(row["runs"])}) for row in data["rows"])
         data["end_to_end"] = tuple(EndToEnd(**verdict) for verdict in data["end_to_end"])

@@ -1,4 +1,4 @@
-"""Run a shootout: first the end-to-end gates, then for each case peak memory, gates and alternating timed runs."""
+"""Run a shootout. After the end-to-end gates, each case measures peak memory, runs the gates, and measures time."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ShootoutPlan:
         dense_limit: longest input of dense backends. None means that only the memory limits the input.
         train_limit: longest input for forward+backward. None means no limit.
         verify_len: input length of the end-to-end gate.
-        peers: whether peers run. True is valid in scope ``attention`` only. None means True in this scope.
+        peers: whether peers run. True requires the scope ``attention``. None means True if the scope is ``attention``.
     """
 
     families: tuple[str, ...] = ("led",)
@@ -89,7 +89,7 @@ class ShootoutPlan:
                 raise InvalidArgumentError(name, count, "an integer >= 1")
 
     def contenders(self) -> tuple[Contender, ...]:
-        """Return the original, then the backends by registered name, then the peers."""
+        """Return the original, the backends and the peers, in this order. Aliases are replaced by registered names."""
         limit = self.dense_limit
         if self.backends is None:
             names = [info.name for info in registry.backends().values() if info.exact or not info.available]
@@ -207,7 +207,7 @@ class _CaseRun:
 
     @contextmanager
     def _problems_of(self, name: str) -> Iterator[None]:
-        """Context manager that turns an exception into the status of row ``name``, and ends the worker of the row."""
+        """Context manager that stores an exception as the status of row ``name``, and ends the row's worker."""
         try:
             yield
         except Exception as error:
@@ -233,7 +233,7 @@ class _CaseRun:
         self._progress(self._done, f"{self._case.family} S={self._case.seq_len} {self._case.mode}: {name}, {step}")
 
     def _check_exclusions(self, contender: Contender) -> None:
-        """Raise :class:`Problem` if the contender cannot run the case, or must not run it."""
+        """Raise :class:`Problem` if the contender cannot run the case, or if a limit or verdict excludes the case."""
         case, limit = self._case, self._plan.train_limit
         if case.train and case.scope == "model":
             try:
@@ -263,7 +263,7 @@ class _CaseRun:
             raise Problem(RED, gate.complaint)
 
     def _time(self) -> None:
-        """Time the contenders alternately. Each round starts with another contender, to spread noise evenly."""
+        """Time the contenders alternately. Each round starts with the next contender, to distribute noise evenly."""
         expected = sum(self._first_seconds[name] for name in self._workers)
         affordable = int(self._plan.seconds_per_case / max(expected, 1e-3))
         rounds = self._plan.rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, affordable))

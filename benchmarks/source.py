@@ -1,4 +1,4 @@
-"""Digest of the source code. Results store the digest, because the version number is the same between two releases."""
+"""Digest of the source code. Results store it, because the version number does not change between two releases."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def digest(folders: Mapping[str, Path]) -> str:
-    """Return a digest of twelve hex digits of all Python files in ``folders``, which maps package names to folders.
+    """Return a digest (twelve hex digits) of all Python files in ``folders``. Its keys are the names of packages.
 
-    The digest does not depend on the places of the folders. So a wheel and the repository have the same digest.
+    The digest does not depend on the paths of the folders. So a wheel and the repository have the same digest.
     """
     files = {
         (Path(name) / path.relative_to(folder)).as_posix(): path
@@ -27,7 +27,7 @@ def digest(folders: Mapping[str, Path]) -> str:
 
 @cache
 def installed() -> str:
-    """Return the digest of the installed attnzoo, with adapters and benchmarks."""
+    """Return the digest of the installed attnzoo, including its adapters and benchmarks."""
     import attnzoo
     import attnzoo.adapters
     import attnzoo.benchmarks

@@ -1,4 +1,4 @@
-"""Write the page docs/results.md from a folder of JSON files, for ``make docs-results``.
+"""Print the page docs/results.md, which is made from JSON files. ``make docs-results`` runs this module.
 
 No other module copies numbers into the documentation.
 """

@@ -1,6 +1,6 @@
-"""Print the results of a shootout: one table per family, scope and mode, then the missing rows, then a legend.
+"""Print the results of a shootout: one table per family, scope and mode, then why rows are missing, then a legend.
 
-The tables are at most 80 characters wide, and 60 without the columns ``min - max`` and ``peak``.
+The tables are at most 80 characters wide. Without the columns ``min - max`` and ``peak``, they are at most 60 wide.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PEER = (
 
 
 def show(shootout: Shootout, console: Console) -> None:
-    """Print the tables, the rows that did not run with reasons, and the legend."""
+    """Print the tables, the reasons why some rows did not run, and the legend."""
     for part in _parts(shootout, console.width):
         if isinstance(part, Text):
             part = Text(fit(part.plain, console.width), style=part.style)
@@ -73,7 +73,7 @@ def _parts(shootout: Shootout, width: int) -> Iterator[Table | Text]:
 
 
 def _table(rows: list[Row], width: int) -> Table:
-    """Return a table in which each column is at least as wide as the longest word of the column."""
+    """Return a table. Each column is at least as wide as the longest word in this column."""
     cells = [_cells(row) for row in rows]
     names = [name for name in cells[0] if name != "recall" or any(row.recall is not None for row in rows)]
     texts = {name: [name, *(row_cells[name] for row_cells in cells)] for name in names}
@@ -132,33 +132,33 @@ def _range(row: Row) -> str:
 
 
 def duration(value: float | None) -> str:
-    """Return a text for a number of seconds, in s or ms."""
+    """Return a number of seconds as text, in s or ms. The text for None is ``"-"``."""
     if value is None:
         return "-"
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms"
 
 
 def size(value: float | None) -> str:
-    """Return a text for a number of bytes, in MiB or GiB."""
+    """Return a number of bytes as text, in MiB or GiB. The text for None is ``"-"``."""
     if value is None:
         return "-"
     return f"{value / 2**20:.0f} MiB" if value < 10 * 2**30 else f"{value / 2**30:.1f} GiB"
 
 
 def ratio(row: Row, value: float | None) -> str:
-    """Return a text for a ratio of a row to the original. The text for the original is ``"1"``."""
+    """Return the ratio of a row to the original as text. The text for the original itself is ``"1"``."""
     if row.is_original and row.status == OK:
         return "1"
     return "-" if value is None else f"{value:.2f}x"
 
 
 def notes(rows: Iterable[Row]) -> list[str]:
-    """Return the differences of rows from the published configuration, without duplicates."""
+    """Return how the case of each row differs from the published configuration, without duplicates."""
     return list(dict.fromkeys(f"S = {row.seq_len}: {row.note}." for row in rows if row.note))
 
 
 def _not_run(rows: list[Row]) -> Iterator[Text]:
-    """Yield one paragraph about refused and skipped rows, in which contenders with equal reasons are one entry."""
+    """Yield one paragraph about refused and skipped rows. Contenders with the same reason are listed together."""
     silent = [row for row in rows if row.status in (REFUSED, SKIPPED)]
     names: dict[str, list[str]] = {}
     for same in group_by(silent, lambda row: (row.backend, row.reason)):
@@ -169,7 +169,7 @@ def _not_run(rows: list[Row]) -> Iterator[Text]:
 
 
 def _places(silent: list[Row], rows: list[Row]) -> str:
-    """Return the lengths and modes that a contender did not run. Return "" if the contender did not run at all."""
+    """Return, as text, at which lengths and in which mode a contender did not run. Return "" if it never ran."""
     all_rows = [row for row in rows if row.backend == silent[0].backend]
     lengths, modes = sorted({row.seq_len for row in silent}), {row.mode for row in silent}
     at = f" at S={', '.join(map(str, lengths))}" if len(lengths) < len({row.seq_len for row in all_rows}) else ""
@@ -177,7 +177,7 @@ def _places(silent: list[Row], rows: list[Row]) -> str:
 
 
 def _complaints(rows: Iterable[Row]) -> Iterator[Text]:
-    """Yield the reasons for red and failed rows. Rows with equal reasons are one paragraph."""
+    """Yield the reasons for red and failed rows. Rows with the same reason share one paragraph."""
     wrong = [row for row in rows if row.status in (RED, FAILED)]
     for same in group_by(wrong, lambda row: (row.status, row.reason)):
         where = ", ".join(f"{row.backend} S={row.seq_len} {row.mode}" for row in same)
@@ -186,7 +186,7 @@ def _complaints(rows: Iterable[Row]) -> Iterator[Text]:
 
 
 def _end_to_end(verdicts: Iterable[EndToEnd]) -> Iterator[Text]:
-    """Yield the verdicts on whole models. Backends with equal verdicts are one line."""
+    """Yield the verdicts on whole models. Backends with the same verdict share one line."""
     for same in group_by(verdicts, lambda gate: (gate.family, gate.seq_len, gate.gradients, gate.status)):
         first = same[0]
         word = "within the error budget" if first.status == OK else _STATUS_WORDS[first.status]

@@ -13,12 +13,12 @@ BOOK = Path(__file__).parent / "data" / "moby_dick.txt"  # data/SOURCE.md names 
 
 @lru_cache(maxsize=1)
 def book() -> bytes:
-    """Return the text. Its length is enough for four passages of the longest input (65536 tokens, Reformer)."""
+    """Return the text, which is long enough for four passages of the longest input (65536 tokens, in Reformer)."""
     return BOOK.read_bytes()
 
 
 def read_tokens(batch: int, length: int, offset: int) -> Tensor:
-    """Return token ids ``(batch, length)``. An id is a byte of the book plus ``offset``. The book repeats if needed."""
+    """Return token ids ``(batch, length)``. An id is ``offset`` plus a byte of the book, which repeats if necessary."""
     text = torch.frombuffer(bytearray(book()), dtype=torch.uint8)
     index = torch.arange(batch * length) % len(text)
     return text[index].long().view(batch, length) + offset

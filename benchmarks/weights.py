@@ -1,7 +1,7 @@
 """Fill models with random weights of a large standard deviation, so that attention is far from uniform.
 
-With the default initialisation, attention is nearly uniform, and a wrong mask has no visible effect. Here projections
-have the standard deviation ``1.5 / sqrt(fan_in)``, and embeddings have 1. A wrong mask then changes logits by tenths.
+With the default initialisation, attention is nearly uniform, and a wrong mask has no visible effect. Here, the standard
+deviation is ``1.5 / sqrt(fan_in)`` in projections and 1 in embeddings. A wrong mask changes logits by several tenths.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def skip_initialisation() -> Iterator[None]:
 def spread(model: nn.Module, seed: int = 0) -> None:
     """Overwrite every parameter. The same seed gives the same weights in every process.
 
-    All weights come from one pool of normal numbers, which each parameter reads from a random start. Each row
-    builds a model, and the pool fills 160 million weights in a fraction of a second.
+    Every matrix is filled from one pool of normal random numbers, from a random start in the pool. The pool fills 160
+    million weights in a fraction of a second. Speed is needed here, because a model is built for each row.
     """
     generator = torch.Generator().manual_seed(seed)
     pool = torch.empty(_POOL).normal_(generator=generator)

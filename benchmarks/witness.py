@@ -1,4 +1,4 @@
-"""Check with PyTorch's profiler whether the kernel that a backend reported did run.
+"""Check with PyTorch's profiler whether the kernel that a backend reports was really executed.
 
 The profiler records every operator. For kernels of ``scaled_dot_product_attention`` (SDPA), the recorded operators
 show whether the reported kernel ran.
@@ -26,7 +26,7 @@ _CLAIMS = {"flash_cpu": "flash", **{kernel: kernel for kernel in _OPERATORS.valu
 
 @contextmanager
 def witness() -> Iterator[Counter[str]]:
-    """Count the forward runs of each SDPA kernel. The yielded counts are complete when the ``with`` block exits."""
+    """Context manager that counts the forward runs of each SDPA kernel. The counts are complete on exit."""
     ran: Counter[str] = Counter()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         yield ran
@@ -36,11 +36,11 @@ def witness() -> Iterator[Counter[str]]:
 
 
 def claimed(reported: Iterable[str]) -> frozenset[str]:
-    """Return the kernels of ``scaled_dot_product_attention`` in reported names such as ``"flash+math"``."""
+    """Return which reported kernels are kernels of SDPA. A report may join names, as in ``"flash+math"``."""
     names = (name for kernels in reported for name in kernels.split("+"))
     return frozenset(_CLAIMS[name] for name in names if name in _CLAIMS)
 
 
 def false_claims(reported: Iterable[str], ran: Iterable[str]) -> tuple[str, ...]:
-    """Return the kernels that are in the reported names, but did not run."""
+    """Return the SDPA kernels that a backend reported, but that did not run."""
     return tuple(sorted(claimed(reported) - set(ran)))

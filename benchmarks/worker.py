@@ -38,7 +38,7 @@ class Worker:
         self._projections: Projections | None = None
 
     def setup(self) -> tuple[Peak, float]:
-        """Build the subject, and return the peak memory and the seconds of the first run, which is also a warm-up."""
+        """Build the subject and run it once, as a warm-up. Return the peak memory and the seconds of this run."""
         torch.set_num_threads(self._case.threads)
         self._prepared = self._contender.prepare(self._case)
         subject, device = self._prepared.subject, self._case.device
@@ -71,7 +71,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class EndToEndJob:
-    """One run of :func:`attnzoo.verify` on a one-layer model of a family at published widths."""
+    """One run of :func:`attnzoo.verify` on a one-layer model that otherwise has the published configuration."""
 
     family: str
     backend: str
@@ -83,7 +83,7 @@ class EndToEndJob:
 
 
 def verify_here(job: EndToEndJob) -> tuple[bool, str]:
-    """Return whether the backend passes, and the report. The length must be small, because the reference is dense."""
+    """Return whether the backend passes, and the report. The input must be short, because the oracle is dense."""
     torch.set_num_threads(job.threads)
     workload = find_workload(job.family)
     model = workload.build(layers=1).to(job.device, DTYPES[job.dtype])
@@ -93,7 +93,7 @@ def verify_here(job: EndToEndJob) -> tuple[bool, str]:
 
 
 def process_context(preload: Iterable[str]) -> BaseContext:
-    """Return the context that starts worker processes: by a fork server that imports ``preload``, or by spawning."""
+    """Return the context that starts workers: a fork server that has imported ``preload`` if possible, or ``spawn``."""
     # The profiler of torch 2.13 logs to stderr unless this level is set before torch is imported. The setting affects
     # the worker processes only, because this process has already imported torch.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -132,10 +132,10 @@ class Remote(Generic[Served]):
         return answer
 
     def close(self) -> None:
-        """End the process, and terminate it if it still runs after 10 seconds.
+        """Tell the process to end, and terminate the process if it still runs after 10 seconds.
 
-        Immediate termination would leave semaphores (compilation creates one for tqdm's lock), and multiprocessing
-        would print a warning about each of them.
+        An immediate termination could leave semaphores behind (for example, compilation creates one for tqdm).
+        Then multiprocessing would print a warning about each semaphore.
         """
         self._connection.close()
         self._process.join(10)
@@ -161,7 +161,7 @@ def _serve(connection: Connection, served: object) -> None:
 
 
 def as_problem(error: Exception) -> Problem:
-    """Return a :class:`Problem` with the status and the reason for an exception."""
+    """Return an exception as a :class:`Problem` with a status and a reason."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, BackendRefusedError):

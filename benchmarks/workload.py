@@ -1,4 +1,4 @@
-"""Workload: a model family with a published configuration and seeded random weights, which reads real text."""
+"""Define a workload: a model of a family with published configuration and random weights, and inputs of real text."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ class Workload:
         attention: class name of the self-attention module that the scopes ``module`` and ``attention`` run.
         heads: number of attention heads, for the memory estimate of dense backends.
         layers: number of layers that attend over the whole input, for the memory estimate of dense backends.
-        special_tokens: token id of byte 0.
+        special_tokens: token id of byte 0. Smaller ids are special tokens.
         inputs: function that turns tokens ``(batch, seq_len + extra)`` into model inputs.
         extra: number of tokens that ``inputs`` needs in addition to the input length.
         shrink: function of ``published`` and a number of layers that returns the configuration with fewer layers.
         positions: name of the configuration's field that limits the input length. None means no limit.
         reserved: number of positions that no token uses.
         training: function of ``published`` and an input length, for a model whose backward works in training mode only.
-            It returns the fields to change for training without dropout, and raises InvalidArgumentError for a length
-            that the model cannot train with. None means that the model trains in eval mode.
+            This function returns the fields to change for training without dropout. It raises InvalidArgumentError for
+            a length that the model cannot train with. None means that the model trains in eval mode.
         peer: the peer in scope ``attention``. None means that the family has no peer.
     """
 
@@ -73,7 +73,7 @@ class Workload:
     peer: Peer | None = None
 
     def too_long(self, seq_len: int) -> str | None:
-        """Return the reason why an input is too long for the published configuration, or None if it is not."""
+        """Return why an input is too long for the published configuration, or None if it is short enough."""
         limit = None if self.positions is None else int(self.published[self.positions]) - self.reserved
         return None if limit is None or seq_len <= limit else f"the published configuration has {limit} positions"
 
@@ -101,6 +101,6 @@ class Workload:
             self.training(self.published, seq_len)
 
     def read(self, batch: int, seq_len: int, device: str = "cpu") -> Inputs:
-        """Return, on ``device``, the inputs for ``batch`` passages of the book with ``seq_len`` tokens each."""
+        """Return the inputs on ``device`` for ``batch`` passages of the book. Each passage has ``seq_len`` tokens."""
         inputs = self.inputs(read_tokens(batch, seq_len + self.extra, self.special_tokens))
         return tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)

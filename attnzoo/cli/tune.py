@@ -42,7 +42,7 @@ def tune(
     clear: Annotated[bool, typer.Option("--clear", help="Remove the stored measurements.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure the fastest backend of each attention of a model, and store the result for auto."""
+    """Measure which backend is fastest for each attention of a model, and store the result for auto."""
     if show and model is not None:
         raise InvalidArgumentError("model", f"{model!r} with --show", "no model, because --show measures nothing")
     if clear:
@@ -91,7 +91,7 @@ def _measure(
 
 
 def stored_measurements() -> list[dict[str, Any]]:
-    """Return every cache file as plain data for JSON."""
+    """Return the content of every cache file as plain data for JSON."""
     data = []
     for path, environment, stored, problem in cache.stored():
         measurements = [measurement.to_dict() for measurement in stored.values()]
@@ -100,7 +100,7 @@ def stored_measurements() -> list[dict[str, Any]]:
 
 
 def stored_measurements_text() -> str:
-    """Return every cache file as text."""
+    """Return the content of every cache file as text."""
     files = cache.stored()
     if not files:
         return fit(f"no measurements in {cache.folder()}; to measure, run: attnzoo tune MODEL")

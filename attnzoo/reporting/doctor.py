@@ -1,4 +1,4 @@
-"""``doctor``: list what this machine can run. For everything else, give the reason and what to install."""
+"""``doctor``: list what this machine can run. For what it cannot run, give the reason and what to install."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. ``detail`` has the version of a usable item, or the reason and remedy for another."""
+    """One line of the report. ``detail`` describes the item if ``ok`` is True, or else gives the reason and remedy."""
 
     kind: str  # "machine", "package", "backend", "model" or "entry point"
     name: str

@@ -45,10 +45,10 @@ class Verdict:
 
 
 class Explanation(tuple[Verdict, ...]):
-    """All verdicts. An explanation prints sites with equal verdicts as one block.
+    """The verdicts for all sites, which print as text. Sites with equal verdicts are printed together.
 
     Attributes:
-        auto: what ``auto`` selects and why, by site name: one line for each measured size, and one for other sizes.
+        auto: lines for each site name. A line says what ``auto`` selects for one measured size or other sizes, and why.
     """
 
     auto: dict[str, tuple[str, ...]]
@@ -87,7 +87,7 @@ def explain(model: nn.Module, backend: str | Backend | None = None, **options: A
     Args:
         model: a model of a family with an adapter. The answer depends on the model's mode, device and dtype.
         backend: name of a backend, or a configured backend (see :func:`attnzoo.configure`). None and ``"auto"`` mean
-            all registered backends, and add what ``auto`` selects.
+            all registered backends. The result then also contains what ``auto`` selects.
         options: options of the named backend.
 
     Returns:
@@ -126,7 +126,7 @@ def _plan(model: nn.Module, targets: Sequence[PatchTarget], backend: Backend) ->
 
 
 def _verdict(name: str, plan: SitePlan, plans: Sequence[SitePlan]) -> Verdict:
-    """Return the verdict on a site. An obstacle at a helper module of the site also prevents a patch of the site."""
+    """Return the verdict on a site. An obstacle, such as drift, in a companion of the site also prevents the patch."""
     target = plan.target
     obstacles = tuple(
         Refusal("adapter", str(other.obstacle), "the code that the adapter was verified against")
@@ -140,7 +140,7 @@ def _verdict(name: str, plan: SitePlan, plans: Sequence[SitePlan]) -> Verdict:
 
 @dataclass(frozen=True)
 class _Unusable(Backend):
-    """Placeholder for a backend that failed to load or lacks options. It refuses every request for this reason."""
+    """Placeholder for a backend that failed to load or lacks options. It refuses every request with ``reason``."""
 
     reason: Refusal
 

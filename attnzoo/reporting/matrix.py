@@ -1,7 +1,7 @@
 """The support matrix: whether each backend runs each feature at each attention module, and the reasons if not.
 
 The modules come from example models without weights, which adapters define. The refusals come from the declarations of
-backends. So the matrix does not depend on this machine. A cell is the request of a module plus one feature.
+backends. So the matrix does not depend on this machine. A cell is a module's request with one feature added.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEVICES = ("cpu", "cuda")
 
 
 def _first(request: Request, **changes: object) -> Request:
-    """Return the request with changed fields of the first segment."""
+    """Return a copy of the request in which ``changes`` replace fields of the first segment."""
     first, *rest = request.segments
     return replace(request, segments=(replace(first, **changes), *rest))  # type: ignore[arg-type]
 
@@ -35,7 +35,7 @@ def _key_mask(request: Request) -> Request:
 
 
 def _grouped(request: Request) -> Request:
-    """Return the request with half as many key heads, if all heads have their own keys and the number is even."""
+    """Return the request with half as many key heads, if each query head has its own and their number is even."""
     even = request.heads % 2 == 0
     segments = (
         replace(segment, kv_heads=request.heads // 2) if even and segment.kv_heads == request.heads else segment
@@ -70,7 +70,7 @@ class Module:
         cls: name of the module's class.
         pattern: description of the module's attention pattern.
         requests: requests of the module in inference.
-        together: requests of all modules of the same model.
+        together: requests of all attention modules of the same model.
     """
 
     model_type: str
@@ -83,7 +83,7 @@ class Module:
         return f"{self.model_type}: {self.cls}, {self.pattern}"
 
     def requests_with(self, feature: str, device: str, dtype: torch.dtype) -> tuple[Request, ...]:
-        """Return the requests of the module with another device and dtype, and with a feature added."""
+        """Return the requests of the module on ``device`` in ``dtype``, with ``feature`` added."""
         return tuple(FEATURES[feature](request) for request in _on(self.requests, device, dtype))
 
 
@@ -112,7 +112,7 @@ class Row:
         return tuple(dtype for dtype in FLOATS if not self.cells[feature, device, dtype])
 
     def reasons(self, feature: str) -> tuple[Refusal, ...]:
-        """Return every reason for which the backend refuses a feature on any device in any dtype."""
+        """Return all reasons why the backend refuses a feature, on all devices and in all dtypes."""
         cells = (self.cells[feature, device, dtype] for device in DEVICES for dtype in FLOATS)
         return tuple(dict.fromkeys(reason for reasons in cells for reason in reasons))
 
@@ -166,7 +166,7 @@ def _modules(model_type: str) -> tuple[Module, ...]:
 
 
 def configured(cls: type[Backend], module: Module, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Backend:
-    """Return a backend bound to a module. The backend has its example options if it needs options at this module."""
+    """Return a backend for a module. If the backend needs options there, they are the example options of ``cls``."""
     requests, together = _on(module.requests, device, dtype), _on(module.together, device, dtype)
     if not cls.required_options():
         bare = cls().bind_to_site(requests, together)
@@ -177,7 +177,7 @@ def configured(cls: type[Backend], module: Module, device: str = "cpu", dtype: t
 
 
 def row(cls: type[Backend], module: Module) -> Row:
-    """Return the refusals of a backend for every cell of a module."""
+    """Return the row of a backend at a module, with the refusals in every cell."""
     lacking = [option for option in cls.required_options() if option not in cls.example]
     if lacking:
         reason = Refusal("options", f"no {', '.join(lacking)}", f"{lacking[0]}=...")

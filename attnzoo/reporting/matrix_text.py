@@ -26,7 +26,7 @@ the whole row and is not repeated. *(≈)*: the backend changes the pattern of t
 
 
 def _declarations() -> dict[str, dict[str, object]]:
-    """Return the declared values of each loaded backend, by name of the backend and name of the declaration."""
+    """Return a dict for each loaded backend. It maps names of declarations, such as "dtypes", to values."""
     infos = registry.backends().values()
     return {info.name: _declared(info, info.capabilities) for info in infos if info.capabilities is not None}
 
@@ -45,7 +45,7 @@ def _declared(info: BackendInfo, capabilities: Capabilities) -> dict[str, object
 
 
 class Reasons(dict[str, int]):
-    """Numbers of refusals, by text. The numbers follow the order in which the refusals are first printed."""
+    """Dict from the text of a refusal to its number. The refusal that is printed first has number 1."""
 
     def number(self, reason: Refusal) -> int:
         """Return the number of a reason. A new reason gets the next free number."""
@@ -53,7 +53,7 @@ class Reasons(dict[str, int]):
 
 
 def _outcomes(row: Row, reasons: Reasons, code: Callable[[str], str]) -> list[tuple[str, str]]:
-    """Return for each feature the dtypes and devices that run, and the numbers of the reasons for all others."""
+    """Return for each feature the dtypes and devices that run, and the numbers of the reasons why others do not."""
     outcomes = []
     for feature in FEATURES:
         printed = set() if feature == "forward" else set(row.reasons("forward"))
@@ -81,7 +81,7 @@ def _label(row: Row) -> tuple[str, str]:
 
 
 def _title(module: Module) -> str:
-    """Return the pattern of a module, with the features that the requests of the module include."""
+    """Return the pattern of a module, and the features that the requests of the module already include."""
 
     def includes(change: Callable[[Request], Request]) -> bool:
         return any(change(request) == request for request in module.requests)
@@ -125,7 +125,7 @@ def _head(cells: list[str]) -> list[str]:
 
 
 def _declared_table() -> list[str]:
-    """Return a table with one line per declaration and one column per backend, and the backends with load errors."""
+    """Return a table with a line per declaration and a column per backend, then the backends that failed to load."""
     columns = _declarations()
     lines = _head(["", *(f"`{name}`" for name in columns)])
     for key in next(iter(columns.values()), {}):
@@ -166,7 +166,7 @@ def _declared_text(name: str, declared: dict[str, object]) -> str:
 
 
 def _row_text(row: Row, reasons: Reasons) -> list[tuple[str, str]]:
-    """Return pairs of backend name and line. Each line lists the features with the same outcome."""
+    """Return pairs of backend name (in the first pair only) and line. Features with the same outcome share a line."""
     name, mark = _label(row)
     outcomes: dict[str, list[str]] = {}
     for feature, (where, note) in zip(FEATURES, _outcomes(row, reasons, str), strict=True):

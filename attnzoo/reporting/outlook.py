@@ -1,4 +1,4 @@
-"""Predict, from stored measurements and priorities, what ``auto`` will select at a site."""
+"""Predict what ``auto`` will select at a site. The prediction uses stored measurements and priorities."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _COMPARED = ("device", "dtype", "heads", "head_dim", "value_dim")
 
 
 def outlook(plan: SitePlan) -> tuple[str, ...]:
-    """Return one line for each measured size of similar attentions, and one line for all other sizes.
+    """Return what ``auto`` selects: a line for each measured size of similar attentions, and a line for other sizes.
 
-    An attention is similar if it has the same device, dtype, heads and first pattern as the site. Masks, gradients and
-    lengths are ignored, because they are unknown before a run.
+    An attention is similar if it and the site have the same device, dtype, number and size of heads, and pattern of the
+    first segment. Masks, gradients and lengths are ignored, because they are unknown before a run.
     """
     because = by_priority_because()
     lines = []

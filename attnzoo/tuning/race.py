@@ -34,11 +34,11 @@ ROWS = 64
 def race(
     attention: Attention, backends: Sequence[Backend], *, grad: bool, rounds: int = ROUNDS, clock: Clock | None = None
 ) -> dict[str, Outcome]:
-    """Return one :class:`Outcome` for each backend, by name, with the time of the backend on ``attention``.
+    """Time each backend on ``attention``, and return the :class:`Outcome` of each backend by its name.
 
     The backends run alternately. A time is the median of ``rounds`` samples, without warm-up. With ``grad``, a time
-    includes the backward; the tensors of ``attention`` must be leaves. A backend that fails the error rule on sampled
-    rows, or raises, is marked as wrong and not timed. A backend that runs out of memory is only not timed.
+    includes the backward, and the tensors of ``attention`` must be leaves. A backend that raises, or fails the error
+    rule on sampled rows, is marked as wrong and not timed. A backend that runs out of memory is not marked as wrong.
     """
     tick = time.perf_counter if clock is None else clock
     outcomes: dict[str, Outcome] = {}
@@ -72,7 +72,7 @@ def race(
 
 
 def dense_bytes(attention: Attention, grad: bool) -> int:
-    """Return an estimate of the bytes that plain operations need for the scores of ``attention``."""
+    """Return an estimate of the bytes that a dense backend needs for the scores of ``attention``."""
     keys = sum(segment.kv_len for segment in attention.segments)
     grid = attention.batch * attention.heads * attention.q_len * keys * attention.query.itemsize
     return grid * (GRIDS + (GRIDS_KEPT if grad else 0))
@@ -83,7 +83,7 @@ def _raised(error: Exception) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether the memory was full. This is a state of the machine and not an error of the backend."""
+    """Whether the error means that the memory was full. Full memory is not a fault of the backend."""
     # The CPU allocator of torch raises a plain RuntimeError.
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         type(error) is RuntimeError and "DefaultCPUAllocator" in str(error)
@@ -91,13 +91,13 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _wrong(backend: Backend, attention: Attention, grad: bool) -> str:
-    """Return the checks that fail the error rule as text, or an empty string if all checks pass."""
+    """Return a text that lists the checks that fail the error rule. It is empty if all checks pass."""
     report = check_attention("tune", attention, backend, grad=grad, max_rows=ROWS)
     return "; ".join(str(check) for check in report.checks if not check.ok)
 
 
 def _step(backend: Backend, attention: Attention, grad: bool) -> Callable[[], str]:
-    """Return a function that runs ``backend`` once, as a model does, and returns the name of the kernel that ran."""
+    """Return a function that runs ``backend`` on ``attention`` once, and returns the name of the kernel that ran."""
     leaves = tuple({id(tensor): tensor for tensor in attention.tensors() if tensor.requires_grad}.values())
     shape = (attention.batch, attention.heads, attention.q_len, attention.value_dim)
     cotangent = torch.ones(shape, dtype=attention.query.dtype, device=attention.query.device)
@@ -115,7 +115,7 @@ def _step(backend: Backend, attention: Attention, grad: bool) -> Callable[[], st
 def _times(
     runs: dict[str, Callable[[], str]], device: torch.device, rounds: int, tick: Clock
 ) -> dict[str, float | Exception]:
-    """Return, by name, the median seconds of one run, or the exception that a run of the backend raised."""
+    """Return for each name the median seconds of one run, or the exception that a run of this backend raised."""
     failed: dict[str, float | Exception] = {}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     counts = dict.fromkeys(runs, 1)

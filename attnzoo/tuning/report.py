@@ -13,7 +13,7 @@ class TuningReport(tuple[Measurement, ...]):
     """The measurements of :func:`attnzoo.tune`, one per request and size class. The report prints as tables.
 
     Attributes:
-        fresh: keys of the new measurements. Measurements with other keys were already in the cache.
+        fresh: keys of the measurements that are new. The remaining measurements were already in the cache.
     """
 
     fresh: frozenset[str]
@@ -34,7 +34,7 @@ class TuningReport(tuple[Measurement, ...]):
 
 
 def table(measurement: Measurement, remark: str = "") -> str:
-    """Return a table of a measurement: the timed backends, fastest first, and then the untimed ones with reasons."""
+    """Return a measurement as a table. It lists the timed backends, fastest first, and why others were not timed."""
     request = measurement.request
     head = f"{measurement.where}: {request.get('dtype')}, {request.get('heads')} heads x {request.get('head_dim')}, "
     lines = [f"{head}{measurement.size}, {measurement.mode}{remark}"]

@@ -1,4 +1,4 @@
-"""``tune``: measure the fastest backend of each attention of a model, and store the result for ``auto``."""
+"""``tune``: measure which backend is fastest for each attention of a model, and store the result for ``auto``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from attnzoo.tuning.report import TuningReport
 
 
 class ObservedAttention(NamedTuple):
-    """The first observed attention of a model with this combination of request, size class and environment."""
+    """One attention of a model. It represents all attentions with the same request, size class and environment."""
 
     request: Request
     size: SizeClass
@@ -45,7 +45,7 @@ def tune(
     clock: Clock | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> TuningReport:
-    """Measure the fastest backend of each attention of a model. ``auto`` selects backends by these measurements.
+    """Measure which backend is fastest for each attention of a model. ``auto`` selects backends by these measurements.
 
     ``tune`` runs the model once, in the current mode, dtype and autocast, and records the attentions. It then times
     every backend that supports a recorded attention, once per request and size class (batch and lengths rounded up to
@@ -143,7 +143,7 @@ def _observe_model(
 
 
 def _backward(returned: Any) -> None:
-    """Run the backward of every tensor that a model returns at the top level."""
+    """Run the backward of every returned tensor, except tensors in nested containers."""
     if isinstance(returned, Mapping):
         returned = tuple(returned.values())
     values = returned if isinstance(returned, (tuple, list)) else (returned,)
@@ -153,7 +153,7 @@ def _backward(returned: Any) -> None:
 
 
 def _without_history(attention: Attention) -> Attention:
-    """Return the attention on detached tensors. One tensor that occurs several times becomes one detached tensor."""
+    """Return the attention with detached tensors. A tensor that occurs several times is detached only once."""
     leaves: dict[int, Tensor] = {}
     for tensor in attention.tensors():
         leaves.setdefault(id(tensor), tensor.detach().requires_grad_(tensor.requires_grad))
@@ -162,7 +162,7 @@ def _without_history(attention: Attention) -> Attention:
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Context manager that restores the gradients of parameters, and the buffers that a forward in training changes."""
+    """Context manager that, on exit, restores the gradients of parameters and the buffers that training changes."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if model.training else []
     for parameter, _ in gradients:
