@@ -25,7 +25,7 @@ def local_reach(module: Any) -> int:
 
 
 def side_reach(module: Any) -> int:
-    """Return the maximum distance. All larger distances belong to the last bucket."""
+    """Return the distance from which on all larger distances share the last bucket of the bias table."""
     return int(module.relative_attention_max_distance)
 
 

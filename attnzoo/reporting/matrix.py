@@ -166,7 +166,7 @@ def _modules(model_type: str) -> tuple[Module, ...]:
 
 
 def configured(cls: type[Backend], module: Module, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Backend:
-    """Return a backend for a module. If the backend needs options there, they are the example options of ``cls``."""
+    """Return a backend of class ``cls`` for a module, with the options of ``cls.example`` if the module needs any."""
     requests, together = _on(module.requests, device, dtype), _on(module.together, device, dtype)
     if not cls.required_options():
         bare = cls().bind_to_site(requests, together)

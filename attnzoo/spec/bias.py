@@ -110,7 +110,8 @@ class RelativeBias(Bias):
         if not isinstance(self.positions, Tensor):
             raise InvalidArgumentError("bias positions", repr(self.positions), f"a tensor ({batch}, {q_len}) or None")
         if tuple(self.positions.shape) != (batch, q_len):
-            raise InvalidArgumentError("bias positions", tuple(self.positions.shape), f"({batch}, {q_len})")
+            got = f"shape {tuple(self.positions.shape)}"
+            raise InvalidArgumentError("bias positions", got, f"shape ({batch}, {q_len})")
         if self.positions.dtype != torch.long or self.positions.device != self.values.device:
             got = f"{self.positions.dtype} on {self.positions.device}"
             raise InvalidArgumentError("bias positions", got, f"torch.int64 on {self.values.device}, as values")

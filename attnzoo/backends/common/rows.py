@@ -1,7 +1,7 @@
 """Read and write whole rows of tensors by index, for queries and keys that a pattern reorders.
 
 Copying a row as one piece of memory is several times faster than ``gather`` or ``scatter``, which need an index per
-element. These two functions are used only for tensors whose rows are not contiguous in memory.
+element. This module uses ``gather`` and ``scatter`` only for tensors whose rows are not contiguous.
 """
 
 from __future__ import annotations
