@@ -93,7 +93,9 @@ def tune(
         raise InvalidArgumentError("rounds", repr(rounds), "an integer >= 1")
     gradients = model.training if gradients is None else gradients
     if gradients and torch.is_inference_mode_enabled():
-        raise InvalidArgumentError("gradients", "True inside torch.inference_mode()", "False in inference mode")
+        raise InvalidArgumentError(
+            "gradients", "True inside torch.inference_mode()", "False, or a call outside torch.inference_mode()"
+        )
     if save:
         cache.check_writable()
     measurements: list[Measurement] = []

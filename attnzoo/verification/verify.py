@@ -87,7 +87,9 @@ def verify(
     if not isinstance(inputs, Mapping):
         raise InvalidArgumentError("inputs", type(inputs).__name__, "a mapping of keyword arguments of model.forward")
     if gradients and torch.is_inference_mode_enabled():
-        raise InvalidArgumentError("gradients", "True inside torch.inference_mode()", "False in inference mode")
+        raise InvalidArgumentError(
+            "gradients", "True inside torch.inference_mode()", "False, or a call outside torch.inference_mode()"
+        )
     inputs = excerpt(inputs) if fast else dict(inputs)
 
     def apply_patch(model: nn.Module) -> Handle:

@@ -151,7 +151,9 @@ def test_checkpoint_without_architecture_is_refused(tmp_path):
 @pytest.mark.parametrize("command", ["verify", "tune"])
 def test_more_tokens_than_positions_are_refused(tmp_path, command):
     gpt_bigcode(n_positions=16).save_pretrained(tmp_path)
-    with pytest.raises(attnzoo.InvalidArgumentError, match=r"seq-len: got 17, on which GPTBigCode.* raises IndexError"):
+    with pytest.raises(
+        attnzoo.InvalidArgumentError, match=r"seq-len: got 17, for which GPTBigCode.* raises IndexError"
+    ):
         run_raising(command, str(tmp_path), "--seq-len", "17")
 
 
