@@ -15,12 +15,10 @@ from torch import Tensor
 from attnzoo.adapter import Attend, Forward, request_for
 from attnzoo.adapters.longt5_bias import TABLE, check_buckets, side_reach, trains_bias, values_by_distance
 from attnzoo.adapters.longt5_blocks import MODULE
-from attnzoo.functional import compute_dtype
-from attnzoo.patching.interface import InterfacePoint, read_interface_mask
+from attnzoo.patching.interface import InterfacePoint, attend_read, read_interface_mask
 from attnzoo.spec.bias import Bias, DenseBias, RelativeBias
-from attnzoo.spec.documents import attend_documents
 from attnzoo.spec.patterns import Causal, Full
-from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest
+from attnzoo.spec.segments import Request, Segment, SegmentRequest
 
 STACK_FINGERPRINTS: dict[str, tuple[str, ...]] = {
     f"{MODULE}:LongT5Stack.forward": ("500d61b6a9e97b7d",),
@@ -116,12 +114,9 @@ class DecoderSelfAttention(InterfacePoint):
         read = read_interface_mask(attend, implementation, query, key, attention_mask, module.is_causal)
         if read.bias is not None:
             bias = read.bias if bias is None else _sum(query, key, bias, read.bias)
-        query, key, value = (tensor.to(compute_dtype(tensor)) for tensor in (query, key, value))
         pattern = Full(cross=not module.is_causal) if isinstance(read.pattern, Full) else read.pattern
-        segment = Segment(key, value, pattern, read.key_mask, read.mask, bias)
-        attention = Attention(query, (segment,), scaling, dropout)
-        result = attend_documents(attend, attention, read.documents, output_attentions)
-        return result.output.transpose(1, 2).contiguous(), None if result.dropped is None else result.dropped[0]
+        read = read._replace(pattern=pattern, bias=bias)
+        return attend_read(attend, read, query, key, value, scaling, dropout, output_attentions)
 
     def original_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {**kwargs, "position_bias": None} if kwargs["position_bias"] is _NO_BIAS else kwargs

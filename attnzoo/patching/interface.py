@@ -89,14 +89,8 @@ class InterfacePoint(PatchPoint):
         if is_causal is None:
             is_causal = bool(getattr(module, "is_causal", True))
         read = read_interface_mask(attend, implementation, query, key, attention_mask, is_causal)
-        dtype = compute_dtype(value)  # models may leave queries and keys in float32
-        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        segment = Segment(key, value, read.pattern, read.key_mask, read.mask, read.bias)
-        attention = Attention(query, (segment,), scale, dropout)
-        result = attend_documents(attend, attention, read.documents, self.wants_probabilities(module, kwargs))
-        weights = None if result.dropped is None else result.dropped[0]
-        return result.output.transpose(1, 2).contiguous(), weights
+        return attend_read(attend, read, query, key, value, scale, dropout, self.wants_probabilities(module, kwargs))
 
     def original_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments of the original function, which ``fallback="native"`` runs after a refusal."""
@@ -155,3 +149,21 @@ def read_interface_mask(
         return ReadMask(Causal(offset=0) if causal else Full(), None, None, None)
     sizes = (query.shape[0], query.shape[2], key.shape[2])
     return attend.cached_per_forward(attention_mask, "read", lambda given: read_attention_mask(given, sizes))
+
+
+def attend_read(
+    attend: Attend,
+    read: ReadMask,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    dropout: float,
+    wanted: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Run an attention with the content of a mask. Return the results of :meth:`InterfacePoint.compute`."""
+    dtype = compute_dtype(value)  # models may leave queries and keys in float32
+    query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    segment = Segment(key, value, read.pattern, read.key_mask, read.mask, read.bias)
+    result = attend_documents(attend, Attention(query, (segment,), scale, dropout), read.documents, wanted)
+    return result.output.transpose(1, 2).contiguous(), None if result.dropped is None else result.dropped[0]

@@ -17,7 +17,7 @@ from attnzoo.patching import engines
 from attnzoo.patching.forwards import Patch, PatchedForward, patches_of
 from attnzoo.patching.plan import BUILT_IN, check_plans, plan_sites
 from attnzoo.patching.site_table import table
-from attnzoo.patching.sites import PatchTarget, Site, find_sites
+from attnzoo.patching.sites import PatchTarget, Site, check_model, find_sites
 from attnzoo.registry import registry
 
 _patch_numbers = itertools.count(1)
@@ -72,6 +72,7 @@ class Handle:
 
 def _layers(model: nn.Module) -> list[tuple[nn.Module, PatchedForward]]:
     """Return a pair of module and patched forward for each patched forward in a model."""
+    check_model(model)
     return [(module, forward) for module in model.modules() for forward in patches_of(module)]
 
 
@@ -107,7 +108,7 @@ def is_patched(model: nn.Module) -> bool:
         ...     is_patched(model)
         True
     """
-    return bool(_layers(_checked(model)))
+    return bool(_layers(model))
 
 
 def handle(model: nn.Module) -> Handle:
@@ -135,15 +136,9 @@ def handle(model: nn.Module) -> Handle:
     return Handle(tuple(sites), tuple(forwards))
 
 
-def _checked(model: nn.Module) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise InvalidArgumentError("model", type(model).__name__, "a torch.nn.Module")
-    return model
-
-
 def _last(model: nn.Module) -> list[tuple[nn.Module, PatchedForward]]:
     """Return a pair of module and patched forward for each forward of the last patch of a model."""
-    layers = _layers(_checked(model))
+    layers = _layers(model)
     if not layers:
         raise PatchError(f"model: got {type(model).__name__}, which is not patched; allowed: a patched model")
     number = max(forward.patch.number for _, forward in layers)

@@ -182,6 +182,12 @@ def has_trained_parameters(module: nn.Module) -> bool:
     return any(parameter.requires_grad for _, parameter in parameters_of(module))
 
 
+def check_model(model: object) -> None:
+    """Raise unless an argument is a model."""
+    if not isinstance(model, nn.Module):
+        raise InvalidArgumentError("model", type(model).__name__, "a torch.nn.Module, e.g. a Hugging Face model")
+
+
 def find_sites(model: nn.Module) -> list[PatchTarget]:
     """Return every module of a model that a registered adapter can patch.
 
@@ -192,8 +198,7 @@ def find_sites(model: nn.Module) -> list[PatchTarget]:
         InvalidArgumentError: ``model`` is not a ``torch.nn.Module``.
         PatchError: no adapter supports an attention module of the model.
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidArgumentError("model", f"{type(model).__name__}", "a torch.nn.Module, e.g. a Hugging Face model")
+    check_model(model)
     types = _model_types(model)
     adapters = registry.adapters()
     preferred = [adapters[name] for name in types if name in adapters]

@@ -1,4 +1,4 @@
-"""Attention of packed rows, which contain several documents. A token sees only earlier tokens of its own document.
+"""Attention of packed rows, which contain several documents. A token sees only earlier tokens of the same document.
 
 Models describe packed rows by a dense mask. This module finds the documents in the mask and computes the attention of
 each document as a separate sample. Every backend that supports causal attention and padding keys then supports packed

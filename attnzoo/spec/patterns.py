@@ -333,7 +333,7 @@ class SortedChunks(Chunks):
     The keys are in sorted order, and ``token`` contains the token index of each key. The queries are in sequence order.
     The query with index ``order[b, h, j]`` has the key position ``start + j``. With several hash rounds, the keys of
     all rounds are concatenated. Each round is a segment with these keys and a different ``start``, because in Reformer
-    the first queries of a round also see the last chunk of the previous round. A query never sees the key of its own
+    the first queries of a round also see the last chunk of the previous round. A query never sees the key of the same
     token, because queries and keys are equal in Reformer, and the score of equal vectors would dominate.
 
     Attributes:

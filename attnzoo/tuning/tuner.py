@@ -17,11 +17,12 @@ from attnzoo.backend import Backend
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.patching.patch import patch
 from attnzoo.patching.replay import own_random_stream
-from attnzoo.patching.sites import Site
+from attnzoo.patching.sites import Site, check_model
 from attnzoo.registry import registry
 from attnzoo.spec.segments import Attention, Request, Result
 from attnzoo.tuning.race import ROUNDS, Clock, race
 from attnzoo.tuning.report import TuningReport
+from attnzoo.verification.model_runs import check_gradient_mode
 
 
 class ObservedAttention(NamedTuple):
@@ -84,18 +85,14 @@ def tune(
         >>> measurement.mode
         'forward'
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidArgumentError("model", type(model).__name__, "a torch.nn.Module")
+    check_model(model)
     if isinstance(inputs, nn.Module) or not (isinstance(inputs, Mapping) or callable(inputs)):
         allowed = "a mapping of keyword arguments of model.forward, or a function without arguments that runs the model"
         raise InvalidArgumentError("inputs", type(inputs).__name__, allowed)
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise InvalidArgumentError("rounds", repr(rounds), "an integer >= 1")
     gradients = model.training if gradients is None else gradients
-    if gradients and torch.is_inference_mode_enabled():
-        raise InvalidArgumentError(
-            "gradients", "True inside torch.inference_mode()", "False, or a call outside torch.inference_mode()"
-        )
+    check_gradient_mode(gradients)
     if save:
         cache.check_writable()
     measurements: list[Measurement] = []

@@ -33,6 +33,13 @@ def cast(value: Any, dtype: torch.dtype | None) -> Any:
     return copy.deepcopy(value)
 
 
+def check_gradient_mode(gradients: bool) -> None:
+    """Raise if gradients are requested inside ``torch.inference_mode()``, which records none."""
+    if gradients and torch.is_inference_mode_enabled():
+        allowed = "False, or a call outside torch.inference_mode()"
+        raise InvalidArgumentError("gradients", "True inside torch.inference_mode()", allowed)
+
+
 def run_model(
     model: nn.Module, inputs: dict[str, Any], gradients: bool, seed: int, inference: bool = False, graph: bool = False
 ) -> dict[str, Tensor]:

@@ -21,11 +21,11 @@ from attnzoo.conformance.recomputed import RecomputedBackend
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.patching.patch import Handle, patch, unpatch_all
 from attnzoo.patching.replay import own_random_stream, recording, replaying
-from attnzoo.patching.sites import Site
+from attnzoo.patching.sites import Site, check_model
 from attnzoo.spec.segments import Attention, Request, Result
 from attnzoo.spelling import spell
 from attnzoo.verification.excerpt import excerpt
-from attnzoo.verification.model_runs import GRADIENT, cast, rows_of_modules, run_model
+from attnzoo.verification.model_runs import GRADIENT, cast, check_gradient_mode, rows_of_modules, run_model
 from attnzoo.verification.module_check import ModuleRuns, recorded
 from attnzoo.verification.oracles import oracles
 from attnzoo.verification.reports import Report
@@ -81,15 +81,11 @@ def verify(
         >>> attnzoo.verify(model, {"input_ids": torch.arange(12)[None]}, "sdpa").ok
         True
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidArgumentError("model", type(model).__name__, "a torch.nn.Module")
+    check_model(model)
     check_max_rows(max_rows)
     if not isinstance(inputs, Mapping):
         raise InvalidArgumentError("inputs", type(inputs).__name__, "a mapping of keyword arguments of model.forward")
-    if gradients and torch.is_inference_mode_enabled():
-        raise InvalidArgumentError(
-            "gradients", "True inside torch.inference_mode()", "False, or a call outside torch.inference_mode()"
-        )
+    check_gradient_mode(gradients)
     inputs = excerpt(inputs) if fast else dict(inputs)
 
     def apply_patch(model: nn.Module) -> Handle:

@@ -1,4 +1,4 @@
-"""The kernel that ``sdpa`` reports is the one that ran. The witness is PyTorch's profiler, which trusts no backend."""
+"""``sdpa`` reports the kernel that ran. PyTorch's profiler shows which kernel ran, whatever the backend reports."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor

@@ -31,9 +31,9 @@ IGNORED = {
     "seq_idx": dict(seq_idx=torch.tensor([[0] * 5 + [1] * 7], dtype=torch.int32)),
     "cu_seq_lens": dict(cu_seq_lens_q=ENDS, cu_seq_lens_k=ENDS, max_length_q=7, max_length_k=7),
     "output_router_logits": dict(output_router_logits=False),
-    "a keyword nobody knows": dict(colour="blue"),
+    "an unknown keyword": dict(colour="blue"),
 }
-# Every family as it is loaded by default (of these, gpt_neox and gpt_bigcode with `sdpa`), and those two with `eager`.
+# Every family with its default implementation (`sdpa` for gpt_neox and gpt_bigcode), and those two with `eager` too.
 LOADED = [(family, None) for family in FAMILIES.values()]
 LOADED += [(FAMILIES[name], "eager") for name in ("gpt_neox", "gpt_bigcode-mqa")]
 CHANGING = dict(

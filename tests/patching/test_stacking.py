@@ -143,7 +143,7 @@ def test_a_deep_copy_computes_the_same_and_is_unpatched_separately(subject):
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.mul_(0.5)
-    assert torch.equal(subject.logits(), patched), "the copy has weights of its own"
+    assert torch.equal(subject.logits(), patched), "the copy has separate weights"
     twin.load_state_dict(subject.model.state_dict())
 
     attnzoo.unpatch(twin)

@@ -254,7 +254,7 @@ def _is_all(starts: tuple[int, ...], lens: tuple[int, ...], batch: int, length: 
 
 
 def _is_ordered(pattern: Chunks, kv_len: int) -> bool:
-    """Whether queries see only the earlier keys of their own chunk, so that positions within the chunk matter."""
+    """Whether queries see only the earlier keys of their chunk, so that positions within the chunk matter."""
     return pattern.causal and pattern.before % -(-kv_len // pattern.length) <= pattern.before + pattern.after
 
 
