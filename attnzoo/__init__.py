@@ -38,7 +38,7 @@ from attnzoo.spec.segments import Attention, Request, Result, Segment, SegmentRe
 from attnzoo.tuning.tuner import tune
 from attnzoo.verification.verify import verify
 
-from attnzoo import testing  # isort: skip  (after what it imports)
+from attnzoo import testing  # isort: skip  (after the modules that testing imports)
 
 __version__ = "0.1.0"
 

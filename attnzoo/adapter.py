@@ -1,8 +1,7 @@
-"""Patch points, at which a model calls a backend, and adapters, which list the patch points of a model family.
+"""The interface of patch points and adapters. An adapter lists the patch points of one model family.
 
-A patch point replaces the forward of one class of modules. The new forward turns the inputs of a module into an
-``Attention``, calls an :class:`Attend` with this ``Attention``, and returns what the original forward returns. Adapters
-do not depend on backends.
+A patch point replaces the forward of one class of modules. The new forward turns its inputs into an ``Attention``,
+calls an :class:`Attend`, and returns what the original forward returns. Adapters do not depend on backends.
 """
 
 from __future__ import annotations
@@ -29,9 +28,8 @@ class Attend(Protocol):
     """A callable that computes the attentions of one patched module.
 
     Attributes:
-        complete: whether every module that shares values with this module (:attr:`PatchPoint.shared_in`) is patched and
-            no such module may fall back to the original forward. Only if True, these modules may exchange values in a
-            format that differs from the original format.
+        complete: whether all modules that share values with this module (:attr:`PatchPoint.shared_in`) are patched, and
+            none may fall back to the original forward. Only then may these modules exchange values in a new format.
     """
 
     @property
@@ -44,7 +42,7 @@ class Attend(Protocol):
         """Whether the backend supports an attention. Use this to choose between two equivalent attentions."""
 
     def falls_back(self, can: bool = True) -> bool:
-        """Whether to run the original code after a refusal. True requires ``fallback="native"`` and counts a fallback.
+        """Return whether to run the original code after a refusal (``fallback="native"``). True counts as a fallback.
 
         Args:
             can: whether the original code supports the inputs of this call.
@@ -53,12 +51,11 @@ class Attend(Protocol):
     def cached_per_forward(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
         """Return ``make(tensor)``, computed once per forward of the model and shared by all layers of the patch.
 
-        A module must use each name only once per forward, because a second call with the name starts the next forward.
+        A module must use each name only once per forward. A second call with the same name starts the next forward.
 
         Args:
             tensor: the input of ``make``, such as an attention mask.
-            name: the name of the result. The name must contain every other value that ``make`` depends on, because
-                such values may differ between layers.
+            name: the name of the result. The name must contain all other inputs of ``make``, because layers may differ.
             make: the function that computes the result.
         """
 
@@ -128,8 +125,8 @@ class PatchPoint(ABC):
         """Compute the output of the module. A patch calls this method instead of the original forward.
 
         Args:
-            module: the module that is called, which may be a copy of the patched module. Do not store the module,
-                because a stored reference would prevent Python from freeing the model.
+            module: the called module, which may be a copy of the patched module. Do not store this reference, because
+                Python could then not free the model.
             attend: the callable that computes attentions on the module's backend.
             *args, **kwargs: the arguments of the original forward. A subclass must declare each argument by name.
         """
@@ -156,7 +153,7 @@ class PatchPoint(ABC):
         """Raise if the point cannot serve the configuration of the module."""
 
     def fault(self, module: Any) -> str | None:
-        """Return why the original forward computes wrong results, or None. With a reason, attnzoo never falls back."""
+        """Return why the original forward computes wrong results, or None. attnzoo never falls back to wrong code."""
         return None
 
     def dropout(self, module: Any) -> float:
@@ -172,7 +169,7 @@ class PatchPoint(ABC):
         return bool(kwargs.get("output_attentions"))
 
     def replay(self, output: Any) -> dict[str, Any]:
-        """Return keyword arguments that repeat the random choices of the module's call that returned ``output``."""
+        """Return keyword arguments that repeat the random choices of an earlier call, which returned ``output``."""
         return {}
 
     # Subclasses do not override the next methods.
@@ -184,7 +181,7 @@ class PatchPoint(ABC):
 
     @final
     def owner(self, model: nn.Module, module: nn.Module) -> nn.Module | None:
-        """Return the module of class :attr:`shared_in` that contains ``module`` and its sharers, or None."""
+        """Return the module of class :attr:`shared_in` that contains ``module``, or None if no such module exists."""
         if self.shared_in is None:
             return None
         for owner in model.modules():
@@ -207,8 +204,8 @@ class Adapter:
             model type only decides between two adapters with points for the same class.
         points: instances of :class:`PatchPoint` subclasses.
         versions: the transformers versions that the points were verified against, as text for messages.
-        examples: changes to the default configuration. Each example gives one model. The models together contain a
-            module for every point. The support matrix is generated from these models.
+        examples: changes to the default configuration, one per example model. The example models together must contain
+            a module for every point. The support matrix is generated from these models.
 
     Raises:
         InvalidArgumentError: one of ``points`` is not a :class:`PatchPoint` with a ``cls``.
@@ -271,7 +268,7 @@ def parameters_of(module: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
 def parameter_of(module: nn.Module) -> Tensor:
     """Return a floating-point tensor that has the dtype and device of the module's weights during a forward.
 
-    accelerate keeps offloaded weights on the meta device between forwards. For offloaded weights, this returns an empty
+    accelerate keeps offloaded weights on the meta device between forwards. For these weights, the result is an empty
     tensor on the device to which accelerate moves the weights.
     """
     for owner, parameter in parameters_of(module):

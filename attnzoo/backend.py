@@ -32,7 +32,7 @@ class Capabilities:
         patterns: the supported pattern classes.
         segments: the largest number of segments in one softmax.
         key_mask: whether the backend supports a mask that hides keys of each sample from all queries.
-        mask: whether the backend supports a dense mask.
+        mask: whether the backend supports a dense mask, which has one entry for each query and key.
         bias: the supported kinds of additive bias: a subset of ``{"relative", "dense"}``.
         bias_grad: whether the backend computes gradients of the bias values.
         gqa: whether the backend supports fewer key heads than query heads.
@@ -41,8 +41,7 @@ class Capabilities:
         grad: whether the backend has a backward pass.
         probabilities: whether the backend can return the softmax weights.
         transforms: the supported ``torch.func`` transforms: a subset of ``{"grad", "vmap", "jvp", "functionalize"}``.
-        exact: whether the backend computes every request without changes. An approximate backend changes the pattern of
-            dense attention (:meth:`Backend.changes`).
+        exact: False if the backend changes the pattern of dense attention (:meth:`Backend.changes`).
 
     Example:
         >>> import attnzoo
@@ -90,7 +89,7 @@ class Capabilities:
             elif segment.bias_grad and not self.bias_grad:
                 refused.append(Refusal("bias", "values that require grad", "values that do not require grad"))
             if segment.kv_heads != request.heads and not self.gqa:
-                refused.append(Refusal("key heads", str(segment.kv_heads), f"{request.heads}, the query's"))
+                refused.append(Refusal("key heads", str(segment.kv_heads), f"{request.heads}, like the query"))
         check("key_mask", any(segment.key_mask for segment in request.segments), self.key_mask, "no key mask")
         check("mask", any(segment.mask for segment in request.segments), self.mask, "no dense mask")
         if request.value_dim != request.head_dim and not self.uneven_value_dim:
@@ -114,9 +113,8 @@ class Backend:
     Class attributes:
         name: the name under which the backend is registered.
         aliases: alternative names that users may type.
-        priority: a number. Without measurements, ``auto`` selects the supporting backend with the highest number.
-        dense: whether the backend stores a score for every pair of query and key. ``tune`` skips a dense backend if
-            these scores need too much memory.
+        priority: without measurements, ``auto`` selects the supporting backend with the highest priority.
+        dense: whether the backend stores all ``q_len x kv_len`` scores. ``tune`` skips the backend if memory is short.
         capabilities: the features that the backend supports.
         compiles: whether the first run of each kind of input compiles a kernel. For such a backend, ``tune`` and the
             benchmarks run a short input before they measure.
@@ -157,8 +155,7 @@ class Backend:
         Args:
             attention: query, segments, scale, dropout and masks, with checked shapes. Finish the output with
                 :meth:`Attention.fill`, which zeroes padding rows and rows without visible keys.
-            probabilities: whether to return the softmax weights too. attnzoo passes True only if
-                ``capabilities.probabilities`` is True.
+            probabilities: whether to return the softmax weights too. Never True without ``capabilities.probabilities``.
 
         Returns:
             A :class:`Result` with the output ``(batch, heads, q_len, value_dim)`` and the name of the kernel that ran.
@@ -228,7 +225,7 @@ class Backend:
 
         Args:
             attention: the requested attention.
-            decisions: the result of :meth:`decisions` in another run. None means that they are computed anew.
+            decisions: the result of :meth:`decisions` in another run. None means that new decisions are computed.
         """
         return attention
 

@@ -1,7 +1,6 @@
 """The exceptions of attnzoo, and the form of their messages.
 
-Every message names the argument, the given value and the allowed values: ``argument: got X; allowed: Y``.
-:func:`got_and_allowed` writes this form.
+Every message names argument, given value and allowed values: ``argument: got X; allowed: Y`` (:func:`got_and_allowed`).
 
 The message of a refusal is built in three steps. :meth:`Capabilities.refusals <attnzoo.backend.Capabilities.refusals>`
 and the ``refusals`` methods of backends choose the texts of each :class:`Refusal`. ``Refusal.__str__`` writes one line.
@@ -104,8 +103,7 @@ class BackendRefusedError(AttnzooError, NotImplementedError):
     Attributes:
         backend: the name of the backend.
         refusals: ``{place: reasons}``. A place is the name of a module, or ``"attention"`` for a call of a function.
-        alternatives: ``{place: names of the backends that support the same requests}``. A missing place means that
-            these backends are unknown.
+        alternatives: ``{place: names of backends that support the requests}``. Places with unknown names are missing.
         stage: the time of the refusal: ``"patch"``, ``"before the call"`` of a module (the module is unchanged) or
             ``"in the call"`` (the cache of the module may be filled). None means any other time.
     """

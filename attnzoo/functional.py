@@ -38,7 +38,7 @@ def refusals_of(backend: Backend, requests: Sequence[Request], anywhere: bool = 
 
 
 def alternatives_to(backend: Backend, requests: Sequence[Request]) -> tuple[str, ...] | None:
-    """Return the names of exact backends that support all requests. Return None for ``auto``, which tries all."""
+    """Return the names of exact backends that support all requests. For ``auto``, which tries all, return None."""
     if isinstance(backend, AutoBackend):
         return None
     return tuple(other.name for other in registry.exact_backends() if not any(map(other.refusals, requests)))
@@ -71,7 +71,7 @@ def execute(backend: Backend, attention: Attention, probabilities: bool = False,
             return backend.run(attention, probabilities)
         with torch.autocast(device, enabled=False):
             return backend.run(attention, probabilities)
-    except BackendRefusedError as error:  # a refusal that depends on tensor values, raised without a place
+    except BackendRefusedError as error:  # the backend refuses tensor values, and does not know the place
         raise error.at(place, "in the call").with_traceback(error.__traceback__) from error.__cause__
 
 
@@ -117,13 +117,12 @@ def attention(
         k: keys ``(batch, kv_heads, kv_len, head_dim)`` with ``heads % kv_heads == 0``. Neighbouring query heads share a
             key head.
         v: values ``(batch, kv_heads, kv_len, value_dim)``.
-        pattern: the keys that a query sees, as ``Full()``, ``Causal()``, ``Window(left, right)`` or
-            ``Chunks(length, before, after)``. If there are more keys than queries, the last query has the position of
-            the last key.
+        pattern: the keys that a query sees: ``Full()``, ``Causal()``, ``Window(left, right)`` or ``Chunks(length,
+            before, after)``. If there are more keys than queries, the last query has the position of the last key.
         bias: values added to the scores, as a :class:`RelativeBias` or a finite tensor
             ``(batch or 1, heads or 1, q_len, kv_len)``.
         scale: the factor on the scores. None means ``head_dim ** -0.5``.
-        dropout: the probability in ``[0, 1)`` of dropping a softmax weight. Dropout applies in every call.
+        dropout: the probability in ``[0, 1)`` of dropping a softmax weight, also outside training.
         backend: a registered name or alias, ``"auto"``, or a configured backend (:func:`attnzoo.configure`).
         mask: bool ``(batch or 1, heads or 1, q_len, kv_len)``, True if the query sees the key.
         key_mask: bool ``(batch, kv_len)``, False for padding keys.
@@ -161,7 +160,7 @@ def attention(
     whole = Attention(q, segments, q.shape[-1] ** -0.5 if scale is None else scale, dropout, query_mask)
     if bias is not None and not holds(bias.values.to(q.dtype).isfinite().all(), unknown=True):
         got = f"{describe(bias.values)} with NaN, Inf, or numbers outside the range of {q.dtype}"
-        raise InvalidArgumentError("bias", got, f"finite values of {q.dtype}, the query's (use mask= to hide keys)")
+        raise InvalidArgumentError("bias", got, f"finite values of {q.dtype}, like the query (use mask= to hide keys)")
     return execute(backend, whole).output
 
 
@@ -171,7 +170,7 @@ def _split_globals(attention: Attention, global_keys: Tensor) -> tuple[Segment, 
     if not isinstance(global_keys, Tensor) or global_keys.dtype != torch.bool or tuple(global_keys.shape) != shape:
         raise InvalidArgumentError("global_keys", describe(global_keys), f"a bool tensor {shape}, True for global keys")
     if global_keys.device != attention.query.device:
-        raise InvalidArgumentError("global_keys device", global_keys.device, f"{attention.query.device}, the query's")
+        raise InvalidArgumentError("global_keys device", global_keys.device, f"{attention.query.device}, like q")
     if segment.mask is not None or segment.bias is not None:
         raise InvalidArgumentError("global_keys", "a tensor together with mask or bias", "None with mask or bias")
     visible = global_keys if segment.key_mask is None else global_keys & segment.key_mask

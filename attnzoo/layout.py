@@ -1,7 +1,6 @@
 """Functions that wrap and align text to the width of the terminal.
 
-Text wraps only at spaces. A word that is longer than a line is not split, because users copy paths, names and commands
-from the terminal.
+Text wraps only at spaces. Words longer than a line are not split, because users copy paths, names and commands.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The registry, which maps backend names to backend classes and model types to adapters.
+"""The registry maps backend names to backend classes, and model types to adapters.
 
 Backends and adapters are registered by entry points (groups ``attnzoo.backends`` and ``attnzoo.adapters``) or by a
 call. The backends and adapters of attnzoo also use entry points. The registry loads entry points on first use. If
@@ -31,11 +31,10 @@ _BackendType = TypeVar("_BackendType", bound=type[Backend])
 class Registry:
     """A collection of backends by name and of adapters by model type.
 
-    The process uses one registry, :data:`registry`. Tests create other registries and activate them with
-    :meth:`replaced_by`.
+    The process uses one registry, :data:`registry`. Tests activate other registries with :meth:`replaced_by`.
 
     Attributes:
-        generation: a number that grows with every change. Callers put the number into their cache keys.
+        generation: an integer that grows with every change. Callers put this integer into their cache keys.
     """
 
     def __init__(self, discover: bool = True) -> None:
@@ -90,14 +89,11 @@ class Registry:
                         self._broken_backends[entry.name] = _failure(entry, error)
 
     def register_backend(self, cls: _BackendType, *, replace: bool = False) -> _BackendType:
-        """Register a backend class. This function can be used as a decorator.
+        """Register a backend class and return the class. This function can be used as a decorator.
 
         Args:
             cls: a subclass of :class:`attnzoo.Backend` that sets ``name``.
             replace: whether the class may replace a backend that already has the same name.
-
-        Returns:
-            The class, unchanged.
 
         Raises:
             InvalidArgumentError: ``cls`` is not a backend class, or a name of the class is already used or reserved.
@@ -219,14 +215,11 @@ class Registry:
     # Adapters
 
     def register_adapter(self, adapter: Adapter, *, replace: bool = False) -> Adapter:
-        """Register the adapter of one or more model types.
+        """Register the adapter of one or more model types, and return the adapter.
 
         Args:
             adapter: the description of the attention modules of a model family.
             replace: whether the adapter may replace the adapter of a model type.
-
-        Returns:
-            The adapter, unchanged.
 
         Raises:
             InvalidArgumentError: ``adapter`` is not an adapter, or a model type already has another adapter.
@@ -275,7 +268,7 @@ class Registry:
             return next((adapter for entry in entries if (adapter := self._load_adapter(entry)) is not None), None)
 
     def adapters(self) -> dict[str, Adapter]:
-        """Return every adapter by model type. This loads all entry points and omits those that fail to load."""
+        """Load all entry points, and return every adapter by model type. Entry points that fail to load are omitted."""
         with self._lock:
             for entry in metadata.entry_points(group=ADAPTER_GROUP):
                 if entry.name not in self._adapters:
@@ -338,7 +331,7 @@ class Registry:
         return tuple(backend for backend in self.exact_backends() if not backend.refusals(request))
 
     def unused_entry_points(self) -> tuple[tuple[str, str], ...]:
-        """Return ``(name, reason)`` for each entry point that fails to load or has the name of another object."""
+        """Return ``(name, reason)`` for each entry point that fails to load, or whose name another object has taken."""
         self._discover()
         unused = []
         for group, owners in ((BACKEND_GROUP, self._backends), (ADAPTER_GROUP, self.adapters())):

@@ -1,4 +1,4 @@
-"""Parsers of backends and dtypes in text, e.g. ``sdpa``, ``blocked-local:window=1024,sinks=4`` or ``bf16``."""
+"""Functions that read backends and dtypes from text, e.g. ``blocked-local:window=1024,sinks=4`` or ``bf16``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The conformance kit, which authors of backends use to test a backend. See :mod:`attnzoo.conformance.kit`."""
+"""The conformance kit, for authors who test a backend. See :mod:`attnzoo.conformance.kit`."""
 
 from attnzoo.conformance.cases import AttentionCase, cases
 from attnzoo.conformance.kit import CaseOutcome, ConformanceError, ConformanceReport, check_backend, run_case

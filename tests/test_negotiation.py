@@ -33,7 +33,7 @@ def test_a_refusal_lists_every_reason_and_the_alternatives():
         Refusal("dtype", "float32", "float16"),
         Refusal("pattern", "Causal(offset=None)", "Full"),
         Refusal("bias", "dense", "none"),
-        Refusal("key heads", "2", "4, the query's"),
+        Refusal("key heads", "2", "4, like the query"),
         Refusal("key_mask", "True", "no key mask"),
         Refusal("mask", "True", "no dense mask"),
         Refusal("value_dim", "5", "8, the head_dim"),

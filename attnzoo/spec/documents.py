@@ -1,4 +1,4 @@
-"""Attention of packed rows, which contain several documents. A token sees only earlier tokens of the same document.
+"""Attention of packed rows. A packed row contains several documents, and attention is causal within each document.
 
 Models describe packed rows by a dense mask. This module finds the documents in the mask and computes the attention of
 each document as a separate sample. Every backend that supports causal attention and padding keys then supports packed
@@ -56,7 +56,7 @@ class Pack:
 
     def _gather(self, tensor: Tensor) -> Tensor:
         """Return the tokens of the documents as ``(documents, heads, longest, dim)``."""
-        # This is a view in most models, because projections have the memory layout (batch, length, heads, dim).
+        # ``tokens`` is a view in most models, because projections have the memory layout (batch, length, heads, dim).
         tokens = tensor.transpose(1, 2).flatten(0, 1)
         return tokens.index_select(0, self.index.flatten()).unflatten(0, tuple(self.index.shape)).transpose(1, 2)
 

@@ -1,4 +1,4 @@
-"""Global keys, which every query sees. A sample may have any number of global keys at any positions."""
+"""Global keys are keys that every query sees. A sample may have any number of global keys at any positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class GlobalKeys(NamedTuple):
     """The positions of the global tokens of a batch.
 
     Attributes:
-        positions: ``(batch, most)`` int64, the positions in each sample. ``most`` is the largest number per sample.
+        positions: ``(batch, most)`` int64. ``most`` is the largest number of global tokens in a sample.
         valid: ``(batch, most)`` bool, False for padding entries of ``positions``.
     """
 
@@ -30,7 +30,7 @@ class GlobalKeys(NamedTuple):
 def find_global_keys(is_global: Tensor) -> GlobalKeys | None:
     """Return the positions where ``is_global`` ``(batch, length)`` bool is True, or None if no entry is True.
 
-    The call waits until the device has counted. Under ``vmap`` Python cannot read the count, so ``most`` is ``length``.
+    Python reads ``most`` from the device and waits. Under ``vmap`` Python cannot read ``most`` and uses ``length``.
     """
     counts = is_global.sum(1)
     most = int(counts.max()) if readable(counts) else is_global.shape[1]

@@ -21,12 +21,12 @@ _KEYS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class HashRound:
-    """One sorted order of the keys, and the rank of each query in this order. All tensors are int64.
+    """One sorted order of the keys. A rank is a position in this order. Queries have ranks too. All tensors are int64.
 
     Attributes:
         keys: ``(batch, kv_heads, kv_len)``, the key indices in sorted order.
         key_ranks: ``(batch, kv_heads, kv_len)``, the rank of each key, i.e. the inverse of ``keys``.
-        chunks: ``(batch, kv_len)``, the chunk number of each rank. The numbers start at 0 and ascend without gaps.
+        chunks: ``(batch, kv_len)``, the chunk index of each rank. These indices start at 0 and ascend without gaps.
         queries: ``(batch, heads, q_len)``, the query indices in the order of their ranks.
         query_ranks: ``(batch, heads, q_len)``, the rank of each query.
     """
@@ -51,17 +51,17 @@ class HashRound:
 
 @dataclass(frozen=True)
 class HashedChunks(Pattern):
-    """One round of hashing, in which sorted keys are cut into chunks. A query sees the chunks near its rank.
+    """One hash round. The sorted keys are cut into chunks, and a query sees the chunks near the rank of the query.
 
     A query with a rank in chunk ``c`` sees the keys of chunks ``c - before`` to ``c + after``. The first chunk is not a
     neighbour of the last chunk. A round hides keys that the query saw in an earlier round. So each key counts at most
-    once, as in the Reformer paper. In the code of Reformer, a key counts once for each round in which it is visible.
+    once, as in the Reformer paper. In Reformer's code, a key counts once in each round that shows the key.
 
     Attributes:
         length: the largest number of keys in a chunk.
-        before, after: the numbers of visible chunks before and after the chunk of the query.
+        before, after: how many chunks before and after the chunk of the query are visible.
         causal: whether a query sees only keys up to the position of the query.
-        min_distance: the smallest distance of visible keys. Closer keys are hidden, as another segment contains them.
+        min_distance: the smallest distance, in tokens, of a visible key. Another segment contains the closer keys.
         offset: the key position of query 0. None aligns the last query with the last key.
         rounds: all rounds up to this round. This round is the last element.
     """

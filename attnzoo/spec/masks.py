@@ -1,8 +1,8 @@
 """Functions that convert the ``attention_mask`` of a model into a pattern, masks and a bias.
 
-Models mask with finite numbers (``finfo.min``, ``-1e9``, ...), and combine causality and padding in one dense mask. The
-conversion is exact. Values of an additive mask that hide no key become a bias. A dense mask becomes a pattern and a key
-mask only if these hide exactly the same keys. Under ``vmap`` Python cannot read the values, so the mask stays dense.
+Models hide keys with finite numbers (``finfo.min``, ``-1e9``, ...), and combine causality and padding in one mask. The
+conversion is exact. Values of an additive mask that hide no key become a bias. The dense mask becomes a pattern and a
+key mask only if both together hide exactly the same keys. Under ``vmap`` Python cannot read a mask, so it stays dense.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
 
 
 def _simplify(visible: Tensor, batch: int) -> ReadMask:
-    """If a pattern and a key mask equal ``visible``, return these, else the dense mask and its documents."""
+    """Return a pattern and a key mask that together equal ``visible``, or else ``visible`` and the documents in it."""
     if visible.shape[1] != 1:
         return ReadMask(Full(), None, visible, None)
     grid = visible[:, 0]

@@ -1,4 +1,4 @@
-"""Patterns, which are plain frozen data and define the keys that each query sees.
+"""Patterns define which keys each query sees. A pattern is plain frozen data.
 
 A function ``mask_mod(b, h, q, kv) -> bool``, as in FlexAttention, defines a pattern. Other methods help kernels to skip
 work. For example, one method returns the key ranges that a block of queries can see. Indices are positions in the query
@@ -29,7 +29,7 @@ class Band(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """The scores of queries ``q_start:q_stop`` and keys ``kv_start:kv_stop`` in a ``q_len x kv_len`` attention."""
+    """A rectangle of the ``q_len x kv_len`` scores: queries ``q_start:q_stop`` and keys ``kv_start:kv_stop``."""
 
     q_start: int
     q_stop: int
@@ -66,14 +66,14 @@ class Pattern:
 
     @property
     def coarse(self) -> Pattern:
-        """A copy of :attr:`structure` that identifies measurements. Offsets are rounded up to powers of two."""
+        """The key under which measurements are stored: :attr:`structure` with offsets rounded up to powers of two."""
         return self.structure
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         """Raise :class:`InvalidArgumentError` if the pattern is not defined for an attention of these sizes."""
 
     def mask_mod(self, q_len: int, kv_len: int) -> MaskMod:
-        """Return a function ``f(b, h, q, kv)`` that is True where a query sees a key. Indices are broadcastable."""
+        """Return a function ``f(b, h, q, kv)`` of broadcastable indices, True where a query sees a key."""
         raise NotImplementedError
 
     def band(self, q_len: int, kv_len: int) -> Band | None:
@@ -81,7 +81,7 @@ class Pattern:
         return None
 
     def batch_and_heads(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the indices of batch and heads for ``mask_mod``. All are 0 if :attr:`query_order` is None."""
+        """Return batch indices and head indices for ``mask_mod``. If :attr:`query_order` is None, all are 0."""
         order = self.query_order
         sizes = (1, 1) if order is None else order.shape[:2]
         batch, heads = (torch.arange(size, device=device) for size in sizes)
@@ -107,7 +107,7 @@ class Pattern:
     def gathered(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> Iterator[Tensor] | None:
         """Yield the indices ``(batch, heads, m)`` of the keys that a block of queries sees in each head.
 
-        Each key occurs once, and -1 is padding. Return None if :meth:`kv_spans` returns the keys of all heads.
+        Each key occurs once, and -1 is padding. Return None if the ranges of :meth:`kv_spans` apply to all heads.
         """
         return None
 
@@ -245,12 +245,10 @@ class Chunks(Pattern):
     """Chunked attention of Reformer (Kitaev et al. 2020, arXiv:2001.04451).
 
     The sequence is cut into chunks of ``length`` tokens. A query in chunk ``c`` sees chunks ``c - before`` to
-    ``c + after``. This neighbourhood wraps around the ends of the sequence. With ``causal``, a query sees only keys up
-    to the position of the query.
+    ``c + after``. This neighbourhood wraps around the ends of the sequence. With ``causal``, a query sees no later key.
 
     The last chunk may be shorter. A query sees each key at most once, even if the neighbourhood is longer than the
-    sequence. ``before`` or ``after`` may be negative. For example, with ``Chunks(n, -1, 1)`` a query sees only the next
-    chunk.
+    sequence. ``before`` or ``after`` may be negative: with ``Chunks(n, -1, 1)`` a query sees only the next chunk.
 
     Raises:
         InvalidArgumentError: ``length < 1``, or ``before + after < 0``. :meth:`check` raises if ``q_len != kv_len``.
@@ -312,7 +310,7 @@ class Chunks(Pattern):
         return (not self.causal or tile.kv_stop <= tile.q_start + 1) and self._all_near(tile)
 
     def _all_near(self, tile: Tile) -> bool:
-        """Whether every query of the tile has all keys of the tile in its neighbourhood. This ignores causality."""
+        """Whether all keys of the tile are in the neighbourhood of every query of the tile. ``causal`` is ignored."""
         if self.before + self.after + 1 >= -(-tile.kv_len // self.length):
             return True
         one_chunk = tile.q_start // self.length == (tile.q_stop - 1) // self.length
@@ -320,7 +318,7 @@ class Chunks(Pattern):
         return one_chunk and any(start <= tile.kv_start and tile.kv_stop <= stop for start, stop in spans)
 
     def block_key(self, tile: Tile) -> tuple[int, ...] | None:
-        return tile.shape_and_distance if self._all_near(tile) else None  # then the mask depends only on causality
+        return tile.shape_and_distance if self._all_near(tile) else None  # if all are near, only ``causal`` hides keys
 
     def block_size(self, q_len: int, kv_len: int) -> int:
         return min(q_len, self.length)
@@ -331,10 +329,10 @@ class SortedChunks(Chunks):
     """Chunks of keys that LSH attention has sorted by bucket. Each query has a position among the sorted keys.
 
     The keys are in sorted order, and ``token`` contains the token index of each key. The queries are in sequence order.
-    The query with index ``order[b, h, j]`` has the key position ``start + j``. With several hash rounds, the keys of
-    all rounds are concatenated. Each round is a segment with these keys and a different ``start``, because in Reformer
-    the first queries of a round also see the last chunk of the previous round. A query never sees the key of the same
-    token, because queries and keys are equal in Reformer, and the score of equal vectors would dominate.
+    The query with index ``order[b, h, j]`` has the key position ``start + j``. With several hash rounds, every round is
+    a segment with the concatenated keys of all rounds, because in Reformer the first queries of a round also see the
+    last chunk of the previous round. Only ``start`` and ``order`` differ between rounds. A query never sees the key of
+    the same token. In Reformer, this key is equal to the query, so the score of the key would dominate.
 
     Attributes:
         start: the key position of the first sorted query.

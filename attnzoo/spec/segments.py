@@ -59,9 +59,9 @@ class Segment:
         return self.key.shape[2]
 
     def visible(self, q: Tensor, kv: Tensor, q_len: int) -> Tensor | None:
-        """Return bool ``(batch or 1, heads or 1, n, m)``, True where query ``q`` (n,) sees key ``kv`` (m,).
+        """Return which queries see which keys, bool ``(batch or 1, heads or 1, n, m)``. None means that all see all.
 
-        Return None if every query sees every key.
+        ``q`` ``(n,)`` and ``kv`` ``(m,)`` are the indices of the queries and of the keys.
         """
         seen: Tensor | None = None
         if not isinstance(self.pattern, Full):
@@ -76,7 +76,10 @@ class Segment:
         return seen
 
     def bias_at(self, q: Tensor, kv: Tensor, q_len: int, batch: int, heads: int) -> Tensor | None:
-        """Return the bias ``(batch or 1, heads or 1, n, m)`` at ``q`` (n,) or (batch, heads, n) and ``kv`` (m,)."""
+        """Return the bias ``(batch or 1, heads or 1, n, m)`` between queries and keys, or None without a bias.
+
+        ``q`` ``(n,)`` or ``(batch, heads, n)`` and ``kv`` ``(m,)`` are the indices of the queries and of the keys.
+        """
         if self.bias is None:
             return None
         q = q[None, None, :, None] if q.ndim == 1 else q[..., None]
@@ -127,9 +130,9 @@ class Attention:
             ``h`` uses key head ``h // (heads // kv_heads)``.
         scale: the factor on the scores.
         dropout: the probability in ``[0, 1)`` of dropping a softmax weight.
-        query_mask: ``(batch, q_len)`` bool, False for padding queries. These get zero as output. None means no padding.
-        empty: ``(batch, heads, q_len, value_dim)``, the output of queries that see no key. Dropout may drop the output
-            of a query. None means zeros.
+        query_mask: ``(batch, q_len)`` bool, False for padding queries, whose output is zero. None means no padding.
+        empty: ``(batch, heads, q_len, value_dim)``, the output of queries that see no key. None means zeros. Dropout
+            also applies to ``empty``, with one random choice per query and head.
 
     Raises:
         InvalidArgumentError: a tensor has the wrong rank, or does not fit the other tensors.
@@ -171,19 +174,19 @@ class Attention:
         for name, tensor in (("key", key), ("value", value)):
             check_heads_tensor(name, tensor)
             if tensor.shape[0] != self.batch:
-                raise InvalidArgumentError(f"{name} batch", tensor.shape[0], f"{self.batch}, the query's")
+                raise InvalidArgumentError(f"{name} batch", tensor.shape[0], f"{self.batch}, like the query")
             if tensor.dtype != query.dtype:
-                raise InvalidArgumentError(f"{name} dtype", tensor.dtype, f"{query.dtype}, the query's")
+                raise InvalidArgumentError(f"{name} dtype", tensor.dtype, f"{query.dtype}, like the query")
             if tensor.device != query.device:
-                raise InvalidArgumentError(f"{name} device", tensor.device, f"{query.device}, the query's")
+                raise InvalidArgumentError(f"{name} device", tensor.device, f"{query.device}, like the query")
         if key.shape[:3] != value.shape[:3]:
             raise InvalidArgumentError("value", describe(value), f"a tensor {tuple(key.shape[:3])} + (value_dim,)")
         if key.shape[3] != query.shape[3]:
-            raise InvalidArgumentError("key head_dim", key.shape[3], f"{query.shape[3]}, the query's")
+            raise InvalidArgumentError("key head_dim", key.shape[3], f"{query.shape[3]}, like the query")
         if self.heads % key.shape[1]:
-            raise InvalidArgumentError("key heads", key.shape[1], f"a divisor of the query's {self.heads}")
+            raise InvalidArgumentError("key heads", key.shape[1], f"a divisor of the {self.heads} query heads")
         if value.shape[3] != self.value_dim:
-            raise InvalidArgumentError("value_dim", value.shape[3], f"{self.value_dim}, the first segment's")
+            raise InvalidArgumentError("value_dim", value.shape[3], f"{self.value_dim}, like the first segment")
         lengths = (self.q_len, segment.kv_len)
         segment.pattern.check(self.batch, self.heads, *lengths)
         _check_mask("key_mask", segment.key_mask, ((self.batch, lengths[1]),), query.device)
@@ -192,7 +195,7 @@ class Attention:
         if segment.bias is not None:
             segment.bias.check(self.batch, self.heads, *lengths)
             if segment.bias.values.device != query.device:
-                raise InvalidArgumentError("bias device", segment.bias.values.device, f"{query.device}, the query's")
+                raise InvalidArgumentError("bias device", segment.bias.values.device, f"{query.device}, like the query")
 
     @property
     def batch(self) -> int:
@@ -224,7 +227,7 @@ class Attention:
         return tuple(tensors) if self.empty is None else (*tensors, self.empty)
 
     def with_tensors(self, tensors: tuple[Tensor, ...]) -> Attention:
-        """Return a copy of the attention with new tensors, which are in the order of :meth:`tensors`."""
+        """Return a copy of the attention with new tensors, given in the order of :meth:`tensors`."""
         rest = iter(tensors)
         query = next(rest)
         segments = []
@@ -319,4 +322,4 @@ def _check_mask(name: str, mask: object, shapes: tuple[tuple[int, ...], ...], de
         got = describe(mask) + (" with NaN" if has_nan else "")
         raise InvalidArgumentError(name, got, f"a bool tensor {' or '.join(map(str, sorted(shapes)))}, True: visible")
     if mask.device != device:
-        raise InvalidArgumentError(f"{name} device", mask.device, f"{device}, the query's")
+        raise InvalidArgumentError(f"{name} device", mask.device, f"{device}, like the query")

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 TRANSFORMS = frozenset({"grad", "vmap", "jvp", "functionalize"})
 
-# These functions are private, because PyTorch has no public ones. If a PyTorch version lacks them, attnzoo finds no
+# PyTorch has no public functions for this purpose. If a PyTorch version lacks these private functions, attnzoo finds no
 # transforms, and PyTorch raises an error in a transformed call.
 _active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _stack = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", lambda: None)
@@ -23,7 +23,7 @@ _stack = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack",
 def transforms_around(tensors: Iterable[object]) -> tuple[str, ...]:
     """Return the names of the transforms that are active in a call on these tensors, outermost first.
 
-    Other transforms combine these. For example, ``hessian`` runs its function under ``("vmap", "jvp", "grad")``.
+    Other transforms combine these. For example, a function in ``hessian`` runs under ``("vmap", "jvp", "grad")``.
     Tensors with tangents (``torch.autograd.forward_ad``) count as ``"jvp"`` even without ``torch.func``.
     """
     names = tuple(str(level.key().name).lower() for level in _stack() or ()) if _active() else ()

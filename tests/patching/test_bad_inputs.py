@@ -61,13 +61,13 @@ BAD = {
     "heads no multiple": (dict(k=zeros(2, 3, 7, 8), v=zeros(2, 3, 7, 8)), f"{K} heads", "3", "a divisor of .* 4"),
     "more key heads": (dict(k=zeros(2, 8, 7, 8), v=zeros(2, 8, 7, 8)), f"{K} heads", "8", "a divisor of .* 4"),
     "v of other heads": (dict(v=zeros(2, 4, 7, 8)), V, r"\(2, 4, 7, 8\)", r"\(2, 2, 7\) \+ \(value_dim,\)"),
-    "k of another batch": (dict(k=zeros(3, 2, 7, 8)), f"{K} batch", "3", "2, the query's"),
-    "v of another batch": (dict(v=zeros(1, 2, 7, 8)), f"{V} batch", "1", "2, the query's"),
-    "k of another head_dim": (dict(k=zeros(2, 2, 7, 16)), f"{K} head_dim", "16", "8, the query's"),
+    "k of another batch": (dict(k=zeros(3, 2, 7, 8)), f"{K} batch", "3", "2, like the query"),
+    "v of another batch": (dict(v=zeros(1, 2, 7, 8)), f"{V} batch", "1", "2, like the query"),
+    "k of another head_dim": (dict(k=zeros(2, 2, 7, 16)), f"{K} head_dim", "16", "8, like the query"),
     "v of another length": (dict(v=zeros(2, 2, 9, 8)), V, r"\(2, 2, 9, 8\)", r"\(2, 2, 7\) \+ \(value_dim,\)"),
     # dtype
-    "k of another dtype": (dict(k=zeros(2, 2, 7, 8).half()), f"{K} dtype", "torch.float16", "torch.float32, the que"),
-    "v of another dtype": (dict(v=zeros(2, 2, 7, 8).double()), f"{V} dtype", "torch.float64", "torch.float32, the"),
+    "k of another dtype": (dict(k=zeros(2, 2, 7, 8).half()), f"{K} dtype", "torch.float16", "torch.float32, like"),
+    "v of another dtype": (dict(v=zeros(2, 2, 7, 8).double()), f"{V} dtype", "torch.float64", "torch.float32, like"),
     "integers": (dict(q=zeros(2, 4, 6, 8).long()), f"{Q} dtype", "torch.int64", FLOATS),
     "complex": (dict(q=zeros(2, 4, 6, 8) + 0j), f"{Q} dtype", "torch.complex64", FLOATS),
     # empty
@@ -114,7 +114,7 @@ BAD = {
     "bias with -Inf": (dict(bias=zeros(1, 1, 6, 7) - torch.inf), "bias", "with NaN, Inf", "finite.*mask="),
     "bias beyond the dtype": (
         dict(bias=zeros(1, 1, 6, 7).double() - 1e300), "bias", "float64 on cpu with .* outside the range of .*32",
-        "finite values of torch.float32, the query's .*mask=",
+        "finite values of torch.float32, like the query .*mask=",
     ),
     "bias of other lengths": (dict(bias=zeros(1, 4, 6, 6)), "bias", r"\(1, 4, 6, 6\)", r"\(1 or 2, 1 or 4, 6, 7\)"),
     "bias of rank 2": (dict(bias=zeros(6, 7)), "bias", r"\(6, 7\)", r"\(1 or 2, 1 or 4, 6, 7\)"),
@@ -146,9 +146,9 @@ BAD = {
         dict(bias=attnzoo.DenseBias(zeros(1, 1, 6, 7) + 1j)), "bias values", "torch.complex64", "a floating-point",
     ),
     # devices
-    "bias elsewhere": (dict(bias=zeros(1, 1, 6, 7).to("meta")), "bias device", "meta", "cpu, the query's"),
+    "bias elsewhere": (dict(bias=zeros(1, 1, 6, 7).to("meta")), "bias device", "meta", "cpu, like the query"),
     "global_keys elsewhere": (
-        dict(global_keys=zeros(2, 7).bool().to("meta")), "global_keys device", "meta", "cpu, the query's",
+        dict(global_keys=zeros(2, 7).bool().to("meta")), "global_keys device", "meta", "cpu, like q",
     ),
     # names
     "native without a model": (dict(backend="native"), "backend", "'native', which is not a", "'eager'.*'sdpa'"),
