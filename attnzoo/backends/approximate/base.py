@@ -1,8 +1,8 @@
 """The base class of ``blocked-local`` and ``lsh``, which replace dense attention by sparser attention.
 
 Attention is dense if a query sees more keys as the sequence grows. The backends rewrite dense attention into another
-:class:`~attnzoo.spec.segments.Attention`, which an exact backend computes. The backends keep local attention, which is
-fast. The backends also keep cross-attention, because distances from queries to keys have no meaning in cross-attention.
+:class:`~attnzoo.spec.segments.Attention`, which an exact backend computes. Local attention stays unchanged, because it
+is fast already. Cross-attention stays unchanged, because its distances from queries to keys have no meaning.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ def check_count(backend: str, option: str, value: object, minimum: int) -> None:
 class ApproximateBackend(Backend):
     """Base class of approximate backends.
 
-    A subclass sets ``name`` and ``needed`` and implements :meth:`describe`, :meth:`rewrite_request` and
-    :meth:`rewrite_dense`.
+    A subclass sets ``name`` and ``needed``, and implements ``describe``, ``rewrite_request`` and ``rewrite_dense``.
 
     Attributes:
         needed: the names of the options that dense attention requires (class attribute).
@@ -69,8 +68,8 @@ class ApproximateBackend(Backend):
     def bind_to_site(self, site: tuple[Request, ...], patch: tuple[Request, ...]) -> Backend:
         """Return the backend for a site. If any request of the site is local, attention at this site stays unchanged.
 
-        If the user set no options, dense sites also stay unchanged if another site of the patch is local, because a
-        model with local attention must work without options.
+        If the patch has a local site and the user set no options, dense sites also stay unchanged. So a model with
+        local attention works without options.
         """
         no_options = bool(self.needed) and len(self._missing()) == len(self.needed)
         kept = any(map(_is_local, site)) or (no_options and any(map(_is_local, patch)))
@@ -140,7 +139,7 @@ def _is_local(request: Request) -> bool:
 
 
 def _inner_refusals(inner: str, request: Request) -> tuple[Refusal, ...]:
-    """Return the refusals of ``inner``. For ``"auto"``, return refusals of exact backends, or () if any has none."""
+    """Return why ``inner`` refuses the request. ``"auto"`` refuses a request only if every exact backend refuses it."""
     candidates = registry.exact_backends() if inner == "auto" else (registry.configure(inner),)
     answers = [registry.refusals(candidate, request) for candidate in candidates]
     return tuple(dict.fromkeys(reason for reasons in answers for reason in reasons)) if all(answers) else ()

@@ -31,7 +31,7 @@ class BlockedLocalBackend(ApproximateBackend):
     """A backend that replaces dense attention by a sliding window and attention sinks.
 
     Attributes:
-        window: the number of keys that a query sees on each side, including the query's position; at least 2.
+        window: how many keys a query sees on each side, including the key at the query position. At least 2.
         sinks: the number of first visible keys that a query sees in addition to the window.
 
     Example:
@@ -45,7 +45,7 @@ class BlockedLocalBackend(ApproximateBackend):
     name: ClassVar[str] = "blocked-local"
     needed: ClassVar[tuple[str, ...]] = ("window",)
     example: ClassVar[Mapping[str, object]] = {"window": 8, "sinks": 2}
-    # vmap is not supported, because Python reads the positions of sinks and queries from the masks.
+    # This backend refuses vmap, because Python reads the positions of sinks and queries from the masks.
     capabilities: ClassVar[Capabilities] = replace(ApproximateBackend.capabilities, transforms=TRANSFORMS - {"vmap"})
 
     window: int | None = None
@@ -113,7 +113,7 @@ def _sinks(attention: Attention, window: Window, placement: QueryPlacement, coun
 
 
 def _sinks_by_query(attention: Attention, mask: Tensor, window: Window, position: int, count: int) -> Segment | None:
-    """Return the segment of sinks if a dense mask exists. The sinks may then differ between queries.
+    """Return the segment of sinks of an attention with a dense mask. Queries may then have different sinks.
 
     The segment contains every key that is a sink of at least one query and outside the window of this query. In a
     packed row, the segment contains at most ``count`` keys per document.
@@ -136,9 +136,10 @@ def _sinks_by_query(attention: Attention, mask: Tensor, window: Window, position
 
 
 def _outside(attention: Attention, window: Window, position: int, keys: Tensor) -> Tensor:
-    """Return which keys are outside the window of each query. ``keys`` must be broadcastable to ``(..., q_len, m)``.
+    """Return which keys are outside the window of each query, bool ``(..., q_len, m)``.
 
-    In a causal window, the result is True only for keys before the window, because later keys are hidden anyway.
+    ``keys`` are key indices, broadcastable to this shape. ``position`` is the key position of query 0. For a causal
+    window, only keys before the window are True, because later keys are hidden anyway.
     """
     query = torch.arange(position, position + attention.q_len, device=keys.device)[:, None]
     before = keys < query - window.left

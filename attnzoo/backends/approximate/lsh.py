@@ -3,17 +3,18 @@
 ``attnzoo.patch(model, backend="lsh", num_hashes=4, chunk_length=64, num_buckets=32)``. Random rotations hash
 queries and keys to the nearest of ``num_buckets`` directions (cross-polytope LSH, Andoni et al. 2015,
 arXiv:1509.02897), so vectors with a large dot product are often in one bucket. As in Reformer (Kitaev et al. 2020,
-arXiv:2001.04451), the keys are sorted by bucket and position and cut into chunks of ``chunk_length``. A query sees the
-chunk of the query's rank and the previous chunk. A non-causal query also sees the next chunk. A query sees the union of
-``num_hashes`` such rounds. There are four differences from Reformer:
+arXiv:2001.04451), the keys are sorted by bucket and position and cut into chunks of ``chunk_length``. Each query has a
+rank among the sorted keys, and sees the chunk with this rank and the previous chunk. A non-causal query also sees the
+next chunk. Hashing and sorting are repeated in ``num_hashes`` rounds, and a query sees the keys of all rounds. There
+are four differences from Reformer:
 
 - Queries and keys differ. The rank of a query is the index at which the bucket and position of the query would be
   inserted into the sorted keys. The rank depends only on the keys and this query, so a decoding step gives the last row
   of a whole forward. Earlier rows may differ, because new keys change the chunks.
-- A token always sees itself, the previous token and, if not causal, the next token. A row without similar keys
-  therefore still sees a key.
-- A key counts once, even if several rounds contain the key, as in the paper. In Reformer's code, a key counts once per
-  round. Therefore one bucket and chunks as long as the sequence give full attention.
+- A token always sees itself, the previous token and, if not causal, the next token. So every query sees a key, even if
+  no key has a similar hash.
+- A key counts once, even if several rounds contain the key, as in the paper. So one bucket and chunks as long as the
+  sequence give full attention. In Reformer's code, a key counts once per round.
 - Each document of a packed row is sorted and cut separately, so other documents do not change the result.
 
 The rotations come from a separate random generator with ``seed``. Hashing has no gradient.
@@ -37,7 +38,7 @@ from attnzoo.spec.hashed import HashedChunks, HashRound
 from attnzoo.spec.patterns import Causal, Window
 from attnzoo.spec.segments import Attention, Request, Segment
 
-# The number of tokens hashed at once, which limits the memory of the products with all directions.
+# Tokens are hashed in groups of this size, to limit the memory of the products with all directions.
 _ROWS_AT_ONCE = 4096
 
 
@@ -135,14 +136,14 @@ class LshBackend(ApproximateBackend):
         (segment,) = attention.segments
         kv_len, kv_heads, buckets = segment.kv_len, segment.key.shape[1], self.num_buckets or 0
         positions = torch.arange(kv_len, device=rotation.device)
-        # One sort by (document, bucket, position). Hidden keys sort after all others, so they fill no chunk.
+        # One sort by (document, bucket, position). Hidden keys come last, so the chunks of documents contain none.
         key_base, query_base = (numbers[:, None] * buckets for numbers in chunking.documents)
         codes = (key_base + _buckets(segment.key, rotation)) * kv_len + positions
         hidden = kv_len * buckets * kv_len + positions
         codes, keys = torch.where(chunking.visible[:, None], codes, hidden).sort(dim=-1)
         query = torch.arange(placement.position, placement.position + attention.q_len, device=rotation.device)
         query_codes = (query_base + _buckets(attention.query, rotation)) * kv_len + query.clamp(0, kv_len - 1)
-        # Neighbouring query heads share a key head: their queries become one dimension.
+        # Neighbouring query heads share a key head, so the queries of these heads become one dimension.
         ranks = torch.searchsorted(codes, query_codes.reshape(attention.batch, kv_heads, -1)).view_as(query_codes)
         ranks = torch.minimum(ranks, chunking.last[:, None])
         return HashRound(keys, keys.argsort(dim=-1), chunking.chunks, ranks.argsort(dim=-1, stable=True), ranks)
@@ -163,7 +164,7 @@ class _Chunking(NamedTuple):
     def of(cls, attention: Attention, placement: QueryPlacement, length: int) -> _Chunking:
         (segment,) = attention.segments
         kv_len, ranks = segment.kv_len, torch.arange(segment.kv_len, device=segment.key.device)
-        # A static cache has unused entries after the last query, which a causal mask does not always hide.
+        # A static cache has unused entries after the last query. A causal mask does not always hide them.
         stop = placement.position + attention.q_len if placement.causal else kv_len
         visible = (ranks < stop)[None] if placement.visible is None else placement.visible & (ranks < stop)
         numbers = number_documents(attention, placement.spans)

@@ -1,9 +1,9 @@
 """Functions that find the positions of queries, the visible keys and the documents of a dense segment.
 
-Approximate backends count keys relative to each query, for example the first visible keys. In a packed row the dense
-mask hides documents from each other, so the count must start at the beginning of the query's document.
+Approximate backends choose keys for each query, for example the first visible keys. In a packed row, the dense mask
+hides the documents from each other. So the choice must begin at the first key of the document that contains the query.
 
-These functions read a dense mask a few rows at a time, to avoid other tensors of the size of the mask.
+These functions read a few rows of a dense mask at a time, to avoid other tensors of the size of the mask.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ENTRIES_AT_ONCE = 1 << 22
 
 
 class Spans(NamedTuple):
-    """The first and the last key that each query sees by dense mask, key mask and pattern, and all visible keys."""
+    """The keys that dense mask, key mask and pattern show: the first and last key of each query, and all keys."""
 
     first: Tensor  # (batch or 1, q_len) int64, the first key that a query sees in any head; kv_len for no key
     last: Tensor  # (batch or 1, q_len) int64, the last key that a query sees in any head; -1 for no key
@@ -31,7 +31,7 @@ class Spans(NamedTuple):
 
 
 class DocumentNumbers(NamedTuple):
-    """The document numbers of the keys and queries of each sample.
+    """For each sample, the index of the document that contains each key and each query.
 
     A document is a smallest range of keys such that no query sees keys both inside and outside the range. A causal mask
     over the whole row gives one document. A key that no query sees is a document of one key.
@@ -88,7 +88,7 @@ def place_queries(backend: str, attention: Attention) -> QueryPlacement:
 
 
 def _last_visible(visible: Tensor | None, kv_len: int) -> int:
-    """Return the last key that is visible in any sample, or else the last key. This waits for the device."""
+    """Return the last key that any sample shows, or the last key if all are hidden. This waits for the device."""
     if visible is None:
         return kv_len - 1
     count = int((torch.arange(1, kv_len + 1, device=visible.device) * visible.any(0)).max())
@@ -98,9 +98,9 @@ def _last_visible(visible: Tensor | None, kv_len: int) -> int:
 def _position_by_mask(spans: Spans, q_len: int, aligned: int) -> tuple[int, bool]:
     """Return the position of query 0 that a dense mask implies, and whether the mask is causal.
 
-    With as many keys as queries, the position is 0. On a longer cache, a mask is causal if a position exists that meets
-    two conditions. No query sees a key after the query's position. Every query that sees any key also sees the key at
-    the query's position, unless the masks hide that key from all queries.
+    With as many keys as queries, the position is 0. With more keys, a mask is causal if some position of query 0 meets
+    two conditions. No query sees a key after the position of the query. Every query that sees any key also sees the key
+    at the position of the query, unless the masks hide this key from all queries.
     """
     query = torch.arange(q_len, device=spans.last.device)
     if aligned == 0:
@@ -151,13 +151,13 @@ def first_keys(segment: Segment, mask: Tensor, q_len: int, count: int) -> tuple[
 
 
 def number_documents(attention: Attention, spans: Spans | None) -> DocumentNumbers:
-    """Return the document numbers of each sample. Without a dense mask, there is one document."""
+    """Return the document index of each key and query. Without a dense mask, all keys of a sample are one document."""
     (segment,) = attention.segments
     q_len, kv_len = attention.q_len, segment.kv_len
     if spans is None:
         zeros = torch.zeros((1, max(q_len, kv_len)), dtype=torch.long, device=segment.key.device)
         return DocumentNumbers(zeros[:, :kv_len], zeros[:, :q_len])
-    # (spans that start at a key or before) - (spans that end there or before) = spans that go on to the next key.
+    # (spans that start at a key or earlier) - (spans that end at this key or earlier) = spans with the next key.
     started, ended = (torch.zeros((len(end), kv_len + 1), dtype=torch.long, device=end.device) for end in spans[:2])
     has_visible_key = (spans.last >= 0).long()
     started.scatter_add_(1, spans.first, has_visible_key)
