@@ -100,7 +100,7 @@ def _scores(attention: Attention, segment: Segment, query: Tensor, rows: Tensor)
 
 @dataclass(frozen=True)
 class EagerBackend(Backend):
-    """The oracle as a backend, which supports every pattern, mask, bias and dtype, and returns probabilities."""
+    """The oracle as a backend. It supports every pattern, mask, bias and dtype, and returns probabilities."""
 
     name: ClassVar[str] = "eager"
     priority: ClassVar[int] = -100

@@ -2,7 +2,7 @@
 
 On the CPU, comparing numbers is ten times faster if the result is a floating-point tensor and not a bool tensor. A fill
 by a bool mask is slow too. So the code counts the reasons to hide a key in a floating-point tensor, and multiplies the
-count by a large negative number. The dtype of the tensor represents all token and chunk numbers exactly.
+count by a large negative number. The dtype of the tensor represents all token and chunk indices exactly.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _EXACT_IN_FLOAT32 = 1 << 24
 
 
 class TokenMasks:
-    """Factory of additive masks for ``SortedChunks`` with equal tokens. A new mask may overwrite earlier masks.
+    """Factory of additive masks for all ``SortedChunks`` that share ``token``. A new mask may overwrite earlier masks.
 
     Args:
-        token: the token of each key, ``(batch, heads, kv_len)`` long. Hidden keys have token -1.
+        token: the token index of each key, ``(batch, heads, kv_len)`` int64. Hidden keys have token -1.
         causal: whether a query sees only keys of earlier tokens. If False, a query sees every token except itself.
     """
 
@@ -67,7 +67,7 @@ class HashMasks:
         self._pattern, self._dtype = pattern, dtype
         self._shift = kv_len - q_len if pattern.offset is None else pattern.offset
         self._wide = torch.float32 if abs(self._shift) + q_len + kv_len < _EXACT_IN_FLOAT32 else torch.float64
-        # A query sees chunks at a distance of at most _reach from its own chunk plus _centre.
+        # A query of chunk c sees the chunks at a distance of at most _reach from c + _centre.
         self._centre, self._reach = (pattern.after - pattern.before) / 2, (pattern.after + pattern.before) / 2
         # Per round, the chunks of all queries (batch, heads, q_len) and of all keys (batch, kv_heads, kv_len).
         self._chunks = [
@@ -101,7 +101,7 @@ class HashMasks:
         return count.mul_(_HIDDEN).to(self._dtype), None if bool(visible_rows.all()) else visible_rows
 
     def _distance(self, chunks: tuple[Tensor, Tensor], queries: Tensor, keys: Tensor, out: Tensor) -> None:
-        """Write to ``out`` the distance in chunks from keys to the middle of visible chunks. Key -1 gets infinity."""
+        """Write to ``out`` the distance, in chunks, from keys to the middle of visible chunks. Key -1 gets infinity."""
         query_chunks, key_chunks = chunks
         shared = keys.clamp(min=0).reshape(*key_chunks.shape[:2], -1)  # neighbouring query heads share a key head
         of_keys = key_chunks.gather(2, shared).view(keys.shape).masked_fill_(keys < 0, float("inf"))

@@ -27,15 +27,15 @@ class BlockShape(NamedTuple):
 
 
 class BlockLists(NamedTuple):
-    """For each block of queries, the count ``(batch, 1, n)`` and the numbers ``(batch, 1, n, m)`` of key blocks, int32.
+    """How many key blocks each block of queries sees, and the indices of these key blocks, all int32.
 
-    The fields are the arguments of FlexAttention's ``BlockMask.from_kv_blocks``. Numbers after the count are ignored.
+    The fields are the arguments of FlexAttention's ``BlockMask.from_kv_blocks``.
     """
 
-    partial_count: Tensor
-    partial: Tensor
-    full_count: Tensor
-    full: Tensor
+    partial_count: Tensor  # (batch, 1, n), how many partial blocks each block of queries sees
+    partial: Tensor  # (batch, 1, n, m), the indices of these blocks. Further entries of a row have no meaning.
+    full_count: Tensor  # (batch, 1, n), how many full blocks each block of queries sees
+    full: Tensor  # (batch, 1, n, m), the indices of these blocks. Further entries of a row have no meaning.
 
 
 _cache = TensorCache()
@@ -47,7 +47,7 @@ def segment_starts(attention: Attention) -> tuple[int, ...]:
 
 
 def unpadded_keys(attention: Attention) -> Tensor:
-    """Return a bool tensor ``(batch or 1, keys of all segments)``, which is False for keys that a key mask hides."""
+    """Return a bool tensor ``(batch or 1, keys of all segments)`` with False for keys that a key mask hides."""
     masks = [segment.key_mask for segment in attention.segments]
     batch = 1 if all(mask is None for mask in masks) else attention.batch
     ones = torch.ones((batch, 1), dtype=torch.bool, device=attention.query.device)
@@ -81,7 +81,7 @@ def _make_lists(attention: Attention, shape: BlockShape) -> BlockLists:
 
 
 def _listed(grid: Tensor) -> tuple[Tensor, Tensor]:
-    """Return, per row of a ``(batch, n, m)`` grid, the count of True blocks, and all block numbers, True ones first."""
+    """Return how many entries of each row of ``grid`` are True, and the indices of all entries, True entries first."""
     order = grid[:, None].byte().argsort(dim=-1, descending=True, stable=True)
     return grid[:, None].sum(-1, dtype=torch.int32), order.to(torch.int32)
 

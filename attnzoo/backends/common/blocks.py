@@ -26,7 +26,7 @@ DENSE_ROWS = 512
 class Part(NamedTuple):
     """The keys that a block of queries sees in one segment: a range, or ``keys`` if the heads see different keys."""
 
-    segment: int  # the number of the segment
+    segment: int  # the index of the segment
     kv_start: int
     kv_stop: int
     keys: Tensor | None = None  # (batch, heads, kv_stop) key indices; -1 means no key
@@ -49,14 +49,14 @@ class Part(NamedTuple):
 
     @staticmethod
     def _by_key_head(keys: Tensor, tensor: Tensor) -> Tensor:
-        """Return the key indices of each key head, ``(batch, kv_heads, group * m)``. Index 0 replaces index -1."""
+        """Join the key indices of all query heads of a key head: ``(batch, kv_heads, n)``. Index 0 replaces -1."""
         return keys.clamp(min=0).reshape(*tensor.shape[:2], -1)
 
 
 class Block(NamedTuple):
-    """A block of queries and the parts that the queries see. The range counts queries in the order of the pattern."""
+    """A block of queries and the parts that the queries see."""
 
-    q_start: int
+    q_start: int  # a position in the query order of the pattern
     q_stop: int
     parts: tuple[Part, ...]
     queries: Tensor | None = None  # (batch, heads, n) query indices, if the pattern reorders the queries
@@ -104,7 +104,7 @@ def positive_scale(attention: Attention) -> Attention:
 
 
 def block_size(attention: Attention) -> int:
-    """Return the queries per block: the smallest size that any pattern prefers. A mask or bias limits this to 512."""
+    """Return the queries per block: the smallest preferred size of all patterns, and at most 512 with masks or bias."""
     q_len = attention.q_len
     sizes = [segment.pattern.block_size(q_len, segment.kv_len) for segment in attention.segments]
     for segment in attention.segments:
@@ -120,7 +120,7 @@ def sees_all(attention: Attention, segment: Segment) -> bool:
 
 
 def passes(attention: Attention) -> list[list[int]]:
-    """Return the segments of each pass. Segments that keep the query order share a pass. Others are alone in a pass."""
+    """Return the segment indices of each pass. Segments without ``query_order`` share one pass. Others are alone."""
     plain = [i for i, segment in enumerate(attention.segments) if segment.pattern.query_order is None]
     return [group for group in (plain, *([i] for i in range(len(attention.segments)) if i not in plain)) if group]
 
@@ -215,7 +215,7 @@ class Masks:
         return q[..., None], kv[:, :, None]
 
     def of_keys(self, block: Block, part: Part) -> Tensor | None:
-        """Return which keys both masks leave visible, broadcastable to ``(batch, heads, n, m)``. None means all."""
+        """Return which keys key mask and dense mask show, broadcastable to ``(batch, heads, n, m)``. None means all."""
         segment, keys = self._attention.segments[part.segment], slice(part.kv_start, part.kv_stop)
         visible: Tensor | None = None
         if part.keys is not None:  # _parts() has applied the key mask: hidden keys are -1
@@ -266,7 +266,7 @@ def _may_hide(mask: Tensor) -> bool:
 
 
 def visible_rows(attention: Attention) -> Tensor:
-    """Return which rows see a key, bool ``(batch, heads or 1, q_len)``. No pattern may reorder the queries."""
+    """Return which rows see a key, bool ``(batch, heads or 1, q_len)``. The patterns must not reorder queries."""
     masks, all_rows = Masks(attention), []
     for block in blocks(attention, list(range(len(attention.segments))), block_size(attention)):
         visible = attention.query.new_zeros((attention.batch, 1, block.rows), dtype=torch.bool)

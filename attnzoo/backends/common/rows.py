@@ -19,7 +19,7 @@ def take(tensor: Tensor, index: Tensor) -> Tensor:
 
 
 def put_(tensor: Tensor, index: Tensor, values: Tensor) -> None:
-    """Write ``values`` to the rows at ``index``. No row may occur twice."""
+    """Write ``values`` to the rows at ``index``. ``index`` must not contain a row twice."""
     flat, values = _as_rows(tensor, index), values.to(tensor.dtype)
     if flat is None:
         tensor.scatter_(2, _expanded(tensor, index), values)
@@ -28,7 +28,7 @@ def put_(tensor: Tensor, index: Tensor, values: Tensor) -> None:
 
 
 def add_(tensor: Tensor, index: Tensor, values: Tensor) -> None:
-    """Add ``values`` to the rows at ``index``. A row may occur several times."""
+    """Add ``values`` to the rows at ``index``. ``index`` may contain a row several times."""
     flat, values = _as_rows(tensor, index), values.to(tensor.dtype)
     if flat is None:
         tensor.scatter_add_(2, _expanded(tensor, index), values)
@@ -41,7 +41,7 @@ def _expanded(tensor: Tensor, index: Tensor) -> Tensor:
 
 
 def _as_rows(tensor: Tensor, index: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return the memory of a tensor as ``(rows, dim)`` and the row numbers, or None if rows are not contiguous."""
+    """Return the memory of a tensor as ``(rows, dim)`` and the row indices, or None if rows are not contiguous."""
     dim = tensor.shape[3] if tensor.ndim == 4 else 1
     # The stride of a dimension of size 1 is arbitrary.
     strides = [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]

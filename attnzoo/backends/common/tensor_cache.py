@@ -27,11 +27,11 @@ class TensorCache:
         self._entries: OrderedDict[Hashable, tuple[tuple[weakref.ref[Tensor], ...], Any]] = OrderedDict()
 
     def get(self, key: Hashable, tensors: tuple[Tensor, ...], make: Callable[[], T]) -> T:
-        """Return the cached value, or else the value of ``make()``, which must not share memory with ``tensors``."""
+        """Return the cached value, or else ``make()``. The value must not share memory with ``tensors``."""
         watched = tuple(tensor for tensor in tensors if tensor.device.type != "cpu")
         if any(tensor.is_inference() for tensor in watched):
             return make()  # inference tensors have no version
-        # A tensor made in inference mode cannot be saved for a backward.
+        # A tensor made in inference mode cannot be saved for a backward, so each mode has separate values.
         whole = (key, torch.is_inference_mode_enabled(), *map(_state, tensors))
         with self._lock:
             entry = self._entries.get(whole)

@@ -2,8 +2,8 @@
 
 A kernel computes the attention over each part ``i`` of the keys: the output ``out_i``, and the log-sum-exp of the
 scores, ``lse_i``. Then ``lse = logsumexp(lse_i)`` and ``out = sum(exp(lse_i - lse) * out_i)`` (Milakov & Gimelshein
-2018, arXiv:1805.02867; used across devices by Ring Attention, arXiv:2310.01889). The backward of each part needs
-only the *final* out and lse to be exact, because the other parts affect the gradients only through out and lse.
+2018, arXiv:1805.02867; used across devices by Ring Attention, arXiv:2310.01889). With the *final* out and lse, the
+backward of each part is exact, because the other parts affect the gradients only through out and lse.
 
 To add a GPU kernel for packed sequences, copy ``varlen/varlen_kernel.py``. To add a kernel with a different interface,
 subclass :class:`PartialKernel` and call :func:`unite`, as ``sdpa/flash_cpu.py`` does.
@@ -24,10 +24,11 @@ Grads = tuple[Tensor, Tensor, Tensor]
 class PartialKernel(ABC):
     """A kernel that returns ``(out, lse)`` of a part of the keys. Each object is made for the tensors of one attention.
 
-    A plan yields ``(is_first, rows)``. ``rows.take(tensor)``, ``rows.put(tensor, values)`` and ``rows.add(tensor,
-    values)`` read and write these query rows of out, lse and gradients. Rows with ``is_first`` must not overlap,
-    because they are written without being read. ``rows.parts`` are the parts of the keys that the rows see:
-    ``part.segment`` is the segment number, and ``part.add(tensor, values)`` adds to rows of a key or value gradient.
+    ``forward_plan`` and ``backward_plan`` yield ``(is_first, rows)``. ``rows`` stands for some query rows:
+    ``rows.take(tensor)``, ``rows.put(tensor, values)`` and ``rows.add(tensor, values)`` read, write and change these
+    rows of out, lse or a gradient. If ``is_first`` is True, :func:`unite` writes these rows without reading them. So no
+    two ``rows`` with ``is_first`` may overlap. ``rows.parts`` are the parts that the rows see: ``part.segment`` is the
+    index of the segment, and ``part.add(tensor, values)`` adds to the rows of the part in a key or value gradient.
 
     Attributes:
         places: for each segment in order, the index of the key in ``tensors``, then the index of the value.
@@ -45,7 +46,7 @@ class PartialKernel(ABC):
 
     @abstractmethod
     def new_results(self) -> tuple[Tensor, Tensor]:
-        """Return new out and lse. All lse are ``-inf``. Rows of out with ``is_first`` may be uninitialised."""
+        """Return new tensors out and lse. All lse are ``-inf``. Rows of out with ``is_first`` may be uninitialised."""
 
     @abstractmethod
     def forward_plan(self) -> Iterable[tuple[bool, Any]]:
@@ -53,7 +54,7 @@ class PartialKernel(ABC):
 
     @abstractmethod
     def forward(self, rows: Any, number: int) -> tuple[Tensor, Tensor]:
-        """Return out and lse of ``rows.parts[number]``. A row that sees no key has finite out and lse ``-inf``."""
+        """Return out and lse of ``rows.parts[number]``. A row without visible keys gets finite out and lse ``-inf``."""
 
     def backward_plan(self) -> Iterable[tuple[bool, Any]]:
         """Yield ``(is_first, rows)`` for the backward. The default is the plan of the forward."""
@@ -75,7 +76,7 @@ def unite(bind: Bind, query: Tensor, tensors: Sequence[Tensor], masks: Sequence[
     """Return the attention over the union of all parts, with gradients.
 
     Args:
-        bind: function that makes the kernel from ``query`` and ``tensors``, called by the forward and each backward.
+        bind: a function that makes the kernel from ``query`` and ``tensors``. Forward and backward each call ``bind``.
         query, tensors: the attributes of the kernel with these names.
         masks: further tensors that the backward reads. PyTorch raises if these tensors change before the backward.
 
@@ -117,7 +118,7 @@ class _Union(torch.autograd.Function):
         grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
         # A row that sees no key has lse -inf, and a kernel would compute inf - inf. With lse 0 all weights become 0.
         lse = lse.masked_fill(lse == float("-inf"), 0.0)
-        # zeros_like keeps the layout of the input. So the backward of a projection, which merges heads, copies nothing.
+        # zeros_like keeps the layout of the input, so a projection merges the heads in the backward without a copy.
         trained = (query, *tensors[: 1 + max(kernel.places)])
         grad_query, *grads = (torch.zeros_like(tensor, dtype=lse.dtype) for tensor in trained)
         with torch.autocast(query.device.type, enabled=False):  # the caller of backward() may use autocast
