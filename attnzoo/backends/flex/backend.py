@@ -94,7 +94,7 @@ def _check_biases(attention: Attention) -> None:
 
 
 def _compiles_on_cpu() -> bool:
-    # PyTorch has no public function for this. The source of its CPU kernels for FlexAttention checks these conditions.
+    # The CPU code of FlexAttention in PyTorch has these conditions. PyTorch has no public function that checks them.
     compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
     return torch.backends.cpu.get_cpu_capability() != "DEFAULT" and any(
         name and shutil.which(name) for name in compilers
@@ -152,7 +152,7 @@ def _terms(attention: Attention) -> Terms:
         tables.append(table.expand(attention.heads, -1))
         all_positions.append(positions)
         entries += table.shape[1]
-    # contiguous() is needed with a single key: the flattened mask is then a view of one repeated element.
+    # With a single key, the flattened mask is a view of one repeated element, so contiguous() is needed.
     unpadded = unpadded_keys(attention).expand(attention.batch, -1).flatten().contiguous()
     sizes = scalars(starts[-1], entries, attention.q_len, device=device)
     table = torch.cat(tables, dim=1).flatten()
@@ -160,7 +160,7 @@ def _terms(attention: Attention) -> Terms:
 
 
 def _pattern_numbers(pattern: Pattern, q_len: int, kv_len: int) -> list[int]:
-    """Return the last five of the seven numbers that :class:`~attnzoo.backends.flex.kernel.Terms` describes."""
+    """Return the five numbers after start and stop in :class:`~attnzoo.backends.flex.kernel.Terms`."""
     if isinstance(pattern, Chunks):
         count = -(-kv_len // pattern.length)
         return [pattern.length, pattern.before, pattern.before + pattern.after, count, int(pattern.causal)]

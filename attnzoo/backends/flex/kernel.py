@@ -1,4 +1,4 @@
-"""Compiled FlexAttention: one kernel for all attentions of equal *form*. Attentions of any length share the kernel.
+"""Compiled FlexAttention. All attentions of equal *form* share one kernel, even if their lengths differ.
 
 A form contains everything that the compiled code depends on, for example the kind of pattern of each segment, the
 dtype, the scale, and which lengths are 1 (a compiler treats 1 as a constant). Lengths, windows, offsets and tables are
@@ -6,8 +6,7 @@ symbols or tensors, so a new length needs no new compilation. Three measures ens
 
 - Each form has a separate function, because the compiler limits the number of compilations of one function. The
   function raises if it is not compiled, because FlexAttention would then compute whole ``q_len x kv_len`` grids.
-- The function is compiled on example tensors without equal sizes, because the compiler replaces equal sizes by one
-  symbol.
+- The function is compiled on tensors without equal sizes, because the compiler replaces equal sizes by one symbol.
 - Masks and biases read flat tensors with ``embedding``, which needs no size. PyTorch's CPU kernels (seen in 2.13) use
   a wrong size for a captured tensor if the size is a symbol. Trained tables are indexed instead, because PyTorch's
   backward of FlexAttention computes gradients only for indexing. Trained tables exist on CUDA only.
@@ -33,9 +32,9 @@ _UNCOMPILED = Refusal("torch.compile", "disabled by a stance or a setting", "ena
 class Form(NamedTuple):
     """Everything that the compiled code of a kernel depends on."""
 
-    is_chunked: tuple[bool, ...]  # per segment: whether its pattern is Chunks; otherwise it is a band
+    is_chunked: tuple[bool, ...]  # per segment: True if the pattern is Chunks, False if the pattern is a band
     has_bias: bool  # whether a relative bias is added
-    has_positions: tuple[bool, ...]  # per segment: whether its bias reads the positions of the queries
+    has_positions: tuple[bool, ...]  # per segment: whether the bias reads the positions of the queries
     scale: float
     block: BlockShape
     dtype: torch.dtype
@@ -55,11 +54,12 @@ Scalars = tuple[Tensor, ...]  # zero-dimensional, long
 class Terms(NamedTuple):
     """The tensors from which the kernel computes masks and biases.
 
-    A pattern has seven numbers. The first two are start and stop of the segment's keys. For a band, the lowest and the
-    highest distance follow, then zeros. For chunks, these five follow: length, before, before + after, count, causal.
+    Each pattern is seven numbers. The first two are start and stop of the keys of the segment. For a band, the others
+    are the lowest distance, the highest distance and three zeros. For ``Chunks``, the others are ``length``,
+    ``before``, ``before + after``, the number of chunks, and ``causal``.
     """
 
-    sizes: Scalars  # number of keys, entries of the table per head, number of queries
+    sizes: Scalars  # number of keys, number of table entries per head, number of queries
     patterns: tuple[Scalars, ...]  # per segment
     unpadded: Tensor  # (batch * keys,) bool, False for padding keys
     biases: tuple[Scalars, ...]  # per segment: index of distance 0, position of query 0, first and last entry
@@ -79,7 +79,7 @@ def compiled_kernel(form: Form) -> CompiledKernel:
     """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, terms: Terms) -> Tensor:
-        if not torch.compiler.is_compiling():  # a constant in compiled code
+        if not torch.compiler.is_compiling():  # compiled code does not contain this branch
             raise BackendRefusedError("flex_attention", {"attention": (_UNCOMPILED,)}, {})
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def _lookup(flat: Tensor, index: Tensor) -> Tensor:
 
 
 def _visible(form: Form, terms: Terms, q: Tensor, kv: Tensor) -> Tensor:
-    """Return whether query ``q`` sees key ``kv`` of the concatenated keys by the patterns, as a ``mask_mod`` does."""
+    """Return whether the patterns show key ``kv`` of the concatenated keys to query ``q``, as a ``mask_mod`` does."""
     visible = None
     for number, is_chunked in enumerate(form.is_chunked):
         start, stop, *rest = terms.patterns[number]
@@ -130,7 +130,7 @@ def _visible(form: Form, terms: Terms, q: Tensor, kv: Tensor) -> Tensor:
 
 
 def _bias_entry(form: Form, terms: Terms, b: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-    """Return the index of the bias value for a query and a key, among the bias values of one head."""
+    """Return the index of the bias value for a query and a key in the table entries of one head."""
     entry = None
     for number, has_positions in enumerate(form.has_positions):
         zero, shift, first, last = terms.biases[number]

@@ -1,7 +1,7 @@
 """The backend ``sdpa``: ``torch.nn.functional.scaled_dot_product_attention`` and the kernels that it calls.
 
-A single segment without bias and dense mask needs one public call if the pattern is causal or if every query sees
-every key. Any other attention is computed block by block, by the first of these methods that supports it:
+A single segment without bias and dense mask needs one call of this function (a *public call*) if the pattern is causal
+or if every query sees every key. Any other attention is computed in blocks, by the first method that supports it:
 
 - On the CPU, without dropout and function transforms, with ``value_dim == head_dim``: PyTorch's CPU FlashAttention
   kernel, with trained biases too. The parts are merged by log-sum-exp (:mod:`attnzoo.backends.sdpa.flash_cpu`).
@@ -229,7 +229,8 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, drop
     """Return the fastest kernel that can run this call.
 
     Only ``MATH``, which uses plain operations, has batching rules, tangents and second derivatives. A single level of
-    ``torch.func.grad`` needs none of these, but code outside the level cannot see whether a mask needs a gradient.
+    ``torch.func.grad`` needs none of these. With a mask this level needs ``MATH`` too, because code outside the level
+    cannot see whether the mask needs a gradient.
     """
     transforms = transforms_around((query, key, value))
     if transforms and (transforms != ("grad",) or mask is not None):

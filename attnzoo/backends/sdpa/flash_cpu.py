@@ -1,4 +1,4 @@
-"""Blocked union attention on PyTorch's CPU FlashAttention kernel, forward and backward.
+"""Attention in blocks, forward and backward, by the CPU kernel of FlashAttention in PyTorch.
 
 For each block of queries and each part of the block, one kernel call returns ``(out, lse)``.
 :mod:`attnzoo.backends.common.union` merges the parts. One forward call computes consecutive blocks with equal masks
@@ -66,7 +66,7 @@ def _distinct_tensors(attention: Attention) -> tuple[list[Tensor], list[int]]:
 
 
 def _without_storage(attention: Attention) -> Attention:
-    """Return a copy with placeholders of equal shapes, because the autograd graph must not keep the tensors twice."""
+    """Return a copy with placeholders as query, keys and values. The autograd graph must not keep the tensors twice."""
 
     def shell(tensor: Tensor) -> Tensor:
         return tensor.detach().new_empty(()).expand(tensor.shape)

@@ -51,7 +51,7 @@ def join_parts(pieces: Mapping[int, KeyPieces], block: Block) -> tuple[Tensor, T
 
 
 def join_masks(attention: Attention, masks: Masks, block: Block) -> tuple[Tensor | None, Tensor | None]:
-    """Return the joined masks and the joined biases of all parts of a block. Either is None if no part has one."""
+    """Return the joined masks and the joined biases of all parts of a block, each None if no part has any."""
     query = attention.query
 
     def join(terms: list[Tensor | None], neutral: Tensor, heads: int) -> Tensor | None:

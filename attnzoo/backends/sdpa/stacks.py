@@ -30,7 +30,7 @@ class Stack(NamedTuple):
 
     block: Block  # the first block
     depth: int  # the number of blocks
-    steps: tuple[int, ...]  # per part: the number of keys between consecutive blocks
+    steps: tuple[int, ...]  # per part: how many keys later the part begins in the next block
     sample: int | None = None  # None: the whole batch
 
     @property
@@ -114,7 +114,7 @@ def stacks(attention: Attention, segments: list[int]) -> Iterator[Stack]:
     masks = Masks(attention)
     stack: Stack | None = None
     end: Block | None = None  # the last block of the stack
-    key: tuple[object, ...] | None = None  # the mask key of all blocks of the stack
+    key: tuple[object, ...] | None = None  # the _mask_key() of all blocks of the stack
     for block in blocks(attention, segments, _size(attention, segments, masks)):
         previous, key = key, None if _hides_by_data(masks, block) else _mask_key(masks, block)
         if stack is not None and end is not None:

@@ -1,4 +1,4 @@
-"""The backward of blocks with a trained bias, because PyTorch's CPU kernel returns no gradient of the scores."""
+"""The backward of blocks with a trained bias, in plain operations. PyTorch's CPU kernel returns no score gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from attnzoo.spec.segments import Attention
 
 
 def trained_biases(attention: Attention) -> dict[int, Bias]:
-    """Return the biases that require grad, as a dictionary from segment number to bias."""
+    """Return the biases that require grad, by the index of the segment."""
     return {
         index: segment.bias
         for index, segment in enumerate(attention.segments)
@@ -34,9 +34,10 @@ def backward_by_hand(
         rows: the tensors grad_out, query, out and lse of a block.
         pairs: key and value of each part.
         masks: the additive mask of each part, or None.
-        is_whole: whether the parts include all keys that the rows see. If True, the softmax is computed again over all
-            parts, so the score gradients of a row sum to zero as exactly as with plain operations. With the rounded
-            out and lse of the kernel, the gradient of a bias would add the rounding errors of many rows. If False,
+        scale: the factor on the scores.
+        is_whole: whether the parts include all keys that the rows see. If True, this function computes the softmax
+            again over all parts, so the score gradients of a row sum to zero as exactly as with plain operations. With
+            the rounded out and lse of the kernel, a bias gradient would add the rounding errors of many rows. If False,
             this function must use out and lse, because the keys of other passes are not available.
     """
     grad_out, query, out, lse = rows
@@ -69,7 +70,7 @@ class BiasGradients:
 
     def __init__(self, attention: Attention) -> None:
         self._attention, self._masks, self._biases = attention, Masks(attention), trained_biases(attention)
-        # The gradient of one value may sum over all scores, whose exact sum is near zero. float32 is too inexact.
+        # The gradient of one value may sum over all scores. The exact sum is often near 0, so float32 is too inexact.
         self._grads = {i: torch.zeros_like(bias.values, dtype=torch.float64) for i, bias in self._biases.items()}
         self._sums: dict[int, tuple[object, Block, Part, Tensor]] = {}
 
