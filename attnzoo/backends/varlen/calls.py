@@ -36,10 +36,7 @@ _plans = TensorCache()
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """The lengths of packed sequences, and the visible range of keys around each query.
-
-    The last query of a sequence has the position of the last key.
-    """
+    """The lengths of packed sequences, and the visible range of keys around the position of each query."""
 
     q_lens: tuple[int, ...]  # the number of queries of each sequence, never 0
     k_lens: tuple[int, ...]
@@ -62,10 +59,10 @@ class Sequences:
 class Call(NamedTuple):
     """One kernel call on rows of the packed queries and rows of the packed keys of one segment."""
 
-    segment: int  # the number of the segment
+    segment: int  # the index of the segment
     sequences: Sequences
-    q_rows: Tensor | None = None  # (sum(q_lens),) rows of (batch * q_len, ...); None: all rows in order
-    k_rows: Tensor | None = None  # (sum(k_lens),) rows of (batch * kv_len, ...); row batch * kv_len is spare
+    q_rows: Tensor | None = None  # (sum(q_lens),) row indices; batch * q_len is the spare row; None: all rows in order
+    k_rows: Tensor | None = None  # (sum(k_lens),) row indices; batch * kv_len is the spare row; None: all rows in order
 
 
 class CallPlan(NamedTuple):
@@ -73,7 +70,7 @@ class CallPlan(NamedTuple):
 
     calls: tuple[Call, ...]  # empty if no query sees a key
     hidden: tuple[Tensor | None, ...]  # per segment: (batch, kv_len) bool, True for hidden keys of a call
-    has_spare_row: bool  # whether calls use the spare row, a dummy query and key
+    has_spare_row: bool  # whether calls use the spare row (see sorted_calls.py)
 
 
 class _Range(NamedTuple):
@@ -85,10 +82,10 @@ class _Range(NamedTuple):
 
 
 class _Runs(NamedTuple):
-    """Packed rows that are divided into sequences."""
+    """Rows of queries or of keys, divided into sequences."""
 
     lens: list[int]  # the number of rows of each sequence
-    rows: Tensor | None = None  # the row numbers; None: all rows in order
+    rows: Tensor | None = None  # the row indices; None: all rows in order
 
 
 def may_hide_keys(segment: SegmentRequest) -> bool:
@@ -105,9 +102,9 @@ def needs_no_union(segments: tuple[SegmentRequest, ...]) -> bool:
 
 
 def plan_calls(attention: Attention, has_windows: bool = True) -> CallPlan:
-    """Return the calls of an attention. Layers with equal masks share a cached plan, except with sorted segments.
+    """Return the calls of an attention. Layers with equal masks share a cached plan, except with ``SortedChunks``.
 
-    The attention must have no bias and no dense mask. With sorted segments the attention must have one head
+    The attention must have no bias and no dense mask. With ``SortedChunks``, the attention must have one head
     (:func:`attnzoo.backends.varlen.sorted_calls.fold_heads`). ``has_windows`` is whether the kernel supports windows.
     """
     segments = attention.segments
@@ -144,7 +141,7 @@ def _plan(attention: Attention, has_windows: bool) -> CallPlan:
         else:
             band = pattern.band(q_len, kv_len)
             if band is None:
-                raise NotImplementedError(f"pattern {pattern}, which is no band and no Chunks and must be refused")
+                raise NotImplementedError(f"pattern {pattern} is neither Chunks nor a band, and must be refused")
             calls += _band_calls(attention, number, band, zip(q_ranges, ranges, strict=True), has_windows)
             has_holes = any(keys.unpadded < keys.stop - keys.start for keys in ranges)
         hidden.append(~segment.key_mask if has_holes and segment.key_mask is not None else None)
@@ -169,7 +166,7 @@ def _split(call: Call) -> list[Call]:
 
 
 def _row_numbers(call: Call) -> tuple[Tensor, Tensor]:
-    """Return the row numbers of queries and keys of a call. None in the call is replaced by the numbers of all rows."""
+    """Return the row indices of queries and keys of a call. If the call has None, return the indices of all rows."""
     sequences = call.sequences
     q_rows, k_rows = (
         torch.arange(sum(lens), device=sequences.device) if rows is None else rows
@@ -220,7 +217,7 @@ def _band_calls(
 
 def _extents(tile: Tile, band: Band) -> tuple[int, int]:
     """Return ``left`` and ``right`` for a tile in one sequence. A value that would hide no key becomes ``NO_LIMIT``."""
-    aligned = tile.kv_stop - tile.q_stop  # the distance from a query to its position in the kernel
+    aligned = tile.kv_stop - tile.q_stop  # the distance from a query to the position of this query in the kernel
     left, right = aligned - band.lowest, band.highest - aligned
     q_count, k_count = tile.q_stop - tile.q_start, tile.kv_stop - tile.kv_start
     return NO_LIMIT if left >= k_count - 1 else left, NO_LIMIT if right >= q_count - 1 else right
@@ -230,9 +227,9 @@ def _cut(tile: Tile, band: Band, has_windows: bool) -> list[Tile]:
     """Return the tile, or several tiles with fewer queries if a kernel would compute a wrong window.
 
     FlashAttention replaces ``left`` or ``right`` by no limit if the value is at least the longest key length. If only
-    one of the two has no limit, the kernel uses the longest key length instead. This length is wrong if many queries
-    precede the first key. Kernels without windows support only ``right=0``. So queries that do not see the last key,
-    and queries that do not see the first key, become separate tiles.
+    one of the two has no limit, the kernel uses the longest key length as this limit. This limit is wrong if many
+    queries precede the first key. Kernels without windows support only ``right=0``. So queries that do not see the last
+    key become a separate tile, and queries that do not see the first key too.
     """
     q_start, q_stop, k_start, k_stop, *_ = tile
     q_count, k_count = q_stop - q_start, k_stop - k_start
@@ -260,7 +257,7 @@ def _is_ordered(pattern: Chunks, kv_len: int) -> bool:
 
 @lru_cache(maxsize=64)
 def _neighbourhoods(pattern: Chunks, length: int) -> tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]:
-    """Return start and length of each chunk of queries that see keys, and of each run of keys that the chunk sees."""
+    """Return ``(start, length, visible key ranges as (start, length))`` of each chunk in which queries see keys."""
     chunks = []
     for start in range(0, length, pattern.length):
         stop = min(length, start + pattern.length)
@@ -309,7 +306,7 @@ def _unordered_calls(attention: Attention, number: int, queries: _Runs, keys: _R
 
 
 def _kept(mask: Tensor | None, runs: _Runs, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return which rows the mask keeps, and the sequence number of each row."""
+    """Return which rows the mask keeps, and the index of the sequence that contains each row."""
     total, lens = sum(runs.lens), torch.tensor(runs.lens, device=device)
     sequence = torch.arange(len(lens), device=device).repeat_interleave(lens, output_size=total)
     if mask is None:
@@ -326,7 +323,7 @@ def _pick(runs: _Runs, kept: Tensor, lens: list[int]) -> _Runs:
 
 
 def rows_of(starts: Iterable[int], lens: Iterable[int], device: torch.device) -> Tensor:
-    """Return the concatenated row numbers of runs with the given starts and lengths."""
+    """Return the concatenated row indices of runs of consecutive rows, with the given starts and lengths."""
     lens = list(lens)
     ends = list(accumulate(lens))
     begins = [start - end + count for start, end, count in zip(starts, ends, lens, strict=True)]

@@ -45,7 +45,7 @@ def _package() -> tuple[ModuleType | None, str]:
 def _missing_symbols(interface: Any) -> str | None:
     """Return the reason why the functions of the compiled extension cannot be used, or None.
 
-    This check reads private names, because only a call through the public functions would show a broken extension.
+    Only a call of a public function would show that the extension is broken. So this check reads private names instead.
     """
     try:
         extensions = [getattr(interface, name, None) for name in _EXTENSIONS]
@@ -107,7 +107,7 @@ class FlashAttnKernel(PackedKernel):
 
 
 def _settings(inputs: Inputs) -> tuple[Any, ...]:
-    """Return the arguments that forward and backward share, in the order that :func:`_parts_unavailable` checks."""
+    """Return the common arguments of forward and backward, in the order that :func:`_parts_unavailable` checks."""
     sequences, softcap, alibi_slopes = inputs.sequences, 0.0, None
     settings = (inputs.dropout, inputs.scale, sequences.causal, sequences.left, sequences.right, softcap, alibi_slopes)
     return (*sequences.cumulative, *settings)

@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
 
 
 class PackedKernel:
-    """A kernel for packed sequences. All tensors have equal ``dim``, which is a multiple of 8.
+    """A kernel for packed sequences. All tensors have the same ``dim``, a multiple of 8.
 
     Query head ``h`` uses key head ``h // (heads // kv_heads)``.
 
@@ -100,7 +100,7 @@ class PackedKernel:
 
 
 def no_device(capability: tuple[int, int] = (8, 0)) -> str | None:
-    """Return why this machine has no device of at least this compute capability, or None if the device has it."""
+    """Return why no CUDA device of at least this compute capability can be used, or None if one can be used."""
     if not torch.cuda.is_available():
         without = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
         return f"torch {torch.__version__} {without}"

@@ -3,10 +3,11 @@
 Each kernel call (:mod:`attnzoo.backends.varlen.calls`) returns an output and a log-sum-exp.
 :mod:`attnzoo.backends.common.union` merges the results. If no query is in two calls, the public kernel function runs.
 
-Some hidden keys must keep their positions. An extra vector component hides these keys. The component is positive in
-queries, negative in hidden keys and 0 in visible keys, so the scaled scores of hidden keys are 2^22 lower. The weights
-of hidden keys then underflow to exactly 0, forward and backward. If a row sees only hidden keys, the lse of the row is
-far below all other values. A larger offset would overflow, because kernels round the argument of the exponential.
+Some hidden keys must stay in a sequence, because other keys must keep their positions. An extra vector component hides
+these keys. The component is positive in queries, negative in hidden keys and 0 in visible keys, so the scaled scores of
+hidden keys are 2^22 lower. The weights of hidden keys then underflow to exactly 0, forward and backward. If a row sees
+only hidden keys, the lse of the row is far below all other values. A larger number than 2^22 would overflow, because
+kernels round the argument of the exponential.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class PackedBackend(Backend):
         return [kernel for kernel in self.kernels if self.kernel in (None, kernel.name)]
 
     def _choose(self, request: Request) -> tuple[type[PackedKernel], tuple[Refusal, ...]]:
-        """Return the first kernel that supports a request. If no kernel does, return one kernel and its refusals."""
+        """Return the first kernel that supports a request, or else one kernel and the refusals of this kernel."""
         named = self._named()
         usable = [kernel for kernel in named if kernel.unavailable() is None]
         if not usable and self.kernel is not None:
@@ -104,7 +105,7 @@ class PackedBackend(Backend):
 
 
 def attend(attention: Attention, kernel: type[PackedKernel]) -> Result:
-    """Return the result of an attention without bias and dense mask. If no query sees a key, the kernel is "none"."""
+    """Compute an attention without bias and dense mask. If no query sees a key, the kernel name is "none"."""
     whole, attention = attention, positive_scale(attention)
     if any(isinstance(segment.pattern, SortedChunks) for segment in attention.segments):
         attention = fold_heads(attention)
@@ -127,7 +128,7 @@ def attend(attention: Attention, kernel: type[PackedKernel]) -> Result:
 
 
 class _Hiding:
-    """The values of the extra component. The values are powers of two, so multiplication does not round."""
+    """The values of the component that hides keys. They are powers of two, so that multiplication does not round."""
 
     def __init__(self, scale: float) -> None:
         exponent = min(math.ceil(_HIDING_EXPONENT - math.log2(scale)), 2 * _LARGEST_EXPONENT)
@@ -143,8 +144,8 @@ class _Packing:
     """Queries, keys and values in the kernel layout ``(rows, heads, dim)``. Each distinct tensor is packed once.
 
     Attributes:
-        query: the queries ``(batch * q_len, heads, dim)``, followed by the spare row if the plan uses a spare row.
-        keys_values: keys and values ``(batch * kv_len, kv_heads, dim)``, with a spare row if the query has one.
+        query: the queries ``(batch * q_len, heads, dim)``, with the spare row at the end if the plan uses it.
+        keys_values: keys and values ``(batch * kv_len, kv_heads, dim)``, also with the spare row at the end.
         places: for each segment in order, the index of the key in ``keys_values``, then the index of the value.
     """
 
@@ -177,10 +178,10 @@ class _Packing:
         return self._pack(key, numbers, self._hiding.key)
 
     def _pack(self, tensor: Tensor, numbers: Tensor | None, spare: float) -> Tensor:
-        """Return ``(batch, heads, n, d)`` as ``(batch * n, heads, dim)`` with ``numbers`` in the extra component.
+        """Return ``(batch, heads, n, d)`` as ``(batch * n, heads, dim)``, plus the spare row if the plan uses it.
 
-        ``numbers`` has shape ``(batch, n)``. The spare row is zero except for ``spare`` in the extra component, which
-        hides the spare key. The spare query has gradient zero, because its output is dropped.
+        ``numbers`` ``(batch, n)`` are the values of the component that hides keys. The spare row is zero except for
+        ``spare`` in this component. The spare query has gradient zero, because the output of this query is dropped.
         """
         rows = tensor.transpose(1, 2).flatten(0, 1)
         padding = self._dim - rows.shape[2]
@@ -228,11 +229,11 @@ def _take_rows(tensor: Tensor, index: Tensor | None) -> Tensor:
 
 
 class _PackedRows(NamedTuple):
-    """The query rows or the key rows of a call. Query rows have one part, which is the key rows of the call."""
+    """The query rows or the key rows of a call. Query rows have one part: the key rows of the call."""
 
-    call: int  # the number of the call
-    segment: int
-    numbers: Tensor | None  # row numbers; None: all rows in order
+    call: int  # the index of the call
+    segment: int  # the index of the segment
+    numbers: Tensor | None  # row indices; None: all rows in order
     parts: tuple[_PackedRows, ...] = ()
 
     def take(self, tensor: Tensor) -> Tensor:

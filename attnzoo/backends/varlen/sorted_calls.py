@@ -2,9 +2,12 @@
 
 A query sees the nearby keys of other tokens, or only of earlier tokens if the pattern is causal. A neighbourhood is a
 chunk of sorted queries and the keys near this chunk. The queries and keys of a neighbourhood, sorted by token, make one
-sequence, in which each query precedes the keys of its token. Causal attention then sees the earlier tokens, and causal
-attention in reverse order sees the later tokens. Each position has a query and a key, and one of the two
-is the spare row. The kernel hides the spare key, and the output of the spare query is dropped.
+sequence. In this sequence, each query precedes the keys of the same token. So causal attention sees the earlier tokens,
+and causal attention in reverse order sees the later tokens.
+
+A kernel needs a query and a key at each position of a sequence, but each position here has only one of the two. The
+*spare row* replaces the other: a dummy query or key, stored after all real rows. The dummy key is hidden
+(:mod:`attnzoo.backends.varlen.packed`), and the output of the dummy query is dropped.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ _LAST = torch.iinfo(torch.long).max
 
 
 def fold_heads(attention: Attention) -> Attention:
-    """Return the attention with each head as a sample, because heads sort tokens differently, and without ``empty``."""
+    """Return a copy without ``empty`` in which each head is a sample, because heads sort tokens differently."""
     batch, heads = attention.batch, attention.heads
 
     def fold(tensor: Tensor) -> Tensor:
@@ -51,7 +54,7 @@ def fold_heads(attention: Attention) -> Attention:
 def sorted_rows(
     attention: Attention, segment: Segment, pattern: SortedChunks
 ) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
-    """Yield sequence lengths, query rows and key rows of each causal call of a segment with one head."""
+    """Yield sequence lengths, query row indices and key row indices of each call. The segment must have one head."""
     order, token = (tensor.squeeze(1) for tensor in pattern.sorted_tensors())
     if segment.key_mask is not None:
         token = token.masked_fill(~segment.key_mask, -1)
@@ -77,7 +80,7 @@ def sorted_rows(
 def _neighbourhoods(
     pattern: SortedChunks, q_len: int, kv_len: int
 ) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
-    """Yield, for each group of chunks of equal size, the sorted positions of queries and of nearby keys per chunk."""
+    """Group the chunks by size. Yield, per group, the sorted positions of the queries and nearby keys of each chunk."""
     groups: dict[tuple[int, int], tuple[list[list[int]], list[list[int]]]] = {}
     start = 0
     while start < q_len:

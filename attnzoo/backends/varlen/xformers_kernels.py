@@ -80,16 +80,16 @@ def _example(fmha: Any) -> Any:
 
 
 class _Bias(NamedTuple):
-    """A bias object, and the query rows and key rows of this bias, divided into ``samples`` of equal length."""
+    """A bias object of xformers, and the rows that the object describes."""
 
     bias: Any
     q_rows: slice
     k_rows: slice
-    samples: int
+    samples: int  # the rows are divided into this number of samples of equal length
 
 
 class _XformersKernel(PackedKernel):
-    """The base class of the kernels of both operators."""
+    """Base class of the two kernels. Each kernel calls one operator of xformers."""
 
     operator: ClassVar[str]
 
@@ -190,13 +190,13 @@ def _fmha() -> Any:
 
 
 def _padded_rows(sequences: Sequences, width: int) -> Tensor:
-    """Return the row numbers of all queries after padding each sequence to ``width`` rows."""
+    """Return the row indices that all queries have after padding each sequence to ``width`` rows."""
     starts = range(0, len(sequences.q_lens) * width, width)
     return rows_of(starts, sequences.q_lens, sequences.device)
 
 
 def _biases(sequences: Sequences) -> Iterator[_Bias]:
-    """Yield one bias for all sequences. For a two-sided window, yield one bias per run of equal lengths."""
+    """Yield one bias for all sequences, or, for a two-sided window, one bias per run of sequences of equal lengths."""
     masks, (left, right) = _fmha().attn_bias, (sequences.left, sequences.right)
     q_lens, k_lens = list(sequences.q_lens), list(sequences.k_lens)
     if (left, right) == (NO_LIMIT, NO_LIMIT) or right == 0:
