@@ -31,7 +31,7 @@ class AttentionReport:
         name: name of the attention. In a model, this is the name of the site.
         kernel: name of the kernel that ran.
         checks: a check of the output and, if gradients are compared, a check of :func:`gradient_vector`.
-        recall: share of the softmax weight that the changed pattern keeps, as a mean over the compared rows and heads.
+        recall: share of the softmax weight that a changed pattern keeps, as a mean over the compared rows and heads.
             None if the backend does not change the pattern.
     """
 
@@ -63,8 +63,8 @@ def check_attention(
 
     If the backend changes the pattern, the oracle computes the changed attention (:meth:`Backend.rewrite`).
 
-    For long inputs a sample of query rows is compared. The sample includes the first and the last row. Sampling
-    does not change compared values, because output rows are independent and the cotangent of all other rows is zero.
+    For long inputs, only a sample of query rows is compared, always with the first and the last row. Sampling does not
+    change the compared values, because output rows are independent and the cotangent of all other rows is zero.
 
     Args:
         name: name for the report.
@@ -119,7 +119,10 @@ def _evaluate(attention: Attention, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _recall(backend: Backend, attention: Attention, random_choices: object, rows: Tensor) -> float:
-    """Return the share of the softmax weight that a changed pattern keeps. No query may see a key twice."""
+    """Return the share of the softmax weight that a changed pattern keeps.
+
+    The changed pattern must not show a key to a query twice.
+    """
     wide = detached(attention, torch.float64, False)
     before, after = log_mass(wide, rows), log_mass(backend.rewrite(wide, random_choices), rows)
     counted = before > float("-inf")
@@ -162,8 +165,8 @@ def detached(attention: Attention, dtype: torch.dtype, grad: bool) -> Attention:
 def gradient_vector(output: Tensor, attention: Attention, cotangent: Tensor) -> Tensor:
     """Return the gradients of all tensors of the attention that require grad, concatenated to one vector.
 
-    The exact gradient of a single tensor may be zero, for example of a query that sees a single key. Then the budget
-    would be zero, and rounding errors would fail the check. The whole vector is not zero.
+    The exact gradient of a single tensor may be zero, for example of a query that sees a single key. Then the largest
+    allowed error would be zero, and rounding errors would fail the check. The whole vector is not zero.
     """
     leaves = [tensor for tensor in attention.tensors() if tensor.requires_grad]
     grads = torch.autograd.grad(output, leaves, cotangent.to(output.dtype), allow_unused=True, materialize_grads=True)

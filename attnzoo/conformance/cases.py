@@ -50,7 +50,7 @@ class AttentionCase:
         uneven: whether value_dim differs from head_dim.
         probabilities: whether the softmax weights are requested.
         strided: whether head_dim is not the innermost dimension of query, key and value in memory.
-        transform: one of ``CHECKED_TRANSFORMS``, which runs the attention under ``torch.func``. Empty means none.
+        transform: the ``torch.func`` transform around the attention, from ``CHECKED_TRANSFORMS``. Empty means none.
     """
 
     dtype: torch.dtype = torch.float32

@@ -2,8 +2,8 @@
 
 A result passes if ``error <= k * (plain_error + ROUNDINGS * eps(dtype) * max|reference|)``. An error is the largest
 absolute difference from the float64 oracle. ``k`` is :data:`FORWARD` for outputs and :data:`GRADIENT` for gradients.
-NaN and Inf never pass. So the error of a kernel may be a small multiple of the error of plain operations in the same
-dtype, as in the tests of flash-attention, plus a few roundings.
+NaN and Inf never pass. So the error of a kernel may be a small multiple of the error of plain PyTorch operations in the
+same dtype, as in the tests of flash-attention, plus a few roundings.
 
 For outputs, ``plain_error`` is the error of ``eager``. For gradients, ``plain_error`` is the larger of two errors. The
 first is the error of ``eager``, which uses the softmax weights of the forward in the backward. The second is the error

@@ -70,16 +70,13 @@ class ConformanceReport:
 def check_backend(
     backend: str | Backend, *, device: str = "cpu", dtypes: tuple[torch.dtype, ...] = FLOATS, seed: int = 0
 ) -> ConformanceReport:
-    """Run every case of the kit on a backend, and raise if a case fails.
+    """Run every case of the kit on a backend and return the outcomes, or raise if a case fails.
 
     Args:
         backend: a registered name, or a configured backend.
         device: the device type to run on.
         dtypes: the dtypes to cover.
         seed: seed of the inputs.
-
-    Returns:
-        The outcomes of all cases.
 
     Raises:
         InvalidArgumentError: ``backend`` is neither a name nor a backend.

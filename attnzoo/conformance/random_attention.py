@@ -31,16 +31,16 @@ def random_attention(
 ) -> Attention:
     """Return an attention with random tensors. The request of this attention is equal to ``request``.
 
-    If the second segment has a :class:`Full` pattern and a key mask, the keys are the global keys of the first segment,
-    as in LED. In other cases each segment after the first has :data:`FEW_KEYS` keys. Hash rounds share keys.
+    A second segment with a :class:`Full` pattern and a key mask has the global keys of the first segment, as in LED.
+    All hash rounds have the same keys. Any other segment after the first has :data:`FEW_KEYS` keys.
 
     Args:
-        request: request of the attention. Only ``start`` of sorted rounds may differ in the result.
-        q_len: number of queries. In sorted rounds, this is also the number of keys per round.
+        request: request of the attention. In the result, only ``start`` of ``SortedChunks`` may differ.
+        q_len: number of queries. With ``SortedChunks``, each hash round also has this number of keys.
         kv_len: number of keys of the first segment.
         dropout: probability of dropping a softmax weight, ignored if the request has no dropout.
         query_mask: whether to mask a fifth of the queries.
-        padded_tokens: whether the first third of the tokens of sorted rounds is padding.
+        padded_tokens: whether the first third of the tokens is padding. This has an effect only for ``SortedChunks``.
         strided: whether ``head_dim`` is not the innermost dimension of query, key and value in memory.
     """
     draw = _Draw(request, q_len, kv_len, strided, torch.Generator().manual_seed(seed))
@@ -102,7 +102,7 @@ class _Draw:
         return replace(segment, key_mask=real & ~is_global), Segment(key, value, key_mask=global_keys.valid)
 
     def hashed_rounds(self, pattern: HashedChunks) -> tuple[Segment, ...]:
-        """Return hash rounds with random key orders and query positions. Each pattern includes all earlier rounds."""
+        """Return one segment per hash round, with random orders of keys and ranks of queries."""
         segment, rounds, segments = self.segment(0), tuple[HashRound, ...](), []
         kv_heads, device = segment.key.shape[1], self.request.device
         for _ in self.request.segments:
@@ -116,7 +116,7 @@ class _Draw:
         return tuple(segments)
 
     def sorted_rounds(self, padded_tokens: bool) -> tuple[tuple[Segment, ...], Tensor]:
-        """Return hash rounds over the randomly sorted keys of all rounds, and the output of rows that see no key."""
+        """Return one segment per hash round, with randomly sorted keys, and the output of rows that see no key."""
         kv_heads = self.request.segments[0].kv_heads
         group = self.request.heads // kv_heads
         key = self.normal(_BATCH, kv_heads, self.q_len, self.request.head_dim)

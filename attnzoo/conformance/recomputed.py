@@ -5,9 +5,9 @@ backward computes the scores a second time, and the weights are ``exp(scores - l
 arXiv:2205.14135, algorithm 4). The second scores have different rounding errors from the scores of the forward.
 
 Plain operations use equal weights in forward and backward, so the score gradients of a row add up to zero. With
-different rounding errors, the sum is about ``eps * max|score|``. This sum, multiplied by the component that all keys
-share, is an error of the query gradient. Every kernel that computes the scores again has this error. The operations
-of this module have only this error in addition to the errors of plain operations.
+different rounding errors, the sum is about ``eps * max|score|``. The query gradient then has an additional error: this
+sum, multiplied by the component that all keys share. Every kernel that computes the scores again has this error. The
+operations of this module have no errors except this error and the errors of plain operations.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def recomputed(attention: Attention, rows: Tensor | None = None, order: int = 0)
 
 @dataclass(frozen=True)
 class RecomputedBackend(Backend):
-    """Backend that calls :func:`recomputed`. Tests patch whole models with this backend, which is not registered."""
+    """Backend that calls :func:`recomputed`. Tests patch whole models with this unregistered backend."""
 
     name: ClassVar[str] = "recomputed"
     capabilities: ClassVar[Capabilities] = replace(EagerBackend.capabilities, dropout=False, probabilities=False)
@@ -100,7 +100,7 @@ def _permutation(length: int, seed: int, device: torch.device) -> Tensor:
 
 
 def _in_another_order(attention: Attention, order: int) -> Attention:
-    """Return an attention with equal scores that sums the products of each score in the order of seed ``order``."""
+    """Return an attention with equal scores. Each score is a sum of products in a random order with seed ``order``."""
     parts = _permutation(attention.head_dim, order, attention.query.device)
     segments = tuple(replace(segment, key=segment.key[..., parts]) for segment in attention.segments)
     return replace(attention, query=(attention.query * attention.scale)[..., parts], segments=segments, scale=1.0)

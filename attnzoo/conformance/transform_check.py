@@ -28,7 +28,7 @@ _Compute = Callable[[Attention], Tensor]
 
 
 def check_transform(attention: Attention, backend: Backend, transform: str, seed: int = 0) -> Check:
-    """Run an attention on a backend under one of :data:`CHECKED_TRANSFORMS`, and compare it with the float64 oracle.
+    """Run an attention on a backend under one of :data:`CHECKED_TRANSFORMS`, and compare the result with the oracle.
 
     Only tensors that require grad have gradients and tangents. ``vmap`` maps over two attentions, which differ in all
     tensors and masks. ``seed`` is the seed of the cotangent and the tangents.
