@@ -1,1 +1,1 @@
-"""Adapters of model families. The entry point that registers an adapter has the name of its ``config.model_type``."""
+"""Adapters of model families. The name of an adapter's entry point is the ``config.model_type`` of the models."""

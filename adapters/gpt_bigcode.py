@@ -5,18 +5,18 @@ projections, the split into queries, keys and values, and the caches. Like the o
 the softmax of half-precision scores in float32. So ``attention_softmax_in_fp32`` and
 ``scale_attention_softmax_in_fp32`` have no effect. ``scale_attn_weights`` decides the scale.
 
-Cross-attention (``config.add_cross_attention``) does not work in transformers. It splits keys and values at the wrong
-width. It applies the decoder's causal mask to the encoder's tokens. It ignores the encoder's mask, and fails for a 2-D
-mask. With a cache, the second call has no query and appends the keys again. This adapter repairs cross-attention:
+transformers' cross-attention (``config.add_cross_attention``) is wrong. It splits keys and values at the wrong width,
+applies the decoder's causal mask to the encoder's tokens, ignores the encoder's mask, and fails if this mask is 2-D.
+With a cache, the second call has no query and appends the keys again. This adapter repairs cross-attention:
 
 - Weights. ``c_attn`` has ``2 x embed_dim`` outputs in the layout ``(heads, 2 x head_dim)``. The first half of a head's
-  outputs is the key, and the second half is the value. The size of the weight decides the number of key heads, so a
-  multi-query ``c_attn`` with ``2 x head_dim`` outputs also works, although transformers cannot build it.
+  outputs is the key, and the second half is the value. The size of the weight decides the number of key heads. So a
+  multi-query ``c_attn`` with ``2 x head_dim`` outputs also works, although transformers cannot build such a layer.
 - Masks. ``encoder_attention_mask`` has the shape ``(batch, encoder_length)`` or ``(batch, 1 or length,
-  encoder_length)`` and contains bool, or 0 and 1. Every query sees every encoder token with True or 1. The attention
-  output is zero for a sample without visible encoder tokens. Decoder masks and ``is_causal`` have no effect.
+  encoder_length)`` and contains bool, or 0 and 1. A query sees the encoder tokens with True or 1. A sample without
+  visible encoder tokens has an attention output of zero. Decoder masks and ``is_causal`` have no effect.
 - Caches. The model passes no cache to its cross-attention, so every call computes the keys from the encoder's states.
-  If a user's call of the module passes an ``EncoderDecoderCache``, the first call fills its cross-attention half.
+  If a user passes an ``EncoderDecoderCache`` to the module, the first call fills the cross-attention half of the cache.
 
 With ``backend="native"``, a cross-attention module runs transformers' code, and its results are wrong.
 """
@@ -58,7 +58,7 @@ class CrossModelMasks(ModelMasks):
     masks = {"attention_mask": DECODER_MASK, _MASK: CROSS_VISIBILITY}
 
     def serves(self, module: Any) -> bool:
-        # Unlike other mask checks, this point refuses a replaced forward, because 2-D masks would fail in it.
+        # Other mask checks skip a module with a replaced forward. This point does not, because 2-D masks would fail.
         return bool(module.config.add_cross_attention)
 
     def describe(self, module: Any) -> str:
@@ -200,9 +200,9 @@ def _check_states(encoder_states: object, hidden_states: Tensor) -> None:
 
 
 def _masks(given: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return a key mask ``(batch, encoder_length)`` and a mask ``(batch, 1, length, encoder_length)``.
+    """Return a key mask ``(batch, encoder_length)`` or None, and a mask ``(batch, 1, length, encoder_length)`` or None.
 
-    At least one is None. The model passes the second shape or, for multi-query, ``(batch, length, 1, encoder_length)``.
+    At least one is None. If ``given`` is 4-D, ``(batch, length, 1, encoder_length)`` is also allowed (multi-query).
     """
     if given is None:
         return None, None

@@ -110,10 +110,10 @@ class DecoderAttention(PatchPoint):
 
 
 def _keys_values(module: Any, states: Tensor, encoder_states: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
-    """Return keys and values ``(batch, heads, kv_len, head_dim)``. Read and update the cache if there is one.
+    """Return keys and values ``(batch, heads, kv_len, head_dim)``. If a cache is given, read and update the cache.
 
-    An ``EncoderDecoderCache`` contains one cache for self-attention and one for cross-attention. Only the first call
-    of cross-attention fills the cache for cross-attention.
+    An ``EncoderDecoderCache`` contains a cache for self-attention and a cache for cross-attention. The first call of
+    cross-attention fills the cache for cross-attention, and later calls only read this cache.
     """
     cross = encoder_states is not None
     filled = getattr(cache, "is_updated", None)

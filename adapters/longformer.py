@@ -37,7 +37,7 @@ class ModelMasks(OneRowMaskPoint):
 
     def one_row(self, make: MaskFunction) -> MaskFunction:
         def make_one_row(inputs_embeds: Tensor, **kwargs: Any) -> Tensor:
-            # The function takes the number of queries from the first argument and that of keys from the second.
+            # ``make`` reads the number of queries from the first argument, and the number of keys from the second.
             mask: Tensor = make(inputs_embeds=inputs_embeds[:, :1], encoder_hidden_states=inputs_embeds, **kwargs)
             return mask
 
@@ -109,7 +109,7 @@ class LongformerAttention(PatchPoint):
 
         positions, valid = global_keys.positions, global_keys.valid
         states = hidden_states.gather(1, positions[:, :, None].expand(-1, -1, hidden_states.shape[2]))
-        # Unused rows are zero, as in the model, because a layer that quantises its input scales by the largest number.
+        # Rows without a global token are 0, as in the model, because quantising layers scale by the largest value.
         states = states.masked_fill(~valid[:, :, None], 0.0)
         query = split_heads(module.query_global(states), module.head_dim)
         key = split_heads(module.key_global(hidden_states), module.head_dim)
@@ -149,10 +149,10 @@ def _ordinary(attention_mask: Tensor) -> Tensor:
 
 
 def _banded(weights: tuple[Tensor, ...], window: int, is_global: Tensor | None) -> Tensor:
-    """Return dense weights in the model's layout ``(batch, length, heads, globals + 2 * window + 1)``.
+    """Convert dense weights to the model's layout ``(batch, length, heads, globals + 2 * window + 1)``.
 
-    ``weights`` has a tensor for each segment. Column ``globals + window + d`` of the result has the weight of the key
-    ``d`` tokens after the query. Rows of global tokens are zero.
+    ``weights`` has one tensor per segment. ``globals`` is the number of global keys. Column ``globals + window + d`` of
+    the result is the weight of the key ``d`` tokens after the query. Rows where ``is_global`` is True are zero.
     """
     local = torch.nn.functional.pad(weights[0], (window, window))  # key k is in column k + window
     length, width = local.shape[2], 2 * window + 1

@@ -2,8 +2,8 @@
 
 Both models expand their padding mask to ``(batch, 1, length, length)`` and then read only row 0 (``[:, 0, 0, :]``). All
 rows are equal, but the expanded mask and its temporaries need several times ``4 * length**2`` bytes per sample. An LED
-with 16384 tokens needs 4.3 GiB, and 4 GiB of them are for the mask. The patch point runs the model's original forward
-with a mask function that builds one row. Every layer gets the same ``(batch, length)`` mask as without a patch.
+with 16384 tokens needs 4.3 GiB, of which the mask needs 4 GiB. The patch point runs the model's original forward with a
+mask function that builds one row. Every layer gets the same ``(batch, length)`` mask as without a patch.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """LongT5 (Guo et al. 2022, arXiv:2112.07916): long encoders with relative biases (T5, arXiv:1910.10683).
 
 A token of the encoder sees the tokens within ``local_radius``. In transient-global attention, the token also sees a
-second segment, which has one key per full block of ``global_block_size`` tokens. The key is a projection of the sum of
-the block's tokens. :mod:`attnzoo.adapters.longt5_decoder` describes the attention of the decoder.
+second segment, which has one key per full block of ``global_block_size`` tokens. To get the key, the model sums the
+tokens of the block and projects the sum. :mod:`attnzoo.adapters.longt5_decoder` describes the decoder's attention.
 
 The first layer of a stack computes the learned bias, and the stack passes the bias to the later layers. In the original
-model, the bias is a tensor that each layer adds to the scores. Instead of this tensor, a patched stack passes the
-``(heads, R)`` values of a :class:`~attnzoo.spec.bias.RelativeBias`.
+model, the bias is a tensor that each layer adds to the scores. A patched stack passes only the values of a
+:class:`~attnzoo.spec.bias.RelativeBias`, which has one value per head and distance.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class StackMasks(MaskCheckPoint):
 
 
 class FeedForward(FeedForwardPoint):
-    """Patch point of the feed-forward layer. The layer's ``(batch, length, d_ff)`` tensors use most of the memory."""
+    """Patch point of the feed-forward layer. Its ``(batch, length, d_ff)`` tensors need most of the model's memory."""
 
     cls = f"{MODULE}:LongT5LayerFF"
     shared_in = f"{MODULE}:LongT5Block"
@@ -142,7 +142,7 @@ class LocalAttention(PatchPoint):
 
 
 class TransientGlobalAttention(LocalAttention):
-    """Patch point of the encoder's local attention with a second segment, which has one key per block."""
+    """Patch point of the encoder's local attention with a second segment, which has one key per global block."""
 
     cls = f"{MODULE}:LongT5TransientGlobalAttention"
     verified = {
@@ -176,7 +176,7 @@ class TransientGlobalAttention(LocalAttention):
         position_bias: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor | None, ...]:
-        """Return states, bias and weights, as in local attention. The bias contains the values of both segments."""
+        """Return states, bias and weights, as local attention does. The bias has the values of both segments."""
         mask = check_is_given(mask)
         tokens = attend.cached_per_forward(mask, "tokens", lambda mask: read_flat_mask(mask, hidden_states))
         size = module.global_block_size  # encoders that get the same mask may have blocks of different sizes
@@ -204,7 +204,7 @@ class TransientGlobalAttention(LocalAttention):
             segments.append(_global_segment(module, sums, blocks, side_values[0]))
         output, weights = _attend(module, attend, hidden_states, tuple(segments), tokens, output_attentions)
         if not blocks.number:
-            # The sum of an empty tensor is 0. It gives the weight of the norm a gradient of zeros, as in the original.
+            # The sum of an empty tensor is 0, but the norm's weight gets a gradient of zeros, as in the original.
             output = output + sums.sum()
         return (output, passed) if weights is None else (output, passed, weights)
 
@@ -241,14 +241,14 @@ def _attend(
     if result.dropped is None:
         return module.o(merge_heads(result.output)), None
     blocked, mixed = to_blocked(result.dropped, module.block_len), result.output
-    if blocked.requires_grad:  # compute the output from the returned weights, which gives the weights a gradient
+    if blocked.requires_grad:  # compute the output from the returned weights, so that these weights get a gradient
         dense = from_blocked(blocked, module.block_len, query.shape[2])
         mixed = dense @ torch.cat([segment.value for segment in segments], dim=2)
     return module.o(merge_heads(mixed)), blocked
 
 
 def _bias_to_pass(module: Any, attend: Attend, values: Tensor, hidden_states: Tensor, mask: Tensor) -> Tensor:
-    """Return the values by distance for the next layers, or the original bias tensor if a layer is not patched."""
+    """Return ``values`` for the next layers or, if a layer is not patched, the bias tensor of the original code."""
     if attend.complete:
         return values
     original: Tensor = type(module).forward(module, hidden_states.detach(), mask)[1]

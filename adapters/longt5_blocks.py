@@ -1,7 +1,7 @@
 """Read the masks of LongT5's encoder, convert its weights to and from blocks, and sum the tokens of global blocks.
 
-The model computes local attention in blocks of ``block_len = local_radius + 1`` tokens. A block sees the tokens of the
-same block and of both neighbouring blocks. Each global block (``global_block_size`` tokens) adds one key.
+The model computes local attention in blocks of ``block_len = local_radius + 1`` tokens. The scores of a block are for
+the keys of this block and of both neighbouring blocks. Each global block (``global_block_size`` tokens) adds one key.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MODULE = "transformers.models.longt5.modeling_longt5"
 
 
 class Tokens(NamedTuple):
-    """The real tokens of a batch, which are the tokens that are not padding.
+    """The real tokens of a batch: all tokens except padding.
 
     Attributes:
         real: ``(batch, length)`` bool, True for real tokens.
@@ -34,7 +34,7 @@ class GlobalBlocks(NamedTuple):
     """The global blocks of a batch. Each block has one key.
 
     Attributes:
-        block_of: ``(batch, length)`` long, the block of each token. -1 stands for a token without a block.
+        block_of: ``(batch, length)`` long, the index of each token's block. -1 stands for a token without a block.
         exists: ``(batch, blocks)`` bool, True for blocks that the sample has.
         mask: ``exists``, or None if all blocks exist.
     """
@@ -50,16 +50,16 @@ class GlobalBlocks(NamedTuple):
 
 
 def check_is_given(mask: Tensor | None) -> Tensor:
-    """Return the mask, or raise if it is None. Without a mask, the original code would ignore the window."""
+    """Return the mask, or raise if the mask is None. Without a mask, the original code would ignore the window."""
     if not isinstance(mask, Tensor):
         raise InvalidArgumentError("mask", describe(mask), "the mask tensor from LongT5Stack")
     return mask
 
 
 def read_blocked_mask(mask: Tensor, block_len: int, hidden_states: Tensor) -> Tokens:
-    """Return the real tokens of a local attention mask, bool ``(batch, 1, blocks, block_len, 3 * block_len)``.
+    """Read the real tokens from a local attention mask, bool ``(batch, 1, blocks, block_len, 3 * block_len)``.
 
-    A token is real if it sees itself. In the mask, each real token must see exactly the real tokens in its window.
+    A token is real if it sees itself. Raise unless each real token sees exactly the real tokens in its window.
     """
     batch, length = hidden_states.shape[:2]
     blocks = -(-length // block_len)
@@ -76,7 +76,7 @@ def read_blocked_mask(mask: Tensor, block_len: int, hidden_states: Tensor) -> To
 
 
 def read_flat_mask(mask: Tensor, hidden_states: Tensor) -> Tokens:
-    """Return the real tokens of a mask ``(batch, length)``, which has ones for tokens and zeros for padding."""
+    """Read the real tokens from a mask ``(batch, length)``. The mask is 1 for real tokens and 0 for padding."""
     shape = tuple(hidden_states.shape[:2])
     if not mask.dtype.is_signed:  # the model's code writes -1 for padding
         raise InvalidArgumentError("attention_mask", describe(mask), "a dtype with negative numbers, e.g. torch.long")
@@ -100,7 +100,7 @@ def to_blocked(weights: tuple[Tensor, ...], block_len: int) -> Tensor:
     missing = -length % block_len
     rows = [pad(part, (0, 0, 0, missing)).unflatten(2, (-1, block_len)) for part in weights]
     local = pad(rows[0], (block_len, block_len + missing)).unfold(-1, 3 * block_len, block_len)
-    # (batch, heads, blocks of rows, block_len, blocks of columns, 3 * block_len): select blocks of equal number
+    # (batch, heads, blocks of rows, block_len, blocks of columns, 3 * block_len): keep blocks with the same index
     local = local.diagonal(0, 2, 4).permute(0, 1, 4, 2, 3)
     return torch.cat([local, *rows[1:]], dim=-1).transpose(1, 2)
 
@@ -118,12 +118,12 @@ def from_blocked(blocked: Tensor, block_len: int, length: int) -> Tensor:
 
 
 def find_global_blocks(mask: Tensor, size: int) -> GlobalBlocks:
-    """Return the global blocks of ``size`` tokens.
+    """Return the global blocks of ``size`` tokens for a mask ``(batch, length)``.
 
     A block is full if its last position is a real token. Tokens after the full blocks are added to the last full block.
-    The model's code sums ``1 / size`` in torch's default dtype to number the blocks. In bfloat16, rounding makes the
-    numbers wrong from token 256 on. In float32, some numbers are wrong at the ends of blocks if ``size`` is not a power
-    of two. This function computes the exact numbers.
+    To index the blocks, the model's code adds ``1 / size`` per token in torch's default dtype. In bfloat16, rounding
+    makes the indices wrong from token 256 on. In float32, if ``size`` is not a power of two, some indices are wrong at
+    the ends of blocks. This function computes the indices exactly.
     """
     real, position = mask != 0, torch.arange(mask.shape[1], device=mask.device)
     full = (real & (position % size == size - 1)).sum(1, keepdim=True)

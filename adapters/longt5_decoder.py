@@ -1,7 +1,7 @@
 """LongT5's decoder: causal self-attention with a relative bias, and cross-attention, both with caches.
 
 A patched module runs its original forward with another attention function. The original bias is a tensor as large as
-the scores. The patch replaces this tensor by a small object, which the forward only passes to the attention function.
+the scores. A patch replaces this tensor by a small object. The forward only passes this object to the function.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STACK_FINGERPRINTS: dict[str, tuple[str, ...]] = {
     f"{MODULE}:LongT5Stack.forward": ("500d61b6a9e97b7d",),
     f"{MODULE}:LongT5Block.forward": ("fc0a577f7b4979e7",),
 }
-_NO_BIAS = object()  # with it, the original forward does not build a bias of zeros as large as the scores
+_NO_BIAS = object()  # stands for no bias; without a bias, the original forward would build as many zeros as scores
 
 
 class DecoderSelfAttention(InterfacePoint):
@@ -88,7 +88,7 @@ class DecoderSelfAttention(InterfacePoint):
                 seen = 0 if past_key_values is None else int(past_key_values.get_seq_length(module.layer_idx))
                 bias = RelativeBias(values, zero=side_reach(module), offset=seen)
             output, bias, weights = run(module, hidden_states, mask, key_value_states, bias, past_key_values, **kwargs)
-            # If this module made the bias object, the next layer gets the values, or None.
+            # If ``bias`` is an object that this forward made, return its values (or None) for the next layer.
             return output, values if bias is _NO_BIAS or isinstance(bias, Bias) else bias, weights
 
         return forward

@@ -11,11 +11,11 @@ from torch.nn.modules import module as torch_module
 def project_by_head(layer: Any, states: Tensor, heads: int) -> Tensor:
     """Project the states of each head with the rows of a layer's weight that belong to the head.
 
-    The weight of a plain linear layer is multiplied head by head. Layers with a wrapper (LoRA), a hook or a quantised
-    weight would then give wrong results, so they are called. Such a call computes all heads for each state.
+    For a plain linear layer, multiply by the weight head by head. For a layer with a wrapper (LoRA), a hook or a
+    quantised weight, this would be wrong. So call such a layer, although the call computes all heads for each state.
 
     Args:
-        layer: maps ``width`` to ``heads * head_dim``.
+        layer: a linear layer from ``width`` to ``heads * head_dim`` features.
         states: ``(batch, heads, n, width)``.
         heads: the number of heads.
 

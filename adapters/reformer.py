@@ -3,25 +3,25 @@
 In local attention, a token sees its chunk and the neighbouring chunks. In LSH attention, the queries are also the keys.
 Each hash round hashes the queries into buckets. The tokens of all rounds are sorted into one list, which contains each
 token once per round. Each copy of a token sees its chunk and the neighbouring chunks of the list. A token does not see
-itself. If it sees no other token, its output is its own value. Each round is a segment over the same sorted keys, and
-all segments share one softmax. The original gets the same result when it weights the rounds by log-sum-exp.
+itself. If a token sees no other token, its output is its own value. Each round is a segment over the same sorted keys,
+and all segments share one softmax. The original weights the rounds by log-sum-exp, which gives the same result.
 
 Decisions:
 
 - Buckets. The original method of the module computes the hashes, so rotations, buckets and the use of the random stream
   do not change. Buckets that a call passes are used unchanged. Reversible layers pass buckets in the backward.
-- ``num_buckets=None``. The original derives a number from the first input and writes it into the module and the config.
-  A patch derives the same number but stores it outside the module, so removing the patch restores everything. If a
-  prompt is shorter than a chunk, decoding fails in the original, but a patch derives the number at the first hash.
+- ``num_buckets=None``. The original derives the number of buckets from the length of the first input, and writes the
+  number into the module and the config. A patch stores the same number outside the module, so removing the patch
+  restores everything. The original cannot decode a prompt that is shorter than a chunk, but a patch can.
 - Memory. The original hashes and projects all tokens at once. A patch hashes long inputs in slices (``reformer_lsh``).
   Without gradients, local attention also computes the output in slices (``reformer_local``). The results are equal.
 - Padding. The attention output is zero for padding queries, and for tokens of local attention that see no key.
-- Visible tokens when decoding with the cache. A token sees the same keys as in the original, which applies neither a
-  causal nor a padding mask. For several samples, the original reads the cached states of the first sample for all
-  samples, and so does the patch. If a call had a mask, a token also sees the padding of the prompt (``generate`` passes
-  no mask). The states of padding are undefined in the original, but zero with a patch.
-- Projections when decoding with the cache. A patch calls the projection layers. The original only multiplies by their
-  weights, so it ignores hooks and low-rank adapters, and fails on quantised weights. Results of plain layers are equal.
+- Visible keys when decoding with the cache. A token sees the same keys as in the original, without a causal mask and
+  without a padding mask. The original reads the cached states of the first sample for all samples. A patch does the
+  same. Padding in the prompt is visible (``generate`` passes no mask). The states of padding are undefined in the
+  original, but zero with a patch.
+- Projections when decoding with the cache. A patch calls the projection layers. The original multiplies by the weights
+  only. It ignores hooks and low-rank adapters, and fails on quantised weights. Results of plain layers are equal.
 - ``output_attentions`` returns weights in the original layout: the neighbourhood of each chunk in sorted order,
   normalised per round. In training, a token that sees only itself has a weight of 1, even if dropout drops the weight.
 """

@@ -31,7 +31,7 @@ def real_tokens(attend: Attend, attention_mask: Tensor | None, batch: int, lengt
 
 
 def cached(module: Any, past_buckets_states: Any, batch: int) -> tuple[Tensor, Tensor] | None:
-    """Return the cached buckets and states ``(batch, length, embed)`` of a module, or None if the cache is empty."""
+    """Return a module's cached buckets, and states ``(batch, length, embed)``, or None if the cache is empty."""
     if past_buckets_states is None or len(past_buckets_states) <= module.layer_idx:
         return None
     buckets = past_buckets_states.buckets_cache[module.layer_idx]
@@ -52,17 +52,17 @@ def check_length(module: Any, length: int, copies: int = 1) -> int:
 def steps_ahead(module: Any, count: int) -> list[int]:
     """Return the distances (in chunks) from a query's chunk to each chunk of its neighbourhood.
 
-    The original does not rotate ``count`` chunks by ``count`` or more, so such a distance becomes 0.
+    ``count`` is the number of chunks. In the original, a distance of ``count`` or more has no effect, so it becomes 0.
     """
     steps = range(-module.num_chunks_before, module.num_chunks_after + 1)
     return [step if abs(step) < count else 0 for step in steps]
 
 
 def neighbourhoods(module: Any, count: int) -> list[tuple[int, int]]:
-    """Return the numbers of chunks ``(before, after)`` the query's chunk for each segment of the neighbourhood.
+    """Return ``(before, after)`` for each segment: how many chunks it has before and after the query's chunk.
 
-    One segment is enough if the neighbourhood is not longer than the list of ``count`` chunks. In a longer
-    neighbourhood, the original counts some chunks several times, so each chunk becomes a segment.
+    If all neighbours fit in the list of ``count`` chunks, there is one segment. Otherwise the original counts some
+    chunks several times. So each chunk becomes a segment ``(-n, n)``, which has only the chunk ``n`` chunks ahead.
     """
     before, after = module.num_chunks_before, module.num_chunks_after
     if before + after < count:
@@ -73,8 +73,8 @@ def neighbourhoods(module: Any, count: int) -> list[tuple[int, int]]:
 def in_chunks(weights: tuple[Tensor, ...], chunk: int, ahead: list[int]) -> Tensor:
     """Return the weights of each chunk's neighbourhood, ``(batch, heads, chunks, chunk, len(ahead) * chunk)``.
 
-    ``weights`` has one dense tensor ``(batch, heads, n, n)`` for all neighbouring chunks, or one tensor for each of
-    them. ``ahead`` is a result of :func:`steps_ahead`.
+    ``weights`` has one dense tensor ``(batch, heads, n, n)`` for all neighbouring chunks, or one such tensor per
+    neighbouring chunk. ``ahead`` is a result of :func:`steps_ahead`.
     """
     batch, heads, length, _ = weights[0].shape
     starts = torch.arange(0, length, chunk, device=weights[0].device)
@@ -90,12 +90,12 @@ def in_chunks(weights: tuple[Tensor, ...], chunk: int, ahead: list[int]) -> Tens
 def with_own_token(weights: Tensor, share: Tensor, own: Tensor) -> Tensor:
     """Return weights divided by the sum that they had before dropout.
 
-    If the sum of a row is 0, the query sees only its own token, so its own token gets a weight of 1.
+    If the sum of a row is 0, the query sees no other token. The query's own token then gets a weight of 1.
 
     Args:
         weights: ``(..., n)``.
         share: ``(..., 1)``, the sum of the weights before dropout.
-        own: bool, broadcastable to ``weights``, True for keys that are the query's token. A token may occur twice.
+        own: bool, broadcastable to ``weights``, True for keys of the query's own token (one or more per row).
     """
     alone = share == 0.0
     itself = own / own.sum(-1, keepdim=True).clamp(min=1)
@@ -110,7 +110,7 @@ def of_rounds(
     Args:
         probabilities: dense weights ``(batch, heads, length, hashes * length)`` of each segment of each round.
         dropped: ``probabilities`` after dropout.
-        order: ``(batch, heads, hashes, length)``, the token at each position of each round's sorted list.
+        order: ``(batch, heads, hashes, length)``, for each round the indices of the tokens in sorted order.
         chunk, ahead: as for :func:`in_chunks`.
     """
     hashes = order.shape[2]

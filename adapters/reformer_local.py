@@ -25,8 +25,8 @@ from attnzoo.spec.heads import merge_heads, split_heads
 from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern
 from attnzoo.spec.segments import Attention, Result, Segment
 
-# A slice has about SLICE tokens or more. It is at least SLICE_PER_NEIGHBOURHOOD times as long as its neighbourhood,
-# because each slice computes its neighbourhood again.
+# A slice has at least about SLICE tokens. It is at least SLICE_PER_NEIGHBOURHOOD times as long as its neighbouring
+# chunks, because their keys and values are computed again for each slice.
 SLICE, SLICE_PER_NEIGHBOURHOOD = 2048, 8
 
 
@@ -96,8 +96,8 @@ class LocalCall:
     def _slice_length(self, length: int, wanted: bool) -> int | None:
         """Return the number of tokens per slice, or None to compute all tokens at once.
 
-        Slices are used only if they change no result. So they are not used if gradients, dropout or probabilities are
-        needed. They are also not used for causal attention to later chunks, where the last chunk sees the first chunk.
+        Slices must not change results. So there are no slices if gradients, dropout or probabilities are needed. There
+        are also no slices for causal attention to later chunks, because the last chunk then sees the first chunk.
         """
         module = self._module
         around = module.num_chunks_before + module.num_chunks_after
@@ -110,7 +110,7 @@ class LocalCall:
         """Return the merged output ``(batch, length, embed)``, computed in slices.
 
         Slices save memory, because queries, keys and values of all tokens are three times as large as the output. Each
-        slice is computed with its neighbouring chunks. Their output is discarded. Projections must not mix tokens.
+        slice includes its neighbouring chunks, but their output is discarded. Projections must not mix tokens.
         """
         module, length = self._module, states.shape[1]
         check_length(module, length)

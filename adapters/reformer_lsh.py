@@ -37,14 +37,14 @@ from attnzoo.spec.transforms import holds, readable
 
 # Tokens per hashing call. The rotations of 384 queries fit in the CPU's cache. Fewer tokens would need too many calls.
 HASHED_AT_ONCE = 384
-# Bytes of sorted keys and values in memory at once. For all heads and 4 rounds they are 8 times as large as the output.
-# Smaller calls take longer: a quarter of the heads per call takes 5 % longer at 8192 tokens.
+# Maximum bytes of sorted keys and values in memory at once. For all heads and 4 rounds, these tensors are 8 times as
+# large as the output. Small calls take longer: 5 % at 8192 tokens with a quarter of the heads per call.
 SORTED_AT_ONCE = 3 << 26
 
 
 @dataclass
 class BucketNumber:
-    """The number of buckets that one site derived from a length. None before the first call that needs the number."""
+    """The number of buckets that a site derived from an input length. None until a call needs the number."""
 
     derived: int | list[int] | None = None
 
@@ -90,7 +90,7 @@ class LshCall:
                 if buckets is None:
                     buckets = self._hash(query, hashes, attention_mask)
                 shape = (batch, module.num_attention_heads, hashes, length)
-                if buckets.numel() != math.prod(shape):  # a backward does not get the call's ``num_hashes``
+                if buckets.numel() != math.prod(shape):  # the call in a backward does not get ``num_hashes``
                     raise InvalidArgumentError("buckets", describe(buckets), f"shape {shape} for {hashes} hashes")
                 buckets = buckets.view(shape)
                 size = self._heads_at_once(query, hashes, wanted)
@@ -110,8 +110,8 @@ class LshCall:
 
         The rotated queries of all rounds are many times as large as the queries. So on the CPU the module hashes slices
         of queries. The random state is reset between slices, so every slice gets the same rotations. The final random
-        state is the same as after a single call. On the CPU, a row of a matrix product depends on the number of rows
-        only if there are very few rows. On other devices the number of rows selects the kernel, so there is one slice.
+        state is the same as after a single call. A slice of a matrix product has the same values as the whole product
+        unless it has very few rows. Other devices select a kernel by the number of rows, so there is only one slice.
         """
         length = query.shape[2]
         if attention_mask is not None and not readable(attention_mask):  # the module's hashing reads the values
@@ -159,7 +159,7 @@ class LshCall:
         return keys
 
     def _short(self, query: Tensor, value: Tensor, real: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor | None]:
-        """Return output and weights for at most one chunk of tokens. A token sees all other tokens."""
+        """Return output and weights for at most one chunk of tokens. A token sees all (causal: all earlier) tokens."""
         dtype, length = compute_dtype(query), query.shape[2]
         query, key, value = query.to(dtype), self._keys(query).to(dtype), value.to(dtype)
         patterns = (Causal(offset=-1), *(() if self._module.is_decoder else (window_ahead(self._module),)))
@@ -174,8 +174,8 @@ class LshCall:
     def _heads_at_once(self, query: Tensor, hashes: int, wanted: bool) -> int:
         """Return how many heads to sort at a time.
 
-        The heads are split only on the CPU, and only if gradients, dropout and probabilities are not needed. Heads are
-        independent, so only the number of attentions changes. On a GPU, many small kernels would take longer.
+        On a GPU, or if gradients, dropout or probabilities are needed, sort all heads at once. On a GPU, many small
+        kernels would take longer. Heads are independent, so the split changes only the number of attentions.
         """
         batch, heads, length, dim = query.shape
         if query.device.type != "cpu" or torch.is_grad_enabled() or self._module.training or wanted:
@@ -199,7 +199,7 @@ class LshCall:
         module, dtype = self._module, compute_dtype(query)
         hashes, length = buckets.shape[2:]
         if hashes > 1 and holds((buckets[:, :, 1:].amin(-1) <= buckets[:, :, :-1].amax(-1)).any(), unknown=False):
-            allowed = "numbers that increase from one hash round to the next"
+            allowed = "larger values in each hash round than in the hash round before"
             raise InvalidArgumentError("buckets", describe(buckets), allowed)
         order = buckets.argsort(dim=-1, stable=True)
         token = order.flatten(2)
@@ -224,7 +224,7 @@ class LshCall:
     def _extend(
         self, hidden_states: Tensor, attention_mask: Tensor | None, hashes: int, wanted: bool, past: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return output, weights and buckets (None before the first full chunk) of a new token that sees all tokens."""
+        """Return output and weights of a new token that sees all tokens, and buckets (None: no chunk is full yet)."""
         module = self._module
         states = torch.cat([past, hidden_states], dim=1)
         dim = module.attention_head_size
@@ -253,7 +253,7 @@ class LshCall:
         value = project_by_head(module.value, states, heads).to(dtype)
         own = (tokens == past.shape[1])[:, :, None]
         itself = _rows(value, own[:, :, 0].long().argmax(-1, keepdim=True))
-        # The hidden keys differ from head to head, so each head becomes a sample with a separate key mask.
+        # Each head must hide different keys, so each head becomes a sample with a separate key mask.
         query, key, value, itself = (tensor.flatten(0, 1)[:, None] for tensor in (query.to(dtype), key, value, itself))
         segment = Segment(key, value, key_mask=~own.flatten(0, 2))
         result = self._attend(self._attention(query, (segment,), itself), wanted)
@@ -268,7 +268,7 @@ class LshCall:
 
 
 def _mask_of_step(attention_mask: Tensor | None, batch: int, lengths: tuple[int, ...]) -> Tensor | None:
-    """Return the mask for hashing, or None if no token is padding. Raise if the shape of the mask is wrong."""
+    """Return the mask for hashing, or None if no token is padding. Raise unless the mask's length is in ``lengths``."""
     if attention_mask is None or where_real(attention_mask) is None:
         return None
     if tuple(attention_mask.shape) not in [(batch, length) for length in lengths]:
@@ -293,7 +293,7 @@ def window_ahead(module: Any) -> Window:
 
 
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """Return rows of a tensor ``(batch, heads, n, dim)`` at ``(batch, heads, m)`` indices, faster than ``gather``."""
+    """Return the rows of a tensor ``(batch, heads, n, dim)`` at indices ``(batch, heads, m)``. Faster than gather."""
     batch, heads, length, dim = tensor.shape
     samples = torch.arange(batch, device=index.device)[:, None, None] * length
     numbers = (index + samples) * heads + torch.arange(heads, device=index.device)[:, None]

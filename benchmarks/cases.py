@@ -26,13 +26,13 @@ class Case:
 
     Attributes:
         family: name of the workload.
-        scope: ``"model"`` is the whole model. ``"module"`` is one self-attention module with its projections.
-            ``"attention"`` is like ``"module"``, but the time of the projections is subtracted.
+        scope: ``"model"`` is the whole model. ``"module"`` is one self-attention module including its projections.
+            ``"attention"`` is the same module, but the time of the projections is subtracted.
         seq_len: input length in tokens.
         batch: number of passages.
         dtype: a key of :data:`DTYPES`.
         train: True means that a run is a forward and a backward, both without dropout. False means only a forward.
-        layers: number of layers in each stack (encoder or decoder) of a whole model. None means the published number.
+        layers: number of layers in each stack (encoder or decoder) of a whole model. None means as many as published.
     """
 
     family: str
@@ -79,7 +79,7 @@ class Subject:
         return handle
 
     def release(self) -> None:
-        """Free everything in the model except the module, because only the memory of the module is to be measured."""
+        """Free everything in the model except the module, so that only the memory of the module is measured."""
         self.model = self.module
 
     def step(self) -> None:

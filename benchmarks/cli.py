@@ -39,7 +39,7 @@ def make_plan(
     full: bool = False,
     **fields: Any,
 ) -> ShootoutPlan:
-    """Return the plan for the options of :func:`bench`. ``fields`` sets the other fields of :class:`ShootoutPlan`."""
+    """Return the plan for options of :func:`bench`. ``fields`` are further fields of :class:`ShootoutPlan`."""
     if full:
         fields.update(seconds_per_case=60.0, dense_limit=None)
     elif not (backends or seq_lens or train) and fields.get("scope", "model") == "model":
@@ -130,7 +130,7 @@ def _require_writable(option: str, path: Path) -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[float, str], None]]:
-    """Yield ``update(done, step)``. It shows the completed share (0 to 1) and the next step in a progress bar."""
+    """Yield a function ``update(done, step)`` that shows the completed share (0 to 1) and the next step in a bar."""
     console = Console(stderr=True)
     step_column = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
     columns = (BarColumn(24), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), step_column)

@@ -1,4 +1,4 @@
-"""The contenders of a shootout: the original model and the backends. Peers are in ``peers.py``."""
+"""The contenders of a shootout: the original model and the backends. ``peers.py`` has the other libraries (peers)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from attnzoo.spec.segments import Attention, Result
 from attnzoo.spelling import parse
 from attnzoo.tuning.race import GRIDS, GRIDS_KEPT
 
-# Input length, in tokens, of the run that compiles a backend before the measured runs.
+# Maximum input length in tokens for the run that compiles a backend before the measured runs.
 _COMPILE_LEN = 1024
 
 
@@ -45,14 +45,14 @@ class GateVerdict:
 
 
 class Execution(NamedTuple):
-    """``kernel`` names the kernels that ran, most frequent first. ``complaint`` is empty if they ran as requested."""
+    """``kernel``: names of the kernels that ran, most frequent first. ``complaint``: what was not as requested."""
 
     kernel: str
     complaint: str = ""
 
 
 class PreparedContender:
-    """A contender that is ready to run in a worker process. The original and peers have no checks."""
+    """A contender that is ready to run. The original model and peers use this class, whose gate checks nothing."""
 
     def __init__(self, subject: Subject, kernel: str = "") -> None:
         self.subject, self._kernel = subject, kernel
@@ -66,7 +66,7 @@ class PreparedContender:
 
 @dataclass(frozen=True)
 class Contender:
-    """Code that a case measures. In the rows, ``name`` is stored as ``backend``, and ``peer`` as ``peer``."""
+    """Code that a case measures. A :class:`Row` stores ``name`` in its field ``backend``, and ``peer`` in ``peer``."""
 
     peer: ClassVar[bool] = False
     name: str
@@ -85,7 +85,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Original(Contender):
-    """The unpatched model of transformers. The ratios in the results compare other contenders with this model."""
+    """The unpatched model of transformers. The ratios in the results compare the other contenders with this model."""
 
     name: str = ORIGINAL
 
@@ -101,7 +101,7 @@ class BackendContender(Contender):
     """A registered backend, which runs in a subject that :func:`attnzoo.patch` patched.
 
     :attr:`name` may include options, as on the command line: ``blocked-local:window=1024``. If the backend stores all
-    ``length x length`` scores, inputs longer than :attr:`dense_limit` are skipped. None means no limit except memory.
+    ``length x length`` scores, inputs longer than :attr:`dense_limit` tokens are skipped. None means no such limit.
     """
 
     dense_limit: int | None = None

@@ -66,7 +66,7 @@ def peak_of(run: Callable[[], None], device: str) -> Peak:
 
 
 def _start_thread_pools() -> None:
-    """Start thread pools and load libraries before the run, so that the run's memory does not include them."""
+    """Start thread pools and load libraries before the run, so that their memory does not count as the run's."""
     x = torch.randn(256, 256, requires_grad=True)
     with torch.enable_grad():
         torch.softmax(x @ x, -1).sum().backward()
@@ -83,9 +83,9 @@ def _return_freed_memory() -> None:
 def _large_tensors_in_own_mappings() -> Iterator[None]:
     """Context manager in which glibc puts every allocation above 1 MiB into a separate memory mapping.
 
-    By default, glibc allocates tensors of up to 32 MiB on the heap. Freed tensors leave gaps there, which still count
-    as resident memory. The peak of the same run was then 120 MiB at one time and 200 MiB at another. On exit, both of
-    glibc's thresholds (mapping: 32 MiB, trimming: 64 MiB) are set, because glibc adapts neither after one was set.
+    By default, glibc allocates tensors of up to 32 MiB on the heap. Freed tensors leave gaps, which still count as
+    resident memory. The measured peak of the same run was then 120 or 200 MiB. If a program sets one threshold of
+    glibc, glibc stops adapting both. So on exit, both are set (mapping: 32 MiB, trimming: 64 MiB).
     """
     trim, threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     try:
@@ -110,7 +110,7 @@ def _reset_high_water_mark() -> bool:
 
 
 def _proc_value(path: str, name: str) -> str:
-    """Find the first line ``name: value`` in a file in /proc, and return the value."""
+    """Return the value of the first line ``name: value`` in a file of /proc."""
     lines = Path(path).read_text().splitlines()
     return next(line.partition(":")[2].strip() for line in lines if line.startswith(name))
 
@@ -129,7 +129,7 @@ def _max_rss() -> int:
 
 
 def available_memory(device: str) -> int | None:
-    """Return the free bytes of a device, or None if the system does not provide this number."""
+    """Return the free bytes of a device, or None if the system does not report them."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     try:

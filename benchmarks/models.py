@@ -19,7 +19,7 @@ DECODER_TOKENS = 64
 
 
 def _encoder_decoder_inputs(tokens: Tensor) -> Inputs:
-    """Return inputs. The encoder gets all tokens except the last 65. The decoder gets the 64 tokens that follow."""
+    """Return inputs. The encoder gets all tokens except the last 65, and the decoder the first 64 of these 65."""
     source, target = tokens[:, : -DECODER_TOKENS - 1], tokens[:, -DECODER_TOKENS - 1 :]
     decoder_ids = target[:, :-1].contiguous()
     kwargs = dict(input_ids=source, attention_mask=torch.ones_like(source), decoder_input_ids=decoder_ids)
@@ -48,7 +48,7 @@ def _led_inputs(tokens: Tensor) -> Inputs:
 
 
 def _layers_in(*fields: str) -> Callable[[Mapping[str, Any], int], dict[str, Any]]:
-    """Return a ``shrink`` function. It sets integer fields to the number of layers, and cuts lists to this length."""
+    """Return a function for :attr:`Workload.shrink`. Integer fields become ``layers``. Lists keep ``layers`` items."""
 
     def shrink(published: Mapping[str, Any], layers: int) -> dict[str, Any]:
         old = {name: published[name] for name in fields}
@@ -140,7 +140,7 @@ LONGT5_TGLOBAL = replace(
 
 
 def _reformer_training(published: Mapping[str, Any], seq_len: int) -> dict[str, Any]:
-    """Return configuration fields for training. Dropout is 0, and the axial position table is as long as the input."""
+    """Return the fields to change for training: no dropout, and an axial position table as long as the input."""
     columns = published["axial_pos_shape"][1]
     if seq_len % columns:
         allowed = f"a multiple of {columns}, because training uses every column of the axial position table"

@@ -64,7 +64,7 @@ def load_with_passages(
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = tokens[:, :64]
     inputs = _split(batch, passages)
-    # Configurations have many names for the number of positions. So a forward tests whether the length is allowed.
+    # Configurations have many names for the maximum length. So a forward tests whether the length is allowed.
     try:
         with torch.no_grad():
             model(**inputs[0])

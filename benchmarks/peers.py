@@ -1,8 +1,8 @@
-"""Peers are attentions of other libraries. The tables include their times, but no correctness gate checks them.
+"""Peers: attentions of other libraries. The tables include the times of peers, but no gate checks their numbers.
 
-``Workload.peer`` names the peer of a family. The peer computes a function that is similar, but not the same. The
-float64 oracle therefore cannot check a peer, and a peer never makes a shootout fail. A peer has no projections. Its
-inputs are random queries, keys and values of the family's sizes. Only worker processes import the libraries.
+``Workload.peer`` names the peer of a family. A peer computes a function that is similar to the family's attention, but
+not equal. So the float64 oracle cannot check a peer, and a peer never makes a shootout fail. A peer has no projections.
+The inputs are random queries, keys and values of the family's sizes. Only worker processes import the libraries.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ SCOPE = "attention"
 
 @dataclass(frozen=True)
 class Library:
-    """The attention class ``cls`` in the module ``module`` of a library. ``cls(**options)(*inputs)`` runs it.
+    """The attention class ``cls`` in the module ``module`` of a library. ``cls(**options)(*inputs)`` is a run.
 
     Attributes:
         inputs: number of input tensors ``(batch * heads, S, dim_head)``.
-        multiple: function of the options that returns a number. The input length must be divisible by this number.
+        multiple: function of the options. The input length must be divisible by the number that it returns.
     """
 
     module: str

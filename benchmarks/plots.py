@@ -1,4 +1,4 @@
-"""Plot time, memory and error of a shootout over the input length. Each mode has its own row of three panels."""
+"""Plot time, memory and error of a shootout over the input length, in one row of three panels for each mode."""
 
 from __future__ import annotations
 

@@ -42,13 +42,13 @@ class Row:
         peak_ratio: ``peak_bytes`` divided by the original's ``peak_bytes``. A value below 1 means less memory.
         before_bytes: bytes in use before the first run.
         memory_method: name of the method that measured the peak.
-        worst: what the worst check compared. In the worst check, the error is the largest fraction of its budget.
+        worst: what the worst check compared. The worst check has the largest error as a fraction of the error budget.
         error: largest absolute difference from the float64 oracle in the worst check.
         budget: error budget of the worst check.
-        checks: number of checks.
-        recall: share of full attention's weight on the keys that queries still see under the backend. It is a mean over
+        checks: number of comparisons with the float64 oracle.
+        recall: share of full attention's weight on the keys that queries still see with the backend: the mean over
             heads and checked queries. None if the backend does not change the pattern.
-        peer: whether the contender is a peer. The numbers of a peer are not checked, and no peer fails the shootout.
+        peer: whether the contender is a peer. Peers are not checked, and never make the shootout fail.
         note: how the case differs from the published configuration. Empty if it does not differ.
     """
 
@@ -104,7 +104,7 @@ class Row:
         return self.versions["gpu"] if self.device == "cuda" else f"{self.versions['cpu']}, {self.threads} thread(s)"
 
     def with_times(self, runs: tuple[float, ...]) -> Row:
-        """Return the row with ``runs`` (the seconds of the timed runs), and with their median and range."""
+        """Return the row with ``runs`` (the seconds of each timed run), and with the median, minimum and maximum."""
         return replace(self, runs=runs, seconds=statistics.median(runs), fastest=min(runs), slowest=max(runs))
 
     def without_measurements(self, status: str, reason: str) -> Row:
@@ -130,7 +130,7 @@ class EndToEnd:
     Attributes:
         status: a status as in :class:`Row`.
         report: text of the report, or the reason why there is no report.
-        gradients: whether gradients were compared, too. None in result files that are older than this field.
+        gradients: whether gradients were compared, too. None in old result files without this field.
     """
 
     family: str
@@ -141,7 +141,7 @@ class EndToEnd:
     gradients: bool | None = None
 
     def blocks(self, train: bool) -> bool:
-        """Whether rows of a mode are not measured because of this verdict. A refusal affects only the checked mode."""
+        """Whether this verdict excludes the rows of a mode. A refusal excludes only the mode that was checked."""
         return self.status != OK and (self.status != REFUSED or self.gradients is train)
 
 

@@ -1,4 +1,4 @@
-"""Run a shootout. After the end-to-end gates, each case measures peak memory, runs the gates, and measures time."""
+"""Run a shootout: first the end-to-end gates, then for each case the peak memory, the gates and the times."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class ShootoutPlan:
         original: whether the original model runs. Without the original model, rows have no ratios.
         rounds: number of timed runs per row. None means from 3 to 9 runs, depending on :attr:`seconds_per_case`.
         seconds_per_case: time budget for the timed runs of a case if ``rounds`` is None.
-        dense_limit: longest input of dense backends. None means that only the memory limits the input.
-        train_limit: longest input for forward+backward. None means no limit.
-        verify_len: input length of the end-to-end gate.
+        dense_limit: longest input of dense backends in tokens. None means that only the memory limits the input.
+        train_limit: longest input for forward+backward in tokens. None means no limit.
+        verify_len: input length of the end-to-end gate in tokens.
         peers: whether peers run. True requires the scope ``attention``. None means True if the scope is ``attention``.
     """
 
@@ -168,7 +168,7 @@ def _end_to_end(
                 status, report = problem.status, problem.reason
             verdicts.append(EndToEnd(family, name, plan.verify_len, status, report, gradients))
             if status != REFUSED:
-                break  # the check with gradients compared the outputs too
+                break  # the check with gradients also compared the outputs
     return verdicts
 
 
@@ -263,7 +263,7 @@ class _CaseRun:
             raise Problem(RED, gate.complaint)
 
     def _time(self) -> None:
-        """Time the contenders alternately. Each round starts with the next contender, to distribute noise evenly."""
+        """Time the contenders in turn. Each round starts with another contender, so that noise affects all equally."""
         expected = sum(self._first_seconds[name] for name in self._workers)
         affordable = int(self._plan.seconds_per_case / max(expected, 1e-3))
         rounds = self._plan.rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, affordable))

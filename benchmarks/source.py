@@ -1,4 +1,4 @@
-"""Digest of the source code. Results store it, because the version number does not change between two releases."""
+"""Digest of the source code. Results store the digest, because all code between two releases has the same version."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def digest(folders: Mapping[str, Path]) -> str:
-    """Return a digest (twelve hex digits) of all Python files in ``folders``. Its keys are the names of packages.
+    """Return a digest (twelve hex digits) of all Python files in ``folders``, ``{package name: folder}``.
 
     The digest does not depend on the paths of the folders. So a wheel and the repository have the same digest.
     """

@@ -1,4 +1,4 @@
-"""Print the page docs/results.md, which is made from JSON files. ``make docs-results`` runs this module.
+"""Print the page docs/results.md from JSON files of results. ``make docs-results`` runs this module.
 
 No other module copies numbers into the documentation.
 """

@@ -1,6 +1,6 @@
-"""Print the results of a shootout: one table per family, scope and mode, then why rows are missing, then a legend.
+"""Print the results of a shootout: one table per family, scope and mode, the reasons for missing rows, and a legend.
 
-The tables are at most 80 characters wide. Without the columns ``min - max`` and ``peak``, they are at most 60 wide.
+A table is at most 80 characters wide, or at most 60 without the columns ``min - max`` and ``peak``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _STYLES = {RED: "bold red", FAILED: "red"}
 _STATUS_WORDS = {RED: "RED", FAILED: "failed", REFUSED: "refused", SKIPPED: "skipped"}
 _WRAPPED_COLUMNS = ("backend", "kernel")
 _LEFT_COLUMNS = (*_WRAPPED_COLUMNS, "gate")
-# From wide to narrow terminals: the columns to leave out, and the number of blanks between the others.
+# From wide to narrow terminals: the columns to leave out, and the number of blanks between the other columns.
 _LAYOUTS: tuple[tuple[set[str], int], ...] = ((set(), 2), (set(), 1), ({"min - max"}, 1), ({"min - max", "peak"}, 1))
 _LEGEND = (
     "speed: the original's median time divided by this row's median time; above 1x is faster than the original.",
@@ -169,7 +169,7 @@ def _not_run(rows: list[Row]) -> Iterator[Text]:
 
 
 def _places(silent: list[Row], rows: list[Row]) -> str:
-    """Return, as text, at which lengths and in which mode a contender did not run. Return "" if it never ran."""
+    """Return, as text, the lengths and the mode in which a contender did not run, or "" if it never ran."""
     all_rows = [row for row in rows if row.backend == silent[0].backend]
     lengths, modes = sorted({row.seq_len for row in silent}), {row.mode for row in silent}
     at = f" at S={', '.join(map(str, lengths))}" if len(lengths) < len({row.seq_len for row in all_rows}) else ""

@@ -18,7 +18,7 @@ def book() -> bytes:
 
 
 def read_tokens(batch: int, length: int, offset: int) -> Tensor:
-    """Return token ids ``(batch, length)``. An id is ``offset`` plus a byte of the book, which repeats if necessary."""
+    """Return token ids ``(batch, length)``: ``offset`` plus the bytes of the book. Repeat the book if necessary."""
     text = torch.frombuffer(bytearray(book()), dtype=torch.uint8)
     index = torch.arange(batch * length) % len(text)
     return text[index].long().view(batch, length) + offset

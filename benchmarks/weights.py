@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-# The number of samples is prime. A matrix that reads the pool repeatedly therefore has no equal rows.
+# Size of the pool of random numbers. The size is prime, so that a matrix larger than the pool has no equal rows.
 _POOL = 4_194_301
 
 
@@ -33,8 +33,8 @@ def skip_initialisation() -> Iterator[None]:
 def spread(model: nn.Module, seed: int = 0) -> None:
     """Overwrite every parameter. The same seed gives the same weights in every process.
 
-    Every matrix is filled from one pool of normal random numbers, from a random start in the pool. The pool fills 160
-    million weights in a fraction of a second. Speed is needed here, because a model is built for each row.
+    Every matrix is filled from one pool of normal random numbers, starting at a random place in the pool. This fills
+    160 million weights in a fraction of a second. Speed is needed, because a model is built for each row.
     """
     generator = torch.Generator().manual_seed(seed)
     pool = torch.empty(_POOL).normal_(generator=generator)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-# Operator of torch.nn.functional.scaled_dot_product_attention -> the kernel that ran if the operator ran.
+# Operator of torch.nn.functional.scaled_dot_product_attention -> the kernel that the operator runs.
 _OPERATORS = {
     "aten::_scaled_dot_product_flash_attention": "flash",
     "aten::_scaled_dot_product_flash_attention_for_cpu": "flash",
@@ -36,7 +36,7 @@ def witness() -> Iterator[Counter[str]]:
 
 
 def claimed(reported: Iterable[str]) -> frozenset[str]:
-    """Return which reported kernels are kernels of SDPA. A report may join names, as in ``"flash+math"``."""
+    """Return the kernels of SDPA among the reported kernels. A report may join names, as in ``"flash+math"``."""
     names = (name for kernels in reported for name in kernels.split("+"))
     return frozenset(_CLAIMS[name] for name in names if name in _CLAIMS)
 

@@ -1,6 +1,6 @@
 """Measure each row in a separate process: build the contender, check the contender, and time runs.
 
-The processes of a case run alternately. The parent sends one request at a time, so only one process computes.
+The processes of a case take turns. The parent sends one request at a time, so only one process computes.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def verify_here(job: EndToEndJob) -> tuple[bool, str]:
 
 
 def process_context(preload: Iterable[str]) -> BaseContext:
-    """Return the context that starts workers: a fork server that has imported ``preload`` if possible, or ``spawn``."""
+    """Return the context that starts workers: if possible, a fork server that imports ``preload``, else ``spawn``."""
     # The profiler of torch 2.13 logs to stderr unless this level is set before torch is imported. The setting affects
     # the worker processes only, because this process has already imported torch.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -134,7 +134,7 @@ class Remote(Generic[Served]):
     def close(self) -> None:
         """Tell the process to end, and terminate the process if it still runs after 10 seconds.
 
-        An immediate termination could leave semaphores behind (for example, compilation creates one for tqdm).
+        An immediate termination could leave semaphores behind (for example, compilation creates a semaphore for tqdm).
         Then multiprocessing would print a warning about each semaphore.
         """
         self._connection.close()

@@ -1,4 +1,4 @@
-"""Define a workload: a model of a family with published configuration and random weights, and inputs of real text."""
+"""Workloads: a model of a family with its published configuration and random weights, and inputs of real text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Peer:
-    """A key of ``peers.LIBRARIES``, the size of a head, and the arguments of the library's attention class."""
+    """Attention of another library: a key of ``peers.LIBRARIES``, the size of a head, and arguments of the class."""
 
     package: str
     dim_head: int
@@ -44,15 +44,15 @@ class Workload:
         attention: class name of the self-attention module that the scopes ``module`` and ``attention`` run.
         heads: number of attention heads, for the memory estimate of dense backends.
         layers: number of layers that attend over the whole input, for the memory estimate of dense backends.
-        special_tokens: token id of byte 0. Smaller ids are special tokens.
+        special_tokens: number of special tokens. Their ids are smaller than the ids of bytes.
         inputs: function that turns tokens ``(batch, seq_len + extra)`` into model inputs.
         extra: number of tokens that ``inputs`` needs in addition to the input length.
         shrink: function of ``published`` and a number of layers that returns the configuration with fewer layers.
         positions: name of the configuration's field that limits the input length. None means no limit.
         reserved: number of positions that no token uses.
-        training: function of ``published`` and an input length, for a model whose backward works in training mode only.
-            This function returns the fields to change for training without dropout. It raises InvalidArgumentError for
-            a length that the model cannot train with. None means that the model trains in eval mode.
+        training: function of ``published`` and an input length, for a model whose backward requires training mode. The
+            function returns the fields to change for training without dropout. For a length that the model cannot
+            train with, it raises InvalidArgumentError. None means that the model trains in eval mode.
         peer: the peer in scope ``attention``. None means that the family has no peer.
     """
 

@@ -1,1 +1,1 @@
-"""The backend ``auto``, which selects by priority unless there are measurements from the same environment."""
+"""The backend ``auto``. It selects by measurements from the same environment or, without measurements, by priority."""

@@ -1,7 +1,7 @@
-"""The cache of measurements, which has one JSON file per environment in a folder of the user.
+"""The cache of measurements. It has one JSON file per environment, in a folder of the user.
 
 attnzoo always replaces a whole file, so a reader gets either the old or the new content. A lock lets one process write
-at a time. Without ``flock``, as on Windows, one of two writers may lose its changes. A process reads each file once.
+at a time. Without ``flock`` (on Windows), one of two writers may lose its changes. A process reads each file only once.
 If a file cannot be read, attnzoo warns once, ``attnzoo doctor`` shows the reason, and ``auto`` selects by priority.
 """
 
@@ -56,7 +56,7 @@ def _home() -> Path:
 
 
 def generation() -> int:
-    """Return a number that grows with every change of measurements. Callers put the number into their cache keys."""
+    """Return a counter of the changes of measurements. Callers put the counter into the keys of their caches."""
     return _generation
 
 
@@ -117,7 +117,7 @@ def check_writable() -> None:
 
 
 def obstacle() -> str:
-    """Return why measurements cannot be saved, or ``""``. The check writes no files, so it may overlook a reason."""
+    """Return why measurements cannot be saved, or ``""``. The check writes no file, so the result may miss a reason."""
     where = folder()
     try:
         nearest = next(path for path in (where, *where.parents) if path.exists())
@@ -139,7 +139,7 @@ def clear() -> list[Path]:
 
 
 class Stored(NamedTuple):
-    """The content of one file. ``problem`` is the reason why the file cannot be read. Empty means no problem."""
+    """The content of one file. ``problem`` is the reason why the file cannot be read, or ``""`` without a problem."""
 
     path: Path
     environment: Mapping[str, Any]
@@ -163,7 +163,7 @@ def _files() -> list[Path]:
 
 
 def _read(path: Path) -> Stored:
-    """Return the content of a file, which is empty for a missing file. An invalid file raises :class:`ValueError`."""
+    """Return the content of a file. A missing file counts as empty. An invalid file raises :class:`ValueError`."""
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):

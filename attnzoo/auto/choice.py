@@ -39,7 +39,7 @@ def by_priority_because() -> str | None:
 def by_measurement(measurement: Measurement, candidates: Sequence[Backend]) -> Choice | None:
     """Return the fastest measured candidate, or None if no candidate has a measured time.
 
-    The time of a candidate counts only if it was measured with the current code of the candidate.
+    A time counts only if the candidate's code has not changed since the measurement.
     """
     current = {backend.name: backend for backend in candidates if is_current(measurement, backend)}
     ranking = [(seconds, name) for seconds, name in measurement.ranking() if name in current]
@@ -58,6 +58,6 @@ def wrongs(measurement: Measurement, candidates: Sequence[Backend]) -> dict[str,
 
 
 def is_current(measurement: Measurement, backend: Backend) -> bool:
-    """Whether the measurement has an outcome of the backend that was made with the backend's current code."""
+    """Whether the measurement has an outcome of the backend's current code."""
     outcome = measurement.outcomes.get(backend.name)
     return outcome is not None and outcome.code == code_of(type(backend))

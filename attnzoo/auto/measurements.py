@@ -16,7 +16,7 @@ from attnzoo.spec.segments import Attention, Request
 
 @dataclass(frozen=True)
 class SizeClass:
-    """The size of an attention. All numbers are rounded up to powers of two. ``kv_lens`` has one number per segment."""
+    """The size of an attention, rounded up to powers of two. ``kv_lens`` has the number of keys of each segment."""
 
     batch: int
     q_len: int
@@ -54,7 +54,7 @@ class Outcome:
 
     @property
     def warm_up(self) -> str:
-        """A text about the time of the first run if this run was much slower than the median, else an empty string."""
+        """If the first run was much slower than the median, a text with the first run's time, else an empty string."""
         is_long = self.seconds is not None and self.first > max(1.0, 3.0 * self.seconds)
         return f"its first run took {format_seconds(self.first)}" if is_long else ""
 
@@ -67,7 +67,7 @@ class Measurement:
         request: the request as plain data (:func:`to_plain_data`).
         size: the size class of the attention.
         outcomes: the outcomes by backend name.
-        where: the name of the first site with this request, which is only shown to users.
+        where: the class and pattern of the first site with this request, as text for users.
     """
 
     request: Mapping[str, Any]
@@ -134,7 +134,7 @@ def mode_of(grad: bool) -> str:
 
 
 def to_plain_data(value: Any) -> Any:
-    """Return a request as plain data. Pattern offsets grow with lengths, so they are rounded up to powers of two."""
+    """Return a request as plain data. Offsets of patterns are rounded up to powers of two, as lengths are."""
     if isinstance(value, Pattern):
         return repr(value.coarse)
     if isinstance(value, torch.dtype):

@@ -21,7 +21,7 @@ from attnzoo.spec.segments import Attention, Request, Result
 class AutoBackend(Backend):
     """The backend that runs each attention on the fastest measured backend. Without measurements, priority decides.
 
-    The candidates are the available exact backends. The registry reserves the name but does not list this backend.
+    The candidates are the available exact backends. The registry reserves the name ``auto``, but does not list it.
     """
 
     name: ClassVar[str] = "auto"
@@ -31,7 +31,7 @@ class AutoBackend(Backend):
         return self
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
-        """Return the refusals of all candidates by name. The result is empty if a candidate supports the request."""
+        """Return nothing if a candidate supports the request. Otherwise return the refusals of all candidates."""
         answers = {candidate.name: candidate.refusals(request) for candidate in registry.exact_backends()}
         return _with_names(answers) if all(answers.values()) else ()
 

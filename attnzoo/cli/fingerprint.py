@@ -21,7 +21,7 @@ def fingerprint(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print the fingerprints of functions, to record in an adapter. They do not depend on the Python version."""
+    """Print the fingerprints that an adapter records. All Python versions give a function the same fingerprint."""
     computed = {path: fingerprint_at(path) for path in paths}
     if as_json:
         print(json.dumps(computed, indent=2))
@@ -70,7 +70,7 @@ def _import_problem(module: str, error: Exception) -> str:
 
 
 def _with_colon(path: str) -> str:
-    """Return a suggestion for a path without a colon: the path with a colon after the module that can be imported."""
+    """For a path without a colon, suggest the path with a colon after the longest part that can be imported."""
     names = path.strip(":").split(".")
     for length in range(len(names) - 1, 0, -1):
         module = ".".join(names[:length])

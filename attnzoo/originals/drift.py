@@ -1,6 +1,6 @@
 """Drift: differences between the functions of a model and the functions that the adapter was verified against.
 
-Drift has four causes. A subclass overrides a method, other code replaced or wrapped a function at run time, the source
+Drift has four causes: a subclass overrides a method, other code replaced or wrapped a function at run time, the source
 of a function cannot be read, or the installed package has different code (another version or edited files).
 """
 
@@ -41,16 +41,16 @@ class Difference:
 
 
 def find_drift(verified: Mapping[str, tuple[str, ...]]) -> tuple[Difference, ...]:
-    """Return the differences between ``{"module:Class.method": fingerprints}`` and the current functions."""
+    """Return where the current functions differ from ``verified``, a dict ``{"module:Class.method": fingerprints}``."""
     differences = (_difference(path, known) for path, known in verified.items())
     return tuple(difference for difference in differences if difference is not None)
 
 
 def find_bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]) -> tuple[Difference, ...]:
-    """Return the overrides in a subclass, and the run-time wrappers, that would no longer run after a patch.
+    """Return the overrides in subclass ``cls`` and the run-time wrappers that would no longer run after a patch.
 
-    The result omits constructors, because they run before a patch. The result also omits methods of other classes, such
-    as the model that calls the module, because these methods still run after a patch.
+    Constructors are omitted, because they run before a patch. Methods of other classes (for example, the model that
+    calls the module) are omitted, because these methods still run after a patch.
 
     ``base`` is the verified class in ``cls.__mro__``. Call this function only if :func:`find_drift` returned nothing.
     """
@@ -135,7 +135,7 @@ def _package(path: str) -> str:
 
 
 def _is_defined_at(path: str, function: Any) -> bool:
-    """Whether the class or module in the path defines the function. The result is True for an inherited method."""
+    """Whether the class or module in the path defines the function. Inherited methods count as defined."""
     module, _, attribute = path.partition(":")
     owner, _, name = attribute.rpartition(".")
     inherited = owner and name not in vars(object_at(f"{module}:{owner}"))
@@ -164,7 +164,7 @@ def _module(function: Any) -> str:
 
 
 def _describe(function: Any) -> str:
-    """Return a description of a callable with the name of the code object, because wrappers copy function names."""
+    """Describe a callable by the name of its code object, because wrappers copy the names of functions."""
     code = getattr(getattr(function, "__func__", function), "__code__", None)
     if code is None:
         return f"an object of type {type(function).__module__}.{type(function).__qualname__}"

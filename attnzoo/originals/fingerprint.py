@@ -1,9 +1,9 @@
 """Fingerprints of the functions that an adapter was verified against.
 
 A fingerprint is a hash of a function's tokens without comments, docstrings, blank lines and layout. All Python versions
-give a function the same fingerprint. The module contains a lexer for this, because ``tokenize`` splits f-strings only
-since Python 3.12, and ``ast`` and ``inspect.getsource`` also differ between versions. The module needs only the
-standard library.
+give a function the same fingerprint. This module has its own lexer, because ``tokenize`` splits f-strings only since
+Python 3.12, and ``ast`` and ``inspect.getsource`` also differ between versions. The module needs only the standard
+library.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 # Characters beyond ASCII belong to names, as in CPython's tokenizer. The result does not depend on Unicode tables.
 # Operators are single characters, because spaces inside an operator cannot turn a program into another program.
-# A word of prefix letters directly before a quote is a string prefix, because no keyword has only such letters.
+# A word directly before a quote is a string prefix if all its letters can be in a prefix. No keyword is such a word.
 _TOKEN = re.compile(
     r"""
     (?P<space> [ \t\f]+ | \\\n | \#[^\n]* )

@@ -2,7 +2,7 @@
 
 The replacement is an instance attribute. A hook of accelerate is stored in ``forward`` and calls ``_old_forward``
 (accelerate/hooks.py). If a module has such a hook, the replacement is stored in ``_old_forward``, so the hook still
-runs. Hooks can be added and removed while a module is patched, so :func:`take_back` searches both attributes.
+runs. A hook may be added or removed while a module is patched, so :func:`take_back` searches both attributes.
 
 A replacement must not reference the module, because a reference cycle would delay the deletion of the module.
 """

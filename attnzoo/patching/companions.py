@@ -15,7 +15,7 @@ from attnzoo.adapter import Attend, PatchPoint
 from attnzoo.originals import slots
 from attnzoo.originals.fingerprint import object_at
 
-# Tokens of the smallest slice. Its hidden layers fit in tens of MiB, and slices take no longer than all tokens at once.
+# Minimum tokens per slice. The hidden layers of such a slice need tens of MiB, and slices of this size cost no time.
 TOKENS_AT_ONCE = 2048
 
 

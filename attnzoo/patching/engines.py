@@ -1,9 +1,9 @@
 """Refuse continuous batching of transformers (``generate_batch``) on a patched model, in the caller's thread.
 
-Continuous batching keeps keys and values in a paged cache, which no backend reads. It runs the model in a thread that
-catches every exception, so after a refusal inside the forward the user would get requests without tokens. Each function
-that starts continuous batching first calls ``model.init_continuous_batching`` in the caller's thread. As long as the
-patch of a model would refuse the paged cache, attnzoo replaces this method by a function that raises an error.
+Continuous batching keeps keys and values in a paged cache, which no backend reads. The model runs in a thread that
+catches every exception. So if a forward refused the cache, the user would only get requests without tokens. Each
+function that starts continuous batching first calls ``model.init_continuous_batching`` in the caller's thread. While a
+model has a patch that refuses the paged cache, attnzoo replaces this method by a function that raises an error.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def guard(model: nn.Module) -> list[nn.Module]:
-    """Make the models inside ``model`` refuse or allow continuous batching, as their patches require. Return them.
+    """Make the models inside ``model`` refuse or allow continuous batching, as patches require. Return these models.
 
-    Call this function after each change of patches. It does not protect a model if only a part of the model was passed
-    to ``patch``. In this case the forward refuses the keyword ``cache`` in the thread of continuous batching, and the
+    Call this function after each change of patches. If only a part of a model was passed to ``patch``, the model is not
+    protected. The forward then refuses the keyword ``cache`` in the thread of continuous batching, and the
     ``error`` of each request is the message of the refusal.
     """
     models = [module for module in model.modules() if hasattr(type(module), _ENTRY)]

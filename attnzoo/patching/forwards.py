@@ -33,10 +33,10 @@ class Patch:
     """Data that all forwards of one patch share. References to modules are weak, because modules refer to forwards.
 
     Attributes:
-        number: the number of the patch. Each later patch in the process has a larger number.
+        number: the serial number of the patch. Later patches in the process have larger numbers.
         root: weak reference to the patched model.
         names: names of the patched modules in the model.
-        guarded: weak references to the models in the root that have continuous batching (see ``engines``).
+        guarded: weak references to the models inside the root that support continuous batching (see ``engines``).
         memory: the values that :meth:`SiteAttend.cached_per_forward` caches.
     """
 
@@ -48,10 +48,10 @@ class Patch:
 
 
 class SiteAttend:
-    """The :class:`~attnzoo.adapter.Attend` of one site. It runs attentions on the site's backend and counts them.
+    """The :class:`~attnzoo.adapter.Attend` of one site. It runs attentions on the site's backend and counts the runs.
 
     Attributes:
-        sharers: the site's module and the modules that share values with it. Empty if no module shares values.
+        sharers: the site's module and the modules that share values with this module. Empty if no values are shared.
     """
 
     def __init__(self, site: Site, plan: SitePlan, fallback: bool, memory: WeakTensorKeyDictionary) -> None:
@@ -59,7 +59,7 @@ class SiteAttend:
 
     @functools.cached_property
     def _weak_sharers(self) -> tuple[weakref.ref[nn.Module], ...]:
-        # This runs at the first call, because the owner of a deep copy is incomplete until the copy is finished.
+        # Computed at the first call, because the owner of a deep copy is incomplete until the copy is finished.
         target = self.plan.target
         return () if target.owner is None else tuple(map(weakref.ref, target.point.sharers(target.owner)))
 
@@ -99,10 +99,10 @@ class SiteAttend:
         return self._fallback and can
 
     def cached_per_forward(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
-        # Each site calls this method once per forward, so a second call of a site starts the next forward. Version
-        # counters cannot show that: inference tensors have none, and writes through ``.data`` or numpy do not change
-        # them. The version includes the inference mode, because autograd cannot save values made in that mode.
-        if transforms_around(()):  # tensors made under torch.func have no storage and cannot be used after it
+        # Each site calls this method once per forward, so a second call of a site starts the next forward. A version
+        # counter cannot show new forwards: inference tensors have no counter, and writes through ``.data`` or numpy do
+        # not change the counter. The version includes the inference mode: autograd cannot save inference tensors.
+        if transforms_around(()):  # torch.func's tensors have no storage and cannot be used after the transform
             return make(tensor)
         entries = self._memory.setdefault(tensor, {})
         version = (None if tensor.is_inference() else tensor._version, torch.is_inference_mode_enabled())
@@ -129,7 +129,7 @@ class _CalledModule(threading.local):
     module: weakref.ref[nn.Module] | None = None
 
     def __reduce__(self) -> Any:
-        # accelerate copies the attributes of a forward to a wrapper, and a deep copy of the model copies the wrapper.
+        # accelerate copies the attributes of a forward to a wrapper, and a deep copy of the model copies this wrapper.
         return _CalledModule, ()
 
 
@@ -159,16 +159,16 @@ class PatchedForward(slots.Replacement):
         functools.update_wrapper(self, self.original or target.cls.forward, updated=())
         self.__signature__ = inspect.signature(module.forward)
         # torch.compile cannot trace a forward with replaced globals, or a forward that reads tensor values. So patched
-        # modules run uncompiled, and torch.compile compiles the rest of the model. Backends may compile inside. A
-        # decorator would import the compiler together with attnzoo. Here transformers has already imported it.
-        # A module that computes no attention may contain most of the model, so only this frame of it is uncompiled.
+        # modules run uncompiled, and torch.compile compiles the rest of the model. Backends may call the compiler.
+        # A decorator would import the compiler together with attnzoo. Here transformers has imported the compiler.
+        # A module without attention may contain most of the model, so only the module's own frame is uncompiled.
         self._uncompiled = torch.compiler.disable(
             PatchedForward._run, reason="attnzoo runs patched modules uncompiled", recursive=self.point.attends
         )
         # The recorded module changes with each call, so compiled code would be recompiled for each module.
         self._note = torch.compiler.disable(PatchedForward._note_module)
         self._find_module = torch.compiler.disable(PatchedForward._module_of_call)
-        self._traced: nn.Module | None = None  # the module recorded in a graph, until its forward runs
+        self._traced: nn.Module | None = None  # the module that the compiler recorded, until the module's forward runs
 
     def _bind(self) -> None:
         self._called = _CalledModule()
@@ -232,7 +232,7 @@ class PatchedForward(slots.Replacement):
             module, self._traced = self._traced or self.module, None
             return self._run_original(module, args, kwargs)
         if self._forward is not None and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
-            # Patched modules read the values of masks. A trace would use the values of its example for all inputs.
+            # Patched modules read the values of masks. A trace would use the example's values for all later inputs.
             raise PatchError(
                 f"{self.site.label}: got a patched model to trace or export; allowed: a model patched with "
                 '"native", or a model without a patch (call attnzoo.unpatch(model))'
@@ -272,8 +272,8 @@ class PatchedForward(slots.Replacement):
         vars(twin).update(vars(self))
         root, target = self.patch.root(), self.plan.target
         whole = root is not None and id(root) in memo
-        # The copy of a whole model has a patch with separate counts. The copy of a part may become part of the model,
-        # as in PEFT. Calls of that copy count at the original's site, and the copy belongs to the original's patch.
+        # The copy of a whole model has a patch with separate counts. The copy of a module may be put into the model, as
+        # PEFT does. Calls of such a copy count at the site of the original module, in the same patch.
         key = (Patch, self.patch.number)
         if key not in memo:
             memo[key] = Patch(self.patch.number, weakref.ref(memo[id(root)]) if whole else self.patch.root)

@@ -1,9 +1,9 @@
 """Base class of patch points for modules that get their attention function from transformers' ``AttentionInterface``.
 
 The forward of such a module calls ``ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, ...)``. Several
-models may share the global ``ALL_ATTENTION_FUNCTIONS`` and the config, so a patch changes neither. The patched module
-runs a copy of its original forward in which only this global has a different value. Projections, rotary embeddings and
-caching remain the model's code.
+models may share the global ``ALL_ATTENTION_FUNCTIONS`` and the config, so a patch changes neither. A patched module
+runs a copy of its original forward, in which ``ALL_ATTENTION_FUNCTIONS`` has another value. Projections, rotary
+embeddings and caching remain the model's code.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def rebind(function: Callable[..., Any], **names: Any) -> FunctionType:
     All remaining globals keep their current values.
 
     Raises:
-        PatchError: ``function`` is not a plain Python function, or at least one of the names is not used in it.
+        PatchError: ``function`` is not a plain Python function, or does not use one of the names.
     """
     plain = inspect.unwrap(function)
     if not isinstance(plain, FunctionType) or any(name not in plain.__code__.co_names for name in names):
@@ -56,7 +56,7 @@ class InterfacePoint(PatchPoint):
         return self.bind_interface(cls, attend)
 
     def bind_interface(self, cls: Any, attend: Attend, **more: Any) -> Forward:
-        """Return the original forward with :meth:`compute` as its attention function, which also gets ``more``."""
+        """Return the original forward with :meth:`compute` as attention function. ``more`` are its extra keywords."""
         original = inspect.unwrap(cls.forward).__globals__.get(_NAME)
         return rebind(cls.forward, **{_NAME: _AttentionFunctions(self, attend, original, more)})
 
@@ -93,16 +93,16 @@ class InterfacePoint(PatchPoint):
         return attend_read(attend, read, query, key, value, scale, dropout, self.wants_probabilities(module, kwargs))
 
     def original_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the keyword arguments of the original function, which ``fallback="native"`` runs after a refusal."""
+        """Return the keyword arguments for the original attention function after a refusal (``fallback="native"``)."""
         return kwargs
 
     def check(self, module: Any) -> None:
-        """Raise unless the model builds masks for ``eager`` or ``sdpa``, because :meth:`compute` reads only these."""
+        """Raise unless the model builds masks for ``eager`` or ``sdpa``. :meth:`compute` reads no other masks."""
         # This field is private, but the module's forward and transformers' construction of masks read it.
         _check_implementation(module.config._attn_implementation)
 
     def wants_probabilities(self, module: Any, kwargs: Mapping[str, Any]) -> bool:
-        """Whether the keyword ``output_attentions`` requests probabilities. Without the keyword, the config decides."""
+        """Whether the keyword ``output_attentions`` or, without this keyword, the config requests probabilities."""
         keyword = kwargs.get("output_attentions")
         return bool(getattr(module.config, "output_attentions", False) if keyword is None else keyword)
 

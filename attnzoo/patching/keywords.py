@@ -1,15 +1,15 @@
-"""Refuse keyword arguments that change the result of attention but that no backend uses. Ignore the others.
+"""Refuse keyword arguments that change the result of attention if no backend uses them. Ignore all other keywords.
 
 Decoders of transformers pass every unknown keyword, such as labels or numbers for the loss, to all attention modules.
 The attention functions for ``eager`` and ``sdpa`` read a few keywords by name and ignore the rest. A patched model also
-ignores the rest, because these keywords do not change the result, and a refusal would break calls that work without a
+ignores the rest, because these keywords do not change the result. Calls that work without a patch must not fail with a
 patch. A patched model refuses two kinds of keywords:
 
-- the keywords in ``UNCOMPUTED``, which change the result of some attention function of transformers but of no backend;
-- any other parameter that the original attention function declares, because a later release may add one.
+- the keywords in ``UNCOMPUTED``: an attention function of transformers computes with them, but no backend does;
+- any other parameter that the original attention function declares, because a later release may add parameters.
 
-``eager`` and ``sdpa`` ignore ``cu_seq_lens_q`` and similar document boundaries, and so does a patched model. The mask,
-which the model builds from ``position_ids``, already separates the documents of a packed row.
+``eager`` and ``sdpa`` ignore ``cu_seq_lens_q`` and similar document boundaries, and so does a patched model. The model
+builds the mask from ``position_ids``, so the mask already separates the documents of a packed row.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UNCOMPUTED = frozenset({
 def refuse_uncomputed(kwargs: Mapping[str, Any], also: Iterable[str] = (), known: Iterable[str] = ()) -> None:
     """Raise :class:`KeywordRefusedError` if a keyword argument changes the result but no backend uses it.
 
-    A value of None counts as not given. Names in ``also`` are refused, too. Names in ``known`` are never refused.
+    Keywords with the value None are allowed. Names in ``also`` are refused, too. Names in ``known`` are never refused.
     """
     for keyword in sorted((UNCOMPUTED.union(also) & kwargs.keys()) - set(known)):
         value = kwargs[keyword]
@@ -48,8 +48,8 @@ def refuse_uncomputed(kwargs: Mapping[str, Any], also: Iterable[str] = (), known
 def check_keywords(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
     """Before a forward starts, raise if a keyword argument changes the result but no backend uses it.
 
-    The adapter handles the parameters that the module's forward declares. A forward without ``**kwargs`` raises a
-    TypeError for unknown keywords.
+    Parameters that the module's forward declares pass this check, because the adapter handles them. A forward without
+    ``**kwargs`` needs no check, because it raises a TypeError for unknown keywords.
     """
     forward = type(module).forward
     if not UNCOMPUTED.isdisjoint(kwargs) and inspect.getfullargspec(inspect.unwrap(forward)).varkw is not None:

@@ -2,8 +2,8 @@
 
 A model expands masks to grids ``(batch, 1, q_len, kv_len)``. If the user passes a list, an array or a mask of a wrong
 shape, the model raises an unrelated error or accepts the mask. A patched attention gets only the grid. So an adapter
-describes the mask arguments of its model (:class:`MaskArgument`), and a :class:`MaskCheckPoint` checks these arguments
-before the model's forward starts. At that time the model has built no grid and filled no cache.
+describes the mask arguments of the model (:class:`MaskArgument`). A :class:`MaskCheckPoint` checks these arguments
+before the model's forward starts, so before the model builds a grid or fills a cache.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class MaskArgument:
     """Description of a mask argument ``(batch, length)`` of a module.
 
     Attributes:
-        tokens: names of arguments that may contain the tokens ``(batch, length, ...)``. The first given one is used.
-        public_name: the name by which users pass the mask. Empty if it equals the name of the module's argument.
+        tokens: names of arguments that may contain the tokens ``(batch, length, ...)``. The first tensor is used.
+        public_name: the name by which users pass the mask. Empty if users pass the module's argument directly.
         allows_grid: whether the mask may also have the shape ``(batch or 1, heads or 1, q_len or 1, kv_len or 1)``.
         visibility: whether the mask must contain True (or 1) for visible tokens and False (or 0) for hidden tokens. The
             shape may then also be ``(batch or 1, q_len or 1, length)``. The module gets a bool mask of rank 3.
-        queries: names of arguments that may contain the queries. Empty if the queries are the same tokens.
+        queries: names of arguments that may contain the queries. Empty if ``tokens`` are also the queries.
         resized: whether the model cuts or extends a mask of a wrong length and moves the mask to the right device.
         cache: names of arguments that may contain a cache. With a cache, a grid also has columns for cached tokens, and
             a mask ``(batch, length)`` may have any length.
@@ -73,7 +73,7 @@ class MaskCheckPoint(CompanionPoint):
     masks: MaskArguments
 
     def masks_of(self, module: Any) -> MaskArguments:
-        """Return the mask arguments of a module. Override this method if they differ between modules of the class."""
+        """Return the mask arguments of a module. Override this method if modules of the class have different masks."""
         return self.masks
 
     def describe(self, module: Any) -> str:
@@ -98,7 +98,7 @@ class MaskCheckPoint(CompanionPoint):
 def check_masks(
     masks: MaskArguments, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Check the masks among the arguments of a forward. Return the arguments, with masks expanded to the batch size.
+    """Check the masks in the arguments of a forward. Return the arguments, with the masks expanded to the batch size.
 
     ``names`` are the forward's positional parameters, without ``self``.
     """
@@ -179,8 +179,8 @@ def check_visibility(
 ) -> Tensor:
     """Raise unless a mask contains only True or 1 (visible) and False or 0 (hidden).
 
-    Other values are refused, because the mask may be additive. In an additive mask, 0 means visible. The arguments and
-    errors are those of :func:`check_mask`. ``q_len`` is the number of queries, or -1 for an unknown number.
+    A mask with other values may be additive. In an additive mask, 0 means visible. Arguments and errors are those of
+    :func:`check_mask`. ``q_len`` is the number of queries, or -1 if this number is unknown.
 
     Returns:
         The mask as bool ``(batch, 1 or q_len, length)``.
@@ -197,7 +197,7 @@ def check_visibility(
 
 
 def refuse_nan(name: str, mask: Tensor) -> None:
-    """Raise :class:`InvalidArgumentError` if a mask contains NaN. The check of a float mask waits for the device."""
+    """Raise :class:`InvalidArgumentError` if a mask contains NaN. For float masks, this waits for the device."""
     if mask.is_floating_point() and holds(mask.isnan().any(), unknown=False):
         raise InvalidArgumentError(name, f"{describe(mask)} with NaN", "a mask without NaN")
 
@@ -209,7 +209,7 @@ def _first_tokens(given: Mapping[str, Any], names: tuple[str, ...]) -> Tensor | 
 
 
 def _columns(cache: Any, length: int) -> int:
-    """Return the number of keys in the first layer, or -1 for a cache that does not report it (a paged cache)."""
+    """Return the number of keys in the first layer, or -1 if the cache does not report this number (a paged cache)."""
     if cache is None:
         return length
     sizes = getattr(cache, "get_mask_sizes", None)

@@ -42,11 +42,11 @@ class Handle:
     def remove(self) -> None:
         """Restore the original forwards exactly. Do nothing if the patch was already removed.
 
-        Copies of patched modules inside the model, such as those from PEFT's ``modules_to_save``, are also restored.
+        This includes copies of patched modules inside the model, such as the copies for PEFT's ``modules_to_save``.
 
         Raises:
-            PatchError: the patch is not the last patch of a module, or other code has replaced a patched forward. The
-                model is unchanged.
+            PatchError: the patch is not the last patch of a module, or other code has replaced a patched forward. In
+                both cases, the model is unchanged.
         """
         if all(forward.removed for forward in self.forwards):
             return
@@ -167,7 +167,7 @@ def unpatch(model: nn.Module) -> None:
 
 
 def _check_whole(places: list[tuple[nn.Module, PatchedForward]]) -> None:
-    """Raise unless a patch is in place at each of its modules. ``places`` are pairs as from :func:`_last`."""
+    """Raise unless a patch is in place at all its modules. ``places`` are pairs as from :func:`_last`."""
     in_place = {forward.site.name for _, forward in places}
     # Ignore shallow copies, because a patch includes the original modules only.
     expected = [name for module, forward in places if module is forward.module for name in forward.patch.names]
@@ -206,13 +206,13 @@ def patch(
             backend of highest priority. ``"native"`` counts the calls of the model's original code. The first glob
             that matches a module decides, so write narrow globs first. Modules that match no glob are not patched.
         fallback: what happens to a call that the backend refuses. With ``"error"``, the call raises. With
-            ``"native"``, the call runs the model's original code, and ``Site.fallbacks`` counts it. But if a forward
-            that the patch replaces as a whole has already started, the call raises, because the cache may already be
-            filled. An example is a refusal of a mask that is neither causal nor a padding mask.
-        replace: whether to remove earlier patches of the model, after the checks of the new patch have passed. This
-            lets a notebook cell run again. By default, the new patch is added to the earlier patches.
-        options: options of backends that are given by name, e.g. ``window=1024``. They do not change configured
-            backends (:func:`attnzoo.configure`).
+            ``"native"``, the call runs the model's original code, and ``Site.fallbacks`` counts the call. Exception:
+            some patches replace the whole forward of a module. If such a forward has started, a refusal always raises,
+            because the cache may already be filled. An example is a mask that is neither causal nor a padding mask.
+        replace: whether to remove earlier patches of the model, after the new patch has passed all checks. A notebook
+            cell with ``replace=True`` can run again. By default, the new patch is added to the earlier patches.
+        options: options for backends that are given by name, e.g. ``window=1024``. Configured backends
+            (:func:`attnzoo.configure`) ignore these options.
 
     Returns:
         A :class:`Handle`. Weights, state_dict and config of the model are unchanged.
@@ -264,7 +264,7 @@ def _assign(
             names = [site.name for site in sites]
             raise PatchError(f"backend: got glob {glob!r}, which matches no site; allowed: a glob for some of {names}")
         for first in [other for other in matched if other != glob]:
-            # A later glob that matches the text of the earlier glob is wider, so it applies to the remaining sites.
+            # If a later glob matches the text of an earlier glob, the later glob is wider and gets the other sites.
             if set(matched[glob]) <= set(matched[first]) and not fnmatch.fnmatchcase(first, glob):
                 raise PatchError(
                     f"backend: got glob {glob!r} after {first!r}, which matches all sites of {glob!r}; "

@@ -34,13 +34,13 @@ class NativeBackend(Backend):
         return ()
 
 
-# Backends that every model supports. The registry reserves their names.
+# Backends that are always available. The registry reserves their names.
 BUILT_IN: Mapping[str, Backend] = {backend.name: backend for backend in (AutoBackend(), NativeBackend())}
 
 
 @dataclass(frozen=True, eq=False)
 class SitePlan:
-    """The plan for one site: the backend, the expected requests, and the reasons why a patch is not possible.
+    """The plan for one site: the backend, the expected requests, and the reasons against a patch.
 
     Attributes:
         target: the module to patch.
@@ -70,7 +70,7 @@ class SitePlan:
     ) -> None:
         """Before a module runs, raise if the backend refuses an expected request of the call.
 
-        ``module`` is the target's module or a copy of it. ``sharers`` are the modules that share values with it.
+        ``module`` is the target's module or a copy. ``sharers`` are the modules that share values with ``module``.
 
         Raises:
             BackendRefusedError: the backend refuses a request. The error lists every reason.
@@ -136,7 +136,7 @@ def _plan_companions(model: nn.Module, targets: Sequence[PatchTarget], plans: Se
 def changes_of(backend: Backend, requests: Sequence[Request], anywhere: bool = False) -> tuple[str, ...]:
     """Return descriptions of how a backend changes the pattern of the requests that it supports.
 
-    ``backend`` is bound to a site. If ``anywhere`` is True, refusals that are specific to this machine are ignored.
+    ``backend`` must be bound to a site. If ``anywhere`` is True, refusals that only this machine causes are ignored.
     """
     supported = (request for request in requests if not refusals_of(backend, (request,), anywhere))
     return tuple(dict.fromkeys(change for request in supported if (change := backend.changes(request)) is not None))
@@ -201,7 +201,7 @@ def _check_loaded(model: nn.Module, target: PatchTarget) -> None:
 
 
 def _is_offloaded(model: nn.Module, parameter: str) -> bool:
-    """Whether a hook of accelerate moves a parameter to a device when a module around it runs."""
+    """Whether a hook of accelerate moves a parameter to a device when a module that contains it runs."""
     path = parameter.split(".")[:-1]
     around = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1))
     return any(slots.runs_on(module) is not None for module in around)

@@ -1,8 +1,8 @@
 """Repeat the random choices of one run of a model in later runs, also in runs of a different dtype.
 
 LSH attention hashes with random rotations in the model's dtype. So the hashes in float64 differ from the hashes in
-float32, even with the same seed. Runs are comparable only if their hashes are equal. From a module's output,
-``PatchPoint.replay`` returns the keyword arguments with which the module repeats its choices.
+float32, even with the same seed. Runs are comparable only if their hashes are equal. ``PatchPoint.replay`` turns the
+output of a module into keyword arguments. With these arguments, the module repeats its choices.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Choices = dict[str, list[dict[str, Any]]]
 
 @contextmanager
 def recording(modules: Mapping[str, tuple[nn.Module, Callable[[Any], dict[str, Any]]]]) -> Iterator[Choices]:
-    """Yield a dictionary, which receives the random choices of ``modules`` while the ``with`` block runs.
+    """Yield a dictionary that receives the random choices of ``modules`` while the ``with`` block runs.
 
-    ``modules`` maps each name to a module and its patch point's ``replay``. The yielded dictionary has a list for each
-    name. For each call, the list has the keyword arguments that make the module repeat the choices of the call.
+    ``modules`` maps each name to a module and the ``replay`` method of the module's patch point. The dictionary maps
+    each name to a list with one item per call: the keyword arguments with which the module repeats its choices.
     """
     choices: Choices = defaultdict(list)
 
@@ -51,6 +51,6 @@ def replaying(model: nn.Module, choices: Choices) -> Iterator[None]:
 
 
 def own_random_stream(model: nn.Module) -> AbstractContextManager[None]:
-    """Return a context manager that, at its end, restores the random state of the CPU and the model's CUDA devices."""
+    """Return a context manager that restores, on exit, the random state of the CPU and of the model's CUDA devices."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     return torch.random.fork_rng(devices=devices)

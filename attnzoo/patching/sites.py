@@ -30,7 +30,7 @@ class Site:
         cls: the name of the module's class.
         pattern: the attention pattern in words, such as ``"causal"``.
         backend: name of the requested backend. ``"native"`` stands for the model's original code.
-        changes: expected changes of the pattern by the backend, as text. Empty if the backend is exact.
+        changes: how the backend is expected to change the pattern, as text. Empty if the backend is exact.
         kernels: how often each kernel ran.
         calls: how many attentions the backend ran.
         selections: how often ``auto`` made each choice. Empty unless the requested backend is ``auto``.
@@ -52,7 +52,7 @@ class Site:
 
     @property
     def label(self) -> str:
-        """The module's name for messages, or the class name if the module is the patched model, which has no name."""
+        """The module's name for messages. The whole model has no name, so its label is the class name."""
         return self.name or self.cls
 
     @property
@@ -66,7 +66,7 @@ class Site:
 
     @property
     def approximate(self) -> str:
-        """The pattern changes that happened so far or, before the first call, the expected changes. Empty if none."""
+        """The pattern changes so far or, before the first call, the expected changes. Empty without changes."""
         return "; ".join(self.changed if self.calls else self.changes)
 
     @property
@@ -89,7 +89,7 @@ class PatchTarget:
         name: the name of the module in the model.
         alive: the module. None if the module was freed, or if this target is a copy without a known module.
         module: the module. Reading this attribute raises PatchError if the module was freed.
-        owner: the module around this module in which layers share values (``PatchPoint.shared_in``), or None.
+        owner: the module that contains this module, and whose layers share values (``PatchPoint.shared_in``), or None.
         label: the module's name for messages, as in :attr:`Site.label`.
     """
 
@@ -125,7 +125,7 @@ class PatchTarget:
         return self.name or self.cls.__name__
 
     def covered_modules(self) -> Iterable[nn.Module]:
-        """Return the modules inside the owner, or inside the module if it has no owner."""
+        """Return the modules inside the owner or, without an owner, inside the module."""
         return (self.owner or self.module).modules()
 
     def expected_requests(self) -> tuple[Request, ...]:
@@ -149,8 +149,8 @@ def expected_requests(
     """Return the expected requests of a module.
 
     Args:
-        sharers: the module and the modules that share values with it.
-        grad: whether gradients will be computed. None means True in training mode if the module has trained parameters.
+        sharers: ``module`` and the modules that share values with ``module``.
+        grad: whether gradients will be computed. None means True if the module is training and has trained parameters.
         transforms: the transforms of ``torch.func`` around the call.
     """
     trains_bias = False
@@ -191,8 +191,8 @@ def check_model(model: object) -> None:
 def find_sites(model: nn.Module) -> list[PatchTarget]:
     """Return every module of a model that a registered adapter can patch.
 
-    A patch point matches modules by class, not by configuration. If several patch points match, the point for the
-    nearest base class is used. Among several such points, the point of an adapter for the model's type is preferred.
+    A patch point matches modules by class, not by configuration. If several points match a module, the point for the
+    nearest base class is used. If several points are for this class, adapters for the model's type come first.
 
     Raises:
         InvalidArgumentError: ``model`` is not a ``torch.nn.Module``.

@@ -27,7 +27,7 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. ``detail`` describes the item if ``ok`` is True, or else gives the reason and remedy."""
+    """One line of the report. If ``ok`` is True, ``detail`` describes the item, else it gives the reason and remedy."""
 
     kind: str  # "machine", "package", "backend", "model" or "entry point"
     name: str

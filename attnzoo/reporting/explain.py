@@ -48,7 +48,7 @@ class Explanation(tuple[Verdict, ...]):
     """The verdicts for all sites, which print as text. Sites with equal verdicts are printed together.
 
     Attributes:
-        auto: lines for each site name. A line says what ``auto`` selects for one measured size or other sizes, and why.
+        auto: for each site name, lines of text. Each line says what ``auto`` selects for which sizes, and why.
     """
 
     auto: dict[str, tuple[str, ...]]
@@ -126,7 +126,7 @@ def _plan(model: nn.Module, targets: Sequence[PatchTarget], backend: Backend) ->
 
 
 def _verdict(name: str, plan: SitePlan, plans: Sequence[SitePlan]) -> Verdict:
-    """Return the verdict on a site. An obstacle, such as drift, in a companion of the site also prevents the patch."""
+    """Return the verdict on a site. An obstacle (such as drift) in a companion of the site counts as a refusal."""
     target = plan.target
     obstacles = tuple(
         Refusal("adapter", str(other.obstacle), "the code that the adapter was verified against")
@@ -140,7 +140,7 @@ def _verdict(name: str, plan: SitePlan, plans: Sequence[SitePlan]) -> Verdict:
 
 @dataclass(frozen=True)
 class _Unusable(Backend):
-    """Placeholder for a backend that failed to load or lacks options. It refuses every request with ``reason``."""
+    """Placeholder for a backend that failed to load or needs options. It refuses every request with ``reason``."""
 
     reason: Refusal
 

@@ -1,7 +1,7 @@
 """The support matrix: whether each backend runs each feature at each attention module, and the reasons if not.
 
-The modules come from example models without weights, which adapters define. The refusals come from the declarations of
-backends. So the matrix does not depend on this machine. A cell is a module's request with one feature added.
+The modules come from the examples of adapters, which are models without weights. The refusals come from declarations of
+backends. So the matrix does not depend on this machine. A cell is for a module's requests with one added feature.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _key_mask(request: Request) -> Request:
 
 
 def _grouped(request: Request) -> Request:
-    """Return the request with half as many key heads, if each query head has its own and their number is even."""
+    """Halve the key heads of each segment that has one key head per query head, if the number of heads is even."""
     even = request.heads % 2 == 0
     segments = (
         replace(segment, kv_heads=request.heads // 2) if even and segment.kv_heads == request.heads else segment

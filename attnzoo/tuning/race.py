@@ -26,7 +26,7 @@ SAMPLE_SECONDS, MOST_RUNS = 0.005, 50
 HOPELESS = 3.0
 # Dense backends are not timed if they need more bytes than this.
 DENSE_BYTES = 2 << 30
-# Number of score grids in memory at the same time in plain operations, and number of grids stored for the backward.
+# How many grids of scores plain operations have in memory at once, and how many more they store for the backward.
 GRIDS, GRIDS_KEPT = 6, 4
 ROWS = 64
 
@@ -91,13 +91,13 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _wrong(backend: Backend, attention: Attention, grad: bool) -> str:
-    """Return a text that lists the checks that fail the error rule. It is empty if all checks pass."""
+    """Return the checks that fail the error rule, as text. The text is empty if all checks pass."""
     report = check_attention("tune", attention, backend, grad=grad, max_rows=ROWS)
     return "; ".join(str(check) for check in report.checks if not check.ok)
 
 
 def _step(backend: Backend, attention: Attention, grad: bool) -> Callable[[], str]:
-    """Return a function that runs ``backend`` on ``attention`` once, and returns the name of the kernel that ran."""
+    """Return a function. The function runs ``backend`` on ``attention`` once, and returns the name of the kernel."""
     leaves = tuple({id(tensor): tensor for tensor in attention.tensors() if tensor.requires_grad}.values())
     shape = (attention.batch, attention.heads, attention.q_len, attention.value_dim)
     cotangent = torch.ones(shape, dtype=attention.query.dtype, device=attention.query.device)
@@ -115,7 +115,7 @@ def _step(backend: Backend, attention: Attention, grad: bool) -> Callable[[], st
 def _times(
     runs: dict[str, Callable[[], str]], device: torch.device, rounds: int, tick: Clock
 ) -> dict[str, float | Exception]:
-    """Return for each name the median seconds of one run, or the exception that a run of this backend raised."""
+    """Return for each backend name the median seconds of one run, or the exception that a run raised."""
     failed: dict[str, float | Exception] = {}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     counts = dict.fromkeys(runs, 1)

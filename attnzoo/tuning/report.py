@@ -34,7 +34,7 @@ class TuningReport(tuple[Measurement, ...]):
 
 
 def table(measurement: Measurement, remark: str = "") -> str:
-    """Return a measurement as a table. It lists the timed backends, fastest first, and why others were not timed."""
+    """Return a table of the timed backends, fastest first, and of the reasons why other backends were not timed."""
     request = measurement.request
     head = f"{measurement.where}: {request.get('dtype')}, {request.get('heads')} heads x {request.get('head_dim')}, "
     lines = [f"{head}{measurement.size}, {measurement.mode}{remark}"]

@@ -65,7 +65,7 @@ def tune(
             if that variable is not set). Without the file, the results are valid in this process only.
         rounds: number of timed samples per backend, at least 1.
         clock: function that returns seconds. None means ``time.perf_counter``.
-        progress: function that is called with the name of each attention before the measurement.
+        progress: function that is called with a description of each attention before its measurement.
 
     Returns:
         A tuple of measurements. ``print`` shows the tuple as tables.
@@ -134,7 +134,7 @@ def _observe_model(
             site.observer = observe
         if isinstance(inputs, Mapping):
             returned = model(**inputs)
-            if gradients:  # checkpointed and reversible layers request gradients only in their backward
+            if gradients:  # checkpointed and reversible layers run with gradients only in their backward
                 _backward(returned)
         else:
             inputs()
@@ -165,7 +165,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if model.training else []
     for parameter, _ in gradients:
-        parameter.grad = None  # a backward would add to the tensor itself
+        parameter.grad = None  # a backward would add to the existing tensor in place
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ def cast(value: Any, dtype: torch.dtype | None) -> Any:
     """Return a copy of the arguments of a forward, with all floating-point tensors in ``dtype``.
 
     Tensors in dicts, lists and tuples are converted, too. Caches and other objects are copied. If ``dtype`` is None,
-    each tensor keeps its dtype. The lowest number of a dtype hides tokens and becomes the lowest number of ``dtype``.
+    each tensor keeps its dtype. A mask may use the lowest number of its dtype, which becomes the lowest of ``dtype``.
     """
     if isinstance(value, Tensor):
         if dtype is None or not value.is_floating_point() or value.dtype == dtype:
@@ -34,7 +34,7 @@ def cast(value: Any, dtype: torch.dtype | None) -> Any:
 
 
 def check_gradient_mode(gradients: bool) -> None:
-    """Raise if gradients are requested inside ``torch.inference_mode()``, which records none."""
+    """Raise if gradients are requested inside ``torch.inference_mode()``."""
     if gradients and torch.is_inference_mode_enabled():
         allowed = "False, or a call outside torch.inference_mode()"
         raise InvalidArgumentError("gradients", "True inside torch.inference_mode()", allowed)
@@ -106,7 +106,7 @@ def _has_decoder(model: nn.Module) -> bool:
 def real_tokens(inputs: Mapping[str, Any], decoder: bool, output: Tensor) -> Tensor | None:
     """Return a bool mask ``(batch, length)``, True for output rows of real tokens, or None if the inputs have no mask.
 
-    A decoder row is real only if the sample has a real source token, because otherwise cross-attention has no key.
+    If a sample has no real source token, its decoder rows are not real, because cross-attention then has no key.
     """
     mask = inputs.get("attention_mask")
     if decoder:
@@ -121,7 +121,7 @@ def real_tokens(inputs: Mapping[str, Any], decoder: bool, output: Tensor) -> Ten
 
 
 def rows_of_modules(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[str, Tensor], Tensor | None]:
-    """Return a function that gets a module's name and output ``(batch, length, ...)`` and returns which rows are real.
+    """Return a function of a module's name and output ``(batch, length, ...)`` that returns which rows are real.
 
     Some models pad inputs at the end to a multiple of a block size, so rows after the end of the mask are padding.
     """

@@ -1,6 +1,6 @@
 """Compare a model's own attention code with the oracle, module by module.
 
-A module's own code builds no ``Attention``, so the outputs of the module are compared. Each module runs again on its
+A module's own code builds no ``Attention``, so the outputs of the module are compared. Each module runs again on the
 recorded inputs: with its own code, with plain operations in the same dtype, and with the oracle in float64. The error
 rule applies to the output on real tokens, and to the gradient with respect to the module's inputs and parameters.
 """
@@ -60,7 +60,7 @@ class ModuleRuns:
     """Runs of modules on recorded calls.
 
     Args:
-        random_choices: for each module name, a list with the keyword arguments that make each call repeat its choices.
+        random_choices: for each module name and call, the keyword arguments with which the call repeats its choices.
         real_rows: function of a module name and an output ``(batch, length, ...)``. It returns which rows are real
             tokens, or None if all rows are real tokens.
     """
@@ -81,11 +81,11 @@ class ModuleRuns:
         self._recomputed: dict[str, dict[str, Tensor]] = {}
 
     def run_own(self, model: nn.Module, names: Iterable[str], dtype: torch.dtype | None = None) -> None:
-        """Run the original code of the named modules of an unpatched model on the recorded inputs, in ``dtype``."""
+        """Run the original code of the named modules on the recorded inputs. ``model`` must be unpatched."""
         self._own |= {name: self._run(model, name, dtype, None) for name in names}
 
     def run_plain(self, model: nn.Module) -> None:
-        """Run each module with ``eager``. If gradients are compared, also run it with :class:`RecomputedBackend`."""
+        """Run each module with ``eager`` and, if gradients are compared, with :class:`RecomputedBackend`."""
         for name in self._calls:
             if self._gradients:
                 self._recomputed[name] = self._run(model, name, None, RecomputedBackend())

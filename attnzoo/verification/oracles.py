@@ -1,4 +1,4 @@
-"""Oracles for backends that change the pattern of an attention. Such an oracle computes the changed pattern, too.
+"""Oracles for backends that change the pattern of an attention. Such an oracle also computes the changed pattern.
 
 Runs in several dtypes can be compared only if all runs make the same random choices (hash buckets). The oracle
 therefore repeats the random choices of one recorded run.
@@ -18,9 +18,9 @@ from attnzoo.spec.segments import Attention, Result
 
 @dataclass(frozen=True, eq=False)
 class RewritingOracle(Backend):
-    """Backend that lets ``backend`` change each attention with the next recorded choices, and then runs ``plain``."""
+    """Backend that changes each attention as ``backend`` did with the recorded choices, and then runs ``plain``."""
 
-    __eq__ = object.__eq__  # backends compare by options, but two oracles may be at different calls
+    __eq__ = object.__eq__  # two backends are equal if their options are, but oracles may be at different calls
     __hash__ = object.__hash__
 
     name: ClassVar[str] = "eager"
@@ -39,7 +39,7 @@ def oracles(
 ) -> dict[str, str | Backend]:
     """Return a dict from globs of site names to oracles, as :func:`attnzoo.patch` accepts.
 
-    ``approximate`` maps the name of a site to the backend that changes the pattern, and its random choices per call.
+    ``approximate`` maps a site name to the backend that changes the pattern, and to the random choices of each call.
     """
     plain = EagerBackend() if plain is None else plain
     rewriting: dict[str, str | Backend] = {

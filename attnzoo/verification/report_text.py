@@ -41,7 +41,7 @@ def _verdict(reports: Sequence[Report]) -> str:
 
 
 def _failures(reports: Sequence[Report], sites: Sequence[AttentionReport]) -> list[str]:
-    """Return one line for each failed comparison, with the numbers of the passage that has the largest error."""
+    """Return one line for each failed comparison. The line describes the passage that has the largest error."""
     lines = []
     for title, checks in (
         *_named(sites),

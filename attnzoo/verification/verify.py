@@ -1,4 +1,4 @@
-"""``verify``: check that a patched model computes the same numbers as the original on a user's inputs."""
+"""``verify``: check, on a user's inputs, that a patched model computes the same numbers as the original."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def verify(
         backend: a backend, or a mapping of globs to backends, as for :func:`attnzoo.patch`.
         gradients: whether gradients are compared, too.
         max_rows: maximum number of query rows to compare in each attention.
-        seed: seed of all random numbers, such as those from which the backward starts.
+        seed: seed of all random numbers, such as the gradients of the outputs at the start of the backward.
         fast: whether to finish in seconds instead of minutes. ``verify`` then uses only the first 256 real tokens of
             one sample. It skips the end-to-end gradients and the separate check of each module's own code.
         progress: function that is called with the completed share of the work (0 to 1) and the name of the next step.
@@ -92,7 +92,7 @@ def verify(
         return patch(model, backend, **options)
 
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    # The own code of a float64 model computes the softmax in float32. So the own code runs in float32 here.
+    # A float64 model's own code still computes the softmax in float32. So the own code runs in float32 here.
     own_dtype = error_rule.plain_dtype(dtype)
     wide = own_dtype != dtype
 
@@ -189,9 +189,9 @@ class _PatchedRun:
     """The observations of one run of the patched model.
 
     Attributes:
-        attentions: for each site and request, one attention, the kernel that computed it, and the backend.
-        approximate: for each site, the backend that changed the pattern, and its random choices in each call.
-        random_choices: for each module, the arguments that make each call repeat its hash buckets (see ``replay.py``).
+        attentions: for each site and request, an attention, and the kernel and the backend that computed the attention.
+        approximate: for each site, the backend that changed the pattern, and the random choices of each call.
+        random_choices: for each module, the arguments with which each call repeats hash buckets (see ``replay.py``).
         fault: the reason why the model's own code is wrong. Empty if the code is right.
         whole: whether gradients are compared end to end. If so, ``outputs`` includes the parameter gradient.
     """
@@ -222,13 +222,13 @@ class _PatchedRun:
         request = attention.request()
         segments = tuple(replace(segment, bias_grad=False) for segment in request.segments)
         key = site.name, replace(request, grad=False, segments=segments)
-        if request.grad or key not in self.attentions:  # prefer an attention with gradients: both can be compared
+        if request.grad or key not in self.attentions:  # with gradients, output and gradient can be compared
             self.attentions[key] = attention, result.kernel, backend
         if not backend.capabilities.exact:
             self.approximate.setdefault(site.name, (backend, []))[1].append(backend.decisions(attention))
 
     def notes(self, in_float64: list[str]) -> Iterator[str]:
-        """Yield a remark on each comparison that was left out or that used a dtype other than the model's."""
+        """Yield a remark on each comparison that was left out, or that did not use the model's dtype."""
         if self._gradients and self._fast:
             yield "end-to-end gradients are not compared, because fast=True"
         elif self._gradients and not self._trainable:
