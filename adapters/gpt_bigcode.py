@@ -3,17 +3,17 @@
 Self-attention gets its attention function from transformers' ``AttentionInterface``. The model's code computes the
 projections, the split into queries, keys and values, and the caches. Like the original, this adapter always computes
 the softmax of half-precision scores in float32. So ``attention_softmax_in_fp32`` and
-``scale_attention_softmax_in_fp32`` have no effect. ``scale_attn_weights`` decides the scale.
+``scale_attention_softmax_in_fp32`` have no effect. With ``scale_attn_weights=False``, scores are not scaled.
 
 transformers' cross-attention (``config.add_cross_attention``) is wrong. It splits keys and values at the wrong width,
 applies the decoder's causal mask to the encoder's tokens, ignores the encoder's mask, and fails if this mask is 2-D.
-With a cache, the second call has no query and appends the keys again. This adapter repairs cross-attention:
+With a cache, the second call appends the keys again and fails. This adapter repairs cross-attention:
 
 - Weights. ``c_attn`` has ``2 x embed_dim`` outputs in the layout ``(heads, 2 x head_dim)``. The first half of a head's
   outputs is the key, and the second half is the value. The size of the weight decides the number of key heads. So a
   multi-query ``c_attn`` with ``2 x head_dim`` outputs also works, although transformers cannot build such a layer.
 - Masks. ``encoder_attention_mask`` has the shape ``(batch, encoder_length)`` or ``(batch, 1 or length,
-  encoder_length)`` and contains bool, or 0 and 1. A query sees the encoder tokens with True or 1. A sample without
+  encoder_length)`` and contains bool, or 0 and 1. A query sees the tokens with the value True or 1. A sample without
   visible encoder tokens has an attention output of zero. Decoder masks and ``is_causal`` have no effect.
 - Caches. The model passes no cache to its cross-attention, so every call computes the keys from the encoder's states.
   If a user passes an ``EncoderDecoderCache`` to the module, the first call fills the cross-attention half of the cache.
@@ -49,16 +49,16 @@ class ModelMasks(MaskCheckPoint):
 
 
 class CrossModelMasks(ModelMasks):
-    """Patch point that checks both masks of models that have cross-attention.
+    """Patch point that checks the decoder mask and the encoder mask of models that have cross-attention.
 
-    The encoder mask is expanded to three dimensions, because the original forward requires three dimensions.
+    The point also expands the encoder mask to three dimensions, because the model's original forward requires this.
     """
 
     verified = {f"{_MODULE}:GPTBigCodeModel.forward": ("19f5b50c3ae23f0f",)}
     masks = {"attention_mask": DECODER_MASK, _MASK: CROSS_VISIBILITY}
 
     def serves(self, module: Any) -> bool:
-        # Other mask checks skip a module with a replaced forward. This point does not, because 2-D masks would fail.
+        # Other mask checks skip a model whose forward was replaced. This point does not, because 2-D masks would fail.
         return bool(module.config.add_cross_attention)
 
     def describe(self, module: Any) -> str:
@@ -74,7 +74,7 @@ class _Attention(PatchPoint):
         return float(module.attn_dropout)
 
     def wants_probabilities(self, module: Any, kwargs: Mapping[str, Any]) -> bool:
-        # The block passes `output_attentions=False` if the user passed nothing, so False does not override the config.
+        # The model passes `output_attentions=False` if the user passed nothing, so False does not beat the config.
         return bool(kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False))
 
 
@@ -146,7 +146,7 @@ class CrossAttention(_Attention):
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return states ``(batch, length, embed)`` and weights ``(batch, heads, length, encoder_length)`` or None.
+        """Return states ``(batch, length, embed)`` and weights ``(batch, heads, length, encoder_length)`` if requested.
 
         ``attention_mask`` and ``is_causal`` have no effect, because they describe the decoder's tokens.
 
@@ -167,7 +167,7 @@ class CrossAttention(_Attention):
 
 
 def _keys_values(module: Any, states: Tensor, encoder_states: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
-    """Return keys and values ``(batch, kv_heads, encoder_length, head_dim)``. If a cache is given, read or fill it."""
+    """Return keys and values ``(batch, kv_heads, encoder_length, head_dim)``. Read or fill a given ``cache``."""
     filled = getattr(cache, "is_updated", None)
     if cache is not None and filled is None:
         raise InvalidArgumentError("layer_past", type(cache).__name__, "an EncoderDecoderCache, or None")
@@ -202,7 +202,7 @@ def _check_states(encoder_states: object, hidden_states: Tensor) -> None:
 def _masks(given: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Return a key mask ``(batch, encoder_length)`` or None, and a mask ``(batch, 1, length, encoder_length)`` or None.
 
-    At least one is None. If ``given`` is 4-D, ``(batch, length, 1, encoder_length)`` is also allowed (multi-query).
+    At least one of the two masks is None. A 4-D mask ``given`` may also be ``(batch, length, 1, encoder_length)``.
     """
     if given is None:
         return None, None

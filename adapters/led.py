@@ -26,7 +26,7 @@ _ENCODER_FORWARD = ("47720093331635f3", "d710ce36e019c88c")
 
 
 class EncoderMasks(OneRowMaskPoint):
-    """Patch point that builds a padding mask with only one row for the encoder."""
+    """Patch point of the encoder. The patched encoder builds a padding mask with only one row."""
 
     cls = f"{_MODULE}:LEDEncoder"
     verified = {
@@ -88,7 +88,7 @@ class DecoderAttention(PatchPoint):
         attention_mask: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None, Any]:
-        """Return states ``(batch, length, embed)``, weights or None, and the cache.
+        """Return states ``(batch, length, embed)``, weights (None unless requested), and the cache.
 
         A call with ``key_value_states`` computes cross-attention. Other calls compute self-attention.
         """

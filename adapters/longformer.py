@@ -26,7 +26,7 @@ _MODULE = "transformers.models.longformer.modeling_longformer"
 
 
 class ModelMasks(OneRowMaskPoint):
-    """Patch point that builds a padding mask with only one row for the model."""
+    """Patch point of the model. The patched model builds a padding mask with only one row."""
 
     cls = f"{_MODULE}:LongformerModel"
     verified = {
@@ -77,11 +77,11 @@ class LongformerAttention(PatchPoint):
         is_global_attn: bool,
         output_attentions: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Return states ``(batch, length, embed)``, and the weights of ordinary and global tokens if requested.
+        """Return states ``(batch, length, embed)`` and, if requested, the weights of ordinary and global queries.
 
         ``attention_mask`` ``(batch, length)`` is negative for padding, positive for global tokens, and otherwise 0.
         """
-        if is_global_attn and not readable(is_index_global_attn):  # the number of global tokens decides shapes
+        if is_global_attn and not readable(is_index_global_attn):  # the number of global tokens is a tensor size
             got = f"{describe(is_index_global_attn)}, which vmap maps over"
             raise InvalidArgumentError("is_index_global_attn", got, "a tensor that vmap does not map over")
         dropout, scale = module.dropout if module.training else 0.0, module.head_dim**-0.5
@@ -109,7 +109,7 @@ class LongformerAttention(PatchPoint):
 
         positions, valid = global_keys.positions, global_keys.valid
         states = hidden_states.gather(1, positions[:, :, None].expand(-1, -1, hidden_states.shape[2]))
-        # Rows without a global token are 0, as in the model, because quantising layers scale by the largest value.
+        # Samples with fewer global tokens get rows of 0, as in the model. Quantising layers scale by the largest value.
         states = states.masked_fill(~valid[:, :, None], 0.0)
         query = split_heads(module.query_global(states), module.head_dim)
         key = split_heads(module.key_global(hidden_states), module.head_dim)
@@ -152,7 +152,7 @@ def _banded(weights: tuple[Tensor, ...], window: int, is_global: Tensor | None) 
     """Convert dense weights to the model's layout ``(batch, length, heads, globals + 2 * window + 1)``.
 
     ``weights`` has one tensor per segment. ``globals`` is the number of global keys. Column ``globals + window + d`` of
-    the result is the weight of the key ``d`` tokens after the query. Rows where ``is_global`` is True are zero.
+    the result is the weight of the key ``d`` tokens after the query. Global queries (``is_global``) have zeros.
     """
     local = torch.nn.functional.pad(weights[0], (window, window))  # key k is in column k + window
     length, width = local.shape[2], 2 * window + 1

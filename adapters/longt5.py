@@ -1,12 +1,12 @@
 """LongT5 (Guo et al. 2022, arXiv:2112.07916): long encoders with relative biases (T5, arXiv:1910.10683).
 
-A token of the encoder sees the tokens within ``local_radius``. In transient-global attention, the token also sees a
-second segment, which has one key per full block of ``global_block_size`` tokens. To get the key, the model sums the
-tokens of the block and projects the sum. :mod:`attnzoo.adapters.longt5_decoder` describes the decoder's attention.
+A token of the encoder sees the tokens within ``local_radius``. In transient-global attention, a token also sees a
+second segment. This segment has one key per full block of ``global_block_size`` tokens: the projection of the sum of
+the block's tokens. :mod:`attnzoo.adapters.longt5_decoder` describes the decoder's attention.
 
 The first layer of a stack computes the learned bias, and the stack passes the bias to the later layers. In the original
 model, the bias is a tensor that each layer adds to the scores. A patched stack passes only the values of a
-:class:`~attnzoo.spec.bias.RelativeBias`, which has one value per head and distance.
+:class:`~attnzoo.spec.bias.RelativeBias`: one value per head and distance.
 """
 
 from __future__ import annotations
@@ -176,10 +176,10 @@ class TransientGlobalAttention(LocalAttention):
         position_bias: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor | None, ...]:
-        """Return states, bias and weights, as local attention does. The bias has the values of both segments."""
+        """Return states, bias and weights, as :class:`LocalAttention` does. The bias has values for both segments."""
         mask = check_is_given(mask)
         tokens = attend.cached_per_forward(mask, "tokens", lambda mask: read_flat_mask(mask, hidden_states))
-        size = module.global_block_size  # encoders that get the same mask may have blocks of different sizes
+        size = module.global_block_size  # part of the name below, because two encoders may share a mask
         blocks = attend.cached_per_forward(
             mask, f"blocks of {size} tokens", lambda mask: find_global_blocks(mask, size)
         )
@@ -204,7 +204,7 @@ class TransientGlobalAttention(LocalAttention):
             segments.append(_global_segment(module, sums, blocks, side_values[0]))
         output, weights = _attend(module, attend, hidden_states, tuple(segments), tokens, output_attentions)
         if not blocks.number:
-            # The sum of an empty tensor is 0, but the norm's weight gets a gradient of zeros, as in the original.
+            # This adds 0, so that the weight of the layer norm gets a gradient of zeros, as in the original.
             output = output + sums.sum()
         return (output, passed) if weights is None else (output, passed, weights)
 
@@ -234,10 +234,10 @@ def _global_segment(module: Any, sums: Tensor, blocks: GlobalBlocks, values: Ten
 def _attend(
     module: Any, attend: Attend, hidden_states: Tensor, segments: tuple[Segment, ...], tokens: Tokens, wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return states ``(batch, length, d_model)``, and weights in blocks if ``wanted``. T5 does not scale the scores."""
+    """Return states ``(batch, length, d_model)`` and, if ``wanted``, weights as from :func:`to_blocked`."""
     query = split_heads(module.q(hidden_states), module.key_value_proj_dim)
     dropout = module.dropout if module.training else 0.0
-    result = attend(Attention(query, segments, 1.0, dropout, query_mask=tokens.mask), wanted)
+    result = attend(Attention(query, segments, 1.0, dropout, query_mask=tokens.mask), wanted)  # T5 uses no scale
     if result.dropped is None:
         return module.o(merge_heads(result.output)), None
     blocked, mixed = to_blocked(result.dropped, module.block_len), result.output
@@ -248,7 +248,7 @@ def _attend(
 
 
 def _bias_to_pass(module: Any, attend: Attend, values: Tensor, hidden_states: Tensor, mask: Tensor) -> Tensor:
-    """Return ``values`` for the next layers or, if a layer is not patched, the bias tensor of the original code."""
+    """Return the bias for the next layers: ``values`` or, if a layer is not patched, the original code's tensor."""
     if attend.complete:
         return values
     original: Tensor = type(module).forward(module, hidden_states.detach(), mask)[1]

@@ -1,7 +1,7 @@
 """Compute LongT5's relative bias for each distance, from the learned tables or from the original code's bias tensor.
 
 The original encoder passes a bias tensor from layer to layer. The tensor is split into blocks and includes the mask. If
-the first layer runs the original code, a patched layer gets this tensor. The patched layer then looks up the value of
+the first layer runs the original code, a patched layer gets this tensor. The patched layer then looks up the bias of
 each distance in the tensor. The lookup is differentiable, so gradients reach the tensor.
 """
 
@@ -25,29 +25,29 @@ def local_reach(module: Any) -> int:
 
 
 def side_reach(module: Any) -> int:
-    """Return the maximum distance. This distance and all larger distances share the last bucket of the bias table."""
+    """Return the maximum distance. All distances of at least this size share the last bucket of the bias table."""
     return int(module.relative_attention_max_distance)
 
 
 def check_buckets(module: Any) -> None:
-    """Raise unless the number of exact buckets (buckets for one distance) is positive and below :func:`side_reach`."""
+    """Raise unless the number of exact buckets (one distance each) is positive and smaller than :func:`side_reach`."""
     buckets, reach = int(module.relative_attention_num_buckets), side_reach(module)
     exact = buckets // (2 if module.is_decoder else 4)
     if not 0 < exact < reach:
         raise PatchError(
             f"config: got relative_attention_num_buckets={buckets}, relative_attention_max_distance={reach}; "
-            f"allowed: at least {2 if module.is_decoder else 4} buckets, and a distance > {exact} (exact buckets)"
+            f"allowed: num_buckets >= {2 if module.is_decoder else 4}, and max_distance > {exact}"
         )
 
 
 def trains_bias(module: Any, *tables: str) -> bool:
-    """Whether the module has the bias tables and at least one table is not frozen."""
+    """Whether the module has bias tables, and at least one of the named ``tables`` is not frozen."""
     trained = (getattr(module, table).weight.requires_grad for table in tables)
     return bool(module.has_relative_attention_bias) and any(trained)
 
 
 def values_by_distance(module: Any, table: str, reach: int) -> Tensor:
-    """Return a learned table's values ``(heads, 2 * reach + 1)`` for the distances from ``-reach`` to ``reach``."""
+    """Return the learned bias ``(heads, 2 * reach + 1)`` of the distances from ``-reach`` to ``reach``."""
     embedding = getattr(module, table)
     distances = torch.arange(-reach, reach + 1, device=parameter_of(embedding).device)
     number, most = module.relative_attention_num_buckets, module.relative_attention_max_distance
@@ -59,7 +59,7 @@ def values_by_distance(module: Any, table: str, reach: int) -> Tensor:
 def read_local_bias(blocked: Tensor, real: Tensor, block_len: int) -> Tensor:
     """Return the bias for each distance, ``(heads, 2 * block_len - 1)``, from the original bias tensor ``blocked``.
 
-    The value of a distance is the bias of any two real tokens at this distance. Without such tokens, the value is 0.
+    Any two real tokens at a distance show the bias of this distance. If the batch has no such tokens, the result is 0.
     ``blocked`` is ``(batch, blocks, heads, block_len, 3 * block_len or more)``. ``real`` is ``(batch, length)`` bool.
     """
     length = real.shape[1]
@@ -76,7 +76,7 @@ def read_local_bias(blocked: Tensor, real: Tensor, block_len: int) -> Tensor:
 
 
 def _look_up(blocked: Tensor, sample: Tensor, query: Tensor, key: Tensor, block_len: int, exists: Tensor) -> Tensor:
-    """Return the bias ``(heads, n)`` of ``n`` pairs of query and key. Pairs that do not exist have a bias of 0."""
+    """Return the bias ``(heads, n)`` of ``n`` pairs of token indices. The bias is 0 where ``exists`` is False."""
     query, key = (torch.where(exists, index, 0) for index in (query, key))
     block = query // block_len
     column = key - (block - 1) * block_len
@@ -89,7 +89,7 @@ def read_side_bias(blocked: Tensor, blocks: GlobalBlocks, block_len: int, reach:
     ``blocked`` is ``(batch, local blocks, heads, block_len, global blocks)``.
     """
     batch, length = blocks.block_of.shape
-    # Find one token of each global block (-1: no token). Then keep one pair of token and existing block per distance.
+    # Find one token of each global block (-1: no token). Then find, for each distance, a pair of a token and a block.
     slots = blocks.block_of.where(blocks.block_of >= 0, blocks.number)
     token = slots.new_full((batch, blocks.number + 1), -1)
     token = token.scatter(1, slots, _numbers(slots, length).expand(batch, -1))[:, :-1]

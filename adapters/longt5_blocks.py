@@ -1,7 +1,7 @@
 """Read the masks of LongT5's encoder, convert its weights to and from blocks, and sum the tokens of global blocks.
 
-The model computes local attention in blocks of ``block_len = local_radius + 1`` tokens. The scores of a block are for
-the keys of this block and of both neighbouring blocks. Each global block (``global_block_size`` tokens) adds one key.
+The model computes local attention in blocks of ``block_len = local_radius + 1`` tokens. A query gets scores
+for the keys of its block and both neighbouring blocks. A global block (``global_block_size`` tokens) has one key.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def read_blocked_mask(mask: Tensor, block_len: int, hidden_states: Tensor) -> To
     position = torch.arange(3 * block_len, device=mask.device)
     near = (position - position[block_len : 2 * block_len, None]).abs() < block_len
     if readable(mask) and not torch.equal(real[..., None] & keys[:, :, None] & near, mask[:, 0]):
-        raise InvalidArgumentError("mask", f"{describe(mask)}, not made of padding", "the mask from LongT5Stack")
+        raise InvalidArgumentError("mask", f"{describe(mask)}, not a window with padding", "the mask from LongT5Stack")
     return _tokens(real.flatten(1)[:, :length])
 
 
@@ -100,7 +100,7 @@ def to_blocked(weights: tuple[Tensor, ...], block_len: int) -> Tensor:
     missing = -length % block_len
     rows = [pad(part, (0, 0, 0, missing)).unflatten(2, (-1, block_len)) for part in weights]
     local = pad(rows[0], (block_len, block_len + missing)).unfold(-1, 3 * block_len, block_len)
-    # (batch, heads, blocks of rows, block_len, blocks of columns, 3 * block_len): keep blocks with the same index
+    # (batch, heads, block of query, block_len, block of keys, 3 * block_len): keep pairs of equal block indices
     local = local.diagonal(0, 2, 4).permute(0, 1, 4, 2, 3)
     return torch.cat([local, *rows[1:]], dim=-1).transpose(1, 2)
 
@@ -137,6 +137,6 @@ def sum_blocks(hidden_states: Tensor, blocks: GlobalBlocks) -> Tensor:
     batch, _, width = hidden_states.shape
     states = hidden_states.float() if hidden_states.dtype in (torch.bfloat16, torch.float16) else hidden_states
     sample = torch.arange(batch, device=states.device)[:, None].expand_as(blocks.block_of)
-    block = torch.where(blocks.block_of < 0, blocks.number, blocks.block_of)  # padding goes to an extra, dropped block
+    block = torch.where(blocks.block_of < 0, blocks.number, blocks.block_of)  # an extra block, dropped below
     sums = states.new_zeros((batch, blocks.number + 1, width)).index_put((sample, block), states, accumulate=True)
     return sums[:, : blocks.number].to(hidden_states.dtype)

@@ -1,7 +1,7 @@
 """LongT5's decoder: causal self-attention with a relative bias, and cross-attention, both with caches.
 
 A patched module runs its original forward with another attention function. The original bias is a tensor as large as
-the scores. A patch replaces this tensor by a small object. The forward only passes this object to the function.
+the scores. A patch replaces this tensor by a small object, and the forward passes this object to the new function.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STACK_FINGERPRINTS: dict[str, tuple[str, ...]] = {
     f"{MODULE}:LongT5Stack.forward": ("500d61b6a9e97b7d",),
     f"{MODULE}:LongT5Block.forward": ("fc0a577f7b4979e7",),
 }
-_NO_BIAS = object()  # stands for no bias; without a bias, the original forward would build as many zeros as scores
+_NO_BIAS = object()  # stands for no bias; if the bias is None, the original forward builds a tensor of zeros
 
 
 class DecoderSelfAttention(InterfacePoint):
@@ -60,7 +60,7 @@ class DecoderSelfAttention(InterfacePoint):
         return float(module.dropout)
 
     def wants_probabilities(self, module: Any, kwargs: Mapping[str, Any]) -> bool:
-        return bool(kwargs.get("output_attentions"))  # the stack has already read the config
+        return bool(kwargs.get("output_attentions"))  # LongT5Stack has replaced None by the config's value
 
     def check(self, module: Any) -> None:
         super().check(module)
@@ -88,7 +88,7 @@ class DecoderSelfAttention(InterfacePoint):
                 seen = 0 if past_key_values is None else int(past_key_values.get_seq_length(module.layer_idx))
                 bias = RelativeBias(values, zero=side_reach(module), offset=seen)
             output, bias, weights = run(module, hidden_states, mask, key_value_states, bias, past_key_values, **kwargs)
-            # If ``bias`` is an object that this forward made, return its values (or None) for the next layer.
+            # The next layer gets values, a tensor or None, but never an object that this forward made.
             return output, values if bias is _NO_BIAS or isinstance(bias, Bias) else bias, weights
 
         return forward
@@ -123,7 +123,7 @@ class DecoderSelfAttention(InterfacePoint):
 
 
 class DecoderCrossAttention(DecoderSelfAttention):
-    """Patch point of cross-attention, which has no learned bias. Its mask may contain an additive bias."""
+    """Patch point of cross-attention, which has no learned bias. The encoder mask may be additive."""
 
     def serves(self, module: Any) -> bool:
         return not module.is_causal
@@ -137,7 +137,7 @@ class DecoderCrossAttention(DecoderSelfAttention):
 
 
 def _sum(query: Tensor, key: Tensor, bias: Bias, rest: DenseBias) -> DenseBias:
-    """Return the sum of a bias and the values of the user's additive mask."""
+    """Return the sum of ``bias`` and ``rest``, the values of the user's additive mask."""
     batch, heads, q_len, _ = query.shape
     rows, columns = (torch.arange(n, device=query.device) for n in (q_len, key.shape[2]))
     dense = Segment(key, key, bias=bias).bias_at(rows, columns, q_len, batch, heads)

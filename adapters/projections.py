@@ -11,8 +11,8 @@ from torch.nn.modules import module as torch_module
 def project_by_head(layer: Any, states: Tensor, heads: int) -> Tensor:
     """Project the states of each head with the rows of a layer's weight that belong to the head.
 
-    For a plain linear layer, multiply by the weight head by head. For a layer with a wrapper (LoRA), a hook or a
-    quantised weight, this would be wrong. So call such a layer, although the call computes all heads for each state.
+    The states are multiplied by the weight of a plain linear layer, head by head. For a layer with a wrapper
+    (LoRA), a hook or a quantised weight, this would be wrong, so the layer is called and computes unneeded heads, too.
 
     Args:
         layer: a linear layer from ``width`` to ``heads * head_dim`` features.

@@ -20,10 +20,10 @@ Decisions:
   without a padding mask. The original reads the cached states of the first sample for all samples. A patch does the
   same. Padding in the prompt is visible (``generate`` passes no mask). The states of padding are undefined in the
   original, but zero with a patch.
-- Projections when decoding with the cache. A patch calls the projection layers. The original multiplies by the weights
-  only. It ignores hooks and low-rank adapters, and fails on quantised weights. Results of plain layers are equal.
+- Projections when decoding with the cache. A patch calls the projection layers. The original only multiplies by the
+  weights, so hooks and low-rank adapters have no effect, and quantised weights fail. Results of plain layers are equal.
 - ``output_attentions`` returns weights in the original layout: the neighbourhood of each chunk in sorted order,
-  normalised per round. In training, a token that sees only itself has a weight of 1, even if dropout drops the weight.
+  normalised per round. In training, a token that sees only itself has the weight 1, even if dropout drops the weight.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def real_tokens(attend: Attend, attention_mask: Tensor | None, batch: int, lengt
 
 
 def cached(module: Any, past_buckets_states: Any, batch: int) -> tuple[Tensor, Tensor] | None:
-    """Return a module's cached buckets, and states ``(batch, length, embed)``, or None if the cache is empty."""
+    """Return the cached buckets and states ``(batch, length, embed)`` of a module, or None if its cache is empty."""
     if past_buckets_states is None or len(past_buckets_states) <= module.layer_idx:
         return None
     buckets = past_buckets_states.buckets_cache[module.layer_idx]
@@ -52,17 +52,17 @@ def check_length(module: Any, length: int, copies: int = 1) -> int:
 def steps_ahead(module: Any, count: int) -> list[int]:
     """Return the distances (in chunks) from a query's chunk to each chunk of its neighbourhood.
 
-    ``count`` is the number of chunks. In the original, a distance of ``count`` or more has no effect, so it becomes 0.
+    ``count`` is the number of chunks. The original ignores distances of ``count`` or more, so these are returned as 0.
     """
     steps = range(-module.num_chunks_before, module.num_chunks_after + 1)
     return [step if abs(step) < count else 0 for step in steps]
 
 
 def neighbourhoods(module: Any, count: int) -> list[tuple[int, int]]:
-    """Return ``(before, after)`` for each segment: how many chunks it has before and after the query's chunk.
+    """Return ``(before, after)`` for each segment: how many chunks a query sees before and after the query's chunk.
 
-    If all neighbours fit in the list of ``count`` chunks, there is one segment. Otherwise the original counts some
-    chunks several times. So each chunk becomes a segment ``(-n, n)``, which has only the chunk ``n`` chunks ahead.
+    If the list of ``count`` chunks is longer than a neighbourhood, there is one segment. Otherwise the original counts
+    some chunks several times. So each neighbour gets a segment ``(-n, n)``: only the chunk ``n`` chunks ahead.
     """
     before, after = module.num_chunks_before, module.num_chunks_after
     if before + after < count:
@@ -74,7 +74,7 @@ def in_chunks(weights: tuple[Tensor, ...], chunk: int, ahead: list[int]) -> Tens
     """Return the weights of each chunk's neighbourhood, ``(batch, heads, chunks, chunk, len(ahead) * chunk)``.
 
     ``weights`` has one dense tensor ``(batch, heads, n, n)`` for all neighbouring chunks, or one such tensor per
-    neighbouring chunk. ``ahead`` is a result of :func:`steps_ahead`.
+    neighbouring chunk. ``chunk`` is the chunk length. ``ahead`` is a result of :func:`steps_ahead`.
     """
     batch, heads, length, _ = weights[0].shape
     starts = torch.arange(0, length, chunk, device=weights[0].device)
@@ -88,9 +88,9 @@ def in_chunks(weights: tuple[Tensor, ...], chunk: int, ahead: list[int]) -> Tens
 
 
 def with_own_token(weights: Tensor, share: Tensor, own: Tensor) -> Tensor:
-    """Return weights divided by the sum that they had before dropout.
+    """Return weights divided by their sum before dropout.
 
-    If the sum of a row is 0, the query sees no other token. The query's own token then gets a weight of 1.
+    If the sum of a row is 0, the query sees no other token. The query's own token then gets the weight 1.
 
     Args:
         weights: ``(..., n)``.

@@ -25,8 +25,8 @@ from attnzoo.spec.heads import merge_heads, split_heads
 from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern
 from attnzoo.spec.segments import Attention, Result, Segment
 
-# A slice has at least about SLICE tokens. It is at least SLICE_PER_NEIGHBOURHOOD times as long as its neighbouring
-# chunks, because their keys and values are computed again for each slice.
+# A slice has at least about SLICE tokens. For each slice, the keys and values of the chunks next to the slice are
+# computed again. So a slice has at least SLICE_PER_NEIGHBOURHOOD times as many tokens as these chunks.
 SLICE, SLICE_PER_NEIGHBOURHOOD = 2048, 8
 
 
@@ -58,7 +58,7 @@ class LocalCall:
             states = torch.cat([relevant, hidden_states], dim=1)
             if length > (1 if causal else chunk):
                 raise InvalidArgumentError("hidden_states", f"{length} tokens on a filled cache", "1 token per call")
-        # With a filled cache, the mask may have one column, for the new token.
+        # With a filled cache, the mask may have only one column: the new token.
         is_step = isinstance(attention_mask, Tensor) and attention_mask.shape[1:] == (1,)
         real = real_tokens(self._attend, attention_mask, batch, 1 if is_step else states.shape[1])
         real = None if real is None else real.expand(-1, states.shape[1])
@@ -82,7 +82,7 @@ class LocalCall:
     def _run(
         self, states: Tensor, around: Tensor, real: Tensor | None, patterns: tuple[Pattern, ...], wanted: bool = False
     ) -> Result:
-        """Return the attention of queries from ``states`` to keys from ``around``. ``real`` is False for padding."""
+        """Return the attention of queries from ``states`` to keys from ``around``. ``real`` masks the keys."""
         module = self._module
         dim = module.attention_head_size
         query = split_heads(module.query(states), dim)
@@ -97,7 +97,7 @@ class LocalCall:
         """Return the number of tokens per slice, or None to compute all tokens at once.
 
         Slices must not change results. So there are no slices if gradients, dropout or probabilities are needed. There
-        are also no slices for causal attention to later chunks, because the last chunk then sees the first chunk.
+        are also no slices for causal attention to later chunks, because the chunk after the last is the first chunk.
         """
         module = self._module
         around = module.num_chunks_before + module.num_chunks_after
@@ -110,7 +110,7 @@ class LocalCall:
         """Return the merged output ``(batch, length, embed)``, computed in slices.
 
         Slices save memory, because queries, keys and values of all tokens are three times as large as the output. Each
-        slice includes its neighbouring chunks, but their output is discarded. Projections must not mix tokens.
+        slice is computed with its neighbouring chunks, whose output is discarded. Projections must not mix tokens.
         """
         module, length = self._module, states.shape[1]
         check_length(module, length)
@@ -119,7 +119,7 @@ class LocalCall:
         output: Tensor | None = None
         for start in range(0, length, size):
             stop = min(start + size, length)
-            # In a causal sequence, the first chunks do not see the last chunks.
+            # Without a causal mask, the first chunks also see the last chunks.
             first, last = start - before * chunk, stop + after * chunk
             first = max(0, first) if causal else first
             part = _around(states, first, last)
@@ -133,7 +133,7 @@ class LocalCall:
 
 
 def _around(tensor: Tensor, first: int, last: int) -> Tensor:
-    """Return tokens ``first:last`` of ``(batch, length, ...)``. Positions outside the sequence wrap around."""
+    """Return tokens ``first:last`` of ``(batch, length, ...)``. Indices outside the sequence wrap around."""
     parts = [tensor[:, max(0, first) : last]]
     if first < 0:
         parts.insert(0, tensor[:, first:])

@@ -38,7 +38,7 @@ from attnzoo.spec.transforms import holds, readable
 # Tokens per hashing call. The rotations of 384 queries fit in the CPU's cache. Fewer tokens would need too many calls.
 HASHED_AT_ONCE = 384
 # Maximum bytes of sorted keys and values in memory at once. For all heads and 4 rounds, these tensors are 8 times as
-# large as the output. Small calls take longer: 5 % at 8192 tokens with a quarter of the heads per call.
+# large as the output. Calls with fewer heads take longer: 5 % at 8192 tokens with a quarter of the heads per call.
 SORTED_AT_ONCE = 3 << 26
 
 
@@ -110,8 +110,8 @@ class LshCall:
 
         The rotated queries of all rounds are many times as large as the queries. So on the CPU the module hashes slices
         of queries. The random state is reset between slices, so every slice gets the same rotations. The final random
-        state is the same as after a single call. A slice of a matrix product has the same values as the whole product
-        unless it has very few rows. Other devices select a kernel by the number of rows, so there is only one slice.
+        state is the same as after a single call. On the CPU, a row of a matrix product does not depend on the number of
+        rows, except for very few rows. Other devices select a kernel by this number, so they get all rows at once.
         """
         length = query.shape[2]
         if attention_mask is not None and not readable(attention_mask):  # the module's hashing reads the values
@@ -134,14 +134,14 @@ class LshCall:
         return torch.cat(parts, dim=-1).flatten(2)
 
     def _hasher(self, length: int) -> Any:
-        """Return the module if it has a number of buckets, else a copy with a number derived from ``length``."""
+        """Return the module or, if its ``num_buckets`` is None, a copy with a number derived from ``length``."""
         module = self._module
         if module.num_buckets is not None:
             return module
         twin = copy.copy(module)
         if self._bucket_number.derived is None:
             twin.config = SimpleNamespace()
-            silent = SimpleNamespace(warning=lambda text: None)  # the method warns that it writes the config
+            silent = SimpleNamespace(warning=lambda text: None)  # drops the warning that the config changes
             rebind(type(module)._set_num_buckets, logger=silent)(twin, length)
             self._bucket_number.derived = twin.num_buckets
         twin.num_buckets = self._bucket_number.derived
@@ -159,7 +159,7 @@ class LshCall:
         return keys
 
     def _short(self, query: Tensor, value: Tensor, real: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor | None]:
-        """Return output and weights for at most one chunk of tokens. A token sees all (causal: all earlier) tokens."""
+        """Return output and weights for at most one chunk of tokens. A token sees all other (causal: earlier) ones."""
         dtype, length = compute_dtype(query), query.shape[2]
         query, key, value = query.to(dtype), self._keys(query).to(dtype), value.to(dtype)
         patterns = (Causal(offset=-1), *(() if self._module.is_decoder else (window_ahead(self._module),)))
@@ -224,7 +224,7 @@ class LshCall:
     def _extend(
         self, hidden_states: Tensor, attention_mask: Tensor | None, hashes: int, wanted: bool, past: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return output and weights of a new token that sees all tokens, and buckets (None: no chunk is full yet)."""
+        """Return output and weights of a new token that sees all cached tokens, and buckets (None: no full chunk)."""
         module = self._module
         states = torch.cat([past, hidden_states], dim=1)
         dim = module.attention_head_size
@@ -247,7 +247,7 @@ class LshCall:
         query = split_heads(module.query_key(hidden_states), module.attention_head_size)
         find_neighbours = self._hasher(past.shape[1])._get_relevant_hid_states_and_buckets
         states, tokens, buckets = find_neighbours(query, mask, hashes, hidden_states, past, past_buckets)
-        tokens = tokens.flatten(2)  # (batch, heads, hashes * neighbours): the token of each state
+        tokens = tokens.flatten(2)  # (batch, heads, hashes * neighbours): the token index of each state
         dtype, heads = compute_dtype(query), module.num_attention_heads
         key = self._keys(project_by_head(module.query_key, states, heads)).to(dtype)
         value = project_by_head(module.value, states, heads).to(dtype)
@@ -268,7 +268,7 @@ class LshCall:
 
 
 def _mask_of_step(attention_mask: Tensor | None, batch: int, lengths: tuple[int, ...]) -> Tensor | None:
-    """Return the mask for hashing, or None if no token is padding. Raise unless the mask's length is in ``lengths``."""
+    """Return the mask, or None if no token is padding. Raise unless the mask has one of the given ``lengths``."""
     if attention_mask is None or where_real(attention_mask) is None:
         return None
     if tuple(attention_mask.shape) not in [(batch, length) for length in lengths]:
@@ -288,7 +288,7 @@ def _check_rounds(hashes: Any) -> int:
 
 
 def window_ahead(module: Any) -> Window:
-    """Return the pattern in which a query sees all later tokens, for inputs that are not longer than a chunk."""
+    """Return a pattern in which a query sees all later tokens. The input must not be longer than a chunk."""
     return Window(0, module.chunk_length, offset=1)
 
 
