@@ -27,11 +27,11 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def guard(model: nn.Module) -> list[nn.Module]:
-    """Make the models inside ``model`` refuse or allow continuous batching, as patches require. Return these models.
+    """Make the models inside ``model`` refuse continuous batching, or allow it again, as their patches require.
 
-    Call this function after each change of patches. If only a part of a model was passed to ``patch``, the model is not
-    protected. The forward then refuses the keyword ``cache`` in the thread of continuous batching, and the
-    ``error`` of each request is the message of the refusal.
+    Call this function after each change of patches. Return the models inside ``model`` that have continuous batching.
+    If only a part of a model was passed to ``patch``, the whole model is not protected. The forward then refuses the
+    keyword ``cache`` in the thread of continuous batching, and each request gets this refusal as its ``error``.
     """
     models = [module for module in model.modules() if hasattr(type(module), _ENTRY)]
     for module in models:

@@ -36,8 +36,8 @@ class Patch:
         number: the serial number of the patch. Later patches in the process have larger numbers.
         root: weak reference to the patched model.
         names: names of the patched modules in the model.
-        guarded: weak references to the models inside the root that support continuous batching (see ``engines``).
-        memory: the values that :meth:`SiteAttend.cached_per_forward` caches.
+        guarded: weak references to the models inside ``root`` that support continuous batching (see ``engines``).
+        memory: the cached results of :meth:`SiteAttend.cached_per_forward`, by input tensor.
     """
 
     number: int
@@ -99,9 +99,9 @@ class SiteAttend:
         return self._fallback and can
 
     def cached_per_forward(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
-        # Each site calls this method once per forward, so a second call of a site starts the next forward. A version
-        # counter cannot show new forwards: inference tensors have no counter, and writes through ``.data`` or numpy do
-        # not change the counter. The version includes the inference mode: autograd cannot save inference tensors.
+        # Each site calls this method once per forward, so a second call of a site starts the next forward. The version
+        # counter of a tensor is not enough: inference tensors have no counter, and writes through ``.data`` or numpy do
+        # not change the counter. Autograd cannot save tensors from inference mode, so ``version`` includes this mode.
         if transforms_around(()):  # torch.func's tensors have no storage and cannot be used after the transform
             return make(tensor)
         entries = self._memory.setdefault(tensor, {})
@@ -129,7 +129,7 @@ class _CalledModule(threading.local):
     module: weakref.ref[nn.Module] | None = None
 
     def __reduce__(self) -> Any:
-        # accelerate copies the attributes of a forward to a wrapper, and a deep copy of the model copies this wrapper.
+        # Needed for deep copies of a model with accelerate's wrapper, which has the attributes of the wrapped forward.
         return _CalledModule, ()
 
 
@@ -160,7 +160,7 @@ class PatchedForward(slots.Replacement):
         self.__signature__ = inspect.signature(module.forward)
         # torch.compile cannot trace a forward with replaced globals, or a forward that reads tensor values. So patched
         # modules run uncompiled, and torch.compile compiles the rest of the model. Backends may call the compiler.
-        # A decorator would import the compiler together with attnzoo. Here transformers has imported the compiler.
+        # A decorator would import the compiler together with attnzoo. Here, transformers has already done so.
         # A module without attention may contain most of the model, so only the module's own frame is uncompiled.
         self._uncompiled = torch.compiler.disable(
             PatchedForward._run, reason="attnzoo runs patched modules uncompiled", recursive=self.point.attends
@@ -186,7 +186,7 @@ class PatchedForward(slots.Replacement):
         return self.plan.target.alive
 
     def of(self, module: nn.Module) -> PatchTarget:
-        """Return the patch target for a module, which is the patched module or a copy of it."""
+        """Return the patch target for ``module``, which must be the patched module or a copy of this module."""
         return self.plan.target.at(module, self.plan.target.owner)
 
     def put(self) -> None:
@@ -196,7 +196,7 @@ class PatchedForward(slots.Replacement):
         self._pre_hook = module.register_forward_pre_hook(self._note_call)
 
     def take_off(self, module: nn.Module) -> None:
-        """Restore the forward of a module, which is the patched module or a copy of it."""
+        """Restore the forward of ``module``, which must be the patched module or a copy of this module."""
         slots.take_back(module, self, self.original)
         if module is self.module:
             self.removed = True

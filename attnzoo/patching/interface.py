@@ -48,7 +48,7 @@ def rebind(function: Callable[..., Any], **names: Any) -> FunctionType:
 class InterfacePoint(PatchPoint):
     """Patch point of a module that gets its attention function from ``AttentionInterface``.
 
-    Only the attention function in the forward changes. A subclass sets ``cls`` and ``verified``, and defines
+    A patch changes only the attention function of the forward. A subclass sets ``cls`` and ``verified``, and defines
     ``describe`` and ``requests``.
     """
 
@@ -56,7 +56,7 @@ class InterfacePoint(PatchPoint):
         return self.bind_interface(cls, attend)
 
     def bind_interface(self, cls: Any, attend: Attend, **more: Any) -> Forward:
-        """Return the original forward with :meth:`compute` as attention function. ``more`` are its extra keywords."""
+        """Return a copy of the original forward that calls :meth:`compute` (with the extra keywords ``more``)."""
         original = inspect.unwrap(cls.forward).__globals__.get(_NAME)
         return rebind(cls.forward, **{_NAME: _AttentionFunctions(self, attend, original, more)})
 
@@ -93,16 +93,16 @@ class InterfacePoint(PatchPoint):
         return attend_read(attend, read, query, key, value, scale, dropout, self.wants_probabilities(module, kwargs))
 
     def original_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the keyword arguments for the original attention function after a refusal (``fallback="native"``)."""
+        """Return ``kwargs`` as the original attention function needs them, after a refusal (``fallback="native"``)."""
         return kwargs
 
     def check(self, module: Any) -> None:
         """Raise unless the model builds masks for ``eager`` or ``sdpa``. :meth:`compute` reads no other masks."""
-        # This field is private, but the module's forward and transformers' construction of masks read it.
+        # The attribute is private, but the module's forward and transformers' mask functions also read this attribute.
         _check_implementation(module.config._attn_implementation)
 
     def wants_probabilities(self, module: Any, kwargs: Mapping[str, Any]) -> bool:
-        """Whether the keyword ``output_attentions`` or, without this keyword, the config requests probabilities."""
+        """Whether a call requests probabilities: by the keyword ``output_attentions`` or, without it, by the config."""
         keyword = kwargs.get("output_attentions")
         return bool(getattr(module.config, "output_attentions", False) if keyword is None else keyword)
 
@@ -139,10 +139,10 @@ def _check_implementation(name: str | None) -> None:
 def read_interface_mask(
     attend: Attend, implementation: str, query: Tensor, key: Tensor, attention_mask: Tensor | None, is_causal: bool
 ) -> ReadMask:
-    """Return the content of a mask that transformers built for the given attention implementation.
+    """Return the content of ``attention_mask``, a mask that transformers built for ``implementation``.
 
-    For ``sdpa``, a mask of None means causal attention if ``is_causal`` is True and there are several queries. In this
-    case query 0 is aligned with key 0 (prefill of a static cache). In all other cases, a mask of None hides no key.
+    For ``sdpa``, a mask of None means causal attention if ``is_causal`` is True and there are several queries. Query
+    ``i`` then sees keys 0 to ``i`` (prefill of a static cache). In all other cases, a mask of None hides no key.
     """
     if attention_mask is None:
         causal = implementation == "sdpa" and is_causal and query.shape[2] > 1
@@ -161,7 +161,7 @@ def attend_read(
     dropout: float,
     wanted: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run an attention with the content of a mask. Return the results of :meth:`InterfacePoint.compute`."""
+    """Run an attention with the mask ``read``, and return what :meth:`InterfacePoint.compute` returns."""
     dtype = compute_dtype(value)  # models may leave queries and keys in float32
     query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     segment = Segment(key, value, read.pattern, read.key_mask, read.mask, read.bias)

@@ -1,6 +1,6 @@
 """Refuse keyword arguments that change the result of attention if no backend uses them. Ignore all other keywords.
 
-Decoders of transformers pass every unknown keyword, such as labels or numbers for the loss, to all attention modules.
+Decoders of transformers pass all unknown keywords, such as ``num_items_in_batch``, to every attention module.
 The attention functions for ``eager`` and ``sdpa`` read a few keywords by name and ignore the rest. A patched model also
 ignores the rest, because these keywords do not change the result. Calls that work without a patch must not fail with a
 patch. A patched model refuses two kinds of keywords:

@@ -28,7 +28,7 @@ class MaskArgument:
     """Description of a mask argument ``(batch, length)`` of a module.
 
     Attributes:
-        tokens: names of arguments that may contain the tokens ``(batch, length, ...)``. The first tensor is used.
+        tokens: names of arguments. The first argument that is a tensor contains the tokens ``(batch, length, ...)``.
         public_name: the name by which users pass the mask. Empty if users pass the module's argument directly.
         allows_grid: whether the mask may also have the shape ``(batch or 1, heads or 1, q_len or 1, kv_len or 1)``.
         visibility: whether the mask must contain True (or 1) for visible tokens and False (or 0) for hidden tokens. The
@@ -80,7 +80,7 @@ class MaskCheckPoint(CompanionPoint):
         return "checks masks"
 
     def bind_checked(self, cls: Any, attend: Attend) -> Forward:
-        """Return the forward that runs after the check. By default, it is the original forward."""
+        """Return the forward that runs after the check. The default is the original forward."""
         forward: Forward = cls.forward
         return forward
 
@@ -144,7 +144,7 @@ def check_mask(
         length: the number of tokens. None allows any number.
         device: the device of the tokens. None allows any device except meta.
         grid: ``(q_len, kv_len)`` if the mask may be a grid, else None. A length of -1 allows any length.
-        grid_rank: the rank of a grid: 4 if it has a dimension of heads, otherwise 3.
+        grid_rank: the rank of a grid: 4 if the grid has a dimension of heads, otherwise 3.
 
     Returns:
         The mask as ``(batch, length)``, or the grid unchanged.
@@ -197,7 +197,7 @@ def check_visibility(
 
 
 def refuse_nan(name: str, mask: Tensor) -> None:
-    """Raise :class:`InvalidArgumentError` if a mask contains NaN. For float masks, this waits for the device."""
+    """Raise :class:`InvalidArgumentError` if a mask contains NaN. For float masks, the CPU waits for the GPU."""
     if mask.is_floating_point() and holds(mask.isnan().any(), unknown=False):
         raise InvalidArgumentError(name, f"{describe(mask)} with NaN", "a mask without NaN")
 
@@ -209,7 +209,7 @@ def _first_tokens(given: Mapping[str, Any], names: tuple[str, ...]) -> Tensor | 
 
 
 def _columns(cache: Any, length: int) -> int:
-    """Return the number of keys in the first layer, or -1 if the cache does not report this number (a paged cache)."""
+    """Return the number of cached and new tokens in the first layer, or -1 if unknown (a paged cache)."""
     if cache is None:
         return length
     sizes = getattr(cache, "get_mask_sizes", None)

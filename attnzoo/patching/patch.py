@@ -42,7 +42,7 @@ class Handle:
     def remove(self) -> None:
         """Restore the original forwards exactly. Do nothing if the patch was already removed.
 
-        This includes copies of patched modules inside the model, such as the copies for PEFT's ``modules_to_save``.
+        Copies of patched modules inside the model, such as for PEFT's ``modules_to_save``, are restored, too.
 
         Raises:
             PatchError: the patch is not the last patch of a module, or other code has replaced a patched forward. In
@@ -71,7 +71,7 @@ class Handle:
 
 
 def _layers(model: nn.Module) -> list[tuple[nn.Module, PatchedForward]]:
-    """Return a pair of module and patched forward for each patched forward in a model."""
+    """Return one pair (module, patched forward) for each patched forward in a model."""
     check_model(model)
     return [(module, forward) for module in model.modules() for forward in patches_of(module)]
 
@@ -137,7 +137,7 @@ def handle(model: nn.Module) -> Handle:
 
 
 def _last(model: nn.Module) -> list[tuple[nn.Module, PatchedForward]]:
-    """Return a pair of module and patched forward for each forward of the last patch of a model."""
+    """Return one pair (module, patched forward) for each forward of the last patch of a model."""
     layers = _layers(model)
     if not layers:
         raise PatchError(f"model: got {type(model).__name__}, which is not patched; allowed: a patched model")
@@ -208,7 +208,7 @@ def patch(
         fallback: what happens to a call that the backend refuses. With ``"error"``, the call raises. With
             ``"native"``, the call runs the model's original code, and ``Site.fallbacks`` counts the call. Exception:
             some patches replace the whole forward of a module. If such a forward has started, a refusal always raises,
-            because the cache may already be filled. An example is a mask that is neither causal nor a padding mask.
+            because the cache may already be filled. For example, a mask that is neither causal nor padding raises.
         replace: whether to remove earlier patches of the model, after the new patch has passed all checks. A notebook
             cell with ``replace=True`` can run again. By default, the new patch is added to the earlier patches.
         options: options for backends that are given by name, e.g. ``window=1024``. Configured backends
@@ -219,7 +219,7 @@ def patch(
 
     Raises:
         InvalidArgumentError, UnknownNameError: an argument is invalid.
-        PatchError: no site matches, a glob matches no site or follows a wider glob, or weights are not loaded.
+        PatchError: the model has no site, a glob matches no site or follows a wider glob, or weights are not loaded.
         DriftError: the model's code differs from the code that the adapter was verified against.
         BackendRefusedError: a backend refuses an expected request of a site and ``fallback`` is ``"error"``.
         After each of these errors the model is unchanged.
@@ -275,7 +275,7 @@ def _assign(
 
 
 def _configure(requested: Iterable[str | Backend], options: Mapping[str, Any]) -> dict[str | Backend, Backend]:
-    """Return a configured backend for each requested backend. Options apply only to backends requested by name."""
+    """Return ``{requested backend: configured backend}``. ``options`` are for backends requested by name."""
     requested = tuple(dict.fromkeys(requested))
     named = [name for name in requested if isinstance(name, str) and name not in BUILT_IN]
     if options and not named:

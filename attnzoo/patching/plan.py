@@ -1,7 +1,7 @@
 """Decide whether a backend may serve a site. The decision for each site is a :class:`SitePlan`.
 
 ``patch`` raises the errors in the plans, or patches the sites as planned. ``explain`` prints the plans. The plan of a
-patched module checks each call. Plans and the support matrix use :func:`attnzoo.functional.refusals_of`.
+patched module checks each call. :func:`attnzoo.functional.refusals_of` makes the refusals of a plan.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SitePlan:
 
     Attributes:
         target: the module to patch.
-        backend: the backend, bound to the site.
+        backend: the backend, bound to the site (:meth:`Backend.bind_to_site`).
         requests: the expected requests of the module, for the model in its current state.
         refusals: every reason why the backend refuses these requests.
         alternatives: names of the backends that support all these requests. None if unknown or not needed.
@@ -68,7 +68,7 @@ class SitePlan:
     def check_call(
         self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], sharers: Sequence[nn.Module]
     ) -> None:
-        """Before a module runs, raise if the backend refuses an expected request of the call.
+        """Before a module runs, raise if the backend refuses a request that this call is expected to make.
 
         ``module`` is the target's module or a copy. ``sharers`` are the modules that share values with ``module``.
 
@@ -98,7 +98,7 @@ def plan_sites(
     """Return the plans of a patch: first the plans of the sites, then the plans of the companions.
 
     A companion is a module that computes no attention and is patched together with a site. ``targets`` are all patch
-    targets of the model.
+    targets of the model. ``backends`` has the requested backend of each site.
 
     Raises:
         InvalidArgumentError: options of a backend have no effect at any site.
@@ -136,7 +136,7 @@ def _plan_companions(model: nn.Module, targets: Sequence[PatchTarget], plans: Se
 def changes_of(backend: Backend, requests: Sequence[Request], anywhere: bool = False) -> tuple[str, ...]:
     """Return descriptions of how a backend changes the pattern of the requests that it supports.
 
-    ``backend`` must be bound to a site. If ``anywhere`` is True, refusals that only this machine causes are ignored.
+    ``backend`` must be bound to a site. If ``anywhere`` is True, refusals because of this machine are ignored.
     """
     supported = (request for request in requests if not refusals_of(backend, (request,), anywhere))
     return tuple(dict.fromkeys(change for request in supported if (change := backend.changes(request)) is not None))
@@ -201,7 +201,7 @@ def _check_loaded(model: nn.Module, target: PatchTarget) -> None:
 
 
 def _is_offloaded(model: nn.Module, parameter: str) -> bool:
-    """Whether a hook of accelerate moves a parameter to a device when a module that contains it runs."""
+    """Whether a hook of accelerate moves a parameter to a device when a module around the parameter runs."""
     path = parameter.split(".")[:-1]
     around = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1))
     return any(slots.runs_on(module) is not None for module in around)

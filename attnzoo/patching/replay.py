@@ -38,7 +38,7 @@ def recording(modules: Mapping[str, tuple[nn.Module, Callable[[Any], dict[str, A
 
 @contextmanager
 def replaying(model: nn.Module, choices: Choices) -> Iterator[None]:
-    """Context manager in which each call of a recorded module repeats the choices of its next recorded call."""
+    """Context manager in which call ``n`` of a module repeats the choices of the module's recorded call ``n``."""
 
     def hook(recorded: Iterator[dict[str, Any]]) -> Callable[..., Any]:
         return lambda module, args, kwargs: (args, {**kwargs, **next(recorded)})

@@ -11,7 +11,7 @@ HEADER = ("backend", "kernel", "calls", "fallbacks", "sites")
 
 
 def table(sites: Iterable[Site]) -> str:
-    """Return a table. Sites with equal class, pattern, backend and kernel share a row with ranges of counts."""
+    """Return a table. Sites with equal class, pattern, backend and kernel share a row, with counts such as ``2-4``."""
     groups = group_by(sites, lambda site: (site.cls, site.pattern, site.ran, site.kernel, site.approximate))
     return aligned([HEADER, *map(_row, groups)])
 

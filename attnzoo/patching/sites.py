@@ -89,7 +89,7 @@ class PatchTarget:
         name: the name of the module in the model.
         alive: the module. None if the module was freed, or if this target is a copy without a known module.
         module: the module. Reading this attribute raises PatchError if the module was freed.
-        owner: the module that contains this module, and whose layers share values (``PatchPoint.shared_in``), or None.
+        owner: the module of class ``PatchPoint.shared_in`` that contains this module, or None.
         label: the module's name for messages, as in :attr:`Site.label`.
     """
 
@@ -125,7 +125,7 @@ class PatchTarget:
         return self.name or self.cls.__name__
 
     def covered_modules(self) -> Iterable[nn.Module]:
-        """Return the modules inside the owner or, without an owner, inside the module."""
+        """Return the modules inside :attr:`owner` or, if there is no owner, inside :attr:`module`."""
         return (self.owner or self.module).modules()
 
     def expected_requests(self) -> tuple[Request, ...]:
@@ -146,10 +146,10 @@ def expected_requests(
     probabilities: bool = False,
     transforms: tuple[str, ...] = (),
 ) -> tuple[Request, ...]:
-    """Return the expected requests of a module.
+    """Return the requests that a call of ``module`` is expected to make.
 
     Args:
-        sharers: ``module`` and the modules that share values with ``module``.
+        sharers: ``module``, and the modules that share values with ``module`` (``PatchPoint.shared_in``).
         grad: whether gradients will be computed. None means True if the module is training and has trained parameters.
         transforms: the transforms of ``torch.func`` around the call.
     """
