@@ -1,4 +1,4 @@
-"""Run a model to get the outputs on real tokens and the gradient of these outputs, for a comparison."""
+"""Run a model, and return its outputs on real tokens and a gradient of these outputs, for a comparison."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def cast(value: Any, dtype: torch.dtype | None) -> Any:
     """Return a copy of the arguments of a forward, with all floating-point tensors in ``dtype``.
 
     Tensors in dicts, lists and tuples are converted, too. Caches and other objects are copied. If ``dtype`` is None,
-    each tensor keeps its dtype. A mask may use the lowest number of its dtype, which becomes the lowest of ``dtype``.
+    each tensor keeps its dtype. The lowest number of the old dtype (in masks) becomes the lowest number of ``dtype``.
     """
     if isinstance(value, Tensor):
         if dtype is None or not value.is_floating_point() or value.dtype == dtype:
@@ -47,7 +47,7 @@ def run_model(
 
     The gradient is one vector over all parameters that require grad. It is not compared parameter by parameter, because
     the exact gradient and the error budget of one parameter may be zero. For example, the bias of a key projection adds
-    the same number to all scores of a row, which does not change the softmax.
+    the same number to all scores of a query, which does not change the softmax.
 
     Args:
         seed: seed of the random function and of the model's random numbers.
@@ -106,7 +106,7 @@ def _has_decoder(model: nn.Module) -> bool:
 def real_tokens(inputs: Mapping[str, Any], decoder: bool, output: Tensor) -> Tensor | None:
     """Return a bool mask ``(batch, length)``, True for output rows of real tokens, or None if the inputs have no mask.
 
-    If a sample has no real source token, its decoder rows are not real, because cross-attention then has no key.
+    If a sample has no real source token, its decoder tokens are not real, because cross-attention then has no key.
     """
     mask = inputs.get("attention_mask")
     if decoder:
@@ -121,7 +121,7 @@ def real_tokens(inputs: Mapping[str, Any], decoder: bool, output: Tensor) -> Ten
 
 
 def rows_of_modules(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[str, Tensor], Tensor | None]:
-    """Return a function of a module's name and output ``(batch, length, ...)`` that returns which rows are real.
+    """Return a function ``rows(name, output)``: a mask of the real tokens in a module's output, or None (all tokens).
 
     Some models pad inputs at the end to a multiple of a block size, so rows after the end of the mask are padding.
     """

@@ -39,7 +39,7 @@ class Call(NamedTuple):
 def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Call]]:
     """Context manager that records the arguments of the first call of each named module.
 
-    The arguments are copied, because the call may change its inputs and may fill its cache.
+    The arguments are copied, because the call may change them, for example by filling a cache.
     """
     calls: dict[str, Call] = {}
 
@@ -60,7 +60,7 @@ class ModuleRuns:
     """Runs of modules on recorded calls.
 
     Args:
-        random_choices: for each module name and call, the keyword arguments with which the call repeats its choices.
+        random_choices: for each module name and call, the arguments with which the call repeats its random choices.
         real_rows: function of a module name and an output ``(batch, length, ...)``. It returns which rows are real
             tokens, or None if all rows are real tokens.
     """
@@ -92,7 +92,7 @@ class ModuleRuns:
             self._eager[name] = self._run(model, name, None, "eager")
 
     def reports(self, model: nn.Module, dtype: torch.dtype) -> tuple[AttentionReport, ...]:
-        """Compare the results of :meth:`run_own` with the oracle in a float64 ``model``. ``dtype`` sets the budgets."""
+        """Compare the results of :meth:`run_own` with the oracle in a float64 ``model``. Budgets are for ``dtype``."""
         return tuple(AttentionReport(name, "native", self._checks(model, name, dtype)) for name in self._own)
 
     def _checks(self, model: nn.Module, name: str, dtype: torch.dtype) -> tuple[error_rule.Check, ...]:

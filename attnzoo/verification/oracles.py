@@ -18,9 +18,9 @@ from attnzoo.spec.segments import Attention, Result
 
 @dataclass(frozen=True, eq=False)
 class RewritingOracle(Backend):
-    """Backend that changes each attention as ``backend`` did with the recorded choices, and then runs ``plain``."""
+    """Backend that changes an attention like ``backend``, with the next recorded choices, and then runs ``plain``."""
 
-    __eq__ = object.__eq__  # two backends are equal if their options are, but oracles may be at different calls
+    __eq__ = object.__eq__  # oracles with equal fields may have replayed different numbers of calls
     __hash__ = object.__hash__
 
     name: ClassVar[str] = "eager"
@@ -39,7 +39,7 @@ def oracles(
 ) -> dict[str, str | Backend]:
     """Return a dict from globs of site names to oracles, as :func:`attnzoo.patch` accepts.
 
-    ``approximate`` maps a site name to the backend that changes the pattern, and to the random choices of each call.
+    ``approximate`` maps a site name to the backend that changed the pattern, and the random choices of each call.
     """
     plain = EagerBackend() if plain is None else plain
     rewriting: dict[str, str | Backend] = {

@@ -45,8 +45,8 @@ def verify(
 ) -> Report:
     """Compare a patched model with the original under the error rule, end to end and attention by attention.
 
-    The reference is the model with the dense oracle in float64. ``verify`` compares the patched model and the model's
-    own code with the reference. It compares the outputs on the tokens that ``attention_mask`` marks as real, the
+    The reference is the model with the dense oracle in float64. ``verify`` compares two runs with this reference: the
+    patched model, and the model's own code. Compared are the outputs on real tokens (see ``attention_mask``), the
     parameter gradient, and each attention. The error of plain operations in the model's dtype sets the error budgets.
     With ``backend="native"``, ``verify`` checks only the model's own code.
 
@@ -59,7 +59,7 @@ def verify(
         backend: a backend, or a mapping of globs to backends, as for :func:`attnzoo.patch`.
         gradients: whether gradients are compared, too.
         max_rows: maximum number of query rows to compare in each attention.
-        seed: seed of all random numbers, such as the gradients of the outputs at the start of the backward.
+        seed: seed of all random numbers, such as the output gradients from which the backward starts.
         fast: whether to finish in seconds instead of minutes. ``verify`` then uses only the first 256 real tokens of
             one sample. It skips the end-to-end gradients and the separate check of each module's own code.
         progress: function that is called with the completed share of the work (0 to 1) and the name of the next step.
@@ -92,7 +92,7 @@ def verify(
         return patch(model, backend, **options)
 
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    # A float64 model's own code still computes the softmax in float32. So the own code runs in float32 here.
+    # The own code of a float64 model still computes the softmax in float32. So all of this code runs in float32 here.
     own_dtype = error_rule.plain_dtype(dtype)
     wide = own_dtype != dtype
 
@@ -222,7 +222,7 @@ class _PatchedRun:
         request = attention.request()
         segments = tuple(replace(segment, bias_grad=False) for segment in request.segments)
         key = site.name, replace(request, grad=False, segments=segments)
-        if request.grad or key not in self.attentions:  # with gradients, output and gradient can be compared
+        if request.grad or key not in self.attentions:  # prefer an attention with gradients
             self.attentions[key] = attention, result.kernel, backend
         if not backend.capabilities.exact:
             self.approximate.setdefault(site.name, (backend, []))[1].append(backend.decisions(attention))
