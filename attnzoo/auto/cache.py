@@ -56,7 +56,7 @@ def _home() -> Path:
 
 
 def generation() -> int:
-    """Return a counter of the changes of measurements. Callers put the counter into the keys of their caches."""
+    """Return a number that grows with each change of measurements. Callers put this number into their cache keys."""
     return _generation
 
 
@@ -117,7 +117,7 @@ def check_writable() -> None:
 
 
 def obstacle() -> str:
-    """Return why measurements cannot be saved, or ``""``. The check writes no file, so the result may miss a reason."""
+    """Return why measurements cannot be saved, or ``""``. No file is written, so some reasons are not noticed."""
     where = folder()
     try:
         nearest = next(path for path in (where, *where.parents) if path.exists())
@@ -148,7 +148,7 @@ class Stored(NamedTuple):
 
 
 def stored() -> list[Stored]:
-    """Return the content of every file in the folder, including unreadable files."""
+    """Return the content of every file in the folder. For an unreadable file, only ``path`` and ``problem`` are set."""
     files = []
     for path in _files():
         try:

@@ -19,7 +19,7 @@ def by_priority_because() -> str | None:
     """Return why ``auto`` currently selects by priority. None means that ``auto`` uses measurements.
 
     There are three reasons: ``ATTNZOO_AUTO=priority``, ``torch.compile``, and ``torch.use_deterministic_algorithms``
-    without ``ATTNZOO_AUTO=measured``. The third reason exists because a new measurement may change the backend.
+    without ``ATTNZOO_AUTO=measured`` (a new measurement could change the backend, and so the results).
 
     Raises:
         InvalidArgumentError: ``ATTNZOO_AUTO`` is neither empty nor ``measured`` nor ``priority``.
@@ -58,6 +58,6 @@ def wrongs(measurement: Measurement, candidates: Sequence[Backend]) -> dict[str,
 
 
 def is_current(measurement: Measurement, backend: Backend) -> bool:
-    """Whether the measurement has an outcome of the backend's current code."""
+    """Whether the measurement has an outcome for the backend, measured with the current code of the backend."""
     outcome = measurement.outcomes.get(backend.name)
     return outcome is not None and outcome.code == code_of(type(backend))

@@ -22,7 +22,7 @@ _PACKAGES = ("attnzoo", "triton", "flash-attn", "xformers")
 class Environment:
     """A device, and the versions of the packages that provide kernels for the device.
 
-    ``name`` is the model of the device. ``threads`` is the number of torch threads on a CPU, and 0 on other devices.
+    ``name`` is the product name of the device. ``threads`` is the number of torch threads on a CPU, else 0.
     """
 
     device: str
@@ -80,7 +80,7 @@ def code_of(cls: type) -> str:
 
 
 def _cpu_model() -> str:
-    """Return the model of the processor. Linux lists the model in ``/proc/cpuinfo``."""
+    """Return the product name of the processor. Linux lists this name in ``/proc/cpuinfo``."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(errors="replace").splitlines():

@@ -54,7 +54,7 @@ class Outcome:
 
     @property
     def warm_up(self) -> str:
-        """If the first run was much slower than the median, a text with the first run's time, else an empty string."""
+        """A text with the time of the first run if this run was much slower than the median, else an empty string."""
         is_long = self.seconds is not None and self.first > max(1.0, 3.0 * self.seconds)
         return f"its first run took {format_seconds(self.first)}" if is_long else ""
 
@@ -67,7 +67,7 @@ class Measurement:
         request: the request as plain data (:func:`to_plain_data`).
         size: the size class of the attention.
         outcomes: the outcomes by backend name.
-        where: the class and pattern of the first site with this request, as text for users.
+        where: the module class and the pattern of the first site with this request, as text for users.
     """
 
     request: Mapping[str, Any]

@@ -31,7 +31,7 @@ class AutoBackend(Backend):
         return self
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
-        """Return nothing if a candidate supports the request. Otherwise return the refusals of all candidates."""
+        """Return ``()`` if a candidate supports the request. Otherwise return the refusals of all candidates."""
         answers = {candidate.name: candidate.refusals(request) for candidate in registry.exact_backends()}
         return _with_names(answers) if all(answers.values()) else ()
 
@@ -62,7 +62,7 @@ def choose_for(attention: Attention, probabilities: bool = False) -> Choice:
 def _choose(
     request: Request, size: SizeClass | None, environment: Environment | None, because: str, *generations: int
 ) -> Choice:
-    """Select a backend, by priority if ``size`` is None. The result is cached until registry or measurements change."""
+    """Select a backend, by priority if ``size`` is None. ``generations`` count changes of registry and measurements."""
     supporting = registry.supporting_backends(request)
     wrong: dict[str, str] = {}
     if size is not None and environment is not None:
