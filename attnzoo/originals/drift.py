@@ -18,7 +18,7 @@ from attnzoo.originals.fingerprint import fingerprint, object_at, path_of
 
 Cause = Literal["overridden", "replaced", "unreadable", "changed"]
 _CAUSES: tuple[Cause, ...] = ("overridden", "replaced", "unreadable", "changed")  # in the order of messages
-# A decorator from these packages or the model's package may be part of the original.
+# A decorator from these packages, or from the package of the model, counts as part of the original function.
 _DECORATING = frozenset({"torch", *sys.stdlib_module_names})
 
 
@@ -86,7 +86,7 @@ def drift_message(differences: Sequence[Difference], family: str, versions: str,
     adapter = f"the adapter for {family}"
     if cause == "overridden":
         return (
-            f"{example}, which {adapter} replaces or relies on; allowed: subclasses that keep it. Leave these modules "
+            f"{example}, which {adapter} replaces or relies on; allowed: subclasses that inherit it. Leave the modules "
             "to backend 'native', or register an adapter with a point for the subclass"
         )
     if cause == "replaced":

@@ -19,7 +19,7 @@ from types import FunctionType
 from typing import Any
 
 # Characters beyond ASCII belong to names, as in CPython's tokenizer. The result does not depend on Unicode tables.
-# Operators are single characters, because spaces inside an operator cannot turn a program into another program.
+# Each character of an operator is a token, because no valid program changes if such an operator is split.
 # A word directly before a quote is a string prefix if all its letters can be in a prefix. No keyword is such a word.
 _TOKEN = re.compile(
     r"""
@@ -109,7 +109,7 @@ def fingerprint_of_source(source: str) -> str:
 
 
 def _logical_lines(text: str) -> Iterator[tuple[int, list[str], bool]]:
-    """Yield ``(column, tokens, is_docstring)`` per logical line. A line of only plain strings is a docstring."""
+    """Yield ``(column, tokens, is_docstring)`` per logical line. A line of only plain strings counts as a docstring."""
     at, depth, column, line, is_docstring = 0, 0, 0, list[str](), True
     while match := _TOKEN.match(text, at):
         kind, end = match.lastgroup, _end_of(text, match)
@@ -135,7 +135,7 @@ def _nesting(kind: str | None, token: str) -> int:
 
 
 def _end_of(text: str, match: re.Match[str]) -> int:
-    """Return the end of a token. The regular expression matches only the opening quote of a string."""
+    """Return the index after a token. For a string, ``match`` ends at the opening quote."""
     if match.lastgroup != "string":
         return match.end()
     has_fields, quote, at = bool(set(match["prefix"].lower()) & set("ft")), match["quote"], match.end()
@@ -152,7 +152,7 @@ def _end_of(text: str, match: re.Match[str]) -> int:
 
 
 def _end_of_field(text: str, at: int) -> int:
-    """Return the end of a replacement field in an f-string. The expression of the field starts at ``at``."""
+    """Return the index after a replacement field of an f-string. The expression of the field starts at ``at``."""
     depth = 0
     while match := _TOKEN.match(text, at):
         at, token = _end_of(text, match), match[0]
@@ -165,7 +165,7 @@ def _end_of_field(text: str, at: int) -> int:
 
 
 def _end_of_format(text: str, at: int) -> int:
-    """Return the end of a replacement field. The format specification of the field starts at ``at``."""
+    """Return the index after a replacement field. The format specification of the field starts at ``at``."""
     while not text.startswith("}", at):
         if at >= len(text):
             raise OSError("the source ends inside an f-string")

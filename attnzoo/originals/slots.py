@@ -42,9 +42,9 @@ def is_foreign(module: nn.Module) -> bool:
 
 
 def unbound(value: Any) -> Any:
-    """Unwrap a bound method of a callable that is not a plain function. Return any other value unchanged.
+    """Return the callable in a bound method if this callable is not a plain function, else return ``value`` unchanged.
 
-    accelerate's ``unwrap_model`` creates bound methods of callables that are not plain functions.
+    accelerate's ``unwrap_model`` creates such bound methods.
     """
     if isinstance(value, MethodType) and not isinstance(value.__func__, FunctionType):
         return value.__func__
@@ -57,9 +57,9 @@ def put(module: nn.Module, forward: Callable[..., Any]) -> None:
 
 
 def take_back(module: nn.Module, replacement: Callable[..., Any], original: Callable[..., Any] | None) -> None:
-    """Restore the forward that :func:`current` returned before the replacement.
+    """Restore ``original``, which :func:`current` returned before the replacement.
 
-    If ``original`` is None, restore the forward of the class.
+    None stands for the forward of the class.
     """
     slot = next(slot for slot in SLOTS if unbound(vars(module).get(slot)) is replacement)
     if original is not None:

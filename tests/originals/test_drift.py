@@ -206,7 +206,7 @@ def test_subclass_that_overrides_the_forward_is_refused(cls):
     message = refusal(model)
     assert message.startswith(
         f"tests.originals.test_drift:{cls.__name__}.forward: overrides GPTNeoXAttention.forward, which the adapter "
-        "for gpt_neox replaces or relies on; allowed: subclasses that keep it"
+        "for gpt_neox replaces or relies on; allowed: subclasses that inherit it"
     )
     assert "backend 'native', or register an adapter" in message and "version" not in message
     runs_natively(model)
