@@ -20,15 +20,15 @@ from attnzoo.spec.segments import Attention
 Clock = Callable[[], float]
 
 ROUNDS = 7
-# A sample repeats the run for about this many seconds, because a short sample would mainly measure the launch overhead.
+# A sample repeats a run for about SAMPLE_SECONDS, at most MOST_RUNS times. A single run would mainly measure overhead.
 SAMPLE_SECONDS, MOST_RUNS = 0.005, 50
-# A backend that is slower than the fastest by this factor in the first round is not timed again.
+# A backend that needs more than this many times the fastest backend's time in the first round is not timed again.
 HOPELESS = 3.0
-# Dense backends are not timed if they need more bytes than this.
+# A dense backend is not timed if its scores need more than this many bytes.
 DENSE_BYTES = 2 << 30
-# How many grids of scores plain operations have in memory at once, and how many more they store for the backward.
+# How many score tensors (batch, heads, q_len, kv_len) plain operations hold at once, and how many more for backward.
 GRIDS, GRIDS_KEPT = 6, 4
-ROWS = 64
+ROWS = 64  # queries that the error rule checks
 
 
 def race(
@@ -38,7 +38,7 @@ def race(
 
     The backends run alternately. A time is the median of ``rounds`` samples, without warm-up. With ``grad``, a time
     includes the backward, and the tensors of ``attention`` must be leaves. A backend that raises, or fails the error
-    rule on sampled rows, is marked as wrong and not timed. A backend that runs out of memory is not marked as wrong.
+    rule for sampled queries, is marked as wrong and not timed. Running out of memory does not count as wrong.
     """
     tick = time.perf_counter if clock is None else clock
     outcomes: dict[str, Outcome] = {}

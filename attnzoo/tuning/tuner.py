@@ -52,7 +52,7 @@ def tune(
     every backend that supports a recorded attention, once per request and size class (batch and lengths rounded up to
     powers of two). A time is the median of several rounds, without warm-up and compilation. ``auto`` never selects a
     backend that failed the error rule or raised. ``tune`` reuses stored measurements, and does not time backends that
-    change the pattern. It changes neither the model nor its gradients nor the state of random number generators.
+    change the pattern. The model, its gradients and the states of random number generators do not change.
 
     Args:
         model: a model of a family with an adapter. The model may be patched.
@@ -60,7 +60,7 @@ def tune(
             ``lambda: model.generate(**prompt)``.
         gradients: True tunes for training (forward and backward), and False tunes for inference. None selects training
             if the model is in training mode.
-        again: whether attentions with a stored measurement are measured again.
+        again: whether attentions that already have a stored measurement are measured again.
         save: whether the results are written to the cache file (in ``$ATTNZOO_CACHE_DIR``, or in ``~/.cache/attnzoo``
             if that variable is not set). Without the file, the results are valid in this process only.
         rounds: number of timed samples per backend, at least 1.
