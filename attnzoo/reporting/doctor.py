@@ -1,4 +1,4 @@
-"""``doctor``: list what this machine can run. For what it cannot run, give the reason and what to install."""
+"""``doctor``: list what this machine can run. For everything else, give the reason and what to install."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. If ``ok`` is True, ``detail`` describes the item, else it gives the reason and remedy."""
+    """One line of the report. ``detail`` describes the item or, if ``ok`` is False, gives the reason and remedy."""
 
     kind: str  # "machine", "package", "backend", "model" or "entry point"
     name: str

@@ -1,7 +1,7 @@
 """The support matrix: whether each backend runs each feature at each attention module, and the reasons if not.
 
 The modules come from the examples of adapters, which are models without weights. The refusals come from declarations of
-backends. So the matrix does not depend on this machine. A cell is for a module's requests with one added feature.
+backends. So the matrix does not depend on this machine. A cell is about a module's requests plus one feature.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ the whole row and is not repeated. *(≈)*: the backend changes the pattern of t
 
 
 def _declarations() -> dict[str, dict[str, object]]:
-    """Return a dict for each loaded backend. It maps names of declarations, such as "dtypes", to values."""
+    """Return, for each loaded backend, a dict from the name of a declaration, such as "dtypes", to its value."""
     infos = registry.backends().values()
     return {info.name: _declared(info, info.capabilities) for info in infos if info.capabilities is not None}
 
@@ -53,7 +53,7 @@ class Reasons(dict[str, int]):
 
 
 def _outcomes(row: Row, reasons: Reasons, code: Callable[[str], str]) -> list[tuple[str, str]]:
-    """Return for each feature the dtypes and devices that run, and the numbers of the reasons against the others."""
+    """Return, for each feature, the dtypes and devices that run it, and numbers of reasons (why the others do not)."""
     outcomes = []
     for feature in FEATURES:
         printed = set() if feature == "forward" else set(row.reasons("forward"))

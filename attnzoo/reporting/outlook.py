@@ -17,8 +17,8 @@ _COMPARED = ("device", "dtype", "heads", "head_dim", "value_dim")
 def outlook(plan: SitePlan) -> tuple[str, ...]:
     """Return what ``auto`` selects: a line for each measured size of similar attentions, and a line for other sizes.
 
-    An attention is similar if it and the site have the same device, dtype, number and size of heads, and pattern of the
-    first segment. Masks, gradients and lengths are ignored, because they are unknown before a run.
+    A measured attention is similar if device, dtype, number and size of heads, and the pattern of the first segment are
+    the same as at the site. Masks, gradients and lengths are ignored, because they are unknown before a run.
     """
     because = by_priority_because()
     lines = []
