@@ -25,7 +25,7 @@ class Case:
     """The settings that all contenders of a case share.
 
     Attributes:
-        family: name of the workload.
+        family: name of a workload in :data:`~attnzoo.benchmarks.models.WORKLOADS`.
         scope: ``"model"`` is the whole model. ``"module"`` is one self-attention module including its projections.
             ``"attention"`` is the same module, but the time of the projections is subtracted.
         seq_len: input length in tokens.
@@ -132,7 +132,7 @@ def _one_module(case: Case) -> Subject:
         if not isinstance(value, Tensor):
             return value
         leaf = value.detach().clone()
-        # Reversible layers run without gradients until their backward. Only the shape shows which inputs are states.
+        # Reversible layers run their forward without gradients. Then only the shape shows which inputs are states.
         is_states = value.is_floating_point() and value.ndim == 3
         if case.train and (is_states if without_gradients else value.requires_grad):
             inputs.append(leaf.requires_grad_())
@@ -176,7 +176,7 @@ class _CapturedError(Exception):
 def _capture(
     model: nn.Module, module: nn.Module, kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
-    """Return the arguments of the module's first call, and whether gradients are off in that call."""
+    """Return the positional and keyword arguments of the module's first call, and whether the call has no gradients."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any], bool]] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -199,7 +199,7 @@ class _LinearRecorder(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        # Weight, bias, shape of the input, and whether the input gets a gradient.
+        # For each call: weight, bias, shape of the input, and whether the input requires a gradient.
         self.calls: list[tuple[Tensor, Tensor | None, torch.Size, bool]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -210,7 +210,7 @@ class _LinearRecorder(TorchFunctionMode):
 
 
 class Projections:
-    """The linear projections of a module, run on random inputs. Scope ``attention`` subtracts the time of this run."""
+    """The linear projections of a module, on random inputs. Scope ``attention`` subtracts the time of :meth:`step`."""
 
     def __init__(self, subject: Subject) -> None:
         case = subject.case

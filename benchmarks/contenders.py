@@ -52,7 +52,7 @@ class Execution(NamedTuple):
 
 
 class PreparedContender:
-    """A contender that is ready to run. The original model and peers use this class, whose gate checks nothing."""
+    """A contender that is ready to run. The original model and peers use this class itself, and get no check."""
 
     def __init__(self, subject: Subject, kernel: str = "") -> None:
         self.subject, self._kernel = subject, kernel
@@ -66,7 +66,7 @@ class PreparedContender:
 
 @dataclass(frozen=True)
 class Contender:
-    """Code that a case measures. A :class:`Row` stores ``name`` in its field ``backend``, and ``peer`` in ``peer``."""
+    """Code that a case measures. A result ``Row`` has ``name`` as ``Row.backend`` and ``peer`` as ``Row.peer``."""
 
     peer: ClassVar[bool] = False
     name: str
@@ -76,7 +76,7 @@ class Contender:
         return True
 
     def check(self, case: Case) -> None:
-        """Raise :class:`Problem` if the contender cannot run the case. This check runs no model and no backend."""
+        """Raise :class:`Problem` if the contender cannot run the case. No model and no backend runs here."""
 
     def prepare(self, case: Case) -> PreparedContender:
         """Build the subject and return the contender ready to run. The worker process calls this method."""
@@ -85,7 +85,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Original(Contender):
-    """The unpatched model of transformers. The ratios in the results compare the other contenders with this model."""
+    """The unpatched model of transformers. ``Row.speedup`` and ``Row.peak_ratio`` are relative to this model."""
 
     name: str = ORIGINAL
 
@@ -98,7 +98,7 @@ class Original(Contender):
 
 @dataclass(frozen=True)
 class BackendContender(Contender):
-    """A registered backend, which runs in a subject that :func:`attnzoo.patch` patched.
+    """A registered backend, in a subject that :meth:`Subject.patch` patches with this backend.
 
     :attr:`name` may include options, as on the command line: ``blocked-local:window=1024``. If the backend stores all
     ``length x length`` scores, inputs longer than :attr:`dense_limit` tokens are skipped. None means no such limit.
@@ -127,7 +127,7 @@ class BackendContender(Contender):
 
     def prepare(self, case: Case) -> PreparedContender:
         if registry.backend_class(self.backend).compiles:
-            # Code that is compiled for a short input runs every length. Compile time is not part of the measurement.
+            # Compile with a short input now, so that compile time is not measured. The compiled code runs every length.
             short = build(replace(case, seq_len=min(case.seq_len, _COMPILE_LEN)))
             with short.patch(self.name):
                 short.step()

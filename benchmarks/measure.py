@@ -19,7 +19,7 @@ from attnzoo.tuning.race import synchronize
 
 
 class Peak(NamedTuple):
-    """The bytes in use ``before`` a run, the ``extra`` bytes at the peak of the run, and how they were measured."""
+    """The ``extra`` bytes at the peak of a run, the bytes in use ``before`` the run, and the measuring ``method``."""
 
     extra: int
     before: int
@@ -66,7 +66,7 @@ def peak_of(run: Callable[[], None], device: str) -> Peak:
 
 
 def _start_thread_pools() -> None:
-    """Start thread pools and load libraries before the run, so that their memory does not count as the run's."""
+    """Start thread pools and load libraries before the run, so that their memory is not counted."""
     x = torch.randn(256, 256, requires_grad=True)
     with torch.enable_grad():
         torch.softmax(x @ x, -1).sum().backward()
@@ -84,8 +84,8 @@ def _large_tensors_in_own_mappings() -> Iterator[None]:
     """Context manager in which glibc puts every allocation above 1 MiB into a separate memory mapping.
 
     By default, glibc allocates tensors of up to 32 MiB on the heap. Freed tensors leave gaps, which still count as
-    resident memory. The measured peak of the same run was then 120 or 200 MiB. If a program sets one threshold of
-    glibc, glibc stops adapting both. So on exit, both are set (mapping: 32 MiB, trimming: 64 MiB).
+    resident memory. One and the same run then had a peak of 120 MiB or of 200 MiB. Setting the mapping threshold stops
+    glibc from adapting its thresholds. So on exit, glibc's largest thresholds are set: 32 MiB to map, 64 MiB to trim.
     """
     trim, threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     try:
@@ -129,7 +129,7 @@ def _max_rss() -> int:
 
 
 def available_memory(device: str) -> int | None:
-    """Return the free bytes of a device, or None if the system does not report them."""
+    """Return the number of free bytes on a device, or None if the system does not report this number."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     try:
@@ -139,7 +139,7 @@ def available_memory(device: str) -> int | None:
 
 
 def machine(device: str) -> dict[str, str]:
-    """Return the versions of the software and the names of the hardware. Result files store both."""
+    """Return the versions of the software and the names of the hardware, to store in result files."""
     import transformers
 
     import attnzoo

@@ -30,7 +30,7 @@ class Library:
 
     Attributes:
         inputs: number of input tensors ``(batch * heads, S, dim_head)``.
-        multiple: function of the options. The input length must be divisible by the number that it returns.
+        multiple: function of the options that returns an integer. The input length must be a multiple of this integer.
     """
 
     module: str

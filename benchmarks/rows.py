@@ -49,7 +49,7 @@ class Row:
         recall: share of full attention's weight on the keys that queries still see with the backend: the mean over
             heads and checked queries. None if the backend does not change the pattern.
         peer: whether the contender is a peer. Peers are not checked, and never make the shootout fail.
-        note: how the case differs from the published configuration. Empty if it does not differ.
+        note: how the case differs from the published configuration. Empty if there is no difference.
     """
 
     family: str

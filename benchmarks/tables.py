@@ -23,7 +23,7 @@ _STYLES = {RED: "bold red", FAILED: "red"}
 _STATUS_WORDS = {RED: "RED", FAILED: "failed", REFUSED: "refused", SKIPPED: "skipped"}
 _WRAPPED_COLUMNS = ("backend", "kernel")
 _LEFT_COLUMNS = (*_WRAPPED_COLUMNS, "gate")
-# From wide to narrow terminals: the columns to leave out, and the number of blanks between the other columns.
+# From wide to narrow terminals: the columns to leave out, and the number of spaces between the other columns.
 _LAYOUTS: tuple[tuple[set[str], int], ...] = ((set(), 2), (set(), 1), ({"min - max"}, 1), ({"min - max", "peak"}, 1))
 _LEGEND = (
     "speed: the original's median time divided by this row's median time; above 1x is faster than the original.",

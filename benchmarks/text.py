@@ -13,7 +13,7 @@ BOOK = Path(__file__).parent / "data" / "moby_dick.txt"  # data/SOURCE.md names 
 
 @lru_cache(maxsize=1)
 def book() -> bytes:
-    """Return the text, which is long enough for four passages of the longest input (65536 tokens, in Reformer)."""
+    """Return the text. It is long enough for four passages of 65536 tokens, the longest input (of Reformer)."""
     return BOOK.read_bytes()
 
 

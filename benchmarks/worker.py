@@ -1,4 +1,4 @@
-"""Measure each row in a separate process: build the contender, check the contender, and time runs.
+"""Measure each row in a separate process, which builds the contender, checks its numbers, and times its runs.
 
 The processes of a case take turns. The parent sends one request at a time, so only one process computes.
 """
@@ -83,7 +83,7 @@ class EndToEndJob:
 
 
 def verify_here(job: EndToEndJob) -> tuple[bool, str]:
-    """Return whether the backend passes, and the report. The input must be short, because the oracle is dense."""
+    """Return whether the backend passes ``verify``, and the report. The input must be short: the oracle is dense."""
     torch.set_num_threads(job.threads)
     workload = find_workload(job.family)
     model = workload.build(layers=1).to(job.device, DTYPES[job.dtype])

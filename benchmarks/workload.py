@@ -45,11 +45,11 @@ class Workload:
         heads: number of attention heads, for the memory estimate of dense backends.
         layers: number of layers that attend over the whole input, for the memory estimate of dense backends.
         special_tokens: number of special tokens. Their ids are smaller than the ids of bytes.
-        inputs: function that turns tokens ``(batch, seq_len + extra)`` into model inputs.
+        inputs: function that turns token ids ``(batch, seq_len + extra)`` into model inputs.
         extra: number of tokens that ``inputs`` needs in addition to the input length.
         shrink: function of ``published`` and a number of layers that returns the configuration with fewer layers.
         positions: name of the configuration's field that limits the input length. None means no limit.
-        reserved: number of positions that no token uses.
+        reserved: number of rows of the position table that no token uses.
         training: function of ``published`` and an input length, for a model whose backward requires training mode. The
             function returns the fields to change for training without dropout. For a length that the model cannot
             train with, it raises InvalidArgumentError. None means that the model trains in eval mode.
@@ -73,7 +73,7 @@ class Workload:
     peer: Peer | None = None
 
     def too_long(self, seq_len: int) -> str | None:
-        """Return why an input is too long for the published configuration, or None if it is short enough."""
+        """Return why ``seq_len`` tokens are too many for the published configuration, or None if they are not."""
         limit = None if self.positions is None else int(self.published[self.positions]) - self.reserved
         return None if limit is None or seq_len <= limit else f"the published configuration has {limit} positions"
 
