@@ -28,8 +28,8 @@ class Attend(Protocol):
     """A callable that computes the attentions of one patched module.
 
     Attributes:
-        complete: whether all modules that share values with this module (:attr:`PatchPoint.shared_in`) are patched, and
-            none may fall back to the original forward. Only then may these modules exchange values in a new format.
+        complete: True if every module that shares values with this module (:attr:`PatchPoint.shared_in`) is patched and
+            cannot fall back to the original forward. If False, the modules must exchange values in the original format.
     """
 
     @property
@@ -39,19 +39,19 @@ class Attend(Protocol):
         """Run an attention on the backend of the module."""
 
     def takes(self, attention: Attention) -> bool:
-        """Whether the backend supports an attention. Use this to choose between two equivalent attentions."""
+        """Whether the backend supports an attention. Adapters use this to choose between equivalent attentions."""
 
     def falls_back(self, can: bool = True) -> bool:
-        """Return whether to run the original code after a refusal (``fallback="native"``). True counts as a fallback.
+        """After a refusal, return whether to run the original code. Each result True is counted as a fallback.
 
         Args:
-            can: whether the original code supports the inputs of this call.
+            can: whether the original code supports the inputs. Without ``fallback="native"``, the result is never True.
         """
 
     def cached_per_forward(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
         """Return ``make(tensor)``, computed once per forward of the model and shared by all layers of the patch.
 
-        A module must use each name only once per forward. A second call with the same name starts the next forward.
+        A module must use a name only once per forward. If a module uses a name again, the next forward has begun.
 
         Args:
             tensor: the input of ``make``, such as an attention mask.
@@ -153,7 +153,7 @@ class PatchPoint(ABC):
         """Raise if the point cannot serve the configuration of the module."""
 
     def fault(self, module: Any) -> str | None:
-        """Return why the original forward computes wrong results, or None. attnzoo never falls back to wrong code."""
+        """Return why the original forward of the module is wrong, or None. attnzoo never falls back to wrong code."""
         return None
 
     def dropout(self, module: Any) -> float:
@@ -169,7 +169,7 @@ class PatchPoint(ABC):
         return bool(kwargs.get("output_attentions"))
 
     def replay(self, output: Any) -> dict[str, Any]:
-        """Return keyword arguments that repeat the random choices of an earlier call, which returned ``output``."""
+        """Return keyword arguments that make a call repeat the random choices of the call that returned ``output``."""
         return {}
 
     # Subclasses do not override the next methods.
@@ -236,7 +236,7 @@ class Adapter:
                 method in ``verified``. None means that only the class of the point is checked.
 
         Raises:
-            DriftError: a function is missing, overridden, replaced at run time, or different in this version.
+            DriftError: a function is missing, overridden, replaced at run time, or differs from the verified function.
         """
         differences = find_drift(point.verified)
         if not differences:
@@ -256,8 +256,8 @@ def _is_a(module: nn.Module, path: str) -> bool:
 def parameters_of(module: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
     """Yield ``(submodule, parameter)`` for every parameter of a module and of each submodule.
 
-    Replicas of ``nn.DataParallel`` list no parameters, because they store plain tensors in a private attribute
-    (torch/nn/parallel/replicate.py). If torch removes that attribute, this function yields nothing for a replica.
+    A replica of ``nn.DataParallel`` has no parameters. The replica stores tensors in a private attribute instead
+    (torch/nn/parallel/replicate.py). If torch removes this attribute, the function yields nothing for a replica.
     """
     for owner in module.modules():
         replicated = vars(owner).get("_former_parameters") or {}

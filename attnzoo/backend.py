@@ -31,7 +31,7 @@ class Capabilities:
         dtypes: the supported dtypes of query, key and value.
         patterns: the supported pattern classes.
         segments: the largest number of segments in one softmax.
-        key_mask: whether the backend supports a mask that hides keys of each sample from all queries.
+        key_mask: whether the backend supports a key mask, which hides padding keys from all queries of a sample.
         mask: whether the backend supports a dense mask, which has one entry for each query and key.
         bias: the supported kinds of additive bias: a subset of ``{"relative", "dense"}``.
         bias_grad: whether the backend computes gradients of the bias values.
@@ -113,7 +113,7 @@ class Backend:
     Class attributes:
         name: the name under which the backend is registered.
         aliases: alternative names that users may type.
-        priority: without measurements, ``auto`` selects the supporting backend with the highest priority.
+        priority: if there are no measurements, ``auto`` selects the supporting backend with the highest priority.
         dense: whether the backend stores all ``q_len x kv_len`` scores. ``tune`` skips the backend if memory is short.
         capabilities: the features that the backend supports.
         compiles: whether the first run of each kind of input compiles a kernel. For such a backend, ``tune`` and the
@@ -166,7 +166,7 @@ class Backend:
     def unavailable(cls) -> str | None:
         """Return why this backend cannot run on this machine and what to install. None means that there is no reason.
 
-        Override this method if the backend needs a package or a device. attnzoo treats an exception as the reason.
+        Override this method if the backend needs a package or a device. If the method raises, this error is the reason.
         """
         return None
 
@@ -196,7 +196,7 @@ class Backend:
         return self.refusals(request)
 
     def bind_to_site(self, site: tuple[Request, ...], patch: tuple[Request, ...]) -> Backend:
-        """Return the backend that serves one site of a patch: this backend, or a copy with other fields.
+        """Return the backend that serves one site of a patch: this backend, or a copy with other field values.
 
         Args:
             site: the expected requests of the site.
@@ -205,7 +205,7 @@ class Backend:
         return self
 
     def unused_options(self) -> tuple[str, ...]:
-        """Return ``name=value`` of each option that the user set and that has no effect at the bound site."""
+        """Return ``name=value`` of each option that the user set, but that has no effect at this backend's site."""
         return ()
 
     # Approximate backends (capabilities with ``exact=False``) override the next three methods.
@@ -215,7 +215,7 @@ class Backend:
         return None
 
     def decisions(self, attention: Attention) -> object:
-        """Return what :meth:`rewrite` derives from tensors, e.g. hash buckets. Another run can reuse this result."""
+        """Return what :meth:`rewrite` computes from tensors, e.g. hash buckets. Another ``rewrite`` can reuse this."""
         return None
 
     def rewrite(self, attention: Attention, decisions: object = None) -> Attention:
@@ -225,7 +225,7 @@ class Backend:
 
         Args:
             attention: the requested attention.
-            decisions: the result of :meth:`decisions` in another run. None means that new decisions are computed.
+            decisions: the result of :meth:`decisions` to reuse. None means that ``rewrite`` computes new decisions.
         """
         return attention
 

@@ -103,9 +103,9 @@ class BackendRefusedError(AttnzooError, NotImplementedError):
     Attributes:
         backend: the name of the backend.
         refusals: ``{place: reasons}``. A place is the name of a module, or ``"attention"`` for a call of a function.
-        alternatives: ``{place: names of backends that support the requests}``. Places with unknown names are missing.
-        stage: the time of the refusal: ``"patch"``, ``"before the call"`` of a module (the module is unchanged) or
-            ``"in the call"`` (the cache of the module may be filled). None means any other time.
+        alternatives: ``{place: names of backends that support the requests}``, if attnzoo has determined these names.
+        stage: the time of the refusal: ``"patch"``, ``"before the call"`` of a module (nothing has changed yet) or
+            ``"in the call"`` (the KV cache may already contain the new tokens). None means any other time.
     """
 
     def __init__(
@@ -156,6 +156,6 @@ class DriftError(PatchError):
 
 
 def raise_interrupts(error: BaseException) -> None:
-    """Raise ``error`` again if it is a Ctrl-C of the user. Callers report all other errors, even ``SystemExit``."""
+    """Raise ``error`` again if the user pressed Ctrl-C. The caller reports all other errors, even ``SystemExit``."""
     if isinstance(error, KeyboardInterrupt):
         raise error

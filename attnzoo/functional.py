@@ -38,7 +38,7 @@ def refusals_of(backend: Backend, requests: Sequence[Request], anywhere: bool = 
 
 
 def alternatives_to(backend: Backend, requests: Sequence[Request]) -> tuple[str, ...] | None:
-    """Return the names of exact backends that support all requests. For ``auto``, which tries all, return None."""
+    """Return the names of exact backends that support all requests, or None for ``auto``, which has tried them all."""
     if isinstance(backend, AutoBackend):
         return None
     return tuple(other.name for other in registry.exact_backends() if not any(map(other.refusals, requests)))
@@ -48,7 +48,7 @@ def check_requests(backend: Backend, requests: Sequence[Request], place: str, st
     """Raise unless a backend supports all requests.
 
     Raises:
-        BackendRefusedError: the message lists every reason, and the backends that support the requests.
+        BackendRefusedError: the message contains ``place``, every reason, and the backends that support the requests.
     """
     reasons = refusals_of(backend, requests)
     if reasons:
@@ -71,7 +71,7 @@ def execute(backend: Backend, attention: Attention, probabilities: bool = False,
             return backend.run(attention, probabilities)
         with torch.autocast(device, enabled=False):
             return backend.run(attention, probabilities)
-    except BackendRefusedError as error:  # the backend refuses tensor values, and does not know the place
+    except BackendRefusedError as error:  # the backend has refused tensor values, and does not know the place
         raise error.at(place, "in the call").with_traceback(error.__traceback__) from error.__cause__
 
 

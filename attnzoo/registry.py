@@ -115,7 +115,7 @@ class Registry:
             for name in (cls.name, *cls.aliases):
                 if name in taken:
                     raise InvalidArgumentError("backend name", repr(name), f"a name other than {sorted(taken)}")
-            self._backends.pop(cls.name, None)  # the class that is registered last gets the name
+            self._backends.pop(cls.name, None)  # move the class to the end: the last class gets a shared name
             self._backends[cls.name] = cls
             self._broken_backends.pop(cls.name, None)
             self.forget()

@@ -31,8 +31,8 @@ class AttentionReport:
         name: name of the attention. In a model, this is the name of the site.
         kernel: name of the kernel that ran.
         checks: a check of the output and, if gradients are compared, a check of :func:`gradient_vector`.
-        recall: share of the softmax weight that a changed pattern keeps, as a mean over the compared rows and heads.
-            None if the backend does not change the pattern.
+        recall: share of the softmax weight that is on keys of the changed pattern, as a mean over the compared rows
+            and heads. None if the backend does not change the pattern.
     """
 
     name: str
@@ -47,12 +47,12 @@ class AttentionReport:
 
     @property
     def worst(self) -> Check:
-        """The check with the largest ratio of error to budget."""
+        """The check with the largest ratio of error to budget. Failed checks come first."""
         return worst(self.checks)
 
 
 def worst(checks: Iterable[Check]) -> Check:
-    """Return the check with the largest ratio of error to budget."""
+    """Return the check with the largest ratio of error to budget. Failed checks come first."""
     return max(checks, key=lambda check: (not check.ok, check.share))
 
 
@@ -63,12 +63,12 @@ def check_attention(
 
     If the backend changes the pattern, the oracle computes the changed attention (:meth:`Backend.rewrite`).
 
-    For long inputs, only a sample of query rows is compared, always with the first and the last row. Sampling does not
-    change the compared values, because output rows are independent and the cotangent of all other rows is zero.
+    For long inputs, only a sample of query rows is compared, including the first and the last row. The oracle computes
+    only these rows. This gives equal values, because rows are independent and all other rows get cotangent zero.
 
     Args:
-        name: name for the report.
-        attention: the inputs, for example from the observer of a site.
+        name: name of the attention in the report.
+        attention: the attention to compute, for example from the ``observer`` of a :class:`Site`.
         backend: a configured backend or a registered name.
         grad: whether to compare gradients too. Bias values get a gradient only if they require grad.
         max_rows: the largest number of query rows to compare.
@@ -109,7 +109,7 @@ def check_attention(
 
 
 def _orders(rows: int) -> int:
-    """Return the number of summation orders to try. With few rows, one order may have small errors by chance."""
+    """Return the number of random summation orders to try. With few rows, one order may have small errors by chance."""
     return max(1, min(_MOST_ORDERS, _MANY_ROWS // rows))
 
 
@@ -119,10 +119,7 @@ def _evaluate(attention: Attention, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _recall(backend: Backend, attention: Attention, random_choices: object, rows: Tensor) -> float:
-    """Return the share of the softmax weight that a changed pattern keeps.
-
-    The changed pattern must not show a key to a query twice.
-    """
+    """Return :attr:`AttentionReport.recall`. The changed pattern must not show a key to a query twice."""
     wide = detached(attention, torch.float64, False)
     before, after = log_mass(wide, rows), log_mass(backend.rewrite(wide, random_choices), rows)
     counted = before > float("-inf")
@@ -146,7 +143,7 @@ def _sampled_rows(length: int, max_rows: int, generator: torch.Generator) -> Ten
 
 
 def _needs_gradient(attention: Attention) -> list[bool]:
-    """Return, per tensor of the attention, whether to compare the gradient. Untrained biases have no gradient."""
+    """Return, for each of ``attention.tensors()``, whether to compare the gradient: not for biases without grad."""
     flags = [True]
     for segment in attention.segments:
         flags += [True, True]
@@ -156,7 +153,7 @@ def _needs_gradient(attention: Attention) -> list[bool]:
 
 
 def detached(attention: Attention, dtype: torch.dtype, grad: bool) -> Attention:
-    """Return the attention with detached copies of all tensors, in ``dtype``. With ``grad``, copies require grad."""
+    """Return the attention on detached copies of all tensors, in ``dtype``. With ``grad``, the copies require grad."""
     pairs = zip(attention.tensors(), _needs_gradient(attention), strict=True)
     copies = (tensor.detach().to(dtype).clone().requires_grad_(grad and flag) for tensor, flag in pairs)
     return attention.with_tensors(tuple(copies))
@@ -165,8 +162,8 @@ def detached(attention: Attention, dtype: torch.dtype, grad: bool) -> Attention:
 def gradient_vector(output: Tensor, attention: Attention, cotangent: Tensor) -> Tensor:
     """Return the gradients of all tensors of the attention that require grad, concatenated to one vector.
 
-    The exact gradient of a single tensor may be zero, for example of a query that sees a single key. Then the largest
-    allowed error would be zero, and rounding errors would fail the check. The whole vector is not zero.
+    The exact gradient of a single tensor may be zero. For example, the query has gradient zero if it sees a single key.
+    Then the allowed error would be zero, and rounding errors would fail the check. The whole vector is not zero.
     """
     leaves = [tensor for tensor in attention.tensors() if tensor.requires_grad]
     grads = torch.autograd.grad(output, leaves, cotangent.to(output.dtype), allow_unused=True, materialize_grads=True)

@@ -39,8 +39,8 @@ class AttentionCase:
     Attributes:
         dtype: dtype of query, key and value.
         pattern: pattern of the first segment.
-        mask: ``"none"``, ``"keys"``, ``"dense"`` or ``"globals"``. With ``"keys"``, one sample has padding on the left,
-            one on the right, and one has only padding. ``"globals"`` adds a second segment of global keys.
+        mask: ``"none"``, ``"keys"``, ``"dense"`` or ``"globals"``. With ``"keys"``, the first sample has padding on the
+            left, the second on the right, and the third is only padding. ``"globals"`` adds a segment of global keys.
         bias: kind of the bias of the first segment. With ``"trained ..."``, the bias values require grad.
         kv_heads: number of key heads. The number of query heads is 4.
         q_len: number of queries.
@@ -94,7 +94,7 @@ class AttentionCase:
         return Request(device, self.dtype, _HEADS, _HEAD_DIM, value_dim, tuple(segments), *flags, self.probabilities)
 
     def attention(self, device: str = "cpu", seed: int = 0) -> Attention:
-        """Return the attention of the case with random tensors. For sorted keys, the pattern contains the padding."""
+        """Return the attention of the case with random tensors. ``SortedChunks`` contain the padding of the case."""
         return random_attention(
             self.request(device),
             q_len=self.q_len,
@@ -109,7 +109,7 @@ class AttentionCase:
 
 @dataclass(frozen=True)
 class RequestCase:
-    """A case with exactly the given request. One such case is one cell of the support matrix."""
+    """A case for a given request, e.g. for one cell of the support matrix."""
 
     request: Request
     transform: ClassVar[str] = ""
@@ -119,7 +119,7 @@ class RequestCase:
         return self.request.probabilities
 
     def attention(self, device: str = "cpu", seed: int = 0) -> Attention:
-        """Return an attention with random tensors. A cross-attention has fewer keys than queries."""
+        """Return an attention with random tensors. For cross-attention, there are fewer keys than queries."""
         pattern = self.request.segments[0].pattern
         kv_len = LENGTH - 12 if isinstance(pattern, Full) and pattern.cross else LENGTH
         query_mask = any(segment.key_mask for segment in self.request.segments)
@@ -143,7 +143,7 @@ def _shrunk(pattern: Pattern) -> Pattern:
 
 
 def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[AttentionCase]:
-    """Yield all cases of the kit in the given dtypes. All backends run the same cases."""
+    """Yield all cases of the kit in the given dtypes. The cases do not depend on the backend."""
     for dtype, pattern, mask, bias in itertools.product(dtypes, PATTERNS, MASKS, BIASES):
         if mask == "globals" and bias != "none":
             continue

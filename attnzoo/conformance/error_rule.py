@@ -27,20 +27,20 @@ _ELEMENTS_AT_ONCE = 1 << 17
 
 
 def factor(what: str) -> float:
-    """Return ``k`` for a comparison. The names of gradient comparisons begin with "gradient"."""
+    """Return ``k`` of the error rule: :data:`GRADIENT` if ``what`` begins with "gradient", else :data:`FORWARD`."""
     return GRADIENT if what.startswith("gradient") else FORWARD
 
 
 def allowed_error(k: float, plain_error: float, scale: float, dtype: torch.dtype) -> float:
-    """Return the largest error that passes. ``scale`` is the largest absolute value of the reference."""
+    """Return the largest error that passes, by the formula of this module. ``scale`` is ``max|reference|``."""
     return k * (plain_error + ROUNDINGS * torch.finfo(dtype).eps * scale)
 
 
 def plain_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the plain operations: float32 for float64, otherwise ``dtype``.
+    """Return the dtype in which to run plain operations for the comparison with a candidate in ``dtype``.
 
-    Plain operations in float64 would have no error, because the reference has the same dtype. So these operations run
-    in float32, and :func:`check` multiplies the error by the ratio of the epsilons.
+    This is ``dtype``, except for float64: there plain operations would have no error, because the reference is float64
+    too. So they run in float32, and :func:`check` multiplies the error by the ratio of the epsilons.
     """
     return torch.float32 if dtype == torch.float64 else dtype
 
@@ -50,9 +50,9 @@ class Check:
     """One comparison under the error rule.
 
     Attributes:
-        what: name of the compared result.
+        what: name of the compared result, e.g. ``"output"``.
         error: largest absolute difference between candidate and reference, or Inf if a value is not finite.
-        eager_error: error of plain operations in the dtype of the candidate.
+        eager_error: error of plain operations (``eager``) in the dtype of the candidate.
         scale: largest absolute value of the reference.
         budget: the largest error that passes.
         recomputed_error: for gradients, the error of plain operations that compute the scores again in the backward.
@@ -114,9 +114,9 @@ def check(
     """Compare a result with the float64 reference.
 
     Args:
-        what: name for reports.
-        got: the candidate result.
-        reference: the result in float64, with the shape of ``got``.
+        what: name of the result in reports, e.g. ``"output"``.
+        got: the result to check (the candidate).
+        reference: the result of the oracle in float64, with the shape of ``got``.
         eager: the result of plain operations.
         k: :data:`FORWARD` or :data:`GRADIENT`.
         dtype: the dtype in which the candidate computes. None means the dtype of ``got``.

@@ -1,8 +1,8 @@
 """The conformance kit: check that a backend computes all supported attentions correctly and refuses all others.
 
-The kit runs one list of cases (:mod:`attnzoo.conformance.cases`) on every backend. If the capabilities of the backend
-include a case, the results must agree with the float64 oracle under the error rule, forward and backward. Otherwise the
-backend must refuse the case with refusals that name a field, the value of the field and the allowed values. If the
+The kit runs one list of cases (:mod:`attnzoo.conformance.cases`) on every backend. If the backend returns no refusal
+for a case, the results must agree with the float64 oracle under the error rule, forward and backward. If the backend
+returns refusals, each must name a field, the value of the field and the allowed values, and the run must raise. If the
 backend changes the pattern, the oracle computes the changed attention (:meth:`attnzoo.Backend.rewrite`).
 """
 
@@ -38,7 +38,7 @@ class CaseOutcome:
         case: the case that was run or refused.
         refused: whether the backend returns refusals for the case.
         checks: comparisons of output and gradients with the oracle. Empty if the backend refused the case.
-        failure: description of the failure. Empty if the case passed.
+        failure: what is wrong, e.g. the failed checks. Empty if the case passed.
     """
 
     case: AttentionCase | RequestCase
@@ -74,9 +74,9 @@ def check_backend(
 
     Args:
         backend: a registered name, or a configured backend.
-        device: the device type to run on.
-        dtypes: the dtypes to cover.
-        seed: seed of the inputs.
+        device: the device type of the tensors, e.g. ``"cuda"``.
+        dtypes: the dtypes of the cases. Other dtypes are not checked.
+        seed: seed of the random tensors.
 
     Raises:
         InvalidArgumentError: ``backend`` is neither a name nor a backend.
@@ -102,7 +102,7 @@ def check_backend(
 
 
 def run_case(backend: Backend, case: AttentionCase | RequestCase, device: str = "cpu", seed: int = 0) -> CaseOutcome:
-    """Run one case on a backend and return the outcome. If the backend refuses the case, check the refusal."""
+    """Run one case on a backend and return the outcome. If the backend refuses the case, check the refusals."""
     attention = case.attention(device, seed)
     transforms = tuple(case.transform.split(" of ")) if case.transform else ()
     refusals = registry.refusals(backend, replace(attention.request(case.probabilities), transforms=transforms))
@@ -130,7 +130,7 @@ def _failed(checks: Iterable[Check]) -> str:
 def _refusal_failure(
     backend: Backend, case: AttentionCase | RequestCase, attention: Attention, refusals: tuple[Refusal, ...]
 ) -> str:
-    """Return what is wrong with the refusal of the case, or an empty string."""
+    """Return what is wrong if the backend runs the refused case or returns vague refusals, or an empty string."""
     try:
         if case.transform:
             check_transform(attention, backend, case.transform)

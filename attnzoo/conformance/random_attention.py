@@ -29,18 +29,18 @@ def random_attention(
     strided: bool = False,
     seed: int = 0,
 ) -> Attention:
-    """Return an attention with random tensors. The request of this attention is equal to ``request``.
+    """Return an attention with random tensors and the given request.
 
     A second segment with a :class:`Full` pattern and a key mask has the global keys of the first segment, as in LED.
     All hash rounds have the same keys. Any other segment after the first has :data:`FEW_KEYS` keys.
 
     Args:
-        request: request of the attention. In the result, only ``start`` of ``SortedChunks`` may differ.
+        request: request of the attention. The ``start`` of each ``SortedChunks`` is replaced.
         q_len: number of queries. With ``SortedChunks``, each hash round also has this number of keys.
         kv_len: number of keys of the first segment.
         dropout: probability of dropping a softmax weight, ignored if the request has no dropout.
-        query_mask: whether to mask a fifth of the queries.
-        padded_tokens: whether the first third of the tokens is padding. This has an effect only for ``SortedChunks``.
+        query_mask: whether a fifth of the queries, chosen at random, is padding.
+        padded_tokens: whether the first third of the tokens is padding. Used only for ``SortedChunks``.
         strided: whether ``head_dim`` is not the innermost dimension of query, key and value in memory.
     """
     draw = _Draw(request, q_len, kv_len, strided, torch.Generator().manual_seed(seed))
@@ -61,7 +61,7 @@ def random_attention(
 
 @dataclass(frozen=True)
 class _Draw:
-    """Factory of the random tensors of one attention. A seed gives equal tensors on all devices."""
+    """Factory of the random tensors of one attention. Equal seeds give equal tensors on all devices."""
 
     request: Request
     q_len: int
@@ -116,7 +116,7 @@ class _Draw:
         return tuple(segments)
 
     def sorted_rounds(self, padded_tokens: bool) -> tuple[tuple[Segment, ...], Tensor]:
-        """Return one segment per hash round, with randomly sorted keys, and the output of rows that see no key."""
+        """Return one segment per hash round, with randomly sorted keys, and :attr:`Attention.empty`."""
         kv_heads = self.request.segments[0].kv_heads
         group = self.request.heads // kv_heads
         key = self.normal(_BATCH, kv_heads, self.q_len, self.request.head_dim)
@@ -143,7 +143,7 @@ class _Draw:
         return Segment(key, value, request.pattern, key_mask, mask, bias)
 
     def _padding(self, kv_len: int) -> Tensor:
-        """Return a key mask of three samples: padding on the left, padding on the right, and only padding."""
+        """Return a key mask of three samples: one with padding on the left, one on the right, one with only padding."""
         real = torch.ones((_BATCH, kv_len), dtype=torch.bool, device=self.request.device)
         real[0, : kv_len // 3] = False
         real[1, kv_len - kv_len // 4 :] = False

@@ -6,8 +6,8 @@ arXiv:2205.14135, algorithm 4). The second scores have different rounding errors
 
 Plain operations use equal weights in forward and backward, so the score gradients of a row add up to zero. With
 different rounding errors, the sum is about ``eps * max|score|``. The query gradient then has an additional error: this
-sum, multiplied by the component that all keys share. Every kernel that computes the scores again has this error. The
-operations of this module have no errors except this error and the errors of plain operations.
+sum, multiplied by the mean key vector. Every kernel that computes the scores again has this error. The operations of
+this module have only this error and the errors of plain operations.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compare a backend with the oracle under ``torch.func``: gradients, tangents and batches of attentions.
 
-The oracle uses no transform. Autograd computes the gradients of the oracle, and a loop computes batches. A tangent
-``J t`` of the oracle is the derivative of ``t . (J^T v)`` with respect to ``v``.
+The oracle uses no transform: autograd computes gradients, and a loop computes batches. A tangent ``J t`` of the output
+(``J``: Jacobian, ``t``: input tangents) is computed as the derivative of ``t . (J^T v)`` with respect to ``v``.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _Compute = Callable[[Attention], Tensor]
 def check_transform(attention: Attention, backend: Backend, transform: str, seed: int = 0) -> Check:
     """Run an attention on a backend under one of :data:`CHECKED_TRANSFORMS`, and compare the result with the oracle.
 
-    Only tensors that require grad have gradients and tangents. ``vmap`` maps over two attentions, which differ in all
-    tensors and masks. ``seed`` is the seed of the cotangent and the tangents.
+    Only tensors that require grad have gradients and tangents. ``vmap`` maps over two attentions. All tensors and masks
+    differ between the two. ``seed`` is the seed of the random cotangent and tangents.
 
     Raises:
         BackendRefusedError: the backend does not support the transform.
@@ -52,7 +52,7 @@ def check_transform(attention: Attention, backend: Backend, transform: str, seed
 
 
 class _Run:
-    """An attention in one dtype, with a random cotangent and random tangents."""
+    """An attention in one dtype, a random cotangent of the output, and random tangents of the inputs."""
 
     def __init__(self, attention: Attention, dtype: torch.dtype, seed: int) -> None:
         tensors = attention.tensors()
@@ -79,7 +79,7 @@ class _Run:
         return attention.with_tensors(tuple(next(rest) if requires_grad else tensor for tensor, requires_grad in pairs))
 
     def with_transform(self, transform: str, compute: _Compute) -> Tensor:
-        """Return the result of the transform as one tensor."""
+        """Return the gradient, tangent or batched output under the transform as one tensor."""
         if transform == "jvp":
 
             def of_leaves(*leaves: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class _Run:
         return self._attention, _with_every_tensor(self._attention, flipped)
 
     def without_transform(self, transform: str, compute: _Compute) -> Tensor:
-        """Return the result of the transform as one tensor, computed without ``torch.func``."""
+        """Return the same tensor as :meth:`with_transform`, computed without ``torch.func``."""
         if transform == "jvp":
             leaves = tuple(tensor.requires_grad_() for tensor in self._leaves(self._attention))
             output = compute(self._with_leaves(self._attention, leaves))
@@ -130,7 +130,7 @@ class _Run:
 
 
 def _every_tensor(attention: Attention) -> list[Tensor]:
-    """Return all tensors of an attention: first all tensors that may get a gradient, then masks and positions."""
+    """Return all tensors of an attention: first :meth:`Attention.tensors`, then the masks and the bias positions."""
     tensors = [*attention.tensors(), attention.query_mask]
     for segment in attention.segments:
         tensors += [segment.key_mask, segment.mask]
@@ -140,7 +140,7 @@ def _every_tensor(attention: Attention) -> list[Tensor]:
 
 
 def _with_every_tensor(attention: Attention, tensors: list[Tensor]) -> Attention:
-    """Return the attention on new tensors, given in the order of :func:`_every_tensor`."""
+    """Return a copy of the attention with new tensors, given in the order of :func:`_every_tensor`."""
     count = len(attention.tensors())
     attention, rest = attention.with_tensors(tuple(tensors[:count])), iter(tensors[count:])
 

@@ -1,4 +1,4 @@
-"""Additive biases are values that are added to the scores before the softmax. Learned tables get exact gradients.
+"""Additive biases are values that are added to the scores before the softmax. A bias may be trained.
 
 A function ``score_mod(score, b, h, q, kv)``, as in FlexAttention, defines a bias.
 """
@@ -46,16 +46,16 @@ class Bias:
             raise InvalidArgumentError("bias values", got, "a floating-point tensor (use mask= to hide keys)")
 
     def score_mod(self, q_len: int, kv_len: int) -> ScoreMod:
-        """Return a function ``f(score, b, h, q, kv)`` that adds the bias to ``score``. Indices are broadcastable."""
+        """Return a function ``f(score, b, h, q, kv)`` that adds the bias of query ``q`` and key ``kv`` to ``score``."""
         bias_at = self.gather(q_len, kv_len)
         return lambda score, b, h, q, kv: score + bias_at(b, h, q, kv)
 
     def gather(self, q_len: int, kv_len: int) -> BiasAt:
-        """Return a function ``f(b, h, q, kv)`` that returns bias values. The index tensors are broadcastable."""
+        """Return a function ``f(b, h, q, kv)`` of broadcastable indices that returns the bias of query and key."""
         raise NotImplementedError
 
     def block_key(self, tile: Tile) -> tuple[int, ...] | None:
-        """Return a cache key for the bias of a tile, or None. Tiles with equal cache keys have equal biases."""
+        """Return a cache key, or None to cache nothing. Tiles with equal cache keys have equal biases."""
         return None
 
     def add_gradient_(self, grad: Tensor, grad_scores: Tensor, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> None:
@@ -74,11 +74,12 @@ class RelativeBias(Bias):
     Attributes:
         values: a table ``(heads or 1, R)``. A key ``d`` tokens after the query gets ``values[h, zero + d]``.
             Distances below the table get the first value, and distances above the table get the last value.
-            To train a table of distance buckets, pass ``table[bucket(distances)].T``. ``table`` then gets gradients.
+            To train a table with one row per distance bucket, pass ``table[buckets].T``, where ``buckets`` ``(R,)``
+            is the bucket of each distance. ``table`` then gets gradients.
         zero: the index of distance 0 in ``values``.
-        offset: the key position of query 0. None aligns the last query with the last key.
-        positions: ``(batch, q_len)`` int64, the position of each query among the keys. None means ``q + offset``.
-            LongT5 passes positions, because each global key of LongT5 represents a block of several tokens.
+        offset: the position of query 0 in the key sequence. None aligns the last query with the last key.
+        positions: ``(batch, q_len)`` int64, the position of each query among the keys. None means ``offset + q`` for
+            query ``q``. LongT5 passes positions, because each of its global keys represents a block of tokens.
 
     Example:
         >>> import torch, attnzoo
@@ -117,7 +118,6 @@ class RelativeBias(Bias):
             raise InvalidArgumentError("bias positions", got, f"torch.int64 on {self.values.device}, as values")
 
     def _shift(self, q_len: int, kv_len: int) -> int:
-        """Return the key position of query 0."""
         return kv_len - q_len if self.offset is None else self.offset
 
     def gather(self, q_len: int, kv_len: int) -> BiasAt:
@@ -132,9 +132,9 @@ class RelativeBias(Bias):
         return bias_at
 
     def _gather_rows(self, positions: Tensor, kv: Tensor) -> Tensor:
-        """Return the bias of queries at ``positions`` (batch, 1, n, 1). Gather one row for each distinct position.
+        """Return the bias ``(batch, heads or 1, n, m)`` of queries at ``positions`` ``(batch, 1, n, 1)`` and of keys.
 
-        Queries with equal positions get copies of one row, because a copy is much faster than another gather.
+        Queries with equal positions get copies of one gathered row, because a copy is much faster than a gather.
         """
         distinct, row = positions.unique(return_inverse=True)
         index = (kv.reshape(1, -1) - distinct[:, None] + self.zero).clamp(0, self.values.shape[1] - 1)

@@ -51,7 +51,7 @@ class Pack:
 
     @property
     def real_index(self) -> Tensor:
-        """The indices ``(n,)`` of the real tokens, in the order of :meth:`real_rows`."""
+        """The entries ``(n,)`` of ``index`` that are not padding, in the order of :meth:`real_rows`."""
         return self.index.flatten() if self.real is None else self.index[self.real]
 
     def _gather(self, tensor: Tensor) -> Tensor:
@@ -106,10 +106,10 @@ def _packs(lengths: dict[int, int], device: torch.device) -> tuple[Pack, ...]:
 def attend_documents(
     attend: Attend, attention: Attention, documents: tuple[Pack, ...] | None, probabilities: bool = False
 ) -> Result:
-    """Compute an attention that has one segment: each document separately if possible, else with the dense mask.
+    """Compute an attention with one segment: each document separately if possible, else all with the dense mask.
 
-    The dense mask is used in five cases: ``documents`` is None, the backend refuses the documents, probabilities are
-    requested, the attention has a query mask, a key mask or ``empty``, or the bias does not depend only on distance.
+    The five reasons for the dense mask: ``documents`` is None; the backend refuses the documents; probabilities are
+    requested; the attention has a query mask, key mask or ``empty``; the bias depends on more than the distance.
     """
     (segment,) = attention.segments
     extras = (attention.query_mask, attention.empty, segment.key_mask)

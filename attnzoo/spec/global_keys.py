@@ -30,7 +30,7 @@ class GlobalKeys(NamedTuple):
 def find_global_keys(is_global: Tensor) -> GlobalKeys | None:
     """Return the positions where ``is_global`` ``(batch, length)`` bool is True, or None if no entry is True.
 
-    Python reads ``most`` from the device and waits. Under ``vmap`` Python cannot read ``most`` and uses ``length``.
+    Reading ``most`` waits for the device. Under ``vmap`` Python cannot read ``most``, so ``most`` is ``length``.
     """
     counts = is_global.sum(1)
     most = int(counts.max()) if readable(counts) else is_global.shape[1]

@@ -21,14 +21,14 @@ _KEYS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class HashRound:
-    """One sorted order of the keys. A rank is a position in this order. Queries have ranks too. All tensors are int64.
+    """The sorted order of the keys in a round. A rank is a position in this order. All tensors are int64.
 
     Attributes:
         keys: ``(batch, kv_heads, kv_len)``, the key indices in sorted order.
         key_ranks: ``(batch, kv_heads, kv_len)``, the rank of each key, i.e. the inverse of ``keys``.
         chunks: ``(batch, kv_len)``, the chunk index of each rank. These indices start at 0 and ascend without gaps.
         queries: ``(batch, heads, q_len)``, the query indices in the order of their ranks.
-        query_ranks: ``(batch, heads, q_len)``, the rank of each query.
+        query_ranks: ``(batch, heads, q_len)``, the rank of each query among the sorted keys.
     """
 
     keys: Tensor
@@ -38,11 +38,11 @@ class HashRound:
     query_ranks: Tensor
 
     def key_chunks(self) -> Tensor:
-        """Return the chunk of each key: ``(batch, kv_heads, kv_len)``."""
+        """Return the chunk index of each key: ``(batch, kv_heads, kv_len)``."""
         return self._chunks_at(self.key_ranks)
 
     def query_chunks(self) -> Tensor:
-        """Return the chunk of each query: ``(batch, heads, q_len)``."""
+        """Return the chunk index of each query: ``(batch, heads, q_len)``."""
         return self._chunks_at(self.query_ranks)
 
     def _chunks_at(self, ranks: Tensor) -> Tensor:
@@ -54,16 +54,16 @@ class HashedChunks(Pattern):
     """One hash round. The sorted keys are cut into chunks, and a query sees the chunks near the rank of the query.
 
     A query with a rank in chunk ``c`` sees the keys of chunks ``c - before`` to ``c + after``. The first chunk is not a
-    neighbour of the last chunk. A round hides keys that the query saw in an earlier round. So each key counts at most
-    once, as in the Reformer paper. In Reformer's code, a key counts once in each round that shows the key.
+    neighbour of the last chunk. A round hides keys that the query saw in an earlier round. So no key is in the softmax
+    twice, as in the Reformer paper. In Reformer's code, a key is in the softmax once for each round that shows the key.
 
     Attributes:
         length: the largest number of keys in a chunk.
         before, after: how many chunks before and after the chunk of the query are visible.
         causal: whether a query sees only keys up to the position of the query.
         min_distance: the smallest distance, in tokens, of a visible key. Another segment contains the closer keys.
-        offset: the key position of query 0. None aligns the last query with the last key.
-        rounds: all rounds up to this round. This round is the last element.
+        offset: the position of query 0 in the key sequence. None aligns the last query with the last key.
+        rounds: the earlier rounds and, as the last element, this round.
     """
 
     length: int
@@ -128,7 +128,7 @@ class HashedChunks(Pattern):
     def gathered(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> Iterator[Tensor]:
         """Yield the indices ``(batch, heads, m)`` of the keys that the sorted queries ``q_start:q_stop`` may see.
 
-        Each head sees consecutive keys of the sorted order. A head with fewer keys than other heads is padded with -1.
+        In each head these keys are consecutive ranks. A head with fewer keys than other heads is padded with -1.
         """
         hash_round = self.rounds[-1]
         ends = hash_round.query_ranks.gather(2, hash_round.queries[:, :, [q_start, q_stop - 1]])

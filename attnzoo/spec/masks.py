@@ -2,7 +2,7 @@
 
 Models hide keys with finite numbers (``finfo.min``, ``-1e9``, ...), and combine causality and padding in one mask. The
 conversion is exact. Values of an additive mask that hide no key become a bias. The dense mask becomes a pattern and a
-key mask only if both together hide exactly the same keys. Under ``vmap`` Python cannot read a mask, so it stays dense.
+key mask only if both together hide exactly the same keys. A mask under ``vmap`` stays dense, as Python cannot read it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ReadMask(NamedTuple):
         pattern: ``Causal`` or ``Full``.
         key_mask: ``(batch, kv_len)`` bool, False for padding. None means that there is no padding.
         mask: ``(batch or 1, heads or 1, q_len, kv_len)`` bool. None means that pattern and key mask are sufficient.
-        bias: the values of an additive mask at visible keys. None means a bool mask, or that all these values are 0.
+        bias: the values of an additive mask at visible keys. None if the mask is bool, or if all these values are 0.
         documents: the documents of packed rows. None means that ``mask`` is not the mask of packed rows.
     """
 
@@ -68,7 +68,7 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
     if attention_mask.dtype == torch.bool:
         visible = attention_mask.expand(-1, -1, *lengths)
         read = _simplify(visible, batch) if readable(visible) else ReadMask(Full(), None, visible, None)
-        # Copy the mask. A result that shares memory with the mask is not cached, so every layer would convert it again.
+        # Copy the mask: a result that shares memory with the mask is not cached, so every layer would convert it again.
         return read if read.mask is None else read._replace(mask=read.mask.clone())
     if not attention_mask.is_floating_point():
         raise InvalidArgumentError("attention_mask", describe(attention_mask), allowed)
@@ -85,7 +85,7 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
 
 
 def _simplify(visible: Tensor, batch: int) -> ReadMask:
-    """Return a pattern and a key mask that together equal ``visible``, or else ``visible`` and the documents in it."""
+    """Return a pattern and a key mask that are together equal to the mask ``visible``, or else this mask itself."""
     if visible.shape[1] != 1:
         return ReadMask(Full(), None, visible, None)
     grid = visible[:, 0]

@@ -1,8 +1,8 @@
 """Patterns define which keys each query sees. A pattern is plain frozen data.
 
 A function ``mask_mod(b, h, q, kv) -> bool``, as in FlexAttention, defines a pattern. Other methods help kernels to skip
-work. For example, one method returns the key ranges that a block of queries can see. Indices are positions in the query
-and key sequences. ``offset`` is the key position of query 0.
+work. For example, :meth:`Pattern.kv_spans` returns key ranges that contain all visible keys of a block of queries.
+``offset`` is the position of the first query, counted in the key sequence (0 if there is no cache).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ UNLIMITED = 1 << 40  # larger than any distance between tokens, and much smaller
 
 
 class Band(NamedTuple):
-    """The range of visible distances (key index minus query index). ``UNLIMITED`` means that a side has no limit."""
+    """The lowest and the highest visible distance (key index minus query index). ``UNLIMITED`` means no limit."""
 
     lowest: int
     highest: int
@@ -66,14 +66,14 @@ class Pattern:
 
     @property
     def coarse(self) -> Pattern:
-        """The key under which measurements are stored: :attr:`structure` with offsets rounded up to powers of two."""
+        """A copy of :attr:`structure` with offsets rounded up to powers of two, by which measurements are stored."""
         return self.structure
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         """Raise :class:`InvalidArgumentError` if the pattern is not defined for an attention of these sizes."""
 
     def mask_mod(self, q_len: int, kv_len: int) -> MaskMod:
-        """Return a function ``f(b, h, q, kv)`` of broadcastable indices, True where a query sees a key."""
+        """Return a function ``f(b, h, q, kv)`` of broadcastable indices: True where query ``q`` sees key ``kv``."""
         raise NotImplementedError
 
     def band(self, q_len: int, kv_len: int) -> Band | None:
@@ -81,14 +81,14 @@ class Pattern:
         return None
 
     def batch_and_heads(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return batch indices and head indices for ``mask_mod``. If :attr:`query_order` is None, all are 0."""
+        """Return ``b`` and ``h`` for :meth:`mask_mod`: all indices, or only 0 if :attr:`query_order` is None."""
         order = self.query_order
         sizes = (1, 1) if order is None else order.shape[:2]
         batch, heads = (torch.arange(size, device=device) for size in sizes)
         return batch[:, None, None, None], heads[None, :, None, None]
 
     def kv_spans(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> tuple[Span, ...]:
-        """Return disjoint key ranges ``(start, stop)`` that contain every key that queries ``q_start:q_stop`` see."""
+        """Return disjoint key ranges ``(start, stop)`` with every key that a query of ``q_start:q_stop`` sees."""
         return ((0, kv_len),)
 
     def sees_all(self, tile: Tile) -> bool:
@@ -107,12 +107,12 @@ class Pattern:
     def gathered(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> Iterator[Tensor] | None:
         """Yield the indices ``(batch, heads, m)`` of the keys that a block of queries sees in each head.
 
-        Each key occurs once, and -1 is padding. Return None if the ranges of :meth:`kv_spans` apply to all heads.
+        No key index occurs twice in a head. -1 is padding. Return None if all heads see the keys of :meth:`kv_spans`.
         """
         return None
 
     def block_key(self, tile: Tile) -> tuple[int, ...] | None:
-        """Return a cache key for the mask of a tile, or None. Tiles with equal cache keys have equal masks."""
+        """Return a cache key, or None to cache nothing. Tiles with equal cache keys have equal masks."""
         return None
 
 
@@ -157,7 +157,7 @@ class _Banded(Pattern):
         raise NotImplementedError
 
     def shift(self, q_len: int, kv_len: int) -> int:
-        """Return the key position of query 0."""
+        """Return the position of the first query, counted in the key sequence (0 if there is no cache)."""
         offset: int | None = getattr(self, "offset", None)
         return kv_len - q_len if offset is None else offset
 
@@ -213,7 +213,7 @@ class Window(_Banded):
     arXiv:2004.05150) with ``attention_window = 2 * w``.
 
     Raises:
-        InvalidArgumentError: a side is negative, both sides are zero, or the offset is neither an integer nor None.
+        InvalidArgumentError: ``left`` or ``right`` is negative, both are 0, or ``offset`` is no integer and not None.
 
     Example:
         >>> Window(left=3, right=1).kv_spans(8, 10, q_len=20, kv_len=20)  # what queries 8 and 9 see
@@ -245,10 +245,10 @@ class Chunks(Pattern):
     """Chunked attention of Reformer (Kitaev et al. 2020, arXiv:2001.04451).
 
     The sequence is cut into chunks of ``length`` tokens. A query in chunk ``c`` sees chunks ``c - before`` to
-    ``c + after``. This neighbourhood wraps around the ends of the sequence. With ``causal``, a query sees no later key.
+    ``c + after``. The chunk after the last chunk is the first chunk. With ``causal``, a query sees no later key.
 
-    The last chunk may be shorter. A query sees each key at most once, even if the neighbourhood is longer than the
-    sequence. ``before`` or ``after`` may be negative: with ``Chunks(n, -1, 1)`` a query sees only the next chunk.
+    The last chunk may be shorter. A query sees no key twice, even if ``before + after + 1`` is more than the number of
+    chunks. ``before`` or ``after`` may be negative: with ``Chunks(n, -1, 1)`` a query sees only the next chunk.
 
     Raises:
         InvalidArgumentError: ``length < 1``, or ``before + after < 0``. :meth:`check` raises if ``q_len != kv_len``.
@@ -276,7 +276,7 @@ class Chunks(Pattern):
             raise InvalidArgumentError("pattern", got, "as many queries as keys")
 
     def near(self, query_position: Tensor, kv: Tensor, kv_len: int) -> Tensor:
-        """Return True where the chunk of key ``kv`` is in the neighbourhood of the chunk of ``query_position``."""
+        """Return True where ``kv`` is in a chunk that a query at ``query_position`` sees. ``causal`` is ignored."""
         ahead = kv // self.length - query_position // self.length
         return (ahead + self.before) % -(-kv_len // self.length) <= self.before + self.after
 
@@ -291,7 +291,7 @@ class Chunks(Pattern):
         return self.spans_near(q_start, q_stop, kv_len, q_stop if self.causal else kv_len)
 
     def spans_near(self, start: int, stop: int, kv_len: int, limit: int) -> tuple[Span, ...]:
-        """Return the ranges of keys below ``limit`` that are in the neighbourhood of query positions ``start:stop``."""
+        """Return ranges of keys below ``limit``, in the chunks that the query positions ``start:stop`` see."""
         count = -(-kv_len // self.length)
         first, last = start // self.length - self.before, (stop - 1) // self.length + self.after
         chunks = range(count) if last - first + 1 >= count else sorted({c % count for c in range(first, last + 1)})
@@ -310,7 +310,7 @@ class Chunks(Pattern):
         return (not self.causal or tile.kv_stop <= tile.q_start + 1) and self._all_near(tile)
 
     def _all_near(self, tile: Tile) -> bool:
-        """Whether all keys of the tile are in the neighbourhood of every query of the tile. ``causal`` is ignored."""
+        """Whether all keys of the tile are in chunks that every query of the tile sees. ``causal`` is ignored."""
         if self.before + self.after + 1 >= -(-tile.kv_len // self.length):
             return True
         one_chunk = tile.q_start // self.length == (tile.q_stop - 1) // self.length
@@ -329,13 +329,13 @@ class SortedChunks(Chunks):
     """Chunks of keys that LSH attention has sorted by bucket. Each query has a position among the sorted keys.
 
     The keys are in sorted order, and ``token`` contains the token index of each key. The queries are in sequence order.
-    The query with index ``order[b, h, j]`` has the key position ``start + j``. With several hash rounds, every round is
-    a segment with the concatenated keys of all rounds, because in Reformer the first queries of a round also see the
-    last chunk of the previous round. Only ``start`` and ``order`` differ between rounds. A query never sees the key of
-    the same token. In Reformer, this key is equal to the query, so the score of the key would dominate.
+    Query ``order[b, h, j]`` has position ``start + j`` among the sorted keys. If there are several hash rounds, each
+    round is one segment. All these segments have the same keys: the concatenated keys of all rounds. The reason is that
+    in Reformer the first queries of a round also see the last chunk of the previous round. Only ``start`` and
+    ``order`` differ. A query never sees the key of its own token, which in Reformer would have the largest score.
 
     Attributes:
-        start: the key position of the first sorted query.
+        start: the position of query ``order[b, h, 0]`` among the sorted keys.
         order: ``(batch, heads, q_len)`` int64, the query indices of each head in sorted order.
         token: ``(batch, heads, kv_len)`` int64, the token index of each key. -1 hides the key (padding).
         causal: whether a query sees only keys of earlier tokens.
@@ -371,7 +371,7 @@ class SortedChunks(Chunks):
         return self.order, self.token
 
     def visible(self, query: Tensor, token: Tensor) -> Tensor:
-        """Return True where the token ``query`` may see the key of ``token``. This does not check the chunks."""
+        """Return True where the query of token ``query`` may see the key of token ``token``. The chunks are ignored."""
         return (token >= 0) & ((token < query) if self.causal else (token != query))
 
     def mask_mod(self, q_len: int, kv_len: int) -> MaskMod:
@@ -384,7 +384,7 @@ class SortedChunks(Chunks):
         return mask
 
     def kv_spans(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> tuple[Span, ...]:
-        """Return the ranges of keys in the neighbourhood of the sorted queries ``q_start:q_stop``."""
+        """Return ranges of sorted keys: the chunks that the queries ``order[:, :, q_start:q_stop]`` see."""
         return self.spans_near(q_start + self.start, q_stop + self.start, kv_len, kv_len)
 
     def sees_all(self, tile: Tile) -> bool:

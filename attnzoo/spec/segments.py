@@ -59,9 +59,9 @@ class Segment:
         return self.key.shape[2]
 
     def visible(self, q: Tensor, kv: Tensor, q_len: int) -> Tensor | None:
-        """Return which queries see which keys, bool ``(batch or 1, heads or 1, n, m)``. None means that all see all.
+        """Return bool ``(batch or 1, heads or 1, n, m)``, True if the query sees the key, or None if all are True.
 
-        ``q`` ``(n,)`` and ``kv`` ``(m,)`` are the indices of the queries and of the keys.
+        ``q`` ``(n,)`` and ``kv`` ``(m,)`` are query indices and key indices. ``q_len`` is the number of all queries.
         """
         seen: Tensor | None = None
         if not isinstance(self.pattern, Full):
@@ -76,9 +76,9 @@ class Segment:
         return seen
 
     def bias_at(self, q: Tensor, kv: Tensor, q_len: int, batch: int, heads: int) -> Tensor | None:
-        """Return the bias ``(batch or 1, heads or 1, n, m)`` between queries and keys, or None without a bias.
+        """Return the bias values ``(batch or 1, heads or 1, n, m)`` for queries and keys, or None without a bias.
 
-        ``q`` ``(n,)`` or ``(batch, heads, n)`` and ``kv`` ``(m,)`` are the indices of the queries and of the keys.
+        ``q`` ``(n,)`` or ``(batch, heads, n)`` are query indices. ``kv`` ``(m,)`` are key indices.
         """
         if self.bias is None:
             return None
@@ -240,11 +240,11 @@ class Attention:
         return replace(self, query=query, segments=tuple(segments), empty=empty)
 
     def fill(self, output: Tensor, has_visible_key: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """Return ``output`` with zero in padding rows, and with :attr:`empty` or zero in rows that see no key.
+        """Return ``output`` with zeros for padding queries, and :attr:`empty` or zeros for queries that see no key.
 
         Args:
-            output: ``(batch, heads, n, value_dim)``. Rows without visible keys may have any finite values.
-            has_visible_key: bool, broadcastable to ``(batch, heads, n)``. None means that every row sees a key.
+            output: ``(batch, heads, n, value_dim)``. The values for a query that sees no key may be any finite values.
+            has_visible_key: bool, broadcastable to ``(batch, heads, n)``. None means that every query sees a key.
             rows: ``(n,)``, the query index of each row of ``output``. None means all queries in order.
         """
         index = slice(None) if rows is None else rows
@@ -294,7 +294,7 @@ class Result(NamedTuple):
         kernel: the name of the kernel that ran, e.g. ``"flash_cpu"``.
         probabilities: the softmax weights ``(batch, heads, q_len, kv_len)`` of each segment before dropout. None means
             that the caller did not request them.
-        dropped: the softmax weights after dropout. None means that ``probabilities`` is None.
+        dropped: the softmax weights of each segment after dropout, or None if ``probabilities`` is None.
     """
 
     output: Tensor

@@ -36,7 +36,7 @@ class ApproximateBackend(Backend):
     Attributes:
         needed: the names of the options that dense attention requires (class attribute).
         inner: the name of the exact backend that computes the rewritten attention. ``"auto"`` selects a backend.
-        kept: whether all attention of the site stays unchanged. Only :meth:`bind_to_site` sets this field.
+        kept: whether this backend leaves all attention of its site unchanged. Only :meth:`bind_to_site` sets this.
     """
 
     needed: ClassVar[tuple[str, ...]] = ()
@@ -76,7 +76,7 @@ class ApproximateBackend(Backend):
         return replace(self, kept=True) if kept else self
 
     def unused_options(self) -> tuple[str, ...]:
-        """If the attention stays unchanged, return the options that the user set, except ``inner``."""
+        """Return the user's options except ``inner``, if the attention of the site stays unchanged, else nothing."""
         options = [option for option in fields(self) if option.name in self.options() and option.name != "inner"]
         given = [option for option in options if self.kept and getattr(self, option.name) != option.default]
         return tuple(f"{option.name}={getattr(self, option.name)!r}" for option in given)
@@ -139,7 +139,7 @@ def _is_local(request: Request) -> bool:
 
 
 def _inner_refusals(inner: str, request: Request) -> tuple[Refusal, ...]:
-    """Return why ``inner`` refuses the request. ``"auto"`` refuses a request only if every exact backend refuses it."""
+    """Return why the backend ``inner`` refuses the request. ``"auto"`` refuses only if every exact backend refuses."""
     candidates = registry.exact_backends() if inner == "auto" else (registry.configure(inner),)
     answers = [registry.refusals(candidate, request) for candidate in candidates]
     return tuple(dict.fromkeys(reason for reasons in answers for reason in reasons)) if all(answers) else ()

@@ -4,7 +4,7 @@
 up to the position of the query, as in Mistral (Jiang et al. 2023, arXiv:2310.06825). A non-causal query also sees the
 ``window - 1`` keys after this position. Every query also sees the sinks: the first ``sinks`` keys that the masks allow.
 Models rely on sinks (StreamingLLM, Xiao et al. 2023, arXiv:2309.17453). In a packed row, the sinks are the first keys
-of the query's document. The cache stores all keys, so decoding gives the result of one whole forward.
+of the query's document. The cache keeps all keys, so decoding gives the same output as one forward over all tokens.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class BlockedLocalBackend(ApproximateBackend):
 def _sinks(attention: Attention, window: Window, placement: QueryPlacement, count: int) -> Segment | None:
     """Return a segment with the first ``count`` visible keys, or None if no key is visible.
 
-    In this segment, each query sees only the keys outside the window of the query.
+    In this segment, a query does not see the keys that its window contains.
     """
     (segment,) = attention.segments
     count = min(count, segment.kv_len)
@@ -113,7 +113,7 @@ def _sinks(attention: Attention, window: Window, placement: QueryPlacement, coun
 
 
 def _sinks_by_query(attention: Attention, mask: Tensor, window: Window, position: int, count: int) -> Segment | None:
-    """Return the segment of sinks of an attention with a dense mask. Queries may then have different sinks.
+    """Return the segment of sinks for an attention with a dense mask, where each query may have other sinks.
 
     The segment contains every key that is a sink of at least one query and outside the window of this query. In a
     packed row, the segment contains at most ``count`` keys per document.
@@ -138,8 +138,8 @@ def _sinks_by_query(attention: Attention, mask: Tensor, window: Window, position
 def _outside(attention: Attention, window: Window, position: int, keys: Tensor) -> Tensor:
     """Return which keys are outside the window of each query, bool ``(..., q_len, m)``.
 
-    ``keys`` are key indices, broadcastable to this shape. ``position`` is the key position of query 0. For a causal
-    window, only keys before the window are True, because later keys are hidden anyway.
+    ``keys`` are key indices, broadcastable to this shape. ``position`` is the position of query 0 in the key sequence.
+    For a causal window, only keys before the window are True. Later keys are hidden anyway.
     """
     query = torch.arange(position, position + attention.q_len, device=keys.device)[:, None]
     before = keys < query - window.left

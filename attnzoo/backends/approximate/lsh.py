@@ -9,12 +9,13 @@ next chunk. Hashing and sorting are repeated in ``num_hashes`` rounds, and a que
 are four differences from Reformer:
 
 - Queries and keys differ. The rank of a query is the index at which the bucket and position of the query would be
-  inserted into the sorted keys. The rank depends only on the keys and this query, so a decoding step gives the last row
-  of a whole forward. Earlier rows may differ, because new keys change the chunks.
+  inserted into the sorted keys. The rank depends only on the keys and this query, so a decoding step gives the same
+  output for the new token as a forward over the whole sequence. For earlier tokens, this forward may give other outputs
+  than their decoding steps, because later keys change the chunks.
 - A token always sees itself, the previous token and, if not causal, the next token. So every query sees a key, even if
   no key has a similar hash.
-- A key counts once, even if several rounds contain the key, as in the paper. So one bucket and chunks as long as the
-  sequence give full attention. In Reformer's code, a key counts once per round.
+- A query sees a key only in the first round that shows the key, as in the paper. So one bucket and chunks as long as
+  the sequence give full attention. In Reformer's code, the key is in the softmax once per round.
 - Each document of a packed row is sorted and cut separately, so other documents do not change the result.
 
 The rotations come from a separate random generator with ``seed``. Hashing has no gradient.
@@ -38,7 +39,7 @@ from attnzoo.spec.hashed import HashedChunks, HashRound
 from attnzoo.spec.patterns import Causal, Window
 from attnzoo.spec.segments import Attention, Request, Segment
 
-# Tokens are hashed in groups of this size, to limit the memory of the products with all directions.
+# This many tokens are hashed at a time, to limit the memory of the products with all directions.
 _ROWS_AT_ONCE = 4096
 
 
@@ -49,7 +50,7 @@ class LshBackend(ApproximateBackend):
     Attributes:
         num_hashes: the number of hash rounds.
         chunk_length: the number of keys per chunk.
-        num_buckets: the number of directions, which must be even or 1. The value 1 means no hashing.
+        num_buckets: the number of buckets, which must be even or 1. With 1, all tokens are in one bucket.
         seed: the random seed of the rotations.
 
     Example:
@@ -84,7 +85,7 @@ class LshBackend(ApproximateBackend):
         return f"{self.num_hashes} hash rounds of {self.num_buckets} buckets, chunks of {self.chunk_length} keys"
 
     def more_refusals(self, request: Request) -> tuple[Refusal, ...]:
-        """Refuse a bias that only dense backends support, unless the user names one of these backends as ``inner``."""
+        """Refuse a bias that only dense backends support, unless the option ``inner`` names a backend."""
         (segment,) = request.segments
         if self.inner != "auto" or segment.bias is None:
             return ()
@@ -136,7 +137,7 @@ class LshBackend(ApproximateBackend):
         (segment,) = attention.segments
         kv_len, kv_heads, buckets = segment.kv_len, segment.key.shape[1], self.num_buckets or 0
         positions = torch.arange(kv_len, device=rotation.device)
-        # One sort by (document, bucket, position). Hidden keys come last, so the chunks of documents contain none.
+        # One sort by (document, bucket, position). Hidden keys come last, so no chunk of a document has hidden keys.
         key_base, query_base = (numbers[:, None] * buckets for numbers in chunking.documents)
         codes = (key_base + _buckets(segment.key, rotation)) * kv_len + positions
         hidden = kv_len * buckets * kv_len + positions
@@ -157,14 +158,14 @@ class _Chunking(NamedTuple):
 
     visible: Tensor  # (batch or 1, kv_len) bool, the keys that some query may see
     documents: DocumentNumbers
-    chunks: Tensor  # (batch, kv_len) int64, the chunk of each rank
+    chunks: Tensor  # (batch, kv_len) int64, the chunk index of each rank
     last: Tensor  # (batch or 1, q_len) int64, the last rank in the document of each query
 
     @classmethod
     def of(cls, attention: Attention, placement: QueryPlacement, length: int) -> _Chunking:
         (segment,) = attention.segments
         kv_len, ranks = segment.kv_len, torch.arange(segment.kv_len, device=segment.key.device)
-        # A static cache has unused entries after the last query. A causal mask does not always hide them.
+        # A static cache has unused entries after the last query, which a causal mask does not always hide.
         stop = placement.position + attention.q_len if placement.causal else kv_len
         visible = (ranks < stop)[None] if placement.visible is None else placement.visible & (ranks < stop)
         numbers = number_documents(attention, placement.spans)
@@ -181,14 +182,14 @@ class _Chunking(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _rotations(seed: int, rounds: int, dim: int, buckets: int) -> tuple[Tensor, ...]:
-    """Return one tensor ``(dim, buckets / 2)`` per round. A direction and the opposite direction are two buckets."""
+    """Return one tensor ``(dim, buckets / 2)`` per round. A column and the opposite direction are two buckets."""
     generator = torch.Generator().manual_seed(seed)
     shape = (rounds, dim, buckets // 2)
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").unbind()
 
 
 def _buckets(vectors: Tensor, rotation: Tensor) -> Tensor:
-    """Return the buckets of vectors ``(batch, heads, n, dim)``: the index of the direction with the largest product.
+    """Return the bucket ``(batch, heads, n)`` of each vector: the index of the direction with the largest product.
 
     Vectors need no normalisation, because the bucket does not depend on the length of a vector.
     """

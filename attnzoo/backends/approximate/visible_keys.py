@@ -23,7 +23,7 @@ _ENTRIES_AT_ONCE = 1 << 22
 
 
 class Spans(NamedTuple):
-    """The keys that dense mask, key mask and pattern show: the first and last key of each query, and all keys."""
+    """The first and the last key that each query sees under dense mask, key mask and pattern, and all visible keys."""
 
     first: Tensor  # (batch or 1, q_len) int64, the first key that a query sees in any head; kv_len for no key
     last: Tensor  # (batch or 1, q_len) int64, the last key that a query sees in any head; -1 for no key
@@ -45,15 +45,15 @@ class DocumentNumbers(NamedTuple):
 class QueryPlacement:
     """The position of the queries among the keys of an attention with one dense segment."""
 
-    position: int  # key position of query 0
-    aligned: int  # key position of query 0 if the last query has the position of the last key
+    position: int  # the position of query 0 in the key sequence
+    aligned: int  # the value of ``position`` if the last query were at the last key
     causal: bool  # whether no query sees a later key
     visible: Tensor | None  # (batch or 1, kv_len) bool, the keys that at least one query sees; None means all keys
     spans: Spans | None  # None without a dense mask
 
     @property
     def offset(self) -> int | None:
-        """The offset for patterns. The offset is None if the last query has the position of the last key."""
+        """The ``offset`` for patterns: None if the last query is at the last key and the lengths differ."""
         return None if self.position == self.aligned != 0 else self.position
 
 
@@ -88,7 +88,7 @@ def place_queries(backend: str, attention: Attention) -> QueryPlacement:
 
 
 def _last_visible(visible: Tensor | None, kv_len: int) -> int:
-    """Return the last key that any sample shows, or the last key if all are hidden. This waits for the device."""
+    """Return the index of the last key that any sample shows, or ``kv_len - 1`` if no sample shows a key."""
     if visible is None:
         return kv_len - 1
     count = int((torch.arange(1, kv_len + 1, device=visible.device) * visible.any(0)).max())
@@ -98,9 +98,9 @@ def _last_visible(visible: Tensor | None, kv_len: int) -> int:
 def _position_by_mask(spans: Spans, q_len: int, aligned: int) -> tuple[int, bool]:
     """Return the position of query 0 that a dense mask implies, and whether the mask is causal.
 
-    With as many keys as queries, the position is 0. With more keys, a mask is causal if some position of query 0 meets
-    two conditions. No query sees a key after the position of the query. Every query that sees any key also sees the key
-    at the position of the query, unless the masks hide this key from all queries.
+    With as many keys as queries, the position is 0. Otherwise, a mask is causal if some position of query 0 meets two
+    conditions. First, no query sees a key after its own position. Second, every query that sees any key also sees the
+    key at its own position, unless the masks hide this key from all queries.
     """
     query = torch.arange(q_len, device=spans.last.device)
     if aligned == 0:
@@ -157,7 +157,7 @@ def number_documents(attention: Attention, spans: Spans | None) -> DocumentNumbe
     if spans is None:
         zeros = torch.zeros((1, max(q_len, kv_len)), dtype=torch.long, device=segment.key.device)
         return DocumentNumbers(zeros[:, :kv_len], zeros[:, :q_len])
-    # (spans that start at a key or earlier) - (spans that end at this key or earlier) = spans with the next key.
+    # (spans that start at key k or earlier) - (spans that end at key k or earlier) = spans with keys k and k + 1.
     started, ended = (torch.zeros((len(end), kv_len + 1), dtype=torch.long, device=end.device) for end in spans[:2])
     has_visible_key = (spans.last >= 0).long()
     started.scatter_add_(1, spans.first, has_visible_key)
@@ -168,7 +168,7 @@ def number_documents(attention: Attention, spans: Spans | None) -> DocumentNumbe
 
 
 def _visible_rows(segment: Segment, mask: Tensor, q_len: int) -> Iterator[Tensor]:
-    """Yield bool masks that combine dense mask, key mask and pattern. Each bool mask covers a few queries."""
+    """Yield bool masks that combine dense mask, key mask and pattern, each for the next few queries."""
     kv_len = segment.kv_len
     samples = len(mask) if segment.key_mask is None else max(len(mask), len(segment.key_mask))
     rows = max(1, _ENTRIES_AT_ONCE // (samples * mask.shape[1] * kv_len))

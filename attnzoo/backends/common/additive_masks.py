@@ -2,7 +2,7 @@
 
 On the CPU, comparing numbers is ten times faster if the result is a floating-point tensor and not a bool tensor. A fill
 by a bool mask is slow too. So the code counts the reasons to hide a key in a floating-point tensor, and multiplies the
-count by a large negative number. The dtype of the tensor represents all token and chunk indices exactly.
+count by a large negative number. This tensor is float64 if float32 cannot represent all token and chunk indices.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class TokenMasks:
 
     Args:
         token: the token index of each key, ``(batch, heads, kv_len)`` int64. Hidden keys have token -1.
-        causal: whether a query sees only keys of earlier tokens. If False, a query sees every token except itself.
+        causal: whether a query sees only keys of earlier tokens. If False, a query sees all tokens except its own.
+        dtype: the dtype of the masks.
     """
 
     def __init__(self, token: Tensor, causal: bool, dtype: torch.dtype) -> None:
@@ -37,9 +38,9 @@ class TokenMasks:
         self._buffers: dict[tuple[int, ...], Tensor] = {}
 
     def of(self, queries: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Return the mask ``(batch, heads, n, stop - start)`` of ``queries`` and the keys from ``start`` to ``stop``.
+        """Return the mask ``(batch, heads, n, stop - start)`` between queries and the keys ``start:stop``.
 
-        The second result is a bool tensor that is True for rows that see a key, or None if all rows see a key.
+        The second result is a bool tensor that is True for queries that see a key, or None if all queries see a key.
         """
         keys = slice(start, stop)
         tokens, query = self._for_lowest[:, :, keys], queries.to(self._for_lowest.dtype)
@@ -69,14 +70,14 @@ class HashMasks:
         self._wide = torch.float32 if abs(self._shift) + q_len + kv_len < _EXACT_IN_FLOAT32 else torch.float64
         # A query of chunk c sees the chunks at a distance of at most _reach from c + _centre.
         self._centre, self._reach = (pattern.after - pattern.before) / 2, (pattern.after + pattern.before) / 2
-        # Per round, the chunks of all queries (batch, heads, q_len) and of all keys (batch, kv_heads, kv_len).
+        # Per round: _centre plus the chunk index of each query, and the chunk index of each key.
         self._chunks = [
             (r.query_chunks().to(self._wide) + self._centre, r.key_chunks().to(self._wide)) for r in pattern.rounds
         ]
         self._buffers: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def of(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the mask ``(batch, heads, n, m)``, and which rows ``(batch, heads, n)`` see a key. None means all.
+        """Return the mask ``(batch, heads, n, m)``, and the same second result as :meth:`TokenMasks.of`.
 
         ``queries`` ``(batch, heads, n)`` and ``keys`` ``(batch, heads, m)`` are indices. Index -1 means no key.
         """
@@ -101,7 +102,7 @@ class HashMasks:
         return count.mul_(_HIDDEN).to(self._dtype), None if bool(visible_rows.all()) else visible_rows
 
     def _distance(self, chunks: tuple[Tensor, Tensor], queries: Tensor, keys: Tensor, out: Tensor) -> None:
-        """Write to ``out`` the distance, in chunks, from keys to the middle of visible chunks. Key -1 gets infinity."""
+        """Write to ``out`` how many chunks each key is from the middle of the visible chunks. Key -1 gets infinity."""
         query_chunks, key_chunks = chunks
         shared = keys.clamp(min=0).reshape(*key_chunks.shape[:2], -1)  # neighbouring query heads share a key head
         of_keys = key_chunks.gather(2, shared).view(keys.shape).masked_fill_(keys < 0, float("inf"))

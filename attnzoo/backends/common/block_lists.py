@@ -42,7 +42,7 @@ _cache = TensorCache()
 
 
 def segment_starts(attention: Attention) -> tuple[int, ...]:
-    """Return the index of each segment's first key among the concatenated keys, followed by the number of all keys."""
+    """Return the index of each segment's first key in the concatenated keys, and at the end the number of all keys."""
     return (0, *accumulate(segment.kv_len for segment in attention.segments))
 
 
@@ -103,7 +103,7 @@ def _grids(
             for first, last in pattern.kv_spans(*queries, q_len, stop - start):
                 begin, end = (start + first) // shape.keys, -(-(start + last) // shape.keys)
                 visible[row, begin:end] = True
-                # Halve each run of blocks until the run is full or has a single block.
+                # Halve each run of key blocks until the run is full or has a single block.
                 runs = [(max(begin, -(-start // shape.keys)), min(end, stop // shape.keys))]
                 while runs:
                     head, tail = runs.pop()

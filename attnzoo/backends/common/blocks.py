@@ -38,7 +38,7 @@ class Part(NamedTuple):
         return rows.take(tensor, self._by_key_head(self.keys, tensor)).view(*self.keys.shape, -1)
 
     def add(self, tensor: Tensor, values: Tensor) -> None:
-        """Add values ``(batch, heads, m, dim)`` to the rows of this part in ``(batch, kv_heads, kv_len, dim)``."""
+        """Add ``values`` ``(batch, heads, m, dim)`` to the rows of this part in ``(batch, kv_heads, kv_len, dim)``."""
         batch, kv_heads = tensor.shape[:2]
         if self.keys is not None:
             values = values.reshape(batch, kv_heads, -1, values.shape[3])
@@ -49,7 +49,7 @@ class Part(NamedTuple):
 
     @staticmethod
     def _by_key_head(keys: Tensor, tensor: Tensor) -> Tensor:
-        """Join the key indices of all query heads of a key head: ``(batch, kv_heads, n)``. Index 0 replaces -1."""
+        """Return ``keys`` as ``(batch, kv_heads, n)``, joined over the query heads of a key head. 0 replaces -1."""
         return keys.clamp(min=0).reshape(*tensor.shape[:2], -1)
 
 
@@ -104,7 +104,7 @@ def positive_scale(attention: Attention) -> Attention:
 
 
 def block_size(attention: Attention) -> int:
-    """Return the queries per block: the smallest preferred size of all patterns, and at most 512 with masks or bias."""
+    """Return the queries per block: the smallest size that a pattern prefers, and at most 512 with masks or bias."""
     q_len = attention.q_len
     sizes = [segment.pattern.block_size(q_len, segment.kv_len) for segment in attention.segments]
     for segment in attention.segments:
@@ -120,7 +120,7 @@ def sees_all(attention: Attention, segment: Segment) -> bool:
 
 
 def passes(attention: Attention) -> list[list[int]]:
-    """Return the segment indices of each pass. Segments without ``query_order`` share one pass. Others are alone."""
+    """Return the segment indices of each pass. Segments without ``query_order`` share a pass. Others are alone."""
     plain = [i for i, segment in enumerate(attention.segments) if segment.pattern.query_order is None]
     return [group for group in (plain, *([i] for i in range(len(attention.segments)) if i not in plain)) if group]
 
@@ -215,7 +215,7 @@ class Masks:
         return q[..., None], kv[:, :, None]
 
     def of_keys(self, block: Block, part: Part) -> Tensor | None:
-        """Return which keys key mask and dense mask show, broadcastable to ``(batch, heads, n, m)``. None means all."""
+        """Return key mask and dense mask as one mask, broadcastable to ``(batch, heads, n, m)``. None: no mask."""
         segment, keys = self._attention.segments[part.segment], slice(part.kv_start, part.kv_stop)
         visible: Tensor | None = None
         if part.keys is not None:  # _parts() has applied the key mask: hidden keys are -1
@@ -248,7 +248,7 @@ class Masks:
         return attention.segments[part.segment].bias_at(q, kv, attention.q_len, attention.batch, attention.heads)
 
     def key(self, block: Block, part: Part) -> tuple[object, ...] | None:
-        """Return a value that is equal only for parts with equal pattern masks and biases, or None if none exists."""
+        """Return a comparison value, or None. Parts with equal values have equal pattern masks and biases."""
         segment, tile = self._attention.segments[part.segment], self._tile(block, part)
         by_pattern: tuple[object, ...] | None = ("all", block.rows, part.kv_stop - part.kv_start)
         if not segment.pattern.sees_all(tile):
@@ -258,15 +258,12 @@ class Masks:
 
 
 def _may_hide(mask: Tensor) -> bool:
-    """Whether a mask may hide a key. On a GPU, the result is always True, because reading the mask would be slow.
-
-    On the CPU, reading the mask saves time, because most blocks have no padding and then need no mask.
-    """
+    """Whether a mask may hide a key. On a GPU, the result is always True, because reading the mask would be slow."""
     return mask.device.type != "cpu" or not holds(mask.all(), unknown=False)
 
 
 def visible_rows(attention: Attention) -> Tensor:
-    """Return which rows see a key, bool ``(batch, heads or 1, q_len)``. The patterns must not reorder queries."""
+    """Return bool ``(batch, heads or 1, q_len)``, True for queries that see a key. No pattern may reorder queries."""
     masks, all_rows = Masks(attention), []
     for block in blocks(attention, list(range(len(attention.segments))), block_size(attention)):
         visible = attention.query.new_zeros((attention.batch, 1, block.rows), dtype=torch.bool)
@@ -279,7 +276,7 @@ def visible_rows(attention: Attention) -> Tensor:
 
 
 def additive(visible: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return mask and bias as one additive term with ``-inf`` at hidden keys, or None if both are None."""
+    """Return bias plus mask as one additive mask with ``-inf`` at hidden keys, or None if both are None."""
     if visible is None:
         return None if bias is None else bias.to(dtype)
     if bias is None:

@@ -41,7 +41,7 @@ def _expanded(tensor: Tensor, index: Tensor) -> Tensor:
 
 
 def _as_rows(tensor: Tensor, index: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return the memory of a tensor as ``(rows, dim)`` and the row indices, or None if rows are not contiguous."""
+    """Return a view ``(all rows, dim)`` of a tensor and ``index`` for this view, or None if rows are not contiguous."""
     dim = tensor.shape[3] if tensor.ndim == 4 else 1
     # The stride of a dimension of size 1 is arbitrary.
     strides = [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]

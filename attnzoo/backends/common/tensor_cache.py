@@ -1,8 +1,8 @@
 """A cache of values computed from tensors. For example, all layers of one forward share a plan computed from a mask.
 
-On the CPU the key is the content of a tensor. On other devices reading the content would wait for the device, so the
-key is the identity and version of the tensor object. A write through ``.data`` or DLPack does not raise the version, so
-the cache does not notice this write. Models and adapters avoid the problem by making new masks in every forward.
+On the CPU the cache compares tensors by content. On other devices reading the content would wait for the device, so
+the cache compares the identity and version of the tensor object. A write through ``.data`` or DLPack does not raise the
+version, so the cache does not notice such a write. Models and adapters make new masks in every forward instead.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TensorCache:
         watched = tuple(tensor for tensor in tensors if tensor.device.type != "cpu")
         if any(tensor.is_inference() for tensor in watched):
             return make()  # inference tensors have no version
-        # A tensor made in inference mode cannot be saved for a backward, so each mode has separate values.
+        # A tensor made in inference mode cannot be saved for a backward. So inference mode has separate entries.
         whole = (key, torch.is_inference_mode_enabled(), *map(_state, tensors))
         with self._lock:
             entry = self._entries.get(whole)

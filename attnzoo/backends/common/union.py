@@ -24,16 +24,16 @@ Grads = tuple[Tensor, Tensor, Tensor]
 class PartialKernel(ABC):
     """A kernel that returns ``(out, lse)`` of a part of the keys. Each object is made for the tensors of one attention.
 
-    ``forward_plan`` and ``backward_plan`` yield ``(is_first, rows)``. ``rows`` stands for some query rows:
-    ``rows.take(tensor)``, ``rows.put(tensor, values)`` and ``rows.add(tensor, values)`` read, write and change these
-    rows of out, lse or a gradient. If ``is_first`` is True, :func:`unite` writes these rows without reading them. So no
-    two ``rows`` with ``is_first`` may overlap. ``rows.parts`` are the parts that the rows see: ``part.segment`` is the
-    index of the segment, and ``part.add(tensor, values)`` adds to the rows of the part in a key or value gradient.
+    ``forward_plan`` and ``backward_plan`` yield ``(is_first, rows)``. The object ``rows`` represents some queries.
+    ``rows.take(tensor)`` reads the rows of these queries in out, lse or a gradient. ``rows.put(tensor, values)``
+    overwrites these rows, and ``rows.add(tensor, values)`` adds to these rows. If ``is_first`` is True, :func:`unite`
+    overwrites the rows. So a query may be in only one ``rows`` with ``is_first``. ``rows.parts`` are the parts that the
+    queries see: ``part.segment`` is a segment index, ``part.add(tensor, values)`` adds to a key or value gradient.
 
     Attributes:
-        places: for each segment in order, the index of the key in ``tensors``, then the index of the value.
+        places: segment ``i`` has the keys ``tensors[places[2 * i]]`` and the values ``tensors[places[2 * i + 1]]``.
         query: the query tensor in the layout of the kernel.
-        tensors: the distinct keys and values, followed by further tensors with a gradient.
+        tensors: the distinct key and value tensors, followed by further tensors that get a gradient.
     """
 
     places: Sequence[int]
@@ -41,20 +41,20 @@ class PartialKernel(ABC):
     tensors: Sequence[Tensor]
 
     def keys_values(self, segment: int) -> list[Tensor]:
-        """Return key and value of a segment."""
+        """Return the key tensor and the value tensor of a segment."""
         return [self.tensors[place] for place in self.places[2 * segment : 2 * segment + 2]]
 
     @abstractmethod
     def new_results(self) -> tuple[Tensor, Tensor]:
-        """Return new tensors out and lse. All lse are ``-inf``. Rows of out with ``is_first`` may be uninitialised."""
+        """Return new tensors out and lse (``-inf``). out may be uninitialised in rows of ``is_first``."""
 
     @abstractmethod
     def forward_plan(self) -> Iterable[tuple[bool, Any]]:
-        """Yield ``(is_first, rows)`` such that each visible pair of query and key occurs exactly once."""
+        """Yield ``(is_first, rows)``. Each pair of a query and a visible key must occur exactly once."""
 
     @abstractmethod
     def forward(self, rows: Any, number: int) -> tuple[Tensor, Tensor]:
-        """Return out and lse of ``rows.parts[number]``. A row without visible keys gets finite out and lse ``-inf``."""
+        """Return out and lse of ``rows.parts[number]``. For a row that sees no key, out is finite and lse ``-inf``."""
 
     def backward_plan(self) -> Iterable[tuple[bool, Any]]:
         """Yield ``(is_first, rows)`` for the backward. The default is the plan of the forward."""
@@ -62,7 +62,7 @@ class PartialKernel(ABC):
 
     @abstractmethod
     def backward(self, rows: Any, grad_out: Tensor, out: Tensor, lse: Tensor) -> Iterable[Grads]:
-        """Return the gradients of query, key and value for each part. ``out`` and ``lse`` are results of the union."""
+        """Return the gradients of query, key and value for each part. ``out`` and ``lse`` are the rows of the union."""
 
     def further_gradients(self) -> list[Tensor]:
         """Return the gradients of ``tensors`` that are neither keys nor values. :func:`unite` calls this last."""
@@ -77,7 +77,7 @@ def unite(bind: Bind, query: Tensor, tensors: Sequence[Tensor], masks: Sequence[
 
     Args:
         bind: a function that makes the kernel from ``query`` and ``tensors``. Forward and backward each call ``bind``.
-        query, tensors: the attributes of the kernel with these names.
+        query, tensors: the attributes ``query`` and ``tensors`` of the kernel.
         masks: further tensors that the backward reads. PyTorch raises if these tensors change before the backward.
 
     Returns:
@@ -99,7 +99,7 @@ class _Union(torch.autograd.Function):
             for number in range(len(rows.parts)):
                 part = kernel.forward(rows, number)
                 merged = part if merged is None else _merge(*merged, *part)
-            if merged is None:  # these rows see no key, and no earlier result exists
+            if merged is None:  # no part and no earlier result exists for these rows
                 rows.put(out, torch.zeros_like(rows.take(out)))
             else:
                 rows.put(out, merged[0])
@@ -135,7 +135,7 @@ class _Union(torch.autograd.Function):
 
 
 def _merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge a part into ``out`` ``(..., dim)`` and ``lse`` ``(...)``. If both dtypes are equal, this is in place."""
+    """Merge a part into ``out`` ``(..., dim)`` and ``lse`` ``(...)``. Return both. The inputs may be overwritten."""
     out = out.to(lse.dtype)
     share = torch.sigmoid(part_lse - lse)  # exp(part_lse - total); 1 - share is exp(lse - total)
     share = share.masked_fill_(part_lse == float("-inf"), 0.0)

@@ -73,8 +73,8 @@ class FlexBackend(Backend):
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
         _check_biases(attention)
-        # All calls use one memory layout, so one compiled kernel is enough. Queries and output have the model layout.
-        # Keys and values are contiguous per head, which is a sixth faster on the CPU than the layout of models.
+        # A kernel is compiled for one memory layout. Queries and output have the layout of models. Keys and values are
+        # contiguous per head instead: on the CPU, this is a sixth faster than the layout of models.
         query = in_rows(attention.query)
         key, value = _joined_keys_values(attention)
         form, terms = _form(attention, query, key, value), _terms(attention)
@@ -86,7 +86,7 @@ class FlexBackend(Backend):
 
 
 def _check_biases(attention: Attention) -> None:
-    """Raise if a bias is not exactly a ``RelativeBias``. A subclass may have values outside the table."""
+    """Raise if a bias is a subclass of ``RelativeBias``, whose values may differ from the table."""
     for segment in attention.segments:
         if segment.bias is not None and type(segment.bias) is not RelativeBias:
             reason = Refusal("bias", type(segment.bias).__name__, "RelativeBias, but no subclass")
@@ -94,7 +94,7 @@ def _check_biases(attention: Attention) -> None:
 
 
 def _compiles_on_cpu() -> bool:
-    # The CPU code of FlexAttention in PyTorch has these conditions. PyTorch has no public function that checks them.
+    # FlexAttention requires both on the CPU. PyTorch has no public function that checks these conditions.
     compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
     return torch.backends.cpu.get_cpu_capability() != "DEFAULT" and any(
         name and shutil.which(name) for name in compilers
@@ -160,7 +160,7 @@ def _terms(attention: Attention) -> Terms:
 
 
 def _pattern_numbers(pattern: Pattern, q_len: int, kv_len: int) -> list[int]:
-    """Return the five numbers after start and stop in :class:`~attnzoo.backends.flex.kernel.Terms`."""
+    """Return the last five of the seven numbers of a pattern (:class:`~attnzoo.backends.flex.kernel.Terms`)."""
     if isinstance(pattern, Chunks):
         count = -(-kv_len // pattern.length)
         return [pattern.length, pattern.before, pattern.before + pattern.after, count, int(pattern.causal)]

@@ -4,8 +4,8 @@ A form contains everything that the compiled code depends on, for example the ki
 dtype, the scale, and which lengths are 1 (a compiler treats 1 as a constant). Lengths, windows, offsets and tables are
 symbols or tensors, so a new length needs no new compilation. Three measures ensure this:
 
-- Each form has a separate function, because the compiler limits the number of compilations of one function. The
-  function raises if it is not compiled, because FlexAttention would then compute whole ``q_len x kv_len`` grids.
+- Each form has a separate function, because the compiler limits the number of compilations of one function. This
+  function raises if torch.compile is off, because FlexAttention would then compute whole ``q_len x kv_len`` grids.
 - The function is compiled on tensors without equal sizes, because the compiler replaces equal sizes by one symbol.
 - Masks and biases read flat tensors with ``embedding``, which needs no size. PyTorch's CPU kernels (seen in 2.13) use
   a wrong size for a captured tensor if the size is a symbol. Trained tables are indexed instead, because PyTorch's
@@ -62,7 +62,7 @@ class Terms(NamedTuple):
     sizes: Scalars  # number of keys, number of table entries per head, number of queries
     patterns: tuple[Scalars, ...]  # per segment
     unpadded: Tensor  # (batch * keys,) bool, False for padding keys
-    biases: tuple[Scalars, ...]  # per segment: index of distance 0, position of query 0, first and last entry
+    biases: tuple[Scalars, ...]  # per segment: index of distance 0, position of query 0, first and last table entry
     table: Tensor  # (heads * entries,) float, the concatenated bias values of all segments
     positions: tuple[Tensor, ...]  # per segment: (batch * q_len,) long positions of the queries, or zeros
 
@@ -113,7 +113,7 @@ def _lookup(flat: Tensor, index: Tensor) -> Tensor:
 
 
 def _visible(form: Form, terms: Terms, q: Tensor, kv: Tensor) -> Tensor:
-    """Return whether the patterns show key ``kv`` of the concatenated keys to query ``q``, as a ``mask_mod`` does."""
+    """Return True where a pattern shows key ``kv`` (index in the concatenated keys) to query ``q``."""
     visible = None
     for number, is_chunked in enumerate(form.is_chunked):
         start, stop, *rest = terms.patterns[number]
@@ -130,7 +130,7 @@ def _visible(form: Form, terms: Terms, q: Tensor, kv: Tensor) -> Tensor:
 
 
 def _bias_entry(form: Form, terms: Terms, b: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-    """Return the index of the bias value for a query and a key in the table entries of one head."""
+    """Return the index of the bias value of query ``q`` and key ``kv`` among the table entries of one head."""
     entry = None
     for number, has_positions in enumerate(form.has_positions):
         zero, shift, first, last = terms.biases[number]
@@ -147,7 +147,7 @@ def scalars(*values: int, device: torch.device) -> Scalars:
 
 
 def in_rows(query: Tensor) -> Tensor:
-    """Return queries ``(batch, heads, q_len, head_dim)`` in the only memory layout that kernels are compiled for.
+    """Return the query ``(batch, heads, q_len, head_dim)`` in the memory layout for which kernels are compiled.
 
     A compiler compiles again if the base of a view changes, or if the strides of dimensions of size 1 change.
     """

@@ -4,11 +4,11 @@ A single segment without bias and dense mask needs one call of this function (a 
 or if every query sees every key. Any other attention is computed in blocks, by the first method that supports it:
 
 - On the CPU, without dropout and function transforms, with ``value_dim == head_dim``: PyTorch's CPU FlashAttention
-  kernel, with trained biases too. The parts are merged by log-sum-exp (:mod:`attnzoo.backends.sdpa.flash_cpu`).
+  kernel. The results for the parts are merged by log-sum-exp (:mod:`attnzoo.backends.sdpa.flash_cpu`).
 - With segments that reorder the queries: plain PyTorch operations (:mod:`attnzoo.backends.sdpa.math_blocks`).
 - Otherwise: one public call per block, on the concatenated keys of all parts of the block.
 
-This module chooses the kernel of a public call and forces PyTorch to use this kernel, so the reported name is correct.
+This module chooses the kernel of a public call and forces PyTorch to use this kernel. So ``Result.kernel`` is correct.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class SdpaBackend(Backend):
             return Result(flash_cpu.attend(attention), flash_cpu.KERNEL)
         if any(segment.pattern.query_order is not None for segment in attention.segments):
             return Result(math_blocks.attend(attention), math_blocks.KERNEL)
-        # Each block copies its concatenated keys: larger blocks copy fewer keys, but their masks must stay small.
+        # Every block copies the keys of its parts. Larger blocks copy fewer keys in total, but need larger masks.
         size = block_size(attention)
         return _concatenated(attention, min(attention.q_len, max(size, min(4 * size, DENSE_ROWS))))
 
@@ -137,13 +137,13 @@ def _call(
     bias: Tensor | None,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor | None, str]:
-    """Run one public call. Return the output, which rows see a key (None means all), and the kernel name."""
+    """Run one public call. Return the output, the rows that see a key (bool; None: all rows), and the kernel name."""
     visible_rows = None
     if visible is not None:
-        # Kernels disagree on rows that see no key. Let such rows see every key; their output is dropped later.
+        # Kernels disagree on rows that see no key. Let such rows see every key. The caller replaces their output.
         visible_rows = visible.any(-1)
         visible = visible | ~visible_rows[..., None]
-    # On the CPU PyTorch would convert a bool mask to an additive mask, and copy each row of an expanded mask.
+    # On the CPU, make the mask additive: PyTorch would convert a bool mask, and copy each row of an expanded mask.
     keeps_bool = bias is None and query.device.type != "cpu"
     mask = visible if keeps_bool else additive(visible, bias, query.dtype)
     mask = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
@@ -191,7 +191,7 @@ _switches = _Switches()
 
 @contextmanager
 def _enforced(kernel: SDPBackend, query: Tensor, key: Tensor, value: Tensor, terms: dict[str, Any]) -> Iterator[None]:
-    """Context manager in which PyTorch runs ``kernel`` or raises. If ``kernel`` is the default, no switch changes."""
+    """Context manager in which PyTorch runs ``kernel`` or raises. No switch changes if PyTorch chooses ``kernel``."""
     if torch.compiler.is_compiling():  # torch.compile cannot trace the choice or the lock
         with sdpa_kernel(kernel):
             yield
@@ -205,10 +205,7 @@ def _enforced(kernel: SDPBackend, query: Tensor, key: Tensor, value: Tensor, ter
 
 
 def _default_kernel(query: Tensor, key: Tensor, value: Tensor, terms: dict[str, Any]) -> SDPBackend | None:
-    """Return the kernel that PyTorch would choose, or None if the choice is unknown.
-
-    Under ``torch.func`` the choice is unknown, because PyTorch chooses separately at each level of transforms.
-    """
+    """Return the kernel that PyTorch would choose, or None if unknown: each ``torch.func`` transform chooses again."""
     if transforms_around((query, key, value)):
         return None
     try:
@@ -228,9 +225,9 @@ _NAMES = {
 def _kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> SDPBackend:
     """Return the fastest kernel that can run this call.
 
-    Only ``MATH``, which uses plain operations, has batching rules, tangents and second derivatives. A single level of
-    ``torch.func.grad`` needs none of these. With a mask this level needs ``MATH`` too, because code outside the level
-    cannot see whether the mask needs a gradient.
+    ``MATH`` consists of plain operations. Only ``MATH`` supports ``vmap``, ``jvp`` and second derivatives. A call under
+    a single ``torch.func.grad`` needs none of these. But if this call has a mask, it also needs ``MATH``, because this
+    function cannot see whether the mask needs a gradient.
     """
     transforms = transforms_around((query, key, value))
     if transforms and (transforms != ("grad",) or mask is not None):

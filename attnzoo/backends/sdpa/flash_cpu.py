@@ -1,8 +1,8 @@
 """Attention in blocks, forward and backward, by the CPU kernel of FlashAttention in PyTorch.
 
-For each block of queries and each part of the block, one kernel call returns ``(out, lse)``.
-:mod:`attnzoo.backends.common.union` merges the parts. One forward call computes consecutive blocks with equal masks
-(:mod:`attnzoo.backends.sdpa.stacks`). The forward saves the inputs, the output and lse for the backward.
+A kernel call returns ``(out, lse)`` for a block of queries and one part of this block. In the forward, a call may
+compute several blocks with equal masks (:mod:`attnzoo.backends.sdpa.stacks`). :mod:`attnzoo.backends.common.union`
+merges the results of all parts. The forward saves the inputs, the output and lse for the backward.
 
 No public function returns the ``lse`` of PyTorch's CPU kernel, so this module calls two private operators of PyTorch.
 :func:`unavailable` checks the signatures of these operators. Without the operators the ``sdpa`` backend makes slower
@@ -58,7 +58,7 @@ def attend(attention: Attention) -> Tensor:
 
 
 def _distinct_tensors(attention: Attention) -> tuple[list[Tensor], list[int]]:
-    """Return the distinct keys and values, and for each segment in order the index of the key and of the value."""
+    """Return the distinct key and value tensors, and their indices by segment (:attr:`PartialKernel.places`)."""
     every = [tensor for segment in attention.segments for tensor in (segment.key, segment.value)]
     distinct = list({id(tensor): tensor for tensor in every}.values())
     numbers = {id(tensor): number for number, tensor in enumerate(distinct)}
@@ -66,7 +66,7 @@ def _distinct_tensors(attention: Attention) -> tuple[list[Tensor], list[int]]:
 
 
 def _without_storage(attention: Attention) -> Attention:
-    """Return a copy with placeholders as query, keys and values. The autograd graph must not keep the tensors twice."""
+    """Return a copy whose query, keys and values have no storage. The autograd graph must not keep them twice."""
 
     def shell(tensor: Tensor) -> Tensor:
         return tensor.detach().new_empty(()).expand(tensor.shape)
@@ -84,7 +84,7 @@ def _mask_tensors(attention: Attention) -> list[Tensor]:
         values += [segment.key_mask, segment.mask]
         if segment.bias is not None:
             values += vars(segment.bias).values()
-    # Inference tensors cannot be saved, and only inference mode can write to them.
+    # Inference tensors cannot be saved for the backward. This is safe, because only inference mode can write to them.
     return [value for value in values if isinstance(value, Tensor) and not value.is_inference()]
 
 
@@ -98,7 +98,10 @@ class _AdditiveMasks:
         self._by_hash: dict[int, HashMasks] = {}
 
     def of(self, block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
-        """Return the mask ``(batch, heads, n, m)``, and which rows ``(batch, heads, n)`` see a key. None means all."""
+        """Return the additive mask ``(batch, heads, n, m)``, or None if no mask is needed.
+
+        The second result is bool ``(batch, heads, n)``, True for rows that see a key, or None for all rows.
+        """
         attention = self._attention
         mask, visible_rows = self._of_structure(block, part)
         keys = self._masks.of_keys(block, part)
@@ -111,7 +114,7 @@ class _AdditiveMasks:
         return mask, None if visible_rows is None else visible_rows.expand(shape[:3])
 
     def _of_structure(self, block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
-        """Return the results of :meth:`of` for pattern and bias alone. Most blocks of a sequence have equal results."""
+        """Return the results of :meth:`of` without key mask and dense mask. Most blocks have equal results."""
         segment, dtype = self._attention.segments[part.segment], self._attention.query.dtype
         pattern = segment.pattern
         if isinstance(pattern, SortedChunks) and segment.bias is None and block.queries is not None:
@@ -136,7 +139,7 @@ class _AdditiveMasks:
 
 
 class _CpuKernel(PartialKernel):
-    """A kernel that calls the two private operators. The forward runs on stacks of blocks, the backward on blocks."""
+    """A kernel that calls the two private operators: in the forward once per stack, in the backward per block."""
 
     def __init__(self, attention: Attention, places: list[int], query: Tensor, tensors: Sequence[Tensor]) -> None:
         self._attention, self.places, self.query, self.tensors = attention, places, query, tensors

@@ -1,8 +1,8 @@
 """Attention in blocks, in plain PyTorch operations, for any device, dropout, transforms and query order.
 
-This code is slower than a fused kernel, but also needs little memory: a local pattern needs only the scores of each
-block of queries and the nearby keys. The parts of a block share one softmax. The results of several passes are merged
-by log-sum-exp as in :mod:`attnzoo.backends.common.union`, but not in place, because autograd records the merge.
+This code is slower than a fused kernel, but also needs little memory: for a local pattern, only the scores of each
+block of queries and the nearby keys exist. The parts of a block share one softmax. The results of several passes are
+merged by log-sum-exp as in :mod:`attnzoo.backends.common.union`, but not in place, because autograd records the merge.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Join the keys, values, masks and biases of the parts of a block. The backward of these operations is fast."""
+"""Join the keys, values, masks and biases of all parts of a block, by operations with a fast backward."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def join_parts(pieces: Mapping[int, KeyPieces], block: Block) -> tuple[Tensor, T
 
 
 def join_masks(attention: Attention, masks: Masks, block: Block) -> tuple[Tensor | None, Tensor | None]:
-    """Return the joined masks and the joined biases of all parts of a block, each None if no part has any."""
+    """Return the joined masks and the joined biases of all parts, or None if no part has a mask (or a bias)."""
     query = attention.query
 
     def join(terms: list[Tensor | None], neutral: Tensor, heads: int) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Stacks of blocks with equal masks. One kernel call computes all blocks of a stack.
 
 For a window pattern, all blocks except those near the ends of a sequence have equal masks, equal numbers of keys and
-equal distances between queries and keys. The keys of such blocks are views with a constant step into one tensor.
+equal distances between queries and keys. From one such block to the next, the first key moves by a constant *step*.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ class Stack(NamedTuple):
         return rows if self.depth == 1 else rows[0].unflatten(1, (self.depth, self.block.rows))
 
     def repeat(self, rows: Tensor) -> Tensor:
-        """Return values of the first block ``(batch, heads, rows, ...)``, repeated for all blocks of the stack."""
+        """Repeat the values ``rows`` of the first block, ``(batch, heads, rows, ...)``, for all blocks of the stack."""
         rows = self._of_sample(rows)
         return rows if self.depth == 1 else rows[0][:, None].expand(-1, self.depth, *rows.shape[2:])
 
     def keys(self, number: int, tensor: Tensor, heads: int, scratch: Scratch) -> Tensor:
-        """Return key rows of a part, ``(heads, depth, m, dim)`` or, for a single block, ``(batch, heads, m, dim)``."""
+        """Return keys or values of a part: ``(heads, depth, m, dim)``, or ``(batch, heads, m, dim)`` for one block."""
         part, step, tensor = self.block.parts[number], self.steps[number], self._of_sample(tensor)
         if self.depth == 1:
             return part.take(tensor, heads)
@@ -93,8 +93,8 @@ class Stack(NamedTuple):
 class Scratch:
     """Reusable memory for contiguous copies of keys or values.
 
-    The projections of a model leave gaps between the rows of a head. Consecutive blocks of a stack read mostly the same
-    keys, and without gaps these keys stay in the CPU cache.
+    In the output of a projection, other heads lie between the rows of a head. The blocks of a stack read mostly the
+    same keys. In a contiguous copy, these keys stay in the CPU cache.
     """
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ def _size(attention: Attention, segments: list[int], masks: Masks) -> int:
 
 
 def _mask_key(masks: Masks, block: Block) -> tuple[object, ...] | None:
-    """Return a value that is equal only for blocks with equal pattern masks and biases, or None if none exists."""
+    """Return a comparison value, or None. Blocks with equal values have equal pattern masks and biases."""
     if block.queries is not None or any(part.keys is not None for part in block.parts):
         return None
     keys = [(part.segment, part.kv_stop - part.kv_start, masks.key(block, part)) for part in block.parts]
@@ -149,7 +149,7 @@ def _mask_key(masks: Masks, block: Block) -> tuple[object, ...] | None:
 
 
 def _steps(block: Block, following: Block) -> tuple[int, ...] | None:
-    """Return how many keys later each part begins in the following block, or None if a part begins earlier."""
+    """Return how many keys later each part begins in ``following``, or None if any part begins at an earlier key."""
     steps = tuple(b.kv_start - a.kv_start for a, b in zip(block.parts, following.parts, strict=True))
     return steps if min(steps, default=0) >= 0 else None
 

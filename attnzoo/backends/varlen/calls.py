@@ -5,12 +5,12 @@ last query of a sequence has the position of the last key. A query at position `
 ``p + right``. :func:`plan_calls` expresses any attention without bias and dense mask in such calls:
 
 - If positions do not matter (``Full``, or whole visible chunks), the sequences contain no padding keys and queries.
-- In a band (windows, causal) positions matter. The sequence of a sample is then the range of unpadded keys and the
-  queries that see a key of this range. ``left`` and ``right`` are shifted, because the kernel aligns queries and keys
-  differently from the pattern. Samples with equal ``left`` and ``right`` share a call.
-- Hidden keys inside such a range stay in the sequence. :mod:`attnzoo.backends.varlen.packed` hides these keys.
+- In a band (windows, causal) positions matter. The sequence of a sample is then the range from the first to the last
+  unpadded key, and the queries that see a key of this range. ``left`` and ``right`` are shifted, because the kernel
+  aligns queries and keys differently from the pattern. Samples with equal ``left`` and ``right`` share a call.
+- Padding keys inside such a range stay in the sequence. :mod:`attnzoo.backends.varlen.packed` hides these keys.
 
-By position, every query of a call sees at least one key of the call. A key mask may hide this key.
+The pattern shows at least one key of the call to every query of the call, but a key mask may hide this key.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class CallPlan(NamedTuple):
     """The kernel calls of an attention. The union of the call outputs is the output of the attention."""
 
     calls: tuple[Call, ...]  # empty if no query sees a key
-    hidden: tuple[Tensor | None, ...]  # per segment: (batch, kv_len) bool, True for hidden keys of a call
+    hidden: tuple[Tensor | None, ...]  # per segment: (batch, kv_len) bool, True for keys to hide; None: no such key
     has_spare_row: bool  # whether calls use the spare row (see sorted_calls.py)
 
 
@@ -166,7 +166,7 @@ def _split(call: Call) -> list[Call]:
 
 
 def _row_numbers(call: Call) -> tuple[Tensor, Tensor]:
-    """Return the row indices of queries and keys of a call. If the call has None, return the indices of all rows."""
+    """Return the query rows and the key rows of a call as indices, also where the call has None (all rows in order)."""
     sequences = call.sequences
     q_rows, k_rows = (
         torch.arange(sum(lens), device=sequences.device) if rows is None else rows
@@ -176,7 +176,7 @@ def _row_numbers(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _ranges(masks: list[Tensor | None]) -> list[list[_Range] | None]:
-    """Return, for each mask, the range of each sample, or None without a mask. This waits for the device once."""
+    """Return the range of each sample for each mask. Masks that are None give None. This waits for the device once."""
     stacked = []
     for mask in masks:
         if mask is not None:
@@ -216,8 +216,8 @@ def _band_calls(
 
 
 def _extents(tile: Tile, band: Band) -> tuple[int, int]:
-    """Return ``left`` and ``right`` for a tile in one sequence. A value that would hide no key becomes ``NO_LIMIT``."""
-    aligned = tile.kv_stop - tile.q_stop  # the distance from a query to the position of this query in the kernel
+    """Return ``left`` and ``right`` of a sequence with this tile. A value that hides no key becomes ``NO_LIMIT``."""
+    aligned = tile.kv_stop - tile.q_stop  # the distance from a query to the key at its position in the kernel
     left, right = aligned - band.lowest, band.highest - aligned
     q_count, k_count = tile.q_stop - tile.q_start, tile.kv_stop - tile.kv_start
     return NO_LIMIT if left >= k_count - 1 else left, NO_LIMIT if right >= q_count - 1 else right
@@ -226,10 +226,10 @@ def _extents(tile: Tile, band: Band) -> tuple[int, int]:
 def _cut(tile: Tile, band: Band, has_windows: bool) -> list[Tile]:
     """Return the tile, or several tiles with fewer queries if a kernel would compute a wrong window.
 
-    FlashAttention replaces ``left`` or ``right`` by no limit if the value is at least the longest key length. If only
-    one of the two has no limit, the kernel uses the longest key length as this limit. This limit is wrong if many
-    queries precede the first key. Kernels without windows support only ``right=0``. So queries that do not see the last
-    key become a separate tile, and queries that do not see the first key too.
+    FlashAttention replaces ``left`` or ``right`` by no limit if the value is at least the longest key length. If then
+    only one of the two has a limit, the kernel limits the other to the longest key length. This is wrong if many
+    queries precede the first key. Kernels without windows support only ``right=0``. So the queries that do not see the
+    last key become a separate tile. The queries that do not see the first key also become a separate tile.
     """
     q_start, q_stop, k_start, k_stop, *_ = tile
     q_count, k_count = q_stop - q_start, k_stop - k_start
@@ -251,7 +251,7 @@ def _is_all(starts: tuple[int, ...], lens: tuple[int, ...], batch: int, length: 
 
 
 def _is_ordered(pattern: Chunks, kv_len: int) -> bool:
-    """Whether queries see only the earlier keys of their chunk, so that positions within the chunk matter."""
+    """Whether a query sees only the earlier keys of its own chunk. Positions within the chunk then matter."""
     return pattern.causal and pattern.before % -(-kv_len // pattern.length) <= pattern.before + pattern.after
 
 
@@ -268,7 +268,7 @@ def _neighbourhoods(pattern: Chunks, length: int) -> tuple[tuple[int, int, tuple
 
 
 def _chunk_calls(attention: Attention, number: int, segment: Segment, pattern: Chunks) -> list[Call]:
-    """Return at most one call, in which each chunk of each sample is a sequence with the keys that the chunk sees."""
+    """Return at most one call. Its sequences are the chunks of queries, each with the keys that this chunk sees."""
     length, device = segment.kv_len, attention.query.device
     chunks = _neighbourhoods(pattern, length)
     if not chunks:
@@ -288,7 +288,7 @@ def _chunk_calls(attention: Attention, number: int, segment: Segment, pattern: C
 
 
 def _unordered_calls(attention: Attention, number: int, queries: _Runs, keys: _Runs) -> list[Call]:
-    """Return at most one call, in which every query sees every key. Removing masked rows waits for the device."""
+    """Return at most one call, in which queries see their whole sequence. Removing padding waits for the device."""
     device, key_mask = attention.query.device, attention.segments[number].key_mask
     if attention.query_mask is not None or key_mask is not None:
         q_kept, q_of = _kept(attention.query_mask, queries, device)
@@ -306,7 +306,7 @@ def _unordered_calls(attention: Attention, number: int, queries: _Runs, keys: _R
 
 
 def _kept(mask: Tensor | None, runs: _Runs, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return which rows the mask keeps, and the index of the sequence that contains each row."""
+    """Return bool ``(rows,)``, True for rows that the mask shows, and the index of the sequence of each row."""
     total, lens = sum(runs.lens), torch.tensor(runs.lens, device=device)
     sequence = torch.arange(len(lens), device=device).repeat_interleave(lens, output_size=total)
     if mask is None:
@@ -315,7 +315,7 @@ def _kept(mask: Tensor | None, runs: _Runs, device: torch.device) -> tuple[Tenso
 
 
 def _pick(runs: _Runs, kept: Tensor, lens: list[int]) -> _Runs:
-    """Return runs of the kept rows only. ``lens`` are the new lengths, and sequences of length 0 are dropped."""
+    """Return only the rows with ``kept``. ``lens`` are the new sequence lengths. Sequences of length 0 are dropped."""
     index = runs.rows
     if sum(lens) < sum(runs.lens):
         index = kept.nonzero().flatten() if index is None else index[kept]
@@ -323,7 +323,7 @@ def _pick(runs: _Runs, kept: Tensor, lens: list[int]) -> _Runs:
 
 
 def rows_of(starts: Iterable[int], lens: Iterable[int], device: torch.device) -> Tensor:
-    """Return the concatenated row indices of runs of consecutive rows, with the given starts and lengths."""
+    """Return the row indices ``start, start + 1, ...`` of each run of consecutive rows, concatenated."""
     lens = list(lens)
     ends = list(accumulate(lens))
     begins = [start - end + count for start, end, count in zip(starts, ends, lens, strict=True)]

@@ -52,7 +52,7 @@ class PackedKernel:
 
     @classmethod
     def unavailable(cls) -> str | None:
-        """Return why the kernel cannot run on this machine and how to solve this, or None if the kernel can run."""
+        """Return why the kernel cannot run on this machine and what to do, or None if the kernel can run."""
         raise NotImplementedError
 
     @classmethod
@@ -78,19 +78,19 @@ class PackedKernel:
 
     @classmethod
     def missing_parts(cls, request: Request) -> tuple[Refusal, ...]:
-        """Return a refusal if the request needs a union and the kernel cannot run :meth:`forward`."""
+        """Return a refusal if the request needs a union of parts and the kernel cannot run :meth:`forward`."""
         if needs_no_union(request.segments) or (why := cls.parts_unavailable()) is None:
             return ()
         return (Refusal("segments", f"several parts, but {why}", "one segment without a key mask"),)
 
     @classmethod
     def attend(cls, inputs: Inputs) -> Tensor:
-        """Return the attention ``(rows, heads, dim)`` within each sequence, with gradients."""
+        """Return the differentiable output ``(rows, heads, dim)`` of the attention within each sequence."""
         raise NotImplementedError
 
     @classmethod
     def forward(cls, inputs: Inputs) -> tuple[Tensor, Tensor, Any]:
-        """Return out without gradients, lse ``(heads, rows)`` float32, and a state for :meth:`backward`."""
+        """Return the output (not differentiable), lse ``(heads, rows)`` float32, and a state for :meth:`backward`."""
         raise NotImplementedError
 
     @classmethod
@@ -139,9 +139,9 @@ def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def changed_signature(module: ModuleType | Any, expected: Mapping[str, tuple[str, ...]], whose: str) -> str | None:
-    """Return which expected function is missing or has unexpected first parameters, or None if no function differs.
+    """Return which function of ``expected`` (``{name: first parameters}``) is missing or has other first parameters.
 
-    Reading an attribute of a broken package may raise any exception. The result then contains this exception.
+    None means that no function differs. If reading a broken package raises, the result contains this exception.
     """
     for name, names in expected.items():
         try:

@@ -3,11 +3,11 @@
 Each kernel call (:mod:`attnzoo.backends.varlen.calls`) returns an output and a log-sum-exp.
 :mod:`attnzoo.backends.common.union` merges the results. If no query is in two calls, the public kernel function runs.
 
-Some hidden keys must stay in a sequence, because other keys must keep their positions. An extra vector component hides
-these keys. The component is positive in queries, negative in hidden keys and 0 in visible keys, so the scaled scores of
-hidden keys are 2^22 lower. The weights of hidden keys then underflow to exactly 0, forward and backward. If a row sees
-only hidden keys, the lse of the row is far below all other values. A larger number than 2^22 would overflow, because
-kernels round the argument of the exponential.
+Some hidden keys must stay in a sequence, because other keys must keep their positions. One more component of query and
+key vectors hides these keys. The component is positive in queries, negative in hidden keys and 0 in visible keys. So
+the scaled scores of hidden keys are 2^22 lower, and their softmax weights underflow to exactly 0, forward and backward.
+If all keys of a row are hidden, the lse of the row is far below all usual values. A larger number than 2^22 would
+overflow, because kernels round the argument of the exponential.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def attend(attention: Attention, kernel: type[PackedKernel]) -> Result:
 
 
 class _Hiding:
-    """The values of the component that hides keys. They are powers of two, so that multiplication does not round."""
+    """Values of the component that hides keys. All are powers of two, so that multiplication does not round."""
 
     def __init__(self, scale: float) -> None:
         exponent = min(math.ceil(_HIDING_EXPONENT - math.log2(scale)), 2 * _LARGEST_EXPONENT)
@@ -146,7 +146,7 @@ class _Packing:
     Attributes:
         query: the queries ``(batch * q_len, heads, dim)``, with the spare row at the end if the plan uses it.
         keys_values: keys and values ``(batch * kv_len, kv_heads, dim)``, also with the spare row at the end.
-        places: for each segment in order, the index of the key in ``keys_values``, then the index of the value.
+        places: segment ``i`` has keys ``keys_values[places[2 * i]]`` and values ``keys_values[places[2 * i + 1]]``.
     """
 
     def __init__(self, attention: Attention, plan: CallPlan, hiding: _Hiding | None) -> None:
@@ -180,8 +180,8 @@ class _Packing:
     def _pack(self, tensor: Tensor, numbers: Tensor | None, spare: float) -> Tensor:
         """Return ``(batch, heads, n, d)`` as ``(batch * n, heads, dim)``, plus the spare row if the plan uses it.
 
-        ``numbers`` ``(batch, n)`` are the values of the component that hides keys. The spare row is zero except for
-        ``spare`` in this component. The spare query has gradient zero, because the output of this query is dropped.
+        ``numbers`` ``(batch, n)`` are the values of the component that hides keys. In the spare row, this component is
+        ``spare`` and the others are 0. The spare query gets gradient 0, because its output is dropped.
         """
         rows = tensor.transpose(1, 2).flatten(0, 1)
         padding = self._dim - rows.shape[2]
@@ -197,9 +197,9 @@ class _Packing:
         return rows if _is_aligned(rows) else rows.clone(memory_format=torch.contiguous_format)
 
     def attend(self, packed: _PackedCalls) -> tuple[Tensor, Tensor | None]:
-        """Return the output ``(rows, heads, dim)`` of one segment, and the rows ``(batch, 1, q_len)`` that see a key.
+        """Return the output ``(rows, heads, dim)`` of a single segment without hidden keys. This needs no union.
 
-        Without hidden keys, no query is in two calls (:func:`attnzoo.backends.varlen.calls.needs_no_union`).
+        The second result is bool ``(batch, 1, q_len)``, True for queries that see a key, or None for all queries.
         """
         calls = self._plan.calls
         outputs = [packed.kernel.attend(packed.inputs(call)) for call in calls]
@@ -212,7 +212,7 @@ class _Packing:
         return whole, visible.view(self._attention.batch, 1, self._attention.q_len)
 
     def visible_rows(self, lse: Tensor) -> Tensor:
-        """Return which rows see a key, ``(batch, heads, q_len)``, from the lse ``(rows, heads)`` of the union."""
+        """Return bool ``(batch, heads, q_len)``, True for queries that see a key. ``lse`` is ``(rows, heads)``."""
         batch, q_len = self._attention.batch, self._attention.q_len
         floor = -math.inf if self._hiding is None else -self._hiding.depth / 2
         return (lse[: batch * q_len] > floor).unflatten(0, (batch, q_len)).transpose(1, 2)
@@ -229,7 +229,7 @@ def _take_rows(tensor: Tensor, index: Tensor | None) -> Tensor:
 
 
 class _PackedRows(NamedTuple):
-    """The query rows or the key rows of a call. Query rows have one part: the key rows of the call."""
+    """The query rows or the key rows of a call. Only query rows have ``parts``: the key rows of the call."""
 
     call: int  # the index of the call
     segment: int  # the index of the segment
@@ -254,7 +254,7 @@ class _PackedRows(NamedTuple):
 
 @dataclass(eq=False)
 class _PackedCalls(PartialKernel):
-    """A kernel for :func:`unite` with one part per call. Out is ``(rows, heads, dim)``, lse is ``(rows, heads)``."""
+    """The calls of a :class:`PackedKernel` as parts. Out is ``(rows, heads, dim)``, lse is ``(rows, heads)``."""
 
     kernel: type[PackedKernel]
     calls: tuple[Call, ...]

@@ -2,8 +2,8 @@
 
 A query sees the nearby keys of other tokens, or only of earlier tokens if the pattern is causal. A neighbourhood is a
 chunk of sorted queries and the keys near this chunk. The queries and keys of a neighbourhood, sorted by token, make one
-sequence. In this sequence, each query precedes the keys of the same token. So causal attention sees the earlier tokens,
-and causal attention in reverse order sees the later tokens.
+sequence. In this sequence, each query precedes the key of the same token. So in a causal call, a query sees the keys of
+earlier tokens. A causal call on the reversed sequence adds the keys of later tokens.
 
 A kernel needs a query and a key at each position of a sequence, but each position here has only one of the two. The
 *spare row* replaces the other: a dummy query or key, stored after all real rows. The dummy key is hidden
@@ -26,7 +26,7 @@ _LAST = torch.iinfo(torch.long).max
 
 
 def fold_heads(attention: Attention) -> Attention:
-    """Return a copy without ``empty`` in which each head is a sample, because heads sort tokens differently."""
+    """Return a copy of ``batch * heads`` samples with one head, because heads sort differently. ``empty`` is None."""
     batch, heads = attention.batch, attention.heads
 
     def fold(tensor: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def sorted_rows(
 def _neighbourhoods(
     pattern: SortedChunks, q_len: int, kv_len: int
 ) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
-    """Group the chunks by size. Yield, per group, the sorted positions of the queries and nearby keys of each chunk."""
+    """Yield, for each group of chunks of equal size, the sorted positions of each chunk's queries and nearby keys."""
     groups: dict[tuple[int, int], tuple[list[list[int]], list[list[int]]]] = {}
     start = 0
     while start < q_len:

@@ -1,7 +1,7 @@
 """PyTorch's FlashAttention kernels (``torch.nn.attention.varlen``). Copy this file to add a GPU kernel.
 
 A kernel class has three main methods. ``attend`` calls the public function of the kernel. ``forward`` returns ``(out,
-lse, state)`` of a part of the keys. The arguments of ``backward`` include the final out and lse of the union. Class
+lse, state)`` for a part of the keys. ``backward`` gets this state, and the out and lse of the whole union. Class
 attributes declare what the kernel supports, and ``unavailable`` returns what is missing on this machine.
 :mod:`attnzoo.backends.varlen.packed` plans the calls, packs the rows, hides keys and merges the parts.
 """

@@ -137,12 +137,12 @@ class _XformersKernel(PackedKernel):
 
     @classmethod
     def from_lse(cls, lse: Tensor, sequences: Sequences) -> Tensor:
-        """Return lse as ``(heads, rows)`` from the lse in the operator's layout."""
+        """Convert lse from the layout of the operator to ``(heads, rows)``."""
         return lse.transpose(0, 1).flatten(1)
 
     @classmethod
     def to_lse(cls, lse: Tensor, samples: int, sequences: Sequences) -> Tensor:
-        """Return lse in the operator's layout from lse ``(heads, rows)``."""
+        """Convert lse from ``(heads, rows)`` to the layout of the operator."""
         return lse.unflatten(1, (samples, -1)).transpose(0, 1).contiguous()
 
 
@@ -190,13 +190,13 @@ def _fmha() -> Any:
 
 
 def _padded_rows(sequences: Sequences, width: int) -> Tensor:
-    """Return the row indices that all queries have after padding each sequence to ``width`` rows."""
+    """Return the row index of each query after padding each sequence to ``width`` rows."""
     starts = range(0, len(sequences.q_lens) * width, width)
     return rows_of(starts, sequences.q_lens, sequences.device)
 
 
 def _biases(sequences: Sequences) -> Iterator[_Bias]:
-    """Yield one bias for all sequences, or, for a two-sided window, one bias per run of sequences of equal lengths."""
+    """Yield one bias for all sequences. For a two-sided window, yield one per run of sequences of equal lengths."""
     masks, (left, right) = _fmha().attn_bias, (sequences.left, sequences.right)
     q_lens, k_lens = list(sequences.q_lens), list(sequences.k_lens)
     if (left, right) == (NO_LIMIT, NO_LIMIT) or right == 0:
@@ -218,7 +218,7 @@ def _biases(sequences: Sequences) -> Iterator[_Bias]:
 
 
 def _rows(bias: _Bias, inputs: Inputs) -> list[Tensor]:
-    """Return query, key and value ``(samples, rows, heads, dim)``. Keys are repeated, as the backward has no GQA."""
+    """Return query, key and value ``(samples, rows, heads, dim)``. Key heads are repeated: the backward has no GQA."""
     heads = inputs.query.shape[1]
     keys_values = (_expand(tensor[bias.k_rows], heads) for tensor in (inputs.key, inputs.value))
     return [tensor.unflatten(0, (bias.samples, -1)) for tensor in (inputs.query[bias.q_rows], *keys_values)]
