@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 import attnzoo
 from attnzoo.registry import registry
@@ -14,6 +14,8 @@ torch.set_num_threads(1)
 _common = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 settings.register_profile("default", max_examples=60, **_common)
 settings.register_profile("long", max_examples=2500, **_common)
+# A mutant must only fail: no time for shrinking, and no examples from runs of other mutants.
+settings.register_profile("mutants", max_examples=60, database=None, phases=[Phase.explicit, Phase.generate], **_common)
 settings.load_profile(os.environ.get("ATTNZOO_HYPOTHESIS_PROFILE", "default"))
 
 

@@ -94,7 +94,7 @@ def verify(
         str, typer.Option(help="Backend to verify, with options as name:option=value,...; or native.")
     ] = "sdpa",
     seq_len: Annotated[int, typer.Option(help="Tokens per passage.", min=1)] = 256,
-    passages: Annotated[int, typer.Option(help="Number of passages, which are checked separately.", min=1)] = 8,
+    passages: Annotated[int, typer.Option(help="Number of passages, which are checked separately.", min=1)] = 2,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the weights.  [default: the stored dtype]")] = None,
     fast: Annotated[bool, typer.Option("--fast", help="Check one passage of at most 256 tokens, in seconds.")] = False,
     gradients: Annotated[bool, typer.Option(help="Compare gradients, too.")] = True,

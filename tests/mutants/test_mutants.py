@@ -1,0 +1,143 @@
+"""The mutation tests plant real faults, run the nearest tests first, and report what the tests do not catch."""
+
+import pytest
+
+pytest.importorskip("mutmut", reason="the mutation tests need mutmut, which is in the extra 'dev'")
+
+from tests.mutants import __main__ as command
+from tests.mutants import mutations
+from tests.mutants.mutations import ROOT, Mutant, changes_of, source_files
+from tests.mutants.nearest import nearest_tests
+from tests.mutants.worker import Worker
+
+SOURCE = '''
+"""A docstring with words: True."""
+
+
+@functools.lru_cache(maxsize=3)
+def scores(query, key: "Tensor | None" = None):
+    """Return 1 + 1."""
+    if key is None:
+        raise InvalidArgumentError("key", None, "1 tensor")
+    return query + key * 2, "long text", "name", fill(query, value=0)
+'''
+
+
+@pytest.fixture
+def mutants(tmp_path, monkeypatch):
+    """The mutants of a small file, as pairs of changed lines."""
+    (tmp_path / "scores.py").write_text(SOURCE)
+    monkeypatch.setattr(mutations, "ROOT", tmp_path)
+    found = [change.mutant() for change in changes_of("scores.py")]
+    return {(mutant.before, mutant.after) for mutant in found if mutant is not None}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("if key is None:", "if key is not None:"),
+        ("query + key", "query - key"),
+        ("key * 2", "key / 2"),
+        ("key * 2", "key * 3"),
+        ('"name"', '"NAME"'),
+        ("fill(query, value=0)", "fill(query, value=None)"),
+        ("fill(query, value=0)", "fill(query, )"),
+        ("fill(query, value=0)", "fill(value=0)"),
+    ],
+)
+def test_operators_change_conditions_arithmetic_names_and_arguments(mutants, before, after):
+    assert any(new == old.replace(before, after) != old for old, new in mutants)
+
+
+@pytest.mark.parametrize("text", ["docstring", "Return 1", "lru_cache", "Tensor", "raise", "long text"])
+def test_texts_decorators_annotations_and_messages_do_not_change(mutants, text):
+    assert not any(text in old and old.count(text) != new.count(text) for old, new in mutants)
+
+
+def test_every_mutant_differs_from_the_source_in_meaning(mutants):
+    assert len(mutants) >= 8 and all(old != new for old, new in mutants)
+
+
+def test_scope_holds_the_core_the_judges_the_backends_and_the_adapters():
+    files = source_files()
+    for path in ("adapters/led.py", "attnzoo/spec/patterns.py", "attnzoo/conformance/error_rule.py"):
+        assert path in files
+    assert "attnzoo/backends/common/union.py" in files and "benchmarks/contenders.py" in files
+    assert not any("report_text" in path or "/cli/" in path for path in files)
+
+
+@pytest.mark.parametrize(
+    ("source", "test"),
+    [
+        ("attnzoo/spec/patterns.py", "tests/spec/test_patterns.py"),
+        ("attnzoo/registry.py", "tests/test_registry.py"),
+        ("attnzoo/backends/common/union.py", "tests/backends/test_union.py"),
+        ("attnzoo/conformance/error_rule.py", "tests/conformance/test_error_rule.py"),
+    ],
+)
+def test_first_test_of_a_source_file_has_its_name(source, test):
+    tests = nearest_tests(source)
+    assert tests[0] == test and len(tests) == len(set(tests)) > 80
+
+
+@pytest.mark.slow
+def test_worker_says_whether_the_tests_catch_a_mutant(tmp_path):
+    worker = Worker(tmp_path / "tree")
+    path = "attnzoo/errors.py"
+    code = (ROOT / path).read_text()
+    tests = ["tests/test_errors.py"]
+    assert worker.run(tests, 120) == "survived all tests"
+    broken = code.replace("class InvalidArgumentError(", "class Invalid(")
+    assert broken != code
+    mutant = Mutant(path, 1, "", "", broken)
+    assert worker.test(mutant, 120).startswith("caught by")
+    assert worker.run(tests, 120) == "survived all tests", "the worker must restore the source"
+    assert (ROOT / path).read_text() == code
+    assert worker.run(tests, 0.01).startswith("survived 0 s"), "tests that did not end have caught nothing"
+
+
+def test_command_fails_below_the_goal_and_lists_the_survivors(monkeypatch, capsys, tmp_path):
+    outcomes = iter(["caught by a", "survived all tests", "caught by b", "caught by c"])
+
+    class FakeWorker:
+        def __init__(self, folder):
+            pass
+
+        def run(self, tests, seconds):
+            return "survived all tests"
+
+        def test(self, mutant, seconds):
+            return next(outcomes)
+
+    monkeypatch.setattr(command, "Worker", FakeWorker)
+    arguments = ["--sample", "4", "--seed", "0", "--only", "attnzoo/functional.py", "--jobs", "1"]
+    assert command.main([*arguments, "--at-least", "80"]) == 1
+    output = capsys.readouterr().out
+    assert "75.0 % of 4 mutants caught" in output and "--seed 0" in output
+    assert output.count("\nsurvived all tests: attnzoo/functional.py:") == 1
+    outcomes = iter(["caught by a", "survived all tests", "caught by b", "caught by c"])
+    assert command.main([*arguments, "--at-least", "75", "--json", str(tmp_path / "out.json")]) == 0
+    assert (tmp_path / "out.json").read_text().count('"mutant"') == 4
+
+
+def test_equivalent_mutants_do_not_count(monkeypatch, capsys):
+    class NoWorker:
+        def __init__(self, folder):
+            pass
+
+        def run(self, tests, seconds):
+            return "survived all tests"
+
+    monkeypatch.setattr(command, "Worker", NoWorker)
+    monkeypatch.setattr(command, "reason_for_equivalence", lambda mutant: "no row changes")
+    command.main(["--sample", "2", "--seed", "0", "--only", "attnzoo/functional.py", "--jobs", "1"])
+    assert "of 0 mutants caught; 2 equivalent or not run" in capsys.readouterr().out
+
+
+def test_equivalent_mutants_are_mutants_of_the_present_source():
+    from tests.mutants.equivalent import EQUIVALENT
+
+    for (path, before, after), reason in EQUIVALENT.items():
+        mutants = (change.mutant() for change in changes_of(path))
+        assert any(m is not None and (m.before, m.after) == (before, after) for m in mutants), (path, before, after)
+        assert len(reason) > 20

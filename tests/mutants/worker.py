@@ -1,0 +1,82 @@
+"""Run the tests of a mutant, in a copy of the working tree and in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from tests.mutants.mutations import ROOT, Mutant
+from tests.mutants.nearest import nearest_tests
+
+# pytest exits with a failure if one test takes longer than this (in seconds), because a mutant may never end.
+_HANG = 45
+_FOLDERS = ("attnzoo", "adapters", "benchmarks", "tests", "docs")
+
+
+class Worker:
+    """A copy of the working tree in which one mutant at a time is tested.
+
+    The processes start from a server that has already imported the large packages (torch, transformers).
+    """
+
+    _context = multiprocessing.get_context("forkserver")
+    _context.set_forkserver_preload(["torch", "transformers", "pytest", "hypothesis"])
+
+    def __init__(self, folder: Path) -> None:
+        self._tree = folder
+        for name in _FOLDERS:
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        for pattern in ("*.toml", "*.md", "*.py", "*.txt"):
+            for path in ROOT.glob(pattern):
+                shutil.copy(path, folder)
+        for name in ("adapters", "benchmarks"):  # where an installation has them
+            (folder / "attnzoo" / name).symlink_to(Path("..") / name)
+
+    def test(self, mutant: Mutant, seconds: float) -> str:
+        """Return ``caught by ...`` or ``survived ...``. The tests stop after ``seconds``."""
+        target = self._tree / mutant.path
+        original = target.read_text()
+        try:
+            target.write_text(mutant.code)
+            return self.run(nearest_tests(mutant.path), seconds)
+        finally:
+            target.write_text(original)
+
+    def run(self, tests: list[str], seconds: float) -> str:
+        """Run test files until the first failure. Exit code 4 of pytest means that the package cannot be imported."""
+        log = self._tree / "log"
+        log.write_text("")
+        process = self._context.Process(target=_run_tests, args=(self._tree, tests, log))
+        process.start()
+        process.join(seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            return f"survived {seconds:.0f} s of tests"
+        if process.exitcode == 0:
+            return "survived all tests"
+        output = log.read_text(errors="replace")
+        if "Timeout (0:" in output:
+            return "caught by a test that did not end"
+        failures = (line.split(" ")[1] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR ")))
+        return f"caught by {next(failures, f'exit code {process.exitcode} of pytest').removeprefix('tests/')}"
+
+
+def _run_tests(tree: Path, tests: list[str], log: Path) -> None:
+    output = os.open(log, os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(tree)
+    sys.path[:] = [str(tree), *(entry for entry in sys.path if entry not in ("", str(ROOT)))]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]  # this module is from the original tree
+    sys.dont_write_bytecode = True
+    os.environ.update(PYTHONPATH=str(tree), PYTHONDONTWRITEBYTECODE="1", ATTNZOO_HYPOTHESIS_PROFILE="mutants")
+    import pytest
+
+    options = ["-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "--basetemp", str(tree / "tmp")]
+    options += ["-o", f"faulthandler_timeout={_HANG}", "-o", "faulthandler_exit_on_timeout=true"]
+    os._exit(int(pytest.main([*options, *tests])))
