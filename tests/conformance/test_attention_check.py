@@ -16,6 +16,7 @@ from tests.plugin.attnzoo_example_plugin.tiled import TiledBackend
 from tests.support.candidates import (
     Candidate,
     candidate,
+    changes_in_place,
     computed_in,
     gradient_at,
     normalised_last,
@@ -197,18 +198,6 @@ def test_candidate_that_is_wrong_only_with_gradients_needs_a_check_with_gradient
 
     assert verdicts(Candidate(sharper), grad=False) == {"output": True}
     assert verdicts(Candidate(sharper), grad=True) == {"output": False, "gradient": False}
-
-
-def changes_in_place(choose):
-    """A candidate that computes the right output and then changes a tensor of its inputs."""
-
-    @torch.no_grad()
-    def after(output, attention):
-        tensor = choose(attention)
-        tensor.logical_not_() if tensor.dtype == torch.bool else tensor.mul_(2.0)
-        return output
-
-    return Candidate(after=after)
 
 
 def hides_before(attention):

@@ -52,6 +52,24 @@ def with_fields(**changes):
     return lambda a: replace(a, **{name: change(getattr(a, name)) for name, change in changes.items()})
 
 
+def only_if(applies, before):
+    """A backend that changes only the attentions for which ``applies`` is true."""
+    return Candidate(lambda attention: before(attention) if applies(attention) else attention)
+
+
+def changes_in_place(choose):
+    """A backend that computes the right output and then changes a tensor of its inputs."""
+
+    @torch.no_grad()
+    def after(output, attention):
+        tensor = choose(attention)
+        if tensor is not None:
+            tensor.logical_not_() if tensor.dtype == torch.bool else tensor.mul_(2.0)
+        return output
+
+    return Candidate(after=after)
+
+
 def scaled_at(place, roundings=64):
     """A function that makes one place of an output larger by some units in the last place."""
 
@@ -61,6 +79,9 @@ def scaled_at(place, roundings=64):
         return output * factors
 
     return after
+
+
+softer = with_fields(scale=lambda scale: scale * 0.99)
 
 
 def gradient_at(place=..., by=1.01):
