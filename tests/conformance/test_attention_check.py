@@ -293,3 +293,27 @@ def test_sampled_rows_use_their_part_of_the_query_mask(max_rows):
     assert not verdicts(wrong, max_rows=max_rows)["output"]
     for backend in (Candidate(), RecomputedBackend(), TiledBackend(tile=16)):
         assert verdicts(backend, max_rows=max_rows) == {"output": True, "gradient": True}
+
+
+class _HidesKeysOfPadding(Candidate):
+    """An approximate backend that hides all keys but one from padding queries, and changes nothing else."""
+
+    def changes(self, request):
+        return "padding queries see one key"
+
+    def rewrite(self, attention, decisions=None):
+        (segment,) = attention.segments
+        first = torch.arange(segment.kv_len) == 0
+        mask = attention.query_mask[:, None, :, None] | first
+        return replace(attention, segments=(replace(segment, mask=mask),))
+
+
+@pytest.mark.parametrize("max_rows", [12, 40, Q_LEN])
+def test_recall_is_the_mean_over_sampled_rows_that_are_no_padding(max_rows):
+    whole = rich_attention()
+    query_mask = torch.arange(Q_LEN)[None] % torch.tensor([[2], [3]]) != 0
+    whole = replace(whole, segments=(replace(whole.segments[1], key_mask=None),), query_mask=query_mask, empty=None)
+    report = check_attention("site", whole, _HidesKeysOfPadding(), grad=False, max_rows=max_rows)
+    assert report.recall == pytest.approx(1.0, abs=1e-12)
+    everything = replace(whole, query_mask=None)
+    assert check_attention("site", everything, "eager", grad=False, max_rows=max_rows).recall is None
