@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ from attnzoo.conformance.recomputed import recomputed
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.functional import execute
 from attnzoo.registry import registry
+from attnzoo.spec.bias import RelativeBias
 from attnzoo.spec.segments import Attention
 
 ALL_ROWS = 1 << 30  # the value of `max_rows` that compares all rows
@@ -66,6 +68,9 @@ def check_attention(
     For long inputs, only a sample of query rows is compared, including the first and the last row. The oracle computes
     only these rows. This gives equal values, because rows are independent and all other rows get cotangent zero.
 
+    A backend that writes into its inputs fails, because a model uses the tensors again (the keys of a cache, a mask of
+    all layers). The report then contains a check of the inputs.
+
     Args:
         name: name of the attention in the report.
         attention: the attention to compute, for example from the ``observer`` of a :class:`Site`.
@@ -91,11 +96,14 @@ def check_attention(
 
     copy = detached(attention, dtype, grad)
     with torch.set_grad_enabled(grad):
+        plain_dtype = error_rule.plain_dtype(dtype)
+        # Before the backend, because the copies share the masks, which the backend may change.
+        reference, eager = plain(torch.float64), plain(plain_dtype)
+        versions = _versions(attention)
         result = execute(backend, copy)
         output = result.output[:, :, rows]
         got = (output, *([gradient_vector(output, copy, cotangent)] if grad else []))
-        plain_dtype = error_rule.plain_dtype(dtype)
-        reference, eager = plain(torch.float64), plain(plain_dtype)
+        is_changed = _versions(attention) != versions or not _are_equal(copy.tensors(), attention.tensors())
         orders = range(_orders(attention.batch * attention.heads * len(rows)) if grad else 0)
         again = ((), tuple(plain(plain_dtype, partial(recomputed, order=order))[1] for order in orders))
     checks = tuple(
@@ -104,6 +112,8 @@ def check_attention(
             ("output", "gradient"), got, reference, eager, again, strict=False
         )
     )
+    if is_changed:
+        checks += (Check("inputs, which the backend must not change", math.inf, 0.0, 0.0, 0.0),)
     recall = None if backend.changes(attention.request()) is None else _recall(backend, attention, random_choices, rows)
     return AttentionReport(name, result.kernel, checks, recall)
 
@@ -111,6 +121,21 @@ def check_attention(
 def _orders(rows: int) -> int:
     """Return the number of random summation orders to try. With few rows, one order may have small errors by chance."""
     return max(1, min(_MOST_ORDERS, _MANY_ROWS // rows))
+
+
+def _versions(attention: Attention) -> list[int]:
+    """Return how often the masks and positions were changed in place. Inference tensors do not count changes."""
+    tensors = [attention.query_mask]
+    for segment in attention.segments:
+        positions = segment.bias.positions if isinstance(segment.bias, RelativeBias) else None
+        tensors += [segment.key_mask, segment.mask, positions]
+    return [tensor._version for tensor in tensors if tensor is not None and not tensor.is_inference()]
+
+
+def _are_equal(copies: Iterable[Tensor], tensors: Iterable[Tensor]) -> bool:
+    """Return whether each copy still has the values of its tensor. NaN equals NaN."""
+    pairs = ((copy.detach(), tensor.detach().to(copy.dtype)) for copy, tensor in zip(copies, tensors, strict=True))
+    return all(bool(((copy == tensor) | (copy.isnan() & tensor.isnan())).all()) for copy, tensor in pairs)
 
 
 def _evaluate(attention: Attention, rows: Tensor) -> Tensor:
@@ -164,7 +189,10 @@ def gradient_vector(output: Tensor, attention: Attention, cotangent: Tensor) -> 
 
     The exact gradient of a single tensor may be zero. For example, the query has gradient zero if it sees a single key.
     Then the allowed error would be zero, and rounding errors would fail the check. The whole vector is not zero.
+    An output without a graph has zero gradients.
     """
     leaves = [tensor for tensor in attention.tensors() if tensor.requires_grad]
+    if not output.requires_grad:
+        return torch.cat([torch.zeros_like(leaf).flatten() for leaf in leaves])
     grads = torch.autograd.grad(output, leaves, cotangent.to(output.dtype), allow_unused=True, materialize_grads=True)
     return torch.cat([grad.flatten() for grad in grads])

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from attnzoo.conformance.random_attention import LENGTH, random_attention
+from attnzoo.conformance.random_attention import BATCH, LENGTH, random_attention
 from attnzoo.conformance.transform_check import CHECKED_TRANSFORMS
 from attnzoo.spec.hashed import HashedChunks
 from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window
@@ -29,6 +30,7 @@ PATTERNS: tuple[Pattern, ...] = (
 MASKS = ("none", "keys", "dense", "globals")
 BIASES = ("none", "relative", "dense", "trained relative", "trained dense")
 _HEADS, _HEAD_DIM = 4, 16
+_LONG = 530  # more than the largest block of queries of a backend, which is 512
 _UNEVEN_VALUE_DIM, _UNEVEN_VALUE_DIM_OF_KERNELS = 20, 24  # kernels support only multiples of 8
 
 
@@ -39,8 +41,9 @@ class AttentionCase:
     Attributes:
         dtype: dtype of query, key and value.
         pattern: pattern of the first segment.
-        mask: ``"none"``, ``"keys"``, ``"dense"`` or ``"globals"``. With ``"keys"``, the first sample has padding on the
-            left, the second on the right, and the third is only padding. ``"globals"`` adds a segment of global keys.
+        mask: ``"none"``, ``"keys"``, ``"dense"``, ``"globals"`` or ``"queries"``. With ``"keys"``, the first sample has
+            padding on the left, the second on the right, and the third is only padding. ``"globals"`` adds a segment of
+            global keys, and padding queries. ``"queries"`` has only padding queries.
         bias: kind of the bias of the first segment. With ``"trained ..."``, the bias values require grad.
         kv_heads: number of key heads. The number of query heads is 4.
         q_len: number of queries.
@@ -50,7 +53,12 @@ class AttentionCase:
         uneven: whether value_dim differs from head_dim.
         probabilities: whether the softmax weights are requested.
         strided: whether head_dim is not the innermost dimension of query, key and value in memory.
-        transform: the ``torch.func`` transform around the attention, from ``CHECKED_TRANSFORMS``. Empty means none.
+        batch: number of samples, at most 3.
+        reversed: whether the masks have the samples in reverse order. A mask that a backend keeps from an equal request
+            is then wrong.
+        other_shapes: whether masks and biases have other broadcast dimensions (:func:`random_attention`).
+        empty: whether queries that see no key get a random output instead of zeros.
+        transform: one of ``CHECKED_TRANSFORMS``, which runs the attention under ``torch.func``. Empty means none.
     """
 
     dtype: torch.dtype = torch.float32
@@ -65,12 +73,16 @@ class AttentionCase:
     uneven: bool = False
     probabilities: bool = False
     strided: bool = False
+    batch: int = BATCH
+    reversed: bool = False
+    other_shapes: bool = False
+    empty: bool = False
     transform: str = ""
 
     def __str__(self) -> str:
         parts = [str(self.dtype).removeprefix("torch."), str(self.pattern), f"mask {self.mask}", f"bias {self.bias}"]
-        parts.append(f"{_HEADS}/{self.kv_heads} heads, {self.q_len} x {self.kv_len}")
-        flags = ("grad", "dropout", "uneven", "probabilities", "strided")
+        parts.append(f"{_HEADS}/{self.kv_heads} heads, {self.q_len} x {self.kv_len}, batch {self.batch}")
+        flags = ("grad", "dropout", "uneven", "probabilities", "strided", "reversed", "other_shapes", "empty")
         parts += [flag for flag in flags if getattr(self, flag)]
         return ", ".join([*parts, *([f"under {self.transform}"] if self.transform else [])])
 
@@ -94,17 +106,29 @@ class AttentionCase:
         return Request(device, self.dtype, _HEADS, _HEAD_DIM, value_dim, tuple(segments), *flags, self.probabilities)
 
     def attention(self, device: str = "cpu", seed: int = 0) -> Attention:
-        """Return the attention of the case with random tensors. ``SortedChunks`` contain the padding of the case."""
-        return random_attention(
+        """Return the attention of the case with random tensors. For sorted keys, the pattern contains the padding."""
+        attention = random_attention(
             self.request(device),
             q_len=self.q_len,
             kv_len=self.kv_len,
+            batch=self.batch,
             dropout=self.dropout,
-            query_mask=self.mask == "globals",
+            query_mask=self.mask in ("globals", "queries"),
             padded_tokens=self.mask == "keys",
             strided=self.strided,
+            other_shapes=self.other_shapes,
+            empty=self.empty,
             seed=seed,
         )
+        return _with_reversed_masks(attention) if self.reversed else attention
+
+
+def _with_reversed_masks(attention: Attention) -> Attention:
+    def flipped(mask: Tensor | None) -> Tensor | None:
+        return None if mask is None else mask.flip(0)
+
+    segments = tuple(replace(s, key_mask=flipped(s.key_mask), mask=flipped(s.mask)) for s in attention.segments)
+    return replace(attention, segments=segments, query_mask=flipped(attention.query_mask))
 
 
 @dataclass(frozen=True)
@@ -151,11 +175,16 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[AttentionCase]:
             continue
         for kv_heads, grad in ((_HEADS, True), (1, False)):
             yield AttentionCase(dtype, pattern, mask, bias, kv_heads, grad=grad)
+        if mask in ("keys", "dense") and bias == "none" and not isinstance(pattern, SortedChunks):
+            yield AttentionCase(dtype, pattern, mask, reversed=True)
     for dtype, mask in itertools.product(dtypes, MASKS):
         for pattern in (Full(), Causal(), Window(5, 3)):
             yield AttentionCase(dtype, pattern, mask, kv_heads=2, q_len=5, kv_len=23)
             yield AttentionCase(dtype, pattern, mask, kv_heads=2, q_len=1, kv_len=1)
+            yield AttentionCase(dtype, pattern, mask, kv_heads=2, q_len=1, kv_len=23, batch=1)
+            yield AttentionCase(dtype, pattern, mask, kv_heads=2, q_len=23, kv_len=9)
             yield AttentionCase(dtype, pattern, mask, dropout=0.25)
+            yield AttentionCase(dtype, pattern, mask, dropout=0.25, grad=False, probabilities=True)
             yield AttentionCase(dtype, pattern, mask, uneven=True)
             yield AttentionCase(dtype, pattern, mask, strided=True)
             yield AttentionCase(dtype, pattern, mask, grad=False, probabilities=True)
@@ -170,12 +199,33 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[AttentionCase]:
         if mask == "none":
             yield AttentionCase(dtype, HashedChunks(5), mask, bias="trained relative")
             yield AttentionCase(dtype, SortedChunks(8, 1, 1), mask, uneven=True)
+    yield from _cases_with_other_shapes(dtypes)
     # The oracle is slow on long inputs and under transforms, so these cases use only two dtypes.
     for dtype in [dtype for dtype in dtypes if dtype in (torch.float32, torch.bfloat16)]:
         for pattern in PATTERNS:
             mask = "keys" if isinstance(pattern, SortedChunks) else "globals"
-            yield AttentionCase(dtype, pattern, mask, kv_heads=2, q_len=700, kv_len=700)
+            yield AttentionCase(dtype, pattern, mask, kv_heads=2, q_len=_LONG, kv_len=_LONG, batch=2)
+        for pattern, mask, bias in (
+            (Window(5, 3), "none", "trained relative"),
+            (Causal(), "keys", "trained dense"),
+            (Full(), "dense", "none"),
+        ):
+            yield AttentionCase(dtype, pattern, mask, bias, q_len=_LONG, kv_len=_LONG, batch=2)
         yield from _transformed_cases(dtype)
+
+
+def _cases_with_other_shapes(dtypes: tuple[torch.dtype, ...]) -> Iterator[AttentionCase]:
+    """Yield cases of biases with fewer queries than keys, of other broadcast dimensions, and of padding queries."""
+    trained = ("trained relative", "trained dense")
+    for dtype, pattern in itertools.product(dtypes, (Full(), Causal(), Window(5, 3))):
+        yield AttentionCase(dtype, pattern, "queries")
+        yield AttentionCase(dtype, pattern, "dense", other_shapes=True)
+        yield AttentionCase(dtype, pattern, "keys", empty=True)
+        yield AttentionCase(dtype, pattern, "dense", empty=True, grad=False)
+        for bias in trained:
+            yield AttentionCase(dtype, pattern, bias=bias, kv_heads=2, q_len=5, kv_len=23)
+            yield AttentionCase(dtype, pattern, bias=bias, other_shapes=True)
+            yield AttentionCase(dtype, pattern, "queries", bias)
 
 
 def _transformed_cases(dtype: torch.dtype) -> Iterator[AttentionCase]:

@@ -18,6 +18,7 @@ from attnzoo.backends.eager import evaluate
 from attnzoo.conformance import error_rule
 from attnzoo.conformance.attention_check import ALL_ROWS, check_attention
 from attnzoo.conformance.cases import AttentionCase, RequestCase, cases
+from attnzoo.conformance.dropout_check import dropout_failure
 from attnzoo.conformance.error_rule import Check
 from attnzoo.conformance.transform_check import check_transform
 from attnzoo.errors import AttnzooError, BackendRefusedError, InvalidArgumentError, Refusal
@@ -113,7 +114,7 @@ def run_case(backend: Backend, case: AttentionCase | RequestCase, device: str = 
         if case.transform:
             checks = (check_transform(attention, backend, case.transform),)
         elif attention.dropout:
-            failure = _dropout_failure(backend, attention)
+            failure = dropout_failure(backend, attention, case.probabilities, seed)
         else:
             grad = attention.request().grad
             checks = check_attention("case", attention, backend, grad=grad, max_rows=ALL_ROWS, seed=seed).checks
@@ -154,46 +155,14 @@ def _result_failure(backend: Backend, case: AttentionCase | RequestCase, attenti
         return f"kernel of the result: got {result.kernel!r}; allowed: a non-empty string"
     if not case.probabilities:
         return ""
-    if result.probabilities is None or len(result.probabilities) != len(attention.segments):
-        return "the backend supports probabilities, but did not return one tensor per segment"
     reference = evaluate(attention.with_tensors(tuple(t.detach().double() for t in attention.tensors())))
-    eager = evaluate(attention)
-    triples = zip(result.probabilities, reference.probabilities or (), eager.probabilities or (), strict=True)
-    return _failed(error_rule.check("probabilities", *triple, error_rule.FORWARD) for triple in triples)
-
-
-def _dropout_failure(backend: Backend, attention: Attention, seed: int = 0) -> str:
-    """Return what is wrong with dropout, or an empty string.
-
-    With one-hot values, the output consists of the weights after dropout. Each weight must be either 0, or the softmax
-    weight divided by ``1 - dropout``. The share of zeros must be close to ``dropout``.
-    """
-    total = sum(segment.kv_len for segment in attention.segments)
-    one_hot = torch.eye(total, dtype=attention.query.dtype, device=attention.query.device)
-    segments, start = [], 0
-    for segment in attention.segments:
-        rows = one_hot[start : start + segment.kv_len].expand(*segment.value.shape[:2], -1, -1)
-        padded = torch.nn.functional.pad(segment.key.detach(), (0, total - attention.head_dim))
-        segments.append(replace(segment, key=padded, value=rows.contiguous()))
-        start += segment.kv_len
-    query = torch.nn.functional.pad(attention.query.detach(), (0, total - attention.head_dim))
-    with_dropout = replace(attention, query=query, segments=tuple(segments), empty=None)
-    without = replace(with_dropout, dropout=0.0)
-    devices = [query.device] if query.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        got = execute(backend, with_dropout).output
-    wide = without.with_tensors(tuple(t.double() for t in without.tensors()))
-    weights = evaluate(backend.rewrite(wide, backend.decisions(without))).output
-    scaled = weights / (1.0 - attention.dropout)
-    dropped = got == 0.0
-    eps = torch.finfo(got.dtype).eps
-    error = (got.double() - scaled).abs().masked_fill(dropped, 0.0).max().item()
-    if error > 16 * eps * scaled.max().item():
-        return f"dropout: a kept weight differs by {error:.3g} from softmax weight / (1 - dropout)"
-    candidates = weights > eps
-    share, count = dropped[candidates].double().mean().item(), int(candidates.sum())
-    slack = 5.0 * (attention.dropout * (1.0 - attention.dropout) / count) ** 0.5
-    if abs(share - attention.dropout) > slack:
-        return f"dropout: got a share of {share:.3f} dropped weights of {count}; allowed: about {attention.dropout}"
-    return ""
+    plain_dtype = error_rule.plain_dtype(dtype)
+    eager = evaluate(attention.with_tensors(tuple(t.detach().to(plain_dtype) for t in attention.tensors())))
+    checks: list[Check] = []
+    for what in ("probabilities", "dropped"):  # without dropout, both are the softmax weights
+        got, exact, plain = (getattr(source, what) for source in (result, reference, eager))
+        if got is None or len(got) != len(attention.segments):
+            return f"the backend supports probabilities, but did not return one tensor per segment in {what!r}"
+        triples = zip(got, exact, plain, strict=True)
+        checks += [error_rule.check(what, *triple, error_rule.FORWARD, dtype, plain_dtype) for triple in triples]
+    return _failed(checks)

@@ -10,6 +10,7 @@ import attnzoo
 from attnzoo import testing
 from attnzoo.backends.eager import EagerBackend, evaluate
 from attnzoo.backends.sdpa.backend import SdpaBackend
+from attnzoo.conformance import kit
 from attnzoo.registry import registry
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -38,6 +39,13 @@ def test_kit_has_cases_for_every_declared_device(backend, dtype):
     for device in sorted(configured.capabilities.devices) if dtype in configured.capabilities.dtypes else ():
         requests = (case.attention().request(case.probabilities) for case in testing.cases((dtype,)))
         assert any(not configured.refusals_anywhere(replace(request, device=device)) for request in requests), device
+
+
+@pytest.fixture
+def short_kit(monkeypatch):
+    """Leave out the long cases and the transforms, which take most of the time."""
+    short = [case for case in testing.cases((torch.float32,)) if case.q_len < 100 and not case.transform]
+    monkeypatch.setattr(kit, "cases", lambda dtypes: short)
 
 
 @pytest.fixture
@@ -76,6 +84,7 @@ def changes(**fields):
     return change
 
 
+@pytest.mark.usefixtures("short_kit")
 @pytest.mark.parametrize(
     ("lie", "message"),
     [
@@ -122,6 +131,7 @@ class Nothing(Liar):
     capabilities: ClassVar[attnzoo.Capabilities] = narrow(dtypes=frozenset())
 
 
+@pytest.mark.usefixtures("short_kit")
 @pytest.mark.parametrize(
     ("faulty", "message"),
     [
