@@ -167,7 +167,10 @@ class CrossAttention(_Attention):
 
 
 def _keys_values(module: Any, states: Tensor, encoder_states: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:
-    """Return keys and values ``(batch, kv_heads, encoder_length, head_dim)``. Read or fill a given ``cache``."""
+    """Return keys and values ``(batch, kv_heads, encoder_length, head_dim)``, from ``cache`` if it is filled.
+
+    Otherwise, compute them from ``encoder_states``, and store them in ``cache`` unless it is None.
+    """
     filled = getattr(cache, "is_updated", None)
     if cache is not None and filled is None:
         raise InvalidArgumentError("layer_past", type(cache).__name__, "an EncoderDecoderCache, or None")
@@ -202,7 +205,7 @@ def _check_states(encoder_states: object, hidden_states: Tensor) -> None:
 def _masks(given: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Return a key mask ``(batch, encoder_length)`` or None, and a mask ``(batch, 1, length, encoder_length)`` or None.
 
-    At least one of the two masks is None. A 4-D mask ``given`` may also be ``(batch, length, 1, encoder_length)``.
+    At least one of the two masks is None. If ``given`` is 4-D, its dimension 1 or its dimension 2 has the size 1.
     """
     if given is None:
         return None, None

@@ -25,7 +25,7 @@ def local_reach(module: Any) -> int:
 
 
 def side_reach(module: Any) -> int:
-    """Return the maximum distance. All distances of at least this size share the last bucket of the bias table."""
+    """Return the maximum distance of the bias table. All larger distances have the bias of this distance."""
     return int(module.relative_attention_max_distance)
 
 
@@ -59,7 +59,7 @@ def values_by_distance(module: Any, table: str, reach: int) -> Tensor:
 def read_local_bias(blocked: Tensor, real: Tensor, block_len: int) -> Tensor:
     """Return the bias for each distance, ``(heads, 2 * block_len - 1)``, from the original bias tensor ``blocked``.
 
-    Any two real tokens at a distance show the bias of this distance. If the batch has no such tokens, the result is 0.
+    The bias of a distance is read at one pair of real tokens with this distance. Without such a pair, the result is 0.
     ``blocked`` is ``(batch, blocks, heads, block_len, 3 * block_len or more)``. ``real`` is ``(batch, length)`` bool.
     """
     length = real.shape[1]
@@ -76,7 +76,7 @@ def read_local_bias(blocked: Tensor, real: Tensor, block_len: int) -> Tensor:
 
 
 def _look_up(blocked: Tensor, sample: Tensor, query: Tensor, key: Tensor, block_len: int, exists: Tensor) -> Tensor:
-    """Return the bias ``(heads, n)`` of ``n`` pairs of token indices. The bias is 0 where ``exists`` is False."""
+    """Return the bias ``(heads, n)`` of ``n`` pairs of a query index and a key index, or 0 if not ``exists``."""
     query, key = (torch.where(exists, index, 0) for index in (query, key))
     block = query // block_len
     column = key - (block - 1) * block_len

@@ -106,7 +106,7 @@ def to_blocked(weights: tuple[Tensor, ...], block_len: int) -> Tensor:
 
 
 def from_blocked(blocked: Tensor, block_len: int, length: int) -> Tensor:
-    """Convert weights from :func:`to_blocked` to dense weights ``(batch, heads, length, length + globals)``."""
+    """Return dense weights ``(batch, heads, length, length + globals)`` from the layout of :func:`to_blocked`."""
     rows = blocked.transpose(1, 2)  # (batch, heads, blocks, block_len, 3 * block_len + globals)
     batch, heads, blocks = rows.shape[:3]
     local, rest = rows.split([3 * block_len, rows.shape[4] - 3 * block_len], dim=-1)

@@ -137,7 +137,7 @@ class DecoderCrossAttention(DecoderSelfAttention):
 
 
 def _sum(query: Tensor, key: Tensor, bias: Bias, rest: DenseBias) -> DenseBias:
-    """Return the sum of ``bias`` and ``rest``, the values of the user's additive mask."""
+    """Return the sum of ``bias`` and ``rest``, the user's additive mask."""
     batch, heads, q_len, _ = query.shape
     rows, columns = (torch.arange(n, device=query.device) for n in (q_len, key.shape[2]))
     dense = Segment(key, key, bias=bias).bias_at(rows, columns, q_len, batch, heads)

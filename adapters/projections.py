@@ -11,8 +11,8 @@ from torch.nn.modules import module as torch_module
 def project_by_head(layer: Any, states: Tensor, heads: int) -> Tensor:
     """Project the states of each head with the rows of a layer's weight that belong to the head.
 
-    The states are multiplied by the weight of a plain linear layer, head by head. For a layer with a wrapper
-    (LoRA), a hook or a quantised weight, this would be wrong, so the layer is called and computes unneeded heads, too.
+    If the layer is a plain linear layer, this function multiplies by these rows and does not call the layer. A layer
+    with a wrapper (LoRA), a hook or a quantised weight must be called, which also computes unneeded heads.
 
     Args:
         layer: a linear layer from ``width`` to ``heads * head_dim`` features.
@@ -33,9 +33,9 @@ def project_by_head(layer: Any, states: Tensor, heads: int) -> Tensor:
 def is_plain(layer: Any) -> bool:
     """Whether calling a layer only multiplies by its weight and adds its bias.
 
-    Wrappers, quantisation and parametrisation change the type of the layer or of its weight. accelerate sets an
-    attribute ``forward`` on the instance. torch has no public function that lists hooks, so this function reads private
-    attributes. If torch removes these attributes, the result is False for every layer.
+    Wrappers, quantisation and parametrisation change the type of the layer or of its weight. accelerate's hooks show as
+    an attribute ``forward`` of the instance. torch has no public function that lists torch's hooks, so this function
+    reads private attributes. If torch removes these attributes, the result is False for every layer.
     """
     if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or "forward" in vars(layer):
         return False

@@ -8,22 +8,23 @@ and all segments share one softmax. The original weights the rounds by log-sum-e
 
 Decisions:
 
-- Buckets. The original method of the module computes the hashes, so rotations, buckets and the use of the random stream
-  do not change. Buckets that a call passes are used unchanged. Reversible layers pass buckets in the backward.
+- Buckets. A patch calls the original hashing method of the module. So rotations, buckets and the drawn random numbers
+  are the original ones. If a call passes buckets, as reversible layers do in the backward, a patch uses these buckets.
 - ``num_buckets=None``. The original derives the number of buckets from the length of the first input, and writes the
   number into the module and the config. A patch stores the same number outside the module, so removing the patch
   restores everything. The original cannot decode a prompt that is shorter than a chunk, but a patch can.
 - Memory. The original hashes and projects all tokens at once. A patch hashes long inputs in slices (``reformer_lsh``).
   Without gradients, local attention also computes the output in slices (``reformer_local``). The results are equal.
 - Padding. The attention output is zero for padding queries, and for tokens of local attention that see no key.
-- Visible keys when decoding with the cache. A token sees the same keys as in the original, without a causal mask and
-  without a padding mask. The original reads the cached states of the first sample for all samples. A patch does the
-  same. Padding in the prompt is visible (``generate`` passes no mask). The states of padding are undefined in the
-  original, but zero with a patch.
+- Visible keys when decoding with the cache. A token sees the same keys as in the original, which applies no causal
+  mask here. ``generate`` passes no padding mask, so padding in the prompt is visible. The states of padding are
+  undefined in the original, but zero with a patch. Like the original, a patch reads the cached states of the first
+  sample for all samples.
 - Projections when decoding with the cache. A patch calls the projection layers. The original only multiplies by the
   weights, so hooks and low-rank adapters have no effect, and quantised weights fail. Results of plain layers are equal.
 - ``output_attentions`` returns weights in the original layout: the neighbourhood of each chunk in sorted order,
-  normalised per round. In training, a token that sees only itself has the weight 1, even if dropout drops the weight.
+  normalised per round. If a token sees no other token, the returned weight of the token itself is 1. In training,
+  dropout applies to the output of such a token, but the returned weight does not include dropout.
 """
 
 from __future__ import annotations

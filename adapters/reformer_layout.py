@@ -52,7 +52,8 @@ def check_length(module: Any, length: int, copies: int = 1) -> int:
 def steps_ahead(module: Any, count: int) -> list[int]:
     """Return the distances (in chunks) from a query's chunk to each chunk of its neighbourhood.
 
-    ``count`` is the number of chunks. The original ignores distances of ``count`` or more, so these are returned as 0.
+    ``count`` is the number of chunks. For a distance of ``count`` or more, the original takes the query's own chunk. So
+    this function returns 0 for such a distance.
     """
     steps = range(-module.num_chunks_before, module.num_chunks_after + 1)
     return [step if abs(step) < count else 0 for step in steps]
@@ -61,8 +62,9 @@ def steps_ahead(module: Any, count: int) -> list[int]:
 def neighbourhoods(module: Any, count: int) -> list[tuple[int, int]]:
     """Return ``(before, after)`` for each segment: how many chunks a query sees before and after the query's chunk.
 
-    If the list of ``count`` chunks is longer than a neighbourhood, there is one segment. Otherwise the original counts
-    some chunks several times. So each neighbour gets a segment ``(-n, n)``: only the chunk ``n`` chunks ahead.
+    If the list has at least as many chunks (``count``) as a neighbourhood, there is one segment. In a shorter list, the
+    original counts some chunks several times. So each chunk of the neighbourhood gets its own segment: ``(-n, n)``
+    shows only the chunk ``n`` chunks after the query's chunk.
     """
     before, after = module.num_chunks_before, module.num_chunks_after
     if before + after < count:
@@ -73,8 +75,8 @@ def neighbourhoods(module: Any, count: int) -> list[tuple[int, int]]:
 def in_chunks(weights: tuple[Tensor, ...], chunk: int, ahead: list[int]) -> Tensor:
     """Return the weights of each chunk's neighbourhood, ``(batch, heads, chunks, chunk, len(ahead) * chunk)``.
 
-    ``weights`` has one dense tensor ``(batch, heads, n, n)`` for all neighbouring chunks, or one such tensor per
-    neighbouring chunk. ``chunk`` is the chunk length. ``ahead`` is a result of :func:`steps_ahead`.
+    ``weights`` has dense tensors ``(batch, heads, n, n)`` for ``n`` tokens: one tensor for the whole neighbourhood, or
+    one tensor per chunk of the neighbourhood. ``chunk`` is the chunk length. ``ahead`` is from :func:`steps_ahead`.
     """
     batch, heads, length, _ = weights[0].shape
     starts = torch.arange(0, length, chunk, device=weights[0].device)
@@ -88,12 +90,12 @@ def in_chunks(weights: tuple[Tensor, ...], chunk: int, ahead: list[int]) -> Tens
 
 
 def with_own_token(weights: Tensor, share: Tensor, own: Tensor) -> Tensor:
-    """Return weights divided by their sum before dropout.
+    """Return weights after dropout, divided by ``share``.
 
-    If the sum of a row is 0, the query sees no other token. The query's own token then gets the weight 1.
+    If ``share`` is 0, the query sees no other token. The keys of the query's own token then share the weight 1 equally.
 
     Args:
-        weights: ``(..., n)``.
+        weights: ``(..., n)``, after dropout.
         share: ``(..., 1)``, the sum of the weights before dropout.
         own: bool, broadcastable to ``weights``, True for keys of the query's own token (one or more per row).
     """

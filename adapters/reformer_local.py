@@ -82,7 +82,7 @@ class LocalCall:
     def _run(
         self, states: Tensor, around: Tensor, real: Tensor | None, patterns: tuple[Pattern, ...], wanted: bool = False
     ) -> Result:
-        """Return the attention of queries from ``states`` to keys from ``around``. ``real`` masks the keys."""
+        """Compute attention with queries from ``states``, and keys and values from ``around`` (with mask ``real``)."""
         module = self._module
         dim = module.attention_head_size
         query = split_heads(module.query(states), dim)
@@ -97,7 +97,8 @@ class LocalCall:
         """Return the number of tokens per slice, or None to compute all tokens at once.
 
         Slices must not change results. So there are no slices if gradients, dropout or probabilities are needed. There
-        are also no slices for causal attention to later chunks, because the chunk after the last is the first chunk.
+        are also no slices for causal attention to later chunks. The last chunk then sees the first chunk as earlier
+        tokens, but a slice would contain these tokens as later tokens.
         """
         module = self._module
         around = module.num_chunks_before + module.num_chunks_after

@@ -110,8 +110,9 @@ class LshCall:
 
         The rotated queries of all rounds are many times as large as the queries. So on the CPU the module hashes slices
         of queries. The random state is reset between slices, so every slice gets the same rotations. The final random
-        state is the same as after a single call. On the CPU, a row of a matrix product does not depend on the number of
-        rows, except for very few rows. Other devices select a kernel by this number, so they get all rows at once.
+        state is the same as after a single call. On the CPU, matrix products of a slice and of all queries have equal
+        rows, unless a slice is very short. Other devices may select another kernel for slices, so they get all queries
+        at once.
         """
         length = query.shape[2]
         if attention_mask is not None and not readable(attention_mask):  # the module's hashing reads the values
@@ -159,7 +160,7 @@ class LshCall:
         return keys
 
     def _short(self, query: Tensor, value: Tensor, real: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor | None]:
-        """Return output and weights for at most one chunk of tokens. A token sees all other (causal: earlier) ones."""
+        """Return output and weights for at most one chunk. A token sees all other tokens, or all earlier if causal."""
         dtype, length = compute_dtype(query), query.shape[2]
         query, key, value = query.to(dtype), self._keys(query).to(dtype), value.to(dtype)
         patterns = (Causal(offset=-1), *(() if self._module.is_decoder else (window_ahead(self._module),)))
@@ -224,7 +225,10 @@ class LshCall:
     def _extend(
         self, hidden_states: Tensor, attention_mask: Tensor | None, hashes: int, wanted: bool, past: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return output and weights of a new token that sees all cached tokens, and buckets (None: no full chunk)."""
+        """Return output and weights of a new token that sees all cached tokens, and the buckets of all these tokens.
+
+        The buckets are None if all tokens together do not fill a chunk.
+        """
         module = self._module
         states = torch.cat([past, hidden_states], dim=1)
         dim = module.attention_head_size

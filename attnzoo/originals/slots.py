@@ -42,9 +42,9 @@ def is_foreign(module: nn.Module) -> bool:
 
 
 def unbound(value: Any) -> Any:
-    """Return the callable in a bound method if this callable is not a plain function, else return ``value`` unchanged.
+    """Return ``value``, but without the bound method that accelerate's ``unwrap_model`` puts around an object.
 
-    accelerate's ``unwrap_model`` creates such bound methods.
+    Bound methods of plain functions are returned unchanged.
     """
     if isinstance(value, MethodType) and not isinstance(value.__func__, FunctionType):
         return value.__func__

@@ -20,7 +20,7 @@ TOKENS_AT_ONCE = 2048
 
 
 class CompanionPoint(PatchPoint):
-    """Patch point of a module that computes no attention and also works unpatched."""
+    """Patch point of a module that computes no attention. A module whose forward was replaced stays unpatched."""
 
     attends = False
 
@@ -31,8 +31,8 @@ class CompanionPoint(PatchPoint):
 class FeedForwardPoint(CompanionPoint):
     """Patch point of a module that computes each token separately. The original forward runs on slices of tokens.
 
-    If gradients are enabled, the forward runs on all tokens at once, because autograd keeps all hidden layers anyway.
-    Training mode also computes all tokens at once, because dropout would draw different numbers for slices.
+    If gradients are enabled, the forward runs on all tokens at once, because autograd keeps the intermediate tensors of
+    all slices. In training mode, it also runs on all tokens at once, because slices would get other dropout masks.
     """
 
     def describe(self, module: Any) -> str:

@@ -1,9 +1,10 @@
 """Refuse continuous batching of transformers (``generate_batch``) on a patched model, in the caller's thread.
 
 Continuous batching keeps keys and values in a paged cache, which no backend reads. The model runs in a thread that
-catches every exception. So if a forward refused the cache, the user would only get requests without tokens. Each
-function that starts continuous batching first calls ``model.init_continuous_batching`` in the caller's thread. While a
-model has a patch that refuses the paged cache, attnzoo replaces this method by a function that raises an error.
+catches every exception. So if a forward refused the cache, the call would not raise, but return requests without
+tokens. Each function that starts continuous batching first calls ``model.init_continuous_batching`` in the caller's
+thread. While a model has a patch that refuses the paged cache, attnzoo replaces this method by a function that raises
+an error.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def guard(model: nn.Module) -> list[nn.Module]:
-    """Make the models inside ``model`` refuse continuous batching, or allow it again, as their patches require.
+    """Block continuous batching in each model inside ``model`` that has a patch which refuses it. Unblock the others.
 
     Call this function after each change of patches. Return the models inside ``model`` that have continuous batching.
-    If only a part of a model was passed to ``patch``, the whole model is not protected. The forward then refuses the
-    keyword ``cache`` in the thread of continuous batching, and each request gets this refusal as its ``error``.
+    If only a part of a model was passed to ``patch``, the whole model still starts continuous batching. The patched
+    forwards then refuse the keyword ``cache`` in its thread, and each request gets this refusal as its ``error``.
     """
     models = [module for module in model.modules() if hasattr(type(module), _ENTRY)]
     for module in models:

@@ -51,7 +51,8 @@ class SiteAttend:
     """The :class:`~attnzoo.adapter.Attend` of one site. It runs attentions on the site's backend and counts the runs.
 
     Attributes:
-        sharers: the site's module and the modules that share values with this module. Empty if no values are shared.
+        sharers: the modules of the model that share a computed value, such as a bias, with the site's module, and this
+            module itself. Empty if the patch point has no ``shared_in``.
     """
 
     def __init__(self, site: Site, plan: SitePlan, fallback: bool, memory: WeakTensorKeyDictionary) -> None:
@@ -124,7 +125,7 @@ def _shares_memory(value: Any, tensor: Tensor) -> bool:
 
 
 class _CalledModule(threading.local):
-    """Weak reference to the module that a pre-hook recorded on this thread. None after the module's forward started."""
+    """The module whose forward starts next on this thread, as a weak reference. None after this forward started."""
 
     module: weakref.ref[nn.Module] | None = None
 
@@ -221,8 +222,8 @@ class PatchedForward(slots.Replacement):
         patched = self.module
         if patched is None or self.removed:
             raise PatchError(
-                f"{self.site.label}: got a call through a copy of a module whose patch was removed; allowed: a copy "
-                "from copy.deepcopy, or a copy restored with attnzoo.unpatch(copy) before the patch was removed"
+                f"{self.site.label}: got a call through a copy (copy.copy) of a module whose patch was removed; "
+                "allowed: call attnzoo.unpatch(copy) first, or use copy.deepcopy, whose copies keep their patch"
             )
         return patched
 
@@ -235,7 +236,7 @@ class PatchedForward(slots.Replacement):
             # Patched modules read the values of masks. A trace would use the example's values for all later inputs.
             raise PatchError(
                 f"{self.site.label}: got a patched model to trace or export; allowed: a model patched with "
-                '"native", or a model without a patch (call attnzoo.unpatch(model))'
+                'backend="native", or a model without a patch (call attnzoo.unpatch(model))'
             )
         return self._uncompiled(self, args, kwargs)
 

@@ -93,11 +93,11 @@ class InterfacePoint(PatchPoint):
         return attend_read(attend, read, query, key, value, scale, dropout, self.wants_probabilities(module, kwargs))
 
     def original_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return ``kwargs`` as the original attention function needs them, after a refusal (``fallback="native"``)."""
+        """Return ``kwargs`` for the original attention function, which runs after a refusal (``fallback="native"``)."""
         return kwargs
 
     def check(self, module: Any) -> None:
-        """Raise unless the model builds masks for ``eager`` or ``sdpa``. :meth:`compute` reads no other masks."""
+        """Raise unless the model builds masks for ``eager`` or ``sdpa``. :meth:`compute` cannot read other masks."""
         # The attribute is private, but the module's forward and transformers' mask functions also read this attribute.
         _check_implementation(module.config._attn_implementation)
 
@@ -161,7 +161,10 @@ def attend_read(
     dropout: float,
     wanted: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run an attention with the mask ``read``, and return what :meth:`InterfacePoint.compute` returns."""
+    """Run an attention with ``read``, a result of :func:`read_interface_mask`. Return the output and the weights.
+
+    The format is that of :meth:`InterfacePoint.compute`. The weights are None unless ``wanted`` is True.
+    """
     dtype = compute_dtype(value)  # models may leave queries and keys in float32
     query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     segment = Segment(key, value, read.pattern, read.key_mask, read.mask, read.bias)

@@ -1,12 +1,12 @@
 """Refuse keyword arguments that change the result of attention if no backend uses them. Ignore all other keywords.
 
 Decoders of transformers pass all unknown keywords, such as ``num_items_in_batch``, to every attention module.
-The attention functions for ``eager`` and ``sdpa`` read a few keywords by name and ignore the rest. A patched model also
-ignores the rest, because these keywords do not change the result. Calls that work without a patch must not fail with a
-patch. A patched model refuses two kinds of keywords:
+The attention functions for ``eager`` and ``sdpa`` read a few keywords by name and ignore the rest, which cannot change
+the result. So a patched model also ignores unknown keywords. It refuses only two kinds of keywords:
 
 - the keywords in ``UNCOMPUTED``: an attention function of transformers computes with them, but no backend does;
-- any other parameter that the original attention function declares, because a later release may add parameters.
+- the parameters of the original attention function that the adapter does not know, for example the parameters that a
+  later release of transformers adds.
 
 ``eager`` and ``sdpa`` ignore ``cu_seq_lens_q`` and similar document boundaries, and so does a patched model. The model
 builds the mask from ``position_ids``, so the mask already separates the documents of a packed row.

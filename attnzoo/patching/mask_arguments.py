@@ -32,9 +32,9 @@ class MaskArgument:
         public_name: the name by which users pass the mask. Empty if users pass the module's argument directly.
         allows_grid: whether the mask may also have the shape ``(batch or 1, heads or 1, q_len or 1, kv_len or 1)``.
         visibility: whether the mask must contain True (or 1) for visible tokens and False (or 0) for hidden tokens. The
-            shape may then also be ``(batch or 1, q_len or 1, length)``. The module gets a bool mask of rank 3.
+            shape may then also be ``(batch or 1, q_len or 1, length)``. The check converts the mask to bool and rank 3.
         queries: names of arguments that may contain the queries. Empty if ``tokens`` are also the queries.
-        resized: whether the model cuts or extends a mask of a wrong length and moves the mask to the right device.
+        resized: whether the mask may have any length and device, because the model adapts both.
         cache: names of arguments that may contain a cache. With a cache, a grid also has columns for cached tokens, and
             a mask ``(batch, length)`` may have any length.
     """
@@ -143,7 +143,7 @@ def check_mask(
         batch: the number of samples. A mask with one row applies to all samples.
         length: the number of tokens. None allows any number.
         device: the device of the tokens. None allows any device except meta.
-        grid: ``(q_len, kv_len)`` if the mask may be a grid, else None. A length of -1 allows any length.
+        grid: ``(q_len, kv_len)`` if the mask may be a grid, else None. A ``q_len`` or ``kv_len`` of -1 allows any size.
         grid_rank: the rank of a grid: 4 if the grid has a dimension of heads, otherwise 3.
 
     Returns:
@@ -209,7 +209,7 @@ def _first_tokens(given: Mapping[str, Any], names: tuple[str, ...]) -> Tensor | 
 
 
 def _columns(cache: Any, length: int) -> int:
-    """Return the number of cached and new tokens in the first layer, or -1 if unknown (a paged cache)."""
+    """Return the ``kv_len`` of a grid: cached tokens (of the first layer) plus ``length``, or -1 if it is unknown."""
     if cache is None:
         return length
     sizes = getattr(cache, "get_mask_sizes", None)

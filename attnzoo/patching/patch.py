@@ -45,8 +45,8 @@ class Handle:
         Copies of patched modules inside the model, such as for PEFT's ``modules_to_save``, are restored, too.
 
         Raises:
-            PatchError: the patch is not the last patch of a module, or other code has replaced a patched forward. In
-                both cases, the model is unchanged.
+            PatchError: a module has a later patch, or other code has replaced a patched forward. In both cases, the
+                model is unchanged.
         """
         if all(forward.removed for forward in self.forwards):
             return
@@ -81,13 +81,13 @@ def _remove(places: list[tuple[nn.Module, PatchedForward]]) -> None:
         layers = list(patches_of(module))
         if forward not in layers:
             raise PatchError(
-                f"{forward.site.label}: got a module whose patched forward other code has replaced; allowed: a module "
-                "that still has the forward of this patch"
+                f"{forward.site.label}: got the removal of a patch whose forward other code has replaced; allowed: put "
+                "the patched forward back into the module first"
             )
         if layers[0] is not forward:
             raise PatchError(
-                f"{forward.site.label}: got a patch that is followed by a later patch; allowed: the last patch of the "
-                "module (last in, first out)"
+                f"{forward.site.label}: got the removal of a patch below a later patch; allowed: remove the later "
+                "patch first (last in, first out)"
             )
     for module, forward in places:
         forward.take_off(module)
@@ -175,7 +175,7 @@ def _check_whole(places: list[tuple[nn.Module, PatchedForward]]) -> None:
     if lost:
         raise PatchError(
             f"model: got a model whose last patch is no longer in place at {shorten(', '.join(lost))}; allowed: the "
-            "whole model that was patched, if nothing else has replaced a patched forward"
+            "whole model that was patched, not a part (if other code has replaced a patched forward, put it back first)"
         )
 
 
@@ -207,8 +207,9 @@ def patch(
             that matches a module decides, so write narrow globs first. Modules that match no glob are not patched.
         fallback: what happens to a call that the backend refuses. With ``"error"``, the call raises. With
             ``"native"``, the call runs the model's original code, and ``Site.fallbacks`` counts the call. Exception:
-            some patches replace the whole forward of a module. If such a forward has started, a refusal always raises,
-            because the cache may already be filled. For example, a mask that is neither causal nor padding raises.
+            some patches replace the whole forward of a module. A refusal after the start of such a forward always
+            raises, because the forward may have filled the cache. An example is the refusal of a mask that is neither
+            causal nor padding.
         replace: whether to remove earlier patches of the model, after the new patch has passed all checks. A notebook
             cell with ``replace=True`` can run again. By default, the new patch is added to the earlier patches.
         options: options for backends that are given by name, e.g. ``window=1024``. Configured backends
@@ -280,6 +281,6 @@ def _configure(requested: Iterable[str | Backend], options: Mapping[str, Any]) -
     named = [name for name in requested if isinstance(name, str) and name not in BUILT_IN]
     if options and not named:
         got = f"{sorted(options)} with backend {', '.join(map(repr, requested))}"
-        raise InvalidArgumentError("options", got, "options of a named backend")
+        raise InvalidArgumentError("options", got, "no options, or a backend by name, except 'auto' and 'native'")
     configured = {name: registry.configure(name, **options) for name in named}
     return {name: name if isinstance(name, Backend) else {**BUILT_IN, **configured}[name] for name in requested}

@@ -70,7 +70,7 @@ class SitePlan:
     ) -> None:
         """Before a module runs, raise if the backend refuses a request that this call is expected to make.
 
-        ``module`` is the target's module or a copy. ``sharers`` are the modules that share values with ``module``.
+        ``module`` is the target's module or a copy of it. ``sharers`` are :attr:`SiteAttend.sharers`.
 
         Raises:
             BackendRefusedError: the backend refuses a request. The error lists every reason.
@@ -201,7 +201,7 @@ def _check_loaded(model: nn.Module, target: PatchTarget) -> None:
 
 
 def _is_offloaded(model: nn.Module, parameter: str) -> bool:
-    """Whether a hook of accelerate moves a parameter to a device when a module around the parameter runs."""
+    """Whether a hook of accelerate moves a parameter to a device when a module that contains the parameter runs."""
     path = parameter.split(".")[:-1]
     around = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1))
     return any(slots.runs_on(module) is not None for module in around)

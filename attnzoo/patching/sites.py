@@ -87,7 +87,7 @@ class PatchTarget:
 
     Attributes:
         name: the name of the module in the model.
-        alive: the module. None if the module was freed, or if this target is a copy without a known module.
+        alive: the module. None if the module was freed, or if :meth:`at` got no module.
         module: the module. Reading this attribute raises PatchError if the module was freed.
         owner: the module of class ``PatchPoint.shared_in`` that contains this module, or None.
         label: the module's name for messages, as in :attr:`Site.label`.
@@ -113,7 +113,7 @@ class PatchTarget:
     def module(self) -> nn.Module:
         module = self.alive
         if module is None:
-            raise PatchError(f"{self.label}: got a module that was freed; allowed: a module of a model in memory")
+            raise PatchError(f"{self.label}: got a module that was freed; allowed: keep a reference to the model")
         return module
 
     @property
@@ -149,7 +149,7 @@ def expected_requests(
     """Return the requests that a call of ``module`` is expected to make.
 
     Args:
-        sharers: ``module``, and the modules that share values with ``module`` (``PatchPoint.shared_in``).
+        sharers: ``module``, and the modules that share a computed value with it (``PatchPoint.shared_in``).
         grad: whether gradients will be computed. None means True if the module is training and has trained parameters.
         transforms: the transforms of ``torch.func`` around the call.
     """

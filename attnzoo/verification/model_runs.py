@@ -123,7 +123,7 @@ def real_tokens(inputs: Mapping[str, Any], decoder: bool, output: Tensor) -> Ten
 def rows_of_modules(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[str, Tensor], Tensor | None]:
     """Return a function ``rows(name, output)``: a mask of the real tokens in a module's output, or None (all tokens).
 
-    Some models pad inputs at the end to a multiple of a block size, so rows after the end of the mask are padding.
+    Some models pad inputs at the end to a multiple of a block size. So rows after the length of the inputs are padding.
     """
     decoders = [name for name, module in model.named_modules() if name.rpartition(".")[2] == "decoder"]
     has_decoder = _has_decoder(model)

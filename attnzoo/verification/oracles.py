@@ -18,7 +18,10 @@ from attnzoo.spec.segments import Attention, Result
 
 @dataclass(frozen=True, eq=False)
 class RewritingOracle(Backend):
-    """Backend that changes an attention like ``backend``, with the next recorded choices, and then runs ``plain``."""
+    """Backend in which ``backend`` changes each attention, and ``plain`` computes the changed attention.
+
+    The ``n``-th call repeats the ``n``-th item of ``random_choices``.
+    """
 
     __eq__ = object.__eq__  # oracles with equal fields may have replayed different numbers of calls
     __hash__ = object.__hash__

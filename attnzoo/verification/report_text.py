@@ -41,7 +41,7 @@ def _verdict(reports: Sequence[Report]) -> str:
 
 
 def _failures(reports: Sequence[Report], sites: Sequence[AttentionReport]) -> list[str]:
-    """Return one line for each failed comparison. The line describes the passage that has the largest error."""
+    """Return one line for each comparison that fails on a passage, with the largest error of all passages."""
     lines = []
     for title, checks in (
         *_named(sites),

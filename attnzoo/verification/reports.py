@@ -18,7 +18,8 @@ class Report:
         backend: name of the verified backend.
         sites: comparisons of each attention of the patched model with the float64 oracle on equal inputs.
         end_to_end: comparisons of outputs and parameter gradient with the reference (model with float64 oracle).
-        original: comparisons of the model's own code with the reference. A failed check here means a wrong adapter.
+        original: comparisons of the model's own code with the reference. A failed check here means that the
+            adapter does not compute what the model's own code computes.
         original_sites: comparisons of each attention module's own code with the float64 oracle on equal inputs.
         fault: the reason why the model's own code is wrong and was not run. Empty if the code is right.
         note: the comparisons that were left out, and the reasons. Empty if no comparison was left out.

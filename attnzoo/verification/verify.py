@@ -46,9 +46,9 @@ def verify(
     """Compare a patched model with the original under the error rule, end to end and attention by attention.
 
     The reference is the model with the dense oracle in float64. ``verify`` compares two runs with this reference: the
-    patched model, and the model's own code. Compared are the outputs on real tokens (see ``attention_mask``), the
-    parameter gradient, and each attention. The error of plain operations in the model's dtype sets the error budgets.
-    With ``backend="native"``, ``verify`` checks only the model's own code.
+    patched model, and the model's own code. It compares the outputs (without tokens that the input ``attention_mask``
+    hides), the parameter gradient, and each attention. The error of plain operations in the model's dtype sets the
+    error budgets. With ``backend="native"``, ``verify`` checks only the model's own code.
 
     The model runs in eval mode. ``verify`` changes neither the model nor its gradients nor the state of random number
     generators. It needs memory for a copy of the model in float64 and for ``length x length`` scores.

@@ -35,7 +35,7 @@ def test_patches_stack_last_in_first_out(subject):
 def test_removing_out_of_order_raises_and_changes_nothing(subject):
     first, second = attnzoo.patch(subject.model, "sdpa"), attnzoo.patch(subject.model, "eager")
     top = subject.logits()
-    with pytest.raises(PatchError, match=f"{subject.sites[0]}: .*followed by a later patch.*last in, first out"):
+    with pytest.raises(PatchError, match=f"{subject.sites[0]}: .*below a later patch.*last in, first out"):
         first.remove()
     assert first.active and second.active
     assert torch.equal(subject.logits(), top)
