@@ -290,6 +290,13 @@ def test_inputs_of_the_user_stay_unchanged():
     assert report.ok and cache.get_seq_length() == 5, "each run starts with the cache of the user"
 
 
+def test_original_of_a_patched_model_is_the_unpatched_model():
+    model = gpt_neox()
+    with attnzoo.patch(model, WRONG):
+        report = attnzoo.verify(model, neox_tokens(), "sdpa", gradients=False)
+    assert report.ok, str(report)
+
+
 def test_calls_that_fell_back_are_named():
     """The cross-attention is not checked as the backend's."""
     backend = {"*encoder_attn": replaced(SdpaBackend.capabilities, patterns=frozenset({attnzoo.Causal})), "*": "sdpa"}
