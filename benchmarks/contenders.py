@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import attnzoo
-from attnzoo.backend import Backend
+from attnzoo.backend import Backend, Capabilities
+from attnzoo.backends.eager import EagerBackend
 from attnzoo.benchmarks.cases import DTYPES, Case, Subject, build
 from attnzoo.benchmarks.measure import available_memory
 from attnzoo.benchmarks.models import find_workload
 from attnzoo.benchmarks.rows import ORIGINAL, REFUSED, SKIPPED, Problem
-from attnzoo.benchmarks.witness import false_claims, witness
+from attnzoo.benchmarks.witness import misreports, witness
 from attnzoo.conformance.attention_check import AttentionReport, check_attention, worst
 from attnzoo.conformance.error_rule import Check
 from attnzoo.patching.patch import Handle
 from attnzoo.patching.sites import Site
 from attnzoo.registry import registry
-from attnzoo.spec.segments import Attention, Result
+from attnzoo.spec.segments import Attention, Request, Result
 from attnzoo.spelling import parse
 from attnzoo.tuning.race import GRIDS, GRIDS_KEPT
 
 # Maximum input length in tokens for the run that compiles a backend before the measured runs.
 _COMPILE_LEN = 1024
+# Number of query rows that the gate compares in the first attention of each kind, and in every other attention.
+_GATE_ROWS, _CALL_ROWS = 128, 16
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,12 @@ class GateVerdict:
 
 
 class Execution(NamedTuple):
-    """``kernel``: names of the kernels that ran, most frequent first. ``complaint``: what was not as requested."""
+    """The kernels of all runs.
+
+    Attributes:
+        kernel: names of the kernels that ran, most frequent first.
+        complaint: reason why the row must not show a speed. Empty if the requested kernels ran and results are right.
+    """
 
     kernel: str
     complaint: str = ""
@@ -143,8 +151,31 @@ def dense_bytes(case: Case) -> int:
     return grids * case.batch * workload.heads * case.seq_len**2 * DTYPES[case.dtype].itemsize
 
 
+@dataclass(frozen=True)
+class _Recorded(Backend):
+    """Backend that returns a result that ``ran`` computed before. :func:`check_attention` compares this result."""
+
+    name: ClassVar[str] = "recorded"
+    capabilities: ClassVar[Capabilities] = EagerBackend.capabilities
+
+    ran: Backend
+    results: list[Result] = field(compare=False)
+
+    def run(self, attention: Attention, probabilities: bool = False) -> Result:
+        return self.results.pop()  # the registry remembers backends, so they must not keep tensors
+
+    def changes(self, request: Request) -> str | None:
+        return self.ran.changes(request)
+
+    def decisions(self, attention: Attention) -> object:
+        return self.ran.decisions(attention)
+
+    def rewrite(self, attention: Attention, decisions: object = None) -> Attention:
+        return self.ran.rewrite(attention, decisions)
+
+
 class PreparedBackend(PreparedContender):
-    """A patched subject. For each kind of site, the gate checks the error and whether the requested backend ran."""
+    """A patched subject. The gate checks the error of every attention, and whether the requested backend ran."""
 
     def __init__(self, subject: Subject, backend: str, handle: Handle) -> None:
         super().__init__(subject)
@@ -152,8 +183,16 @@ class PreparedBackend(PreparedContender):
         self._checked_kernels: set[str] = set()
 
     def gate(self) -> GateVerdict:
-        """Record one attention per kind of site, compare its result with the float64 oracle, and return the verdict."""
+        """Compare all attentions of one forward with the float64 oracle, and return the verdict.
+
+        The result of every call is compared on some rows. The first attention of each kind of site then runs again, and
+        is compared on more rows and, in training, with its gradients.
+        """
+        return self._judge(_GATE_ROWS)
+
+    def _judge(self, max_rows: int) -> GateVerdict:
         kinds: dict[tuple[Any, ...], tuple[str, Attention, Backend]] = {}
+        calls: list[AttentionReport] = []
         others: set[str] = set()
         observed: Counter[tuple[str, str]] = Counter()
         before = self._kernel_counts()
@@ -163,6 +202,8 @@ class PreparedBackend(PreparedContender):
                 others.add(ran.name)
             observed[site.name, result.kernel] += 1
             kinds.setdefault((site.cls, site.pattern, attention.request()), (site.name, attention, ran))
+            recorded = _Recorded(ran, [result])
+            calls.append(check_attention(site.name, attention, recorded, grad=False, max_rows=_CALL_ROWS))
 
         for site in self._handle.sites:
             site.observer = observe
@@ -170,21 +211,28 @@ class PreparedBackend(PreparedContender):
             self.subject.forward()
         for site in self._handle.sites:
             site.observer = None
-        false = false_claims((kernel for _, kernel in observed), operators)
-        misreports = [f"reported {kernel}, which did not run" for kernel in false]
-        misreports += _miscounts(self._kernel_counts() - before, observed)
+        reported: Counter[str] = Counter()
+        for (_, kernel), count in observed.items():
+            reported[kernel] += count
+        wrong = [*misreports(reported, operators), *_miscounts(self._kernel_counts() - before, observed)]
         train = self.subject.case.train
-        reports = tuple(check_attention(name, attention, ran, grad=train) for name, attention, ran in kinds.values())
-        self._checked_kernels = {report.kernel for report in reports}
+        reports = [
+            check_attention(name, attention, ran, grad=train, max_rows=max_rows)
+            for name, attention, ran in kinds.values()
+        ]
+        self._checked_kernels |= {report.kernel for report in reports}
         self.subject.clear()
-        return _verdict(reports, others, self._backend, misreports)
+        return _verdict([*calls, *reports], others, self._backend, wrong)
 
     def _kernel_counts(self) -> Counter[tuple[str, str]]:
         sites = self._handle.sites
         return Counter({(site.name, kernel): count for site in sites for kernel, count in site.kernels.items()})
 
     def execution(self) -> Execution:
-        """Return the kernels of all sites. Complain if a kernel ran unchecked, or if another backend ran."""
+        """Return the kernels of all sites, and check again one forward after the timed runs.
+
+        Complain if a kernel ran unchecked, if another backend ran, or if results are wrong now.
+        """
         counts: Counter[str] = Counter()
         complaints = []
         for site in self._handle.sites:
@@ -196,7 +244,11 @@ class PreparedBackend(PreparedContender):
         unchecked = sorted(set(counts) - self._checked_kernels)
         if unchecked:
             complaints.append(f"ran {', '.join(unchecked)}, which the gate did not check")
-        return Execution("+".join(kernel for kernel, _ in counts.most_common()) or "none", "; ".join(complaints[:3]))
+        kernel = "+".join(kernel for kernel, _ in counts.most_common()) or "none"
+        if complaints:
+            return Execution(kernel, f"not what was requested: {'; '.join(complaints[:3])}")
+        complaint = self._judge(_CALL_ROWS).complaint
+        return Execution(kernel, f"after the timed runs: {complaint}" if complaint else "")
 
 
 def _miscounts(counted: Counter[tuple[str, str]], observed: Counter[tuple[str, str]]) -> list[str]:
@@ -205,17 +257,17 @@ def _miscounts(counted: Counter[tuple[str, str]], observed: Counter[tuple[str, s
     return [f"{site}: counted {counted[site, k]} calls of {k}, observed {observed[site, k]}" for site, k in wrong]
 
 
-def _verdict(reports: Sequence[AttentionReport], others: set[str], backend: str, misreports: list[str]) -> GateVerdict:
+def _verdict(reports: Sequence[AttentionReport], others: set[str], backend: str, wrong: list[str]) -> GateVerdict:
     checks = [check for report in reports for check in report.checks]
-    failed = [f"{report.name} {report.worst}" for report in reports if not report.ok]
+    failed = list(dict.fromkeys(f"{report.name} {report.worst}" for report in reports if not report.ok))
     recalls = [report.recall for report in reports if report.recall is not None]
     complaint = ""
     if not checks:
         return GateVerdict("no attention ran")
     if others:
         complaint = f"requested {backend!r}, but {', '.join(sorted(others))} ran"
-    elif misreports:
-        complaint = "; ".join(misreports[:3])
+    elif wrong:
+        complaint = "; ".join(wrong[:3])
     elif failed:
         complaint = f"outside the error budget: {'; '.join(failed[:3])}"
     return GateVerdict(complaint, len(checks), worst(checks), sum(recalls) / len(recalls) if recalls else None)

@@ -283,4 +283,4 @@ class _CaseRun:
         execution = self._workers[name].execution()
         self._rows[name] = replace(self._rows[name], kernel=execution.kernel)
         if execution.complaint:
-            raise Problem(RED, f"not what was requested: {execution.complaint}")
+            raise Problem(RED, execution.complaint)

@@ -7,7 +7,7 @@ show whether the reported kernel ran.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -22,6 +22,9 @@ _OPERATORS = {
 }
 # Kernel names that backends report -> the kernel that must have run.
 _CLAIMS = {"flash_cpu": "flash", **{kernel: kernel for kernel in _OPERATORS.values()}}
+
+# The name that backends report for plain operations, which run no SDPA kernel.
+_PLAIN = "eager"
 
 
 @contextmanager
@@ -44,3 +47,25 @@ def claimed(reported: Iterable[str]) -> frozenset[str]:
 def false_claims(reported: Iterable[str], ran: Iterable[str]) -> tuple[str, ...]:
     """Return the SDPA kernels that a backend reported, but that did not run."""
     return tuple(sorted(claimed(reported) - set(ran)))
+
+
+def misreports(reported: Mapping[str, int], ran: Mapping[str, int]) -> list[str]:
+    """Return one line for each SDPA kernel that ran less often than reported, or that ran as plain operations.
+
+    Args:
+        reported: for each name that backends reported, the number of calls.
+        ran: for each SDPA kernel, the number of forward runs. One call may run a kernel several times.
+    """
+    calls: Counter[str] = Counter()
+    for kernels, count in reported.items():
+        calls.update(dict.fromkeys(claimed([kernels]), count))
+    lines = [f"reported {kernel}, which did not run" for kernel in false_claims(reported, ran)]
+    lines += [
+        f"reported {kernel} in {count} calls, but it ran {ran[kernel]} times"
+        for kernel, count in sorted(calls.items())
+        if kernel in ran and ran[kernel] < count
+    ]
+    unclaimed = sorted(set(ran) - set(calls))
+    if unclaimed and _PLAIN in reported:
+        lines.append(f"reported {_PLAIN}, but {', '.join(unclaimed)} ran")
+    return lines

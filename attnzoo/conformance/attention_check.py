@@ -63,7 +63,8 @@ def check_attention(
 ) -> AttentionReport:
     """Compare a backend with the float64 oracle on one attention, without dropout.
 
-    If the backend changes the pattern, the oracle computes the changed attention (:meth:`Backend.rewrite`).
+    If the backend declares a change of the pattern (:meth:`Backend.changes`), the oracle computes the changed attention
+    (:meth:`Backend.rewrite`).
 
     For long inputs, only a sample of query rows is compared, including the first and the last row. The oracle computes
     only these rows. This gives equal values, because rows are independent and all other rows get cotangent zero.
@@ -87,11 +88,12 @@ def check_attention(
     rows = _sampled_rows(attention.q_len, max_rows, generator).to(device)
     shape = (attention.batch, attention.heads, len(rows), attention.value_dim)
     cotangent = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(device)
-    random_choices = backend.decisions(attention)
+    changed = backend.changes(attention.request()) is not None
+    random_choices = backend.decisions(attention) if changed else None
 
     def plain(dtype: torch.dtype, run: Callable[[Attention, Tensor], Tensor] = _evaluate) -> tuple[Tensor, ...]:
         copy = detached(attention, dtype, grad)
-        output = run(backend.rewrite(copy, random_choices), rows)
+        output = run(backend.rewrite(copy, random_choices) if changed else copy, rows)
         return output, *([gradient_vector(output, copy, cotangent)] if grad else [])
 
     copy = detached(attention, dtype, grad)
@@ -114,7 +116,7 @@ def check_attention(
     )
     if is_changed:
         checks += (Check("inputs, which the backend must not change", math.inf, 0.0, 0.0, 0.0),)
-    recall = None if backend.changes(attention.request()) is None else _recall(backend, attention, random_choices, rows)
+    recall = _recall(backend, attention, random_choices, rows) if changed else None
     return AttentionReport(name, result.kernel, checks, recall)
 
 

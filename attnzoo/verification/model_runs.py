@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from attnzoo.errors import InvalidArgumentError
 
 GRADIENT = "gradient of all parameters"
+# Suffix of the names of outputs of the forward that builds a graph. This forward may run other kernels.
+WITH_GRAPH = " (gradients enabled)"
 
 
 def cast(value: Any, dtype: torch.dtype | None) -> Any:
@@ -51,21 +53,28 @@ def run_model(
 
     Args:
         seed: seed of the random function and of the model's random numbers.
-        inference: whether the outputs come from a separate forward without gradients, which may run other kernels.
-        graph: whether gradients are enabled in the forward even if no gradient is computed.
+        inference: whether the outputs come from a separate forward without gradients, which may run other kernels. The
+            outputs of the forward with gradients are then returned, too, under names that end with
+            :data:`WITH_GRAPH`.
+        graph: whether a forward with gradients runs even if no gradient is computed. Its outputs are not returned.
     """
     parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = gradients and bool(parameters)
     results: dict[str, Tensor] = {}
     if inference or not gradients:
         torch.manual_seed(seed)
-        with torch.set_grad_enabled(graph and not inference):
+        with torch.no_grad():
             results = _outputs(model, inputs)
+    if graph and not gradients:
+        torch.manual_seed(seed)
+        with torch.enable_grad():
+            _outputs(model, inputs)
     if gradients:
         torch.manual_seed(seed)
         with torch.enable_grad():
             outputs = _outputs(model, inputs)
-        results = {**outputs, **results, GRADIENT: gradient_of(outputs.values(), parameters, seed)}
+        named = {f"{what}{WITH_GRAPH}" if inference else what: output for what, output in outputs.items()}
+        results |= {**named, GRADIENT: gradient_of(outputs.values(), parameters, seed)}
     return {what: result.detach() for what, result in results.items()}
 
 
@@ -84,7 +93,7 @@ def gradient_of(outputs: Iterable[Tensor], leaves: list[Tensor], seed: int) -> T
 
 def _outputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """Return each floating-point tensor that the model returns, by name and without the rows of padding tokens."""
-    returned = model(**inputs)
+    returned = model(**cast(inputs, None))  # a model may change its inputs, and then each run would get other inputs
     items = returned.items() if isinstance(returned, Mapping) else [("output", returned)]
     has_decoder = _has_decoder(model)
     outputs = {}

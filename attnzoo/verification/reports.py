@@ -43,7 +43,8 @@ class Report:
         """Whether every error is within its budget, and at least one site and one output were compared."""
         checks = (*self.end_to_end, *self.original)
         sites = (*self.sites, *self.original_sites)
-        return bool(self.sites and checks) and all(site.ok for site in sites) and all(check.ok for check in checks)
+        compared = bool(self.sites and self.end_to_end) and all(site.checks for site in sites)
+        return compared and all(site.ok for site in sites) and all(check.ok for check in checks)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON: every check with its error, budget and verdict."""
@@ -71,8 +72,8 @@ class Passages:
 
     @property
     def ok(self) -> bool:
-        """Whether the reports on all passages are ok."""
-        return all(report.ok for report in self.reports)
+        """Whether there is a report, and the reports on all passages are ok."""
+        return bool(self.reports) and all(report.ok for report in self.reports)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON, with every report in full."""

@@ -25,7 +25,7 @@ from attnzoo.patching.sites import Site, check_model
 from attnzoo.spec.segments import Attention, Request, Result
 from attnzoo.spelling import spell
 from attnzoo.verification.excerpt import excerpt
-from attnzoo.verification.model_runs import GRADIENT, cast, check_gradient_mode, rows_of_modules, run_model
+from attnzoo.verification.model_runs import GRADIENT, WITH_GRAPH, cast, check_gradient_mode, rows_of_modules, run_model
 from attnzoo.verification.module_check import ModuleRuns, recorded
 from attnzoo.verification.oracles import oracles
 from attnzoo.verification.reports import Report
@@ -157,13 +157,17 @@ def verify(
     progress(1.0, "done")
 
     def compare(values: dict[str, Tensor], dtype: torch.dtype) -> Iterator[Check]:
-        for what in filter(values.__contains__, reference):
-            recomputed = (again[what],) if what == GRADIENT else ()
-            dtypes, k = (dtype, error_rule.plain_dtype(dtype)), error_rule.factor(what)
-            yield error_rule.check(what, values[what], reference[what], eager[what], k, *dtypes, recomputed)
+        for name, value in values.items():
+            what = name.removesuffix(WITH_GRAPH)
+            if what in reference:
+                recomputed = (again[what],) if what == GRADIENT else ()
+                dtypes, k = (dtype, error_rule.plain_dtype(dtype)), error_rule.factor(what)
+                yield error_rule.check(name, value, reference[what], eager[what], k, *dtypes, recomputed)
+        # An output that the reference returns and this run did not return is a failed check.
+        suffixes = ("", WITH_GRAPH) if any(name.endswith(WITH_GRAPH) for name in values) else ("",)
+        expected = dict.fromkeys(what if what == GRADIENT else what + end for end in suffixes for what in reference)
+        yield from (Check(name, math.inf, 0.0, 0.0, 0.0) for name in expected if values and name not in values)
 
-    # A reference output that the patched model does not return is a failed check.
-    lost = tuple(Check(what, math.inf, 0.0, 0.0, 0.0) for what in reference if what not in got)
     distance = {}
     if patched.changed:
         distance = {
@@ -175,7 +179,7 @@ def verify(
     return Report(
         backend=_label(backend),
         sites=tuple(sites),
-        end_to_end=(*compare(got, own_dtype if native else dtype), *lost),
+        end_to_end=tuple(compare(got, own_dtype if native else dtype)),
         original=tuple(compare(original, own_dtype)),
         original_sites=original_sites,
         fault=patched.fault,
@@ -214,7 +218,7 @@ class _PatchedRun:
                 raise InvalidArgumentError("gradients", "True for offloaded weights", "False, or weights in memory")
             hashing = {t.name: (t.module, t.point.replay) for t in targets if t.point.makes_random_choices}
             with recording(hashing) as self.random_choices:
-                self.outputs = run_model(model, inputs, self.whole, seed, inference=not fast, graph=gradients)
+                self.outputs = run_model(model, inputs, self.whole, seed, inference=True, graph=gradients and fast)
         self.native = {site.name for site in self.sites if site.backend == "native" and site.calls}
         self.changed = "; ".join(dict.fromkeys(site.approximate for site in self.sites if site.approximate))
 
@@ -235,7 +239,9 @@ class _PatchedRun:
             yield "gradients are compared per attention only, because this model's backward requires training mode"
         if in_float64:
             yield f"the model's own code ran in float64 at {', '.join(in_float64)}"
-        if unreached := [site.name for site in self.sites if not site.calls]:
+        if fell_back := [site.name for site in self.sites if site.fallbacks]:
+            yield f"calls fell back to the model's own code, which only the outputs show, at {', '.join(fell_back)}"
+        if unreached := [site.name for site in self.sites if not site.calls and not site.fallbacks]:
             yield f"not checked, because these inputs do not reach them: {', '.join(unreached)}"
 
 

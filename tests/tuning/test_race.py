@@ -175,3 +175,82 @@ def test_dense_backend_that_needs_too_much_memory_is_not_timed(add, clock, monke
 def test_dense_bytes_count_score_grids():
     assert race.dense_bytes(attention(64, batch=1), grad=False) == 2 * 64 * 64 * 4 * 6
     assert race.dense_bytes(attention(64, batch=2), grad=True) == 2 * 2 * 64 * 64 * 4 * 10
+
+
+def raced(*classes, grad=False, rounds=5, clock=None, **changes):
+    inputs = attention(grad=grad, **changes)
+    return race.race(inputs, [cls() for cls in classes], grad=grad, rounds=rounds, clock=clock)
+
+
+def test_times_belong_to_their_backend(add, clock):
+    """Every backend has other samples, and neither the first nor the smallest sample is the median."""
+    samples = {"a": [5.0, 1.0, 4.0, 2.0, 3.0], "b": [4.0, 3.5, 8.0, 9.0, 2.0], "c": [6.0, 7.0, 1.0, 0.5, 2.0]}
+    classes = [add(name, costs=[20.0 + number, 30.0, 40.0, *samples[name]]) for number, name in enumerate(samples)]
+    outcomes = raced(*classes, clock=clock)
+    assert {name: outcome.seconds for name, outcome in outcomes.items()} == {"a": 3.0, "b": 4.0, "c": 2.0}
+    assert {name: outcome.first for name, outcome in outcomes.items()} == {"a": 20.0, "b": 21.0, "c": 22.0}
+    assert {name: outcome.kernel for name, outcome in outcomes.items()} == {name: f"{name}-kernel" for name in samples}
+
+
+def test_samples_of_short_runs_have_their_own_number_of_runs(add, clock):
+    shortest, short, long = add("shortest", seconds=2**-11), add("short", seconds=2**-10), add("long", seconds=2**-6)
+    outcomes = raced(shortest, short, long, rounds=1, clock=clock)
+    assert {name: outcome.seconds for name, outcome in outcomes.items()} == {
+        "shortest": 2**-11, "short": 2**-10, "long": 2**-6,
+    }  # fmt: skip
+    assert [len(cls.runs) for cls in (shortest, short, long)] == [3 + 11, 3 + 6, 3 + 1], "at least 5 ms per sample"
+
+
+def only(*index, by=1.01):
+    """Return a function that spoils the part of an output ``(batch, heads, q_len, value_dim)`` at an index."""
+
+    def spoil(output):
+        factors = torch.ones_like(output)
+        factors[index] = by
+        return output * factors
+
+    return spoil
+
+
+WRONG = {
+    "one row": only(slice(None), slice(None), 18),
+    "the last row": only(slice(None), slice(None), -1),
+    "one head": only(slice(None), 1),
+    "one sample": only(1),
+    "one value": only(1, 0, 20, 2),
+    "NaN in one row": only(0, 0, 5, by=float("nan")),
+    "infinity in the last row": only(0, 0, -1, by=float("inf")),
+    "a wrong shape": lambda output: output[:, :, :-1],
+    "in half precision": lambda output: output.bfloat16().to(output.dtype),
+    "zeros": torch.zeros_like,
+    "only with gradients": lambda output: output * (1.01 if output.requires_grad else 1.0),
+    "only gradients": lambda output: output.detach() + 1.01 * (output - output.detach()),
+    "gradients of zero": lambda output: output.detach() + 0.0 * output,
+}
+
+
+@pytest.mark.parametrize("spoils", WRONG.values(), ids=WRONG)
+def test_backend_that_is_wrong_in_one_place_is_not_timed(add, clock, spoils):
+    slow = add("slow", seconds=50.0)
+    wrong = add("wrong", seconds=0.01, rank=9, spoils=spoils)
+    outcomes = raced(wrong, slow, grad=True, rounds=1, clock=clock)
+    assert outcomes["wrong"].wrong and outcomes["wrong"].seconds is None and outcomes["wrong"].reason
+    assert outcomes["slow"].seconds == 50.0 and not outcomes["slow"].wrong
+    assert len(wrong.runs) <= 2, "it ran once and was checked once"
+
+
+def test_backend_that_rewrites_without_declaring_a_change_is_wrong(add, clock):
+    """The oracle computes the requested attention, because the backend claims to be exact."""
+    cls = add("narrow", seconds=0.01)
+    run = cls.run
+    cls.rewrite = lambda self, whole, decisions=None: whole.with_tensors(tuple(t * 0.9 for t in whole.tensors()))
+    cls.run = lambda self, whole, *args: run(self, self.rewrite(whole), *args)
+    assert raced(cls, clock=clock)["narrow"].wrong
+
+
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_tune_times_as_many_rounds_as_requested(add, clock, rounds):
+    add("chosen", rank=9)
+    cls = add("other")
+    tune(clock, rounds=rounds)
+    assert len(cls.runs) == 3 + rounds

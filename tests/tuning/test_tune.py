@@ -40,9 +40,11 @@ def test_model_that_fails_stays_unpatched(add, clock):
 
 def test_reversible_layers_request_gradients_in_their_backward(add, clock):
     """Reformer's forward runs without gradients, and again with gradients in its backward."""
-    add("slow"), add("fast")
+    add("slow", seconds=2.0, backward=5.0), add("fast", seconds=1.0, backward=7.0)
     model = reformer(num_buckets=None).train()
     report = tune(clock, model, dict(input_ids=torch.arange(3, 67)[None]))
+    rankings = {"forward": [(1.0, "fast"), (2.0, "slow")], "forward+backward": [(7.0, "slow"), (8.0, "fast")]}
+    assert all(measurement.ranking() == rankings[measurement.mode] for measurement in report), str(report)
     assert {measurement.mode for measurement in report} == {"forward", "forward+backward"}
     assert model.config.num_buckets is None
     assert all(parameter.grad is None for parameter in model.parameters())
