@@ -5,18 +5,22 @@ from dataclasses import fields, replace
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, note
+from hypothesis import given, note, settings
 
 import attnzoo
-from attnzoo.conformance.attention_check import ALL_ROWS, check_attention
+from attnzoo.conformance.attention_check import ALL_ROWS, check_attention, detached
 from attnzoo.functional import execute
 from attnzoo.registry import registry
 from attnzoo.spec.bias import RelativeBias
 from attnzoo.spec.hashed import HashedChunks
 from attnzoo.spec.segments import Attention
 from tests.properties.conftest import AVAILABLE
-from tests.support.drawn_attentions import attentions, moved
+from tests.support.drawn_attentions import MOSTLY, attentions, moved
 from tests.support.small_blocks import block_sizes
+
+PER_KIND = settings(max_examples=settings().max_examples // 5)
+PER_DIFFERENCE = settings(max_examples=settings().max_examples // 3)
+A_FEW = settings(max_examples=max(5, settings().max_examples // 15))  # long inputs are slow
 
 
 def on(device, attention):
@@ -61,21 +65,52 @@ def assert_agrees(subject, attention, grad):
     assert report.ok, "\n".join(map(str, report.checks))
 
 
-@given(st.data(), st.booleans(), st.booleans())
-def test_backend_agrees_with_the_oracle(subject, data, grad, are_small):
-    attention = data.draw(subject.attentions())
+@PER_KIND
+@given(st.data(), MOSTLY, st.booleans())
+def test_backend_agrees_with_the_oracle(subject_and_kind, data, grad, are_small):
+    subject, kind = subject_and_kind
+    attention = data.draw(subject.attentions(kinds=[kind]))
     with block_sizes(are_small):
         assert_agrees(subject, attention, grad)
 
 
-@given(st.data(), st.booleans())
-def test_backend_agrees_when_a_mask_or_bias_moves_to_another_segment(subject, data, grad):
+@A_FEW
+@given(st.data(), MOSTLY)
+def test_backend_agrees_beyond_one_internal_block(subject, data, grad):
+    assert_agrees(subject, data.draw(subject.attentions(is_long=True)), grad)
+
+
+@PER_DIFFERENCE
+@given(st.data(), MOSTLY)
+def test_backend_agrees_when_a_mask_or_bias_moves_to_another_segment(subject_and_difference, data, grad):
     """A backend that caches what it makes of a mask must not use it for another segment."""
-    supported = subject.backend.capabilities
-    differences = ["key mask", *(["mask"] if supported.mask else []), *(["bias"] if supported.bias else [])]
-    attention = data.draw(subject.attentions(kinds=["one difference"], differences=differences))
+    subject, difference = subject_and_difference
+    attention = data.draw(subject.attentions(kinds=["one difference"], differences=[difference]))
     assert_agrees(subject, attention, grad)
     assert_agrees(subject, moved(attention), grad)
+
+
+@PER_DIFFERENCE
+@given(st.data())
+def test_autocast_changes_neither_the_dtype_nor_the_result(subject, data):
+    """The caller converts tensors for autocast. A backend computes in the dtype of the tensors."""
+    attention = on(subject.device, data.draw(subject.attentions()))
+
+    def outcome():
+        copy = detached(attention, attention.query.dtype, subject.grad)
+        output, leaves = execute(subject.backend, copy).output, [leaf for leaf in copy.tensors() if leaf.requires_grad]
+        unused = dict(allow_unused=True, materialize_grads=True)
+        return output, *(torch.autograd.grad(output.sum(), leaves, **unused) if subject.grad else ())
+
+    with torch.set_grad_enabled(subject.grad):
+        if registry.refusals(subject.backend, attention.request()):
+            return
+        expected = outcome()
+        with torch.autocast(subject.device, torch.bfloat16):
+            got = outcome()
+    for ours, plain in zip(got, expected, strict=True):
+        assert ours.dtype == plain.dtype
+        assert torch.equal(ours, plain)
 
 
 @given(st.data(), st.booleans())

@@ -17,11 +17,14 @@ from attnzoo.spec.patterns import SortedChunks
 from attnzoo.spec.segments import FLOATS, Attention, Segment
 
 EVERYTHING = EagerBackend.capabilities
-KINDS = ("one", "one", "globals", "one difference", "one difference", "wrap-around", "sorted", "hashed")
+KINDS = ("one", "bias", "globals", "one difference", "wrap-around", "sorted", "hashed")
 DIFFERENCES = ("key mask", "mask", "bias", "length", "pattern", "key heads", "values")
+MOSTLY = st.sampled_from([True, True, True, False])
 _SHORT = st.one_of(st.integers(1, 9), st.integers(10, 80), st.sampled_from([63, 64, 65, 127, 128, 129, 200]))
 # Backends compute at most 512 rows with a mask, 1024 rows of a stack and 1024 hashed keys at a time.
 _LONG = st.sampled_from([513, 600, 1030])
+# How many chunks before and after the chunk of a query are visible.
+_SIDES = st.tuples(st.sampled_from([1, 0, 2]), st.sampled_from([0, 1, 2]))
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,13 @@ class Sizes:
 
 
 @st.composite
-def sizes(draw, capabilities=EVERYTHING, dims=(1, 3, 8, 16, 33), equal_lengths=False):
-    """Draw sizes. One in fifteen examples has more rows than one internal block, and is small otherwise."""
-    is_long = draw(st.integers(0, 14)) == 14
+def sizes(draw, capabilities=EVERYTHING, dims=(1, 3, 8, 16, 33), equal_lengths=False, is_long=False):
+    """Draw sizes. With ``is_long`` there are more rows than in one internal block, and the other sizes are small."""
     lengths = _LONG if is_long else _SHORT
     batch, kv_heads = (draw(st.integers(1, most)) for most in ((1, 1) if is_long else (3, 2)))
     heads = kv_heads * (draw(st.integers(1, 2 if is_long else 3)) if capabilities.gqa else 1)
     kv_len = draw(lengths)
-    others = st.one_of(st.just(kv_len), st.integers(1, kv_len), lengths)
+    others = lengths if is_long else st.one_of(st.just(kv_len), st.integers(1, kv_len), lengths)
     q_len = kv_len if equal_lengths else draw(others)
     dim = 8 if is_long else draw(st.sampled_from(dims))
     uneven = capabilities.uneven_value_dim and draw(st.sampled_from([False, False, False, True]))
@@ -84,8 +86,8 @@ def _chunk_length(length):
 
 
 @st.composite
-def patterns(draw, q_len, kv_len):
-    kinds = ["full", "causal", "window", "causal window"] + (["chunks"] if q_len == kv_len else [])
+def patterns(draw, q_len, kv_len, has_chunks=True):
+    kinds = ["full", "causal", "window", "causal window"] + (["chunks"] if has_chunks and q_len == kv_len else [])
     kind = draw(st.sampled_from(kinds))
     offset = draw(st.sampled_from([None, None, 0, kv_len - q_len, 3]))
     side = st.integers(0, kv_len + 2)
@@ -103,8 +105,8 @@ def patterns(draw, q_len, kv_len):
 @st.composite
 def chunks(draw, length, wrap_around=False):
     """Draw chunks. With ``wrap_around``, an end of the sequence sees the other end, and there are at least 3 chunks."""
-    sides = [(1, 0), (1, 1), (0, 1), (2, 1), (-1, 1), (1, -1)]
-    before, after = draw(st.sampled_from(sides if wrap_around else [*sides, (0, 0), (2, 2)]))
+    shifted = st.sampled_from([(-1, 1), (1, -1)])
+    before, after = draw(st.one_of(_SIDES.filter(any) if wrap_around else _SIDES, shifted))
     causal = not wrap_around and draw(st.booleans())
     most = max(1, length // (3 if wrap_around else 1))
     return attnzoo.Chunks(draw(st.integers(1, most)), before, after, causal)
@@ -155,8 +157,8 @@ def relative_biases(draw, size, tensors, by_distance=False):
     ``by_distance`` is whether the bias depends only on the distance from a query to a key in the row.
     """
     width, positions = draw(st.integers(1, 12)), None
-    values = tensors.normal(draw(st.sampled_from([1, size.heads])), width).detach().requires_grad_(draw(st.booleans()))
-    if not by_distance and draw(st.booleans()):
+    values = tensors.normal(draw(st.sampled_from([1, size.heads])), width).detach().requires_grad_(draw(MOSTLY))
+    if not by_distance and draw(st.sampled_from([False, False, True])):
         positions = torch.randint(0, size.kv_len, (size.batch, size.q_len), generator=tensors.random)
     offset = draw(st.sampled_from([None, 0] if by_distance else [None, 0, 3]))
     return RelativeBias(values, zero=draw(st.integers(0, width - 1)), offset=offset, positions=positions)
@@ -179,16 +181,16 @@ def biases(draw, size, tensors, kinds):
     if draw(st.sampled_from(sorted(kinds, reverse=True))) == "relative":
         return draw(relative_biases(size, tensors))
     values = tensors.normal(*draw(dense_shapes(size)))
-    return DenseBias(values.detach().requires_grad_(draw(st.booleans())))
+    return DenseBias(values.detach().requires_grad_(draw(MOSTLY)))
 
 
 @st.composite
-def _one(draw, size, tensors, capabilities, pattern=None):
-    """Draw one segment with a mask, a bias or neither."""
+def _one(draw, size, tensors, capabilities, pattern=None, extras=("none", "bias", "mask")):
+    """Draw one segment with a mask, a bias or neither, as far as the capabilities allow."""
     key, value = tensors.keys_values(size)
     key_mask = draw(st.one_of(st.none(), key_masks(size.batch, size.kv_len)))
-    extras = ["none", *(["bias"] if capabilities.bias else []), *(["mask"] if capabilities.mask else [])]
-    extra = draw(st.sampled_from(extras))
+    supported = dict(none=True, bias=bool(capabilities.bias), mask=capabilities.mask)
+    extra = draw(st.sampled_from([extra for extra in extras if supported[extra]]))
     bias = draw(biases(size, tensors, capabilities.bias)) if extra == "bias" else None
     mask = draw(masks(size, tensors)) if extra == "mask" else None
     pattern = draw(patterns(size.q_len, size.kv_len)) if pattern is None else pattern
@@ -219,7 +221,10 @@ def _differences(capabilities):
 @st.composite
 def _with_one_difference(draw, size, tensors, capabilities, differences):
     """Draw two or three segments that are equal except that one of them differs in one thing."""
-    base = Segment(*tensors.keys_values(size), draw(patterns(size.q_len, size.kv_len)))
+    # The other segments share a key mask. It may hide no key, as a backend may skip such a mask.
+    nothing_hidden = torch.ones((size.batch, size.kv_len), dtype=torch.bool)
+    key_mask = draw(st.one_of(st.none(), st.just(nothing_hidden), key_masks(size.batch, size.kv_len)))
+    base = Segment(*tensors.keys_values(size), draw(patterns(size.q_len, size.kv_len)), key_mask)
     segments = [base] * draw(st.sampled_from([2, 2, 3]))
     different = draw(st.sampled_from(differences or _differences(capabilities)))
     segments[draw(st.integers(0, len(segments) - 1))] = draw(_changed(base, different, size, tensors, capabilities))
@@ -243,7 +248,8 @@ def _changed(draw, base, different, size, tensors, capabilities):
     elif different == "key heads":
         kv_heads = size.heads if size.kv_heads == 1 else 1
     key, value = tensors.keys_values(size, kv_heads, kv_len)
-    return replace(base, key=key, value=value)
+    key_mask = base.key_mask if kv_len is None else draw(st.one_of(st.none(), key_masks(size.batch, kv_len)))
+    return replace(base, key=key, value=value, key_mask=key_mask)
 
 
 @st.composite
@@ -257,7 +263,7 @@ def _sorted_rounds(draw, size, tensors, capabilities):
         hidden = ~real[:, None].expand(-1, size.kv_heads, -1).gather(2, token)
         token = token.masked_fill(hidden, -1)
     key, value = tensors.keys_values(size, kv_len=count * length)
-    before, after = draw(st.sampled_from([(1, 0), (1, 1), (0, 1), (2, 1), (0, 0), (-1, 1)]))
+    before, after = draw(st.one_of(_SIDES, st.just((-1, 1))))
     pattern = SortedChunks(draw(_chunk_length(length)), before, after, draw(st.booleans()))
     pattern = replace(pattern, token=token.repeat_interleave(size.group, 1))
     if draw(st.booleans()):  # queries are sorted differently from keys
@@ -278,7 +284,7 @@ def _hashed_rounds(draw, size, tensors, capabilities):
     key_mask = draw(st.one_of(st.none(), key_masks(size.batch, size.kv_len)))
     mask = draw(masks(size, tensors)) if capabilities.mask and draw(st.integers(0, 3)) == 3 else None
     base, length = Segment(*tensors.keys_values(size), key_mask=key_mask, mask=mask), draw(_chunk_length(size.kv_len))
-    sides, causal = draw(st.sampled_from([(1, 0), (1, 1), (0, 1), (2, 1), (0, 0)])), draw(st.booleans())
+    sides, causal = draw(_SIDES), draw(st.booleans())
     apart, offset = draw(st.integers(0, 2)), draw(st.sampled_from([None, 0, 3]))
     pattern = HashedChunks(length, *sides, causal, apart, offset)
     segments = [replace(base, pattern=attnzoo.Window(1, 0 if causal else 1, offset))] if apart == 2 else []
@@ -294,14 +300,26 @@ def _hashed_rounds(draw, size, tensors, capabilities):
 
 def supported_kinds(capabilities):
     """Return the kinds of attentions that a backend with these capabilities can compute."""
-    unsupported = {kind for kind, pattern in dict(sorted=SortedChunks, hashed=HashedChunks).items()
+    unsupported = set() if capabilities.bias else {"bias"}
+    unsupported |= {kind for kind, pattern in dict(sorted=SortedChunks, hashed=HashedChunks).items()
                    if pattern not in capabilities.patterns}  # fmt: skip
     return [kind for kind in KINDS if kind not in unsupported]
 
 
+def movable_differences(capabilities):
+    """Return what :func:`moved` can move to another segment."""
+    return [name for name in _differences(capabilities) if name in ("key mask", "mask", "bias")]
+
+
 @st.composite
 def attentions(
-    draw, capabilities=EVERYTHING, dims=(1, 3, 8, 16, 33), kinds=None, differences=None, equal_lengths=False
+    draw,
+    capabilities=EVERYTHING,
+    dims=(1, 3, 8, 16, 33),
+    kinds=None,
+    differences=None,
+    equal_lengths=False,
+    is_long=False,
 ):
     """Draw an attention that a backend with these capabilities should compute, if no further limit applies.
 
@@ -311,9 +329,10 @@ def attentions(
         kinds: the kinds to draw, from ``KINDS``. None means all that the capabilities allow.
         differences: what the only differing segment of the kind "one difference" may differ in.
         equal_lengths: whether there are as many queries as keys. Chunks and sorted keys need this.
+        is_long: whether there are more rows than in one internal block.
     """
     kind = draw(st.sampled_from(kinds or supported_kinds(capabilities)))
-    size = draw(sizes(capabilities, dims, equal_lengths or kind in ("wrap-around", "sorted")))
+    size = draw(sizes(capabilities, dims, equal_lengths or kind in ("wrap-around", "sorted"), is_long))
     dtype = draw(st.sampled_from([dtype for dtype in FLOATS if dtype in capabilities.dtypes]))
     scale = draw(st.sampled_from([size.dim**-0.5, 1.0, 0.1, -0.5]))
     # The standard deviation of the scores: from nearly uniform to sharp attention. With larger scores the softmax
@@ -322,7 +341,9 @@ def attentions(
     tensors = Tensors(draw(st.integers(0, 2**16)), dtype, sharpness, scale, size.dim, is_strided)
     query = tensors.normal(size.batch, size.heads, size.q_len, size.dim, std=tensors.spread)
     if kind == "one":
-        segments = draw(_one(size, tensors, capabilities))
+        segments = draw(_one(size, tensors, capabilities, extras=("none", "mask")))
+    elif kind == "bias":
+        segments = draw(_one(size, tensors, capabilities, extras=("bias",)))
     elif kind == "globals":
         segments = draw(_with_globals(size, tensors))
     elif kind == "one difference":
