@@ -11,9 +11,11 @@ from attnzoo.registry import registry
 from tests.support.fake_backends import fake_backend
 
 torch.set_num_threads(1)
-_common = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+# A fixture that installs a fake package is set up once for all examples of a test.
+_checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+_common = dict(deadline=None, suppress_health_check=_checks)
 settings.register_profile("default", max_examples=60, **_common)
-settings.register_profile("long", max_examples=2500, **_common)
+settings.register_profile("long", max_examples=20_000, **_common)
 # A mutant must only fail: no time for shrinking, and no examples from runs of other mutants.
 settings.register_profile("mutants", max_examples=60, database=None, phases=[Phase.explicit, Phase.generate], **_common)
 settings.load_profile(os.environ.get("ATTNZOO_HYPOTHESIS_PROFILE", "default"))

@@ -105,7 +105,7 @@ def check_attention(
         result = execute(backend, copy)
         output = result.output[:, :, rows]
         got = (output, *([gradient_vector(output, copy, cotangent)] if grad else []))
-        is_changed = _versions(attention) != versions or not _are_equal(copy.tensors(), attention.tensors())
+        wrote_inputs = _versions(attention) != versions or not _are_equal(copy.tensors(), attention.tensors())
         orders = range(_orders(attention.batch * attention.heads * len(rows)) if grad else 0)
         again = ((), tuple(plain(plain_dtype, partial(recomputed, order=order))[1] for order in orders))
     checks = tuple(
@@ -114,7 +114,7 @@ def check_attention(
             ("output", "gradient"), got, reference, eager, again, strict=False
         )
     )
-    if is_changed:
+    if wrote_inputs:
         checks += (Check("inputs, which the backend must not change", math.inf, 0.0, 0.0, 0.0),)
     recall = _recall(backend, attention, random_choices, rows) if changed else None
     return AttentionReport(name, result.kernel, checks, recall)

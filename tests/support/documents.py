@@ -3,8 +3,11 @@
 import hypothesis.strategies as st
 import torch
 
+import attnzoo
 from attnzoo.functional import execute
 from attnzoo.registry import registry
+from attnzoo.spec.segments import FLOATS, Attention, Segment
+from tests.support.drawn_attentions import EVERYTHING, Tensors, relative_biases, sizes
 from tests.support.models import ids
 
 LENGTHS = (5, 7, 1, 11)
@@ -36,11 +39,27 @@ def packed_rows(draw, batch, length):
     return tuple(samples)
 
 
+@st.composite
+def packed_attentions(draw, capabilities=EVERYTHING, dims=(8, 16)):
+    """Draw rows of documents and a few tokens outside of documents, with grouped heads and maybe a relative bias."""
+    size = draw(sizes(capabilities, dims, equal_lengths=True))
+    mask = grid_of(*draw(packed_rows(size.batch, size.kv_len)))[:, None]
+    dtype = draw(st.sampled_from([dtype for dtype in FLOATS if dtype in capabilities.dtypes]))
+    tensors = Tensors(draw(st.integers(0, 2**16)), dtype, is_strided=draw(st.booleans()))
+    query = tensors.normal(size.batch, size.heads, size.q_len, size.dim)
+    key, value = tensors.keys_values(size)
+    bias = None
+    if capabilities.bias and draw(st.booleans()):
+        bias = draw(relative_biases(size, tensors, by_distance=True))
+    return Attention(query, (Segment(key, value, mask=mask, bias=bias),), size.dim**-0.5)
+
+
 class RecordingAttend:
     """An :class:`attnzoo.Attend` that records the attentions it ran."""
 
     def __init__(self, backend, takes=True):
-        self.backend, self.ran, self._takes = registry.make_backend(backend), [], takes
+        self.backend = backend if isinstance(backend, attnzoo.Backend) else registry.make_backend(backend)
+        self.ran, self._takes = [], takes
 
     def __call__(self, attention, probabilities=False):
         self.ran.append(attention)

@@ -105,6 +105,8 @@ class _XformersKernel(PackedKernel):
             output = _fmha().memory_efficient_attention(
                 *_rows(bias, inputs), attn_bias=bias.bias, scale=inputs.scale, op=(operators.FwOp, operators.BwOp)
             )
+            if output.requires_grad:  # sum() passes an expanded gradient, and the flash operator needs contiguous rows
+                output.register_hook(torch.Tensor.contiguous)
             outputs.append(output.flatten(0, 1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
