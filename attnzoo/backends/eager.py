@@ -55,8 +55,8 @@ def evaluate(attention: Attention, rows: Tensor | None = None) -> Result:
 def _split(weights: Tensor, lengths: list[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the weights of all segments in one tensor, and the weights of each segment.
 
-    If the weights require grad, the first result is concatenated from the second result. The output then depends on the
-    weights of each segment, so these weights can get a gradient (``retain_grad``), as in models.
+    If the weights require grad, the one tensor is concatenated from the weights of each segment. So the output depends
+    on the weights of each segment, and they can get a gradient (``retain_grad``), as in models.
     """
     if len(lengths) == 1:
         return weights, (weights,)

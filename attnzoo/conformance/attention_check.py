@@ -121,7 +121,7 @@ def check_attention(
 
 
 def _orders(rows: int) -> int:
-    """Return the number of random summation orders to try. With few rows, one order may have small errors by chance."""
+    """Return how many random summation orders to try. Few rows need more, because errors may be small by chance."""
     return max(1, min(_MOST_ORDERS, _MANY_ROWS // rows))
 
 

@@ -44,7 +44,7 @@ class AttentionCase:
         mask: ``"none"``, ``"keys"``, ``"dense"``, ``"globals"`` or ``"queries"``. With ``"keys"``, the first sample has
             padding on the left, the second on the right, and the third is only padding. ``"globals"`` adds a segment of
             global keys, and padding queries. ``"queries"`` has only padding queries.
-        bias: kind of the bias of the first segment. With ``"trained ..."``, the bias values require grad.
+        bias: bias of the first segment, from ``BIASES``. With ``"trained ..."``, the bias values require grad.
         kv_heads: number of key heads. The number of query heads is 4.
         q_len: number of queries.
         kv_len: number of keys.

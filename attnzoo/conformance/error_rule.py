@@ -39,8 +39,8 @@ def allowed_error(k: float, plain_error: float, scale: float, dtype: torch.dtype
 def plain_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which to run plain operations for the comparison with a candidate in ``dtype``.
 
-    This is ``dtype``, except for float64: there plain operations would have no error, because the reference is float64
-    too. So they run in float32, and :func:`check` multiplies the error by the ratio of the epsilons.
+    This is ``dtype``, except for float64. In float64, plain operations would equal the reference and have no error. So
+    they run in float32, and :func:`check` multiplies their error by ``eps(float64) / eps(float32)``.
     """
     return torch.float32 if dtype == torch.float64 else dtype
 

@@ -34,8 +34,8 @@ def random_attention(
 ) -> Attention:
     """Return an attention with random tensors and the given request.
 
-    A second segment with a :class:`Full` pattern and a key mask has the global keys of the first segment, as in LED.
-    All hash rounds have the same keys. Any other segment after the first has :data:`FEW_KEYS` keys.
+    If the only other segment is :class:`Full` with a key mask, it has some keys of the first segment as global keys, as
+    in LED. All hash rounds have the same keys. Any other segment after the first has :data:`FEW_KEYS` keys.
 
     Args:
         request: request of the attention. The ``start`` of each ``SortedChunks`` is replaced.

@@ -55,7 +55,7 @@ class Bias:
         raise NotImplementedError
 
     def block_key(self, tile: Tile) -> tuple[int, ...] | None:
-        """Return a cache key, or None to cache nothing. Tiles with equal cache keys have equal biases."""
+        """Return a cache key. Tiles with equal keys have equal biases. None means that no bias can be reused."""
         return None
 
     def add_gradient_(self, grad: Tensor, grad_scores: Tensor, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> None:
@@ -72,10 +72,10 @@ class RelativeBias(Bias):
     """A bias that depends only on the head and on ``key position - query position`` (T5, Raffel et al. 2020).
 
     Attributes:
-        values: a table ``(heads or 1, R)``. A key ``d`` tokens after the query gets ``values[h, zero + d]``.
-            Distances below the table get the first value, and distances above the table get the last value.
-            To train a table with one row per distance bucket, pass ``table[buckets].T``, where ``buckets`` ``(R,)``
-            is the bucket of each distance. ``table`` then gets gradients.
+        values: ``(heads or 1, R)``, one value for each of ``R`` distances. A key ``d`` tokens after the query gets
+            ``values[h, zero + d]``. Smaller distances get the first value, and larger distances get the last value.
+            To train ``weights`` ``(buckets, heads)``, pass ``weights[bucket].T``, where ``bucket`` ``(R,)`` is the
+            bucket index of each distance. ``weights`` then gets gradients.
         zero: the index of distance 0 in ``values``.
         offset: the position of query 0 in the key sequence. None aligns the last query with the last key.
         positions: ``(batch, q_len)`` int64, the position of each query among the keys. None means ``offset + q`` for
@@ -132,9 +132,10 @@ class RelativeBias(Bias):
         return bias_at
 
     def _gather_rows(self, positions: Tensor, kv: Tensor) -> Tensor:
-        """Return the bias ``(batch, heads or 1, n, m)`` of queries at ``positions`` ``(batch, 1, n, 1)`` and of keys.
+        """Return the bias ``(batch, heads or 1, n, m)`` for query ``positions`` ``(batch, 1, n, 1)`` and keys ``kv``.
 
-        Queries with equal positions get copies of one gathered row, because a copy is much faster than a gather.
+        Queries at equal positions have equal bias values. This method gathers these values once and then copies them,
+        because a copy is much faster than a gather.
         """
         distinct, row = positions.unique(return_inverse=True)
         index = (kv.reshape(1, -1) - distinct[:, None] + self.zero).clamp(0, self.values.shape[1] - 1)

@@ -89,7 +89,7 @@ def find_documents(visible: Tensor, batch: int) -> tuple[Pack, ...] | None:
 
 
 def _packs(lengths: dict[int, int], device: torch.device) -> tuple[Pack, ...]:
-    """Group the documents ``{index of first token: length}`` by length. Padding at most doubles a long document."""
+    """Group the documents ``{index of first token: length}``. Padding at most doubles the length of a long document."""
     groups: dict[int, list[int]] = {}
     for start, length in lengths.items():
         groups.setdefault(max(_SHORT, (length - 1).bit_length()), []).append(start)

@@ -11,10 +11,10 @@ from attnzoo.spec.transforms import readable
 
 
 class GlobalKeys(NamedTuple):
-    """The positions of the global tokens of a batch.
+    """The positions of the global keys of each sample.
 
     Attributes:
-        positions: ``(batch, most)`` int64. ``most`` is the largest number of global tokens in a sample.
+        positions: ``(batch, most)`` int64. ``most`` is the largest number of global keys in a sample.
         valid: ``(batch, most)`` bool, False for padding entries of ``positions``.
     """
 
@@ -22,7 +22,7 @@ class GlobalKeys(NamedTuple):
     valid: Tensor
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Select the global tokens of ``(batch, heads, length, dim)``. Return ``(batch, heads, most, dim)``."""
+        """Return the rows at :attr:`positions` of ``(batch, heads, length, dim)`` as ``(batch, heads, most, dim)``."""
         index = self.positions[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
         return tensor.gather(2, index)
 
@@ -30,7 +30,8 @@ class GlobalKeys(NamedTuple):
 def find_global_keys(is_global: Tensor) -> GlobalKeys | None:
     """Return the positions where ``is_global`` ``(batch, length)`` bool is True, or None if no entry is True.
 
-    Reading ``most`` waits for the device. Under ``vmap`` Python cannot read ``most``, so ``most`` is ``length``.
+    Python reads the size ``most`` of the result from the device, and waits for it. Under ``vmap`` Python cannot read
+    this number, so ``most`` is ``length``.
     """
     counts = is_global.sum(1)
     most = int(counts.max()) if readable(counts) else is_global.shape[1]

@@ -54,14 +54,14 @@ class HashedChunks(Pattern):
     """One hash round. The sorted keys are cut into chunks, and a query sees the chunks near the rank of the query.
 
     A query with a rank in chunk ``c`` sees the keys of chunks ``c - before`` to ``c + after``. The first chunk is not a
-    neighbour of the last chunk. A round hides keys that the query saw in an earlier round. So no key is in the softmax
-    twice, as in the Reformer paper. In Reformer's code, a key is in the softmax once for each round that shows the key.
+    neighbour of the last chunk. As in the Reformer paper, a round hides keys that the query saw in an earlier round, so
+    no key is in the softmax twice. Reformer's code differs: a key is in the softmax once per round that shows the key.
 
     Attributes:
         length: the largest number of keys in a chunk.
         before, after: how many chunks before and after the chunk of the query are visible.
         causal: whether a query sees only keys up to the position of the query.
-        min_distance: the smallest distance, in tokens, of a visible key. Another segment contains the closer keys.
+        min_distance: the smallest distance between a query and a visible key. Another segment has the closer keys.
         offset: the position of query 0 in the key sequence. None aligns the last query with the last key.
         rounds: the earlier rounds and, as the last element, this round.
     """
@@ -89,7 +89,9 @@ class HashedChunks(Pattern):
             keys = hash_round.keys
             kv_heads = keys.shape[1] if keys.ndim == 3 else 0
             if not kv_heads or heads % kv_heads:
-                raise InvalidArgumentError("pattern keys", tuple(keys.shape), f"({batch}, kv_heads, {kv_len})")
+                raise InvalidArgumentError(
+                    "pattern keys", tuple(keys.shape), f"({batch}, a divisor of {heads}, {kv_len})"
+                )
             shapes = {"keys": (kv_heads, kv_len), "key_ranks": (kv_heads, kv_len), "chunks": (kv_len,)}
             for name, shape in {**shapes, "queries": (heads, q_len), "query_ranks": (heads, q_len)}.items():
                 tensor = getattr(hash_round, name)
@@ -128,7 +130,7 @@ class HashedChunks(Pattern):
     def gathered(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> Iterator[Tensor]:
         """Yield the indices ``(batch, heads, m)`` of the keys that the sorted queries ``q_start:q_stop`` may see.
 
-        In each head these keys are consecutive ranks. A head with fewer keys than other heads is padded with -1.
+        In each head these keys have consecutive ranks. A head with fewer keys than other heads is padded with -1.
         """
         hash_round = self.rounds[-1]
         ends = hash_round.query_ranks.gather(2, hash_round.queries[:, :, [q_start, q_stop - 1]])

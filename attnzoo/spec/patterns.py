@@ -66,7 +66,7 @@ class Pattern:
 
     @property
     def coarse(self) -> Pattern:
-        """A copy of :attr:`structure` with offsets rounded up to powers of two, by which measurements are stored."""
+        """A copy of :attr:`structure` with offsets rounded up to powers of two, used as key of stored measurements."""
         return self.structure
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
@@ -81,7 +81,7 @@ class Pattern:
         return None
 
     def batch_and_heads(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return ``b`` and ``h`` for :meth:`mask_mod`: all indices, or only 0 if :attr:`query_order` is None."""
+        """Return ``b`` and ``h`` for :meth:`mask_mod`. Without :attr:`query_order` both are 0: all masks are equal."""
         order = self.query_order
         sizes = (1, 1) if order is None else order.shape[:2]
         batch, heads = (torch.arange(size, device=device) for size in sizes)
@@ -105,14 +105,14 @@ class Pattern:
         return None
 
     def gathered(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> Iterator[Tensor] | None:
-        """Yield the indices ``(batch, heads, m)`` of the keys that a block of queries sees in each head.
+        """Return an iterator over indices ``(batch, heads, m)`` of keys that a block of queries sees in each head.
 
-        No key index occurs twice in a head. -1 is padding. Return None if all heads see the keys of :meth:`kv_spans`.
+        No key index occurs twice in a head. -1 is padding. None means that all heads see the keys of :meth:`kv_spans`.
         """
         return None
 
     def block_key(self, tile: Tile) -> tuple[int, ...] | None:
-        """Return a cache key, or None to cache nothing. Tiles with equal cache keys have equal masks."""
+        """Return a cache key. Tiles with equal keys have equal masks. None means that no mask can be reused."""
         return None
 
 
@@ -291,7 +291,7 @@ class Chunks(Pattern):
         return self.spans_near(q_start, q_stop, kv_len, q_stop if self.causal else kv_len)
 
     def spans_near(self, start: int, stop: int, kv_len: int, limit: int) -> tuple[Span, ...]:
-        """Return ranges of keys below ``limit``, in the chunks that the query positions ``start:stop`` see."""
+        """Return key ranges: the chunks that the query positions ``start:stop`` see, but only keys below ``limit``."""
         count = -(-kv_len // self.length)
         first, last = start // self.length - self.before, (stop - 1) // self.length + self.after
         chunks = range(count) if last - first + 1 >= count else sorted({c % count for c in range(first, last + 1)})
@@ -329,10 +329,11 @@ class SortedChunks(Chunks):
     """Chunks of keys that LSH attention has sorted by bucket. Each query has a position among the sorted keys.
 
     The keys are in sorted order, and ``token`` contains the token index of each key. The queries are in sequence order.
-    Query ``order[b, h, j]`` has position ``start + j`` among the sorted keys. If there are several hash rounds, each
-    round is one segment. All these segments have the same keys: the concatenated keys of all rounds. The reason is that
-    in Reformer the first queries of a round also see the last chunk of the previous round. Only ``start`` and
-    ``order`` differ. A query never sees the key of its own token, which in Reformer would have the largest score.
+    Query ``order[b, h, j]`` has position ``start + j`` among the sorted keys. Each hash round is one segment. The
+    segments of all rounds have the same keys: the sorted keys of the first round, then those of the second round, and
+    so on. So the first queries of a round can see the last chunk of the previous round, as in Reformer. The segments
+    differ only in ``start`` and ``order``. A query never sees the key of its own token. In Reformer, query and key of a
+    token have the same direction, so this key would have the largest score.
 
     Attributes:
         start: the position of query ``order[b, h, 0]`` among the sorted keys.

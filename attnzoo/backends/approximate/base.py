@@ -34,7 +34,7 @@ class ApproximateBackend(Backend):
     A subclass sets ``name`` and ``needed``, and implements ``describe``, ``rewrite_request`` and ``rewrite_dense``.
 
     Attributes:
-        needed: the names of the options that dense attention requires (class attribute).
+        needed: the names of the options without which the backend refuses dense attention (class attribute).
         inner: the name of the exact backend that computes the rewritten attention. ``"auto"`` selects a backend.
         kept: whether this backend leaves all attention of its site unchanged. Only :meth:`bind_to_site` sets this.
     """
@@ -66,17 +66,17 @@ class ApproximateBackend(Backend):
             raise UnknownNameError(f"inner of backend {self.name!r}", self.inner, ("auto", *exact))
 
     def bind_to_site(self, site: tuple[Request, ...], patch: tuple[Request, ...]) -> Backend:
-        """Return the backend for a site. If any request of the site is local, attention at this site stays unchanged.
+        """Return the backend for a site. ``site`` has the requests of this site, ``patch`` those of all sites.
 
-        If the patch has a local site and the user set no options, dense sites also stay unchanged. So a model with
-        local attention works without options.
+        A site with a local request stays unchanged. If the user set no options, one local request at any site is enough
+        to leave all sites unchanged. So a model with local attention works without options.
         """
         no_options = bool(self.needed) and len(self._missing()) == len(self.needed)
         kept = any(map(_is_local, site)) or (no_options and any(map(_is_local, patch)))
         return replace(self, kept=True) if kept else self
 
     def unused_options(self) -> tuple[str, ...]:
-        """Return the user's options except ``inner``, if the attention of the site stays unchanged, else nothing."""
+        """Return the options (except ``inner``) that the user set in vain, because the site stays unchanged."""
         options = [option for option in fields(self) if option.name in self.options() and option.name != "inner"]
         given = [option for option in options if self.kept and getattr(self, option.name) != option.default]
         return tuple(f"{option.name}={getattr(self, option.name)!r}" for option in given)

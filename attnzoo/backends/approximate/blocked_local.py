@@ -32,7 +32,7 @@ class BlockedLocalBackend(ApproximateBackend):
 
     Attributes:
         window: how many keys a query sees on each side, including the key at the query position. At least 2.
-        sinks: the number of first visible keys that a query sees in addition to the window.
+        sinks: how many of the first visible keys each query sees in addition to the window.
 
     Example:
         >>> import torch, attnzoo

@@ -9,9 +9,9 @@ next chunk. Hashing and sorting are repeated in ``num_hashes`` rounds, and a que
 are four differences from Reformer:
 
 - Queries and keys differ. The rank of a query is the index at which the bucket and position of the query would be
-  inserted into the sorted keys. The rank depends only on the keys and this query, so a decoding step gives the same
-  output for the new token as a forward over the whole sequence. For earlier tokens, this forward may give other outputs
-  than their decoding steps, because later keys change the chunks.
+  inserted into the sorted keys. The rank depends only on the keys and this query. So the last token has the same output
+  in a decoding step as in a forward over the whole sequence. An earlier token may have another output in this forward
+  than in its own decoding step, because later keys change the chunks.
 - A token always sees itself, the previous token and, if not causal, the next token. So every query sees a key, even if
   no key has a similar hash.
 - A query sees a key only in the first round that shows the key, as in the paper. So one bucket and chunks as long as
@@ -182,7 +182,7 @@ class _Chunking(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _rotations(seed: int, rounds: int, dim: int, buckets: int) -> tuple[Tensor, ...]:
-    """Return one tensor ``(dim, buckets / 2)`` per round. A column and the opposite direction are two buckets."""
+    """Return one tensor ``(dim, buckets / 2)`` per round. A column and its negative are two bucket directions."""
     generator = torch.Generator().manual_seed(seed)
     shape = (rounds, dim, buckets // 2)
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").unbind()

@@ -53,7 +53,7 @@ class QueryPlacement:
 
     @property
     def offset(self) -> int | None:
-        """The ``offset`` for patterns: None if the last query is at the last key and the lengths differ."""
+        """The ``offset`` for patterns: ``position``, or None if ``position`` equals ``aligned`` and is not 0."""
         return None if self.position == self.aligned != 0 else self.position
 
 
@@ -83,7 +83,8 @@ def place_queries(backend: str, attention: Attention) -> QueryPlacement:
         position, causal = (aligned, False) if spans is None else _position_by_mask(spans, q_len, aligned)
         if aligned and not causal and _last_visible(visible, kv_len) < kv_len - 1:
             got = f"the last of {kv_len} keys hidden, so the positions of {q_len} queries are unknown"
-            raise BackendRefusedError(backend, {"attention": (Refusal("key_mask", got, "Causal(offset=...)"),)}, {})
+            allowed = "one query, a visible last key, or the pattern Causal(offset=...)"
+            raise BackendRefusedError(backend, {"attention": (Refusal("key_mask", got, allowed),)}, {})
     return QueryPlacement(position, aligned, causal, visible, spans)
 
 
@@ -98,9 +99,10 @@ def _last_visible(visible: Tensor | None, kv_len: int) -> int:
 def _position_by_mask(spans: Spans, q_len: int, aligned: int) -> tuple[int, bool]:
     """Return the position of query 0 that a dense mask implies, and whether the mask is causal.
 
-    With as many keys as queries, the position is 0. Otherwise, a mask is causal if some position of query 0 meets two
-    conditions. First, no query sees a key after its own position. Second, every query that sees any key also sees the
-    key at its own position, unless the masks hide this key from all queries.
+    With as many keys as queries, the position is 0. Otherwise, this function looks for a position of query 0 with which
+    two statements are true. First, no query sees a key after its own position. Second, every query that sees any key
+    also sees the key at its own position, unless the masks hide this key from all queries. If no such position exists,
+    the mask is not causal, and the last query is at the last key.
     """
     query = torch.arange(q_len, device=spans.last.device)
     if aligned == 0:

@@ -49,7 +49,7 @@ class Part(NamedTuple):
 
     @staticmethod
     def _by_key_head(keys: Tensor, tensor: Tensor) -> Tensor:
-        """Return ``keys`` as ``(batch, kv_heads, n)``, joined over the query heads of a key head. 0 replaces -1."""
+        """Return ``(batch, kv_heads, n)``: the ``keys`` of all query heads that share a key head. 0 replaces -1."""
         return keys.clamp(min=0).reshape(*tensor.shape[:2], -1)
 
 
@@ -95,7 +95,7 @@ class PartMask(NamedTuple):
 def positive_scale(attention: Attention) -> Attention:
     """Return an attention with the same scores and a scale above zero.
 
-    Kernels need a positive scale, because kernels compute the largest score, or add ``-inf``, before scaling.
+    Kernels compute the largest score, or add ``-inf``, before scaling. This is correct only if the scale is positive.
     """
     if attention.scale > 0.0:
         return attention
@@ -248,7 +248,7 @@ class Masks:
         return attention.segments[part.segment].bias_at(q, kv, attention.q_len, attention.batch, attention.heads)
 
     def key(self, block: Block, part: Part) -> tuple[object, ...] | None:
-        """Return a comparison value, or None. Parts with equal values have equal pattern masks and biases."""
+        """Return a cache key. Parts with equal keys have equal pattern masks and biases. None: reuse nothing."""
         segment, tile = self._attention.segments[part.segment], self._tile(block, part)
         by_pattern: tuple[object, ...] | None = ("all", block.rows, part.kv_stop - part.kv_start)
         if not segment.pattern.sees_all(tile):

@@ -2,7 +2,7 @@
 
 On the CPU the cache compares tensors by content. On other devices reading the content would wait for the device, so
 the cache compares the identity and version of the tensor object. A write through ``.data`` or DLPack does not raise the
-version, so the cache does not notice such a write. Models and adapters make new masks in every forward instead.
+version, so the cache does not notice such a write. Models and adapters do not write to masks, but make new masks.
 """
 
 from __future__ import annotations

@@ -26,9 +26,10 @@ class PartialKernel(ABC):
 
     ``forward_plan`` and ``backward_plan`` yield ``(is_first, rows)``. The object ``rows`` represents some queries.
     ``rows.take(tensor)`` reads the rows of these queries in out, lse or a gradient. ``rows.put(tensor, values)``
-    overwrites these rows, and ``rows.add(tensor, values)`` adds to these rows. If ``is_first`` is True, :func:`unite`
-    overwrites the rows. So a query may be in only one ``rows`` with ``is_first``. ``rows.parts`` are the parts that the
-    queries see: ``part.segment`` is a segment index, ``part.add(tensor, values)`` adds to a key or value gradient.
+    overwrites these rows, and ``rows.add(tensor, values)`` adds to these rows. ``rows.parts`` are the parts of the keys
+    that the queries see: ``part.segment`` is a segment index, ``part.add(tensor, values)`` adds to a key or value
+    gradient. If ``is_first`` is True, :func:`unite` overwrites the rows, else it adds to the earlier results of the
+    rows. So for each query, only the first ``rows`` may have ``is_first``.
 
     Attributes:
         places: segment ``i`` has the keys ``tensors[places[2 * i]]`` and the values ``tensors[places[2 * i + 1]]``.
@@ -46,7 +47,7 @@ class PartialKernel(ABC):
 
     @abstractmethod
     def new_results(self) -> tuple[Tensor, Tensor]:
-        """Return new tensors out and lse (``-inf``). out may be uninitialised in rows of ``is_first``."""
+        """Return new tensors out and lse. lse is ``-inf``. out is 0 in rows that ``is_first`` does not overwrite."""
 
     @abstractmethod
     def forward_plan(self) -> Iterable[tuple[bool, Any]]:
@@ -62,7 +63,7 @@ class PartialKernel(ABC):
 
     @abstractmethod
     def backward(self, rows: Any, grad_out: Tensor, out: Tensor, lse: Tensor) -> Iterable[Grads]:
-        """Return the gradients of query, key and value for each part. ``out`` and ``lse`` are the rows of the union."""
+        """Return the gradients of query, key and value for each part. ``out`` and ``lse`` are merged over all parts."""
 
     def further_gradients(self) -> list[Tensor]:
         """Return the gradients of ``tensors`` that are neither keys nor values. :func:`unite` calls this last."""

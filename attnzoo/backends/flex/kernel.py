@@ -26,7 +26,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from attnzoo.backends.common.block_lists import BlockLists, BlockShape
 from attnzoo.errors import BackendRefusedError, Refusal
 
-_UNCOMPILED = Refusal("torch.compile", "disabled by a stance or a setting", "enabled, for memory below q_len x kv_len")
+_UNCOMPILED = Refusal(
+    "torch.compile", "disabled, e.g. by set_stance", "enabled (otherwise FlexAttention stores q_len x kv_len scores)"
+)
 
 
 class Form(NamedTuple):

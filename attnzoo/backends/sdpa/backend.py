@@ -87,7 +87,7 @@ def _contiguous_rows(tensor: Tensor) -> Tensor:
 
 
 def _is_causal(attention: Attention, segment: Segment) -> bool:
-    """Whether ``is_causal=True`` can replace pattern and key mask. PyTorch then aligns query 0 with key 0."""
+    """Whether ``is_causal=True`` expresses pattern and key mask: query 0 is at key 0, and there is no key mask."""
     return (
         isinstance(segment.pattern, Causal)
         and segment.pattern.shift(attention.q_len, segment.kv_len) == 0
@@ -191,7 +191,7 @@ _switches = _Switches()
 
 @contextmanager
 def _enforced(kernel: SDPBackend, query: Tensor, key: Tensor, value: Tensor, terms: dict[str, Any]) -> Iterator[None]:
-    """Context manager in which PyTorch runs ``kernel`` or raises. No switch changes if PyTorch chooses ``kernel``."""
+    """Context in which PyTorch runs ``kernel`` or raises. Switches change only if PyTorch would run another kernel."""
     if torch.compiler.is_compiling():  # torch.compile cannot trace the choice or the lock
         with sdpa_kernel(kernel):
             yield
@@ -205,7 +205,7 @@ def _enforced(kernel: SDPBackend, query: Tensor, key: Tensor, value: Tensor, ter
 
 
 def _default_kernel(query: Tensor, key: Tensor, value: Tensor, terms: dict[str, Any]) -> SDPBackend | None:
-    """Return the kernel that PyTorch would choose, or None if unknown: each ``torch.func`` transform chooses again."""
+    """Return the kernel that PyTorch would choose, or None if this is unknown, e.g. under ``torch.func`` transforms."""
     if transforms_around((query, key, value)):
         return None
     try:
@@ -226,8 +226,8 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, drop
     """Return the fastest kernel that can run this call.
 
     ``MATH`` consists of plain operations. Only ``MATH`` supports ``vmap``, ``jvp`` and second derivatives. A call under
-    a single ``torch.func.grad`` needs none of these. But if this call has a mask, it also needs ``MATH``, because this
-    function cannot see whether the mask needs a gradient.
+    a single ``torch.func.grad`` needs ``MATH`` only if it has a mask, because this function cannot see whether the mask
+    needs a gradient.
     """
     transforms = transforms_around((query, key, value))
     if transforms and (transforms != ("grad",) or mask is not None):

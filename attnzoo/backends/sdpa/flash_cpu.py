@@ -66,7 +66,7 @@ def _distinct_tensors(attention: Attention) -> tuple[list[Tensor], list[int]]:
 
 
 def _without_storage(attention: Attention) -> Attention:
-    """Return a copy whose query, keys and values have no storage. The autograd graph must not keep them twice."""
+    """Return a copy whose query, keys and values have no storage. The autograd graph already keeps the originals."""
 
     def shell(tensor: Tensor) -> Tensor:
         return tensor.detach().new_empty(()).expand(tensor.shape)

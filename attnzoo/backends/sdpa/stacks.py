@@ -42,7 +42,7 @@ class Stack(NamedTuple):
         return self.block._replace(q_stop=self.block.q_start + self.depth * self.block.rows, parts=())
 
     def can_grow(self, steps: tuple[int, ...]) -> bool:
-        """Return whether the stack can include one more block with these steps."""
+        """Return whether one more block can join the stack. ``steps`` lead from the last block to this block."""
         return (self.depth + 1) * self.block.rows <= _ROWS and (self.depth == 1 or steps == self.steps)
 
     def by_sample(self, batch: int) -> Iterator[Stack]:
@@ -53,11 +53,11 @@ class Stack(NamedTuple):
             yield from (self._replace(sample=sample) for sample in range(batch))
 
     def flat(self) -> Stack:
-        """Return the stack as a single block. Only parts with step 0 and without a mask may be read from this block."""
+        """Return the stack as a single block of all queries. Of its parts, use only those with step 0 and no mask."""
         return self._replace(block=self.whole()._replace(parts=self.block.parts), depth=1)
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Return the query rows ``(heads, depth, rows, ...)``, or ``(batch, heads, rows, ...)`` for a single block."""
+        """Return the query rows: ``(heads, depth, rows, ...)``, or ``(batch, heads, rows, ...)`` if ``depth`` is 1."""
         return self.by_block(self.whole().take(self._of_sample(tensor)))
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
@@ -74,7 +74,7 @@ class Stack(NamedTuple):
         return rows if self.depth == 1 else rows[0].unflatten(1, (self.depth, self.block.rows))
 
     def repeat(self, rows: Tensor) -> Tensor:
-        """Repeat the values ``rows`` of the first block, ``(batch, heads, rows, ...)``, for all blocks of the stack."""
+        """Repeat a tensor ``(batch, heads, rows, ...)`` of the first block, such as a mask, for all blocks."""
         rows = self._of_sample(rows)
         return rows if self.depth == 1 else rows[0][:, None].expand(-1, self.depth, *rows.shape[2:])
 
@@ -129,7 +129,7 @@ def stacks(attention: Attention, segments: list[int]) -> Iterator[Stack]:
 
 
 def _size(attention: Attention, segments: list[int], masks: Masks) -> int:
-    """Return the queries per block: ``_TILE`` if such blocks form stacks with a step above 0, else ``block_size()``."""
+    """Return the queries per block: ``_TILE`` if such blocks form stacks with moving keys, else ``block_size()``."""
     size, middle = block_size(attention), attention.q_len // 2
     dense = any(attention.segments[index].mask is not None for index in segments)
     if dense or size <= _TILE or middle + 2 * _TILE > attention.q_len:
@@ -141,7 +141,7 @@ def _size(attention: Attention, segments: list[int], masks: Masks) -> int:
 
 
 def _mask_key(masks: Masks, block: Block) -> tuple[object, ...] | None:
-    """Return a comparison value, or None. Blocks with equal values have equal pattern masks and biases."""
+    """Return a key. Blocks with equal keys have equal pattern masks and biases. None: the block joins no stack."""
     if block.queries is not None or any(part.keys is not None for part in block.parts):
         return None
     keys = [(part.segment, part.kv_stop - part.kv_start, masks.key(block, part)) for part in block.parts]
@@ -149,7 +149,7 @@ def _mask_key(masks: Masks, block: Block) -> tuple[object, ...] | None:
 
 
 def _steps(block: Block, following: Block) -> tuple[int, ...] | None:
-    """Return how many keys later each part begins in ``following``, or None if any part begins at an earlier key."""
+    """Return by how many keys each part moves forward from ``block`` to ``following``. None: a part moves backward."""
     steps = tuple(b.kv_start - a.kv_start for a, b in zip(block.parts, following.parts, strict=True))
     return steps if min(steps, default=0) >= 0 else None
 

@@ -36,9 +36,9 @@ def backward_by_hand(
         masks: the additive mask of each part, or None.
         scale: the factor on the scores.
         is_whole: whether the parts include all keys that the rows see. If True, this function computes the softmax
-            again over all parts, so the score gradients of a row sum to zero as exactly as with plain operations. With
-            the rounded out and lse of the kernel, a bias gradient would add the rounding errors of many rows. If False,
-            this function must use out and lse, because the keys of other passes are not available.
+            again over all parts. The score gradients of a row then sum to zero as exactly as with plain operations.
+            With the rounded out and lse of the kernel, each sum would have a larger error, and a bias gradient adds the
+            errors of many rows. If False, the keys of other passes are missing here, so this function uses out and lse.
     """
     grad_out, query, out, lse = rows
     wide = lse.dtype

@@ -226,10 +226,10 @@ def _extents(tile: Tile, band: Band) -> tuple[int, int]:
 def _cut(tile: Tile, band: Band, has_windows: bool) -> list[Tile]:
     """Return the tile, or several tiles with fewer queries if a kernel would compute a wrong window.
 
-    FlashAttention replaces ``left`` or ``right`` by no limit if the value is at least the longest key length. If then
-    only one of the two has a limit, the kernel limits the other to the longest key length. This is wrong if many
-    queries precede the first key. Kernels without windows support only ``right=0``. So the queries that do not see the
-    last key become a separate tile. The queries that do not see the first key also become a separate tile.
+    There are two reasons to cut. First, FlashAttention reads a ``left`` or ``right`` of at least the longest key length
+    as no limit. If then only one of the two has no limit, FlashAttention limits it to the longest key length. This is
+    wrong if many queries precede the first key. Second, kernels without windows support only ``right=0``. The queries
+    that do not see the last key become a separate tile, and those that do not see the first key become another tile.
     """
     q_start, q_stop, k_start, k_stop, *_ = tile
     q_count, k_count = q_stop - q_start, k_stop - k_start
@@ -315,7 +315,7 @@ def _kept(mask: Tensor | None, runs: _Runs, device: torch.device) -> tuple[Tenso
 
 
 def _pick(runs: _Runs, kept: Tensor, lens: list[int]) -> _Runs:
-    """Return only the rows with ``kept``. ``lens`` are the new sequence lengths. Sequences of length 0 are dropped."""
+    """Return the rows where ``kept`` is True. ``lens`` are the new lengths. Sequences of length 0 are dropped."""
     index = runs.rows
     if sum(lens) < sum(runs.lens):
         index = kept.nonzero().flatten() if index is None else index[kept]

@@ -81,7 +81,7 @@ class PackedKernel:
         """Return a refusal if the request needs a union of parts and the kernel cannot run :meth:`forward`."""
         if needs_no_union(request.segments) or (why := cls.parts_unavailable()) is None:
             return ()
-        return (Refusal("segments", f"several parts, but {why}", "one segment without a key mask"),)
+        return (Refusal("segments", f"several segments or hidden keys, but {why}", "one segment without a key mask"),)
 
     @classmethod
     def attend(cls, inputs: Inputs) -> Tensor:

@@ -6,8 +6,8 @@ Each kernel call (:mod:`attnzoo.backends.varlen.calls`) returns an output and a 
 Some hidden keys must stay in a sequence, because other keys must keep their positions. One more component of query and
 key vectors hides these keys. The component is positive in queries, negative in hidden keys and 0 in visible keys. So
 the scaled scores of hidden keys are 2^22 lower, and their softmax weights underflow to exactly 0, forward and backward.
-If all keys of a row are hidden, the lse of the row is far below all usual values. A larger number than 2^22 would
-overflow, because kernels round the argument of the exponential.
+If all keys of a row are hidden, the lse of the row is far below all usual values. With more than 2^22, the weights of
+such a row would overflow, because kernels round the argument of the exponential.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def _take_rows(tensor: Tensor, index: Tensor | None) -> Tensor:
 
 
 class _PackedRows(NamedTuple):
-    """The query rows or the key rows of a call. Only query rows have ``parts``: the key rows of the call."""
+    """The query rows or the key rows of a call. Query rows have one part, which is the key rows of the same call."""
 
     call: int  # the index of the call
     segment: int  # the index of the segment

@@ -26,7 +26,7 @@ _LAST = torch.iinfo(torch.long).max
 
 
 def fold_heads(attention: Attention) -> Attention:
-    """Return a copy of ``batch * heads`` samples with one head, because heads sort differently. ``empty`` is None."""
+    """Return a copy of ``batch * heads`` samples with one head, as each head has its own order. ``empty`` is None."""
     batch, heads = attention.batch, attention.heads
 
     def fold(tensor: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def _operator_unavailable(name: str, deterministic: bool) -> str | None:
 
     ``is_available()`` is True even if the compiled extension of xformers does not load, for example with a wheel for
     another CUDA version. So ``not_supported_reasons`` of both classes also checks a small example. Some operators do
-    not support PyTorch's deterministic algorithms, so the cache has an entry for each mode.
+    not support PyTorch's deterministic algorithms. So ``deterministic`` must say whether these algorithms are on.
     """
     fmha, why = _package()
     if fmha is None:
@@ -192,7 +192,7 @@ def _fmha() -> Any:
 
 
 def _padded_rows(sequences: Sequences, width: int) -> Tensor:
-    """Return the row index of each query after padding each sequence to ``width`` rows."""
+    """Pad each sequence to ``width`` rows, and return the new row index of each query."""
     starts = range(0, len(sequences.q_lens) * width, width)
     return rows_of(starts, sequences.q_lens, sequences.device)
 
