@@ -29,7 +29,8 @@ class Attend(Protocol):
 
     Attributes:
         complete: True if every module that shares values with this module (:attr:`PatchPoint.shared_in`) is patched and
-            cannot fall back to the original forward. If False, the modules must exchange values in the original format.
+            cannot fall back to the original forward. If False, an original forward may read the values, so the module
+            must pass them on in the original format.
     """
 
     @property
@@ -51,11 +52,13 @@ class Attend(Protocol):
     def cached_per_forward(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
         """Return ``make(tensor)``, computed once per forward of the model and shared by all layers of the patch.
 
-        A module must use a name only once per forward. If a module uses a name again, the next forward has begun.
+        A module may request a name only once per forward of the model. attnzoo takes a second request by the same
+        module as the start of the next forward, and computes the result again.
 
         Args:
             tensor: the input of ``make``, such as an attention mask.
-            name: the name of the result. The name must contain all other inputs of ``make``, because layers may differ.
+            name: the name of the result. If the result depends on more than ``tensor``, the name must contain these
+                other values, because they may differ between layers.
             make: the function that computes the result.
         """
 
@@ -74,8 +77,8 @@ class PatchPoint(ABC):
         shared_in: the class of the module whose layers share values, as ``"package.module:Class"``. For example, the
             first layer computes a bias for all layers. None means that the layers share nothing.
         attends: whether the module computes attention. False means a companion, such as a module that makes masks. A
-            companion is not a site, and is patched only if a site inside the companion is patched. With ``shared_in``,
-            the site may be anywhere inside the module of class ``shared_in``.
+            companion is not a site. A patch includes a companion only if the patch includes a site inside the companion
+            or, with ``shared_in``, a site inside the companion's :meth:`owner`.
         makes_random_choices: whether the forward draws random numbers that decide which tokens attend to one another,
             as hashing does. :meth:`replay` repeats these choices.
         backward_in_training: whether the original backward works only in training mode.

@@ -215,7 +215,7 @@ class Backend:
         return None
 
     def decisions(self, attention: Attention) -> object:
-        """Return what :meth:`rewrite` computes from tensors, e.g. hash buckets. Another ``rewrite`` can reuse this."""
+        """Return what :meth:`rewrite` derives from tensor values, e.g. hash buckets. A later ``rewrite`` reuses it."""
         return None
 
     def rewrite(self, attention: Attention, decisions: object = None) -> Attention:

@@ -25,10 +25,11 @@ PROBABILITIES_REMEDY = (
 
 
 def refusals_of(backend: Backend, requests: Sequence[Request], anywhere: bool = False) -> tuple[Refusal, ...]:
-    """Return every reason why a backend that is bound to a site cannot run the requests. Empty means no reason.
+    """Return every reason why a backend cannot run the requests. Empty means no reason.
 
-    Without requests, the result contains only reasons why the backend is unavailable on this machine. With
-    ``anywhere``, the result omits reasons that depend on the machine, such as a missing package.
+    For the requests of a site, pass the backend that :meth:`Backend.bind_to_site` returned. Without requests, the
+    result contains only reasons why the backend is unavailable on this machine. With ``anywhere``, the result omits
+    reasons that depend on the machine, such as a missing package.
     """
     if anywhere:
         answers = [backend.refusals_anywhere(request) for request in requests]
@@ -172,7 +173,7 @@ def _split_globals(attention: Attention, global_keys: Tensor) -> tuple[Segment, 
     if global_keys.device != attention.query.device:
         raise InvalidArgumentError("global_keys device", global_keys.device, f"{attention.query.device}, like q")
     if segment.mask is not None or segment.bias is not None:
-        raise InvalidArgumentError("global_keys", "a tensor together with mask or bias", "None with mask or bias")
+        raise InvalidArgumentError("global_keys", "a tensor together with mask or bias", "no mask and no bias")
     visible = global_keys if segment.key_mask is None else global_keys & segment.key_mask
     selected = find_global_keys(visible)
     if selected is None:

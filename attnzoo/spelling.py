@@ -13,7 +13,7 @@ _DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "fl
 
 
 def parse(text: str) -> tuple[str, dict[str, int | str]]:
-    """Return the registered name and the options in a text. An option that looks like an integer becomes an int.
+    """Return the registered name and the options in a text. An option value that looks like an integer becomes an int.
 
     Raises:
         UnknownNameError: the name is not registered.

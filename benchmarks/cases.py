@@ -31,6 +31,8 @@ class Case:
         seq_len: input length in tokens.
         batch: number of passages.
         dtype: a key of :data:`DTYPES`.
+        device: ``"cpu"`` or ``"cuda"``.
+        threads: number of CPU threads of torch.
         train: True means that a run is a forward and a backward, both without dropout. False means only a forward.
         layers: number of layers in each stack (encoder or decoder) of a whole model. None means as many as published.
     """
@@ -120,7 +122,7 @@ def _whole_model(case: Case) -> Subject:
 
 
 def _one_module(case: Case) -> Subject:
-    """Return a subject for the first self-attention module of a one-layer model. The inputs come from a model run."""
+    """Return a subject for the first self-attention module of a one-layer model, with inputs from a model run."""
     workload = find_workload(case.family)
     model = workload.build(layers=1, seq_len=case.seq_len).to(case.device, DTYPES[case.dtype])
     name, module = next((n, m) for n, m in model.named_modules() if type(m).__name__ == workload.attention)
@@ -145,9 +147,10 @@ def _one_module(case: Case) -> Subject:
 def module_subject(
     case: Case, model: nn.Module, module: nn.Module, patched: str, call: Callable[[], Any], inputs: list[Tensor]
 ) -> Subject:
-    """Return a subject for one module. ``call`` returns a tensor, or nested tuples that start with the output tensor.
+    """Return a subject for one module. ``call`` runs the module. The first tensor in its result is the output.
 
-    The backward starts from a random gradient of the output. This gradient is the same in every process.
+    The gradient of the output is random with a fixed seed. If input and output differ in shape, the output itself is
+    used as its gradient.
     """
     shape = inputs[0].shape if case.train and inputs else None
     cotangent = None if shape is None else random_normal(case, shape, torch.Generator().manual_seed(SEED))
@@ -176,7 +179,7 @@ class _CapturedError(Exception):
 def _capture(
     model: nn.Module, module: nn.Module, kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
-    """Return the positional and keyword arguments of the module's first call, and whether the call has no gradients."""
+    """Return the arguments and keyword arguments of the module's first call, and whether it runs without gradients."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any], bool]] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:

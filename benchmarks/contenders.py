@@ -60,7 +60,7 @@ class Execution(NamedTuple):
 
 
 class PreparedContender:
-    """A contender that is ready to run. The original model and peers use this class itself, and get no check."""
+    """A contender that is ready to run. This base class serves the original model and peers, and checks nothing."""
 
     def __init__(self, subject: Subject, kernel: str = "") -> None:
         self.subject, self._kernel = subject, kernel
@@ -74,7 +74,7 @@ class PreparedContender:
 
 @dataclass(frozen=True)
 class Contender:
-    """Code that a case measures. A result ``Row`` has ``name`` as ``Row.backend`` and ``peer`` as ``Row.peer``."""
+    """Code that a case measures. ``Row.backend`` stores :attr:`name`, and ``Row.peer`` stores :attr:`peer`."""
 
     peer: ClassVar[bool] = False
     name: str
@@ -84,7 +84,7 @@ class Contender:
         return True
 
     def check(self, case: Case) -> None:
-        """Raise :class:`Problem` if the contender cannot run the case. No model and no backend runs here."""
+        """Raise :class:`Problem` if the contender cannot run the case. The check runs no model and no backend."""
 
     def prepare(self, case: Case) -> PreparedContender:
         """Build the subject and return the contender ready to run. The worker process calls this method."""
@@ -144,7 +144,7 @@ class BackendContender(Contender):
 
 
 def dense_bytes(case: Case) -> int:
-    """Estimate how many bytes the ``heads x S x S`` scores need. Training stores the scores of all layers."""
+    """Estimate the bytes of the ``heads x S x S`` scores: of one layer in a forward, of all layers in training."""
     workload = find_workload(case.family)
     layers = workload.layers if case.scope == "model" else 1
     grids = GRIDS + (GRIDS_KEPT * layers if case.train else 0)
@@ -252,7 +252,7 @@ class PreparedBackend(PreparedContender):
 
 
 def _miscounts(counted: Counter[tuple[str, str]], observed: Counter[tuple[str, str]]) -> list[str]:
-    """Return one line for each site and kernel if the site counted more or fewer calls than were observed."""
+    """Return one line for each site and kernel for which the count of the site differs from the count of the gate."""
     wrong = (place for place in counted | observed if counted[place] != observed[place])
     return [f"{site}: counted {counted[site, k]} calls of {k}, observed {observed[site, k]}" for site, k in wrong]
 

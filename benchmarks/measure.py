@@ -19,7 +19,7 @@ from attnzoo.tuning.race import synchronize
 
 
 class Peak(NamedTuple):
-    """The ``extra`` bytes at the peak of a run, the bytes in use ``before`` the run, and the measuring ``method``."""
+    """The bytes in use ``before`` a run, the ``extra`` bytes at the peak of the run, and the measuring ``method``."""
 
     extra: int
     before: int
@@ -41,8 +41,8 @@ def peak_of(run: Callable[[], None], device: str) -> Peak:
 
     - CUDA: the peak of the caching allocator.
     - Linux: the high-water mark of resident memory, which is reset before the run.
-    - Other systems: the peak of the whole process, which ``getrusage`` returns. The result is too small if building
-      the model needed more memory than was in use directly before the run.
+    - Other systems: by how much the run raises the peak of the process (``getrusage``). This peak cannot be reset. So
+      memory that was freed before the run, and that the run uses again, is not counted.
     """
     gc.collect()
     if device == "cuda":
@@ -83,9 +83,10 @@ def _return_freed_memory() -> None:
 def _large_tensors_in_own_mappings() -> Iterator[None]:
     """Context manager in which glibc puts every allocation above 1 MiB into a separate memory mapping.
 
-    By default, glibc allocates tensors of up to 32 MiB on the heap. Freed tensors leave gaps, which still count as
-    resident memory. One and the same run then had a peak of 120 MiB or of 200 MiB. Setting the mapping threshold stops
-    glibc from adapting its thresholds. So on exit, glibc's largest thresholds are set: 32 MiB to map, 64 MiB to trim.
+    By default, glibc allocates tensors of up to 32 MiB on the heap. Freed tensors leave gaps in the heap, which still
+    count as resident memory. So the peak of the same run varied from 120 MiB to 200 MiB. On exit, the default cannot
+    be restored: glibc no longer adapts thresholds that a program has set. So this function sets the largest values
+    that glibc itself would choose: allocations above 32 MiB are mapped, and 64 MiB of free heap are kept.
     """
     trim, threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     try:

@@ -19,7 +19,7 @@ DECODER_TOKENS = 64
 
 
 def _encoder_decoder_inputs(tokens: Tensor) -> Inputs:
-    """Return inputs. The encoder gets all tokens except the last 65. The decoder gets the first 64 of these 65."""
+    """Return encoder inputs (all but the last 65 tokens), decoder inputs (the next 64), and targets (the last 64)."""
     source, target = tokens[:, : -DECODER_TOKENS - 1], tokens[:, -DECODER_TOKENS - 1 :]
     decoder_ids = target[:, :-1].contiguous()
     kwargs = dict(input_ids=source, attention_mask=torch.ones_like(source), decoder_input_ids=decoder_ids)
@@ -48,7 +48,10 @@ def _led_inputs(tokens: Tensor) -> Inputs:
 
 
 def _layers_in(*fields: str) -> Callable[[Mapping[str, Any], int], dict[str, Any]]:
-    """Return a function for :attr:`Workload.shrink`. In ``fields``, integers become ``layers`` and lists are cut."""
+    """Return a function for :attr:`Workload.shrink`.
+
+    In ``fields``, the function sets each integer to the number of layers, and cuts each list to this length.
+    """
 
     def shrink(published: Mapping[str, Any], layers: int) -> dict[str, Any]:
         old = {name: published[name] for name in fields}

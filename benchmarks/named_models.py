@@ -70,7 +70,7 @@ def load_with_passages(
             model(**inputs[0])
     except Exception as error:
         got = f"{seq_len}, for which {type(model).__name__} itself raises {type(error).__name__}: {error}"
-        raise InvalidArgumentError("seq-len", got, "a length that the model itself supports") from error
+        raise InvalidArgumentError("seq-len", got, "a length for which the unpatched model runs") from error
     return model, inputs
 
 

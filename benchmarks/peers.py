@@ -26,11 +26,13 @@ SCOPE = "attention"
 
 @dataclass(frozen=True)
 class Library:
-    """The attention class ``cls`` in the module ``module`` of a library. ``cls(**options)(*inputs)`` is a run.
+    """Where the attention class of a library is, and which inputs its instances take.
 
     Attributes:
-        inputs: number of input tensors ``(batch * heads, S, dim_head)``.
-        multiple: function of the options that returns an integer. The input length must be a multiple of this integer.
+        module: name of the Python module that contains the class.
+        cls: name of the class. :attr:`Peer.options` has the arguments of its constructor.
+        inputs: number of input tensors of a forward. Each tensor has the shape ``(batch * heads, S, dim_head)``.
+        multiple: function of the options. The input length must be a multiple of the integer that it returns.
     """
 
     module: str
@@ -48,7 +50,7 @@ LIBRARIES: dict[str, Library] = {
 
 @dataclass(frozen=True)
 class PeerContender(Contender):
-    """The attention of another library. :attr:`name` is a key of :data:`LIBRARIES`."""
+    """The attention of another library. :attr:`name` is the pip package of the library, a key of :data:`LIBRARIES`."""
 
     peer: ClassVar[bool] = True
 

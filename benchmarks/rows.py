@@ -108,7 +108,7 @@ class Row:
         return replace(self, runs=runs, seconds=statistics.median(runs), fastest=min(runs), slowest=max(runs))
 
     def without_measurements(self, status: str, reason: str) -> Row:
-        """Return the row with a new status. Times and memory are removed, because another backend may have run."""
+        """Return the row with a new status. Times and memory are removed, because they may be another backend's."""
         return replace(
             self, status=status, reason=reason, runs=(), seconds=None, fastest=None, slowest=None, speedup=None,
             peak_bytes=None, peak_ratio=None, before_bytes=None, memory_method=None,
@@ -141,7 +141,10 @@ class EndToEnd:
     gradients: bool | None = None
 
     def blocks(self, train: bool) -> bool:
-        """Whether this verdict excludes the rows of a mode. A refusal excludes only the mode that was checked."""
+        """Whether this verdict excludes the rows of a mode.
+
+        A refusal excludes only the mode that was verified. Wrong numbers and exceptions exclude both modes.
+        """
         return self.status != OK and (self.status != REFUSED or self.gradients is train)
 
 
@@ -152,7 +155,7 @@ class Shootout:
     Attributes:
         plan: values of the fields of the :class:`~attnzoo.benchmarks.runner.ShootoutPlan`.
         versions: versions of the software and names of the hardware.
-        end_to_end: one verdict per family and backend. If gradients are refused, a verdict without gradients follows.
+        end_to_end: one verdict per family and backend, and a second verdict without gradients if gradients are refused.
         rows: one row per case and contender, including refused and skipped rows.
         created: start time in UTC, in the format ISO 8601.
         seconds: total duration.

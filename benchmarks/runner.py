@@ -39,7 +39,8 @@ class ShootoutPlan:
     """The options of a shootout. Result files store these fields.
 
     Attributes:
-        families, seq_lens, scope, dtype, device, threads, batch, layers: as in :class:`~attnzoo.benchmarks.cases.Case`.
+        families, seq_lens: values of :attr:`Case.family` and :attr:`Case.seq_len`. Every combination is run.
+        scope, dtype, device, threads, batch, layers: as in :class:`~attnzoo.benchmarks.cases.Case`.
         backends: names or aliases, with options as in ``lsh:num_hashes=2,...``. None means every exact backend.
         modes: ``False`` (forward), ``True`` (forward+backward), or both.
         original: whether the original model runs. Without the original model, rows have no ratios.
@@ -233,7 +234,7 @@ class _CaseRun:
         self._progress(self._done, f"{self._case.family} S={self._case.seq_len} {self._case.mode}: {name}, {step}")
 
     def _check_exclusions(self, contender: Contender) -> None:
-        """Raise :class:`Problem` if the contender cannot run the case, or if a limit or verdict excludes the case."""
+        """Raise :class:`Problem` if the contender cannot run the case, or if a plan limit or a verdict excludes it."""
         case, limit = self._case, self._plan.train_limit
         if case.train and case.scope == "model":
             try:

@@ -1,6 +1,7 @@
 """Print the results of a shootout: one table per family, scope and mode, the reasons for missing rows, and a legend.
 
-A table is at most 80 characters wide, or at most 60 without the columns ``min - max`` and ``peak``.
+A table is at most 80 characters wide. On a narrower terminal, the table leaves out the columns ``min - max`` and
+``peak`` if necessary, and is at most 60 characters wide.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def _not_run(rows: list[Row]) -> Iterator[Text]:
 
 
 def _places(silent: list[Row], rows: list[Row]) -> str:
-    """Return, as text, the lengths and the mode in which a contender did not run, or "" if it never ran."""
+    """Return, as text, the lengths and the mode in which a contender did not run. "" means all lengths and modes."""
     all_rows = [row for row in rows if row.backend == silent[0].backend]
     lengths, modes = sorted({row.seq_len for row in silent}), {row.mode for row in silent}
     at = f" at S={', '.join(map(str, lengths))}" if len(lengths) < len({row.seq_len for row in all_rows}) else ""

@@ -53,7 +53,7 @@ class Worker:
         return self._prepared.gate()
 
     def time(self) -> float:
-        """Return the seconds of one run."""
+        """Return the seconds of one run. In scope ``attention``, subtract the seconds of the projections."""
         subject, device = self._prepared.subject, self._case.device
         duration = seconds(subject.step, device)
         subject.clear()
@@ -134,8 +134,8 @@ class Remote(Generic[Served]):
     def close(self) -> None:
         """Tell the process to end, and terminate the process if it still runs after 10 seconds.
 
-        An immediate termination could leave semaphores behind (for example, compilation creates a semaphore for tqdm).
-        Then multiprocessing would print a warning about each semaphore.
+        An immediate termination could leave semaphores behind, such as a semaphore of tqdm after a compilation. Then
+        multiprocessing would print a warning about each semaphore.
         """
         self._connection.close()
         self._process.join(10)

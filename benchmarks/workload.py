@@ -25,7 +25,13 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Peer:
-    """Attention of another library: a key of ``peers.LIBRARIES``, the size of a head, and arguments of the class."""
+    """The attention of another library, with which the benchmark compares a family.
+
+    Attributes:
+        package: the pip package of the library. ``peers.LIBRARIES`` names the attention class of each package.
+        dim_head: the size of a head.
+        options: keyword arguments for the constructor of the attention class.
+    """
 
     package: str
     dim_head: int

@@ -117,7 +117,7 @@ def check_writable() -> None:
 
 
 def obstacle() -> str:
-    """Return why measurements cannot be saved, or ``""``. No file is written, so some reasons are not noticed."""
+    """Return why measurements cannot be saved, or ``""``. The check writes nothing, so it misses e.g. a full disk."""
     where = folder()
     try:
         nearest = next(path for path in (where, *where.parents) if path.exists())

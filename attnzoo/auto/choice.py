@@ -19,7 +19,8 @@ def by_priority_because() -> str | None:
     """Return why ``auto`` currently selects by priority. None means that ``auto`` uses measurements.
 
     There are three reasons: ``ATTNZOO_AUTO=priority``, ``torch.compile``, and ``torch.use_deterministic_algorithms``
-    without ``ATTNZOO_AUTO=measured`` (a new measurement could change the backend, and so the results).
+    (because a new measurement could change the backend and so the results). ``ATTNZOO_AUTO=measured`` switches the
+    last reason off.
 
     Raises:
         InvalidArgumentError: ``ATTNZOO_AUTO`` is neither empty nor ``measured`` nor ``priority``.

@@ -42,7 +42,8 @@ class Outcome:
         first: the seconds of the first run, including compilation unless the kernel was already compiled.
         kernel: the name of the kernel that ran.
         reason: the reason why there is no measured time. Empty means that ``seconds`` is set.
-        wrong: whether the output was wrong or the run raised. ``auto`` never selects such a backend.
+        wrong: whether the output was wrong, or the run raised an error other than out-of-memory. ``auto`` never selects
+            such a backend.
     """
 
     code: str
@@ -134,7 +135,7 @@ def mode_of(grad: bool) -> str:
 
 
 def to_plain_data(value: Any) -> Any:
-    """Return a request as plain data. Offsets of patterns are rounded up to powers of two, as lengths are."""
+    """Return a request as plain data. Pattern offsets are rounded up to powers of two, as in :class:`SizeClass`."""
     if isinstance(value, Pattern):
         return repr(value.coarse)
     if isinstance(value, torch.dtype):

@@ -62,7 +62,7 @@ def choose_for(attention: Attention, probabilities: bool = False) -> Choice:
 def _choose(
     request: Request, size: SizeClass | None, environment: Environment | None, because: str, *generations: int
 ) -> Choice:
-    """Select a backend, by priority if ``size`` is None. ``generations`` count changes of registry and measurements."""
+    """Select a backend, by priority if ``size`` is None. ``generations`` only serve as a key of ``lru_cache``."""
     supporting = registry.supporting_backends(request)
     wrong: dict[str, str] = {}
     if size is not None and environment is not None:

@@ -107,7 +107,9 @@ def explain(model: nn.Module, backend: str | Backend | None = None, **options: A
     backend = None if backend == "auto" else backend
     if options and (not isinstance(backend, str) or backend in BUILT_IN):
         given = "without a backend" if backend is None else f"with backend {backend}"
-        raise InvalidArgumentError("options", f"{sorted(options)} {given}", "options with a backend's name")
+        raise InvalidArgumentError(
+            "options", f"{sorted(options)} {given}", "no options, or the name of a backend that has them"
+        )
     targets = find_sites(model)
     verdicts = []
     for name, configured in _configure(backend, options).items():
@@ -129,7 +131,7 @@ def _verdict(name: str, plan: SitePlan, plans: Sequence[SitePlan]) -> Verdict:
     """Return the verdict on a site. An obstacle (such as drift) in a companion of the site counts as a refusal."""
     target = plan.target
     obstacles = tuple(
-        Refusal("adapter", str(other.obstacle), "the code that the adapter was verified against")
+        Refusal("adapter", str(other.obstacle), "a module that the adapter can patch")
         for other in plans
         if other.obstacle is not None
         and (other is plan or (not other.target.point.attends and target.module in other.target.covered_modules()))

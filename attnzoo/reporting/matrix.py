@@ -1,7 +1,7 @@
 """The support matrix: whether each backend runs each feature at each attention module, and the reasons if not.
 
 The modules come from the examples of adapters, which are models without weights. The refusals come from declarations of
-backends. So the matrix does not depend on this machine. A cell is about a module's requests plus one feature.
+backends. So the matrix does not depend on this machine. A cell is about a module's requests with one feature added.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ Families = dict[str, tuple[Module, ...] | str]
 
 
 def families(model_types: tuple[str, ...] = ()) -> Families:
-    """Return the kinds of attention modules of each model type, or the reason why the example model cannot be built.
+    """Return the kinds of attention modules of each model type or, if an example model cannot be built, the reason.
 
     An empty ``model_types`` means all model types that have an adapter.
     """
@@ -166,7 +166,7 @@ def _modules(model_type: str) -> tuple[Module, ...]:
 
 
 def configured(cls: type[Backend], module: Module, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Backend:
-    """Return a backend of class ``cls`` for a module, with the options of ``cls.example`` if the module needs any."""
+    """Return a backend of class ``cls`` for a module. If it refuses without options, use those of ``cls.example``."""
     requests, together = _on(module.requests, device, dtype), _on(module.together, device, dtype)
     if not cls.required_options():
         bare = cls().bind_to_site(requests, together)

@@ -53,7 +53,7 @@ class Reasons(dict[str, int]):
 
 
 def _outcomes(row: Row, reasons: Reasons, code: Callable[[str], str]) -> list[tuple[str, str]]:
-    """Return, for each feature, the dtypes and devices that run it, and numbers of reasons (why the others do not)."""
+    """Return two texts per feature: where it runs (dtypes and devices), and the numbers of the reasons for refusals."""
     outcomes = []
     for feature in FEATURES:
         printed = set() if feature == "forward" else set(row.reasons("forward"))
@@ -166,7 +166,10 @@ def _declared_text(name: str, declared: dict[str, object]) -> str:
 
 
 def _row_text(row: Row, reasons: Reasons) -> list[tuple[str, str]]:
-    """Return ``(name, line)`` pairs. Only the first pair has a name. Features with the same outcome share a line."""
+    """Return ``(name, line)`` pairs. The first pair has the backend's name, the others have ``""``.
+
+    Features with the same outcome share a line.
+    """
     name, mark = _label(row)
     outcomes: dict[str, list[str]] = {}
     for feature, (where, note) in zip(FEATURES, _outcomes(row, reasons, str), strict=True):

@@ -37,8 +37,9 @@ def race(
     """Time each backend on ``attention``, and return the :class:`Outcome` of each backend by its name.
 
     The backends run alternately. A time is the median of ``rounds`` samples, without warm-up. With ``grad``, a time
-    includes the backward, and the tensors of ``attention`` must be leaves. A backend that raises, or fails the error
-    rule for sampled queries, is marked as wrong and not timed. Running out of memory does not count as wrong.
+    includes the backward, and the tensors of ``attention`` must be leaves. A backend is marked as wrong and not timed
+    if it raises, or if sampled queries fail the error rule. A backend that runs out of memory is not timed, but is not
+    marked as wrong.
     """
     tick = time.perf_counter if clock is None else clock
     outcomes: dict[str, Outcome] = {}

@@ -142,7 +142,7 @@ def _observe_model(
 
 
 def _backward(returned: Any) -> None:
-    """Run the backward of every returned tensor, except tensors in nested containers."""
+    """Run the backward of the tensors that the model returned, except tensors in nested containers."""
     if isinstance(returned, Mapping):
         returned = tuple(returned.values())
     values = returned if isinstance(returned, (tuple, list)) else (returned,)
@@ -152,7 +152,7 @@ def _backward(returned: Any) -> None:
 
 
 def _without_history(attention: Attention) -> Attention:
-    """Return the attention with detached tensors. A tensor that occurs several times is detached only once."""
+    """Return the attention with detached tensors. A tensor in several places remains one tensor."""
     leaves: dict[int, Tensor] = {}
     for tensor in attention.tensors():
         leaves.setdefault(id(tensor), tensor.detach().requires_grad_(tensor.requires_grad))

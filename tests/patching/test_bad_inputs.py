@@ -107,7 +107,7 @@ BAD = {
     "global_keys indices": (dict(global_keys=[0, 3]), "global_keys", r"list \[0, 3\]", r"bool tensor \(2, 7\)"),
     "global_keys and mask": (
         dict(global_keys=zeros(2, 7).bool(), mask=zeros(1, 1, 6, 7).bool()),
-        "global_keys", "together with mask or bias", "None with mask or bias",
+        "global_keys", "together with mask or bias", "no mask and no bias",
     ),
     # bias
     "bias with NaN": (dict(bias=with_nan(1, 1, 6, 7)), "bias", r"float32 on cpu with NaN", "finite.*mask="),
