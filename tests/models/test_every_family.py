@@ -78,20 +78,32 @@ def test_weights_are_returned_after_dropout_where_the_original_does_so(family):
 
 
 @families
-def test_weights_equal_the_originals(family):
+@pytest.mark.parametrize("requested_by", ["argument", "config"])
+def test_weights_equal_the_originals(family, requested_by):
     side = "none" if family.name == "reformer" else "right"
     model, inputs = family.build().double(), family.inputs(21 if "longt5" in family.name else 24, side)
     if family.name not in ("reformer", "led", "longformer"):
         model.set_attn_implementation("eager")
 
+    options = dict(output_attentions=True) if requested_by == "argument" else {}
+    if requested_by == "config":
+        for part in model.modules():
+            if hasattr(part, "config"):
+                part.config.output_attentions = True
+
     def weights():
-        returned = model(**inputs, output_attentions=True)
+        returned = model(**inputs, **options)
         return {f"{kind} {n}": weight for kind in KINDS for n, weight in enumerate(getattr(returned, kind, None) or ())}
 
     with torch.no_grad():
         expected = weights()
         with attnzoo.patch(model, "eager"):
             got = weights()
+        with (
+            attnzoo.patch(model, "sdpa"),
+            pytest.raises(BackendRefusedError, match="attention probabilities: got True"),
+        ):
+            weights()
     assert got.keys() == expected.keys() and expected
     for name, weight in expected.items():
         assert got[name].shape == weight.shape, name
