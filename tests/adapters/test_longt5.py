@@ -300,3 +300,32 @@ def test_unsupported_configurations_are_refused_at_patch_time(kind, changes, mes
     model = longt5(kind, "LongT5EncoderModel", **changes)
     with pytest.raises(PatchError, match=message):
         attnzoo.patch(model, "sdpa")
+
+
+BUCKETS = [
+    # Half of the buckets of a direction serve single distances: a quarter of all in the encoder, half in the decoder.
+    ("LongT5EncoderModel", 8, 3, True),
+    ("LongT5EncoderModel", 8, 2, False),
+    ("LongT5EncoderModel", 4, 2, True),
+    ("LongT5EncoderModel", 3, 16, False),
+    ("LongT5Model", 8, 5, True),
+    ("LongT5Model", 8, 4, False),
+]
+
+
+@pytest.mark.parametrize(("cls", "buckets", "distance", "works"), BUCKETS)
+@kinds
+def test_smallest_distance_of_the_buckets_is_the_first_that_is_accepted(kind, cls, buckets, distance, works):
+    sizes = dict(relative_attention_num_buckets=buckets, relative_attention_max_distance=distance)
+    model = longt5(kind, cls, **sizes)
+    if not works:
+        with pytest.raises(PatchError, match=f"relative_attention_num_buckets={buckets}, .*_max_distance={distance}"):
+            attnzoo.patch(model, "sdpa")
+        return
+    arguments = encoder_inputs(60) if cls == "LongT5EncoderModel" else inputs(60)
+    mask = arguments.get("decoder_attention_mask", arguments["attention_mask"]).bool()
+    with torch.no_grad():
+        expected = model(**arguments)[0][mask]
+        with attnzoo.patch(model, "sdpa"):
+            got = model(**arguments)[0][mask]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
