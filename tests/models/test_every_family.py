@@ -205,6 +205,28 @@ def test_every_site_counts_the_attentions_that_its_backend_computed(family):
 
 
 @families
+def test_a_call_of_one_module_counts_at_its_site_only(family):
+    model, inputs = family.build(), family.inputs(24, "left")
+    inputs |= {} if family.name == "longformer" else dict(use_cache=False)
+    given = {}
+    with torch.no_grad(), attnzoo.patch(model, "eager") as handle:
+        hooks = [
+            module.register_forward_pre_hook(
+                lambda module, args, kwargs: given.setdefault(module, (args, kwargs)) and None, with_kwargs=True
+            )
+            for module in sites_of(model).values()
+        ]
+        model(**inputs)
+        for hook in hooks:
+            hook.remove()
+        for name, module in sites_of(model).items():
+            before = {site.name: site.calls for site in handle.sites}
+            args, kwargs = given[module]
+            module(*args, **kwargs)
+            assert {site.name for site in handle.sites if site.calls > before[site.name]} == {name}
+
+
+@families
 def test_mixed_calls_count_fallbacks_and_kernels_separately(family):
     """sdpa refuses probabilities, so each of these calls falls back once per site and counts no kernel."""
     model, inputs = family.build(), family.inputs(24, "none")
