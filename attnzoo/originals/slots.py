@@ -43,10 +43,11 @@ def current(module: nn.Module) -> Callable[..., Any] | None:
 
 def foreign(module: nn.Module) -> Callable[..., Any] | None:
     """Return the forward set on the instance by code outside attnzoo and accelerate, or None. Look below patches."""
-    forward = current(module)
+    forward: Any = current(module)
     while isinstance(forward, Replacement):  # a patch with "native" accepts a replaced forward and runs it
         forward = forward.original
-    return forward
+    replaced: Callable[..., Any] | None = forward
+    return replaced
 
 
 def is_foreign(module: nn.Module) -> bool:
