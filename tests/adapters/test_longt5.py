@@ -22,6 +22,7 @@ from tests.support.longt5 import (
     longt5,
     padding,
 )
+from tests.support.models import ids
 
 
 @kinds
@@ -131,6 +132,20 @@ def test_decoder_reads_the_masks_of_eager_and_sdpa(implementation, padded, backe
             got = model(**arguments).logits
     real = arguments.get("decoder_attention_mask", torch.ones(3, 9)).bool()
     torch.testing.assert_close(got[real], expected[real], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@backends
+def test_cross_attention_without_a_mask_sees_all_tokens_of_the_encoder(implementation, backend):
+    """For sdpa, a missing mask means causal in self-attention only."""
+    decoder = longt5().decoder
+    decoder.config._attn_implementation = implementation
+    given = dict(input_ids=ids(2, 6, seed=3), encoder_hidden_states=torch.randn(2, 6, 32))
+    with torch.no_grad():
+        expected = decoder(**given).last_hidden_state
+        with attnzoo.patch(decoder, backend):
+            got = decoder(**given).last_hidden_state
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_blocks_are_summed_in_float32():
