@@ -1,6 +1,8 @@
 """LED, the Longformer Encoder-Decoder (Beltagy et al. 2020, arXiv:2004.05150).
 
 The encoder uses Longformer's attention. The decoder uses causal self-attention and cross-attention, both with caches.
+In a step of one token, the original decoder applies no mask, and neither does the patch. Such a token sees the cached
+keys of padding. Their states are undefined in the original. With a patch, the attention output of padding is zero.
 """
 
 from __future__ import annotations

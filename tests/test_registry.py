@@ -99,6 +99,25 @@ def test_replace_takes_over_an_alias():
     assert (len(first.runs), len(second.runs)) == (0, 1)
 
 
+def test_options_are_the_fields_that_users_set():
+    """Approximate backends have a further field, which ``patch`` sets for sites that stay exact."""
+    options = {name: set(info.options) for name, info in attnzoo.backends().items()}
+    assert options["blocked-local"] == {"window", "sinks", "inner"}
+    assert options["lsh"] == {"num_hashes", "chunk_length", "num_buckets", "seed", "inner"}
+    with pytest.raises(UnknownNameError, match="option of backend 'blocked-local': got 'kept'"):
+        attnzoo.configure("blocked-local", window=4, kept=True)
+
+
+def test_backends_lists_an_alias_at_its_last_owner_only():
+    attnzoo.register_backend(fake_backend("first", aliases=("nick", "mine")))
+    attnzoo.register_backend(fake_backend("second", aliases=("nick",)), replace=True)
+    attnzoo.register_backend(fake_backend("mine"), replace=True)
+    aliases = {name: info.aliases for name, info in attnzoo.backends().items()}
+    assert (aliases["first"], aliases["second"], aliases["mine"]) == ((), ("nick",), ())
+    attnzoo.unregister_backend("second")
+    assert attnzoo.backends()["first"].aliases == ("nick",)
+
+
 def test_replace_does_not_take_over_a_reserved_name():
     with pytest.raises(InvalidArgumentError, match="backend name: got 'auto'"):
         attnzoo.register_backend(fake_backend("auto"), replace=True)

@@ -20,7 +20,13 @@ SLOTS = ("_old_forward", "forward")
 
 
 class Replacement:
-    """Base class of the forwards that attnzoo puts into modules."""
+    """Base class of the forwards that attnzoo puts into modules.
+
+    Attributes:
+        original: the forward that this object replaced. None stands for the forward of the module's class.
+    """
+
+    original: Callable[..., Any] | None
 
 
 def active_slot(module: nn.Module) -> str:
@@ -35,10 +41,18 @@ def current(module: nn.Module) -> Callable[..., Any] | None:
     return None if plain else unbound(value)
 
 
+def foreign(module: nn.Module) -> Callable[..., Any] | None:
+    """Return the forward set on the instance by code outside attnzoo and accelerate, or None. Look below patches."""
+    forward: Any = current(module)
+    while isinstance(forward, Replacement):  # a patch with "native" accepts a replaced forward and runs it
+        forward = forward.original
+    replaced: Callable[..., Any] | None = forward
+    return replaced
+
+
 def is_foreign(module: nn.Module) -> bool:
     """Whether code outside attnzoo and accelerate has replaced the forward of the instance."""
-    forward = current(module)
-    return forward is not None and not isinstance(forward, Replacement)
+    return foreign(module) is not None
 
 
 def unbound(value: Any) -> Any:

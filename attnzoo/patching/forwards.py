@@ -145,16 +145,18 @@ class PatchedForward(slots.Replacement):
         native: whether every call runs the model's original code.
         fallback: whether calls that the backend refuses run the model's original code.
         removed: whether the patch was removed.
-        original: the forward that this object replaced. None stands for the forward of the module's class.
     """
 
-    def __init__(self, patch: Patch, plan: SitePlan, fallback: bool) -> None:
+    def __init__(self, patch: Patch, plan: SitePlan, fallback: bool, replaces: bool = False) -> None:
+        """Prepare the forward. If ``replaces`` is True, all patches of the module are removed before :meth:`put`."""
         target, module = plan.target, plan.target.module
         self.patch, self.plan, self.fallback, self.removed = patch, plan, fallback, False
         self.point, self.native = target.point, plan.is_native
         pattern = target.point.describe(module)
         self.site = Site(target.name, target.cls.__name__, pattern, plan.backend.name, plan.changes)
         self.original = slots.current(module)
+        while replaces and isinstance(self.original, PatchedForward):
+            self.original = self.original.original
         self._bind()
         self._pre_hook: RemovableHandle | None = None
         functools.update_wrapper(self, self.original or target.cls.forward, updated=())

@@ -239,13 +239,21 @@ def patch(
     configured = _configure(assigned.values(), options)
     plans = plan_sites(model, targets, {target: configured[requested] for target, requested in assigned.items()})
     check_plans(plans, allow_refusals=fallback == "native")
+    new_patch = Patch(next(_patch_numbers), weakref.ref(model), [plan.target.name for plan in plans])
+    # The code of adapters runs here and may raise, so the earlier patches are still in place.
+    forwards = tuple(PatchedForward(new_patch, plan, fallback == "native", replace) for plan in plans)
     if replace:
         unpatch_all(model)
-    new_patch = Patch(next(_patch_numbers), weakref.ref(model), [plan.target.name for plan in plans])
-    forwards = tuple(PatchedForward(new_patch, plan, fallback == "native") for plan in plans)
-    for forward in forwards:
-        forward.put()
-    new_patch.guarded.extend(map(weakref.ref, engines.guard(model)))
+    try:
+        for forward in forwards:
+            forward.put()
+        new_patch.guarded.extend(map(weakref.ref, engines.guard(model)))
+    except BaseException:  # an interrupt between two modules must not leave half a patch
+        for plan, forward in zip(plans, forwards, strict=True):
+            if forward in patches_of(plan.target.module):
+                forward.take_off(plan.target.module)
+        engines.guard(model)
+        raise
     return Handle(tuple(forward.site for forward in forwards if forward.point.attends), forwards)
 
 

@@ -181,11 +181,11 @@ def _find_obstacle(model: nn.Module, target: PatchTarget) -> PatchError | None:
 
 
 def _check_forward(target: PatchTarget) -> None:
-    if slots.is_foreign(target.module):
-        forward = shorten(repr(slots.current(target.module)))
+    forward = slots.foreign(target.module)
+    if forward is not None:
         raise PatchError(
-            f"{target.name}: got a module whose forward was replaced by {forward}; allowed: the forward of the "
-            "class, with or without accelerate's hooks, or a patch of attnzoo"
+            f"{target.name}: got a module whose forward was replaced by {shorten(repr(forward))}; allowed: the forward "
+            "of the class, with or without accelerate's hooks, or a patch of attnzoo"
         )
 
 

@@ -240,6 +240,21 @@ def test_probabilities_equal_the_oracle():
                 model(tokens, **{**given, "encoder_attention_mask": visible})
 
 
+@KINDS
+def test_returned_weights_are_those_after_dropout(multi_query):
+    """Self-attention returns them after dropout, too."""
+    model = build_cross(multi_query, attn_pdrop=0.5).train()
+    module, states, hidden = model.transformer.h[0].crossattention, encoder(), encoder(3, 4)
+    visible = torch.ones(3, 4, 5, dtype=torch.bool)
+    with torch.no_grad(), attnzoo.patch(module, "eager"):
+        torch.manual_seed(0)
+        _, got = module(hidden, encoder_hidden_states=states, output_attentions=True)
+        torch.manual_seed(0)
+        _, expected = oracle_cross(module, visible, hidden, 0.5, encoder_hidden_states=states)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert (got == 0).any()
+
+
 def test_gradient_checkpointing_equals_no_checkpointing():
     model, inputs = build_cross(), causal_inputs(7, "right")
     given = dict(encoder_hidden_states=encoder(), encoder_attention_mask=encoder_masks(3, 7, 5)["2-D"])

@@ -73,3 +73,18 @@ def test_global_hook_sees_the_projections(family):
     finally:
         hook.remove()
     assert all(getattr(attention_of(model), name) in seen for name in PROJECTIONS)
+
+
+def test_weights_of_global_tokens_do_not_depend_on_other_samples(family):
+    """A batch has as many global rows as the sample with the most. The weights of unused rows are zero."""
+    build, make = family
+    model, inputs = build(), make(24, "right")
+    counts = inputs["global_attention_mask"].sum(1).tolist()
+    with attnzoo.patch(model, "eager"), torch.no_grad():
+        returned = model(**inputs, output_attentions=True)
+    weights = getattr(returned, "encoder_global_attentions", None) or returned.global_attentions
+    assert counts == [0, 1, 2]
+    for layer in weights:  # (batch, heads, length, globals)
+        for sample, count in enumerate(counts):
+            assert not layer[sample, :, :, count:].any()
+            assert layer[sample, :, :, :count].sum(1).allclose(torch.ones(()), atol=1e-5)

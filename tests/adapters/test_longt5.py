@@ -22,6 +22,7 @@ from tests.support.longt5 import (
     longt5,
     padding,
 )
+from tests.support.models import ids
 
 
 @kinds
@@ -131,6 +132,20 @@ def test_decoder_reads_the_masks_of_eager_and_sdpa(implementation, padded, backe
             got = model(**arguments).logits
     real = arguments.get("decoder_attention_mask", torch.ones(3, 9)).bool()
     torch.testing.assert_close(got[real], expected[real], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@backends
+def test_cross_attention_without_a_mask_sees_all_tokens_of_the_encoder(implementation, backend):
+    """For sdpa, a missing mask means causal in self-attention only."""
+    decoder = longt5().decoder
+    decoder.config._attn_implementation = implementation
+    given = dict(input_ids=ids(2, 6, seed=3), encoder_hidden_states=torch.randn(2, 6, 32))
+    with torch.no_grad():
+        expected = decoder(**given).last_hidden_state
+        with attnzoo.patch(decoder, backend):
+            got = decoder(**given).last_hidden_state
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_blocks_are_summed_in_float32():
@@ -300,3 +315,32 @@ def test_unsupported_configurations_are_refused_at_patch_time(kind, changes, mes
     model = longt5(kind, "LongT5EncoderModel", **changes)
     with pytest.raises(PatchError, match=message):
         attnzoo.patch(model, "sdpa")
+
+
+BUCKETS = [
+    # Half of the buckets of a direction serve single distances: a quarter of all in the encoder, half in the decoder.
+    ("LongT5EncoderModel", 8, 3, True),
+    ("LongT5EncoderModel", 8, 2, False),
+    ("LongT5EncoderModel", 4, 2, True),
+    ("LongT5EncoderModel", 3, 16, False),
+    ("LongT5Model", 8, 5, True),
+    ("LongT5Model", 8, 4, False),
+]
+
+
+@pytest.mark.parametrize(("cls", "buckets", "distance", "works"), BUCKETS)
+@kinds
+def test_smallest_distance_of_the_buckets_is_the_first_that_is_accepted(kind, cls, buckets, distance, works):
+    sizes = dict(relative_attention_num_buckets=buckets, relative_attention_max_distance=distance)
+    model = longt5(kind, cls, **sizes)
+    if not works:
+        with pytest.raises(PatchError, match=f"relative_attention_num_buckets={buckets}, .*_max_distance={distance}"):
+            attnzoo.patch(model, "sdpa")
+        return
+    arguments = encoder_inputs(60) if cls == "LongT5EncoderModel" else inputs(60)
+    mask = arguments.get("decoder_attention_mask", arguments["attention_mask"]).bool()
+    with torch.no_grad():
+        expected = model(**arguments)[0][mask]
+        with attnzoo.patch(model, "sdpa"):
+            got = model(**arguments)[0][mask]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())

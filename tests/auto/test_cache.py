@@ -214,3 +214,15 @@ def test_processes_that_measure_at_the_same_time_lose_nothing(add, monkeypatch):
         assert process.exitcode == 0
     (file,) = cache.stored()
     assert len(file.measurements) == 12 and not list(cache.folder().glob("*.part"))
+
+
+def test_an_environment_names_the_device_its_threads_and_every_package_with_kernels(monkeypatch):
+    monkeypatch.setattr(environment, "_version", lambda package: "9.9")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    environment._environment.cache_clear()
+    here, meta = (environment.environment_of(torch.device(device)) for device in ("cpu", "meta"))
+    environment._environment.cache_clear()
+    packages = {"attnzoo": "9.9", "triton": "9.9", "flash-attn": "9.9", "xformers": "9.9"}
+    assert dict(here.versions) == dict(meta.versions) == {"torch": str(torch.__version__), **packages}
+    assert (here.device, here.threads) == ("cpu", 5) and (meta.device, meta.name, meta.threads) == ("meta", "meta", 0)
+    assert here.file != meta.file

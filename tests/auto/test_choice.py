@@ -7,12 +7,14 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.auto import selection
-from attnzoo.auto.measurements import format_seconds, to_plain_data
+from attnzoo.auto import cache, environment, selection
+from attnzoo.auto.environment import code_of
+from attnzoo.auto.measurements import Measurement, Outcome, format_seconds, size_class, to_plain_data
+from attnzoo.registry import registry
 from attnzoo.spec.patterns import SortedChunks
 from attnzoo.spec.segments import SegmentRequest
 from tests.support.models import gpt_neox, led
-from tests.support.tuning import attention, files, measured, neox_inputs, took, tune
+from tests.support.tuning import attention, files, forget, measured, neox_inputs, took, tune
 
 # Selection
 
@@ -79,6 +81,68 @@ def test_a_measurement_holds_for_no_other_request(add, change):
     measured(attention(), {"slow": 2.0, "fast": 1.0})
     assert selection.choose_for(attention()).backend.name == "fast"
     assert selection.choose_for(change(attention())).backend.name == "slow"
+
+
+ENVIRONMENTS = {
+    "threads": lambda patch: patch.setattr(torch, "get_num_threads", lambda: 5),
+    "version": lambda patch: patch.setattr(torch, "__version__", "9.9"),
+    "processor": lambda patch: patch.setattr(environment, "_cpu_model", lambda: "another"),
+    "instructions": lambda patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another"),
+    "package with kernels": lambda patch: patch.setattr(environment, "_version", lambda package: "9.9"),
+}
+
+
+@pytest.mark.parametrize("change", ENVIRONMENTS.values(), ids=ENVIRONMENTS)
+def test_a_measurement_holds_in_no_other_environment(add, monkeypatch, change):
+    """The choice follows each change at once and in both directions, without a new process."""
+    add("slow", rank=5), add("fast")
+    measured(attention(), {"slow": 2.0, "fast": 1.0})
+    assert selection.choose_for(attention()).backend.name == "fast"
+    with monkeypatch.context() as patch:
+        change(patch)
+        environment._environment.cache_clear()
+        assert selection.choose_for(attention()).backend.name == "slow"
+        measured(attention(), {"slow": 1.0, "fast": 2.0})
+        assert selection.choose_for(attention()).reason == "measured 1 s; fast 2 s"
+    environment._environment.cache_clear()
+    assert selection.choose_for(attention()).reason == "measured 1 s; slow 2 s"
+
+
+def test_a_measurement_holds_for_the_device_of_the_query(add):
+    """A device without data stands for a device that this machine lacks."""
+    add("slow", rank=5, devices={"cpu", "meta"}), add("fast", devices={"cpu", "meta"})
+    elsewhere = attention().with_tensors(tuple(tensor.to("meta") for tensor in attention().tensors()))
+    measured(elsewhere, {"slow": 2.0, "fast": 1.0})
+    assert selection.choose_for(elsewhere).reason == "measured 1 s; slow 2 s"
+    assert selection.choose_for(attention()).backend.name == "slow"
+
+
+def test_a_measurement_holds_with_or_without_probabilities(add):
+    """A fused kernel returns no probabilities, so the time without them says nothing about the time with them."""
+    add("slow", rank=5, probabilities=True), add("fast", probabilities=True)
+    measured(attention(), {"slow": 2.0, "fast": 1.0})
+    assert selection.choose_for(attention()).backend.name == "fast"
+    assert selection.choose_for(attention(), probabilities=True).backend.name == "slow"
+
+
+def test_the_latest_measurement_decides(add):
+    add("slow", rank=5), add("fast")
+    for fast, name in ((1.0, "fast"), (3.0, "slow"), (1.5, "fast")):
+        measured(attention(), {"slow": 2.0, "fast": fast})
+        assert selection.choose_for(attention()).backend.name == name
+        forget()
+        assert selection.choose_for(attention()).backend.name == name, "the file has it, too"
+
+
+def test_a_measured_backend_that_was_wrong_is_never_selected(add):
+    add("slow", rank=5), add("fast", rank=1), add("last")
+    measured(attention(), {"slow": "output differs", "fast": "output differs"})
+    assert selection.choose_for(attention()).backend.name == "last"
+    measured(attention(), {"slow": "output differs", "fast": "output differs", "last": "raised"})
+    with pytest.raises(attnzoo.BackendRefusedError, match="output differs") as caught:
+        selection.choose_for(attention())
+    assert "raised" in str(caught.value)
+    assert selection.choose_for(attention(70)).backend.name == "slow", "nothing was measured at this size"
 
 
 def test_offsets_in_patterns_are_rounded_like_lengths(add):
@@ -226,3 +290,30 @@ def test_explain_shows_measured_and_unmeasured_sizes(add, clock):
 )
 def test_format_seconds(seconds, words):
     assert format_seconds(seconds) == words
+
+
+def neox_attention(heads=2, dim=16, dtype=torch.float32, device="cpu", pattern=None):
+    """Return an attention like those of the tiny GPT-NeoX."""
+    q, k, v = torch.ones(3, 1, heads, 21, dim, dtype=dtype, device=device)
+    return attnzoo.Attention(q, (attnzoo.Segment(k, v, pattern or attnzoo.Causal(offset=0)),), 0.25)
+
+
+DISSIMILAR = dict(
+    heads=dict(heads=4), head_dim=dict(dim=8), dtype=dict(dtype=torch.float64), device=dict(device="meta"),
+    pattern=dict(pattern=attnzoo.Window(3, 0)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{}, *DISSIMILAR.values()], ids=["similar", *DISSIMILAR])
+def test_explain_shows_measurements_of_similar_attentions_only(add, changes):
+    add("slow", rank=5), add("fast")
+    whole = neox_attention(**changes)
+    measurement = Measurement(
+        to_plain_data(whole.request()), size_class(whole),
+        {name: Outcome(code_of(registry.backend_class(name)), time) for name, time in (("slow", 2.0), ("fast", 1.0))},
+        "by hand",
+    )  # fmt: skip
+    cache.add(environment.environment_of(torch.device("cpu")), [measurement], save=False)
+    lines = attnzoo.explain(gpt_neox()).auto["gpt_neox.layers.0.attention"]
+    assert any(line.startswith("fast for forward") for line in lines) == (not changes)
+    assert lines[-1].startswith("slow")

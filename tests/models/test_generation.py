@@ -4,13 +4,15 @@ import inspect
 
 import pytest
 import torch
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.modeling_outputs import BaseModelOutput
 
 import attnzoo
 from tests.checkpoints.train import RECIPES, windows
 from tests.support.checkpoints import load
 from tests.support.compare import assert_obeys_the_error_rule
 from tests.support.judge import chunked, in_one_forward
-from tests.support.models import FAMILIES, ids
+from tests.support.models import FAMILIES, ids, padded
 
 backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
 searches = pytest.mark.parametrize("beams", [1, 4], ids=["greedy", "beam 4"])
@@ -108,3 +110,49 @@ def test_future_token_does_not_change_earlier_logits(family, backend):
         difference = (model(tokens).logits - model(changed).logits).abs()
     assert difference[:, :15].max() == 0.0
     assert difference[:, 15:].max() > 0.1
+
+
+ENCODER_DECODERS = [FAMILIES[name] for name in ("led", "longt5-local", "longt5-tglobal")]
+
+
+@torch.no_grad()
+def decoded(model, inputs, sizes, static):
+    """Return the logits of decoder tokens in chunks with a cache. A static cache has room for seven more tokens."""
+    encoder = {name: value for name, value in inputs.items() if not name.startswith("decoder")}
+    states = model.get_encoder()(**encoder).last_hidden_state
+    tokens, mask = inputs["decoder_input_ids"], inputs["decoder_attention_mask"]
+    room = StaticCache(model.config, max_cache_len=tokens.shape[1] + 7) if static else DynamicCache()
+    cache, logits, start = EncoderDecoderCache(room, DynamicCache()), [], 0
+    for size in sizes:
+        stop = start + size
+        step = model(
+            encoder_outputs=BaseModelOutput(states), attention_mask=inputs["attention_mask"],
+            decoder_input_ids=tokens[:, start:stop], decoder_attention_mask=mask[:, :stop],
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        start = stop
+        logits.append(step.logits)
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODERS, ids=str)
+@backends
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static with room"])
+def test_chunks_of_decoder_tokens_with_a_cache_equal_one_forward(family, backend, side, static):
+    """24 tokens are further apart than ``relative_attention_max_distance``, so all distances of the bias are used.
+
+    LED's original applies no mask in a step of one token, which then sees padding and the room of a static cache.
+    """
+    sizes = (16, 2, 6) if family.name == "led" else (16, 1, 2, 5)
+    model, inputs = family.build(), family.inputs(24, "right")
+    inputs |= dict(decoder_input_ids=ids(3, 24, seed=3), decoder_attention_mask=padded(3, 24, side))
+    real = inputs["decoder_attention_mask"].bool()
+    with torch.no_grad():
+        original = model(**inputs).logits[real]
+        with attnzoo.patch(model, backend) as handle:
+            got = decoded(model, inputs, sizes, static)[real]
+        assert {site.calls for site in handle.sites if ".decoder." in f".{site.name}"} == {len(sizes)}
+        with attnzoo.patch(model, "eager"):
+            reference = model.double()(**inputs).logits[real]
+    assert_obeys_the_error_rule("chunks", got, reference, original)

@@ -4,6 +4,9 @@ Masks that the original accepts by design give the same result: other dtypes, on
 if the model cuts and fills the mask.
 """
 
+import inspect
+import itertools
+
 import numpy
 import pytest
 import torch
@@ -11,6 +14,8 @@ from transformers import DynamicCache
 
 import attnzoo
 from attnzoo import InvalidArgumentError
+from attnzoo.patching.mask_arguments import MaskCheckPoint
+from attnzoo.patching.sites import find_sites
 from tests.support.models import (
     FAMILIES,
     causal_inputs,
@@ -186,3 +191,71 @@ def test_generation_passes_masks_of_other_lengths():
         expected = model.generate(**given, max_new_tokens=5, min_new_tokens=5, do_sample=False)
         with attnzoo.patch(model, "sdpa"):
             assert torch.equal(model.generate(**given, max_new_tokens=5, min_new_tokens=5, do_sample=False), expected)
+
+
+def finite_grid(q_len, kv_len, causal):
+    """Return an additive mask whose values differ from pair to pair; a causal one hides later keys."""
+    grid = torch.randn(3, 1, q_len, kv_len, generator=torch.Generator().manual_seed(4))
+    return grid.masked_fill(~torch.ones(q_len, kv_len, dtype=torch.bool).tril(), -torch.inf) if causal else grid
+
+
+ADDITIVE = [
+    *((name, "attention_mask") for name in ("gpt_neox", "gpt_bigcode-mqa", "gpt_bigcode-mha", "led", "longt5-local")),
+    *((name, "encoder_attention_mask") for name in ("led", "longt5-local")),
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), ADDITIVE)
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_finite_values_of_an_additive_mask_reach_the_scores(name, argument, backend):
+    """The values are a bias in self- and cross-attention, beside the learned bias of LongT5."""
+    model = FAMILIES[name].build()
+    decoder = model.get_decoder() if model.config.is_encoder_decoder else model
+    given = dict(input_ids=ids(3, 6, seed=3))
+    if model.config.is_encoder_decoder:
+        given["encoder_hidden_states"] = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(5))
+    causal = argument == "attention_mask"
+    changed = {**given, argument: finite_grid(6, 6 if causal else 5, causal)}
+    with torch.no_grad():
+        without, expected = decoder(**given)[0], decoder(**changed)[0]
+        with attnzoo.patch(model, backend):
+            got = decoder(**changed)[0]
+    size = expected.abs().max()
+    assert (expected - without).abs().max() > 0.01 * size
+    assert (got - expected).abs().max() < 1e-5 * size
+
+
+KEYWORDS_ONLY = ("use_cache", "output_attentions", "output_hidden_states", "return_dict")  # decorators of the originals
+
+
+def positional(module, args, kwargs):
+    """Return the arguments of a call, as many by position as the original forward allows."""
+    parameters = inspect.signature(module.forward).parameters
+    given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    names = list(itertools.takewhile(lambda name: name not in KEYWORDS_ONLY, parameters))
+    names = [name for name in names if parameters[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    return [given.pop(name, parameters[name].default) for name in names], given
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_arguments_by_position_behind_a_mask_reach_the_model(family):
+    model, inputs = family.build(), family.inputs(24, "right")
+    inputs |= {} if family.name == "longformer" else dict(use_cache=False)
+    if "position_ids" in inspect.signature(model.base_model.forward).parameters:
+        inputs["position_ids"] = torch.arange(24).flip(0).expand(3, -1)
+    modules = [t.module for t in find_sites(model) if isinstance(t.point, MaskCheckPoint)]
+    given = {}
+    with torch.no_grad():
+        for module in modules:
+            hook = module.register_forward_pre_hook(
+                lambda module, args, kwargs: given.setdefault(module, (args, kwargs)), with_kwargs=True
+            )
+            model(**inputs)
+            hook.remove()
+        with attnzoo.patch(model, "sdpa"):
+            for module, (args, kwargs) in given.items():
+                expected = module(*args, **kwargs)[0]
+                args, kwargs = positional(module, args, kwargs)
+                assert len(args) > 2 and not any(name.endswith("mask") for name in kwargs)
+                assert torch.equal(module(*args, **kwargs)[0], expected)
+    assert len(given) == len(modules) > 0

@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama
 
 import attnzoo
 from attnzoo.originals import drift as drift_module
-from attnzoo.originals.drift import Difference, find_drift
+from attnzoo.originals.drift import Difference, drift_message, find_drift
 from attnzoo.originals.fingerprint import fingerprint, object_at
 from attnzoo.registry import registry
 from tests.support.models import gpt_neox
@@ -279,3 +279,19 @@ def test_every_adapter_names_its_verified_versions(model_type):
     adapter = registry.find_adapter(model_type)
     assert model_type in adapter.model_types
     assert adapter.versions != "unknown"
+
+
+CAUSES = {"overridden": "subclasses that keep it", "replaced": "Restore it", "unreadable": "Install the package with"}
+CAUSES |= {"changed": "Install a verified version"}
+
+
+@pytest.mark.parametrize("first", range(len(CAUSES)), ids=list(CAUSES))
+def test_message_names_the_nearest_cause_in_any_order_of_differences(first):
+    """A subclass or other code at run time also changes fingerprints, so the version is the last explanation."""
+    several = [Difference(f"module:Class.{cause}", cause, "detail") for cause in list(CAUSES)[first:]]
+    for given in (several, several[::-1]):
+        message = drift_message(given, "mine", "5.17", "5.20")
+        assert list(CAUSES.values())[first] in message
+        assert f"module:Class.{list(CAUSES)[first]}" in message
+        assert "more" not in message, "differences of other causes are not counted"
+        assert "(and 1 more)" in drift_message([*given, several[0]], "mine", "5.17", "5.20")

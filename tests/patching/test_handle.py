@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 
 import attnzoo
+from attnzoo.patching.site_table import table
+from attnzoo.patching.sites import Site
 
 # The table
 
@@ -114,3 +117,41 @@ def test_replace_in_a_part_of_a_patched_model_raises_and_changes_nothing(neox):
     with pytest.raises(attnzoo.PatchError, match=r"no longer in place at .*allowed: the whole model that was patched"):
         attnzoo.patch(part, "native", replace=True)
     assert inner.active and outer.active
+
+
+def site(**changes):
+    given = dict(
+        name="layers.0", cls="Attention", pattern="causal", backend="blocked-local", changes=("window of 4 keys",)
+    )
+    return Site(**{**given, **changes})
+
+
+OTHER_SITES = {
+    "class": dict(cls="Other"),
+    "pattern": dict(pattern="full"),
+    "backend": dict(backend="sdpa"),
+    "kernel": dict(kernels=Counter(flash=1), changed=Counter({"window of 4 keys": 1})),
+    "approximation": dict(changes=("window of 8 keys",)),
+    "exact": dict(changes=()),
+}
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("changes", OTHER_SITES.values(), ids=OTHER_SITES)
+def test_sites_share_a_row_only_if_all_that_the_row_shows_is_equal(changes):
+    assert len(table([site(), site(name="layers.1")]).splitlines()) == 2
+    assert len(table([site(), site(name="layers.1", **changes)]).splitlines()) == 3
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("order", [(2, 1, 3), (1, 2, 3), (3, 2, 1)])
+def test_a_range_has_the_smallest_and_the_largest_count(order):
+    sites = [site(name=f"layers.{n}", kernels=Counter(flash=n), fallbacks=4 - n, changes=()) for n in order]
+    assert table(sites).splitlines()[1].split()[:4] == ["blocked-local", "flash", "1-3", "1-3"]
+
+
+def test_a_site_lists_the_choices_of_auto_most_frequent_first():
+    eager, sdpa = attnzoo.configure("eager"), attnzoo.configure("sdpa")
+    once, twice = {attnzoo.Choice(eager, "measured"): 1}, {attnzoo.Choice(sdpa, "measured"): 2}
+    for selections in ({**once, **twice}, {**twice, **once}, {**once, **twice, attnzoo.Choice(sdpa, "by priority"): 1}):
+        assert site(backend="auto", selections=Counter(selections)).ran == "auto: sdpa+eager"

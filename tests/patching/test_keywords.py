@@ -199,3 +199,11 @@ def test_a_parameter_of_the_original_attention_function_is_not_ignored(fallback,
         with pytest.raises(KeywordRefusedError, match="temperature: got 2; allowed: None"):
             forward(states, **inputs, temperature=2)
     assert attend.calls == 1
+
+
+@pytest.mark.parametrize("name", sorted(UNCOMPUTED))
+def test_none_for_a_keyword_that_changes_the_result_counts_as_not_given(name):
+    model, inputs = gpt_neox(), dict(input_ids=ids(1, LENGTH))
+    with attnzoo.patch(model, "sdpa") as handle, torch.no_grad():
+        assert torch.equal(model(**inputs, **{name: None}).logits, model(**inputs).logits)
+    assert {site.calls for site in handle.sites} == {2}

@@ -75,3 +75,33 @@ def test_explain_shows_the_drift_of_a_companion(led, monkeypatch):
     assert refused == [name for name in led.sites if "encoder.l" in name]
     assert "LEDEncoder.forward: got other code" in str(verdicts[led.sites[0]].refusals[0])
     attnzoo.patch(led.model, {"*decoder*": "sdpa"}).remove()
+
+
+def test_an_alternative_supports_every_request_of_the_site(led, add_backend):
+    """LED's encoder sends attentions with two segments and with one. A backend for one of them is no alternative."""
+    add_backend("one-segment", segments=1)
+    add_backend("no-backend", segments=1, key_mask=False)
+    with pytest.raises(BackendRefusedError) as caught:
+        attnzoo.patch(led.model, {led.sites[0]: "no-backend"})
+    assert set(caught.value.alternatives[led.sites[0]]) >= {"eager", "sdpa"}
+    assert "one-segment" not in caught.value.alternatives[led.sites[0]]
+    with pytest.raises(BackendRefusedError) as caught:
+        attnzoo.patch(led.model, {led.sites[2]: "no-backend"})
+    assert "one-segment" in caught.value.alternatives[led.sites[2]]
+
+
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_an_input_that_requires_grad_is_seen_before_the_call(led, add_backend, by_keyword):
+    """All weights are frozen, so only the input shows that the call needs gradients."""
+    fake = add_backend("forward-only", grad=False)
+    led.model.requires_grad_(False)
+    module, states = led.module(2), torch.randn(2, 6, 16, requires_grad=True)
+    given = ((), dict(hidden_states=states)) if by_keyword else ((states,), {})
+    with attnzoo.patch(led.model, "forward-only", fallback="native") as handle:
+        output = module(*given[0], **given[1])[0]
+        assert output.requires_grad and not fake.runs
+        assert {site.name: site.fallbacks for site in handle.sites if site.fallbacks} == {led.sites[2]: 1}
+        module(states.detach())
+        assert len(fake.runs) == 1
+    with attnzoo.patch(led.model, "forward-only"), pytest.raises(BackendRefusedError, match="before the call"):
+        module(*given[0], **given[1])
