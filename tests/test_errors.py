@@ -39,8 +39,8 @@ def test_attention_raises_short_messages(argument, given):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (torch.ones(2, 3).half(), "(2, 3) float16 on cpu"),
-        (numpy.ones((2, 3), dtype="int32"), "numpy.ndarray (2, 3) int32"),
+        (torch.ones(2, 3).half(), "shape (2, 3), float16 on cpu"),
+        (numpy.ones((2, 3), dtype="int32"), "numpy.ndarray of shape (2, 3), int32"),
         ([[1, 1], [1, 0]], "list [[1, 1], [1, 0]]"),
         ("all", "str 'all'"),
         (4, "int 4"),

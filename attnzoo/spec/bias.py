@@ -42,8 +42,8 @@ class Bias:
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         """Raise :class:`InvalidArgumentError` unless the values fit an attention of these sizes."""
         if not isinstance(self.values, Tensor) or not self.values.is_floating_point():
-            got = f"{tuple(self.values.shape)} {self.values.dtype}" if isinstance(self.values, Tensor) else self.values
-            raise InvalidArgumentError("bias values", got, "a floating-point tensor (use mask= to hide keys)")
+            got = f"a tensor of {self.values.dtype}" if isinstance(self.values, Tensor) else self.values
+            raise InvalidArgumentError("bias values", got, "a floating-point tensor (to hide keys, use mask=)")
 
     def score_mod(self, q_len: int, kv_len: int) -> ScoreMod:
         """Return a function ``f(score, b, h, q, kv)`` that adds the bias of query ``q`` and key ``kv`` to ``score``."""
@@ -102,20 +102,22 @@ class RelativeBias(Bias):
         super().check(batch, heads, q_len, kv_len)
         fits = self.values.ndim == 2 and self.values.shape[0] in (1, heads)
         if not fits or not _is_integer(self.zero) or not 0 <= self.zero < self.values.shape[1]:
-            got = f"values {tuple(self.values.shape)}, zero={self.zero!r}"
-            raise InvalidArgumentError("bias", got, f"values (1 or {heads}, R) and an integer 0 <= zero < R")
+            got = f"`values` of shape {tuple(self.values.shape)}, zero={self.zero!r}"
+            raise InvalidArgumentError(
+                "bias", got, f"`values` of shape (1 or {heads}, R), and an integer `zero` with 0 <= zero < R"
+            )
         if self.offset is not None and not _is_integer(self.offset):
             raise InvalidArgumentError("bias offset", repr(self.offset), "an integer, or None")
         if self.positions is None:
             return
         if not isinstance(self.positions, Tensor):
-            raise InvalidArgumentError("bias positions", repr(self.positions), f"a tensor ({batch}, {q_len}) or None")
+            raise InvalidArgumentError("bias positions", repr(self.positions), f"None, or shape ({batch}, {q_len})")
         if tuple(self.positions.shape) != (batch, q_len):
             got = f"shape {tuple(self.positions.shape)}"
             raise InvalidArgumentError("bias positions", got, f"shape ({batch}, {q_len})")
         if self.positions.dtype != torch.long or self.positions.device != self.values.device:
             got = f"{self.positions.dtype} on {self.positions.device}"
-            raise InvalidArgumentError("bias positions", got, f"torch.int64 on {self.values.device}, as values")
+            raise InvalidArgumentError("bias positions", got, f"torch.int64 on {self.values.device}, like `values`")
 
     def _shift(self, q_len: int, kv_len: int) -> int:
         return kv_len - q_len if self.offset is None else self.offset
@@ -187,7 +189,9 @@ class DenseBias(Bias):
         super().check(batch, heads, q_len, kv_len)
         shape = tuple(self.values.shape)
         if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2:] != (q_len, kv_len):
-            raise InvalidArgumentError("bias", f"values {shape}", f"(1 or {batch}, 1 or {heads}, {q_len}, {kv_len})")
+            raise InvalidArgumentError(
+                "bias", f"`values` of shape {shape}", f"shape (1 or {batch}, 1 or {heads}, {q_len}, {kv_len})"
+            )
 
     def gather(self, q_len: int, kv_len: int) -> BiasAt:
         per_sample, per_head = self.values.shape[0] > 1, self.values.shape[1] > 1

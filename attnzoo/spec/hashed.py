@@ -84,20 +84,22 @@ class HashedChunks(Pattern):
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         if not self.rounds:
-            raise InvalidArgumentError("pattern rounds", "()", "a tuple of at least one HashRound")
+            raise InvalidArgumentError("rounds of the pattern", "()", "a tuple of at least one HashRound")
         for hash_round in self.rounds:
             keys = hash_round.keys
             kv_heads = keys.shape[1] if keys.ndim == 3 else 0
             if not kv_heads or heads % kv_heads:
                 raise InvalidArgumentError(
-                    "pattern keys", tuple(keys.shape), f"({batch}, a divisor of {heads}, {kv_len})"
+                    "keys of the pattern",
+                    f"shape {tuple(keys.shape)}",
+                    f"shape ({batch}, a divisor of {heads}, {kv_len})",
                 )
             shapes = {"keys": (kv_heads, kv_len), "key_ranks": (kv_heads, kv_len), "chunks": (kv_len,)}
             for name, shape in {**shapes, "queries": (heads, q_len), "query_ranks": (heads, q_len)}.items():
                 tensor = getattr(hash_round, name)
                 if tuple(tensor.shape) != (batch, *shape) or tensor.dtype != torch.long:
-                    got = f"{tuple(tensor.shape)} {tensor.dtype}"
-                    raise InvalidArgumentError(f"pattern {name}", got, f"torch.int64 {(batch, *shape)}")
+                    got = f"shape {tuple(tensor.shape)}, {tensor.dtype}"
+                    raise InvalidArgumentError(f"{name} of the pattern", got, f"shape {(batch, *shape)}, torch.int64")
 
     @property
     def query_order(self) -> Tensor | None:

@@ -58,12 +58,12 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
         >>> read.pattern, read.mask
         (Causal(offset=0), None)
     """
-    allowed = "a 4-D bool mask (True: visible), or a 4-D additive mask of floats without NaN and +Inf"
+    allowed = "a non-empty 4-D mask: bool (True: visible), or floats to add to the scores, without NaN and +Inf"
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4 or 0 in attention_mask.shape:
         raise InvalidArgumentError("attention_mask", describe(attention_mask), allowed)
     batch, *lengths = sizes
     if any(attention_mask.shape[dim] not in (1, size) for dim, size in zip((0, 2, 3), sizes, strict=True)):
-        fits = f"(1 or {batch}, heads or 1, 1 or {lengths[0]}, 1 or {lengths[1]})"
+        fits = f"shape (1 or {batch}, 1 or heads, 1 or {lengths[0]}, 1 or {lengths[1]})"
         raise InvalidArgumentError("attention_mask", describe(attention_mask), fits)
     if attention_mask.dtype == torch.bool:
         visible = attention_mask.expand(-1, -1, *lengths)
@@ -78,9 +78,9 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
     if not readable(attention_mask):
         return ReadMask(Full(), None, visible, bias)
     if bool(attention_mask.isnan().any()):
-        raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)} with NaN", allowed)
+        raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)}, with NaN", allowed)
     if not bool(rest.isfinite().all()):
-        raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)} with +Inf", allowed)
+        raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)}, with +Inf", allowed)
     return _simplify(visible, batch)._replace(bias=bias if bool((rest != 0).any()) else None)
 
 

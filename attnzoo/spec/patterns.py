@@ -358,8 +358,8 @@ class SortedChunks(Chunks):
         for name, tensor, length in (("order", self.order, q_len), ("token", self.token, kv_len)):
             shape = (batch, heads, length)
             if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != torch.long:
-                got = None if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-                raise InvalidArgumentError(f"pattern {name}", got, f"torch.int64 {shape}")
+                got = None if tensor is None else f"shape {tuple(tensor.shape)}, {tensor.dtype}"
+                raise InvalidArgumentError(f"{name} of the pattern", got, f"shape {shape}, torch.int64")
 
     @property
     def query_order(self) -> Tensor | None:

@@ -27,10 +27,10 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def describe(given: object) -> str:
     """Return a description for messages: shape, dtype and device of a tensor, or type and value of other objects."""
     if isinstance(given, Tensor):
-        return f"{tuple(given.shape)} {str(given.dtype).removeprefix('torch.')} on {given.device}"
+        return f"shape {tuple(given.shape)}, {str(given.dtype).removeprefix('torch.')} on {given.device}"
     shape, dtype = getattr(given, "shape", None), getattr(given, "dtype", None)
     if shape is not None and dtype is not None:
-        return f"{type(given).__module__}.{type(given).__name__} {shape} {dtype}"
+        return f"{type(given).__module__}.{type(given).__name__} of shape {shape}, {dtype}"
     return f"{type(given).__name__} {shorten(_BRIEF.repr(given), 120)}"
 
 
@@ -167,7 +167,7 @@ class Attention:
         shape = (self.batch, self.heads, self.q_len, self.value_dim)
         empty, dtype, device = self.empty, self.query.dtype, self.query.device
         if empty is not None and (tuple(empty.shape), empty.dtype, empty.device) != (shape, dtype, device):
-            raise InvalidArgumentError("empty", describe(empty), f"{shape} {dtype} on {device}")
+            raise InvalidArgumentError("empty", describe(empty), f"shape {shape}, {dtype} on {device}")
 
     def _check_segment(self, segment: Segment) -> None:
         query, key, value = self.query, segment.key, segment.value
@@ -180,13 +180,15 @@ class Attention:
             if tensor.device != query.device:
                 raise InvalidArgumentError(f"{name} device", tensor.device, f"{query.device}, like the query")
         if key.shape[:3] != value.shape[:3]:
-            raise InvalidArgumentError("value", describe(value), f"a tensor {tuple(key.shape[:3])} + (value_dim,)")
+            raise InvalidArgumentError(
+                "value", describe(value), f"shape {tuple(key.shape[:3])} + (value_dim,), like the key"
+            )
         if key.shape[3] != query.shape[3]:
             raise InvalidArgumentError("key head_dim", key.shape[3], f"{query.shape[3]}, like the query")
         if self.heads % key.shape[1]:
             raise InvalidArgumentError("key heads", key.shape[1], f"a divisor of the {self.heads} query heads")
         if value.shape[3] != self.value_dim:
-            raise InvalidArgumentError("value_dim", value.shape[3], f"{self.value_dim}, like the first segment")
+            raise InvalidArgumentError("value_dim", value.shape[3], f"{self.value_dim}, as in the first segment")
         lengths = (self.q_len, segment.kv_len)
         segment.pattern.check(self.batch, self.heads, *lengths)
         _check_mask("key_mask", segment.key_mask, ((self.batch, lengths[1]),), query.device)
@@ -305,7 +307,7 @@ class Result(NamedTuple):
 
 def check_heads_tensor(name: str, tensor: object) -> None:
     """Raise unless ``tensor`` is a dense, non-empty, floating-point tensor ``(batch, heads, length, head_dim)``."""
-    allowed = "(batch, heads, length, head_dim) whose sizes are all at least 1"
+    allowed = "of shape (batch, heads, length, head_dim), with all sizes at least 1"
     if isinstance(tensor, Tensor) and (tensor.is_nested or tensor.layout != torch.strided):
         raise InvalidArgumentError(name, "a nested or sparse tensor", f"a dense tensor {allowed}")
     if not isinstance(tensor, Tensor) or tensor.ndim != 4 or 0 in tensor.shape:
@@ -319,7 +321,9 @@ def _check_mask(name: str, mask: object, shapes: tuple[tuple[int, ...], ...], de
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) not in shapes:
         has_nan = isinstance(mask, Tensor) and mask.is_floating_point() and holds(mask.isnan().any(), unknown=False)
-        got = describe(mask) + (" with NaN" if has_nan else "")
-        raise InvalidArgumentError(name, got, f"a bool tensor {' or '.join(map(str, sorted(shapes)))}, True: visible")
+        got = describe(mask) + (", with NaN" if has_nan else "")
+        raise InvalidArgumentError(
+            name, got, f"a bool tensor of shape {' or '.join(map(str, sorted(shapes)))} (True: visible)"
+        )
     if mask.device != device:
         raise InvalidArgumentError(f"{name} device", mask.device, f"{device}, like the query")

@@ -50,13 +50,13 @@ FLOATS = r"float64.*float32.*bfloat16.*float16"
 
 BAD = {
     # wrong rank
-    "q of rank 3": (dict(q=zeros(4, 6, 8)), Q, r"\(4, 6, 8\) float32 on cpu", r"\(batch, heads, length, head_dim\)"),
+    "q of rank 3": (dict(q=zeros(4, 6, 8)), Q, r"\(4, 6, 8\), float32 on cpu", r"\(batch, heads, length, head_dim\)"),
     "q of rank 5": (dict(q=zeros(1, 2, 4, 6, 8)), Q, r"\(1, 2, 4, 6, 8\)", r"\(batch, heads, length, head_dim\)"),
-    "q a scalar": (dict(q=torch.tensor(1.0)), Q, r"\(\) float32", r"\(batch, heads, length, head_dim\)"),
+    "q a scalar": (dict(q=torch.tensor(1.0)), Q, r"\(\), float32", r"\(batch, heads, length, head_dim\)"),
     "k of rank 3": (dict(k=zeros(2, 7, 8)), K, r"\(2, 7, 8\)", r"\(batch, heads, length, head_dim\)"),
     "v of rank 2": (dict(v=zeros(7, 8)), V, r"\(7, 8\)", r"\(batch, heads, length, head_dim\)"),
-    "v a list": (dict(v=[1.0]), V, r"list \[1\.0\]", r"a tensor \(batch, heads, length, head_dim\)"),
-    "k None": (dict(k=None), K, "None", r"a tensor \(batch, heads, length, head_dim\)"),
+    "v a list": (dict(v=[1.0]), V, r"list \[1\.0\]", r"a tensor of shape \(batch, heads, length, head_dim\)"),
+    "k None": (dict(k=None), K, "None", r"a tensor of shape \(batch, heads, length, head_dim\)"),
     # heads, batch, head_dim
     "heads no multiple": (dict(k=zeros(2, 3, 7, 8), v=zeros(2, 3, 7, 8)), f"{K} heads", "3", "a divisor of .* 4"),
     "more key heads": (dict(k=zeros(2, 8, 7, 8), v=zeros(2, 8, 7, 8)), f"{K} heads", "8", "a divisor of .* 4"),
@@ -89,31 +89,31 @@ BAD = {
     "pattern a class": (dict(pattern=Causal), "pattern", "Causal", r"a pattern, e\.g\. attnzoo\.Causal\(\)"),
     "chunks of unequal lengths": (dict(pattern=Chunks(4)), "pattern", "6 queries and 7 keys", "as many queries as k"),
     # masks
-    "mask float": (dict(mask=zeros(2, 4, 6, 7)), "mask", r"\(2, 4, 6, 7\) float32", r"bool tensor .*6, 7"),
-    "mask with NaN": (dict(mask=with_nan(2, 4, 6, 7)), "mask", "float32 on cpu with NaN", "a bool tensor"),
+    "mask float": (dict(mask=zeros(2, 4, 6, 7)), "mask", r"\(2, 4, 6, 7\), float32", r"bool tensor .*6, 7"),
+    "mask with NaN": (dict(mask=with_nan(2, 4, 6, 7)), "mask", "float32 on cpu, with NaN", "a bool tensor"),
     "mask of integers": (dict(mask=zeros(2, 4, 6, 7).long()), "mask", "int64", "bool tensor .*True: visible"),
-    "mask of rank 2": (dict(mask=zeros(6, 7).bool()), "mask", r"\(6, 7\) bool", r"\(1, 1, 6, 7\)"),
+    "mask of rank 2": (dict(mask=zeros(6, 7).bool()), "mask", r"\(6, 7\), bool", r"\(1, 1, 6, 7\)"),
     "mask of other lengths": (dict(mask=zeros(2, 4, 7, 6).bool()), "mask", r"\(2, 4, 7, 6\)", r"\(2, 4, 6, 7\)"),
     "mask of other heads": (dict(mask=zeros(2, 2, 6, 7).bool()), "mask", r"\(2, 2, 6, 7\)", r"\(2, 4, 6, 7\)"),
     "mask no tensor": (dict(mask=True), "mask", "bool True", "bool tensor .*True: visible"),
-    "key_mask integers": (dict(key_mask=zeros(2, 7).long()), "key_mask", r"\(2, 7\) int64", r"bool tensor .*\(2, 7\)"),
+    "key_mask integers": (dict(key_mask=zeros(2, 7).long()), "key_mask", r"\(2, 7\), int64", r"bool tensor .*\(2, 7\)"),
     "key_mask with NaN": (dict(key_mask=with_nan(2, 7)), "key_mask", "with NaN", r"a bool tensor .*\(2, 7\)"),
-    "key_mask of q_len": (dict(key_mask=zeros(2, 6).bool()), "key_mask", r"\(2, 6\) bool", r"\(2, 7\)"),
-    "key_mask of batch 1": (dict(key_mask=zeros(1, 7).bool()), "key_mask", r"\(1, 7\) bool", r"\(2, 7\)"),
-    "query_mask of kv_len": (dict(query_mask=zeros(2, 7).bool()), "query_mask", r"\(2, 7\) bool", r"\(2, 6\)"),
+    "key_mask of q_len": (dict(key_mask=zeros(2, 6).bool()), "key_mask", r"\(2, 6\), bool", r"\(2, 7\)"),
+    "key_mask of batch 1": (dict(key_mask=zeros(1, 7).bool()), "key_mask", r"\(1, 7\), bool", r"\(2, 7\)"),
+    "query_mask of kv_len": (dict(query_mask=zeros(2, 7).bool()), "query_mask", r"\(2, 7\), bool", r"\(2, 6\)"),
     "query_mask float": (dict(query_mask=zeros(2, 6)), "query_mask", r"float32", r"bool tensor .*\(2, 6\)"),
-    "global_keys of q_len": (dict(global_keys=zeros(2, 6).bool()), "global_keys", r"\(2, 6\) bool", r"tensor \(2, 7\)"),
-    "global_keys integers": (dict(global_keys=zeros(2, 7).long()), "global_keys", "int64", r"bool tensor \(2, 7\)"),
-    "global_keys indices": (dict(global_keys=[0, 3]), "global_keys", r"list \[0, 3\]", r"bool tensor \(2, 7\)"),
+    "global_keys of q_len": (dict(global_keys=zeros(2, 6).bool()), "global_keys", r"\(2, 6\), bool", r"shape \(2, 7\)"),
+    "global_keys integers": (dict(global_keys=zeros(2, 7).long()), "global_keys", "int64", r"bool .*shape \(2, 7\)"),
+    "global_keys indices": (dict(global_keys=[0, 3]), "global_keys", r"list \[0, 3\]", r"bool .*shape \(2, 7\)"),
     "global_keys and mask": (
         dict(global_keys=zeros(2, 7).bool(), mask=zeros(1, 1, 6, 7).bool()),
         "global_keys", "together with mask or bias", "no mask and no bias",
     ),
     # bias
-    "bias with NaN": (dict(bias=with_nan(1, 1, 6, 7)), "bias", r"float32 on cpu with NaN", "finite.*mask="),
+    "bias with NaN": (dict(bias=with_nan(1, 1, 6, 7)), "bias", r"float32 on cpu, with NaN", "finite.*mask="),
     "bias with -Inf": (dict(bias=zeros(1, 1, 6, 7) - torch.inf), "bias", "with NaN, Inf", "finite.*mask="),
     "bias beyond the dtype": (
-        dict(bias=zeros(1, 1, 6, 7).double() - 1e300), "bias", "float64 on cpu with .* outside the range of .*32",
+        dict(bias=zeros(1, 1, 6, 7).double() - 1e300), "bias", "float64 on cpu, with .* outside the range of .*32",
         "finite values of torch.float32, like the query .*mask=",
     ),
     "bias of other lengths": (dict(bias=zeros(1, 4, 6, 6)), "bias", r"\(1, 4, 6, 6\)", r"\(1 or 2, 1 or 4, 6, 7\)"),
@@ -121,13 +121,13 @@ BAD = {
     "bias a bool mask": (dict(bias=zeros(1, 1, 6, 7).bool()), "bias", "bool", "mask="),
     "bias no tensor": (dict(bias=[0.0]), "bias", r"\[0\.0\]", "RelativeBias"),
     "relative bias of other heads": (
-        dict(bias=attnzoo.RelativeBias(zeros(3, 5), zero=2)), "bias", r"values \(3, 5\), zero=2", r"\(1 or 4, R\)",
+        dict(bias=attnzoo.RelativeBias(zeros(3, 5), zero=2)), "bias", r"shape \(3, 5\), zero=2", r"\(1 or 4, R\)",
     ),
     "relative bias without a zero": (
-        dict(bias=attnzoo.RelativeBias(zeros(4, 5), zero=5)), "bias", r"values \(4, 5\), zero=5", r"0 <= zero < R",
+        dict(bias=attnzoo.RelativeBias(zeros(4, 5), zero=5)), "bias", r"shape \(4, 5\), zero=5", r"0 <= zero < R",
     ),
     "relative bias with half a zero": (
-        dict(bias=attnzoo.RelativeBias(zeros(4, 5), zero=2.0)), "bias", r"values \(4, 5\), zero=2\.0", "an integer",
+        dict(bias=attnzoo.RelativeBias(zeros(4, 5), zero=2.0)), "bias", r"shape \(4, 5\), zero=2\.0", "an integer",
     ),
     "relative bias at half an offset": (
         dict(bias=attnzoo.RelativeBias(zeros(4, 5), zero=2, offset=0.5)), "bias offset", r"0\.5", "an integer, or None",
@@ -155,7 +155,7 @@ BAD = {
     "a nested q": (
         dict(q=torch.nested.nested_tensor([zeros(4, 6, 8)], layout=torch.jagged)), Q, "a nested or s", "a dense tensor",
     ),
-    "a sparse k": (dict(k=zeros(2, 2, 7, 8).to_sparse()), K, "a nested or sparse tensor", r"a dense tensor \(batch"),
+    "a sparse k": (dict(k=zeros(2, 2, 7, 8).to_sparse()), K, "a nested or sparse tensor", r"a dense tensor of shape"),
     "unknown backend": (dict(backend="spda"), "backend", r"'spda' .did you mean 'sdpa'", "'eager'.*'sdpa'"),
 }  # fmt: skip
 
