@@ -139,10 +139,10 @@ def test_refusals_name_what_was_got_and_what_is_allowed(xformers):
     assert refusals(backend, mask="dense")["mask"] == ("True", "no dense mask")
     assert refusals(backend, dropout=0.1)["dropout"] == ("True", "dropout=0.0")
     windows = refusals(XformersBackend(kernel="xformers_cutlass"), pattern=attnzoo.Window(3, 3))
-    allowed = "a pattern other than Window with xformers_cutlass"
+    allowed = "a pattern other than Window with kernel xformers_cutlass"
     assert windows == {"pattern": ("Window(left=3, right=3, offset=None)", allowed)}
     wide = refusals(backend, dtype=torch.float32, pattern=attnzoo.Window(3, 3))
-    assert wide["dtype"] == ("float32", "bfloat16, float16 with xformers_flash")
+    assert wide["dtype"] == ("float32", "bfloat16, float16 with kernel xformers_flash")
 
 
 def test_the_cpu_is_refused_by_site_before_anything_is_patched(fresh):
@@ -181,8 +181,11 @@ def plant(monkeypatch, tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("raise RuntimeError('built for another torch')", "xformers is broken: RuntimeError: built for another torch"),
-        ("raise SystemExit(3)", "xformers is broken: SystemExit: 3"),
+        (
+            "raise RuntimeError('built for another torch')",
+            "xformers cannot be imported: RuntimeError: built for another torch",
+        ),
+        ("raise SystemExit(3)", "xformers cannot be imported: SystemExit: 3"),
         ("def memory_efficient_attention(q): ...", "changed the parameters of memory_efficient_attention to q"),
     ],
     ids=["error", "system exit", "drift"],

@@ -105,10 +105,10 @@ class ApproximateBackend(Backend):
         missing = self._missing()
         if missing:
             options = ", ".join(f"{option}=..." for option in self.needed)
-            allowed = f"{options} (this attention is dense; these options make it approximate)"
+            allowed = f"{options} (this attention is dense; the backend needs these options to change the pattern)"
             return (Refusal("options", f"no value for {', '.join(missing)}", allowed),)
         if len(request.segments) > 1:
-            return (Refusal("segments", f"{len(request.segments)} dense segments", "1 dense segment"),)
+            return (Refusal("segments", f"dense attention with {len(request.segments)} segments", "1 segment"),)
         return self.more_refusals(request)
 
     def more_refusals(self, request: Request) -> tuple[Refusal, ...]:

@@ -94,7 +94,7 @@ class LshBackend(ApproximateBackend):
             return ()
         inner = " or ".join(f'inner="{backend.name}"' for backend in supporting)
         got = f"a {segment.bias} bias, which only dense backends support on hashed keys"
-        return (Refusal("bias", got, f"no bias, or {inner} (stores a score for every query and key)"),)
+        return (Refusal("bias", got, f"no bias, or {inner} (which stores a score for each query and key)"),)
 
     def rewrite_request(self, request: Request) -> Request:
         (segment,) = request.segments

@@ -82,8 +82,8 @@ def place_queries(backend: str, attention: Attention) -> QueryPlacement:
     else:
         position, causal = (aligned, False) if spans is None else _position_by_mask(spans, q_len, aligned)
         if aligned and not causal and _last_visible(visible, kv_len) < kv_len - 1:
-            got = f"the last of {kv_len} keys hidden, so the positions of {q_len} queries are unknown"
-            allowed = "one query, a visible last key, or the pattern Causal(offset=...)"
+            got = f"a mask that hides the last of {kv_len} keys, so the positions of {q_len} queries are unknown"
+            allowed = "one query, a mask that shows the last key, or the pattern Causal(offset=...)"
             raise BackendRefusedError(backend, {"attention": (Refusal("key_mask", got, allowed),)}, {})
     return QueryPlacement(position, aligned, causal, visible, spans)
 

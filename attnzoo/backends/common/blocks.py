@@ -244,7 +244,7 @@ class Masks:
         q = torch.arange(block.q_start, block.q_stop, device=device) if block.queries is None else block.queries
         kv = torch.arange(part.kv_start, part.kv_stop, device=device)
         if part.keys is not None and attention.segments[part.segment].bias is not None:
-            raise NotImplementedError("a bias on keys that each head gathers, which the backend must refuse")
+            raise NotImplementedError("got a bias on sorted keys; allowed: none, so the backend must refuse it")
         return attention.segments[part.segment].bias_at(q, kv, attention.q_len, attention.batch, attention.heads)
 
     def key(self, block: Block, part: Part) -> tuple[object, ...] | None:

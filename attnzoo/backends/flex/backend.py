@@ -53,13 +53,13 @@ class FlexBackend(Backend):
     @classmethod
     def unavailable(cls) -> str | None:
         if os.environ.get("TORCHDYNAMO_DISABLE", "0") == "1":
-            return "TORCHDYNAMO_DISABLE=1 turns torch.compile off, and attnzoo runs FlexAttention only when compiled"
+            return "TORCHDYNAMO_DISABLE=1 turns off torch.compile, which FlexAttention needs: unset TORCHDYNAMO_DISABLE"
         return None
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
         refusals = self.refusals_anywhere(request)
         if request.device == "cpu" and not _compiles_on_cpu():
-            refusals += (Refusal("device", "cpu without AVX2 or a C++ compiler", "cpu with both of these, or cuda"),)
+            refusals += (Refusal("device", "cpu without AVX2 or without a C++ compiler", "cuda, or a cpu with both"),)
         return refusals
 
     def refusals_anywhere(self, request: Request) -> tuple[Refusal, ...]:
@@ -89,7 +89,7 @@ def _check_biases(attention: Attention) -> None:
     """Raise if a bias is a subclass of ``RelativeBias``, whose values may differ from the table."""
     for segment in attention.segments:
         if segment.bias is not None and type(segment.bias) is not RelativeBias:
-            reason = Refusal("bias", type(segment.bias).__name__, "RelativeBias, but no subclass")
+            reason = Refusal("bias", type(segment.bias).__name__, "RelativeBias itself, no subclass")
             raise BackendRefusedError(FlexBackend.name, {"attention": (reason,)}, {})
 
 
@@ -166,5 +166,5 @@ def _pattern_numbers(pattern: Pattern, q_len: int, kv_len: int) -> list[int]:
         return [pattern.length, pattern.before, pattern.before + pattern.after, count, int(pattern.causal)]
     band = pattern.band(q_len, kv_len)
     if band is None:
-        raise NotImplementedError(f"pattern {pattern} is neither Chunks nor a band, and the backend must refuse it")
+        raise NotImplementedError(f"got {pattern}; allowed: Chunks or a band, so the backend must refuse it")
     return [*band, 0, 0, 0]

@@ -27,7 +27,9 @@ from attnzoo.backends.common.block_lists import BlockLists, BlockShape
 from attnzoo.errors import BackendRefusedError, Refusal
 
 _UNCOMPILED = Refusal(
-    "torch.compile", "disabled, e.g. by set_stance", "enabled (otherwise FlexAttention stores q_len x kv_len scores)"
+    "torch.compile",
+    "disabled, e.g. by torch.compiler.set_stance",
+    "enabled, because uncompiled FlexAttention stores q_len x kv_len scores",
 )
 
 

@@ -59,7 +59,7 @@ class SdpaBackend(Backend):
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
         refusals = super().refusals(request)
         if any(s.bias is not None and isinstance(s.pattern, SortedChunks | HashedChunks) for s in request.segments):
-            refusals += (Refusal("bias", "a bias on sorted keys", "no bias with SortedChunks and HashedChunks"),)
+            refusals += (Refusal("bias", "a bias with SortedChunks or HashedChunks", "no bias with these patterns"),)
         return refusals
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:

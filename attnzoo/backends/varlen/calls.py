@@ -141,7 +141,7 @@ def _plan(attention: Attention, has_windows: bool) -> CallPlan:
         else:
             band = pattern.band(q_len, kv_len)
             if band is None:
-                raise NotImplementedError(f"pattern {pattern} is neither Chunks nor a band, and must be refused")
+                raise NotImplementedError(f"got {pattern}; allowed: Chunks or a band, so the backend must refuse it")
             calls += _band_calls(attention, number, band, zip(q_ranges, ranges, strict=True), has_windows)
             has_holes = any(keys.unpadded < keys.stop - keys.start for keys in ranges)
         hidden.append(~segment.key_mask if has_holes and segment.key_mask is not None else None)

@@ -51,7 +51,7 @@ def _missing_symbols(interface: Any) -> str | None:
         extensions = [getattr(interface, name, None) for name in _EXTENSIONS]
         extension = next((extension for extension in extensions if extension is not None), None)
         if extension is None:
-            return f"flash_attn has loaded no compiled extension: none of {', '.join(_EXTENSIONS)}"
+            return f"flash_attn has loaded no compiled extension ({', '.join(_EXTENSIONS)}): reinstall flash-attn"
         missing = [name for name in _SYMBOLS if not callable(getattr(extension, name, None))]
     except BaseException as error:
         raise_interrupts(error)

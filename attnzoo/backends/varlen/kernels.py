@@ -67,13 +67,15 @@ class PackedKernel:
         hides = any(map(may_hide_keys, request.segments))
         dim = max(request.head_dim, request.value_dim)
         if dim + hides > cls.max_dim:
-            allowed = f"at most {cls.max_dim - 1} if keys are hidden" if hides else f"at most {cls.max_dim}"
+            allowed = f"at most {cls.max_dim - 1} if the kernel must hide keys" if hides else f"at most {cls.max_dim}"
             refusals.append(Refusal("head_dim", str(dim), allowed))
         if request.dtype not in cls.dtypes:
             names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in cls.dtypes))
-            refusals.append(Refusal("dtype", str(request.dtype).removeprefix("torch."), f"{names} with {cls.name}"))
+            refusals.append(
+                Refusal("dtype", str(request.dtype).removeprefix("torch."), f"{names} with kernel {cls.name}")
+            )
         if request.dropout and not cls.dropout:
-            refusals.append(Refusal("dropout", f"a probability above 0 with {cls.name}", "dropout=0.0"))
+            refusals.append(Refusal("dropout", f"a probability above 0 with kernel {cls.name}", "dropout=0.0"))
         return tuple(refusals)
 
     @classmethod
@@ -81,7 +83,7 @@ class PackedKernel:
         """Return a refusal if the request needs a union of parts and the kernel cannot run :meth:`forward`."""
         if needs_no_union(request.segments) or (why := cls.parts_unavailable()) is None:
             return ()
-        return (Refusal("segments", f"several segments or hidden keys, but {why}", "one segment without a key mask"),)
+        return (Refusal("segments", f"several segments, or keys to hide, but {why}", "one segment without a key mask"),)
 
     @classmethod
     def attend(cls, inputs: Inputs) -> Tensor:
@@ -109,7 +111,7 @@ def no_device(capability: tuple[int, int] = (8, 0)) -> str | None:
     actual = torch.cuda.get_device_capability()
     if actual < capability:
         name = torch.cuda.get_device_name()
-        return f"{name} has compute capability {actual[0]}.{actual[1]}; needed: {capability[0]}.{capability[1]}"
+        return f"{name} has compute capability {actual[0]}.{actual[1]}; needed: >= {capability[0]}.{capability[1]}"
     return None
 
 
@@ -127,7 +129,7 @@ def import_package(name: str, install: str) -> tuple[ModuleType | None, str]:
         raise_interrupts(error)
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             return None, f"{package} is not installed: pip install {install}"
-        return None, f"{package} is broken: {type(error).__name__}: {error}"
+        return None, f"{package} cannot be imported: {type(error).__name__}: {error}"
 
 
 def parameters(function: Callable[..., Any]) -> tuple[str, ...]:

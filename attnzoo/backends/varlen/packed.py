@@ -96,7 +96,7 @@ class PackedBackend(Backend):
         named = self._named()
         usable = [kernel for kernel in named if kernel.unavailable() is None]
         if not usable and self.kernel is not None:
-            return named[0], (Refusal("kernel", f"{self.kernel!r}: {named[0].unavailable()}", "kernel=None"),)
+            return named[0], (Refusal("kernel", f"{self.kernel!r}: {named[0].unavailable()}", "None (any kernel)"),)
         verdicts = [(kernel, (*kernel.refusals(request), *kernel.missing_parts(request))) for kernel in usable or named]
         return next((verdict for verdict in verdicts if not verdict[1]), verdicts[0])
 
@@ -134,7 +134,7 @@ class _Hiding:
         exponent = min(math.ceil(_HIDING_EXPONENT - math.log2(scale)), 2 * _LARGEST_EXPONENT)
         self.depth = scale * 2.0**exponent
         if self.depth < 2.0 ** (_HIDING_EXPONENT / 2):
-            least = f"at least 2**{_HIDING_EXPONENT // 2 - 2 * _LARGEST_EXPONENT} if keys are hidden"
+            least = f"at least 2**{_HIDING_EXPONENT // 2 - 2 * _LARGEST_EXPONENT} if the kernel must hide keys"
             raise InvalidArgumentError("scale", scale, least)
         self.query = 2.0 ** min(exponent - exponent // 2, _LARGEST_EXPONENT)
         self.key = -(2.0**exponent) / self.query

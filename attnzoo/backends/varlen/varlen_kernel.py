@@ -42,7 +42,10 @@ def _function() -> tuple[Any, str]:
         return None, f"torch {torch.__version__}: varlen_attn has no {', '.join(missing)}: install torch>=2.11"
     # A build with CUDA may lack FlashAttention and still have the Python function.
     if torch.version.cuda is not None and not torch.backends.cuda.is_flash_attention_available():
-        return None, f"torch {torch.__version__} is built without FlashAttention"
+        return (
+            None,
+            f"torch {torch.__version__} is built without FlashAttention: install a build of torch with FlashAttention",
+        )
     # Grouped key heads need enable_gqa=True since torch 2.12. Earlier versions lack this argument.
     return (partial(function, enable_gqa=True) if "enable_gqa" in names else function), ""
 

@@ -171,7 +171,7 @@ class XformersCutlassKernel(_XformersKernel):
     @classmethod
     def refusals(cls, request: Request) -> tuple[Refusal, ...]:
         windows = [segment.pattern for segment in request.segments if isinstance(segment.pattern, Window)]
-        allowed = f"a pattern other than Window with {cls.name}"
+        allowed = f"a pattern other than Window with kernel {cls.name}"
         return (*super().refusals(request), *(Refusal("pattern", str(window), allowed) for window in windows))
 
     @classmethod
