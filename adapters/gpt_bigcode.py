@@ -178,7 +178,7 @@ def _keys_values(module: Any, states: Tensor, encoder_states: Tensor | None, cac
         layer = cache.cross_attention_cache.layers[module.layer_idx]
         return layer.keys, layer.values
     if encoder_states is None:
-        raise InvalidArgumentError("encoder_hidden_states", "None", "the encoder's states, or a filled cache")
+        raise InvalidArgumentError("encoder_hidden_states", "None", "the encoder's states, or a filled layer_past")
     _check_states(encoder_states, states)
     both = split_heads(module.c_attn(encoder_states), 2 * module.head_dim)
     key, value = both.split(module.head_dim, dim=-1)
@@ -198,7 +198,7 @@ def _check_states(encoder_states: object, hidden_states: Tensor) -> None:
         or compute_dtype(encoder_states) != compute_dtype(hidden_states)
     ):
         dtype = str(hidden_states.dtype).removeprefix("torch.")
-        allowed = f"({batch}, encoder_length, {width}) {dtype}, like the decoder's states"
+        allowed = f"shape ({batch}, encoder_length, {width}), {dtype}, like the decoder's states"
         raise InvalidArgumentError("encoder_hidden_states", describe(encoder_states), allowed)
 
 

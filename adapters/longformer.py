@@ -83,7 +83,7 @@ class LongformerAttention(PatchPoint):
         """
         if is_global_attn and not readable(is_index_global_attn):  # the number of global tokens is a tensor size
             got = f"{describe(is_index_global_attn)}, which vmap maps over"
-            raise InvalidArgumentError("is_index_global_attn", got, "a tensor that vmap does not map over")
+            raise InvalidArgumentError("is_index_global_attn", got, "a tensor with in_dims=None in vmap")
         dropout, scale = module.dropout if module.training else 0.0, module.head_dim**-0.5
         like = (*hidden_states.shape[:2], hidden_states.device)
         attention_mask = check_mask("attention_mask", attention_mask, *like)
@@ -134,7 +134,7 @@ def _window(module: Any) -> Window:
 def _check_flags(name: str, given: Tensor, *like: Any) -> Tensor:
     flags = check_mask(name, given, *like)
     if flags.dtype != torch.bool:
-        raise InvalidArgumentError(name, describe(flags), "bool")
+        raise InvalidArgumentError(name, describe(flags), "a bool tensor")
     return flags
 
 

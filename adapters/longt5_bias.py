@@ -36,7 +36,7 @@ def check_buckets(module: Any) -> None:
     if not 0 < exact < reach:
         raise PatchError(
             f"config: got relative_attention_num_buckets={buckets}, relative_attention_max_distance={reach}; "
-            f"allowed: num_buckets >= {2 if module.is_decoder else 4}, and max_distance > {exact}"
+            f"allowed: at least {2 if module.is_decoder else 4} buckets, and a maximum distance above {exact}"
         )
 
 

@@ -52,7 +52,7 @@ class GlobalBlocks(NamedTuple):
 def check_is_given(mask: Tensor | None) -> Tensor:
     """Return the mask, or raise if the mask is None. Without a mask, the original code would ignore the window."""
     if not isinstance(mask, Tensor):
-        raise InvalidArgumentError("mask", describe(mask), "the mask tensor from LongT5Stack")
+        raise InvalidArgumentError("mask", describe(mask), "the mask from LongT5Stack")
     return mask
 
 
@@ -65,7 +65,7 @@ def read_blocked_mask(mask: Tensor, block_len: int, hidden_states: Tensor) -> To
     blocks = -(-length // block_len)
     shape = (batch, 1, blocks, block_len, 3 * block_len)
     if mask.dtype != torch.bool or tuple(mask.shape) != shape:
-        raise InvalidArgumentError("mask", describe(mask), f"bool {shape}, the mask from LongT5Stack")
+        raise InvalidArgumentError("mask", describe(mask), f"bool of shape {shape}, the mask from LongT5Stack")
     real = mask[:, 0].diagonal(block_len, -2, -1)
     keys = torch.nn.functional.pad(real.flatten(1), (block_len, block_len)).unfold(1, 3 * block_len, block_len)
     position = torch.arange(3 * block_len, device=mask.device)
@@ -81,7 +81,7 @@ def read_flat_mask(mask: Tensor, hidden_states: Tensor) -> Tokens:
     if not mask.dtype.is_signed:  # the model's code writes -1 for padding
         raise InvalidArgumentError("attention_mask", describe(mask), "a dtype with negative numbers, e.g. torch.long")
     if tuple(mask.shape) != shape or not holds(((mask == 0) | (mask == 1)).all(), unknown=True):
-        raise InvalidArgumentError("attention_mask", describe(mask), f"{shape} of ones (tokens) and zeros (padding)")
+        raise InvalidArgumentError("attention_mask", describe(mask), f"shape {shape}, 1 for tokens and 0 for padding")
     return _tokens(mask != 0)
 
 

@@ -37,7 +37,7 @@ def cached(module: Any, past_buckets_states: Any, batch: int) -> tuple[Tensor, T
     buckets = past_buckets_states.buckets_cache[module.layer_idx]
     states = past_buckets_states.states_cache[module.layer_idx]
     if states.shape[0] != batch:
-        raise InvalidArgumentError("hidden_states", f"{batch} samples", f"{states.shape[0]}, like past_buckets_states")
+        raise InvalidArgumentError("hidden_states", f"{batch} samples", f"{states.shape[0]}, as in past_buckets_states")
     return buckets, states
 
 

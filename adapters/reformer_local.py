@@ -57,7 +57,7 @@ class LocalCall:
             relevant = module._retrieve_relevant_hidden_states(past[1], chunk, module.num_chunks_before)
             states = torch.cat([relevant, hidden_states], dim=1)
             if length > (1 if causal else chunk):
-                raise InvalidArgumentError("hidden_states", f"{length} tokens on a filled cache", "1 token per call")
+                raise InvalidArgumentError("hidden_states", f"{length} tokens with a filled cache", "1 token per call")
         # With a filled cache, the mask may have only one column: the new token.
         is_step = isinstance(attention_mask, Tensor) and attention_mask.shape[1:] == (1,)
         real = real_tokens(self._attend, attention_mask, batch, 1 if is_step else states.shape[1])

@@ -73,7 +73,7 @@ class LshCall:
         wanted, past = bool(output_attentions), cached(module, past_buckets_states, batch)
         if past is not None:
             if length > 1:
-                raise InvalidArgumentError("hidden_states", f"{length} tokens on a filled cache", "1 token per call")
+                raise InvalidArgumentError("hidden_states", f"{length} tokens with a filled cache", "1 token per call")
             past_buckets, states = past
             lengths = (1,) if past_buckets.numel() else (1, states.shape[1] + 1)
             step = (hidden_states, _mask_of_step(attention_mask, batch, lengths), hashes, wanted, states)
@@ -117,7 +117,7 @@ class LshCall:
         length = query.shape[2]
         if attention_mask is not None and not readable(attention_mask):  # the module's hashing reads the values
             got = f"{describe(attention_mask)}, which vmap maps over"
-            raise InvalidArgumentError("attention_mask", got, "a tensor that vmap does not map over")
+            raise InvalidArgumentError("attention_mask", got, "a tensor with in_dims=None in vmap")
         module, count = self._hasher(length), length // HASHED_AT_ONCE
         if count < 2 or query.device.type != "cpu":
             return torch.as_tensor(module._hash_vectors(query, hashes, attention_mask))
@@ -247,7 +247,7 @@ class LshCall:
         """Return output, weights and buckets of a new token that sees its neighbours in each round's sorted list."""
         module = self._module
         if past_buckets.shape[2] != hashes:
-            raise InvalidArgumentError("num_hashes", hashes, f"{past_buckets.shape[2]}, like past_buckets_states")
+            raise InvalidArgumentError("num_hashes", hashes, f"{past_buckets.shape[2]}, as in past_buckets_states")
         query = split_heads(module.query_key(hidden_states), module.attention_head_size)
         find_neighbours = self._hasher(past.shape[1])._get_relevant_hid_states_and_buckets
         states, tokens, buckets = find_neighbours(query, mask, hashes, hidden_states, past, past_buckets)

@@ -291,9 +291,9 @@ def test_saving_and_removing_leave_no_trace(kind, tmp_path):
         ("local", torch.ones(1, 1, 2, 8, 24), "the mask from LongT5Stack"),
         ("local", torch.ones(1, 1, 2, 8, 24, dtype=torch.bool), "not a window with padding"),
         ("transient-global", None, "mask"),
-        ("transient-global", torch.full((1, 16), 0.5), "ones"),
-        ("transient-global", torch.full((1, 16), math.nan), "ones"),
-        ("transient-global", torch.ones(1, 15), "ones"),
+        ("transient-global", torch.full((1, 16), 0.5), "1 for tokens"),
+        ("transient-global", torch.full((1, 16), math.nan), "1 for tokens"),
+        ("transient-global", torch.ones(1, 15), "1 for tokens"),
     ],
 )
 def test_masks_that_no_stack_makes_are_refused(kind, mask, message):
