@@ -224,8 +224,8 @@ class PatchedForward(slots.Replacement):
         patched = self.module
         if patched is None or self.removed:
             raise PatchError(
-                f"{self.site.label}: got a call through a copy (copy.copy) of a module whose patch was removed; "
-                "allowed: call attnzoo.unpatch(copy) first, or use copy.deepcopy, whose copies keep their patch"
+                f"{self.site.label}: got a call of a shallow copy (copy.copy) whose original is no longer patched; "
+                "allowed: attnzoo.unpatch(the copy) before the call, or copy.deepcopy, whose copies keep their patch"
             )
         return patched
 
@@ -252,7 +252,7 @@ class PatchedForward(slots.Replacement):
             return self._run_original(module, args, kwargs)
         states = args[0] if args else kwargs.get("hidden_states")
         if isinstance(states, Tensor) and 0 in states.shape:  # models fail on empty inputs with unclear errors
-            allowed = "a tensor whose sizes are all at least 1"
+            allowed = "a tensor with all sizes at least 1"
             raise InvalidArgumentError(f"input of {self.site.label}", describe(states), allowed)
         try:
             self.plan.check_call(module, args, kwargs, self._attend.sharers)

@@ -38,7 +38,7 @@ def rebind(function: Callable[..., Any], **names: Any) -> FunctionType:
     """
     plain = inspect.unwrap(function)
     if not isinstance(plain, FunctionType) or any(name not in plain.__code__.co_names for name in names):
-        raise PatchError(f"function: got {function!r}; allowed: a Python function that uses {sorted(names)}")
+        raise PatchError(f"function: got {function!r}; allowed: a Python function that uses globals {sorted(names)}")
     names = {**plain.__globals__, **names}
     twin = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
     twin.__kwdefaults__ = plain.__kwdefaults__
@@ -133,7 +133,9 @@ class _AttentionFunctions:
 
 def _check_implementation(name: str | None) -> None:
     if name not in ("eager", "sdpa"):
-        raise PatchError(f"config._attn_implementation: got {name!r}; allowed: 'eager' or 'sdpa'")
+        raise PatchError(
+            f"config._attn_implementation: got {name!r}; allowed: 'eager' or 'sdpa' (load with attn_implementation=)"
+        )
 
 
 def read_interface_mask(

@@ -41,7 +41,7 @@ def refuse_uncomputed(kwargs: Mapping[str, Any], also: Iterable[str] = (), known
         if value is not None:
             plain = isinstance(value, (bool, int, float))
             got = describe(value) if isinstance(value, Tensor) else repr(value) if plain else type(value).__name__
-            allowed = 'None, or any value after patch(..., fallback="native"), which then runs the original code'
+            allowed = 'None. For other values, patch(..., fallback="native") runs the original code'
             raise KeywordRefusedError(keyword, got, allowed)
 
 

@@ -152,11 +152,11 @@ def check_mask(
     Raises:
         InvalidArgumentError: the mask is not a tensor, or the rank, shape, dtype or device is wrong.
     """
-    allowed = f"a tensor ({batch}, {'length' if length is None else length}) of bool, integers or floats"
+    allowed = f"a bool, integer or float tensor of shape (1 or {batch}, {'length' if length is None else length})"
     if grid is not None:
-        heads = "heads or 1, " if grid_rank == 4 else ""
+        heads = "1 or heads, " if grid_rank == 4 else ""
         q_len, kv_len = (size if size >= 0 else symbol for size, symbol in zip(grid, ("q_len", "kv_len"), strict=True))
-        allowed += f", or a grid (1 or {batch}, {heads}{q_len}, {kv_len})"
+        allowed += f" or (1 or {batch}, {heads}{q_len}, {kv_len})"
     if not isinstance(mask, Tensor) or mask.is_complex() or mask.is_nested or mask.layout != torch.strided:
         raise InvalidArgumentError(name, describe(mask), allowed)
     if mask.ndim == 2:
@@ -189,9 +189,9 @@ def check_visibility(
     if checked.dtype != torch.bool:
         if not readable(checked):
             allowed = "a bool mask, because vmap hides the values of masks"
-            raise InvalidArgumentError(name, f"{describe(checked)} under vmap", allowed)
+            raise InvalidArgumentError(name, f"{describe(checked)}, under vmap", allowed)
         if not bool(((checked == 0) | (checked == 1)).all()):
-            raise InvalidArgumentError(name, f"{describe(checked)} with values other than 0 and 1", "bool, or 0 and 1")
+            raise InvalidArgumentError(name, f"{describe(checked)}, with values other than 0 and 1", "bool, or 0 and 1")
         checked = checked.bool()
     return (checked[:, None] if checked.ndim == 2 else checked).expand(batch, -1, length)
 
@@ -199,7 +199,7 @@ def check_visibility(
 def refuse_nan(name: str, mask: Tensor) -> None:
     """Raise :class:`InvalidArgumentError` if a mask contains NaN. For float masks, the CPU waits for the GPU."""
     if mask.is_floating_point() and holds(mask.isnan().any(), unknown=False):
-        raise InvalidArgumentError(name, f"{describe(mask)} with NaN", "a mask without NaN")
+        raise InvalidArgumentError(name, f"{describe(mask)}, with NaN", "a mask without NaN")
 
 
 def _first_tokens(given: Mapping[str, Any], names: tuple[str, ...]) -> Tensor | None:

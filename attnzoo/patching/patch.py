@@ -81,8 +81,8 @@ def _remove(places: list[tuple[nn.Module, PatchedForward]]) -> None:
         layers = list(patches_of(module))
         if forward not in layers:
             raise PatchError(
-                f"{forward.site.label}: got the removal of a patch whose forward other code has replaced; allowed: put "
-                "the patched forward back into the module first"
+                f"{forward.site.label}: got the removal of a patch whose forward other code has replaced; allowed: "
+                "restore the patched forward of the module first"
             )
         if layers[0] is not forward:
             raise PatchError(
@@ -175,7 +175,8 @@ def _check_whole(places: list[tuple[nn.Module, PatchedForward]]) -> None:
     if lost:
         raise PatchError(
             f"model: got a model whose last patch is no longer in place at {shorten(', '.join(lost))}; allowed: the "
-            "whole model that was patched, not a part (if other code has replaced a patched forward, put it back first)"
+            "whole model that was patched, not a part of it. If other code has replaced a patched forward, restore the "
+            "patched forward first"
         )
 
 
@@ -265,7 +266,7 @@ def _assign(
         return dict.fromkeys(sites, backend)
     pairs = backend.items() if isinstance(backend, Mapping) else ()
     if not pairs or not all(isinstance(glob, str) and isinstance(name, (str, Backend)) for glob, name in pairs):
-        raise InvalidArgumentError("backend", repr(backend), "a backend, or {glob over module names: backend}")
+        raise InvalidArgumentError("backend", repr(backend), "a backend, or a dict {glob of module names: backend}")
     matched: dict[str, list[PatchTarget]] = {}
     for glob in backend:
         matched[glob] = [site for site in sites if fnmatch.fnmatchcase(site.name, glob)]
@@ -276,7 +277,7 @@ def _assign(
             # If a later glob matches the text of an earlier glob, the later glob is wider and gets the other sites.
             if set(matched[glob]) <= set(matched[first]) and not fnmatch.fnmatchcase(first, glob):
                 raise PatchError(
-                    f"backend: got glob {glob!r} after {first!r}, which matches all sites of {glob!r}; "
+                    f"backend: got glob {glob!r} after {first!r}, but {first!r} matches all sites of {glob!r}; "
                     "allowed: narrower globs before wider globs"
                 )
     deciding = {site: glob for glob in reversed(matched) for site in matched[glob]}
@@ -289,6 +290,8 @@ def _configure(requested: Iterable[str | Backend], options: Mapping[str, Any]) -
     named = [name for name in requested if isinstance(name, str) and name not in BUILT_IN]
     if options and not named:
         got = f"{sorted(options)} with backend {', '.join(map(repr, requested))}"
-        raise InvalidArgumentError("options", got, "no options, or a backend by name, except 'auto' and 'native'")
+        raise InvalidArgumentError(
+            "options", got, "no options, unless the backend is given by its name and is not 'auto' or 'native'"
+        )
     configured = {name: registry.configure(name, **options) for name in named}
     return {name: name if isinstance(name, Backend) else {**BUILT_IN, **configured}[name] for name in requested}

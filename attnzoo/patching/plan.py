@@ -164,7 +164,7 @@ def _check_options(backends: Sequence[Backend]) -> None:
     """Raise if options of a backend have no effect at any site. ``backends`` lists the bound backend of each site."""
     unused = [backend.unused_options() for backend in backends]
     if unused and all(unused):
-        allowed = "no options, because all attention here is already local and options have no effect"
+        allowed = "no options, because all attention of this model is already local and options have no effect"
         raise InvalidArgumentError(f"options of backend {backends[0].name!r}", ", ".join(unused[0]), allowed)
 
 

@@ -235,6 +235,6 @@ def _no_site_error(model: nn.Module, types: tuple[str, ...], points: Iterable[st
             break
     return PatchError(
         f"model: got {type(model).__name__} of model type {', '.join(types) or 'none (no config)'}, "
-        f"in which no adapter supports an attention module{why}; allowed: a model with modules of type "
-        f"{', '.join(registry.model_types())}, or a model with an adapter from attnzoo.register_adapter"
+        f"but no adapter supports any of its attention modules{why}; allowed: attention modules of the model types "
+        f"{', '.join(registry.model_types())}, or of an adapter registered with attnzoo.register_adapter"
     )
