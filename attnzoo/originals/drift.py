@@ -86,22 +86,22 @@ def drift_message(differences: Sequence[Difference], family: str, versions: str,
     adapter = f"the adapter for {family}"
     if cause == "overridden":
         return (
-            f"{example}, which {adapter} replaces or relies on; allowed: subclasses that inherit it. Leave the modules "
-            "to backend 'native', or register an adapter with a point for the subclass"
+            f"{example}, which {adapter} replaces or relies on; allowed: subclasses that inherit this method. Use "
+            "backend 'native', or register an adapter with a patch point for the subclass"
         )
     if cause == "replaced":
         return (
-            f"{example}; allowed: the original, which {adapter} replaces or relies on. Restore it, or use backend "
-            "'native'"
+            f"{example}; allowed: the original function, which {adapter} replaces or relies on. Restore this function, "
+            "or use backend 'native'"
         )
     if cause == "unreadable":
         return (
-            f"{example}; {adapter} cannot compare it with the code it was verified against. Install the package with "
+            f"{example}; {adapter} cannot compare this function with the verified code. Install the package with "
             "its .py files (frozen and compiled builds lack them), or use backend 'native'"
         )
     return (
-        f"{adapter} was verified against transformers {versions}; installed is {installed} (or an edited copy), where "
-        f"{example}. Install a verified version, or use backend 'native'"
+        f"{adapter} was verified against transformers {versions}; installed is {installed} (or an edited copy). "
+        f"Different code: {example}. Install a verified version, or use backend 'native'"
     )
 
 

@@ -138,7 +138,7 @@ def test_replacement_of_a_method_is_named(monkeypatch, make, expected):
     if sys.version_info < (3, 11):  # code has only its short name
         expected = expected.replace("replacement.<locals>.", "").replace("LlamaAttention.", "")
     assert message.startswith(f"{FORWARD}: {expected}")
-    assert "Restore it, or use backend 'native'" in message
+    assert "Restore this function, or use backend 'native'" in message
     assert "version" not in message
     if make in (replacement, wrapper):
         runs_natively(model)
@@ -206,7 +206,7 @@ def test_subclass_that_overrides_the_forward_is_refused(cls):
     message = refusal(model)
     assert message.startswith(
         f"tests.originals.test_drift:{cls.__name__}.forward: overrides GPTNeoXAttention.forward, which the adapter "
-        "for gpt_neox replaces or relies on; allowed: subclasses that inherit it"
+        "for gpt_neox replaces or relies on; allowed: subclasses that inherit this"
     )
     assert "backend 'native', or register an adapter" in message and "version" not in message
     runs_natively(model)
@@ -281,7 +281,7 @@ def test_every_adapter_names_its_verified_versions(model_type):
     assert adapter.versions != "unknown"
 
 
-CAUSES = {"overridden": "subclasses that keep it", "replaced": "Restore it", "unreadable": "Install the package with"}
+CAUSES = {"overridden": "subclasses that inherit this", "replaced": "Restore", "unreadable": "Install the package with"}
 CAUSES |= {"changed": "Install a verified version"}
 
 
