@@ -92,13 +92,15 @@ def check_backend(
     """
     configured = registry.make_backend(backend) if isinstance(backend, str) else backend
     if not isinstance(configured, Backend):
-        raise InvalidArgumentError("backend", repr(configured), "a registered name, or a configured backend")
+        raise InvalidArgumentError("backend", repr(configured), "a registered name, or a backend object")
     outcomes = tuple(run_case(configured, case, device, seed) for case in cases(dtypes))
     report = ConformanceReport(configured.name, outcomes)
     if report.failures:
         raise ConformanceError(str(report))
     if all(outcome.refused for outcome in outcomes):
-        raise ConformanceError(f"{report}: the backend refuses all cases on {device!r}, so no result was checked")
+        raise ConformanceError(
+            f"{report}: the backend refuses all cases on {device!r}; use another device or other dtypes"
+        )
     return report
 
 
@@ -141,8 +143,10 @@ def _refusal_failure(
         vague = [refusal for refusal in refusals if not (refusal.field and refusal.got and refusal.allowed)]
         return f"these refusals have an empty field, got or allowed: {vague}" if vague else ""
     except Exception as error:
-        return f"the backend must raise BackendRefusedError, but raised {type(error).__name__}: {error}"
-    return f"the backend refuses this case, but ran: {'; '.join(map(str, refusals))}"
+        return (
+            f"the backend refuses this case, but raised {type(error).__name__}: {error}; allowed: BackendRefusedError"
+        )
+    return f"the backend refuses this case, but ran it; the refusals: {'; '.join(map(str, refusals))}"
 
 
 def _result_failure(backend: Backend, case: AttentionCase | RequestCase, attention: Attention) -> str:
@@ -150,7 +154,7 @@ def _result_failure(backend: Backend, case: AttentionCase | RequestCase, attenti
     result, dtype = execute(backend, attention, case.probabilities), attention.query.dtype
     expected = (attention.batch, attention.heads, attention.q_len, attention.value_dim)
     if tuple(result.output.shape) != expected or result.output.dtype != dtype:
-        return f"output: got {tuple(result.output.shape)} {result.output.dtype}; allowed: {expected} {dtype}"
+        return f"output: got shape {tuple(result.output.shape)}, {result.output.dtype}; allowed: {expected}, {dtype}"
     if not isinstance(result.kernel, str) or not result.kernel:
         return f"kernel of the result: got {result.kernel!r}; allowed: a non-empty string"
     if not case.probabilities:

@@ -161,5 +161,7 @@ def test_kit_accepts_a_configured_backend():
 
 @pytest.mark.parametrize("backend", [SdpaBackend, None, 3])
 def test_kit_refuses_objects_that_are_no_backend(backend):
-    with pytest.raises(attnzoo.InvalidArgumentError, match=r"backend: got .*; allowed: a registered name, or a config"):
+    with pytest.raises(
+        attnzoo.InvalidArgumentError, match=r"backend: got .*; allowed: a registered name, or a backend"
+    ):
         testing.check_backend(backend)

@@ -272,7 +272,7 @@ RESULTS = {
         returning(probabilities=lambda r: r.probabilities and (torch.cat(r.probabilities, -1),)),
         "tensor per segment in 'probabilities'",
     ),
-    "dtype": (["mask none"], returning(output=lambda r: r.output.double()), "output: got (3, 4, 37, 16) torch.float64"),
+    "dtype": (["mask none"], returning(output=lambda r: r.output.double()), "output: got shape (3, 4, 37, 16), torch."),
     "kernel": (["mask none"], returning(kernel=lambda r: ""), "kernel of the result: got ''"),
     "no graph": (["mask none", "grad"], returning(output=lambda r: r.output.detach()), "gradient: error"),
 }  # fmt: skip
