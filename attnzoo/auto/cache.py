@@ -81,11 +81,13 @@ def known(environment: Environment) -> Measurements:
             try:
                 file = _read(path)
                 if file.environment not in ({}, environment.to_dict()):
-                    raise ValueError("the file is for a different device or different versions")
+                    raise ValueError("the measurements are from another device or other versions")
                 _loaded[path] = file.measurements
             except (OSError, ValueError) as error:
                 _loaded[path] = {}
-                message = f"{path} is ignored, 'auto' selects by priority: {error}; to delete it: attnzoo tune --clear"
+                message = (
+                    f"{path} is ignored, 'auto' selects by priority: {error}; to delete all files: attnzoo tune --clear"
+                )
                 warnings.warn(message, CacheWarning, stacklevel=2)
         return _loaded[path]
 
@@ -173,10 +175,10 @@ def _read(path: Path) -> Stored:
     except RecursionError as error:
         raise ValueError(f"JSON nested too deeply: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ValueError(f"the format is not {FORMAT!r}")
+        raise ValueError(f"the field 'format' is not {FORMAT!r}")
     environment, listed = data.get("environment"), data.get("measurements")
     if not isinstance(environment, dict) or not isinstance(listed, list):
-        raise ValueError("the environment or the list of measurements is missing")
+        raise ValueError("the field 'environment' or the list 'measurements' is missing")
     measurements = [Measurement.from_dict(item) for item in listed]
     return Stored(path, environment, {measurement.key: measurement for measurement in measurements})
 

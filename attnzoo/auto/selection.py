@@ -79,7 +79,7 @@ def _choose(
         return Choice(right[0], "the only backend that supports this request" if alone else f"by priority: {because}")
     answers = {backend.name: backend.refusals(request) for backend in registry.exact_backends()}
     for name, reason in wrong.items():
-        answers[name] = (Refusal("measured", reason, "results that agree with the oracle (attnzoo tune)"),)
+        answers[name] = (Refusal("measured", reason, "results that agree with the oracle (attnzoo tune --again)"),)
     raise BackendRefusedError(AutoBackend.name, {"attention": _with_names(answers)}, {})
 
 
