@@ -52,7 +52,7 @@ def tune(
         print(json.dumps(stored_measurements(), indent=2) if as_json else stored_measurements_text())
     if model is None:
         if not (show or clear):
-            raise InvalidArgumentError("model", "None", "a family or a checkpoint, unless --show or --clear is given")
+            raise InvalidArgumentError("model", "None", "a model name or checkpoint folder, or --show or --clear")
         return
     report = _measure(model, seq_len or [1024], dtype, device, threads, train, again, rounds)
     if as_json:

@@ -108,7 +108,9 @@ def explain(model: nn.Module, backend: str | Backend | None = None, **options: A
     if options and (not isinstance(backend, str) or backend in BUILT_IN):
         given = "without a backend" if backend is None else f"with backend {backend}"
         raise InvalidArgumentError(
-            "options", f"{sorted(options)} {given}", "no options, or the name of a backend that has them"
+            "options",
+            f"{sorted(options)} {given}",
+            "no options, unless the backend is given by its name and is not 'auto' or 'native'",
         )
     targets = find_sites(model)
     verdicts = []
@@ -167,5 +169,5 @@ def _configure_named(name: str, options: Mapping[str, Any]) -> Backend:
         return _Unusable(Refusal("availability", info.reason, "a machine that can load the backend"))
     missing = [option for option in registry.backend_class(name).required_options() if option not in options]
     if missing:
-        return _Unusable(Refusal("options", f"no {', '.join(missing)}", f"{missing[0]}=..."))
+        return _Unusable(Refusal("options", f"no value for {', '.join(missing)}", f"values, e.g. {missing[0]}=..."))
     return registry.configure(name, **options)

@@ -180,7 +180,7 @@ def row(cls: type[Backend], module: Module) -> Row:
     """Return the row of a backend at a module, with the refusals in every cell."""
     lacking = [option for option in cls.required_options() if option not in cls.example]
     if lacking:
-        reason = Refusal("options", f"no {', '.join(lacking)}", f"{lacking[0]}=...")
+        reason = Refusal("options", f"no value for {', '.join(lacking)}", f"values, e.g. {lacking[0]}=...")
         return Row(module, cls.name, {}, "", dict.fromkeys(_cells(), (reason,)))
     cells = {
         (feature, device, dtype): refusals_of(

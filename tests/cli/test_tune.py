@@ -66,7 +66,7 @@ def test_show_lists_a_file_that_cannot_be_read():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "model: got None; allowed: a family or a checkpoint, unless --show or --clear is given"),
+        ((), "model: got None; allowed: a model name or checkpoint folder, or --show or --clear"),
         (("led", "--show"), "model: got 'led' with --show; allowed: no model, because --show measures nothing"),
         (("lde",), "did you mean 'led'"),
         (("led", "--dtype", "fp8"), "dtype: got 'fp8'; allowed: float32, bfloat16, float16"),

@@ -265,7 +265,7 @@ class Choosy(EagerBackend):
 def test_a_backend_with_required_options_is_shown_with_its_example(families, monkeypatch):
     module = families["gpt_neox"][0]
     row = matrix.row(Choosy, module)
-    assert row.reasons("forward") == (attnzoo.Refusal("options", "no window", "window=..."),)
+    assert row.reasons("forward") == (attnzoo.Refusal("options", "no value for window", "values, e.g. window=..."),)
     monkeypatch.setattr(Choosy, "example", {"window": 7})
     assert not any(matrix.row(Choosy, module).cells.values())
     assert matrix.configured(Choosy, module) == Choosy(window=7)
