@@ -83,7 +83,7 @@ class ShootoutPlan:
         if self.peers and self.scope != PEER_SCOPE:
             raise InvalidArgumentError("peers", f"--peers with scope {self.scope!r}", f"--scope {PEER_SCOPE}")
         if not self.families or not self.seq_lens or not self.modes:
-            raise InvalidArgumentError("plan", "no model, length or mode", "a plan with at least one of each")
+            raise InvalidArgumentError("plan", "no model, no length or no mode", "at least one of each")
         counts = [("threads", self.threads), ("batch", self.batch), ("rounds", self.rounds), ("layers", self.layers)]
         for name, count in [*(("seq-len", seq_len) for seq_len in self.seq_lens), *counts]:
             if count is not None and count < 1:

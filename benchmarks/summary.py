@@ -48,7 +48,9 @@ def page(folder: Path) -> str:
     """Return the page as Markdown. ``folder`` contains one folder of JSON files for each machine."""
     results = [(path, Shootout.read(path)) for path in folder.glob("*/*.json")]
     if not results:
-        raise InvalidArgumentError("folder", f"{folder}, where no JSON file matches */*.json", "a folder of results")
+        raise InvalidArgumentError(
+            "folder", f"{folder}, where no JSON file matches */*.json", "a folder with such files"
+        )
     for path, shootout in results:
         if not shootout.ok:
             raise InvalidArgumentError("folder", f"{path}, which has red or failed rows", "results without such rows")

@@ -29,7 +29,7 @@ def excerpt(inputs: Mapping[str, Any], length: int = LENGTH) -> dict[str, Any]:
             cut[name] = value
             continue
         if not isinstance(value, Tensor) or value.ndim not in (2, 3):
-            allowed = "with fast=True: a tensor (batch, length[, dim]), a scalar or None"
+            allowed = "with fast=True, a tensor of shape (batch, length) or (batch, length, dim), a scalar, or None"
             raise InvalidArgumentError(f"inputs[{name!r}]", describe(value), allowed)
         of_decoder = name.startswith("decoder_") or (has_decoder and name == "labels")
         mask = _mask(inputs, "decoder_attention_mask" if of_decoder else "attention_mask")

@@ -215,7 +215,7 @@ class _PatchedRun:
             self._trainable = not any(target.point.backward_in_training for target in targets)
             self.whole = gradients and self._trainable and not fast
             if self.whole and any(p.is_meta and p.requires_grad for p in model.parameters()):
-                raise InvalidArgumentError("gradients", "True for offloaded weights", "False, or weights in memory")
+                raise InvalidArgumentError("gradients", "True for offloaded weights", "False, or all weights in memory")
             hashing = {t.name: (t.module, t.point.replay) for t in targets if t.point.makes_random_choices}
             with recording(hashing) as self.random_choices:
                 self.outputs = run_model(model, inputs, self.whole, seed, inference=True, graph=gradients and fast)
