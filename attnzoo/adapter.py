@@ -133,7 +133,7 @@ class PatchPoint(ABC):
             attend: the callable that computes attentions on the module's backend.
             *args, **kwargs: the arguments of the original forward. A subclass must declare each argument by name.
         """
-        raise NotImplementedError(f"{type(self).__name__}: got neither forward nor bind; allowed: one of these methods")
+        raise NotImplementedError(f"{type(self).__name__}: got neither forward nor bind; allowed: override one of them")
 
     # Subclasses override the next methods if the default is wrong.
 

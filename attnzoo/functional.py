@@ -19,8 +19,8 @@ from attnzoo.spec.segments import Attention, Request, Result, Segment, check_hea
 from attnzoo.spec.transforms import holds
 
 PROBABILITIES_REMEDY = (
-    'to get attention probabilities: backend="eager", or patch(..., fallback="native") where the model\'s own code '
-    'returns them (attn_implementation="eager")'
+    'to get attention probabilities, use backend="eager". If the model\'s own code returns them (e.g. with '
+    'attn_implementation="eager"), patch(..., fallback="native") is enough'
 )
 
 
@@ -151,7 +151,7 @@ def attention(
         raise InvalidArgumentError("pattern", repr(pattern), "a pattern, e.g. attnzoo.Causal()")
     if bias is not None and not isinstance(bias, Bias):
         if not isinstance(bias, Tensor) or not bias.is_floating_point():
-            allowed = "a RelativeBias, or a floating-point tensor (use mask= to hide keys)"
+            allowed = "a RelativeBias, or a floating-point tensor (to hide keys, use mask=)"
             raise InvalidArgumentError("bias", describe(bias), allowed)
         bias = DenseBias(bias)
     q, k, v = (tensor.to(compute_dtype(tensor)) for tensor in (q, k, v))
@@ -160,8 +160,8 @@ def attention(
         segments = _split_globals(Attention(q, segments, 1.0), global_keys)
     whole = Attention(q, segments, q.shape[-1] ** -0.5 if scale is None else scale, dropout, query_mask)
     if bias is not None and not holds(bias.values.to(q.dtype).isfinite().all(), unknown=True):
-        got = f"{describe(bias.values)} with NaN, Inf, or numbers outside the range of {q.dtype}"
-        raise InvalidArgumentError("bias", got, f"finite values of {q.dtype}, like the query (use mask= to hide keys)")
+        got = f"{describe(bias.values)}, with NaN, Inf, or numbers outside the range of {q.dtype}"
+        raise InvalidArgumentError("bias", got, f"finite values of {q.dtype}, like the query (to hide keys, use mask=)")
     return execute(backend, whole).output
 
 
@@ -169,11 +169,13 @@ def _split_globals(attention: Attention, global_keys: Tensor) -> tuple[Segment, 
     (segment,) = attention.segments
     shape = (attention.batch, segment.kv_len)
     if not isinstance(global_keys, Tensor) or global_keys.dtype != torch.bool or tuple(global_keys.shape) != shape:
-        raise InvalidArgumentError("global_keys", describe(global_keys), f"a bool tensor {shape}, True for global keys")
+        raise InvalidArgumentError(
+            "global_keys", describe(global_keys), f"a bool tensor of shape {shape} (True: global key)"
+        )
     if global_keys.device != attention.query.device:
         raise InvalidArgumentError("global_keys device", global_keys.device, f"{attention.query.device}, like q")
     if segment.mask is not None or segment.bias is not None:
-        raise InvalidArgumentError("global_keys", "a tensor together with mask or bias", "no mask and no bias")
+        raise InvalidArgumentError("global_keys", "a tensor together with mask or bias", "None, or no mask and no bias")
     visible = global_keys if segment.key_mask is None else global_keys & segment.key_mask
     selected = find_global_keys(visible)
     if selected is None:

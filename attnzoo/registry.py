@@ -183,7 +183,7 @@ class Registry:
         known = {alias for cls in self._backends.values() for alias in (cls.name, *self._aliases(cls))}
         if text in RESERVED_NAMES:
             names = ", ".join(map(repr, sorted(known)))
-            raise InvalidArgumentError("backend", f"{text!r}, which is not a backend", names)
+            raise InvalidArgumentError("backend", f"{text!r}, which is not accepted by this function", names)
         raise UnknownNameError("backend", name, known | set(RESERVED_NAMES))
 
     def configure(self, name: str, **options: Any) -> Backend:
@@ -209,7 +209,7 @@ class Registry:
         missing = [option for option in cls.required_options() if option not in options]
         if missing:
             got = f"no value for {', '.join(missing)}"
-            raise InvalidArgumentError(f"options of backend {cls.name!r}", got, f"{missing[0]}=...")
+            raise InvalidArgumentError(f"options of backend {cls.name!r}", got, f"values, e.g. {missing[0]}=...")
         return cls(**options)
 
     # Adapters
