@@ -101,9 +101,9 @@ def test_the_gradient_of_blocks_is_the_gradient_of_the_definition(bias):
 @every_bias
 def test_tiles_with_equal_keys_have_equal_biases(bias):
     whole, known = definition(bias), {}
-    for q, k in itertools.product(range(0, Q_LEN, 2), range(0, KV_LEN, 3)):
-        tile = Tile(q, min(Q_LEN, q + 2), k, min(KV_LEN, k + 3), Q_LEN, KV_LEN)
-        key, block = bias.block_key(tile), whole[:, :, q : q + 2, k : k + 3]
+    for q, k in itertools.product(range(0, Q_LEN, 2), range(0, KV_LEN, 2)):
+        tile = Tile(q, min(Q_LEN, q + 2), k, min(KV_LEN, k + 2), Q_LEN, KV_LEN)
+        key, block = bias.block_key(tile), whole[:, :, q : q + 2, k : k + 2]
         if key is not None:
             assert torch.equal(known.setdefault(key, block), block)
 

@@ -113,3 +113,22 @@ def test_check_names_a_tensor_of_the_wrong_shape_or_dtype(name):
             HashedChunks(2, rounds=(HashRound(**{**good, name: bad}),)).check(1, 1, 4, 4)
     with pytest.raises(InvalidArgumentError, match=r"pattern rounds: got \(\)"):
         HashedChunks(2).check(1, 1, 4, 4)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "fits"), [(4, 2, True), (2, 2, True), (3, 2, False), (2, 4, False)])
+def test_check_needs_a_multiple_of_the_key_heads(heads, kv_heads, fits):
+    keys, queries = torch.arange(4).expand(1, kv_heads, -1), torch.arange(4).expand(1, heads, -1)
+    pattern = HashedChunks(2, rounds=(HashRound(keys, keys, keys[:, 0], queries, queries),))
+    if fits:
+        pattern.check(1, heads, 4, 4)
+        return
+    with pytest.raises(InvalidArgumentError, match="pattern keys: got"):
+        pattern.check(1, heads, 4, 4)
+
+
+def test_check_reads_every_round():
+    keys = torch.arange(4).view(1, 1, -1)
+    good = HashRound(keys, keys, keys[0], keys, keys)
+    for rounds in ((replace(good, queries=keys.int()), good), (good, replace(good, queries=keys.int()))):
+        with pytest.raises(InvalidArgumentError, match="pattern queries: got"):
+            HashedChunks(2, rounds=rounds).check(1, 1, 4, 4)
