@@ -126,6 +126,16 @@ def test_an_option_is_accepted_at_the_limit_and_refused_past_it(backend, option,
         backend(**{**others, option: refused})
 
 
+def test_cross_attention_beside_dense_attention_is_dense():
+    """Approximate backends keep cross-attention, but only if all segments are cross-attention."""
+    cross, dense = (SegmentRequest(Full(cross=cross), 2) for cross in (True, False))
+    for segments, refused in (((cross, cross), False), ((cross, dense), True), ((dense, cross), True)):
+        two = replace(request(), segments=segments)
+        for backend in (BlockedLocalBackend(window=4), LshBackend(num_hashes=1, chunk_length=2, num_buckets=2)):
+            assert [refusal.field for refusal in backend.refusals(two)] == ["segments"] * refused
+            assert (backend.changes(two) is not None) == refused
+
+
 @pytest.mark.parametrize("scale", [2.0**-19, 2.0**-19 * 1.001])
 def test_the_smallest_scale_that_hides_keys_hides_them(flash_attn, scale):
     holes = torch.arange(20)[None].expand(2, 20) % 3 != 1

@@ -49,6 +49,7 @@ ALL, NONE = keys((0, 0), (0, 0)), keys((0, LENGTH), (0, LENGTH))
 DENSE = torch.rand(BATCH, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.5
 TABLE = torch.randn(HEADS, 9, generator=torch.Generator().manual_seed(2))
 VALUES = torch.randn(BATCH, HEADS, LENGTH, LENGTH, generator=torch.Generator().manual_seed(3))
+POSITIONS = torch.randint(-9, LENGTH + 9, (BATCH, LENGTH), generator=torch.Generator().manual_seed(4))
 RELATIVE, DENSE_BIAS = RelativeBias(TABLE, zero=4), DenseBias(VALUES)
 
 # Per difference: the terms of the first and of the second segment. Rows of one case run one after the other, because
@@ -102,6 +103,8 @@ DIFFERENCES = {
         (dict(bias=replace(RELATIVE, offset=2)), dict(bias=replace(RELATIVE, offset=0))),
         (dict(bias=RELATIVE), dict(bias=replace(RELATIVE, values=TABLE[:1, :2], zero=1), kv_len=90)),
         (dict(bias=RELATIVE, key_mask=PADDING), dict(bias=RELATIVE, kv_heads=2)),
+        (dict(bias=RELATIVE), dict(bias=replace(RELATIVE, positions=POSITIONS))),
+        (dict(bias=replace(RELATIVE, positions=POSITIONS)), dict(bias=replace(RELATIVE, positions=POSITIONS.flip(0)))),
     ],
     "trained bias": [
         ({}, dict(bias=replace(RELATIVE, values=TABLE.clone().requires_grad_()))),
@@ -180,3 +183,13 @@ def test_flash_attention_2_agrees_with_the_oracle(flash_attn, difference, extra)
 def test_xformers_agrees_with_the_oracle(xformers, difference, extra):
     for whole in attentions(difference, extra, torch.float16):
         assert assert_agrees(XformersBackend(), whole) in ("xformers_flash", "none")
+
+
+@pytest.mark.parametrize("value_dim", [DIM, DIM + 3], ids=["cpu kernel", "public calls"])
+@pytest.mark.parametrize("first", [2, 3])
+def test_key_heads_that_do_not_divide_each_other_agree_with_the_oracle(uncompiled, first, value_dim):
+    draw = Draw(torch.float32, value_dim)
+    segments = (draw.segment(kv_heads=first), draw.segment(kv_heads=5 - first, key_mask=PADDING))
+    whole = Attention(draw.normal(BATCH, 6, LENGTH, DIM), segments, 0.5)
+    assert_agrees(registry.make_backend("sdpa"), whole)
+    assert_agrees(FlexBackend(), whole, grad=False)
