@@ -17,7 +17,7 @@ from tests.support import models as zoo
 from tests.support.approximate import KEYS, assert_refused, attention, key_mask, matches_definition
 from tests.support.judge import chunked, in_one_forward
 
-SHAPES = [(2, 0), (4, 0), (3, 2), (5, 9), (40, 3)]
+SHAPES = [(2, 0), (4, 0), (3, 2), (5, 9), (2, 13), (3, 20), (40, 3)]
 
 
 def local(window, sinks=0, inner="sdpa"):
