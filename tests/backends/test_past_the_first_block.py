@@ -12,6 +12,7 @@ from attnzoo.backends.approximate.lsh import LshBackend
 from attnzoo.backends.common.blocks import DENSE_ROWS
 from attnzoo.backends.sdpa import flash_cpu, math_blocks
 from attnzoo.conformance.attention_check import ALL_ROWS, check_attention
+from attnzoo.conformance.random_attention import random_attention
 from attnzoo.registry import registry
 from attnzoo.spec import hashed
 from attnzoo.spec.bias import DenseBias, RelativeBias
@@ -56,6 +57,8 @@ CASES = {
     "positions": dict(bias=RelativeBias(trained(HEADS, 300), zero=100, positions=POSITIONS)),
     "positions in a window": dict(bias=RelativeBias(normal(HEADS, 40), zero=9, positions=POSITIONS),
                                   pattern=Window(300, 200)),
+    "window": dict(pattern=Window(40, 40)),
+    "causal window behind its keys": dict(pattern=Window(70, 0, -20)),
     "bias in a window": dict(bias=RelativeBias(trained(HEADS, 60), zero=40), pattern=Window(90, 90)),
     "bias in a shifted window": dict(bias=RelativeBias(trained(HEADS, 60), zero=40), pattern=Window(90, 90, 35)),
     "key mask, causal": dict(key_mask=KEY_MASK, pattern=Causal()),
@@ -109,6 +112,17 @@ def test_hashed_keys_in_several_pages_agree_with_the_oracle(monkeypatch, pattern
     if masks in ("dense mask", "both"):
         terms["mask"] = flags(whole.batch, whole.heads, 150, 150)
     whole = replace(whole, segments=tuple(replace(segment, **terms) for segment in whole.segments))
+    assert assert_agrees(whole, max_rows=ALL_ROWS) == (math_blocks.KERNEL if uneven else flash_cpu.KERNEL)
+
+
+@pytest.mark.parametrize("uneven", [False, True], ids=["cpu kernel", "math blocks"])
+@pytest.mark.parametrize("pattern", [HashedChunks(9), HashedChunks(9, 1, 0, True, 2), SortedChunks(9, 1, 1)], ids=str)
+def test_more_than_two_hash_rounds_agree_with_the_oracle(pattern, uneven):
+    """Each round hides the keys of all earlier rounds, not only of the first."""
+    case = sorted_or_hashed(pattern, 70, uneven)
+    request = case.request()
+    whole = random_attention(replace(request, segments=request.segments * 2), q_len=70, kv_len=70)
+    assert len(whole.segments) == 4
     assert assert_agrees(whole, max_rows=ALL_ROWS) == (math_blocks.KERNEL if uneven else flash_cpu.KERNEL)
 
 
