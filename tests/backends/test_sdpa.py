@@ -1,5 +1,7 @@
 """``sdpa``: public calls of PyTorch, with their masks, offsets and scales."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -59,7 +61,7 @@ OFFSETS = (None, -3, 0, 2, 5)
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize(("q_len", "kv_len"), [(9, 9), (9, 14), (14, 9), (1, 9)])
 @pytest.mark.parametrize("hides", [False, True], ids=["", "key mask"])
-@pytest.mark.parametrize("value_dim", [8, 11], ids=["fused", "uneven"])
+@pytest.mark.parametrize("value_dim", [8, 11, 5], ids=["fused", "wider values", "narrower values"])
 def test_causal_attention_keeps_its_offset_and_its_key_mask(offset, q_len, kv_len, hides, value_dim):
     """PyTorch's ``is_causal`` knows neither."""
     query = torch.randn(2, 3, q_len, 8)
@@ -68,6 +70,15 @@ def test_causal_attention_keeps_its_offset_and_its_key_mask(offset, q_len, kv_le
     whole = attnzoo.Attention(query, (attnzoo.Segment(key, value, Causal(offset), key_mask),), 0.3)
     report = check_attention("case", whole, registry.make_backend("sdpa"), grad=True)
     assert report.ok, report
+
+
+@pytest.mark.parametrize("pattern", [Full(), Causal(), Window(5, 3)], ids=str)
+def test_narrower_values_use_no_kernel_for_equal_dimensions(pattern):
+    query, key, value = torch.randn(2, 4, 70, 8), torch.randn(2, 2, 70, 8), torch.randn(2, 2, 70, 5)
+    whole = attnzoo.Attention(query, (attnzoo.Segment(key, value, pattern),) * 2, 0.3)
+    for attention in (whole, replace(whole, segments=whole.segments[:1])):
+        report = check_attention("case", attention, registry.make_backend("sdpa"), grad=True)
+        assert report.ok and report.kernel == "math", report
 
 
 @pytest.mark.parametrize("grad", [True, False])
