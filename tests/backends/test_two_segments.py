@@ -72,6 +72,7 @@ DIFFERENCES = {
         ({}, dict(pattern=replace(WINDOW, offset=3))),
         (dict(pattern=replace(WINDOW, offset=3)), {}),
         (dict(pattern=replace(WINDOW, offset=150)), dict(key_mask=PADDING)),
+        (dict(pattern=replace(WINDOW, offset=60)), dict(pattern=replace(WINDOW, offset=70))),  # blocks without keys
         ({}, dict(pattern=Full())),
         (dict(pattern=Chunks(20, 1, 1)), dict(pattern=Chunks(20, 1, 0, causal=True))),
         (dict(pattern=Causal()), dict(pattern=Causal(-40))),
