@@ -27,11 +27,11 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.25, 0.6])
+@pytest.mark.parametrize("rate", [0.1, 0.6])
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_are_dropped_at_the_rate_and_scaled(flash_attn, way, rate):
     backend, terms, kernel = WAYS[way]
-    case = AttentionCase(**terms, dropout=rate, q_len=61, kv_len=61)
+    case = AttentionCase(**terms, dropout=rate)
     assert not testing.run_case(backend, case).failure
     assert execute(backend, case.attention()).kernel == kernel
 

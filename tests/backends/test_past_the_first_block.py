@@ -58,6 +58,7 @@ CASES = {
     "positions in a window": dict(bias=RelativeBias(normal(HEADS, 40), zero=9, positions=POSITIONS),
                                   pattern=Window(300, 200)),
     "window": dict(pattern=Window(40, 40)),
+    "blocks without keys": dict(pattern=Window(9, 3, LENGTH - 500)),
     "causal window behind its keys": dict(pattern=Window(70, 0, -20)),
     "bias in a window": dict(bias=RelativeBias(trained(HEADS, 60), zero=40), pattern=Window(90, 90)),
     "bias in a shifted window": dict(bias=RelativeBias(trained(HEADS, 60), zero=40), pattern=Window(90, 90, 35)),
@@ -71,7 +72,8 @@ def attention(value_dim=DIM, **terms):
     query, key = normal(BATCH, HEADS, LENGTH, DIM), normal(BATCH, 1, LENGTH, DIM)
     padding_queries = torch.arange(LENGTH).expand(BATCH, -1) % 5 != 1
     segment = Segment(key, normal(BATCH, 1, LENGTH, value_dim), **terms)
-    return Attention(query, (segment,), 0.4, query_mask=padding_queries)
+    empty = normal(BATCH, HEADS, LENGTH, value_dim)
+    return Attention(query, (segment,), 0.4, query_mask=padding_queries, empty=empty)
 
 
 def assert_agrees(whole, backend=None, max_rows=128):
