@@ -124,9 +124,11 @@ class RelativeBias(Bias):
         per_head = self.values.shape[0] > 1
 
         def bias_at(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            positions = self.positions
-            if positions is not None and q.device.type == "cpu" and kv.numel() == kv.shape[-1] and readable(positions):
-                return self._gather_rows(positions[b, q], kv)
+            if self.positions is not None and q.device.type == "cpu" and readable(self.positions):
+                positions = self.positions[b, q]
+                # Queries in another order per head have several positions per row.
+                if positions.ndim == 4 and positions.shape[1] == 1 and kv.numel() == kv.shape[-1]:
+                    return self._gather_rows(positions, kv)
             return self.values[h if per_head else torch.zeros_like(h), self._index(b, q, kv, q_len, kv_len)]
 
         return bias_at
