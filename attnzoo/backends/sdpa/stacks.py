@@ -53,7 +53,7 @@ class Stack(NamedTuple):
             yield from (self._replace(sample=sample) for sample in range(batch))
 
     def flat(self) -> Stack:
-        """Return the stack as one block of all queries. Use it only for parts with step 0 and without an additive mask."""
+        """Return the stack as one block of all queries. Only parts with step 0 and no additive mask can use it."""
         return self._replace(block=self.whole()._replace(parts=self.block.parts), depth=1)
 
     def take(self, tensor: Tensor) -> Tensor:
