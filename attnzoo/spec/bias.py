@@ -51,11 +51,11 @@ class Bias:
         return lambda score, b, h, q, kv: score + bias_at(b, h, q, kv)
 
     def gather(self, q_len: int, kv_len: int) -> BiasAt:
-        """Return a function ``f(b, h, q, kv)`` of broadcastable indices that returns the bias of query and key."""
+        """Return a function ``f(b, h, q, kv)`` that maps broadcastable index tensors to bias values."""
         raise NotImplementedError
 
     def block_key(self, tile: Tile) -> tuple[int, ...] | None:
-        """Return a cache key. Tiles with equal keys have equal biases. None means that no bias can be reused."""
+        """Return a cache key, or None if no bias can be reused. Tiles with equal cache keys have equal biases."""
         return None
 
     def add_gradient_(self, grad: Tensor, grad_scores: Tensor, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> None:
@@ -72,14 +72,15 @@ class RelativeBias(Bias):
     """A bias that depends only on the head and on ``key position - query position`` (T5, Raffel et al. 2020).
 
     Attributes:
-        values: ``(heads or 1, R)``, one value for each of ``R`` distances. A key ``d`` tokens after the query gets
-            ``values[h, zero + d]``. Smaller distances get the first value, and larger distances get the last value.
+        values: ``(heads or 1, R)``, one value for each of ``R`` consecutive distances. A key ``d`` tokens after the
+            query gets ``values[h, zero + d]``. Distances below this range get the first value, and distances above
+            this range get the last value.
             To train ``weights`` ``(buckets, heads)``, pass ``weights[bucket].T``, where ``bucket`` ``(R,)`` is the
             bucket index of each distance. ``weights`` then gets gradients.
         zero: the index of distance 0 in ``values``.
         offset: the position of query 0 in the key sequence. None aligns the last query with the last key.
         positions: ``(batch, q_len)`` int64, the position of each query among the keys. None means ``offset + q`` for
-            query ``q``. LongT5 passes positions, because each of its global keys represents a block of tokens.
+            query ``q``. LongT5 passes positions, because each aggregate key of LongT5 represents a block of tokens.
 
     Example:
         >>> import torch, attnzoo
