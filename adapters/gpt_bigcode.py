@@ -6,8 +6,9 @@ the softmax of half-precision scores in float32. So ``attention_softmax_in_fp32`
 ``scale_attention_softmax_in_fp32`` have no effect. With ``scale_attn_weights=False``, scores are not scaled.
 
 transformers' cross-attention (``config.add_cross_attention``) is wrong. It splits keys and values at the wrong width,
-applies the decoder's causal mask to the encoder's tokens, ignores the encoder's mask, and fails if this mask is 2-D.
-With a cache, the second call appends the keys again and fails. This adapter repairs cross-attention:
+and applies the decoder's causal mask to the encoder's tokens. The model raises an error for a 2-D encoder mask, and the
+attention ignores a 3-D encoder mask. If a module is called a second time with the same cache, it appends the cached
+keys to the cache again and raises an error. This adapter repairs cross-attention:
 
 - Weights. ``c_attn`` has ``2 x embed_dim`` outputs in the layout ``(heads, 2 x head_dim)``. The first half of a head's
   outputs is the key, and the second half is the value. The size of the weight decides the number of key heads. So a
@@ -151,8 +152,8 @@ class CrossAttention(_Attention):
         ``attention_mask`` and ``is_causal`` have no effect, because they describe the decoder's tokens.
 
         Raises:
-            InvalidArgumentError: the cache has no cross-attention half, there are neither encoder states nor a filled
-                cache, or the encoder mask has a wrong shape, dtype or device.
+            InvalidArgumentError: the cache is not an ``EncoderDecoderCache``, there are neither encoder states nor a
+                filled cache, or the encoder mask has a wrong shape, dtype or device.
         """
         query = split_heads(module.q_attn(hidden_states), module.head_dim)
         key, value = _keys_values(module, hidden_states, encoder_hidden_states, layer_past)
@@ -203,9 +204,10 @@ def _check_states(encoder_states: object, hidden_states: Tensor) -> None:
 
 
 def _masks(given: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return a key mask ``(batch, encoder_length)`` or None, and a mask ``(batch, 1, length, encoder_length)`` or None.
+    """Convert the encoder mask ``given`` to a pair ``(key_mask, mask)``, in which at least one mask is None.
 
-    At least one of the two masks is None. If ``given`` is 4-D, its dimension 1 or its dimension 2 has the size 1.
+    If ``given`` has one row for all queries, the result is a key mask ``(batch, encoder_length)``. Otherwise it is a
+    mask ``(batch, 1, length, encoder_length)``. If ``given`` is 4-D, its dimension 1 or its dimension 2 has the size 1.
     """
     if given is None:
         return None, None

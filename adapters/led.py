@@ -1,8 +1,9 @@
 """LED, the Longformer Encoder-Decoder (Beltagy et al. 2020, arXiv:2004.05150).
 
 The encoder uses Longformer's attention. The decoder uses causal self-attention and cross-attention, both with caches.
-In a step of one token, the original decoder applies no mask, and neither does the patch. Such a token sees the cached
-keys of padding. Their states are undefined in the original. With a patch, the attention output of padding is zero.
+If a call with a cache has only one new token, the original decoder applies no mask, and neither does the patch. So the
+new token sees the cached keys of padding tokens. The values of these keys differ from the original: if a padding token
+sees no key, its attention output is zero with a patch, but undefined in the original.
 """
 
 from __future__ import annotations

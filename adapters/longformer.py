@@ -151,8 +151,9 @@ def _ordinary(attention_mask: Tensor) -> Tensor:
 def _banded(weights: tuple[Tensor, ...], window: int, is_global: Tensor | None) -> Tensor:
     """Convert dense weights to the model's layout ``(batch, length, heads, globals + 2 * window + 1)``.
 
-    ``weights`` has one tensor per segment. ``globals`` is the number of global keys. Column ``globals + window + d`` of
-    the result is the weight of the key ``d`` tokens after the query. Global queries (``is_global``) have zeros.
+    ``weights`` has one tensor per segment. ``globals`` is the number of global keys, which have the first columns of
+    the result. Column ``globals + window + d`` has the weight of the key ``d`` tokens after the query. The rows of
+    global queries (``is_global``) are 0.
     """
     local = torch.nn.functional.pad(weights[0], (window, window))  # key k is in column k + window
     length, width = local.shape[2], 2 * window + 1

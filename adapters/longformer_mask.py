@@ -29,7 +29,7 @@ class OneRowMaskPoint(MaskCheckPoint):
     mask_function: str
 
     def one_row(self, make: MaskFunction) -> MaskFunction:
-        """Return a function that has the same arguments as ``make`` and returns a mask with one row."""
+        """Return a function that takes the arguments of the mask function ``make``, but returns a mask with one row."""
         raise NotImplementedError
 
     def describe(self, module: Any) -> str:

@@ -1,8 +1,8 @@
 """LongT5 (Guo et al. 2022, arXiv:2112.07916): long encoders with relative biases (T5, arXiv:1910.10683).
 
 A token of the encoder sees the tokens within ``local_radius``. In transient-global attention, a token also sees a
-second segment. This segment has one key per full block of ``global_block_size`` tokens: the projection of the sum of
-the block's tokens. :mod:`attnzoo.adapters.longt5_decoder` describes the decoder's attention.
+second segment. This segment has one key per full block of ``global_block_size`` tokens. The key is a projection of the
+normalised sum of the block's tokens. :mod:`attnzoo.adapters.longt5_decoder` describes the decoder's attention.
 
 The first layer of a stack computes the learned bias, and the stack passes the bias to the later layers. In the original
 model, the bias is a tensor that each layer adds to the scores. A patched stack passes only the values of a
@@ -248,7 +248,10 @@ def _attend(
 
 
 def _bias_to_pass(module: Any, attend: Attend, values: Tensor, hidden_states: Tensor, mask: Tensor) -> Tensor:
-    """Return the bias for the next layers: ``values`` or, if a layer is not patched, the original code's tensor."""
+    """Return the bias for the later layers.
+
+    This is ``values`` or, if one of the layers may run the original code, the bias tensor of the original code.
+    """
     if attend.complete:
         return values
     original: Tensor = type(module).forward(module, hidden_states.detach(), mask)[1]

@@ -25,12 +25,12 @@ def local_reach(module: Any) -> int:
 
 
 def side_reach(module: Any) -> int:
-    """Return the maximum distance of the bias table. All larger distances have the bias of this distance."""
+    """Return ``relative_attention_max_distance``. All larger distances have the bias of this distance."""
     return int(module.relative_attention_max_distance)
 
 
 def check_buckets(module: Any) -> None:
-    """Raise unless the number of exact buckets (one distance each) is positive and smaller than :func:`side_reach`."""
+    """Raise unless the number of buckets with a single distance is from 1 to ``side_reach(module) - 1``."""
     buckets, reach = int(module.relative_attention_num_buckets), side_reach(module)
     exact = buckets // (2 if module.is_decoder else 4)
     if not 0 < exact < reach:
@@ -41,7 +41,7 @@ def check_buckets(module: Any) -> None:
 
 
 def trains_bias(module: Any, *tables: str) -> bool:
-    """Whether the module has bias tables, and at least one of the named ``tables`` is not frozen."""
+    """Whether the module has bias tables, and at least one table named in ``tables`` requires grad."""
     trained = (getattr(module, table).weight.requires_grad for table in tables)
     return bool(module.has_relative_attention_bias) and any(trained)
 
@@ -76,7 +76,7 @@ def read_local_bias(blocked: Tensor, real: Tensor, block_len: int) -> Tensor:
 
 
 def _look_up(blocked: Tensor, sample: Tensor, query: Tensor, key: Tensor, block_len: int, exists: Tensor) -> Tensor:
-    """Return the bias ``(heads, n)`` of ``n`` pairs of a query index and a key index, or 0 if not ``exists``."""
+    """Return the bias ``(heads, n)`` of ``n`` pairs of a query and a key. Where ``exists`` is False, it is 0."""
     query, key = (torch.where(exists, index, 0) for index in (query, key))
     block = query // block_len
     column = key - (block - 1) * block_len

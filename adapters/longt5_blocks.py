@@ -118,9 +118,9 @@ def from_blocked(blocked: Tensor, block_len: int, length: int) -> Tensor:
 
 
 def find_global_blocks(mask: Tensor, size: int) -> GlobalBlocks:
-    """Return the global blocks of ``size`` tokens for a mask ``(batch, length)``.
+    """Divide the real tokens of a mask ``(batch, length)`` into global blocks of ``size`` tokens.
 
-    A block is full if its last position is a real token. Tokens after the full blocks are added to the last full block.
+    A block is full if its last position is a real token. Tokens after the last full block are added to this block.
     To index the blocks, the model's code adds ``1 / size`` per token in torch's default dtype. In bfloat16, rounding
     makes the indices wrong from token 256 on. In float32, if ``size`` is not a power of two, some indices are wrong at
     the ends of blocks. This function computes the indices exactly.

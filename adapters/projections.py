@@ -12,7 +12,8 @@ def project_by_head(layer: Any, states: Tensor, heads: int) -> Tensor:
     """Project the states of each head with the rows of a layer's weight that belong to the head.
 
     If the layer is a plain linear layer, this function multiplies by these rows and does not call the layer. A layer
-    with a wrapper (LoRA), a hook or a quantised weight must be called, which also computes unneeded heads.
+    with a wrapper (LoRA), a hook or a quantised weight must be called. The call projects each head's states with the
+    rows of all heads, and this function discards the results for the other heads.
 
     Args:
         layer: a linear layer from ``width`` to ``heads * head_dim`` features.

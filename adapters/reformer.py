@@ -1,15 +1,16 @@
 """Reformer: attention to chunks that are neighbours by position or hash (Kitaev et al. 2020, arXiv:2001.04451).
 
-In local attention, a token sees its chunk and the neighbouring chunks. In LSH attention, the queries are also the keys.
-Each hash round hashes the queries into buckets. The tokens of all rounds are sorted into one list, which contains each
-token once per round. Each copy of a token sees its chunk and the neighbouring chunks of the list. A token does not see
-itself. If a token sees no other token, its output is its own value. Each round is a segment over the same sorted keys,
-and all segments share one softmax. The original weights the rounds by log-sum-exp, which gives the same result.
+In local attention, a token sees its chunk and the neighbouring chunks. In LSH attention, queries and keys come from the
+same projection. Each hash round hashes the tokens into buckets and sorts them by bucket. The sorted tokens of all
+rounds form one list, which contains each token once per round and is split into chunks. In each round, a token sees the
+chunk of its copy for this round and the neighbouring chunks of the list, but not itself. If a token sees no other
+token, its output is its own value. The adapter makes one segment per round, with the whole list as keys, and computes
+one softmax over all segments. The original weights the rounds by log-sum-exp, which gives the same result.
 
 Decisions:
 
-- Buckets. A patch calls the original hashing method of the module. So rotations, buckets and the drawn random numbers
-  are the original ones. If a call passes buckets, as reversible layers do in the backward, a patch uses these buckets.
+- Buckets. A patch calls the original hashing method of the module, so it draws the same random numbers and gets the
+  same buckets. If a call passes buckets, as reversible layers do in the backward, a patch uses these buckets.
 - ``num_buckets=None``. The original derives the number of buckets from the length of the first input, and writes the
   number into the module and the config. A patch stores the same number outside the module, so removing the patch
   restores everything. The original cannot decode a prompt that is shorter than a chunk, but a patch can.
@@ -22,9 +23,9 @@ Decisions:
   sample for all samples.
 - Projections when decoding with the cache. A patch calls the projection layers. The original only multiplies by the
   weights, so hooks and low-rank adapters have no effect, and quantised weights fail. Results of plain layers are equal.
-- ``output_attentions`` returns weights in the original layout: the neighbourhood of each chunk in sorted order,
-  normalised per round. If a token sees no other token, the returned weight of the token itself is 1. In training,
-  dropout applies to the output of such a token, but the returned weight does not include dropout.
+- ``output_attentions`` returns weights in the original layout: for each chunk of the list, the weights of its
+  neighbourhood, normalised per round. If a token sees no other token, the returned weight of the token itself is 1. In
+  training, this weight is still 1, although dropout applies to the output of the token.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def cached(module: Any, past_buckets_states: Any, batch: int) -> tuple[Tensor, T
 
 
 def check_length(module: Any, length: int, copies: int = 1) -> int:
-    """Return the number of chunks in ``copies`` lists of ``length`` tokens. Raise if the last chunk is not full."""
+    """Return the number of chunks in ``copies * length`` tokens. Raise if the last chunk is not full."""
     if length * copies % module.chunk_length:
         allowed = f"a multiple of the chunk length {module.chunk_length}"
         raise InvalidArgumentError("hidden_states", f"{length} tokens", allowed)
@@ -50,10 +50,10 @@ def check_length(module: Any, length: int, copies: int = 1) -> int:
 
 
 def steps_ahead(module: Any, count: int) -> list[int]:
-    """Return the distances (in chunks) from a query's chunk to each chunk of its neighbourhood.
+    """Return, for each chunk of a query's neighbourhood, how many chunks after the query's own chunk it is.
 
-    ``count`` is the number of chunks. For a distance of ``count`` or more, the original takes the query's own chunk. So
-    this function returns 0 for such a distance.
+    Chunks before the query's own chunk have negative numbers. ``count`` is the number of all chunks. Where the
+    neighbourhood reaches ``count`` or more chunks away, the original uses the query's own chunk, so the number is 0.
     """
     steps = range(-module.num_chunks_before, module.num_chunks_after + 1)
     return [step if abs(step) < count else 0 for step in steps]
@@ -62,9 +62,10 @@ def steps_ahead(module: Any, count: int) -> list[int]:
 def neighbourhoods(module: Any, count: int) -> list[tuple[int, int]]:
     """Return ``(before, after)`` for each segment: how many chunks a query sees before and after the query's chunk.
 
-    If the list has at least as many chunks (``count``) as a neighbourhood, there is one segment. In a shorter list, the
-    original counts some chunks several times. So each chunk of the neighbourhood gets its own segment: ``(-n, n)``
-    shows only the chunk ``n`` chunks after the query's chunk.
+    ``count`` is the number of all chunks. If a neighbourhood has at most ``count`` chunks, one segment is enough. A
+    larger neighbourhood contains some chunks several times, and the original counts them several times. So each chunk
+    of a larger neighbourhood gets its own segment. In the segment ``(-n, n)``, a query sees only the chunk that is
+    ``n`` chunks after its own chunk.
     """
     before, after = module.num_chunks_before, module.num_chunks_after
     if before + after < count:
@@ -90,9 +91,10 @@ def in_chunks(weights: tuple[Tensor, ...], chunk: int, ahead: list[int]) -> Tens
 
 
 def with_own_token(weights: Tensor, share: Tensor, own: Tensor) -> Tensor:
-    """Return weights after dropout, divided by ``share``.
+    """Return ``weights / share`` or, where ``share`` is 0, the weight 1 for the query's own token.
 
-    If ``share`` is 0, the query sees no other token. The keys of the query's own token then share the weight 1 equally.
+    If ``share`` is 0, the query sees no other token. If its own token has several keys, each key gets an equal part of
+    the weight 1.
 
     Args:
         weights: ``(..., n)``, after dropout.
@@ -110,7 +112,7 @@ def of_rounds(
     """Return weights in the model's layout ``(batch, heads, hashes * length / chunk, chunk, len(ahead) * chunk)``.
 
     Args:
-        probabilities: dense weights ``(batch, heads, length, hashes * length)`` of each segment of each round.
+        probabilities: dense weights ``(batch, heads, length, hashes * length)`` of each segment, round by round.
         dropped: ``probabilities`` after dropout.
         order: ``(batch, heads, hashes, length)``, for each round the indices of the tokens in sorted order.
         chunk, ahead: as for :func:`in_chunks`.

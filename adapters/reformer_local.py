@@ -97,8 +97,9 @@ class LocalCall:
         """Return the number of tokens per slice, or None to compute all tokens at once.
 
         Slices must not change results. So there are no slices if gradients, dropout or probabilities are needed. There
-        are also no slices for causal attention to later chunks. The last chunk then sees the first chunk as earlier
-        tokens, but a slice would contain these tokens as later tokens.
+        are also no slices for causal attention with ``num_chunks_after > 0``. Then the chunk after the last chunk is
+        the first chunk. The last chunk sees the tokens of the first chunk, because their positions are earlier. In a
+        slice, their positions would be later, and the causal pattern would hide them.
         """
         module = self._module
         around = module.num_chunks_before + module.num_chunks_after
@@ -108,10 +109,11 @@ class LocalCall:
         return size if plain and not ends and length >= 2 * size else None
 
     def _in_slices(self, states: Tensor, real: Tensor | None, size: int) -> Tensor:
-        """Return the merged output ``(batch, length, embed)``, computed in slices.
+        """Return the output ``(batch, length, embed)``, computed in slices.
 
         Slices save memory, because queries, keys and values of all tokens are three times as large as the output. Each
-        slice is computed with its neighbouring chunks, whose output is discarded. Projections must not mix tokens.
+        slice is computed together with the chunks around it, and the output of these chunks is discarded. The
+        projections must compute each token separately.
         """
         module, length = self._module, states.shape[1]
         check_length(module, length)

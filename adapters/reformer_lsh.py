@@ -66,7 +66,10 @@ class LshCall:
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Any, Tensor | None]:
-        """Return states ``(batch, length, embed)``, weights, and buckets ``(batch, heads, hashes, length)`` or None."""
+        """Return states ``(batch, length, embed)``, weights if requested, and buckets.
+
+        The buckets ``(batch, heads, hashes, length)`` are None if the input is too short to be hashed.
+        """
         module = self._module
         hashes = _check_rounds(module.num_hashes if num_hashes is None else num_hashes)
         batch, length, _ = hidden_states.shape
@@ -135,7 +138,10 @@ class LshCall:
         return torch.cat(parts, dim=-1).flatten(2)
 
     def _hasher(self, length: int) -> Any:
-        """Return the module or, if its ``num_buckets`` is None, a copy with a number derived from ``length``."""
+        """Return the module or, if its ``num_buckets`` is None, a copy in which ``num_buckets`` is set.
+
+        The number is derived from the ``length`` in the first call, and stays the same in later calls.
+        """
         module = self._module
         if module.num_buckets is not None:
             return module
@@ -155,12 +161,15 @@ class LshCall:
         return Attention(query, segments, 1.0, dropout, query_mask=real, empty=empty)
 
     def _keys(self, queries: Tensor) -> Tensor:
-        """Return the keys, which are the normalised queries multiplied by the scale of the scores."""
+        """Return the keys: the normalised queries divided by ``sqrt(head_dim)``. So scores need no other scale."""
         keys: Tensor = self._module._len_and_dim_norm(queries, math.sqrt(self._module.attention_head_size))
         return keys
 
     def _short(self, query: Tensor, value: Tensor, real: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor | None]:
-        """Return output and weights for at most one chunk. A token sees all other tokens, or all earlier if causal."""
+        """Return output and weights of an input of at most one chunk.
+
+        A token sees all other tokens. In a causal module, it sees all earlier tokens.
+        """
         dtype, length = compute_dtype(query), query.shape[2]
         query, key, value = query.to(dtype), self._keys(query).to(dtype), value.to(dtype)
         patterns = (Causal(offset=-1), *(() if self._module.is_decoder else (window_ahead(self._module),)))
@@ -176,7 +185,7 @@ class LshCall:
         """Return how many heads to sort at a time.
 
         On a GPU, or if gradients, dropout or probabilities are needed, sort all heads at once. On a GPU, many small
-        kernels would take longer. Heads are independent, so the split changes only the number of attentions.
+        kernels would take longer. Heads are independent, so the result does not depend on this number.
         """
         batch, heads, length, dim = query.shape
         if query.device.type != "cpu" or torch.is_grad_enabled() or self._module.training or wanted:
@@ -225,9 +234,9 @@ class LshCall:
     def _extend(
         self, hidden_states: Tensor, attention_mask: Tensor | None, hashes: int, wanted: bool, past: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return output and weights of a new token that sees all cached tokens, and the buckets of all these tokens.
+        """Return output and weights of a new token that sees all cached tokens, and buckets.
 
-        The buckets are None if all tokens together do not fill a chunk.
+        The buckets are those of the cached tokens and the new token, or None if these tokens do not fill a chunk.
         """
         module = self._module
         states = torch.cat([past, hidden_states], dim=1)
@@ -272,7 +281,10 @@ class LshCall:
 
 
 def _mask_of_step(attention_mask: Tensor | None, batch: int, lengths: tuple[int, ...]) -> Tensor | None:
-    """Return the mask, or None if no token is padding. Raise unless the mask has one of the given ``lengths``."""
+    """Return the mask for a call with one new token, or None if no token is padding.
+
+    Raise unless the mask has one of the given ``lengths``.
+    """
     if attention_mask is None or where_real(attention_mask) is None:
         return None
     if tuple(attention_mask.shape) not in [(batch, length) for length in lengths]:

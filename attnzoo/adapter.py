@@ -43,10 +43,11 @@ class Attend(Protocol):
         """Whether the backend supports an attention. Adapters use this to choose between equivalent attentions."""
 
     def falls_back(self, can: bool = True) -> bool:
-        """After a refusal, return whether to run the original code. Each result True is counted as a fallback.
+        """Return whether to run the original code after a refusal. attnzoo counts each result True as a fallback.
 
         Args:
-            can: whether the original code supports the inputs. Without ``fallback="native"``, the result is never True.
+            can: whether the original code supports the inputs. If not, or without ``fallback="native"``, the result is
+                False.
         """
 
     def cached_per_forward(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:

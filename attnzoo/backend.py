@@ -121,7 +121,7 @@ class Backend:
         example: the values of the required options for the support matrix and the tests.
 
     Example:
-        A backend that supports one segment without masks or bias, and has no backward pass:
+        A backend that supports one segment with neither masks nor bias, and has no backward pass:
 
         >>> import torch, attnzoo
         >>> class Tiny(attnzoo.Backend):

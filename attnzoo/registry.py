@@ -331,7 +331,7 @@ class Registry:
         return tuple(backend for backend in self.exact_backends() if not backend.refusals(request))
 
     def unused_entry_points(self) -> tuple[tuple[str, str], ...]:
-        """Return ``(name, reason)`` for each entry point that fails to load, or whose name another object has."""
+        """Return ``(name, reason)`` for each entry point that fails to load, or whose name another object uses."""
         self._discover()
         unused = []
         for group, owners in ((BACKEND_GROUP, self._backends), (ADAPTER_GROUP, self.adapters())):

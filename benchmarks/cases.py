@@ -149,8 +149,8 @@ def module_subject(
 ) -> Subject:
     """Return a subject for one module. ``call`` runs the module. The first tensor in its result is the output.
 
-    The gradient of the output is random with a fixed seed. If input and output differ in shape, the output itself is
-    used as its gradient.
+    The backward starts from a random gradient of the output, with a fixed seed. If the first input and the output
+    differ in shape, the backward starts from the values of the output instead.
     """
     shape = inputs[0].shape if case.train and inputs else None
     cotangent = None if shape is None else random_normal(case, shape, torch.Generator().manual_seed(SEED))
@@ -179,7 +179,7 @@ class _CapturedError(Exception):
 def _capture(
     model: nn.Module, module: nn.Module, kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
-    """Return the arguments and keyword arguments of the module's first call, and whether it runs without gradients."""
+    """Return arguments and keyword arguments of the module's first call, and whether gradients are disabled in it."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any], bool]] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:

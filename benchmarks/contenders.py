@@ -48,7 +48,7 @@ class GateVerdict:
 
 
 class Execution(NamedTuple):
-    """The kernels of all runs.
+    """The kernels that ran, and whether the row may show a speed.
 
     Attributes:
         kernel: names of the kernels that ran, most frequent first.
@@ -153,7 +153,7 @@ def dense_bytes(case: Case) -> int:
 
 @dataclass(frozen=True)
 class _Recorded(Backend):
-    """Backend that returns a result that ``ran`` computed before. :func:`check_attention` compares this result."""
+    """Backend that returns the stored result of the backend ``ran``, so that :func:`check_attention` can check it."""
 
     name: ClassVar[str] = "recorded"
     capabilities: ClassVar[Capabilities] = EagerBackend.capabilities
@@ -185,8 +185,8 @@ class PreparedBackend(PreparedContender):
     def gate(self) -> GateVerdict:
         """Compare all attentions of one forward with the float64 oracle, and return the verdict.
 
-        The result of every call is compared on some rows. The first attention of each kind of site then runs again, and
-        is compared on more rows and, in training, with its gradients.
+        First, some rows of every result are compared. Then one attention of each kind of site runs again. For this
+        attention, more rows are compared and, in training, also the gradients.
         """
         return self._judge(_GATE_ROWS)
 
@@ -229,9 +229,10 @@ class PreparedBackend(PreparedContender):
         return Counter({(site.name, kernel): count for site in sites for kernel, count in site.kernels.items()})
 
     def execution(self) -> Execution:
-        """Return the kernels of all sites, and check again one forward after the timed runs.
+        """Return the kernels of all sites. Call this after the timed runs, because it also checks one more forward.
 
-        Complain if a kernel ran unchecked, if another backend ran, or if results are wrong now.
+        The result has a complaint if a kernel ran that the gate did not check, if another backend ran, or if the
+        results of the additional forward are wrong.
         """
         counts: Counter[str] = Counter()
         complaints = []
@@ -252,7 +253,7 @@ class PreparedBackend(PreparedContender):
 
 
 def _miscounts(counted: Counter[tuple[str, str]], observed: Counter[tuple[str, str]]) -> list[str]:
-    """Return one line for each site and kernel for which the count of the site differs from the count of the gate."""
+    """Return one line for each site and kernel whose calls the site and the gate counted differently."""
     wrong = (place for place in counted | observed if counted[place] != observed[place])
     return [f"{site}: counted {counted[site, k]} calls of {k}, observed {observed[site, k]}" for site, k in wrong]
 

@@ -26,7 +26,7 @@ SCOPE = "attention"
 
 @dataclass(frozen=True)
 class Library:
-    """Where the attention class of a library is, and which inputs its instances take.
+    """The attention class of a library, and the inputs that its instances need.
 
     Attributes:
         module: name of the Python module that contains the class.

@@ -106,7 +106,7 @@ Unit = Callable[[float | None], str]
 
 
 def _decorate(axis: Any, title: str, label: str, lengths: list[int], unit: Unit | None) -> None:
-    """Set titles, scales and ticks. ``unit`` formats the ticks of the y axis. None means powers of ten as ticks."""
+    """Set titles, scales and ticks. ``unit`` formats the y ticks. If ``unit`` is None, they are powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_title(title, fontsize=11, loc="left")

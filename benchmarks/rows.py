@@ -108,7 +108,7 @@ class Row:
         return replace(self, runs=runs, seconds=statistics.median(runs), fastest=min(runs), slowest=max(runs))
 
     def without_measurements(self, status: str, reason: str) -> Row:
-        """Return the row with a new status. Times and memory are removed, because they may be another backend's."""
+        """Return the row with a new status and without times and memory, because another backend may have run."""
         return replace(
             self, status=status, reason=reason, runs=(), seconds=None, fastest=None, slowest=None, speedup=None,
             peak_bytes=None, peak_ratio=None, before_bytes=None, memory_method=None,

@@ -50,7 +50,9 @@ def false_claims(reported: Iterable[str], ran: Iterable[str]) -> tuple[str, ...]
 
 
 def misreports(reported: Mapping[str, int], ran: Mapping[str, int]) -> list[str]:
-    """Return one line for each SDPA kernel that ran less often than reported, or that ran as plain operations.
+    """Return one line for each SDPA kernel that ran less often than reported, and one line for unreported kernels.
+
+    Unreported kernels are listed only if a backend reported plain operations (``eager``).
 
     Args:
         reported: for each name that backends reported, the number of calls.

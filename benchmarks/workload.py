@@ -56,9 +56,9 @@ class Workload:
         shrink: function of ``published`` and a number of layers that returns the configuration with fewer layers.
         positions: name of the configuration's field that limits the input length. None means no limit.
         reserved: number of rows of the position table that no token uses.
-        training: function of ``published`` and an input length, for a model whose backward requires training mode. The
-            function returns the fields to change for training without dropout. For a length that the model cannot
-            train with, it raises InvalidArgumentError. None means that the model trains in eval mode.
+        training: function of ``published`` and an input length. It returns the configuration fields to change, so that
+            training mode has no dropout. It raises InvalidArgumentError if the model cannot train with this length.
+            None means that the backward works in eval mode, so training mode is not needed.
         peer: the peer in scope ``attention``. None means that the family has no peer.
     """
 
@@ -86,7 +86,7 @@ class Workload:
     def build(self, layers: int | None = None, seq_len: int | None = None, train_at: int | None = None) -> nn.Module:
         """Return the model in float32 on the CPU, without dropout.
 
-        The position table has at least ``seq_len`` rows. ``train_at`` is the input length of a training run, or None.
+        The position table has at least ``seq_len`` rows. For a training run, ``train_at`` is the input length.
         """
         values = dict(self.published) if layers is None else self.shrink(self.published, layers)
         if self.positions is not None and seq_len is not None:

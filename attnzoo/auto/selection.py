@@ -62,7 +62,10 @@ def choose_for(attention: Attention, probabilities: bool = False) -> Choice:
 def _choose(
     request: Request, size: SizeClass | None, environment: Environment | None, because: str, *generations: int
 ) -> Choice:
-    """Select a backend, by priority if ``size`` is None. ``generations`` only serve as a key of ``lru_cache``."""
+    """Select a backend for a request. If ``size`` is None, select by priority.
+
+    ``lru_cache`` keeps the selections. If one of ``generations`` changes, earlier selections are not used again.
+    """
     supporting = registry.supporting_backends(request)
     wrong: dict[str, str] = {}
     if size is not None and environment is not None:

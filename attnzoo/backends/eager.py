@@ -53,10 +53,10 @@ def evaluate(attention: Attention, rows: Tensor | None = None) -> Result:
 
 
 def _split(weights: Tensor, lengths: list[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the weights of all segments in one tensor, and the weights of each segment.
+    """Return one tensor with the weights of all segments, and one tensor per segment.
 
-    If the weights require grad, the one tensor is concatenated from the weights of each segment. So the output depends
-    on the weights of each segment, and they can get a gradient (``retain_grad``), as in models.
+    If the weights require grad, the first tensor is a concatenation of the others. So the output depends on the weights
+    of each segment, and users can read the gradient of these weights (``retain_grad``), as in models.
     """
     if len(lengths) == 1:
         return weights, (weights,)

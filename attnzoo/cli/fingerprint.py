@@ -70,7 +70,7 @@ def _import_problem(module: str, error: Exception) -> str:
 
 
 def _with_colon(path: str) -> str:
-    """Suggest a path with a colon after the longest importable part. Return "" if no part can be imported."""
+    """Return a suggestion: ``path`` with a colon after its longest importable part. "" if no part can be imported."""
     names = path.strip(":").split(".")
     for length in range(len(names) - 1, 0, -1):
         module = ".".join(names[:length])

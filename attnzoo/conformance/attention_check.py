@@ -67,10 +67,10 @@ def check_attention(
     (:meth:`Backend.rewrite`).
 
     For long inputs, only a sample of query rows is compared, including the first and the last row. The oracle computes
-    only these rows. This gives equal values, because rows are independent and all other rows get cotangent zero.
+    only these rows. The gradients are still comparable, because the cotangent of all other rows is zero.
 
-    A backend that writes into its inputs fails, because a model uses the tensors again (the keys of a cache, a mask of
-    all layers). The report then contains a check of the inputs.
+    A backend that writes into its inputs fails, because a model uses the tensors again (for example, the keys of the KV
+    cache). The report then contains a failed check of the inputs.
 
     Args:
         name: name of the attention in the report.
@@ -121,12 +121,15 @@ def check_attention(
 
 
 def _orders(rows: int) -> int:
-    """Return how many random summation orders to try. Few rows need more, because errors may be small by chance."""
+    """Return how many random summation orders to try: more for few rows, whose errors may all be small by chance."""
     return max(1, min(_MOST_ORDERS, _MANY_ROWS // rows))
 
 
 def _versions(attention: Attention) -> list[int]:
-    """Return how often the masks and positions were changed in place. Inference tensors do not count changes."""
+    """Return how often each mask and each tensor of bias positions was changed in place.
+
+    Inference tensors are left out, because PyTorch does not count their changes.
+    """
     tensors = [attention.query_mask]
     for segment in attention.segments:
         positions = segment.bias.positions if isinstance(segment.bias, RelativeBias) else None
@@ -170,7 +173,7 @@ def _sampled_rows(length: int, max_rows: int, generator: torch.Generator) -> Ten
 
 
 def _needs_gradient(attention: Attention) -> list[bool]:
-    """Return, for each of ``attention.tensors()``, whether to compare the gradient: not for biases without grad."""
+    """Return a flag for each of ``attention.tensors()``: False for biases that do not require grad, else True."""
     flags = [True]
     for segment in attention.segments:
         flags += [True, True]

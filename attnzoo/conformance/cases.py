@@ -43,7 +43,7 @@ class AttentionCase:
         pattern: pattern of the first segment.
         mask: ``"none"``, ``"keys"``, ``"dense"``, ``"globals"`` or ``"queries"``. With ``"keys"``, the first sample has
             padding on the left, the second on the right, and the third is only padding. ``"globals"`` adds a segment of
-            global keys, and padding queries. ``"queries"`` has only padding queries.
+            global keys, and makes some queries padding. ``"queries"`` makes some queries padding, and hides no key.
         bias: bias of the first segment, from ``BIASES``. With ``"trained ..."``, the bias values require grad.
         kv_heads: number of key heads. The number of query heads is 4.
         q_len: number of queries.
@@ -54,8 +54,8 @@ class AttentionCase:
         probabilities: whether the softmax weights are requested.
         strided: whether head_dim is not the innermost dimension of query, key and value in memory.
         batch: number of samples, at most 3.
-        reversed: whether the masks have the samples in reverse order. A mask that a backend keeps from an equal request
-            is then wrong.
+        reversed: whether the order of the samples in the masks is reversed. A backend that reuses the masks of an
+            earlier attention with an equal request then fails.
         other_shapes: whether masks and biases have other broadcast dimensions (:func:`random_attention`).
         empty: whether queries that see no key get a random output instead of zeros.
         transform: one of ``CHECKED_TRANSFORMS``, which runs the attention under ``torch.func``. Empty means none.
@@ -215,7 +215,7 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[AttentionCase]:
 
 
 def _cases_with_other_shapes(dtypes: tuple[torch.dtype, ...]) -> Iterator[AttentionCase]:
-    """Yield cases of biases with fewer queries than keys, of other broadcast dimensions, and of padding queries."""
+    """Yield cases of padding queries, of other broadcast dimensions, of ``empty``, and of few queries with a bias."""
     trained = ("trained relative", "trained dense")
     for dtype, pattern in itertools.product(dtypes, (Full(), Causal(), Window(5, 3))):
         yield AttentionCase(dtype, pattern, "queries")

@@ -58,7 +58,10 @@ def dropout_failure(backend: Backend, attention: Attention, probabilities: bool 
 
 
 def _with_one_hot_values(attention: Attention) -> Attention:
-    """Return the attention with a one-hot value for each key, and with as many components as there are keys."""
+    """Return the attention with a one-hot value for each key.
+
+    ``head_dim`` and ``value_dim`` become the number of keys.
+    """
     total = sum(segment.kv_len for segment in attention.segments)
     one_hot = torch.eye(total, dtype=attention.query.dtype, device=attention.query.device)
     missing = (0, total - attention.head_dim)
@@ -84,7 +87,7 @@ def _slack(share: float, count: int) -> float:
 
 
 def _dependence_failure(kept: Tensor, other: Tensor, counted: Tensor, dropout: float) -> str:
-    """Return which weights are dropped together, or an empty string."""
+    """Return which weights are not dropped independently, or an empty string."""
     pairs = {"two calls": (kept, other, counted)}
     for dim, what in enumerate(("neighbouring samples", "neighbouring heads", "neighbouring queries")):
         last = kept.shape[dim] - 1

@@ -34,8 +34,9 @@ def random_attention(
 ) -> Attention:
     """Return an attention with random tensors and the given request.
 
-    If the only other segment is :class:`Full` with a key mask, it has some keys of the first segment as global keys, as
-    in LED. All hash rounds have the same keys. Any other segment after the first has :data:`FEW_KEYS` keys.
+    All hash rounds have the same keys. In other attentions, each segment after the first has :data:`FEW_KEYS` keys.
+    There is one exception: if the request has two segments with key masks and the second is :class:`Full`, the second
+    contains global keys, which are taken from the first segment, as in LED.
 
     Args:
         request: request of the attention. The ``start`` of each ``SortedChunks`` is replaced.
@@ -48,7 +49,7 @@ def random_attention(
         strided: whether ``head_dim`` is not the innermost dimension of query, key and value in memory.
         other_shapes: whether a dense mask differs between heads instead of samples, a dense bias between samples
             instead of heads, and a relative bias has one table for all heads and a position for each query.
-        empty: whether queries that see no key get a random output instead of zeros. In sorted rounds they always do.
+        empty: whether queries that see no key get a random output instead of zeros. Always True for ``SortedChunks``.
     """
     draw = _Draw(request, q_len, kv_len, batch, strided, other_shapes, torch.Generator().manual_seed(seed))
     query = draw.normal(batch, request.heads, q_len, request.head_dim)

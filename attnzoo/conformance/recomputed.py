@@ -100,7 +100,7 @@ def _permutation(length: int, seed: int, device: torch.device) -> Tensor:
 
 
 def _in_another_order(attention: Attention, order: int) -> Attention:
-    """Return an attention with equal scores. Each score is a sum of products in a random order with seed ``order``."""
+    """Return an attention with equal scores, whose products are summed in a random order with seed ``order``."""
     parts = _permutation(attention.head_dim, order, attention.query.device)
     segments = tuple(replace(segment, key=segment.key[..., parts]) for segment in attention.segments)
     return replace(attention, query=(attention.query * attention.scale)[..., parts], segments=segments, scale=1.0)

@@ -42,7 +42,10 @@ def current(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def foreign(module: nn.Module) -> Callable[..., Any] | None:
-    """Return the forward set on the instance by code outside attnzoo and accelerate, or None. Look below patches."""
+    """Return the forward that code outside attnzoo and accelerate set on the instance, or None if there is none.
+
+    In a patched module, this is the forward that was set before the first patch.
+    """
     forward: Any = current(module)
     while isinstance(forward, Replacement):  # a patch with "native" accepts a replaced forward and runs it
         forward = forward.original
@@ -56,9 +59,9 @@ def is_foreign(module: nn.Module) -> bool:
 
 
 def unbound(value: Any) -> Any:
-    """Return ``value``, but without the bound method that accelerate's ``unwrap_model`` puts around an object.
+    """Return ``value`` or, if ``value`` is a bound method of a callable object, this object.
 
-    Bound methods of plain functions are returned unchanged.
+    accelerate's ``unwrap_model`` makes such bound methods. Bound methods of plain functions are returned unchanged.
     """
     if isinstance(value, MethodType) and not isinstance(value.__func__, FunctionType):
         return value.__func__
@@ -71,7 +74,7 @@ def put(module: nn.Module, forward: Callable[..., Any]) -> None:
 
 
 def take_back(module: nn.Module, replacement: Callable[..., Any], original: Callable[..., Any] | None) -> None:
-    """Restore ``original``, which :func:`current` returned before the replacement.
+    """Put back ``original``, the forward that :func:`current` returned before the replacement.
 
     None stands for the forward of the class.
     """

@@ -1,1 +1,1 @@
-"""Patch models in place: sites, plans, forwards, and the base classes of adapters."""
+"""Patch models in place: find sites, plan the patch, and replace forwards. Also base classes of patch points."""

@@ -31,8 +31,9 @@ class CompanionPoint(PatchPoint):
 class FeedForwardPoint(CompanionPoint):
     """Patch point of a module that computes each token separately. The original forward runs on slices of tokens.
 
-    If gradients are enabled, the forward runs on all tokens at once, because autograd keeps the intermediate tensors of
-    all slices. In training mode, it also runs on all tokens at once, because slices would get other dropout masks.
+    If gradients are enabled, slices would save no memory, because autograd keeps the intermediate tensors of all
+    slices. In training mode, slices would get other dropout masks. In both cases, the forward runs on all tokens at
+    once.
     """
 
     def describe(self, module: Any) -> str:

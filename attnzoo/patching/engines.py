@@ -28,11 +28,12 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def guard(model: nn.Module) -> list[nn.Module]:
-    """Block continuous batching in each model inside ``model`` that has a patch which refuses it. Unblock the others.
+    """Block continuous batching in each model inside ``model`` whose patches refuse it, and unblock all other models.
 
     Call this function after each change of patches. Return the models inside ``model`` that have continuous batching.
-    If only a part of a model was passed to ``patch``, the whole model still starts continuous batching. The patched
-    forwards then refuse the keyword ``cache`` in its thread, and each request gets this refusal as its ``error``.
+    If only a part of a model was passed to ``patch``, continuous batching of the whole model is not blocked. In the
+    thread of continuous batching, the patched forwards then refuse the keyword ``cache``. Each generation request of
+    transformers gets this refusal as its ``error``.
     """
     models = [module for module in model.modules() if hasattr(type(module), _ENTRY)]
     for module in models:

@@ -51,8 +51,8 @@ class SiteAttend:
     """The :class:`~attnzoo.adapter.Attend` of one site. It runs attentions on the site's backend and counts the runs.
 
     Attributes:
-        sharers: the modules of the model that share a computed value, such as a bias, with the site's module, and this
-            module itself. Empty if the patch point has no ``shared_in``.
+        sharers: the site's module, and all modules that share a computed value with this module, such as a bias. Empty
+            if the patch point has no ``shared_in``.
     """
 
     def __init__(self, site: Site, plan: SitePlan, fallback: bool, memory: WeakTensorKeyDictionary) -> None:
@@ -118,14 +118,14 @@ class SiteAttend:
 
 
 def _shares_memory(value: Any, tensor: Tensor) -> bool:
-    """Whether a value, or any member if the value is a tuple, shares memory with a tensor."""
+    """Whether ``value``, or a member of the tuple ``value``, is a tensor that shares memory with ``tensor``."""
     pointer = tensor.untyped_storage().data_ptr()
     parts = value if isinstance(value, tuple) else (value,)
     return any(isinstance(part, Tensor) and part.untyped_storage().data_ptr() == pointer for part in parts)
 
 
 class _CalledModule(threading.local):
-    """The module whose forward starts next on this thread, as a weak reference. None after this forward started."""
+    """Weak reference to the module whose forward starts next on this thread. The forward resets it to None."""
 
     module: weakref.ref[nn.Module] | None = None
 
@@ -148,7 +148,7 @@ class PatchedForward(slots.Replacement):
     """
 
     def __init__(self, patch: Patch, plan: SitePlan, fallback: bool, replaces: bool = False) -> None:
-        """Prepare the forward. If ``replaces`` is True, all patches of the module are removed before :meth:`put`."""
+        """Prepare the forward. With ``replaces``, the caller must remove all earlier patches before :meth:`put`."""
         target, module = plan.target, plan.target.module
         self.patch, self.plan, self.fallback, self.removed = patch, plan, fallback, False
         self.point, self.native = target.point, plan.is_native

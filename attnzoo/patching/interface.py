@@ -56,7 +56,10 @@ class InterfacePoint(PatchPoint):
         return self.bind_interface(cls, attend)
 
     def bind_interface(self, cls: Any, attend: Attend, **more: Any) -> Forward:
-        """Return a copy of the original forward that calls :meth:`compute` (with the extra keywords ``more``)."""
+        """Return a copy of the original forward in which :meth:`compute` is the attention function.
+
+        Each call of :meth:`compute` also gets the keyword arguments ``more``.
+        """
         original = inspect.unwrap(cls.forward).__globals__.get(_NAME)
         return rebind(cls.forward, **{_NAME: _AttentionFunctions(self, attend, original, more)})
 
@@ -93,7 +96,7 @@ class InterfacePoint(PatchPoint):
         return attend_read(attend, read, query, key, value, scale, dropout, self.wants_probabilities(module, kwargs))
 
     def original_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return ``kwargs`` for the original attention function, which runs after a refusal (``fallback="native"``)."""
+        """Return the keyword arguments for a fallback to the original attention function. The default is ``kwargs``."""
         return kwargs
 
     def check(self, module: Any) -> None:
@@ -141,10 +144,10 @@ def _check_implementation(name: str | None) -> None:
 def read_interface_mask(
     attend: Attend, implementation: str, query: Tensor, key: Tensor, attention_mask: Tensor | None, is_causal: bool
 ) -> ReadMask:
-    """Return the content of ``attention_mask``, a mask that transformers built for ``implementation``.
+    """Read the pattern, masks and bias from ``attention_mask``, which transformers built for ``implementation``.
 
-    For ``sdpa``, a mask of None means causal attention if ``is_causal`` is True and there are several queries. Query
-    ``i`` then sees keys 0 to ``i`` (prefill of a static cache). In all other cases, a mask of None hides no key.
+    A mask of None usually hides no key. For ``sdpa`` with ``is_causal`` and several queries, None means causal
+    attention: query ``i`` sees keys 0 to ``i``, as in the prefill of a static cache.
     """
     if attention_mask is None:
         causal = implementation == "sdpa" and is_causal and query.shape[2] > 1
@@ -163,9 +166,9 @@ def attend_read(
     dropout: float,
     wanted: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run an attention with ``read``, a result of :func:`read_interface_mask`. Return the output and the weights.
+    """Compute attention under the mask ``read``, which :func:`read_interface_mask` returned.
 
-    The format is that of :meth:`InterfacePoint.compute`. The weights are None unless ``wanted`` is True.
+    Return output and weights, as :meth:`InterfacePoint.compute` does. The weights are None unless ``wanted`` is True.
     """
     dtype = compute_dtype(value)  # models may leave queries and keys in float32
     query, key, value = (tensor.to(dtype) for tensor in (query, key, value))

@@ -1,12 +1,12 @@
 """Refuse keyword arguments that change the result of attention if no backend uses them. Ignore all other keywords.
 
-Decoders of transformers pass all unknown keywords, such as ``num_items_in_batch``, to every attention module.
-The attention functions for ``eager`` and ``sdpa`` read a few keywords by name and ignore the rest, which cannot change
-the result. So a patched model also ignores unknown keywords. It refuses only two kinds of keywords:
+Decoders of transformers pass all keywords that they do not use, such as ``num_items_in_batch``, to every attention
+module. The attention functions for ``eager`` and ``sdpa`` read a few keywords by name and ignore the rest, which cannot
+change the result. So a patched model also ignores most keywords. It refuses only two kinds of keywords:
 
 - the keywords in ``UNCOMPUTED``: an attention function of transformers computes with them, but no backend does;
-- the parameters of the original attention function that the adapter does not know, for example the parameters that a
-  later release of transformers adds.
+- keywords that the original attention function declares as parameters, but ``InterfacePoint.compute`` does not. A
+  later release of transformers may add such parameters.
 
 ``eager`` and ``sdpa`` ignore ``cu_seq_lens_q`` and similar document boundaries, and so does a patched model. The model
 builds the mask from ``position_ids``, so the mask already separates the documents of a packed row.
@@ -34,7 +34,7 @@ UNCOMPUTED = frozenset({
 def refuse_uncomputed(kwargs: Mapping[str, Any], also: Iterable[str] = (), known: Iterable[str] = ()) -> None:
     """Raise :class:`KeywordRefusedError` if a keyword argument changes the result but no backend uses it.
 
-    Keywords with the value None are allowed. Names in ``also`` are refused, too. Names in ``known`` are never refused.
+    The function refuses the names in ``UNCOMPUTED`` and ``also``, but not those in ``known``, and never the value None.
     """
     for keyword in sorted((UNCOMPUTED.union(also) & kwargs.keys()) - set(known)):
         value = kwargs[keyword]

@@ -1,9 +1,9 @@
 """Check the masks that users pass to a model.
 
 A model expands masks to grids ``(batch, 1, q_len, kv_len)``. If the user passes a list, an array or a mask of a wrong
-shape, the model raises an unrelated error or accepts the mask. A patched attention gets only the grid. So an adapter
-describes the mask arguments of the model (:class:`MaskArgument`). A :class:`MaskCheckPoint` checks these arguments
-before the model's forward starts, so before the model builds a grid or fills a cache.
+shape, the model raises an unclear error or accepts the mask. A patched attention cannot check the user's mask, because
+it gets only the grid. So an adapter describes the mask arguments of the model (:class:`MaskArgument`), and a
+:class:`MaskCheckPoint` checks these arguments before the model builds a grid or fills a cache.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class MaskArgument:
     """Description of a mask argument ``(batch, length)`` of a module.
 
     Attributes:
-        tokens: names of arguments. The first argument that is a tensor contains the tokens ``(batch, length, ...)``.
+        tokens: names of arguments. The first of them that is a tensor contains the tokens ``(batch, length, ...)``.
         public_name: the name by which users pass the mask. Empty if users pass the module's argument directly.
         allows_grid: whether the mask may also have the shape ``(batch or 1, heads or 1, q_len or 1, kv_len or 1)``.
-        visibility: whether the mask must contain True (or 1) for visible tokens and False (or 0) for hidden tokens. The
-            shape may then also be ``(batch or 1, q_len or 1, length)``. The check converts the mask to bool and rank 3.
+        visibility: whether the mask may contain only True or 1 (visible) and False or 0 (hidden). Such a mask may also
+            have the shape ``(batch or 1, q_len or 1, length)``. The check converts it to a 3-D bool mask.
         queries: names of arguments that may contain the queries. Empty if ``tokens`` are also the queries.
-        resized: whether the mask may have any length and device, because the model adapts both.
+        resized: whether the model adapts length and device of the mask. The check then allows any length and device.
         cache: names of arguments that may contain a cache. With a cache, a grid also has columns for cached tokens, and
             a mask ``(batch, length)`` may have any length.
     """
@@ -197,7 +197,7 @@ def check_visibility(
 
 
 def refuse_nan(name: str, mask: Tensor) -> None:
-    """Raise :class:`InvalidArgumentError` if a mask contains NaN. For float masks, the CPU waits for the GPU."""
+    """Raise :class:`InvalidArgumentError` if a mask contains NaN. For a float mask on a GPU, the CPU must wait."""
     if mask.is_floating_point() and holds(mask.isnan().any(), unknown=False):
         raise InvalidArgumentError(name, f"{describe(mask)}, with NaN", "a mask without NaN")
 
@@ -209,7 +209,7 @@ def _first_tokens(given: Mapping[str, Any], names: tuple[str, ...]) -> Tensor | 
 
 
 def _columns(cache: Any, length: int) -> int:
-    """Return the ``kv_len`` of a grid: cached tokens (of the first layer) plus ``length``, or -1 if it is unknown."""
+    """Return the ``kv_len`` of a grid: ``length`` plus the tokens cached in the first layer. -1 means unknown."""
     if cache is None:
         return length
     sizes = getattr(cache, "get_mask_sizes", None)

@@ -42,7 +42,7 @@ class Handle:
     def remove(self) -> None:
         """Restore the original forwards exactly. Do nothing if the patch was already removed.
 
-        Copies of patched modules inside the model, such as for PEFT's ``modules_to_save``, are restored, too.
+        Also restore the copies of patched modules inside the model, such as PEFT's copies for ``modules_to_save``.
 
         Raises:
             PatchError: a module has a later patch, or other code has replaced a patched forward. In both cases, the
@@ -150,7 +150,8 @@ def unpatch(model: nn.Module) -> None:
 
     Raises:
         InvalidArgumentError: ``model`` is not a ``torch.nn.Module``.
-        PatchError: the model is not patched, or its last patch is no longer in place at every module.
+        PatchError: the model is not patched, a module has lost the last patch, or ``model`` is a part of the model that
+            was patched.
 
     Example:
         >>> from transformers import GPTNeoXConfig, GPTNeoXModel
@@ -204,8 +205,8 @@ def patch(
         model: a Hugging Face model of a family with an adapter (see ``attnzoo doctor``), or a part of such a model.
         backend: a backend name or alias, a configured :class:`Backend`, or ``{glob over module names: backend}``.
             ``"auto"`` selects the fastest measured backend for each attention or, without measurements, the supporting
-            backend of highest priority. ``"native"`` counts the calls of the model's original code. The first glob
-            that matches a module decides, so write narrow globs first. Modules that match no glob are not patched.
+            backend of highest priority. ``"native"`` runs the model's original code and counts the calls. The first
+            glob that matches a module decides, so write narrow globs first. Modules that match no glob stay unpatched.
         fallback: what happens to a call that the backend refuses. With ``"error"``, the call raises. With
             ``"native"``, the call runs the model's original code, and ``Site.fallbacks`` counts the call. Exception:
             some patches replace the whole forward of a module. A refusal after the start of such a forward always
@@ -221,7 +222,8 @@ def patch(
 
     Raises:
         InvalidArgumentError, UnknownNameError: an argument is invalid.
-        PatchError: the model has no site, a glob matches no site or follows a wider glob, or weights are not loaded.
+        PatchError: the model has no site, a glob matches no site, a wider glob stands before a narrower glob, or
+            weights are not loaded.
         DriftError: the model's code differs from the code that the adapter was verified against.
         BackendRefusedError: a backend refuses an expected request of a site and ``fallback`` is ``"error"``.
         After each of these errors the model is unchanged.

@@ -136,7 +136,8 @@ def _plan_companions(model: nn.Module, targets: Sequence[PatchTarget], plans: Se
 def changes_of(backend: Backend, requests: Sequence[Request], anywhere: bool = False) -> tuple[str, ...]:
     """Return descriptions of how a backend changes the pattern of the requests that it supports.
 
-    ``backend`` must be bound to a site. If ``anywhere`` is True, refusals because of this machine are ignored.
+    ``backend`` must be bound to a site. If ``anywhere`` is True, refusals that depend on the machine are ignored, such
+    as a missing package.
     """
     supported = (request for request in requests if not refusals_of(backend, (request,), anywhere))
     return tuple(dict.fromkeys(change for request in supported if (change := backend.changes(request)) is not None))

@@ -22,8 +22,9 @@ Choices = dict[str, list[dict[str, Any]]]
 def recording(modules: Mapping[str, tuple[nn.Module, Callable[[Any], dict[str, Any]]]]) -> Iterator[Choices]:
     """Yield a dictionary that receives the random choices of ``modules`` while the ``with`` block runs.
 
-    ``modules`` maps each name to a module and the ``replay`` method of the module's patch point. The yielded dictionary
-    maps each name to a list with one item per call: the keyword arguments with which the module repeats its choices.
+    ``modules`` maps each module name to a pair: the module, and the ``replay`` method of its patch point. The yielded
+    dictionary maps each module name to a list with one item per call. An item contains the keyword arguments with which
+    the module repeats the choices of this call.
     """
     choices: Choices = defaultdict(list)
 

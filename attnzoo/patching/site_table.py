@@ -13,7 +13,7 @@ HEADER = ("backend", "kernel", "calls", "fallbacks", "sites")
 def table(sites: Iterable[Site]) -> str:
     """Return a table. Sites with equal class, pattern, backend, kernel and pattern changes share a row.
 
-    If the sites of a row have different counts, the row shows the smallest and the largest count, as in ``2-4``.
+    If the sites of a row differ in calls or fallbacks, the cell shows the smallest and the largest number, as ``2-4``.
     """
     groups = group_by(sites, lambda site: (site.cls, site.pattern, site.ran, site.kernel, site.approximate))
     return aligned([HEADER, *map(_row, groups)])

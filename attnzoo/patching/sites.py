@@ -150,7 +150,8 @@ def expected_requests(
 
     Args:
         sharers: ``module``, and the modules that share a computed value with it (``PatchPoint.shared_in``).
-        grad: whether gradients will be computed. None means True if the module is training and has trained parameters.
+        grad: whether gradients will be computed. None means: yes, if the module is in training mode and a parameter of
+            the module, or of the shared bias, requires grad.
         transforms: the transforms of ``torch.func`` around the call.
     """
     trains_bias = False
@@ -191,8 +192,9 @@ def check_model(model: object) -> None:
 def find_sites(model: nn.Module) -> list[PatchTarget]:
     """Return every module of a model that a registered adapter can patch.
 
-    A patch point matches modules by class, not by configuration. If several points match a module, the point for the
-    nearest base class is used. If several points are for this class, adapters for the model's type come first.
+    A patch point matches modules by class, not by configuration. If points for several classes match a module, the
+    class that comes first in the ``__mro__`` of the module's class decides. If several adapters have a point for this
+    class, the adapter for the model's type is preferred.
 
     Raises:
         InvalidArgumentError: ``model`` is not a ``torch.nn.Module``.

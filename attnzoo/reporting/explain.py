@@ -75,7 +75,7 @@ class Explanation(tuple[Verdict, ...]):
         return fit("\n".join(lines))
 
     def _content(self, verdicts: list[Verdict]) -> Hashable:
-        """Return everything that is printed about the site of ``verdicts``, except the name of the site."""
+        """Return all that is printed about one site, except its name. ``verdicts`` are the verdicts for this site."""
         first = verdicts[0]
         printed = tuple((verdict.backend, verdict.refusals, verdict.changes) for verdict in verdicts)
         return first.cls, first.pattern, printed, self.auto.get(first.site, ())

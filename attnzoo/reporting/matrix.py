@@ -1,7 +1,7 @@
 """The support matrix: whether each backend runs each feature at each attention module, and the reasons if not.
 
 The modules come from the examples of adapters, which are models without weights. The refusals come from declarations of
-backends. So the matrix does not depend on this machine. A cell is about a module's requests with one feature added.
+backends. So the matrix does not depend on this machine. Each cell takes the requests of a module and adds one feature.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _modules(model_type: str) -> tuple[Module, ...]:
 
 
 def configured(cls: type[Backend], module: Module, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Backend:
-    """Return a backend of class ``cls`` for a module. If it refuses without options, use those of ``cls.example``."""
+    """Return a backend of class ``cls`` for a module, with the options of ``cls.example`` if it needs options."""
     requests, together = _on(module.requests, device, dtype), _on(module.together, device, dtype)
     if not cls.required_options():
         bare = cls().bind_to_site(requests, together)

@@ -53,7 +53,7 @@ class Reasons(dict[str, int]):
 
 
 def _outcomes(row: Row, reasons: Reasons, code: Callable[[str], str]) -> list[tuple[str, str]]:
-    """Return two texts per feature: where it runs (dtypes and devices), and the numbers of the reasons for refusals."""
+    """Return two texts per feature: the dtypes and devices that run it, and the numbers of the reasons for refusals."""
     outcomes = []
     for feature in FEATURES:
         printed = set() if feature == "forward" else set(row.reasons("forward"))

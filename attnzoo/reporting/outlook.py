@@ -15,7 +15,7 @@ _COMPARED = ("device", "dtype", "heads", "head_dim", "value_dim")
 
 
 def outlook(plan: SitePlan) -> tuple[str, ...]:
-    """Return what ``auto`` selects at a site: a line for each similar measured attention, and a line for all others.
+    """Return what ``auto`` selects at a site: a line per similar measured attention, and a line for other attentions.
 
     A measured attention is similar if device, dtype, number and size of heads, and the pattern of the first segment are
     the same as at the site. Masks, gradients and lengths are ignored, because they are unknown before a run.

@@ -1,1 +1,1 @@
-"""The description of an attention as plain data, without device code and without kernels."""
+"""The description of an attention as plain data. This folder contains neither device code nor kernels."""

@@ -51,11 +51,11 @@ class Bias:
         return lambda score, b, h, q, kv: score + bias_at(b, h, q, kv)
 
     def gather(self, q_len: int, kv_len: int) -> BiasAt:
-        """Return a function ``f(b, h, q, kv)`` of broadcastable indices that returns the bias of query and key."""
+        """Return a function ``f(b, h, q, kv)`` that maps broadcastable index tensors to bias values."""
         raise NotImplementedError
 
     def block_key(self, tile: Tile) -> tuple[int, ...] | None:
-        """Return a cache key. Tiles with equal keys have equal biases. None means that no bias can be reused."""
+        """Return a cache key, or None if no bias can be reused. Tiles with equal cache keys have equal biases."""
         return None
 
     def add_gradient_(self, grad: Tensor, grad_scores: Tensor, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> None:
@@ -72,14 +72,15 @@ class RelativeBias(Bias):
     """A bias that depends only on the head and on ``key position - query position`` (T5, Raffel et al. 2020).
 
     Attributes:
-        values: ``(heads or 1, R)``, one value for each of ``R`` distances. A key ``d`` tokens after the query gets
-            ``values[h, zero + d]``. Smaller distances get the first value, and larger distances get the last value.
+        values: ``(heads or 1, R)``, one value for each of ``R`` consecutive distances. A key ``d`` tokens after the
+            query gets ``values[h, zero + d]``. Distances below this range get the first value, and distances above
+            this range get the last value.
             To train ``weights`` ``(buckets, heads)``, pass ``weights[bucket].T``, where ``bucket`` ``(R,)`` is the
             bucket index of each distance. ``weights`` then gets gradients.
         zero: the index of distance 0 in ``values``.
         offset: the position of query 0 in the key sequence. None aligns the last query with the last key.
         positions: ``(batch, q_len)`` int64, the position of each query among the keys. None means ``offset + q`` for
-            query ``q``. LongT5 passes positions, because each of its global keys represents a block of tokens.
+            query ``q``. LongT5 passes positions, because each aggregate key of LongT5 represents a block of tokens.
 
     Example:
         >>> import torch, attnzoo
@@ -126,9 +127,11 @@ class RelativeBias(Bias):
         per_head = self.values.shape[0] > 1
 
         def bias_at(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            positions = self.positions
-            if positions is not None and q.device.type == "cpu" and kv.numel() == kv.shape[-1] and readable(positions):
-                return self._gather_rows(positions[b, q], kv)
+            if self.positions is not None and q.device.type == "cpu" and readable(self.positions):
+                positions = self.positions[b, q]
+                # Queries in another order per head have several positions per row.
+                if positions.ndim == 4 and positions.shape[1] == 1 and kv.numel() == kv.shape[-1]:
+                    return self._gather_rows(positions, kv)
             return self.values[h if per_head else torch.zeros_like(h), self._index(b, q, kv, q_len, kv_len)]
 
         return bias_at

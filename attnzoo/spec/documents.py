@@ -89,7 +89,10 @@ def find_documents(visible: Tensor, batch: int) -> tuple[Pack, ...] | None:
 
 
 def _packs(lengths: dict[int, int], device: torch.device) -> tuple[Pack, ...]:
-    """Group the documents ``{index of first token: length}``. Padding at most doubles the length of a long document."""
+    """Group documents of similar length. ``lengths`` is ``{index of the first token: length}``.
+
+    Padding at most doubles the length of a document of more than 64 tokens.
+    """
     groups: dict[int, list[int]] = {}
     for start, length in lengths.items():
         groups.setdefault(max(_SHORT, (length - 1).bit_length()), []).append(start)
@@ -106,10 +109,11 @@ def _packs(lengths: dict[int, int], device: torch.device) -> tuple[Pack, ...]:
 def attend_documents(
     attend: Attend, attention: Attention, documents: tuple[Pack, ...] | None, probabilities: bool = False
 ) -> Result:
-    """Compute an attention with one segment: each document separately if possible, else all with the dense mask.
+    """Compute an attention with one segment. Compute each document separately if possible.
 
-    The five reasons for the dense mask: ``documents`` is None; the backend refuses the documents; probabilities are
-    requested; the attention has a query mask, key mask or ``empty``; the bias depends on more than the distance.
+    Otherwise compute the whole rows with the dense mask. There are five reasons for this: ``documents`` is None; the
+    backend refuses the attention of a document; probabilities are requested; the attention has a query mask, key mask
+    or ``empty``; the bias depends on more than the distance.
     """
     (segment,) = attention.segments
     extras = (attention.query_mask, attention.empty, segment.key_mask)
@@ -127,5 +131,5 @@ def attend_documents(
 
 
 def _by_distance(bias: Bias | None) -> bool:
-    """Whether the bias of a document does not depend on the position of the document in the row."""
+    """Whether a document has the same bias at every position in the row."""
     return bias is None or (type(bias) is RelativeBias and bias.positions is None and not bias.offset)

@@ -61,7 +61,7 @@ class HashedChunks(Pattern):
         length: the largest number of keys in a chunk.
         before, after: how many chunks before and after the chunk of the query are visible.
         causal: whether a query sees only keys up to the position of the query.
-        min_distance: the smallest distance between a query and a visible key. Another segment has the closer keys.
+        min_distance: a query sees no key at a smaller distance. Another segment contains these closer keys.
         offset: the position of query 0 in the key sequence. None aligns the last query with the last key.
         rounds: the earlier rounds and, as the last element, this round.
     """

@@ -85,7 +85,7 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
 
 
 def _simplify(visible: Tensor, batch: int) -> ReadMask:
-    """Return a pattern and a key mask that are together equal to the mask ``visible``, or else this mask itself."""
+    """Return a pattern and a key mask that together hide the same keys as ``visible``, or else ``visible`` itself."""
     if visible.shape[1] != 1:
         return ReadMask(Full(), None, visible, None)
     grid = visible[:, 0]

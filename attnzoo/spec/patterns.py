@@ -66,7 +66,7 @@ class Pattern:
 
     @property
     def coarse(self) -> Pattern:
-        """A copy of :attr:`structure` with offsets rounded up to powers of two, used as key of stored measurements."""
+        """A copy of :attr:`structure` with offsets rounded up to powers of two. It identifies stored measurements."""
         return self.structure
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
@@ -81,14 +81,17 @@ class Pattern:
         return None
 
     def batch_and_heads(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return ``b`` and ``h`` for :meth:`mask_mod`. Without :attr:`query_order` both are 0: all masks are equal."""
+        """Return the indices ``b`` and ``h`` for :meth:`mask_mod`.
+
+        If :attr:`query_order` is None, both contain only index 0, because all samples and heads have equal masks.
+        """
         order = self.query_order
         sizes = (1, 1) if order is None else order.shape[:2]
         batch, heads = (torch.arange(size, device=device) for size in sizes)
         return batch[:, None, None, None], heads[None, :, None, None]
 
     def kv_spans(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> tuple[Span, ...]:
-        """Return disjoint key ranges ``(start, stop)`` with every key that a query of ``q_start:q_stop`` sees."""
+        """Return disjoint key ranges ``(start, stop)`` that contain every key that queries ``q_start:q_stop`` see."""
         return ((0, kv_len),)
 
     def sees_all(self, tile: Tile) -> bool:
@@ -105,14 +108,14 @@ class Pattern:
         return None
 
     def gathered(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> Iterator[Tensor] | None:
-        """Return an iterator over indices ``(batch, heads, m)`` of keys that a block of queries sees in each head.
+        """Return an iterator over tensors ``(batch, heads, m)`` with the indices of the keys that a block may see.
 
         No key index occurs twice in a head. -1 is padding. None means that all heads see the keys of :meth:`kv_spans`.
         """
         return None
 
     def block_key(self, tile: Tile) -> tuple[int, ...] | None:
-        """Return a cache key. Tiles with equal keys have equal masks. None means that no mask can be reused."""
+        """Return a cache key, or None if no mask can be reused. Tiles with equal cache keys have equal masks."""
         return None
 
 
@@ -213,7 +216,7 @@ class Window(_Banded):
     arXiv:2004.05150) with ``attention_window = 2 * w``.
 
     Raises:
-        InvalidArgumentError: ``left`` or ``right`` is negative, both are 0, or ``offset`` is no integer and not None.
+        InvalidArgumentError: ``left`` or ``right`` is negative; both are 0; ``offset`` is neither an integer nor None.
 
     Example:
         >>> Window(left=3, right=1).kv_spans(8, 10, q_len=20, kv_len=20)  # what queries 8 and 9 see
@@ -291,7 +294,7 @@ class Chunks(Pattern):
         return self.spans_near(q_start, q_stop, kv_len, q_stop if self.causal else kv_len)
 
     def spans_near(self, start: int, stop: int, kv_len: int, limit: int) -> tuple[Span, ...]:
-        """Return key ranges: the chunks that the query positions ``start:stop`` see, but only keys below ``limit``."""
+        """Return the key ranges of the chunks that the query positions ``start:stop`` see, cut at key ``limit``."""
         count = -(-kv_len // self.length)
         first, last = start // self.length - self.before, (stop - 1) // self.length + self.after
         chunks = range(count) if last - first + 1 >= count else sorted({c % count for c in range(first, last + 1)})
@@ -385,7 +388,7 @@ class SortedChunks(Chunks):
         return mask
 
     def kv_spans(self, q_start: int, q_stop: int, q_len: int, kv_len: int) -> tuple[Span, ...]:
-        """Return ranges of sorted keys: the chunks that the queries ``order[:, :, q_start:q_stop]`` see."""
+        """Return the ranges of sorted keys in the chunks that the queries ``order[:, :, q_start:q_stop]`` see."""
         return self.spans_near(q_start + self.start, q_stop + self.start, kv_len, kv_len)
 
     def sees_all(self, tile: Tile) -> bool:

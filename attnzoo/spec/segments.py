@@ -245,7 +245,7 @@ class Attention:
         """Return ``output`` with zeros for padding queries, and :attr:`empty` or zeros for queries that see no key.
 
         Args:
-            output: ``(batch, heads, n, value_dim)``. The values for a query that sees no key may be any finite values.
+            output: ``(batch, heads, n, value_dim)``. The rows of queries that see no key may contain any finite values.
             has_visible_key: bool, broadcastable to ``(batch, heads, n)``. None means that every query sees a key.
             rows: ``(n,)``, the query index of each row of ``output``. None means all queries in order.
         """

@@ -23,8 +23,9 @@ _stack = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack",
 def transforms_around(tensors: Iterable[object]) -> tuple[str, ...]:
     """Return the names of the transforms that are active in a call on these tensors, outermost first.
 
-    A transform that combines others gives all their names: inside ``hessian``, ``("vmap", "jvp", "grad")``.
-    Tensors with tangents (``torch.autograd.forward_ad``) count as ``"jvp"`` even without ``torch.func``.
+    A transform that combines others counts as all of them. For example, the result inside ``hessian`` is
+    ``("vmap", "jvp", "grad")``. Tensors with tangents (``torch.autograd.forward_ad``) count as ``"jvp"`` even
+    without ``torch.func``.
     """
     names = tuple(str(level.key().name).lower() for level in _stack() or ()) if _active() else ()
     if "jvp" not in names and any(map(_has_tangent, tensors)):

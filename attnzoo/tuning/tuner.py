@@ -152,7 +152,7 @@ def _backward(returned: Any) -> None:
 
 
 def _without_history(attention: Attention) -> Attention:
-    """Return the attention with detached tensors. A tensor in several places remains one tensor."""
+    """Return a copy of the attention with detached tensors. Fields with the same tensor also get the same copy."""
     leaves: dict[int, Tensor] = {}
     for tensor in attention.tensors():
         leaves.setdefault(id(tensor), tensor.detach().requires_grad_(tensor.requires_grad))

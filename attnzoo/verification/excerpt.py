@@ -17,8 +17,8 @@ LENGTH = 256
 def excerpt(inputs: Mapping[str, Any], length: int = LENGTH) -> dict[str, Any]:
     """Return inputs with only the first ``length`` real tokens of the sample that has the most real tokens.
 
-    Raise InvalidArgumentError if an input is neither a scalar nor a tensor ``(batch, length[, dim])``. If there is an
-    input ``decoder_...``, the input ``labels`` is cut like the inputs of the decoder.
+    Raise InvalidArgumentError if an input is neither None nor a scalar nor a tensor ``(batch, length[, dim])``. If the
+    name of an input begins with ``decoder_``, the input ``labels`` is cut like the inputs of the decoder.
     """
     has_decoder = any(name.startswith("decoder_") for name in inputs)
     mask = _mask(inputs, "attention_mask")

@@ -1,4 +1,4 @@
-"""Run a model, and return its outputs on real tokens and a gradient of these outputs, for a comparison."""
+"""Run a model, and return what ``verify`` compares: the outputs on real tokens, and the parameter gradient."""
 
 from __future__ import annotations
 
@@ -53,10 +53,11 @@ def run_model(
 
     Args:
         seed: seed of the random function and of the model's random numbers.
-        inference: whether the outputs come from a separate forward without gradients, which may run other kernels. The
-            outputs of the forward with gradients are then returned, too, under names that end with
-            :data:`WITH_GRAPH`.
-        graph: whether a forward with gradients runs even if no gradient is computed. Its outputs are not returned.
+        inference: whether a forward without gradients always runs, because it may run other kernels. If a forward with
+            gradients runs, too, the result contains the outputs of both. The names of the outputs with gradients then
+            end with :data:`WITH_GRAPH`.
+        graph: whether to run a forward with gradients enabled even if ``gradients`` is False, so that observers of
+            sites see its attentions. The outputs of this forward are not returned.
     """
     parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = gradients and bool(parameters)
@@ -130,9 +131,10 @@ def real_tokens(inputs: Mapping[str, Any], decoder: bool, output: Tensor) -> Ten
 
 
 def rows_of_modules(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[str, Tensor], Tensor | None]:
-    """Return a function ``rows(name, output)``: a mask of the real tokens in a module's output, or None (all tokens).
+    """Return a function ``rows(name, output)`` that returns the mask of real tokens in the output of a module.
 
-    Some models pad inputs at the end to a multiple of a block size. So rows after the length of the inputs are padding.
+    The function returns None if all tokens are real. Some models pad the inputs to a multiple of a block size. So the
+    output of a module may be longer than the inputs. The additional tokens at the end are padding.
     """
     decoders = [name for name, module in model.named_modules() if name.rpartition(".")[2] == "decoder"]
     has_decoder = _has_decoder(model)

@@ -85,14 +85,14 @@ class ModuleRuns:
         self._own |= {name: self._run(model, name, dtype, None) for name in names}
 
     def run_plain(self, model: nn.Module) -> None:
-        """Run each module with plain operations: ``eager`` and, for gradients, also :class:`RecomputedBackend`."""
+        """Run each module with ``eager`` and, if gradients are compared, also with :class:`RecomputedBackend`."""
         for name in self._calls:
             if self._gradients:
                 self._recomputed[name] = self._run(model, name, None, RecomputedBackend())
             self._eager[name] = self._run(model, name, None, "eager")
 
     def reports(self, model: nn.Module, dtype: torch.dtype) -> tuple[AttentionReport, ...]:
-        """Compare the results of :meth:`run_own` with the oracle in a float64 ``model``. ``dtype`` sets the budgets."""
+        """Compare the results of :meth:`run_own` with the oracle in a float64 ``model``, with budgets for ``dtype``."""
         return tuple(AttentionReport(name, "native", self._checks(model, name, dtype)) for name in self._own)
 
     def _checks(self, model: nn.Module, name: str, dtype: torch.dtype) -> tuple[error_rule.Check, ...]:

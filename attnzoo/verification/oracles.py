@@ -18,9 +18,9 @@ from attnzoo.spec.segments import Attention, Result
 
 @dataclass(frozen=True, eq=False)
 class RewritingOracle(Backend):
-    """Backend in which ``backend`` changes each attention, and ``plain`` computes the changed attention.
+    """Oracle that changes each attention as ``backend`` does, and computes the changed attention with ``plain``.
 
-    The ``n``-th call repeats the ``n``-th item of ``random_choices``.
+    Call ``n`` uses item ``n`` of ``random_choices`` instead of new random choices.
     """
 
     __eq__ = object.__eq__  # oracles with equal fields may have replayed different numbers of calls

@@ -41,7 +41,7 @@ def _verdict(reports: Sequence[Report]) -> str:
 
 
 def _failures(reports: Sequence[Report], sites: Sequence[AttentionReport]) -> list[str]:
-    """Return one line for each comparison that fails on a passage, with the largest error of all passages."""
+    """Return one line for each comparison that fails on at least one passage. The line shows the worst passage."""
     lines = []
     for title, checks in (
         *_named(sites),

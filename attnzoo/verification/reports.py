@@ -17,12 +17,13 @@ class Report:
     Attributes:
         backend: name of the verified backend.
         sites: comparisons of each attention of the patched model with the float64 oracle on equal inputs.
-        end_to_end: comparisons of outputs and parameter gradient with the reference (model with float64 oracle).
+        end_to_end: comparisons of the patched model's outputs and parameter gradient with the reference. The reference
+            is the whole model with the oracle in float64.
         original: comparisons of the model's own code with the reference. A failed check here means that the
             adapter does not compute what the model's own code computes.
         original_sites: comparisons of each attention module's own code with the float64 oracle on equal inputs.
         fault: the reason why the model's own code is wrong and was not run. Empty if the code is right.
-        note: the comparisons that were left out, and the reasons. Empty if no comparison was left out.
+        note: which comparisons were left out or did not use the model's dtype. Empty if there are none.
         changed: how the backend and the reference change the pattern. Empty if the pattern is unchanged.
         distance: for each output, the largest difference between the model's own code and the reference, divided by
             the largest value of the reference. Empty if the pattern is unchanged.

@@ -193,9 +193,9 @@ class _PatchedRun:
     """The observations of one run of the patched model.
 
     Attributes:
-        attentions: for each site and request, an attention, and the kernel and the backend that computed the attention.
+        attentions: for each site and request, one attention, its kernel and its backend.
         approximate: for each site, the backend that changed the pattern, and the random choices of each call.
-        random_choices: for each module, the arguments with which each call repeats hash buckets (see ``replay.py``).
+        random_choices: for each module, one item per call: the arguments that repeat its hash buckets (``replay.py``).
         fault: the reason why the model's own code is wrong. Empty if the code is right.
         whole: whether gradients are compared end to end. If so, ``outputs`` includes the parameter gradient.
     """

@@ -82,6 +82,31 @@ def test_layers_share_block_lists_until_the_padding_changes(monkeypatch):
     assert len(calls) == 3, "a mask that was written to is another mask"
 
 
+def test_cached_lists_serve_no_other_attention():
+    """Each attention differs from the one before in one thing that the lists depend on."""
+    query, key = torch.randn(2, 2, 130, 4), torch.randn(2, 2, 130, 4)
+    hides = torch.ones((2, 130), dtype=torch.bool)
+    hides[0, :70], hides[1, 100:] = False, False
+    masked, plain = Segment(key, key, WINDOW, hides), Segment(key, key, WINDOW)
+    for segments in (
+        (plain, plain),
+        (masked, plain),
+        (plain, masked),
+        (masked, masked),
+        (masked, replace(masked, key_mask=hides.flip(0))),
+        (masked, replace(plain, pattern=Window(30, 40))),
+        (masked, Segment(key[:, :, :90], key[:, :, :90], WINDOW)),
+        (Segment(key[:, :, :90], key[:, :, :90], WINDOW), plain),
+        (plain,),
+    ):
+        for rows in (query, query[:, :, :65]):
+            whole = Attention(rows, segments, 1.0)
+            for lists, made in zip(block_lists(whole, SHAPE), module._make_lists(whole, SHAPE), strict=True):
+                assert torch.equal(lists, made)
+    one = Attention(query[:1], (Segment(key[:1], key[:1], WINDOW),), 1.0)
+    assert all(len(lists) == 1 for lists in block_lists(one, SHAPE))
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the size of the largest tensor that any operation returns."""
 

@@ -12,12 +12,13 @@ from attnzoo.backends.approximate.blocked_local import BlockedLocalBackend
 from attnzoo.conformance.attention_check import check_attention
 from attnzoo.functional import execute
 from attnzoo.registry import registry
+from attnzoo.spec.bias import DenseBias, RelativeBias
 from attnzoo.spec.patterns import Causal, Full, SortedChunks, Window
 from tests.support import models as zoo
 from tests.support.approximate import KEYS, assert_refused, attention, key_mask, matches_definition
 from tests.support.judge import chunked, in_one_forward
 
-SHAPES = [(2, 0), (4, 0), (3, 2), (5, 9), (40, 3)]
+SHAPES = [(2, 0), (4, 0), (3, 2), (5, 9), (2, 13), (3, 20), (40, 3)]
 
 
 def local(window, sinks=0, inner="sdpa"):
@@ -99,6 +100,18 @@ def test_bias_and_dense_mask_are_kept(pattern, keys):
         *(dict(mask=by_head), dict(mask=by_head[:1])),
     ):
         whole = attention(pattern, key_mask(KEYS[keys]), **extra)
+        assert matches_definition(local(4, 3), whole, definition(whole, 4, 3))
+
+
+@pytest.mark.parametrize("keys", ["no padding", "left"])
+@pytest.mark.parametrize("pattern", [Causal(), Full()], ids=str)
+def test_a_bias_of_each_sample_is_kept(pattern, keys):
+    random = torch.Generator().manual_seed(5)
+    values = torch.randn(2, 4, 13, 13, generator=random, dtype=torch.float64)
+    positions = torch.randint(0, 13, (2, 13), generator=random)
+    for bias in (DenseBias(values), DenseBias(values[:, :1]), RelativeBias(values[0, :, 0], 6, positions=positions)):
+        whole = attention(pattern, key_mask(KEYS[keys]))
+        whole = replace(whole, segments=(replace(whole.segments[0], bias=bias),))
         assert matches_definition(local(4, 3), whole, definition(whole, 4, 3))
 
 

@@ -157,3 +157,12 @@ def test_deterministic_algorithms_are_requested_from_the_kernel(flash_attn, monk
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     FlashBackend().run(attention(attnzoo.Full()))
     assert requested == [False, True]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_backward_of_a_union_is_as_deterministic_as_requested(flash_attn, monkeypatch, deterministic):
+    whole = attention(attnzoo.Window(4, 4), grad=True)
+    _, output = ran(flash_attn, replace(whole, segments=whole.segments * 2))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    output.sum().backward()
+    assert [given["deterministic"] for name, given in flash_attn.CALLS if name == "backward"] == [deterministic] * 2

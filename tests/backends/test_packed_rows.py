@@ -236,6 +236,17 @@ def test_no_tensor_is_as_large_as_the_mask(name, monkeypatch):
     assert name == "lsh" or far.kv_len == 8 * backend.sinks
 
 
+@pytest.mark.parametrize(("mask_batch", "has_key_mask"), [(8, False), (1, True), (8, True)])
+def test_a_page_counts_the_samples_of_mask_and_key_mask(monkeypatch, mask_batch, has_key_mask):
+    monkeypatch.setattr(visible_keys, "_ENTRIES_AT_ONCE", 1 << 14)
+    mask = prefix(128, 5).expand(mask_batch, -1, -1, -1)
+    key = torch.zeros(8, 1, 128, 4)
+    segment = Segment(key, key, key_mask=torch.ones(8, 128, dtype=torch.bool) if has_key_mask else None, mask=mask)
+    with Largest() as most:
+        visible_keys.read_spans(segment, mask, 128)
+    assert 8 * 128 <= most.bytes <= 1 << 14
+
+
 # Models
 
 

@@ -143,6 +143,19 @@ def test_stacked_blocks_agree_with_eager(make, batch, apart):
     torch.testing.assert_close(flash_cpu.attend(attention), expected)
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["rows side by side", "rows apart"])
+def test_the_second_stack_agrees_with_eager(apart):
+    """One call has at most 1024 rows, so a long window needs several stacks."""
+    query, key, value = tensors(1, 2500, 2500, 2, 1)
+    if apart:
+        query, key, value = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (query, key, value))
+    bias = RelativeBias(torch.randn(2, 30, dtype=torch.float64), zero=9)
+    segments = Segment(key, value, Window(40, 30), bias=bias), Segment(value[:, :, :3], key[:, :, :3])
+    attention = Attention(query, segments, 0.3)
+    assert sorted(counts(attention))[-2:] == [32, 32]
+    torch.testing.assert_close(flash_cpu.attend(attention), registry.make_backend("eager").run(attention).output)
+
+
 def test_stacks_need_fewer_calls(monkeypatch):
     calls = []
 

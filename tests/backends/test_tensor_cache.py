@@ -97,3 +97,13 @@ def test_values_from_inference_mode_are_not_used_in_training(cache):
         value = cache.get("key", (tensor,), lambda: tensor + 1)
         assert cache.get("key", (tensor,), lambda: tensor + 1) is value
     assert not cache.get("key", (tensor,), lambda: tensor + 1).is_inference()
+
+
+@pytest.mark.parametrize("tensors", [(), (torch.ones(3),), (away(),)], ids=["no tensor", "cpu", "another device"])
+def test_the_value_used_least_recently_is_dropped_first(cache, tensors):
+    first, second, third = (cache.get(name, tensors, Value) for name in ("first", "second", "third"))
+    assert cache.get("first", tensors, Value) is first
+    fourth = cache.get("fourth", tensors, Value)
+    assert cache.get("first", tensors, Value) is first, "used after the second"
+    assert cache.get("third", tensors, Value) is third and cache.get("fourth", tensors, Value) is fourth
+    assert cache.get("second", tensors, Value) is not second

@@ -1,5 +1,8 @@
 """Packed rows: masks that are read as documents, and attention by documents."""
 
+from dataclasses import replace
+from unittest import mock
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -8,6 +11,7 @@ from hypothesis import given
 import attnzoo
 from attnzoo.functional import execute
 from attnzoo.registry import registry
+from attnzoo.spec import documents as documents_module
 from attnzoo.spec.bias import DenseBias, RelativeBias
 from attnzoo.spec.documents import attend_documents, find_documents
 from attnzoo.spec.masks import read_attention_mask
@@ -28,11 +32,18 @@ def mask_of(documents, batch, length):
     return same_document & torch.ones(length, length, dtype=torch.bool).tril()
 
 
+def find_in_pages(data, grid, batch):
+    """Find documents in a mask that is read in whole, or in pages of a few entries."""
+    entries = data.draw(st.sampled_from([1 << 24, 1, 40, 300]))
+    with mock.patch.object(documents_module, "_ENTRIES_AT_ONCE", entries):
+        return find_documents(grid, batch)
+
+
 @given(data=st.data())
 def test_find_documents_gives_exactly_the_mask(data):
     batch, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 70))
     grid = grid_of(*data.draw(packed_rows(batch, length)))
-    documents = find_documents(grid, batch)
+    documents = find_in_pages(data, grid, batch)
     if not bool(grid.any()):
         assert documents is None
         return
@@ -45,7 +56,7 @@ def test_a_mask_with_one_changed_entry_is_never_read_as_another_mask(data):
     grid = grid_of(*data.draw(packed_rows(batch, length)))
     place = tuple(data.draw(st.integers(0, size - 1)) for size in grid.shape)
     grid[place] = ~grid[place]
-    documents = find_documents(grid, batch)
+    documents = find_in_pages(data, grid, batch)
     assert documents is None or torch.equal(mask_of(documents, batch, length), grid)
 
 
@@ -133,6 +144,33 @@ def test_an_attention_that_documents_cannot_replace_keeps_its_mask(case):
     result = attend_documents(site, attention, documents if case.get("packed", True) else None, probabilities)
     assert site.ran == [attention]
     assert not probabilities or result.probabilities[0].shape == (2, 2, 9, 9)
+
+
+@pytest.mark.parametrize("term", ["query_mask", "key_mask", "empty"])
+def test_an_attention_with_another_term_keeps_its_mask(term):
+    """The term would have to be cut into documents too."""
+    attention, documents = packed_attention()
+    hides = torch.arange(9).expand(2, -1) != 6
+    if term == "key_mask":
+        attention = replace(attention, segments=(replace(attention.segments[0], key_mask=hides),))
+    else:
+        attention = replace(attention, **{term: hides if term == "query_mask" else torch.randn_like(attention.query)})
+    site = RecordingAttend("eager")
+    assert torch.equal(
+        attend_documents(site, attention, documents).output,
+        execute(registry.make_backend("eager"), attention).output,
+    )
+    assert site.ran == [attention]
+
+
+def test_tokens_outside_of_documents_get_zero():
+    mask = grid_of((3, -2, 4), (-9,))[:, None]
+    documents = read_attention_mask(mask, (2, 9, 9)).documents
+    query, key, value = torch.randn(3, 2, 2, 9, 8, dtype=torch.float64)
+    attention = Attention(query, (Segment(key, value, mask=mask),), 0.3)
+    output = attend_documents(RecordingAttend("sdpa"), attention, documents).output
+    torch.testing.assert_close(output, execute(registry.make_backend("eager"), attention).output)
+    assert not output[0, :, 3:5].any() and not output[1].any()
 
 
 def test_documents_change_neither_pattern_nor_key_mask():

@@ -12,23 +12,25 @@ from attnzoo import InvalidArgumentError
 from attnzoo.spec.hashed import HashedChunks, HashRound
 
 
+def random_round(random, batch, kv_heads, group, q_len, kv_len, length):
+    """Return a round with chunks of any lengths, ``length`` on average."""
+    keys = torch.rand((batch, kv_heads, kv_len), generator=random).argsort(-1)
+    places = torch.randint(0, kv_len, (batch, kv_heads * group, q_len), generator=random)
+    begins = torch.rand((batch, kv_len), generator=random) < 1 / length
+    begins[:, 0] = False
+    return HashRound(keys, keys.argsort(-1), begins.cumsum(1), places.argsort(dim=-1), places)
+
+
 @st.composite
 def cases(draw):
     q_len, kv_len, length = draw(st.integers(1, 9)), draw(st.integers(1, 12)), draw(st.integers(1, 5))
     batch, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
     random = torch.Generator().manual_seed(draw(st.integers(0, 999)))
-
-    def hash_round():
-        keys = torch.rand((batch, kv_heads, kv_len), generator=random).argsort(-1)
-        places = torch.randint(0, kv_len, (batch, kv_heads * group, q_len), generator=random)
-        begins = torch.rand((batch, kv_len), generator=random) < 1 / length  # chunks of any lengths
-        begins[:, 0] = False
-        return HashRound(keys, keys.argsort(-1), begins.cumsum(1), places.argsort(dim=-1), places)
-
+    sizes = (batch, kv_heads, group, q_len, kv_len, length)
     pattern = HashedChunks(
         length, draw(st.integers(0, 2)), draw(st.integers(0, 2)), draw(st.booleans()),
         draw(st.integers(0, 2)), draw(st.sampled_from([None, 0, 3])),
-        tuple(hash_round() for _ in range(draw(st.integers(1, 3)))),
+        tuple(random_round(random, *sizes) for _ in range(draw(st.integers(1, 3)))),
     )  # fmt: skip
     return pattern, q_len, kv_len
 
@@ -65,6 +67,18 @@ def test_the_mask_equals_the_definition(case):
     batch, heads = pattern.rounds[0].query_ranks.shape[:2]
     pattern.check(batch, heads, q_len, kv_len)
     assert mask(*case).expand(batch, heads, q_len, kv_len).tolist() == definition(*case).tolist()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_round_hides_the_keys_of_all_earlier_rounds(causal):
+    random = torch.Generator().manual_seed(0)
+    rounds = tuple(random_round(random, 2, 1, 2, 9, 12, 4) for _ in range(4))
+    pattern = HashedChunks(4, 1, 0, causal, rounds=rounds)
+    expected = definition(pattern, 9, 12)
+    assert mask(pattern, 9, 12).tolist() == expected.tolist()
+    for dropped in range(3):
+        fewer = replace(pattern, rounds=rounds[:dropped] + rounds[dropped + 1 :])
+        assert (definition(fewer, 9, 12) & ~expected).any(), "each earlier round hides a key that no other hides"
 
 
 @given(cases(), st.data())
@@ -113,3 +127,22 @@ def test_check_names_a_tensor_of_the_wrong_shape_or_dtype(name):
             HashedChunks(2, rounds=(HashRound(**{**good, name: bad}),)).check(1, 1, 4, 4)
     with pytest.raises(InvalidArgumentError, match=r"rounds of the pattern: got \(\)"):
         HashedChunks(2).check(1, 1, 4, 4)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "fits"), [(4, 2, True), (2, 2, True), (3, 2, False), (2, 4, False)])
+def test_check_needs_a_multiple_of_the_key_heads(heads, kv_heads, fits):
+    keys, queries = torch.arange(4).expand(1, kv_heads, -1), torch.arange(4).expand(1, heads, -1)
+    pattern = HashedChunks(2, rounds=(HashRound(keys, keys, keys[:, 0], queries, queries),))
+    if fits:
+        pattern.check(1, heads, 4, 4)
+        return
+    with pytest.raises(InvalidArgumentError, match="keys of the pattern: got"):
+        pattern.check(1, heads, 4, 4)
+
+
+def test_check_reads_every_round():
+    keys = torch.arange(4).view(1, 1, -1)
+    good = HashRound(keys, keys, keys[0], keys, keys)
+    for rounds in ((replace(good, queries=keys.int()), good), (good, replace(good, queries=keys.int()))):
+        with pytest.raises(InvalidArgumentError, match="queries of the pattern: got"):
+            HashedChunks(2, rounds=rounds).check(1, 1, 4, 4)

@@ -4,9 +4,17 @@ import pytest
 import torch
 
 import attnzoo
+from attnzoo.spec import documents, masks
 from attnzoo.spec.masks import read_attention_mask
 
 KEYS, NEW = 11, 4
+
+
+@pytest.fixture(autouse=True, params=[None, 3 * 2 * KEYS], ids=["all rows at once", "two rows at a time"])
+def entries_at_once(request, monkeypatch):
+    """Read masks of three samples in whole, and in several pages."""
+    for module in (masks, documents) if request.param else ():
+        monkeypatch.setattr(module, "_ENTRIES_AT_ONCE", request.param)
 
 
 def causal(q_len, kv_len, offset):
@@ -61,7 +69,7 @@ def test_a_mask_for_the_whole_batch_gives_a_key_mask_per_sample():
     assert tuple(read.key_mask.shape) == (3, KEYS)
 
 
-@pytest.mark.parametrize("where", [(0, 0, 5, 2), (2, 0, 10, 3), (1, 0, 0, 9)])
+@pytest.mark.parametrize("where", [(0, 0, 5, 2), (2, 0, 10, 3), (1, 0, 0, 9), (0, 0, 0, 10), (2, 0, 10, 0)])
 def test_a_causal_mask_with_one_changed_entry_stays_dense(where):
     visible = causal(KEYS, KEYS, 0).expand(3, 1, -1, -1).clone()
     visible[where] = ~visible[where]
@@ -92,6 +100,43 @@ def test_finite_values_of_an_additive_mask_become_a_bias():
     assert read.pattern == attnzoo.Causal(0)
     assert read.bias.values[0, 0, 4, 1] == -2.5
     assert read.bias.values.count_nonzero() == 1
+
+
+FLOOR = torch.finfo(torch.float32).min / 2
+
+
+@pytest.mark.parametrize(
+    ("value", "floor", "hides"),
+    [
+        (FLOOR, None, True),
+        (FLOOR * 0.99, None, False),
+        (float("-inf"), None, True),
+        (-1e9, None, False),
+        (-1e9, -1e9, True),
+        (-0.9e9, -1e9, False),
+        (-10000.0, -10000.0, True),
+        (float("-inf"), -10000.0, True),
+    ],
+)
+def test_an_additive_value_up_to_the_floor_hides_its_key(value, floor, hides):
+    given = torch.zeros((1, 1, KEYS, KEYS))
+    given[..., 4] = value
+    read = read_attention_mask(given, (1, KEYS, KEYS), floor)
+    if hides:
+        assert read.bias is None and read.key_mask.tolist() == [[key != 4 for key in range(KEYS)]]
+    else:
+        assert read.key_mask is None and read.bias.values[0, 0, 3, 4] == value
+    assert read.mask is None
+
+
+@pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
+def test_what_is_read_shares_no_memory_with_the_mask(additive):
+    """A cache of read masks would otherwise keep a value that changes with the model's mask."""
+    visible = torch.rand(3, 1, KEYS, KEYS) < 0.5
+    given = torch.zeros(visible.shape).masked_fill(~visible, float("-inf")) if additive else visible.clone()
+    read = read_attention_mask(given, (3, KEYS, KEYS))
+    given.zero_() if additive else given.fill_(True)
+    assert torch.equal(read.mask, visible)
 
 
 @pytest.mark.parametrize(

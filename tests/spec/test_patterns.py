@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnzoo import Causal, Chunks, Full, InvalidArgumentError, Window
-from attnzoo.spec.patterns import Pattern, SortedChunks, Tile
+from attnzoo.spec.hashed import HashedChunks
+from attnzoo.spec.patterns import Pattern, SortedChunks, Tile, power_of_two
 
 LONG = os.environ.get("ATTNZOO_HYPOTHESIS_PROFILE") == "long"
 some = settings(max_examples=settings().max_examples if LONG else 150, deadline=None)
@@ -288,3 +289,37 @@ def test_patterns_are_values():
     assert len({Window(2, 3), Window(2, 3), Causal(), Causal(0), Full(), Chunks(4), Chunks(4, causal=True)}) == 6
     with pytest.raises(AttributeError):
         Window(2, 3).left = 4
+
+
+# Coarse patterns, which identify measurements
+
+
+@pytest.mark.parametrize(
+    ("count", "rounded"),
+    [(0, 0), (1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (1024, 1024), (1025, 2048), (-1, -1), (-5, -8)],
+)
+def test_power_of_two_rounds_the_magnitude_up(count, rounded):
+    assert power_of_two(count) == rounded
+
+
+@pytest.mark.parametrize(
+    ("pattern", "coarse"),
+    [
+        (Full(cross=True), Full()),
+        (Causal(), Causal()),
+        (Causal(700), Causal(1024)),
+        (Causal(-5), Causal(-8)),
+        (Window(3, 2, 9), Window(3, 2, 16)),
+        (Window(3, 2), Window(3, 2)),
+        (Chunks(6, 1, 1, True), Chunks(6, 1, 1, True)),
+        (HashedChunks(6, offset=9), HashedChunks(6, offset=16)),
+        (HashedChunks(6), HashedChunks(6)),
+        (SortedChunks(6, start=600), SortedChunks(6, start=1024)),
+        (SortedChunks(6, start=600, order=torch.zeros(1), token=torch.zeros(1)), SortedChunks(6, start=1024)),
+    ],
+    ids=str,
+)
+def test_coarse_rounds_offsets_and_starts_and_drops_tensors(pattern, coarse):
+    got = pattern.coarse
+    assert got == coarse and type(got) is type(coarse)
+    assert all(getattr(got, name, None) is None for name in ("order", "token"))

@@ -232,6 +232,10 @@ CASES = {
     "middle rows of a long input": neox_case(
         rows_wrong(150, 152), NEOX, None, inputs=neox_tokens(300), max_rows=300, **FORWARD_ONLY
     ),
+    "middle rows of the outputs": neox_case(
+        {"*layers.1.attention": rows_wrong(150, 152), "*": "sdpa"}, NEOX[1:], None, inputs=neox_tokens(300),
+        max_rows=300, **FORWARD_ONLY,
+    ),
     "one sample of a batch": neox_case(sample_wrong(1), NEOX, None, inputs=causal_inputs(21, "none"), **FORWARD_ONLY),
     "only in samples with padding": neox_case(
         wrong_if(lambda a: a.segments[0].key_mask is not None and not bool(a.segments[0].key_mask.all())),
@@ -303,6 +307,34 @@ def test_calls_that_fell_back_are_named():
     report = attnzoo.verify(led(), led_inputs(26, "none", batch=1), backend, gradients=False, fallback="native")
     assert f"calls fell back to the model's own code, which only the outputs show, at {', '.join(CROSS)}" in report.note
     assert "do not reach" not in report.note and not {site.name for site in report.sites} & set(CROSS)
+
+
+class WrongUnlessPatched(torch.nn.Linear):
+    """A projection of the model's own code with a wrong gradient. Of a patched model, the gradient is right."""
+
+    def __init__(self, linear, model, wrong):
+        super().__init__(linear.in_features, linear.out_features)
+        self.load_state_dict(linear.state_dict())
+        vars(self).update(model=model, wrong=wrong)  # not as a submodule
+
+    def forward(self, states):
+        right = attnzoo.is_patched(self.model)
+        states = scale_gradient(states) if self.wrong == "states" and not right else states
+        weight = scale_gradient(self.weight) if self.wrong == "weight" and not right else self.weight
+        return torch.nn.functional.linear(states, weight, self.bias)
+
+
+@pytest.mark.parametrize(("projection", "wrong"), [("dense", "weight"), ("query_key_value", "states")])
+def test_wrong_gradient_of_the_models_own_code_is_named(projection, wrong):
+    model = gpt_neox()
+    attention = model.gpt_neox.layers[1].attention
+    setattr(attention, projection, WrongUnlessPatched(getattr(attention, projection), model, wrong))
+    report = attnzoo.verify(model, neox_tokens())
+    assert all(check.ok for check in report.end_to_end) and not failed_sites(report), "the patched model is right"
+    failed = [(site.name, check.what) for site in report.original_sites for check in site.checks if not check.ok]
+    assert failed == [(NEOX[1], "gradient")] and not report.ok
+    assert [check.what for check in report.original if not check.ok] == [GRADIENT]
+    assert f"original {NEOX[1]}: gradient: error" in " ".join(str(report).split())
 
 
 def test_skipped_layer_is_named():

@@ -68,15 +68,18 @@ class ApproximateBackend(Backend):
     def bind_to_site(self, site: tuple[Request, ...], patch: tuple[Request, ...]) -> Backend:
         """Return the backend for a site. ``site`` has the requests of this site, ``patch`` those of all sites.
 
-        A site with a local request stays unchanged. If the user set no options, one local request at any site is enough
-        to leave all sites unchanged. So a model with local attention works without options.
+        A site with a local request stays unchanged. If none of the options in :attr:`needed` is set, a local request at
+        any site leaves all sites unchanged. So users can patch models with local attention without any option.
         """
         no_options = bool(self.needed) and len(self._missing()) == len(self.needed)
         kept = any(map(_is_local, site)) or (no_options and any(map(_is_local, patch)))
         return replace(self, kept=True) if kept else self
 
     def unused_options(self) -> tuple[str, ...]:
-        """Return the options (except ``inner``) that the user set in vain, because the site stays unchanged."""
+        """Return the options that the user set, but that have no effect because the site stays unchanged.
+
+        The option ``inner`` is never returned, because it always has an effect.
+        """
         options = [option for option in fields(self) if option.name in self.options() and option.name != "inner"]
         given = [option for option in options if self.kept and getattr(self, option.name) != option.default]
         return tuple(f"{option.name}={getattr(self, option.name)!r}" for option in given)

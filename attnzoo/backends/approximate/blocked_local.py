@@ -1,10 +1,12 @@
 """The backend ``blocked-local``, which replaces dense attention by a sliding window and attention sinks.
 
-``attnzoo.patch(model, backend="blocked-local", window=1024, sinks=4)``. A causal query sees the last ``window`` keys
-up to the position of the query, as in Mistral (Jiang et al. 2023, arXiv:2310.06825). A non-causal query also sees the
-``window - 1`` keys after this position. Every query also sees the sinks: the first ``sinks`` keys that the masks allow.
-Models rely on sinks (StreamingLLM, Xiao et al. 2023, arXiv:2309.17453). In a packed row, the sinks are the first keys
-of the query's document. The cache keeps all keys, so decoding gives the same output as one forward over all tokens.
+Example: ``attnzoo.patch(model, backend="blocked-local", window=1024, sinks=4)``.
+
+A causal query sees the last ``window`` keys up to the position of the query, as in Mistral (Jiang et al. 2023,
+arXiv:2310.06825). A non-causal query also sees the ``window - 1`` keys after this position. Every query also sees the
+sinks: the first ``sinks`` keys that the masks allow. Models rely on sinks (StreamingLLM, Xiao et al. 2023,
+arXiv:2309.17453). In a packed row, the sinks are the first keys of the query's document. The KV cache keeps all keys,
+so decoding gives the same output as one forward over all tokens.
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ class BlockedLocalBackend(ApproximateBackend):
 def _sinks(attention: Attention, window: Window, placement: QueryPlacement, count: int) -> Segment | None:
     """Return a segment with the first ``count`` visible keys, or None if no key is visible.
 
-    In this segment, a query does not see the keys that its window contains.
+    A query does not see the sinks inside its window, because the segment of the window already contains these keys.
     """
     (segment,) = attention.segments
     count = min(count, segment.kv_len)
@@ -113,7 +115,7 @@ def _sinks(attention: Attention, window: Window, placement: QueryPlacement, coun
 
 
 def _sinks_by_query(attention: Attention, mask: Tensor, window: Window, position: int, count: int) -> Segment | None:
-    """Return the segment of sinks for an attention with a dense mask, where each query may have other sinks.
+    """Return the segment of sinks for an attention with a dense mask, where the sinks may differ between queries.
 
     The segment contains every key that is a sink of at least one query and outside the window of this query. In a
     packed row, the segment contains at most ``count`` keys per document.

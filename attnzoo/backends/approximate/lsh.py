@@ -1,12 +1,13 @@
 """The backend ``lsh``, which replaces dense attention by attention to keys with similar hashes.
 
-``attnzoo.patch(model, backend="lsh", num_hashes=4, chunk_length=64, num_buckets=32)``. Random rotations hash
-queries and keys to the nearest of ``num_buckets`` directions (cross-polytope LSH, Andoni et al. 2015,
-arXiv:1509.02897), so vectors with a large dot product are often in one bucket. As in Reformer (Kitaev et al. 2020,
-arXiv:2001.04451), the keys are sorted by bucket and position and cut into chunks of ``chunk_length``. Each query has a
-rank among the sorted keys, and sees the chunk with this rank and the previous chunk. A non-causal query also sees the
-next chunk. Hashing and sorting are repeated in ``num_hashes`` rounds, and a query sees the keys of all rounds. There
-are four differences from Reformer:
+Example: ``attnzoo.patch(model, backend="lsh", num_hashes=4, chunk_length=64, num_buckets=32)``.
+
+Random rotations hash queries and keys to the nearest of ``num_buckets`` directions (cross-polytope LSH, Andoni et al.
+2015, arXiv:1509.02897), so vectors with a large dot product are often in one bucket. As in Reformer (Kitaev et al.
+2020, arXiv:2001.04451), the keys are sorted by bucket and position and cut into chunks of ``chunk_length``. Each query
+has a rank among the sorted keys, and sees the chunk with this rank and the previous chunk. A non-causal query also sees
+the next chunk. Hashing and sorting are repeated in ``num_hashes`` rounds, and a query sees the keys of all rounds.
+There are four differences from Reformer:
 
 - Queries and keys differ. The rank of a query is the index at which the bucket and position of the query would be
   inserted into the sorted keys. The rank depends only on the keys and this query. So the last token has the same output
@@ -14,8 +15,8 @@ are four differences from Reformer:
   than in its own decoding step, because later keys change the chunks.
 - A token always sees itself, the previous token and, if not causal, the next token. So every query sees a key, even if
   no key has a similar hash.
-- A query sees a key only in the first round that shows the key, as in the paper. So one bucket and chunks as long as
-  the sequence give full attention. In Reformer's code, the key is in the softmax once per round.
+- A query sees a key only in the first round that shows the key, as in the paper. So the attention does not change at
+  all if there is one bucket and one chunk. In Reformer's code, the key is in the softmax once per round.
 - Each document of a packed row is sorted and cut separately, so other documents do not change the result.
 
 The rotations come from a separate random generator with ``seed``. Hashing has no gradient.

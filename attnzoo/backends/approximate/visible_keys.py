@@ -23,7 +23,10 @@ _ENTRIES_AT_ONCE = 1 << 22
 
 
 class Spans(NamedTuple):
-    """The first and the last key that each query sees under dense mask, key mask and pattern, and all visible keys."""
+    """The first and the last key that each query sees, and the keys that at least one query sees.
+
+    A query sees a key if the dense mask, the key mask and the pattern all allow the key.
+    """
 
     first: Tensor  # (batch or 1, q_len) int64, the first key that a query sees in any head; kv_len for no key
     last: Tensor  # (batch or 1, q_len) int64, the last key that a query sees in any head; -1 for no key
@@ -33,8 +36,9 @@ class Spans(NamedTuple):
 class DocumentNumbers(NamedTuple):
     """For each sample, the index of the document that contains each key and each query.
 
-    A document is a smallest range of keys such that no query sees keys both inside and outside the range. A causal mask
-    over the whole row gives one document. A key that no query sees is a document of one key.
+    The keys are divided into as many consecutive ranges as possible, such that each query sees keys of one range only.
+    These ranges are the documents. A causal mask over the whole row gives one document. A key that no query sees is a
+    document of one key.
     """
 
     keys: Tensor  # (batch or 1, kv_len) int64, ascending
@@ -53,21 +57,26 @@ class QueryPlacement:
 
     @property
     def offset(self) -> int | None:
-        """The ``offset`` for patterns: ``position``, or None if ``position`` equals ``aligned`` and is not 0."""
+        """The ``offset`` for patterns.
+
+        If ``position`` is 0, the offset is 0. Otherwise, the offset is None if the last query is at the last key, and
+        ``position`` if not.
+        """
         return None if self.position == self.aligned != 0 else self.position
 
 
 def place_queries(backend: str, attention: Attention) -> QueryPlacement:
-    """Return the position of the queries among the keys.
+    """Return the position of the queries among the keys. The first rule that fits decides:
 
-    - The offset of a ``Causal`` pattern is the position of query 0. Offset None puts the last query at the last key.
+    - The offset of a ``Causal`` pattern, if not None, is the position of query 0.
     - A single query is a decoding step. This query is at the last key that is visible in any sample, because a static
       cache has unused entries after this key.
-    - For several queries, a causal dense mask gives the position. Otherwise, the last query is at the last key.
+    - Without a ``Causal`` pattern, a causal dense mask gives the position (:func:`_position_by_mask`).
+    - Otherwise, the last query is at the last key.
 
     Raises:
-        BackendRefusedError: there are more keys than queries, the masks are not causal, and the last key is hidden in
-            all samples. The positions of several queries are then unknown.
+        BackendRefusedError: no other rule fits, the pattern is not ``Causal``, the numbers of keys and queries differ,
+            and the last key is hidden in all samples. The positions of the queries are then unknown.
     """
     (segment,) = attention.segments
     q_len, kv_len = attention.q_len, segment.kv_len

@@ -102,7 +102,10 @@ class HashMasks:
         return count.mul_(_HIDDEN).to(self._dtype), None if bool(visible_rows.all()) else visible_rows
 
     def _distance(self, chunks: tuple[Tensor, Tensor], queries: Tensor, keys: Tensor, out: Tensor) -> None:
-        """Write to ``out`` how many chunks each key is from the middle of the visible chunks. Key -1 gets infinity."""
+        """Write to ``out`` the distance, in chunks, of each key from the middle of the chunks that each query sees.
+
+        Key -1 gets infinity.
+        """
         query_chunks, key_chunks = chunks
         shared = keys.clamp(min=0).reshape(*key_chunks.shape[:2], -1)  # neighbouring query heads share a key head
         of_keys = key_chunks.gather(2, shared).view(keys.shape).masked_fill_(keys < 0, float("inf"))

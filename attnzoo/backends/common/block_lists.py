@@ -92,8 +92,8 @@ def _grids(
 ) -> tuple[Tensor, Tensor]:
     """Return two bool grids ``(blocks of queries, blocks of keys)``: which blocks are visible and which are full.
 
-    The grids ignore masks. A block with keys of several segments is never full. Both sizes of a grid are at least 2,
-    because a compiler treats a size of 1 as a constant.
+    The grids ignore key masks and dense masks. A block with keys of several segments is never full. Both sizes of a
+    grid are at least 2, because a compiler treats a size of 1 as a constant.
     """
     counts = (-(-q_len // shape.queries), -(-starts[-1] // shape.keys))
     visible, full = (torch.zeros([max(2, count) for count in counts], dtype=torch.bool, device="cpu") for _ in range(2))

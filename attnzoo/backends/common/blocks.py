@@ -49,7 +49,10 @@ class Part(NamedTuple):
 
     @staticmethod
     def _by_key_head(keys: Tensor, tensor: Tensor) -> Tensor:
-        """Return ``(batch, kv_heads, n)``: the ``keys`` of all query heads that share a key head. 0 replaces -1."""
+        """Return ``keys`` as ``(batch, kv_heads, n)``. A row joins the indices of all query heads of a key head.
+
+        Padding (-1) becomes 0.
+        """
         return keys.clamp(min=0).reshape(*tensor.shape[:2], -1)
 
 
@@ -104,7 +107,10 @@ def positive_scale(attention: Attention) -> Attention:
 
 
 def block_size(attention: Attention) -> int:
-    """Return the queries per block: the smallest size that a pattern prefers, and at most 512 with masks or bias."""
+    """Return the number of queries per block: the smallest number that the pattern of a segment recommends.
+
+    The number is at most 512 if a segment has a dense mask or a bias, or if its pattern hides keys.
+    """
     q_len = attention.q_len
     sizes = [segment.pattern.block_size(q_len, segment.kv_len) for segment in attention.segments]
     for segment in attention.segments:
@@ -120,7 +126,7 @@ def sees_all(attention: Attention, segment: Segment) -> bool:
 
 
 def passes(attention: Attention) -> list[list[int]]:
-    """Return the segment indices of each pass. Segments without ``query_order`` share a pass. Others are alone."""
+    """Return the segment indices of each pass. Every segment with a ``query_order`` has a separate pass."""
     plain = [i for i, segment in enumerate(attention.segments) if segment.pattern.query_order is None]
     return [group for group in (plain, *([i] for i in range(len(attention.segments)) if i not in plain)) if group]
 
@@ -179,7 +185,7 @@ class Masks:
         return PartMask(visible, visible.any(-1))
 
     def of_pattern(self, block: Block, part: Part) -> PartMask | None:
-        """Return the mask of the pattern, without key mask and dense mask, or None if the pattern hides no key."""
+        """Return the mask of the pattern alone (no key mask, no dense mask), or None if the pattern hides no key."""
         pattern, tile = self._attention.segments[part.segment].pattern, self._tile(block, part)
         if pattern.sees_all(tile):
             return None
@@ -215,7 +221,10 @@ class Masks:
         return q[..., None], kv[:, :, None]
 
     def of_keys(self, block: Block, part: Part) -> Tensor | None:
-        """Return key mask and dense mask as one mask, broadcastable to ``(batch, heads, n, m)``. None: no mask."""
+        """Return key mask and dense mask as one mask, broadcastable to ``(batch, heads, n, m)``.
+
+        None means that no such mask is needed.
+        """
         segment, keys = self._attention.segments[part.segment], slice(part.kv_start, part.kv_stop)
         visible: Tensor | None = None
         if part.keys is not None:  # _parts() has applied the key mask: hidden keys are -1
@@ -248,7 +257,10 @@ class Masks:
         return attention.segments[part.segment].bias_at(q, kv, attention.q_len, attention.batch, attention.heads)
 
     def key(self, block: Block, part: Part) -> tuple[object, ...] | None:
-        """Return a cache key. Parts with equal keys have equal pattern masks and biases. None: reuse nothing."""
+        """Return a cache key, or None if nothing can be reused.
+
+        Parts with equal cache keys have equal pattern masks and biases.
+        """
         segment, tile = self._attention.segments[part.segment], self._tile(block, part)
         by_pattern: tuple[object, ...] | None = ("all", block.rows, part.kv_stop - part.kv_start)
         if not segment.pattern.sees_all(tile):
@@ -263,7 +275,10 @@ def _may_hide(mask: Tensor) -> bool:
 
 
 def visible_rows(attention: Attention) -> Tensor:
-    """Return bool ``(batch, heads or 1, q_len)``, True for queries that see a key. No pattern may reorder queries."""
+    """Return bool ``(batch, heads or 1, q_len)``, True for queries that see a key.
+
+    The attention must have no pattern that reorders the queries.
+    """
     masks, all_rows = Masks(attention), []
     for block in blocks(attention, list(range(len(attention.segments))), block_size(attention)):
         visible = attention.query.new_zeros((attention.batch, 1, block.rows), dtype=torch.bool)

@@ -50,7 +50,7 @@ class TensorCache:
 
 
 def _state(tensor: Tensor) -> Hashable:
-    """Return a key for a tensor: the content on the CPU, the identity and version on other devices."""
+    """Return a cache key for a tensor: the content on the CPU, the identity and version on other devices."""
     if tensor.device.type == "cpu":
         return tensor.dtype, tensor.shape, tensor.detach().numpy().tobytes()
     return id(tensor), tensor._version

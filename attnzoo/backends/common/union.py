@@ -47,7 +47,7 @@ class PartialKernel(ABC):
 
     @abstractmethod
     def new_results(self) -> tuple[Tensor, Tensor]:
-        """Return new tensors out and lse. lse is ``-inf``. out is 0 in rows that ``is_first`` does not overwrite."""
+        """Return new tensors out and lse. All lse are ``-inf``. out is 0 in rows that never occur with ``is_first``."""
 
     @abstractmethod
     def forward_plan(self) -> Iterable[tuple[bool, Any]]:

@@ -86,7 +86,7 @@ class FlexBackend(Backend):
 
 
 def _check_biases(attention: Attention) -> None:
-    """Raise if a bias is a subclass of ``RelativeBias``, whose values may differ from the table."""
+    """Raise if a bias is of a subclass of ``RelativeBias``, because the kernel ignores the methods of a subclass."""
     for segment in attention.segments:
         if segment.bias is not None and type(segment.bias) is not RelativeBias:
             reason = Refusal("bias", type(segment.bias).__name__, "RelativeBias itself, no subclass")

@@ -1,15 +1,15 @@
 """Compiled FlexAttention. All attentions of equal *form* share one kernel, even if their lengths differ.
 
 A form contains everything that the compiled code depends on, for example the kind of pattern of each segment, the
-dtype, the scale, and which lengths are 1 (a compiler treats 1 as a constant). Lengths, windows, offsets and tables are
-symbols or tensors, so a new length needs no new compilation. Three measures ensure this:
+dtype, the scale, and which lengths are 1 (a compiler treats 1 as a constant). Lengths, windows, offsets and bias
+values are symbols or tensors, so a new length needs no new compilation. Three measures ensure this:
 
 - Each form has a separate function, because the compiler limits the number of compilations of one function. This
   function raises if torch.compile is off, because FlexAttention would then compute whole ``q_len x kv_len`` grids.
 - The function is compiled on tensors without equal sizes, because the compiler replaces equal sizes by one symbol.
 - Masks and biases read flat tensors with ``embedding``, which needs no size. PyTorch's CPU kernels (seen in 2.13) use
-  a wrong size for a captured tensor if the size is a symbol. Trained tables are indexed instead, because PyTorch's
-  backward of FlexAttention computes gradients only for indexing. Trained tables exist on CUDA only.
+  a wrong size for a captured tensor if the size is a symbol. Trained bias values are indexed instead, because
+  PyTorch's backward of FlexAttention computes gradients only for indexing. Trained bias values exist on CUDA only.
 """
 
 from __future__ import annotations
@@ -146,14 +146,14 @@ def _bias_entry(form: Form, terms: Terms, b: Tensor, q: Tensor, kv: Tensor) -> T
 
 
 def scalars(*values: int, device: torch.device) -> Scalars:
-    """Return one separate tensor per number, because code compiled for a view depends on the offset of the view."""
+    """Return a separate tensor for each number. Views of one tensor would need one compilation per view offset."""
     return tuple(torch.tensor(value, device=device) for value in values)
 
 
 def in_rows(query: Tensor) -> Tensor:
     """Return the query ``(batch, heads, q_len, head_dim)`` in the memory layout for which kernels are compiled.
 
-    A compiler compiles again if the base of a view changes, or if the strides of dimensions of size 1 change.
+    torch.compile compiles again if the base of a view or the stride of a dimension of size 1 changes.
     """
     rows = query.transpose(1, 2).contiguous()
     rows = rows.view(rows.shape)

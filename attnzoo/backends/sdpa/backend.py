@@ -1,10 +1,11 @@
 """The backend ``sdpa``: ``torch.nn.functional.scaled_dot_product_attention`` and the kernels that it calls.
 
-A single segment without bias and dense mask needs one call of this function (a *public call*) if the pattern is causal
-or if every query sees every key. Any other attention is computed in blocks, by the first method that supports it:
+A call of this function is a *public call* below. One public call is enough for a single segment with neither bias nor
+dense mask, if the function's ``is_causal`` expresses the pattern or if the pattern hides no key. Any other attention is
+computed in blocks, by the first method that supports it:
 
-- On the CPU, without dropout and function transforms, with ``value_dim == head_dim``: PyTorch's CPU FlashAttention
-  kernel. The results for the parts are merged by log-sum-exp (:mod:`attnzoo.backends.sdpa.flash_cpu`).
+- On the CPU, with neither dropout nor function transforms, and with ``value_dim == head_dim``: PyTorch's CPU
+  FlashAttention kernel. The results for the parts are merged by log-sum-exp (:mod:`attnzoo.backends.sdpa.flash_cpu`).
 - With segments that reorder the queries: plain PyTorch operations (:mod:`attnzoo.backends.sdpa.math_blocks`).
 - Otherwise: one public call per block, on the concatenated keys of all parts of the block.
 
@@ -87,7 +88,10 @@ def _contiguous_rows(tensor: Tensor) -> Tensor:
 
 
 def _is_causal(attention: Attention, segment: Segment) -> bool:
-    """Whether ``is_causal=True`` expresses pattern and key mask: query 0 is at key 0, and there is no key mask."""
+    """Whether a call with ``is_causal=True`` and without a mask computes the attention over this segment.
+
+    PyTorch then places query 0 at key 0, and accepts no other mask.
+    """
     return (
         isinstance(segment.pattern, Causal)
         and segment.pattern.shift(attention.q_len, segment.kv_len) == 0
@@ -137,7 +141,10 @@ def _call(
     bias: Tensor | None,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor | None, str]:
-    """Run one public call. Return the output, the rows that see a key (bool; None: all rows), and the kernel name."""
+    """Run one public call. Return the output, a bool tensor, and the kernel name.
+
+    The bool tensor is True for rows that see a key. None means that all rows see a key.
+    """
     visible_rows = None
     if visible is not None:
         # Kernels disagree on rows that see no key. Let such rows see every key. The caller replaces their output.

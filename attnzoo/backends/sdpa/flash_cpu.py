@@ -66,7 +66,7 @@ def _distinct_tensors(attention: Attention) -> tuple[list[Tensor], list[int]]:
 
 
 def _without_storage(attention: Attention) -> Attention:
-    """Return a copy whose query, keys and values have no storage. The autograd graph already keeps the originals."""
+    """Return a copy whose query, keys and values have a shape but no data. The autograd graph keeps the data."""
 
     def shell(tensor: Tensor) -> Tensor:
         return tensor.detach().new_empty(()).expand(tensor.shape)
@@ -114,7 +114,7 @@ class _AdditiveMasks:
         return mask, None if visible_rows is None else visible_rows.expand(shape[:3])
 
     def _of_structure(self, block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
-        """Return the results of :meth:`of` without key mask and dense mask. Most blocks have equal results."""
+        """Return the results of :meth:`of` for pattern and bias only. Most blocks have equal results."""
         segment, dtype = self._attention.segments[part.segment], self._attention.query.dtype
         pattern = segment.pattern
         if isinstance(pattern, SortedChunks) and segment.bias is None and block.queries is not None:
@@ -139,7 +139,10 @@ class _AdditiveMasks:
 
 
 class _CpuKernel(PartialKernel):
-    """A kernel that calls the two private operators: in the forward once per stack, in the backward per block."""
+    """A kernel that calls two private operators.
+
+    The forward calls one operator for each part of a stack, and the backward the other for each part of a block.
+    """
 
     def __init__(self, attention: Attention, places: list[int], query: Tensor, tensors: Sequence[Tensor]) -> None:
         self._attention, self.places, self.query, self.tensors = attention, places, query, tensors

@@ -22,7 +22,7 @@ _ROWS = 1024
 
 
 class Stack(NamedTuple):
-    """Consecutive blocks with equal masks.
+    """``depth`` consecutive blocks with equal masks.
 
     A stack of several blocks belongs to one sample. The kernel call then has the heads in the batch dimension and the
     blocks in the head dimension. A stack of a single block covers the whole batch.
@@ -42,7 +42,7 @@ class Stack(NamedTuple):
         return self.block._replace(q_stop=self.block.q_start + self.depth * self.block.rows, parts=())
 
     def can_grow(self, steps: tuple[int, ...]) -> bool:
-        """Return whether one more block can join the stack. ``steps`` lead from the last block to this block."""
+        """Return whether a further block can join. ``steps`` are the steps from the last block to the further block."""
         return (self.depth + 1) * self.block.rows <= _ROWS and (self.depth == 1 or steps == self.steps)
 
     def by_sample(self, batch: int) -> Iterator[Stack]:
@@ -53,11 +53,11 @@ class Stack(NamedTuple):
             yield from (self._replace(sample=sample) for sample in range(batch))
 
     def flat(self) -> Stack:
-        """Return the stack as a single block of all queries. Of its parts, use only those with step 0 and no mask."""
+        """Return the stack as one block of all queries. Only parts with step 0 and no additive mask can use it."""
         return self._replace(block=self.whole()._replace(parts=self.block.parts), depth=1)
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Return the query rows: ``(heads, depth, rows, ...)``, or ``(batch, heads, rows, ...)`` if ``depth`` is 1."""
+        """Return the query rows: ``(heads, depth, rows, ...)``, or ``(batch, heads, rows, ...)`` for one block."""
         return self.by_block(self.whole().take(self._of_sample(tensor)))
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
@@ -93,8 +93,8 @@ class Stack(NamedTuple):
 class Scratch:
     """Reusable memory for contiguous copies of keys or values.
 
-    In the output of a projection, other heads lie between the rows of a head. The blocks of a stack read mostly the
-    same keys. In a contiguous copy, these keys stay in the CPU cache.
+    Models store all heads of a token together, so the rows of one head are not contiguous. The blocks of a stack read
+    mostly the same keys. In a contiguous copy, these keys stay in the CPU cache.
     """
 
     def __init__(self) -> None:
@@ -129,7 +129,10 @@ def stacks(attention: Attention, segments: list[int]) -> Iterator[Stack]:
 
 
 def _size(attention: Attention, segments: list[int], masks: Masks) -> int:
-    """Return the queries per block: ``_TILE`` if such blocks form stacks with moving keys, else ``block_size()``."""
+    """Return the number of queries per block.
+
+    The number is ``_TILE`` if blocks of this size form stacks with a step above 0, else ``block_size()``.
+    """
     size, middle = block_size(attention), attention.q_len // 2
     dense = any(attention.segments[index].mask is not None for index in segments)
     if dense or size <= _TILE or middle + 2 * _TILE > attention.q_len:
@@ -141,7 +144,10 @@ def _size(attention: Attention, segments: list[int], masks: Masks) -> int:
 
 
 def _mask_key(masks: Masks, block: Block) -> tuple[object, ...] | None:
-    """Return a key. Blocks with equal keys have equal pattern masks and biases. None: the block joins no stack."""
+    """Return a cache key, or None if the block joins no stack.
+
+    Blocks with equal cache keys have equal pattern masks and biases.
+    """
     if block.queries is not None or any(part.keys is not None for part in block.parts):
         return None
     keys = [(part.segment, part.kv_stop - part.kv_start, masks.key(block, part)) for part in block.parts]
@@ -149,7 +155,7 @@ def _mask_key(masks: Masks, block: Block) -> tuple[object, ...] | None:
 
 
 def _steps(block: Block, following: Block) -> tuple[int, ...] | None:
-    """Return by how many keys each part moves forward from ``block`` to ``following``. None: a part moves backward."""
+    """Return how far (in keys) each part moves from ``block`` to ``following``, or None if a part moves backward."""
     steps = tuple(b.kv_start - a.kv_start for a, b in zip(block.parts, following.parts, strict=True))
     return steps if min(steps, default=0) >= 0 else None
 

@@ -35,10 +35,10 @@ def backward_by_hand(
         pairs: key and value of each part.
         masks: the additive mask of each part, or None.
         scale: the factor on the scores.
-        is_whole: whether the parts include all keys that the rows see. If True, this function computes the softmax
-            again over all parts. The score gradients of a row then sum to zero as exactly as with plain operations.
-            With the rounded out and lse of the kernel, each sum would have a larger error, and a bias gradient adds the
-            errors of many rows. If False, the keys of other passes are missing here, so this function uses out and lse.
+        is_whole: whether the parts include all keys that the rows see. If False, the keys of other passes are missing,
+            and this function computes the weights from lse. If True, this function computes the softmax again over all
+            parts, because this is more exact. The exact score gradients of a row sum to zero. With the rounded out and
+            lse of the kernel, this sum has a larger error, and a bias gradient adds the errors of many rows.
     """
     grad_out, query, out, lse = rows
     wide = lse.dtype

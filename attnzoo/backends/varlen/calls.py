@@ -2,15 +2,15 @@
 
 The inputs of FlashAttention's kernels (Dao 2023, arXiv:2307.08691) are concatenated sequences of varying lengths. The
 last query of a sequence has the position of the last key. A query at position ``p`` sees the keys from ``p - left`` to
-``p + right``. :func:`plan_calls` expresses any attention without bias and dense mask in such calls:
+``p + right``. :func:`plan_calls` expresses any attention with neither bias nor dense mask in such calls:
 
-- If positions do not matter (``Full``, or whole visible chunks), the sequences contain no padding keys and queries.
-- In a band (windows, causal) positions matter. The sequence of a sample is then the range from the first to the last
-  unpadded key, and the queries that see a key of this range. ``left`` and ``right`` are shifted, because the kernel
-  aligns queries and keys differently from the pattern. Samples with equal ``left`` and ``right`` share a call.
-- Padding keys inside such a range stay in the sequence. :mod:`attnzoo.backends.varlen.packed` hides these keys.
+- With ``Full``, or if queries see only whole chunks, positions do not matter. The sequences then contain no padding.
+- With ``Window`` and ``Causal``, positions matter. A sequence then contains the keys of a sample from the first to the
+  last unpadded key, and the queries that see such a key. The kernel and the pattern may place the queries at different
+  keys. So ``left`` and ``right`` are shifted. Samples with equal ``left`` and ``right`` share a call.
+- Padding keys between unpadded keys stay in the sequence. :mod:`attnzoo.backends.varlen.packed` hides these keys.
 
-The pattern shows at least one key of the call to every query of the call, but a key mask may hide this key.
+In each call, the pattern lets every query see at least one key. A key mask may hide all these keys.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _split(call: Call) -> list[Call]:
 
 
 def _row_numbers(call: Call) -> tuple[Tensor, Tensor]:
-    """Return the query rows and the key rows of a call as indices, also where the call has None (all rows in order)."""
+    """Return the indices of the query rows and of the key rows of a call, even if the call stores None for all rows."""
     sequences = call.sequences
     q_rows, k_rows = (
         torch.arange(sum(lens), device=sequences.device) if rows is None else rows
@@ -176,7 +176,7 @@ def _row_numbers(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _ranges(masks: list[Tensor | None]) -> list[list[_Range] | None]:
-    """Return the range of each sample for each mask. Masks that are None give None. This waits for the device once."""
+    """Return for each mask the ranges of all samples, or None if the mask is None. This waits for the device once."""
     stacked = []
     for mask in masks:
         if mask is not None:
@@ -216,7 +216,7 @@ def _band_calls(
 
 
 def _extents(tile: Tile, band: Band) -> tuple[int, int]:
-    """Return ``left`` and ``right`` of a sequence with this tile. A value that hides no key becomes ``NO_LIMIT``."""
+    """Return ``left`` and ``right`` for the queries and keys of a tile, or ``NO_LIMIT`` for values that hide no key."""
     aligned = tile.kv_stop - tile.q_stop  # the distance from a query to the key at its position in the kernel
     left, right = aligned - band.lowest, band.highest - aligned
     q_count, k_count = tile.q_stop - tile.q_start, tile.kv_stop - tile.kv_start
@@ -227,9 +227,9 @@ def _cut(tile: Tile, band: Band, has_windows: bool) -> list[Tile]:
     """Return the tile, or several tiles with fewer queries if a kernel would compute a wrong window.
 
     There are two reasons to cut. First, FlashAttention reads a ``left`` or ``right`` of at least the longest key length
-    as no limit. If then only one of the two has no limit, FlashAttention limits it to the longest key length. This is
-    wrong if many queries precede the first key. Second, kernels without windows support only ``right=0``. The queries
-    that do not see the last key become a separate tile, and those that do not see the first key become another tile.
+    as ``NO_LIMIT``. If only one of the two is then ``NO_LIMIT``, FlashAttention replaces it by the longest key length.
+    This is wrong if many queries precede the first key. Second, kernels without windows support only ``right=0``.
+    The queries that do not see the last key become a separate tile, and those that do not see the first key another.
     """
     q_start, q_stop, k_start, k_stop, *_ = tile
     q_count, k_count = q_stop - q_start, k_stop - k_start
@@ -251,13 +251,13 @@ def _is_all(starts: tuple[int, ...], lens: tuple[int, ...], batch: int, length: 
 
 
 def _is_ordered(pattern: Chunks, kv_len: int) -> bool:
-    """Whether a query sees only the earlier keys of its own chunk. Positions within the chunk then matter."""
+    """Whether a query sees its own chunk, but only up to its position. Positions within the chunk then matter."""
     return pattern.causal and pattern.before % -(-kv_len // pattern.length) <= pattern.before + pattern.after
 
 
 @lru_cache(maxsize=64)
 def _neighbourhoods(pattern: Chunks, length: int) -> tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]:
-    """Return ``(start, length, visible key ranges as (start, length))`` of each chunk in which queries see keys."""
+    """Return ``(start, length, key ranges)`` of each chunk whose queries see keys. A range is ``(start, length)``."""
     chunks = []
     for start in range(0, length, pattern.length):
         stop = min(length, start + pattern.length)

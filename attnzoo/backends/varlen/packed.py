@@ -6,8 +6,8 @@ Each kernel call (:mod:`attnzoo.backends.varlen.calls`) returns an output and a 
 Some hidden keys must stay in a sequence, because other keys must keep their positions. One more component of query and
 key vectors hides these keys. The component is positive in queries, negative in hidden keys and 0 in visible keys. So
 the scaled scores of hidden keys are 2^22 lower, and their softmax weights underflow to exactly 0, forward and backward.
-If all keys of a row are hidden, the lse of the row is far below all usual values. With more than 2^22, the weights of
-such a row would overflow, because kernels round the argument of the exponential.
+The lse shows whether all keys of a row are hidden, because this lse is far below all usual values. With a larger number
+than 2^22, the weights of such a row would overflow, because kernels round the argument of the exponential.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class PackedBackend(Backend):
         return [kernel for kernel in self.kernels if self.kernel in (None, kernel.name)]
 
     def _choose(self, request: Request) -> tuple[type[PackedKernel], tuple[Refusal, ...]]:
-        """Return the first kernel that supports a request, or else one kernel and the refusals of this kernel."""
+        """Return a kernel and its refusals. Prefer kernels without refusals, then kernels that this machine can run."""
         named = self._named()
         usable = [kernel for kernel in named if kernel.unavailable() is None]
         if not usable and self.kernel is not None:
@@ -105,7 +105,7 @@ class PackedBackend(Backend):
 
 
 def attend(attention: Attention, kernel: type[PackedKernel]) -> Result:
-    """Compute an attention without bias and dense mask. If no query sees a key, the kernel name is "none"."""
+    """Compute an attention with neither bias nor dense mask. If no query sees a key, the kernel name is "none"."""
     whole, attention = attention, positive_scale(attention)
     if any(isinstance(segment.pattern, SortedChunks) for segment in attention.segments):
         attention = fold_heads(attention)

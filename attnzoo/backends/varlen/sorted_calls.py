@@ -1,9 +1,9 @@
 """Express the sorted chunks of LSH attention exactly as calls of a causal kernel without masks.
 
-A query sees the nearby keys of other tokens, or only of earlier tokens if the pattern is causal. A neighbourhood is a
-chunk of sorted queries and the keys near this chunk. The queries and keys of a neighbourhood, sorted by token, make one
-sequence. In this sequence, each query precedes the key of the same token. So in a causal call, a query sees the keys of
-earlier tokens. A causal call on the reversed sequence adds the keys of later tokens.
+Take a chunk of sorted queries and the keys in the chunks that these queries see. Sorted by token, these queries and
+keys make one sequence, in which each query precedes the key of the same token. So a causal call lets each query see the
+keys of earlier tokens. If the pattern is not causal, a second causal call on the reversed sequence adds the keys of
+later tokens. No query sees the key of its own token, as ``SortedChunks`` requires.
 
 A kernel needs a query and a key at each position of a sequence, but each position here has only one of the two. The
 *spare row* replaces the other: a dummy query or key, stored after all real rows. The dummy key is hidden
@@ -26,7 +26,7 @@ _LAST = torch.iinfo(torch.long).max
 
 
 def fold_heads(attention: Attention) -> Attention:
-    """Return a copy of ``batch * heads`` samples with one head, as each head has its own order. ``empty`` is None."""
+    """Return a copy in which each head is a separate sample, because heads differ in order. ``empty`` becomes None."""
     batch, heads = attention.batch, attention.heads
 
     def fold(tensor: Tensor) -> Tensor:
@@ -80,7 +80,10 @@ def sorted_rows(
 def _neighbourhoods(
     pattern: SortedChunks, q_len: int, kv_len: int
 ) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
-    """Yield, for each group of chunks of equal size, the sorted positions of each chunk's queries and nearby keys."""
+    """Yield the positions, in sorted order, of each chunk's queries and visible keys.
+
+    One result contains all chunks with equal numbers of queries and of keys.
+    """
     groups: dict[tuple[int, int], tuple[list[list[int]], list[list[int]]]] = {}
     start = 0
     while start < q_len:

@@ -46,8 +46,8 @@ def _operator_unavailable(name: str, deterministic: bool) -> str | None:
     """Return why an operator (a module of xformers with ``FwOp`` and ``BwOp``) cannot be used, or None.
 
     ``is_available()`` is True even if the compiled extension of xformers does not load, for example with a wheel for
-    another CUDA version. So ``not_supported_reasons`` of both classes also checks a small example. Some operators do
-    not support PyTorch's deterministic algorithms. So ``deterministic`` must say whether these algorithms are on.
+    another CUDA version. So ``not_supported_reasons`` of ``FwOp`` and ``BwOp`` also checks a small example. Some
+    operators do not support PyTorch's deterministic algorithms. So ``deterministic`` must say whether these are on.
     """
     fmha, why = _package()
     if fmha is None:
@@ -89,7 +89,7 @@ class _Bias(NamedTuple):
 
 
 class _XformersKernel(PackedKernel):
-    """Base class of the two kernels. Each kernel calls one operator of xformers."""
+    """Base class of :class:`XformersFlashKernel` and :class:`XformersCutlassKernel`. Each calls one operator."""
 
     operator: ClassVar[str]
 
@@ -198,7 +198,11 @@ def _padded_rows(sequences: Sequences, width: int) -> Tensor:
 
 
 def _biases(sequences: Sequences) -> Iterator[_Bias]:
-    """Yield one bias for all sequences. For a two-sided window, yield one per run of sequences of equal lengths."""
+    """Yield bias objects that describe all sequences.
+
+    With ``right=0`` or without limits, one object is enough. Otherwise, consecutive sequences share an object only if
+    they have equal lengths.
+    """
     masks, (left, right) = _fmha().attn_bias, (sequences.left, sequences.right)
     q_lens, k_lens = list(sequences.q_lens), list(sequences.k_lens)
     if (left, right) == (NO_LIMIT, NO_LIMIT) or right == 0:
@@ -220,7 +224,10 @@ def _biases(sequences: Sequences) -> Iterator[_Bias]:
 
 
 def _rows(bias: _Bias, inputs: Inputs) -> list[Tensor]:
-    """Return query, key and value ``(samples, rows, heads, dim)``. Key heads are repeated: the backward has no GQA."""
+    """Return query, key and value ``(samples, rows, heads, dim)``.
+
+    Key heads are repeated, because the backward does not support fewer key heads than query heads.
+    """
     heads = inputs.query.shape[1]
     keys_values = (_expand(tensor[bias.k_rows], heads) for tensor in (inputs.key, inputs.value))
     return [tensor.unflatten(0, (bias.samples, -1)) for tensor in (inputs.query[bias.q_rows], *keys_values)]

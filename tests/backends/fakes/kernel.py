@@ -57,20 +57,23 @@ def sequences(cu_q, cu_k):
 def scores(q, k, scale, visible):
     """``(count, heads, n, m)`` in float32."""
     keys = k.float().repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-    mask = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
+    mask = torch.zeros(visible.shape, dtype=torch.float32).masked_fill(~visible, -torch.inf)
     return torch.einsum("cnhd,cmhd->chnm", q.float(), keys) * scale + mask
 
 
 def kept(shape, dropout, generator):
     """Factors on the softmax weights: 0 or ``1 / (1 - dropout)``."""
-    return (torch.rand(shape, generator=generator) >= dropout).float() / (1.0 - dropout)
+    return (torch.rand(shape, generator=generator, dtype=torch.float32) >= dropout).float() / (1.0 - dropout)
 
 
 @torch.autocast("cpu", enabled=False)
 def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, scale, causal, left, right, check=check):
     """Output ``(total_q, heads, dim)``, lse ``(heads, total_q)`` float32 (inf if the row sees no key), random state."""
     check(q, k, v, cu_q, cu_k, max_q, max_k)
-    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty(q.shape[1], q.shape[0])
+    out, lse = (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32),
+    )
     state = torch.randint(1 << 40, (2,)) if dropout else torch.zeros(2, dtype=torch.long)
     generator = torch.Generator().manual_seed(int(state[0]))
     for rows, keys in sequences(cu_q, cu_k):
@@ -95,12 +98,12 @@ def backward(
         assert tensor.shape == q.shape and tensor.dtype == q.dtype and tensor.stride(-1) == 1
     assert lse.shape == (q.shape[1], q.shape[0]) and lse.dtype == torch.float32 and lse.is_contiguous()
     group = q.shape[1] // k.shape[1]
-    grads = [torch.zeros(tensor.shape) for tensor in (q, k, v)]
+    grads = [torch.zeros(tensor.shape, dtype=torch.float32) for tensor in (q, k, v)]
     generator = torch.Generator().manual_seed(int(state[0]))
     for rows, keys in sequences(cu_q, cu_k):
         s = scores(q[rows], k[keys], scale, visible(rows.shape[1], keys.shape[1], causal, left, right, max_k))
         weights = (s - lse[:, rows].transpose(0, 1)[..., None]).exp()
-        factor = kept(weights.shape, dropout, generator) if dropout else torch.ones(())
+        factor = kept(weights.shape, dropout, generator) if dropout else torch.ones((), dtype=torch.float32)
         g, o = grad[rows].float(), out[rows].float()
         wide_keys, values = (x[keys].float().repeat_interleave(group, dim=2) for x in (k, v))
         grad_weights = torch.einsum("cnhd,cmhd->chnm", g, values) * factor

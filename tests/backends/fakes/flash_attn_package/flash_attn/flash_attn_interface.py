@@ -71,7 +71,8 @@ def _wrapped_flash_attn_varlen_backward(
     zero_tensors=False,
 ):
     window = (window_size_left, window_size_right)
-    _note("backward", cu_q=cu_seqlens_q, cu_k=cu_seqlens_k, causal=causal, window=window, lse=softmax_lse)
+    flags = dict(causal=causal, window=window, deterministic=deterministic)
+    _note("backward", cu_q=cu_seqlens_q, cu_k=cu_seqlens_k, lse=softmax_lse, **flags)
     assert softcap == 0.0 and alibi_slopes is None
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     settings = (dropout_p, softmax_scale, causal, *window, rng_state)
