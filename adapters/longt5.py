@@ -1,12 +1,13 @@
 """LongT5 (Guo et al. 2022, arXiv:2112.07916): long encoders with relative biases (T5, arXiv:1910.10683).
 
-A token of the encoder sees the tokens within ``local_radius``. In transient-global attention, a token also sees a
-second segment. This segment has one key per full block of ``global_block_size`` tokens. The key is a projection of the
-normalised sum of the block's tokens. :mod:`attnzoo.adapters.longt5_decoder` describes the decoder's attention.
+A token of the encoder sees the tokens at most ``local_radius`` tokens away. In transient-global attention, a token also
+sees a second segment. This segment has one key per full block of ``global_block_size`` tokens
+(:func:`~attnzoo.adapters.longt5_blocks.find_global_blocks`). The key is a projection of the normalised sum of the
+block's tokens. :mod:`attnzoo.adapters.longt5_decoder` describes the decoder's attention.
 
-The first layer of a stack computes the learned bias, and the stack passes the bias to the later layers. In the original
-model, the bias is a tensor that each layer adds to the scores. A patched stack passes only the values of a
-:class:`~attnzoo.spec.bias.RelativeBias`: one value per head and distance.
+The first layer of an encoder or decoder computes the learned bias. The later layers get this bias as an argument. In
+the original model, the argument is a tensor with one value per score. If all these layers are patched, the argument
+is only the ``values`` of a :class:`~attnzoo.spec.bias.RelativeBias`: one value per head and distance.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class StackMasks(MaskCheckPoint):
 
 
 class FeedForward(FeedForwardPoint):
-    """Patch point of the feed-forward layer. Its ``(batch, length, d_ff)`` tensors need most of the model's memory."""
+    """Patch point of the feed-forward layer, whose tensors ``(batch, length, d_ff)`` need most of the memory."""
 
     cls = f"{MODULE}:LongT5LayerFF"
     shared_in = f"{MODULE}:LongT5Block"
@@ -125,7 +126,7 @@ class LocalAttention(PatchPoint):
         position_bias: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor | None, ...]:
-        """Return states ``(batch, length, d_model)``, the bias for the next layer, and the weights if requested."""
+        """Return states ``(batch, length, d_model)``, the bias for the next layers, and the weights if requested."""
         mask = check_is_given(mask)
         tokens = attend.cached_per_forward(
             mask, "tokens", lambda mask: read_blocked_mask(mask, module.block_len, hidden_states)
@@ -176,7 +177,7 @@ class TransientGlobalAttention(LocalAttention):
         position_bias: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor | None, ...]:
-        """Return states, bias and weights, as :class:`LocalAttention` does. The bias has values for both segments."""
+        """Return states, bias and weights as :class:`LocalAttention` does. The bias contains that of both segments."""
         mask = check_is_given(mask)
         tokens = attend.cached_per_forward(mask, "tokens", lambda mask: read_flat_mask(mask, hidden_states))
         size = module.global_block_size  # part of the name below, because two encoders may share a mask
@@ -234,7 +235,7 @@ def _global_segment(module: Any, sums: Tensor, blocks: GlobalBlocks, values: Ten
 def _attend(
     module: Any, attend: Attend, hidden_states: Tensor, segments: tuple[Segment, ...], tokens: Tokens, wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return states ``(batch, length, d_model)`` and, if ``wanted``, weights as from :func:`to_blocked`."""
+    """Return states ``(batch, length, d_model)`` and, if ``wanted``, weights in the layout of :func:`to_blocked`."""
     query = split_heads(module.q(hidden_states), module.key_value_proj_dim)
     dropout = module.dropout if module.training else 0.0
     result = attend(Attention(query, segments, 1.0, dropout, query_mask=tokens.mask), wanted)  # T5 uses no scale
@@ -248,9 +249,9 @@ def _attend(
 
 
 def _bias_to_pass(module: Any, attend: Attend, values: Tensor, hidden_states: Tensor, mask: Tensor) -> Tensor:
-    """Return the bias for the later layers.
+    """Return the bias for the later layers, in the form that all of them can read.
 
-    This is ``values`` or, if one of the layers may run the original code, the bias tensor of the original code.
+    This is ``values`` or, if one of these layers may run the original code, the bias tensor of the original code.
     """
     if attend.complete:
         return values

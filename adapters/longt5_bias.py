@@ -1,8 +1,9 @@
 """Compute LongT5's relative bias for each distance, from the learned tables or from the original code's bias tensor.
 
-The original encoder passes a bias tensor from layer to layer. The tensor is split into blocks and includes the mask. If
-the first layer runs the original code, a patched layer gets this tensor. The patched layer then looks up the bias of
-each distance in the tensor. The lookup is differentiable, so gradients reach the tensor.
+The original encoder passes a bias tensor from layer to layer. This tensor is split into blocks
+(:func:`~attnzoo.adapters.longt5_blocks.to_blocked`), and already contains the mask. If the first layer runs the
+original code, a patched layer gets this tensor. The patched layer then reads the bias of each distance from one entry
+of the tensor. This is differentiable, so gradients reach the tensor.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ def local_reach(module: Any) -> int:
 
 
 def side_reach(module: Any) -> int:
-    """Return ``relative_attention_max_distance``. All larger distances have the bias of this distance."""
+    """Return ``relative_attention_max_distance``. The bias of this distance is also that of all larger distances."""
     return int(module.relative_attention_max_distance)
 
 
 def check_buckets(module: Any) -> None:
-    """Raise unless the number of buckets with a single distance is from 1 to ``side_reach(module) - 1``."""
+    """Raise if T5's formula for buckets of distances does not work with the config of the module.
+
+    In each direction, the formula gives a separate bucket to each of the ``exact`` smallest distances. ``exact`` must
+    be from 1 to ``side_reach(module) - 1``.
+    """
     buckets, reach = int(module.relative_attention_num_buckets), side_reach(module)
     exact = buckets // (2 if module.is_decoder else 4)
     if not 0 < exact < reach:
@@ -41,13 +46,13 @@ def check_buckets(module: Any) -> None:
 
 
 def trains_bias(module: Any, *tables: str) -> bool:
-    """Whether the module has bias tables, and at least one table named in ``tables`` requires grad."""
+    """Whether the module has tables of learned biases, and at least one of those named in ``tables`` requires grad."""
     trained = (getattr(module, table).weight.requires_grad for table in tables)
     return bool(module.has_relative_attention_bias) and any(trained)
 
 
 def values_by_distance(module: Any, table: str, reach: int) -> Tensor:
-    """Return the learned bias ``(heads, 2 * reach + 1)`` of the distances from ``-reach`` to ``reach``."""
+    """Return the learned bias of the distances from ``-reach`` to ``reach``, ``(heads, 2 * reach + 1)``."""
     embedding = getattr(module, table)
     distances = torch.arange(-reach, reach + 1, device=parameter_of(embedding).device)
     number, most = module.relative_attention_num_buckets, module.relative_attention_max_distance
@@ -57,10 +62,11 @@ def values_by_distance(module: Any, table: str, reach: int) -> Tensor:
 
 
 def read_local_bias(blocked: Tensor, real: Tensor, block_len: int) -> Tensor:
-    """Return the bias for each distance, ``(heads, 2 * block_len - 1)``, from the original bias tensor ``blocked``.
+    """Return the bias of each distance from ``1 - block_len`` to ``block_len - 1``, ``(heads, 2 * block_len - 1)``.
 
-    The bias of a distance is read at one pair of real tokens with this distance. Without such a pair, the result is 0.
-    ``blocked`` is ``(batch, blocks, heads, block_len, 3 * block_len or more)``. ``real`` is ``(batch, length)`` bool.
+    ``blocked`` is the original bias tensor, ``(batch, blocks, heads, block_len, 3 * block_len or more)``. ``real`` is
+    ``(batch, length)`` bool. This function reads the bias of a distance at one pair of real tokens with this distance.
+    If there is no such pair, the bias is 0.
     """
     length = real.shape[1]
     near = min(block_len, length)
@@ -76,7 +82,7 @@ def read_local_bias(blocked: Tensor, real: Tensor, block_len: int) -> Tensor:
 
 
 def _look_up(blocked: Tensor, sample: Tensor, query: Tensor, key: Tensor, block_len: int, exists: Tensor) -> Tensor:
-    """Return the bias ``(heads, n)`` of ``n`` pairs of a query and a key. Where ``exists`` is False, it is 0."""
+    """Return the bias ``(heads, n)`` of ``n`` pairs of a query and a key. Where ``exists`` is False, return 0."""
     query, key = (torch.where(exists, index, 0) for index in (query, key))
     block = query // block_len
     column = key - (block - 1) * block_len
@@ -84,9 +90,10 @@ def _look_up(blocked: Tensor, sample: Tensor, query: Tensor, key: Tensor, block_
 
 
 def read_side_bias(blocked: Tensor, blocks: GlobalBlocks, block_len: int, reach: int) -> Tensor:
-    """Return the global segment's bias for each distance, ``(heads, 2 * reach + 1)``, from the original bias tensor.
+    """Return the global segment's bias of the block distances from ``-reach`` to ``reach``, ``(heads, 2 * reach + 1)``.
 
-    ``blocked`` is ``(batch, local blocks, heads, block_len, global blocks)``.
+    The block distance is the index of the key's global block minus the index of the query's global block. ``blocked``
+    is the original bias tensor, ``(batch, local blocks, heads, block_len, global blocks)``.
     """
     batch, length = blocks.block_of.shape
     # Find one token of each global block (-1: no token). Then find, for each distance, a pair of a token and a block.

@@ -1,7 +1,8 @@
 """Read the masks of LongT5's encoder, convert its weights to and from blocks, and sum the tokens of global blocks.
 
-The model computes local attention in blocks of ``block_len = local_radius + 1`` tokens. A query gets scores
-for the keys of its block and both neighbouring blocks. A global block (``global_block_size`` tokens) has one key.
+The model computes local attention in blocks of ``block_len = local_radius + 1`` tokens. A query gets scores for the
+keys of its block and both neighbouring blocks. A global block is another kind of block: ``global_block_size`` tokens
+with one key for all of them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class GlobalBlocks(NamedTuple):
 
     Attributes:
         block_of: ``(batch, length)`` long, the index of each token's block. -1 stands for a token without a block.
-        exists: ``(batch, blocks)`` bool, True for blocks that the sample has.
+        exists: ``(batch, blocks)`` bool, False for blocks that a sample does not have because of its padding.
         mask: ``exists``, or None if all blocks exist.
     """
 
@@ -45,19 +46,19 @@ class GlobalBlocks(NamedTuple):
 
     @property
     def number(self) -> int:
-        """The number of blocks in a sample without padding."""
+        """The number of global blocks in a sample without padding."""
         return self.exists.shape[1]
 
 
 def check_is_given(mask: Tensor | None) -> Tensor:
-    """Return the mask, or raise if the mask is None. Without a mask, the original code would ignore the window."""
+    """Return the mask, or raise if it is no tensor. Without a mask, the original code would ignore the window."""
     if not isinstance(mask, Tensor):
         raise InvalidArgumentError("mask", describe(mask), "the mask from LongT5Stack")
     return mask
 
 
 def read_blocked_mask(mask: Tensor, block_len: int, hidden_states: Tensor) -> Tokens:
-    """Read the real tokens from a local attention mask, bool ``(batch, 1, blocks, block_len, 3 * block_len)``.
+    """Return the real tokens of a local attention mask, bool ``(batch, 1, blocks, block_len, 3 * block_len)``.
 
     A token is real if it sees itself. Raise unless each real token sees exactly the real tokens in its window.
     """
@@ -71,12 +72,16 @@ def read_blocked_mask(mask: Tensor, block_len: int, hidden_states: Tensor) -> To
     position = torch.arange(3 * block_len, device=mask.device)
     near = (position - position[block_len : 2 * block_len, None]).abs() < block_len
     if readable(mask) and not torch.equal(real[..., None] & keys[:, :, None] & near, mask[:, 0]):
-        raise InvalidArgumentError("mask", f"{describe(mask)}, not a window with padding", "the mask from LongT5Stack")
+        raise InvalidArgumentError(
+            "mask",
+            f"{describe(mask)}, which is not a window mask combined with a padding mask",
+            "the mask from LongT5Stack",
+        )
     return _tokens(real.flatten(1)[:, :length])
 
 
 def read_flat_mask(mask: Tensor, hidden_states: Tensor) -> Tokens:
-    """Read the real tokens from a mask ``(batch, length)``. The mask is 1 for real tokens and 0 for padding."""
+    """Return the real tokens of a mask ``(batch, length)``. The mask is 1 for real tokens and 0 for padding."""
     shape = tuple(hidden_states.shape[:2])
     if not mask.dtype.is_signed:  # the model's code writes -1 for padding
         raise InvalidArgumentError("attention_mask", describe(mask), "a dtype with negative numbers, e.g. torch.long")
@@ -92,8 +97,9 @@ def _tokens(real: Tensor) -> Tokens:
 def to_blocked(weights: tuple[Tensor, ...], block_len: int) -> Tensor:
     """Return weights in the model's layout ``(batch, blocks, heads, block_len, 3 * block_len + globals)``.
 
-    In each block, the first ``3 * block_len`` columns are the keys of the previous block, of this block and of the next
-    block. ``weights`` has the dense weights of the local segment and, if there is one, of the global segment.
+    The first ``3 * block_len`` columns are the keys of the previous block, of the query's block and of the next block.
+    The other columns are the global keys. ``weights`` has the dense weights of the local segment and, if there is one,
+    of the global segment.
     """
     pad = torch.nn.functional.pad
     length = weights[0].shape[2]
@@ -120,10 +126,11 @@ def from_blocked(blocked: Tensor, block_len: int, length: int) -> Tensor:
 def find_global_blocks(mask: Tensor, size: int) -> GlobalBlocks:
     """Divide the real tokens of a mask ``(batch, length)`` into global blocks of ``size`` tokens.
 
-    A block is full if its last position is a real token. Tokens after the last full block are added to this block.
-    To index the blocks, the model's code adds ``1 / size`` per token in torch's default dtype. In bfloat16, rounding
-    makes the indices wrong from token 256 on. In float32, if ``size`` is not a power of two, some indices are wrong at
-    the ends of blocks. This function computes the indices exactly.
+    A block is full if its last position is a real token. Real tokens after the last full block belong to this block.
+    For example, 5 tokens and ``size=2`` give the block indices 0, 0, 1, 1, 1. To compute a block index, the model's
+    code adds ``1 / size`` per token in torch's default dtype. In bfloat16, rounding makes the indices wrong from token
+    256 on. In float32, if ``size`` is not a power of two, some indices are wrong at the ends of blocks. This function
+    computes the indices exactly.
     """
     real, position = mask != 0, torch.arange(mask.shape[1], device=mask.device)
     full = (real & (position % size == size - 1)).sum(1, keepdim=True)

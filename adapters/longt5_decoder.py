@@ -1,7 +1,8 @@
 """LongT5's decoder: causal self-attention with a relative bias, and cross-attention, both with caches.
 
 A patched module runs its original forward with another attention function. The original bias is a tensor as large as
-the scores. A patch replaces this tensor by a small object, and the forward passes this object to the new function.
+the scores. A patch replaces this tensor by a small :class:`~attnzoo.spec.bias.RelativeBias`, and the original forward
+passes this object to the other attention function.
 """
 
 from __future__ import annotations
@@ -108,7 +109,10 @@ class DecoderSelfAttention(InterfacePoint):
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute attention as the base class does. ``position_bias`` is a tensor or an object from :meth:`bind`."""
+        """Compute attention as the base class does, with a bias.
+
+        ``position_bias`` is the original bias tensor, or the object by which :meth:`bind` has replaced it.
+        """
         bias = DenseBias(position_bias) if isinstance(position_bias, Tensor) else position_bias
         bias = None if bias is _NO_BIAS else bias
         read = read_interface_mask(attend, implementation, query, key, attention_mask, module.is_causal)
@@ -123,7 +127,7 @@ class DecoderSelfAttention(InterfacePoint):
 
 
 class DecoderCrossAttention(DecoderSelfAttention):
-    """Patch point of cross-attention, which has no learned bias. The encoder mask may be additive."""
+    """Patch point of cross-attention, which has no learned bias. The mask of the encoder's tokens may be additive."""
 
     def serves(self, module: Any) -> bool:
         return not module.is_causal
@@ -137,7 +141,7 @@ class DecoderCrossAttention(DecoderSelfAttention):
 
 
 def _sum(query: Tensor, key: Tensor, bias: Bias, rest: DenseBias) -> DenseBias:
-    """Return the sum of ``bias`` and ``rest``, the user's additive mask."""
+    """Return the sum of ``bias`` and ``rest``, which is the user's additive mask."""
     batch, heads, q_len, _ = query.shape
     rows, columns = (torch.arange(n, device=query.device) for n in (q_len, key.shape[2]))
     dense = Segment(key, key, bias=bias).bias_at(rows, columns, q_len, batch, heads)

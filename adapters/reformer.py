@@ -2,15 +2,16 @@
 
 In local attention, a token sees its chunk and the neighbouring chunks. In LSH attention, queries and keys come from the
 same projection. Each hash round hashes the tokens into buckets and sorts them by bucket. The sorted tokens of all
-rounds form one list, which contains each token once per round and is split into chunks. In each round, a token sees the
-chunk of its copy for this round and the neighbouring chunks of the list, but not itself. If a token sees no other
-token, its output is its own value. The adapter makes one segment per round, with the whole list as keys, and computes
-one softmax over all segments. The original weights the rounds by log-sum-exp, which gives the same result.
+rounds form one list, which is split into chunks. This list contains a copy of each token for each round. In a round, a
+token sees the chunk that contains its copy for this round, and the neighbouring chunks of the list, but not itself. If
+a token sees no other token, its output is its own value. The adapter makes one segment per round, with the whole list
+as keys, and computes one softmax over all segments. The original computes one softmax per round, and weights the
+results by log-sum-exp, which gives the same output.
 
 Decisions:
 
-- Buckets. A patch calls the original hashing method of the module, so it draws the same random numbers and gets the
-  same buckets. If a call passes buckets, as reversible layers do in the backward, a patch uses these buckets.
+- Buckets. A patch calls the original hashing method of the module, so the patched module gets the same buckets from
+  the same random numbers. If a call passes buckets, as reversible layers do in the backward, a patch uses them.
 - ``num_buckets=None``. The original derives the number of buckets from the length of the first input, and writes the
   number into the module and the config. A patch stores the same number outside the module, so removing the patch
   restores everything. The original cannot decode a prompt that is shorter than a chunk, but a patch can.
@@ -22,10 +23,12 @@ Decisions:
   undefined in the original, but zero with a patch. Like the original, a patch reads the cached states of the first
   sample for all samples.
 - Projections when decoding with the cache. A patch calls the projection layers. The original only multiplies by the
-  weights, so hooks and low-rank adapters have no effect, and quantised weights fail. Results of plain layers are equal.
-- ``output_attentions`` returns weights in the original layout: for each chunk of the list, the weights of its
-  neighbourhood, normalised per round. If a token sees no other token, the returned weight of the token itself is 1. In
-  training, this weight is still 1, although dropout applies to the output of the token.
+  weights, so there hooks and low-rank adapters have no effect, and quantised weights fail. With plain layers, the
+  results of both are equal.
+- ``output_attentions`` returns weights in the original layout: for each chunk of the list, the weights between its
+  queries and the keys of the chunks that they see. The weights are normalised per round. If a token sees no other
+  token, the returned weight of the token itself is 1. In training, dropout changes the output of such a token, but not
+  this returned weight.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Functions for both Reformer attentions: padding, caches, neighbourhoods of chunks, and the layout of weights."""
+"""Functions for local and LSH attention: padding, caches, neighbourhoods, and the layout of weights.
+
+The *neighbourhood* of a chunk is the chunks that its queries see.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ MODULE = "transformers.models.reformer.modeling_reformer"
 
 
 def where_real(attention_mask: Tensor) -> Tensor | None:
-    """Return a bool mask that is True where ``attention_mask`` is not 0, or None if no value is 0."""
+    """Return a bool mask that is True where ``attention_mask`` is not 0 (real tokens), or None if no value is 0."""
     refuse_nan("attention_mask", attention_mask)
     real = attention_mask.bool()
     return None if holds(real.all(), unknown=False) else real
@@ -42,7 +45,7 @@ def cached(module: Any, past_buckets_states: Any, batch: int) -> tuple[Tensor, T
 
 
 def check_length(module: Any, length: int, copies: int = 1) -> int:
-    """Return the number of chunks in ``copies * length`` tokens. Raise if the last chunk is not full."""
+    """Return the number of chunks in a list of ``copies * length`` tokens. Raise if the last chunk is not full."""
     if length * copies % module.chunk_length:
         allowed = f"a multiple of the chunk length {module.chunk_length}"
         raise InvalidArgumentError("hidden_states", f"{length} tokens", allowed)
@@ -50,22 +53,24 @@ def check_length(module: Any, length: int, copies: int = 1) -> int:
 
 
 def steps_ahead(module: Any, count: int) -> list[int]:
-    """Return, for each chunk of a query's neighbourhood, how many chunks after the query's own chunk it is.
+    """Return one number per chunk of a neighbourhood: how many chunks it is after the query's own chunk.
 
-    Chunks before the query's own chunk have negative numbers. ``count`` is the number of all chunks. Where the
-    neighbourhood reaches ``count`` or more chunks away, the original uses the query's own chunk, so the number is 0.
+    For example, a neighbourhood of 2 chunks before and 1 chunk after gives [-2, -1, 0, 1]. ``count`` is the number of
+    all chunks. For a chunk that would be ``count`` or more chunks away, the original uses the query's own chunk again.
+    So with ``count=2``, the example gives [0, -1, 0, 1].
     """
     steps = range(-module.num_chunks_before, module.num_chunks_after + 1)
     return [step if abs(step) < count else 0 for step in steps]
 
 
 def neighbourhoods(module: Any, count: int) -> list[tuple[int, int]]:
-    """Return ``(before, after)`` for each segment: how many chunks a query sees before and after the query's chunk.
+    """Return ``(before, after)`` for each segment: how many chunks a query sees before and after its own chunk.
 
-    ``count`` is the number of all chunks. If a neighbourhood has at most ``count`` chunks, one segment is enough. A
-    larger neighbourhood contains some chunks several times, and the original counts them several times. So each chunk
-    of a larger neighbourhood gets its own segment. In the segment ``(-n, n)``, a query sees only the chunk that is
-    ``n`` chunks after its own chunk.
+    ``count`` is the number of all chunks. If a neighbourhood has at most ``count`` chunks, one segment is enough. In
+    the original, a larger neighbourhood contains some chunks several times, and the softmax counts them several times.
+    So each chunk of a larger neighbourhood gets its own segment. In the segment ``(-n, n)``, a query sees only the
+    chunk that is ``n`` chunks after its own chunk. For example, 1 chunk before and 1 after give [(1, 1)] if
+    ``count >= 3``, and [(1, -1), (0, 0), (-1, 1)] if ``count == 2``.
     """
     before, after = module.num_chunks_before, module.num_chunks_after
     if before + after < count:
@@ -74,10 +79,12 @@ def neighbourhoods(module: Any, count: int) -> list[tuple[int, int]]:
 
 
 def in_chunks(weights: tuple[Tensor, ...], chunk: int, ahead: list[int]) -> Tensor:
-    """Return the weights of each chunk's neighbourhood, ``(batch, heads, chunks, chunk, len(ahead) * chunk)``.
+    """Return the weights between each chunk and its neighbourhood.
 
-    ``weights`` has dense tensors ``(batch, heads, n, n)`` for ``n`` tokens: one tensor for the whole neighbourhood, or
-    one tensor per chunk of the neighbourhood. ``chunk`` is the chunk length. ``ahead`` is from :func:`steps_ahead`.
+    The result is ``(batch, heads, number of chunks, chunk, len(ahead) * chunk)``. The last two dimensions are the
+    queries of a chunk and the keys of its neighbourhood. ``weights`` has dense tensors ``(batch, heads, n, n)`` for
+    ``n`` tokens: one tensor for the whole neighbourhood, or one tensor per chunk of the neighbourhood. ``chunk`` is the
+    chunk length. ``ahead`` is from :func:`steps_ahead`.
     """
     batch, heads, length, _ = weights[0].shape
     starts = torch.arange(0, length, chunk, device=weights[0].device)
@@ -91,15 +98,15 @@ def in_chunks(weights: tuple[Tensor, ...], chunk: int, ahead: list[int]) -> Tens
 
 
 def with_own_token(weights: Tensor, share: Tensor, own: Tensor) -> Tensor:
-    """Return ``weights / share`` or, where ``share`` is 0, the weight 1 for the query's own token.
+    """Return ``weights / share`` or, for queries with ``share`` 0, the weight 1 for the query's own token.
 
-    If ``share`` is 0, the query sees no other token. If its own token has several keys, each key gets an equal part of
-    the weight 1.
+    A query with ``share`` 0 sees no other token. If the neighbourhood contains several keys of its own token, each of
+    these keys gets an equal part of the weight 1.
 
     Args:
         weights: ``(..., n)``, after dropout.
-        share: ``(..., 1)``, the sum of the weights before dropout.
-        own: bool, broadcastable to ``weights``, True for keys of the query's own token (one or more per row).
+        share: ``(..., 1)``, the sum of the weights of each query before dropout.
+        own: bool, broadcastable to ``weights``, True for keys of the query's own token (at least one per query).
     """
     alone = share == 0.0
     itself = own / own.sum(-1, keepdim=True).clamp(min=1)
@@ -109,12 +116,15 @@ def with_own_token(weights: Tensor, share: Tensor, own: Tensor) -> Tensor:
 def of_rounds(
     probabilities: tuple[Tensor, ...], dropped: tuple[Tensor, ...], order: Tensor, chunk: int, ahead: list[int]
 ) -> Tensor:
-    """Return weights in the model's layout ``(batch, heads, hashes * length / chunk, chunk, len(ahead) * chunk)``.
+    """Return the weights of all hash rounds in the model's layout.
+
+    The result is ``(batch, heads, hashes * length / chunk, chunk, len(ahead) * chunk)``, as from :func:`in_chunks`.
 
     Args:
-        probabilities: dense weights ``(batch, heads, length, hashes * length)`` of each segment, round by round.
+        probabilities: dense weights of the segments of the first round, then of the second round, and so on. Each is
+            ``(batch, heads, length, hashes * length)``, with queries in token order and keys in sorted order.
         dropped: ``probabilities`` after dropout.
-        order: ``(batch, heads, hashes, length)``, for each round the indices of the tokens in sorted order.
+        order: ``(batch, heads, hashes, length)``, for each round the token index at each rank.
         chunk, ahead: as for :func:`in_chunks`.
     """
     hashes = order.shape[2]

@@ -31,7 +31,7 @@ SLICE, SLICE_PER_NEIGHBOURHOOD = 2048, 8
 
 
 class LocalCall:
-    """A call of a local attention module."""
+    """The patched forward of a local attention module. Each call of the module makes one object."""
 
     def __init__(self, module: Any, attend: Attend) -> None:
         self._module, self._attend = module, attend
@@ -47,7 +47,10 @@ class LocalCall:
         buckets: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
-        """Return states ``(batch, length, embed)``, and weights if requested. Ignore ``num_hashes`` and ``buckets``."""
+        """Return states ``(batch, length, embed)``, and weights if requested.
+
+        As in the original, ``num_hashes`` and ``buckets`` have no effect.
+        """
         module, wanted = self._module, bool(output_attentions)
         batch, length, _ = hidden_states.shape
         chunk, causal = module.chunk_length, bool(module.is_decoder)
@@ -82,7 +85,7 @@ class LocalCall:
     def _run(
         self, states: Tensor, around: Tensor, real: Tensor | None, patterns: tuple[Pattern, ...], wanted: bool = False
     ) -> Result:
-        """Compute attention with queries from ``states``, and keys and values from ``around`` (with mask ``real``)."""
+        """Compute attention with queries from ``states``, keys and values from ``around``, and key mask ``real``."""
         module = self._module
         dim = module.attention_head_size
         query = split_heads(module.query(states), dim)
@@ -97,9 +100,9 @@ class LocalCall:
         """Return the number of tokens per slice, or None to compute all tokens at once.
 
         Slices must not change results. So there are no slices if gradients, dropout or probabilities are needed. There
-        are also no slices for causal attention with ``num_chunks_after > 0``. Then the chunk after the last chunk is
-        the first chunk. The last chunk sees the tokens of the first chunk, because their positions are earlier. In a
-        slice, their positions would be later, and the causal pattern would hide them.
+        are also no slices for causal attention with ``num_chunks_after > 0``, where the last chunk sees the first chunk
+        as the chunk after it. The causal pattern does not hide the first chunk, because its positions are earlier. In
+        a slice, the first chunk would come after the last chunk, so the causal pattern would hide it.
         """
         module = self._module
         around = module.num_chunks_before + module.num_chunks_after
@@ -112,8 +115,8 @@ class LocalCall:
         """Return the output ``(batch, length, embed)``, computed in slices.
 
         Slices save memory, because queries, keys and values of all tokens are three times as large as the output. Each
-        slice is computed together with the chunks around it, and the output of these chunks is discarded. The
-        projections must compute each token separately.
+        slice is computed together with the chunks around it, and the output of these chunks is discarded. The result
+        is correct only if the projections treat each token independently of the other tokens.
         """
         module, length = self._module, states.shape[1]
         check_length(module, length)
@@ -136,7 +139,7 @@ class LocalCall:
 
 
 def _around(tensor: Tensor, first: int, last: int) -> Tensor:
-    """Return tokens ``first:last`` of ``(batch, length, ...)``. Indices outside the sequence wrap around."""
+    """Return tokens ``first:last`` of ``(batch, length, ...)``. Index -1 is the last token, ``length`` is token 0."""
     parts = [tensor[:, max(0, first) : last]]
     if first < 0:
         parts.insert(0, tensor[:, first:])

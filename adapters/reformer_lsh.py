@@ -44,13 +44,13 @@ SORTED_AT_ONCE = 3 << 26
 
 @dataclass
 class BucketNumber:
-    """The number of buckets that a site derived from an input length. None until a call needs the number."""
+    """The number of buckets that a site has derived from an input length (see :meth:`LshCall._hasher`), or None."""
 
     derived: int | list[int] | None = None
 
 
 class LshCall:
-    """A call of an LSH attention module."""
+    """The patched forward of an LSH attention module. Each call of the module makes one object."""
 
     def __init__(self, module: Any, attend: Attend, bucket_number: BucketNumber) -> None:
         self._module, self._attend, self._bucket_number = module, attend, bucket_number
@@ -113,9 +113,9 @@ class LshCall:
 
         The rotated queries of all rounds are many times as large as the queries. So on the CPU the module hashes slices
         of queries. The random state is reset between slices, so every slice gets the same rotations. The final random
-        state is the same as after a single call. On the CPU, matrix products of a slice and of all queries have equal
-        rows, unless a slice is very short. Other devices may select another kernel for slices, so they get all queries
-        at once.
+        state is the same as after a single call. On the CPU, the matrix product of a slice has exactly the same values
+        as these rows in the product of all queries, unless a slice is very short. Other devices may select another
+        kernel for a slice, so they get all queries at once.
         """
         length = query.shape[2]
         if attention_mask is not None and not readable(attention_mask):  # the module's hashing reads the values
@@ -140,7 +140,7 @@ class LshCall:
     def _hasher(self, length: int) -> Any:
         """Return the module or, if its ``num_buckets`` is None, a copy in which ``num_buckets`` is set.
 
-        The number is derived from the ``length`` in the first call, and stays the same in later calls.
+        The first call derives the number from ``length``. Later calls use the same number.
         """
         module = self._module
         if module.num_buckets is not None:
@@ -166,7 +166,7 @@ class LshCall:
         return keys
 
     def _short(self, query: Tensor, value: Tensor, real: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor | None]:
-        """Return output and weights of an input of at most one chunk.
+        """Return output and, if wanted, weights for an input of at most one chunk.
 
         A token sees all other tokens. In a causal module, it sees all earlier tokens.
         """
@@ -182,10 +182,10 @@ class LshCall:
         return result.output, with_own_token(dropped, weights.sum(-1, keepdim=True), own)
 
     def _heads_at_once(self, query: Tensor, hashes: int, wanted: bool) -> int:
-        """Return how many heads to sort at a time.
+        """Return how many heads :meth:`_sorted` computes at a time. The output does not depend on this number.
 
-        On a GPU, or if gradients, dropout or probabilities are needed, sort all heads at once. On a GPU, many small
-        kernels would take longer. Heads are independent, so the result does not depend on this number.
+        On a GPU, these are all heads, because many small kernels would take longer. If gradients, dropout or
+        probabilities are needed, these are all heads too.
         """
         batch, heads, length, dim = query.shape
         if query.device.type != "cpu" or torch.is_grad_enabled() or self._module.training or wanted:
@@ -205,7 +205,7 @@ class LshCall:
     def _sorted(
         self, query: Tensor, value: Tensor, buckets: Tensor, real: Tensor | None, wanted: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the output, and the weights if wanted. ``buckets`` is ``(batch, heads, hashes, length)``."""
+        """Return output and, if wanted, weights of LSH attention. ``buckets`` is ``(batch, heads, hashes, length)``."""
         module, dtype = self._module, compute_dtype(query)
         hashes, length = buckets.shape[2:]
         if hashes > 1 and holds((buckets[:, :, 1:].amin(-1) <= buckets[:, :, :-1].amax(-1)).any(), unknown=False):
@@ -234,9 +234,10 @@ class LshCall:
     def _extend(
         self, hidden_states: Tensor, attention_mask: Tensor | None, hashes: int, wanted: bool, past: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return output and weights of a new token that sees all cached tokens, and buckets.
+        """Return output, weights (if wanted) and buckets of a decoding step without cached buckets.
 
-        The buckets are those of the cached tokens and the new token, or None if these tokens do not fill a chunk.
+        The new token sees all cached tokens. The buckets are those of the cached tokens and the new token, or None if
+        these tokens do not fill a chunk.
         """
         module = self._module
         states = torch.cat([past, hidden_states], dim=1)
@@ -253,7 +254,10 @@ class LshCall:
     def _decode(
         self, hidden_states: Tensor, mask: Tensor | None, hashes: int, wanted: bool, past: Tensor, past_buckets: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return output, weights and buckets of a new token that sees its neighbours in each round's sorted list."""
+        """Return output, weights (if wanted) and buckets of a decoding step with cached buckets.
+
+        In each round, the new token sees its own chunk and the neighbouring chunks of the sorted tokens.
+        """
         module = self._module
         if past_buckets.shape[2] != hashes:
             raise InvalidArgumentError("num_hashes", hashes, f"{past_buckets.shape[2]}, as in past_buckets_states")
@@ -281,9 +285,9 @@ class LshCall:
 
 
 def _mask_of_step(attention_mask: Tensor | None, batch: int, lengths: tuple[int, ...]) -> Tensor | None:
-    """Return the mask for a call with one new token, or None if no token is padding.
+    """Return ``attention_mask`` for a decoding step, or None if no token is padding.
 
-    Raise unless the mask has one of the given ``lengths``.
+    Raise unless the length of the mask is one of ``lengths``.
     """
     if attention_mask is None or where_real(attention_mask) is None:
         return None
@@ -304,12 +308,12 @@ def _check_rounds(hashes: Any) -> int:
 
 
 def window_ahead(module: Any) -> Window:
-    """Return a pattern in which a query sees all later tokens. The input must not be longer than a chunk."""
+    """Return a pattern in which a query sees all later tokens of an input that is not longer than a chunk."""
     return Window(0, module.chunk_length, offset=1)
 
 
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """Return the rows of a tensor ``(batch, heads, n, dim)`` at indices ``(batch, heads, m)``. Faster than gather."""
+    """Return the rows of ``(batch, heads, n, dim)`` at ``index`` ``(batch, heads, m)``. Faster than ``gather``."""
     batch, heads, length, dim = tensor.shape
     samples = torch.arange(batch, device=index.device)[:, None, None] * length
     numbers = (index + samples) * heads + torch.arange(heads, device=index.device)[:, None]

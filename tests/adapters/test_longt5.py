@@ -289,7 +289,7 @@ def test_saving_and_removing_leave_no_trace(kind, tmp_path):
     [
         ("local", None, "mask"),
         ("local", torch.ones(1, 1, 2, 8, 24), "the mask from LongT5Stack"),
-        ("local", torch.ones(1, 1, 2, 8, 24, dtype=torch.bool), "not a window with padding"),
+        ("local", torch.ones(1, 1, 2, 8, 24, dtype=torch.bool), "not a window mask combined with a padding mask"),
         ("transient-global", None, "mask"),
         ("transient-global", torch.full((1, 16), 0.5), "1 for tokens"),
         ("transient-global", torch.full((1, 16), math.nan), "1 for tokens"),

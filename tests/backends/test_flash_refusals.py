@@ -198,7 +198,10 @@ def test_only_unions_need_the_private_functions(flash_attn, monkeypatch, lost):
     monkeypatch.delattr(flash_attn, lost)
     backend = FlashBackend(kernel="flash_attn")
     assert refusals(backend, mask="globals")["segments"][0].endswith(f"has no {lost}")
-    assert refusals(backend, pattern=attnzoo.Causal(), mask="keys")["segments"][1] == "one segment without a key mask"
+    assert (
+        refusals(backend, pattern=attnzoo.Causal(), mask="keys")["segments"][1]
+        == "one segment, no key mask, no SortedChunks"
+    )
     for query_mask in (None, unpadded(20, 7)):  # several calls on different rows: no union
         assert agrees(attention(attnzoo.Window(4, 4), query_mask=query_mask), FlashBackend()) == "flash_attn"
     assert not refusals(mask="globals")  # varlen unites them

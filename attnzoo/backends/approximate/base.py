@@ -1,8 +1,9 @@
 """The base class of ``blocked-local`` and ``lsh``, which replace dense attention by sparser attention.
 
-Attention is dense if a query sees more keys as the sequence grows. The backends rewrite dense attention into another
-:class:`~attnzoo.spec.segments.Attention`, which an exact backend computes. Local attention stays unchanged, because it
-is fast already. Cross-attention stays unchanged, because its distances from queries to keys have no meaning.
+Attention is dense if a query sees more keys as the sequence grows. These backends replace a dense
+:class:`~attnzoo.spec.segments.Attention` by another one, the *changed attention*, which an exact backend computes.
+Local attention stays unchanged, because it is fast already. Cross-attention stays unchanged, because distances between
+its queries and keys have no meaning.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class ApproximateBackend(Backend):
 
     Attributes:
         needed: the names of the options without which the backend refuses dense attention (class attribute).
-        inner: the name of the exact backend that computes the rewritten attention. ``"auto"`` selects a backend.
+        inner: the name of the exact backend that computes the changed attention. ``"auto"`` selects a backend.
         kept: whether this backend leaves all attention of its site unchanged. Only :meth:`bind_to_site` sets this.
     """
 
@@ -66,17 +67,18 @@ class ApproximateBackend(Backend):
             raise UnknownNameError(f"inner of backend {self.name!r}", self.inner, ("auto", *exact))
 
     def bind_to_site(self, site: tuple[Request, ...], patch: tuple[Request, ...]) -> Backend:
-        """Return the backend for a site. ``site`` has the requests of this site, ``patch`` those of all sites.
+        """Return the backend for a site, given the requests of this site and of all sites of the ``patch`` call.
 
-        A site with a local request stays unchanged. If none of the options in :attr:`needed` is set, a local request at
-        any site leaves all sites unchanged. So users can patch models with local attention without any option.
+        A site with a request for local attention keeps its attention (:attr:`kept`). If the user has set none of the
+        options in :attr:`needed`, one such request at any site is enough to keep the attention of all sites. So users
+        can patch models with local attention without any option.
         """
         no_options = bool(self.needed) and len(self._missing()) == len(self.needed)
         kept = any(map(_is_local, site)) or (no_options and any(map(_is_local, patch)))
         return replace(self, kept=True) if kept else self
 
     def unused_options(self) -> tuple[str, ...]:
-        """Return the options that the user set, but that have no effect because the site stays unchanged.
+        """Return the options that the user has set, but that have no effect because the site keeps its attention.
 
         The option ``inner`` is never returned, because it always has an effect.
         """
@@ -90,7 +92,7 @@ class ApproximateBackend(Backend):
         return None if self.kept or _is_local(request) or is_cross else self.describe(request)
 
     def describe(self, request: Request) -> str:
-        """Return a description of the keys that a query sees in the rewritten attention."""
+        """Return a description of the keys that a query sees in the changed attention."""
         raise NotImplementedError
 
     def _missing(self) -> tuple[str, ...]:
@@ -115,7 +117,7 @@ class ApproximateBackend(Backend):
         return self.more_refusals(request)
 
     def more_refusals(self, request: Request) -> tuple[Refusal, ...]:
-        """Return the reasons why a single dense segment cannot be rewritten. The default is no reason."""
+        """Return the reasons why this backend cannot change a request with a single dense segment. By default none."""
         return ()
 
     def rewrite(self, attention: Attention, decisions: Any = None) -> Attention:
@@ -124,11 +126,11 @@ class ApproximateBackend(Backend):
         return replace(attention, segments=self.rewrite_dense(attention, decisions))
 
     def rewrite_dense(self, attention: Attention, decisions: Any) -> tuple[Segment, ...]:
-        """Return the segments that replace the only segment of a dense attention."""
+        """Return the segments of the changed attention, which replace the only segment of a dense attention."""
         raise NotImplementedError
 
     def rewrite_request(self, request: Request) -> Request:
-        """Return the request that the rewritten attention will have."""
+        """Return the request of the changed attention, from the request of a dense attention."""
         raise NotImplementedError
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:

@@ -33,7 +33,8 @@ class BlockedLocalBackend(ApproximateBackend):
     """A backend that replaces dense attention by a sliding window and attention sinks.
 
     Attributes:
-        window: how many keys a query sees on each side, including the key at the query position. At least 2.
+        window: how many keys a query sees up to its position, including the key at its position. At least 2. A
+            non-causal query also sees as many keys from its position on.
         sinks: how many of the first visible keys each query sees in addition to the window.
 
     Example:
@@ -91,7 +92,8 @@ class BlockedLocalBackend(ApproximateBackend):
 def _sinks(attention: Attention, window: Window, placement: QueryPlacement, count: int) -> Segment | None:
     """Return a segment with the first ``count`` visible keys, or None if no key is visible.
 
-    A query does not see the sinks inside its window, because the segment of the window already contains these keys.
+    The mask or pattern of this segment hides the sinks that are in the window of a query, because the query already
+    sees them in the segment of the window.
     """
     (segment,) = attention.segments
     count = min(count, segment.kv_len)
@@ -141,7 +143,7 @@ def _outside(attention: Attention, window: Window, position: int, keys: Tensor) 
     """Return which keys are outside the window of each query, bool ``(..., q_len, m)``.
 
     ``keys`` are key indices, broadcastable to this shape. ``position`` is the position of query 0 in the key sequence.
-    For a causal window, only keys before the window are True. Later keys are hidden anyway.
+    For a causal window, the result is True only for keys before the window. A causal query sees no key after it anyway.
     """
     query = torch.arange(position, position + attention.q_len, device=keys.device)[:, None]
     before = keys < query - window.left
@@ -149,7 +151,7 @@ def _outside(attention: Attention, window: Window, position: int, keys: Tensor) 
 
 
 def _bias_at(attention: Attention, positions: Tensor) -> DenseBias | None:
-    """Return the bias between all queries and the keys at ``positions`` ``(batch or 1, m)``, or None without bias."""
+    """Return the bias for all queries and the keys at ``positions`` ``(batch or 1, m)``, or None without a bias."""
     (segment,) = attention.segments
     if segment.bias is None:
         return None

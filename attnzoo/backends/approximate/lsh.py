@@ -86,7 +86,7 @@ class LshBackend(ApproximateBackend):
         return f"{self.num_hashes} hash rounds of {self.num_buckets} buckets, chunks of {self.chunk_length} keys"
 
     def more_refusals(self, request: Request) -> tuple[Refusal, ...]:
-        """Refuse a bias that only dense backends support, unless the option ``inner`` names a backend."""
+        """Refuse a bias if ``inner="auto"`` and only dense backends support this bias in the changed attention."""
         (segment,) = request.segments
         if self.inner != "auto" or segment.bias is None:
             return ()
@@ -106,7 +106,7 @@ class LshBackend(ApproximateBackend):
     def _patterns(
         self, causal: bool, offset: int | None, rounds: tuple[HashRound, ...] = ()
     ) -> tuple[Window | HashedChunks, ...]:
-        """Return the window that contains the neighbouring tokens, and one pattern per hash round."""
+        """Return the window of neighbouring tokens and a pattern per hash round. For requests, ``rounds`` is empty."""
         hashed = HashedChunks(self.chunk_length or 0, 1, 0 if causal else 1, causal, min_distance=2, offset=offset)
         by_round = (replace(hashed, rounds=rounds[: number + 1]) for number in range(self.num_hashes or 0))
         return Window(1, 0 if causal else 1, offset), *by_round
@@ -119,7 +119,7 @@ class LshBackend(ApproximateBackend):
         return tuple(replace(segment, pattern=pattern) for pattern in patterns)
 
     def decisions(self, attention: Attention) -> Any:
-        """Return one :class:`HashRound` per round, or None if the attention is not rewritten."""
+        """Return one :class:`HashRound` per round, or None if this backend does not change the attention."""
         if self.changes(attention.request()) is None:
             return None
         return self._rounds(attention, place_queries(self.name, attention))
@@ -152,12 +152,13 @@ class LshBackend(ApproximateBackend):
 
 
 class _Chunking(NamedTuple):
-    """The chunks into which the sorted keys of each sample are cut. All heads and rounds use these chunks.
+    """Which ranks of the sorted keys are in which chunk. The ranks are the same for all heads and rounds.
 
-    Each document is sorted and cut separately, so other documents do not change the keys that a query sees.
+    Each document is sorted and cut separately, so other documents do not change the keys that a query sees. For
+    example, documents of 3 and 2 keys and chunks of 2 keys give ranks 0 and 1 | 2 | 3 and 4.
     """
 
-    visible: Tensor  # (batch or 1, kv_len) bool, the keys that some query may see
+    visible: Tensor  # (batch or 1, kv_len) bool, the keys that at least one query may see
     documents: DocumentNumbers
     chunks: Tensor  # (batch, kv_len) int64, the chunk index of each rank
     last: Tensor  # (batch or 1, q_len) int64, the last rank in the document of each query
@@ -183,14 +184,14 @@ class _Chunking(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _rotations(seed: int, rounds: int, dim: int, buckets: int) -> tuple[Tensor, ...]:
-    """Return one tensor ``(dim, buckets / 2)`` per round. A column and its negative are two bucket directions."""
+    """Return a tensor ``(dim, buckets / 2)`` per round. A column and its negative are the directions of two buckets."""
     generator = torch.Generator().manual_seed(seed)
     shape = (rounds, dim, buckets // 2)
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").unbind()
 
 
 def _buckets(vectors: Tensor, rotation: Tensor) -> Tensor:
-    """Return the bucket ``(batch, heads, n)`` of each vector: the index of the direction with the largest product.
+    """Return the bucket ``(batch, heads, n)`` of each vector: the direction with which its dot product is largest.
 
     Vectors need no normalisation, because the bucket does not depend on the length of a vector.
     """

@@ -1,4 +1,4 @@
-"""Functions that find the positions of queries, the visible keys and the documents of a dense segment.
+"""Functions that read the masks of a dense segment: positions of queries, visible keys, documents of packed rows.
 
 Approximate backends choose keys for each query, for example the first visible keys. In a packed row, the dense mask
 hides the documents from each other. So the choice must begin at the first key of the document that contains the query.
@@ -57,10 +57,9 @@ class QueryPlacement:
 
     @property
     def offset(self) -> int | None:
-        """The ``offset`` for patterns.
+        """The value for the attribute ``offset`` of patterns.
 
-        If ``position`` is 0, the offset is 0. Otherwise, the offset is None if the last query is at the last key, and
-        ``position`` if not.
+        This is None if the last query is at the last key and ``position`` is not 0. Otherwise it is ``position``.
         """
         return None if self.position == self.aligned != 0 else self.position
 
@@ -75,8 +74,8 @@ def place_queries(backend: str, attention: Attention) -> QueryPlacement:
     - Otherwise, the last query is at the last key.
 
     Raises:
-        BackendRefusedError: no other rule fits, the pattern is not ``Causal``, the numbers of keys and queries differ,
-            and the last key is hidden in all samples. The positions of the queries are then unknown.
+        BackendRefusedError: only the last rule fits, the pattern is not ``Causal``, the numbers of queries and keys
+            differ, and the last key is hidden in all samples. The positions of the queries are then unknown.
     """
     (segment,) = attention.segments
     q_len, kv_len = attention.q_len, segment.kv_len
@@ -98,7 +97,7 @@ def place_queries(backend: str, attention: Attention) -> QueryPlacement:
 
 
 def _last_visible(visible: Tensor | None, kv_len: int) -> int:
-    """Return the index of the last key that any sample shows, or ``kv_len - 1`` if no sample shows a key."""
+    """Return the index of the last key that is visible in any sample, or ``kv_len - 1`` if no key is visible."""
     if visible is None:
         return kv_len - 1
     count = int((torch.arange(1, kv_len + 1, device=visible.device) * visible.any(0)).max())
@@ -128,7 +127,7 @@ def _position_by_mask(spans: Spans, q_len: int, aligned: int) -> tuple[int, bool
 
 
 def read_spans(segment: Segment, mask: Tensor, q_len: int) -> Spans:
-    """Return the spans of keys that the dense mask, the key mask and the pattern of a segment leave visible."""
+    """Return the :class:`Spans` of a segment whose dense mask is ``mask``."""
     firsts, lasts, visible = [], [], []
     for seen in _visible_rows(segment, mask, q_len):
         rows = seen.any(1) if seen.shape[1] > 1 else seen[:, 0]
@@ -142,9 +141,10 @@ def read_spans(segment: Segment, mask: Tensor, q_len: int) -> Spans:
 
 
 def first_keys(segment: Segment, mask: Tensor, q_len: int, count: int) -> tuple[Tensor, Tensor]:
-    """Return the first ``count`` keys that each query sees, and a bool tensor that is False for entries without a key.
+    """Return the indices of the first ``count`` keys that each query sees, and a bool tensor.
 
-    Both tensors are ``(batch or 1, heads or 1, q_len, count)``. A query may see fewer than ``count`` keys.
+    Both tensors are ``(batch or 1, heads or 1, q_len, count)``. If a query sees fewer than ``count`` keys, the bool
+    tensor is False for the entries without a key.
     """
     places = torch.arange(segment.kv_len, device=segment.key.device, dtype=torch.int32)
     keys, visible = [], []
@@ -179,7 +179,7 @@ def number_documents(attention: Attention, spans: Spans | None) -> DocumentNumbe
 
 
 def _visible_rows(segment: Segment, mask: Tensor, q_len: int) -> Iterator[Tensor]:
-    """Yield bool masks that combine dense mask, key mask and pattern, each for the next few queries."""
+    """Yield ``(batch or 1, heads or 1, n, kv_len)`` bool for the next ``n`` queries: True if a query sees a key."""
     kv_len = segment.kv_len
     samples = len(mask) if segment.key_mask is None else max(len(mask), len(segment.key_mask))
     rows = max(1, _ENTRIES_AT_ONCE // (samples * mask.shape[1] * kv_len))

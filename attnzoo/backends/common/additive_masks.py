@@ -1,8 +1,9 @@
 """Additive masks for ``SortedChunks`` and ``HashedChunks``. Every block needs a new mask, so this code must be fast.
 
 On the CPU, comparing numbers is ten times faster if the result is a floating-point tensor and not a bool tensor. A fill
-by a bool mask is slow too. So the code counts the reasons to hide a key in a floating-point tensor, and multiplies the
-count by a large negative number. This tensor is float64 if float32 cannot represent all token and chunk indices.
+by a bool mask is slow too. So the code counts, in a floating-point tensor, why a query does not see a key (the key is
+padding, the key is the query's own token, ...). A count of 0 means visible. The mask is the count times a large
+negative number. The tensor is float64 if float32 cannot represent all token and chunk indices exactly.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class TokenMasks:
     """Factory of additive masks for all ``SortedChunks`` that share ``token``. A new mask may overwrite earlier masks.
 
     Args:
-        token: the token index of each key, ``(batch, heads, kv_len)`` int64. Hidden keys have token -1.
+        token: the token index of each sorted key, ``(batch, heads, kv_len)`` int64. Hidden keys have token -1.
         causal: whether a query sees only keys of earlier tokens. If False, a query sees all tokens except its own.
         dtype: the dtype of the masks.
     """
@@ -38,9 +39,10 @@ class TokenMasks:
         self._buffers: dict[tuple[int, ...], Tensor] = {}
 
     def of(self, queries: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Return the mask ``(batch, heads, n, stop - start)`` between queries and the keys ``start:stop``.
+        """Return the mask ``(batch, heads, n, stop - start)`` between ``n`` queries and the sorted keys ``start:stop``.
 
-        The second result is a bool tensor that is True for queries that see a key, or None if all queries see a key.
+        ``queries`` ``(batch, heads, n)`` are query indices, i.e. tokens. The second result is bool
+        ``(batch, heads, n)``, True for queries that see a key, or None if all queries see a key.
         """
         keys = slice(start, stop)
         tokens, query = self._for_lowest[:, :, keys], queries.to(self._for_lowest.dtype)
@@ -79,7 +81,8 @@ class HashMasks:
     def of(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the mask ``(batch, heads, n, m)``, and the same second result as :meth:`TokenMasks.of`.
 
-        ``queries`` ``(batch, heads, n)`` and ``keys`` ``(batch, heads, m)`` are indices. Index -1 means no key.
+        ``queries`` ``(batch, heads, n)`` are query indices. ``keys`` ``(batch, heads, m)`` are key indices, or -1 for
+        no key.
         """
         shape = (*queries.shape, keys.shape[2])
         if shape not in self._buffers:
@@ -102,9 +105,10 @@ class HashMasks:
         return count.mul_(_HIDDEN).to(self._dtype), None if bool(visible_rows.all()) else visible_rows
 
     def _distance(self, chunks: tuple[Tensor, Tensor], queries: Tensor, keys: Tensor, out: Tensor) -> None:
-        """Write to ``out`` the distance, in chunks, of each key from the middle of the chunks that each query sees.
+        """Write to ``out`` how far each key is from the middle of the chunks that each query sees, in chunks.
 
-        Key -1 gets infinity.
+        For example, the middle of chunks 2 and 3 is 2.5, so a key in chunk 2 gets 0.5. Key -1 gets infinity.
+        ``chunks`` has the middle for each query and the chunk index of each key.
         """
         query_chunks, key_chunks = chunks
         shared = keys.clamp(min=0).reshape(*key_chunks.shape[:2], -1)  # neighbouring query heads share a key head

@@ -27,22 +27,23 @@ class BlockShape(NamedTuple):
 
 
 class BlockLists(NamedTuple):
-    """How many key blocks each block of queries sees, and the indices of these key blocks, all int32.
+    """How many blocks of keys each block of queries sees, and their indices, all int32, for all blocks of queries.
 
-    The fields are the arguments of FlexAttention's ``BlockMask.from_kv_blocks``.
+    The fields are the arguments of FlexAttention's ``BlockMask.from_kv_blocks``. ``n`` is the number of blocks of
+    queries, and ``m`` is the number of blocks of keys.
     """
 
     partial_count: Tensor  # (batch, 1, n), how many partial blocks each block of queries sees
-    partial: Tensor  # (batch, 1, n, m), the indices of these blocks. Further entries of a row have no meaning.
+    partial: Tensor  # (batch, 1, n, m), the indices of these partial blocks, then entries without meaning
     full_count: Tensor  # (batch, 1, n), how many full blocks each block of queries sees
-    full: Tensor  # (batch, 1, n, m), the indices of these blocks. Further entries of a row have no meaning.
+    full: Tensor  # (batch, 1, n, m), the indices of these full blocks, then entries without meaning
 
 
 _cache = TensorCache()
 
 
 def segment_starts(attention: Attention) -> tuple[int, ...]:
-    """Return the index of each segment's first key in the concatenated keys, and at the end the number of all keys."""
+    """Return the index of each segment's first key in the concatenated keys, followed by the number of all keys."""
     return (0, *accumulate(segment.kv_len for segment in attention.segments))
 
 
@@ -81,7 +82,10 @@ def _make_lists(attention: Attention, shape: BlockShape) -> BlockLists:
 
 
 def _listed(grid: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many entries of each row of ``grid`` are True, and the indices of all entries, True entries first."""
+    """Return how many entries of each row of ``grid`` are True, and the indices of all entries, True entries first.
+
+    For example, the row [False, True, False, True] gives 2 and [1, 3, 0, 2].
+    """
     order = grid[:, None].byte().argsort(dim=-1, descending=True, stable=True)
     return grid[:, None].sum(-1, dtype=torch.int32), order.to(torch.int32)
 
@@ -90,10 +94,11 @@ def _listed(grid: Tensor) -> tuple[Tensor, Tensor]:
 def _grids(
     patterns: tuple[Pattern, ...], q_len: int, starts: tuple[int, ...], shape: BlockShape
 ) -> tuple[Tensor, Tensor]:
-    """Return two bool grids ``(blocks of queries, blocks of keys)``: which blocks are visible and which are full.
+    """Return two bool grids ``(blocks of queries, blocks of keys)``.
 
-    The grids ignore key masks and dense masks. A block with keys of several segments is never full. Both sizes of a
-    grid are at least 2, because a compiler treats a size of 1 as a constant.
+    The first grid is True for full and partial blocks of keys, the second grid only for full blocks. The grids ignore
+    key masks and dense masks. A block with keys of several segments is never full. Both sizes of a grid are at least 2,
+    because a compiler treats a size of 1 as a constant.
     """
     counts = (-(-q_len // shape.queries), -(-starts[-1] // shape.keys))
     visible, full = (torch.zeros([max(2, count) for count in counts], dtype=torch.bool, device="cpu") for _ in range(2))

@@ -24,21 +24,27 @@ DENSE_ROWS = 512
 
 
 class Part(NamedTuple):
-    """The keys that a block of queries sees in one segment: a range, or ``keys`` if the heads see different keys."""
+    """Keys that a block of queries sees in one segment.
+
+    If ``keys`` is None, these are the keys ``kv_start:kv_stop`` in all heads. Otherwise the heads see different keys.
+    """
 
     segment: int  # the index of the segment
-    kv_start: int
-    kv_stop: int
+    kv_start: int  # 0 if ``keys`` is given
+    kv_stop: int  # the length of ``keys`` if ``keys`` is given
     keys: Tensor | None = None  # (batch, heads, kv_stop) key indices; -1 means no key
 
     def take(self, tensor: Tensor, heads: int) -> Tensor:
-        """Return the rows of this part from keys or values ``(batch, kv_heads, kv_len, dim)``, for all query heads."""
+        """Return the keys or values of this part, ``(batch, heads, m, dim)``, for ``heads`` query heads.
+
+        ``tensor`` has all keys or values of the segment, ``(batch, kv_heads, kv_len, dim)``.
+        """
         if self.keys is None:
             return expand_heads(tensor[:, :, self.kv_start : self.kv_stop], heads)
         return rows.take(tensor, self._by_key_head(self.keys, tensor)).view(*self.keys.shape, -1)
 
     def add(self, tensor: Tensor, values: Tensor) -> None:
-        """Add ``values`` ``(batch, heads, m, dim)`` to the rows of this part in ``(batch, kv_heads, kv_len, dim)``."""
+        """Add ``values`` ``(batch, heads, m, dim)`` to the rows of this part in a tensor like that of :meth:`take`."""
         batch, kv_heads = tensor.shape[:2]
         if self.keys is not None:
             values = values.reshape(batch, kv_heads, -1, values.shape[3])
@@ -49,9 +55,9 @@ class Part(NamedTuple):
 
     @staticmethod
     def _by_key_head(keys: Tensor, tensor: Tensor) -> Tensor:
-        """Return ``keys`` as ``(batch, kv_heads, n)``. A row joins the indices of all query heads of a key head.
+        """Return ``keys`` ``(batch, heads, m)`` as ``(batch, kv_heads, heads // kv_heads * m)``, with 0 for -1.
 
-        Padding (-1) becomes 0.
+        Each row of the result has the key indices of all query heads that share one key head.
         """
         return keys.clamp(min=0).reshape(*tensor.shape[:2], -1)
 
@@ -59,7 +65,7 @@ class Part(NamedTuple):
 class Block(NamedTuple):
     """A block of queries and the parts that the queries see."""
 
-    q_start: int  # a position in the query order of the pattern
+    q_start: int  # index in the order of the queries: the sequence order, or the ``query_order`` of the pattern
     q_stop: int
     parts: tuple[Part, ...]
     queries: Tensor | None = None  # (batch, heads, n) query indices, if the pattern reorders the queries
@@ -107,7 +113,7 @@ def positive_scale(attention: Attention) -> Attention:
 
 
 def block_size(attention: Attention) -> int:
-    """Return the number of queries per block: the smallest number that the pattern of a segment recommends.
+    """Return the number of queries per block: the smallest of the numbers that the patterns of all segments recommend.
 
     The number is at most 512 if a segment has a dense mask or a bias, or if its pattern hides keys.
     """
@@ -126,13 +132,16 @@ def sees_all(attention: Attention, segment: Segment) -> bool:
 
 
 def passes(attention: Attention) -> list[list[int]]:
-    """Return the segment indices of each pass. Every segment with a ``query_order`` has a separate pass."""
+    """Return the segment indices of each pass. Every segment whose pattern has a ``query_order`` has its own pass."""
     plain = [i for i, segment in enumerate(attention.segments) if segment.pattern.query_order is None]
     return [group for group in (plain, *([i] for i in range(len(attention.segments)) if i not in plain)) if group]
 
 
 def blocks(attention: Attention, segments: list[int], size: int) -> Iterator[Block]:
-    """Yield all blocks of one pass in ascending order. ``size`` is ignored if the pattern reorders queries."""
+    """Yield all blocks of one pass (``segments``: its segment indices), in ascending order of ``q_start``.
+
+    A block has at most ``size`` queries. If the pattern reorders the queries, it decides the number instead.
+    """
     q_len = attention.q_len
     pattern = attention.segments[segments[0]].pattern
     q_start = 0
@@ -147,7 +156,7 @@ def blocks(attention: Attention, segments: list[int], size: int) -> Iterator[Blo
 
 
 def block_at(attention: Attention, segments: list[int], q_start: int, q_stop: int) -> Block:
-    """Return the block of the queries from ``q_start`` to ``q_stop`` of one pass."""
+    """Return the block of the queries ``q_start:q_stop`` (as in :class:`Block`) of one pass."""
     parts = tuple(part for index in segments for part in _parts(attention, index, q_start, q_stop))
     order = attention.segments[segments[0]].pattern.query_order
     return Block(q_start, q_stop, parts, None if order is None else order[:, :, q_start:q_stop])
@@ -168,7 +177,7 @@ def _parts(attention: Attention, index: int, q_start: int, q_stop: int) -> Itera
 
 
 class Masks:
-    """Factory of the masks of parts. The last result of :meth:`of_pattern` is cached for each segment."""
+    """Factory of the masks of parts. For each segment, the last mask of :meth:`of_pattern` is cached."""
 
     def __init__(self, attention: Attention) -> None:
         self._attention = attention
@@ -221,9 +230,9 @@ class Masks:
         return q[..., None], kv[:, :, None]
 
     def of_keys(self, block: Block, part: Part) -> Tensor | None:
-        """Return key mask and dense mask as one mask, broadcastable to ``(batch, heads, n, m)``.
+        """Return key mask and dense mask of a part as one mask, broadcastable to ``(batch, heads, n, m)``.
 
-        None means that no such mask is needed.
+        None means that these masks hide no further key of the part.
         """
         segment, keys = self._attention.segments[part.segment], slice(part.kv_start, part.kv_stop)
         visible: Tensor | None = None
@@ -253,13 +262,13 @@ class Masks:
         q = torch.arange(block.q_start, block.q_stop, device=device) if block.queries is None else block.queries
         kv = torch.arange(part.kv_start, part.kv_stop, device=device)
         if part.keys is not None and attention.segments[part.segment].bias is not None:
-            raise NotImplementedError("got a bias on sorted keys; allowed: none, so the backend must refuse it")
+            raise NotImplementedError("got a bias with HashedChunks, which a backend must refuse (Backend.refusals)")
         return attention.segments[part.segment].bias_at(q, kv, attention.q_len, attention.batch, attention.heads)
 
     def key(self, block: Block, part: Part) -> tuple[object, ...] | None:
-        """Return a cache key, or None if nothing can be reused.
+        """Return a cache key for the pattern mask and the bias of a part, or None if they cannot be reused.
 
-        Parts with equal cache keys have equal pattern masks and biases.
+        Parts with equal cache keys have equal pattern masks and equal biases.
         """
         segment, tile = self._attention.segments[part.segment], self._tile(block, part)
         by_pattern: tuple[object, ...] | None = ("all", block.rows, part.kv_stop - part.kv_start)

@@ -1,4 +1,4 @@
-"""Read and write whole rows of tensors by index, for queries and keys that a pattern reorders.
+"""Read and write rows (the last dimension) of tensors by index, for queries and keys that a pattern reorders.
 
 Copying a row as one piece of memory is several times faster than ``gather`` or ``scatter``, which need an index per
 element. This module uses ``gather`` and ``scatter`` only for tensors whose rows are not contiguous.
@@ -19,7 +19,7 @@ def take(tensor: Tensor, index: Tensor) -> Tensor:
 
 
 def put_(tensor: Tensor, index: Tensor, values: Tensor) -> None:
-    """Write ``values`` to the rows at ``index``. ``index`` must not contain a row twice."""
+    """Write ``values`` to the rows at ``index``, shapes as in :func:`take`. A head must not contain an index twice."""
     flat, values = _as_rows(tensor, index), values.to(tensor.dtype)
     if flat is None:
         tensor.scatter_(2, _expanded(tensor, index), values)
@@ -28,7 +28,7 @@ def put_(tensor: Tensor, index: Tensor, values: Tensor) -> None:
 
 
 def add_(tensor: Tensor, index: Tensor, values: Tensor) -> None:
-    """Add ``values`` to the rows at ``index``. ``index`` may contain a row several times."""
+    """Add ``values`` to the rows at ``index``, shapes as in :func:`take`. A head may contain an index several times."""
     flat, values = _as_rows(tensor, index), values.to(tensor.dtype)
     if flat is None:
         tensor.scatter_add_(2, _expanded(tensor, index), values)
@@ -41,7 +41,7 @@ def _expanded(tensor: Tensor, index: Tensor) -> Tensor:
 
 
 def _as_rows(tensor: Tensor, index: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return a view ``(all rows, dim)`` of a tensor and ``index`` for this view, or None if rows are not contiguous."""
+    """Return a view ``(all rows, dim)`` and ``index`` as row indices of this view. None if rows are not contiguous."""
     dim = tensor.shape[3] if tensor.ndim == 4 else 1
     # The stride of a dimension of size 1 is arbitrary.
     strides = [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]

@@ -1,8 +1,9 @@
 """A cache of values computed from tensors. For example, all layers of one forward share a plan computed from a mask.
 
 On the CPU the cache compares tensors by content. On other devices reading the content would wait for the device, so
-the cache compares the identity and version of the tensor object. A write through ``.data`` or DLPack does not raise the
-version, so the cache does not notice such a write. Models and adapters do not write to masks, but make new masks.
+the cache compares the identity of the tensor object and its version, which PyTorch increments at each in-place write.
+A write through ``.data`` or DLPack does not increment the version, so the cache does not notice such a write. Models
+and adapters do not write to masks, but make new masks.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ class TensorCache:
         self._entries: OrderedDict[Hashable, tuple[tuple[weakref.ref[Tensor], ...], Any]] = OrderedDict()
 
     def get(self, key: Hashable, tensors: tuple[Tensor, ...], make: Callable[[], T]) -> T:
-        """Return the cached value, or else ``make()``. The value must not share memory with ``tensors``."""
+        """Return the value for ``key`` and ``tensors``. If the cache has none, call ``make()`` and store its result.
+
+        The value must not share memory with ``tensors``.
+        """
         watched = tuple(tensor for tensor in tensors if tensor.device.type != "cpu")
         if any(tensor.is_inference() for tensor in watched):
             return make()  # inference tensors have no version

@@ -24,12 +24,15 @@ Grads = tuple[Tensor, Tensor, Tensor]
 class PartialKernel(ABC):
     """A kernel that returns ``(out, lse)`` of a part of the keys. Each object is made for the tensors of one attention.
 
-    ``forward_plan`` and ``backward_plan`` yield ``(is_first, rows)``. The object ``rows`` represents some queries.
-    ``rows.take(tensor)`` reads the rows of these queries in out, lse or a gradient. ``rows.put(tensor, values)``
-    overwrites these rows, and ``rows.add(tensor, values)`` adds to these rows. ``rows.parts`` are the parts of the keys
-    that the queries see: ``part.segment`` is a segment index, ``part.add(tensor, values)`` adds to a key or value
-    gradient. If ``is_first`` is True, :func:`unite` overwrites the rows, else it adds to the earlier results of the
-    rows. So for each query, only the first ``rows`` may have ``is_first``.
+    ``forward_plan`` and ``backward_plan`` yield ``(is_first, rows)``. The object ``rows`` represents some queries:
+
+    - ``rows.take(tensor)`` returns the rows of these queries in out, lse or a gradient.
+    - ``rows.put(tensor, values)`` overwrites these rows. ``rows.add(tensor, values)`` adds to these rows.
+    - ``rows.parts`` are the parts of the keys that the queries see. ``part.segment`` is a segment index.
+      ``part.add(tensor, values)`` adds to the rows of the part in a key gradient or value gradient.
+
+    A plan may yield a query several times. ``is_first`` must be False if the plan has yielded a query of ``rows``
+    before. If ``is_first`` is True, :func:`unite` ignores the content of the rows in out, lse and the gradient.
 
     Attributes:
         places: segment ``i`` has the keys ``tensors[places[2 * i]]`` and the values ``tensors[places[2 * i + 1]]``.
@@ -47,15 +50,18 @@ class PartialKernel(ABC):
 
     @abstractmethod
     def new_results(self) -> tuple[Tensor, Tensor]:
-        """Return new tensors out and lse. All lse are ``-inf``. out is 0 in rows that never occur with ``is_first``."""
+        """Return new tensors out and lse. All lse are ``-inf``.
+
+        out may be uninitialised in the rows that :meth:`forward_plan` yields with ``is_first``, and is 0 elsewhere.
+        """
 
     @abstractmethod
     def forward_plan(self) -> Iterable[tuple[bool, Any]]:
-        """Yield ``(is_first, rows)``. Each pair of a query and a visible key must occur exactly once."""
+        """Yield ``(is_first, rows)``. Each pair of a query and a key that it sees must be in exactly one part."""
 
     @abstractmethod
     def forward(self, rows: Any, number: int) -> tuple[Tensor, Tensor]:
-        """Return out and lse of ``rows.parts[number]``. For a row that sees no key, out is finite and lse ``-inf``."""
+        """Return out and lse of ``rows.parts[number]``. If a query sees no key, out is finite and lse is ``-inf``."""
 
     def backward_plan(self) -> Iterable[tuple[bool, Any]]:
         """Yield ``(is_first, rows)`` for the backward. The default is the plan of the forward."""
@@ -63,10 +69,16 @@ class PartialKernel(ABC):
 
     @abstractmethod
     def backward(self, rows: Any, grad_out: Tensor, out: Tensor, lse: Tensor) -> Iterable[Grads]:
-        """Return the gradients of query, key and value for each part. ``out`` and ``lse`` are merged over all parts."""
+        """Return the gradients of query, key and value for each part of ``rows.parts``.
+
+        ``grad_out``, ``out`` and ``lse`` are from ``rows.take``. ``out`` and ``lse`` are merged over all parts.
+        """
 
     def further_gradients(self) -> list[Tensor]:
-        """Return the gradients of ``tensors`` that are neither keys nor values. :func:`unite` calls this last."""
+        """Return the gradients of the tensors in ``tensors`` that are neither keys nor values.
+
+        :func:`unite` calls this after all calls of :meth:`backward`.
+        """
         return []
 
 
@@ -78,11 +90,11 @@ def unite(bind: Bind, query: Tensor, tensors: Sequence[Tensor], masks: Sequence[
 
     Args:
         bind: a function that makes the kernel from ``query`` and ``tensors``. Forward and backward each call ``bind``.
-        query, tensors: the attributes ``query`` and ``tensors`` of the kernel.
+        query, tensors: the inputs with gradients, as described for the attributes of :class:`PartialKernel`.
         masks: further tensors that the backward reads. PyTorch raises if these tensors change before the backward.
 
     Returns:
-        The output in the dtype of the query, and lse without a gradient. Rows that see no key have lse ``-inf``.
+        The output in the dtype of the query, and lse without a gradient. Queries that see no key have lse ``-inf``.
     """
     output, lse = _Union.apply(bind, masks, query, *tensors)
     return output, lse
@@ -136,7 +148,7 @@ class _Union(torch.autograd.Function):
 
 
 def _merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge a part into ``out`` ``(..., dim)`` and ``lse`` ``(...)``. Return both. The inputs may be overwritten."""
+    """Return ``out`` ``(..., dim)`` and ``lse`` ``(...)`` merged with those of a part. The inputs may change."""
     out = out.to(lse.dtype)
     share = torch.sigmoid(part_lse - lse)  # exp(part_lse - total); 1 - share is exp(lse - total)
     share = share.masked_fill_(part_lse == float("-inf"), 0.0)

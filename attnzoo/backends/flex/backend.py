@@ -86,7 +86,7 @@ class FlexBackend(Backend):
 
 
 def _check_biases(attention: Attention) -> None:
-    """Raise if a bias is of a subclass of ``RelativeBias``, because the kernel ignores the methods of a subclass."""
+    """Raise if a bias has a subclass of ``RelativeBias``, because the kernel ignores overridden methods."""
     for segment in attention.segments:
         if segment.bias is not None and type(segment.bias) is not RelativeBias:
             reason = Refusal("bias", type(segment.bias).__name__, "RelativeBias itself, no subclass")
@@ -160,11 +160,11 @@ def _terms(attention: Attention) -> Terms:
 
 
 def _pattern_numbers(pattern: Pattern, q_len: int, kv_len: int) -> list[int]:
-    """Return the last five of the seven numbers of a pattern (:class:`~attnzoo.backends.flex.kernel.Terms`)."""
+    """Return the five numbers that describe a pattern (:class:`~attnzoo.backends.flex.kernel.Terms`)."""
     if isinstance(pattern, Chunks):
         count = -(-kv_len // pattern.length)
         return [pattern.length, pattern.before, pattern.before + pattern.after, count, int(pattern.causal)]
     band = pattern.band(q_len, kv_len)
     if band is None:
-        raise NotImplementedError(f"got {pattern}; allowed: Chunks or a band, so the backend must refuse it")
+        raise NotImplementedError(f"got {pattern}, which has no band: the capabilities must not contain it")
     return [*band, 0, 0, 0]

@@ -1,15 +1,16 @@
 """Compiled FlexAttention. All attentions of equal *form* share one kernel, even if their lengths differ.
 
 A form contains everything that the compiled code depends on, for example the kind of pattern of each segment, the
-dtype, the scale, and which lengths are 1 (a compiler treats 1 as a constant). Lengths, windows, offsets and bias
-values are symbols or tensors, so a new length needs no new compilation. Three measures ensure this:
+dtype, the scale, and which lengths are 1 (a compiler treats 1 as a constant). The form does not contain other lengths,
+windows, offsets and bias values. In the compiled code, lengths are symbols (dynamic shapes), and the others are
+tensors. So a new length needs no new compilation. Three measures ensure this:
 
 - Each form has a separate function, because the compiler limits the number of compilations of one function. This
   function raises if torch.compile is off, because FlexAttention would then compute whole ``q_len x kv_len`` grids.
-- The function is compiled on tensors without equal sizes, because the compiler replaces equal sizes by one symbol.
-- Masks and biases read flat tensors with ``embedding``, which needs no size. PyTorch's CPU kernels (seen in 2.13) use
-  a wrong size for a captured tensor if the size is a symbol. Trained bias values are indexed instead, because
-  PyTorch's backward of FlexAttention computes gradients only for indexing. Trained bias values exist on CUDA only.
+- The function is compiled on example tensors whose sizes differ, because the compiler uses one symbol for equal sizes.
+- ``mask_mod`` and ``score_mod`` read flat tensors with ``embedding``. Indexing would need the sizes of these tensors,
+  and PyTorch's CPU kernels (seen in 2.13) use a wrong size if the size is a symbol. Only trained bias values are
+  indexed, because PyTorch's backward of FlexAttention computes gradients only for indexing. They exist on CUDA only.
 """
 
 from __future__ import annotations
@@ -58,9 +59,10 @@ Scalars = tuple[Tensor, ...]  # zero-dimensional, long
 class Terms(NamedTuple):
     """The tensors from which the kernel computes masks and biases.
 
-    Each pattern is seven numbers. The first two are start and stop of the keys of the segment. For a band, the others
-    are the lowest distance, the highest distance and three zeros. For ``Chunks``, the others are ``length``,
-    ``before``, ``before + after``, the number of chunks, and ``causal``.
+    ``patterns`` has seven numbers per segment. The first two are the start and the stop of the segment in the
+    concatenated keys. The other five describe the pattern. For a band, they are the lowest distance, the highest
+    distance and three zeros. For ``Chunks``, they are ``length``, ``before``, ``before + after``, the number of chunks,
+    and ``causal``.
     """
 
     sizes: Scalars  # number of keys, number of table entries per head, number of queries
@@ -134,7 +136,7 @@ def _visible(form: Form, terms: Terms, q: Tensor, kv: Tensor) -> Tensor:
 
 
 def _bias_entry(form: Form, terms: Terms, b: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-    """Return the index of the bias value of query ``q`` and key ``kv`` among the table entries of one head."""
+    """Return the index of the bias value of query ``q`` and key ``kv`` in the part of ``terms.table`` for one head."""
     entry = None
     for number, has_positions in enumerate(form.has_positions):
         zero, shift, first, last = terms.biases[number]
@@ -146,7 +148,7 @@ def _bias_entry(form: Form, terms: Terms, b: Tensor, q: Tensor, kv: Tensor) -> T
 
 
 def scalars(*values: int, device: torch.device) -> Scalars:
-    """Return a separate tensor for each number. Views of one tensor would need one compilation per view offset."""
+    """Return a separate tensor for each number. Views of one tensor would need a new compilation for each offset."""
     return tuple(torch.tensor(value, device=device) for value in values)
 
 

@@ -141,9 +141,10 @@ def _call(
     bias: Tensor | None,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor | None, str]:
-    """Run one public call. Return the output, a bool tensor, and the kernel name.
+    """Run one public call. Return the output, which queries see a key, and the kernel name.
 
-    The bool tensor is True for rows that see a key. None means that all rows see a key.
+    The second result is bool, broadcastable to ``(batch, heads, n)``, True for queries that see a key. None means that
+    all queries see a key.
     """
     visible_rows = None
     if visible is not None:
@@ -165,7 +166,7 @@ def _call(
 
 
 class _Switches:
-    """Lock around PyTorch's kernel switches. The switches are global, so a change affects models in other threads.
+    """Lock around PyTorch's global switches that enable and disable kernels. A change affects all threads.
 
     Calls that do not change the switches may run at the same time. A call that changes the switches first waits for
     all running calls, then runs alone, and finally restores the switches.
@@ -232,9 +233,9 @@ _NAMES = {
 def _kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> SDPBackend:
     """Return the fastest kernel that can run this call.
 
-    ``MATH`` consists of plain operations. Only ``MATH`` supports ``vmap``, ``jvp`` and second derivatives. A call under
-    a single ``torch.func.grad`` needs ``MATH`` only if it has a mask, because this function cannot see whether the mask
-    needs a gradient.
+    ``MATH`` consists of plain operations. Only ``MATH`` supports ``vmap``, ``jvp`` and second derivatives. Under a
+    single ``torch.func.grad``, a call with a mask also gets ``MATH``, because this function cannot see there whether
+    the mask needs a gradient.
     """
     transforms = transforms_around((query, key, value))
     if transforms and (transforms != ("grad",) or mask is not None):

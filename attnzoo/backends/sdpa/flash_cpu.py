@@ -58,7 +58,10 @@ def attend(attention: Attention) -> Tensor:
 
 
 def _distinct_tensors(attention: Attention) -> tuple[list[Tensor], list[int]]:
-    """Return the distinct key and value tensors, and their indices by segment (:attr:`PartialKernel.places`)."""
+    """Return the distinct key and value tensors, and the index of each segment's key and value among them.
+
+    The indices are in the order of :attr:`PartialKernel.places`.
+    """
     every = [tensor for segment in attention.segments for tensor in (segment.key, segment.value)]
     distinct = list({id(tensor): tensor for tensor in every}.values())
     numbers = {id(tensor): number for number, tensor in enumerate(distinct)}
@@ -100,7 +103,7 @@ class _AdditiveMasks:
     def of(self, block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
         """Return the additive mask ``(batch, heads, n, m)``, or None if no mask is needed.
 
-        The second result is bool ``(batch, heads, n)``, True for rows that see a key, or None for all rows.
+        The second result is bool ``(batch, heads, n)``, True for queries that see a key, or None if all see a key.
         """
         attention = self._attention
         mask, visible_rows = self._of_structure(block, part)
@@ -114,7 +117,7 @@ class _AdditiveMasks:
         return mask, None if visible_rows is None else visible_rows.expand(shape[:3])
 
     def _of_structure(self, block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
-        """Return the results of :meth:`of` for pattern and bias only. Most blocks have equal results."""
+        """Return the results of :meth:`of` for pattern and bias only. Most blocks get the last result again."""
         segment, dtype = self._attention.segments[part.segment], self._attention.query.dtype
         pattern = segment.pattern
         if isinstance(pattern, SortedChunks) and segment.bias is None and block.queries is not None:
@@ -139,9 +142,10 @@ class _AdditiveMasks:
 
 
 class _CpuKernel(PartialKernel):
-    """A kernel that calls two private operators.
+    """PyTorch's CPU kernel as a :class:`PartialKernel`. It consists of two private operators.
 
-    The forward calls one operator for each part of a stack, and the backward the other for each part of a block.
+    The forward calls the first operator once per part of a stack. The backward calls the second operator once per part
+    of a block.
     """
 
     def __init__(self, attention: Attention, places: list[int], query: Tensor, tensors: Sequence[Tensor]) -> None:
@@ -165,7 +169,7 @@ class _CpuKernel(PartialKernel):
                 yield from ((number == 0, rows) for rows in stack.by_sample(self._attention.batch))
 
     def forward(self, rows: Stack, number: int) -> tuple[Tensor, Tensor]:
-        """Return out and lse in the shapes that :meth:`Stack.take` returns."""
+        """Return out and lse of part ``number`` in the shapes that :meth:`Stack.take` returns."""
         part = rows.parts[number]
         mask, visible_rows = self._masks.of(rows.block, part)
         call = rows.flat() if mask is None and rows.steps[number] == 0 else rows

@@ -1,8 +1,9 @@
 """Attention in blocks, in plain PyTorch operations, for any device, dropout, transforms and query order.
 
-This code is slower than a fused kernel, but also needs little memory: for a local pattern, only the scores of each
-block of queries and the nearby keys exist. The parts of a block share one softmax. The results of several passes are
-merged by log-sum-exp as in :mod:`attnzoo.backends.common.union`, but not in place, because autograd records the merge.
+This code is slower than a fused kernel, but also needs little memory. For a local pattern, it computes only the scores
+between each block of queries and the nearby keys. The parts of a block share one softmax. The results of several passes
+are merged by log-sum-exp. This merge is not in place, unlike the merge of :mod:`attnzoo.backends.common.union`, because
+autograd records it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def attend(attention: Attention) -> Tensor:
 
 
 def _pass(attention: Attention, segments: list[int]) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp over the segments of one pass, with the queries in sequence order."""
+    """Return output and lse ``(batch, heads, q_len)`` over the segments of one pass, with queries in sequence order."""
     all_blocks = list(blocks(attention, segments, block_size(attention)))
     pieces = {index: KeyPieces(attention, index, all_blocks) for index in segments}
     masks = Masks(attention)

@@ -16,8 +16,8 @@ from attnzoo.spec.segments import Attention
 class KeyPieces:
     """Keys and values of a segment, cut wherever a part of any block begins or ends.
 
-    If each block sliced the whole tensor, autograd would add one gradient of full length per block. The gradient of a
-    piece is only as long as the piece.
+    If each block sliced the whole tensor, the gradient of each slice would be as long as the whole tensor, and autograd
+    would add all these gradients. The gradient of a piece is only as long as the piece.
     """
 
     def __init__(self, attention: Attention, index: int, all_blocks: list[Block]) -> None:
@@ -36,7 +36,7 @@ class KeyPieces:
         self._pieces = [tensor.split(sizes, dim=2) for tensor in tensors]
 
     def of(self, part: Part) -> list[Tensor]:
-        """Return the keys and the values of a part for all query heads."""
+        """Return the keys and the values of a part, each ``(batch, heads, m, dim)``."""
         if part.keys is not None:
             number = self._numbers[id(part.keys)]
             return [pieces[number] for pieces in self._pieces]
@@ -51,7 +51,7 @@ def join_parts(pieces: Mapping[int, KeyPieces], block: Block) -> tuple[Tensor, T
 
 
 def join_masks(attention: Attention, masks: Masks, block: Block) -> tuple[Tensor | None, Tensor | None]:
-    """Return the joined masks and the joined biases of all parts. Each is None if no part has a mask or bias."""
+    """Return the joined masks of all parts, or None if no part has a mask, and likewise the joined biases."""
     query = attention.query
 
     def join(terms: list[Tensor | None], neutral: Tensor, heads: int) -> Tensor | None:

@@ -1,7 +1,8 @@
 """Stacks of blocks with equal masks. One kernel call computes all blocks of a stack.
 
 For a window pattern, all blocks except those near the ends of a sequence have equal masks, equal numbers of keys and
-equal distances between queries and keys. From one such block to the next, the first key moves by a constant *step*.
+equal distances between queries and keys. From one such block to the next, the first key moves by a constant *step*. For
+example, blocks of 32 queries with ``Window(8, 8)`` see the keys 24:72, 56:104, 88:136 and so on, with step 32.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Stack(NamedTuple):
         return self.block._replace(q_stop=self.block.q_start + self.depth * self.block.rows, parts=())
 
     def can_grow(self, steps: tuple[int, ...]) -> bool:
-        """Return whether a further block can join. ``steps`` are the steps from the last block to the further block."""
+        """Return whether the next block can join. ``steps`` are the steps from the last block of the stack to it."""
         return (self.depth + 1) * self.block.rows <= _ROWS and (self.depth == 1 or steps == self.steps)
 
     def by_sample(self, batch: int) -> Iterator[Stack]:
@@ -53,11 +54,17 @@ class Stack(NamedTuple):
             yield from (self._replace(sample=sample) for sample in range(batch))
 
     def flat(self) -> Stack:
-        """Return the stack as one block of all queries. Only parts with step 0 and no additive mask can use it."""
+        """Return a stack of depth 1 whose block has all queries, with the keys of the first block.
+
+        The result is correct only for parts with step 0 and without an additive mask.
+        """
         return self._replace(block=self.whole()._replace(parts=self.block.parts), depth=1)
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Return the query rows: ``(heads, depth, rows, ...)``, or ``(batch, heads, rows, ...)`` for one block."""
+        """Return the query rows: ``(heads, depth, rows, ...)``, or ``(batch, heads, rows, ...)`` if depth is 1.
+
+        ``tensor`` is ``(batch, heads, q_len)`` or ``(batch, heads, q_len, dim)``.
+        """
         return self.by_block(self.whole().take(self._of_sample(tensor)))
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
@@ -70,16 +77,23 @@ class Stack(NamedTuple):
         return tensor if self.sample is None else tensor[self.sample : self.sample + 1]
 
     def by_block(self, rows: Tensor) -> Tensor:
-        """Return a view ``(heads, depth, rows, ...)`` of ``(1, heads, depth * rows, ...)``."""
+        """Return ``(1, heads, depth * rows, ...)`` as ``(heads, depth, rows, ...)``, or unchanged if depth is 1."""
         return rows if self.depth == 1 else rows[0].unflatten(1, (self.depth, self.block.rows))
 
     def repeat(self, rows: Tensor) -> Tensor:
-        """Repeat a tensor ``(batch, heads, rows, ...)`` of the first block, such as a mask, for all blocks."""
+        """Repeat a tensor ``(batch, heads, rows, ...)`` of the first block, such as a mask, for all blocks.
+
+        The result has the dimensions of :meth:`take`.
+        """
         rows = self._of_sample(rows)
         return rows if self.depth == 1 else rows[0][:, None].expand(-1, self.depth, *rows.shape[2:])
 
     def keys(self, number: int, tensor: Tensor, heads: int, scratch: Scratch) -> Tensor:
-        """Return keys or values of a part: ``(heads, depth, m, dim)``, or ``(batch, heads, m, dim)`` for one block."""
+        """Return the keys or values of part ``number`` of all blocks.
+
+        ``tensor`` has all keys or values, ``(batch, kv_heads, kv_len, dim)``.
+        The result is ``(heads, depth, m, dim)``, or ``(batch, heads, m, dim)`` if depth is 1.
+        """
         part, step, tensor = self.block.parts[number], self.steps[number], self._of_sample(tensor)
         if self.depth == 1:
             return part.take(tensor, heads)
@@ -155,11 +169,11 @@ def _mask_key(masks: Masks, block: Block) -> tuple[object, ...] | None:
 
 
 def _steps(block: Block, following: Block) -> tuple[int, ...] | None:
-    """Return how far (in keys) each part moves from ``block`` to ``following``, or None if a part moves backward."""
+    """Return by how many keys each part moves from ``block`` to ``following``, or None if a part moves backward."""
     steps = tuple(b.kv_start - a.kv_start for a, b in zip(block.parts, following.parts, strict=True))
     return steps if min(steps, default=0) >= 0 else None
 
 
 def _hides_by_data(masks: Masks, block: Block) -> bool:
-    """Whether a key mask or dense mask may hide a key of the block."""
+    """Whether a key mask or dense mask may hide a key in the parts of the block."""
     return any(masks.of_keys(block, part) is not None for part in block.parts)

@@ -1,4 +1,7 @@
-"""The backward of blocks with a trained bias, in plain operations. PyTorch's CPU kernel returns no score gradients."""
+"""The backward of blocks with a trained bias, in plain operations.
+
+This module is needed because PyTorch's CPU kernel returns no gradients of the scores.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +34,14 @@ def backward_by_hand(
     """Return the gradients of query, key, value and scores for each part.
 
     Args:
-        rows: the tensors grad_out, query, out and lse of a block.
+        rows: grad_out, query, out and lse of the queries of a block.
         pairs: key and value of each part.
         masks: the additive mask of each part, or None.
         scale: the factor on the scores.
-        is_whole: whether the parts include all keys that the rows see. If False, the keys of other passes are missing,
-            and this function computes the weights from lse. If True, this function computes the softmax again over all
-            parts, because this is more exact. The exact score gradients of a row sum to zero. With the rounded out and
-            lse of the kernel, this sum has a larger error, and a bias gradient adds the errors of many rows.
+        is_whole: whether the parts contain all keys that the queries see. If False, the queries see further keys in
+            other passes, so this function computes the weights from lse. If True, this function computes the softmax
+            of all parts again, which is more exact. The exact score gradients of a query sum to zero. With the rounded
+            out and lse of the kernel, this sum has a larger error, and a bias gradient adds the errors of many queries.
     """
     grad_out, query, out, lse = rows
     wide = lse.dtype
@@ -66,7 +69,11 @@ def backward_by_hand(
 
 
 class BiasGradients:
-    """Accumulator of the gradients of trained biases. Score gradients of blocks with equal masks are summed first."""
+    """Accumulator of the gradients of trained biases.
+
+    This class sums the score gradients of consecutive blocks with equal masks and biases, and adds only each sum to the
+    bias gradient.
+    """
 
     def __init__(self, attention: Attention) -> None:
         self._attention, self._masks, self._biases = attention, Masks(attention), trained_biases(attention)

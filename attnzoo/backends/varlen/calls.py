@@ -6,9 +6,11 @@ last query of a sequence has the position of the last key. A query at position `
 
 - With ``Full``, or if queries see only whole chunks, positions do not matter. The sequences then contain no padding.
 - With ``Window`` and ``Causal``, positions matter. A sequence then contains the keys of a sample from the first to the
-  last unpadded key, and the queries that see such a key. The kernel and the pattern may place the queries at different
-  keys. So ``left`` and ``right`` are shifted. Samples with equal ``left`` and ``right`` share a call.
-- Padding keys between unpadded keys stay in the sequence. :mod:`attnzoo.backends.varlen.packed` hides these keys.
+  last unpadded key, and the queries that see such a key. Padding keys between unpadded keys stay in the sequence, and
+  :mod:`attnzoo.backends.varlen.packed` hides them.
+- The kernel may place a query at another key than the pattern does. Then this module adds the difference to ``left``
+  and ``right``. For example, ``Window(3, 0)`` becomes ``left=2, right=1`` if the kernel places each query one key too
+  early, because the last key is padding. Samples with equal ``left`` and ``right`` share a call.
 
 In each call, the pattern lets every query see at least one key. A key mask may hide all these keys.
 """
@@ -36,7 +38,7 @@ _plans = TensorCache()
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """The lengths of packed sequences, and the visible range of keys around the position of each query."""
+    """The lengths of packed sequences, and how many keys a query sees before and after its position."""
 
     q_lens: tuple[int, ...]  # the number of queries of each sequence, never 0
     k_lens: tuple[int, ...]
@@ -50,7 +52,10 @@ class Sequences:
 
     @cached_property
     def cumulative(self) -> tuple[Tensor, Tensor, int, int]:
-        """The boundaries of query sequences and of key sequences, the longest query length, the longest key length."""
+        """The boundaries of the query sequences and of the key sequences, and the longest length of each.
+
+        Boundaries are sums of lengths: the lengths 2 and 3 have the boundaries 0, 2, 5.
+        """
         starts = ([0, *accumulate(lens)] for lens in (self.q_lens, self.k_lens))
         cu_q, cu_k = (torch.tensor(start, dtype=torch.int32, device=self.device) for start in starts)
         return cu_q, cu_k, max(self.q_lens), max(self.k_lens)
@@ -82,14 +87,14 @@ class _Range(NamedTuple):
 
 
 class _Runs(NamedTuple):
-    """Rows of queries or of keys, divided into sequences."""
+    """A packed tensor of queries or of keys, and which of its rows belong to each sequence."""
 
     lens: list[int]  # the number of rows of each sequence
-    rows: Tensor | None = None  # the row indices; None: all rows in order
+    rows: Tensor | None = None  # (sum(lens),) row indices of all sequences; None: all rows in order
 
 
 def may_hide_keys(segment: SegmentRequest) -> bool:
-    """Return whether :mod:`attnzoo.backends.varlen.packed` may have to hide keys of a segment."""
+    """Return whether hidden keys of a segment may stay in a sequence, so that ``packed.py`` must hide them."""
     pattern = segment.pattern
     if isinstance(pattern, SortedChunks):
         return True
@@ -105,7 +110,7 @@ def plan_calls(attention: Attention, has_windows: bool = True) -> CallPlan:
     """Return the calls of an attention. Layers with equal masks share a cached plan, except with ``SortedChunks``.
 
     The attention must have no bias and no dense mask. With ``SortedChunks``, the attention must have one head
-    (:func:`attnzoo.backends.varlen.sorted_calls.fold_heads`). ``has_windows`` is whether the kernel supports windows.
+    (:func:`attnzoo.backends.varlen.sorted_calls.fold_heads`). ``has_windows``: whether the kernel supports windows.
     """
     segments = attention.segments
     if any(isinstance(segment.pattern, SortedChunks) for segment in segments):
@@ -141,7 +146,7 @@ def _plan(attention: Attention, has_windows: bool) -> CallPlan:
         else:
             band = pattern.band(q_len, kv_len)
             if band is None:
-                raise NotImplementedError(f"got {pattern}; allowed: Chunks or a band, so the backend must refuse it")
+                raise NotImplementedError(f"got {pattern}, which has no band: the capabilities must not contain it")
             calls += _band_calls(attention, number, band, zip(q_ranges, ranges, strict=True), has_windows)
             has_holes = any(keys.unpadded < keys.stop - keys.start for keys in ranges)
         hidden.append(~segment.key_mask if has_holes and segment.key_mask is not None else None)
@@ -151,7 +156,7 @@ def _plan(attention: Attention, has_windows: bool) -> CallPlan:
 
 
 def _split(call: Call) -> list[Call]:
-    """Return the call as several calls of at most ``MAX_SEQUENCES`` sequences."""
+    """Return the call or, if it has more than ``MAX_SEQUENCES`` sequences, several calls with at most this number."""
     whole, count = call.sequences, len(call.sequences.q_lens)
     if count <= MAX_SEQUENCES:
         return [call]
@@ -166,7 +171,7 @@ def _split(call: Call) -> list[Call]:
 
 
 def _row_numbers(call: Call) -> tuple[Tensor, Tensor]:
-    """Return the indices of the query rows and of the key rows of a call, even if the call stores None for all rows."""
+    """Return the indices of the query rows and of the key rows of a call, also if the call has None (all rows)."""
     sequences = call.sequences
     q_rows, k_rows = (
         torch.arange(sum(lens), device=sequences.device) if rows is None else rows
@@ -176,7 +181,7 @@ def _row_numbers(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _ranges(masks: list[Tensor | None]) -> list[list[_Range] | None]:
-    """Return for each mask the ranges of all samples, or None if the mask is None. This waits for the device once."""
+    """Return for each mask the range of each sample, or None if the mask is None. This waits for the device once."""
     stacked = []
     for mask in masks:
         if mask is not None:
@@ -224,12 +229,13 @@ def _extents(tile: Tile, band: Band) -> tuple[int, int]:
 
 
 def _cut(tile: Tile, band: Band, has_windows: bool) -> list[Tile]:
-    """Return the tile, or several tiles with fewer queries if a kernel would compute a wrong window.
+    """Return the tile, or up to three tiles with fewer queries if one kernel call would use a wrong window.
 
-    There are two reasons to cut. First, FlashAttention reads a ``left`` or ``right`` of at least the longest key length
-    as ``NO_LIMIT``. If only one of the two is then ``NO_LIMIT``, FlashAttention replaces it by the longest key length.
-    This is wrong if many queries precede the first key. Second, kernels without windows support only ``right=0``.
-    The queries that do not see the last key become a separate tile, and those that do not see the first key another.
+    The first cut is after the first query that sees the last key. The second cut is before the first later query that
+    does not see the first key. There are two reasons to cut. First, FlashAttention reads a ``left`` or ``right`` of at
+    least the longest key length as ``NO_LIMIT``. If only ``left`` or only ``right`` is then ``NO_LIMIT``,
+    FlashAttention uses the longest key length for it. This is too small if many queries are before the first key.
+    Second, kernels without windows support only ``right=0``.
     """
     q_start, q_stop, k_start, k_stop, *_ = tile
     q_count, k_count = q_stop - q_start, k_stop - k_start
@@ -237,7 +243,7 @@ def _cut(tile: Tile, band: Band, has_windows: bool) -> list[Tile]:
     is_exact = right < k_count and (right != NO_LIMIT or left == NO_LIMIT or q_count <= k_count + 1)
     if is_exact and (has_windows or k_stop - q_stop == band.highest):
         return [tile]
-    sees_last = k_stop - band.highest  # from this query on, queries see the last key
+    sees_last = k_stop - band.highest  # the query after the first query that sees the last key
     misses_first = k_start - band.lowest + 1  # from this query on, queries do not see the first key
     inner = (min(max(q_start, cut), q_stop) for cut in (sees_last, max(misses_first, sees_last)))
     return [
@@ -246,7 +252,7 @@ def _cut(tile: Tile, band: Band, has_windows: bool) -> list[Tile]:
 
 
 def _is_all(starts: tuple[int, ...], lens: tuple[int, ...], batch: int, length: int) -> bool:
-    """Whether the runs contain all rows of all samples in order."""
+    """Whether the runs of rows, given by their starts and lengths, are all rows of all samples in order."""
     return lens == (length,) * batch and starts == tuple(range(0, batch * length, length))
 
 
@@ -257,7 +263,11 @@ def _is_ordered(pattern: Chunks, kv_len: int) -> bool:
 
 @lru_cache(maxsize=64)
 def _neighbourhoods(pattern: Chunks, length: int) -> tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]:
-    """Return ``(start, length, key ranges)`` of each chunk whose queries see keys. A range is ``(start, length)``."""
+    """Return ``(start, length, key ranges)`` for each chunk of queries that sees a key, for a sequence of ``length``.
+
+    A key range is ``(start, length)``. For example, 6 tokens in chunks of 2 with ``before=1``: the first chunk is
+    ``(0, 2, ((0, 2), (4, 2)))``, because it sees itself and the last chunk.
+    """
     chunks = []
     for start in range(0, length, pattern.length):
         stop = min(length, start + pattern.length)
@@ -288,7 +298,10 @@ def _chunk_calls(attention: Attention, number: int, segment: Segment, pattern: C
 
 
 def _unordered_calls(attention: Attention, number: int, queries: _Runs, keys: _Runs) -> list[Call]:
-    """Return at most one call, in which queries see their whole sequence. Removing padding waits for the device."""
+    """Return at most one call, in which a query sees all keys of its sequence. With a mask, this waits for the device.
+
+    ``queries`` and ``keys`` are the sequences before padding is removed.
+    """
     device, key_mask = attention.query.device, attention.segments[number].key_mask
     if attention.query_mask is not None or key_mask is not None:
         q_kept, q_of = _kept(attention.query_mask, queries, device)
@@ -306,7 +319,7 @@ def _unordered_calls(attention: Attention, number: int, queries: _Runs, keys: _R
 
 
 def _kept(mask: Tensor | None, runs: _Runs, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return bool ``(rows,)``, True for rows that the mask shows, and the index of the sequence of each row."""
+    """Return for each row of ``runs``: whether the row is real (no padding), and the index of its sequence."""
     total, lens = sum(runs.lens), torch.tensor(runs.lens, device=device)
     sequence = torch.arange(len(lens), device=device).repeat_interleave(lens, output_size=total)
     if mask is None:
@@ -315,7 +328,10 @@ def _kept(mask: Tensor | None, runs: _Runs, device: torch.device) -> tuple[Tenso
 
 
 def _pick(runs: _Runs, kept: Tensor, lens: list[int]) -> _Runs:
-    """Return the rows where ``kept`` is True. ``lens`` are the new lengths. Sequences of length 0 are dropped."""
+    """Return ``runs`` with only the rows where ``kept`` is True, and without sequences that have no such row.
+
+    ``lens`` are the numbers of kept rows of all sequences of ``runs``.
+    """
     index = runs.rows
     if sum(lens) < sum(runs.lens):
         index = kept.nonzero().flatten() if index is None else index[kept]
@@ -323,7 +339,7 @@ def _pick(runs: _Runs, kept: Tensor, lens: list[int]) -> _Runs:
 
 
 def rows_of(starts: Iterable[int], lens: Iterable[int], device: torch.device) -> Tensor:
-    """Return the row indices ``start, start + 1, ...`` of each run of consecutive rows, concatenated."""
+    """Return the row indices of runs of consecutive rows: starts 0 and 7, lengths 2 and 3 give 0, 1, 7, 8, 9."""
     lens = list(lens)
     ends = list(accumulate(lens))
     begins = [start - end + count for start, end, count in zip(starts, ends, lens, strict=True)]

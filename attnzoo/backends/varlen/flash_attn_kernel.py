@@ -43,9 +43,9 @@ def _package() -> tuple[ModuleType | None, str]:
 
 
 def _missing_symbols(interface: Any) -> str | None:
-    """Return the reason why the functions of the compiled extension cannot be used, or None.
+    """Return why the functions of the compiled extension cannot be used, or None.
 
-    Only a call of a public function would show that the extension is broken. So this check reads private names instead.
+    This function reads private names. The only public way to notice a broken extension is to run a kernel.
     """
     try:
         extensions = [getattr(interface, name, None) for name in _EXTENSIONS]
@@ -107,7 +107,7 @@ class FlashAttnKernel(PackedKernel):
 
 
 def _settings(inputs: Inputs) -> tuple[Any, ...]:
-    """Return the common arguments of forward and backward, in the order that :func:`_parts_unavailable` checks."""
+    """Return the arguments that forward and backward have in common, in the order of ``_PARTS``."""
     sequences, softcap, alibi_slopes = inputs.sequences, 0.0, None
     settings = (inputs.dropout, inputs.scale, sequences.causal, sequences.left, sequences.right, softcap, alibi_slopes)
     return (*sequences.cumulative, *settings)

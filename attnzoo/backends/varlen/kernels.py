@@ -41,7 +41,8 @@ class PackedKernel:
         dtypes: the supported dtypes of query, key and value.
         max_dim: the largest supported ``dim``.
         dropout: whether the kernel supports dropout.
-        windows: whether the kernel supports windows. If False, sequences are either causal or without any limit.
+        windows: whether the kernel supports windows. If False, each query of a call sees all keys of its sequence, or
+            all keys up to its position.
     """
 
     name: ClassVar[str]
@@ -57,7 +58,7 @@ class PackedKernel:
 
     @classmethod
     def parts_unavailable(cls) -> str | None:
-        """Return why :meth:`forward` and :meth:`backward` cannot run, or None. :meth:`attend` may still run."""
+        """Return why :meth:`forward` and :meth:`backward` cannot run here, or None. :meth:`attend` may still run."""
         return None
 
     @classmethod
@@ -83,7 +84,11 @@ class PackedKernel:
         """Return a refusal if the request needs a union of parts and the kernel cannot run :meth:`forward`."""
         if needs_no_union(request.segments) or (why := cls.parts_unavailable()) is None:
             return ()
-        return (Refusal("segments", f"several segments, or keys to hide, but {why}", "one segment without a key mask"),)
+        return (
+            Refusal(
+                "segments", f"several segments or hidden keys, but {why}", "one segment, no key mask, no SortedChunks"
+            ),
+        )
 
     @classmethod
     def attend(cls, inputs: Inputs) -> Tensor:
@@ -97,7 +102,7 @@ class PackedKernel:
 
     @classmethod
     def backward(cls, inputs: Inputs, grad_out: Tensor, out: Tensor, lse: Tensor, state: Any) -> Grads:
-        """Return the gradients of query, key and value. ``out`` and ``lse`` are the final results of the union."""
+        """Return the gradients of query, key and value. ``out`` and ``lse`` are merged over all calls of the union."""
         raise NotImplementedError
 
 
@@ -121,7 +126,7 @@ def example_device() -> torch.device | None:
 
 
 def import_package(name: str, install: str) -> tuple[ModuleType | None, str]:
-    """Return a module and an empty string. If the import raises any exception, return None and the reason."""
+    """Import a module. Return the module and "", or None and the reason. ``install`` is an argument of pip install."""
     package = name.partition(".")[0]
     try:
         return importlib.import_module(name), ""
@@ -141,9 +146,10 @@ def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def changed_signature(module: ModuleType | Any, expected: Mapping[str, tuple[str, ...]], whose: str) -> str | None:
-    """Return which function of ``expected`` (``{name: first parameters}``) is missing or has other first parameters.
+    """Return why a function of ``module`` differs from ``expected``, or None if all functions are as expected.
 
-    None means that no function differs. If reading a broken package raises, the result contains this exception.
+    ``expected`` maps the name of each function to the names of its first parameters. ``whose`` is the name of the
+    module in the returned text. If reading a broken package raises, the text contains this exception.
     """
     for name, names in expected.items():
         try:

@@ -1,13 +1,15 @@
 """Attention by kernels for packed sequences, forward and backward.
 
 Each kernel call (:mod:`attnzoo.backends.varlen.calls`) returns an output and a log-sum-exp.
-:mod:`attnzoo.backends.common.union` merges the results. If no query is in two calls, the public kernel function runs.
+:mod:`attnzoo.backends.common.union` merges the results of the calls. If there is nothing to merge and no key to hide,
+this module calls the public kernel function instead.
 
-Some hidden keys must stay in a sequence, because other keys must keep their positions. One more component of query and
-key vectors hides these keys. The component is positive in queries, negative in hidden keys and 0 in visible keys. So
-the scaled scores of hidden keys are 2^22 lower, and their softmax weights underflow to exactly 0, forward and backward.
-The lse shows whether all keys of a row are hidden, because this lse is far below all usual values. With a larger number
-than 2^22, the weights of such a row would overflow, because kernels round the argument of the exponential.
+Some hidden keys must stay in a sequence, because other keys must keep their positions. To hide them, this module adds
+one component to each query vector and key vector. This *hiding component* is positive in queries, negative in hidden
+keys and 0 in visible keys. It lowers the scaled scores of hidden keys by 2^22, so their softmax weights underflow to
+exactly 0, forward and backward. If a query sees only hidden keys, its lse is far lower than any usual lse. So the lse
+shows which queries see no key. With a number larger than 2^22, the softmax weights of such queries would overflow,
+because kernels round the argument of the exponential.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from attnzoo.errors import InvalidArgumentError, Refusal
 from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
 from attnzoo.spec.segments import Attention, Request, Result
 
-_HIDING_EXPONENT = 22  # the scaled scores of hidden keys are 2^22 lower
+_HIDING_EXPONENT = 22  # the hiding component lowers the scaled scores of hidden keys by 2^22
 _LARGEST_EXPONENT = 15  # the largest power of two in float16 is 2^15
 
 CAPABILITIES = Capabilities(
@@ -78,7 +80,7 @@ class PackedBackend(Backend):
         return self._joined(request, min((kernel.refusals(request) for kernel in self._named()), key=len))
 
     def _joined(self, request: Request, of_kernel: tuple[Refusal, ...]) -> tuple[Refusal, ...]:
-        """Return the refusals of the backend, and the refusals of the kernel for fields that the backend accepts."""
+        """Return the refusals of the backend, and those refusals of the kernel whose fields the backend accepts."""
         refusals = [
             replace(reason, allowed=f"{reason.allowed}, or torch.autocast to one of them")
             if reason.field == "dtype" and request.dtype == torch.float32
@@ -105,7 +107,10 @@ class PackedBackend(Backend):
 
 
 def attend(attention: Attention, kernel: type[PackedKernel]) -> Result:
-    """Compute an attention with neither bias nor dense mask. If no query sees a key, the kernel name is "none"."""
+    """Compute an attention with neither bias nor dense mask.
+
+    If no query sees a key, no kernel runs, and the kernel name in the result is "none".
+    """
     whole, attention = attention, positive_scale(attention)
     if any(isinstance(segment.pattern, SortedChunks) for segment in attention.segments):
         attention = fold_heads(attention)
@@ -128,7 +133,13 @@ def attend(attention: Attention, kernel: type[PackedKernel]) -> Result:
 
 
 class _Hiding:
-    """Values of the component that hides keys. All are powers of two, so that multiplication does not round."""
+    """The values of the hiding component.
+
+    Attributes:
+        query: the value in queries, a power of two, so that multiplication does not round.
+        key: the value in hidden keys, minus a power of two.
+        depth: by how much the two values lower the scaled score of a hidden key.
+    """
 
     def __init__(self, scale: float) -> None:
         exponent = min(math.ceil(_HIDING_EXPONENT - math.log2(scale)), 2 * _LARGEST_EXPONENT)
@@ -144,8 +155,9 @@ class _Packing:
     """Queries, keys and values in the kernel layout ``(rows, heads, dim)``. Each distinct tensor is packed once.
 
     Attributes:
-        query: the queries ``(batch * q_len, heads, dim)``, with the spare row at the end if the plan uses it.
-        keys_values: keys and values ``(batch * kv_len, kv_heads, dim)``, also with the spare row at the end.
+        query: the queries ``(batch * q_len, heads, dim)``. If the plan uses the spare row, this row is the last.
+        keys_values: the distinct key tensors and value tensors ``(batch * kv_len, kv_heads, dim)``, with the spare row
+            as in ``query``.
         places: segment ``i`` has keys ``keys_values[places[2 * i]]`` and values ``keys_values[places[2 * i + 1]]``.
     """
 
@@ -180,8 +192,8 @@ class _Packing:
     def _pack(self, tensor: Tensor, numbers: Tensor | None, spare: float) -> Tensor:
         """Return ``(batch, heads, n, d)`` as ``(batch * n, heads, dim)``, plus the spare row if the plan uses it.
 
-        ``numbers`` ``(batch, n)`` are the values of the component that hides keys. In the spare row, this component is
-        ``spare`` and the others are 0. The spare query gets gradient 0, because its output is dropped.
+        ``numbers`` ``(batch, n)`` are the values of the hiding component, and ``spare`` is its value in the spare row.
+        All other components of the spare row are 0.
         """
         rows = tensor.transpose(1, 2).flatten(0, 1)
         padding = self._dim - rows.shape[2]
@@ -212,14 +224,14 @@ class _Packing:
         return whole, visible.view(self._attention.batch, 1, self._attention.q_len)
 
     def visible_rows(self, lse: Tensor) -> Tensor:
-        """Return bool ``(batch, heads, q_len)``, True for queries that see a key. ``lse`` is ``(rows, heads)``."""
+        """Return bool ``(batch, heads, q_len)``, True for queries that see a key, from the lse ``(rows, heads)``."""
         batch, q_len = self._attention.batch, self._attention.q_len
         floor = -math.inf if self._hiding is None else -self._hiding.depth / 2
         return (lse[: batch * q_len] > floor).unflatten(0, (batch, q_len)).transpose(1, 2)
 
 
 def _is_aligned(rows: Tensor) -> bool:
-    """Whether the memory layout of the rows allows loads of 16 bytes."""
+    """Whether each row begins at a multiple of 16 bytes, as kernels need to load 16 bytes at once."""
     *outer, inner = rows.stride()
     return inner == 1 and all(step % 8 == 0 for step in (*outer, rows.storage_offset()))
 
@@ -229,7 +241,10 @@ def _take_rows(tensor: Tensor, index: Tensor | None) -> Tensor:
 
 
 class _PackedRows(NamedTuple):
-    """The query rows or the key rows of a call. Query rows have one part, which is the key rows of the same call."""
+    """Which rows of the packed queries or of the packed keys a call uses.
+
+    If these are query rows, ``parts`` has one element: the key rows of the same call.
+    """
 
     call: int  # the index of the call
     segment: int  # the index of the segment
@@ -254,7 +269,10 @@ class _PackedRows(NamedTuple):
 
 @dataclass(eq=False)
 class _PackedCalls(PartialKernel):
-    """The calls of a :class:`PackedKernel` as parts. Out is ``(rows, heads, dim)``, lse is ``(rows, heads)``."""
+    """A :class:`PartialKernel` that computes one part per call of a :class:`PackedKernel`.
+
+    ``out`` is ``(rows, heads, dim)`` and ``lse`` is ``(rows, heads)``, with the rows of the packed queries.
+    """
 
     kernel: type[PackedKernel]
     calls: tuple[Call, ...]

@@ -1,12 +1,13 @@
 """Express the sorted chunks of LSH attention exactly as calls of a causal kernel without masks.
 
-Take a chunk of sorted queries and the keys in the chunks that these queries see. Sorted by token, these queries and
-keys make one sequence, in which each query precedes the key of the same token. So a causal call lets each query see the
-keys of earlier tokens. If the pattern is not causal, a second causal call on the reversed sequence adds the keys of
-later tokens. No query sees the key of its own token, as ``SortedChunks`` requires.
+Each chunk of queries becomes one sequence. This sequence contains the queries of the chunk and all keys that the chunk
+sees, sorted by token. The query of a token precedes the key of this token. For example, the queries of tokens 3 and 5
+and the keys of tokens 1, 3 and 5 become the sequence k1 q3 k3 q5 k5. A causal call lets each query see the keys before
+it, i.e. the keys of earlier tokens. If the pattern is not causal, a second causal call on the reversed sequence adds
+the keys of later tokens. No query sees the key of its own token, as ``SortedChunks`` requires.
 
 A kernel needs a query and a key at each position of a sequence, but each position here has only one of the two. The
-*spare row* replaces the other: a dummy query or key, stored after all real rows. The dummy key is hidden
+*spare row* replaces the other: a dummy query or a dummy key, the last row of the packed tensor. The dummy key is hidden
 (:mod:`attnzoo.backends.varlen.packed`), and the output of the dummy query is dropped.
 """
 
@@ -26,7 +27,10 @@ _LAST = torch.iinfo(torch.long).max
 
 
 def fold_heads(attention: Attention) -> Attention:
-    """Return a copy in which each head is a separate sample, because heads differ in order. ``empty`` becomes None."""
+    """Return a copy in which each head is a sample with one head, because each head sorts its tokens differently.
+
+    In the copy, ``empty`` is None.
+    """
     batch, heads = attention.batch, attention.heads
 
     def fold(tensor: Tensor) -> Tensor:
@@ -54,7 +58,10 @@ def fold_heads(attention: Attention) -> Attention:
 def sorted_rows(
     attention: Attention, segment: Segment, pattern: SortedChunks
 ) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
-    """Yield sequence lengths, query row indices and key row indices of each call. The segment must have one head."""
+    """Yield ``(lengths of the sequences, q_rows, k_rows)`` for each call. The segment must have one head.
+
+    ``q_rows`` and ``k_rows`` are the indices of the rows of all sequences in the packed queries and the packed keys.
+    """
     order, token = (tensor.squeeze(1) for tensor in pattern.sorted_tensors())
     if segment.key_mask is not None:
         token = token.masked_fill(~segment.key_mask, -1)
@@ -80,9 +87,12 @@ def sorted_rows(
 def _neighbourhoods(
     pattern: SortedChunks, q_len: int, kv_len: int
 ) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
-    """Yield the positions, in sorted order, of each chunk's queries and visible keys.
+    """Yield the ranks of the queries and of the visible keys, for groups of chunks.
 
-    One result contains all chunks with equal numbers of queries and of keys.
+    A group contains all chunks with equal numbers of queries and of keys. For example, 6 queries and 6 keys in chunks
+    of 2 with ``before=1`` make one group. The query ranks are [0, 1], [2, 3] and [4, 5], and the key ranks are
+    [0, 1, 4, 5], [0, 1, 2, 3] and [2, 3, 4, 5]. A query rank is an index into ``order``. A key rank is an index into
+    the sorted keys of all hash rounds.
     """
     groups: dict[tuple[int, int], tuple[list[list[int]], list[list[int]]]] = {}
     start = 0

@@ -2,7 +2,7 @@
 
 A kernel class has three main methods. ``attend`` calls the public function of the kernel. ``forward`` returns ``(out,
 lse, state)`` for a part of the keys. ``backward`` gets this state, and the out and lse of the whole union. Class
-attributes declare what the kernel supports, and ``unavailable`` returns what is missing on this machine.
+attributes declare what the kernel supports. ``unavailable`` returns why the kernel cannot run on this machine.
 :mod:`attnzoo.backends.varlen.packed` plans the calls, packs the rows, hides keys and merges the parts.
 """
 

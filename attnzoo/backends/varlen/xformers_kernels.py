@@ -46,8 +46,9 @@ def _operator_unavailable(name: str, deterministic: bool) -> str | None:
     """Return why an operator (a module of xformers with ``FwOp`` and ``BwOp``) cannot be used, or None.
 
     ``is_available()`` is True even if the compiled extension of xformers does not load, for example with a wheel for
-    another CUDA version. So ``not_supported_reasons`` of ``FwOp`` and ``BwOp`` also checks a small example. Some
-    operators do not support PyTorch's deterministic algorithms. So ``deterministic`` must say whether these are on.
+    another CUDA version. So this function also asks ``not_supported_reasons`` of ``FwOp`` and ``BwOp`` about a small
+    example. The answer depends on PyTorch's switch for deterministic algorithms. The cache needs the state of this
+    switch as an argument, ``deterministic``.
     """
     fmha, why = _package()
     if fmha is None:
@@ -70,7 +71,7 @@ def _operator_unavailable(name: str, deterministic: bool) -> str | None:
 
 
 def _example(fmha: Any) -> Any:
-    """Return inputs of 8 tokens that are built as in all calls of this module, or None without a device."""
+    """Return inputs for a test of an operator: one sequence of 8 tokens. Return None if no device is usable."""
     device = example_device()
     if device is None:
         return None
@@ -80,7 +81,7 @@ def _example(fmha: Any) -> Any:
 
 
 class _Bias(NamedTuple):
-    """A bias object of xformers, and the rows that the object describes."""
+    """A bias object of xformers, and the rows of the packed queries and keys that the object describes."""
 
     bias: Any
     q_rows: slice
@@ -144,7 +145,7 @@ class _XformersKernel(PackedKernel):
 
     @classmethod
     def to_lse(cls, lse: Tensor, samples: int, sequences: Sequences) -> Tensor:
-        """Convert lse from ``(heads, rows)`` to the layout of the operator."""
+        """Convert lse from ``(heads, rows)`` to the layout of the operator. ``samples`` is from :class:`_Bias`."""
         return lse.unflatten(1, (samples, -1)).transpose(0, 1).contiguous()
 
 
@@ -158,8 +159,8 @@ class XformersFlashKernel(_XformersKernel):
 class XformersCutlassKernel(_XformersKernel):
     """The cutlass kernel of xformers, which supports float32 and a large ``head_dim``.
 
-    This class refuses windows, because the backward cannot align the last query with the last key in a window. The lse
-    of the operator has the layout ``(sequences, heads, longest)``.
+    This class refuses windows, because the backward cannot align the last query with the last key in a window. The
+    operator returns lse as ``(sequences, heads, width)``. ``width`` is at least the length of the longest sequence.
     """
 
     name: ClassVar[str] = "xformers_cutlass"
@@ -192,16 +193,19 @@ def _fmha() -> Any:
 
 
 def _padded_rows(sequences: Sequences, width: int) -> Tensor:
-    """Pad each sequence to ``width`` rows, and return the new row index of each query."""
+    """Return the row index that each query has after every sequence is padded to ``width`` rows.
+
+    For example, lengths 2 and 3 and width 4 give 0, 1, 4, 5, 6.
+    """
     starts = range(0, len(sequences.q_lens) * width, width)
     return rows_of(starts, sequences.q_lens, sequences.device)
 
 
 def _biases(sequences: Sequences) -> Iterator[_Bias]:
-    """Yield bias objects that describe all sequences.
+    """Yield bias objects that together describe all sequences.
 
-    With ``right=0`` or without limits, one object is enough. Otherwise, consecutive sequences share an object only if
-    they have equal lengths.
+    With ``right=0``, or if ``left`` and ``right`` are ``NO_LIMIT``, one object is enough. Otherwise, consecutive
+    sequences share an object only if they have equal lengths.
     """
     masks, (left, right) = _fmha().attn_bias, (sequences.left, sequences.right)
     q_lens, k_lens = list(sequences.q_lens), list(sequences.k_lens)
@@ -224,7 +228,7 @@ def _biases(sequences: Sequences) -> Iterator[_Bias]:
 
 
 def _rows(bias: _Bias, inputs: Inputs) -> list[Tensor]:
-    """Return query, key and value ``(samples, rows, heads, dim)``.
+    """Return the rows of a bias object in query, key and value, ``(samples, rows, heads, dim)``.
 
     Key heads are repeated, because the backward does not support fewer key heads than query heads.
     """
