@@ -253,7 +253,7 @@ class PreparedBackend(PreparedContender):
 
 
 def _miscounts(counted: Counter[tuple[str, str]], observed: Counter[tuple[str, str]]) -> list[str]:
-    """Return one line for each site and kernel whose calls the site and the gate counted differently."""
+    """Compare the calls that the sites counted with the calls that the gate observed. Return a line per difference."""
     wrong = (place for place in counted | observed if counted[place] != observed[place])
     return [f"{site}: counted {counted[site, k]} calls of {k}, observed {observed[site, k]}" for site, k in wrong]
 

@@ -234,7 +234,11 @@ class _CaseRun:
         self._progress(self._done, f"{self._case.family} S={self._case.seq_len} {self._case.mode}: {name}, {step}")
 
     def _check_exclusions(self, contender: Contender) -> None:
-        """Raise :class:`Problem` if the contender cannot run the case, or if a plan limit or a verdict excludes it."""
+        """Raise :class:`Problem` if the contender cannot run the case.
+
+        Also raise if the benchmark plan limits the size of this contender's cases, or if the contender failed an earlier
+        check.
+        """
         case, limit = self._case, self._plan.train_limit
         if case.train and case.scope == "model":
             try:

@@ -33,8 +33,8 @@ class BlockedLocalBackend(ApproximateBackend):
     """A backend that replaces dense attention by a sliding window and attention sinks.
 
     Attributes:
-        window: how many keys a query sees up to its position, including the key at its position. At least 2. A
-            non-causal query also sees as many keys from its position on.
+        window: how many keys a query sees up to its position, including the key at its position. At least 2. If the
+            attention is not causal, the query also sees the `window - 1` keys after its position.
         sinks: how many of the first visible keys each query sees in addition to the window.
 
     Example:
