@@ -236,8 +236,7 @@ class _CaseRun:
     def _check_exclusions(self, contender: Contender) -> None:
         """Raise :class:`Problem` if the contender cannot run the case.
 
-        Also raise if the benchmark plan limits the size of this contender's cases, or if the contender failed an earlier
-        check.
+        Also raise if the case is larger than the benchmark plan allows, or if the contender failed an earlier check.
         """
         case, limit = self._case, self._plan.train_limit
         if case.train and case.scope == "model":

@@ -16,6 +16,7 @@ from queue import SimpleQueue
 
 from tests.mutants.equivalent import reason_for_equivalence
 from tests.mutants.mutations import Mutant, changes_of, source_files
+from tests.mutants.nearest import nearest_tests
 from tests.mutants.worker import Worker
 
 _SELF_TEST = "tests/test_errors.py"
@@ -33,19 +34,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sample = list(itertools.islice(mutants, options.sample))
     print(f"{len(sample)} of about {len(changes)} mutants in {len(paths)} files, --seed {seed}", flush=True)
     workers: SimpleQueue[Worker] = SimpleQueue()
-    outcomes: list[tuple[Mutant, str]] = []
+    outcomes: dict[Mutant, str] = {}
+    left: dict[Mutant, list[str]] = {}  # survivors, and the tests that have not run on them
 
-    def test(mutant: Mutant) -> None:
+    def test(mutant: Mutant, seconds: float) -> None:
         start = time.monotonic()
-        seconds = min(options.seconds, deadline - start)
-        outcome = "not run"
+        seconds = min(seconds, deadline - start)
         if reason := reason_for_equivalence(mutant):
-            outcome = f"equivalent: {reason}"
+            outcomes[mutant] = f"equivalent: {reason}"
         elif seconds > 0:
             worker = workers.get()
-            outcome = worker.test(mutant, seconds)
+            outcome, tests = worker.test(mutant, left.pop(mutant, nearest_tests(mutant.path)), seconds)
             workers.put(worker)
-        outcomes.append((mutant, outcome))
+            outcomes[mutant] = outcome
+            if tests:
+                left[mutant] = tests
+        outcome = outcomes.setdefault(mutant, "not run")
         took = time.monotonic() - start
         print(f"{len(outcomes):4} {took:4.0f} s  {mutant.path}:{mutant.line}: {outcome}", flush=True)
 
@@ -53,10 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for number in range(options.jobs):
             workers.put(Worker(Path(folder) / str(number)))
         without_mutant = workers.get()
-        if not without_mutant.run([_SELF_TEST], 300).startswith("survived all"):
+        if not without_mutant.run([_SELF_TEST], 300)[0].startswith("survived all"):
             sys.exit(f"{_SELF_TEST} fails without a mutant; run `make test` first")
         workers.put(without_mutant)
-        list(pool.map(test, sample))
+        list(pool.map(test, sample, itertools.repeat(options.seconds)))
+        survivors = list(left)  # run more tests on them, in the time that is left
+        seconds = (deadline - time.monotonic()) * options.jobs / max(len(survivors), 1)
+        list(pool.map(test, survivors, itertools.repeat(seconds)))
     return _report(outcomes, options.at_least, options.json)
 
 
@@ -67,23 +74,23 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, help="seed of the sample (default: a random seed, which is printed)")
     add("--only", default="", metavar="TEXT", help="only source files whose path contains this text")
     add("--jobs", type=int, default=2, help="mutants at a time (default: %(default)s)")
-    add("--seconds", type=float, default=60, help="time for the tests of a mutant (default: %(default)s)")
+    add("--seconds", type=float, default=40, help="time for the nearest tests of a mutant (default: %(default)s)")
     add("--minutes", type=float, default=30, help="time for all mutants (default: %(default)s)")
     add("--at-least", type=float, default=95, help="percentage to be caught (default: %(default)s)")
     add("--json", type=Path, help="file for the outcomes")
     return parser.parse_args(arguments)
 
 
-def _report(outcomes: list[tuple[Mutant, str]], at_least: float, path: Path | None) -> int:
-    counted = [(mutant, outcome) for mutant, outcome in outcomes if not outcome.startswith(("equivalent", "not run"))]
-    survivors = [(mutant, outcome) for mutant, outcome in counted if outcome.startswith("survived")]
+def _report(outcomes: dict[Mutant, str], at_least: float, path: Path | None) -> int:
+    counted = {m: outcome for m, outcome in outcomes.items() if not outcome.startswith(("equivalent", "not run"))}
+    survivors = {mutant: outcome for mutant, outcome in counted.items() if outcome.startswith("survived")}
     share = 100 * (1 - len(survivors) / max(len(counted), 1))
-    for mutant, outcome in survivors:
+    for mutant, outcome in survivors.items():
         print(f"\n{outcome}: {mutant}")
     left_out = len(outcomes) - len(counted)
     print(f"\n{share:.1f} % of {len(counted)} mutants caught; {left_out} equivalent or not run; goal: {at_least:g} %")
     if path is not None:
-        rows = [{"mutant": str(mutant), "outcome": outcome} for mutant, outcome in outcomes]
+        rows = [{"mutant": str(mutant), "outcome": outcome} for mutant, outcome in outcomes.items()]
         path.write_text(json.dumps(rows, indent=1))
     return int(share < at_least)
 

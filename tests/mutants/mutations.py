@@ -81,10 +81,19 @@ class Change:
         """Return the mutant, or None if the mutated file is not valid Python or means the same as the original."""
         source, code = self.module.code, self.module.deep_replace(self.node, self.replacement).code
         try:
-            same = ast.dump(ast.parse(code)) == ast.dump(ast.parse(source))
+            same = _meaning(code) == _meaning(source)
         except SyntaxError:
             return None
         return None if same else Mutant(self.path, *_difference(source, code), code)
+
+
+def _meaning(code: str) -> str:
+    """Return the syntax tree as text, without the argument ``strict`` of zip, which only guards against our own errors."""
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "zip":
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg != "strict"]
+    return ast.dump(tree)
 
 
 def changes_of(path: str) -> Iterator[Change]:
@@ -122,6 +131,8 @@ class _Visitor(libcst.CSTVisitor):
             return False
         if isinstance(node, libcst.BaseString) and not _is_word(node):
             return False
+        if isinstance(node, libcst.AnnAssign) and _name(node.annotation.annotation) == "bool":
+            return True  # None in place of False changes nothing; False becomes True below
         for kind, operator in mutation_operators:
             if isinstance(node, kind):
                 self.pairs += [(node, changed) for changed in operator(node)]

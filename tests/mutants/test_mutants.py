@@ -1,5 +1,7 @@
 """The mutation tests plant real faults, run the nearest tests first, and report what the tests do not catch."""
 
+from typing import ClassVar
+
 import pytest
 
 pytest.importorskip("mutmut", reason="the mutation tests need mutmut, which is in the extra 'dev'")
@@ -19,7 +21,8 @@ def scores(query, key: "Tensor | None" = None):
     """Return 1 + 1."""
     if key is None:
         raise InvalidArgumentError("key", None, "1 tensor")
-    return query + key * 2, "long text", "name", fill(query, value=0)
+    strict: bool = False
+    return query + key * 2, "long text", "name", fill(query, value=0), zip(query, key, strict=strict)
 '''
 
 
@@ -54,6 +57,11 @@ def test_texts_decorators_annotations_and_messages_do_not_change(mutants, text):
     assert not any(text in old and old.count(text) != new.count(text) for old, new in mutants)
 
 
+def test_guards_and_none_for_false_are_no_mutants(mutants):
+    assert ("strict: bool = False", "strict: bool = True") in mutants
+    assert not any("bool = None" in new or "strict=None" in new for _, new in mutants)
+
+
 def test_every_mutant_differs_from_the_source_in_meaning(mutants):
     assert len(mutants) >= 8 and all(old != new for old, new in mutants)
 
@@ -86,52 +94,74 @@ def test_worker_says_whether_the_tests_catch_a_mutant(tmp_path):
     path = "attnzoo/errors.py"
     code = (ROOT / path).read_text()
     tests = ["tests/test_errors.py"]
-    assert worker.run(tests, 120) == "survived all tests"
+    assert worker.run(tests, 120) == ("survived all tests", [])
     broken = code.replace("class InvalidArgumentError(", "class Invalid(")
     assert broken != code
     mutant = Mutant(path, 1, "", "", broken)
-    assert worker.test(mutant, 120).startswith("caught by")
-    assert worker.run(tests, 120) == "survived all tests", "the worker must restore the source"
+    assert worker.test(mutant, tests, 120)[0].startswith("caught by")
+    assert worker.run(tests, 120) == ("survived all tests", []), "the worker must restore the source"
     assert (ROOT / path).read_text() == code
-    assert worker.run(tests, 0.01).startswith("survived 0 s"), "tests that did not end have caught nothing"
+    assert worker.run(tests, 0.01) == ("survived 0 s of tests", tests), "tests that did not end have caught nothing"
 
 
-def test_command_fails_below_the_goal_and_lists_the_survivors(monkeypatch, capsys, tmp_path):
-    outcomes = iter(["caught by a", "survived all tests", "caught by b", "caught by c"])
+class FakeWorker:
+    """A worker with prepared outcomes, which records the tests that it runs."""
 
-    class FakeWorker:
-        def __init__(self, folder):
-            pass
+    outcomes: ClassVar[list[tuple[str, list[str]]]] = []
+    ran: ClassVar[list[list[str]]] = []
 
-        def run(self, tests, seconds):
-            return "survived all tests"
+    def __init__(self, folder):
+        pass
 
-        def test(self, mutant, seconds):
-            return next(outcomes)
+    def run(self, tests, seconds):
+        return "survived all tests", []
 
+    def test(self, mutant, tests, seconds):
+        self.ran.append(tests)
+        return self.outcomes.pop(0)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Return a function that runs the command with the outcomes of a fake worker, and returns exit code and output."""
     monkeypatch.setattr(command, "Worker", FakeWorker)
-    arguments = ["--sample", "4", "--seed", "0", "--only", "attnzoo/functional.py", "--jobs", "1"]
-    assert command.main([*arguments, "--at-least", "80"]) == 1
-    output = capsys.readouterr().out
+    FakeWorker.ran.clear()
+
+    def run(outcomes, *options):
+        FakeWorker.outcomes[:] = outcomes
+        sample = ["--sample", "4", "--seed", "0", "--only", "attnzoo/functional.py", "--jobs", "1"]
+        return command.main([*sample, *options]), capsys.readouterr().out
+
+    return run
+
+
+OUTCOMES = [("caught by a", []), ("survived all tests", []), ("caught by b", []), ("caught by c", [])]
+
+
+def test_command_fails_below_the_goal_and_lists_the_survivors(run):
+    code, output = run(OUTCOMES, "--at-least", "80")
+    assert code == 1
     assert "75.0 % of 4 mutants caught" in output and "--seed 0" in output
     assert output.count("\nsurvived all tests: attnzoo/functional.py:") == 1
-    outcomes = iter(["caught by a", "survived all tests", "caught by b", "caught by c"])
-    assert command.main([*arguments, "--at-least", "75", "--json", str(tmp_path / "out.json")]) == 0
+
+
+def test_command_reaches_the_goal_and_writes_json(run, tmp_path):
+    code, _ = run(OUTCOMES, "--at-least", "75", "--json", str(tmp_path / "out.json"))
+    assert code == 0
     assert (tmp_path / "out.json").read_text().count('"mutant"') == 4
 
 
-def test_equivalent_mutants_do_not_count(monkeypatch, capsys):
-    class NoWorker:
-        def __init__(self, folder):
-            pass
+def test_survivors_run_the_other_tests_in_the_time_that_is_left(run):
+    first = [("survived 40 s of tests", ["tests/b.py", "tests/c.py"]), *OUTCOMES[1:]]
+    _, output = run([*first, ("caught by c", [])], "--at-least", "75")
+    assert FakeWorker.ran[-1] == ["tests/b.py", "tests/c.py"]
+    assert "75.0 % of 4 mutants caught" in output
 
-        def run(self, tests, seconds):
-            return "survived all tests"
 
-    monkeypatch.setattr(command, "Worker", NoWorker)
+def test_equivalent_mutants_do_not_count(run, monkeypatch):
     monkeypatch.setattr(command, "reason_for_equivalence", lambda mutant: "no row changes")
-    command.main(["--sample", "2", "--seed", "0", "--only", "attnzoo/functional.py", "--jobs", "1"])
-    assert "of 0 mutants caught; 2 equivalent or not run" in capsys.readouterr().out
+    _, output = run([])
+    assert "of 0 mutants caught; 4 equivalent or not run" in output
 
 
 def test_equivalent_mutants_are_mutants_of_the_present_source():

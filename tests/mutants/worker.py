@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from tests.mutants.mutations import ROOT, Mutant
-from tests.mutants.nearest import nearest_tests
 
 # pytest exits with a failure if one test takes longer than this (in seconds), because a mutant may never end.
 _HANG = 45
@@ -35,18 +34,22 @@ class Worker:
         for name in ("adapters", "benchmarks"):  # where an installation has them
             (folder / "attnzoo" / name).symlink_to(Path("..") / name)
 
-    def test(self, mutant: Mutant, seconds: float) -> str:
-        """Return ``caught by ...`` or ``survived ...``. The tests stop after ``seconds``."""
+    def test(self, mutant: Mutant, tests: list[str], seconds: float) -> tuple[str, list[str]]:
+        """Run test files on a mutant, until the first failure or for ``seconds``.
+
+        Returns:
+            ``caught by ...`` or ``survived ...``, and the test files that did not end in time.
+        """
         target = self._tree / mutant.path
         original = target.read_text()
         try:
             target.write_text(mutant.code)
-            return self.run(nearest_tests(mutant.path), seconds)
+            return self.run(tests, seconds)
         finally:
             target.write_text(original)
 
-    def run(self, tests: list[str], seconds: float) -> str:
-        """Run test files until the first failure. Exit code 4 of pytest means that the package cannot be imported."""
+    def run(self, tests: list[str], seconds: float) -> tuple[str, list[str]]:
+        """Do the same as :meth:`test` without a mutant. pytest's exit code 4 means that the package has no import."""
         log = self._tree / "log"
         log.write_text("")
         process = self._context.Process(target=_run_tests, args=(self._tree, tests, log))
@@ -55,14 +58,16 @@ class Worker:
         if process.is_alive():
             process.kill()
             process.join()
-            return f"survived {seconds:.0f} s of tests"
+            output = log.read_text(errors="replace")
+            last = max((i for i, test in enumerate(tests) if f"\n{test} " in output), default=0)
+            return f"survived {seconds:.0f} s of tests", tests[last:]
         if process.exitcode == 0:
-            return "survived all tests"
+            return "survived all tests", []
         output = log.read_text(errors="replace")
         if "Timeout (0:" in output:
-            return "caught by a test that did not end"
+            return "caught by a test that did not end", []
         failures = (line.split(" ")[1] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR ")))
-        return f"caught by {next(failures, f'exit code {process.exitcode} of pytest').removeprefix('tests/')}"
+        return f"caught by {next(failures, f'exit code {process.exitcode} of pytest').removeprefix('tests/')}", []
 
 
 def _run_tests(tree: Path, tests: list[str], log: Path) -> None:
@@ -77,6 +82,6 @@ def _run_tests(tree: Path, tests: list[str], log: Path) -> None:
     os.environ.update(PYTHONPATH=str(tree), PYTHONDONTWRITEBYTECODE="1", ATTNZOO_HYPOTHESIS_PROFILE="mutants")
     import pytest
 
-    options = ["-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "--basetemp", str(tree / "tmp")]
+    options = ["-x", "--no-header", "--tb=line", "-p", "no:cacheprovider", "--basetemp", str(tree / "tmp")]
     options += ["-o", f"faulthandler_timeout={_HANG}", "-o", "faulthandler_exit_on_timeout=true"]
     os._exit(int(pytest.main([*options, *tests])))
