@@ -10,35 +10,57 @@ from tests.mutants.mutations import ROOT
 
 # Slow tests, or tests that install packages or do not run the source of the working tree.
 _LEFT_OUT = ("tests/mutants/", "tests/plugin/", "tests/test_packaging.py", "tests/test_plugin.py", "tests/test_docs.py")
-# Tests of everything together, for faults that the nearest tests do not catch.
-_BROAD = (
-    "tests/properties/test_backends",
-    "tests/models/test_attentions",
-    "tests/models/test_equivalence",
-    "tests/properties/",
-    "tests/adapters/",
-    "tests/conformance/",
-    "tests/models/",
-    "tests/patching/",
-)
+# Tests of everything together, for faults that the nearest tests do not catch: for each folder of the source, the test
+# files to run first.
+_BROAD = {
+    "adapters/": (
+        "tests/models/test_every_family",
+        "tests/models/test_every_term",
+        "tests/models/test_attentions",
+        "tests/models/test_masks",
+        "tests/models/test_generation",
+        "tests/models/",
+        "tests/adapters/",
+        "tests/patching/",
+    ),
+    "attnzoo/patching/": ("tests/patching/", "tests/models/test_every_family", "tests/models/", "tests/adapters/"),
+    "attnzoo/adapter.py": ("tests/patching/", "tests/models/test_every_family", "tests/adapters/"),
+    "attnzoo/conformance/": ("tests/conformance/", "tests/backends/"),
+    "attnzoo/originals/": ("tests/patching/", "tests/originals/"),
+    "": (
+        "tests/properties/test_backends",
+        "tests/backends/",
+        "tests/properties/",
+        "tests/conformance/",
+        "tests/models/",
+    ),
+}
 
 
 def nearest_tests(source: str) -> list[str]:
-    """Return all test files, relative to the root: first the tests that carry the name of the source file, then the
-    tests that import it, then its folder, then tests of whole models, then the others."""
+    """Return all test files, relative to the root, in the order in which a mutant of a source file runs them.
+
+    First come the tests with the name of the source file, then the tests that share a word of the name or import the
+    file, then the tests of its folder, then tests of everything together.
+    """
     return sorted(_test_files(), key=lambda test: (*_distance(source, test), test))
 
 
 def _distance(source: str, test: str) -> tuple[int, int, int]:
-    path = Path(source)
+    path, name = Path(source), Path(test).stem.removeprefix("test_")
     folder = path.parts[1] if len(path.parts) > 2 else path.parts[0]
-    folder = "" if folder == "attnzoo" else folder
-    near = folder in Path(test).parts
-    named = path.stem in Path(test).stem
+    near = folder == "attnzoo" or folder in Path(test).parts
     imports = _module(source) in _imports(test)
-    broad = next((i for i, start in enumerate(_BROAD) if test.startswith(start)), len(_BROAD))
-    group = 0 if named and (near or not folder) else 1 if named or (imports and near) else 2 if imports or near else 3
-    return group, broad if group > 1 else 0, len(_imports(test))
+    words, test_words = {*path.stem.split("_")}, {*name.split("_")}
+    if words <= test_words and near:
+        group = 0
+    elif words <= test_words or ((imports or words & test_words) and near):
+        group = 1
+    else:
+        group = 2 if imports else 3
+    starts = next(starts for start, starts in _BROAD.items() if source.startswith(start))
+    broad = next((i for i, start in enumerate(starts) if test.startswith(start)), len(starts))
+    return group, broad, len(_imports(test))
 
 
 def _module(source: str) -> str:
