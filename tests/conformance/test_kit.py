@@ -41,6 +41,18 @@ def test_kit_has_cases_for_every_declared_device(backend, dtype):
         assert any(not configured.refusals_anywhere(replace(request, device=device)) for request in requests), device
 
 
+def test_cases_with_other_shapes_have_masks_per_head_and_biases_per_sample():
+    batch, heads = 3, 4
+    for other_shapes, first in ((False, (batch, 1)), (True, (1, heads))):
+        case = testing.AttentionCase(torch.float32, attnzoo.Full(), "dense", "dense", other_shapes=other_shapes)
+        (segment,) = case.attention().segments
+        second = (1, heads) if first == (batch, 1) else (batch, 1)
+        assert segment.mask.shape[:2] == first and segment.bias.values.shape[:2] == second
+        (segment,) = replace(case, bias="relative").attention().segments
+        assert segment.bias.values.shape[0] == (1 if other_shapes else heads)
+        assert (segment.bias.positions is not None) == other_shapes
+
+
 @pytest.fixture
 def short_kit(monkeypatch):
     """Leave out the long cases and the transforms, which take most of the time."""
