@@ -76,8 +76,9 @@ def _run_tests(tree: Path, tests: list[str], log: Path) -> None:
     os.dup2(output, 2)
     os.chdir(tree)
     sys.path[:] = [str(tree), *(entry for entry in sys.path if entry not in ("", str(ROOT)))]
-    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
-        del sys.modules[name]  # this module is from the original tree
+    # These modules are from the original tree: this one, and those that another user of the same server has loaded.
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "attnzoo")]:
+        del sys.modules[name]
     sys.dont_write_bytecode = True
     os.environ.update(PYTHONPATH=str(tree), PYTHONDONTWRITEBYTECODE="1", ATTNZOO_HYPOTHESIS_PROFILE="mutants")
     import pytest
