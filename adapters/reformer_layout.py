@@ -100,8 +100,8 @@ def in_chunks(weights: tuple[Tensor, ...], chunk: int, ahead: list[int]) -> Tens
 def with_own_token(weights: Tensor, share: Tensor, own: Tensor) -> Tensor:
     """Return ``weights / share`` or, for queries with ``share`` 0, the weight 1 for the query's own token.
 
-    A query with ``share`` 0 sees no other token. If the neighbourhood contains several keys of its own token, each of
-    these keys gets an equal part of the weight 1.
+    A query with ``share`` 0 sees no other token. If the neighbourhood contains several keys of the query's token, these
+    keys share the weight 1 equally.
 
     Args:
         weights: ``(..., n)``, after dropout.

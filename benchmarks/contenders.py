@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import attnzoo
-from attnzoo.backend import Backend, Capabilities
-from attnzoo.backends.eager import EagerBackend
+from attnzoo.backend import Backend
 from attnzoo.benchmarks.cases import DTYPES, Case, Subject, build
 from attnzoo.benchmarks.measure import available_memory
 from attnzoo.benchmarks.models import find_workload
@@ -20,7 +19,7 @@ from attnzoo.conformance.error_rule import Check
 from attnzoo.patching.patch import Handle
 from attnzoo.patching.sites import Site
 from attnzoo.registry import registry
-from attnzoo.spec.segments import Attention, Request, Result
+from attnzoo.spec.segments import Attention, Result
 from attnzoo.spelling import parse
 from attnzoo.tuning.race import GRIDS, GRIDS_KEPT
 
@@ -151,29 +150,6 @@ def dense_bytes(case: Case) -> int:
     return grids * case.batch * workload.heads * case.seq_len**2 * DTYPES[case.dtype].itemsize
 
 
-@dataclass(frozen=True)
-class _Recorded(Backend):
-    """Backend that returns the stored result of the backend ``ran``, so that :func:`check_attention` can check it."""
-
-    name: ClassVar[str] = "recorded"
-    capabilities: ClassVar[Capabilities] = EagerBackend.capabilities
-
-    ran: Backend
-    results: list[Result] = field(compare=False)
-
-    def run(self, attention: Attention, probabilities: bool = False) -> Result:
-        return self.results.pop()  # the registry remembers backends, so they must not keep tensors
-
-    def changes(self, request: Request) -> str | None:
-        return self.ran.changes(request)
-
-    def decisions(self, attention: Attention) -> object:
-        return self.ran.decisions(attention)
-
-    def rewrite(self, attention: Attention, decisions: object = None) -> Attention:
-        return self.ran.rewrite(attention, decisions)
-
-
 class PreparedBackend(PreparedContender):
     """A patched subject. The gate checks the error of every attention, and whether the requested backend ran."""
 
@@ -202,8 +178,7 @@ class PreparedBackend(PreparedContender):
                 others.add(ran.name)
             observed[site.name, result.kernel] += 1
             kinds.setdefault((site.cls, site.pattern, attention.request()), (site.name, attention, ran))
-            recorded = _Recorded(ran, [result])
-            calls.append(check_attention(site.name, attention, recorded, grad=False, max_rows=_CALL_ROWS))
+            calls.append(check_attention(site.name, attention, ran, grad=False, max_rows=_CALL_ROWS, result=result))
 
         for site in self._handle.sites:
             site.observer = observe

@@ -19,7 +19,7 @@ from attnzoo.errors import InvalidArgumentError
 from attnzoo.functional import execute
 from attnzoo.registry import registry
 from attnzoo.spec.bias import RelativeBias
-from attnzoo.spec.segments import Attention
+from attnzoo.spec.segments import Attention, Result
 
 ALL_ROWS = 1 << 30  # the value of `max_rows` that compares all rows
 _MOST_ORDERS, _MANY_ROWS = 8, 256
@@ -59,7 +59,14 @@ def worst(checks: Iterable[Check]) -> Check:
 
 
 def check_attention(
-    name: str, attention: Attention, backend: str | Backend, *, grad: bool, max_rows: int = 128, seed: int = 0
+    name: str,
+    attention: Attention,
+    backend: str | Backend,
+    *,
+    grad: bool,
+    max_rows: int = 128,
+    seed: int = 0,
+    result: Result | None = None,
 ) -> AttentionReport:
     """Compare a backend with the float64 oracle on one attention, without dropout.
 
@@ -79,6 +86,7 @@ def check_attention(
         grad: whether to compare gradients too. Bias values get a gradient only if they require grad.
         max_rows: the largest number of query rows to compare.
         seed: seed of the row sample and the cotangent.
+        result: the result of an earlier run of the backend, to compare without gradients. None runs the backend now.
     """
     check_max_rows(max_rows)
     backend = registry.make_backend(backend) if isinstance(backend, str) else backend
@@ -102,7 +110,7 @@ def check_attention(
         # Before the backend, because the copies share the masks, which the backend may change.
         reference, eager = plain(torch.float64), plain(plain_dtype)
         versions = _versions(attention)
-        result = execute(backend, copy)
+        result = execute(backend, copy) if result is None else result
         output = result.output[:, :, rows]
         got = (output, *([gradient_vector(output, copy, cotangent)] if grad else []))
         wrote_inputs = _versions(attention) != versions or not _are_equal(copy.tensors(), attention.tensors())

@@ -335,8 +335,8 @@ class SortedChunks(Chunks):
     Query ``order[b, h, j]`` has position ``start + j`` among the sorted keys. Each hash round is one segment. The
     segments of all rounds have the same keys: the sorted keys of the first round, then those of the second round, and
     so on. So the first queries of a round can see the last chunk of the previous round, as in Reformer. The segments
-    differ only in ``start`` and ``order``. A query never sees the key of its own token. In Reformer, query and key of a
-    token have the same direction, so this key would have the largest score.
+    differ only in ``start`` and ``order``. A query never sees the key of the same token. In Reformer, query and key of
+    a token have the same direction, so this key would have the largest score.
 
     Attributes:
         start: the position of query ``order[b, h, 0]`` among the sorted keys.

@@ -205,7 +205,7 @@ def test_forward_that_fell_back_is_red(shootout, monkeypatch):
 
 @dataclass(frozen=True)
 class Flash(SdpaBackend):
-    """A plug-in whose kernel has a name of its own and calls ``scaled_dot_product_attention``."""
+    """A plug-in that calls ``scaled_dot_product_attention`` and reports a kernel name that attnzoo does not know."""
 
     name: ClassVar[str] = "contender"
 

@@ -117,7 +117,7 @@ def _difference(source: str, code: str) -> tuple[int, str, str]:
 
 
 class _Visitor(libcst.CSTVisitor):
-    """Collect pairs (node, changed node). Annotations, decorators, docstrings and messages are left as they are."""
+    """Collect pairs (node, changed node). Annotations, decorators, docstrings and messages do not change."""
 
     def __init__(self) -> None:
         self.pairs: list[tuple[libcst.CSTNode, libcst.CSTNode]] = []

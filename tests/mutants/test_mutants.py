@@ -10,7 +10,7 @@ from tests.mutants import __main__ as command
 from tests.mutants import mutations
 from tests.mutants.mutations import ROOT, Mutant, changes_of, source_files
 from tests.mutants.nearest import nearest_tests
-from tests.mutants.worker import Worker
+from tests.mutants.worker import Worker, unfinished
 
 SOURCE = '''
 """A docstring with words: True."""
@@ -102,6 +102,18 @@ def test_worker_says_whether_the_tests_catch_a_mutant(tmp_path):
     assert worker.run(tests, 120) == ("survived all tests", []), "the worker must restore the source"
     assert (ROOT / path).read_text() == code
     assert worker.run(tests, 0.01) == ("survived 0 s of tests", tests), "tests that did not end have caught nothing"
+
+
+@pytest.mark.parametrize(
+    ("output", "left"),
+    [
+        ("", ["a.py", "b.py", "c.py"]),
+        ("collected 9 items\n\na.py ..", ["a.py", "b.py", "c.py"]),
+        ("collected 9 items\n\na.py ... [50%]\nb.py .", ["b.py", "c.py"]),
+    ],
+)
+def test_test_files_that_did_not_end_are_left(output, left):
+    assert unfinished(["a.py", "b.py", "c.py"], output) == left
 
 
 class FakeWorker:

@@ -1,4 +1,4 @@
-"""Run the tests of a mutant, in a copy of the working tree and in a process of its own."""
+"""Run the tests of a mutant, in a copy of the working tree and in a separate process."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Worker:
             target.write_text(original)
 
     def run(self, tests: list[str], seconds: float) -> tuple[str, list[str]]:
-        """Do the same as :meth:`test` without a mutant. pytest's exit code 4 means that the package has no import."""
+        """Do the same as :meth:`test`, without a mutant. If the package cannot be imported, pytest's exit code is 4."""
         log = self._tree / "log"
         log.write_text("")
         process = self._context.Process(target=_run_tests, args=(self._tree, tests, log))
@@ -58,9 +58,7 @@ class Worker:
         if process.is_alive():
             process.kill()
             process.join()
-            output = log.read_text(errors="replace")
-            last = max((i for i, test in enumerate(tests) if f"\n{test} " in output), default=0)
-            return f"survived {seconds:.0f} s of tests", tests[last:]
+            return f"survived {seconds:.0f} s of tests", unfinished(tests, log.read_text(errors="replace"))
         if process.exitcode == 0:
             return "survived all tests", []
         output = log.read_text(errors="replace")
@@ -68,6 +66,12 @@ class Worker:
             return "caught by a test that did not end", []
         failures = (line.split(" ")[1] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR ")))
         return f"caught by {next(failures, f'exit code {process.exitcode} of pytest').removeprefix('tests/')}", []
+
+
+def unfinished(tests: list[str], output: str) -> list[str]:
+    """Return the test files that did not end. pytest starts a line with the name of a file when the file begins."""
+    begun = [number for number, test in enumerate(tests) if f"\n{test} " in output]
+    return tests[max(begun, default=0) :]
 
 
 def _run_tests(tree: Path, tests: list[str], log: Path) -> None:

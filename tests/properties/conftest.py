@@ -93,7 +93,7 @@ def subject(request):
 
 
 def _other_kinds(capabilities):
-    """Return the supported kinds except "one difference", which has a test of its own."""
+    """Return the supported kinds except "one difference", which a separate test draws."""
     return [kind for kind in supported_kinds(capabilities) if kind != "one difference"]
 
 

@@ -85,7 +85,7 @@ softer = with_fields(scale=lambda scale: scale * 0.99)
 
 
 def gradient_at(place=..., by=1.01):
-    """A function that leaves a tensor as it is and multiplies one place of its gradient by a factor."""
+    """A function that returns an equal tensor, and multiplies one place of the gradient by a factor."""
 
     def change(tensor):
         copy = tensor.clone()

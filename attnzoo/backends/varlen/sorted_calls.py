@@ -4,7 +4,7 @@ Each chunk of queries becomes one sequence. This sequence contains the queries o
 sees, sorted by token. The query of a token precedes the key of this token. For example, the queries of tokens 3 and 5
 and the keys of tokens 1, 3 and 5 become the sequence k1 q3 k3 q5 k5. A causal call lets each query see the keys before
 it, i.e. the keys of earlier tokens. If the pattern is not causal, a second causal call on the reversed sequence adds
-the keys of later tokens. No query sees the key of its own token, as ``SortedChunks`` requires.
+the keys of later tokens. No query sees the key of the same token, as ``SortedChunks`` requires.
 
 A kernel needs a query and a key at each position of a sequence, but each position here has only one of the two. The
 *spare row* replaces the other: a dummy query or a dummy key, the last row of the packed tensor. The dummy key is hidden
