@@ -8,7 +8,7 @@ def is_close(got, expected, tolerance=1e-4):
     return bool((got - expected).abs().max() < tolerance * expected.abs().max())
 
 
-def assert_obeys_the_error_rule(what, got, reference, plain, k=None, dtype=None):
+def assert_obeys_the_error_rule(what, got, reference, plain, k=None, dtype=None, plain_dtype=None):
     """Assert that a result passes the error rule. Without ``k``, its name decides between forward and gradient."""
-    verdict = check(what, got, reference, plain, factor(what) if k is None else k, dtype)
+    verdict = check(what, got, reference, plain, factor(what) if k is None else k, dtype, plain_dtype)
     assert verdict.ok, str(verdict)
