@@ -172,9 +172,7 @@ class Attention:
         if self.empty is not None:
             shape, empty = (self.batch, self.heads, self.q_len, self.value_dim), self.empty
             if (tuple(empty.shape), empty.dtype, empty.device) != (shape, query.dtype, query.device):
-                raise InvalidArgumentError(
-                    "empty", describe(empty), f"shape {shape}, {query.dtype} on {query.device}"
-                )
+                raise InvalidArgumentError("empty", describe(empty), f"shape {shape}, {query.dtype} on {query.device}")
 
     def _check_segment(self, segment: Segment) -> None:
         query, key, value = self.query, segment.key, segment.value
@@ -301,7 +299,9 @@ class Attention:
         )
 
 
-@lru_cache(maxsize=1024)  # a model makes few different requests, and building one takes three times as long as finding it
+@lru_cache(
+    maxsize=1024
+)  # a model makes few different requests, and building one takes three times as long as finding it
 def _request(
     device: torch.device,
     dtype: torch.dtype,
