@@ -299,9 +299,7 @@ class Attention:
         )
 
 
-@lru_cache(
-    maxsize=1024
-)  # a model makes few different requests, and building one takes three times as long as finding it
+@lru_cache(maxsize=1024)  # a model makes few different requests, and finding one takes a third of building one
 def _request(
     device: torch.device,
     dtype: torch.dtype,
