@@ -282,15 +282,17 @@ class Attention:
             query.shape[3],
             self.value_dim,
             tuple(
-                (
-                    segment.pattern.structure,
-                    segment.key.shape[1],
-                    segment.key_mask is not None,
-                    segment.mask is not None,
-                    None if segment.bias is None else segment.bias.kind,
-                    grad and segment.bias is not None and segment.bias.values.requires_grad,
-                )
-                for segment in self.segments
+                [
+                    (
+                        segment.pattern.structure,
+                        segment.key.shape[1],
+                        segment.key_mask is not None,
+                        segment.mask is not None,
+                        None if segment.bias is None else segment.bias.kind,
+                        grad and segment.bias is not None and segment.bias.values.requires_grad,
+                    )
+                    for segment in self.segments
+                ]
             ),
             self.dropout > 0.0,
             grad and any(tensor.requires_grad for tensor in tensors),

@@ -66,12 +66,15 @@ class SdpaBackend(Backend):
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
         # The kernels read each row as contiguous memory, and some kernels do not check this.
         tensors = attention.tensors()
-        if not all(map(_has_contiguous_rows, tensors)):
-            attention = attention.with_tensors(tuple(map(_contiguous_rows, tensors)))
-        attention = positive_scale(attention)
+        for tensor in tensors:
+            if tensor.ndim > 0 and tensor.stride(-1) != 1:
+                attention = attention.with_tensors(tuple(map(_contiguous_rows, tensors)))
+                break
+        if attention.scale <= 0.0:
+            attention = positive_scale(attention)
         segment = attention.segments[0]
         if len(attention.segments) == 1 and segment.mask is None and segment.bias is None:
-            hides_no_key = sees_all(attention, segment)
+            hides_no_key = type(segment.pattern) is Full or sees_all(attention, segment)
             if hides_no_key or _is_causal(attention, segment):
                 visible = None if segment.key_mask is None else segment.key_mask[:, None, None, :]
                 keys_values = (segment.key, segment.value)
@@ -87,12 +90,8 @@ class SdpaBackend(Backend):
         return _concatenated(attention, min(attention.q_len, max(size, min(4 * size, DENSE_ROWS))))
 
 
-def _has_contiguous_rows(tensor: Tensor) -> bool:
-    return tensor.ndim == 0 or tensor.stride(-1) == 1
-
-
 def _contiguous_rows(tensor: Tensor) -> Tensor:
-    return tensor if _has_contiguous_rows(tensor) else tensor.contiguous()
+    return tensor if tensor.ndim == 0 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _is_causal(attention: Attention, segment: Segment) -> bool:
@@ -159,34 +158,39 @@ def _call(
         visible_rows = visible.any(-1)
         visible = visible | ~visible_rows[..., None]
     # On the CPU, make the mask additive: PyTorch would convert a bool mask, and copy each row of an expanded mask.
-    keeps_bool = bias is None and query.device.type != "cpu"
-    mask = visible if keeps_bool else additive(visible, bias, query.dtype)
-    mask = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
-    key, value = (expand_heads(tensor, attention.heads) for tensor in keys_values)
-    kernel = _kernel(query, key, value, mask, attention.dropout, is_causal)
-    terms: dict[str, Any] = dict(
-        attn_mask=mask, dropout_p=attention.dropout, is_causal=is_causal, scale=attention.scale
-    )
-    if kernel == SDPBackend.FLASH_ATTENTION and _can_call_flash_cpu(query, key, value):
+    mask = visible
+    if bias is not None or (visible is not None and query.is_cpu):
+        mask = additive(visible, bias, query.dtype)
+    if mask is not None:
+        mask = mask.expand(-1, -1, query.shape[2], -1)
+    shape, (key, value) = query.shape, keys_values
+    if shape[2] == 1 and key.shape[1] != shape[1] and (mask is None or mask.shape[1] == 1):
+        # A new token: the queries of the heads that share a key head become rows of one head. No key is copied.
+        query = query.reshape(shape[0], key.shape[1], -1, shape[3])
+        mask = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
+    elif key.shape[1] != shape[1]:
+        key, value = expand_heads(key, shape[1]), expand_heads(value, shape[1])
+    transforms = transforms_around((query, key, value))
+    kernel = _kernel(query, key, value, mask, attention.dropout, is_causal, transforms)
+    terms = {"attn_mask": mask, "dropout_p": attention.dropout, "is_causal": is_causal, "scale": attention.scale}
+    if kernel is _FLASH and query.is_cpu and not transforms and _can_call_flash_cpu():
         # The operator is the kernel. A public call would choose the kernel by global switches, so this module would
         # have to ask for the choice and to lock the switches. In a decoding step, this takes as long as the kernel.
-        return flash_cpu.call(query, key, value, terms), visible_rows, _NAMES[kernel]
-    with _enforced(kernel, query, key, value, terms):
-        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, **terms)
+        output = flash_cpu.call(query, key, value, terms)
+    else:
+        with _enforced(kernel, query, key, value, terms):
+            output = torch.nn.functional.scaled_dot_product_attention(query, key, value, **terms)
+    if query.shape != shape:
+        output = output.reshape(*shape[:3], -1)
     return output, visible_rows, _NAMES[kernel]
 
 
-def _can_call_flash_cpu(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _can_call_flash_cpu() -> bool:
     """Whether the operator of the CPU kernel can replace a public call that runs this kernel.
 
-    Function transforms and torch.compile have rules for the public call, but not for all operators that it calls.
+    torch.compile and function transforms have rules for the public call, but not for all operators that it calls.
     """
-    return (
-        query.is_cpu
-        and flash_cpu.unavailable() is None
-        and not torch.compiler.is_compiling()
-        and not transforms_around((query, key, value))
-    )
+    return flash_cpu.unavailable() is None and not torch.compiler.is_compiling()
 
 
 class _Switches:
@@ -246,32 +250,40 @@ def _default_kernel(query: Tensor, key: Tensor, value: Tensor, terms: dict[str, 
         return None
 
 
+_FLASH = SDPBackend.FLASH_ATTENTION
 _NAMES = {
-    SDPBackend.FLASH_ATTENTION: "flash",
+    _FLASH: "flash",
     SDPBackend.EFFICIENT_ATTENTION: "efficient",
     SDPBackend.CUDNN_ATTENTION: "cudnn",
     SDPBackend.MATH: "math",
 }
 
 
-def _kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> SDPBackend:
-    """Return the fastest kernel that can run this call.
+def _kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    transforms: tuple[str, ...],
+) -> SDPBackend:
+    """Return the fastest kernel that can run this call. ``transforms`` are those around the call.
 
     ``MATH`` consists of plain operations. Only ``MATH`` supports ``vmap``, ``jvp`` and second derivatives. Under a
     single ``torch.func.grad``, a call with a mask also gets ``MATH``, because this function cannot see there whether
     the mask needs a gradient.
     """
-    transforms = transforms_around((query, key, value))
     if transforms and (transforms != ("grad",) or mask is not None):
         return SDPBackend.MATH
     trained_mask = mask is not None and mask.requires_grad and torch.is_grad_enabled()
-    if query.device.type == "cpu":
+    if query.is_cpu:
         fused = dropout == 0.0 and not trained_mask and query.shape[-1] == value.shape[-1]
-        return SDPBackend.FLASH_ATTENTION if fused else SDPBackend.MATH
+        return _FLASH if fused else SDPBackend.MATH
     cuda = torch.backends.cuda
     params = cuda.SDPAParams(query, key, value, mask, dropout, causal, False)
     if cuda.can_use_flash_attention(params):
-        return SDPBackend.FLASH_ATTENTION
+        return _FLASH
     if cuda.can_use_efficient_attention(params):
         return SDPBackend.EFFICIENT_ATTENTION
     return SDPBackend.CUDNN_ATTENTION if cuda.can_use_cudnn_attention(params) else SDPBackend.MATH
