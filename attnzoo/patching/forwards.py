@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from attnzoo.backend import Backend
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, KeywordRefusedError, PatchError
 from attnzoo.functional import execute
 from attnzoo.originals import slots
@@ -52,6 +53,7 @@ class SiteAttend:
 
     def __init__(self, site: Site, plan: SitePlan, fallback: bool, memory: WeakTensorKeyDictionary) -> None:
         self.site, self.plan, self._fallback, self._memory = site, plan, fallback, memory
+        self._selects = type(plan.backend).select is not Backend.select
 
     @functools.cached_property
     def _weak_sharers(self) -> tuple[weakref.ref[nn.Module], ...]:
@@ -73,18 +75,18 @@ class SiteAttend:
         return whole and not any(patched is None or patched.may_run_native for patched in top)
 
     def __call__(self, attention: Attention, probabilities: bool = False) -> Result:
-        site = self.site
-        try:
-            choice = self.plan.backend.select(attention, probabilities)
-        except BackendRefusedError as error:
-            raise error.at(site.label, "in the call") from None
-        backend = choice.backend
+        site, backend, choice = self.site, self.plan.backend, None
+        if self._selects:
+            try:
+                choice = backend.select(attention, probabilities)
+            except BackendRefusedError as error:
+                raise error.at(site.label, "in the call") from None
+            backend = choice.backend
         result = execute(backend, attention, probabilities, site.label)
         site.kernels[result.kernel] += 1
-        change = None if backend.capabilities.exact else backend.changes(attention.request(probabilities))
-        if change is not None:
+        if not backend.capabilities.exact and (change := backend.changes(attention.request(probabilities))) is not None:
             site.changed[change] += 1
-        if choice.reason:
+        if choice is not None and choice.reason:
             site.selections[choice] += 1
         if site.observer is not None:
             site.observer(site, attention, result, backend)

@@ -140,11 +140,11 @@ class _AttentionFunctions:
         self._functions: dict[tuple[str, AttentionFunction], AttentionFunction] = {}
 
     def get_interface(self, name: str, default: AttentionFunction) -> AttentionFunction:
+        _check_implementation(name)
         # Ask every time, because users may register another function under the same name.
         original: AttentionFunction = self._interface.get_interface(name, default)
         function = self._functions.get((name, original))
         if function is None:
-            _check_implementation(name)
             function = _AttentionFunction(self._point, self._attend, name, original, self._more)
             self._functions[name, original] = function
         return function

@@ -1,8 +1,8 @@
 """The backend ``sdpa``: ``torch.nn.functional.scaled_dot_product_attention`` and the kernels that it calls.
 
 A call of this function is a *public call* below. One public call is enough for a single segment with neither bias nor
-dense mask, if the function's ``is_causal`` expresses the pattern or if the pattern hides no key. Any other attention is
-computed in blocks, by the first method that supports it:
+dense mask, if the function's ``is_causal`` expresses the pattern or if the pattern hides no key, and for a single query
+that sees one segment. Any other attention is computed in blocks, by the first method that supports it:
 
 - On the CPU, with neither dropout nor function transforms, and with ``value_dim == head_dim``: PyTorch's CPU
   FlashAttention kernel. The results for the parts are merged by log-sum-exp (:mod:`attnzoo.backends.sdpa.flash_cpu`).
@@ -64,23 +64,17 @@ class SdpaBackend(Backend):
         return refusals
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
-        # The kernels read each row as contiguous memory, and some kernels do not check this.
-        tensors = attention.tensors()
-        for tensor in tensors:
-            if tensor.ndim > 0 and tensor.stride(-1) != 1:
-                attention = attention.with_tensors(tuple(map(_contiguous_rows, tensors)))
-                break
         if attention.scale <= 0.0:
             attention = positive_scale(attention)
         segment = attention.segments[0]
-        if len(attention.segments) == 1 and segment.mask is None and segment.bias is None:
-            hides_no_key = type(segment.pattern) is Full or sees_all(attention, segment)
-            if hides_no_key or _is_causal(attention, segment):
-                visible = None if segment.key_mask is None else segment.key_mask[:, None, None, :]
-                keys_values = (segment.key, segment.value)
-                terms = (visible, None, not hides_no_key)
-                output, visible_rows, kernel = _call(attention, attention.query, keys_values, *terms)
-                return Result(attention.fill(output, visible_rows), kernel)
+        terms = _terms_of_one_call(attention, segment) if len(attention.segments) == 1 else None
+        if terms is not None:
+            keys_values = _contiguous_rows(segment.key), _contiguous_rows(segment.value)
+            output, visible_rows, kernel = _call(attention, _contiguous_rows(attention.query), keys_values, *terms)
+            if visible_rows is not None or attention.query_mask is not None:
+                output = attention.fill(output, visible_rows)
+            return Result(output, kernel)
+        attention = attention.with_tensors(tuple(map(_contiguous_rows, attention.tensors())))
         if _can_use_cpu_kernel(attention):
             return Result(flash_cpu.attend(attention), flash_cpu.KERNEL)
         if any(segment.pattern.query_order is not None for segment in attention.segments):
@@ -91,7 +85,28 @@ class SdpaBackend(Backend):
 
 
 def _contiguous_rows(tensor: Tensor) -> Tensor:
+    # The kernels read each row as contiguous memory, and some kernels do not check this.
     return tensor if tensor.ndim == 0 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _terms_of_one_call(attention: Attention, segment: Segment) -> tuple[Tensor | None, Tensor | None, bool] | None:
+    """Return mask, bias and ``is_causal`` of a public call that computes an attention over one segment.
+
+    None means that the attention must be computed in blocks. A dense mask or a bias needs blocks, because several
+    queries would need a copy as large as the scores. For one query, as in a decoding step, this copy is small.
+    """
+    sees_every_key = type(segment.pattern) is Full or sees_all(attention, segment)
+    visible = None if segment.key_mask is None else segment.key_mask[:, None, None]
+    if segment.mask is None and segment.bias is None:
+        return (visible, None, not sees_every_key) if sees_every_key or _is_causal(attention, segment) else None
+    if attention.q_len > 1 or not sees_every_key:
+        return None
+    if segment.mask is not None:
+        visible = segment.mask if visible is None else segment.mask & visible
+    if segment.bias is None:
+        return visible, None, False
+    bias = segment.bias.of_query(0, attention.q_len, segment.kv_len)
+    return None if bias is None else (visible, bias, False)
 
 
 def _is_causal(attention: Attention, segment: Segment) -> bool:
