@@ -29,7 +29,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attnzoo.adapter import Adapter, Attend, Forward, PatchPoint, request_for
+from attnzoo.adapter import Adapter, Attend, PatchPoint, request_for
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.functional import compute_dtype
 from attnzoo.patching.interface import InterfacePoint
@@ -97,17 +97,6 @@ class SelfAttention(_Attention, InterfacePoint):
     def requests(self, module: Any) -> tuple[Request, ...]:
         segment = SegmentRequest(Causal(offset=0), module.kv_heads)
         return (request_for(module, module.num_heads, module.head_dim, segment),)
-
-    def bind(self, cls: Any, attend: Attend) -> Forward:
-        # The original forward does not pass `output_attentions` on to its attention function.
-        plain = self.bind_interface(cls, attend)
-        with_probabilities = self.bind_interface(cls, attend, output_attentions=True)
-
-        def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-            run = with_probabilities if self.wants_probabilities(module, kwargs) else plain
-            return run(module, *args, **kwargs)
-
-        return forward
 
 
 class CrossAttention(_Attention):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ def refusals_of(backend: Backend, requests: Sequence[Request], anywhere: bool = 
         answers = [backend.refusals_anywhere(request) for request in requests]
     else:
         answers = [registry.refusals(backend, request) for request in requests] or [registry.availability(backend)]
+    if not any(answers):
+        return ()
     return tuple(dict.fromkeys(reason for reasons in answers for reason in reasons))
 
 
@@ -65,8 +68,10 @@ def execute(backend: Backend, attention: Attention, probabilities: bool = False,
     Raises:
         BackendRefusedError: the backend does not support the attention. attnzoo tries no other backend.
     """
-    check_requests(backend, (attention.request(probabilities),), place, "in the call")
-    device = attention.query.device.type
+    request = attention.request(probabilities)
+    if registry.refusals(backend, request):
+        check_requests(backend, (request,), place, "in the call")
+    device = request.device
     try:
         if not torch.is_autocast_enabled(device):
             return backend.run(attention, probabilities)
@@ -88,9 +93,15 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 def autocast_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """Return the result of :func:`compute_dtype` for a tensor of this dtype and device type."""
-    if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if dtype != torch.float64 and _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return dtype
+
+
+@cache
+def _has_autocast(device: str) -> bool:
+    """Whether a type of devices has an autocast. ``is_autocast_enabled`` raises for other types, such as meta."""
+    return torch.amp.is_autocast_available(device)
 
 
 def attention(

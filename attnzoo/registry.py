@@ -47,6 +47,7 @@ class Registry:
         self._broken_backends: dict[str, str] = {}
         self._broken_adapters: dict[str, str] = {}
         self._refusals: dict[tuple[Backend, Request], tuple[Refusal, ...]] = {}
+        self._same_objects: dict[tuple[int, int], tuple[Backend, Request, tuple[Refusal, ...]]] = {}
 
     def copy(self) -> Registry:
         """Return an independent registry with the same content. The copy loads no further entry points of backends."""
@@ -70,6 +71,7 @@ class Registry:
         """Clear the cached refusals. Call this method after the content or the installed packages have changed."""
         self.generation += 1
         self._refusals.clear()
+        self._same_objects.clear()
 
     # Backends
 
@@ -303,12 +305,21 @@ class Registry:
 
     def refusals(self, backend: Backend, request: Request) -> tuple[Refusal, ...]:
         """Return why a backend cannot run a request on this machine. :meth:`forget` clears the cached results."""
+        # Layers ask with the same objects in every call, and hashing a request takes longer than the rest of the check.
+        # An entry keeps its objects, so no later object can have the same id.
+        ids = (id(backend), id(request))
+        same = self._same_objects.get(ids)
+        if same is not None:
+            return same[2]
         key = (backend, request)
         known = self._refusals.get(key)
         if known is None:
             if len(self._refusals) >= _MOST_REFUSALS:
                 self._refusals.clear()
             known = self._refusals[key] = (*self.availability(backend), *backend.refusals(request))
+        if len(self._same_objects) >= _MOST_REFUSALS:
+            self._same_objects.clear()
+        self._same_objects[ids] = (backend, request, known)
         return known
 
     def make_backend(self, name: str, **options: Any) -> Backend:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from attnzoo.backend import Backend
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, KeywordRefusedError, PatchError
 from attnzoo.functional import execute
 from attnzoo.originals import slots
@@ -48,15 +49,11 @@ class Patch:
 
 
 class SiteAttend:
-    """The :class:`~attnzoo.adapter.Attend` of one site. It runs attentions on the site's backend and counts the runs.
-
-    Attributes:
-        sharers: the site's module, and all modules that share a computed value with this module, such as a bias. Empty
-            if the patch point has no ``shared_in``.
-    """
+    """The :class:`~attnzoo.adapter.Attend` of one site. It runs attentions on the site's backend and counts them."""
 
     def __init__(self, site: Site, plan: SitePlan, fallback: bool, memory: WeakTensorKeyDictionary) -> None:
         self.site, self.plan, self._fallback, self._memory = site, plan, fallback, memory
+        self._selects = type(plan.backend).select is not Backend.select
 
     @functools.cached_property
     def _weak_sharers(self) -> tuple[weakref.ref[nn.Module], ...]:
@@ -64,29 +61,32 @@ class SiteAttend:
         target = self.plan.target
         return () if target.owner is None else tuple(map(weakref.ref, target.point.sharers(target.owner)))
 
-    @property
     def sharers(self) -> tuple[nn.Module, ...]:
+        """Return the site's module, and all modules that share a computed value with this module, such as a bias.
+
+        The result is empty if the patch point has no ``shared_in``.
+        """
         return tuple(module for sharer in self._weak_sharers if (module := sharer()) is not None)
 
     @property
     def complete(self) -> bool:
-        top = [next(patches_of(module), None) for module in self.sharers]
+        top = [next(patches_of(module), None) for module in self.sharers()]
         whole = bool(top) and len(top) == len(self._weak_sharers)
         return whole and not any(patched is None or patched.may_run_native for patched in top)
 
     def __call__(self, attention: Attention, probabilities: bool = False) -> Result:
-        site = self.site
-        try:
-            choice = self.plan.backend.select(attention, probabilities)
-        except BackendRefusedError as error:
-            raise error.at(site.label, "in the call") from None
-        backend = choice.backend
+        site, backend, choice = self.site, self.plan.backend, None
+        if self._selects:
+            try:
+                choice = backend.select(attention, probabilities)
+            except BackendRefusedError as error:
+                raise error.at(site.label, "in the call") from None
+            backend = choice.backend
         result = execute(backend, attention, probabilities, site.label)
         site.kernels[result.kernel] += 1
-        change = None if backend.capabilities.exact else backend.changes(attention.request(probabilities))
-        if change is not None:
+        if not backend.capabilities.exact and (change := backend.changes(attention.request(probabilities))) is not None:
             site.changed[change] += 1
-        if choice.reason:
+        if choice is not None and choice.reason:
             site.selections[choice] += 1
         if site.observer is not None:
             site.observer(site, attention, result, backend)
@@ -115,6 +115,13 @@ class SiteAttend:
         _, served, known = entries[name]
         served.add(self.site.name)
         return known
+
+
+# What compiles the functions that this thread calls, or None. PyTorch has no public function for this. Only if nothing
+# does may a forward run without the wrapper of ``torch.compiler.disable``, which takes as long as counting a call.
+# ``is_compiling`` is not enough: it is False below a frame that the compiler has given up, where the compiler compiles
+# the functions that this frame calls. Without the private function, every forward runs in the wrapper.
+_compiler_callback = getattr(getattr(torch._C._dynamo, "eval_frame", None), "get_eval_frame_callback", object)
 
 
 def _shares_memory(value: Any, tensor: Tensor) -> bool:
@@ -207,7 +214,9 @@ class PatchedForward(slots.Replacement):
                 self._pre_hook.remove()
 
     def _note_call(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.native and torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
+            self._called.module = weakref.ref(module)
+        elif self.native:
             self._traced = module  # the compiler can trace attributes, but not thread-local values
         else:
             self._note(self, module)
@@ -218,10 +227,9 @@ class PatchedForward(slots.Replacement):
     def _module_of_call(self) -> nn.Module:
         """Return the module of this call: the recorded module, or the patched module if no module is recorded."""
         noted, self._called.module = self._called.module, None
-        module = None if noted is None else noted()
-        if module is not None and self in patches_of(module):
+        module, patched = None if noted is None else noted(), self.plan.target.alive
+        if module is not None and ((module is patched and not self.removed) or self in patches_of(module)):
             return module
-        patched = self.module
         if patched is None or self.removed:
             raise PatchError(
                 f"{self.site.label}: got a call of a shallow copy (copy.copy) whose original is no longer patched; "
@@ -230,7 +238,8 @@ class PatchedForward(slots.Replacement):
         return patched
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.native and torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if compiling and self.native:
             # The compiler traces the model's original code. Calls inside a graph cannot be counted.
             module, self._traced = self._traced or self.module, None
             return self._run_original(module, args, kwargs)
@@ -240,13 +249,15 @@ class PatchedForward(slots.Replacement):
                 f"{self.site.label}: got a patched model to trace or export; allowed: a model patched with "
                 'backend="native", or a model without a patch (call attnzoo.unpatch(model))'
             )
-        return self._uncompiled(self, args, kwargs)
+        if compiling or _compiler_callback() is not None:
+            return self._uncompiled(self, args, kwargs)
+        return self._run(args, kwargs)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args and isinstance(args[0], nn.Module):  # called as a method
             module, args = args[0], args[1:]
         else:
-            module = self._find_module(self)
+            module = self._module_of_call() if _compiler_callback() is None else self._find_module(self)
         if self._forward is None:
             self.site.kernels["native"] += 1
             return self._run_original(module, args, kwargs)
@@ -254,12 +265,13 @@ class PatchedForward(slots.Replacement):
         if isinstance(states, Tensor) and 0 in states.shape:  # models fail on empty inputs with unclear errors
             allowed = "a tensor with all sizes at least 1"
             raise InvalidArgumentError(f"input of {self.site.label}", describe(states), allowed)
-        try:
-            self.plan.check_call(module, args, kwargs, self._attend.sharers)
-        except (BackendRefusedError, KeywordRefusedError):
-            if not self._attend.falls_back(self.point.fault(module) is None):
-                raise
-            return self._run_original(module, args, kwargs)
+        if self.point.attends:
+            try:
+                self.plan.check_call(module, args, kwargs, self._attend.sharers)
+            except (BackendRefusedError, KeywordRefusedError):
+                if not self._attend.falls_back(self.point.fault(module) is None):
+                    raise
+                return self._run_original(module, args, kwargs)
         return self._forward(module, *args, **kwargs)
 
     def _run_original(self, module: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -18,13 +18,14 @@ from torch import Tensor
 from attnzoo.adapter import Attend, Forward, PatchPoint
 from attnzoo.errors import BackendRefusedError, KeywordRefusedError, PatchError
 from attnzoo.functional import compute_dtype
-from attnzoo.patching.keywords import parameters, refuse_uncomputed
+from attnzoo.patching.keywords import UNCOMPUTED, parameters, refuse_uncomputed
 from attnzoo.spec.documents import attend_documents
 from attnzoo.spec.masks import ReadMask, read_attention_mask
 from attnzoo.spec.patterns import Causal, Full
 from attnzoo.spec.segments import Attention, Segment
 
 _NAME = "ALL_ATTENTION_FUNCTIONS"
+_NO_MASK, _NO_MASK_CAUSAL = (ReadMask(pattern, None, None, None) for pattern in (Full(), Causal(offset=0)))
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -53,7 +54,15 @@ class InterfacePoint(PatchPoint):
     """
 
     def bind(self, cls: Any, attend: Attend) -> Forward:
-        return self.bind_interface(cls, attend)
+        # Reading the config takes several microseconds, so :meth:`compute` gets the answer instead of asking again.
+        plain = self.bind_interface(cls, attend, output_attentions=False)
+        with_probabilities = self.bind_interface(cls, attend, output_attentions=True)
+
+        def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+            run = with_probabilities if self.wants_probabilities(module, kwargs) else plain
+            return run(module, *args, **kwargs)
+
+        return forward
 
     def bind_interface(self, cls: Any, attend: Attend, **more: Any) -> Forward:
         """Return a copy of the original forward in which :meth:`compute` is the attention function.
@@ -75,6 +84,7 @@ class InterfacePoint(PatchPoint):
         scaling: float | None = None,
         dropout: float = 0.0,
         is_causal: bool | None = None,
+        output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute an attention in place of an attention function of transformers.
@@ -83,17 +93,17 @@ class InterfacePoint(PatchPoint):
             module, attend: as for :meth:`PatchPoint.forward`.
             implementation: ``"eager"`` or ``"sdpa"``, which decides the format of ``attention_mask``.
             query, key, value, attention_mask, scaling, dropout, is_causal: as in transformers.
+            output_attentions: whether to return the attention weights.
             kwargs: the remaining keyword arguments of the module's forward.
 
         Returns:
-            The output ``(batch, q_len, heads, head_dim)``, and the attention weights or None. The weights are returned
-            only if the call requests them.
+            The output ``(batch, q_len, heads, head_dim)``, and the attention weights or None.
         """
         if is_causal is None:
             is_causal = bool(getattr(module, "is_causal", True))
         read = read_interface_mask(attend, implementation, query, key, attention_mask, is_causal)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return attend_read(attend, read, query, key, value, scale, dropout, self.wants_probabilities(module, kwargs))
+        return attend_read(attend, read, query, key, value, scale, dropout, output_attentions)
 
     def original_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments for a fallback to the original attention function. The default is ``kwargs``."""
@@ -107,31 +117,57 @@ class InterfacePoint(PatchPoint):
     def wants_probabilities(self, module: Any, kwargs: Mapping[str, Any]) -> bool:
         """Whether a call requests probabilities: by the keyword ``output_attentions`` or, without it, by the config."""
         keyword = kwargs.get("output_attentions")
-        return bool(getattr(module.config, "output_attentions", False) if keyword is None else keyword)
+        return _asks_for_probabilities(module.config) if keyword is None else bool(keyword)
+
+
+def _asks_for_probabilities(config: Any) -> bool:
+    """Return ``config.output_attentions``.
+
+    A config of transformers runs eight Python functions to read this property, which takes as long as all checks of a
+    decoding step. So read the private attribute behind the property, if there is one.
+    """
+    try:
+        return bool(object.__getattribute__(config, "_output_attentions"))
+    except AttributeError:
+        return bool(getattr(config, "output_attentions", False))
 
 
 class _AttentionFunctions:
     """Replacement for the global ``ALL_ATTENTION_FUNCTIONS`` in the forward of one module."""
 
-    def __init__(self, point: InterfacePoint, attend: Attend, original: Any, more: Mapping[str, Any]) -> None:
-        self._point, self._attend, self._original, self._more = point, attend, original, more
-        self._computed = parameters(point.compute)
+    def __init__(self, point: InterfacePoint, attend: Attend, interface: Any, more: Mapping[str, Any]) -> None:
+        self._point, self._attend, self._interface, self._more = point, attend, interface, more
+        self._functions: dict[tuple[str, AttentionFunction], AttentionFunction] = {}
 
     def get_interface(self, name: str, default: AttentionFunction) -> AttentionFunction:
         _check_implementation(name)
+        # Ask every time, because users may register another function under the same name.
+        original: AttentionFunction = self._interface.get_interface(name, default)
+        function = self._functions.get((name, original))
+        if function is None:
+            function = _AttentionFunction(self._point, self._attend, name, original, self._more)
+            self._functions[name, original] = function
+        return function
 
-        def attention_function(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-            original: AttentionFunction = self._original.get_interface(name, default)
-            try:
-                refuse_uncomputed(kwargs, also=parameters(original), known=self._computed)
-                return self._point.compute(module, self._attend, name, *args, **{**kwargs, **self._more})
-            except (BackendRefusedError, KeywordRefusedError):
-                # The forward has already filled the cache, so only the attention function falls back to the original.
-                if not self._attend.falls_back():
-                    raise
-                return original(module, *args, **self._point.original_arguments(kwargs))
 
-        return attention_function
+class _AttentionFunction:
+    """Replacement for one attention function of transformers in the forward of one module."""
+
+    def __init__(
+        self, point: InterfacePoint, attend: Attend, name: str, original: AttentionFunction, more: Mapping[str, Any]
+    ) -> None:
+        self._point, self._attend, self._name, self._original, self._more = point, attend, name, original, more
+        self._refused = (UNCOMPUTED | parameters(original)) - parameters(point.compute)
+
+    def __call__(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        try:
+            refuse_uncomputed(kwargs, self._refused)
+            return self._point.compute(module, self._attend, self._name, *args, **{**kwargs, **self._more})
+        except (BackendRefusedError, KeywordRefusedError):
+            # The forward has already filled the cache, so only the attention function falls back to the original.
+            if not self._attend.falls_back():
+                raise
+            return self._original(module, *args, **self._point.original_arguments(kwargs))
 
 
 def _check_implementation(name: str | None) -> None:
@@ -151,7 +187,7 @@ def read_interface_mask(
     """
     if attention_mask is None:
         causal = implementation == "sdpa" and is_causal and query.shape[2] > 1
-        return ReadMask(Causal(offset=0) if causal else Full(), None, None, None)
+        return _NO_MASK_CAUSAL if causal else _NO_MASK
     sizes = (query.shape[0], query.shape[2], key.shape[2])
     return attend.cached_per_forward(attention_mask, "read", lambda given: read_attention_mask(given, sizes))
 
@@ -171,7 +207,13 @@ def attend_read(
     Return output and weights, as :meth:`InterfacePoint.compute` does. The weights are None unless ``wanted`` is True.
     """
     dtype = compute_dtype(value)  # models may leave queries and keys in float32
-    query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
-    segment = Segment(key, value, read.pattern, read.key_mask, read.mask, read.bias)
-    result = attend_documents(attend, Attention(query, (segment,), scale, dropout), read.documents, wanted)
+    if (
+        not query.dtype == key.dtype == value.dtype == dtype
+    ):  # three calls of `to` take as long as the comparison of all
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    attention = Attention(query, (Segment(key, value, *read[:4]),), scale, dropout)
+    if read.documents is None:
+        result = attend(attention, wanted)
+    else:
+        result = attend_documents(attend, attention, read.documents, wanted)
     return result.output.transpose(1, 2).contiguous(), None if result.dropped is None else result.dropped[0]

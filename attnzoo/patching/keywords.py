@@ -15,7 +15,7 @@ builds the mask from ``position_ids``, so the mask already separates the documen
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -31,12 +31,11 @@ UNCOMPUTED = frozenset({
 })  # fmt: skip
 
 
-def refuse_uncomputed(kwargs: Mapping[str, Any], also: Iterable[str] = (), known: Iterable[str] = ()) -> None:
-    """Raise :class:`KeywordRefusedError` if a keyword argument changes the result but no backend uses it.
-
-    The function refuses the names in ``UNCOMPUTED`` and ``also``, but not those in ``known``, and never the value None.
-    """
-    for keyword in sorted((UNCOMPUTED.union(also) & kwargs.keys()) - set(known)):
+def refuse_uncomputed(kwargs: Mapping[str, Any], names: frozenset[str] = UNCOMPUTED) -> None:
+    """Raise :class:`KeywordRefusedError` if a keyword argument is one of ``names`` and its value is not None."""
+    if names.isdisjoint(kwargs):
+        return
+    for keyword in sorted(names & kwargs.keys()):
         value = kwargs[keyword]
         if value is not None:
             plain = isinstance(value, (bool, int, float))
@@ -51,9 +50,15 @@ def check_keywords(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
     Parameters that the module's forward declares pass this check, because the adapter handles them. A forward without
     ``**kwargs`` needs no check, because it raises a TypeError for unknown keywords.
     """
-    forward = type(module).forward
-    if not UNCOMPUTED.isdisjoint(kwargs) and inspect.getfullargspec(inspect.unwrap(forward)).varkw is not None:
-        refuse_uncomputed(kwargs, known=parameters(forward))
+    refuse_uncomputed(kwargs, _undeclared(type(module).forward))
+
+
+@lru_cache(maxsize=256)
+def _undeclared(forward: Callable[..., Any]) -> frozenset[str]:
+    """Return the names in ``UNCOMPUTED`` that a forward accepts without declaring them."""
+    if inspect.getfullargspec(inspect.unwrap(forward)).varkw is None:
+        return frozenset()
+    return UNCOMPUTED - parameters(forward)
 
 
 @lru_cache(maxsize=256)

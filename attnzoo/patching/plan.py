@@ -6,8 +6,8 @@ patched module checks each call. :func:`attnzoo.functional.refusals_of` makes th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from attnzoo.auto.selection import AutoBackend
 from attnzoo.backend import Backend
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError, Refusal, shorten
-from attnzoo.functional import alternatives_to, check_requests, refusals_of
+from attnzoo.functional import alternatives_to, autocast_dtype, check_requests, refusals_of
 from attnzoo.originals import slots
 from attnzoo.patching.keywords import check_keywords
 from attnzoo.patching.sites import PatchTarget, expected_requests, has_trained_parameters
+from attnzoo.registry import registry
 from attnzoo.spec.segments import Request
 from attnzoo.spec.transforms import transforms_around
+
+_MOST_STATES = 256  # states that a plan keeps; a model has few
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class SitePlan:
     alternatives: tuple[str, ...] | None = None
     changes: tuple[str, ...] = ()
     obstacle: PatchError | None = None
+    _supported: set[tuple[object, ...]] = field(default_factory=set, init=False, repr=False)
 
     @property
     def is_native(self) -> bool:
@@ -66,30 +70,50 @@ class SitePlan:
         return isinstance(self.backend, NativeBackend)
 
     def check_call(
-        self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], sharers: Sequence[nn.Module]
+        self,
+        module: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        sharers: Callable[[], Sequence[nn.Module]],
     ) -> None:
-        """Before a module runs, raise if the backend refuses a request that this call is expected to make.
+        """Before a module that attends runs, raise if the backend refuses a request that this call is expected to make.
 
-        ``module`` is the target's module or a copy of it. ``sharers`` are :attr:`SiteAttend.sharers`.
+        ``module`` is the target's module or a copy of it. ``sharers`` returns the same as :meth:`SiteAttend.sharers`.
+
+        The weights and the configuration of a module decide most of a request, and building a request from them takes
+        longer than a decoding step may. So the plan keeps the states in which the backend has supported the request. A
+        state contains everything that can change between two calls of a module.
 
         Raises:
             BackendRefusedError: the backend refuses a request. The error lists every reason.
             KeywordRefusedError: a keyword argument changes the result, and no backend uses it.
         """
         point = self.target.point
-        if not point.attends:
-            return
         check_keywords(module, kwargs)
         if isinstance(self.backend, AutoBackend):
             return  # `auto` checks each attention when it selects. A check here would take 20 us per layer and call.
         inputs = (*args, *kwargs.values())
         grad = torch.is_grad_enabled() and (
-            has_trained_parameters(module) or any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+            any(isinstance(value, Tensor) and value.requires_grad for value in inputs) or has_trained_parameters(module)
         )
         probabilities, transforms = point.wants_probabilities(module, kwargs), transforms_around(inputs)
-        requests = expected_requests(point, module, sharers or (module,), grad, probabilities, transforms)
+        states = args[0] if args else kwargs.get("hidden_states")
+        state: tuple[object, ...] | None = None
+        if isinstance(states, Tensor):
+            # Without autocast, the states have the dtype of the weights, or the module's linear layers raise.
+            weights = (states.dtype, states.device, autocast_dtype(states.dtype, states.device.type))
+            dropout = module.training and point.dropout(module)
+            trains_bias = grad and any(map(point.trains_bias, sharers() or (module,)))
+            state = (*weights, dropout, grad, trains_bias, probabilities, transforms, registry.generation)
+            if state in self._supported:
+                return
+        requests = expected_requests(point, module, sharers() or (module,), grad, probabilities, transforms)
         if requests:
             check_requests(self.backend, requests, self.target.label, "before the call")
+        if state is not None:
+            if len(self._supported) >= _MOST_STATES:
+                self._supported.clear()
+            self._supported.add(state)
 
 
 def plan_sites(

@@ -54,6 +54,13 @@ class Bias:
         """Return a function ``f(b, h, q, kv)`` that maps broadcastable index tensors to bias values."""
         raise NotImplementedError
 
+    def of_query(self, query: int, q_len: int, kv_len: int) -> Tensor | None:
+        """Return the bias ``(batch or 1, heads or 1, 1, kv_len)`` of one query, or None if :meth:`gather` must be used.
+
+        A decoding step needs only one row, which few operations compute.
+        """
+        return None
+
     def block_key(self, tile: Tile) -> tuple[int, ...] | None:
         """Return a cache key, or None if no bias can be reused. Tiles with equal cache keys have equal biases."""
         return None
@@ -136,6 +143,13 @@ class RelativeBias(Bias):
 
         return bias_at
 
+    def of_query(self, query: int, q_len: int, kv_len: int) -> Tensor | None:
+        if self.positions is not None:
+            return None
+        first = self.zero - query - self._shift(q_len, kv_len)  # the index of key 0, before the limits of the table
+        index = torch.arange(first, first + kv_len, device=self.values.device).clamp_(0, self.values.shape[1] - 1)
+        return self.values.index_select(1, index)[None, :, None]
+
     def _gather_rows(self, positions: Tensor, kv: Tensor) -> Tensor:
         """Return the bias ``(batch, heads or 1, n, m)`` for query ``positions`` ``(batch, 1, n, 1)`` and keys ``kv``.
 
@@ -203,6 +217,9 @@ class DenseBias(Bias):
             return self.values[b if per_sample else torch.zeros_like(b), h if per_head else torch.zeros_like(h), q, kv]
 
         return bias_at
+
+    def of_query(self, query: int, q_len: int, kv_len: int) -> Tensor:
+        return self.values[:, :, query : query + 1]
 
     def add_gradient_(self, grad: Tensor, grad_scores: Tensor, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> None:
         for dim in (0, 1):

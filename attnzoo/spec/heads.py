@@ -23,4 +23,6 @@ def expand_heads(tensor: Tensor, heads: int) -> Tensor:
     batch, kv_heads, length, dim = tensor.shape
     if kv_heads == heads:
         return tensor
+    if kv_heads == 1:
+        return tensor.expand(batch, heads, length, dim)
     return tensor[:, :, None].expand(batch, kv_heads, heads // kv_heads, length, dim).reshape(batch, heads, length, dim)

@@ -65,6 +65,8 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
     if any(attention_mask.shape[dim] not in (1, size) for dim, size in zip((0, 2, 3), sizes, strict=True)):
         fits = f"shape (1 or {batch}, 1 or heads, 1 or {lengths[0]}, 1 or {lengths[1]})"
         raise InvalidArgumentError("attention_mask", describe(attention_mask), fits)
+    if readable(attention_mask) and _hides_nothing(attention_mask):
+        return ReadMask(Full(), None, None, None)
     if attention_mask.dtype == torch.bool:
         visible = attention_mask.expand(-1, -1, *lengths)
         read = _simplify(visible, batch) if readable(visible) else ReadMask(Full(), None, visible, None)
@@ -84,6 +86,16 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
     return _simplify(visible, batch)._replace(bias=bias if bool((rest != 0).any()) else None)
 
 
+def _hides_nothing(mask: Tensor) -> bool:
+    """Whether a bool mask is True everywhere, or an additive mask 0. Most masks of a decoding step are.
+
+    NaN is not 0, so ``any`` finds NaN too.
+    """
+    if mask.dtype == torch.bool:
+        return bool(mask.all())
+    return mask.is_floating_point() and not bool(mask.any())
+
+
 def _simplify(visible: Tensor, batch: int) -> ReadMask:
     """Return a pattern and a key mask that together hide the same keys as ``visible``, or else ``visible`` itself."""
     if visible.shape[1] != 1:
@@ -92,9 +104,11 @@ def _simplify(visible: Tensor, batch: int) -> ReadMask:
     q_len, kv_len = grid.shape[1:]
     real = grid.any(1)
     key_mask = None if bool(real.all()) else real.expand(batch, -1)
+    if q_len == 1:  # the mask of one query is a key mask
+        return ReadMask(Full(), key_mask, None, None)
     # If the last query of a sample is not padding, the last key that this query sees has the position of the query.
     last = kv_len - 1 - int(grid[:, -1].any(0).flip(0).byte().argmax())
-    offsets = dict.fromkeys((last - (q_len - 1), kv_len - q_len, 0)) if q_len > 1 else {}
+    offsets = dict.fromkeys((last - (q_len - 1), kv_len - q_len, 0))
     for pattern in (Full(), *(Causal(None if offset == kv_len - q_len != 0 else offset) for offset in offsets)):
         if _shows_exactly(pattern, real, grid):
             return ReadMask(pattern, key_mask, None, None)

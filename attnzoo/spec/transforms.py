@@ -27,7 +27,11 @@ def transforms_around(tensors: Iterable[object]) -> tuple[str, ...]:
     ``("vmap", "jvp", "grad")``. Tensors with tangents (``torch.autograd.forward_ad``) count as ``"jvp"`` even
     without ``torch.func``.
     """
-    names = tuple(str(level.key().name).lower() for level in _stack() or ()) if _active() else ()
+    if not _active():
+        # Outside a level of forward_ad, tensors have no tangents. Every attention asks several times, so skip the rest.
+        may_have_tangents = getattr(forward_ad, "_current_level", 0) >= 0
+        return ("jvp",) if may_have_tangents and any(map(_has_tangent, tensors)) else ()
+    names = tuple(str(level.key().name).lower() for level in _stack() or ())
     if "jvp" not in names and any(map(_has_tangent, tensors)):
         return (*names, "jvp")
     return names
