@@ -30,7 +30,11 @@ class NamedBackend:
 
 def is_ours(text: str) -> bool:
     """Whether a text begins with ``attnzoo/`` or with the name, alias or variant of a backend."""
-    return text.startswith(PREFIX) or text.partition(":")[0] in registry.names()
+    return text.startswith(PREFIX) or _is_known(text)
+
+
+def _is_known(name: str) -> bool:
+    return name.partition(":")[0] in registry.names()
 
 
 def read_name(text: object, explicit: bool = True, argument: str = "attn_implementation") -> NamedBackend:
@@ -45,6 +49,6 @@ def read_name(text: object, explicit: bool = True, argument: str = "attn_impleme
     name = text.removeprefix(PREFIX)
     if name in BUILT_IN:
         return NamedBackend(name, BUILT_IN[name], explicit)
-    if not is_ours(name):
+    if not _is_known(name):
         raise UnknownNameError(argument, name, registry.names())
     return NamedBackend(name, spelling.configured(name), explicit)
