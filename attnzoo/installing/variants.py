@@ -43,8 +43,7 @@ def register_variant(name: str, backend: str, **options: Any) -> Backend:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         # "a/b" is a kernel of the hub, "paged|a" an implementation for continuous batching, "a:b=1" a name with options
         raise InvalidArgumentError("variant name", repr(name), "letters, digits, '.', '_' and '-'")
-    served = AttentionInterface().valid_keys()
-    if name in served:
+    if name in AttentionInterface().valid_keys() and name not in registry.names():
         raise InvalidArgumentError("variant name", f"{name!r}, a name of transformers", "a name that is not used")
     return registry.register_variant(name, registry.configure(backend, **options))
 

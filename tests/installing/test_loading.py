@@ -89,7 +89,7 @@ def test_without_a_request_nothing_changes(family):
 def test_a_refusal_lists_reasons_and_alternatives_before_weights_are_loaded(family, name):
     with (
         no_weights_loaded(),
-        pytest.raises(attnzoo.BackendRefusedError, match="backends that support it: .*'sdpa'") as caught,
+        pytest.raises(attnzoo.BackendRefusedError, match=r"backends that support it: .*'sdpa'") as caught,
     ):
         load(family, attn_implementation=name)
     assert "availability: got" in str(caught.value) and "device: got cpu; allowed: cuda" in str(caught.value)
@@ -107,7 +107,7 @@ def test_a_dtype_is_refused_before_weights_are_loaded(add_backend):
 def test_an_unknown_name_of_ours_is_refused_before_weights_are_loaded(name):
     with (
         no_weights_loaded(),
-        pytest.raises(attnzoo.UnknownNameError, match="attn_implementation: got .*; allowed: 'auto', 'blocked-local'"),
+        pytest.raises(attnzoo.UnknownNameError, match=r"attn_implementation: got .*; allowed: 'auto', 'blocked-local'"),
     ):
         load("led", attn_implementation=name)
 
@@ -123,7 +123,7 @@ def test_a_misspelled_name_gets_a_suggestion():
 
 @pytest.mark.parametrize("name", ["blocked-local:windw=3", "blocked-local:window", "lsh:window=3"])
 def test_a_wrong_option_is_refused_before_weights_are_loaded(name):
-    with no_weights_loaded(), pytest.raises(attnzoo.InvalidArgumentError, match="option|name:option=value"):
+    with no_weights_loaded(), pytest.raises(attnzoo.InvalidArgumentError, match=r"option|name:option=value"):
         load("gpt_neox", attn_implementation=name)
 
 
@@ -143,7 +143,7 @@ def test_a_family_without_adapter_is_refused_by_name(name):
 
 
 def test_names_that_nobody_knows_are_transformers_error():
-    with pytest.raises(ValueError, match="is not supported. The only possible arguments") as caught:
+    with pytest.raises(ValueError, match=r"is not supported. The only possible arguments") as caught:
         load("led", attn_implementation="something-else")
     assert not isinstance(caught.value, attnzoo.AttnzooError)
 
@@ -152,7 +152,7 @@ def test_names_that_nobody_knows_are_transformers_error():
 def test_without_install_a_foreign_name_is_transformers_error(family):
     attnzoo.uninstall()
     for name in ("sdpa", "blocked-local", "flex"):
-        with pytest.raises(ValueError, match="not supported|does not support"):
+        with pytest.raises(ValueError, match=r"not supported|does not support"):
             load(family, attn_implementation=name)
 
 

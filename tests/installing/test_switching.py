@@ -64,11 +64,8 @@ def test_names_of_transformers_reach_transformers():
 def test_a_refusal_changes_nothing(family, start, name):
     model = load(family, attn_implementation=start)
     before = state(model)
-    if name == "something-else" and (start, family) == ("eager", "led"):
-        model.set_attn_implementation(name)  # transformers logs a warning only
-    else:
-        with pytest.raises((attnzoo.AttnzooError, ValueError)):
-            model.set_attn_implementation(name)
+    with pytest.raises((attnzoo.AttnzooError, ValueError)):  # without install, LED only logs a warning
+        model.set_attn_implementation(name)
     assert state(model) == before
 
 
@@ -86,7 +83,7 @@ def test_a_patch_of_the_user_is_not_touched():
     with attnzoo.patch(model, "eager") as handle:
         before = state(model)
         for name in ("attnzoo/sdpa", "eager"):
-            with pytest.raises(attnzoo.PatchError, match="got a model with a patch of attnzoo.patch at .*unpatch"):
+            with pytest.raises(attnzoo.PatchError, match=r"got a model with a patch of attnzoo.patch at .*unpatch"):
                 model.set_attn_implementation(name)
             assert state(model) == before and handle.active
     model.set_attn_implementation("eager")
