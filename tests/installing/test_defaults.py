@@ -1,7 +1,7 @@
 """A default backend for a whole program: `install(default=...)`, `ATTNZOO_BACKEND` and `attnzoo run`."""
 
-import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -15,88 +15,79 @@ from tests.support.checkpoints import load
 from tests.support.compare import is_close
 from tests.support.installed import FAMILIES, backends_of, inputs_of, logits
 
-PROMPT = dict(max_new_tokens=8, do_sample=False)
-# Built by every route, without a request for an implementation; the program does not import attnzoo.
+# Models built by every route, without a request for an implementation. The program does not import attnzoo.
 PROGRAM = """
-import json, sys, torch, transformers
-transformers.logging.set_verbosity_error()
+import sys, torch, transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LEDForConditionalGeneration
-led, neox = sys.argv[1:3]
+led, neox, outputs = sys.argv[1:]
 config = AutoConfig.from_pretrained(neox)
 torch.manual_seed(0)
-models = [LEDForConditionalGeneration.from_pretrained(led), AutoModel.from_pretrained(led), AutoModel.from_config(config),
-          AutoModelForCausalLM.from_pretrained(neox), transformers.GPTNeoXModel(config)]
+models = [LEDForConditionalGeneration.from_pretrained(led), AutoModel.from_pretrained(led),
+          AutoModelForCausalLM.from_pretrained(neox), AutoModel.from_config(config), transformers.GPTNeoXModel(config)]
 ids = torch.arange(40)[None] + 3
-torch.save([model.eval()(ids)[0].detach() for model in models], sys.argv[3])
+torch.save([model.float().eval()(ids)[0].detach() for model in models], outputs)
 if "attnzoo" in sys.modules:
-    import attnzoo
-    print(json.dumps(attnzoo.stats()))
+    print("calls:", sys.modules["attnzoo"].stats())
 """
+CALLS = 2 * 6 + 3 * 4  # two LED models with 6 attentions, three GPT-NeoX models with 4
 
 
-def run_program(folder, *command, **environment):
-    """Run PROGRAM; return the outputs of its models and what it printed."""
-    (folder / "program.py").write_text(PROGRAM)
-    arguments = [folder / "program.py", HERE / "led", HERE / "gpt_neox", folder / "outputs"]
-    done = subprocess.run(
-        [sys.executable, *command, *map(str, arguments)],
-        capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )  # fmt: skip
+@pytest.fixture
+def program(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    return [str(argument) for argument in (tmp_path / "program.py", HERE / "led", HERE / "gpt_neox", tmp_path / "out")]
+
+
+def test_a_program_runs_on_the_backend_without_an_edit(program, monkeypatch):
+    monkeypatch.setattr(sys, "argv", program)
+    before = attnzoo.stats()
+    runpy.run_path(program[0])
+    assert attnzoo.stats() == before
+    plain = torch.load(program[-1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ATTNZOO_BACKEND": "sdpa"}
+    command = [sys.executable, "-m", "attnzoo", "run", *program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    return torch.load(folder / "outputs"), done.stdout
-
-
-@pytest.mark.parametrize(
-    ("options", "environment"),
-    [((), {"ATTNZOO_BACKEND": "sdpa"}), (("--backend", "sdpa"), {"ATTNZOO_BACKEND": "eager"})],
-)
-def test_a_program_runs_on_the_backend_without_an_edit(options, environment, tmp_path):
-    plain, printed = run_program(tmp_path)
-    assert printed == ""
-    outputs, printed = run_program(tmp_path, "-m", "attnzoo", "run", *options, **environment)
-    assert json.loads(printed) == {"sdpa": 2 * 8 + 3 * 4}
-    for output, expected in zip(outputs, plain, strict=True):
-        torch.testing.assert_close(output, expected, rtol=0.1, atol=0.1)  # the checkpoints are in bfloat16
+    assert done.stdout == f"calls: {{'sdpa': {CALLS}}}\n"
+    for output, expected in zip(torch.load(program[-1]), plain, strict=True):
+        assert is_close(output, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_outputs_gradients_and_generation_are_those_of_the_original(family):
+def test_outputs_generation_and_gradients_are_those_of_the_original(family):
     """No call runs outside the backend."""
-    plain = load(family, torch.float64)
+    plain, patched = load(family, torch.float64), load(family, torch.float64)
     attnzoo.install(default="sdpa")
     model = load(family, torch.float64)
     before = attnzoo.stats()
     real = slice(None) if family in ("led", "longt5") else slice(0, 1)  # the second text ends with padding
     assert is_close(logits(family, model)[real], logits(family, plain)[real])
-    prompt = {name: value for name, value in inputs_of(family).items() if not name.startswith("decoder")}
+    assert torch.equal(*(generated(family, each) for each in (model, plain)))
+    gradients = gradients_of(family, model)
+    assert {name for name, count in calls_since(before).items() if count} == {"sdpa"}
+    assert calls_since(before)["sdpa"] == sum(site.calls for site in attnzoo.handle(model).sites)
+    attnzoo.patch(patched, "sdpa")  # its gradients obey the error rule
+    expected = gradients_of(family, patched)
+    assert gradients.keys() == expected.keys()
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients.items())
+
+
+def calls_since(before):
+    return {name: count - before.get(name, 0) for name, count in attnzoo.stats().items()}
+
+
+def generated(family, model):
+    torch.manual_seed(0)
+    given = {name: value for name, value in inputs_of(family).items() if not name.startswith("decoder")}
     if family == "reformer":
-        prompt.pop("attention_mask")  # transformers' own generation fails with it
-    assert torch.equal(*(generate(each, prompt) for each in (model, plain)))
-    gradients = [loss_gradients(family, each) for each in (model, plain)]
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-6, atol=1e-8, msg=name)
-    ran = {name: count - before.get(name, 0) for name, count in attnzoo.stats().items()}
-    assert {name for name, count in ran.items() if count} == {"sdpa"}
-    assert ran["sdpa"] == sum(site.calls for site in attnzoo.handle(model).sites)
+        given.pop("attention_mask")  # transformers' own generation fails with it
+    return model.generate(**given, max_new_tokens=8, do_sample=False)
 
 
-def generate(model, prompt):
+def gradients_of(family, model):
     torch.manual_seed(0)
-    return model.generate(**prompt, **PROMPT)
-
-
-def loss_gradients(family, model):
-    torch.manual_seed(0)
-    inputs = inputs_of(family)
-    labels = inputs.get("decoder_input_ids", inputs["input_ids"])
-    mode = model.train() if family == "reformer" else model  # Reformer's own backward works in training mode only
-    for module in mode.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    output = mode(**inputs).logits[:1]
-    torch.nn.functional.cross_entropy(output.flatten(0, 1), labels[:1].flatten()).backward()
-    model.eval()
+    model.train(family == "reformer")  # the backward of Reformer works in training mode only
+    model(**inputs_of(family)).logits[:1].square().mean().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
