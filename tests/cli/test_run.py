@@ -72,5 +72,5 @@ def test_the_exit_status_is_that_of_the_program(program, tmp_path):
 
 
 def test_a_missing_file_is_refused():
-    with pytest.raises(attnzoo.InvalidArgumentError, match="program: got 'nope.py'; allowed: a Python file"):
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"program: got 'nope.py'; allowed: a Python file"):
         CliRunner().invoke(cli.app, ["run", "nope.py"], catch_exceptions=False)
