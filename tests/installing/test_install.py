@@ -159,6 +159,14 @@ def test_a_replaced_wrapper_is_not_lost(monkeypatch):
 
 # Threads
 
+_loading = threading.Lock()
+
+
+def load_alone(*args, **options):
+    """Load while no other thread loads: transformers leaves parameters without data if two threads load at once."""
+    with _loading:
+        return load(*args, **options)
+
 
 def in_threads(*functions):
     """Run functions in threads that start together; return their results."""
@@ -181,15 +189,17 @@ def in_threads(*functions):
 
 def test_a_block_is_for_its_thread_only():
     with attnzoo.installed("sdpa"):
-        plain, foreign = in_threads(lambda: load("led"), lambda: load("led", attn_implementation="sdpa"))
+        plain, foreign = in_threads(lambda: load_alone("led"), lambda: load_alone("led", attn_implementation="sdpa"))
         assert not attnzoo.is_patched(plain)
         assert "does not support an attention implementation through" in str(foreign)
-        assert backends_of(load("led")) == {"sdpa"}
+        assert backends_of(load_alone("led")) == {"sdpa"}
 
 
 def test_install_is_for_all_threads():
     attnzoo.install("sdpa")
-    assert [backends_of(model) for model in in_threads(lambda: load("led"), lambda: load("gpt_neox"))] == [{"sdpa"}] * 2
+    assert [backends_of(model) for model in in_threads(lambda: load_alone("led"), lambda: load_alone("gpt_neox"))] == [
+        {"sdpa"}
+    ] * 2
 
 
 def test_blocks_of_two_threads_end_in_any_order():
@@ -199,12 +209,12 @@ def test_blocks_of_two_threads_end_in_any_order():
         with attnzoo.installed("sdpa"):
             entered.set()
             left.wait(60)
-            return backends_of(load("led"))
+            return backends_of(load_alone("led"))
 
     def second():
         entered.wait(60)
         with attnzoo.installed("eager"):
-            backends = backends_of(load("led"))
+            backends = backends_of(load_alone("led"))
         left.set()
         return backends
 
@@ -214,22 +224,22 @@ def test_blocks_of_two_threads_end_in_any_order():
 
 def test_a_mixed_program_stays_independent():
     """One model patched, one installed, one plain, in two threads."""
-    expected = {"plain": logits("led", load("led"))}
+    expected = {"plain": logits("led", load_alone("led"))}
     for name in ("sdpa", "eager"):
-        model = load("led")
+        model = load_alone("led")
         attnzoo.patch(model, name)
         expected[name] = logits("led", model)
 
     def installed():
         for _ in range(3):
             with attnzoo.installed():
-                model = load("led", attn_implementation="sdpa")
+                model = load_alone("led", attn_implementation="sdpa")
             assert torch.equal(logits("led", model), expected["sdpa"])
             assert {site.calls for site in attnzoo.handle(model).sites} == {1, 2}
 
     def others():
         for _ in range(3):
-            plain, patched = load("led"), load("led")
+            plain, patched = load_alone("led"), load_alone("led")
             with attnzoo.patch(patched, "eager") as handle:
                 assert torch.equal(logits("led", patched), expected["eager"])
                 assert torch.equal(logits("led", plain), expected["plain"])
