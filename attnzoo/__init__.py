@@ -20,8 +20,11 @@ from attnzoo.errors import (
     UnknownNameError,
 )
 from attnzoo.functional import attention, compute_dtype
+from attnzoo.installing.install import install, installed, uninstall
+from attnzoo.installing.variants import register_variant, unregister_variant
 from attnzoo.patching.patch import Handle, handle, is_patched, patch, unpatch
 from attnzoo.patching.sites import Site
+from attnzoo.patching.tally import stats
 from attnzoo.registry import (
     backends,
     configure,
@@ -79,15 +82,21 @@ __all__ = [
     "configure",
     "explain",
     "handle",
+    "install",
+    "installed",
     "is_patched",
     "patch",
     "read_attention_mask",
     "register_adapter",
     "register_backend",
+    "register_variant",
+    "stats",
     "testing",
     "tune",
+    "uninstall",
     "unpatch",
     "unregister_adapter",
     "unregister_backend",
+    "unregister_variant",
     "verify",
 ]

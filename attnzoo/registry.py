@@ -44,6 +44,7 @@ class Registry:
         self._lock = threading.RLock()
         self._backends: dict[str, type[Backend]] = {}
         self._adapters: dict[str, Adapter] = {}
+        self._variants: dict[str, Backend] = {}
         self._broken_backends: dict[str, str] = {}
         self._broken_adapters: dict[str, str] = {}
         self._refusals: dict[tuple[Backend, Request], tuple[Refusal, ...]] = {}
@@ -53,7 +54,7 @@ class Registry:
         """Return an independent registry with the same content. The copy loads no further entry points of backends."""
         self._discover()
         twin = Registry(discover=False)
-        for name in ("_backends", "_adapters", "_broken_backends", "_broken_adapters"):
+        for name in ("_backends", "_adapters", "_variants", "_broken_backends", "_broken_adapters"):
             setattr(twin, name, dict(getattr(self, name)))
         return twin
 
@@ -113,7 +114,7 @@ class Registry:
         with self._lock:
             others = [other for other in self._backends.values() if other is not cls]
             taken = {name for other in others for name in (other.name, *other.aliases)}
-            taken = set(RESERVED_NAMES) if replace else taken | set(RESERVED_NAMES)
+            taken = ({*RESERVED_NAMES, *self._variants}) if replace else {*taken, *RESERVED_NAMES, *self._variants}
             for name in (cls.name, *cls.aliases):
                 if name in taken:
                     raise InvalidArgumentError("backend name", repr(name), f"a name other than {sorted(taken)}")
@@ -177,23 +178,29 @@ class Registry:
         """
         self._discover()
         text = name if isinstance(name, str) else ""  # comparing an array with a name would raise
-        owner = self._owner(text)
+        owner = type(self._variants[text]) if text in self._variants else self._owner(text)
         if owner is not None:
             return owner
         if text in self._broken_backends:
             raise InvalidArgumentError("backend", f"{text!r}: {self._broken_backends[text]}", "a backend that loads")
-        known = {alias for cls in self._backends.values() for alias in (cls.name, *self._aliases(cls))}
         if text in RESERVED_NAMES:
-            names = ", ".join(map(repr, sorted(known)))
+            names = ", ".join(map(repr, sorted(self.names() - set(RESERVED_NAMES))))
             raise InvalidArgumentError("backend", f"{text!r}, which is not accepted by this function", names)
-        raise UnknownNameError("backend", name, known | set(RESERVED_NAMES))
+        raise UnknownNameError("backend", name, self.names())
+
+    def names(self) -> set[str]:
+        """Return every name that users may type for a backend: names, aliases, variants and the reserved names."""
+        self._discover()
+        known = {alias for cls in self._backends.values() for alias in (cls.name, *self._aliases(cls))}
+        return {*known, *self._variants, *RESERVED_NAMES}
 
     def configure(self, name: str, **options: Any) -> Backend:
         """Return a configured backend, which functions accept in place of a backend name.
 
         Args:
-            name: a backend name or alias.
-            options: options of that backend, e.g. ``window=1024``. :func:`attnzoo.backends` lists the option names.
+            name: the name or alias of a backend, or the name of a variant.
+            options: options of that backend, e.g. ``window=1024``. :func:`attnzoo.backends` lists the option names. A
+                variant has all its options already.
 
         Raises:
             UnknownNameError: the backend or an option is unknown.
@@ -205,6 +212,11 @@ class Registry:
             64
         """
         cls = self.backend_class(name)
+        variant = self._variants.get(name)
+        if variant is not None:
+            if options:
+                raise InvalidArgumentError(f"options of variant {name!r}", sorted(options), f"none, as in {variant}")
+            return variant
         for option in options:
             if option not in cls.options():
                 raise UnknownNameError(f"option of backend {cls.name!r}", option, cls.options())
@@ -213,6 +225,38 @@ class Registry:
             got = f"no value for {', '.join(missing)}"
             raise InvalidArgumentError(f"options of backend {cls.name!r}", got, f"values, e.g. {missing[0]}=...")
         return cls(**options)
+
+    # Variants: names for configured backends
+
+    def register_variant(self, name: str, backend: Backend) -> Backend:
+        """Register a name for a configured backend, and return the backend.
+
+        Raises:
+            InvalidArgumentError: another backend or variant has this name.
+        """
+        with self._lock:
+            taken = self.names()
+            if name in taken and self._variants.get(name) != backend:
+                raise InvalidArgumentError("variant name", repr(name), f"a name other than {sorted(taken)}")
+            self._variants[name] = backend
+            self.forget()
+        return backend
+
+    def unregister_variant(self, name: str) -> None:
+        """Remove the name of a variant.
+
+        Raises:
+            UnknownNameError: no variant has this name.
+        """
+        with self._lock:
+            if name not in self._variants:
+                raise UnknownNameError("variant", name, self._variants)
+            del self._variants[name]
+            self.forget()
+
+    def variants(self) -> dict[str, Backend]:
+        """Return the configured backend of each variant, by name."""
+        return dict(self._variants)
 
     # Adapters
 

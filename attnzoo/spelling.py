@@ -13,7 +13,7 @@ _DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "fl
 
 
 def parse(text: str) -> tuple[str, dict[str, int | str]]:
-    """Return the registered name and the options in a text. An option value that looks like an integer becomes an int.
+    """Return the name and the options in a text. An alias becomes the name of its backend, digits become an int.
 
     Raises:
         UnknownNameError: the name is not registered.
@@ -32,7 +32,8 @@ def parse(text: str) -> tuple[str, dict[str, int | str]]:
         if option in options:
             raise InvalidArgumentError(f"option {option!r} of a backend", f"two values in {text!r}", "one value")
         options[option] = int(value) if value.removeprefix("-").isdecimal() else value
-    return registry.backend_class(name).name, options
+    cls = registry.backend_class(name)
+    return name if name in registry.variants() else cls.name, options
 
 
 def spell(name: str, options: dict[str, int | str]) -> str:

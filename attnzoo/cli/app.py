@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 import attnzoo
 from attnzoo.cli.fingerprint import fingerprint
+from attnzoo.cli.run import CONTEXT, run
 from attnzoo.cli.tune import MODEL_HELP, tune
 from attnzoo.errors import AttnzooError, InvalidArgumentError
 from attnzoo.layout import aligned, fit, group_by
@@ -142,6 +143,7 @@ def explain(
 
 app.command()(tune)
 app.command()(fingerprint)
+app.command(context_settings=CONTEXT)(run)
 
 
 def main() -> None:

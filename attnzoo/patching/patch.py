@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from attnzoo.backend import Backend
 from attnzoo.errors import InvalidArgumentError, PatchError, shorten
 from attnzoo.patching import engines
 from attnzoo.patching.forwards import Patch, PatchedForward, patches_of
-from attnzoo.patching.plan import BUILT_IN, check_plans, plan_sites
+from attnzoo.patching.plan import BUILT_IN, SitePlan, check_plans, plan_sites
 from attnzoo.patching.site_table import table
 from attnzoo.patching.sites import PatchTarget, Site, check_model, find_sites
 from attnzoo.registry import registry
@@ -181,14 +181,20 @@ def _check_whole(places: list[tuple[nn.Module, PatchedForward]]) -> None:
         )
 
 
-def unpatch_all(model: nn.Module) -> None:
-    """Remove every patch of a model. If a patch cannot be removed, remove none and raise :class:`PatchError`."""
-    layers = _layers(model)
-    numbers = sorted({forward.patch.number for _, forward in layers}, reverse=True)
-    for number in numbers:
-        _check_whole([(module, forward) for module, forward in layers if forward.patch.number == number])
-    for _ in numbers:
-        unpatch(model)
+def unpatch_all(model: nn.Module, numbers: Container[int] | None = None) -> None:
+    """Remove the patches of a model that have one of the numbers. None means every patch.
+
+    If a patch cannot be removed, remove none and raise :class:`PatchError`.
+    """
+    by_number: dict[int, list[tuple[nn.Module, PatchedForward]]] = {}
+    for module, forward in _layers(model):
+        if numbers is None or forward.patch.number in numbers:
+            by_number.setdefault(forward.patch.number, []).append((module, forward))
+    for places in by_number.values():
+        _check_whole(places)
+    for number in sorted(by_number, reverse=True):
+        _remove(by_number[number])
+    engines.guard(model)
 
 
 def patch(
@@ -242,11 +248,28 @@ def patch(
     configured = _configure(assigned.values(), options)
     plans = plan_sites(model, targets, {target: configured[requested] for target, requested in assigned.items()})
     check_plans(plans, allow_refusals=fallback == "native")
+    return put_plans(model, plans, fallback == "native", unpatch_all if replace else None)
+
+
+def put_plans(
+    model: nn.Module,
+    plans: Sequence[SitePlan],
+    fallback: bool = False,
+    remove: Callable[[nn.Module], None] | None = None,
+) -> Handle:
+    """Patch the modules of a model as planned. If this raises or is interrupted, no module gets the new patch.
+
+    Args:
+        plans: plans without obstacles, for the sites and companions of the model.
+        fallback: whether calls that a backend refuses run the model's original code.
+        remove: called with the model before the new patch is put in place. The function must remove all earlier
+            patches of the planned modules. None means that the new patch is added to the earlier patches.
+    """
     new_patch = Patch(next(_patch_numbers), weakref.ref(model), [plan.target.name for plan in plans])
     # The code of adapters runs here and may raise, so the earlier patches are still in place.
-    forwards = tuple(PatchedForward(new_patch, plan, fallback == "native", replace) for plan in plans)
-    if replace:
-        unpatch_all(model)
+    forwards = tuple(PatchedForward(new_patch, plan, fallback, remove is not None) for plan in plans)
+    if remove is not None:
+        remove(model)
     try:
         for forward in forwards:
             forward.put()

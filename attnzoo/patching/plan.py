@@ -7,7 +7,7 @@ patched module checks each call. :func:`attnzoo.functional.refusals_of` makes th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -117,12 +117,17 @@ class SitePlan:
 
 
 def plan_sites(
-    model: nn.Module, targets: Sequence[PatchTarget], backends: Mapping[PatchTarget, Backend]
+    model: nn.Module,
+    targets: Sequence[PatchTarget],
+    backends: Mapping[PatchTarget, Backend],
+    device: str | None = None,
 ) -> tuple[SitePlan, ...]:
     """Return the plans of a patch: first the plans of the sites, then the plans of the companions.
 
     A companion is a module that computes no attention and is patched together with a site. ``targets`` are all patch
-    targets of the model. ``backends`` has the requested backend of each site.
+    targets of the model. ``backends`` has the requested backend of each site. ``device`` is the type of the device on
+    which the model will run, for a model whose weights are not loaded yet or may move. None means that the weights are
+    loaded and stay on their device.
 
     Raises:
         InvalidArgumentError: options of a backend have no effect at any site.
@@ -131,8 +136,9 @@ def plan_sites(
     requests: dict[PatchTarget, tuple[Request, ...]] = {}
     for target, backend in backends.items():
         native = isinstance(backend, NativeBackend)
-        obstacles[target] = None if native else _find_obstacle(model, target)
-        requests[target] = () if native or obstacles[target] else target.expected_requests()
+        obstacles[target] = None if native else _find_obstacle(model, target, device is None)
+        expected = () if native or obstacles[target] else target.expected_requests()
+        requests[target] = expected if device is None else tuple(replace(each, device=device) for each in expected)
     bound: dict[PatchTarget, Backend] = {}
     for backend in dict.fromkeys(backends.values()):
         sites = [target for target, other in backends.items() if other == backend]
@@ -146,15 +152,17 @@ def plan_sites(
         alternatives = alternatives_to(backend, expected) if refusals else None
         changes = changes_of(backend, expected)
         plans.append(SitePlan(target, backend, expected, refusals, alternatives, changes, obstacles[target]))
-    return (*plans, *_plan_companions(model, targets, plans))
+    return (*plans, *_plan_companions(model, targets, plans, device is None))
 
 
-def _plan_companions(model: nn.Module, targets: Sequence[PatchTarget], plans: Sequence[SitePlan]) -> Iterable[SitePlan]:
+def _plan_companions(
+    model: nn.Module, targets: Sequence[PatchTarget], plans: Sequence[SitePlan], loaded: bool
+) -> Iterable[SitePlan]:
     backends = {id(plan.target.module): plan.backend for plan in plans if not plan.is_native}
     for target in targets:
         covered = (backends[id(module)] for module in target.covered_modules() if id(module) in backends)
         if not target.point.attends and (backend := next(covered, None)) is not None:
-            yield SitePlan(target, backend, obstacle=_find_obstacle(model, target))
+            yield SitePlan(target, backend, obstacle=_find_obstacle(model, target, loaded))
 
 
 def changes_of(backend: Backend, requests: Sequence[Request], anywhere: bool = False) -> tuple[str, ...]:
@@ -193,13 +201,14 @@ def _check_options(backends: Sequence[Backend]) -> None:
         raise InvalidArgumentError(f"options of backend {backends[0].name!r}", ", ".join(unused[0]), allowed)
 
 
-def _find_obstacle(model: nn.Module, target: PatchTarget) -> PatchError | None:
-    """Return the error that prevents a patch of a target (drift or missing weights, for example), or None."""
+def _find_obstacle(model: nn.Module, target: PatchTarget, loaded: bool) -> PatchError | None:
+    """Return the error that prevents a patch of a target (drift or, if ``loaded``, missing weights), or None."""
     try:
         target.adapter.check_drift(target.point, target.module)
         _check_forward(target)
         target.point.check(target.module)
-        _check_loaded(model, target)
+        if loaded:
+            _check_loaded(model, target)
     except PatchError as error:
         return error.with_traceback(None)  # the frames of a traceback would keep the model in memory
     return None

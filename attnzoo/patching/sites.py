@@ -15,6 +15,7 @@ from attnzoo.backend import Backend, Choice
 from attnzoo.errors import InvalidArgumentError, PatchError, shorten
 from attnzoo.functional import autocast_dtype
 from attnzoo.originals.fingerprint import path_of
+from attnzoo.patching import tally
 from attnzoo.registry import registry
 from attnzoo.spec.segments import Attention, Request, Result
 
@@ -49,6 +50,12 @@ class Site:
     changed: Counter[str] = field(default_factory=Counter)
     fallbacks: int = 0
     observer: Observer | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        tally.begin(self)
+
+    def __del__(self) -> None:
+        tally.end(self)
 
     @property
     def label(self) -> str:

@@ -159,6 +159,8 @@ def _configure(backend: str | Backend | None, options: Mapping[str, Any]) -> dic
         return {name: _configure_named(name, options) for name in registry.backends()}
     if backend in BUILT_IN:
         return {backend: BUILT_IN[backend]}
+    if backend in registry.variants():
+        return {backend: registry.configure(backend, **options)}
     name = registry.backend_class(backend).name
     return {name: _configure_named(name, options)}
 

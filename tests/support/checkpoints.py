@@ -6,9 +6,9 @@ import transformers
 from tests.checkpoints.train import HERE, RECIPES, tokens
 
 
-def load(family, dtype=torch.float32):
-    """The checkpoint of a family, in eval mode."""
-    return getattr(transformers, RECIPES[family].cls).from_pretrained(HERE / family, dtype=dtype).eval()
+def load(family, dtype=torch.float32, **options):
+    """The checkpoint of a family, in eval mode; ``options`` are keywords of ``from_pretrained``."""
+    return getattr(transformers, RECIPES[family].cls).from_pretrained(HERE / family, dtype=dtype, **options).eval()
 
 
 def passage(family, number=0, length=96, padded=False):

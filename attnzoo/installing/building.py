@@ -1,0 +1,83 @@
+"""When a model of transformers is complete: after ``from_pretrained``, or at the last ``post_init`` of a constructor.
+
+Every model of transformers calls ``post_init`` at the end of ``__init__``, and so does every model inside it. Only the
+outermost model is patched, with all its parts, so there is one patch with one handle. ``from_pretrained`` builds the
+model on the meta device first. The plan is then checked at ``post_init``, before any weight is loaded, and the patch
+is put in place after ``from_pretrained``.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from attnzoo.installing.requests import patch_as_requested, plan_built
+
+
+class _Loading(threading.local):
+    """The number of calls of ``from_pretrained`` that are running in this thread."""
+
+    depth = 0
+
+
+_loading = _Loading()
+
+
+def finish_construction(model: Any) -> None:
+    """Patch a model, or check its plan if ``from_pretrained`` is running. Do nothing inside another constructor.
+
+    Call this function after each ``post_init``.
+    """
+    if _is_inside_constructor(model):
+        return
+    if _loading.depth:
+        plan_built(model)
+    else:
+        patch_as_requested(model)
+
+
+def load(from_pretrained: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call ``from_pretrained``, and patch the model. Return what ``from_pretrained`` returned."""
+    _loading.depth += 1
+    try:
+        result = from_pretrained(*args, **kwargs)
+    finally:
+        _loading.depth -= 1
+    patch_as_requested(result[0] if isinstance(result, tuple) else result)  # with output_loading_info=True, a tuple
+    return result
+
+
+def _is_inside_constructor(model: Any) -> bool:
+    """Whether the caller of ``model.post_init`` runs inside a constructor that will call ``post_init`` later.
+
+    The stack tells this even if an earlier constructor failed halfway. A list of models under construction would then
+    keep the failed model. The constructor may be that of a subclass of ``model``, which adds modules.
+    """
+    frames = [frame for frame in _frames(sys._getframe(1)) if _finishes_later(frame)]
+    called_by_constructor = bool(frames) and _self(frames[0]) is model
+    return len(frames) > called_by_constructor
+
+
+def _frames(frame: FrameType | None) -> Any:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _finishes_later(frame: FrameType) -> bool:
+    """Whether a frame is the constructor of a model that calls ``post_init``."""
+    from transformers import PreTrainedModel
+
+    code = frame.f_code
+    if code.co_name != "__init__" or "post_init" not in code.co_names:
+        return False
+    return isinstance(_self(frame), PreTrainedModel)
+
+
+def _self(frame: FrameType) -> Any:
+    """Return the first argument of a method from its frame."""
+    names = frame.f_code.co_varnames
+    return frame.f_locals.get(names[0]) if names else None

@@ -1,0 +1,68 @@
+"""How a configuration remembers which backend of attnzoo a model requested.
+
+transformers keeps its decision in ``config._attn_implementation``, and model code reads this field in every forward. So
+the field of an installed model holds a name of transformers, as a :class:`Served`: a string that also knows the request
+for attnzoo. Copies of the configuration keep the mark. If other code sets the field, the mark is gone, and so is the
+request.
+
+transformers does not save the field. The configuration therefore has the attribute ``attnzoo_backend`` too, a plain
+string that ``save_pretrained`` writes to ``config.json``. A process without attnzoo ignores it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+KEY = "attnzoo_backend"
+
+
+class Served(str):
+    """The attention implementation of transformers under a backend of attnzoo: ``"eager"`` or ``"sdpa"``.
+
+    Attributes:
+        text: the name of the requested backend, as in :class:`~attnzoo.installing.names.NamedBackend`.
+        explicit: whether a user chose the backend for this model.
+    """
+
+    __slots__ = ("explicit", "text")
+
+    text: str
+    explicit: bool
+
+    def __new__(cls, implementation: str, text: str, explicit: bool) -> Served:
+        """Return ``implementation`` with a mark."""
+        served = super().__new__(cls, implementation)
+        served.text, served.explicit = text, explicit
+        return served
+
+    def __reduce__(self) -> Any:
+        return Served, (str(self), self.text, self.explicit)
+
+
+def mark_of(config: Any) -> Served | None:
+    """Return the mark of a configuration, or None."""
+    field = config._attn_implementation
+    return field if isinstance(field, Served) else None
+
+
+def saved_name(config: Any) -> object:
+    """Return the name with which a configuration was saved, or None."""
+    return vars(config).get(KEY)
+
+
+def remember(config: Any, served: Served) -> None:
+    """Store a request in a configuration. Only a request that a user made is saved with the configuration."""
+    # The public setter would also write into the configurations of submodels.
+    config._attn_implementation_internal = served
+    if served.explicit:
+        setattr(config, KEY, served.text)
+    else:
+        vars(config).pop(KEY, None)
+
+
+def forget(config: Any) -> None:
+    """Remove the request from a configuration."""
+    vars(config).pop(KEY, None)
+    mark = mark_of(config)
+    if mark is not None:
+        config._attn_implementation_internal = str(mark)

@@ -1,0 +1,139 @@
+"""Patch a model with the backends that the configurations of its parts request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from attnzoo.backend import Backend
+from attnzoo.errors import PatchError, shorten
+from attnzoo.installing.marks import mark_of
+from attnzoo.installing.names import NamedBackend, read_name
+from attnzoo.patching.forwards import patches_of
+from attnzoo.patching.patch import put_plans, unpatch_all
+from attnzoo.patching.plan import SitePlan, check_plans, plan_sites
+from attnzoo.patching.sites import PatchTarget, find_sites
+
+# The numbers of the patches that `install` made. Copies of a model have the number of the original's patch.
+_numbers: set[int] = set()
+
+
+def has_installed_patch(model: nn.Module) -> bool:
+    """Whether a part of the model has a patch that ``install`` made."""
+    return any(forward.patch.number in _numbers for module in model.modules() for forward in patches_of(module))
+
+
+def requests_of(model: nn.Module) -> dict[str, NamedBackend]:
+    """Return ``{name of a part: requested backend}``. Parts are the models of transformers inside the model."""
+    from transformers import PreTrainedModel
+
+    requests = {}
+    for name, part in model.named_modules():
+        mark = mark_of(part.config) if isinstance(part, PreTrainedModel) else None
+        if mark is not None:
+            requests[name] = read_name(mark.text, mark.explicit)
+    return requests
+
+
+def patch_as_requested(model: nn.Module) -> None:
+    """Patch a model that was just built. Sites that a user patched before keep this patch.
+
+    Raises:
+        PatchError, BackendRefusedError: as :func:`attnzoo.patch`. The model is unchanged.
+    """
+    _put(model, plan_built(model))
+
+
+def plan_built(model: nn.Module) -> tuple[SitePlan, ...]:
+    """Return the checked plans for a model that was just built. Empty if no part of the model requests a backend.
+
+    Whoever builds a model may move it to a device and switch it to inference later. So the plans assume inference on a
+    device of this machine, and each call is checked again.
+    """
+    requests = requests_of(model)
+    if not requests:
+        return ()
+    targets = find_sites(model)
+    assigned = {target: b for target, b in _assign(model, targets, requests).items() if not _has_user_patch(target)}
+    with _inference(model):
+        candidates = [plan_sites(model, targets, assigned, device) for device in _device_types()]
+    accepted = (plans for plans in candidates if not any(plan.refusals for plan in plans))
+    # If every device is refused, the accelerator's refusals say more than those of the CPU.
+    plans = next(accepted, candidates[0])
+    check_plans(plans)
+    return plans
+
+
+def patch_again(model: nn.Module) -> None:
+    """Replace the patches that ``install`` made by the patches that the configurations now request.
+
+    Raises:
+        PatchError: a site has a patch that a user made, or an earlier patch covers more than ``model``. Other errors
+            are those of :func:`attnzoo.patch`. The model is unchanged.
+    """
+    requests = requests_of(model)
+    targets = find_sites(model)
+    blocked = [target.label for target in targets if _has_user_patch(target)]
+    if blocked:
+        raise PatchError(
+            f"set_attn_implementation: got a model with a patch of attnzoo.patch at {shorten(', '.join(blocked))}; "
+            "allowed: a model without such a patch (call attnzoo.unpatch(model))"
+        )
+    plans = plan_sites(model, targets, _assign(model, targets, requests)) if requests else ()
+    check_plans(plans)
+    _put(model, plans)
+
+
+def _put(model: nn.Module, plans: tuple[SitePlan, ...]) -> None:
+    """Replace the patches that ``install`` made in a model by new patches."""
+    if not plans:
+        unpatch_all(model, _numbers)
+        return
+    handle = put_plans(model, plans, remove=lambda patched: unpatch_all(patched, _numbers))
+    _numbers.add(handle.forwards[0].patch.number)
+
+
+def _assign(
+    model: nn.Module, targets: list[PatchTarget], requests: Mapping[str, NamedBackend]
+) -> dict[PatchTarget, Backend]:
+    """Return the backend of each site: the request of the smallest part of the model around the site.
+
+    Raises:
+        PatchError: a part for which a user chose a backend has no site.
+    """
+    sites = [target for target in targets if target.point.attends]
+    for part, request in requests.items():
+        if request.explicit and not any(_is_inside(site.name, part) for site in sites):
+            find_sites(model.get_submodule(part))  # raises, with the reason
+    around = {site: [part for part in requests if _is_inside(site.name, part)] for site in sites}
+    return {site: requests[max(parts, key=len)].backend for site, parts in around.items() if parts}
+
+
+def _is_inside(name: str, part: str) -> bool:
+    return not part or name == part or name.startswith(f"{part}.")
+
+
+def _has_user_patch(target: PatchTarget) -> bool:
+    return any(forward.patch.number not in _numbers for forward in patches_of(target.module))
+
+
+def _device_types() -> tuple[str, ...]:
+    """Return the types of the devices on which a model may run on this machine."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return ("cpu",) if accelerator is None else (accelerator.type, "cpu")
+
+
+@contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    """Context manager in which all modules of a model are in inference mode."""
+    modes = {module: module.training for module in model.modules()}
+    for module in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
