@@ -12,7 +12,7 @@ from attnzoo.adapter import PatchPoint
 from attnzoo.auto.measurements import SizeClass, mode_of
 from attnzoo.spec.patterns import power_of_two
 
-DECODING = "decoding"
+FORWARD, TRAINING, DECODING = mode_of(grad=False), mode_of(grad=True), "decoding"
 
 
 class ModuleCall(NamedTuple):
@@ -54,7 +54,7 @@ def describe_call(point: PatchPoint, module: Any, states: Tensor, kwargs: Mappin
     if cache is not None and source is None:
         kv_len = power_of_two(q_len + point.cached_tokens(module, cache))
     if module.training or torch.is_grad_enabled():
-        mode = mode_of(grad=True)
+        mode = TRAINING
     else:
-        mode = DECODING if q_len == 1 and cache is not None else mode_of(grad=False)
+        mode = DECODING if q_len == 1 and cache is not None else FORWARD
     return ModuleCall(mode, batch, q_len, kv_len, states.device.type)

@@ -51,6 +51,14 @@ def is_of_module(measurement: Measurement) -> bool:
     return "module" in measurement.request
 
 
+def is_similar(measurement: Measurement, point: PatchPoint, module: Any) -> bool:
+    """Whether a module measurement is of modules like ``module``, in any mode and size, with or without dropout."""
+    ignored = ("mode", "dropout", "autocast")
+    call = ModuleCall(measurement.mode, 1, 1, 1, str(measurement.request.get("device")))
+    expected = request_of(point, module, call)
+    return all(measurement.request.get(name) == value for name, value in expected.items() if name not in ignored)
+
+
 def codes_of(backends: Iterable[Backend]) -> str:
     """Return text that identifies the code of the backends that ran in a patched module."""
     return _SEPARATOR.join(sorted({code_of(type(backend)) for backend in backends}))

@@ -11,11 +11,11 @@ import torch
 from attnzoo.adapter import PatchPoint
 from attnzoo.auto import cache
 from attnzoo.auto.calls import ModuleCall, describe_call, hidden_states
-from attnzoo.auto.choice import VARIABLE, by_priority_because
+from attnzoo.auto.choice import BY_REQUEST, by_priority_because
 from attnzoo.auto.environment import environment_of
 from attnzoo.auto.measurements import key_of
 from attnzoo.auto.modules import autocast_dtype, by_measurement, request_of
-from attnzoo.auto.rule import kind_of, native_because
+from attnzoo.auto.rule import native_because
 from attnzoo.backend import Backend, Choice
 from attnzoo.errors import Refusal
 from attnzoo.registry import registry
@@ -77,7 +77,7 @@ class NativeChooser:
             return None
         if self._preference == "always":
             return Choice(NativeBackend(), "preferred to every backend")
-        if because == f"{VARIABLE}=priority":
+        if because == BY_REQUEST:
             return None
         requests = point.requests(module)
         if because is None and requests:
@@ -85,5 +85,5 @@ class NativeChooser:
             decision = None if measurement is None else by_measurement(measurement, type(module))
             if decision is not None:
                 return Choice(NativeBackend(), decision.reason) if decision.native else None
-        reason = native_because(kind_of(requests, point.original_kernel(module)), call)
+        reason = native_because(requests, point.original_kernel(module), call)
         return None if reason is None else Choice(NativeBackend(), reason)

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.auto.calls import ModuleCall, describe_call, hidden_states
+from attnzoo.auto.calls import TRAINING, ModuleCall, describe_call, hidden_states
 from attnzoo.auto.environment import Environment, code_of, environment_of
 from attnzoo.auto.measurements import Measurement, Outcome, key_of
 from attnzoo.auto.modules import NATIVE, PATCHED, codes_of, request_of
-from attnzoo.auto.rule import TRAINING
 from attnzoo.auto.selection import AutoBackend
 from attnzoo.backend import Backend
 from attnzoo.conformance.attention_check import check_attention
