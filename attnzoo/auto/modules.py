@@ -7,6 +7,7 @@ kinds of measurements.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -78,10 +79,10 @@ def by_measurement(measurement: Measurement, module_class: type) -> Decision | N
         return None
     if native.seconds is None and patched.seconds is None:
         return None
-    is_native = patched.seconds is None or (native.seconds is not None and native.seconds <= patched.seconds)
-    return Decision(
-        is_native, f"measured in the module: native {_text(native)}; {patched.kernel or 'patched'} {_text(patched)}"
-    )
+    # A contender without a time ran out of memory or failed the error rule.
+    times = [math.inf if outcome.seconds is None else outcome.seconds for outcome in (native, patched)]
+    reason = f"measured in the module: native {_text(native)}; {patched.kernel or 'patched'} {_text(patched)}"
+    return Decision(times[1] > MARGIN * times[0], reason)
 
 
 def is_current(measurement: Measurement, module_class: type) -> bool:

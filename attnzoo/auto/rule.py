@@ -44,8 +44,10 @@ LIMITS: dict[tuple[str, str, str], Limit] = {
     ("chunks", "cpu", TRAINING): Limit(256, 500_000),
     ("sorted chunks", "cpu", FORWARD): Limit(1024, 500_000),
     ("sorted chunks", "cpu", TRAINING): Limit(1024, 500_000),
-    ("dense in eager", "cpu", FORWARD): Limit(0, 12_000_000),
-    ("dense in eager", "cpu", TRAINING): Limit(0, 12_000_000),
+    ("dense in eager", "cpu", FORWARD): Limit(0, 4_000_000),
+    ("dense in eager", "cpu", TRAINING): Limit(0, 4_000_000),
+    ("dense in eager with bias", "cpu", FORWARD): Limit(0, 4_000_000),
+    ("dense in eager with bias", "cpu", TRAINING): Limit(0, 4_000_000),
     ("window and other keys", "cuda", FORWARD): Limit(1024, 200_000_000, "flash_attention_2"),
 }
 
@@ -63,10 +65,10 @@ def kind_of(requests: Sequence[Request], original_kernel: str) -> str:
         return "sorted chunks"
     if Chunks in patterns:
         return "chunks"
+    with_bias = " with bias" if any(segment.bias is not None for segment in segments) else ""
     if Window in patterns:
-        with_bias = " with bias" if any(segment.bias is not None for segment in segments) else ""
         return f"window{' and other keys' if len(segments) > 1 else ''}{with_bias}"
-    return f"dense in {original_kernel}" if patterns and patterns <= {Causal, Full} else "unknown"
+    return f"dense in {original_kernel}{with_bias}" if patterns and patterns <= {Causal, Full} else "unknown"
 
 
 def count_scores(requests: Sequence[Request], call: ModuleCall) -> int:
