@@ -23,6 +23,7 @@ from attnzoo.spec.segments import Attention, Request, Result
 class AutoBackend(Backend):
     """The backend that runs each attention on the fastest measured backend. Without measurements, priority decides.
 
+    Before that, :class:`~attnzoo.auto.native.NativeChooser` decides whether a patched module runs the model's code.
     The candidates are the available exact backends. The registry reserves the name ``auto``, but does not list it.
 
     Attributes:

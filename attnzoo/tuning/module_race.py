@@ -7,6 +7,7 @@ share a value get other arguments in each run: the first layer computes the valu
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,13 +21,25 @@ from attnzoo.auto.calls import TRAINING, ModuleCall, describe_call, hidden_state
 from attnzoo.auto.environment import Environment, code_of, environment_of
 from attnzoo.auto.measurements import Measurement, Outcome, key_of
 from attnzoo.auto.modules import NATIVE, PATCHED, codes_of, request_of
+from attnzoo.auto.rule import count_scores, keys_per_query
 from attnzoo.auto.selection import AutoBackend
 from attnzoo.backend import Backend
 from attnzoo.conformance.attention_check import check_attention
 from attnzoo.patching.patch import patch
 from attnzoo.patching.sites import PatchTarget, Site, find_sites
 from attnzoo.spec.segments import Attention, Request, Result
-from attnzoo.tuning.race import ROWS, Clock, Preparation, is_out_of_memory, raised, synchronize, time_in_turns
+from attnzoo.tuning.race import (
+    DENSE_BYTES,
+    GRIDS,
+    GRIDS_KEPT,
+    ROWS,
+    Clock,
+    Preparation,
+    is_out_of_memory,
+    raised,
+    synchronize,
+    time_in_turns,
+)
 from attnzoo.tuning.recorded_calls import CallId, RecordedCall, recording_calls
 
 # The two contenders. Both run in a patched module, so both times contain the time of the decision.
@@ -77,6 +90,7 @@ class ModuleCalls:
     """Finds the groups of calls in a run of a model, and records their arguments."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         targets = [target for target in find_sites(model) if target.point.attends]
         self._targets = {target.name: target for target in targets if target.point.fault(target.module) is None}
         self._groups: dict[tuple[str, Environment], Group] = {}
@@ -91,6 +105,12 @@ class ModuleCalls:
         """Context manager for the first run, which must run backends. It finds the groups and records their calls."""
         with self._recording(PATCHED, self._is_new):
             yield
+
+    def backends(self) -> dict[str, Backend]:
+        """Return the backend of each site for the second run: the model's code where a group needs its arguments."""
+        measured = {name for group in self.groups for name in group.names}
+        sites = [target.name for target in find_sites(self._model) if target.point.attends]
+        return {glob.escape(name): CONTENDERS[NATIVE if name in measured else PATCHED] for name in sites}
 
     @contextmanager
     def repeating(self) -> Iterator[None]:
@@ -113,17 +133,24 @@ class ModuleCalls:
 
     def _is_new(self, identity: CallId, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         target, states = self._targets[identity[0]], hidden_states(args, kwargs)
-        if states is None or not target.point.requests(module):
+        requests = target.point.requests(module)
+        if states is None or not requests:
             return False
         call = describe_call(target.point, module, states, kwargs)
+        if not keys_per_query(requests) and target.point.original_kernel(module) == "eager":
+            grids = GRIDS + (GRIDS_KEPT if call.mode == TRAINING else 0)
+            if count_scores(requests, call) * states.itemsize * grids > DENSE_BYTES:
+                return False  # the model's code might fill the memory
         request = request_of(target.point, module, call)
         group = Group(target, request, call, states.device, identity, identity, {identity[0]})
         known = self._groups.setdefault((group.key, group.environment), group)
         if known is group:
             return True
-        if identity[0] in known.names or target.point.shared_in is None:
+        if identity[0] in known.names:
             return False
         known.names.add(identity[0])
+        if target.point.shared_in is None:
+            return False
         if known.last != known.first:
             self._recorded[PATCHED].pop(known.last, None)
         known.last = identity

@@ -14,7 +14,7 @@ from attnzoo.auto import cache
 from attnzoo.auto.choice import is_current
 from attnzoo.auto.environment import Environment, environment_of
 from attnzoo.auto.measurements import Measurement, SizeClass, key_of, size_class, to_plain_data
-from attnzoo.auto.modules import NATIVE, PATCHED
+from attnzoo.auto.modules import PATCHED
 from attnzoo.auto.modules import is_current as is_current_module
 from attnzoo.backend import Backend
 from attnzoo.errors import InvalidArgumentError
@@ -133,7 +133,7 @@ def tune(
                 groups.append(group)
         if groups:
             with calls.repeating():
-                _run_native(model, inputs, gradients)
+                _run_native(model, inputs, gradients, calls.backends())
         for number, group in enumerate(groups, 1):
             if progress is not None:
                 progress(f"module {number}/{len(groups)} {group.where}: {group.call.size}")
@@ -166,10 +166,15 @@ def _observe_model(
     return list(observed.values())
 
 
-def _run_native(model: nn.Module, inputs: Mapping[str, Any] | Callable[[], object], gradients: bool) -> None:
-    """Run the model's code once. Do nothing if memory is full, because a patch may be meant to save memory."""
+def _run_native(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Callable[[], object],
+    gradients: bool,
+    backends: Mapping[str, Backend],
+) -> None:
+    """Run the model's code once. If memory is full, stop, because users may patch a model to save memory."""
     try:
-        with _restored(model), patch(model, CONTENDERS[NATIVE]):
+        with _restored(model), patch(model, backends):
             _run_model(model, inputs, gradients)
     except Exception as error:
         if not is_out_of_memory(error):
