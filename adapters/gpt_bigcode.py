@@ -70,6 +70,7 @@ class _Attention(PatchPoint):
     """Base class of the patch points of self-attention and cross-attention."""
 
     cls = f"{_MODULE}:GPTBigCodeAttention"
+    cache = "layer_past"
 
     def dropout(self, module: Any) -> float:
         return float(module.attn_dropout)

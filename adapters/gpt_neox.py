@@ -25,6 +25,7 @@ class SelfAttention(InterfacePoint):
 
     cls = f"{_MODULE}:GPTNeoXAttention"
     verified = {f"{_MODULE}:GPTNeoXAttention.forward": ("680bb9e237b1e0ff", "0019986976651fef")}
+    cache = "layer_past"
 
     def describe(self, module: Any) -> str:
         return "causal"

@@ -109,6 +109,12 @@ class LocalAttention(PatchPoint):
     def trains_bias(self, module: Any) -> bool:
         return trains_bias(module, TABLE)
 
+    def original_serves(
+        self, module: Any, hidden_states: Tensor, mask: Any = None, position_bias: Any = None, *args: Any, **kwargs: Any
+    ) -> bool:
+        # A patched layer passes one value per distance to the later layers. The original needs one value per score.
+        return position_bias is None or position_bias.ndim != 2
+
     def dropout(self, module: Any) -> float:
         return float(module.dropout)
 
@@ -164,6 +170,13 @@ class TransientGlobalAttention(LocalAttention):
 
     def requests(self, module: Any) -> tuple[Request, ...]:
         return (_request(module, _window(module), Full()),)
+
+    def original_serves(self, module: Any, *args: Any, **kwargs: Any) -> bool:
+        # The original adds up 1 / size in torch's default dtype. Rounding makes block indices wrong, except for powers
+        # of two in float32 and float64 (see find_global_blocks).
+        size = int(module.global_block_size)
+        exact = size & (size - 1) == 0 and torch.get_default_dtype() in (torch.float32, torch.float64)
+        return exact and super().original_serves(module, *args, **kwargs)
 
     def trains_bias(self, module: Any) -> bool:
         return trains_bias(module, TABLE, SIDE_TABLE)

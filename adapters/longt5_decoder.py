@@ -60,6 +60,19 @@ class DecoderSelfAttention(InterfacePoint):
     def dropout(self, module: Any) -> float:
         return float(module.dropout)
 
+    def original_serves(
+        self,
+        module: Any,
+        hidden_states: Tensor,
+        mask: Any = None,
+        key_value_states: Any = None,
+        position_bias: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> bool:
+        # A patched layer passes one value per distance to the later layers. The original needs one value per score.
+        return position_bias is None or position_bias.ndim != 2
+
     def wants_probabilities(self, module: Any, kwargs: Mapping[str, Any]) -> bool:
         return bool(kwargs.get("output_attentions"))  # LongT5Stack has replaced None by the config's value
 

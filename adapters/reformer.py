@@ -39,6 +39,7 @@ from typing import Any
 from torch import Tensor
 
 from attnzoo.adapter import Adapter, Attend, Forward, PatchPoint, request_for
+from attnzoo.adapters.projections import is_plain
 from attnzoo.adapters.reformer_layout import MODULE
 from attnzoo.adapters.reformer_local import LocalCall
 from attnzoo.adapters.reformer_lsh import BucketNumber, LshCall, window_ahead
@@ -89,6 +90,10 @@ class _Attention(PatchPoint):
     """Base class of the patch points of local and LSH attention."""
 
     backward_in_training = True
+    cache = "past_buckets_states"
+
+    def cached_tokens(self, module: Any, cache: Any) -> int:
+        return int(cache.states_cache[module.layer_idx].shape[1]) if len(cache) > module.layer_idx else 0
 
     def dropout(self, module: Any) -> float:
         return float(module.dropout)
@@ -144,6 +149,14 @@ class LshAttention(_Attention):
         f"{MODULE}:ReverseSort.backward": ("8994d4915a22b6bb",),
     }
     makes_random_choices = True
+
+    def original_serves(self, module: Any, *args: Any, past_buckets_states: Any = None, **kwargs: Any) -> bool:
+        # The original would write the number of buckets into the config. When decoding with the cache, the original
+        # multiplies by the weights and ignores hooks and wrappers of the projections.
+        if module.num_buckets is None:
+            return False
+        decodes = past_buckets_states is not None and len(past_buckets_states) > module.layer_idx
+        return not decodes or (is_plain(module.query_key) and is_plain(module.value))
 
     def describe(self, module: Any) -> str:
         return f"LSH, {module.num_hashes} hashes, chunks of {_describe_chunks(module)}"

@@ -83,6 +83,7 @@ class PatchPoint(ABC):
         makes_random_choices: whether the forward draws random numbers that decide which tokens attend to one another,
             as hashing does. :meth:`replay` repeats these choices.
         backward_in_training: whether the original backward works only in training mode.
+        cache: the name of the forward's keyword argument that contains the cache.
 
     Example:
         >>> from attnzoo import Attention, Full, PatchPoint, Request, Segment, SegmentRequest
@@ -110,6 +111,7 @@ class PatchPoint(ABC):
     attends: bool = True
     makes_random_choices: bool = False
     backward_in_training: bool = False
+    cache: str = "past_key_values"
 
     # Subclasses define the next methods.
 
@@ -159,6 +161,30 @@ class PatchPoint(ABC):
     def fault(self, module: Any) -> str | None:
         """Return why the original forward of the module is wrong, or None. attnzoo never falls back to wrong code."""
         return None
+
+    def original_serves(self, module: Any, *args: Any, **kwargs: Any) -> bool:
+        """Whether the original forward computes the right result for these arguments of a call.
+
+        ``auto`` runs the original forward only if the result is True. Override this method if a patched module passes
+        values to the next module in another format than the original, or if the original is wrong or raises for some
+        arguments. The method runs once per call, so it must be fast.
+        """
+        return True
+
+    def original_kernel(self, module: Any) -> str:
+        """Return the name of the attention function that the original forward calls: ``"eager"`` or ``"sdpa"``."""
+        return "eager"
+
+    def cached_tokens(self, module: Any, cache: Any) -> int:
+        """Return the number of keys in ``cache`` that the module attends to. A static cache counts as full.
+
+        ``auto`` selects by this number. The number affects speed only, so 0 is right for caches of unknown types.
+        """
+        # The length that a static cache reports may be a tensor on a GPU. The size of the keys needs no wait.
+        layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", ())
+        index = getattr(module, "layer_idx", None) or 0
+        keys = getattr(layers[index], "keys", None) if index < len(layers) else None
+        return int(keys.shape[-2]) if isinstance(keys, Tensor) and keys.ndim >= 2 else 0
 
     def dropout(self, module: Any) -> float:
         """Return the dropout probability that the module applies to softmax weights in training."""

@@ -12,10 +12,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 import attnzoo
+from attnzoo.auto.selection import AutoBackend
+from attnzoo.backend import Backend
 from attnzoo.benchmarks.models import find_workload
 from attnzoo.benchmarks.workload import SEED
 from attnzoo.spelling import configured
 
+AUTO = AutoBackend.name
 SCOPES = ("model", "module", "attention")
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
@@ -76,7 +79,7 @@ class Subject:
 
     def patch(self, backend: str) -> attnzoo.Handle:
         """Patch the module, then :meth:`release` the model. ``backend`` has the syntax of the option ``--backend``."""
-        handle = attnzoo.patch(self.model, {self.patched: configured(backend)})
+        handle = attnzoo.patch(self.model, {self.patched: backend_of(backend)})
         self.release()
         return handle
 
@@ -92,12 +95,18 @@ class Subject:
                 self.backward(output)
 
     def forward(self) -> None:
-        with torch.no_grad():
+        """Run the forward of :meth:`step`. With gradients, other code or another kernel may run than without."""
+        with torch.set_grad_enabled(self.case.train):
             self.call()
 
     def clear(self) -> None:
         for tensor in (*self.module.parameters(), *self.inputs):
             tensor.grad = None
+
+
+def backend_of(text: str) -> str | Backend:
+    """Return the backend for the text of an option ``--backend``: ``"auto"``, or a configured backend."""
+    return text if text == AUTO else configured(text)
 
 
 def build(case: Case) -> Subject:

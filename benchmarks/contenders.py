@@ -9,11 +9,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import attnzoo
 from attnzoo.backend import Backend
-from attnzoo.benchmarks.cases import DTYPES, Case, Subject, build
+from attnzoo.benchmarks.cases import AUTO, DTYPES, Case, Subject, build
 from attnzoo.benchmarks.measure import available_memory
 from attnzoo.benchmarks.models import find_workload
 from attnzoo.benchmarks.rows import ORIGINAL, REFUSED, SKIPPED, Problem
-from attnzoo.benchmarks.witness import misreports, witness
+from attnzoo.benchmarks.witness import PLAIN, misreports, witness
 from attnzoo.conformance.attention_check import AttentionReport, check_attention, worst
 from attnzoo.conformance.error_rule import Check
 from attnzoo.patching.patch import Handle
@@ -105,7 +105,7 @@ class Original(Contender):
 
 @dataclass(frozen=True)
 class BackendContender(Contender):
-    """A registered backend, in a subject that :meth:`Subject.patch` patches with this backend.
+    """A registered backend or ``auto``, in a subject that :meth:`Subject.patch` patches with this backend.
 
     :attr:`name` may include options, as on the command line: ``blocked-local:window=1024``. If the backend stores all
     ``length x length`` scores, inputs longer than :attr:`dense_limit` tokens are skipped. None means no such limit.
@@ -115,13 +115,18 @@ class BackendContender(Contender):
 
     @property
     def backend(self) -> str:
-        return parse(self.name)[0]
+        return AUTO if self.name == AUTO else parse(self.name)[0]
+
+    def unavailable(self) -> str | None:
+        """Return why the backend cannot run on this machine, or None."""
+        info = attnzoo.backends().get(self.backend)  # ``auto`` is not listed, because some backend is always available
+        return None if info is None or info.available else str(info.reason)
 
     def check(self, case: Case) -> None:
-        info = attnzoo.backends()[self.backend]
-        if not info.available:
-            raise Problem(REFUSED, str(info.reason))
-        if not registry.backend_class(self.backend).dense:
+        reason = self.unavailable()
+        if reason is not None:
+            raise Problem(REFUSED, reason)
+        if self.backend == AUTO or not registry.backend_class(self.backend).dense:
             return
         limit = self.dense_limit
         if limit is not None and case.seq_len > limit:
@@ -133,7 +138,8 @@ class BackendContender(Contender):
             raise Problem(SKIPPED, f"dense scores need about {sizes}")
 
     def prepare(self, case: Case) -> PreparedContender:
-        if registry.backend_class(self.backend).compiles:
+        # ``auto`` may select a backend that compiles, but only if ``tune`` has measured this backend.
+        if self.backend == AUTO or registry.backend_class(self.backend).compiles:
             # Compile with a short input now, so that compile time is not measured. The compiled code runs every length.
             short = build(replace(case, seq_len=min(case.seq_len, _COMPILE_LEN)))
             with short.patch(self.name):
@@ -151,12 +157,15 @@ def dense_bytes(case: Case) -> int:
 
 
 class PreparedBackend(PreparedContender):
-    """A patched subject. The gate checks the error of every attention, and whether the requested backend ran."""
+    """A patched subject. The gate checks the error of every attention, and whether the requested backend ran.
+
+    With ``auto``, modules may run the model's code. These runs are counted, but there is no attention to check.
+    """
 
     def __init__(self, subject: Subject, backend: str, handle: Handle) -> None:
         super().__init__(subject)
         self._backend, self._handle = backend, handle
-        self._checked_kernels: set[str] = set()
+        self._checked_kernels: set[str] = {ORIGINAL} if backend == AUTO else set()
 
     def gate(self) -> GateVerdict:
         """Compare all attentions of one forward with the float64 oracle, and return the verdict.
@@ -174,7 +183,7 @@ class PreparedBackend(PreparedContender):
         before = self._kernel_counts()
 
         def observe(site: Site, attention: Attention, result: Result, ran: Backend) -> None:
-            if ran.name != self._backend:
+            if self._backend not in (ran.name, AUTO):
                 others.add(ran.name)
             observed[site.name, result.kernel] += 1
             kinds.setdefault((site.cls, site.pattern, attention.request()), (site.name, attention, ran))
@@ -189,7 +198,17 @@ class PreparedBackend(PreparedContender):
         reported: Counter[str] = Counter()
         for (_, kernel), count in observed.items():
             reported[kernel] += count
-        wrong = [*misreports(reported, operators), *_miscounts(self._kernel_counts() - before, observed)]
+        counted = self._kernel_counts() - before
+        if self._backend == AUTO:
+            native = [place for place in counted if place[1] == ORIGINAL]
+            for place in native:
+                del counted[place]
+            if native:
+                # The model's code runs kernels of SDPA, too, so their presence does not contradict plain operations.
+                del reported[PLAIN]
+            if not observed and native:
+                return GateVerdict()
+        wrong = [*misreports(reported, operators), *_miscounts(counted, observed)]
         train = self.subject.case.train
         reports = [
             check_attention(name, attention, ran, grad=train, max_rows=max_rows)
@@ -213,7 +232,8 @@ class PreparedBackend(PreparedContender):
         complaints = []
         for site in self._handle.sites:
             counts.update(site.kernels)
-            if site.backend != self._backend or site.fallbacks or not site.calls or "native" in site.kernels:
+            native = ORIGINAL in site.kernels and self._backend != AUTO
+            if site.backend != self._backend or site.fallbacks or not site.calls or native:
                 ran = f"ran {site.backend!r} with kernel {site.kernel}"
                 counted = f"{site.calls} calls, {site.fallbacks} fallbacks"
                 complaints.append(f"{site.name}: requested {self._backend!r}, {ran} ({counted})")

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from attnzoo.benchmarks.cases import DTYPES, SCOPES, Case
+from attnzoo.benchmarks.cases import AUTO, DTYPES, SCOPES, Case
 from attnzoo.benchmarks.contenders import BackendContender, Contender, Original
 from attnzoo.benchmarks.measure import machine
 from attnzoo.benchmarks.models import find_workload
@@ -41,7 +41,8 @@ class ShootoutPlan:
     Attributes:
         families, seq_lens: values of :attr:`Case.family` and :attr:`Case.seq_len`. Every combination is run.
         scope, dtype, device, threads, batch, layers: as in :class:`~attnzoo.benchmarks.cases.Case`.
-        backends: names or aliases, with options as in ``lsh:num_hashes=2,...``. None means every exact backend.
+        backends: names or aliases, with options as in ``lsh:num_hashes=2,...``, or ``"auto"``. None means every exact
+            backend.
         modes: ``False`` (forward), ``True`` (forward+backward), or both.
         original: whether the original model runs. Without the original model, rows have no ratios.
         rounds: number of timed runs per row. None means from 3 to 9 runs, depending on :attr:`seconds_per_case`.
@@ -95,12 +96,7 @@ class ShootoutPlan:
         if self.backends is None:
             names = [info.name for info in registry.backends().values() if info.exact or not info.available]
         else:
-            if "auto" in self.backends:
-                raise InvalidArgumentError("backend", "'auto'", "names of the backends to compare")
-            parsed = [parse(name) for name in self.backends if name != ORIGINAL]
-            for name, options in parsed:
-                registry.configure(name, **options)  # raises for a wrong option before the measurements start
-            names = list(dict.fromkeys(spell(name, options) for name, options in parsed))
+            names = list(dict.fromkeys(_spelled(name) for name in self.backends if name != ORIGINAL))
             limit = None
         peers = peers_of(self.families) if self.scope == PEER_SCOPE and self.peers is not False else ()
         originals = (Original(),) if self.original else ()
@@ -110,6 +106,15 @@ class ShootoutPlan:
         setting = (self.batch, self.dtype, self.device, self.threads)
         for family, seq_len, train in itertools.product(self.families, self.seq_lens, self.modes):
             yield Case(family, self.scope, seq_len, *setting, train, self.layers)
+
+
+def _spelled(backend: str) -> str:
+    """Return a backend and its options, without aliases. Raise for a wrong option before the measurements start."""
+    if backend == AUTO:
+        return AUTO
+    name, options = parse(backend)
+    registry.configure(name, **options)
+    return spell(name, options)
 
 
 def run(
@@ -155,7 +160,7 @@ def _end_to_end(
 ) -> list[EndToEnd]:
     verdicts = []
     backends = [contender for contender in contenders if isinstance(contender, BackendContender)]
-    names = [contender.name for contender in backends if registry.backends()[contender.backend].available]
+    names = [contender.name for contender in backends if contender.unavailable() is None]
     pairs = [(family, name) for family in plan.families for name in names]
     for number, (family, name) in enumerate(pairs):
         progress(number / len(pairs), f"{family}: {name}, whole model against float64")

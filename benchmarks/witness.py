@@ -24,7 +24,7 @@ _OPERATORS = {
 _CLAIMS = {"flash_cpu": "flash", **{kernel: kernel for kernel in _OPERATORS.values()}}
 
 # The name that backends report for plain operations, which run no SDPA kernel.
-_PLAIN = "eager"
+PLAIN = "eager"
 
 
 @contextmanager
@@ -68,6 +68,6 @@ def misreports(reported: Mapping[str, int], ran: Mapping[str, int]) -> list[str]
         if kernel in ran and ran[kernel] < count
     ]
     unclaimed = sorted(set(ran) - set(calls))
-    if unclaimed and _PLAIN in reported:
-        lines.append(f"reported {_PLAIN}, but {', '.join(unclaimed)} ran")
+    if unclaimed and PLAIN in reported:
+        lines.append(f"reported {PLAIN}, but {', '.join(unclaimed)} ran")
     return lines

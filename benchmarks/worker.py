@@ -18,13 +18,12 @@ from typing import Any, Generic, TypeVar
 import torch
 
 import attnzoo
-from attnzoo.benchmarks.cases import DTYPES, Case, Projections
+from attnzoo.benchmarks.cases import DTYPES, Case, Projections, backend_of
 from attnzoo.benchmarks.contenders import Contender, Execution, GateVerdict
 from attnzoo.benchmarks.measure import Peak, peak_of, seconds
 from attnzoo.benchmarks.models import find_workload
 from attnzoo.benchmarks.rows import FAILED, REFUSED, Problem
 from attnzoo.errors import BackendRefusedError
-from attnzoo.spelling import configured
 
 Served = TypeVar("Served")
 Answer = TypeVar("Answer")
@@ -88,7 +87,7 @@ def verify_here(job: EndToEndJob) -> tuple[bool, str]:
     workload = find_workload(job.family)
     model = workload.build(layers=1).to(job.device, DTYPES[job.dtype])
     inputs = workload.read(1, job.seq_len, job.device).kwargs
-    report = attnzoo.verify(model, inputs, backend=configured(job.backend), gradients=job.gradients)
+    report = attnzoo.verify(model, inputs, backend=backend_of(job.backend), gradients=job.gradients)
     return report.ok, str(report)
 
 

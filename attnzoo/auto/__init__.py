@@ -1,1 +1,1 @@
-"""The backend ``auto``. It selects by measurements from the same environment or, without measurements, by priority."""
+"""The backend ``auto``. It runs the model's code or a backend: by measurement, or else by rule and by priority."""

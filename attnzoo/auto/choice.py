@@ -13,14 +13,16 @@ from attnzoo.backend import Backend, Choice
 from attnzoo.errors import InvalidArgumentError
 
 VARIABLE = "ATTNZOO_AUTO"
+BY_REQUEST = f"{VARIABLE}=priority"
 
 
 def by_priority_because() -> str | None:
-    """Return why ``auto`` currently selects by priority. None means that ``auto`` uses measurements.
+    """Return why ``auto`` currently selects backends by priority. None means that ``auto`` uses measurements.
 
     There are three reasons: ``ATTNZOO_AUTO=priority``, ``torch.compile``, and ``torch.use_deterministic_algorithms``
     (because a new measurement could change the backend and so the results). ``ATTNZOO_AUTO=measured`` switches the
-    last reason off.
+    last reason off. With ``ATTNZOO_AUTO=priority``, ``auto`` always runs a backend, never the model's code. With the
+    other reasons, the rule (:mod:`attnzoo.auto.rule`) decides between both.
 
     Raises:
         InvalidArgumentError: ``ATTNZOO_AUTO`` is neither empty nor ``measured`` nor ``priority``.
@@ -29,7 +31,7 @@ def by_priority_because() -> str | None:
     if value not in ("", "measured", "priority"):
         raise InvalidArgumentError(VARIABLE, repr(value), "'measured' or 'priority'")
     if value == "priority":
-        return f"{VARIABLE}=priority"
+        return BY_REQUEST
     if torch.compiler.is_compiling():
         return "lengths are unknown inside torch.compile"
     if not value and torch.are_deterministic_algorithms_enabled():

@@ -83,8 +83,9 @@ class Measurement:
 
     @property
     def mode(self) -> str:
-        """The mode, which is ``"forward+backward"`` if the request needs gradients, else ``"forward"``."""
-        return mode_of(bool(self.request.get("grad")))
+        """``"forward+backward"`` if the request needs gradients, ``"decoding"`` for a module that decodes, else
+        ``"forward"``."""
+        return str(self.request.get("mode") or mode_of(bool(self.request.get("grad"))))
 
     def ranking(self) -> list[tuple[float, str]]:
         """Return ``(seconds, backend)`` for every measured time, fastest first."""

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
+from attnzoo.adapter import PatchPoint
 from attnzoo.auto import cache
 from attnzoo.auto.choice import by_measurement, by_priority_because, wrongs
 from attnzoo.auto.environment import Environment, environment_of
 from attnzoo.auto.measurements import SizeClass, key_of, mode_of, size_class
+from attnzoo.auto.native import NativeChooser, Preference
 from attnzoo.backend import Backend, Choice
 from attnzoo.errors import BackendRefusedError, Refusal
 from attnzoo.registry import registry
@@ -21,14 +23,23 @@ from attnzoo.spec.segments import Attention, Request, Result
 class AutoBackend(Backend):
     """The backend that runs each attention on the fastest measured backend. Without measurements, priority decides.
 
+    Before that, :class:`~attnzoo.auto.native.NativeChooser` decides whether a patched module runs the model's code.
     The candidates are the available exact backends. The registry reserves the name ``auto``, but does not list it.
+
+    Attributes:
+        native: when a patched module runs the model's code instead (:data:`~attnzoo.auto.native.Preference`).
     """
 
     name: ClassVar[str] = "auto"
+    native: Preference = "auto"
 
     def bind_to_site(self, site: tuple[Request, ...], patch: tuple[Request, ...]) -> Backend:
         by_priority_because()  # raises at patch time if ATTNZOO_AUTO has a value that is not allowed
         return self
+
+    def chooser(self, point: PatchPoint) -> NativeChooser | None:
+        """Return the object that decides when a module of ``point`` runs the model's code. None means never."""
+        return NativeChooser(point, self.native) if point.attends and self.native != "never" else None
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
         """Return ``()`` if a candidate supports the request. Otherwise return the refusals of all candidates."""

@@ -22,6 +22,7 @@ from attnzoo.tuning.race import ROUNDS
 from attnzoo.tuning.report import TuningReport, table
 
 MODEL_HELP = "A model of the benchmarks (see attnzoo bench --help), or the folder of a checkpoint."
+_NEW_TOKENS = 3  # the first token comes from the prompt, the others from decoding steps
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -36,13 +37,16 @@ def tune(
     train: Annotated[
         bool, typer.Option("--train", help="Tune for training (forward and backward) instead of inference.")
     ] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Tune for generation with a cache: the prompt, and single new tokens.")
+    ] = False,
     rounds: Annotated[int, typer.Option(help="Timed samples per backend.", min=1)] = ROUNDS,
     again: Annotated[bool, typer.Option("--again", help="Also measure attentions with a stored measurement.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the stored measurements and measure nothing.")] = False,
     clear: Annotated[bool, typer.Option("--clear", help="Remove the stored measurements.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure which backend is fastest for each attention of a model, and store the result for auto."""
+    """Measure which backend is fastest for each attention, and where the model's code is faster, for auto."""
     if show and model is not None:
         raise InvalidArgumentError("model", f"{model!r} with --show", "no model, because --show measures nothing")
     if clear:
@@ -54,7 +58,9 @@ def tune(
         if not (show or clear):
             raise InvalidArgumentError("model", "None", "a model name or checkpoint folder, or --show or --clear")
         return
-    report = _measure(model, seq_len or [1024], dtype, device, threads, train, again, rounds)
+    if train and decode:
+        raise InvalidArgumentError("decode", "--decode with --train", "at most one of --decode and --train")
+    report = _measure(model, seq_len or [1024], dtype, device, threads, train, decode, again, rounds)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
         return
@@ -65,7 +71,15 @@ def tune(
 
 
 def _measure(
-    name: str, lengths: list[int], dtype: str, device: str, threads: int | None, train: bool, again: bool, rounds: int
+    name: str,
+    lengths: list[int],
+    dtype: str,
+    device: str,
+    threads: int | None,
+    train: bool,
+    decode: bool,
+    again: bool,
+    rounds: int,
 ) -> TuningReport:
     from attnzoo.benchmarks.named_models import load_with_passages
 
@@ -79,15 +93,23 @@ def _measure(
     if threads is not None:
         torch.set_num_threads(threads)
     measurements: dict[str, Measurement] = {}
+    modules: dict[str, Measurement] = {}
     fresh: set[str] = set()
     for length in lengths:
         loaded, (inputs,) = load_with_passages(name, length, 1)
         loaded.train(train).to(device, _DTYPES[dtype])
         inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
-        report = attnzoo.tune(loaded, inputs, again=again, rounds=rounds, progress=partial(print, file=sys.stderr))
+        run = partial(_decode, loaded, inputs) if decode else inputs
+        report = attnzoo.tune(loaded, run, again=again, rounds=rounds, progress=partial(print, file=sys.stderr))
         measurements.update({measurement.key: measurement for measurement in report})
+        modules.update({measurement.key: measurement for measurement in report.modules})
         fresh |= report.fresh
-    return TuningReport(measurements.values(), frozenset(fresh))
+    return TuningReport(measurements.values(), frozenset(fresh), tuple(modules.values()))
+
+
+def _decode(model: Any, inputs: dict[str, Any]) -> None:
+    prompt = {name: value for name, value in inputs.items() if name != "use_cache"}
+    model.generate(**prompt, max_new_tokens=_NEW_TOKENS, min_new_tokens=_NEW_TOKENS, do_sample=False)
 
 
 def stored_measurements() -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from attnzoo.auto.selection import AutoBackend
 from attnzoo.backend import Backend
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, KeywordRefusedError, PatchError
 from attnzoo.functional import execute
@@ -184,10 +185,15 @@ class PatchedForward(slots.Replacement):
         self._called = _CalledModule()
         self._attend = SiteAttend(self.site, self.plan, self.fallback, self.patch.memory)
         self._forward = None if self.native else self.point.bind(self.plan.target.cls, self._attend)
+        backend = self.plan.backend
+        self._chooser = backend.chooser(self.point) if isinstance(backend, AutoBackend) else None
 
     @property
     def may_run_native(self) -> bool:
-        """Whether a call can run the model's original code."""
+        """Whether a call can run the model's original code, whatever a patched module has passed to this module.
+
+        ``auto`` checks with :meth:`PatchPoint.original_serves` whether the original code can read the arguments.
+        """
         return self.native or self.fallback
 
     @property
@@ -272,6 +278,11 @@ class PatchedForward(slots.Replacement):
                 if not self._attend.falls_back(self.point.fault(module) is None):
                     raise
                 return self._run_original(module, args, kwargs)
+        choice = None if self._chooser is None else self._chooser.choose(module, args, kwargs)
+        if choice is not None:
+            self.site.kernels["native"] += 1
+            self.site.selections[choice] += 1
+            return self._run_original(module, args, kwargs)
         return self._forward(module, *args, **kwargs)
 
     def _run_original(self, module: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

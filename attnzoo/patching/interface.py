@@ -114,6 +114,9 @@ class InterfacePoint(PatchPoint):
         # The attribute is private, but the module's forward and transformers' mask functions also read this attribute.
         _check_implementation(module.config._attn_implementation)
 
+    def original_kernel(self, module: Any) -> str:
+        return str(module.config._attn_implementation)
+
     def wants_probabilities(self, module: Any, kwargs: Mapping[str, Any]) -> bool:
         """Whether a call requests probabilities: by the keyword ``output_attentions`` or, without it, by the config."""
         keyword = kwargs.get("output_attentions")

@@ -210,9 +210,10 @@ def patch(
     Args:
         model: a Hugging Face model of a family with an adapter (see ``attnzoo doctor``), or a part of such a model.
         backend: a backend name or alias, a configured :class:`Backend`, or ``{glob over module names: backend}``.
-            ``"auto"`` selects the fastest measured backend for each attention or, without measurements, the supporting
-            backend of highest priority. ``"native"`` runs the model's original code and counts the calls. The first
-            glob that matches a module decides, so write narrow globs first. Modules that match no glob stay unpatched.
+            ``"auto"`` selects for each call the fastest measured backend, or the model's original code if that is
+            faster. Without measurements, backends run only where they are known to be faster. ``"native"`` runs the
+            model's original code and counts the calls. The first glob that matches a module decides, so write narrow
+            globs first. Modules that match no glob stay unpatched.
         fallback: what happens to a call that the backend refuses. With ``"error"``, the call raises. With
             ``"native"``, the call runs the model's original code, and ``Site.fallbacks`` counts the call. Exception:
             some patches replace the whole forward of a module. A refusal after the start of such a forward always

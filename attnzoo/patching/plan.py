@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attnzoo.auto.native import NativeBackend
 from attnzoo.auto.selection import AutoBackend
 from attnzoo.backend import Backend
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError, Refusal, shorten
@@ -25,17 +26,6 @@ from attnzoo.spec.segments import Request
 from attnzoo.spec.transforms import transforms_around
 
 _MOST_STATES = 256  # states that a plan keeps; a model has few
-
-
-@dataclass(frozen=True)
-class NativeBackend(Backend):
-    """Backend that runs the model's original code. It supports every site, and never gets an :class:`Attention`."""
-
-    name: ClassVar[str] = "native"
-
-    def refusals(self, request: Request) -> tuple[Refusal, ...]:
-        return ()
-
 
 # Backends that are always available. The registry reserves their names.
 BUILT_IN: Mapping[str, Backend] = {backend.name: backend for backend in (AutoBackend(), NativeBackend())}

@@ -33,8 +33,9 @@ class Site:
         backend: name of the requested backend. ``"native"`` stands for the model's original code.
         changes: how the backend is expected to change the pattern, as text. Empty if the backend is exact.
         kernels: how often each kernel ran.
-        calls: how many attentions the backend ran.
-        selections: how often ``auto`` made each choice. Empty unless the requested backend is ``auto``.
+        calls: how many attentions the backend ran, plus how many forwards ran the model's code as ``native``.
+        selections: how often ``auto`` made each choice, a backend or ``native``. Empty unless the requested backend is
+            ``auto``.
         changed: how often the backend made each change of the pattern.
         fallbacks: how many forwards ran the model's original code because of ``fallback="native"``.
         observer: function called after each attention with the site, the attention, the result and the backend.

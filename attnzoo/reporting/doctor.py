@@ -10,7 +10,7 @@ from importlib import metadata
 import torch
 
 from attnzoo.auto import cache
-from attnzoo.auto.choice import by_priority_because
+from attnzoo.auto.choice import BY_REQUEST, by_priority_because
 from attnzoo.errors import AttnzooError, DriftError, raise_interrupts
 from attnzoo.registry import registry
 
@@ -68,6 +68,7 @@ def _cache() -> Finding:
         return Finding("machine", name, False, "; ".join(broken))
     count = sum(len(file.measurements) for file in files)
     unused = f"; not used: {because}" if because else ""
+    unused += "" if because == BY_REQUEST else "; without a measurement, a rule selects a backend or native"
     return Finding("machine", name, True, f"{count or 'none'} in {cache.folder()} (see attnzoo tune){unused}")
 
 

@@ -1,12 +1,15 @@
-"""Predict what ``auto`` will select at a site. The prediction uses stored measurements and priorities."""
+"""Predict what ``auto`` will select at a site. The prediction uses stored measurements, the rule and priorities."""
 
 from __future__ import annotations
 
 from attnzoo.adapter import parameter_of
 from attnzoo.auto import cache
-from attnzoo.auto.choice import by_measurement, by_priority_because
+from attnzoo.auto.choice import BY_REQUEST, by_measurement, by_priority_because
 from attnzoo.auto.environment import environment_of
 from attnzoo.auto.measurements import Measurement, to_plain_data
+from attnzoo.auto.modules import by_measurement as decide_by_measurement
+from attnzoo.auto.modules import is_of_module, is_similar
+from attnzoo.auto.rule import native_by_rule
 from attnzoo.patching.plan import SitePlan
 from attnzoo.registry import registry
 from attnzoo.spec.segments import Request
@@ -15,7 +18,33 @@ _COMPARED = ("device", "dtype", "heads", "head_dim", "value_dim")
 
 
 def outlook(plan: SitePlan) -> tuple[str, ...]:
-    """Return what ``auto`` selects at a site: a line per similar measured attention, and a line for other attentions.
+    """Return when ``auto`` runs the model's code at a site, and which backend it selects otherwise."""
+    return (*_native(plan), *_backends(plan))
+
+
+def _native(plan: SitePlan) -> tuple[str, ...]:
+    """Return a line per measurement of a similar module, and a line with the rule for all other calls."""
+    point, module = plan.target.point, plan.target.module
+    because, fault = by_priority_because(), point.fault(module)
+    if fault is not None:
+        return (f"never native: {fault}",)
+    if because == BY_REQUEST:
+        return ()
+    device = parameter_of(module).device
+    lines = []
+    known = cache.known(environment_of(device)).values() if because is None and plan.requests else ()
+    for measurement in known:
+        if is_of_module(measurement) and is_similar(measurement, point, module):
+            decision = decide_by_measurement(measurement, type(module))
+            if decision is not None:
+                runs = "native" if decision.native else "a backend"
+                lines.append(f"{runs} for {measurement.mode} at {measurement.size}: {decision.reason}")
+    rule = native_by_rule(plan.requests, point.original_kernel(module), device.type)
+    return (*lines, f"native by rule{' elsewhere' if lines else ''}, {rule}")
+
+
+def _backends(plan: SitePlan) -> tuple[str, ...]:
+    """Return a line per similar measured attention, and a line for other attentions.
 
     A measured attention is similar if device, dtype, number and size of heads, and the pattern of the first segment are
     the same as at the site. Masks, gradients and lengths are ignored, because they are unknown before a run.

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -18,6 +19,8 @@ from attnzoo.functional import execute
 from attnzoo.spec.segments import Attention
 
 Clock = Callable[[], float]
+# A function that prepares a number of runs. The context manager yields one function per run.
+Preparation = Callable[[int], AbstractContextManager[Sequence[Callable[[], object]]]]
 
 ROUNDS = 7
 # A sample repeats a run for about SAMPLE_SECONDS, at most MOST_RUNS times. A single run would mainly measure overhead.
@@ -43,7 +46,7 @@ def race(
     """
     tick = time.perf_counter if clock is None else clock
     outcomes: dict[str, Outcome] = {}
-    runs: dict[str, Callable[[], str]] = {}
+    runs: dict[str, Preparation] = {}
     for backend in backends:
         code = code_of(type(backend))
         need = dense_bytes(attention, grad)
@@ -59,17 +62,16 @@ def race(
             first = tick() - start
             wrong = _wrong(backend, attention, grad)
         except Exception as error:  # a backend may raise anything
-            wrong, out_of_memory = _raised(error), _is_out_of_memory(error)
+            wrong, out_of_memory = raised(error), is_out_of_memory(error)
         is_wrong = bool(wrong) and not out_of_memory
         outcomes[backend.name] = Outcome(code, first=first, kernel=kernel, reason=wrong, wrong=is_wrong)
         if not wrong:
-            runs[backend.name] = step
-    for name, seconds in _times(runs, attention.query.device, rounds, tick).items():
-        if isinstance(seconds, Exception):
-            outcomes[name] = replace(outcomes[name], reason=_raised(seconds), wrong=not _is_out_of_memory(seconds))
-        else:
-            outcomes[name] = replace(outcomes[name], seconds=seconds)
-    return outcomes
+            runs[backend.name] = _repeat(step)
+    return time_in_turns(outcomes, runs, attention.query.device, rounds, tick)
+
+
+def _repeat(step: Callable[[], object]) -> Preparation:
+    return lambda count: nullcontext([step] * count)
 
 
 def dense_bytes(attention: Attention, grad: bool) -> int:
@@ -79,11 +81,12 @@ def dense_bytes(attention: Attention, grad: bool) -> int:
     return grid * (GRIDS + (GRIDS_KEPT if grad else 0))
 
 
-def _raised(error: Exception) -> str:
+def raised(error: Exception) -> str:
+    """Return the text of an outcome without a time: the type and the first line of an error."""
     return f"raised {type(error).__name__}: {error}".partition("\n")[0]
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether the error means that the memory was full. Full memory is not a fault of the backend."""
     # The CPU allocator of torch raises a plain RuntimeError.
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
@@ -113,24 +116,28 @@ def _step(backend: Backend, attention: Attention, grad: bool) -> Callable[[], st
     return run
 
 
-def _times(
-    runs: dict[str, Callable[[], str]], device: torch.device, rounds: int, tick: Clock
-) -> dict[str, float | Exception]:
-    """Return for each backend name the median seconds of one run, or the exception that a run raised."""
-    failed: dict[str, float | Exception] = {}
+def time_in_turns(
+    outcomes: dict[str, Outcome], runs: dict[str, Preparation], device: torch.device, rounds: int, tick: Clock
+) -> dict[str, Outcome]:
+    """Return ``outcomes`` with the median seconds of one run, or with the reason why a run raised.
+
+    The names in ``runs`` are the outcomes to time. They run alternately. Preparations are not timed.
+    """
+    outcomes = dict(outcomes)
     samples: dict[str, list[float]] = {name: [] for name in runs}
     counts = dict.fromkeys(runs, 1)
 
     def sample(name: str) -> float | None:
         try:
-            synchronize(device)
-            start = tick()
-            for _ in range(counts[name]):
-                runs[name]()
-            synchronize(device)
-            return (tick() - start) / counts[name]
+            with runs[name](counts[name]) as steps:
+                synchronize(device)
+                start = tick()
+                for step in steps:
+                    step()
+                synchronize(device)
+                return (tick() - start) / counts[name]
         except Exception as error:
-            failed[name] = error
+            outcomes[name] = replace(outcomes[name], reason=raised(error), wrong=not is_out_of_memory(error))
             del samples[name]
             return None
 
@@ -145,7 +152,9 @@ def _times(
                 seconds = sample(name)
                 if seconds is not None:
                     samples[name].append(seconds)
-    return failed | {name: statistics.median(times) for name, times in samples.items()}
+    for name, times in samples.items():
+        outcomes[name] = replace(outcomes[name], seconds=statistics.median(times))
+    return outcomes
 
 
 def synchronize(device: torch.device) -> None:

@@ -14,23 +14,33 @@ class TuningReport(tuple[Measurement, ...]):
 
     Attributes:
         fresh: keys of the measurements that are new. The remaining measurements were already in the cache.
+        modules: the measurements of whole modules, with the model's code (``native``) and with backends (``auto``).
     """
 
     fresh: frozenset[str]
+    modules: tuple[Measurement, ...]
 
-    def __new__(cls, measurements: Iterable[Measurement], fresh: frozenset[str] = frozenset()) -> TuningReport:
+    def __new__(
+        cls,
+        measurements: Iterable[Measurement],
+        fresh: frozenset[str] = frozenset(),
+        modules: tuple[Measurement, ...] = (),
+    ) -> TuningReport:
         report = super().__new__(cls, measurements)
-        report.fresh = fresh
+        report.fresh, report.modules = fresh, modules
         return report
 
     def to_dict(self) -> list[dict[str, Any]]:
-        """Return plain data for JSON."""
-        return [{**measurement.to_dict(), "fresh": measurement.key in self.fresh} for measurement in self]
+        """Return plain data for JSON: the attentions, then the modules. ``scope`` distinguishes them."""
+        scopes = [(measurement, "attention") for measurement in self]
+        scopes += [(measurement, "module") for measurement in self.modules]
+        return [{**m.to_dict(), "scope": scope, "fresh": m.key in self.fresh} for m, scope in scopes]
 
     def __str__(self) -> str:
-        if not self:
-            return "nothing to measure: no attention is supported by more than one backend"
-        return "\n".join(table(m, "" if m.key in self.fresh else " (already stored)") for m in self)
+        if not self and not self.modules:
+            return "nothing to measure: the model runs no attention that more than one backend or its code can compute"
+        tables = (table(m, "" if m.key in self.fresh else " (already stored)") for m in (*self, *self.modules))
+        return "\n".join(tables)
 
 
 def table(measurement: Measurement, remark: str = "") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from attnzoo.auto import cache
 from attnzoo.auto.choice import is_current
 from attnzoo.auto.environment import Environment, environment_of
 from attnzoo.auto.measurements import Measurement, SizeClass, key_of, size_class, to_plain_data
+from attnzoo.auto.modules import PATCHED
+from attnzoo.auto.modules import is_current as is_current_module
 from attnzoo.backend import Backend
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.patching.patch import patch
@@ -20,7 +23,8 @@ from attnzoo.patching.replay import own_random_stream
 from attnzoo.patching.sites import Site, check_model
 from attnzoo.registry import registry
 from attnzoo.spec.segments import Attention, Request, Result
-from attnzoo.tuning.race import ROUNDS, Clock, race
+from attnzoo.tuning.module_race import CONTENDERS, ModuleCalls, race_modules
+from attnzoo.tuning.race import ROUNDS, Clock, is_out_of_memory, race
 from attnzoo.tuning.report import TuningReport
 from attnzoo.verification.model_runs import check_gradient_mode
 
@@ -48,16 +52,18 @@ def tune(
 ) -> TuningReport:
     """Measure which backend is fastest for each attention of a model. ``auto`` selects backends by these measurements.
 
-    ``tune`` runs the model once, in the current mode, dtype and autocast, and records the attentions. It then times
-    every backend that supports a recorded attention, once per request and size class (batch and lengths rounded up to
-    powers of two). A time is the median of several rounds, without warm-up and compilation. ``auto`` never selects a
-    backend that failed the error rule or raised. ``tune`` reuses stored measurements, and does not time backends that
-    change the pattern. The model, its gradients and the states of random number generators do not change.
+    ``tune`` runs the model in the current mode, dtype and autocast, and records the attentions. It then times every
+    backend that supports a recorded attention, once per request and size class (batch and lengths rounded up to powers
+    of two). Then ``tune`` runs the model's code, and times each kind of module twice: with the model's code
+    (``native``), and with the fastest backends. A time is the median of several rounds, without warm-up and
+    compilation. ``auto`` never selects a backend that failed the error rule or raised. ``tune`` reuses stored
+    measurements, and does not time backends that change the pattern. The model, its gradients and the states of random
+    number generators do not change.
 
     Args:
         model: a model of a family with an adapter. The model may be patched.
-        inputs: keyword arguments of the model's forward, or a function that runs the model, for example
-            ``lambda: model.generate(**prompt)``.
+        inputs: keyword arguments of the model's forward, or a function that runs the model. To tune for decoding, pass
+            ``lambda: model.generate(**prompt)``. The function is called twice.
         gradients: True tunes for training (forward and backward), and False tunes for inference. None selects training
             if the model is in training mode.
         again: whether attentions that already have a stored measurement are measured again.
@@ -68,7 +74,8 @@ def tune(
         progress: function that is called with a description of each attention before its measurement.
 
     Returns:
-        A tuple of measurements. ``print`` shows the tuple as tables.
+        A tuple of measurements of attentions, whose attribute ``modules`` has the measurements of modules. ``print``
+        shows both as tables.
 
     Raises:
         InvalidArgumentError: an argument is invalid.
@@ -95,10 +102,14 @@ def tune(
     check_gradient_mode(gradients)
     if save:
         cache.check_writable()
+    tick = time.perf_counter if clock is None else clock
     measurements: list[Measurement] = []
+    modules: list[Measurement] = []
     fresh: set[str] = set()
     with own_random_stream(model):
-        observed = _observe_model(model, inputs, gradients)
+        calls = ModuleCalls(model)
+        with calls.finding():
+            observed = _observe_model(model, inputs, gradients)
         for number, (request, size, environment, attention, site) in enumerate(observed, 1):
             backends = registry.supporting_backends(request)
             known = cache.find(environment, key_of(request, size))
@@ -112,7 +123,26 @@ def tune(
             cache.add(environment, [measurement], save=save)  # at once, so that an interruption loses nothing
             measurements.append(measurement)
             fresh.add(measurement.key)
-    return TuningReport(measurements, frozenset(fresh))
+        # Modules come after attentions, because a patched module runs the backends that are fastest by now.
+        groups = []
+        for group in calls.groups:
+            known = cache.find(group.environment, group.key)
+            if known is not None and not again and is_current_module(known, group.target.cls):
+                modules.append(known)
+            else:
+                groups.append(group)
+        if groups:
+            with calls.repeating():
+                _run_native(model, inputs, gradients, calls.backends())
+        for number, group in enumerate(groups, 1):
+            if progress is not None:
+                progress(f"module {number}/{len(groups)} {group.where}: {group.call.size}")
+            measured = race_modules(model, calls, group, rounds, tick)
+            if measured is not None:
+                cache.add(group.environment, [measured], save=save)
+                modules.append(measured)
+                fresh.add(measured.key)
+    return TuningReport(measurements, frozenset(fresh), tuple(modules))
 
 
 def _observe_model(
@@ -129,16 +159,36 @@ def _observe_model(
             leaves = _without_history(attention)
             observed[key] = ObservedAttention(request, size, environment, leaves, f"{site.cls}, {site.pattern}")
 
-    with _restored(model), patch(model, "auto") as handle, torch.set_grad_enabled(gradients):
+    with _restored(model), patch(model, CONTENDERS[PATCHED]) as handle:
         for site in handle.sites:
             site.observer = observe
+        _run_model(model, inputs, gradients)
+    return list(observed.values())
+
+
+def _run_native(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Callable[[], object],
+    gradients: bool,
+    backends: Mapping[str, Backend],
+) -> None:
+    """Run the model's code once. If memory is full, stop, because users may patch a model to save memory."""
+    try:
+        with _restored(model), patch(model, backends):
+            _run_model(model, inputs, gradients)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+
+
+def _run_model(model: nn.Module, inputs: Mapping[str, Any] | Callable[[], object], gradients: bool) -> None:
+    with torch.set_grad_enabled(gradients):
         if isinstance(inputs, Mapping):
             returned = model(**inputs)
             if gradients:  # checkpointed and reversible layers run with gradients only in their backward
                 _backward(returned)
         else:
             inputs()
-    return list(observed.values())
 
 
 def _backward(returned: Any) -> None:

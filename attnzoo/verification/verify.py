@@ -219,7 +219,7 @@ class _PatchedRun:
             hashing = {t.name: (t.module, t.point.replay) for t in targets if t.point.makes_random_choices}
             with recording(hashing) as self.random_choices:
                 self.outputs = run_model(model, inputs, self.whole, seed, inference=True, graph=gradients and fast)
-        self.native = {site.name for site in self.sites if site.backend == "native" and site.calls}
+        self.native = {site.name for site in self.sites if "native" in site.kernels}
         self.changed = "; ".join(dict.fromkeys(site.approximate for site in self.sites if site.approximate))
 
     def _observe(self, site: Site, attention: Attention, result: Result, backend: Backend) -> None:

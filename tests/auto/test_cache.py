@@ -20,7 +20,8 @@ def test_tune_measures_again_only_on_request(add, clock):
     first = tune(clock)
     slow.runs.clear(), fast.runs.clear()
     second = tune(clock)
-    assert second == first and (first.fresh, second.fresh) == ({first[0].key}, frozenset())
+    assert second == first and second.modules == first.modules
+    assert first.fresh == {measurement.key for measurement in (*first, *first.modules)} and second.fresh == frozenset()
     assert "already stored" in str(second) and "already stored" not in str(first)
     assert max(len(slow.runs), len(fast.runs)) <= 2, "only the forward of the two layers, no measurement"
     assert tune(clock, again=True).fresh == first.fresh
@@ -37,11 +38,12 @@ def test_a_new_or_changed_backend_is_measured(add, clock, change):
 
 def test_another_process_reads_the_file(add, clock):
     add("slow", seconds=4.0, rank=5), add("fast")
-    (measurement,) = tune(clock)
+    report = tune(clock)
     forget()
     assert took().backend.name == "fast"
     (file,) = cache.stored()
-    assert file.measurements == {measurement.key: measurement} and not file.problem
+    assert file.measurements == {measurement.key: measurement for measurement in (*report, *report.modules)}
+    assert not file.problem
     assert file.environment["versions"]["torch"] == torch.__version__
     assert json.loads(file.path.read_text())["format"] == cache.FORMAT
 
@@ -145,7 +147,7 @@ def test_doctor_shows_the_cache_and_the_mode_of_auto(add, clock, monkeypatch, tm
     assert not (tmp_path / "cache").exists(), "doctor creates nothing"
     add("slow"), add("fast")
     tune(clock)
-    assert finding().detail.startswith("1 in ")
+    assert finding().detail.startswith("2 in "), "an attention and a module"
     monkeypatch.setenv("ATTNZOO_AUTO", "priority")
     assert "not used: ATTNZOO_AUTO=priority" in finding().detail
     monkeypatch.setenv("ATTNZOO_AUTO", "fastest")

@@ -106,7 +106,7 @@ def test_unwritable_file_is_refused_before_anything_runs(command, tmp_path, monk
         ({"backends": ["sdpaa"]}, UnknownNameError, "did you mean 'sdpa'"),
         ({"backends": ["lsh:num_hash=2"]}, UnknownNameError, "did you mean 'num_hashes'"),
         ({"backends": ["blocked-local:window=one"]}, InvalidArgumentError, "window of .*: got 'one'"),
-        ({"backends": ["auto"]}, InvalidArgumentError, "backend: got 'auto'; allowed: names of the backends"),
+        ({"backends": ["auto:window=1"]}, InvalidArgumentError, "backend: got 'auto', which is not accepted"),
         ({"scope": "modul"}, UnknownNameError, "scope: got 'modul'.*did you mean"),
         ({"dtype": "int8"}, UnknownNameError, "dtype: got 'int8'.*allowed: 'bfloat16', 'float16'"),
         ({"device": "tpu"}, UnknownNameError, "device: got 'tpu'.*'cpu', 'cuda'"),

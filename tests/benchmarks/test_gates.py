@@ -6,8 +6,10 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
-from attnzoo import InvalidArgumentError, backends
+from attnzoo import Choice, InvalidArgumentError, backends, configure
+from attnzoo.auto.native import NativeChooser
 from attnzoo.backends.approximate.blocked_local import BlockedLocalBackend
 from attnzoo.backends.sdpa.backend import SdpaBackend
 from attnzoo.benchmarks import contenders
@@ -250,3 +252,42 @@ def test_backend_that_computes_another_pattern_is_red(shootout, dense, monkeypat
 def test_wrong_options_of_a_backend_raise_before_anything_runs(shootout, backend, words):
     with pytest.raises(InvalidArgumentError, match=words):
         shootout(backend)
+
+
+@pytest.mark.parametrize("scope", ["model", "module"])
+def test_auto_is_a_contender_wherever_it_runs(shootout, monkeypatch, scope):
+    """On this tiny model the rule selects the model's code. With a lower limit, or by priority, a backend runs."""
+    result = shootout("auto", scope=scope, modes=MODES)
+    assert result.ok and {row.kernel for row in result.rows if row.backend == "auto"} == {"native"}
+    assert all(row.seconds is not None for row in result.rows)
+    monkeypatch.setenv("ATTNZOO_AUTO", "priority")
+    (row,) = (row for row in shootout("auto", scope=scope).rows if row.backend == "auto")
+    assert row.status == "ok" and row.checks and "native" not in row.kernel
+
+
+def test_gate_of_auto_checks_the_sites_that_ran_a_backend(shootout, monkeypatch):
+    """Some sites run the model's code and others a backend. A wrong backend still turns the row red."""
+    original = NativeChooser.choose
+
+    def encoder_only(self, module, args, kwargs):
+        return original(self, module, args, kwargs) if "Encoder" in type(module).__name__ else None
+
+    monkeypatch.setattr(NativeChooser, "choose", encoder_only)
+    row = row_of(shootout("auto"), "auto")
+    assert row.status == "ok" and row.checks and "native" in row.kernel.split("+") and row.kernel != "native"
+    monkeypatch.setattr("attnzoo.auto.selection.choose_for", lambda *args: Choice(configure("wrong")))
+    assert_red(shootout("auto"), "auto", "outside the error budget")
+
+
+def test_gate_runs_the_forward_of_the_timed_mode(shootout, monkeypatch):
+    """``auto`` may select other code with gradients than without. The gate must check the code that is timed."""
+    original = NativeChooser.choose
+    training = []
+
+    def native_without_gradients(self, module, args, kwargs):
+        training.append(torch.is_grad_enabled())
+        return None if torch.is_grad_enabled() else original(self, module, args, kwargs)
+
+    monkeypatch.setattr(NativeChooser, "choose", native_without_gradients)
+    row = row_of(shootout("auto", modes=(True,)), "auto", "forward+backward")
+    assert row.status == "ok" and row.checks and all(training)

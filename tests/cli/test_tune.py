@@ -27,12 +27,14 @@ def test_tune_measures_shows_and_removes(checkpoint):
     assert tuned.exit_code == 0, tuned.output
     assert "GPTNeoXAttention, causal: float32" in tuned.stdout and "queries <= 32" in tuned.stdout
     assert "one-kernel" in tuned.stdout and "stored in" in tuned.stdout
-    (again,) = json.loads(run(checkpoint, "--seq-len", 20, "--json").stdout)
-    assert again["fresh"] is False and set(again["outcomes"]) == {"one", "two"}
+    attention, module = json.loads(run(checkpoint, "--seq-len", 20, "--json").stdout)
+    assert attention["fresh"] is module["fresh"] is False
+    assert (attention["scope"], set(attention["outcomes"])) == ("attention", {"one", "two"})
+    assert (module["scope"], set(module["outcomes"])) == ("module", {"native", "auto"})
     shown = run("--show")
     assert shown.exit_code == 0 and "threads 1, torch" in shown.stdout and "queries <= 32" in shown.stdout
     (file,) = json.loads(run("--show", "--json").stdout)
-    assert len(file["measurements"]) == 1 and file["problem"] == ""
+    assert len(file["measurements"]) == 2 and file["problem"] == ""
     assert "removed 1 file" in run("--clear").stdout
     assert "no measurements in" in run("--show").stdout and json.loads(run("--show", "--json").stdout) == []
 

@@ -5,8 +5,12 @@ import torch
 import attnzoo
 from attnzoo.auto import cache, environment
 from attnzoo.auto.measurements import Measurement, Outcome, size_class, to_plain_data
+from attnzoo.auto.selection import AutoBackend
 from attnzoo.registry import registry
 from tests.support.models import gpt_neox
+
+# ``auto`` without the model's code, so that every call selects a backend.
+OURS = AutoBackend(native="never")
 
 
 def attention(length=37, batch=2, grad=False, **changes):
@@ -25,9 +29,9 @@ def tune(clock, model=None, inputs=None, **changes):
 
 
 def took(model=None, inputs=None):
-    """The choice of ``auto`` at the first site of a model, in a run without gradients."""
+    """The backend that ``auto`` chooses at the first site of a model, in a run without gradients."""
     model = gpt_neox() if model is None else model
-    with attnzoo.patch(model) as handle, torch.no_grad():
+    with attnzoo.patch(model, OURS) as handle, torch.no_grad():
         model(**(inputs or neox_inputs()))
     (choice,) = handle.sites[0].selections
     return choice

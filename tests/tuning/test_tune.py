@@ -5,7 +5,7 @@ import torch
 
 import attnzoo
 from tests.support.models import gpt_neox, led, led_inputs, reformer
-from tests.support.tuning import neox_inputs, tune
+from tests.support.tuning import OURS, neox_inputs, tune
 
 
 def test_tune_leaves_the_model_and_the_random_streams_unchanged(add, clock):
@@ -56,7 +56,7 @@ def test_inputs_may_be_a_function_that_runs_the_model(add, clock):
     prompt = dict(input_ids=torch.arange(3, 15)[None], max_new_tokens=6, min_new_tokens=6, do_sample=False)
     report = attnzoo.tune(model, lambda: model.generate(**prompt), clock=clock)
     assert {measurement.size.q_len for measurement in report} == {16, 1}, "the prompt, then one token per step"
-    with attnzoo.patch(model) as handle:
+    with attnzoo.patch(model, OURS) as handle:
         model.generate(**prompt)
     assert {choice.backend.name for choice in handle.sites[0].selections} == {"fast"}
 
@@ -71,7 +71,7 @@ def test_tune_uses_the_autocast_dtype(add, clock):
 def test_patched_model_keeps_its_patch(add, clock):
     add("slow", seconds=4.0, rank=5), add("fast")
     model = gpt_neox()
-    with attnzoo.patch(model) as handle:
+    with attnzoo.patch(model, OURS) as handle:
         tune(clock, model)
         assert handle.active and handle.sites[0].calls == 0
         with torch.no_grad():

@@ -1,0 +1,89 @@
+"""The backend ``native``, and the decision of ``auto`` between the model's code and an exact backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from attnzoo.adapter import PatchPoint
+from attnzoo.auto import cache
+from attnzoo.auto.calls import ModuleCall, describe_call, hidden_states
+from attnzoo.auto.choice import BY_REQUEST, by_priority_because
+from attnzoo.auto.environment import environment_of
+from attnzoo.auto.measurements import key_of
+from attnzoo.auto.modules import autocast_dtype, by_measurement, request_of
+from attnzoo.auto.rule import native_because
+from attnzoo.backend import Backend, Choice
+from attnzoo.errors import Refusal
+from attnzoo.registry import registry
+from attnzoo.spec.segments import Request
+from attnzoo.spec.transforms import transforms_around
+
+# "auto" decides by measurement or by rule. "always" runs the model's code wherever its results are right. ``tune``
+# compares "always" with "never".
+Preference = Literal["auto", "always", "never"]
+# A model sees many lengths. Without this limit, the decisions for all of them would stay in memory.
+_MOST_DECISIONS = 1024
+
+
+@dataclass(frozen=True)
+class NativeBackend(Backend):
+    """Backend that runs the model's original code. It supports every site, and never gets an :class:`Attention`."""
+
+    name: ClassVar[str] = "native"
+
+    def refusals(self, request: Request) -> tuple[Refusal, ...]:
+        return ()
+
+
+class NativeChooser:
+    """Decides for each call of one patched module whether ``auto`` runs the model's code.
+
+    A decision needs a few microseconds, because the decisions are stored by the properties of a call.
+    """
+
+    def __init__(self, point: PatchPoint, preference: Preference) -> None:
+        self._point, self._preference = point, preference
+        self._decisions: dict[tuple[Any, ...], Choice | None] = {}
+
+    def choose(self, module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Choice | None:
+        """Return ``native`` with the reason, or None if a backend must compute the attention of this call.
+
+        The model's code never runs if the call requests probabilities (the code may ignore this), if a ``torch.func``
+        transform is active, or if the code is wrong for the arguments.
+        """
+        point, states = self._point, hidden_states(args, kwargs)
+        if states is None:
+            return None
+        call, because = describe_call(point, module, states, kwargs), by_priority_because()
+        generations = (registry.generation, cache.generation(), torch.get_num_threads())
+        key = (call, states.dtype, states.device, autocast_dtype(call.device), because, generations)
+        try:
+            choice = self._decisions[key]
+        except KeyError:
+            if len(self._decisions) >= _MOST_DECISIONS:
+                self._decisions.clear()
+            choice = self._decisions[key] = self._decide(module, call, states.device, because)
+        if choice is None or point.wants_probabilities(module, kwargs) or transforms_around((states,)):
+            return None
+        return choice if point.original_serves(module, *args, **kwargs) else None
+
+    def _decide(self, module: Any, call: ModuleCall, device: torch.device, because: str | None) -> Choice | None:
+        point = self._point
+        if point.fault(module) is not None:
+            return None
+        if self._preference == "always":
+            return Choice(NativeBackend(), "preferred to every backend")
+        if because == BY_REQUEST:
+            return None
+        requests = point.requests(module)
+        if because is None and requests:
+            measurement = cache.find(environment_of(device), key_of(request_of(point, module, call), call.size))
+            decision = None if measurement is None else by_measurement(measurement, type(module))
+            if decision is not None:
+                return Choice(NativeBackend(), decision.reason) if decision.native else None
+        reason = native_because(requests, point.original_kernel(module), call)
+        return None if reason is None else Choice(NativeBackend(), reason)

@@ -1,0 +1,124 @@
+"""The rule by which ``auto`` decides between the model's code and a backend while nothing has been measured.
+
+A backend runs only where measurements of attnzoo's authors have shown that it is faster. Everywhere else, the model's
+code runs. Both need time for each score (a pair of a query and a visible key). A backend needs less time per score, but
+more time per call and, in local attention, per block of queries. So the rule counts the scores of a call, and the keys
+that a query sees. ``docs/decisions.md`` shows the measurements and the command.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from attnzoo.auto.calls import DECODING, FORWARD, TRAINING, ModuleCall
+from attnzoo.registry import registry
+from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window
+from attnzoo.spec.segments import Request
+
+
+class Limit(NamedTuple):
+    """The smallest numbers with which a backend runs instead of the model's code.
+
+    Attributes:
+        keys: keys that a query of local attention sees.
+        scores: scores of the call.
+        backend: the backend that was measured, if the limit holds for no other backend.
+    """
+
+    keys: int
+    scores: int
+    backend: str = ""
+
+
+# (kind, device type, mode) -> limit. A missing entry means that the model's code always runs.
+LIMITS: dict[tuple[str, str, str], Limit] = {
+    ("window and other keys", "cpu", FORWARD): Limit(512, 3_000_000),
+    ("window and other keys", "cpu", TRAINING): Limit(512, 3_000_000),
+    ("window with bias", "cpu", FORWARD): Limit(255, 6_000_000),
+    ("window with bias", "cpu", TRAINING): Limit(255, 12_000_000),
+    ("window and other keys with bias", "cpu", FORWARD): Limit(255, 6_000_000),
+    ("window and other keys with bias", "cpu", TRAINING): Limit(255, 12_000_000),
+    ("chunks", "cpu", FORWARD): Limit(256, 500_000),
+    ("chunks", "cpu", TRAINING): Limit(256, 500_000),
+    ("sorted chunks", "cpu", FORWARD): Limit(1024, 500_000),
+    ("sorted chunks", "cpu", TRAINING): Limit(1024, 500_000),
+    ("dense in eager", "cpu", FORWARD): Limit(0, 4_000_000),
+    ("dense in eager", "cpu", TRAINING): Limit(0, 4_000_000),
+    ("dense in eager with bias", "cpu", FORWARD): Limit(0, 4_000_000),
+    ("dense in eager with bias", "cpu", TRAINING): Limit(0, 4_000_000),
+    ("window and other keys", "cuda", FORWARD): Limit(1024, 200_000_000, "flash_attention_2"),
+}
+
+
+def kind_of(requests: Sequence[Request], original_kernel: str) -> str:
+    """Return the kind of a module, as used in :data:`LIMITS`, or ``"unknown"``.
+
+    Args:
+        requests: the expected requests of the module (:meth:`PatchPoint.requests`).
+        original_kernel: the attention function of the original code (:meth:`PatchPoint.original_kernel`).
+    """
+    segments = requests[0].segments if requests else ()
+    patterns = {type(segment.pattern) for segment in segments}
+    if SortedChunks in patterns:
+        return "sorted chunks"
+    if Chunks in patterns:
+        return "chunks"
+    with_bias = " with bias" if any(segment.bias is not None for segment in segments) else ""
+    if Window in patterns:
+        return f"window{' and other keys' if len(segments) > 1 else ''}{with_bias}"
+    return f"dense in {original_kernel}{with_bias}" if patterns and patterns <= {Causal, Full} else "unknown"
+
+
+def count_scores(requests: Sequence[Request], call: ModuleCall) -> int:
+    """Return about how many scores a call computes. Keys that all queries see are not counted in local attention."""
+    keys = min(call.kv_len, keys_per_query(requests) or call.kv_len)
+    return call.batch * requests[0].heads * call.q_len * keys
+
+
+def keys_per_query(requests: Sequence[Request]) -> int:
+    """Return how many keys a query of local attention sees, or 0 if the number grows with the length."""
+    return sum(_span(segment.pattern) for segment in requests[0].segments)
+
+
+def holds(limit: Limit, requests: Sequence[Request]) -> bool:
+    """Whether a limit holds for a module: a query sees enough keys, and ``auto`` selects the measured backend."""
+    if (keys_per_query(requests) or limit.keys) < limit.keys:
+        return False
+    first = next(iter(registry.supporting_backends(requests[0])), None)
+    return limit.backend in ("", first.name if first else "")
+
+
+def _span(pattern: Pattern) -> int:
+    if isinstance(pattern, Window):
+        return pattern.left + pattern.right + 1
+    return pattern.length * (pattern.before + pattern.after + 1) if isinstance(pattern, (Chunks, SortedChunks)) else 0
+
+
+def native_because(requests: Sequence[Request], original_kernel: str, call: ModuleCall) -> str | None:
+    """Return why the model's code runs, or None if a backend runs."""
+    kind = kind_of(requests, original_kernel)
+    limit = LIMITS.get((kind, call.device, call.mode))
+    if limit is not None and holds(limit, requests) and count_scores(requests, call) >= limit.scores:
+        return None
+    size = f" with {count_scores(requests, call)} scores" if limit is not None else ""
+    return f"by rule: {call.mode} of {kind}{size} on {call.device}; to measure, run attnzoo tune"
+
+
+def native_by_rule(requests: Sequence[Request], original_kernel: str, device: str) -> str:
+    """Return in words where the rule selects the model's code for a module."""
+    kind, parts = kind_of(requests, original_kernel), [DECODING]
+    for mode in (FORWARD, TRAINING):
+        limit = LIMITS.get((kind, device, mode))
+        if limit is None or not holds(limit, requests):
+            parts.append(mode)
+        else:
+            parts.append(f"{mode} below {_queries(requests, limit.scores)} queries")
+    return f"{kind} on {device}: {', '.join(parts)}"
+
+
+def _queries(requests: Sequence[Request], scores: int) -> int:
+    """Return how many queries a call with a batch of one needs for a number of scores."""
+    heads, keys = requests[0].heads, keys_per_query(requests)
+    return max(math.isqrt(scores // heads), math.ceil(scores / (heads * keys)) if keys else 0)
