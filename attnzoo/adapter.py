@@ -156,6 +156,11 @@ class PatchPoint(ABC):
     def check(self, module: Any) -> None:  # noqa: B027  (the default accepts every configuration)
         """Raise if the point cannot serve the configuration of the module."""
 
+    def verified_class(self, module: Any) -> type:
+        """Return the class whose methods the class of the module must not override. The default is :attr:`cls`."""
+        cls: type = object_at(self.cls)
+        return cls
+
     def fault(self, module: Any) -> str | None:
         """Return why the original forward of the module is wrong, or None. attnzoo never falls back to wrong code."""
         return None
@@ -244,7 +249,7 @@ class Adapter:
         """
         differences = find_drift(point.verified)
         if not differences:
-            base = object_at(point.cls)
+            base = object_at(point.cls) if module is None else point.verified_class(module)
             differences = find_bypassed(base if module is None else type(module), base, point.verified)
         if differences:
             import transformers
