@@ -35,6 +35,8 @@ def refusals_of(backend: Backend, requests: Sequence[Request], anywhere: bool = 
         answers = [backend.refusals_anywhere(request) for request in requests]
     else:
         answers = [registry.refusals(backend, request) for request in requests] or [registry.availability(backend)]
+    if not any(answers):
+        return ()
     return tuple(dict.fromkeys(reason for reasons in answers for reason in reasons))
 
 

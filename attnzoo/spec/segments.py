@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import reprlib
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -153,7 +154,10 @@ class Attention:
     empty: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_heads_tensor("query", self.query)
+        # Every layer of every decoding step runs these checks. Reading a shape takes longer than comparing numbers, so
+        # the checks read each shape once.
+        query = self.query
+        check_heads_tensor("query", query)
         if not self.segments:
             raise InvalidArgumentError("segments", "()", "a tuple of at least one Segment")
         dropout, scale = self.dropout, self.scale
@@ -161,43 +165,50 @@ class Attention:
             raise InvalidArgumentError("dropout", repr(dropout), "a probability in [0, 1)")
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise InvalidArgumentError("scale", repr(scale), "a finite number")
-        _check_mask("query_mask", self.query_mask, ((self.batch, self.q_len),), self.query.device)
         for segment in self.segments:
             self._check_segment(segment)
-        shape = (self.batch, self.heads, self.q_len, self.value_dim)
-        empty, dtype, device = self.empty, self.query.dtype, self.query.device
-        if empty is not None and (tuple(empty.shape), empty.dtype, empty.device) != (shape, dtype, device):
-            raise InvalidArgumentError("empty", describe(empty), f"shape {shape}, {dtype} on {device}")
+        if self.query_mask is not None:
+            _check_mask("query_mask", self.query_mask, ((self.batch, self.q_len),), query.device)
+        if self.empty is not None:
+            shape, empty = (self.batch, self.heads, self.q_len, self.value_dim), self.empty
+            if (tuple(empty.shape), empty.dtype, empty.device) != (shape, query.dtype, query.device):
+                raise InvalidArgumentError("empty", describe(empty), f"shape {shape}, {query.dtype} on {query.device}")
 
     def _check_segment(self, segment: Segment) -> None:
         query, key, value = self.query, segment.key, segment.value
+        dtype, device = query.dtype, query.device
+        batch, heads, q_len, head_dim = query.shape
         for name, tensor in (("key", key), ("value", value)):
             check_heads_tensor(name, tensor)
-            if tensor.shape[0] != self.batch:
-                raise InvalidArgumentError(f"{name} batch", tensor.shape[0], f"{self.batch}, like the query")
-            if tensor.dtype != query.dtype:
-                raise InvalidArgumentError(f"{name} dtype", tensor.dtype, f"{query.dtype}, like the query")
-            if tensor.device != query.device:
-                raise InvalidArgumentError(f"{name} device", tensor.device, f"{query.device}, like the query")
-        if key.shape[:3] != value.shape[:3]:
+            if tensor.dtype != dtype:
+                raise InvalidArgumentError(f"{name} dtype", tensor.dtype, f"{dtype}, like the query")
+            if tensor.device != device:
+                raise InvalidArgumentError(f"{name} device", tensor.device, f"{device}, like the query")
+        key_batch, kv_heads, kv_len, key_dim = key.shape
+        value_batch, value_heads, value_len, value_dim = value.shape
+        for name, size in (("key", key_batch), ("value", value_batch)):
+            if size != batch:
+                raise InvalidArgumentError(f"{name} batch", size, f"{batch}, like the query")
+        if kv_heads != value_heads or kv_len != value_len:
             raise InvalidArgumentError(
                 "value", describe(value), f"shape {tuple(key.shape[:3])} + (value_dim,), like the key"
             )
-        if key.shape[3] != query.shape[3]:
-            raise InvalidArgumentError("key head_dim", key.shape[3], f"{query.shape[3]}, like the query")
-        if self.heads % key.shape[1]:
-            raise InvalidArgumentError("key heads", key.shape[1], f"a divisor of the {self.heads} query heads")
-        if value.shape[3] != self.value_dim:
-            raise InvalidArgumentError("value_dim", value.shape[3], f"{self.value_dim}, as in the first segment")
-        lengths = (self.q_len, segment.kv_len)
-        segment.pattern.check(self.batch, self.heads, *lengths)
-        _check_mask("key_mask", segment.key_mask, ((self.batch, lengths[1]),), query.device)
-        dense = tuple((b, h, *lengths) for b in {1, self.batch} for h in {1, self.heads})
-        _check_mask("mask", segment.mask, dense, query.device)
+        if key_dim != head_dim:
+            raise InvalidArgumentError("key head_dim", key_dim, f"{head_dim}, like the query")
+        if heads % kv_heads:
+            raise InvalidArgumentError("key heads", kv_heads, f"a divisor of the {heads} query heads")
+        if segment is not self.segments[0] and value_dim != self.value_dim:
+            raise InvalidArgumentError("value_dim", value_dim, f"{self.value_dim}, as in the first segment")
+        segment.pattern.check(batch, heads, q_len, kv_len)
+        if segment.key_mask is not None:
+            _check_mask("key_mask", segment.key_mask, ((batch, kv_len),), device)
+        if segment.mask is not None:
+            dense = tuple((b, h, q_len, kv_len) for b in {1, batch} for h in {1, heads})
+            _check_mask("mask", segment.mask, dense, device)
         if segment.bias is not None:
-            segment.bias.check(self.batch, self.heads, *lengths)
-            if segment.bias.values.device != query.device:
-                raise InvalidArgumentError("bias device", segment.bias.values.device, f"{query.device}, like the query")
+            segment.bias.check(batch, heads, q_len, kv_len)
+            if segment.bias.values.device != device:
+                raise InvalidArgumentError("bias device", segment.bias.values.device, f"{device}, like the query")
 
     @property
     def batch(self) -> int:
@@ -263,29 +274,48 @@ class Attention:
 
     def request(self, probabilities: bool = False) -> Request:
         """Return the request: the hashable properties that decide which backends support this attention."""
-        grad, tensors = torch.is_grad_enabled(), self.tensors()
-        return Request(
-            device=self.query.device.type,
-            dtype=self.query.dtype,
-            heads=self.heads,
-            head_dim=self.head_dim,
-            value_dim=self.value_dim,
-            segments=tuple(
-                SegmentRequest(
-                    pattern=segment.pattern.structure,
-                    kv_heads=segment.key.shape[1],
-                    key_mask=segment.key_mask is not None,
-                    mask=segment.mask is not None,
-                    bias=None if segment.bias is None else segment.bias.kind,
-                    bias_grad=grad and segment.bias is not None and segment.bias.values.requires_grad,
+        grad, query, tensors = torch.is_grad_enabled(), self.query, self.tensors()
+        return _request(
+            query.device,
+            query.dtype,
+            query.shape[1],
+            query.shape[3],
+            self.value_dim,
+            tuple(
+                (
+                    segment.pattern.structure,
+                    segment.key.shape[1],
+                    segment.key_mask is not None,
+                    segment.mask is not None,
+                    None if segment.bias is None else segment.bias.kind,
+                    grad and segment.bias is not None and segment.bias.values.requires_grad,
                 )
                 for segment in self.segments
             ),
-            dropout=self.dropout > 0.0,
-            grad=grad and any(tensor.requires_grad for tensor in tensors),
-            probabilities=probabilities,
-            transforms=transforms_around(tensors),
+            self.dropout > 0.0,
+            grad and any(tensor.requires_grad for tensor in tensors),
+            probabilities,
+            transforms_around(tensors),
         )
+
+
+@lru_cache(maxsize=1024)  # a model makes few different requests, and finding one takes a third of building one
+def _request(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    head_dim: int,
+    value_dim: int,
+    segments: tuple[tuple[Pattern, int, bool, bool, str | None, bool], ...],
+    dropout: bool,
+    grad: bool,
+    probabilities: bool,
+    transforms: tuple[str, ...],
+) -> Request:
+    of_segments = tuple(SegmentRequest(*segment) for segment in segments)
+    return Request(
+        device.type, dtype, heads, head_dim, value_dim, of_segments, dropout, grad, probabilities, transforms
+    )
 
 
 class Result(NamedTuple):
@@ -308,17 +338,17 @@ class Result(NamedTuple):
 def check_heads_tensor(name: str, tensor: object) -> None:
     """Raise unless ``tensor`` is a dense, non-empty, floating-point tensor ``(batch, heads, length, head_dim)``."""
     allowed = "of shape (batch, heads, length, head_dim), with all sizes at least 1"
-    if isinstance(tensor, Tensor) and (tensor.is_nested or tensor.layout != torch.strided):
+    if not isinstance(tensor, Tensor):
+        raise InvalidArgumentError(name, describe(tensor), f"a tensor {allowed}")
+    if tensor.is_nested or tensor.layout != torch.strided:
         raise InvalidArgumentError(name, "a nested or sparse tensor", f"a dense tensor {allowed}")
-    if not isinstance(tensor, Tensor) or tensor.ndim != 4 or 0 in tensor.shape:
+    if tensor.ndim != 4 or 0 in tensor.shape:
         raise InvalidArgumentError(name, describe(tensor), f"a tensor {allowed}")
     if tensor.dtype not in FLOATS:
         raise InvalidArgumentError(f"{name} dtype", tensor.dtype, ", ".join(map(str, FLOATS)))
 
 
 def _check_mask(name: str, mask: object, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:
-    if mask is None:
-        return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) not in shapes:
         has_nan = isinstance(mask, Tensor) and mask.is_floating_point() and holds(mask.isnan().any(), unknown=False)
         got = describe(mask) + (", with NaN" if has_nan else "")

@@ -27,10 +27,21 @@ def transforms_around(tensors: Iterable[object]) -> tuple[str, ...]:
     ``("vmap", "jvp", "grad")``. Tensors with tangents (``torch.autograd.forward_ad``) count as ``"jvp"`` even
     without ``torch.func``.
     """
-    names = tuple(str(level.key().name).lower() for level in _stack() or ()) if _active() else ()
+    if not _active():
+        return ("jvp",) if _may_have_tangents() and any(map(_has_tangent, tensors)) else ()
+    names = tuple(str(level.key().name).lower() for level in _stack() or ())
     if "jvp" not in names and any(map(_has_tangent, tensors)):
         return (*names, "jvp")
     return names
+
+
+def _may_have_tangents() -> bool:
+    """Whether tensors may have tangents. They have none outside ``torch.autograd.forward_ad.dual_level``.
+
+    PyTorch has no public function for this. Its private number of the current level is below 0 outside a level. The
+    check saves one call of ``unpack_dual`` for each tensor of each attention.
+    """
+    return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def _has_tangent(value: object) -> bool:

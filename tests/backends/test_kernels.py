@@ -77,11 +77,19 @@ def test_every_way_reports_the_kernel_that_ran_on_cuda(dtype):
         judge(sdpa.SdpaBackend(), AttentionCase(**{**vars(case), "dtype": dtype}), "cuda")
 
 
+def public_calls(monkeypatch):
+    """Let every kernel run by a public call, as in a PyTorch without the operator of the CPU kernel."""
+    monkeypatch.setattr(flash_cpu, "unavailable", lambda: "this test wants public calls")
+
+
 @pytest.mark.filterwarnings("ignore:Flash attention kernel", "ignore:Both fused kernels")
-def test_a_kernel_that_cannot_run_raises(monkeypatch):
+@pytest.mark.parametrize("public", [True, False])
+def test_a_kernel_that_cannot_run_raises(monkeypatch, public):
     """The kernel is enforced, so PyTorch cannot choose another."""
     monkeypatch.setattr(sdpa, "_kernel", lambda *args: SDPBackend.FLASH_ATTENTION)
-    with pytest.raises(RuntimeError, match="No available kernel"):
+    if public:
+        public_calls(monkeypatch)
+    with pytest.raises(RuntimeError, match="No available kernel" if public else "dropout"):
         execute(sdpa.SdpaBackend(), AttentionCase(dropout=0.25).attention())
 
 
@@ -90,6 +98,38 @@ def test_the_default_kernel_changes_no_switches(monkeypatch, way):
     """The switches are global: models in other threads would see the change."""
     monkeypatch.setattr(sdpa, "sdpa_kernel", lambda kernel: pytest.fail(f"switched to {kernel}"))
     execute(sdpa.SdpaBackend(), WAYS[way][0].attention())
+
+
+CALLS = {
+    "no mask": AttentionCase(),
+    "causal": AttentionCase(pattern=attnzoo.Causal(), kv_heads=2),
+    "key mask": AttentionCase(torch.bfloat16, mask="keys"),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("case", CALLS.values(), ids=CALLS)
+def test_the_operator_computes_what_the_public_call_computes(monkeypatch, case, grad):
+    """Bit for bit, also the gradients."""
+
+    def run():
+        whole = case.attention()
+        leaves = tuple(tensor.detach().requires_grad_(grad) for tensor in whole.tensors())
+        output = execute(sdpa.SdpaBackend(), whole.with_tensors(leaves)).output
+        return (output, *(torch.autograd.grad(output.float().square().sum(), leaves) if grad else ()))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+        by_operator = run()
+    public_calls(monkeypatch)
+    for got, expected in zip(by_operator, run(), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_the_operator_does_not_depend_on_the_switches():
+    """It takes no lock, although another thread may change the switches at any time."""
+    with torch.nn.attention.sdpa_kernel(SDPBackend.MATH):
+        assert judge(sdpa.SdpaBackend(), AttentionCase()) == "flash"
 
 
 @pytest.mark.parametrize("switching", [{0.0, 0.25}, {0.25}], ids=["all", "some"])
@@ -108,6 +148,7 @@ def test_a_call_that_changes_the_switches_runs_alone(monkeypatch, switching):
         within.remove(kwargs["dropout_p"])
         return attend(*args, **kwargs)
 
+    public_calls(monkeypatch)
     monkeypatch.setattr(sdpa, "_default_kernel", choice)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", slowly)
     attentions = [AttentionCase(dropout=dropout).attention() for dropout in (0.0, 0.25) * 3]
@@ -126,6 +167,7 @@ def test_a_key_mask_is_expanded_without_memory(monkeypatch):
         masks.append(attn_mask)
         return attend(*args, attn_mask=attn_mask, **kwargs)
 
+    public_calls(monkeypatch)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
     execute(sdpa.SdpaBackend(), AttentionCase(mask="keys").attention())
     (mask,) = masks
@@ -142,11 +184,13 @@ def swapped(monkeypatch):
 
 def not_enforced(monkeypatch):
     """Reports flash, but lets PyTorch choose: here, math."""
+    public_calls(monkeypatch)
     monkeypatch.setattr(sdpa, "sdpa_kernel", lambda kernel: nullcontext())
     torch.backends.cuda.enable_flash_sdp(False)
 
 
 def another_enforced(monkeypatch):
+    public_calls(monkeypatch)
     torch.backends.cuda.enable_flash_sdp(False)
     enforce = sdpa.sdpa_kernel
     monkeypatch.setattr(sdpa, "sdpa_kernel", lambda kernel: enforce(SDPBackend.MATH))

@@ -44,3 +44,6 @@ def test_this_pytorch_has_the_private_functions():
     assert torch._C._are_functorch_transforms_active() is False
     assert not torch._C._functorch.get_interpreter_stack()
     assert torch.func.debug_unwrap(torch.ones(2)).ndim == 1
+    assert forward_ad._current_level == -1
+    with forward_ad.dual_level():
+        assert forward_ad._current_level == 0

@@ -65,15 +65,19 @@ class SdpaBackend(Backend):
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
         # The kernels read each row as contiguous memory, and some kernels do not check this.
-        attention = positive_scale(attention.with_tensors(tuple(map(_contiguous_rows, attention.tensors()))))
+        tensors = attention.tensors()
+        if not all(map(_has_contiguous_rows, tensors)):
+            attention = attention.with_tensors(tuple(map(_contiguous_rows, tensors)))
+        attention = positive_scale(attention)
         segment = attention.segments[0]
-        is_plain = len(attention.segments) == 1 and segment.mask is None and segment.bias is None
-        is_causal = is_plain and _is_causal(attention, segment)
-        if is_causal or (is_plain and sees_all(attention, segment)):
-            visible = None if segment.key_mask is None else segment.key_mask[:, None, None, :]
-            keys_values = (segment.key, segment.value)
-            output, visible_rows, kernel = _call(attention, attention.query, keys_values, visible, None, is_causal)
-            return Result(attention.fill(output, visible_rows), kernel)
+        if len(attention.segments) == 1 and segment.mask is None and segment.bias is None:
+            hides_no_key = sees_all(attention, segment)
+            if hides_no_key or _is_causal(attention, segment):
+                visible = None if segment.key_mask is None else segment.key_mask[:, None, None, :]
+                keys_values = (segment.key, segment.value)
+                terms = (visible, None, not hides_no_key)
+                output, visible_rows, kernel = _call(attention, attention.query, keys_values, *terms)
+                return Result(attention.fill(output, visible_rows), kernel)
         if _can_use_cpu_kernel(attention):
             return Result(flash_cpu.attend(attention), flash_cpu.KERNEL)
         if any(segment.pattern.query_order is not None for segment in attention.segments):
@@ -83,8 +87,12 @@ class SdpaBackend(Backend):
         return _concatenated(attention, min(attention.q_len, max(size, min(4 * size, DENSE_ROWS))))
 
 
+def _has_contiguous_rows(tensor: Tensor) -> bool:
+    return tensor.ndim == 0 or tensor.stride(-1) == 1
+
+
 def _contiguous_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.ndim == 0 or tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if _has_contiguous_rows(tensor) else tensor.contiguous()
 
 
 def _is_causal(attention: Attention, segment: Segment) -> bool:
@@ -94,9 +102,8 @@ def _is_causal(attention: Attention, segment: Segment) -> bool:
     """
     return (
         isinstance(segment.pattern, Causal)
-        and segment.pattern.shift(attention.q_len, segment.kv_len) == 0
         and segment.key_mask is None
-        and not sees_all(attention, segment)
+        and segment.pattern.shift(attention.q_len, segment.kv_len) == 0
     )
 
 
@@ -160,9 +167,26 @@ def _call(
     terms: dict[str, Any] = dict(
         attn_mask=mask, dropout_p=attention.dropout, is_causal=is_causal, scale=attention.scale
     )
+    if kernel == SDPBackend.FLASH_ATTENTION and _can_call_flash_cpu(query, key, value):
+        # The operator is the kernel. A public call would choose the kernel by global switches, so this module would
+        # have to ask for the choice and to lock the switches. In a decoding step, this takes as long as the kernel.
+        return flash_cpu.call(query, key, value, terms), visible_rows, _NAMES[kernel]
     with _enforced(kernel, query, key, value, terms):
         output = torch.nn.functional.scaled_dot_product_attention(query, key, value, **terms)
     return output, visible_rows, _NAMES[kernel]
+
+
+def _can_call_flash_cpu(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the operator of the CPU kernel can replace a public call that runs this kernel.
+
+    Function transforms and torch.compile have rules for the public call, but not for all operators that it calls.
+    """
+    return (
+        query.is_cpu
+        and flash_cpu.unavailable() is None
+        and not torch.compiler.is_compiling()
+        and not transforms_around((query, key, value))
+    )
 
 
 class _Switches:

@@ -11,9 +11,10 @@ public calls. ``tests/backends/test_flash_cpu.py`` tests the behaviour of the op
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,15 @@ def unavailable() -> str | None:
         if tuple(argument.name for argument in op.default._schema.arguments) != arguments:
             return f"torch {torch.__version__} changed the arguments of aten::{name}"
     return None
+
+
+def call(query: Tensor, key: Tensor, value: Tensor, terms: Mapping[str, Any]) -> Tensor:
+    """Return the output of one kernel call. ``terms`` are keywords of the public ``scaled_dot_product_attention``.
+
+    The operator raises for dropout. The mask must be additive, ``(batch or 1, heads or 1, q_len, kv_len)``.
+    """
+    output: Tensor = getattr(_operators, _FORWARD)(query, key, value, **terms)[0]
+    return output
 
 
 def attend(attention: Attention) -> Tensor:
