@@ -30,6 +30,8 @@ class EagerForm:
             softmax weight. ``"module"`` is the parameter ``sinks`` ``(heads,)`` of the module, ``"argument"`` is the
             argument ``sinks`` ``(batch, heads, q_len, 1)``, and an empty string means no sinks.
         scale_of_module: whether the factor is ``module.head_dim ** -0.5`` instead of the argument ``scaling``.
+        weights_with_sinks: whether the returned weights are those that multiply the values. Otherwise the function
+            returns the weights of a softmax without sinks, which attnzoo does not compute.
     """
 
     reads_mask: bool = True
@@ -37,6 +39,7 @@ class EagerForm:
     softcap: bool = False
     sinks: str = ""
     scale_of_module: bool = False
+    weights_with_sinks: bool = True
 
 
 # For each form, functions by path, without the prefix "transformers.models.", and their fingerprints. Further models of
@@ -71,10 +74,12 @@ FORMS: Mapping[EagerForm, Mapping[str, str]] = {
     EagerForm(softcap=True): {"gemma2.modeling_gemma2:eager_attention_forward": "e39d815d743e6a0a"},
     EagerForm(sinks="module"): {
         "gpt_oss.modeling_gpt_oss:eager_attention_forward": "c5825be0377e664f",
-        "granite_swa.modeling_granite_swa:eager_attention_forward": "311ec17f3d1bb1d9",
         "flint.modeling_flint:eager_attention_forward": "963be73b83d4d130",
         "mimo_v2_flash.modeling_mimo_v2_flash:eager_attention_forward": "397b943093341732",
         "openai_privacy_filter.modeling_openai_privacy_filter:eager_attention_forward": "fc9db04ae339161b",
+    },
+    EagerForm(sinks="module", weights_with_sinks=False): {
+        "granite_swa.modeling_granite_swa:eager_attention_forward": "311ec17f3d1bb1d9",
     },
     EagerForm(position_bias=True, sinks="argument"): {
         "inkling2.modeling_inkling2:eager_attention_forward": "401403331ea5ae01",

@@ -11,7 +11,6 @@ for ``eager``. :mod:`attnzoo.adapters.eager_forms` lists what the eager function
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
 
@@ -141,8 +140,9 @@ class AnyInterfaceAttention(InterfacePoint):
         if sink_bias is not None:
             none = key.new_zeros((batch, 1, 1, key.shape[3])), value.new_zeros((batch, 1, 1, value.shape[3]))
             segments.append(Segment(*none, bias=sink_bias))
-        attention = Attention(query, tuple(segments), scaling, dropout)
+        attention = Attention(query, tuple(segments), scaling, dropout, softcap=softcap)
         wanted = self.wants_probabilities(module, kwargs)
+        _refuse("output_attentions", wanted or None, form.weights_with_sinks)
         documents = read.documents if len(segments) == 1 else None
         if documents is None:
             result = attend(attention, wanted)

@@ -103,7 +103,7 @@ def _shrunk(config: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
     changes |= {name: _shrunk(part, sizes) for name, part in vars(config).items() if isinstance(part, PretrainedConfig)}
     for name, value in vars(config).items():
         if name.endswith("_token_id") and type(value) is int and value >= VOCABULARY:
-            changes[name] = 1
+            changes[name] = 2
     kinds = getattr(config, "layer_types", None)
     if isinstance(kinds, list):
         changes["layer_types"] = (list(dict.fromkeys(kinds)) * 2)[:2]

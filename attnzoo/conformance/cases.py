@@ -58,6 +58,7 @@ class AttentionCase:
             earlier attention with an equal request then fails.
         other_shapes: whether masks and biases have other broadcast dimensions (:func:`random_attention`).
         empty: whether queries that see no key get a random output instead of zeros.
+        softcap: whether the scores are limited.
         transform: one of ``CHECKED_TRANSFORMS``, which runs the attention under ``torch.func``. Empty means none.
     """
 
@@ -77,12 +78,23 @@ class AttentionCase:
     reversed: bool = False
     other_shapes: bool = False
     empty: bool = False
+    softcap: bool = False
     transform: str = ""
 
     def __str__(self) -> str:
         parts = [str(self.dtype).removeprefix("torch."), str(self.pattern), f"mask {self.mask}", f"bias {self.bias}"]
         parts.append(f"{_HEADS}/{self.kv_heads} heads, {self.q_len} x {self.kv_len}, batch {self.batch}")
-        flags = ("grad", "dropout", "uneven", "probabilities", "strided", "reversed", "other_shapes", "empty")
+        flags = (
+            "grad",
+            "dropout",
+            "uneven",
+            "probabilities",
+            "strided",
+            "reversed",
+            "other_shapes",
+            "empty",
+            "softcap",
+        )
         parts += [flag for flag in flags if getattr(self, flag)]
         return ", ".join([*parts, *([f"under {self.transform}"] if self.transform else [])])
 
@@ -103,7 +115,8 @@ class AttentionCase:
         elif self.mask == "globals":
             segments.append(SegmentRequest(Full(), self.kv_heads, key_mask=True))
         value_dim, flags = _UNEVEN_VALUE_DIM if self.uneven else _HEAD_DIM, (self.dropout > 0.0, self.grad)
-        return Request(device, self.dtype, _HEADS, _HEAD_DIM, value_dim, tuple(segments), *flags, self.probabilities)
+        flags = (*flags, self.probabilities, (), self.softcap)
+        return Request(device, self.dtype, _HEADS, _HEAD_DIM, value_dim, tuple(segments), *flags)
 
     def attention(self, device: str = "cpu", seed: int = 0) -> Attention:
         """Return the attention of the case with random tensors. For sorted keys, the pattern contains the padding."""
@@ -215,13 +228,17 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[AttentionCase]:
 
 
 def _cases_with_other_shapes(dtypes: tuple[torch.dtype, ...]) -> Iterator[AttentionCase]:
-    """Yield cases of padding queries, of other broadcast dimensions, of ``empty``, and of few queries with a bias."""
+    """Yield cases of padding queries, other broadcast dimensions, ``empty``, a softcap, and few queries with a bias."""
     trained = ("trained relative", "trained dense")
     for dtype, pattern in itertools.product(dtypes, (Full(), Causal(), Window(5, 3))):
         yield AttentionCase(dtype, pattern, "queries")
         yield AttentionCase(dtype, pattern, "dense", other_shapes=True)
         yield AttentionCase(dtype, pattern, "keys", empty=True)
         yield AttentionCase(dtype, pattern, "dense", empty=True, grad=False)
+        yield AttentionCase(dtype, pattern, "keys", kv_heads=2, softcap=True)
+        yield AttentionCase(dtype, pattern, "globals", grad=False, softcap=True)
+        yield AttentionCase(dtype, pattern, "none", "trained relative", softcap=True)
+        yield AttentionCase(dtype, pattern, "none", "relative", grad=False, softcap=True)
         for bias in trained:
             yield AttentionCase(dtype, pattern, bias=bias, kv_heads=2, q_len=5, kv_len=23)
             yield AttentionCase(dtype, pattern, bias=bias, other_shapes=True)

@@ -1,11 +1,8 @@
-"""Packed rows: their masks, their documents, and an ``Attend`` that records what it ran."""
+"""Packed rows: their masks and their documents."""
 
 import hypothesis.strategies as st
 import torch
 
-import attnzoo
-from attnzoo.functional import execute
-from attnzoo.registry import registry
 from attnzoo.spec.segments import FLOATS, Attention, Segment
 from tests.support.drawn_attentions import EVERYTHING, Tensors, relative_biases, sizes
 from tests.support.models import ids
