@@ -22,6 +22,7 @@ from attnzoo.adapters.eager_forms import EagerForm, form_of
 from attnzoo.errors import InvalidArgumentError, KeywordRefusedError
 from attnzoo.functional import compute_dtype
 from attnzoo.patching.interface import InterfacePoint, read_interface_mask
+from attnzoo.registry import ANY_MODEL_TYPE
 from attnzoo.spec.bias import Bias, DenseBias, RelativeBias
 from attnzoo.spec.documents import attend_documents
 from attnzoo.spec.patterns import Causal, Full, Pattern, Window
@@ -162,7 +163,9 @@ def _is_causal(module: Any) -> bool:
 
 
 def _window(module: Any) -> int | None:
-    window = getattr(module, "sliding_window", None)
+    config, window = module.config, getattr(module, "sliding_window", None)
+    if not hasattr(module, "sliding_window") and getattr(config, "layer_types", None) is None:
+        window = getattr(config, "sliding_window", None)
     return window if isinstance(window, int) and not isinstance(window, bool) and window > 1 else None
 
 
@@ -192,7 +195,7 @@ def _sink_bias(sinks: Tensor | None) -> Bias | None:
 
 
 GENERIC = Adapter(
-    model_types=("*",),
+    model_types=(ANY_MODEL_TYPE,),
     versions="5.17 to 5.23",
     points=(AnyInterfaceAttention(),),
     examples=({"model_type": "llama"}, {"model_type": "mistral"}, {"model_type": "bert"}),

@@ -210,11 +210,13 @@ class Adapter:
 
     Attributes:
         model_types: the ``config.model_type`` values of the family. Points match modules by class in any model. The
-            model type only decides between two adapters with points for the same class.
+            model type only decides between two adapters with points for the same class. ``"*"`` is the model type of
+            an adapter that serves modules of any model.
         points: instances of :class:`PatchPoint` subclasses.
         versions: the transformers versions that the points were verified against, as text for messages.
         examples: changes to the default configuration, one per example model. The example models together must contain
-            a module for every point. The support matrix is generated from these models.
+            a module for every point. The support matrix is generated from these models. An adapter for ``"*"`` names
+            the ``model_type`` of each example.
 
     Raises:
         InvalidArgumentError: one of ``points`` is not a :class:`PatchPoint` with a ``cls``.

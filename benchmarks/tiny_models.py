@@ -19,6 +19,7 @@ from attnzoo.benchmarks.weights import spread
 VOCABULARY = 99
 _LENGTH, _BATCH, _DECODER_LENGTH = 24, 2, 12
 _HEADS = 4
+_END = VOCABULARY - 5
 _MOST_PARAMETERS = 20_000_000
 _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "embedding_size", "text_embed_dim"), 32),
@@ -103,7 +104,7 @@ def _shrunk(config: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
     changes |= {name: _shrunk(part, sizes) for name, part in vars(config).items() if isinstance(part, PretrainedConfig)}
     for name, value in vars(config).items():
         if name.endswith("_token_id") and type(value) is int and value >= VOCABULARY:
-            changes[name] = 2
+            changes[name] = _END if name == "eos_token_id" else 2
     kinds = getattr(config, "layer_types", None)
     if isinstance(kinds, list):
         changes["layer_types"] = (list(dict.fromkeys(kinds)) * 2)[:2]
@@ -140,7 +141,7 @@ def _candidate_inputs(model: Any, config: Any) -> Iterator[dict[str, Any]]:
     frames = 2 * (getattr(config, "max_source_positions", None) or 64)
     bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 16
     tokens = torch.randint(5, VOCABULARY - 9, (_BATCH, _LENGTH))
-    tokens[:, _LENGTH // 2] = VOCABULARY - 5  # some models pool the state of the largest token, which is no padding
+    tokens[:, _LENGTH // 2] = _END  # some models return the state of the end of text, which must not be padding
     text = {"input_ids": tokens, "decoder_input_ids": tokens[:, :_DECODER_LENGTH].clone()}
     other = {
         "pixel_values": torch.randn(_BATCH, channels or 3, size, size),
@@ -149,7 +150,7 @@ def _candidate_inputs(model: Any, config: Any) -> Iterator[dict[str, Any]]:
         "bbox": torch.randint(0, 30, (_BATCH, _LENGTH, 4)),
     }
     common = {"use_cache": False} if "use_cache" in names else {}
-    for given in (text, {**text, **other}, other):
+    for given in ({**text, **other}, text, other):
         chosen = {name: value for name, value in given.items() if name in names}
         if chosen:
             yield {**chosen, **common}

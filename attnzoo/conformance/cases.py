@@ -114,9 +114,19 @@ class AttentionCase:
             segments.append(first)  # a second hash round
         elif self.mask == "globals":
             segments.append(SegmentRequest(Full(), self.kv_heads, key_mask=True))
-        value_dim, flags = _UNEVEN_VALUE_DIM if self.uneven else _HEAD_DIM, (self.dropout > 0.0, self.grad)
-        flags = (*flags, self.probabilities, (), self.softcap)
-        return Request(device, self.dtype, _HEADS, _HEAD_DIM, value_dim, tuple(segments), *flags)
+        value_dim = _UNEVEN_VALUE_DIM if self.uneven else _HEAD_DIM
+        return Request(
+            device,
+            self.dtype,
+            _HEADS,
+            _HEAD_DIM,
+            value_dim,
+            tuple(segments),
+            dropout=self.dropout > 0.0,
+            grad=self.grad,
+            probabilities=self.probabilities,
+            softcap=self.softcap,
+        )
 
     def attention(self, device: str = "cpu", seed: int = 0) -> Attention:
         """Return the attention of the case with random tensors. For sorted keys, the pattern contains the padding."""
@@ -213,6 +223,7 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[AttentionCase]:
             yield AttentionCase(dtype, HashedChunks(5), mask, bias="trained relative")
             yield AttentionCase(dtype, SortedChunks(8, 1, 1), mask, uneven=True)
     yield from _cases_with_other_shapes(dtypes)
+    yield from _cases_with_softcap(dtypes)
     # The oracle is slow on long inputs and under transforms, so these cases use only two dtypes.
     for dtype in [dtype for dtype in dtypes if dtype in (torch.float32, torch.bfloat16)]:
         for pattern in PATTERNS:
@@ -228,21 +239,26 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[AttentionCase]:
 
 
 def _cases_with_other_shapes(dtypes: tuple[torch.dtype, ...]) -> Iterator[AttentionCase]:
-    """Yield cases of padding queries, other broadcast dimensions, ``empty``, a softcap, and few queries with a bias."""
+    """Yield cases of padding queries, other broadcast dimensions, ``empty``, and few queries with a bias."""
     trained = ("trained relative", "trained dense")
     for dtype, pattern in itertools.product(dtypes, (Full(), Causal(), Window(5, 3))):
         yield AttentionCase(dtype, pattern, "queries")
         yield AttentionCase(dtype, pattern, "dense", other_shapes=True)
         yield AttentionCase(dtype, pattern, "keys", empty=True)
         yield AttentionCase(dtype, pattern, "dense", empty=True, grad=False)
-        yield AttentionCase(dtype, pattern, "keys", kv_heads=2, softcap=True)
-        yield AttentionCase(dtype, pattern, "globals", grad=False, softcap=True)
-        yield AttentionCase(dtype, pattern, "none", "trained relative", softcap=True)
-        yield AttentionCase(dtype, pattern, "none", "relative", grad=False, softcap=True)
         for bias in trained:
             yield AttentionCase(dtype, pattern, bias=bias, kv_heads=2, q_len=5, kv_len=23)
             yield AttentionCase(dtype, pattern, bias=bias, other_shapes=True)
             yield AttentionCase(dtype, pattern, "queries", bias)
+
+
+def _cases_with_softcap(dtypes: tuple[torch.dtype, ...]) -> Iterator[AttentionCase]:
+    for dtype in dtypes:
+        yield AttentionCase(dtype, Full(), "keys", kv_heads=2, softcap=True)
+        yield AttentionCase(dtype, Causal(), "none", "trained relative", softcap=True)
+        yield AttentionCase(dtype, Causal(), "none", "relative", grad=False, softcap=True)
+        yield AttentionCase(dtype, Window(5, 3), "globals", grad=False, softcap=True)
+        yield AttentionCase(dtype, Chunks(8, 1, 1), "dense", "dense", softcap=True)
 
 
 def _transformed_cases(dtype: torch.dtype) -> Iterator[AttentionCase]:
