@@ -14,7 +14,7 @@ ARGS ?=
 OLDEST := 5.17.0
 OLDEST_VENV := .venv-oldest
 
-.PHONY: help venv shootout test test-oldest test-long test-cuda mutants lint typecheck format docs-matrix docs-results build clean distclean
+.PHONY: help venv shootout test test-oldest test-long test-cuda mutants lint typecheck format docs-matrix docs-results docs-architectures build clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -70,6 +70,10 @@ docs-matrix: $(STAMP) ## write docs/matrix.md from the declarations of adapters 
 
 docs-results: $(STAMP) ## write docs/results.md from the JSON files in benchmarks/results
 	$(BIN)/python -m attnzoo.benchmarks.summary benchmarks/results > docs/results.md
+
+docs-architectures: $(STAMP) ## patch a tiny model of every model type of transformers and write docs/architectures.md (30 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m attnzoo.benchmarks.architectures --json benchmarks/results/architectures.jsonl $(ARGS)
+	$(BIN)/python -m attnzoo.benchmarks.architectures --json benchmarks/results/architectures.jsonl --markdown docs/architectures.md
 
 build: $(STAMP) ## build wheel and sdist in dist/
 	$(BIN)/python -m build

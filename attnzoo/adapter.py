@@ -158,6 +158,11 @@ class PatchPoint(ABC):
     def check(self, module: Any) -> None:  # noqa: B027  (the default accepts every configuration)
         """Raise if the point cannot serve the configuration of the module."""
 
+    def verified_class(self, module: Any) -> type:
+        """Return the class whose methods the class of the module must not override. The default is :attr:`cls`."""
+        cls: type = object_at(self.cls)
+        return cls
+
     def fault(self, module: Any) -> str | None:
         """Return why the original forward of the module is wrong, or None. attnzoo never falls back to wrong code."""
         return None
@@ -231,11 +236,13 @@ class Adapter:
 
     Attributes:
         model_types: the ``config.model_type`` values of the family. Points match modules by class in any model. The
-            model type only decides between two adapters with points for the same class.
+            model type only decides between two adapters with points for the same class. ``"*"`` is the model type of
+            an adapter that serves modules of any model.
         points: instances of :class:`PatchPoint` subclasses.
         versions: the transformers versions that the points were verified against, as text for messages.
         examples: changes to the default configuration, one per example model. The example models together must contain
-            a module for every point. The support matrix is generated from these models.
+            a module for every point. The support matrix is generated from these models. An adapter for ``"*"`` names
+            the ``model_type`` of each example.
 
     Raises:
         InvalidArgumentError: one of ``points`` is not a :class:`PatchPoint` with a ``cls``.
@@ -270,7 +277,7 @@ class Adapter:
         """
         differences = find_drift(point.verified)
         if not differences:
-            base = object_at(point.cls)
+            base = object_at(point.cls) if module is None else point.verified_class(module)
             differences = find_bypassed(base if module is None else type(module), base, point.verified)
         if differences:
             import transformers

@@ -39,6 +39,7 @@ class Capabilities:
         uneven_value_dim: whether ``value_dim`` may differ from ``head_dim``.
         dropout: whether the backend supports dropout of softmax weights.
         grad: whether the backend has a backward pass.
+        softcap: whether the backend limits scores (:attr:`Attention.softcap`).
         probabilities: whether the backend can return the softmax weights.
         transforms: the supported ``torch.func`` transforms: a subset of ``{"grad", "vmap", "jvp", "functionalize"}``.
         exact: False if the backend changes the pattern of dense attention (:meth:`Backend.changes`).
@@ -62,6 +63,7 @@ class Capabilities:
     uneven_value_dim: bool = False
     dropout: bool = False
     grad: bool = False
+    softcap: bool = False
     probabilities: bool = False
     transforms: frozenset[str] = frozenset()
     exact: bool = True
@@ -95,6 +97,7 @@ class Capabilities:
         if request.value_dim != request.head_dim and not self.uneven_value_dim:
             refused.append(Refusal("value_dim", str(request.value_dim), f"{request.head_dim}, the head_dim"))
         check("dropout", request.dropout, self.dropout, "dropout=0.0")
+        check("softcap", request.softcap, self.softcap, "no softcap")
         check("grad", request.grad, self.grad, "torch.no_grad(), or inputs that do not require grad")
         check("attention probabilities", request.probabilities, self.probabilities, "output_attentions=False")
         transforms = set(request.transforms) - self.transforms

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from attnzoo.spec.segments import Request
 
 RESERVED_NAMES = ("auto", "native")
+ANY_MODEL_TYPE = "*"  # the model type of an adapter that serves modules of any model
 BACKEND_GROUP, ADAPTER_GROUP = "attnzoo.backends", "attnzoo.adapters"
 
 _MOST_REFUSALS = 4096  # cached refusals; without this limit, requests with new offsets would fill the memory

@@ -89,6 +89,8 @@ def joined_values(attention: Attention) -> Tensor:
 def _scores(attention: Attention, segment: Segment, query: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     kv = torch.arange(segment.kv_len, device=query.device)
     scores = query @ expand_heads(segment.key, attention.heads).transpose(-1, -2) * attention.scale
+    if attention.softcap is not None:
+        scores = attention.softcap * torch.tanh(scores / attention.softcap)
     bias = segment.bias_at(rows, kv, attention.q_len, attention.batch, attention.heads)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
@@ -118,6 +120,7 @@ class EagerBackend(Backend):
         uneven_value_dim=True,
         dropout=True,
         grad=True,
+        softcap=True,
         probabilities=True,
         transforms=TRANSFORMS,
     )

@@ -58,6 +58,7 @@ class AttentionCase:
             earlier attention with an equal request then fails.
         other_shapes: whether masks and biases have other broadcast dimensions (:func:`random_attention`).
         empty: whether queries that see no key get a random output instead of zeros.
+        softcap: whether the scores are limited.
         transform: one of ``CHECKED_TRANSFORMS``, which runs the attention under ``torch.func``. Empty means none.
     """
 
@@ -77,12 +78,23 @@ class AttentionCase:
     reversed: bool = False
     other_shapes: bool = False
     empty: bool = False
+    softcap: bool = False
     transform: str = ""
 
     def __str__(self) -> str:
         parts = [str(self.dtype).removeprefix("torch."), str(self.pattern), f"mask {self.mask}", f"bias {self.bias}"]
         parts.append(f"{_HEADS}/{self.kv_heads} heads, {self.q_len} x {self.kv_len}, batch {self.batch}")
-        flags = ("grad", "dropout", "uneven", "probabilities", "strided", "reversed", "other_shapes", "empty")
+        flags = (
+            "grad",
+            "dropout",
+            "uneven",
+            "probabilities",
+            "strided",
+            "reversed",
+            "other_shapes",
+            "empty",
+            "softcap",
+        )
         parts += [flag for flag in flags if getattr(self, flag)]
         return ", ".join([*parts, *([f"under {self.transform}"] if self.transform else [])])
 
@@ -102,8 +114,19 @@ class AttentionCase:
             segments.append(first)  # a second hash round
         elif self.mask == "globals":
             segments.append(SegmentRequest(Full(), self.kv_heads, key_mask=True))
-        value_dim, flags = _UNEVEN_VALUE_DIM if self.uneven else _HEAD_DIM, (self.dropout > 0.0, self.grad)
-        return Request(device, self.dtype, _HEADS, _HEAD_DIM, value_dim, tuple(segments), *flags, self.probabilities)
+        value_dim = _UNEVEN_VALUE_DIM if self.uneven else _HEAD_DIM
+        return Request(
+            device,
+            self.dtype,
+            _HEADS,
+            _HEAD_DIM,
+            value_dim,
+            tuple(segments),
+            dropout=self.dropout > 0.0,
+            grad=self.grad,
+            probabilities=self.probabilities,
+            softcap=self.softcap,
+        )
 
     def attention(self, device: str = "cpu", seed: int = 0) -> Attention:
         """Return the attention of the case with random tensors. For sorted keys, the pattern contains the padding."""
@@ -200,6 +223,7 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[AttentionCase]:
             yield AttentionCase(dtype, HashedChunks(5), mask, bias="trained relative")
             yield AttentionCase(dtype, SortedChunks(8, 1, 1), mask, uneven=True)
     yield from _cases_with_other_shapes(dtypes)
+    yield from _cases_with_softcap(dtypes)
     # The oracle is slow on long inputs and under transforms, so these cases use only two dtypes.
     for dtype in [dtype for dtype in dtypes if dtype in (torch.float32, torch.bfloat16)]:
         for pattern in PATTERNS:
@@ -215,7 +239,7 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[AttentionCase]:
 
 
 def _cases_with_other_shapes(dtypes: tuple[torch.dtype, ...]) -> Iterator[AttentionCase]:
-    """Yield cases of padding queries, of other broadcast dimensions, of ``empty``, and of few queries with a bias."""
+    """Yield cases of padding queries, other broadcast dimensions, ``empty``, and few queries with a bias."""
     trained = ("trained relative", "trained dense")
     for dtype, pattern in itertools.product(dtypes, (Full(), Causal(), Window(5, 3))):
         yield AttentionCase(dtype, pattern, "queries")
@@ -226,6 +250,15 @@ def _cases_with_other_shapes(dtypes: tuple[torch.dtype, ...]) -> Iterator[Attent
             yield AttentionCase(dtype, pattern, bias=bias, kv_heads=2, q_len=5, kv_len=23)
             yield AttentionCase(dtype, pattern, bias=bias, other_shapes=True)
             yield AttentionCase(dtype, pattern, "queries", bias)
+
+
+def _cases_with_softcap(dtypes: tuple[torch.dtype, ...]) -> Iterator[AttentionCase]:
+    for dtype in dtypes:
+        yield AttentionCase(dtype, Full(), "keys", kv_heads=2, softcap=True)
+        yield AttentionCase(dtype, Causal(), "none", "trained relative", softcap=True)
+        yield AttentionCase(dtype, Causal(), "none", "relative", grad=False, softcap=True)
+        yield AttentionCase(dtype, Window(5, 3), "globals", grad=False, softcap=True)
+        yield AttentionCase(dtype, Chunks(8, 1, 1), "dense", "dense", softcap=True)
 
 
 def _transformed_cases(dtype: torch.dtype) -> Iterator[AttentionCase]:

@@ -16,6 +16,7 @@ from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest
 LENGTH = 37  # number of queries and of keys, not a multiple of any block size
 FEW_KEYS = 6  # number of keys of every segment after the first
 BATCH = 3
+SOFTCAP = 1.5  # small enough to change scores, whose standard deviation is 1
 
 
 def random_attention(
@@ -66,7 +67,8 @@ def random_attention(
     if empty and output is None:
         output = draw.normal(batch, request.heads, q_len, request.value_dim)
     scale, dropout = request.head_dim**-0.5, dropout if request.dropout else 0.0
-    return Attention(query, segments, scale, dropout, masked_queries, output)
+    softcap = SOFTCAP if request.softcap else None
+    return Attention(query, segments, scale, dropout, masked_queries, output, softcap)
 
 
 @dataclass(frozen=True)

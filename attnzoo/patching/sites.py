@@ -16,7 +16,7 @@ from attnzoo.errors import InvalidArgumentError, PatchError, shorten
 from attnzoo.functional import autocast_dtype
 from attnzoo.originals.fingerprint import path_of
 from attnzoo.patching import tally
-from attnzoo.registry import registry
+from attnzoo.registry import ANY_MODEL_TYPE, registry
 from attnzoo.spec.segments import Attention, Request, Result
 
 Observer = Callable[["Site", Attention, Result, Backend], None]
@@ -238,13 +238,18 @@ def _no_site_error(model: nn.Module, types: tuple[str, ...], points: Iterable[st
     """Return the error for a model without sites. The text includes possible reasons, such as a broken adapter."""
     reasons = [f"{name}: {reason}" for name, reason in registry.broken_adapters().items()]
     why = f" (an adapter exists but did not load: {shorten('; '.join(reasons), 200)})" if reasons else ""
-    known = {path.rpartition(":")[2]: path for path in points}
+    known = {path.rpartition(":")[2]: path for path in points if path != path_of(nn.Module)}
     for cls in (cls for module in model.modules() for cls in type(module).__mro__):
         if cls.__name__ in known:
             why += f" ({path_of(cls)} is another class than {known[cls.__name__]})"
             break
     return PatchError(
         f"model: got {type(model).__name__} of model type {', '.join(types) or 'none (no config)'}, "
-        f"but no adapter supports any of its attention modules{why}; allowed: attention modules of the model types "
-        f"{', '.join(registry.model_types())}, or of an adapter registered with attnzoo.register_adapter"
+        f"but no adapter supports any of its attention modules{why}; allowed: modules that call transformers' "
+        f"AttentionInterface, attention modules of the model types {_names_of_types()}, or of an adapter registered "
+        "with attnzoo.register_adapter"
     )
+
+
+def _names_of_types() -> str:
+    return ", ".join(name for name in registry.model_types() if name != ANY_MODEL_TYPE)

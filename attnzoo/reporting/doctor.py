@@ -12,7 +12,7 @@ import torch
 from attnzoo.auto import cache
 from attnzoo.auto.choice import BY_REQUEST, by_priority_because
 from attnzoo.errors import AttnzooError, DriftError, raise_interrupts
-from attnzoo.registry import registry
+from attnzoo.registry import ANY_MODEL_TYPE, registry
 
 # Distribution, module, purpose.
 _PACKAGES = (
@@ -117,4 +117,6 @@ def _model(model_type: str) -> Finding:
         raise_interrupts(error)
         return Finding("model", model_type, False, f"its code cannot be imported: {type(error).__name__}: {error}")
     names = ", ".join(dict.fromkeys(point.cls.rpartition(":")[2] for point in adapter.points))
+    if model_type == ANY_MODEL_TYPE:
+        names = "every module that calls transformers' AttentionInterface"
     return Finding("model", model_type, True, f"{names}; transformers {adapter.versions}")

@@ -59,6 +59,7 @@ FEATURES: Mapping[str, Callable[[Request], Request]] = {
     "relative bias": lambda request: _first(request, bias="relative"),
     "dense bias": lambda request: _first(request, bias="dense"),
     "trained bias": _trained,
+    "softcap": lambda request: replace(request, softcap=True),
 }
 
 
@@ -156,7 +157,8 @@ def _modules(model_type: str) -> tuple[Module, ...]:
     modules: dict[tuple[str, str, tuple[Request, ...]], Module] = {}
     for example in adapter.examples:
         with torch.device("meta"):
-            model = AutoModel.from_config(AutoConfig.for_model(model_type, **example)).eval()
+            config = AutoConfig.for_model(**{"model_type": model_type, **example})
+            model = AutoModel.from_config(config).eval()
         requests = {site: site.expected_requests() for site in find_sites(model) if site.point.attends}
         together = tuple(dict.fromkeys(request for some in requests.values() for request in some))
         for site, some in requests.items():

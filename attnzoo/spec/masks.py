@@ -15,7 +15,7 @@ from torch import Tensor
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.spec.bias import DenseBias
 from attnzoo.spec.documents import Pack, find_documents
-from attnzoo.spec.patterns import Causal, Full, Pattern
+from attnzoo.spec.patterns import Causal, Full, Pattern, Window
 from attnzoo.spec.segments import describe
 from attnzoo.spec.transforms import readable
 
@@ -26,7 +26,7 @@ class ReadMask(NamedTuple):
     """The fields of a segment that are together equivalent to an attention mask.
 
     Attributes:
-        pattern: ``Causal`` or ``Full``.
+        pattern: ``Full``, ``Causal`` or ``Window``.
         key_mask: ``(batch, kv_len)`` bool, False for padding. None means that there is no padding.
         mask: ``(batch or 1, heads or 1, q_len, kv_len)`` bool. None means that pattern and key mask are sufficient.
         bias: the values of an additive mask at visible keys. None if the mask is bool, or if all these values are 0.
@@ -112,7 +112,29 @@ def _simplify(visible: Tensor, batch: int) -> ReadMask:
     for pattern in (Full(), *(Causal(None if offset == kv_len - q_len != 0 else offset) for offset in offsets)):
         if _shows_exactly(pattern, real, grid):
             return ReadMask(pattern, key_mask, None, None)
+    window = _narrowest_window(grid)
+    if window is not None and _shows_exactly(window, real, grid):
+        return ReadMask(window, key_mask, None, None)
     return ReadMask(Full(), None, visible, None, find_documents(grid, batch))
+
+
+def _narrowest_window(grid: Tensor) -> Window | None:
+    """Return the narrowest window that contains all visible keys, or None if all keys are hidden or it has width 1."""
+    q_len, kv_len = grid.shape[1:]
+    key, lowest, highest, start = torch.arange(kv_len, device=grid.device), kv_len, -q_len, 0
+    for rows in grid.split(max(1, _ENTRIES_AT_ONCE // (grid.shape[0] * kv_len)), dim=1):
+        query = torch.arange(start, start + rows.shape[1], device=grid.device)
+        has_visible_key, first = rows.any(-1), rows.byte().argmax(-1)
+        last = torch.where(rows, key, -1).amax(-1)
+        lowest = min(lowest, int(torch.where(has_visible_key, first - query, kv_len).min()))
+        highest = max(highest, int(torch.where(has_visible_key, last - query, -q_len).max()))
+        start += rows.shape[1]
+    if lowest >= highest:
+        return None
+    shift = kv_len - q_len
+    if lowest <= shift <= highest:
+        return Window(shift - lowest, highest - shift)
+    return Window(highest - lowest, 0, offset=highest)
 
 
 def _shows_exactly(pattern: Pattern, real: Tensor, grid: Tensor) -> bool:

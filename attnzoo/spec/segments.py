@@ -107,6 +107,7 @@ class Request:
 
     Attributes:
         transforms: the active function transforms (:func:`attnzoo.spec.transforms.transforms_around`).
+        softcap: whether the scores are limited.
     """
 
     device: str
@@ -119,6 +120,7 @@ class Request:
     grad: bool = False
     probabilities: bool = False
     transforms: tuple[str, ...] = ()
+    softcap: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +136,8 @@ class Attention:
         query_mask: ``(batch, q_len)`` bool, False for padding queries, whose output is zero. None means no padding.
         empty: ``(batch, heads, q_len, value_dim)``, the output of queries that see no key. None means zeros. Dropout
             also applies to ``empty``, with one random choice per query and head.
+        softcap: the limit of the absolute scores, as in Gemma 2 (arXiv:2408.00118). The product ``score = scale * query
+            @ key`` becomes ``softcap * tanh(score / softcap)`` before the bias is added. None means no limit.
 
     Raises:
         InvalidArgumentError: a tensor has the wrong rank, or does not fit the other tensors.
@@ -152,6 +156,7 @@ class Attention:
     dropout: float = 0.0
     query_mask: Tensor | None = None
     empty: Tensor | None = None
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         # Every layer of every decoding step runs these checks. Reading a shape takes longer than comparing numbers, so
@@ -165,6 +170,8 @@ class Attention:
             raise InvalidArgumentError("dropout", repr(dropout), "a probability in [0, 1)")
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise InvalidArgumentError("scale", repr(scale), "a finite number")
+        if self.softcap is not None:
+            _check_softcap(self.softcap)
         for segment in self.segments:
             self._check_segment(segment)
         if self.query_mask is not None:
@@ -298,6 +305,7 @@ class Attention:
             grad and any(tensor.requires_grad for tensor in tensors),
             probabilities,
             transforms_around(tensors),
+            self.softcap is not None,
         )
 
 
@@ -313,11 +321,11 @@ def _request(
     grad: bool,
     probabilities: bool,
     transforms: tuple[str, ...],
+    softcap: bool,
 ) -> Request:
     of_segments = tuple(SegmentRequest(*segment) for segment in segments)
-    return Request(
-        device.type, dtype, heads, head_dim, value_dim, of_segments, dropout, grad, probabilities, transforms
-    )
+    flags = (dropout, grad, probabilities, transforms, softcap)
+    return Request(device.type, dtype, heads, head_dim, value_dim, of_segments, *flags)
 
 
 class Result(NamedTuple):
@@ -335,6 +343,11 @@ class Result(NamedTuple):
     kernel: str
     probabilities: tuple[Tensor, ...] | None = None
     dropped: tuple[Tensor, ...] | None = None
+
+
+def _check_softcap(softcap: object) -> None:
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0.0 < softcap < math.inf:
+        raise InvalidArgumentError("softcap", repr(softcap), "a finite number > 0, or None")
 
 
 def check_heads_tensor(name: str, tensor: object) -> None:

@@ -6,7 +6,8 @@ import torch
 import attnzoo
 from attnzoo.backends.varlen.flash import FlashBackend
 from attnzoo.spec.documents import attend_documents, find_documents
-from tests.support.documents import LENGTHS, ROW, RecordingAttend, grid_of
+from tests.support.attend import RecordingAttend
+from tests.support.documents import LENGTHS, ROW, grid_of
 from tests.support.half import HALF, heads
 from tests.support.models import gpt_neox
 

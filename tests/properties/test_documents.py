@@ -14,7 +14,8 @@ from attnzoo.conformance.attention_check import ALL_ROWS, check_attention
 from attnzoo.registry import registry
 from attnzoo.spec.documents import attend_documents
 from attnzoo.spec.masks import read_attention_mask
-from tests.support.documents import RecordingAttend, packed_attentions
+from tests.support.attend import RecordingAttend
+from tests.support.documents import packed_attentions
 from tests.support.drawn_attentions import EVERYTHING
 from tests.support.small_blocks import block_sizes
 

@@ -16,7 +16,8 @@ from attnzoo.spec.bias import DenseBias, RelativeBias
 from attnzoo.spec.documents import attend_documents, find_documents
 from attnzoo.spec.masks import read_attention_mask
 from attnzoo.spec.segments import Attention, Segment
-from tests.support.documents import RecordingAttend, grid_of, packed_rows
+from tests.support.attend import RecordingAttend
+from tests.support.documents import grid_of, packed_rows
 
 
 def mask_of(documents, batch, length):

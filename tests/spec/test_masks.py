@@ -160,3 +160,40 @@ def test_a_mask_of_wrong_shape_dtype_or_value_is_refused(given):
 def test_an_empty_mask_is_refused(sizes):
     with pytest.raises(attnzoo.InvalidArgumentError, match=r"attention_mask: got .*0.*; allowed"):
         read_attention_mask(torch.ones((sizes[0], 1, *sizes[1:]), dtype=torch.bool), sizes)
+
+
+def banded(q_len, kv_len, lowest, highest):
+    distance = torch.arange(kv_len) - torch.arange(q_len)[:, None]
+    return (distance >= lowest) & (distance <= highest)
+
+
+@pytest.mark.parametrize(
+    ("q_len", "lowest", "highest", "pattern"),
+    [
+        (KEYS, -3, 0, attnzoo.Window(3, 0)),
+        (KEYS, -2, 2, attnzoo.Window(2, 2)),
+        (KEYS, 0, 1, attnzoo.Window(0, 1)),
+        (NEW, 4, 7, attnzoo.Window(3, 0)),  # new tokens on a cache
+        (NEW, 1, 3, attnzoo.Window(2, 0, offset=3)),  # the cache has room for more tokens
+    ],
+)
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_a_band_becomes_a_window(q_len, lowest, highest, pattern, side):
+    real = padding(side)
+    mask = (banded(q_len, KEYS, lowest, highest) & real[:, None])[:, None]
+    read = read_attention_mask(mask, (3, q_len, KEYS))
+    assert (read.pattern, read.mask) == (pattern, None)
+    assert torch.equal(visible_in(read, q_len, KEYS), mask)
+
+
+def test_a_band_with_one_changed_entry_stays_dense():
+    mask = banded(KEYS, KEYS, -3, 0)
+    mask[6, 4] = False
+    read = read_attention_mask(mask[None, None], (1, KEYS, KEYS))
+    assert read.pattern == attnzoo.Full()
+    assert torch.equal(read.mask[0, 0], mask)
+
+
+def test_a_diagonal_stays_dense():
+    read = read_attention_mask(torch.eye(KEYS, dtype=torch.bool)[None, None], (1, KEYS, KEYS))
+    assert torch.equal(visible_in(read, KEYS, KEYS, 1)[0, 0], torch.eye(KEYS, dtype=torch.bool))

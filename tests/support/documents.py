@@ -1,11 +1,8 @@
-"""Packed rows: their masks, their documents, and an ``Attend`` that records what it ran."""
+"""Packed rows: their masks and their documents."""
 
 import hypothesis.strategies as st
 import torch
 
-import attnzoo
-from attnzoo.functional import execute
-from attnzoo.registry import registry
 from attnzoo.spec.segments import FLOATS, Attention, Segment
 from tests.support.drawn_attentions import EVERYTHING, Tensors, relative_biases, sizes
 from tests.support.models import ids
@@ -52,18 +49,3 @@ def packed_attentions(draw, capabilities=EVERYTHING, dims=(8, 16)):
     if capabilities.bias and draw(st.booleans()):
         bias = draw(relative_biases(size, tensors, by_distance=True))
     return Attention(query, (Segment(key, value, mask=mask, bias=bias),), size.dim**-0.5)
-
-
-class RecordingAttend:
-    """An :class:`attnzoo.Attend` that records the attentions it ran."""
-
-    def __init__(self, backend, takes=True):
-        self.backend = backend if isinstance(backend, attnzoo.Backend) else registry.make_backend(backend)
-        self.ran, self._takes = [], takes
-
-    def __call__(self, attention, probabilities=False):
-        self.ran.append(attention)
-        return execute(self.backend, attention, probabilities)
-
-    def takes(self, attention):
-        return self._takes and not registry.refusals(self.backend, attention.request())

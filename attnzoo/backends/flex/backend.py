@@ -48,6 +48,7 @@ class FlexBackend(Backend):
         gqa=True,
         uneven_value_dim=True,
         grad=True,
+        softcap=True,
     )
 
     @classmethod
@@ -120,6 +121,7 @@ def _form(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Fo
         has_bias=bool(tables),
         has_positions=tuple(isinstance(bias, RelativeBias) and bias.positions is not None for bias in biases),
         scale=float(attention.scale),
+        has_softcap=attention.softcap is not None,
         block=BLOCK_SHAPES[query.device.type],
         dtype=query.dtype,
         device=query.device,
@@ -156,7 +158,8 @@ def _terms(attention: Attention) -> Terms:
     unpadded = unpadded_keys(attention).expand(attention.batch, -1).flatten().contiguous()
     sizes = scalars(starts[-1], entries, attention.q_len, device=device)
     table = torch.cat(tables, dim=1).flatten()
-    return Terms(sizes, tuple(patterns), unpadded, tuple(biases), table, tuple(all_positions))
+    softcap = torch.tensor(attention.softcap or 1.0, device=device)
+    return Terms(sizes, tuple(patterns), unpadded, tuple(biases), table, tuple(all_positions), softcap)
 
 
 def _pattern_numbers(pattern: Pattern, q_len: int, kv_len: int) -> list[int]:

@@ -41,6 +41,7 @@ class Form(NamedTuple):
     has_bias: bool  # whether a relative bias is added
     has_positions: tuple[bool, ...]  # per segment: whether the bias reads the positions of the queries
     scale: float
+    has_softcap: bool
     block: BlockShape
     dtype: torch.dtype
     device: torch.device
@@ -71,6 +72,7 @@ class Terms(NamedTuple):
     biases: tuple[Scalars, ...]  # per segment: index of distance 0, position of query 0, first and last table entry
     table: Tensor  # (heads * entries,) float, the concatenated bias values of all segments
     positions: tuple[Tensor, ...]  # per segment: (batch * q_len,) long positions of the queries, or zeros
+    softcap: Tensor  # zero-dimensional float, the limit of the scores
 
 
 CompiledKernel = Callable[[Tensor, Tensor, Tensor, BlockLists, Terms], Tensor]
@@ -92,6 +94,10 @@ def compiled_kernel(form: Form) -> CompiledKernel:
             return _visible(form, terms, q, kv) & _lookup(terms.unpadded, b * terms.sizes[0] + kv)
 
         def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            if form.has_softcap:
+                score = terms.softcap * torch.tanh(score / terms.softcap)
+            if not form.has_bias:
+                return score
             entry = h * terms.sizes[1] + _bias_entry(form, terms, b, q, kv)
             return score + (terms.table[entry] if form.trained[-1] else _lookup(terms.table, entry))
 
@@ -102,7 +108,7 @@ def compiled_kernel(form: Form) -> CompiledKernel:
             seq_lengths=(query.shape[2], key.shape[2]),
             compute_q_blocks=any(form.trained),
         )
-        modified, scale = score_mod if form.has_bias else None, form.scale
+        modified, scale = score_mod if form.has_bias or form.has_softcap else None, form.scale
         output: Tensor = flex_attention(query, key, value, modified, block_mask, scale, enable_gqa=True)
         return output
 
@@ -193,5 +199,6 @@ def _example(form: Form) -> tuple[Tensor, Tensor, Tensor, BlockLists, Terms]:
         tuple(scalars(*[0] * 4, device=form.device) for _ in form.is_chunked),
         zeros(form.heads * 23, dtype=torch.float32, trained=form.trained[3]),
         tuple(zeros(batch * q_len if has_positions else 17, dtype=torch.long) for has_positions in form.has_positions),
+        zeros(dtype=torch.float32),
     )
     return query, key, value, BlockLists(counts, numbers, counts.clone(), numbers.clone()), terms

@@ -1,0 +1,202 @@
+"""Any model of transformers whose attention modules call the ``AttentionInterface``.
+
+The forward of such a module computes query, key and value, gets an attention function from ``ALL_ATTENTION_FUNCTIONS``
+by ``config._attn_implementation``, and calls this function. The arguments of the call define the attention, so one
+patch point serves all these modules. Families with special attention have adapters of their own, which are preferred.
+
+The original attention function is ``sdpa_attention_forward`` for ``sdpa``, and the eager function of the modeling file
+for ``eager``. :mod:`attnzoo.adapters.eager_forms` lists what the eager functions compute.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.adapter import Adapter, Attend, Forward, request_for
+from attnzoo.adapters.eager_forms import EagerForm, form_of
+from attnzoo.errors import InvalidArgumentError, KeywordRefusedError
+from attnzoo.functional import compute_dtype
+from attnzoo.patching.interface import InterfacePoint, read_interface_mask
+from attnzoo.registry import ANY_MODEL_TYPE
+from attnzoo.spec.bias import Bias, DenseBias, RelativeBias
+from attnzoo.spec.documents import attend_documents
+from attnzoo.spec.patterns import Causal, Full, Pattern, Window
+from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest, describe
+
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_SDPA = "transformers.integrations.sdpa_attention:sdpa_attention_forward"
+# What `sdpa_attention_forward` computes.
+_SDPA_FORM = EagerForm(position_bias=True)
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "num_attn_heads")
+_HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim")
+_DROPOUT = ("attention_dropout", "attn_dropout", "dropout_p", "dropout")
+
+
+class AnyInterfaceAttention(InterfacePoint):
+    """Patch point of every module whose forward gets its attention function from ``AttentionInterface``."""
+
+    cls = "torch.nn.modules.module:Module"
+    verified = {_SDPA: ("585929b0ca273c82", "5afe3de6f11cb3e4")}
+
+    def serves(self, module: Any) -> bool:
+        forward = inspect.unwrap(type(module).forward)
+        if not isinstance(forward, FunctionType) or not {_INTERFACE, "get_interface"} <= {*forward.__code__.co_names}:
+            return False
+        from transformers import AttentionInterface
+
+        return isinstance(forward.__globals__.get(_INTERFACE), AttentionInterface) and hasattr(module, "config")
+
+    def verified_class(self, module: Any) -> type:
+        return type(module)  # any forward that calls the interface
+
+    def check(self, module: Any) -> None:
+        super().check(module)
+        form_of(type(module))
+
+    def describe(self, module: Any) -> str:
+        window = _window(module)
+        pattern = "causal" if _is_causal(module) else "full"
+        return pattern if window is None else f"{pattern}, window {window}"
+
+    def requests(self, module: Any) -> tuple[Request, ...]:
+        """Return the request that the attributes of the module suggest, or nothing if an attribute is missing."""
+        heads, head_dim = _integer(module, _HEADS), _integer(module, _HEAD_DIM)
+        if heads is None or head_dim is None:
+            return ()
+        kv_heads = _integer(module, ("num_key_value_heads",))
+        if kv_heads is None:
+            kv_heads = heads // (getattr(module, "num_key_value_groups", None) or 1)
+        window = _window(module)
+        pattern: Pattern = Full()
+        if _is_causal(module):
+            pattern = Causal(offset=0) if window is None else Window(window - 1, 0, offset=0)
+        segments = [SegmentRequest(pattern, kv_heads)]
+        if form_of(type(module)).sinks:
+            segments.append(SegmentRequest(Full(), 1, bias="relative"))
+        return (request_for(module, heads, head_dim, *segments),)
+
+    def dropout(self, module: Any) -> float:
+        for name in _DROPOUT:
+            value = getattr(module, name, None)
+            value = getattr(value, "p", value)
+            if isinstance(value, float | int):
+                return float(value)
+        return 0.0
+
+    def bind(self, cls: Any, attend: Attend) -> Forward:
+        return self.bind_interface(cls, attend, form=form_of(cls))
+
+    def compute(
+        self,
+        module: Any,
+        attend: Attend,
+        implementation: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        is_causal: bool | None = None,
+        position_bias: Tensor | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        s_aux: Tensor | None = None,
+        sliding_window: int | None = None,
+        form: EagerForm = _SDPA_FORM,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute an attention in place of an attention function of transformers.
+
+        ``sliding_window`` has no effect, because the mask contains the window. ``s_aux`` repeats the module's sinks.
+        """
+        if implementation == "sdpa":
+            form = _SDPA_FORM
+        elif not module.training:
+            dropout = 0.0  # eager functions read the mode of the module, sdpa uses the argument
+        _refuse("softcap", softcap, form.softcap)
+        _refuse("sinks", sinks, form.sinks == "argument")
+        _refuse("s_aux", s_aux, form.sinks == "module")
+        _refuse("position_bias", position_bias, form.position_bias)
+        if implementation == "eager" and attention_mask is not None and attention_mask.dtype == torch.bool:
+            allowed = "a float mask, because the eager attention function adds the mask to the scores"
+            raise InvalidArgumentError("attention_mask", describe(attention_mask), allowed)
+        if form.scale_of_module or scaling is None:
+            scaling = query.shape[-1] ** -0.5
+        if is_causal is None:
+            is_causal = _is_causal(module)
+        mask = attention_mask if form.reads_mask else None
+        dtype = compute_dtype(value)  # models may leave queries and keys in float32
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+        read = read_interface_mask(attend, implementation, query, key, mask, is_causal)
+        batch, q_len = query.shape[0], query.shape[2]
+        bias = _sum(read.bias, position_bias, q_len, key.shape[2])
+        segments = [Segment(key, value, read.pattern, read.key_mask, read.mask, bias)]
+        sink_bias = _sink_bias(module.sinks if form.sinks == "module" else sinks)
+        if sink_bias is not None:
+            none = key.new_zeros((batch, 1, 1, key.shape[3])), value.new_zeros((batch, 1, 1, value.shape[3]))
+            segments.append(Segment(*none, bias=sink_bias))
+        attention = Attention(query, tuple(segments), scaling, dropout, softcap=softcap)
+        wanted = self.wants_probabilities(module, kwargs)
+        _refuse("output_attentions", wanted or None, form.weights_with_sinks)
+        documents = read.documents if len(segments) == 1 else None
+        if documents is None:
+            result = attend(attention, wanted)
+        else:
+            result = attend_documents(attend, attention, documents, wanted)
+        return result.output.transpose(1, 2).contiguous(), None if result.dropped is None else result.dropped[0]
+
+
+def _refuse(keyword: str, value: object, computed: bool) -> None:
+    if value is not None and not computed:
+        got = describe(value) if isinstance(value, Tensor) else repr(value)
+        raise KeywordRefusedError(keyword, got, "None, because the original attention function does not compute it")
+
+
+def _is_causal(module: Any) -> bool:
+    return bool(getattr(module, "is_causal", True))
+
+
+def _window(module: Any) -> int | None:
+    config, window = module.config, getattr(module, "sliding_window", None)
+    if not hasattr(module, "sliding_window") and getattr(config, "layer_types", None) is None:
+        window = getattr(config, "sliding_window", None)
+    return window if isinstance(window, int) and not isinstance(window, bool) and window > 1 else None
+
+
+def _integer(module: Any, names: tuple[str, ...]) -> int | None:
+    """Return the first integer attribute with one of these names, of the module or of its config."""
+    for owner in (module, module.config):
+        for name in names:
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+    return None
+
+
+def _sum(bias: DenseBias | None, position_bias: Tensor | None, q_len: int, kv_len: int) -> DenseBias | None:
+    """Return the sum of the bias in the mask and the position bias, which may have size 1 in each dimension."""
+    if position_bias is None:
+        return bias
+    values = position_bias.expand(-1, -1, q_len, kv_len)
+    return DenseBias(values if bias is None else values + bias.values)
+
+
+def _sink_bias(sinks: Tensor | None) -> Bias | None:
+    """Return the scores of the sinks as the bias of a segment with one key. The key and its value are zero."""
+    if sinks is None:
+        return None
+    return RelativeBias(sinks[:, None], zero=0) if sinks.ndim == 1 else DenseBias(sinks)
+
+
+GENERIC = Adapter(
+    model_types=(ANY_MODEL_TYPE,),
+    versions="5.17 to 5.23",
+    points=(AnyInterfaceAttention(),),
+    examples=({"model_type": "llama"}, {"model_type": "mistral"}, {"model_type": "bert"}),
+)
