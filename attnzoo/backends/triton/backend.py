@@ -1,0 +1,88 @@
+"""The backend ``triton``: one kernel for the softmax over all segments, with exact gradients, on CUDA.
+
+The kernels compute window, chunks and causality from numbers, and visit only tiles that may be visible. Queries, keys
+and values are read where they are, in the layout of models. The backward recomputes the scores from the log-sum-exp.
+
+Triton comes with PyTorch's CUDA builds. With ``TRITON_INTERPRET=1`` in the environment, Triton runs kernels in numpy, on
+CPU tensors. This is slow and made for tests: the backend then supports the device ``cpu`` instead of ``cuda``, and no
+bfloat16, because the interpreter's matrix products of bfloat16 are wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import ClassVar
+
+import torch
+
+from attnzoo.backend import Backend, Capabilities
+from attnzoo.backends.triton.tile_sizes import is_interpreted
+from attnzoo.errors import BackendRefusedError, Refusal
+from attnzoo.spec.bias import DenseBias, RelativeBias
+from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
+from attnzoo.spec.segments import Attention, Request, Result
+
+_LARGEST_DIM = 256
+_OLDEST_CARD = (8, 0)
+
+_ON_CUDA = Capabilities(
+    devices=frozenset({"cuda"}),
+    dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+    patterns=frozenset({Full, Causal, Window, Chunks, SortedChunks}),
+    segments=1 << 16,
+    key_mask=True,
+    mask=True,
+    bias=frozenset({"relative", "dense"}),
+    bias_grad=True,
+    gqa=True,
+    uneven_value_dim=True,
+    dropout=True,
+    grad=True,
+)
+_INTERPRETED = replace(
+    _ON_CUDA, devices=frozenset({"cpu"}), dtypes=frozenset({torch.float32, torch.float16})
+)
+
+
+@dataclass(frozen=True)
+class TritonBackend(Backend):
+    """Triton kernels for any segments, masks and biases, forward and backward."""
+
+    name: ClassVar[str] = "triton"
+    priority: ClassVar[int] = 8
+    compiles: ClassVar[bool] = True
+    capabilities: ClassVar[Capabilities] = _INTERPRETED if is_interpreted() else _ON_CUDA
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        if find_spec("triton") is None:
+            return "the package triton is not installed; PyTorch's CUDA builds for Linux contain it"
+        if is_interpreted():
+            return None
+        if torch.version.hip is not None:
+            return "the kernels have not run on ROCm yet"
+        if not torch.cuda.is_available():
+            return f"torch {torch.__version__} sees no CUDA device"
+        capability = torch.cuda.get_device_capability()
+        if capability < _OLDEST_CARD:
+            return f"the CUDA device has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0"
+        return None
+
+    def refusals(self, request: Request) -> tuple[Refusal, ...]:
+        refusals = super().refusals(request)
+        for name, dim in (("head_dim", request.head_dim), ("value_dim", request.value_dim)):
+            if dim > _LARGEST_DIM:
+                refusals += (Refusal(name, str(dim), f"at most {_LARGEST_DIM}"),)
+        if any(s.bias is not None and isinstance(s.pattern, SortedChunks) for s in request.segments):
+            refusals += (Refusal("bias", "a bias with SortedChunks", "no bias with this pattern"),)
+        return refusals
+
+    def run(self, attention: Attention, probabilities: bool = False) -> Result:
+        from attnzoo.backends.triton.attend import attend  # imports Triton, which a CPU build of PyTorch may lack
+
+        for segment in attention.segments:  # the kernels ignore overridden methods
+            if segment.bias is not None and type(segment.bias) not in (RelativeBias, DenseBias):
+                reason = Refusal("bias", type(segment.bias).__name__, "RelativeBias or DenseBias itself, no subclass")
+                raise BackendRefusedError(self.name, {"attention": (reason,)}, {})
+        return Result(attend(attention), self.name)
