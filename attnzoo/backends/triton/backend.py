@@ -40,9 +40,7 @@ _ON_CUDA = Capabilities(
     dropout=True,
     grad=True,
 )
-_INTERPRETED = replace(
-    _ON_CUDA, devices=frozenset({"cpu"}), dtypes=frozenset({torch.float32, torch.float16})
-)
+_INTERPRETED = replace(_ON_CUDA, devices=frozenset({"cpu"}), dtypes=frozenset({torch.float32, torch.float16}))
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ class Backward:
             numbers=plan.numbers(index),
             batch=plan.batch,
             which=number,
-            lowest=first - form.zero - (sizes.queries - 1),
+            lowest=first - form.zero,
             chunks=chunks,
             **self._common,
             **compile_options(sizes),

@@ -6,7 +6,6 @@ keeping these tensors, which autograd saves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -278,5 +277,3 @@ def tables(inputs: Inputs, plan: Plan) -> Inputs:
 def with_contiguous_rows(tensor: Tensor) -> Tensor:
     """Return the tensor, or a copy if its last dimension is not contiguous."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-

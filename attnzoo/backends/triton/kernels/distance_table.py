@@ -40,7 +40,7 @@ def distance_kernel(
                 m0, m0 + BLOCK_M - 1, m0, tl.minimum(m0 + BLOCK_M, q_len) - 1, k0, which, scale, dropout,
                 SIGN, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, DROPOUT, PRECISION,
             )  # fmt: skip
-    at = ((chunk * heads + h) * tl.num_programs(0) + offset).to(tl.int64) * (BLOCK_M * BLOCK_N)
+    at = tl.cast((chunk * heads + h) * tl.num_programs(0) + offset, tl.int64) * (BLOCK_M * BLOCK_N)
     tl.store(total + at + i[:, None] * BLOCK_N + j[None, :], acc)
 
 
@@ -61,6 +61,6 @@ def diagonals_kernel(
     place = x // BLOCK_N * (BLOCK_M * BLOCK_N) + i[:, None] * BLOCK_N + x % BLOCK_N
     acc = tl.zeros([BLOCK_R], tl.float32)
     for chunk in range(0, chunks):
-        tiles = total + (chunk * heads + h).to(tl.int64) * offsets * (BLOCK_M * BLOCK_N)
+        tiles = total + tl.cast(chunk * heads + h, tl.int64) * offsets * (BLOCK_M * BLOCK_N)
         acc += tl.sum(tl.load(tiles + place, mask=inside, other=0.0), 0)
-    tl.store(grad + h.to(tl.int64) * size + entry, acc, mask=entry < size)
+    tl.store(grad + tl.cast(h, tl.int64) * size + entry, acc, mask=entry < size)

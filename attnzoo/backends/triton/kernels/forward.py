@@ -16,11 +16,11 @@ from attnzoo.backends.triton.kernels.tiles import FLOOR, LOG2_E, kept, load_rows
 
 @triton.jit
 def _attend(
-    q, m, l, acc, segment, numbers, which, b, h, heads, q_len, q0, factor, inverse, seed, dropout,
+    q, top, total, acc, segment, numbers, which, b, h, heads, q_len, q0, factor, inverse, seed, dropout,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys of a segment to the softmax: maximum ``m``, sum ``l`` and weighted values ``acc``."""
+    """Add the keys of a segment to the softmax: maximum ``top``, sum ``total`` and weighted values ``acc``."""
     index = q0 + tl.arange(0, BLOCK_M)
     exists = index < q_len
     rows, places = query_rows(segment, numbers, b, h, heads, index, q_len)
@@ -39,17 +39,16 @@ def _attend(
             q, k, segment, numbers, b, h, heads, rows, exists, places, positions, lowest, highest, place, last, k0,
             inverse, BLOCK_M, BLOCK_N, True, False, PRECISION,
         )  # fmt: skip
-        highest_score = tl.maximum(m, tl.max(scores, 1) * factor)
-        p = power_of_two(scores * factor - highest_score[:, None])
-        alpha = power_of_two(m - highest_score)
-        l = l * alpha + tl.sum(p, 1)
-        m = highest_score
+        higher = tl.maximum(top, tl.max(scores, 1) * factor)
+        p = power_of_two(scores * factor - higher[:, None])
+        alpha = power_of_two(top - higher)
+        top, total = higher, total * alpha + tl.sum(p, 1)
         if DROPOUT:
             keep = kept(seed, which, b * heads + h, rows, columns, dropout, False)
             p = tl.where(keep, p / (1.0 - dropout), 0.0)
         v = load_rows(segment.value, b, kv_head, columns, inside, VALUE_DIM, BLOCK_V)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return m, l, acc
+    return top, total, acc
 
 
 @triton.jit(do_not_specialize=["heads", "q_len", "first_segment"])
@@ -75,31 +74,32 @@ def forward_kernel(
     q = load_rows(query, b, h, rows, exists, DIM, BLOCK_D)
     if SIGN != 1:  # a negative scale is a positive scale with negative queries
         q = q * SIGN
-    m = tl.full([BLOCK_M], FLOOR, tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], FLOOR, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     lse += head.to(tl.int64) * q_len
     if not IS_FIRST:
         lse_before = tl.load(lse + rows, mask=exists, other=float("inf"))
         has_key = lse_before < float("inf")
-        m = tl.where(has_key, lse_before, FLOOR)
-        l = tl.where(has_key, 1.0, 0.0)
+        top = tl.where(has_key, lse_before, FLOOR)
+        total = tl.where(has_key, 1.0, 0.0)
         acc += load_rows(earlier, b, h, rows, exists & has_key, VALUE_DIM, BLOCK_V)
     for i in tl.static_range(len(segments)):
-        m, l, acc = _attend(
-            q, m, l, acc, segments[i], numbers[i], first_segment + i, b, h, heads, q_len, q0, scale * LOG2_E,
-            1.0 / scale, seed, dropout, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, DROPOUT, PRECISION,
+        top, total, acc = _attend(
+            q, top, total, acc, segments[i], numbers[i], first_segment + i, b, h, heads, q_len, q0,
+            scale * LOG2_E, 1.0 / scale, seed, dropout, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, DROPOUT, PRECISION,
         )  # fmt: skip
-    has_key = l > 0.0
-    result = acc * tl.where(has_key, 1.0 / l, 0.0)[:, None]
+    has_key = total > 0.0
+    total = tl.where(has_key, total, 1.0)
+    result = acc / total[:, None]
     if IS_LAST:
         is_query = exists
         if HAS_QUERY_MASK:
-            is_query = exists & (tl.load(query_mask + b.to(tl.int64) * q_len + rows, mask=exists, other=0) != 0)
+            is_query = exists & (tl.load(query_mask + tl.cast(b, tl.int64) * q_len + rows, mask=exists, other=0) != 0)
         if HAS_EMPTY:
             other = load_rows(empty, b, h, rows, is_query & (has_key == 0), VALUE_DIM, BLOCK_V).to(tl.float32)
             result += other
         has_key = has_key & is_query
         result = tl.where(is_query[:, None], result, 0.0)
     store_rows(out, b, h, rows, exists, result, VALUE_DIM, BLOCK_V)
-    tl.store(lse + rows, tl.where(has_key, m + tl.log2(l), float("inf")), mask=exists)
+    tl.store(lse + rows, tl.where(has_key, top + tl.log2(total), float("inf")), mask=exists)

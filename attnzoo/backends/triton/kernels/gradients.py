@@ -38,7 +38,7 @@ def tile_gradients(
         q, k, segment, numbers, b, h, heads, rows, exists, rows, positions, lowest, highest, place, last, k0,
         1.0 / scale, BLOCK_M, BLOCK_N, True, False, PRECISION,
     )  # fmt: skip
-    of_row = (b * heads + h).to(tl.int64) * q_len + rows
+    of_row = tl.cast(b * heads + h, tl.int64) * q_len + rows
     row_lse = tl.load(lse + of_row, mask=exists, other=float("inf"))
     p = power_of_two(scores * (scale * LOG2_E) - row_lse[:, None])
     do = load_rows(grad_out, b, h, rows, exists, VALUE_DIM, BLOCK_V)

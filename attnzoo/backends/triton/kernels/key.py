@@ -63,7 +63,7 @@ def key_kernel(
         q = load_rows(query, b, h, rows, exists, DIM, BLOCK_D)
         if SIGN != 1:
             q = q * SIGN
-        of_row = (b * heads + h).to(tl.int64) * q_len + rows
+        of_row = tl.cast(b * heads + h, tl.int64) * q_len + rows
         row_lse = tl.load(lse + of_row, mask=exists, other=float("inf"))
         scores = tile_scores(
             q, k, segment, numbers, b, h, heads, rows, exists, places, positions, lowest, highest, place, last, k0,
@@ -81,7 +81,7 @@ def key_kernel(
         ds = score_gradients(p, dp, row_delta[None, :], keep, dropout, DROPOUT)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     if segment.has_key_mask:
-        visible = tl.load(segment.key_mask + b.to(tl.int64) * kv_len + columns, mask=inside, other=0) != 0
+        visible = tl.load(segment.key_mask + tl.cast(b, tl.int64) * kv_len + columns, mask=inside, other=0) != 0
         dk = tl.where(visible[:, None], dk, 0.0)
         dv = tl.where(visible[:, None], dv, 0.0)
     dk = dk * scale

@@ -35,7 +35,7 @@ def position_kernel(
         exists = rows < q_len
         # Rows that do not exist have the position of the first row, so they add no distinct position.
         index = tl.where(exists, rows, m0)
-        positions = tl.load(segment.positions + b.to(tl.int64) * q_len + index).to(tl.int32)
+        positions = tl.load(segment.positions + tl.cast(b, tl.int64) * q_len + index).to(tl.int32)
         highest = tl.max(positions, 0)
         lowest = tl.min(positions, 0)
         position = lowest
@@ -50,5 +50,5 @@ def position_kernel(
                 acc += tl.where((positions == position)[:, None], ds, 0.0)
             position = tl.min(tl.where(positions > position, positions, highest + 1), 0)
     entries = entry + tl.arange(0, BLOCK_N)
-    at = (chunk * heads + h).to(tl.int64) * size
+    at = tl.cast(chunk * heads + h, tl.int64) * size
     tl.store(total + at + entries, tl.sum(acc, 0), mask=entries < size - 1)

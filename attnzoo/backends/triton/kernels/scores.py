@@ -11,7 +11,6 @@ import triton.language as tl
 
 from attnzoo.backends.triton.kernels.arguments import (
     BAND,
-    BY_DISTANCE,
     BY_POSITION,
     CHUNKS,
     DENSE_BIAS,
@@ -26,7 +25,7 @@ from attnzoo.backends.triton.kernels.tiles import along_keys, along_queries, loo
 def query_rows(segment, numbers, b, h, heads, index, q_len):
     """The rows and the places among the keys of the queries with these indices in the order of the segment."""
     if segment.kind == SORTED:
-        order = segment.order + (b * heads + h).to(tl.int64) * q_len
+        order = segment.order + tl.cast(b * heads + h, tl.int64) * q_len
         rows = tl.load(order + index, mask=index < q_len, other=0).to(tl.int32)
         return rows, index + number(numbers.start)
     else:
@@ -37,7 +36,7 @@ def query_rows(segment, numbers, b, h, heads, index, q_len):
 def bias_positions(segment, numbers, b, rows, exists, q_len):
     """The position of each query, from which the table of a bias is read."""
     if segment.bias == BY_POSITION:
-        return tl.load(segment.positions + b.to(tl.int64) * q_len + rows, mask=exists, other=0).to(tl.int32)
+        return tl.load(segment.positions + tl.cast(b, tl.int64) * q_len + rows, mask=exists, other=0).to(tl.int32)
     else:
         return rows
 
@@ -75,7 +74,7 @@ def _hide_by_pattern(scores, segment, numbers, b, h, heads, rows, places, column
         if segment.kind == CHUNKS and segment.causal:
             seen = seen & (key <= place)
     if segment.kind == SORTED:
-        tokens = segment.token + (b * heads + h).to(tl.int64) * number(numbers.kv_len)
+        tokens = segment.token + tl.cast(b * heads + h, tl.int64) * number(numbers.kv_len)
         token = along_keys(tl.load(tokens + columns, mask=inside, other=-1).to(tl.int32), TRANSPOSED)
         if segment.causal:
             seen = seen & (token >= 0) & (token < row)
@@ -154,7 +153,7 @@ def tile_scores(
     if hides:
         scores = _hide_by_pattern(scores, segment, numbers, b, h, heads, rows, places, columns, inside, TRANSPOSED)
     if segment.has_key_mask and MASK_KEYS:
-        address = segment.key_mask + b.to(tl.int64) * number(numbers.kv_len) + columns
+        address = segment.key_mask + tl.cast(b, tl.int64) * number(numbers.kv_len) + columns
         seen = tl.load(address, mask=inside, other=0) != 0
         scores = tl.where(along_keys(seen, TRANSPOSED), scores, float("-inf"))
     if segment.has_mask:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo.backends.triton.kernels.arguments import BAND, CHUNKS, SORTED
+from attnzoo.backends.triton.kernels.arguments import BAND, CHUNKS
 
 
 @triton.jit

@@ -37,7 +37,7 @@ def along_keys(vector, TRANSPOSED: tl.constexpr):
 @triton.jit
 def of_head(tensor, b, h):
     """The address of row 0 of a head."""
-    return tensor.data + b.to(tl.int64) * tensor.batch + h.to(tl.int64) * tensor.head
+    return tensor.data + tl.cast(b, tl.int64) * tensor.batch + tl.cast(h, tl.int64) * tensor.head
 
 
 @triton.jit
