@@ -1,11 +1,11 @@
 """The backend ``triton``: one kernel for the softmax over all segments, with exact gradients, on CUDA.
 
-The kernels compute window, chunks and causality from numbers, and visit only tiles that may be visible. Queries, keys
-and values are read where they are, in the layout of models. The backward recomputes the scores from the log-sum-exp.
+The kernels compute windows, chunks and causality from a few numbers, and visit only tiles that may be visible. They
+read queries, keys and values in the layout of models. The backward computes the scores again, from the log-sum-exp.
 
-Triton comes with PyTorch's CUDA builds. With ``TRITON_INTERPRET=1`` in the environment, Triton runs kernels in numpy, on
-CPU tensors. This is slow and made for tests: the backend then supports the device ``cpu`` instead of ``cuda``, and no
-bfloat16, because the interpreter's matrix products of bfloat16 are wrong.
+Triton comes with PyTorch's CUDA builds. With ``TRITON_INTERPRET=1`` in the environment, Triton runs kernels in numpy,
+on CPU tensors. This is slow and meant for tests. The backend then supports the device ``cpu`` instead of ``cuda``, and
+not bfloat16, because the interpreter's matrix products of bfloat16 are wrong.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 
 from attnzoo.backend import Backend, Capabilities
 from attnzoo.backends.triton.tile_sizes import is_interpreted
+from attnzoo.backends.varlen.kernels import no_device
 from attnzoo.errors import BackendRefusedError, Refusal
 from attnzoo.spec.bias import DenseBias, RelativeBias
 from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
 from attnzoo.spec.segments import Attention, Request, Result
 
 _LARGEST_DIM = 256
-_OLDEST_CARD = (8, 0)
 
 _ON_CUDA = Capabilities(
     devices=frozenset({"cuda"}),
@@ -48,24 +48,15 @@ class TritonBackend(Backend):
     """Triton kernels for any segments, masks and biases, forward and backward."""
 
     name: ClassVar[str] = "triton"
-    priority: ClassVar[int] = 8
+    priority: ClassVar[int] = -90 if is_interpreted() else 8
     compiles: ClassVar[bool] = True
     capabilities: ClassVar[Capabilities] = _INTERPRETED if is_interpreted() else _ON_CUDA
 
     @classmethod
     def unavailable(cls) -> str | None:
         if find_spec("triton") is None:
-            return "the package triton is not installed; PyTorch's CUDA builds for Linux contain it"
-        if is_interpreted():
-            return None
-        if torch.version.hip is not None:
-            return "the kernels have not run on ROCm yet"
-        if not torch.cuda.is_available():
-            return f"torch {torch.__version__} sees no CUDA device"
-        capability = torch.cuda.get_device_capability()
-        if capability < _OLDEST_CARD:
-            return f"the CUDA device has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0"
-        return None
+            return "the package triton is not installed; PyTorch's CUDA builds for Linux contain triton"
+        return None if is_interpreted() else no_device()
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
         refusals = super().refusals(request)
@@ -76,8 +67,15 @@ class TritonBackend(Backend):
             refusals += (Refusal("bias", "a bias with SortedChunks", "no bias with this pattern"),)
         return refusals
 
+    def priority_for(self, request: Request) -> int:
+        """Return a high priority unless PyTorch's kernels compute the request whole and without a dense mask."""
+        (first, *others) = request.segments
+        is_plain = not others and first.bias is None and not first.mask and isinstance(first.pattern, Full | Causal)
+        return self.priority if is_plain or is_interpreted() else 30
+
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
-        from attnzoo.backends.triton.attend import attend  # imports Triton, which a CPU build of PyTorch may lack
+        # Not every machine has Triton, and the registry imports this module on all of them.
+        from attnzoo.backends.triton.attend import attend
 
         for segment in attention.segments:  # the kernels ignore overridden methods
             if segment.bias is not None and type(segment.bias) not in (RelativeBias, DenseBias):
