@@ -22,9 +22,10 @@ MULTIPROCESSORS = 132
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled kernel: its name, registers per thread, bytes of stack per thread, and bytes of shared memory."""
+    """A compiled kernel: name, file, registers per thread, bytes of stack per thread, bytes of shared memory."""
 
     name: str
+    file: str
     registers: int
     stack: int
     shared: int
@@ -106,4 +107,4 @@ def _measured(kernel, folder):
         [CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
     ).stdout
     usage = dict(part.split(":") for part in text.splitlines()[-1].split() if part.count(":") == 1)
-    return Compiled(kernel.name, int(usage["REG"]), int(usage["STACK"]), kernel.metadata.shared)
+    return Compiled(kernel.name, cubin.name, int(usage["REG"]), int(usage["STACK"]), kernel.metadata.shared)

@@ -77,8 +77,13 @@ class TritonBackend(Backend):
         # Not every machine has Triton, and the registry imports this module on all of them.
         from attnzoo.backends.triton.attend import attend
 
-        for segment in attention.segments:  # the kernels ignore overridden methods
-            if segment.bias is not None and type(segment.bias) not in (RelativeBias, DenseBias):
-                reason = Refusal("bias", type(segment.bias).__name__, "RelativeBias or DenseBias itself, no subclass")
-                raise BackendRefusedError(self.name, {"attention": (reason,)}, {})
+        check_biases(attention)
         return Result(attend(attention), self.name)
+
+
+def check_biases(attention: Attention) -> None:
+    """Raise if a bias has a class of somebody else, because the kernels ignore overridden methods."""
+    for segment in attention.segments:
+        if segment.bias is not None and type(segment.bias) not in (RelativeBias, DenseBias):
+            reason = Refusal("bias", type(segment.bias).__name__, "RelativeBias or DenseBias itself, no subclass")
+            raise BackendRefusedError(TritonBackend.name, {"attention": (reason,)}, {})

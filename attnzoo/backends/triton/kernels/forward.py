@@ -11,7 +11,7 @@ import triton.language as tl
 
 from attnzoo.backends.triton.kernels.scores import bias_positions, query_rows, tile_scores
 from attnzoo.backends.triton.kernels.spans import key_tiles, number, tile_start
-from attnzoo.backends.triton.kernels.tiles import FLOOR, LOG2_E, kept, load_rows, power_of_two, store_rows
+from attnzoo.backends.triton.kernels.tiles import FLOOR, LOG2_E, kept, load_rows, load_tile, power_of_two, store_rows
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _attend(
         k0 = tile_start(i, first1, count1, first2, BLOCK_N)
         columns = k0 + tl.arange(0, BLOCK_N)
         inside = columns < number(numbers.kv_len)
-        k = load_rows(segment.key, b, kv_head, columns, inside, DIM, BLOCK_D)
+        k = load_tile(segment.key, b, kv_head, k0, inside, BLOCK_N, DIM, BLOCK_D)
         scores = tile_scores(
             q, k, segment, numbers, b, h, heads, rows, exists, places, positions, lowest, highest, place, last, k0,
             inverse, BLOCK_M, BLOCK_N, True, False, PRECISION,
@@ -46,7 +46,7 @@ def _attend(
         if DROPOUT:
             keep = kept(seed, which, b * heads + h, rows, columns, dropout, False)
             p = tl.where(keep, p / (1.0 - dropout), 0.0)
-        v = load_rows(segment.value, b, kv_head, columns, inside, VALUE_DIM, BLOCK_V)
+        v = load_tile(segment.value, b, kv_head, k0, inside, BLOCK_N, VALUE_DIM, BLOCK_V)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return top, total, acc
 

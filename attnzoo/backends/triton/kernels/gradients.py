@@ -7,7 +7,7 @@ import triton.language as tl
 
 from attnzoo.backends.triton.kernels.scores import tile_scores
 from attnzoo.backends.triton.kernels.spans import number
-from attnzoo.backends.triton.kernels.tiles import LOG2_E, kept, load_rows, power_of_two
+from attnzoo.backends.triton.kernels.tiles import LOG2_E, kept, load_rows, load_tile, power_of_two
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def tile_gradients(
     columns = k0 + tl.arange(0, BLOCK_N)
     inside = (columns >= 0) & (columns < number(numbers.kv_len))
     kv_head = h // segment.group
-    k = load_rows(segment.key, b, kv_head, columns, inside, DIM, BLOCK_D)
+    k = load_tile(segment.key, b, kv_head, k0, inside, BLOCK_N, DIM, BLOCK_D)
     scores = tile_scores(
         q, k, segment, numbers, b, h, heads, rows, exists, rows, positions, lowest, highest, place, last, k0,
         1.0 / scale, BLOCK_M, BLOCK_N, True, False, PRECISION,
@@ -42,7 +42,7 @@ def tile_gradients(
     row_lse = tl.load(lse + of_row, mask=exists, other=float("inf"))
     p = power_of_two(scores * (scale * LOG2_E) - row_lse[:, None])
     do = load_rows(grad_out, b, h, rows, exists, VALUE_DIM, BLOCK_V)
-    v = load_rows(segment.value, b, kv_head, columns, inside, VALUE_DIM, BLOCK_V)
+    v = load_tile(segment.value, b, kv_head, k0, inside, BLOCK_N, VALUE_DIM, BLOCK_V)
     dp = tl.dot(do, v.T, input_precision=PRECISION)
     row_delta = tl.load(delta + of_row, mask=exists, other=0.0)
     keep = 0

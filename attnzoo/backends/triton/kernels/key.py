@@ -11,11 +11,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo.backends.triton.kernels.arguments import BY_POSITION
+from attnzoo.backends.triton.kernels.arguments import BY_POSITION, SORTED
 from attnzoo.backends.triton.kernels.gradients import score_gradients
 from attnzoo.backends.triton.kernels.scores import bias_positions, query_rows, tile_scores
 from attnzoo.backends.triton.kernels.spans import number, query_tiles, tile_start
-from attnzoo.backends.triton.kernels.tiles import LOG2_E, kept, load_rows, power_of_two, store_rows
+from attnzoo.backends.triton.kernels.tiles import (
+    LOG2_E,
+    kept,
+    load_query_tile,
+    load_rows,
+    load_tile,
+    power_of_two,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=["heads", "q_len", "which", "shares", "batch"])
@@ -39,8 +47,8 @@ def key_kernel(
     k0 = tile % blocks * BLOCK_N
     columns = k0 + tl.arange(0, BLOCK_N)
     inside = columns < kv_len
-    k = load_rows(segment.key, b, kv_head, columns, inside, DIM, BLOCK_D)
-    v = load_rows(segment.value, b, kv_head, columns, inside, VALUE_DIM, BLOCK_V)
+    k = load_tile(segment.key, b, kv_head, k0, inside, BLOCK_N, DIM, BLOCK_D)
+    v = load_tile(segment.value, b, kv_head, k0, inside, BLOCK_N, VALUE_DIM, BLOCK_V)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     last_key = tl.minimum(k0 + BLOCK_N, kv_len) - 1
@@ -60,7 +68,7 @@ def key_kernel(
             lowest, highest = m0, m0 + BLOCK_M - 1
         place = m0 + number(numbers.start)
         last = tl.minimum(m0 + BLOCK_M, q_len) - 1 + number(numbers.start)
-        q = load_rows(query, b, h, rows, exists, DIM, BLOCK_D)
+        q = load_query_tile(query, b, h, m0, rows, exists, segment.kind == SORTED, BLOCK_M, DIM, BLOCK_D)
         if SIGN != 1:
             q = q * SIGN
         of_row = tl.cast(b * heads + h, tl.int64) * q_len + rows
@@ -70,7 +78,7 @@ def key_kernel(
             1.0 / scale, BLOCK_M, BLOCK_N, False, True, PRECISION,
         )  # fmt: skip
         p = power_of_two(scores * (scale * LOG2_E) - row_lse[None, :])
-        do = load_rows(grad_out, b, h, rows, exists, VALUE_DIM, BLOCK_V)
+        do = load_query_tile(grad_out, b, h, m0, rows, exists, segment.kind == SORTED, BLOCK_M, VALUE_DIM, BLOCK_V)
         row_delta = tl.load(delta + of_row, mask=exists, other=0.0)
         dp = tl.dot(v, do.T, input_precision=PRECISION)
         keep, dropped = 0, p

@@ -13,7 +13,7 @@ from attnzoo.backends.triton.kernels.arguments import BY_DISTANCE, BY_POSITION
 from attnzoo.backends.triton.kernels.gradients import score_gradients
 from attnzoo.backends.triton.kernels.scores import bias_positions, query_rows, tile_scores
 from attnzoo.backends.triton.kernels.spans import key_tiles, number, tile_start
-from attnzoo.backends.triton.kernels.tiles import LOG2_E, kept, load_rows, power_of_two, store_rows
+from attnzoo.backends.triton.kernels.tiles import LOG2_E, kept, load_rows, load_tile, power_of_two, store_rows
 
 
 @triton.jit
@@ -39,13 +39,13 @@ def _segment(
         k0 = tile_start(i, first1, count1, first2, BLOCK_N)
         columns = k0 + tl.arange(0, BLOCK_N)
         inside = columns < number(numbers.kv_len)
-        k = load_rows(segment.key, b, kv_head, columns, inside, DIM, BLOCK_D)
+        k = load_tile(segment.key, b, kv_head, k0, inside, BLOCK_N, DIM, BLOCK_D)
         scores = tile_scores(
             q, k, segment, numbers, b, h, heads, rows, exists, places, positions, lowest, highest, place, last, k0,
             inverse, BLOCK_M, BLOCK_N, True, False, PRECISION,
         )  # fmt: skip
         p = power_of_two(scores * factor - row_lse[:, None])
-        v = load_rows(segment.value, b, kv_head, columns, inside, VALUE_DIM, BLOCK_V)
+        v = load_tile(segment.value, b, kv_head, k0, inside, BLOCK_N, VALUE_DIM, BLOCK_V)
         dp = tl.dot(do, v.T, input_precision=PRECISION)
         keep = 0
         if DROPOUT:

@@ -63,6 +63,29 @@ def load_rows(tensor, b, h, rows, exists, DIM: tl.constexpr, BLOCK_D: tl.constex
 
 
 @triton.jit
+def load_tile(tensor, b, h, first, inside, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``COUNT`` neighbouring rows of a head from row ``first`` on, 0 where not ``inside``.
+
+    Only the address of the first row changes from tile to tile. The offsets in a tile are small and stay in registers.
+    """
+    address = of_head(tensor, b, h) + tl.cast(first, tl.int64) * tensor.row
+    offsets = tl.arange(0, COUNT)[:, None] * tensor.row + tl.arange(0, BLOCK_D)[None, :]
+    return tl.load(address + offsets, mask=row_mask(inside, DIM, BLOCK_D), other=0.0)
+
+
+@triton.jit
+def load_query_tile(
+    tensor, b, h, first, rows, exists, SORTED_ROWS: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The rows ``rows`` of a head, which are neighbours from ``first`` on unless a segment sorts the queries."""
+    if SORTED_ROWS:
+        return load_rows(tensor, b, h, rows, exists, DIM, BLOCK_D)
+    else:
+        return load_tile(tensor, b, h, first, exists, COUNT, DIM, BLOCK_D)
+
+
+@triton.jit
 def store_rows(tensor, b, h, rows, exists, values, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Write rows ``[n, BLOCK_D]`` of a head, where they exist."""
     address = of_head(tensor, b, h) + row_offsets(tensor, rows, BLOCK_D)
