@@ -45,28 +45,36 @@ def tile(kernel: str, dim: int, dtype: torch.dtype, device: torch.device, length
     return compiled_tile(kernel, dim, dtype, torch.cuda.get_device_capability(device))
 
 
-# By width of a head: tiles on compute capability 9.0 and newer, and on older cards. With 64 x 64 tiles, 8 warps need fewer
-# registers per thread than 4. A sketch on an H200 was fastest with 64 x 64 tiles, 4 warps and 2 stages (width 64).
-_HALF = {
-    64: (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
-    128: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    256: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 1)),
+_NARROWEST = 64
+_NEWEST = (9, 0)  # from this compute capability on, matrix products read shared memory and need fewer registers
+
+# For each width of a head, the tiles of the kernels. A sketch on an H200 was fastest with 64 x 64 tiles, 4 warps and 2
+# stages at width 64. The others are the largest without spilled registers. In float32, products are exact and use no
+# tensor cores. With 1 stage, Triton keeps their operands in registers, and spills them.
+_HALF_ON_NEWEST = {
+    64: {"": Tile(64, 64, 4, 2)},
+    128: {"": Tile(64, 64, 8, 2)},
+    256: {"": Tile(32, 32, 8, 2)},
 }
-# Exact products in float32 need many registers and no tensor cores.
+_HALF = {
+    64: {"forward": Tile(64, 64, 4, 2), "query": Tile(32, 64, 4, 2), "": Tile(64, 32, 4, 2)},
+    128: {"": Tile(64, 64, 8, 2)},
+    256: {"": Tile(32, 32, 8, 1)},
+}
 _FLOAT32 = {
-    64: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    128: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 1)),
-    256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    64: {"": Tile(32, 32, 4, 2)},
+    128: {"": Tile(32, 16, 4, 2)},
+    256: {"": Tile(16, 16, 8, 2)},
 }
 
 
 def compiled_tile(kernel: str, dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
     """Return the sizes on a card of a compute capability, e.g. ``(9, 0)``."""
-    table = _FLOAT32 if dtype == torch.float32 else _HALF
-    sizes = table[max(64, dim)][0 if capability >= (9, 0) else 1]
-    if kernel == "position":  # few neighbouring queries have equal positions
-        return sizes._replace(queries=16, warps=4)
-    return sizes
+    half = _HALF_ON_NEWEST if capability >= _NEWEST else _HALF
+    table = (_FLOAT32 if dtype == torch.float32 else half)[max(_NARROWEST, dim)]
+    sizes = table.get(kernel, table[""])
+    # Only few neighbouring queries have equal positions.
+    return sizes._replace(queries=16, warps=4) if kernel == "position" else sizes
 
 
 @lru_cache

@@ -49,7 +49,7 @@ def diagonals_kernel(
     total, grad, heads, chunks, offsets, size, first, last,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Write ``grad`` ``(heads, size)``: sums of the diagonals of ``total`` for the entries ``first`` to ``last``, else 0.
+    """Write ``grad`` ``(heads, size)``: sums of diagonals of ``total`` for the entries ``first`` to ``last``, else 0.
 
     The entry ``first`` belongs to the distance ``lowest`` of :func:`distance_kernel`.
     """

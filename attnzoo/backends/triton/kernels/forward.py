@@ -87,7 +87,8 @@ def forward_kernel(
     for i in tl.static_range(len(segments)):
         top, total, acc = _attend(
             q, top, total, acc, segments[i], numbers[i], first_segment + i, b, h, heads, q_len, q0,
-            scale * LOG2_E, 1.0 / scale, seed, dropout, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, DROPOUT, PRECISION,
+            scale * LOG2_E, 1.0 / scale, seed, dropout, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, DROPOUT,
+            PRECISION,
         )  # fmt: skip
     has_key = total > 0.0
     total = tl.where(has_key, total, 1.0)

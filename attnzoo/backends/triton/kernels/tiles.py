@@ -105,7 +105,7 @@ def power_of_two(x):
 def look_up(table, index):
     """``table[index]`` for a tile of indices, float32.
 
-    The load is an instruction of its own, because Triton would move the tile through shared memory to another layout.
+    The load is a PTX instruction. For a load of Triton, the tile would move through shared memory to another layout.
     """
     if PTX:
         address = table.to(tl.int64) + 4 * index.to(tl.int64)

@@ -34,7 +34,7 @@ def large_tiles(monkeypatch):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of unequal sides, so that a short input has many of them."""
+    """Tiles of unequal sides, smaller than a short input."""
     use_tiles(monkeypatch, 16, 32)
     yield
     tile_sizes.tile.cache_clear()

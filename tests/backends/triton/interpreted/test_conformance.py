@@ -15,33 +15,27 @@ HALF = torch.float16
 # Each pattern, mask, bias and shape occurs at least once.
 SMALL = [
     AttentionCase(pattern=Causal(), mask="keys", kv_heads=2, q_len=5, kv_len=23),
-    AttentionCase(pattern=Causal(), mask="keys", bias="trained relative", batch=1),
-    AttentionCase(pattern=Window(5, 3), mask="globals", batch=2),
+    AttentionCase(pattern=Window(5, 3), mask="globals", bias="none", batch=1),
     AttentionCase(pattern=Window(5, 3), bias="trained relative", batch=1),
     AttentionCase(pattern=Chunks(5, 2, 0, causal=True), batch=1),
     AttentionCase(pattern=SortedChunks(8, 1, 0, causal=True), batch=1),
 ]
 LARGE = [
-    AttentionCase(mask="keys"),
-    AttentionCase(mask="queries", bias="trained dense"),
-    AttentionCase(bias="trained relative", other_shapes=True, batch=1),
-    AttentionCase(bias="trained dense", other_shapes=True),
-    AttentionCase(mask="dense", empty=True, grad=False),
-    AttentionCase(dtype=HALF, pattern=Window(9, 0), mask="dense", other_shapes=True),
-    AttentionCase(pattern=Causal(), mask="globals", kv_heads=2, q_len=23, kv_len=9),
-    AttentionCase(pattern=Causal(offset=0), mask="keys", bias="dense", kv_heads=1, grad=False),
-    AttentionCase(pattern=Causal(), mask="keys", empty=True, batch=2),
-    AttentionCase(pattern=Window(5, 3), mask="keys", uneven=True),
-    AttentionCase(pattern=Window(5, 3), mask="globals", strided=True, grad=False),
-    AttentionCase(pattern=Window(5, 3), bias="trained relative", kv_heads=2, q_len=5, kv_len=23),
+    AttentionCase(pattern=Full(), mask="keys"),
+    AttentionCase(pattern=Full(), mask="queries", bias="trained dense", batch=1),
+    AttentionCase(pattern=Full(), bias="trained dense", other_shapes=True, batch=2),
+    AttentionCase(pattern=Window(5, 3), bias="trained relative", other_shapes=True, kv_heads=2, q_len=5, kv_len=23),
+    AttentionCase(pattern=Causal(), mask="dense", empty=True, batch=2),
+    AttentionCase(pattern=Causal(), mask="globals", kv_heads=1, q_len=23, kv_len=9, grad=False),
+    AttentionCase(pattern=Window(5, 3), mask="keys", uneven=True, batch=1),
+    AttentionCase(pattern=Window(5, 3), mask="globals", strided=True, grad=False, batch=1),
     AttentionCase(pattern=Chunks(8, 1, 1), mask="keys", bias="trained relative", batch=1),
-    AttentionCase(pattern=SortedChunks(5, 1, 1), mask="keys", batch=2),
-    AttentionCase(dtype=HALF, pattern=Window(5, 3), mask="globals"),
-    AttentionCase(dtype=HALF, pattern=Window(5, 3), bias="trained relative", batch=1),
-    AttentionCase(dtype=HALF, pattern=SortedChunks(8, 1, 0, causal=True), batch=1),
+    AttentionCase(pattern=SortedChunks(5, 1, 1), mask="keys", batch=1),
+    AttentionCase(HALF, pattern=Window(5, 3), mask="globals", batch=1),
+    AttentionCase(HALF, pattern=Window(5, 3), bias="trained relative", batch=1),
+    AttentionCase(HALF, pattern=SortedChunks(8, 1, 0, causal=True), batch=1),
     AttentionCase(pattern=Window(5, 3), mask="globals", dropout=0.25, batch=2),
-    AttentionCase(pattern=SortedChunks(8, 1, 0, causal=True), dropout=0.25, batch=2),
-    AttentionCase(pattern=Full(), mask="keys", transform="grad"),
+    AttentionCase(pattern=Full(), transform="grad"),
 ]
 
 
@@ -62,7 +56,6 @@ def test_cases_that_have_one_tile(large_tiles, case):
     assert outcome.refused == bool(case.transform)
 
 
-@pytest.mark.skipif(not IS_LONG, reason="runs with ATTNZOO_HYPOTHESIS_PROFILE=long: make test-interpreted")
-@pytest.mark.parametrize("case", cases(DTYPES), ids=str)
+@pytest.mark.parametrize("case", cases(DTYPES) if IS_LONG else [], ids=str)
 def test_every_case(case):
     assert not run(case).failure
