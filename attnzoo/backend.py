@@ -116,7 +116,8 @@ class Backend:
     Class attributes:
         name: the name under which the backend is registered.
         aliases: alternative names that users may type.
-        priority: if there are no measurements, ``auto`` selects the supporting backend with the highest priority.
+        priority: if there are no measurements, ``auto`` selects the supporting backend with the highest priority
+            (:meth:`priority_for`).
         dense: whether the backend stores all ``q_len x kv_len`` scores. ``tune`` skips the backend if memory is short.
         capabilities: the features that the backend supports.
         compiles: whether the first run of each kind of input compiles a kernel. For such a backend, ``tune`` and the
@@ -190,6 +191,13 @@ class Backend:
         ``super()``. attnzoo caches the returned tuple by backend and request.
         """
         return self.capabilities.refusals(request)
+
+    def priority_for(self, request: Request) -> int:
+        """Return the priority of the backend for a request that the backend supports: :attr:`priority`.
+
+        Override this method if the backend is the fastest for some requests, and not for others.
+        """
+        return self.priority
 
     def refusals_anywhere(self, request: Request) -> tuple[Refusal, ...]:
         """Return only the refusals that do not depend on the machine. The support matrix shows these refusals.

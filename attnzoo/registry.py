@@ -383,8 +383,9 @@ class Registry:
         return tuple(cls() for cls in sorted(usable, key=lambda cls: (-cls.priority, cls.name)))
 
     def supporting_backends(self, request: Request) -> tuple[Backend, ...]:
-        """Return the available exact backends that support a request, highest priority first."""
-        return tuple(backend for backend in self.exact_backends() if not backend.refusals(request))
+        """Return the available exact backends that support a request, highest priority for this request first."""
+        supporting = (backend for backend in self.exact_backends() if not backend.refusals(request))
+        return tuple(sorted(supporting, key=lambda backend: -backend.priority_for(request)))
 
     def unused_entry_points(self) -> tuple[tuple[str, str], ...]:
         """Return ``(name, reason)`` for each entry point that fails to load, or whose name another object uses."""

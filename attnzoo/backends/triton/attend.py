@@ -1,0 +1,70 @@
+"""The attention as an operation of autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.backends.triton.backward import Backward
+from attnzoo.backends.triton.forward import new_seed, run_forward
+from attnzoo.backends.triton.plan import Inputs, Plan, split, tables, with_contiguous_rows
+from attnzoo.spec.segments import Attention
+
+
+def attend(attention: Attention) -> Tensor:
+    """Return the output ``(batch, heads, q_len, value_dim)``, with gradients."""
+    plan, inputs = split(attention)
+    empty = inputs.empty
+    if empty is not None and plan.dropout > 0.0:  # one decision per query and head, as in Attention.fill
+        empty = empty * torch.nn.functional.dropout(torch.ones_like(empty[..., :1]), plan.dropout)
+    tensors = (inputs.query, *inputs.keys_values, *inputs.biases)
+    output: Tensor = _Attend.apply(plan, len(inputs.keys_values), empty, *tensors)
+    return output
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, count: int, empty: Tensor | None, query: Tensor, *tensors: Tensor) -> Tensor:
+        inputs = tables(Inputs(query, tensors[:count], tensors[count:], empty), plan)
+        seed = new_seed(plan)
+        out, lse = run_forward(plan, inputs, seed)
+        ctx.plan, ctx.count, ctx.has_empty, ctx.dtypes = plan, count, empty is not None, [t.dtype for t in tensors]
+        saved = [lse, out, query, *tensors, *([] if seed is None else [seed])]
+        # The backward reads the masks from the plan. Saved, PyTorch raises if they change before the backward.
+        ctx.save_for_backward(*saved, *plan.masks())
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        plan, count = ctx.plan, ctx.count
+        lse, out, query, *rest = ctx.saved_tensors
+        tensors = tuple(rest[: len(ctx.dtypes)])
+        seed = rest[len(tensors)] if plan.dropout > 0.0 else None
+        inputs = tables(Inputs(query, tensors[:count], tensors[count:], None), plan)
+        needs_empty, needs_query, *needs = ctx.needs_input_grad[2:]
+        grads: list[Tensor | None] = [None] * len(tensors)
+        backward = Backward(plan, inputs, seed, out, lse, with_contiguous_rows(grad_out))
+        needs_biases = needs[count:]
+        needs_ends = any(need and form for need, form in zip(needs_biases, _are_tables(plan), strict=True))
+        grad_query, ends = backward.queries(needs_ends)
+        if any(needs[:count]):
+            grads[:count] = backward.keys_values()
+        grads[count:] = backward.biases(needs_biases, ends)
+        cast = [None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+        grad_empty = _empty_gradient(plan, grad_out, lse) if ctx.has_empty and needs_empty else None
+        return None, None, grad_empty, grad_query if needs_query else None, *cast
+
+
+def _are_tables(plan: Plan) -> list[bool]:
+    return [form.has_table for form in plan.forms if form.bias]
+
+
+def _empty_gradient(plan: Plan, grad_out: Tensor, lse: Tensor) -> Tensor:
+    """Return the gradient of ``empty``: that of the output, for queries that see no key and are no padding."""
+    takes = lse == float("inf")
+    if plan.query_mask is not None:
+        takes = takes & plan.query_mask[:, None]
+    return grad_out.masked_fill(~takes[..., None], 0.0)

@@ -1,0 +1,220 @@
+"""The launches of the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from attnzoo.backends.triton.forward import compile_options, constants, new_rows, tile_of
+from attnzoo.backends.triton.kernels import arguments as kinds
+from attnzoo.backends.triton.kernels.dense_bias import dense_bias_kernel
+from attnzoo.backends.triton.kernels.distance_table import diagonals_kernel, distance_kernel
+from attnzoo.backends.triton.kernels.key import key_kernel
+from attnzoo.backends.triton.kernels.position_table import position_kernel
+from attnzoo.backends.triton.kernels.query import query_kernel
+from attnzoo.backends.triton.plan import Inputs, Plan, keys_of, rows
+from attnzoo.backends.triton.tile_sizes import programs_at_once
+
+_FEWEST_STEPS = 4  # tiles per program: with fewer, a share of the queries is not worth the sum of the shares
+
+
+class Backward:
+    """The backward of one attention.
+
+    Args:
+        plan, inputs, seed, lse: those of the forward.
+        out: the output of the forward.
+        grad_out: the gradient of the output.
+    """
+
+    def __init__(
+        self, plan: Plan, inputs: Inputs, seed: Tensor | None, out: Tensor, lse: Tensor, grad_out: Tensor
+    ) -> None:
+        self._plan, self._inputs, self._out, self._grad_out = plan, inputs, out, grad_out
+        self._order = [index for indices in plan.passes for index in indices]
+        self._keys = [keys_of(plan, inputs, index) for index in range(len(plan.forms))]
+        self._delta = torch.empty_like(lse)
+        self._common: dict[str, Any] = dict(
+            query=rows(inputs.query),
+            grad_out=rows(grad_out),
+            lse=lse,
+            delta=self._delta,
+            seed=seed,
+            heads=plan.heads,
+            q_len=plan.q_len,
+            scale=plan.scale,
+            dropout=plan.dropout,
+            **constants(plan),
+        )
+
+    def queries(self, needs_ends: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the gradient of the queries, and the gradients ``(segments, batch, heads, 2)`` of the ends of tables.
+
+        This method also computes what the other methods need, so it must be called first.
+        """
+        plan, sizes = self._plan, tile_of("query", self._plan)
+        blocks = triton.cdiv(plan.q_len, sizes.queries)
+        shape = (len(plan.forms), plan.batch, plan.heads, blocks, 2)
+        ends = torch.empty(shape, dtype=torch.float32, device=plan.device) if needs_ends else None
+        earlier, first_segment = None, 0
+        for number, indices in enumerate(plan.passes):
+            is_last = number == len(plan.passes) - 1
+            grad = new_rows(plan, plan.head_dim, plan.dtype if is_last else torch.float32)
+            query_kernel[(blocks * plan.batch * plan.heads,)](
+                out=rows(self._out),
+                grad_query=rows(grad),
+                earlier=rows(grad if earlier is None else earlier),
+                ends=ends,
+                segments=tuple(self._keys[index] for index in indices),
+                numbers=tuple(map(plan.numbers, indices)),
+                first_segment=first_segment,
+                NEEDS_ENDS=needs_ends,
+                IS_FIRST=number == 0,
+                IS_LAST=is_last,
+                **self._common,
+                **compile_options(sizes),
+            )
+            earlier, first_segment = grad, first_segment + len(indices)
+        return grad, None if ends is None else ends.sum(3)
+
+    def keys_values(self) -> list[Tensor]:
+        """Return the gradients of the distinct keys and values."""
+        places = [place for form in self._plan.forms for place in (form.key, form.value)]
+        grads: list[Tensor | None] = [None] * len(self._inputs.keys_values)
+        for number, index in enumerate(self._order):
+            form = self._plan.forms[index]
+            if places.count(form.key) == places.count(form.value) == 1:
+                grads[form.key], grads[form.value] = self._of_segment(number, index)
+                continue
+            # Several segments share these tensors. Each adds to gradients in float32.
+            for place in (form.key, form.value):
+                if grads[place] is None:
+                    grads[place] = torch.zeros_like(self._inputs.keys_values[place], dtype=torch.float32)
+            self._of_segment(number, index, (grads[form.key], grads[form.value]))
+        return [grad.to(self._plan.dtype) for grad in grads if grad is not None]
+
+    def _of_segment(
+        self, number: int, index: int, sums: tuple[Tensor | None, Tensor | None] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        plan, form = self._plan, self._plan.forms[index]
+        key, value = (self._inputs.keys_values[place] for place in (form.key, form.value))
+        sizes = tile_of("key", plan)
+        programs = triton.cdiv(form.kv_len, sizes.keys) * plan.batch * key.shape[1]
+        steps = triton.cdiv(plan.most_queries(index, sizes.keys), sizes.queries) * form.group
+        shares = min(triton.cdiv(programs_at_once(plan.device), programs), steps // _FEWEST_STEPS)
+        if sums is not None or shares < 2:
+            shares = 1
+            grads = [torch.empty_like(tensor) for tensor in (key, value)] if sums is None else list(sums)
+        else:
+            shape, whole = (shares * plan.batch, *key.shape[1:3]), dict(dtype=torch.float32, device=plan.device)
+            grads = [torch.empty((*shape, tensor.shape[3]), **whole) for tensor in (key, value)]
+        key_kernel[(programs * shares,)](
+            grad_key=rows(grads[0]),
+            grad_value=rows(grads[1]),
+            segment=self._keys[index],
+            numbers=plan.numbers(index),
+            which=number,
+            shares=shares,
+            batch=plan.batch,
+            ADDS=sums is not None,
+            **self._common,
+            **compile_options(sizes),
+        )
+        if shares > 1:
+            grads = [grad.unflatten(0, (shares, plan.batch)).sum(0) for grad in grads]
+        return grads[0], grads[1]
+
+    def biases(self, needs: Sequence[bool], ends: Tensor | None) -> list[Tensor | None]:
+        """Return the gradients of the bias values, or None where not needed."""
+        grads: list[Tensor | None] = [None] * len(needs)
+        for number, index in enumerate(self._order):
+            form = self._plan.forms[index]
+            if form.bias == kinds.NO_BIAS.value or not needs[form.bias_place]:
+                continue
+            if form.has_table and ends is not None:
+                grads[form.bias_place] = self._table(number, index, ends[number].sum(0))
+            else:
+                grads[form.bias_place] = self._dense(number, index)
+        return grads
+
+    def _table(self, number: int, index: int, ends: Tensor) -> Tensor:
+        """Return the gradient of a table in float32. ``ends`` is ``(heads, 2)``."""
+        form, values = self._plan.forms[index], self._inputs.biases[self._plan.forms[index].bias_place]
+        if form.size < 3:
+            grad = ends.new_zeros((self._plan.heads, form.size))
+        elif form.bias == kinds.BY_POSITION.value:
+            grad = self._by_position(number, index)
+        else:
+            grad = self._by_distance(number, index)
+        grad[:, 0] += ends[:, 0]
+        grad[:, -1] += ends[:, 1]
+        return grad.sum(0, keepdim=True) if values.shape[0] == 1 else grad
+
+    def _by_distance(self, number: int, index: int) -> Tensor:
+        plan, form, sizes = self._plan, self._plan.forms[index], tile_of("distance", self._plan)
+        band = plan.band(index)
+        first, last = max(1, band.lowest + form.zero), min(form.size - 2, band.highest + form.zero)
+        if first > last:
+            return self._delta.new_zeros((plan.heads, form.size))
+        offsets = triton.cdiv(last - first + sizes.queries, sizes.keys)
+        blocks = triton.cdiv(plan.q_len, sizes.queries) * plan.batch
+        chunks = max(1, min(blocks, triton.cdiv(programs_at_once(plan.device), offsets * plan.heads)))
+        shape = (chunks, plan.heads, offsets, sizes.queries, sizes.keys)
+        total = torch.empty(shape, dtype=torch.float32, device=plan.device)
+        distance_kernel[(offsets, chunks, plan.heads)](
+            total=total,
+            segment=self._keys[index],
+            numbers=plan.numbers(index),
+            batch=plan.batch,
+            which=number,
+            lowest=first - form.zero,
+            chunks=chunks,
+            **self._common,
+            **compile_options(sizes),
+        )
+        grad = total.new_empty((plan.heads, form.size))
+        diagonals_kernel[(triton.cdiv(form.size, 16), plan.heads)](
+            total, grad, plan.heads, chunks, offsets, form.size, first, last,
+            BLOCK_M=sizes.queries, BLOCK_N=sizes.keys, BLOCK_R=16,
+        )  # fmt: skip
+        return grad
+
+    def _by_position(self, number: int, index: int) -> Tensor:
+        plan, form, sizes = self._plan, self._plan.forms[index], tile_of("position", self._plan)
+        runs = triton.cdiv(form.size - 2, sizes.keys)
+        blocks = triton.cdiv(plan.q_len, sizes.queries) * plan.batch
+        chunks = max(1, min(blocks, triton.cdiv(programs_at_once(plan.device), runs * plan.heads)))
+        total = torch.zeros((chunks, plan.heads, form.size), dtype=torch.float32, device=plan.device)
+        position_kernel[(runs, chunks, plan.heads)](
+            total=total,
+            segment=self._keys[index],
+            numbers=plan.numbers(index),
+            batch=plan.batch,
+            which=number,
+            chunks=chunks,
+            **self._common,
+            **compile_options(sizes),
+        )
+        return total.sum(0)
+
+    def _dense(self, number: int, index: int) -> Tensor:
+        plan, form, sizes = self._plan, self._plan.forms[index], tile_of("dense", self._plan)
+        values = self._inputs.biases[form.bias_place]
+        grad = torch.empty(values.shape, dtype=values.dtype, device=plan.device)
+        tiles = (triton.cdiv(plan.q_len, sizes.queries), triton.cdiv(form.kv_len, sizes.keys))
+        dense_bias_kernel[(*tiles, values.shape[0] * values.shape[1])](
+            grad=grad,
+            segment=self._keys[index],
+            numbers=plan.numbers(index),
+            batch=plan.batch,
+            bias_batch=values.shape[0],
+            bias_heads=values.shape[1],
+            which=number,
+            **self._common,
+            **compile_options(sizes),
+        )
+        return grad

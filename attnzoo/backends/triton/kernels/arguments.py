@@ -1,0 +1,83 @@
+"""The arguments that all kernels share, as named tuples: tensors with strides, and one record per segment.
+
+Triton compiles a kernel again for each value that a ``constexpr`` field takes. It would also compile again for integers
+that are 1 or a multiple of 16. For strides this is wanted, because aligned loads are faster. Lengths and window sizes
+change from call to call, so :class:`Numbers` holds them in a form that never is 1 or a multiple of 16.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton.language as tl
+
+# The kinds of patterns. Triton accepts only numbers in tuples.
+BAND = tl.constexpr(0)  # a range of distances: Full, Causal, Window
+CHUNKS = tl.constexpr(1)
+SORTED = tl.constexpr(2)  # chunks of sorted keys
+
+# The kinds of biases.
+NO_BIAS = tl.constexpr(0)
+BY_DISTANCE = tl.constexpr(1)  # a table, read at key index - query index
+BY_POSITION = tl.constexpr(2)  # a table, read at key index - position of the query
+DENSE_BIAS = tl.constexpr(3)
+
+
+class Rows(NamedTuple):
+    """A tensor ``(batch, heads, length, dim)`` whose last dimension is contiguous."""
+
+    data: Any
+    batch: int  # strides
+    head: int
+    row: int
+
+
+class Grid(NamedTuple):
+    """A tensor ``(batch, heads, q_len, kv_len)`` with any strides, 0 for broadcast dimensions."""
+
+    data: Any
+    batch: int
+    head: int
+    row: int
+    column: int
+
+
+class Keys(NamedTuple):
+    """A segment: tensors, strides, and the properties for which a kernel is compiled. Missing tensors are constants."""
+
+    key: Rows
+    value: Rows
+    key_mask: Any  # (batch, kv_len) bool
+    mask: Grid
+    table: Any  # (heads or 1, size) float32, in units of q @ k
+    table_head: int  # the stride of a head in the table
+    positions: Any  # (batch, q_len) int64
+    dense: Grid  # the values of a dense bias
+    order: Any  # (batch, heads, q_len) int64
+    token: Any  # (batch, heads, kv_len) int64
+    kind: Any
+    causal: Any  # whether chunks hide later keys
+    has_key_mask: Any
+    has_mask: Any
+    bias: Any
+    group: Any  # query heads per key head
+
+
+class Numbers(NamedTuple):
+    """The integers of a segment, each ``n`` as ``4 * n + 2`` (:func:`encoded`)."""
+
+    kv_len: int
+    lowest: int  # BAND: the lowest and the highest visible distance, key index - query index
+    highest: int
+    length: int  # CHUNKS, SORTED: the number of keys in a chunk
+    before: int  # the number of visible chunks before that of the query, modulo count
+    reach: int  # the number of visible chunks besides the first
+    count: int  # the number of chunks
+    start: int  # the place among the keys of the first query
+    zero: int  # the table entry of a key at the index or position of the query
+    size: int  # the number of table entries
+
+
+def encoded(number: int) -> int:
+    """Return the integer that stands for ``number`` in :class:`Numbers`."""
+    return 4 * number + 2

@@ -1,0 +1,115 @@
+"""The backward for queries: their gradients, ``delta``, and the gradient of the ends of bias tables.
+
+``delta`` is ``sum(out * grad_out)`` of each query. With the final ``out`` and ``lse``, the gradient of a score is
+``p * (dp - delta)``, whatever other keys are in the softmax.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attnzoo.backends.triton.kernels.arguments import BY_DISTANCE, BY_POSITION
+from attnzoo.backends.triton.kernels.gradients import score_gradients
+from attnzoo.backends.triton.kernels.scores import bias_positions, query_rows, tile_scores
+from attnzoo.backends.triton.kernels.spans import key_tiles, number, tile_start
+from attnzoo.backends.triton.kernels.tiles import LOG2_E, kept, load_rows, load_tile, power_of_two, store_rows
+
+
+@triton.jit
+def _segment(
+    q, do, row_lse, row_delta, acc, ends, segment, numbers, which, b, h, heads, q_len, q0, factor, inverse, seed,
+    dropout, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, NEEDS_ENDS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the keys of a segment to the query gradient. Write the gradients of both ends of its table to ``ends``."""
+    index = q0 + tl.arange(0, BLOCK_M)
+    exists = index < q_len
+    rows, places = query_rows(segment, numbers, b, h, heads, index, q_len)
+    positions = bias_positions(segment, numbers, b, rows, exists, q_len)
+    lowest, highest = tl.min(positions, 0), tl.max(positions, 0)
+    place = q0 + number(numbers.start)
+    last = tl.minimum(q0 + BLOCK_M, q_len) - 1 + number(numbers.start)
+    first1, count1, first2, count2 = key_tiles(segment, numbers, place, last, BLOCK_N)
+    kv_head = h // segment.group
+    low = tl.zeros([BLOCK_M], tl.float32)
+    high = tl.zeros([BLOCK_M], tl.float32)
+    for i in range(0, count1 + count2):
+        k0 = tile_start(i, first1, count1, first2, BLOCK_N)
+        columns = k0 + tl.arange(0, BLOCK_N)
+        inside = columns < number(numbers.kv_len)
+        k = load_tile(segment.key, b, kv_head, k0, inside, BLOCK_N, DIM, BLOCK_D)
+        scores = tile_scores(
+            q, k, segment, numbers, b, h, heads, rows, exists, places, positions, lowest, highest, place, last, k0,
+            inverse, BLOCK_M, BLOCK_N, True, False, PRECISION,
+        )  # fmt: skip
+        p = power_of_two(scores * factor - row_lse[:, None])
+        v = load_tile(segment.value, b, kv_head, k0, inside, BLOCK_N, VALUE_DIM, BLOCK_V)
+        dp = tl.dot(do, v.T, input_precision=PRECISION)
+        keep = 0
+        if DROPOUT:
+            keep = kept(seed, which, b * heads + h, rows, columns, dropout, False)
+        ds = score_gradients(p, dp, row_delta[:, None], keep, dropout, DROPOUT)
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+        if NEEDS_ENDS and (segment.bias == BY_DISTANCE or segment.bias == BY_POSITION):
+            entry, end = k0 + number(numbers.zero), number(numbers.size) - 1
+            if entry - highest >= end:
+                high += tl.sum(ds, 1)
+            elif entry + BLOCK_N - 1 - lowest <= 0:
+                low += tl.sum(ds, 1)
+            elif (entry + BLOCK_N - 1 - lowest >= end) | (entry - highest <= 0):
+                entries = (columns + number(numbers.zero))[None, :] - positions[:, None]
+                high += tl.sum(tl.where(entries >= end, ds, 0.0), 1)
+                low += tl.sum(tl.where((entries <= 0) & (entries < end), ds, 0.0), 1)
+    if NEEDS_ENDS:
+        tl.store(ends, tl.sum(low, 0))
+        tl.store(ends + 1, tl.sum(high, 0))
+    return acc
+
+
+@triton.jit(do_not_specialize=["heads", "q_len", "first_segment"])
+def query_kernel(
+    query, out, grad_out, grad_query, earlier, lse, delta, ends, seed, segments, numbers, heads, q_len, first_segment,
+    scale, dropout,
+    SIGN: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, NEEDS_ENDS: tl.constexpr,
+    IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write ``delta`` and ``grad_query`` of a tile of queries, and ``ends`` ``(segments, batch * heads, tiles, 2)``.
+
+    ``earlier`` is the gradient of the launches before, without the scale.
+    """
+    blocks = tl.cdiv(q_len, BLOCK_M)
+    head = tl.program_id(0) // blocks
+    b, h = head // heads, head % heads
+    block = blocks - 1 - tl.program_id(0) % blocks
+    q0 = block * BLOCK_M
+    index = q0 + tl.arange(0, BLOCK_M)
+    exists = index < q_len
+    rows, _ = query_rows(segments[0], numbers[0], b, h, heads, index, q_len)
+    q = load_rows(query, b, h, rows, exists, DIM, BLOCK_D)
+    if SIGN != 1:
+        q = q * SIGN
+    do = load_rows(grad_out, b, h, rows, exists, VALUE_DIM, BLOCK_V)
+    of_row = head.to(tl.int64) * q_len + rows
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if IS_FIRST:
+        o = load_rows(out, b, h, rows, exists, VALUE_DIM, BLOCK_V)
+        row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        tl.store(delta + of_row, row_delta, mask=exists)
+    else:
+        row_delta = tl.load(delta + of_row, mask=exists, other=0.0)
+        acc += load_rows(earlier, b, h, rows, exists, DIM, BLOCK_D)
+    row_lse = tl.load(lse + of_row, mask=exists, other=float("inf"))
+    for i in tl.static_range(len(segments)):
+        number_of_heads = tl.num_programs(0) // blocks
+        place = ends + 2 * ((first_segment + i) * number_of_heads * blocks + head * blocks + block) if NEEDS_ENDS else 0
+        acc = _segment(
+            q, do, row_lse, row_delta, acc, place, segments[i], numbers[i], first_segment + i, b, h, heads, q_len, q0,
+            scale * LOG2_E, 1.0 / scale, seed, dropout, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, DROPOUT,
+            NEEDS_ENDS, PRECISION,
+        )  # fmt: skip
+    if IS_LAST:
+        acc = acc * (scale * SIGN)
+    store_rows(grad_query, b, h, rows, exists, acc, DIM, BLOCK_D)

@@ -1,0 +1,95 @@
+"""What the backend ``triton`` declares and refuses, where it is available, and when ``auto`` prefers it."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import util
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo.backends.triton import backend as triton_backend
+from attnzoo.backends.triton.backend import TritonBackend
+from attnzoo.registry import registry
+from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
+from attnzoo.spec.segments import Request, SegmentRequest
+
+PLAIN = SegmentRequest(Causal(), kv_heads=4)
+
+
+def request_of(*segments, **changes):
+    request = Request("cuda", torch.bfloat16, 4, 64, 64, segments or (PLAIN,))
+    return replace(request, **changes)
+
+
+def refused(request):
+    return {refusal.field: (refusal.got, refusal.allowed) for refusal in TritonBackend().refusals(request)}
+
+
+def test_every_head_up_to_256_is_supported():
+    assert not refused(request_of(head_dim=256, value_dim=72))
+    assert refused(request_of(head_dim=257, value_dim=300)) == {
+        "head_dim": ("257", "at most 256"),
+        "value_dim": ("300", "at most 256"),
+    }
+
+
+def test_a_bias_with_sorted_chunks_is_refused():
+    biased = SegmentRequest(SortedChunks(8), kv_heads=4, bias="relative")
+    assert refused(request_of(biased)) == {"bias": ("a bias with SortedChunks", "no bias with this pattern")}
+    assert not refused(request_of(replace(biased, bias=None)))
+
+
+@pytest.mark.parametrize("changes", [dict(dtype=torch.float64), dict(transforms=("jvp",)), dict(probabilities=True)])
+def test_other_limits_are_refused(changes):
+    assert len(refused(request_of(**changes))) == 1
+
+
+def test_without_triton_the_backend_is_unavailable(monkeypatch):
+    monkeypatch.setattr(triton_backend, "find_spec", lambda name: None if name == "triton" else util.find_spec(name))
+    assert TritonBackend.unavailable().startswith("the package triton is not installed")
+
+
+def test_without_a_card_the_backend_is_unavailable(monkeypatch):
+    monkeypatch.setattr(triton_backend, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert torch.__version__ in TritonBackend.unavailable()
+
+
+def test_a_bias_of_another_class_is_refused():
+    """The kernels read the values of a bias, and would ignore an overridden method."""
+
+    class Other(attnzoo.RelativeBias):
+        pass
+
+    q = torch.randn(1, 2, 5, 8)
+    segment = attnzoo.Segment(q, q, bias=Other(torch.zeros(2, 3), zero=1))
+    with pytest.raises(attnzoo.BackendRefusedError, match="got Other; allowed: RelativeBias or DenseBias itself"):
+        triton_backend.check_biases(attnzoo.Attention(q, (segment,), 1.0))
+
+
+def test_the_kernels_are_imported_at_their_first_use():
+    """So attnzoo works where Triton is missing or broken."""
+    code = "import sys, attnzoo; attnzoo.backends(); sys.exit('attnzoo.backends.triton.plan' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("segments", "is_first"),
+    [
+        ((PLAIN,), False),
+        ((replace(PLAIN, pattern=Full()),), False),
+        ((replace(PLAIN, pattern=Window(8, 8)),), True),
+        ((replace(PLAIN, pattern=Chunks(8)),), True),
+        ((replace(PLAIN, pattern=SortedChunks(8)),), True),
+        ((replace(PLAIN, bias="relative"),), True),
+        ((replace(PLAIN, mask=True),), True),
+        ((PLAIN, replace(PLAIN, pattern=Full())), True),
+    ],
+    ids=["causal", "full", "window", "chunks", "sorted chunks", "bias", "dense mask", "two segments"],
+)
+def test_auto_prefers_triton_where_pytorchs_kernels_do_not_fit(monkeypatch, isolated_registry, segments, is_first):
+    monkeypatch.setattr(TritonBackend, "unavailable", classmethod(lambda cls: None))
+    names = [backend.name for backend in registry.supporting_backends(request_of(*segments))]
+    assert (names[0] == "triton") == is_first and "triton" in names

@@ -1,0 +1,115 @@
+"""The Triton kernels of every form that the model families use compile for three cards, without spilled registers."""
+
+import os
+
+import pytest
+import torch
+
+from attnzoo.backends.triton.tile_sizes import is_interpreted
+from attnzoo.spec.bias import RelativeBias
+from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
+from attnzoo.spec.segments import Attention, Segment
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+from tests.support.compiled_triton import compile_attention
+
+LENGTH = 2048
+SHARED = {(8, 0): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
+IS_LONG = os.environ.get("ATTNZOO_HYPOTHESIS_PROFILE") == "long"
+pytestmark = pytest.mark.skipif(is_interpreted(), reason="TRITON_INTERPRET=1: Triton compiles nothing")
+
+
+def rows(heads, length, dim, dtype):
+    """A tensor in the layout of models, which requires grad."""
+    return torch.zeros(1, length, heads, dim, dtype=dtype).transpose(1, 2).requires_grad_()
+
+
+def segment(heads, length, dim, dtype, pattern=Full(), bias=None, is_masked=True):
+    mask = torch.ones(1, length, dtype=torch.bool) if is_masked else None
+    return Segment(rows(heads, length, dim, dtype), rows(heads, length, dim, dtype), pattern, mask, bias=bias)
+
+
+def table(heads, reach, dtype, positions=None):
+    return RelativeBias(torch.zeros(heads, 2 * reach + 1, dtype=dtype).requires_grad_(), reach, positions=positions)
+
+
+def whole(query, *segments, **more):
+    return Attention(query, segments, 0.125, query_mask=torch.ones(1, LENGTH, dtype=torch.bool), **more)
+
+
+def led(dtype):
+    window = segment(12, LENGTH, 64, dtype, Window(512, 512))
+    return whole(rows(12, LENGTH, 64, dtype), window, segment(12, 3, 64, dtype))
+
+
+def longt5_local(dtype):
+    window = segment(12, LENGTH, 64, dtype, Window(127, 127), table(12, 127, dtype))
+    return whole(rows(12, LENGTH, 64, dtype), window)
+
+
+def longt5_tglobal(dtype):
+    (window,) = longt5_local(dtype).segments
+    positions = torch.zeros(1, LENGTH, dtype=torch.long)
+    aggregates = segment(12, LENGTH // 16, 64, dtype, Full(), table(12, 128, dtype, positions))
+    return whole(rows(12, LENGTH, 64, dtype), window, aggregates)
+
+
+def reformer_local(dtype):
+    return whole(rows(8, LENGTH, 128, dtype), segment(8, LENGTH, 128, dtype, Chunks(128, 1, 0, causal=True)))
+
+
+def reformer_lsh(dtype):
+    hashes, keys = 3, (rows(8, 3 * LENGTH, 128, dtype), rows(8, 3 * LENGTH, 128, dtype))
+    order, token = (torch.zeros(1, 8, length, dtype=torch.long) for length in (LENGTH, hashes * LENGTH))
+    rounds = (SortedChunks(256, 1, 0, True, number * LENGTH, order, token) for number in range(hashes))
+    segments = (Segment(*keys, pattern) for pattern in rounds)
+    return whole(rows(8, LENGTH, 128, dtype), *segments, empty=rows(8, LENGTH, 128, dtype))
+
+
+def causal(dtype, dim=128):
+    return whole(rows(16, LENGTH, dim, dtype), segment(2, LENGTH, dim, dtype, Causal(), is_masked=False))
+
+
+FAMILIES = dict(
+    led=led, longt5_local=longt5_local, longt5_tglobal=longt5_tglobal, reformer_local=reformer_local,
+    reformer_lsh=reformer_lsh, causal=causal,
+)  # fmt: skip
+# In every run of the tests, each form for one card. In a long run, all forms for all cards, also in float32.
+_FEW = [((9, 0), "led"), ((8, 9), "longt5_tglobal"), ((9, 0), "reformer_local"), ((8, 9), "reformer_lsh"),
+        ((8, 0), "causal"), ((9, 0), "longt5_tglobal")]  # fmt: skip
+CASES = [(card, name, torch.bfloat16) for card, name in _FEW]
+LONG_CASES = [(card, name, dtype) for card in SHARED for name in FAMILIES for dtype in (torch.bfloat16, torch.float32)]
+
+
+def check(capability, attention, folder):
+    kernels = compile_attention(attention, capability, folder)
+    assert {"forward_kernel", "query_kernel", "key_kernel"} <= {kernel.name for kernel in kernels}
+    for kernel in kernels:
+        assert kernel.stack == 0, f"{kernel}: registers are spilled to the stack"
+        assert kernel.shared <= SHARED[capability], f"{kernel}: more shared memory than a block may use"
+    return kernels
+
+
+@pytest.mark.parametrize(("capability", "family", "dtype"), LONG_CASES if IS_LONG else CASES)
+def test_kernels_of_a_family_fit_a_card(tmp_path, capability, family, dtype):
+    kernels = {kernel.name for kernel in check(capability, FAMILIES[family](dtype), tmp_path)}
+    assert ("distance_kernel" in kernels) == family.startswith("longt5")
+    assert ("position_kernel" in kernels) == (family == "longt5_tglobal")
+
+
+@pytest.mark.skipif(not IS_LONG, reason="runs with ATTNZOO_HYPOTHESIS_PROFILE=long")
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_widest_heads_fit_a_card(tmp_path, capability, dtype):
+    check(capability, causal(dtype, 256), tmp_path)
+
+
+def test_a_new_length_compiles_nothing(tmp_path, monkeypatch):
+    """Lengths and windows are arguments of a kernel, not constants of its code."""
+    names = []
+    for length, reach in ((LENGTH, 512), (LENGTH + 37, 129)):
+        monkeypatch.setattr(f"{__name__}.LENGTH", length)
+        keys = segment(12, length, 64, torch.bfloat16, Window(reach, reach))
+        kernels = compile_attention(whole(rows(12, length, 64, torch.bfloat16), keys), (9, 0), tmp_path, grad=False)
+        names.append([kernel.file for kernel in kernels])
+    assert names[0] == names[1]

@@ -1,0 +1,110 @@
+"""Compile the Triton kernels that an attention would launch, for a CUDA card that is not there."""
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import KernelInterface
+
+from attnzoo.backends.triton import tile_sizes
+from attnzoo.backends.triton.attend import attend
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+MULTIPROCESSORS = 132
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled kernel: name, file, registers per thread, bytes of stack per thread, bytes of shared memory."""
+
+    name: str
+    file: str
+    registers: int
+    stack: int
+    shared: int
+
+
+class _AbsentCard(DriverBase):
+    """The driver of a card that is not there. Triton compiles for its capability, and nothing can be launched."""
+
+    def __init__(self, capability):
+        self._target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+
+    @classmethod
+    def is_active(cls):
+        return True
+
+    def get_current_target(self):
+        return self._target
+
+    def get_current_device(self):
+        return self._target.arch  # kernels are cached by device
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty):
+        return ty
+
+    def get_benchmarker(self):
+        raise NotImplementedError
+
+
+@contextmanager
+def compiling_only(capability) -> Iterator[dict]:
+    """Compile each kernel instead of launching it. Yield a dict that receives all compiled kernels by hash."""
+    kernels = {}
+
+    def launch(self, grid):
+        def compile_it(*args, **kwargs):
+            kernel = self.warmup(*args, grid=grid, **kwargs)
+            kernels[kernel.hash] = kernel
+
+        return compile_it
+
+    for function in (tile_sizes.tile, tile_sizes.programs_at_once):
+        function.cache_clear()
+    properties = mock.Mock(multi_processor_count=MULTIPROCESSORS)
+    driver = triton.runtime.driver
+    before = driver._active
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(KernelInterface, "__getitem__", launch))
+        stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda *_: capability))
+        stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", lambda *_: properties))
+        driver.set_active(_AbsentCard(capability))
+        try:
+            yield kernels
+        finally:
+            driver.set_active(before)
+            for function in (tile_sizes.tile, tile_sizes.programs_at_once):
+                function.cache_clear()
+
+
+def compile_attention(attention, capability, folder, grad=True) -> list[Compiled]:
+    """Return the kernels that forward and, with ``grad``, backward of an attention launch. ``folder`` is for files."""
+    with compiling_only(capability) as kernels, torch.set_grad_enabled(grad):
+        output = attend(attention)
+        leaves = [tensor for tensor in attention.tensors() if tensor.requires_grad]
+        if grad:
+            torch.autograd.grad(output, leaves, torch.zeros_like(output), allow_unused=True)
+    return [_measured(kernel, folder) for kernel in kernels.values()]
+
+
+def _measured(kernel, folder):
+    cubin = Path(folder) / f"{kernel.hash}.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    text = subprocess.run(
+        [CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    usage = dict(part.split(":") for part in text.splitlines()[-1].split() if part.count(":") == 1)
+    return Compiled(kernel.name, cubin.name, int(usage["REG"]), int(usage["STACK"]), kernel.metadata.shared)
