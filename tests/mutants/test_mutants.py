@@ -1,5 +1,6 @@
 """The mutation tests plant real faults, run the nearest tests first, and report what the tests do not catch."""
 
+import json
 from typing import ClassVar
 
 import pytest
@@ -10,6 +11,7 @@ from tests.mutants import __main__ as command
 from tests.mutants import mutations
 from tests.mutants.mutations import ROOT, Mutant, changes_of, source_files
 from tests.mutants.nearest import nearest_tests
+from tests.mutants.schedule import Schedule
 from tests.mutants.worker import Worker, unfinished
 
 SOURCE = '''
@@ -101,19 +103,24 @@ def test_worker_says_whether_the_tests_catch_a_mutant(tmp_path):
     assert worker.test(mutant, tests, 120)[0].startswith("caught by")
     assert worker.run(tests, 120) == ("survived all tests", []), "the worker must restore the source"
     assert (ROOT / path).read_text() == code
-    assert worker.run(tests, 0.01) == ("survived 0 s of tests", tests), "tests that did not end have caught nothing"
+    assert worker.run(tests, 1) == ("survived 1 s of tests", tests), "tests that did not end have caught nothing"
+    (worker.tree / "tests" / "test_endless.py").write_text("def test_endless():\n    while True: pass\n")
+    endless = ["tests/test_endless.py"]
+    assert worker.run(endless, 1) == ("survived 1 s of tests", endless), "the limit is reached first"
+    assert worker.run(endless, 60, test_seconds=1) == ("caught by a test that did not end", [])
 
 
 @pytest.mark.parametrize(
-    ("output", "left"),
+    ("begun", "left"),
     [
-        ("", ["a.py", "b.py", "c.py"]),
-        ("collected 9 items\n\na.py ..", ["a.py", "b.py", "c.py"]),
-        ("collected 9 items\n\na.py ... [50%]\nb.py .", ["b.py", "c.py"]),
+        ("", ["a.py", "b.py::test_1", "b.py"]),
+        ("a.py::test_0\n", ["a.py", "b.py::test_1", "b.py"]),
+        ("a.py::test_0\nb.py::test_1[x]\n", ["b.py::test_1", "b.py"]),
+        ("a.py::test_0\nb.py::test_1[x]\nb.py::test_10\n", ["b.py"]),
     ],
 )
-def test_test_files_that_did_not_end_are_left(output, left):
-    assert unfinished(["a.py", "b.py", "c.py"], output) == left
+def test_tests_that_did_not_end_are_left(begun, left):
+    assert unfinished(["a.py", "b.py::test_1", "b.py"], begun) == left
 
 
 class FakeWorker:
@@ -129,7 +136,7 @@ class FakeWorker:
         return "survived all tests", []
 
     def test(self, mutant, tests, seconds):
-        self.ran.append(tests)
+        self.ran.append((tests, seconds))
         return self.outcomes.pop(0)
 
 
@@ -137,6 +144,7 @@ class FakeWorker:
 def run(monkeypatch, capsys):
     """Return a function that runs the command with the outcomes of a fake worker, and returns exit code and output."""
     monkeypatch.setattr(command, "Worker", FakeWorker)
+    monkeypatch.setattr(command, "RECORD", ROOT / "no record")
     FakeWorker.ran.clear()
 
     def run(outcomes, *options):
@@ -158,22 +166,30 @@ def test_command_fails_below_the_goal_and_lists_the_survivors(run):
 
 
 def test_command_reaches_the_goal_and_writes_json(run, tmp_path):
-    code, _ = run(OUTCOMES, "--at-least", "75", "--json", str(tmp_path / "out.json"))
+    code, _ = run(OUTCOMES, "--at-least", "75", "--json", str(tmp_path / "out.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert code == 0
-    assert (tmp_path / "out.json").read_text().count('"mutant"') == 4
+    assert [row["outcome"] for row in rows] == ["caught by a", "survived all tests", "caught by b", "caught by c"]
 
 
-def test_survivors_run_the_other_tests_in_the_time_that_is_left(run):
-    first = [("survived 40 s of tests", ["tests/b.py", "tests/c.py"]), *OUTCOMES[1:]]
-    _, output = run([*first, ("caught by c", [])], "--at-least", "75")
-    assert FakeWorker.ran[-1] == ["tests/b.py", "tests/c.py"]
+def test_survivors_run_the_other_tests_for_more_seconds(run):
+    outcomes = [("survived 7 s of tests", ["tests/b.py", "tests/c.py"]), OUTCOMES[1], *OUTCOMES[0:1] * 3]
+    _, output = run(outcomes, "--at-least", "75", "--seconds", "7", "--more", "50")
+    assert FakeWorker.ran[0][1] == 7 and FakeWorker.ran[1] == (["tests/b.py", "tests/c.py"], 50)
     assert "75.0 % of 4 mutants caught" in output
 
 
 def test_equivalent_mutants_do_not_count(run, monkeypatch):
     monkeypatch.setattr(command, "reason_for_equivalence", lambda mutant: "no row changes")
     _, output = run([])
-    assert "of 0 mutants caught; 4 equivalent or not run" in output
+    assert "of 0 mutants caught" in output and "4 equivalent" in output
+
+
+def test_mutants_that_no_test_executes_are_listed_and_not_counted(run, monkeypatch):
+    monkeypatch.setattr(Schedule, "executes", lambda self, mutant: False)
+    code, output = run(OUTCOMES, "--at-least", "100")
+    assert code == 0 and "100.0 % of 3 mutants caught" in output and "1 not executed here" in output
+    assert output.count("\nnot executed here: attnzoo/functional.py:") == 1
 
 
 def test_equivalent_mutants_are_mutants_of_the_present_source():
