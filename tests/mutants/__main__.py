@@ -45,8 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def test(mutant: Mutant) -> None:
         start = time.monotonic()
-        outcome = _outcome(mutant, schedule, workers, options.seconds, options.more)
-        outcomes[mutant] = outcome
+        worker = workers.get()
+        outcomes[mutant] = outcome = _outcome(mutant, schedule, worker, options.seconds)
+        workers.put(worker)
         took = time.monotonic() - start
         print(f"{len(outcomes):4} {took:4.0f} s  {mutant.path}:{mutant.line}: {outcome}", flush=True)
         if options.json is not None:
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             workers.put(Worker(Path(folder) / str(number)))
         print(f"{len(sample)} of about {len(changes)} mutants in {len(paths)} files, --seed {seed}", flush=True)
         without_mutant = workers.get()
-        if not without_mutant.run([_SELF_TEST], 300)[0].startswith("survived all"):
+        if not without_mutant.run([_SELF_TEST], 300).text.startswith("survived all"):
             sys.exit(f"{_SELF_TEST} fails without a mutant; run `make test` first")
         workers.put(without_mutant)
         list(pool.map(test, sample))
@@ -73,27 +74,27 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, help="seed of the sample (default: a random seed, which is printed)")
     add("--only", default="", metavar="TEXT", help="only source files whose path contains this text")
     add("--jobs", type=int, default=2, help="mutants at a time (default: %(default)s)")
-    add("--seconds", type=float, default=30, help="CPU seconds for the first tests of a mutant (default: %(default)s)")
-    add("--more", type=float, default=90, help="CPU seconds for more tests on a survivor (default: %(default)s)")
+    add("--seconds", type=float, default=120, help="CPU seconds for the tests of a mutant (default: %(default)s)")
     add("--at-least", type=float, default=95, help="percentage to be caught (default: %(default)s)")
     add("--json", type=Path, help="file to append the outcomes to, one a line")
     return parser.parse_args(arguments)
 
 
-def _outcome(mutant: Mutant, schedule: Schedule, workers: SimpleQueue[Worker], seconds: float, more: float) -> str:
+def _outcome(mutant: Mutant, schedule: Schedule, worker: Worker, seconds: float) -> str:
+    """Run batches of tests on a mutant, until a test fails or the time is over."""
     if reason := reason_for_equivalence(mutant):
         return f"equivalent: {reason}"
-    first, rest = schedule.tests(mutant, seconds)
-    worker = workers.get()
-    try:
-        outcome, left = worker.test(mutant, first, seconds)
-        if outcome.startswith("survived") and (others := [*left, *rest]):
-            outcome, _ = worker.test(mutant, others, more)
-    finally:
-        workers.put(worker)
-    if outcome.startswith("survived") and not schedule.executes(mutant):
+    left = seconds
+    for tests in schedule.batches(mutant):
+        outcome = worker.test(mutant, tests, left)
+        left -= outcome.seconds
+        if outcome.text.startswith("caught"):
+            return outcome.text
+        if left < 1:
+            break
+    if not schedule.executes(mutant):
         return "not executed here"
-    return outcome
+    return f"survived {seconds:.0f} s of tests" if left < 1 else "survived all tests"
 
 
 def _report(outcomes: dict[Mutant, str], at_least: float) -> int:

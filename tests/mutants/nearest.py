@@ -49,21 +49,24 @@ def nearest_tests(source: str) -> list[str]:
     return sorted(test_files(), key=lambda test: (*_distance(source, test), test))
 
 
-def _distance(source: str, test: str) -> tuple[int, int, int]:
+def group_of(source: str, test: str) -> int:
+    """Return how near a test file is to a source file: 0 for the tests of the source file, 3 for unrelated tests."""
     path, name = Path(source), Path(test).stem.removeprefix("test_")
     folder = path.parts[1] if len(path.parts) > 2 else path.parts[0]
     near = folder == "attnzoo" or folder in Path(test).parts
     imports = _module(source) in _imports(test)
     words, test_words = {*path.stem.split("_")}, {*name.split("_")}
     if words <= test_words and near:
-        group = 0
-    elif words <= test_words or ((imports or words & test_words) and near):
-        group = 1
-    else:
-        group = 2 if imports else 3
+        return 0
+    if words <= test_words or ((imports or words & test_words) and near):
+        return 1
+    return 2 if imports else 3
+
+
+def _distance(source: str, test: str) -> tuple[int, int, int]:
     starts = next(starts for start, starts in _BROAD.items() if source.startswith(start))
     broad = next((i for i, start in enumerate(starts) if test.startswith(start)), len(starts))
-    return group, broad, len(_imports(test))
+    return group_of(source, test), broad, len(_imports(test))
 
 
 def _module(source: str) -> str:

@@ -25,8 +25,8 @@ def record(path: Path, worker: Worker, files: list[str]) -> None:
     new = [file for file in files if known.get(file) != hashes[file]]
     for start in range(0, len(new), _BATCH):
         batch, began = new[start : start + _BATCH], time.monotonic()
-        outcome, _ = worker.run(batch, _SECONDS, plugins=(_Recorder(),), options=("--maxfail=0",))
-        print(f"{time.monotonic() - began:4.0f} s  {' '.join(batch)}: {outcome}", flush=True)
+        outcome = worker.run(batch, _SECONDS, plugins=(_Recorder(),), options=("--maxfail=0",))
+        print(f"{time.monotonic() - began:4.0f} s  {' '.join(batch)}: {outcome.text}", flush=True)
         reached = worker.tree / _OUTPUT
         if not reached.exists():
             continue  # the tests did not end

@@ -1,5 +1,6 @@
 """The record of the statements that each test executes gives the tests of a mutant, cheapest first."""
 
+import itertools
 import json
 import textwrap
 
@@ -7,6 +8,7 @@ import pytest
 
 from tests.mutants import schedule
 from tests.mutants.mutations import ROOT, Mutant
+from tests.mutants.nearest import nearest_tests
 from tests.mutants.reach import Place, Reach, places
 from tests.mutants.schedule import Schedule
 
@@ -98,16 +100,42 @@ def test_without_a_record_the_nearest_test_files_run(tmp_path):
     code = (ROOT / "attnzoo/spec/patterns.py").read_text()
     line = next(line for line, place in places(code).of_line.items() if place.function)
     mutant = Mutant("attnzoo/spec/patterns.py", line, "", "", "")
-    first, rest = empty.tests(mutant, 30)
-    assert first[0] == "tests/spec/test_patterns.py" and rest == [] and empty.executes(mutant)
+    first, *others = empty.batches(mutant)
+    assert first[0] == "tests/spec/test_patterns.py" and len(first) < 5 and empty.executes(mutant)
+    assert [*first, *itertools.chain(*others)] == nearest_tests("attnzoo/spec/patterns.py")
 
 
-def test_first_tests_fill_the_time_and_all_others_follow(reach, monkeypatch):
-    texts = "".join(f"def {test.partition('::')[2]}():\n" for test in TESTS)
-    monkeypatch.setattr(schedule, "_places", lambda path: KNOWN)
-    monkeypatch.setattr(schedule, "_text", lambda path: texts)
-    monkeypatch.setattr(schedule, "nearest_tests", lambda path: ["tests/test_a.py"])
-    mutant = Mutant("a.py", line_of("LIMIT = 3"), "", "", "")
-    assert Schedule(reach).tests(mutant, 0.25) == (TESTS[1:], [TESTS[0], "tests/test_a.py"])
-    monkeypatch.setattr(schedule, "_text", lambda path: texts.replace("test_fast", "test_renamed"))
-    assert Schedule(reach).tests(mutant, 0.1)[0] == TESTS[2:], "a test that is gone does not run"
+@pytest.fixture
+def batches(tmp_path, monkeypatch):
+    """Return a function of seconds by test file. It returns the batches for a statement that one test of each executes.
+
+    The tests have the name ``test_area``.
+    """
+
+    def batches(seconds, text="def test_area():\n"):
+        area = {"a.py": {"Pattern.area": [KNOWN.hashes["Pattern.area"], {"7": [0]}]}}
+        rows = [
+            {"file": file, "hash": "", "seconds": {f"{file}::test_area": cost}, "reached": area}
+            for file, cost in seconds.items()
+        ]
+        (tmp_path / "record").write_text("\n".join(map(json.dumps, rows)))
+        monkeypatch.setattr(schedule, "_places", lambda path: KNOWN)
+        monkeypatch.setattr(schedule, "_text", lambda path: text)
+        monkeypatch.setattr(schedule, "group_of", lambda source, test: 0 if "near" in test else 1)
+        monkeypatch.setattr(schedule, "nearest_tests", lambda path: ["near.py"])
+        mutant = Mutant("a.py", line_of("return 0"), "", "", "")
+        return Schedule(Reach.load(tmp_path / "record")).batches(mutant)
+
+    return batches
+
+
+def test_executing_tests_run_in_batches_nearest_and_cheapest_file_first(batches):
+    seconds = {f"{number}.py": 9.0 - number for number in range(7)}
+    first, second, last = batches({**seconds, "near.py": 50.0})
+    assert first == [f"{file}::test_area" for file in ("near.py", "6.py", "5.py")]
+    assert second == [f"{number}.py::test_area" for number in (4, 3, 2, 1, 0)]
+    assert last == ["near.py"], "in the end, all test files run"
+
+
+def test_a_test_that_is_gone_does_not_run(batches):
+    assert batches({"near.py": 1.0}, text="def test_other():\n") == [["near.py"]]

@@ -8,8 +8,10 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.mutants.mutations import ROOT, Mutant
 
@@ -18,6 +20,18 @@ _TEST_SECONDS = 90
 # Seconds of the clock for a single test, for mutants that wait for ever and use no CPU.
 _WAIT_SECONDS = 1200
 _FOLDERS = ("attnzoo", "adapters", "benchmarks", "tests", "docs")
+
+
+class Outcome(NamedTuple):
+    """The result of a run of pytest.
+
+    Attributes:
+        text: ``caught by ...`` or ``survived ...``.
+        seconds: CPU time, or the limit if the tests did not end in time.
+    """
+
+    text: str
+    seconds: float
 
 
 class Worker:
@@ -39,7 +53,7 @@ class Worker:
         for name in ("adapters", "benchmarks"):  # where an installation has them
             (folder / "attnzoo" / name).symlink_to(Path("..") / name)
 
-    def test(self, mutant: Mutant, tests: list[str], seconds: float) -> tuple[str, list[str]]:
+    def test(self, mutant: Mutant, tests: list[str], seconds: float) -> Outcome:
         """Run tests on a mutant, until the first failure or for ``seconds`` of CPU time.
 
         Args:
@@ -48,7 +62,7 @@ class Worker:
             seconds: limit in seconds of CPU time, because the machine may have other work.
 
         Returns:
-            ``caught by ...`` or ``survived ...``, and the tests that did not end in time.
+            whether a test failed, and the CPU seconds of the run.
         """
         target = self.tree / mutant.path
         original = target.read_text()
@@ -65,53 +79,40 @@ class Worker:
         test_seconds: float = _TEST_SECONDS,
         plugins: Sequence[object] = (),
         options: Sequence[str] = (),
-    ) -> tuple[str, list[str]]:
+    ) -> Outcome:
         """Do the same as :meth:`test`, without a mutant. If the package cannot be imported, pytest's exit code is 4.
 
         ``test_seconds`` is the limit for a single test. ``plugins`` and ``options`` are for pytest.
         """
-        log, begun = self.tree / "log", self.tree / "begun"
+        log, used = self.tree / "log", self.tree / "seconds"
         log.write_text("")
-        begun.write_text("")
+        used.unlink(missing_ok=True)
         plugins = [_Limits(test_seconds), *plugins]
         process = self._context.Process(target=_run_tests, args=(self.tree, tests, seconds, plugins, options))
         process.start()
         process.join()
-        output = log.read_text(errors="replace")
-        if process.exitcode == 0:
-            return "survived all tests", []
-        if process.exitcode == -signal.SIGXCPU:
-            return f"survived {seconds:.0f} s of tests", unfinished(tests, begun.read_text())
-        if process.exitcode == -signal.SIGPROF or "Timeout (0:" in output:
-            return "caught by a test that did not end", []
-        failures = (line.split(" ")[1] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR ")))
-        return f"caught by {next(failures, f'exit code {process.exitcode} of pytest').removeprefix('tests/')}", []
+        took = float(used.read_text()) if used.exists() else seconds
+        return Outcome(_text(process.exitcode, log.read_text(errors="replace"), seconds), took)
 
 
-def unfinished(tests: list[str], begun: str) -> list[str]:
-    """Return the tests that did not end, from the lines ``file::function[parameters]`` of all tests that began."""
-    place = 0
-    for name in begun.splitlines():
-        place = next((n for n in range(place, len(tests)) if _belongs(name, tests[n])), place)
-    return tests[place:]
-
-
-def _belongs(name: str, test: str) -> bool:
-    return name == test or name.startswith((f"{test}[", f"{test}::"))
+def _text(exit_code: int | None, output: str, seconds: float) -> str:
+    if exit_code == 0:
+        return "survived all tests"
+    if exit_code == -signal.SIGXCPU:
+        return f"survived {seconds:.0f} s of tests"
+    if exit_code == -signal.SIGPROF or "Timeout (0:" in output:
+        return "caught by a test that did not end"
+    failures = (line.split(" ")[1] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR ")))
+    return f"caught by {next(failures, f'exit code {exit_code} of pytest').removeprefix('tests/')}"
 
 
 class _Limits:
-    """A pytest plugin: notes each test that begins, and ends the process if a single test takes too long."""
+    """A pytest plugin that ends the process if a single test takes too long."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
 
-    def pytest_configure(self, config: object) -> None:
-        self._begun = Path.cwd() / "begun"
-
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        with self._begun.open("a") as lines:
-            lines.write(f"{nodeid}\n")
+    def pytest_runtest_logstart(self) -> None:
         signal.setitimer(signal.ITIMER_PROF, self._seconds)  # SIGPROF ends the process
 
 
@@ -132,4 +133,6 @@ def _run_tests(tree: Path, tests: list[str], seconds: float, plugins: Sequence[o
 
     fixed = ["-x", "--no-header", "--tb=line", "-p", "no:cacheprovider", "--basetemp", str(tree / "tmp")]
     fixed += ["-o", f"faulthandler_timeout={_WAIT_SECONDS}", "-o", "faulthandler_exit_on_timeout=true"]
-    os._exit(int(pytest.main([*fixed, *options, *tests], plugins=plugins)))
+    code = int(pytest.main([*fixed, *options, *tests], plugins=plugins))
+    (tree / "seconds").write_text(str(time.process_time()))
+    os._exit(code)
