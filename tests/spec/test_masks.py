@@ -160,3 +160,20 @@ def test_a_mask_of_wrong_shape_dtype_or_value_is_refused(given):
 def test_an_empty_mask_is_refused(sizes):
     with pytest.raises(attnzoo.InvalidArgumentError, match=r"attention_mask: got .*0.*; allowed"):
         read_attention_mask(torch.ones((sizes[0], 1, *sizes[1:]), dtype=torch.bool), sizes)
+
+
+@pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
+def test_under_vmap_a_mask_stays_dense(additive):
+    """Python cannot read the values of a mask that vmap maps over."""
+    visible = torch.rand(2, 3, 1, NEW, KEYS) < 0.7
+    given = torch.zeros(visible.shape).masked_fill(~visible, -1e9) if additive else visible
+    reads = []
+
+    def read(mask):
+        reads.append(read_attention_mask(mask, (3, NEW, KEYS), floor=-1e8))
+        return reads[-1].mask
+
+    assert torch.equal(torch.func.vmap(read)(given), visible)
+    (read,) = reads
+    assert (read.pattern, read.key_mask, read.documents) == (attnzoo.Full(), None, None)
+    assert (read.bias is not None) == additive
