@@ -82,6 +82,13 @@ def test_candidate_that_is_wrong_under_one_transform_only_is_rejected_there(tran
     assert [other for other in CHECKED_TRANSFORMS if is_rejected(before, other)] == [transform]
 
 
+@pytest.mark.parametrize("transform", ["vmap", "jvp"])
+def test_result_in_another_dtype_is_rejected(transform):
+    wider = Transformed(after=lambda output, part: output.double())
+    check = check_transform(attention(), wider, transform)
+    assert not check.ok and "got torch.float64; allowed: torch.float32" in str(check)
+
+
 # A tensor that requires grad, and a function that drops its gradient and its tangent.
 WITHOUT_GRADIENT = {
     "query": with_fields(query=detach),
