@@ -53,7 +53,7 @@ test-cuda: $(STAMP) ## run the tests that need a CUDA device
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make test-cuda needs a CUDA device; torch {torch.__version__} sees none here, so nothing was tested.")'
 	$(BIN)/python -m pytest -m cuda $(ARGS)
 
-mutants: $(STAMP) ## plant 200 random faults in the source and list those that no test catches (30 minutes)
+mutants: $(STAMP) ## plant 200 random faults in the source and list those that no test catches
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(ARGS)
 
 lint: $(STAMP) ## run ruff (rules and format), mypy and import-linter

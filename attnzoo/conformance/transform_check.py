@@ -6,6 +6,7 @@ The oracle uses no transform: autograd computes gradients, and a loop computes b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -47,8 +48,10 @@ def check_transform(attention: Attention, backend: Backend, transform: str, seed
         _Run(attention, kind, seed).without_transform(transform, evaluate_rewritten)
         for kind in (torch.float64, plain_dtype)
     )
+    if got.dtype != dtype:
+        return Check(f"{transform}: dtype of the result: got {got.dtype}; allowed: {dtype}", math.inf, 0.0, 0.0, 0.0)
     k = error_rule.FORWARD if transform == "vmap" else error_rule.GRADIENT
-    return error_rule.check(transform, got, reference, eager, k, dtype, plain_dtype)
+    return error_rule.check(transform, got, reference, eager, k, eager_dtype=plain_dtype)
 
 
 class _Run:

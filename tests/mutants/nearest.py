@@ -8,8 +8,11 @@ from pathlib import Path
 
 from tests.mutants.mutations import ROOT
 
-# Slow tests, or tests that install packages or do not run the source of the working tree.
-_LEFT_OUT = ("tests/mutants/", "tests/plugin/", "tests/test_packaging.py", "tests/test_plugin.py", "tests/test_docs.py")
+# Slow tests, tests of texts, and tests that install packages or do not run the source of the working tree.
+_LEFT_OUT = (
+    *("tests/mutants/", "tests/plugin/", "tests/test_packaging.py", "tests/test_plugin.py", "tests/test_docs.py"),
+    *("tests/test_layout.py", "tests/test_spelling.py"),
+)
 # Tests of everything together, for faults that the nearest tests do not catch: for each folder of the source, the test
 # files to run first.
 _BROAD = {
@@ -43,24 +46,27 @@ def nearest_tests(source: str) -> list[str]:
     First come the tests with the name of the source file, then the tests that share a word of the name or import the
     file, then the tests of its folder, then tests of everything together.
     """
-    return sorted(_test_files(), key=lambda test: (*_distance(source, test), test))
+    return sorted(test_files(), key=lambda test: (*_distance(source, test), test))
 
 
-def _distance(source: str, test: str) -> tuple[int, int, int]:
+def group_of(source: str, test: str) -> int:
+    """Return how near a test file is to a source file: 0 for the tests of the source file, 3 for unrelated tests."""
     path, name = Path(source), Path(test).stem.removeprefix("test_")
     folder = path.parts[1] if len(path.parts) > 2 else path.parts[0]
     near = folder == "attnzoo" or folder in Path(test).parts
     imports = _module(source) in _imports(test)
     words, test_words = {*path.stem.split("_")}, {*name.split("_")}
     if words <= test_words and near:
-        group = 0
-    elif words <= test_words or ((imports or words & test_words) and near):
-        group = 1
-    else:
-        group = 2 if imports else 3
+        return 0
+    if words <= test_words or ((imports or words & test_words) and near):
+        return 1
+    return 2 if imports else 3
+
+
+def _distance(source: str, test: str) -> tuple[int, int, int]:
     starts = next(starts for start, starts in _BROAD.items() if source.startswith(start))
     broad = next((i for i, start in enumerate(starts) if test.startswith(start)), len(starts))
-    return group, broad, len(_imports(test))
+    return group_of(source, test), broad, len(_imports(test))
 
 
 def _module(source: str) -> str:
@@ -69,7 +75,8 @@ def _module(source: str) -> str:
 
 
 @cache
-def _test_files() -> tuple[str, ...]:
+def test_files() -> tuple[str, ...]:
+    """Return the test files that mutants run, relative to the root."""
     paths = (path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py"))
     return tuple(path for path in paths if not path.startswith(_LEFT_OUT))
 

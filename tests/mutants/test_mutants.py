@@ -1,5 +1,6 @@
 """The mutation tests plant real faults, run the nearest tests first, and report what the tests do not catch."""
 
+import json
 from typing import ClassVar
 
 import pytest
@@ -10,7 +11,7 @@ from tests.mutants import __main__ as command
 from tests.mutants import mutations
 from tests.mutants.mutations import ROOT, Mutant, changes_of, source_files
 from tests.mutants.nearest import nearest_tests
-from tests.mutants.worker import Worker, unfinished
+from tests.mutants.worker import Outcome, Worker
 
 SOURCE = '''
 """A docstring with words: True."""
@@ -94,49 +95,57 @@ def test_worker_says_whether_the_tests_catch_a_mutant(tmp_path):
     path = "attnzoo/errors.py"
     code = (ROOT / path).read_text()
     tests = ["tests/test_errors.py"]
-    assert worker.run(tests, 120) == ("survived all tests", [])
+    text, seconds = worker.run(tests, 120)
+    assert text == "survived all tests" and 0.0 < seconds < 120
     broken = code.replace("class InvalidArgumentError(", "class Invalid(")
     assert broken != code
     mutant = Mutant(path, 1, "", "", broken)
-    assert worker.test(mutant, tests, 120)[0].startswith("caught by")
-    assert worker.run(tests, 120) == ("survived all tests", []), "the worker must restore the source"
+    assert worker.test(mutant, tests, 120).text.startswith("caught by")
+    assert worker.run(tests, 120).text == "survived all tests", "the worker must restore the source"
     assert (ROOT / path).read_text() == code
-    assert worker.run(tests, 0.01) == ("survived 0 s of tests", tests), "tests that did not end have caught nothing"
-
-
-@pytest.mark.parametrize(
-    ("output", "left"),
-    [
-        ("", ["a.py", "b.py", "c.py"]),
-        ("collected 9 items\n\na.py ..", ["a.py", "b.py", "c.py"]),
-        ("collected 9 items\n\na.py ... [50%]\nb.py .", ["b.py", "c.py"]),
-    ],
-)
-def test_test_files_that_did_not_end_are_left(output, left):
-    assert unfinished(["a.py", "b.py", "c.py"], output) == left
+    (worker.tree / "tests" / "test_endless.py").write_text("def test_endless():\n    while True: pass\n")
+    endless = ["tests/test_endless.py"]
+    assert worker.run(endless, 2) == ("survived 2 s of tests", 2), "tests that did not end have caught nothing"
+    assert worker.run(endless, 120, test_seconds=1).text == "caught by a test that did not end"
 
 
 class FakeWorker:
     """A worker with prepared outcomes, which records the tests that it runs."""
 
-    outcomes: ClassVar[list[tuple[str, list[str]]]] = []
-    ran: ClassVar[list[list[str]]] = []
+    outcomes: ClassVar[list[tuple[str, float]]] = []
+    ran: ClassVar[list[tuple[list[str], float]]] = []
 
     def __init__(self, folder):
         pass
 
     def run(self, tests, seconds):
-        return "survived all tests", []
+        return Outcome("survived all tests", 1.0)
 
     def test(self, mutant, tests, seconds):
-        self.ran.append(tests)
-        return self.outcomes.pop(0)
+        self.ran.append((tests, seconds))
+        return Outcome(*self.outcomes.pop(0))
+
+
+class FakeSchedule:
+    """A schedule with two batches of tests."""
+
+    executed: ClassVar[bool] = True
+
+    def __init__(self, reach):
+        pass
+
+    def batches(self, mutant):
+        return [["a.py"], ["b.py"]]
+
+    def executes(self, mutant):
+        return self.executed
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Return a function that runs the command with the outcomes of a fake worker, and returns exit code and output."""
     monkeypatch.setattr(command, "Worker", FakeWorker)
+    monkeypatch.setattr(command, "Schedule", FakeSchedule)
     FakeWorker.ran.clear()
 
     def run(outcomes, *options):
@@ -147,7 +156,8 @@ def run(monkeypatch, capsys):
     return run
 
 
-OUTCOMES = [("caught by a", []), ("survived all tests", []), ("caught by b", []), ("caught by c", [])]
+CAUGHT, SURVIVED = ("caught by a", 5), ("survived all tests", 5)
+OUTCOMES = [CAUGHT, SURVIVED, SURVIVED, CAUGHT, SURVIVED, ("caught by b", 5)]  # one mutant survives both batches
 
 
 def test_command_fails_below_the_goal_and_lists_the_survivors(run):
@@ -158,22 +168,35 @@ def test_command_fails_below_the_goal_and_lists_the_survivors(run):
 
 
 def test_command_reaches_the_goal_and_writes_json(run, tmp_path):
-    code, _ = run(OUTCOMES, "--at-least", "75", "--json", str(tmp_path / "out.json"))
+    code, _ = run(OUTCOMES, "--at-least", "75", "--json", str(tmp_path / "out.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert code == 0
-    assert (tmp_path / "out.json").read_text().count('"mutant"') == 4
+    assert [row["outcome"] for row in rows] == ["caught by a", "survived all tests", "caught by a", "caught by b"]
 
 
-def test_survivors_run_the_other_tests_in_the_time_that_is_left(run):
-    first = [("survived 40 s of tests", ["tests/b.py", "tests/c.py"]), *OUTCOMES[1:]]
-    _, output = run([*first, ("caught by c", [])], "--at-least", "75")
-    assert FakeWorker.ran[-1] == ["tests/b.py", "tests/c.py"]
+def test_mutant_runs_batches_until_a_test_fails(run):
+    _, output = run(OUTCOMES, "--seconds", "12")
+    assert [tests for tests, _ in FakeWorker.ran] == [["a.py"], ["a.py"], ["b.py"], ["a.py"], ["a.py"], ["b.py"]]
+    assert [seconds for _, seconds in FakeWorker.ran] == [12, 12, 7, 12, 12, 7]
     assert "75.0 % of 4 mutants caught" in output
+
+
+def test_mutant_has_a_limit_in_cpu_seconds(run):
+    _, output = run([CAUGHT, ("survived 12 s of tests", 12), CAUGHT, CAUGHT], "--seconds", "12")
+    assert len(FakeWorker.ran) == 4 and "\nsurvived 12 s of tests: attnzoo/functional.py:" in output
 
 
 def test_equivalent_mutants_do_not_count(run, monkeypatch):
     monkeypatch.setattr(command, "reason_for_equivalence", lambda mutant: "no row changes")
     _, output = run([])
-    assert "of 0 mutants caught; 4 equivalent or not run" in output
+    assert "of 0 mutants caught" in output and "4 equivalent" in output
+
+
+def test_mutants_that_no_test_executes_are_listed_and_not_counted(run, monkeypatch):
+    monkeypatch.setattr(FakeSchedule, "executed", False)
+    code, output = run(OUTCOMES, "--at-least", "100")
+    assert code == 0 and "100.0 % of 3 mutants caught" in output and "1 not executed here" in output
+    assert output.count("\nnot executed here: attnzoo/functional.py:") == 1
 
 
 def test_equivalent_mutants_are_mutants_of_the_present_source():

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import shutil
+import signal
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.mutants.mutations import ROOT, Mutant
 
-# pytest exits with a failure if one test takes longer than this (in seconds), because a mutant may never end.
-_HANG = 45
+# CPU seconds for a single test: a mutant may never end. The longest test takes a third of this.
+_TEST_SECONDS = 90
+# Seconds of the clock for a single test, for mutants that wait for ever and use no CPU.
+_WAIT_SECONDS = 1200
 _FOLDERS = ("attnzoo", "adapters", "benchmarks", "tests", "docs")
+
+
+class Outcome(NamedTuple):
+    """The result of a run of pytest.
+
+    Attributes:
+        text: ``caught by ...`` or ``survived ...``.
+        seconds: CPU time, or the limit if the tests did not end in time.
+    """
+
+    text: str
+    seconds: float
 
 
 class Worker:
@@ -25,7 +44,7 @@ class Worker:
     _context.set_forkserver_preload(["torch", "transformers", "pytest", "hypothesis"])
 
     def __init__(self, folder: Path) -> None:
-        self._tree = folder
+        self.tree = folder
         for name in _FOLDERS:
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
         for pattern in ("*.toml", "*.md", "*.py", "*.txt"):
@@ -34,13 +53,18 @@ class Worker:
         for name in ("adapters", "benchmarks"):  # where an installation has them
             (folder / "attnzoo" / name).symlink_to(Path("..") / name)
 
-    def test(self, mutant: Mutant, tests: list[str], seconds: float) -> tuple[str, list[str]]:
-        """Run test files on a mutant, until the first failure or for ``seconds``.
+    def test(self, mutant: Mutant, tests: list[str], seconds: float) -> Outcome:
+        """Run tests on a mutant, until the first failure or for ``seconds`` of CPU time.
+
+        Args:
+            mutant: the fault to plant.
+            tests: test files, or test functions as ``file::function``, in the order to run them.
+            seconds: limit in seconds of CPU time, because the machine may have other work.
 
         Returns:
-            ``caught by ...`` or ``survived ...``, and the test files that did not end in time.
+            whether a test failed, and the CPU seconds of the run.
         """
-        target = self._tree / mutant.path
+        target = self.tree / mutant.path
         original = target.read_text()
         try:
             target.write_text(mutant.code)
@@ -48,34 +72,52 @@ class Worker:
         finally:
             target.write_text(original)
 
-    def run(self, tests: list[str], seconds: float) -> tuple[str, list[str]]:
-        """Do the same as :meth:`test`, without a mutant. If the package cannot be imported, pytest's exit code is 4."""
-        log = self._tree / "log"
+    def run(
+        self,
+        tests: list[str],
+        seconds: float,
+        test_seconds: float = _TEST_SECONDS,
+        plugins: Sequence[object] = (),
+        options: Sequence[str] = (),
+    ) -> Outcome:
+        """Do the same as :meth:`test`, without a mutant. If the package cannot be imported, pytest's exit code is 4.
+
+        ``test_seconds`` is the limit for a single test. ``plugins`` and ``options`` are for pytest.
+        """
+        log, used = self.tree / "log", self.tree / "seconds"
         log.write_text("")
-        process = self._context.Process(target=_run_tests, args=(self._tree, tests, log))
+        used.unlink(missing_ok=True)
+        plugins = [_Limits(test_seconds), *plugins]
+        process = self._context.Process(target=_run_tests, args=(self.tree, tests, seconds, plugins, options))
         process.start()
-        process.join(seconds)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            return f"survived {seconds:.0f} s of tests", unfinished(tests, log.read_text(errors="replace"))
-        if process.exitcode == 0:
-            return "survived all tests", []
-        output = log.read_text(errors="replace")
-        if "Timeout (0:" in output:
-            return "caught by a test that did not end", []
-        failures = (line.split(" ")[1] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR ")))
-        return f"caught by {next(failures, f'exit code {process.exitcode} of pytest').removeprefix('tests/')}", []
+        process.join()
+        took = float(used.read_text()) if used.exists() else seconds
+        return Outcome(_text(process.exitcode, log.read_text(errors="replace"), seconds), took)
 
 
-def unfinished(tests: list[str], output: str) -> list[str]:
-    """Return the test files that did not end. pytest starts a line with the name of a file when the file begins."""
-    begun = [number for number, test in enumerate(tests) if f"\n{test} " in output]
-    return tests[max(begun, default=0) :]
+def _text(exit_code: int | None, output: str, seconds: float) -> str:
+    if exit_code == 0:
+        return "survived all tests"
+    if exit_code == -signal.SIGXCPU:
+        return f"survived {seconds:.0f} s of tests"
+    if exit_code == -signal.SIGPROF or "Timeout (0:" in output:
+        return "caught by a test that did not end"
+    failures = (line.split(" ")[1] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR ")))
+    return f"caught by {next(failures, f'exit code {exit_code} of pytest').removeprefix('tests/')}"
 
 
-def _run_tests(tree: Path, tests: list[str], log: Path) -> None:
-    output = os.open(log, os.O_WRONLY)
+class _Limits:
+    """A pytest plugin that ends the process if a single test takes too long."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def pytest_runtest_logstart(self) -> None:
+        signal.setitimer(signal.ITIMER_PROF, self._seconds)  # SIGPROF ends the process
+
+
+def _run_tests(tree: Path, tests: list[str], seconds: float, plugins: Sequence[object], options: Sequence[str]) -> None:
+    output = os.open(tree / "log", os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.chdir(tree)
@@ -85,8 +127,12 @@ def _run_tests(tree: Path, tests: list[str], log: Path) -> None:
         del sys.modules[name]
     sys.dont_write_bytecode = True
     os.environ.update(PYTHONPATH=str(tree), PYTHONDONTWRITEBYTECODE="1", ATTNZOO_HYPOTHESIS_PROFILE="mutants")
+    limit = max(1, round(seconds))
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 10))  # SIGXCPU ends the process
     import pytest
 
-    options = ["-x", "--no-header", "--tb=line", "-p", "no:cacheprovider", "--basetemp", str(tree / "tmp")]
-    options += ["-o", f"faulthandler_timeout={_HANG}", "-o", "faulthandler_exit_on_timeout=true"]
-    os._exit(int(pytest.main([*options, *tests])))
+    fixed = ["-x", "--no-header", "--tb=line", "-p", "no:cacheprovider", "--basetemp", str(tree / "tmp")]
+    fixed += ["-o", f"faulthandler_timeout={_WAIT_SECONDS}", "-o", "faulthandler_exit_on_timeout=true"]
+    code = int(pytest.main([*fixed, *options, *tests], plugins=plugins))
+    (tree / "seconds").write_text(str(time.process_time()))
+    os._exit(code)

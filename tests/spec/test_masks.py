@@ -197,3 +197,20 @@ def test_a_band_with_one_changed_entry_stays_dense():
 def test_a_diagonal_stays_dense():
     read = read_attention_mask(torch.eye(KEYS, dtype=torch.bool)[None, None], (1, KEYS, KEYS))
     assert torch.equal(visible_in(read, KEYS, KEYS, 1)[0, 0], torch.eye(KEYS, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
+def test_under_vmap_a_mask_stays_dense(additive):
+    """Python cannot read the values of a mask that vmap maps over."""
+    visible = torch.rand(2, 3, 1, NEW, KEYS) < 0.7
+    given = torch.zeros(visible.shape).masked_fill(~visible, -1e9) if additive else visible
+    reads = []
+
+    def read(mask):
+        reads.append(read_attention_mask(mask, (3, NEW, KEYS), floor=-1e8))
+        return reads[-1].mask
+
+    assert torch.equal(torch.func.vmap(read)(given), visible)
+    (read,) = reads
+    assert (read.pattern, read.key_mask, read.documents) == (attnzoo.Full(), None, None)
+    assert (read.bias is not None) == additive

@@ -136,6 +136,17 @@ def test_blocks_of_equal_key_have_equal_masks(case, data):
                 assert torch.equal(seen.setdefault(key, block), block)
 
 
+@pytest.mark.parametrize("kv_len", [7, 9], ids=["partial last chunk", "full chunks"])
+@pytest.mark.parametrize("around", [(1, 1), (2, 0), (0, 2), (3, 1), (-1, 3)], ids=str)
+def test_a_neighbourhood_of_all_chunks_hides_no_key(around, kv_len):
+    """Without this answer, kernels would build a mask for every block."""
+    pattern, whole = Chunks(3, *around), Tile(0, kv_len, 0, kv_len, kv_len, kv_len)
+    assert pattern.sees_all(whole) and pattern.block_key(whole) is not None
+    causal = Chunks(3, *around, causal=True)
+    assert not causal.sees_all(whole) and causal.block_key(whole) is not None, "only later keys are hidden"
+    assert not Chunks(3, 1, 0).sees_all(whole)
+
+
 def test_masks_of_a_sliding_window_are_reused():
     window = Window(3, 2)
     keys = {window.block_key(Tile(q, q + 4, q - 3, q + 6, 64, 64)) for q in range(4, 56, 4)}
