@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import operator
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from attnzoo.adapter import Attend
 from attnzoo.adapters.projections import project_by_head
+from attnzoo.adapters.reformer_hashing import HASHED_AT_ONCE, hash_in_slices
 from attnzoo.adapters.reformer_layout import (
     MODULE,
     cached,
@@ -33,10 +33,8 @@ from attnzoo.patching.interface import rebind
 from attnzoo.spec.heads import merge_heads, split_heads
 from attnzoo.spec.patterns import Causal, SortedChunks, Window
 from attnzoo.spec.segments import Attention, Segment, describe
-from attnzoo.spec.transforms import holds, readable
+from attnzoo.spec.transforms import holds, readable, transforms_around
 
-# Tokens per hashing call. The rotations of 384 queries fit in the CPU's cache. Fewer tokens would need too many calls.
-HASHED_AT_ONCE = 384
 # Maximum bytes of sorted keys and values in memory at once. For all heads and 4 rounds, these tensors are 8 times as
 # large as the output. Calls with fewer heads take longer: 5 % at 8192 tokens with a quarter of the heads per call.
 SORTED_AT_ONCE = 3 << 26
@@ -111,31 +109,17 @@ class LshCall:
     def _hash(self, query: Tensor, hashes: int, attention_mask: Tensor | None) -> Tensor:
         """Return the module's buckets ``(batch, heads, hashes * length)`` of queries ``(batch, heads, length, dim)``.
 
-        The rotated queries of all rounds are many times as large as the queries. So on the CPU the module hashes slices
-        of queries. The random state is reset between slices, so every slice gets the same rotations. The final random
-        state is the same as after a single call. On the CPU, the matrix product of a slice has exactly the same values
-        as these rows in the product of all queries, unless a slice is very short. Other devices may select another
-        kernel for a slice, so they get all queries at once.
+        The CPU hashes long inputs in slices. Other devices may select another kernel for a slice, so they get all
+        queries at once.
         """
         length = query.shape[2]
         if attention_mask is not None and not readable(attention_mask):  # the module's hashing reads the values
             got = f"{describe(attention_mask)}, which vmap maps over"
             raise InvalidArgumentError("attention_mask", got, "a tensor with in_dims=None in vmap")
-        module, count = self._hasher(length), length // HASHED_AT_ONCE
-        if count < 2 or query.device.type != "cpu":
-            return torch.as_tensor(module._hash_vectors(query, hashes, attention_mask))
-        masks: list[Tensor | None] = [None] * count
-        padded = attention_mask is not None and bool(attention_mask.sum() < attention_mask.numel())
-        if attention_mask is not None and padded:
-            masks = list(attention_mask.bool().expand(-1, length).tensor_split(count, dim=1))
-        parts = []
-        for number, (rows, mask) in enumerate(zip(query.tensor_split(count, dim=2), masks, strict=True)):
-            last = number == count - 1
-            with contextlib.nullcontext() if last else torch.random.fork_rng(devices=()):
-                # If any slice has padding, all slices need the extra bucket for padding.
-                part = module._hash_vectors(rows, hashes, mask, increase_num_buckets=padded)
-            parts.append(part.unflatten(2, (hashes, -1)))
-        return torch.cat(parts, dim=-1).flatten(2)
+        hasher = self._hasher(length)
+        if length >= 2 * HASHED_AT_ONCE and query.device.type == "cpu" and not transforms_around((query,)):
+            return hash_in_slices(hasher, query, hashes, attention_mask)
+        return torch.as_tensor(hasher._hash_vectors(query, hashes, attention_mask))
 
     def _hasher(self, length: int) -> Any:
         """Return the module or, if its ``num_buckets`` is None, a copy in which ``num_buckets`` is set.
