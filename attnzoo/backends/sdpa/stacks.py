@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from attnzoo.backends.common.blocks import Block, Masks, Part, block_at, block_size, blocks
+from attnzoo.backends.sdpa.part_masks import PartMasks
 from attnzoo.spec.heads import expand_heads
 from attnzoo.spec.segments import Attention
 
@@ -102,6 +103,17 @@ class Stack(NamedTuple):
         if step == 0:
             return keys[:, None].expand(-1, self.depth, -1, -1)
         return keys.unfold(1, part.kv_stop - part.kv_start, step).transpose(2, 3)
+
+    def mask(self, masks: PartMasks, number: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return the additive mask of part ``number`` (None: no mask), and which queries see a key (None: all).
+
+        The results have the dimensions of :meth:`take`.
+        """
+        mask, visible_rows = masks.of(self.block, self.parts[number])
+        return (
+            None if mask is None else self.repeat(mask),
+            None if visible_rows is None else self.repeat(visible_rows),
+        )
 
 
 class Scratch:
