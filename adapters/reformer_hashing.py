@@ -1,9 +1,10 @@
 """Hash the queries of LSH attention in slices on the CPU, with the buckets of the original code.
 
 A query is rotated at random. With ``n`` buckets, the bucket is the index of the largest of the ``n`` numbers
-``[rotated, -rotated]`` (Andoni et al. 2015, arXiv:1509.02897). The rotated queries of all rounds are many times as large
-as the queries, so slices of queries are rotated. All slices use the same rotations. On the CPU, the matrix product of a
-slice has exactly the same values as these rows in the product of all queries, unless a slice is very short.
+``[rotated, -rotated]`` (Andoni et al. 2015, arXiv:1509.02897). The rotated queries of all rounds are many times as
+large as the queries, so slices of queries are rotated. All slices use the same rotations. On the CPU, the matrix
+product of a slice has exactly the same values as these rows in the product of all queries, unless a slice is very
+short.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ class LshCall:
         buckets: Tensor,
         real: Tensor | None,
         wanted: bool,
-        memory: tuple[Tensor | None, Tensor | None] = (None, None),
+        memory: tuple[Tensor | None, ...] = (None, None),
     ) -> tuple[Tensor, Tensor | None]:
         """Return output and, if wanted, weights of LSH attention. ``buckets`` is ``(batch, heads, hashes, length)``.
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor
 
 from attnzoo.backends.common.blocks import Block, block_size, blocks, passes
 from attnzoo.backends.common.union import Grads, PartialKernel, unite
+from attnzoo.backends.sdpa.grouped_stacks import GroupedStack, grouped_stacks, other_queries
 from attnzoo.backends.sdpa.part_masks import PartMasks
 from attnzoo.backends.sdpa.sorted_stacks import SortedStack, sorted_stacks
 from attnzoo.backends.sdpa.stacks import Scratch, Stack, stacks
@@ -31,6 +32,7 @@ KERNEL = "flash_cpu"
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
 _operators = torch.ops.aten
+_Rows = Stack | SortedStack | GroupedStack
 
 
 @cache
@@ -107,7 +109,7 @@ class _CpuKernel(PartialKernel):
     def new_results(self) -> tuple[Tensor, Tensor]:
         batch, heads, q_len, dim = self.query.shape
         accumulate = torch.float64 if self.query.dtype == torch.float64 else torch.float32
-        dtype = self.query.dtype if len(self._passes) == 1 else accumulate
+        dtype = self.query.dtype if len(self._forward_passes) == 1 else accumulate
         if any(map(self._is_sorted, self._passes)):  # each head reads and writes rows anywhere, so its rows are close
             out = self.query.new_empty((batch, heads, q_len, dim), dtype=dtype)
             return out, self.query.new_full((batch, heads, q_len), float("-inf"), dtype=accumulate)
@@ -119,17 +121,38 @@ class _CpuKernel(PartialKernel):
     def _is_sorted(self, segments: list[int]) -> bool:
         return isinstance(self._attention.segments[segments[0]].pattern, SortedChunks)
 
-    def forward_plan(self) -> Iterator[tuple[bool, Stack | SortedStack]]:
+    @cached_property
+    def _grouped(self) -> dict[int, list[GroupedStack]]:
+        """The stacks of the segments whose queries can be grouped, by segment. These segments have separate passes."""
+        every = ((index, grouped_stacks(self._attention, index)) for index in range(len(self._attention.segments)))
+        return {index: grouped for index, grouped in every if grouped}
+
+    @cached_property
+    def _forward_passes(self) -> list[list[int]]:
+        """The passes of the forward. The backward needs larger passes, because some gradients need whole softmaxes."""
+        rest = [[index for index in segments if index not in self._grouped] for segments in self._passes]
+        return [*filter(None, rest), *([index] for index in self._grouped)]
+
+    def forward_plan(self) -> Iterator[tuple[bool, _Rows]]:
         if any(map(self._is_sorted, self._passes)):
             self.query = self.query.contiguous()
-        for number, segments in enumerate(self._passes):
-            if self._is_sorted(segments):
-                yield from ((number == 0, rows) for rows in sorted_stacks(self._attention, segments[0]))
-                continue
-            for stack in stacks(self._attention, segments):
-                yield from ((number == 0, rows) for rows in stack.by_sample(self._attention.batch))
+        for number, segments in enumerate(self._forward_passes):
+            yield from ((number == 0, rows) for rows in self._rows_of(segments))
 
-    def forward(self, rows: Stack | SortedStack, number: int) -> tuple[Tensor, Tensor]:
+    def _rows_of(self, segments: list[int]) -> Iterator[_Rows]:
+        """Yield the rows of one pass of the forward."""
+        attention = self._attention
+        if self._is_sorted(segments):
+            yield from sorted_stacks(attention, segments[0])
+        elif segments[0] in self._grouped:
+            grouped = self._grouped[segments[0]]
+            yield from grouped
+            yield from other_queries(attention, segments[0], grouped)
+        else:
+            for stack in stacks(attention, segments):
+                yield from stack.by_sample(attention.batch)
+
+    def forward(self, rows: _Rows, number: int) -> tuple[Tensor, Tensor]:
         """Return out and lse of part ``number`` in the shapes that ``rows.take`` returns."""
         part = rows.parts[number]
         mask, visible_rows = rows.mask(self._masks, number)

@@ -1,4 +1,4 @@
-"""Additive masks of the parts of an attention: pattern, masks and bias as one tensor that a kernel adds to the scores."""
+"""Additive masks of the parts of an attention: pattern, masks and bias as one tensor that is added to the scores."""
 
 from __future__ import annotations
 
