@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import operator
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from attnzoo.adapter import Attend
 from attnzoo.adapters.projections import project_by_head
+from attnzoo.adapters.reformer_hashing import HASHED_AT_ONCE, hash_in_slices
 from attnzoo.adapters.reformer_layout import (
     MODULE,
     cached,
@@ -33,13 +33,11 @@ from attnzoo.patching.interface import rebind
 from attnzoo.spec.heads import merge_heads, split_heads
 from attnzoo.spec.patterns import Causal, SortedChunks, Window
 from attnzoo.spec.segments import Attention, Segment, describe
-from attnzoo.spec.transforms import holds, readable
+from attnzoo.spec.transforms import holds, readable, transforms_around
 
-# Tokens per hashing call. The rotations of 384 queries fit in the CPU's cache. Fewer tokens would need too many calls.
-HASHED_AT_ONCE = 384
 # Maximum bytes of sorted keys and values in memory at once. For all heads and 4 rounds, these tensors are 8 times as
-# large as the output. Calls with fewer heads take longer: 5 % at 8192 tokens with a quarter of the heads per call.
-SORTED_AT_ONCE = 3 << 26
+# large as the output. Fewer heads need less memory, and the queries and outputs of a head stay in the CPU's cache.
+SORTED_AT_ONCE = 1 << 26
 
 
 @dataclass
@@ -111,31 +109,17 @@ class LshCall:
     def _hash(self, query: Tensor, hashes: int, attention_mask: Tensor | None) -> Tensor:
         """Return the module's buckets ``(batch, heads, hashes * length)`` of queries ``(batch, heads, length, dim)``.
 
-        The rotated queries of all rounds are many times as large as the queries. So on the CPU the module hashes slices
-        of queries. The random state is reset between slices, so every slice gets the same rotations. The final random
-        state is the same as after a single call. On the CPU, the matrix product of a slice has exactly the same values
-        as these rows in the product of all queries, unless a slice is very short. Other devices may select another
-        kernel for a slice, so they get all queries at once.
+        The CPU hashes long inputs in slices. Other devices may select another kernel for a slice, so they get all
+        queries at once.
         """
         length = query.shape[2]
         if attention_mask is not None and not readable(attention_mask):  # the module's hashing reads the values
             got = f"{describe(attention_mask)}, which vmap maps over"
             raise InvalidArgumentError("attention_mask", got, "a tensor with in_dims=None in vmap")
-        module, count = self._hasher(length), length // HASHED_AT_ONCE
-        if count < 2 or query.device.type != "cpu":
-            return torch.as_tensor(module._hash_vectors(query, hashes, attention_mask))
-        masks: list[Tensor | None] = [None] * count
-        padded = attention_mask is not None and bool(attention_mask.sum() < attention_mask.numel())
-        if attention_mask is not None and padded:
-            masks = list(attention_mask.bool().expand(-1, length).tensor_split(count, dim=1))
-        parts = []
-        for number, (rows, mask) in enumerate(zip(query.tensor_split(count, dim=2), masks, strict=True)):
-            last = number == count - 1
-            with contextlib.nullcontext() if last else torch.random.fork_rng(devices=()):
-                # If any slice has padding, all slices need the extra bucket for padding.
-                part = module._hash_vectors(rows, hashes, mask, increase_num_buckets=padded)
-            parts.append(part.unflatten(2, (hashes, -1)))
-        return torch.cat(parts, dim=-1).flatten(2)
+        hasher = self._hasher(length)
+        if length >= 2 * HASHED_AT_ONCE and query.device.type == "cpu" and not transforms_around((query,)):
+            return hash_in_slices(hasher, query, hashes, attention_mask)
+        return torch.as_tensor(hasher._hash_vectors(query, hashes, attention_mask))
 
     def _hasher(self, length: int) -> Any:
         """Return the module or, if its ``num_buckets`` is None, a copy in which ``num_buckets`` is set.
@@ -197,15 +181,31 @@ class LshCall:
         """Return the output ``(batch, heads, length, dim)`` of :meth:`_sorted`, computed ``size`` heads at a time."""
         batch, heads, length, dim = query.shape
         output = query.new_empty((batch, length, heads, dim), dtype=compute_dtype(query)).transpose(1, 2)
+        # All calls write sorted keys and values to the same memory, because new memory is slow at the first write.
+        shape = (batch, size, buckets.shape[2] * length, dim)
+        memory = (
+            query.new_empty(shape, dtype=compute_dtype(query)),
+            query.new_empty(shape, dtype=compute_dtype(query)),
+        )
         for start in range(0, heads, size):
             part = slice(start, start + size)
-            output[:, part], _ = self._sorted(query[:, part], value[:, part], buckets[:, part], real, wanted=False)
+            given = (query[:, part], value[:, part], buckets[:, part], real)
+            output[:, part], _ = self._sorted(*given, wanted=False, memory=memory)
         return output
 
     def _sorted(
-        self, query: Tensor, value: Tensor, buckets: Tensor, real: Tensor | None, wanted: bool
+        self,
+        query: Tensor,
+        value: Tensor,
+        buckets: Tensor,
+        real: Tensor | None,
+        wanted: bool,
+        memory: tuple[Tensor | None, ...] = (None, None),
     ) -> tuple[Tensor, Tensor | None]:
-        """Return output and, if wanted, weights of LSH attention. ``buckets`` is ``(batch, heads, hashes, length)``."""
+        """Return output and, if wanted, weights of LSH attention. ``buckets`` is ``(batch, heads, hashes, length)``.
+
+        ``memory`` receives the sorted keys and the sorted values, ``(batch, heads, hashes * length, dim)``.
+        """
         module, dtype = self._module, compute_dtype(query)
         hashes, length = buckets.shape[2:]
         if hashes > 1 and holds((buckets[:, :, 1:].amin(-1) <= buckets[:, :, :-1].amax(-1)).any(), unknown=False):
@@ -214,7 +214,9 @@ class LshCall:
         order = buckets.argsort(dim=-1, stable=True)
         token = order.flatten(2)
         value = value.to(dtype)
-        sorted_key, sorted_value = _rows(self._keys(query).to(dtype), token), _rows(value, token)
+        sorted_key, sorted_value = (
+            _rows(tensor, token, out) for tensor, out in zip((self._keys(query).to(dtype), value), memory, strict=True)
+        )
         query = query.to(dtype)
         if real is not None:
             token = token.masked_fill(~real[:, None].expand(-1, token.shape[1], -1).gather(2, token), -1)
@@ -312,10 +314,17 @@ def window_ahead(module: Any) -> Window:
     return Window(0, module.chunk_length, offset=1)
 
 
-def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """Return the rows of ``(batch, heads, n, dim)`` at ``index`` ``(batch, heads, m)``. Faster than ``gather``."""
+def _rows(tensor: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the rows of ``(batch, heads, n, dim)`` at ``index`` ``(batch, heads, m)``. Faster than ``gather``.
+
+    If ``out`` is given, the result is written to the first heads of ``out``.
+    """
     batch, heads, length, dim = tensor.shape
-    samples = torch.arange(batch, device=index.device)[:, None, None] * length
-    numbers = (index + samples) * heads + torch.arange(heads, device=index.device)[:, None]
-    rows = tensor.transpose(1, 2).reshape(-1, dim)  # a view: the memory layout is (batch, length, heads, dim)
-    return rows.index_select(0, numbers.flatten()).view(batch, heads, -1, dim)
+    # Rows of a head that are next to each other in memory are faster to read in any order.
+    firsts = torch.arange(0, batch * heads * length, length, device=index.device)
+    numbers = (index + firsts.view(batch, heads, 1)).flatten()
+    rows = tensor.reshape(-1, dim)
+    if out is None:
+        return rows.index_select(0, numbers).view(batch, heads, -1, dim)
+    written = out.view(-1, dim)[: len(numbers)]
+    return torch.index_select(rows, 0, numbers, out=written).view(batch, heads, -1, dim)

@@ -161,6 +161,12 @@ class RelativeBias(Bias):
         rows = self.values[:, index].index_select(1, row.flatten())  # (heads or 1, batch * n, m)
         return rows.unflatten(1, (positions.shape[0], positions.shape[2])).transpose(0, 1)
 
+    def at_positions(self, positions: Tensor, kv_len: int) -> Tensor:
+        """Return the bias ``(heads or 1, n, kv_len)`` of all keys for queries at ``positions`` ``(n,)``."""
+        kv = torch.arange(kv_len, device=positions.device)
+        index = (kv - positions[:, None] + self.zero).clamp(0, self.values.shape[1] - 1)
+        return self.values.index_select(1, index.flatten()).view(-1, *index.shape)
+
     def _index(self, b: Tensor, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> Tensor:
         positions = q + self._shift(q_len, kv_len) if self.positions is None else self.positions[b, q]
         return (kv - positions + self.zero).clamp(0, self.values.shape[1] - 1)

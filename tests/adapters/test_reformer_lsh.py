@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 import attnzoo
 from attnzoo.adapters import reformer_lsh
-from attnzoo.adapters.reformer_lsh import HASHED_AT_ONCE
+from attnzoo.adapters.reformer_hashing import HASHED_AT_ONCE
 from tests.support.reformer import (
     CHUNK,
     NEIGHBOURS,

@@ -8,6 +8,7 @@ import torch
 import attnzoo
 from attnzoo import Attention, Causal, Chunks, Full, RelativeBias, Segment, Window
 from attnzoo.backends.sdpa import flash_cpu
+from attnzoo.backends.sdpa import stacks as sdpa_stacks
 from attnzoo.backends.sdpa.stacks import Scratch, stacks
 from attnzoo.registry import registry
 from attnzoo.spec.patterns import Pattern
@@ -33,7 +34,9 @@ def test_the_inside_of_a_window_is_one_stack():
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["rows side by side", "rows apart"])
-def test_a_stack_covers_its_blocks(apart):
+@pytest.mark.parametrize("often", [False, True], ids=["read by few blocks", "read by many blocks"])
+def test_a_stack_covers_its_blocks(monkeypatch, apart, often):
+    monkeypatch.setattr(sdpa_stacks, "_READS", 3 if often else 4)  # 112 keys with step 32
     attention = windowed()
     stack = max(stacks(attention, [0]), key=lambda stack: stack.depth)
     query, key = attention.query[:1], attention.segments[0].key[:1]
@@ -41,8 +44,10 @@ def test_a_stack_covers_its_blocks(apart):
         query, key = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (query, key))
     queries, keys = stack.take(query), stack.keys(0, key, 2, Scratch())
     assert queries.untyped_storage().data_ptr() == query.untyped_storage().data_ptr(), "a view"
-    assert (keys.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()) == (not apart)
-    assert keys.stride(-2) == keys.shape[-1]
+    assert (keys.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()) == (not (apart and often)), (
+        "a copy only where it pays"
+    )
+    assert keys.stride(-2) == (keys.shape[-1] if often or not apart else 2 * keys.shape[-1])
     for number in range(stack.depth):
         q, k = (block.q_start + number * stack.steps[0] for block in (stack.block, stack.block))
         k += stack.block.parts[0].kv_start - stack.block.q_start

@@ -6,7 +6,7 @@ from unittest import mock
 from attnzoo.backends.approximate import lsh, visible_keys
 from attnzoo.backends.common import blocks
 from attnzoo.backends.sdpa import backend as sdpa
-from attnzoo.backends.sdpa import stacks
+from attnzoo.backends.sdpa import grouped_stacks, sorted_stacks, stacks
 from attnzoo.backends.varlen import calls
 from attnzoo.spec import documents, hashed, masks
 
@@ -14,6 +14,9 @@ _SIZES = (
     (blocks, "DENSE_ROWS", 5),
     (sdpa, "DENSE_ROWS", 5),
     (stacks, "_ROWS", 64),
+    (sorted_stacks, "_ROWS", 64),
+    (grouped_stacks, "_ROWS", 6),
+    (grouped_stacks, "DENSE_ROWS", 5),
     (hashed, "_KEYS_AT_ONCE", 7),
     (documents, "_ENTRIES_AT_ONCE", 50),
     (masks, "_ENTRIES_AT_ONCE", 50),

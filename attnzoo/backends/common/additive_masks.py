@@ -38,27 +38,36 @@ class TokenMasks:
         self._hidden = hidden.to(wide)
         self._buffers: dict[tuple[int, ...], Tensor] = {}
 
-    def of(self, queries: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+    def of(self, queries: Tensor, start: int, stop: int, step: int = 1) -> tuple[Tensor, Tensor | None]:
         """Return the mask ``(batch, heads, n, stop - start)`` between ``n`` queries and the sorted keys ``start:stop``.
 
         ``queries`` ``(batch, heads, n)`` are query indices, i.e. tokens. The second result is bool
         ``(batch, heads, n)``, True for queries that see a key, or None if all queries see a key.
+
+        With queries ``(batch, heads, depth, n)``, the results also have the dimension ``depth``. The keys then begin at
+        ``start`` for the first ``n`` queries, at ``start + step`` for the next ``n`` queries, and so on.
         """
-        keys = slice(start, stop)
-        tokens, query = self._for_lowest[:, :, keys], queries.to(self._for_lowest.dtype)
+
+        def near(tensor: Tensor) -> Tensor:
+            """Return the values of the keys, ``(batch, heads, m)`` or ``(batch, heads, depth, m)``."""
+            if queries.ndim == 3:
+                return tensor[:, :, start:stop]
+            return tensor[:, :, start : stop + (queries.shape[2] - 1) * step].unfold(2, stop - start, step)
+
+        tokens, query = near(self._for_lowest), queries.to(self._for_lowest.dtype)
         shape = (*queries.shape, stop - start)
         if shape not in self._buffers:
             self._buffers[shape] = tokens.new_empty(shape)
         count = self._buffers[shape]
         lowest = tokens.amin(-1, keepdim=True)
         if self._causal:
-            torch.ge(tokens[:, :, None], query[..., None], out=count)
+            torch.ge(tokens[..., None, :], query[..., None], out=count)
             visible_rows = lowest < query
         else:
-            torch.eq(tokens[:, :, None], query[..., None], out=count)
+            torch.eq(tokens[..., None, :], query[..., None], out=count)
             if self._any_hidden:
-                count.add_(self._hidden[:, :, None, keys])
-            highest = self._for_highest[:, :, keys].amax(-1, keepdim=True)
+                count.add_(near(self._hidden)[..., None, :])
+            highest = near(self._for_highest).amax(-1, keepdim=True)
             visible_rows = (lowest <= highest) & ((lowest != query) | (highest != query))
         return count.mul_(_HIDDEN).to(self._dtype), None if bool(visible_rows.all()) else visible_rows
 

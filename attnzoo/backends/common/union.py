@@ -108,15 +108,17 @@ class _Union(torch.autograd.Function):
         kernel = bind(query, tensors)
         out, lse = kernel.new_results()
         for is_first, rows in kernel.forward_plan():
-            merged = None if is_first else (rows.take(out), rows.take(lse))
+            before = None if is_first else (rows.take(out), rows.take(lse))
+            merged = before
             for number in range(len(rows.parts)):
                 part = kernel.forward(rows, number)
                 merged = part if merged is None else _merge(*merged, *part)
             if merged is None:  # no part and no earlier result exists for these rows
                 rows.put(out, torch.zeros_like(rows.take(out)))
             else:
-                rows.put(out, merged[0])
-                rows.put(lse, merged[1])
+                for whole, new in zip((out, lse), merged, strict=True):
+                    if before is None or not _share_memory(whole, new):  # a merge is in place if the rows are a view
+                        rows.put(whole, new)
         out = out.to(query.dtype)
         ctx.bind, ctx.count = bind, len(tensors)
         ctx.mark_non_differentiable(lse)
@@ -145,6 +147,10 @@ class _Union(torch.autograd.Function):
                         part.add(grads[place], grad)
             further = kernel.further_gradients()
         return None, None, *(grad.to(query.dtype) for grad in (grad_query, *grads)), *further
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:

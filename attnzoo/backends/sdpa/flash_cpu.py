@@ -13,18 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnzoo.backends.common.additive_masks import HashMasks, TokenMasks
-from attnzoo.backends.common.blocks import Block, Masks, Part, additive, block_size, blocks, passes
+from attnzoo.backends.common.blocks import Block, block_size, blocks, passes
 from attnzoo.backends.common.union import Grads, PartialKernel, unite
+from attnzoo.backends.sdpa.grouped_stacks import GroupedStack, grouped_stacks, other_queries
+from attnzoo.backends.sdpa.part_masks import PartMasks
+from attnzoo.backends.sdpa.sorted_stacks import SortedStack, sorted_stacks
 from attnzoo.backends.sdpa.stacks import Scratch, Stack, stacks
 from attnzoo.backends.sdpa.trained_bias import BiasGradients, backward_by_hand, trained_biases
-from attnzoo.spec.hashed import HashedChunks
 from attnzoo.spec.patterns import SortedChunks
 from attnzoo.spec.segments import Attention
 
@@ -34,6 +35,7 @@ _BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
 _operators = torch.ops.aten
 # The same operator. This function reads its arguments 3 us faster, and a decoding step of a site takes tens of them.
 _operator: Any = getattr(torch, _FORWARD, None) or getattr(_operators, _FORWARD, None)
+_Rows = Stack | SortedStack | GroupedStack
 
 
 @cache
@@ -103,56 +105,6 @@ def _mask_tensors(attention: Attention) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor) and not value.is_inference()]
 
 
-class _AdditiveMasks:
-    """Factory of the additive masks of parts. The last mask of each segment is cached."""
-
-    def __init__(self, attention: Attention) -> None:
-        self._masks, self._attention = Masks(attention), attention
-        self._last: dict[int, tuple[object, Tensor | None, Tensor | None]] = {}
-        self._by_token: dict[tuple[int, bool], TokenMasks] = {}
-        self._by_hash: dict[int, HashMasks] = {}
-
-    def of(self, block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
-        """Return the additive mask ``(batch, heads, n, m)``, or None if no mask is needed.
-
-        The second result is bool ``(batch, heads, n)``, True for queries that see a key, or None if all see a key.
-        """
-        attention = self._attention
-        mask, visible_rows = self._of_structure(block, part)
-        keys = self._masks.of_keys(block, part)
-        if keys is not None:
-            pattern = self._masks.of_pattern(block, part)
-            visible_rows = (keys if pattern is None else keys & pattern.visible).any(-1)
-            mask = additive(keys, mask, attention.query.dtype)
-        shape = (attention.batch, attention.heads, block.rows, part.kv_stop - part.kv_start)
-        mask = None if mask is None else mask.expand(shape)
-        return mask, None if visible_rows is None else visible_rows.expand(shape[:3])
-
-    def _of_structure(self, block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
-        """Return the results of :meth:`of` for pattern and bias only. Most blocks get the last result again."""
-        segment, dtype = self._attention.segments[part.segment], self._attention.query.dtype
-        pattern = segment.pattern
-        if isinstance(pattern, SortedChunks) and segment.bias is None and block.queries is not None:
-            token = pattern.sorted_tensors()[1]  # hash rounds usually share this tensor
-            known = (id(token), pattern.causal)
-            if known not in self._by_token:
-                self._by_token[known] = TokenMasks(token, pattern.causal, dtype)
-            return self._by_token[known].of(block.queries, part.kv_start, part.kv_stop)
-        if isinstance(pattern, HashedChunks) and block.queries is not None and part.keys is not None:
-            if part.segment not in self._by_hash:
-                self._by_hash[part.segment] = HashMasks(pattern, self._attention.q_len, segment.kv_len, dtype)
-            return self._by_hash[part.segment].of(block.queries, part.keys)
-        key, last = self._masks.key(block, part), self._last.get(part.segment)
-        if key is not None and last is not None and last[0] == key:
-            return last[1:]
-        visible, bias = self._masks.of_pattern(block, part), self._masks.bias(block, part)
-        mask = additive(None if visible is None else visible.visible, bias, dtype)
-        visible_rows = None if visible is None else visible.has_visible_key
-        if key is not None:
-            self._last[part.segment] = (key, mask, visible_rows)
-        return mask, visible_rows
-
-
 class _CpuKernel(PartialKernel):
     """PyTorch's CPU kernel as a :class:`PartialKernel`. It consists of two private operators.
 
@@ -162,42 +114,72 @@ class _CpuKernel(PartialKernel):
 
     def __init__(self, attention: Attention, places: list[int], query: Tensor, tensors: Sequence[Tensor]) -> None:
         self._attention, self.places, self.query, self.tensors = attention, places, query, tensors
-        self._masks, self._scratch = _AdditiveMasks(attention), (Scratch(), Scratch())
+        self._masks, self._scratch = PartMasks(attention), (Scratch(), Scratch())
         self._passes = passes(attention)
         self._bias_gradients: BiasGradients  # created for the backward
 
     def new_results(self) -> tuple[Tensor, Tensor]:
         batch, heads, q_len, dim = self.query.shape
         accumulate = torch.float64 if self.query.dtype == torch.float64 else torch.float32
+        dtype = self.query.dtype if len(self._forward_passes) == 1 else accumulate
+        if any(map(self._is_sorted, self._passes)):  # each head reads and writes rows anywhere, so its rows are close
+            out = self.query.new_empty((batch, heads, q_len, dim), dtype=dtype)
+            return out, self.query.new_full((batch, heads, q_len), float("-inf"), dtype=accumulate)
         # Models need the memory layout (batch, q_len, heads, dim).
-        dtype = self.query.dtype if len(self._passes) == 1 else accumulate
         out = self.query.new_empty((batch, q_len, heads, dim), dtype=dtype)
         lse = self.query.new_full((batch, q_len, heads), float("-inf"), dtype=accumulate)
         return out.transpose(1, 2), lse.transpose(1, 2)
 
-    def forward_plan(self) -> Iterator[tuple[bool, Stack]]:
-        for number, segments in enumerate(self._passes):
-            for stack in stacks(self._attention, segments):
-                yield from ((number == 0, rows) for rows in stack.by_sample(self._attention.batch))
+    def _is_sorted(self, segments: list[int]) -> bool:
+        return isinstance(self._attention.segments[segments[0]].pattern, SortedChunks)
 
-    def forward(self, rows: Stack, number: int) -> tuple[Tensor, Tensor]:
-        """Return out and lse of part ``number`` in the shapes that :meth:`Stack.take` returns."""
+    @cached_property
+    def _grouped(self) -> dict[int, list[GroupedStack]]:
+        """The stacks of the segments whose queries can be grouped, by segment. These segments have separate passes."""
+        every = ((index, grouped_stacks(self._attention, index)) for index in range(len(self._attention.segments)))
+        return {index: grouped for index, grouped in every if grouped}
+
+    @cached_property
+    def _forward_passes(self) -> list[list[int]]:
+        """The passes of the forward. The backward needs larger passes, because some gradients need whole softmaxes."""
+        rest = [[index for index in segments if index not in self._grouped] for segments in self._passes]
+        return [*filter(None, rest), *([index] for index in self._grouped)]
+
+    def forward_plan(self) -> Iterator[tuple[bool, _Rows]]:
+        if any(map(self._is_sorted, self._passes)):
+            self.query = self.query.contiguous()
+        for number, segments in enumerate(self._forward_passes):
+            yield from ((number == 0, rows) for rows in self._rows_of(segments))
+
+    def _rows_of(self, segments: list[int]) -> Iterator[_Rows]:
+        """Yield the rows of one pass of the forward."""
+        attention = self._attention
+        if self._is_sorted(segments):
+            yield from sorted_stacks(attention, segments[0])
+        elif segments[0] in self._grouped:
+            grouped = self._grouped[segments[0]]
+            yield from grouped
+            yield from other_queries(attention, segments[0], grouped)
+        else:
+            for stack in stacks(attention, segments):
+                yield from stack.by_sample(attention.batch)
+
+    def forward(self, rows: _Rows, number: int) -> tuple[Tensor, Tensor]:
+        """Return out and lse of part ``number`` in the shapes that ``rows.take`` returns."""
         part = rows.parts[number]
-        mask, visible_rows = self._masks.of(rows.block, part)
-        call = rows.flat() if mask is None and rows.steps[number] == 0 else rows
+        mask, visible_rows = rows.mask(self._masks, number)
+        call = rows.flat() if isinstance(rows, Stack) and mask is None and rows.steps[number] == 0 else rows
         key, value = (
             call.keys(number, tensor, self._attention.heads, scratch)
             for tensor, scratch in zip(self.keys_values(part.segment), self._scratch, strict=True)
         )
         out, lse = getattr(_operators, _FORWARD)(
-            *(call.take(self.query), key, value, 0.0, False),
-            attn_mask=None if mask is None else call.repeat(mask),
-            scale=self._attention.scale,
+            *(call.take(self.query), key, value, 0.0, False), attn_mask=mask, scale=self._attention.scale
         )
-        if call is not rows:
+        if isinstance(rows, Stack) and call is not rows:
             out, lse = rows.by_block(out), rows.by_block(lse)
         if visible_rows is not None:  # the kernel returns lse 0 for a row that sees no key; the true lse is -inf
-            lse = lse.masked_fill(~rows.repeat(visible_rows), float("-inf"))
+            lse = lse.masked_fill(~visible_rows, float("-inf"))
         return out, lse
 
     def backward_plan(self) -> Iterator[tuple[bool, Block]]:

@@ -7,19 +7,27 @@ example, blocks of 32 queries with ``Window(8, 8)`` see the keys 24:72, 56:104, 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor
 
-from attnzoo.backends.common.blocks import Block, Masks, Part, block_at, block_size, blocks
+from attnzoo.backends.common.blocks import Block, Masks, Part, block_at, block_size
+from attnzoo.backends.sdpa.part_masks import PartMasks
 from attnzoo.spec.heads import expand_heads
+from attnzoo.spec.patterns import Tile
 from attnzoo.spec.segments import Attention
 
 # The CPU kernel computes 32 queries at a time. Blocks of 32 queries compute the fewest hidden keys.
 _TILE = 32
 # The largest number of queries per call. The data of one call should fit the CPU cache.
 _ROWS = 1024
+# The kernel reads a number of keys fastest if the number is a multiple of this one: 288 keys take less time than 286.
+_ALIGNMENT = 16
+# Keys that more blocks than this read are copied, see Scratch. A copy of keys that fewer blocks read takes more time
+# than it saves.
+_READS = 16
 
 
 class Stack(NamedTuple):
@@ -41,10 +49,6 @@ class Stack(NamedTuple):
     def whole(self) -> Block:
         """Return one block that contains all queries of the stack and no parts."""
         return self.block._replace(q_stop=self.block.q_start + self.depth * self.block.rows, parts=())
-
-    def can_grow(self, steps: tuple[int, ...]) -> bool:
-        """Return whether the next block can join. ``steps`` are the steps from the last block of the stack to it."""
-        return (self.depth + 1) * self.block.rows <= _ROWS and (self.depth == 1 or steps == self.steps)
 
     def by_sample(self, batch: int) -> Iterator[Stack]:
         """Yield one stack per sample, or only this stack if it consists of a single block."""
@@ -98,10 +102,23 @@ class Stack(NamedTuple):
         if self.depth == 1:
             return part.take(tensor, heads)
         keys = tensor[:, :, part.kv_start : part.kv_stop + (self.depth - 1) * step]
-        keys = expand_heads(scratch.contiguous_rows(keys), heads)[0]
+        if part.kv_stop - part.kv_start > _READS * step:
+            keys = scratch.contiguous_rows(keys)
+        keys = expand_heads(keys, heads)[0]
         if step == 0:
             return keys[:, None].expand(-1, self.depth, -1, -1)
         return keys.unfold(1, part.kv_stop - part.kv_start, step).transpose(2, 3)
+
+    def mask(self, masks: PartMasks, number: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return the additive mask of part ``number`` (None: no mask), and which queries see a key (None: all).
+
+        The results have the dimensions of :meth:`take`.
+        """
+        mask, visible_rows = masks.of(self.block, self.parts[number])
+        return (
+            None if mask is None else self.repeat(mask),
+            None if visible_rows is None else self.repeat(visible_rows),
+        )
 
 
 class Scratch:
@@ -126,20 +143,87 @@ class Scratch:
 def stacks(attention: Attention, segments: list[int]) -> Iterator[Stack]:
     """Yield all blocks of one pass in ascending order, grouped into stacks."""
     masks = Masks(attention)
-    stack: Stack | None = None
-    end: Block | None = None  # the last block of the stack
-    key: tuple[object, ...] | None = None  # the _mask_key() of all blocks of the stack
-    for block in blocks(attention, segments, _size(attention, segments, masks)):
-        previous, key = key, None if _hides_by_data(masks, block) else _mask_key(masks, block)
-        if stack is not None and end is not None:
-            steps = _steps(end, block) if key is not None and key == previous else None
-            if steps is not None and stack.can_grow(steps):
-                stack, end = Stack(stack.block, stack.depth + 1, steps), block
-                continue
-            yield stack
-        stack, end = Stack(block, 1, (0,) * len(block.parts)), block
-    if stack is not None:
-        yield stack
+    size, start = _size(attention, segments, masks), 0
+    while start < attention.q_len:
+        first = _block(attention, segments, start, size)
+        run = _Run(attention, segments, masks, first)
+        depth = run.depth()
+        yield Stack(first, depth, run.steps if depth > 1 else (0,) * len(first.parts))
+        start += depth * first.rows
+
+
+class _Run:
+    """The blocks from ``first`` on that form a stack."""
+
+    def __init__(self, attention: Attention, segments: list[int], masks: Masks, first: Block) -> None:
+        self._attention, self._segments, self._masks, self._first = attention, segments, masks, first
+        self._key = None if _hides_by_data(masks, first) else _mask_key(masks, first)
+        self.steps: tuple[int, ...] = ()
+
+    def depth(self) -> int:
+        """Return the number of blocks."""
+        most = min(_ROWS, self._attention.q_len - self._first.q_start) // self._first.rows
+        if self._key is None or most < 2 or (steps := _steps(self._first, self._member(2))) is None:
+            return 1
+        self.steps = steps
+        if self._are_bands() and self._can_have(most):  # the usual case: no search
+            return most
+        if not self._are_bands():
+            return next((depth for depth in range(1, most) if not self._can_have(depth + 1)), most)
+        fits, fails = 1, most
+        while fails - fits > 1:
+            middle = (fits + fails) // 2
+            fits, fails = (middle, fails) if self._can_have(middle) else (fits, middle)
+        return fits
+
+    def _are_bands(self) -> bool:
+        """Whether all patterns are bands.
+
+        The parts of a band move by a constant step and stop moving at the ends of the keys. So if the last block of a
+        stack continues the first block, then all blocks between them do.
+        """
+        lengths = ((index, self._attention.segments[index].kv_len) for index in self._segments)
+        patterns = ((self._attention.segments[index].pattern, kv_len) for index, kv_len in lengths)
+        return all(pattern.band(self._attention.q_len, kv_len) is not None for pattern, kv_len in patterns)
+
+    def _can_have(self, depth: int) -> bool:
+        """Whether block number ``depth`` continues the first block, and no data hides a key that the stack sees."""
+        last = self._member(depth)
+        if _mask_key(self._masks, last) != self._key:
+            return False
+        moved = tuple(step * (depth - 1) for step in self.steps)
+        spans = zip(self._first.parts, last.parts, strict=True)
+        whole = self._first._replace(parts=tuple(a._replace(kv_stop=b.kv_stop) for a, b in spans))
+        return _steps(self._first, last) == moved and not _hides_by_data(self._masks, whole)
+
+    def _member(self, number: int) -> Block:
+        rows = self._first.rows
+        return _block(self._attention, self._segments, self._first.q_start + (number - 1) * rows, rows)
+
+
+def _block(attention: Attention, segments: list[int], q_start: int, size: int) -> Block:
+    """Return the block of at most ``size`` queries from ``q_start``, with numbers of keys that the kernel likes."""
+    block = block_at(attention, segments, q_start, min(attention.q_len, q_start + size))
+    alone = Counter(part.segment for part in block.parts)
+    parts = (_aligned(attention, block, part) if alone[part.segment] == 1 else part for part in block.parts)
+    return block._replace(parts=tuple(parts))
+
+
+def _aligned(attention: Attention, block: Block, part: Part) -> Part:
+    """Return a part with further keys, which the mask hides, if the part needs a mask.
+
+    The part must contain all keys that the block sees in the segment. So the pattern hides the further keys.
+    """
+    kv_len = attention.segments[part.segment].kv_len
+    tile = Tile(block.q_start, block.q_stop, part.kv_start, part.kv_stop, attention.q_len, kv_len)
+    missing = -(part.kv_stop - part.kv_start) % _ALIGNMENT
+    if part.keys is not None or part.kv_start == part.kv_stop or missing == 0:
+        return part
+    if attention.segments[part.segment].pattern.sees_all(tile):
+        return part
+    if part.kv_stop + missing <= kv_len:
+        return part._replace(kv_stop=part.kv_stop + missing)
+    return part._replace(kv_start=part.kv_start - missing) if part.kv_start >= missing else part
 
 
 def _size(attention: Attention, segments: list[int], masks: Masks) -> int:
@@ -151,7 +235,7 @@ def _size(attention: Attention, segments: list[int], masks: Masks) -> int:
     dense = any(attention.segments[index].mask is not None for index in segments)
     if dense or size <= _TILE or middle + 2 * _TILE > attention.q_len:
         return size
-    first, second = (block_at(attention, segments, start, start + _TILE) for start in (middle, middle + _TILE))
+    first, second = (_block(attention, segments, start, _TILE) for start in (middle, middle + _TILE))
     key = _mask_key(masks, first)
     alike = key is not None and key == _mask_key(masks, second)
     return _TILE if alike and any(_steps(first, second) or ()) else size
@@ -170,6 +254,8 @@ def _mask_key(masks: Masks, block: Block) -> tuple[object, ...] | None:
 
 def _steps(block: Block, following: Block) -> tuple[int, ...] | None:
     """Return by how many keys each part moves from ``block`` to ``following``, or None if a part moves backward."""
+    if len(block.parts) != len(following.parts):
+        return None
     steps = tuple(b.kv_start - a.kv_start for a, b in zip(block.parts, following.parts, strict=True))
     return steps if min(steps, default=0) >= 0 else None
 
