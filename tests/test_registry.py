@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BloomConfig, BloomModel
 
 import attnzoo
 from attnzoo import BackendRefusedError, InvalidArgumentError, UnknownNameError
@@ -249,11 +249,11 @@ def test_two_entry_points_of_the_same_class_are_allowed(monkeypatch):
 
 
 def test_patch_names_an_adapter_that_fails_to_load(monkeypatch):
-    add_entry_points(monkeypatch, "attnzoo.adapters", bert=RuntimeError("written for transformers 4"))
-    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    add_entry_points(monkeypatch, "attnzoo.adapters", bloom=RuntimeError("written for transformers 4"))
+    config = BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=1)
     with pytest.raises(attnzoo.PatchError) as caught:
-        attnzoo.patch(BertModel(config), "sdpa")
-    assert "an adapter exists but did not load: bert: third_party.bert:Thing" in str(caught.value)
+        attnzoo.patch(BloomModel(config), "sdpa")
+    assert "an adapter exists but did not load: bloom: third_party.bloom:Thing" in str(caught.value)
     assert "RuntimeError: written for transformers 4" in str(caught.value)
     assert registry.find_adapter("gpt_neox") is not None
 

@@ -137,9 +137,19 @@ def test_missing_options_are_refused_before_weights_are_loaded():
 
 @pytest.mark.parametrize("name", ["attnzoo/sdpa", "blocked-local"])
 def test_a_family_without_adapter_is_refused_by_name(name):
-    config = transformers.BertConfig(vocab_size=9, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
-    with pytest.raises(attnzoo.PatchError, match="got BertModel of model type bert, but no adapter"):
-        transformers.BertModel._from_config(config, attn_implementation=name)
+    config = transformers.BloomConfig(vocab_size=9, hidden_size=8, n_head=2, n_layer=1)
+    with pytest.raises(attnzoo.PatchError, match="got BloomModel of model type bloom, but no adapter"):
+        transformers.BloomModel._from_config(config, attn_implementation=name)
+
+
+@pytest.mark.parametrize(("name", "options"), [("attnzoo/sdpa", ""), ("blocked-local", ":window=4,sinks=1")])
+def test_a_model_of_another_family_runs_the_named_backend_if_it_calls_the_interface(name, options):
+    config = transformers.LlamaConfig(vocab_size=9, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
+    model = transformers.LlamaModel._from_config(config, attn_implementation=name + options).eval()
+    with torch.no_grad():
+        model(torch.arange(8)[None])
+    (site,) = attnzoo.handle(model).sites
+    assert (site.backend, site.calls) == (name.removeprefix("attnzoo/"), 1)
 
 
 def test_names_that_nobody_knows_are_transformers_error():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BloomConfig, BloomModel
 
 import attnzoo
 from attnzoo import AttnzooError, BackendRefusedError, InvalidArgumentError, PatchError, UnknownNameError
@@ -95,10 +95,10 @@ def test_a_bad_argument_of_patch_raises_and_changes_nothing(subject, snapshot, e
 
 
 def test_a_model_without_an_adapter_raises():
-    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    model = BertModel(config).eval()
+    config = BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=1)
+    model = BloomModel(config).eval()
     before = model(torch.arange(5)[None]).last_hidden_state
-    with pytest.raises(PatchError, match=r"model: got BertModel of model type bert, .*allowed: .*gpt_neox, .*led"):
+    with pytest.raises(PatchError, match=r"model: got BloomModel of model type bloom, .*allowed: .*gpt_neox, .*led"):
         attnzoo.patch(model, "sdpa")
     assert torch.equal(model(torch.arange(5)[None]).last_hidden_state, before)
     assert all("forward" not in vars(module) for module in model.modules())
