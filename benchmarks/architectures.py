@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import resource
 import signal
 import sys
 import warnings
@@ -30,6 +31,7 @@ from attnzoo.verification.verify import verify
 
 BACKENDS = ("sdpa", "eager")
 _SECONDS = 120
+_MOST_BYTES = 8 << 30  # a tiny model of some types still builds huge tensors
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, _time_out)
+    resource.setrlimit(resource.RLIMIT_DATA, (_MOST_BYTES, _MOST_BYTES))
     differs = False
     for model_type, backend in itertools.product(options.model_types or model_types(), options.backend or BACKENDS):
         if (model_type, backend) in known:

@@ -41,7 +41,7 @@ def spread(model: nn.Module, seed: int = 0) -> None:
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
-            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)  # 1 also for temperatures and sinks
             continue
         is_embedding = isinstance(modules[name.rpartition(".")[0]], nn.Embedding) or "embed" in name
         std = 1.0 if is_embedding else 1.5 / math.sqrt(parameter.shape[-1])
