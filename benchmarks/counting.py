@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import attnzoo
 from attnzoo.benchmarks.cases import HOST_SCOPES, Case, Subject, build
 from attnzoo.benchmarks.contenders import (
     Contender,
@@ -27,7 +28,9 @@ class Counting(Contender):
 
     def prepare(self, case: Case) -> PreparedContender:
         subject = build(case)
-        return _PreparedCounting(subject, subject.patch(ORIGINAL))
+        handle = attnzoo.patch(subject.model, {subject.patched: ORIGINAL})
+        subject.release()
+        return _PreparedCounting(subject, handle)
 
 
 class _PreparedCounting(PreparedContender):

@@ -113,7 +113,7 @@ def _cells(row: Row) -> dict[str, str]:
         "kernel": row.kernel_label.replace("+", " + "),
         "median": duration(row.seconds),
         "min - max": _range(row),
-        "overhead": "-" if row.overhead is None else f"{row.overhead * 1e6:.0f} us",
+        "overhead": overhead(row),
         "speed": ratio(row, row.speedup),
         "peak": size(row.peak_bytes),
         "memory": ratio(row, row.peak_ratio),
@@ -165,6 +165,11 @@ def ratio(row: Row, value: float | None) -> str:
     if row.is_original and row.status == OK:
         return "1"
     return "-" if value is None else f"{value:.2f}x"
+
+
+def overhead(row: Row) -> str:
+    """Return the CPU time above the original's per attention module as text, in microseconds."""
+    return "-" if row.overhead is None else f"{row.overhead * 1e6:.0f} us"
 
 
 def notes(rows: Iterable[Row]) -> list[str]:
