@@ -16,7 +16,7 @@ from attnzoo.registry import registry
 from attnzoo.spec.bias import Bias, DenseBias
 from attnzoo.spec.global_keys import find_global_keys
 from attnzoo.spec.patterns import Full, Pattern
-from attnzoo.spec.segments import Attention, Request, Result, Segment, check_heads_tensor, describe
+from attnzoo.spec.segments import Attention, Request, Result, Segment, check_heads_tensors, describe
 from attnzoo.spec.transforms import holds
 
 PROBABILITIES_REMEDY = (
@@ -156,8 +156,7 @@ def attention(
     """
     if not isinstance(backend, Backend):
         backend = AutoBackend() if isinstance(backend, str) and backend == "auto" else registry.configure(backend)
-    for name, tensor in dict(q=q, k=k, v=v).items():
-        check_heads_tensor(name, tensor)
+    check_heads_tensors(q=q, k=k, v=v)
     if not isinstance(pattern, Pattern):
         raise InvalidArgumentError("pattern", repr(pattern), "a pattern, e.g. attnzoo.Causal()")
     if bias is not None and not isinstance(bias, Bias):

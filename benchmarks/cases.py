@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,15 @@ from torch.utils._pytree import tree_map
 import attnzoo
 from attnzoo.auto.selection import AutoBackend
 from attnzoo.backend import Backend
+from attnzoo.benchmarks.decoding import GATE_TOKENS, TIMED_TOKENS, Decoding
+from attnzoo.benchmarks.measure import cpu_seconds, seconds
 from attnzoo.benchmarks.models import find_workload
 from attnzoo.benchmarks.workload import SEED
 from attnzoo.spelling import configured
 
 AUTO = AutoBackend.name
-SCOPES = ("model", "module", "attention")
+HOST_SCOPES = ("overhead", "decode")  # time the host: CPU time instead of wall-clock time
+SCOPES = ("model", "module", "attention", *HOST_SCOPES)
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
 
@@ -30,8 +34,10 @@ class Case:
     Attributes:
         family: name of a workload in :data:`~attnzoo.benchmarks.models.WORKLOADS`.
         scope: ``"model"`` is the whole model. ``"module"`` is one self-attention module including its projections.
-            ``"attention"`` is the same module, but the time of the projections is subtracted.
-        seq_len: input length in tokens.
+            ``"attention"`` is the same module, but the time of the projections is subtracted. ``"overhead"`` is the
+            CPU time of one call of the same module. ``"decode"`` is the CPU time per token of the whole model in greedy
+            decoding.
+        seq_len: input length in tokens. In scope ``"decode"``, this is the length of the prompt.
         batch: number of passages.
         dtype: a key of :data:`DTYPES`.
         device: ``"cpu"`` or ``"cuda"``.
@@ -67,6 +73,8 @@ class Subject:
         call: function that runs the forward and returns the output tensor.
         backward: function of the output tensor that runs the backward.
         inputs: floating-point inputs of the module that get gradients.
+        tokens: number of steps in a call. Every step runs the attention modules whose host time the case measures.
+        timer: function that runs the module and returns the seconds of one step. None means the time of :meth:`step`.
     """
 
     case: Case
@@ -76,6 +84,8 @@ class Subject:
     call: Callable[[], Tensor]
     backward: Callable[[Tensor], None]
     inputs: list[Tensor] = field(default_factory=list)
+    tokens: int = 1
+    timer: Callable[[], float] | None = None
 
     def patch(self, backend: str) -> attnzoo.Handle:
         """Patch the module, then :meth:`release` the model. ``backend`` has the syntax of the option ``--backend``."""
@@ -94,6 +104,15 @@ class Subject:
             if self.case.train:
                 self.backward(output)
 
+    def seconds(self) -> float:
+        """Return the seconds of one timed run, as the scope counts seconds."""
+        if self.timer is not None:
+            with torch.no_grad():
+                return self.timer()
+        if self.case.scope == "overhead":
+            return cpu_seconds(self.step)
+        return seconds(self.step, self.case.device)
+
     def forward(self) -> None:
         """Run the forward of :meth:`step`. With gradients, other code or another kernel may run than without."""
         with torch.set_grad_enabled(self.case.train):
@@ -111,7 +130,8 @@ def backend_of(text: str) -> str | Backend:
 
 def build(case: Case) -> Subject:
     """Return the subject of a case. The weights and the text are the same in every process."""
-    return _whole_model(case) if case.scope == "model" else _one_module(case)
+    builders = {"model": _whole_model, "decode": _decoding}
+    return builders.get(case.scope, _one_module)(case)
 
 
 def _whole_model(case: Case) -> Subject:
@@ -128,6 +148,19 @@ def _whole_model(case: Case) -> Subject:
         torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()).backward()
 
     return Subject(case, model, model, "*", call, backward)
+
+
+def _decoding(case: Case) -> Subject:
+    workload = find_workload(case.family)
+    model = workload.build(case.layers, case.seq_len + TIMED_TOKENS).to(case.device, DTYPES[case.dtype])
+    decoding = Decoding(model, workload.read(case.batch, case.seq_len, case.device).kwargs)
+
+    def backward(output: Tensor) -> None:
+        raise NotImplementedError("got a backward of decoding; allowed: a forward")
+
+    call = partial(decoding.tokens, GATE_TOKENS)
+    timer = decoding.cpu_seconds_per_token
+    return Subject(case, model, model, "*", call, backward, tokens=GATE_TOKENS, timer=timer)
 
 
 def _one_module(case: Case) -> Subject:

@@ -23,6 +23,7 @@ from attnzoo.errors import InvalidArgumentError
 from attnzoo.spelling import dtype_name
 
 DEFAULT_LENGTHS = (1024, 2048, 4096)
+HOST_LENGTHS = {"overhead": (64, 1024, 4096), "decode": (64, 1024)}
 FULL_LENGTHS = (1024, 2048, 4096, 8192, 16384)
 FOLDER = Path("shootout")
 _WORKLOADS = f"Model family, repeatable: {', '.join(WORKLOADS)}."
@@ -44,10 +45,14 @@ def make_plan(
         fields.update(seconds_per_case=60.0, dense_limit=None)
     elif not (backends or seq_lens or train) and fields.get("scope", "model") == "model":
         fields.update(train_limit=2048)  # keeps a run without options short
+    scope = fields.get("scope", "model")
+    if train is None and scope in HOST_LENGTHS:
+        train = False
+    lengths = FULL_LENGTHS if full else HOST_LENGTHS.get(scope, DEFAULT_LENGTHS)
     plan = ShootoutPlan(
         families=tuple(dict.fromkeys(models or ["led"])),
         backends=tuple(backends) if backends else None,
-        seq_lens=tuple(sorted(set(seq_lens or (FULL_LENGTHS if full else DEFAULT_LENGTHS)))),
+        seq_lens=tuple(sorted(set(seq_lens or lengths))),
         modes=(False, True) if train is None else (train,),
         dtype=dtype_name(dtype),
         threads=torch.get_num_threads() if threads is None else threads,
@@ -68,7 +73,9 @@ def bench(
     threads: int = typer.Option(None, help="CPU threads; default: the number that torch uses."),
     train: bool = typer.Option(None, "--train/--no-train", help="Run forward+backward, or forward; default: both."),
     scope: str = typer.Option(
-        "model", help="What is timed: model, module (attention with projections) or attention (without projections)."
+        "model",
+        help="What is timed: model, module (attention with projections), attention (without projections), overhead "
+        "(CPU time of a call of the module) or decode (CPU time per token of the model).",
     ),
     rounds: int = typer.Option(None, help="Timed runs per row; default: 3 to 9, depending on their duration."),
     batch: int = typer.Option(1, help="Passages per run."),

@@ -52,10 +52,12 @@ class Execution(NamedTuple):
     Attributes:
         kernel: names of the kernels that ran, most frequent first.
         complaint: reason why the row must not show a speed. Empty if the requested kernels ran and results are right.
+        sites: number of attention modules that every step of a call ran.
     """
 
     kernel: str
     complaint: str = ""
+    sites: int = 0
 
 
 class PreparedContender:
@@ -180,7 +182,7 @@ class PreparedBackend(PreparedContender):
         calls: list[AttentionReport] = []
         others: set[str] = set()
         observed: Counter[tuple[str, str]] = Counter()
-        before = self._kernel_counts()
+        before = kernel_counts(self._handle)
 
         def observe(site: Site, attention: Attention, result: Result, ran: Backend) -> None:
             if self._backend not in (ran.name, AUTO):
@@ -198,7 +200,7 @@ class PreparedBackend(PreparedContender):
         reported: Counter[str] = Counter()
         for (_, kernel), count in observed.items():
             reported[kernel] += count
-        counted = self._kernel_counts() - before
+        counted = kernel_counts(self._handle) - before
         if self._backend == AUTO:
             native = [place for place in counted if place[1] == ORIGINAL]
             for place in native:
@@ -217,10 +219,6 @@ class PreparedBackend(PreparedContender):
         self._checked_kernels |= {report.kernel for report in reports}
         self.subject.clear()
         return _verdict([*calls, *reports], others, self._backend, wrong)
-
-    def _kernel_counts(self) -> Counter[tuple[str, str]]:
-        sites = self._handle.sites
-        return Counter({(site.name, kernel): count for site in sites for kernel, count in site.kernels.items()})
 
     def execution(self) -> Execution:
         """Return the kernels of all sites. Call this after the timed runs, because it also checks one more forward.
@@ -243,8 +241,23 @@ class PreparedBackend(PreparedContender):
         kernel = "+".join(kernel for kernel, _ in counts.most_common()) or "none"
         if complaints:
             return Execution(kernel, f"not what was requested: {'; '.join(complaints[:3])}")
+        before = kernel_counts(self._handle)
         complaint = self._judge(_CALL_ROWS).complaint
-        return Execution(kernel, f"after the timed runs: {complaint}" if complaint else "")
+        sites = sites_in_every_step(self.subject, kernel_counts(self._handle) - before)
+        return Execution(kernel, f"after the timed runs: {complaint}" if complaint else "", sites)
+
+
+def kernel_counts(handle: Handle) -> Counter[tuple[str, str]]:
+    """Return the number of runs so far for each ``(name of the site, kernel)``."""
+    return Counter({(site.name, kernel): count for site in handle.sites for kernel, count in site.kernels.items()})
+
+
+def sites_in_every_step(subject: Subject, ran: Counter[tuple[str, str]]) -> int:
+    """Return the number of sites that ran at least once per step of a call. ``ran`` are the runs of this call."""
+    of_site: Counter[str] = Counter()
+    for (name, _), count in ran.items():
+        of_site[name] += count
+    return sum(count >= subject.tokens for count in of_site.values())
 
 
 def _miscounts(counted: Counter[tuple[str, str]], observed: Counter[tuple[str, str]]) -> list[str]:

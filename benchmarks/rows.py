@@ -34,9 +34,13 @@ class Row:
         status: ``"ok"``, ``"refused"`` (the backend does not support the case), ``"skipped"`` (left out), ``"red"``
             (wrong numbers, or another kernel than requested) or ``"failed"`` (an exception).
         reason: the reason for a status other than ``"ok"``.
-        seconds: median seconds of the timed runs.
+        seconds: median seconds of the timed runs. In the scopes ``overhead`` and ``decode``, median CPU seconds of one
+            call or token.
         fastest, slowest: seconds of the fastest and of the slowest timed run.
         runs: seconds of every timed run, in order.
+        sites: number of attention modules that a timed step ran. None unless the scope measures the host time.
+        overhead: CPU seconds over the original's for each of these modules: the median of the differences between timed
+            runs of the same round. None if ``sites`` is None.
         speedup: median seconds of the original divided by ``seconds``. A value above 1 means faster than the original.
         peak_bytes: bytes that the first run in a fresh process needs in addition to weights and inputs.
         peak_ratio: ``peak_bytes`` divided by the original's ``peak_bytes``. A value below 1 means less memory.
@@ -70,6 +74,8 @@ class Row:
     fastest: float | None = None
     slowest: float | None = None
     runs: tuple[float, ...] = ()
+    sites: int | None = None
+    overhead: float | None = None
     speedup: float | None = None
     peak_bytes: int | None = None
     peak_ratio: float | None = None
@@ -111,6 +117,7 @@ class Row:
         """Return the row with a new status and without times and memory, because another backend may have run."""
         return replace(
             self, status=status, reason=reason, runs=(), seconds=None, fastest=None, slowest=None, speedup=None,
+            sites=None, overhead=None,
             peak_bytes=None, peak_ratio=None, before_bytes=None, memory_method=None,
         )  # fmt: skip
 
@@ -120,7 +127,11 @@ class Row:
             return self
         speedup = original.seconds / self.seconds if original.seconds and self.seconds else None
         ratio = self.peak_bytes / original.peak_bytes if original.peak_bytes and self.peak_bytes is not None else None
-        return replace(self, speedup=speedup, peak_ratio=ratio)
+        overhead = None
+        if self.sites and not self.is_original:
+            differences = [ours - theirs for ours, theirs in zip(self.runs, original.runs, strict=False)]
+            overhead = statistics.median(differences) / self.sites
+        return replace(self, speedup=speedup, peak_ratio=ratio, overhead=overhead)
 
 
 @dataclass(frozen=True)

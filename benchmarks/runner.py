@@ -13,8 +13,9 @@ from functools import partial
 
 import torch
 
-from attnzoo.benchmarks.cases import AUTO, DTYPES, SCOPES, Case
+from attnzoo.benchmarks.cases import AUTO, DTYPES, HOST_SCOPES, SCOPES, Case
 from attnzoo.benchmarks.contenders import BackendContender, Contender, Original
+from attnzoo.benchmarks.counting import Counting
 from attnzoo.benchmarks.measure import machine
 from attnzoo.benchmarks.models import find_workload
 from attnzoo.benchmarks.peers import SCOPE as PEER_SCOPE
@@ -79,8 +80,10 @@ class ShootoutPlan:
                 raise UnknownNameError(name, getattr(self, name), allowed)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InvalidArgumentError("device", "'cuda'", f"'cpu', as torch {torch.__version__} finds no CUDA device")
-        if self.layers is not None and self.scope != "model":
-            raise InvalidArgumentError("layers", f"--layers with scope {self.scope!r}", "--scope model")
+        if self.layers is not None and self.scope not in ("model", "decode"):
+            raise InvalidArgumentError("layers", f"--layers with scope {self.scope!r}", "--scope model or decode")
+        if True in self.modes and self.scope in HOST_SCOPES:
+            raise InvalidArgumentError("train", f"--train with scope {self.scope!r}", "--no-train")
         if self.peers and self.scope != PEER_SCOPE:
             raise InvalidArgumentError("peers", f"--peers with scope {self.scope!r}", f"--scope {PEER_SCOPE}")
         if not self.families or not self.seq_lens or not self.modes:
@@ -91,7 +94,10 @@ class ShootoutPlan:
                 raise InvalidArgumentError(name, count, "an integer >= 1")
 
     def contenders(self) -> tuple[Contender, ...]:
-        """Return the original, the backends and the peers, in this order. Aliases are replaced by registered names."""
+        """Return the original, the backends and the peers, in this order. Aliases are replaced by registered names.
+
+        If the scope measures the host time, the patch ``native`` stands between the original and the backends.
+        """
         limit = self.dense_limit
         if self.backends is None:
             names = [info.name for info in registry.backends().values() if info.exact or not info.available]
@@ -99,7 +105,8 @@ class ShootoutPlan:
             names = list(dict.fromkeys(_spelled(name) for name in self.backends if name != ORIGINAL))
             limit = None
         peers = peers_of(self.families) if self.scope == PEER_SCOPE and self.peers is not False else ()
-        originals = (Original(),) if self.original else ()
+        originals: tuple[Contender, ...] = (Original(),) if self.original else ()
+        originals += (Counting(),) if self.scope in HOST_SCOPES else ()
         return (*originals, *(BackendContender(name, limit) for name in names), *peers)
 
     def cases(self) -> Iterator[Case]:
@@ -290,6 +297,7 @@ class _CaseRun:
 
     def _check_execution(self, name: str) -> None:
         execution = self._workers[name].execution()
-        self._rows[name] = replace(self._rows[name], kernel=execution.kernel)
+        sites = execution.sites if self._case.scope in HOST_SCOPES else None
+        self._rows[name] = replace(self._rows[name], kernel=execution.kernel, sites=sites)
         if execution.complaint:
             raise Problem(RED, execution.complaint)

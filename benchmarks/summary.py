@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from attnzoo.benchmarks.rows import OK, Row, Shootout
-from attnzoo.benchmarks.tables import duration, notes, ratio, size
+from attnzoo.benchmarks.tables import duration, notes, overhead, ratio, size
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.layout import group_by
 from attnzoo.reporting.matrix_text import markdown_row
@@ -33,7 +33,10 @@ of another library. A table lists only backends whose numbers passed the correct
 - **memory**: peak of this line divided by the peak of the original. Below 1x is less than the original.
 
 The scope names the timed code. `model` is the whole model. `module` is one self-attention module with its projections.
-`attention` is one self-attention module without the time of its projections.
+`attention` is one self-attention module without the time of its projections. `overhead` is the CPU time of one call of
+a self-attention module, and `decode` is the CPU time per token of greedy decoding after a prompt of S tokens. In these
+two scopes, `counting` is the original model with the patch `native`, and the column **overhead** is the CPU time above
+the original's for each attention module.
 
 Compare lines of the same folder only:
 
@@ -88,9 +91,13 @@ def _options(name: str, values: Iterable[object]) -> list[str]:
 
 
 def _table(rows: list[Row]) -> Iterator[str]:
-    yield markdown_row(_COLUMNS)
-    yield markdown_row("---" if column in _LEFT_COLUMNS else "--:" for column in _COLUMNS)
-    yield from (markdown_row(_cells(row)) for row in rows if row.status == OK)
+    measures_host = any(row.overhead is not None for row in rows)
+    columns = (*_COLUMNS, "overhead") if measures_host else _COLUMNS
+    yield markdown_row(columns)
+    yield markdown_row("---" if column in _LEFT_COLUMNS else "--:" for column in columns)
+    for row in rows:
+        if row.status == OK:
+            yield markdown_row((*_cells(row), overhead(row)) if measures_host else _cells(row))
     if notes(rows):
         yield from ("", *notes(rows))
 

@@ -19,6 +19,8 @@ SCOPE_TITLES = {
     "model": "whole model",
     "module": "one self-attention module with its projections",
     "attention": "attention alone (one module, time of its projections subtracted)",
+    "overhead": "CPU time of one call of a self-attention module",
+    "decode": "CPU time per token of greedy decoding, after a prompt of S tokens",
 }
 _STYLES = {RED: "bold red", FAILED: "red"}
 _STATUS_WORDS = {RED: "RED", FAILED: "failed", REFUSED: "refused", SKIPPED: "skipped"}
@@ -32,6 +34,10 @@ _LEGEND = (
     "memory: this row's peak divided by the original's peak; below 1x is less than the original.",
     "gate: ok means that every comparison with the float64 oracle is within its error budget. "
     "The number is the largest error divided by the error budget; up to 1 passes.",
+)
+_OVERHEAD = (
+    "overhead: CPU time above the original's for each attention module and call or token (median of the differences "
+    "between runs of the same round). counting is the original model with the patch native, which only counts calls."
 )
 _RECALL = (
     "recall: this backend sees only a part of the keys. Recall is the share of full attention's weight that is on this "
@@ -67,6 +73,7 @@ def _parts(shootout: Shootout, width: int) -> Iterator[Table | Text]:
         yield from _complaints(rows)
         yield from (Text(note, style="dim") for note in notes(rows))
     legend = [*_LEGEND]
+    legend += [_OVERHEAD] * any(row.overhead is not None for row in shootout.rows)
     legend += [_RECALL] * any(row.recall is not None for row in shootout.rows)
     legend += [_PEER] * any(row.peer for row in shootout.rows)
     yield from (Text(line, style="dim") for line in legend)
@@ -76,7 +83,7 @@ def _parts(shootout: Shootout, width: int) -> Iterator[Table | Text]:
 def _table(rows: list[Row], width: int) -> Table:
     """Return a table. Each column is at least as wide as the longest word in this column."""
     cells = [_cells(row) for row in rows]
-    names = [name for name in cells[0] if name != "recall" or any(row.recall is not None for row in rows)]
+    names = [name for name in cells[0] if any(getattr(row, name, "always") is not None for row in rows)]
     texts = {name: [name, *(row_cells[name] for row_cells in cells)] for name in names}
     needed = {
         name: max(len(word) for text in texts[name] for word in (text.split() if name in _WRAPPED_COLUMNS else [text]))
@@ -106,6 +113,7 @@ def _cells(row: Row) -> dict[str, str]:
         "kernel": row.kernel_label.replace("+", " + "),
         "median": duration(row.seconds),
         "min - max": _range(row),
+        "overhead": overhead(row),
         "speed": ratio(row, row.speedup),
         "peak": size(row.peak_bytes),
         "memory": ratio(row, row.peak_ratio),
@@ -129,14 +137,20 @@ def _range(row: Row) -> str:
     if row.seconds >= 1:
         digits = 2 if row.slowest < 10 else 1
         return f"{row.fastest:.{digits}f}-{row.slowest:.{digits}f}"
-    return f"{row.fastest * 1e3:.0f}-{row.slowest * 1e3:.0f}"
+    digits = _digits(row.seconds)
+    return f"{row.fastest * 1e3:.{digits}f}-{row.slowest * 1e3:.{digits}f}"
 
 
 def duration(value: float | None) -> str:
     """Return a number of seconds as text, in s or ms. The text for None is ``"-"``."""
     if value is None:
         return "-"
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms"
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.{_digits(value)}f} ms"
+
+
+def _digits(seconds: float) -> int:
+    """Return the number of digits after the point for a time in milliseconds."""
+    return 0 if seconds >= 0.01 else 2
 
 
 def size(value: float | None) -> str:
@@ -151,6 +165,11 @@ def ratio(row: Row, value: float | None) -> str:
     if row.is_original and row.status == OK:
         return "1"
     return "-" if value is None else f"{value:.2f}x"
+
+
+def overhead(row: Row) -> str:
+    """Return the CPU time above the original's per attention module as text, in microseconds."""
+    return "-" if row.overhead is None else f"{row.overhead * 1e6:.0f} us"
 
 
 def notes(rows: Iterable[Row]) -> list[str]:

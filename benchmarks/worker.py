@@ -54,7 +54,7 @@ class Worker:
     def time(self) -> float:
         """Return the seconds of one run. In scope ``attention``, subtract the seconds of the projections."""
         subject, device = self._prepared.subject, self._case.device
-        duration = seconds(subject.step, device)
+        duration = subject.seconds()
         subject.clear()
         if self._projections is not None:
             duration -= seconds(self._projections.step, device)

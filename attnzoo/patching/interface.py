@@ -20,12 +20,12 @@ from attnzoo.errors import BackendRefusedError, KeywordRefusedError, PatchError
 from attnzoo.functional import compute_dtype
 from attnzoo.patching.keywords import UNCOMPUTED, parameters, refuse_uncomputed
 from attnzoo.spec.documents import attend_documents
-from attnzoo.spec.masks import ReadMask, read_attention_mask
-from attnzoo.spec.patterns import Causal, Full
+from attnzoo.spec.masks import NO_MASK, ReadMask, read_attention_mask
+from attnzoo.spec.patterns import Causal
 from attnzoo.spec.segments import Attention, Segment
 
 _NAME = "ALL_ATTENTION_FUNCTIONS"
-_NO_MASK, _NO_MASK_CAUSAL = (ReadMask(pattern, None, None, None) for pattern in (Full(), Causal(offset=0)))
+_CAUSAL = NO_MASK._replace(pattern=Causal(offset=0))
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -190,7 +190,7 @@ def read_interface_mask(
     """
     if attention_mask is None:
         causal = implementation == "sdpa" and is_causal and query.shape[2] > 1
-        return _NO_MASK_CAUSAL if causal else _NO_MASK
+        return _CAUSAL if causal else NO_MASK
     sizes = (query.shape[0], query.shape[2], key.shape[2])
     return attend.cached_per_forward(attention_mask, "read", lambda given: read_attention_mask(given, sizes))
 

@@ -91,7 +91,7 @@ class SitePlan:
         state: tuple[object, ...] | None = None
         if isinstance(states, Tensor):
             # Without autocast, the states have the dtype of the weights, or the module's linear layers raise.
-            weights = (states.dtype, states.device, autocast_dtype(states.dtype, states.device.type))
+            weights = (states.device, autocast_dtype(states.dtype, states.device.type))
             dropout = module.training and point.dropout(module)
             trains_bias = grad and any(map(point.trains_bias, sharers() or (module,)))
             state = (*weights, dropout, grad, trains_bias, probabilities, transforms, registry.generation)

@@ -40,6 +40,9 @@ class ReadMask(NamedTuple):
     documents: tuple[Pack, ...] | None = None
 
 
+NO_MASK = ReadMask(Full(), None, None, None)
+
+
 def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], floor: float | None = None) -> ReadMask:
     """Convert a 4-D bool or additive ``attention_mask`` into a pattern, masks and a bias.
 
@@ -66,7 +69,7 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
         fits = f"shape (1 or {batch}, 1 or heads, 1 or {lengths[0]}, 1 or {lengths[1]})"
         raise InvalidArgumentError("attention_mask", describe(attention_mask), fits)
     if readable(attention_mask) and _hides_nothing(attention_mask):
-        return ReadMask(Full(), None, None, None)
+        return NO_MASK
     if attention_mask.dtype == torch.bool:
         visible = attention_mask.expand(-1, -1, *lengths)
         read = _simplify(visible, batch) if readable(visible) else ReadMask(Full(), None, visible, None)

@@ -162,8 +162,8 @@ class Attention:
         # Every layer of every decoding step runs these checks. Reading a shape takes longer than comparing numbers, so
         # the checks read each shape once.
         query = self.query
-        check_heads_tensor("query", query)
         if not self.segments:
+            check_heads_tensors(query=query)
             raise InvalidArgumentError("segments", "()", "a tuple of at least one Segment")
         dropout, scale = self.dropout, self.scale
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
@@ -183,10 +183,10 @@ class Attention:
 
     def _check_segment(self, segment: Segment) -> None:
         query, key, value = self.query, segment.key, segment.value
+        check_heads_tensors(query=query, key=key, value=value)
         dtype, device = query.dtype, query.device
         batch, heads, q_len, head_dim = query.shape
         for name, tensor in (("key", key), ("value", value)):
-            check_heads_tensor(name, tensor)
             if tensor.dtype != dtype:
                 raise InvalidArgumentError(f"{name} dtype", tensor.dtype, f"{dtype}, like the query")
             if tensor.device != device:
@@ -282,25 +282,19 @@ class Attention:
     def request(self, probabilities: bool = False) -> Request:
         """Return the request: the hashable properties that decide which backends support this attention."""
         grad, query, tensors = torch.is_grad_enabled(), self.query, self.tensors()
+        segments = []
+        for segment in self.segments:
+            bias = segment.bias
+            has_masks = segment.key_mask is not None, segment.mask is not None
+            of_bias = (None, False) if bias is None else (bias.kind, grad and bias.values.requires_grad)
+            segments.append((segment.pattern.structure, segment.key.shape[1], *has_masks, *of_bias))
         return _request(
             query.device,
             query.dtype,
             query.shape[1],
             query.shape[3],
-            self.value_dim,
-            tuple(
-                [
-                    (
-                        segment.pattern.structure,
-                        segment.key.shape[1],
-                        segment.key_mask is not None,
-                        segment.mask is not None,
-                        None if segment.bias is None else segment.bias.kind,
-                        grad and segment.bias is not None and segment.bias.values.requires_grad,
-                    )
-                    for segment in self.segments
-                ]
-            ),
+            self.segments[0].value.shape[3],
+            tuple(segments),
             self.dropout > 0.0,
             grad and any(tensor.requires_grad for tensor in tensors),
             probabilities,
@@ -350,17 +344,18 @@ def _check_softcap(softcap: object) -> None:
         raise InvalidArgumentError("softcap", repr(softcap), "a finite number > 0, or None")
 
 
-def check_heads_tensor(name: str, tensor: object) -> None:
-    """Raise unless ``tensor`` is a dense, non-empty, floating-point tensor ``(batch, heads, length, head_dim)``."""
-    allowed = "of shape (batch, heads, length, head_dim), with all sizes at least 1"
-    if not isinstance(tensor, Tensor):
-        raise InvalidArgumentError(name, describe(tensor), f"a tensor {allowed}")
-    if tensor.is_nested or tensor.layout != torch.strided:
-        raise InvalidArgumentError(name, "a nested or sparse tensor", f"a dense tensor {allowed}")
-    if tensor.ndim != 4 or 0 in tensor.shape:
-        raise InvalidArgumentError(name, describe(tensor), f"a tensor {allowed}")
-    if tensor.dtype not in FLOATS:
-        raise InvalidArgumentError(f"{name} dtype", tensor.dtype, ", ".join(map(str, FLOATS)))
+def check_heads_tensors(**tensors: object) -> None:
+    """Raise unless each tensor is dense, non-empty, floating-point, and ``(batch, heads, length, head_dim)``."""
+    for name, tensor in tensors.items():
+        allowed = "of shape (batch, heads, length, head_dim), with all sizes at least 1"
+        if not isinstance(tensor, Tensor):
+            raise InvalidArgumentError(name, describe(tensor), f"a tensor {allowed}")
+        if tensor.is_nested or tensor.layout != torch.strided:
+            raise InvalidArgumentError(name, "a nested or sparse tensor", f"a dense tensor {allowed}")
+        if tensor.ndim != 4 or 0 in tensor.shape:
+            raise InvalidArgumentError(name, describe(tensor), f"a tensor {allowed}")
+        if tensor.dtype not in FLOATS:
+            raise InvalidArgumentError(f"{name} dtype", tensor.dtype, ", ".join(map(str, FLOATS)))
 
 
 def _check_mask(name: str, mask: object, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:

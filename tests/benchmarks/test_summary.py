@@ -69,6 +69,15 @@ def test_page_shows_differences_from_the_published_configuration_below_the_table
     assert lines[-3].startswith("| 160 | `sdpa` |")
 
 
+def test_page_shows_the_overhead_of_host_scopes(shootout, tmp_path):
+    result = shootout("sdpa", scope="overhead")
+    result.write(tmp_path / "one" / "tiny.json")
+    page = summary.page(tmp_path)
+    sdpa = next(row for row in result.rows if row.backend == "sdpa")
+    assert f"| {sdpa.overhead * 1e6:.0f} us |" in page and "| `counting` | original |" in page
+    assert "--scope overhead" in summary.command(result)
+
+
 def test_page_starts_with_whole_models(shootout, tmp_path):
     shootout("sdpa", scope="attention", peers=False).write(tmp_path / "one" / "a.json")
     shootout("sdpa").write(tmp_path / "one" / "b.json")

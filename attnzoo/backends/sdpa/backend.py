@@ -69,8 +69,8 @@ class SdpaBackend(Backend):
         segment = attention.segments[0]
         terms = _terms_of_one_call(attention, segment) if len(attention.segments) == 1 else None
         if terms is not None:
-            keys_values = _contiguous_rows(segment.key), _contiguous_rows(segment.value)
-            output, visible_rows, kernel = _call(attention, _contiguous_rows(attention.query), keys_values, *terms)
+            query, *keys_values = map(_contiguous_rows, (attention.query, segment.key, segment.value))
+            output, visible_rows, kernel = _call(attention, query, keys_values, *terms)
             if visible_rows is not None or attention.query_mask is not None:
                 output = attention.fill(output, visible_rows)
             return Result(output, kernel)
