@@ -238,7 +238,7 @@ def _prepared(
 
 def _run(calls: Sequence[tuple[nn.Module, RecordedCall]], grad: bool) -> None:
     for module, call in calls:
-        leaves = [p for p in module.parameters() if p.requires_grad]
+        leaves: list[Tensor] = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if grad:
             leaves += [leaf.requires_grad_() for leaf in call.leaves()]
         with torch.set_grad_enabled(grad):
