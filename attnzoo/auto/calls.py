@@ -48,13 +48,20 @@ def describe_call(point: PatchPoint, module: Any, states: Tensor, kwargs: Mappin
     A module in training mode always counts as training. Checkpointed and reversible layers run their forward once
     without and once with gradients. Both runs must select the same code, or dropout would differ between them.
     """
+    return ModuleCall(*properties(point, module, states, kwargs))
+
+
+def properties(
+    point: PatchPoint, module: Any, states: Tensor, kwargs: Mapping[str, Any]
+) -> tuple[str, int, int, int, str]:
+    """Return the fields of :func:`describe_call`. Every call of a patched module computes them, so this is short."""
     batch, q_len, _ = states.shape
     source, cache = kwargs.get("key_value_states"), kwargs.get(point.cache)
     kv_len = q_len if source is None else source.shape[1]
     if cache is not None and source is None:
-        kv_len = power_of_two(q_len + point.cached_tokens(module, cache))
+        kv_len = 1 << (q_len + point.cached_tokens(module, cache) - 1).bit_length()  # rounded up to a power of two
     if module.training or torch.is_grad_enabled():
         mode = TRAINING
     else:
         mode = DECODING if q_len == 1 and cache is not None else FORWARD
-    return ModuleCall(mode, batch, q_len, kv_len, states.device.type)
+    return mode, batch, q_len, kv_len, states.device.type

@@ -10,11 +10,11 @@ import torch
 
 from attnzoo.adapter import PatchPoint
 from attnzoo.auto import cache
-from attnzoo.auto.calls import ModuleCall, describe_call, hidden_states
-from attnzoo.auto.choice import BY_REQUEST, by_priority_because
+from attnzoo.auto.calls import ModuleCall, hidden_states, properties
+from attnzoo.auto.choice import by_priority_because
 from attnzoo.auto.environment import environment_of
 from attnzoo.auto.measurements import key_of
-from attnzoo.auto.modules import autocast_dtype, by_measurement, request_of
+from attnzoo.auto.modules import by_measurement, request_of
 from attnzoo.auto.rule import native_because
 from attnzoo.backend import Backend, Choice
 from attnzoo.errors import Refusal
@@ -48,6 +48,7 @@ class NativeChooser:
     def __init__(self, point: PatchPoint, preference: Preference) -> None:
         self._point, self._preference = point, preference
         self._decisions: dict[tuple[Any, ...], Choice | None] = {}
+        self._has_autocast: dict[str, bool] = {}
 
     def choose(self, module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Choice | None:
         """Return ``native`` with the reason, or None if a backend must compute the attention of this call.
@@ -58,29 +59,39 @@ class NativeChooser:
         point, states = self._point, hidden_states(args, kwargs)
         if states is None:
             return None
-        call, because = describe_call(point, module, states, kwargs), by_priority_because()
-        generations = (registry.generation, cache.generation(), torch.get_num_threads())
-        key = (call, states.dtype, states.device, autocast_dtype(call.device), because, generations)
+        described = properties(point, module, states, kwargs)
+        device = described[-1]
+        has_autocast = self._has_autocast.get(device)
+        if has_autocast is None:
+            has_autocast = self._has_autocast[device] = torch.amp.is_autocast_available(device)
+        key = (
+            described,
+            states.dtype,
+            states.device,
+            torch.get_autocast_dtype(device) if has_autocast and torch.is_autocast_enabled(device) else None,
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_num_threads(),
+            registry.generation,
+            cache.generation(),
+        )
         try:
             choice = self._decisions[key]
         except KeyError:
             if len(self._decisions) >= _MOST_DECISIONS:
                 self._decisions.clear()
-            choice = self._decisions[key] = self._decide(module, call, states.device, because)
+            choice = self._decisions[key] = self._decide(module, ModuleCall(*described), states.device)
         if choice is None or point.wants_probabilities(module, kwargs) or transforms_around((states,)):
             return None
         return choice if point.original_serves(module, *args, **kwargs) else None
 
-    def _decide(self, module: Any, call: ModuleCall, device: torch.device, because: str | None) -> Choice | None:
+    def _decide(self, module: Any, call: ModuleCall, device: torch.device) -> Choice | None:
         point = self._point
         if point.fault(module) is not None:
             return None
         if self._preference == "always":
             return Choice(NativeBackend(), "preferred to every backend")
-        if because == BY_REQUEST:
-            return None
         requests = point.requests(module)
-        if because is None and requests:
+        if requests and by_priority_because() is None:
             measurement = cache.find(environment_of(device), key_of(request_of(point, module, call), call.size))
             decision = None if measurement is None else by_measurement(measurement, type(module))
             if decision is not None:

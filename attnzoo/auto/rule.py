@@ -38,8 +38,8 @@ LIMITS: dict[tuple[str, str, str], Limit] = {
     ("window and other keys", "cpu", TRAINING): Limit(512, 3_000_000),
     ("window with bias", "cpu", FORWARD): Limit(255, 6_000_000),
     ("window with bias", "cpu", TRAINING): Limit(255, 12_000_000),
-    ("window and other keys with bias", "cpu", FORWARD): Limit(255, 6_000_000),
-    ("window and other keys with bias", "cpu", TRAINING): Limit(255, 12_000_000),
+    ("window and other keys with bias", "cpu", FORWARD): Limit(0, 60_000_000),
+    ("window and other keys with bias", "cpu", TRAINING): Limit(0, 200_000_000),
     ("chunks", "cpu", FORWARD): Limit(256, 500_000),
     ("chunks", "cpu", TRAINING): Limit(256, 500_000),
     ("sorted chunks", "cpu", FORWARD): Limit(1024, 500_000),
@@ -72,14 +72,20 @@ def kind_of(requests: Sequence[Request], original_kernel: str) -> str:
 
 
 def count_scores(requests: Sequence[Request], call: ModuleCall) -> int:
-    """Return about how many scores a call computes. Keys that all queries see are not counted in local attention."""
+    """Return about how many scores a call computes, with all keys if the number of visible keys grows with the length.
+
+    The few keys that all queries of a local attention see, such as global tokens, are not counted.
+    """
     keys = min(call.kv_len, keys_per_query(requests) or call.kv_len)
     return call.batch * requests[0].heads * call.q_len * keys
 
 
 def keys_per_query(requests: Sequence[Request]) -> int:
     """Return how many keys a query of local attention sees, or 0 if the number grows with the length."""
-    return sum(_span(segment.pattern) for segment in requests[0].segments)
+    segments = requests[0].segments
+    if any(isinstance(segment.pattern, Full) and segment.bias is not None for segment in segments):
+        return 0  # one key per block of tokens, with a bias by block distance
+    return sum(_span(segment.pattern) for segment in segments)
 
 
 def holds(limit: Limit, requests: Sequence[Request]) -> bool:

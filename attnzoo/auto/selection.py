@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from attnzoo.adapter import PatchPoint
 from attnzoo.auto import cache
-from attnzoo.auto.choice import by_measurement, by_priority_because, wrongs
+from attnzoo.auto.choice import BY_REQUEST, by_measurement, by_priority_because, wrongs
 from attnzoo.auto.environment import Environment, environment_of
 from attnzoo.auto.measurements import SizeClass, key_of, mode_of, size_class
 from attnzoo.auto.native import NativeChooser, Preference
@@ -39,7 +39,9 @@ class AutoBackend(Backend):
 
     def chooser(self, point: PatchPoint) -> NativeChooser | None:
         """Return the object that decides when a module of ``point`` runs the model's code. None means never."""
-        return NativeChooser(point, self.native) if point.attends and self.native != "never" else None
+        by_request = self.native == "auto" and by_priority_because() == BY_REQUEST
+        never = by_request or self.native == "never" or not point.attends
+        return None if never else NativeChooser(point, self.native)
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
         """Return ``()`` if a candidate supports the request. Otherwise return the refusals of all candidates."""

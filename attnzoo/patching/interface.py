@@ -41,7 +41,9 @@ def rebind(function: Callable[..., Any], **names: Any) -> FunctionType:
     if not isinstance(plain, FunctionType) or any(name not in plain.__code__.co_names for name in names):
         raise PatchError(f"function: got {function!r}; allowed: a Python function that uses globals {sorted(names)}")
     names = {**plain.__globals__, **names}
-    twin = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
+    # torch.compile stores compiled code by code object, and looks the compiled functions up in the globals. With a
+    # shared code object, the second of two rebound functions would look in the globals of the first.
+    twin = FunctionType(plain.__code__.replace(), names, plain.__name__, plain.__defaults__, plain.__closure__)
     twin.__kwdefaults__ = plain.__kwdefaults__
     return twin
 

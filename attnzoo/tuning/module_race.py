@@ -21,7 +21,7 @@ from attnzoo.auto.calls import TRAINING, ModuleCall, describe_call, hidden_state
 from attnzoo.auto.environment import Environment, code_of, environment_of
 from attnzoo.auto.measurements import Measurement, Outcome, key_of
 from attnzoo.auto.modules import NATIVE, PATCHED, codes_of, request_of
-from attnzoo.auto.rule import count_scores, keys_per_query
+from attnzoo.auto.rule import count_scores, kind_of
 from attnzoo.auto.selection import AutoBackend
 from attnzoo.backend import Backend
 from attnzoo.conformance.attention_check import check_attention
@@ -137,7 +137,7 @@ class ModuleCalls:
         if states is None or not requests:
             return False
         call = describe_call(target.point, module, states, kwargs)
-        if not keys_per_query(requests) and target.point.original_kernel(module) == "eager":
+        if kind_of(requests, target.point.original_kernel(module)).startswith("dense in eager"):
             grids = GRIDS + (GRIDS_KEPT if call.mode == TRAINING else 0)
             if count_scores(requests, call) * states.itemsize * grids > DENSE_BYTES:
                 return False  # the model's code might fill the memory
@@ -238,7 +238,7 @@ def _prepared(
 
 def _run(calls: Sequence[tuple[nn.Module, RecordedCall]], grad: bool) -> None:
     for module, call in calls:
-        leaves = [p for p in module.parameters() if p.requires_grad]
+        leaves: list[Tensor] = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if grad:
             leaves += [leaf.requires_grad_() for leaf in call.leaves()]
         with torch.set_grad_enabled(grad):

@@ -72,6 +72,8 @@ def test_scores_are_batch_times_heads_times_queries_times_visible_keys():
     assert count_scores(requests(Window(3, 4), Full()), call(q_len=5)) == 4 * 5 * 5, "a short input has fewer keys"
     assert count_scores(requests(Chunks(4, 1, 0)), call(q_len=100)) == 4 * 100 * 8
     assert count_scores(requests(*[SortedChunks(4, 1, 1)] * 3), call(q_len=100)) == 4 * 100 * 36
+    sides = requests(Window(3, 3), Full(), bias="relative")
+    assert count_scores(sides, call(q_len=100)) == 4 * 100 * 100, "LongT5's global keys grow with the length"
     assert count_scores(requests(Causal(offset=0)), call(q_len=7, kv_len=32)) == 4 * 7 * 32
 
 

@@ -25,16 +25,27 @@ def run(model, inputs):
     return [logits.detach(), *(gradient.clone() for gradient in gradients)]
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "auto"])
 @families("gpt_neox", "led")  # an attention function, and a forward
-def test_a_patched_model_compiles(family):
+def test_a_patched_model_compiles(family, backend):
     model, inputs = family.build(), [family.inputs(20, "left"), family.inputs(33, "right")]
-    with attnzoo.patch(model, "sdpa") as handle:
+    with attnzoo.patch(model, backend) as handle:
         expected = [run(model, given) for given in inputs]
         calls = handle.sites[0].calls
         compiled = torch.compile(model, backend="eager")
         outputs = [run(compiled, given) for given in inputs]
         assert handle.sites[0].calls == 2 * calls
     torch.testing.assert_close(outputs, expected)
+
+
+def test_a_second_model_compiles():
+    """Both models run copies of one original function. Compiled code for the first copy must not serve the second."""
+    family = FAMILIES["led"]
+    for _ in range(2):
+        model, inputs = family.build(), family.inputs(20, "left")
+        with attnzoo.patch(model, "sdpa"), torch.no_grad():
+            expected = model(**inputs).logits
+            assert torch.equal(torch.compile(model, backend="eager")(**inputs).logits, expected)
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -64,11 +64,16 @@ def test_native_over_another_patch_runs_the_models_own_code(subject):
     assert set(calls(below).values()) == {0}
 
 
-def test_auto_selects_a_backend_and_the_site_reports_its_kernel(subject):
+def test_auto_selects_and_the_site_reports_what_ran(subject, monkeypatch):
+    """On tiny models, the rule selects the model's code. By priority, a backend runs."""
     native = subject.logits()
     with attnzoo.patch(subject.model) as handle:
+        assert torch.equal(subject.logits(), native)
+        assert {(site.backend, site.kernel) for site in handle.sites} == {("auto", "native")}
+        assert all(str(choice).startswith("native: by rule") for site in handle.sites for choice in site.selections)
+    monkeypatch.setenv("ATTNZOO_AUTO", "priority")
+    with attnzoo.patch(subject.model) as handle:
         assert subject.close(subject.logits(), native)
-    assert {site.backend for site in handle.sites} == {"auto"}
     assert all(site.kernel not in (None, "eager", "native") for site in handle.sites)
 
 
