@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -26,16 +26,20 @@ def has_installed_patch(model: nn.Module) -> bool:
     return any(forward.patch.number in _numbers for module in model.modules() for forward in patches_of(module))
 
 
-def requests_of(model: nn.Module) -> dict[str, NamedBackend]:
-    """Return ``{name of a part: requested backend}``. Parts are the models of transformers inside the model."""
+Requests = dict[str, NamedBackend | None]
+
+
+def requests_of(model: nn.Module) -> Requests:
+    """Return ``{name of a part: requested backend or None}``. Empty if no part requests a backend.
+
+    The parts are the models of transformers inside the model, and the model itself.
+    """
     from transformers import PreTrainedModel
 
-    requests = {}
-    for name, part in model.named_modules():
-        mark = mark_of(part.config) if isinstance(part, PreTrainedModel) else None
-        if mark is not None:
-            requests[name] = read_name(mark.text, mark.explicit)
-    return requests
+    parts = ((name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel))
+    marks = {name: mark_of(part.config) for name, part in parts}
+    requests = {name: mark and read_name(mark.text, mark.explicit) for name, mark in marks.items()}
+    return requests if any(requests.values()) else {}
 
 
 def patch_as_requested(model: nn.Module) -> None:
@@ -96,20 +100,25 @@ def _put(model: nn.Module, plans: tuple[SitePlan, ...]) -> None:
     _numbers.add(handle.forwards[0].patch.number)
 
 
-def _assign(
-    model: nn.Module, targets: list[PatchTarget], requests: Mapping[str, NamedBackend]
-) -> dict[PatchTarget, Backend]:
+def _assign(model: nn.Module, targets: list[PatchTarget], requests: Requests) -> dict[PatchTarget, Backend]:
     """Return the backend of each site: the request of the smallest part of the model around the site.
 
     Raises:
-        PatchError: a part for which a user chose a backend has no site.
+        PatchError: a user chose a backend for a part in which no site gets a backend.
     """
     sites = [target for target in targets if target.point.attends]
-    for part, request in requests.items():
-        if request.explicit and not any(_is_inside(site.name, part) for site in sites):
-            find_sites(model.get_submodule(part))  # raises, with the reason
     around = {site: [part for part in requests if _is_inside(site.name, part)] for site in sites}
-    return {site: requests[max(parts, key=len)].backend for site, parts in around.items() if parts}
+    decided = {site: requests[max(parts, key=len)] for site, parts in around.items() if parts}
+    assigned = {site: request.backend for site, request in decided.items() if request is not None}
+    for name, request in requests.items():
+        if request is not None and request.explicit and not any(_is_inside(site.name, name) for site in assigned):
+            part = model.get_submodule(name)
+            find_sites(part)  # raises, with the reason, if an adapter is missing
+            raise PatchError(
+                f"attn_implementation: got {request.text!r} for {type(part).__name__}, whose attention modules belong to "
+                "parts with another configuration; allowed: a name in the configurations of these parts"
+            )
+    return assigned
 
 
 def _is_inside(name: str, part: str) -> bool:

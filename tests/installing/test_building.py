@@ -309,6 +309,27 @@ def test_a_name_for_a_whole_composite_model_is_refused_if_a_part_has_no_adapter(
         transformers.EncoderDecoderModel(config)
 
 
+def test_the_smallest_part_around_a_module_decides():
+    names = {"": "attnzoo/sdpa", "encoder": "attnzoo/eager", "decoder": "eager"}
+    assert backends_of(transformers.EncoderDecoderModel(composite_config(implementation=names))) == {"eager"}
+
+
+def test_a_name_that_reaches_no_module_is_refused():
+    class Wrapper(PreTrainedModel):
+        config_class = RemoteConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.led = LEDModel(led_config())
+            self.post_init()
+
+    with pytest.raises(attnzoo.PatchError, match="got .sdpa. for Wrapper, whose attention modules belong to parts"):
+        Wrapper(requesting("sdpa", RemoteConfig()))
+    names = {"": "attnzoo/sdpa", "encoder": "eager", "decoder": "eager"}
+    with pytest.raises(attnzoo.PatchError, match="got 'sdpa' for EncoderDecoderModel"):
+        transformers.EncoderDecoderModel(composite_config(implementation=names))
+
+
 def test_a_default_is_for_the_parts_with_an_adapter():
     attnzoo.install("sdpa")
     model = transformers.EncoderDecoderModel(composite_config())
