@@ -115,8 +115,8 @@ def _assign(model: nn.Module, targets: list[PatchTarget], requests: Requests) ->
             part = model.get_submodule(name)
             find_sites(part)  # raises, with the reason, if an adapter is missing
             raise PatchError(
-                f"attn_implementation: got {request.text!r} for {type(part).__name__}, whose attention modules belong to "
-                "parts with another configuration; allowed: a name in the configurations of these parts"
+                f"attn_implementation: got {request.text!r} for {type(part).__name__}, whose attention modules belong "
+                "to parts with another configuration; allowed: a name in the configurations of these parts"
             )
     return assigned
 

@@ -323,7 +323,7 @@ def test_a_name_that_reaches_no_module_is_refused():
             self.led = LEDModel(led_config())
             self.post_init()
 
-    with pytest.raises(attnzoo.PatchError, match="got .sdpa. for Wrapper, whose attention modules belong to parts"):
+    with pytest.raises(attnzoo.PatchError, match=r"got .sdpa. for Wrapper, whose attention modules belong to parts"):
         Wrapper(requesting("sdpa", RemoteConfig()))
     names = {"": "attnzoo/sdpa", "encoder": "eager", "decoder": "eager"}
     with pytest.raises(attnzoo.PatchError, match="got 'sdpa' for EncoderDecoderModel"):

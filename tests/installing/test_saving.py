@@ -18,7 +18,9 @@ from tests.support.installed import FAMILIES, backends_of, logits
 PLAIN_PROCESS = """
 import sys, torch, transformers
 if sys.argv[2] == "attnzoo":
+    before = dict(vars(transformers.PreTrainedModel))
     import attnzoo
+    assert dict(vars(transformers.PreTrainedModel)) == before  # also with ATTNZOO_BACKEND
 else:
     sys.modules["attnzoo"] = None  # an import would raise
 model = transformers.AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1])
@@ -60,7 +62,11 @@ def test_a_saved_model_loads_in_a_process_without_install(process, tmp_path):
     arguments = [tmp_path, process, tmp_path / "inputs", tmp_path / "logits"]
     command = [sys.executable, "-c", PLAIN_PROCESS, *map(str, arguments)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ATTNZOO_BACKEND": "sdpa"},
     )
     assert done.returncode == 0, done.stderr
     attnzoo.unpatch(model)
