@@ -25,10 +25,12 @@ _freed: Counter[str] = Counter()
 def calls_by_backend(site: Site) -> Counter[str]:
     """Return how many attentions of a site ran on each backend. The model's original code is the backend ``native``."""
     kernels, selections = site.kernels.copy(), site.selections.copy()  # other threads may be counting
-    calls = Counter({"native": kernels["native"] + site.fallbacks})
+    calls: Counter[str] = Counter()
     for choice, count in selections.items():
         calls[choice.backend.name] += count
-    calls[site.backend] += kernels.total() - kernels["native"] - selections.total()
+    native = max(kernels["native"] - calls["native"], 0)  # calls that nobody selected
+    calls["native"] += native + site.fallbacks
+    calls[site.backend] += kernels.total() - native - selections.total()
     return +calls
 
 
