@@ -37,8 +37,10 @@ def requests_of(model: nn.Module) -> Requests:
     from transformers import PreTrainedModel
 
     parts = ((name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel))
-    marks = {name: mark_of(part.config) for name, part in parts}
-    requests = {name: mark and read_name(mark.text, mark.explicit) for name, mark in marks.items()}
+    requests: Requests = {}
+    for name, part in parts:
+        mark = mark_of(part.config)
+        requests[name] = None if mark is None else read_name(mark.text, mark.explicit)
     return requests if any(requests.values()) else {}
 
 
