@@ -45,12 +45,17 @@ def requests_of(model: nn.Module) -> Requests:
 
 
 def patch_as_requested(model: nn.Module) -> None:
-    """Patch a model that was just built. Sites that a user patched before keep this patch.
+    """Patch a model that was just built.
+
+    The model may contain models that ``install`` has patched. One new patch replaces these patches. If the model
+    contains a model that a user has patched, all earlier patches stay, and the new patch covers the other sites.
 
     Raises:
         PatchError, BackendRefusedError: as :func:`attnzoo.patch`. The model is unchanged.
     """
-    _put(model, plan_built(model))
+    plans = plan_built(model)
+    if plans:
+        _put(model, plans, replace=not any(map(_has_user_patch, find_sites(model))))
 
 
 def plan_built(model: nn.Module) -> tuple[SitePlan, ...]:
@@ -63,7 +68,9 @@ def plan_built(model: nn.Module) -> tuple[SitePlan, ...]:
     if not requests:
         return ()
     targets = find_sites(model)
-    assigned = {target: b for target, b in _assign(model, targets, requests).items() if not _has_user_patch(target)}
+    assigned = _assign(model, targets, requests)
+    if any(map(_has_user_patch, targets)):
+        assigned = {target: backend for target, backend in assigned.items() if not any(patches_of(target.module))}
     with _inference(model):
         candidates = [plan_sites(model, targets, assigned, device) for device in _device_types()]
     accepted = (plans for plans in candidates if not any(plan.refusals for plan in plans))
@@ -90,16 +97,19 @@ def patch_again(model: nn.Module) -> None:
         )
     plans = plan_sites(model, targets, _assign(model, targets, requests)) if requests else ()
     check_plans(plans)
-    _put(model, plans)
+    if plans:
+        _put(model, plans, replace=True)
+    else:
+        _unpatch_installed(model)
 
 
-def _put(model: nn.Module, plans: tuple[SitePlan, ...]) -> None:
-    """Replace the patches that ``install`` made in a model by new patches."""
-    if not plans:
-        unpatch_all(model, _numbers)
-        return
-    handle = put_plans(model, plans, remove=lambda patched: unpatch_all(patched, _numbers))
+def _put(model: nn.Module, plans: tuple[SitePlan, ...], replace: bool) -> None:
+    handle = put_plans(model, plans, remove=_unpatch_installed if replace else None)
     _numbers.add(handle.forwards[0].patch.number)
+
+
+def _unpatch_installed(model: nn.Module) -> None:
+    unpatch_all(model, _numbers)
 
 
 def _assign(model: nn.Module, targets: list[PatchTarget], requests: Requests) -> dict[PatchTarget, Backend]:

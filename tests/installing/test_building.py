@@ -354,3 +354,18 @@ def test_a_composite_model_of_loaded_parts(tmp_path):
     with pytest.raises(attnzoo.PatchError, match="no adapter"):
         model.set_attn_implementation("attnzoo/sdpa")
     assert not attnzoo.is_patched(model)
+
+
+def test_a_part_that_a_user_patched_keeps_its_patches():
+    model = transformers.EncoderDecoderModel(composite_config(implementation={"encoder": "sdpa"}))
+    encoder = model.encoder
+    attnzoo.unpatch(model)
+    encoder.set_attn_implementation("sdpa")
+    handle = attnzoo.patch(encoder, "eager")
+    whole = transformers.EncoderDecoderModel(encoder=encoder, decoder=model.decoder)
+    assert backends_of(whole) == {"eager"} and handle.active
+    attnzoo.unpatch(encoder)
+    assert backends_of(whole) == {"sdpa"}
+    again = transformers.EncoderDecoderModel(encoder=encoder, decoder=model.decoder)
+    attnzoo.unpatch(again)  # one patch of the whole model has replaced the patch of the part
+    assert not attnzoo.is_patched(encoder)
