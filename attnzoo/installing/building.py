@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 from attnzoo.installing.requests import patch_as_requested, plan_built
@@ -31,7 +30,7 @@ def finish_construction(model: Any) -> None:
 
     Call this function after each ``post_init``.
     """
-    if _is_inside_constructor(model):
+    if _is_inside_constructor():
         return
     if _loading.depth:
         plan_built(model)
@@ -50,34 +49,18 @@ def load(from_pretrained: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def _is_inside_constructor(model: Any) -> bool:
-    """Whether the caller of ``model.post_init`` runs inside a constructor that will call ``post_init`` later.
+def _is_inside_constructor() -> bool:
+    """Whether a constructor is running around the caller of ``post_init`` that will call ``post_init`` later.
 
     The stack tells this even if an earlier constructor failed halfway. A list of models under construction would then
-    keep the failed model. The constructor may be that of a subclass of ``model``, which adds modules.
+    keep the failed model. The constructor around may be that of a subclass, which adds modules to the same model.
     """
-    frames = [frame for frame in _frames(sys._getframe(1)) if _finishes_later(frame)]
-    called_by_constructor = bool(frames) and _self(frames[0]) is model
-    return len(frames) > called_by_constructor
-
-
-def _frames(frame: FrameType | None) -> Any:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _finishes_later(frame: FrameType) -> bool:
-    """Whether a frame is the constructor of a model that calls ``post_init``."""
     from transformers import PreTrainedModel
 
-    code = frame.f_code
-    if code.co_name != "__init__" or "post_init" not in code.co_names:
-        return False
-    return isinstance(_self(frame), PreTrainedModel)
-
-
-def _self(frame: FrameType) -> Any:
-    """Return the first argument of a method from its frame."""
-    names = frame.f_code.co_varnames
-    return frame.f_locals.get(names[0]) if names else None
+    constructors, frame = 0, sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        code = frame.f_code
+        if code.co_name == "__init__" and "post_init" in code.co_names and code.co_varnames:
+            constructors += isinstance(frame.f_locals.get(code.co_varnames[0]), PreTrainedModel)
+    return constructors > 1  # the innermost constructor has called post_init

@@ -45,10 +45,10 @@ def install(default: str | None = None) -> None:
 
     Example:
         >>> import attnzoo
-        >>> from transformers import LEDConfig, LEDModel
+        >>> from transformers import AutoModel, LEDConfig
         >>> sizes = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8, decoder_ffn_dim=8)
         >>> attnzoo.install()
-        >>> model = LEDModel._from_config(LEDConfig(vocab_size=9, **sizes), attn_implementation="sdpa")
+        >>> model = AutoModel.from_config(LEDConfig(vocab_size=9, **sizes), attn_implementation="sdpa")
         >>> attnzoo.uninstall()
         >>> {site.backend for site in attnzoo.handle(model).sites}
         {'sdpa'}

@@ -50,6 +50,11 @@ def saved_name(config: Any) -> object:
     return vars(config).get(KEY)
 
 
+def remembers(config: Any) -> bool:
+    """Whether a configuration remembers a request."""
+    return mark_of(config) is not None or saved_name(config) is not None
+
+
 def remember(config: Any, served: Served) -> None:
     """Store a request in a configuration. Only a request that a user made is saved with the configuration."""
     # The public setter would also write into the configurations of submodels.

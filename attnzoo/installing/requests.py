@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -26,25 +26,36 @@ def has_installed_patch(model: nn.Module) -> bool:
     return any(forward.patch.number in _numbers for module in model.modules() for forward in patches_of(module))
 
 
-def requests_of(model: nn.Module) -> dict[str, NamedBackend]:
-    """Return ``{name of a part: requested backend}``. Parts are the models of transformers inside the model."""
+Requests = dict[str, NamedBackend | None]
+
+
+def requests_of(model: nn.Module) -> Requests:
+    """Return ``{name of a part: requested backend or None}``. Empty if no part requests a backend.
+
+    The parts are the models of transformers inside the model, and the model itself.
+    """
     from transformers import PreTrainedModel
 
-    requests = {}
-    for name, part in model.named_modules():
-        mark = mark_of(part.config) if isinstance(part, PreTrainedModel) else None
-        if mark is not None:
-            requests[name] = read_name(mark.text, mark.explicit)
-    return requests
+    parts = ((name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel))
+    requests: Requests = {}
+    for name, part in parts:
+        mark = mark_of(part.config)
+        requests[name] = None if mark is None else read_name(mark.text, mark.explicit)
+    return requests if any(requests.values()) else {}
 
 
 def patch_as_requested(model: nn.Module) -> None:
-    """Patch a model that was just built. Sites that a user patched before keep this patch.
+    """Patch a model that was just built.
+
+    The model may contain models that ``install`` has patched. One new patch replaces these patches. If the model
+    contains a model that a user has patched, all earlier patches stay, and the new patch covers the other sites.
 
     Raises:
         PatchError, BackendRefusedError: as :func:`attnzoo.patch`. The model is unchanged.
     """
-    _put(model, plan_built(model))
+    plans = plan_built(model)
+    if plans:
+        _put(model, plans, replace=not any(map(_has_user_patch, find_sites(model))))
 
 
 def plan_built(model: nn.Module) -> tuple[SitePlan, ...]:
@@ -57,7 +68,9 @@ def plan_built(model: nn.Module) -> tuple[SitePlan, ...]:
     if not requests:
         return ()
     targets = find_sites(model)
-    assigned = {target: b for target, b in _assign(model, targets, requests).items() if not _has_user_patch(target)}
+    assigned = _assign(model, targets, requests)
+    if any(map(_has_user_patch, targets)):
+        assigned = {target: backend for target, backend in assigned.items() if not any(patches_of(target.module))}
     with _inference(model):
         candidates = [plan_sites(model, targets, assigned, device) for device in _device_types()]
     accepted = (plans for plans in candidates if not any(plan.refusals for plan in plans))
@@ -84,32 +97,40 @@ def patch_again(model: nn.Module) -> None:
         )
     plans = plan_sites(model, targets, _assign(model, targets, requests)) if requests else ()
     check_plans(plans)
-    _put(model, plans)
+    if plans:
+        _put(model, plans, replace=True)
+    else:
+        _unpatch_installed(model)
 
 
-def _put(model: nn.Module, plans: tuple[SitePlan, ...]) -> None:
-    """Replace the patches that ``install`` made in a model by new patches."""
-    if not plans:
-        unpatch_all(model, _numbers)
-        return
-    handle = put_plans(model, plans, remove=lambda patched: unpatch_all(patched, _numbers))
+def _put(model: nn.Module, plans: tuple[SitePlan, ...], replace: bool) -> None:
+    handle = put_plans(model, plans, remove=_unpatch_installed if replace else None)
     _numbers.add(handle.forwards[0].patch.number)
 
 
-def _assign(
-    model: nn.Module, targets: list[PatchTarget], requests: Mapping[str, NamedBackend]
-) -> dict[PatchTarget, Backend]:
+def _unpatch_installed(model: nn.Module) -> None:
+    unpatch_all(model, _numbers)
+
+
+def _assign(model: nn.Module, targets: list[PatchTarget], requests: Requests) -> dict[PatchTarget, Backend]:
     """Return the backend of each site: the request of the smallest part of the model around the site.
 
     Raises:
-        PatchError: a part for which a user chose a backend has no site.
+        PatchError: a user chose a backend for a part in which no site gets a backend.
     """
     sites = [target for target in targets if target.point.attends]
-    for part, request in requests.items():
-        if request.explicit and not any(_is_inside(site.name, part) for site in sites):
-            find_sites(model.get_submodule(part))  # raises, with the reason
     around = {site: [part for part in requests if _is_inside(site.name, part)] for site in sites}
-    return {site: requests[max(parts, key=len)].backend for site, parts in around.items() if parts}
+    decided = {site: requests[max(parts, key=len)] for site, parts in around.items() if parts}
+    assigned = {site: request.backend for site, request in decided.items() if request is not None}
+    for name, request in requests.items():
+        if request is not None and request.explicit and not any(_is_inside(site.name, name) for site in assigned):
+            part = model.get_submodule(name)
+            find_sites(part)  # raises, with the reason, if an adapter is missing
+            raise PatchError(
+                f"attn_implementation: got {request.text!r} for {type(part).__name__}, whose attention modules belong "
+                "to parts with another configuration; allowed: a name in the configurations of these parts"
+            )
+    return assigned
 
 
 def _is_inside(name: str, part: str) -> bool:

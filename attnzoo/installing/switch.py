@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from attnzoo.installing.decision import Decide, choose
-from attnzoo.installing.marks import KEY, Served, forget, remember
+from attnzoo.installing.marks import KEY, Served, forget, remember, remembers
 from attnzoo.installing.names import NamedBackend
 from attnzoo.installing.requests import has_installed_patch, patch_again
 
@@ -34,10 +34,11 @@ def set_implementation(
             served[key], backend = choose(parts[key], name, _keeping_field(parts[key], check(parts[key])))
             if backend is not None:
                 chosen[key] = backend
-    if not chosen and not has_installed_patch(model):
+    patched = has_installed_patch(model)
+    configs = {id(config): config for config in (*_configs(model.config), *(part.config for part in parts.values()))}
+    if not chosen and not patched and not any(map(remembers, configs.values())):
         theirs(implementation)
         return
-    configs = {id(config): config for config in (*_configs(model.config), *(part.config for part in parts.values()))}
     before = [(config, config._attn_implementation, vars(config).get(KEY)) for config in configs.values()]
     try:
         theirs(_with_served(model.config, implementation, served))
@@ -46,7 +47,8 @@ def set_implementation(
             forget(config)
             if key in chosen:
                 remember(config, Served(config._attn_implementation, chosen[key].text, explicit=True))
-        patch_again(model)
+        if chosen or patched:
+            patch_again(model)
     except BaseException:
         for config, field, saved in before:
             forget(config)

@@ -28,9 +28,9 @@ def calls_by_backend(site: Site) -> Counter[str]:
     calls: Counter[str] = Counter()
     for choice, count in selections.items():
         calls[choice.backend.name] += count
-    calls["native"] = kernels["native"]  # includes the selections of `auto`
-    calls[site.backend] += kernels.total() - calls.total()
-    calls["native"] += site.fallbacks
+    native = max(kernels["native"] - calls["native"], 0)  # calls that nobody selected
+    calls["native"] += native + site.fallbacks
+    calls[site.backend] += kernels.total() - native - selections.total()
     return +calls
 
 

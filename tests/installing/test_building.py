@@ -308,6 +308,27 @@ def test_a_name_for_a_whole_composite_model_is_for_all_parts():
     assert {site.name.partition(".")[0] for site in attnzoo.handle(model).sites} == {"encoder", "decoder"}
 
 
+def test_the_smallest_part_around_a_module_decides():
+    names = {"": "attnzoo/sdpa", "encoder": "attnzoo/eager", "decoder": "eager"}
+    assert backends_of(transformers.EncoderDecoderModel(composite_config(implementation=names))) == {"eager"}
+
+
+def test_a_name_that_reaches_no_module_is_refused():
+    class Wrapper(PreTrainedModel):
+        config_class = RemoteConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.led = LEDModel(led_config())
+            self.post_init()
+
+    with pytest.raises(attnzoo.PatchError, match=r"got .sdpa. for Wrapper, whose attention modules belong to parts"):
+        Wrapper(requesting("sdpa", RemoteConfig()))
+    names = {"": "attnzoo/sdpa", "encoder": "eager", "decoder": "eager"}
+    with pytest.raises(attnzoo.PatchError, match="got 'sdpa' for EncoderDecoderModel"):
+        transformers.EncoderDecoderModel(composite_config(implementation=names))
+
+
 def test_a_default_is_for_the_parts_of_a_family_with_an_adapter():
     attnzoo.install("sdpa")
     model = transformers.EncoderDecoderModel(composite_config())
@@ -332,3 +353,18 @@ def test_a_composite_model_of_loaded_parts(tmp_path):
     with pytest.raises(attnzoo.PatchError, match="no adapter"):
         model.set_attn_implementation("attnzoo/sdpa")
     assert not attnzoo.is_patched(model)
+
+
+def test_a_part_that_a_user_patched_keeps_its_patches():
+    model = transformers.EncoderDecoderModel(composite_config(implementation={"encoder": "sdpa"}))
+    encoder = model.encoder
+    attnzoo.unpatch(model)
+    encoder.set_attn_implementation("sdpa")
+    handle = attnzoo.patch(encoder, "eager")
+    whole = transformers.EncoderDecoderModel(encoder=encoder, decoder=model.decoder)
+    assert backends_of(whole) == {"eager"} and handle.active
+    attnzoo.unpatch(encoder)
+    assert backends_of(whole) == {"sdpa"}
+    again = transformers.EncoderDecoderModel(encoder=encoder, decoder=model.decoder)
+    attnzoo.unpatch(again)  # one patch of the whole model has replaced the patch of the part
+    assert not attnzoo.is_patched(encoder)

@@ -50,6 +50,20 @@ def test_aliases_are_accepted(alias, backend):
     assert backends_of(load("led", attn_implementation=alias)) == {backend}
 
 
+def test_transformers_does_not_look_for_our_names_on_the_hub(monkeypatch):
+    """For transformers, a/b is the kernel b of the user a."""
+
+    def download(*args, **kwargs):
+        raise AssertionError("transformers asked the hub")
+
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", download)
+    with pytest.raises(AssertionError, match="the hub"):
+        load("led", attn_implementation="some-user/flash")
+    assert backends_of(load("led", attn_implementation="attnzoo/sdpa")) == {"sdpa"}
+    with pytest.raises(attnzoo.UnknownNameError):
+        load("led", attn_implementation="attnzoo/flashy")
+
+
 def test_options_may_follow_the_name():
     model = load("gpt_neox", attn_implementation="blocked-local:window=16,sinks=2")
     ran("gpt_neox", model)
@@ -84,7 +98,7 @@ def test_without_a_request_nothing_changes(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["flash", "attnzoo/flash_attention_2", "xformers"])
+@pytest.mark.parametrize("name", ["flash_attention_2", "attnzoo/flash", "xformers"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the backends may run with CUDA")
 def test_a_refusal_lists_reasons_and_alternatives_before_weights_are_loaded(family, name):
     with (

@@ -18,7 +18,9 @@ from tests.support.installed import FAMILIES, backends_of, logits
 PLAIN_PROCESS = """
 import sys, torch, transformers
 if sys.argv[2] == "attnzoo":
+    before = dict(vars(transformers.PreTrainedModel))
     import attnzoo
+    assert dict(vars(transformers.PreTrainedModel)) == before  # also with ATTNZOO_BACKEND
 else:
     sys.modules["attnzoo"] = None  # an import would raise
 model = transformers.AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1])
@@ -59,9 +61,8 @@ def test_a_saved_model_loads_in_a_process_without_install(process, tmp_path):
     torch.save(inputs, tmp_path / "inputs")
     arguments = [tmp_path, process, tmp_path / "inputs", tmp_path / "logits"]
     command = [sys.executable, "-c", PLAIN_PROCESS, *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ATTNZOO_BACKEND": "sdpa"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     attnzoo.unpatch(model)
     with torch.no_grad():
@@ -128,6 +129,17 @@ def test_the_field_of_transformers_holds_a_name_of_transformers():
         field = model.config._attn_implementation
         assert field == load(family).config._attn_implementation
         assert field in {"eager": 1, "sdpa": 2}
+
+
+def test_the_compiler_reads_the_field_as_a_string():
+    config = load("gpt_neox", attn_implementation="attnzoo/sdpa").config
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def add(values):
+        field = config._attn_implementation
+        return values + {"eager": 1, "sdpa": 2}[field] * field.startswith("s")
+
+    assert add(torch.zeros(1)).item() == 2
 
 
 def test_another_model_with_the_same_configuration_object_stays_as_built():

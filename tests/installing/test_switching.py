@@ -58,6 +58,19 @@ def test_names_of_transformers_reach_transformers():
     assert not attnzoo.is_patched(model) and type(model.config._attn_implementation) is str
 
 
+@pytest.mark.parametrize("family", ["led", "gpt_neox"])
+def test_a_name_of_transformers_ends_the_request_of_an_unpatched_model(family):
+    """`attnzoo.unpatch` removes the patch only, and the configuration remembers the name."""
+    model = load(family, attn_implementation="attnzoo/sdpa")
+    attnzoo.unpatch(model)
+    assert model.config.attnzoo_backend == "sdpa"
+    with attnzoo.patch(model, "native"):
+        model.set_attn_implementation("eager")
+        assert backends_of(model) == {"native"}
+    assert not hasattr(model.config, "attnzoo_backend")
+    assert not attnzoo.is_patched(type(model)(model.config))
+
+
 @pytest.mark.parametrize("start", ["eager", "attnzoo/sdpa"])
 @pytest.mark.parametrize("name", ["flash", "attnzoo/spda", "spda", "lsh:window=2", "something-else"])
 @pytest.mark.parametrize("family", ["led", "longt5"])

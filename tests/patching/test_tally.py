@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import attnzoo
+from attnzoo.patching.plan import BUILT_IN
 from tests.support.subject import build_subject, mask_with_hole
 
 
@@ -39,6 +40,16 @@ def test_auto_counts_at_the_selected_backend(calls, led):
     selected = {choice.backend.name for site in handle.sites for choice in site.selections}
     assert calls().keys() == selected
     assert sum(calls().values()) == led.attentions
+
+
+def test_a_selected_native_call_counts_once(calls, led):
+    """However a site counts a call of the original code that `auto` selects."""
+    handle = attnzoo.patch(led.model, "auto")
+    choice = attnzoo.Choice(BUILT_IN["native"], "measured")
+    handle.sites[0].kernels["native"] += 3
+    handle.sites[0].selections[choice] += 3
+    handle.sites[1].kernels["native"] += 2
+    assert calls() == {"native": 5}
 
 
 def test_a_fallback_counts_as_native(calls, add_backend, neox):
