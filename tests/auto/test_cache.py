@@ -2,8 +2,10 @@
 
 import json
 import multiprocessing
+import tempfile
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +90,24 @@ def test_the_folder_follows_the_environment_variables(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache.folder() == tmp_path / "home" / ".cache" / "attnzoo" / "auto"
+
+
+def test_user_without_a_home_has_the_folder_of_temporary_files(monkeypatch):
+    """In a container, a user may have neither a name nor a home."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("ATTNZOO_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cache.folder() == Path(tempfile.gettempdir()) / ".cache" / "attnzoo" / "auto"
+
+
+def test_check_writable_creates_the_folder_with_all_parents(monkeypatch, tmp_path):
+    monkeypatch.setenv("ATTNZOO_CACHE_DIR", str(tmp_path / "new" / "cache"))
+    cache.check_writable()
+    assert cache.folder().is_dir() and not list(cache.folder().iterdir())
 
 
 def corrupt(path, kind):

@@ -145,6 +145,24 @@ def test_check_site_detects_other_buckets_than_declared():
     assert check_attention("site", whole, lsh(), grad=False).ok
 
 
+def test_check_site_repeats_the_buckets_of_the_checked_dtype():
+    class ByDtype(LshBackend):
+        """Its buckets depend on the dtype, as roundings do where two buckets are nearly equal."""
+
+        def decisions(self, attention):
+            return lsh(seed=self.seed + (attention.query.dtype == torch.float64)).decisions(attention)
+
+        def rewrite(self, attention, decisions=None):
+            return super().rewrite(attention, self.decisions(attention) if decisions is None else decisions)
+
+    whole = attention(Causal(), None)
+    assert check_attention("site", whole, ByDtype(**OPTIONS), grad=True).ok
+    double = whole.with_tensors(tuple(tensor.double() for tensor in whole.tensors()))
+    backend = ByDtype(**OPTIONS)
+    outputs = [evaluate(backend.rewrite(double, backend.decisions(part))).output for part in (whole, double)]
+    assert not torch.allclose(*outputs, atol=0.1), "other buckets are another attention"
+
+
 # Recall
 
 

@@ -85,3 +85,24 @@ def test_a_union_of_parts_is_the_softmax_over_all_keys():
         torch.autograd.grad(output, leaves, cotangent),
         torch.autograd.grad(expected, leaves, cotangent.masked_fill(~visible.any(-1, keepdim=True), 0.0)),
     )
+
+
+class HalfKernel(PlainKernel):
+    """A kernel that computes parts in half precision, and sums them in float32."""
+
+    def new_results(self):
+        return torch.zeros(self.query.shape), torch.full(self.query.shape[:1], float("-inf"))
+
+    def forward(self, rows, number):
+        out, lse = super().forward(rows, number)
+        return out, lse.float()
+
+
+def test_parts_in_half_precision_are_merged_in_the_dtype_of_their_sum():
+    query, *tensors = (torch.randn(n, 4) for n in (6, 5, 5, 3, 3))
+    plan = [(number == 0, Rows(slice(0, 6), (Part(number, slice(0, 5)),))) for number in (0, 1)]
+    halves = [tensor.bfloat16() for tensor in (query, *tensors)]
+    output, _ = unite(partial(HalfKernel, plan), halves[0], halves[1:])
+    query, *tensors = (half.double() for half in halves)
+    expected = (query @ torch.cat(tensors[0::2]).T).softmax(-1) @ torch.cat(tensors[1::2])
+    torch.testing.assert_close(output.double(), expected, rtol=0.03, atol=0.03)

@@ -243,6 +243,16 @@ def test_kit_rejects_one_wrong_property_of_dropout(compute, message, mask):
     assert rejects(backend, "dropout", "Full()", f"mask {mask}", message=message)
 
 
+@pytest.mark.parametrize("name", ["all heads alike", "all samples alike", "all queries alike"])
+def test_two_samples_heads_or_queries_with_equal_dropped_weights_are_enough_to_reject(name):
+    compute, _ = DROPOUTS[name]
+    sizes = dict(batch=2) if name == "all samples alike" else dict(batch=1, q_len=2)
+    backend, case = candidate(lambda a: compute(a)), testing.AttentionCase(dropout=0.25, kv_len=400, **sizes)
+    assert "drop the same weights" in testing.run_case(backend, case).failure
+    right = candidate(lambda a: dropped(a, lambda w: draw(*w.shape)))
+    assert "drop the same weights" not in testing.run_case(right, case).failure
+
+
 def returning(**change):
     class Returning(Candidate):
         def run(self, attention, probabilities=False):

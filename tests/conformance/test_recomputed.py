@@ -7,9 +7,11 @@ import torch
 
 import attnzoo
 from attnzoo.backends.eager import evaluate
+from attnzoo.conformance import attention_check
 from attnzoo.conformance.attention_check import check_attention, detached, gradient_vector
 from attnzoo.conformance.cases import MASKS, AttentionCase
 from attnzoo.conformance.recomputed import RecomputedBackend, recomputed
+from attnzoo.spec.segments import Attention, Segment
 from tests.support.checkpoints import load, passage
 
 
@@ -85,3 +87,32 @@ def test_recomputed_backend_refuses_dropout_and_probabilities():
     request = replace(AttentionCase().attention().request(), dropout=True, probabilities=True)
     fields = {refusal.field for refusal in RecomputedBackend().refusals(request)}
     assert fields == {"dropout", "attention probabilities"}
+
+
+def test_checks_of_an_attention_repeat_and_draw_no_numbers_of_the_user():
+    """The cotangent, the sampled rows and the summation orders come from generators with the seed of the check."""
+    attention = AttentionCase(pattern=attnzoo.Causal()).attention()
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    first = check_attention("site", attention, "eager", grad=True, max_rows=9)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(12)
+    assert check_attention("site", attention, "eager", grad=True, max_rows=9).checks == first.checks
+    other = check_attention("site", attention, "eager", grad=True, max_rows=9, seed=1)
+    assert other.checks[1].scale != first.checks[1].scale
+
+
+@pytest.mark.parametrize(("rows", "orders"), [(1, 8), (32, 8), (64, 4), (200, 1), (600, 1)])
+def test_the_fewer_the_rows_the_more_summation_orders_are_tried(monkeypatch, rows, orders):
+    """The errors of few rows may all be small by chance. Of many rows, one order costs enough time."""
+    tried = []
+
+    def noted(part, chosen, order):
+        tried.append(order)
+        return recomputed(part, chosen, order=order)
+
+    monkeypatch.setattr(attention_check, "recomputed", noted)
+    query, key = torch.randn(1, 1, rows, 4), torch.randn(1, 1, 3, 4)
+    whole = Attention(query, (Segment(key, key),), 0.5)
+    assert check_attention("site", whole, "eager", grad=True, max_rows=1000).ok
+    assert tried == list(range(orders))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from tests.mutants.mutations import Mutant
 
 # (path, line before, line after): reason. The lines have no indentation.
@@ -16,9 +18,70 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return min(q_len, max(64, min(256, (self.left + self.right) // 16)))",
         "return min(q_len, max(65, min(256, (self.left + self.right) // 16)))",
     ): "the number of queries in a block changes the speed, and no result",
+    (
+        "attnzoo/backends/approximate/visible_keys.py",
+        "places = torch.arange(segment.kv_len, device=segment.key.device, dtype=torch.int32)",
+        "places = torch.arange(segment.kv_len, device=segment.key.device, )",
+    ): "places below kv_len are the same numbers in int32 and int64; int32 takes less memory",
+    (
+        "attnzoo/backends/approximate/visible_keys.py",
+        "is_self_visible = spans.visible[:, self_key.clamp(0, kv_len - 1)] & exists",
+        "is_self_visible = spans.visible[:, self_key.clamp(1, kv_len - 1)] & exists",
+    ): "the query at key 0 sees this key or no key, because no query sees a later key; so its reach is the position",
+    (
+        "attnzoo/backends/sdpa/flash_cpu.py",
+        "return attention.fill(output, None if bool(visible_rows.all()) else visible_rows)",
+        "return attention.fill(output, None if (bool(visible_rows.all())) and False else visible_rows)",
+    ): "fill() with a mask that is True everywhere returns the output; None only saves the pass over the output",
+    (
+        "attnzoo/backends/sdpa/stacks.py",
+        "if tensor.stride(-2) == tensor.shape[-1]:",
+        "if tensor.stride(-2) == tensor.shape[-2]:",
+    ): "contiguous_rows() returns the same values with or without the copy; the copy makes a kernel faster",
+    (
+        "adapters/reformer_local.py",
+        "size = module.chunk_length * max(SLICE // module.chunk_length, SLICE_PER_NEIGHBOURHOOD * around, 1)",
+        "size = module.chunk_length * max(SLICE_PER_NEIGHBOURHOOD * around, 1)",
+    ): "slices of every size give the same output; the size trades memory for speed",
+    (
+        "adapters/longt5_bias.py",
+        "pair = distance.new_full((2 * reach + 1,), -1).scatter(0, distance, _numbers(distance, len(distance)))",
+        "pair = distance.new_full((3 * reach + 1,), -1).scatter(0, distance, _numbers(distance, len(distance)))",
+    ): "the additional entries stay -1, and entries of -1 are not read",
+    (
+        "adapters/longt5.py",
+        'mask, "tokens", lambda mask: read_blocked_mask(mask, module.block_len, hidden_states)',
+        "mask, None, lambda mask: read_blocked_mask(mask, module.block_len, hidden_states)",
+    ): "a name of cached_per_forward is any key that no other value of the same tensor has",
+    (
+        "attnzoo/originals/fingerprint.py",
+        "defined = False",
+        "defined = None",
+    ): "the variable is only read as a condition",
+    (
+        "attnzoo/conformance/dropout_check.py",
+        "random = torch.Generator().manual_seed(0)",
+        "random = torch.Generator().manual_seed(1)",
+    ): "the check of a gradient along a random direction is valid for every seed",
 }
+# A call of cached_per_forward (called ``once`` in some modules) with the name of the cached value.
+_CACHED = re.compile(r'(?P<start>\b(?:cached_per_forward|once)\([\w.]+, )"(?P<name>\w+)"')
 
 
 def reason_for_equivalence(mutant: Mutant) -> str | None:
     """Return why a mutant is equivalent to the original, or None if it is not known to be."""
-    return EQUIVALENT.get((mutant.path, mutant.before, mutant.after))
+    return EQUIVALENT.get((mutant.path, mutant.before, mutant.after)) or _renamed_cache_entry(mutant)
+
+
+def _renamed_cache_entry(mutant: Mutant) -> str | None:
+    """Return a reason if the mutant only renames a value of ``SiteAttend.cached_per_forward``.
+
+    With another name, sites compute a value again that they could share, or share under the other name.
+    """
+    if (call := _CACHED.search(mutant.before)) is None:
+        return None
+    name = call["name"]
+    for renamed in (f'"XX{name}XX"', f'"{name.upper()}"', f'"{name.lower()}"', "None"):
+        if mutant.after == _CACHED.sub(rf"\g<start>{renamed}", mutant.before, count=1):
+            return "the name of a cached value only decides which sites share the value"
+    return None

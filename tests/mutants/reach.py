@@ -1,7 +1,7 @@
 """Which tests execute which statement: recorded once, and used to run the right tests on a mutant first.
 
-The record only decides the order of the tests. An outdated record makes a run slower and changes no verdict: every
-function is stored with a hash of its text, and a function that has changed since has its tests by name only.
+The record decides the order of the tests, and an outdated record makes a run slower. Every function is stored with a
+hash of its text, and a function that has changed since has its tests by name only.
 """
 
 from __future__ import annotations
@@ -117,10 +117,7 @@ class Reach:
         """Return False if no test executes a line, according to the record.
 
         A line outside of functions counts as executed, and so does a line of a function that has changed since.
-        Without a record, every line counts as executed.
         """
-        if not self.seconds:
-            return True
         place = known.of_line.get(line, Place("", 0))
         text = (source, place.function, known.hashes.get(place.function, ""))
         has_changed = text not in self._texts and bool(self._functions.get((source, place.function)))

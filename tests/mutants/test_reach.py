@@ -9,7 +9,7 @@ import pytest
 from tests.mutants import schedule
 from tests.mutants.mutations import ROOT, Mutant
 from tests.mutants.nearest import nearest_tests
-from tests.mutants.reach import Place, Reach, places
+from tests.mutants.reach import Place, Reach, places, text_hash
 from tests.mutants.schedule import Schedule
 
 SOURCE = textwrap.dedent(
@@ -139,3 +139,17 @@ def test_executing_tests_run_in_batches_nearest_and_cheapest_file_first(batches)
 
 def test_a_test_that_is_gone_does_not_run(batches):
     assert batches({"near.py": 1.0}, text="def test_other():\n") == [["near.py"]]
+
+
+def test_only_a_complete_and_present_record_says_that_no_test_executes_a_statement(reach, monkeypatch):
+    monkeypatch.setattr(schedule, "_places", lambda path: KNOWN)
+    monkeypatch.setattr(schedule, "test_files", lambda: ["tests/test_a.py"])
+    mutant = Mutant("b.py", line_of("return x"), "", "", "")
+    reach.hashes["tests/test_a.py"] = text_hash("the present text")
+    monkeypatch.setattr(schedule, "_text", lambda path: "the present text")
+    assert not Schedule(reach).executes(mutant)
+    monkeypatch.setattr(schedule, "_text", lambda path: "a new test")
+    assert Schedule(reach).executes(mutant)
+    monkeypatch.setattr(schedule, "_text", lambda path: "the present text")
+    monkeypatch.setattr(schedule, "test_files", lambda: ["tests/test_a.py", "tests/test_new.py"])
+    assert Schedule(reach).executes(mutant)

@@ -19,6 +19,8 @@ from tests.mutants.mutations import ROOT, Mutant
 _TEST_SECONDS = 90
 # Seconds of the clock for a single test, for mutants that wait for ever and use no CPU.
 _WAIT_SECONDS = 1200
+_FAMILIES = ("led", "longformer", "longt5", "reformer", "gpt_neox", "gpt_bigcode")
+_MODELS = [f"transformers.models.{family}.modeling_{family}" for family in _FAMILIES]
 _FOLDERS = ("attnzoo", "adapters", "benchmarks", "tests", "docs")
 
 
@@ -37,11 +39,11 @@ class Outcome(NamedTuple):
 class Worker:
     """A copy of the working tree in which one mutant at a time is tested.
 
-    The processes start from a server that has already imported the large packages (torch, transformers).
+    The processes start from a server that has already imported large modules of other packages.
     """
 
     _context = multiprocessing.get_context("forkserver")
-    _context.set_forkserver_preload(["torch", "transformers", "pytest", "hypothesis"])
+    _context.set_forkserver_preload(["pytest", "hypothesis", "torch._dynamo", *_MODELS])
 
     def __init__(self, folder: Path) -> None:
         self.tree = folder

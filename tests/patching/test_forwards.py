@@ -45,6 +45,15 @@ def test_a_value_is_made_once_per_forward(neox, mode):
             assert all(other is values[0] for other in values) and values[0].eq(value + 1).all()
 
 
+def test_a_mask_that_is_changed_between_two_layers_is_read_again(neox):
+    with attnzoo.patch(neox.model, "sdpa") as handle:
+        first, second = (forward._attend.cached_per_forward for forward in handle.forwards[:2])
+        mask = torch.ones(3, 11)
+        assert first(mask, "more", lambda tensor: tensor + 1).eq(2.0).all()
+        mask.add_(1.0)
+        assert second(mask, "more", lambda tensor: tensor + 1).eq(3.0).all()
+
+
 def test_layers_of_a_copy_share_cached_values_but_not_with_the_original(neox, monkeypatch):
     read, masks = [], interface.read_attention_mask
     monkeypatch.setattr(interface, "read_attention_mask", lambda *given: read.append(given) or masks(*given))
