@@ -31,7 +31,8 @@ class _Attend(torch.autograd.Function):
         seed = new_seed(plan)
         out, lse = run_forward(plan, inputs, seed)
         ctx.plan, ctx.count, ctx.has_empty, ctx.dtypes = plan, count, empty is not None, [t.dtype for t in tensors]
-        saved = [lse, out, query, *tensors, *([] if seed is None else [seed])]
+        # The backward reads tables in float32. Saved in this form, they are converted only once.
+        saved = [lse, out, query, *tensors[:count], *inputs.biases, *([] if seed is None else [seed])]
         # The backward reads the masks from the plan. Saved, PyTorch raises if they change before the backward.
         ctx.save_for_backward(*saved, *plan.masks())
         return out
@@ -43,19 +44,20 @@ class _Attend(torch.autograd.Function):
         lse, out, query, *rest = ctx.saved_tensors
         tensors = tuple(rest[: len(ctx.dtypes)])
         seed = rest[len(tensors)] if plan.dropout > 0.0 else None
-        inputs = tables(Inputs(query, tensors[:count], tensors[count:], None), plan)
+        keys_values = tuple(map(with_contiguous_rows, tensors[:count]))
+        inputs = Inputs(with_contiguous_rows(query), keys_values, tensors[count:], None)
         needs_empty, needs_query, *needs = ctx.needs_input_grad[2:]
         grads: list[Tensor | None] = [None] * len(tensors)
         backward = Backward(plan, inputs, seed, out, lse, with_contiguous_rows(grad_out))
         needs_biases = needs[count:]
+        dtypes = [dtype if need else None for dtype, need in zip(ctx.dtypes[count:], needs_biases, strict=True)]
         needs_ends = any(need and form for need, form in zip(needs_biases, _are_tables(plan), strict=True))
         grad_query, ends = backward.queries(needs_ends)
         if any(needs[:count]):
             grads[:count] = backward.keys_values()
-        grads[count:] = backward.biases(needs_biases, ends)
-        cast = [None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+        grads[count:] = backward.biases(dtypes, ends)
         grad_empty = _empty_gradient(plan, grad_out, lse) if ctx.has_empty and needs_empty else None
-        return None, None, grad_empty, grad_query if needs_query else None, *cast
+        return None, None, grad_empty, grad_query if needs_query else None, *grads
 
 
 def _are_tables(plan: Plan) -> list[bool]:
