@@ -85,7 +85,7 @@ class Backward:
     def keys_values(self) -> list[Tensor]:
         """Return the gradients of the distinct keys and values."""
         places = [place for form in self._plan.forms for place in (form.key, form.value)]
-        grads: list[Tensor | None] = [None] * len(self._inputs.keys_values)
+        grads: dict[int, Tensor] = {}
         for number, index in enumerate(self._order):
             form = self._plan.forms[index]
             if places.count(form.key) == places.count(form.value) == 1:
@@ -93,28 +93,33 @@ class Backward:
                 continue
             # Several segments share these tensors. Each adds to gradients in float32.
             for place in (form.key, form.value):
-                if grads[place] is None:
+                if place not in grads:
                     grads[place] = torch.zeros_like(self._inputs.keys_values[place], dtype=torch.float32)
-            self._of_segment(number, index, (grads[form.key], grads[form.value]))
-        return [grad.to(self._plan.dtype) for grad in grads if grad is not None]
+            self._launch_keys(number, index, (grads[form.key], grads[form.value]), shares=1, adds=True)
+        return [grads[place].to(self._plan.dtype) for place in range(len(self._inputs.keys_values))]
 
-    def _of_segment(
-        self, number: int, index: int, sums: tuple[Tensor | None, Tensor | None] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        plan, form = self._plan, self._plan.forms[index]
+    def _of_segment(self, number: int, index: int) -> tuple[Tensor, Tensor]:
+        """Return the gradients of keys and values that no other segment has."""
+        plan, form, sizes = self._plan, self._plan.forms[index], tile_of("key", self._plan)
         key, value = (self._inputs.keys_values[place] for place in (form.key, form.value))
-        sizes = tile_of("key", plan)
         programs = triton.cdiv(form.kv_len, sizes.keys) * plan.batch * key.shape[1]
         steps = triton.cdiv(plan.most_queries(index, sizes.keys), sizes.queries) * form.group
         shares = min(programs_at_once(plan.device) // programs, steps // _FEWEST_STEPS)
-        if sums is not None or shares < 2:
-            shares = 1
-            grads = [torch.empty_like(tensor) for tensor in (key, value)] if sums is None else list(sums)
-        else:
-            dims = (key.shape[3], value.shape[3])
-            shape = (shares, *key.shape[:3], sum(dims))
-            both = torch.empty(shape, dtype=torch.float32, device=plan.device)
-            grads = list(both.flatten(0, 1).split(dims, dim=3))
+        if shares < 2:
+            grads = (torch.empty_like(key), torch.empty_like(value))
+            self._launch_keys(number, index, grads, shares=1, adds=False)
+            return grads
+        dims = (key.shape[3], value.shape[3])
+        both = torch.empty((shares, *key.shape[:3], sum(dims)), dtype=torch.float32, device=plan.device)
+        of_key, of_value = both.flatten(0, 1).split(dims, dim=3)
+        self._launch_keys(number, index, (of_key, of_value), shares, adds=False)
+        of_key, of_value = both.sum(0).to(plan.dtype).split(dims, dim=3)
+        return of_key, of_value
+
+    def _launch_keys(self, number: int, index: int, grads: tuple[Tensor, Tensor], shares: int, adds: bool) -> None:
+        """Write or add to ``grads``, each ``(shares * batch, kv_heads, kv_len, dim)``."""
+        plan, form, sizes = self._plan, self._plan.forms[index], tile_of("key", self._plan)
+        programs = triton.cdiv(form.kv_len, sizes.keys) * plan.batch * grads[0].shape[1]
         key_kernel[(programs * shares,)](
             grad_key=rows(grads[0]),
             grad_value=rows(grads[1]),
@@ -123,13 +128,10 @@ class Backward:
             which=number,
             shares=shares,
             batch=plan.batch,
-            ADDS=sums is not None,
+            ADDS=adds,
             **self._common,
             **compile_options(sizes),
         )
-        if shares > 1:
-            grads = list(both.sum(0).to(plan.dtype).split(dims, dim=3))
-        return grads[0], grads[1]
 
     def biases(self, dtypes: Sequence[torch.dtype | None], ends: Tensor | None) -> list[Tensor | None]:
         """Return the gradients of the bias values in these dtypes, or None where the dtype is None (not needed).
@@ -214,7 +216,8 @@ class Backward:
         values = self._inputs.biases[form.bias_place]
         grad = torch.empty(values.shape, dtype=values.dtype, device=plan.device)
         tiles = (triton.cdiv(plan.q_len, sizes.queries), triton.cdiv(form.kv_len, sizes.keys))
-        dense_bias_kernel[(*tiles, values.shape[0] * values.shape[1])](
+        grid = (*tiles, values.shape[0] * values.shape[1])
+        dense_bias_kernel[grid](
             grad=grad,
             segment=self._keys[index],
             numbers=plan.numbers(index),

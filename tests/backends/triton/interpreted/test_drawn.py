@@ -14,7 +14,7 @@ from attnzoo.registry import registry
 from tests.support.drawn_attentions import attentions, supported_kinds
 
 BACKEND = attnzoo.configure("triton")
-EXAMPLES = int(os.environ.get("ATTNZOO_INTERPRETED_EXAMPLES", 3))
+EXAMPLES = int(os.environ.get("ATTNZOO_INTERPRETED_EXAMPLES", 2))
 
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
