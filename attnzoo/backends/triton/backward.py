@@ -144,23 +144,25 @@ class Backward:
             if form.bias == kinds.NO_BIAS.value:
                 continue
             dtype = dtypes[form.bias_place]
-            if dtype is not None:
-                table = form.has_table and ends is not None
-                grad = self._table(number, index, dtype, ends[number]) if table else self._dense(number, index)
-                grads[form.bias_place] = grad.to(dtype)
+            if dtype is None:
+                continue
+            if form.has_table and ends is not None:
+                grads[form.bias_place] = self._table(number, index, dtype, ends[number])
+            else:
+                grads[form.bias_place] = self._dense(number, index)
         return grads
 
     def _table(self, number: int, index: int, dtype: torch.dtype, ends: Tensor) -> Tensor:
         """Return the gradient ``(heads or 1, size)`` of a table. ``ends`` is ``(heads, 2)``."""
         plan, form = self._plan, self._plan.forms[index]
         is_shared = self._inputs.biases[form.bias_place].shape[0] == 1
-        shape, dtype = (plan.heads, form.size), torch.float32 if is_shared else dtype
-        grad = torch.empty(shape, dtype=dtype, device=plan.device)
+        shape = (plan.heads, form.size)
+        grad = torch.empty(shape, dtype=torch.float32 if is_shared else dtype, device=plan.device)
         if form.bias == kinds.BY_POSITION.value:
             self._by_position(number, index, ends, grad)
         else:
             self._by_distance(number, index, ends, grad)
-        return grad.sum(0, keepdim=True) if is_shared else grad
+        return grad.sum(0, keepdim=True).to(dtype) if is_shared else grad
 
     def _by_distance(self, number: int, index: int, ends: Tensor, grad: Tensor) -> None:
         plan, form, sizes = self._plan, self._plan.forms[index], tile_of("distance", self._plan)
@@ -168,7 +170,8 @@ class Backward:
         first, last = max(1, band.lowest + form.zero), min(form.size - 2, band.highest + form.zero)
         offsets = triton.cdiv(last - first + sizes.queries, sizes.keys) if first <= last else 0
         chunks = self._chunks(sizes, max(1, offsets)) if offsets else 0
-        total = torch.empty(chunks * plan.heads * offsets * sizes.queries * sizes.keys, device=plan.device)
+        count = chunks * plan.heads * offsets * sizes.queries * sizes.keys
+        total = torch.empty(count, dtype=torch.float32, device=plan.device)
         if offsets:
             distance_kernel[(offsets, chunks, plan.heads)](
                 total=total,
@@ -190,7 +193,7 @@ class Backward:
         plan, form, sizes = self._plan, self._plan.forms[index], tile_of("position", self._plan)
         runs = triton.cdiv(form.size - 2, sizes.keys) if form.size > 2 else 0
         chunks = self._chunks(sizes, runs) if runs else 0
-        total = torch.empty(chunks * plan.heads * form.size, device=plan.device)
+        total = torch.empty(chunks * plan.heads * form.size, dtype=torch.float32, device=plan.device)
         if runs:
             position_kernel[(runs, chunks, plan.heads)](
                 total=total,
