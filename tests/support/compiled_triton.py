@@ -1,4 +1,4 @@
-"""Compile the Triton kernels that an attention would launch, for a CUDA card that is not there."""
+"""What the Triton backend would do on a CUDA card that is not there: compile the kernels, or count the operations."""
 
 import subprocess
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import KernelInterface
@@ -61,16 +62,11 @@ class _AbsentCard(DriverBase):
 
 
 @contextmanager
-def compiling_only(capability) -> Iterator[dict]:
-    """Compile each kernel instead of launching it. Yield a dict that receives all compiled kernels by hash."""
-    kernels = {}
+def on_an_absent_card(capability, launch) -> Iterator[None]:
+    """Call ``launch(kernel, grid, args, kwargs)`` instead of launching a kernel."""
 
-    def launch(self, grid):
-        def compile_it(*args, **kwargs):
-            kernel = self.warmup(*args, grid=grid, **kwargs)
-            kernels[kernel.hash] = kernel
-
-        return compile_it
+    def launcher(self, grid):
+        return lambda *args, **kwargs: launch(self, grid, args, kwargs)
 
     for function in (tile_sizes.tile, tile_sizes.programs_at_once):
         function.cache_clear()
@@ -78,26 +74,58 @@ def compiling_only(capability) -> Iterator[dict]:
     driver = triton.runtime.driver
     before = driver._active
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(KernelInterface, "__getitem__", launch))
+        stack.enter_context(mock.patch.object(KernelInterface, "__getitem__", launcher))
         stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda *_: capability))
         stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", lambda *_: properties))
         driver.set_active(_AbsentCard(capability))
         try:
-            yield kernels
+            yield
         finally:
             driver.set_active(before)
             for function in (tile_sizes.tile, tile_sizes.programs_at_once):
                 function.cache_clear()
 
 
-def compile_attention(attention, capability, folder, grad=True) -> list[Compiled]:
-    """Return the kernels that forward and, with ``grad``, backward of an attention launch. ``folder`` is for files."""
-    with compiling_only(capability) as kernels, torch.set_grad_enabled(grad):
+def run(attention, grad):
+    """Run forward and, with ``grad``, backward of an attention on the Triton backend."""
+    with torch.set_grad_enabled(grad):
         output = attend(attention)
         leaves = [tensor for tensor in attention.tensors() if tensor.requires_grad]
         if grad:
-            torch.autograd.grad(output, leaves, torch.zeros_like(output), allow_unused=True)
+            torch.autograd.grad(output, leaves, torch.empty_like(output), allow_unused=True)
+
+
+def compile_attention(attention, capability, folder, grad=True) -> list[Compiled]:
+    """Return the kernels that forward and, with ``grad``, backward of an attention launch. ``folder`` is for files."""
+    kernels = {}
+
+    def compile_it(kernel, grid, args, kwargs):
+        compiled = kernel.warmup(*args, grid=grid, **kwargs)
+        kernels[compiled.hash] = compiled
+
+    with on_an_absent_card(capability, compile_it):
+        run(attention, grad)
     return [_measured(kernel, folder) for kernel in kernels.values()]
+
+
+class _Log(TorchDispatchMode):
+    """Appends the name of each operation of PyTorch to a list."""
+
+    def __init__(self, names):
+        super().__init__()
+        self._names = names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def operations_of(attention, grad=True) -> list[str]:
+    """Return the names of all operations and kernels of forward and, with ``grad``, backward of an attention."""
+    names = []
+    with on_an_absent_card((9, 0), lambda kernel, *_: names.append(kernel.fn.__name__)), _Log(names):
+        run(attention, grad)
+    return names
 
 
 def _measured(kernel, folder):

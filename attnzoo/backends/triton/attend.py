@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor
 from attnzoo.backends.triton.backward import Backward
 from attnzoo.backends.triton.forward import new_seed, run_forward
 from attnzoo.backends.triton.plan import Inputs, Plan, split, tables, with_contiguous_rows
+from attnzoo.errors import BackendRefusedError, Refusal
 from attnzoo.spec.segments import Attention
+
+_SECOND_DERIVATIVE = Refusal("create_graph", "True", "False, because the kernels have no second derivative")
 
 
 def attend(attention: Attention) -> Tensor:
@@ -29,33 +33,43 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, count: int, empty: Tensor | None, query: Tensor, *tensors: Tensor) -> Tensor:
         inputs = tables(Inputs(query, tensors[:count], tensors[count:], empty), plan)
         seed = new_seed(plan)
-        out, lse = run_forward(plan, inputs, seed)
+        with _on_device(plan):
+            out, lse = run_forward(plan, inputs, seed)
         ctx.plan, ctx.count, ctx.has_empty, ctx.dtypes = plan, count, empty is not None, [t.dtype for t in tensors]
-        saved = [lse, out, query, *tensors, *([] if seed is None else [seed])]
+        # The backward reads tables in float32. Saved in this form, they are converted only once.
+        saved = [lse, out, query, *tensors[:count], *inputs.biases, *([] if seed is None else [seed])]
         # The backward reads the masks from the plan. Saved, PyTorch raises if they change before the backward.
         ctx.save_for_backward(*saved, *plan.masks())
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # with create_graph=True; once_differentiable would return constants instead
+            raise BackendRefusedError("triton", {"attention": (_SECOND_DERIVATIVE,)}, {})
         plan, count = ctx.plan, ctx.count
         lse, out, query, *rest = ctx.saved_tensors
         tensors = tuple(rest[: len(ctx.dtypes)])
         seed = rest[len(tensors)] if plan.dropout > 0.0 else None
-        inputs = tables(Inputs(query, tensors[:count], tensors[count:], None), plan)
+        keys_values = tuple(map(with_contiguous_rows, tensors[:count]))
+        inputs = Inputs(with_contiguous_rows(query), keys_values, tensors[count:], None)
         needs_empty, needs_query, *needs = ctx.needs_input_grad[2:]
         grads: list[Tensor | None] = [None] * len(tensors)
         backward = Backward(plan, inputs, seed, out, lse, with_contiguous_rows(grad_out))
         needs_biases = needs[count:]
+        dtypes = [dtype if need else None for dtype, need in zip(ctx.dtypes[count:], needs_biases, strict=True)]
         needs_ends = any(need and form for need, form in zip(needs_biases, _are_tables(plan), strict=True))
-        grad_query, ends = backward.queries(needs_ends)
-        if any(needs[:count]):
-            grads[:count] = backward.keys_values()
-        grads[count:] = backward.biases(needs_biases, ends)
-        cast = [None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+        with _on_device(plan):
+            grad_query, ends = backward.queries(needs_ends)
+            if any(needs[:count]):
+                grads[:count] = backward.keys_values()
+            grads[count:] = backward.biases(dtypes, ends)
         grad_empty = _empty_gradient(plan, grad_out, lse) if ctx.has_empty and needs_empty else None
-        return None, None, grad_empty, grad_query if needs_query else None, *cast
+        return None, None, grad_empty, grad_query if needs_query else None, *grads
+
+
+def _on_device(plan: Plan) -> AbstractContextManager[object]:
+    """Return a context in which Triton launches kernels on the device of the tensors."""
+    return torch.cuda.device(plan.device) if plan.device.type == "cuda" else nullcontext()
 
 
 def _are_tables(plan: Plan) -> list[bool]:

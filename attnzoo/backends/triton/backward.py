@@ -14,12 +14,13 @@ from attnzoo.backends.triton.kernels import arguments as kinds
 from attnzoo.backends.triton.kernels.dense_bias import dense_bias_kernel
 from attnzoo.backends.triton.kernels.distance_table import diagonals_kernel, distance_kernel
 from attnzoo.backends.triton.kernels.key import key_kernel
-from attnzoo.backends.triton.kernels.position_table import position_kernel
+from attnzoo.backends.triton.kernels.position_table import entries_kernel, position_kernel
 from attnzoo.backends.triton.kernels.query import query_kernel
 from attnzoo.backends.triton.plan import Inputs, Plan, keys_of, rows
-from attnzoo.backends.triton.tile_sizes import programs_at_once
+from attnzoo.backends.triton.tile_sizes import Tile, programs_at_once
 
 _FEWEST_STEPS = 4  # tiles per program: with fewer, a share of the queries is not worth the sum of the shares
+_ENTRIES = 16  # of a table, per program
 
 
 class Backward:
@@ -52,7 +53,7 @@ class Backward:
         )
 
     def queries(self, needs_ends: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the gradient of the queries, and the gradients ``(segments, batch, heads, 2)`` of the ends of tables.
+        """Return the gradient of the queries, and the gradients ``(segments, heads, 2)`` of the ends of tables.
 
         This method also computes what the other methods need, so it must be called first.
         """
@@ -79,12 +80,12 @@ class Backward:
                 **compile_options(sizes),
             )
             earlier, first_segment = grad, first_segment + len(indices)
-        return grad, None if ends is None else ends.sum(3)
+        return grad, None if ends is None else ends.sum((1, 3))
 
     def keys_values(self) -> list[Tensor]:
         """Return the gradients of the distinct keys and values."""
         places = [place for form in self._plan.forms for place in (form.key, form.value)]
-        grads: list[Tensor | None] = [None] * len(self._inputs.keys_values)
+        grads: dict[int, Tensor] = {}
         for number, index in enumerate(self._order):
             form = self._plan.forms[index]
             if places.count(form.key) == places.count(form.value) == 1:
@@ -92,26 +93,33 @@ class Backward:
                 continue
             # Several segments share these tensors. Each adds to gradients in float32.
             for place in (form.key, form.value):
-                if grads[place] is None:
+                if place not in grads:
                     grads[place] = torch.zeros_like(self._inputs.keys_values[place], dtype=torch.float32)
-            self._of_segment(number, index, (grads[form.key], grads[form.value]))
-        return [grad.to(self._plan.dtype) for grad in grads if grad is not None]
+            self._launch_keys(number, index, (grads[form.key], grads[form.value]), shares=1, adds=True)
+        return [grads[place].to(self._plan.dtype) for place in range(len(self._inputs.keys_values))]
 
-    def _of_segment(
-        self, number: int, index: int, sums: tuple[Tensor | None, Tensor | None] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        plan, form = self._plan, self._plan.forms[index]
+    def _of_segment(self, number: int, index: int) -> tuple[Tensor, Tensor]:
+        """Return the gradients of keys and values that no other segment has."""
+        plan, form, sizes = self._plan, self._plan.forms[index], tile_of("key", self._plan)
         key, value = (self._inputs.keys_values[place] for place in (form.key, form.value))
-        sizes = tile_of("key", plan)
         programs = triton.cdiv(form.kv_len, sizes.keys) * plan.batch * key.shape[1]
         steps = triton.cdiv(plan.most_queries(index, sizes.keys), sizes.queries) * form.group
-        shares = min(triton.cdiv(programs_at_once(plan.device), programs), steps // _FEWEST_STEPS)
-        if sums is not None or shares < 2:
-            shares = 1
-            grads = [torch.empty_like(tensor) for tensor in (key, value)] if sums is None else list(sums)
-        else:
-            shape, whole = (shares * plan.batch, *key.shape[1:3]), dict(dtype=torch.float32, device=plan.device)
-            grads = [torch.empty((*shape, tensor.shape[3]), **whole) for tensor in (key, value)]
+        shares = min(programs_at_once(plan.device) // programs, steps // _FEWEST_STEPS)
+        if shares < 2:
+            grads = (torch.empty_like(key), torch.empty_like(value))
+            self._launch_keys(number, index, grads, shares=1, adds=False)
+            return grads
+        dims = (key.shape[3], value.shape[3])
+        both = torch.empty((shares, *key.shape[:3], sum(dims)), dtype=torch.float32, device=plan.device)
+        of_key, of_value = both.flatten(0, 1).split(dims, dim=3)
+        self._launch_keys(number, index, (of_key, of_value), shares, adds=False)
+        of_key, of_value = both.sum(0).to(plan.dtype).split(dims, dim=3)
+        return of_key, of_value
+
+    def _launch_keys(self, number: int, index: int, grads: tuple[Tensor, Tensor], shares: int, adds: bool) -> None:
+        """Write or add to ``grads``, each ``(shares * batch, kv_heads, kv_len, dim)``."""
+        plan, form, sizes = self._plan, self._plan.forms[index], tile_of("key", self._plan)
+        programs = triton.cdiv(form.kv_len, sizes.keys) * plan.batch * grads[0].shape[1]
         key_kernel[(programs * shares,)](
             grad_key=rows(grads[0]),
             grad_value=rows(grads[1]),
@@ -120,93 +128,99 @@ class Backward:
             which=number,
             shares=shares,
             batch=plan.batch,
-            ADDS=sums is not None,
+            ADDS=adds,
             **self._common,
             **compile_options(sizes),
         )
-        if shares > 1:
-            grads = [grad.unflatten(0, (shares, plan.batch)).sum(0) for grad in grads]
-        return grads[0], grads[1]
 
-    def biases(self, needs: Sequence[bool], ends: Tensor | None) -> list[Tensor | None]:
-        """Return the gradients of the bias values, or None where not needed."""
-        grads: list[Tensor | None] = [None] * len(needs)
+    def biases(self, dtypes: Sequence[torch.dtype | None], ends: Tensor | None) -> list[Tensor | None]:
+        """Return the gradients of the bias values in these dtypes, or None where the dtype is None (not needed).
+
+        ``ends`` is the second result of :meth:`queries`.
+        """
+        grads: list[Tensor | None] = [None] * len(dtypes)
         for number, index in enumerate(self._order):
             form = self._plan.forms[index]
-            if form.bias == kinds.NO_BIAS.value or not needs[form.bias_place]:
+            if form.bias == kinds.NO_BIAS.value:
+                continue
+            dtype = dtypes[form.bias_place]
+            if dtype is None:
                 continue
             if form.has_table and ends is not None:
-                grads[form.bias_place] = self._table(number, index, ends[number].sum(0))
+                grads[form.bias_place] = self._table(number, index, dtype, ends[number])
             else:
                 grads[form.bias_place] = self._dense(number, index)
         return grads
 
-    def _table(self, number: int, index: int, ends: Tensor) -> Tensor:
-        """Return the gradient of a table in float32. ``ends`` is ``(heads, 2)``."""
-        form, values = self._plan.forms[index], self._inputs.biases[self._plan.forms[index].bias_place]
-        if form.size < 3:
-            grad = ends.new_zeros((self._plan.heads, form.size))
-        elif form.bias == kinds.BY_POSITION.value:
-            grad = self._by_position(number, index)
+    def _table(self, number: int, index: int, dtype: torch.dtype, ends: Tensor) -> Tensor:
+        """Return the gradient ``(heads or 1, size)`` of a table. ``ends`` is ``(heads, 2)``."""
+        plan, form = self._plan, self._plan.forms[index]
+        is_shared = self._inputs.biases[form.bias_place].shape[0] == 1
+        shape = (plan.heads, form.size)
+        grad = torch.empty(shape, dtype=torch.float32 if is_shared else dtype, device=plan.device)
+        if form.bias == kinds.BY_POSITION.value:
+            self._by_position(number, index, ends, grad)
         else:
-            grad = self._by_distance(number, index)
-        grad[:, 0] += ends[:, 0]
-        grad[:, -1] += ends[:, 1]
-        return grad.sum(0, keepdim=True) if values.shape[0] == 1 else grad
+            self._by_distance(number, index, ends, grad)
+        return grad.sum(0, keepdim=True).to(dtype) if is_shared else grad
 
-    def _by_distance(self, number: int, index: int) -> Tensor:
+    def _by_distance(self, number: int, index: int, ends: Tensor, grad: Tensor) -> None:
         plan, form, sizes = self._plan, self._plan.forms[index], tile_of("distance", self._plan)
         band = plan.band(index)
         first, last = max(1, band.lowest + form.zero), min(form.size - 2, band.highest + form.zero)
-        if first > last:
-            return self._delta.new_zeros((plan.heads, form.size))
-        offsets = triton.cdiv(last - first + sizes.queries, sizes.keys)
-        blocks = triton.cdiv(plan.q_len, sizes.queries) * plan.batch
-        chunks = max(1, min(blocks, triton.cdiv(programs_at_once(plan.device), offsets * plan.heads)))
-        shape = (chunks, plan.heads, offsets, sizes.queries, sizes.keys)
-        total = torch.empty(shape, dtype=torch.float32, device=plan.device)
-        distance_kernel[(offsets, chunks, plan.heads)](
-            total=total,
-            segment=self._keys[index],
-            numbers=plan.numbers(index),
-            batch=plan.batch,
-            which=number,
-            lowest=first - form.zero,
-            chunks=chunks,
-            **self._common,
-            **compile_options(sizes),
-        )
-        grad = total.new_empty((plan.heads, form.size))
-        diagonals_kernel[(triton.cdiv(form.size, 16), plan.heads)](
-            total, grad, plan.heads, chunks, offsets, form.size, first, last,
-            BLOCK_M=sizes.queries, BLOCK_N=sizes.keys, BLOCK_R=16,
+        offsets = triton.cdiv(last - first + sizes.queries, sizes.keys) if first <= last else 0
+        chunks = self._chunks(sizes, max(1, offsets)) if offsets else 0
+        count = chunks * plan.heads * offsets * sizes.queries * sizes.keys
+        total = torch.empty(count, dtype=torch.float32, device=plan.device)
+        if offsets:
+            distance_kernel[(offsets, chunks, plan.heads)](
+                total=total,
+                segment=self._keys[index],
+                numbers=plan.numbers(index),
+                batch=plan.batch,
+                which=number,
+                lowest=first - form.zero,
+                chunks=chunks,
+                **self._common,
+                **compile_options(sizes),
+            )
+        diagonals_kernel[(triton.cdiv(form.size, _ENTRIES), plan.heads)](
+            total, ends, grad, plan.heads, chunks, offsets, form.size, first, last,
+            BLOCK_M=sizes.queries, BLOCK_N=sizes.keys, BLOCK_R=_ENTRIES,
         )  # fmt: skip
-        return grad
 
-    def _by_position(self, number: int, index: int) -> Tensor:
+    def _by_position(self, number: int, index: int, ends: Tensor, grad: Tensor) -> None:
         plan, form, sizes = self._plan, self._plan.forms[index], tile_of("position", self._plan)
-        runs = triton.cdiv(form.size - 2, sizes.keys)
+        runs = triton.cdiv(form.size - 2, sizes.keys) if form.size > 2 else 0
+        chunks = self._chunks(sizes, runs) if runs else 0
+        total = torch.empty(chunks * plan.heads * form.size, dtype=torch.float32, device=plan.device)
+        if runs:
+            position_kernel[(runs, chunks, plan.heads)](
+                total=total,
+                segment=self._keys[index],
+                numbers=plan.numbers(index),
+                batch=plan.batch,
+                which=number,
+                chunks=chunks,
+                **self._common,
+                **compile_options(sizes),
+            )
+        grid = (triton.cdiv(form.size, _ENTRIES), plan.heads)
+        entries_kernel[grid](total, ends, grad, plan.heads, chunks, form.size, BLOCK_R=_ENTRIES)
+
+    def _chunks(self, sizes: Tile, programs: int) -> int:
+        """Return into how many chunks to divide the tiles of queries, with this many programs per chunk and head."""
+        plan = self._plan
         blocks = triton.cdiv(plan.q_len, sizes.queries) * plan.batch
-        chunks = max(1, min(blocks, triton.cdiv(programs_at_once(plan.device), runs * plan.heads)))
-        total = torch.zeros((chunks, plan.heads, form.size), dtype=torch.float32, device=plan.device)
-        position_kernel[(runs, chunks, plan.heads)](
-            total=total,
-            segment=self._keys[index],
-            numbers=plan.numbers(index),
-            batch=plan.batch,
-            which=number,
-            chunks=chunks,
-            **self._common,
-            **compile_options(sizes),
-        )
-        return total.sum(0)
+        return max(1, min(blocks, triton.cdiv(programs_at_once(plan.device), programs * plan.heads)))
 
     def _dense(self, number: int, index: int) -> Tensor:
         plan, form, sizes = self._plan, self._plan.forms[index], tile_of("dense", self._plan)
         values = self._inputs.biases[form.bias_place]
         grad = torch.empty(values.shape, dtype=values.dtype, device=plan.device)
         tiles = (triton.cdiv(plan.q_len, sizes.queries), triton.cdiv(form.kv_len, sizes.keys))
-        dense_bias_kernel[(*tiles, values.shape[0] * values.shape[1])](
+        grid = (*tiles, values.shape[0] * values.shape[1])
+        dense_bias_kernel[grid](
             grad=grad,
             segment=self._keys[index],
             numbers=plan.numbers(index),

@@ -40,7 +40,8 @@ def precision(dtype: torch.dtype) -> str:
 def tile_of(kernel: str, plan: Plan) -> Tile:
     """Return the sizes of the tiles of a kernel."""
     dim = block_dim(max(plan.head_dim, plan.value_dim))
-    return tile(kernel, dim, plan.dtype, plan.device, 1 << (plan.q_len - 1).bit_length())
+    needs_more = plan.dropout > 0.0 or any(form.has_dense_bias for form in plan.forms)
+    return tile(kernel, dim, plan.dtype, plan.device, 1 << (plan.q_len - 1).bit_length(), needs_more)
 
 
 def compile_options(sizes: Tile) -> dict[str, int]:

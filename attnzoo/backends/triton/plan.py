@@ -66,6 +66,11 @@ class Form:
         """Whether the bias is a table."""
         return self.bias in (kinds.BY_DISTANCE.value, kinds.BY_POSITION.value)
 
+    @property
+    def has_dense_bias(self) -> bool:
+        """Whether the bias has a value for each query and key."""
+        return bool(self.bias == kinds.DENSE_BIAS.value)
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:

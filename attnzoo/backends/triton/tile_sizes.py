@@ -33,16 +33,18 @@ def is_interpreted() -> bool:
 
 
 @lru_cache
-def tile(kernel: str, dim: int, dtype: torch.dtype, device: torch.device, length: int) -> Tile:
+def tile(kernel: str, dim: int, dtype: torch.dtype, device: torch.device, length: int, needs_more: bool) -> Tile:
     """Return the sizes for a kernel: ``forward``, ``query``, ``key``, ``distance``, ``position`` or ``dense``.
 
     ``dim`` is the larger of ``head_dim`` and ``value_dim``, rounded up to a power of two. ``length`` is the number of
-    queries, in classes: only the interpreter regards it.
+    queries, in classes: only the interpreter regards it. ``needs_more`` is whether a tile of scores needs more
+    registers than usual, for dropout or a dense bias.
     """
     if is_interpreted():
         sizes = _INTERPRETED_SHORT if length <= _SHORT else _INTERPRETED_LONG
         return sizes._replace(queries=16) if kernel == "position" else sizes
-    return compiled_tile(kernel, dim, dtype, torch.cuda.get_device_capability(device))
+    sizes = compiled_tile(kernel, dim, dtype, torch.cuda.get_device_capability(device))
+    return sizes._replace(keys=max(16, sizes.keys // 2)) if needs_more else sizes
 
 
 _NARROWEST = 64
@@ -62,7 +64,7 @@ _HALF = {
     256: {"": Tile(32, 32, 8, 1)},
 }
 _FLOAT32 = {
-    64: {"": Tile(32, 32, 4, 2)},
+    64: {"": Tile(32, 16, 4, 2)},
     128: {"": Tile(32, 16, 4, 2)},
     256: {"": Tile(16, 16, 8, 2)},
 }

@@ -11,7 +11,7 @@ from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
 from attnzoo.spec.segments import Attention, Segment
 
 pytest.importorskip("triton", reason="the package triton is not installed")
-from tests.support.compiled_triton import compile_attention
+from tests.support.compiled_triton import compile_attention, operations_of
 
 LENGTH = 2048
 SHARED = {(8, 0): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
@@ -34,7 +34,9 @@ def table(heads, reach, dtype, positions=None):
 
 
 def whole(query, *segments, **more):
-    return Attention(query, segments, 0.125, query_mask=torch.ones(1, LENGTH, dtype=torch.bool), **more)
+    return Attention(
+        query, segments, more.pop("scale", 0.125), query_mask=torch.ones(1, LENGTH, dtype=torch.bool), **more
+    )
 
 
 def led(dtype):
@@ -44,14 +46,14 @@ def led(dtype):
 
 def longt5_local(dtype):
     window = segment(12, LENGTH, 64, dtype, Window(127, 127), table(12, 127, dtype))
-    return whole(rows(12, LENGTH, 64, dtype), window)
+    return whole(rows(12, LENGTH, 64, dtype), window, scale=1.0)
 
 
 def longt5_tglobal(dtype):
     (window,) = longt5_local(dtype).segments
     positions = torch.zeros(1, LENGTH, dtype=torch.long)
     aggregates = segment(12, LENGTH // 16, 64, dtype, Full(), table(12, 128, dtype, positions))
-    return whole(rows(12, LENGTH, 64, dtype), window, aggregates)
+    return whole(rows(12, LENGTH, 64, dtype), window, aggregates, scale=1.0)
 
 
 def reformer_local(dtype):
@@ -113,3 +115,26 @@ def test_a_new_length_compiles_nothing(tmp_path, monkeypatch):
         kernels = compile_attention(whole(rows(12, length, 64, torch.bfloat16), keys), (9, 0), tmp_path, grad=False)
         names.append([kernel.file for kernel in kernels])
     assert names[0] == names[1]
+
+
+# Operations that launch nothing: new tensors, and views.
+FREE = {"empty", "empty_like", "new_empty", "detach", "alias", "view", "_unsafe_view", "transpose", "unsqueeze",
+        "select", "split", "split_with_sizes", "expand", "as_strided", "permute", "reshape", "slice"}  # fmt: skip
+WAITING = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "index", "unique"}
+
+
+# The numbers of launches in a forward, and in forward and backward.
+LAUNCHES = dict(
+    led=(1, 6), longt5_local=(2, 7), longt5_tglobal=(3, 13), reformer_local=(1, 5), reformer_lsh=(3, 17), causal=(1, 5)
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_attention_launches_few_kernels_and_never_waits(family):
+    """Python starts each kernel, and this takes longer than a short kernel runs."""
+    attention = FAMILIES[family](torch.bfloat16)
+    for grad, most in zip((False, True), LAUNCHES[family], strict=True):
+        names = operations_of(attention, grad)
+        launched = [name for name in names if name not in FREE]
+        assert len(launched) <= most, launched
+        assert not WAITING & set(names)

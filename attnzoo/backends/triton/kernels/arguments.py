@@ -70,9 +70,9 @@ class Numbers(NamedTuple):
     lowest: int  # BAND: the lowest and the highest visible distance, key index - query index
     highest: int
     length: int  # CHUNKS, SORTED: the number of keys in a chunk
-    before: int  # the number of visible chunks before that of the query, modulo count
+    before: int  # the number of visible chunks before that of the query, modulo the number of chunks
     reach: int  # the number of visible chunks besides the first
-    count: int  # the number of chunks
+    chunks: int  # the number of chunks
     start: int  # the place among the keys of the first query
     zero: int  # the table entry of a key at the index or position of the query
     size: int  # the number of table entries

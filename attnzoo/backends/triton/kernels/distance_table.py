@@ -46,12 +46,13 @@ def distance_kernel(
 
 @triton.jit(do_not_specialize=["heads", "chunks", "offsets", "size", "first", "last"])
 def diagonals_kernel(
-    total, grad, heads, chunks, offsets, size, first, last,
+    total, ends, grad, heads, chunks, offsets, size, first, last,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Write ``grad`` ``(heads, size)``: sums of diagonals of ``total`` for the entries ``first`` to ``last``, else 0.
+    """Write the gradient ``grad`` ``(heads, size)`` of a table.
 
-    The entry ``first`` belongs to the distance ``lowest`` of :func:`distance_kernel`.
+    The entries ``first`` to ``last`` are sums of diagonals of ``total``. The entry ``first`` belongs to the distance
+    ``lowest`` of :func:`distance_kernel`. ``ends`` ``(heads, 2)`` is added to the first and the last entry.
     """
     h = tl.program_id(1)
     entry = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -59,8 +60,15 @@ def diagonals_kernel(
     x = i[:, None] + (entry - first)[None, :]
     inside = ((entry >= first) & (entry <= last))[None, :] & (x >= 0)
     place = x // BLOCK_N * (BLOCK_M * BLOCK_N) + i[:, None] * BLOCK_N + x % BLOCK_N
-    acc = tl.zeros([BLOCK_R], tl.float32)
+    acc = at_ends(ends, h, entry, size)
     for chunk in range(0, chunks):
         tiles = total + tl.cast(chunk * heads + h, tl.int64) * offsets * (BLOCK_M * BLOCK_N)
         acc += tl.sum(tl.load(tiles + place, mask=inside, other=0.0), 0)
-    tl.store(grad + tl.cast(h, tl.int64) * size + entry, acc, mask=entry < size)
+    tl.store(grad + h * size + entry, acc.to(grad.dtype.element_ty), mask=entry < size)
+
+
+@triton.jit
+def at_ends(ends, h, entry, size):
+    """The gradients that the query kernel has summed, at the first and the last entry of the table of a head."""
+    first, last = tl.load(ends + 2 * h), tl.load(ends + 2 * h + 1)
+    return tl.where(entry == 0, first, 0.0) + tl.where(entry == size - 1, last, 0.0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attnzoo.backends.triton.kernels.distance_table import at_ends
 from attnzoo.backends.triton.kernels.gradients import tile_gradients
 from attnzoo.backends.triton.kernels.spans import number
 
@@ -22,7 +23,7 @@ def position_kernel(
     SIGN: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the sums ``total`` ``(chunks, heads, size)``, without the first and the last entry."""
+    """Write the sums ``total`` ``(chunks, heads, size)``, except the first and the last entry."""
     run, chunk, h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     size, zero, kv_len = number(numbers.size), number(numbers.zero), number(numbers.kv_len)
     entry = 1 + run * BLOCK_N
@@ -52,3 +53,15 @@ def position_kernel(
     entries = entry + tl.arange(0, BLOCK_N)
     at = tl.cast(chunk * heads + h, tl.int64) * size
     tl.store(total + at + entries, tl.sum(acc, 0), mask=entries < size - 1)
+
+
+@triton.jit(do_not_specialize=["heads", "chunks", "size"])
+def entries_kernel(total, ends, grad, heads, chunks, size, BLOCK_R: tl.constexpr):
+    """Write the gradient ``grad`` ``(heads, size)`` of a table: the sum of ``total`` over chunks, and ``ends``."""
+    h = tl.program_id(1)
+    entry = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = (entry > 0) & (entry < size - 1)
+    acc = at_ends(ends, h, entry, size)
+    for chunk in range(0, chunks):
+        acc += tl.load(total + tl.cast(chunk * heads + h, tl.int64) * size + entry, mask=inside, other=0.0)
+    tl.store(grad + h * size + entry, acc.to(grad.dtype.element_ty), mask=entry < size)

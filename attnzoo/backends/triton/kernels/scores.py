@@ -44,7 +44,7 @@ def bias_positions(segment, numbers, b, rows, exists, q_len):
 @triton.jit
 def _chunks_hide(numbers, place, last, k0, BLOCK_N: tl.constexpr):
     """Whether the chunks may hide a key of the tile from one of the queries at the places ``place`` to ``last``."""
-    length, reach, count = number(numbers.length), number(numbers.reach), number(numbers.count)
+    length, reach, count = number(numbers.length), number(numbers.reach), number(numbers.chunks)
     chunk = k0 // length
     ahead = _ahead(chunk - place // length, numbers)
     several = (place // length != last // length) | (ahead + (k0 + BLOCK_N - 1) // length - chunk > reach)
@@ -54,7 +54,7 @@ def _chunks_hide(numbers, place, last, k0, BLOCK_N: tl.constexpr):
 @triton.jit
 def _ahead(chunks, numbers):
     """How many chunks a key is after the first chunk that the query sees, modulo the number of chunks."""
-    count = number(numbers.count)
+    count = number(numbers.chunks)
     ahead = chunks + number(numbers.before)
     ahead = tl.where(ahead < 0, ahead + count, ahead)
     return tl.where(ahead >= count, ahead - count, ahead)

@@ -51,7 +51,7 @@ def key_tiles(segment, numbers, place, last, BLOCK_N: tl.constexpr):
         stop = tl.minimum(last + number(numbers.highest) + 1, kv_len)
         return _runs(start, stop, 0, 0, BLOCK_N)
     else:
-        length, before, count = number(numbers.length), number(numbers.before), number(numbers.count)
+        length, before, count = number(numbers.length), number(numbers.before), number(numbers.chunks)
         first_chunk = place // length - before
         last_chunk = last // length - before + number(numbers.reach)
         start1, stop1, start2, stop2 = _chunk_spans(first_chunk, last_chunk, length, count)
@@ -69,7 +69,7 @@ def query_tiles(segment, numbers, key, last, q_len, BLOCK_M: tl.constexpr):
         stop = tl.minimum(last - number(numbers.lowest) + 1, q_len)
         return _runs(start, stop, 0, 0, BLOCK_M)
     else:
-        length, before, count = number(numbers.length), number(numbers.before), number(numbers.count)
+        length, before, count = number(numbers.length), number(numbers.before), number(numbers.chunks)
         first_chunk = key // length + before - number(numbers.reach)
         last_chunk = last // length + before
         start1, stop1, start2, stop2 = _chunk_spans(first_chunk, last_chunk, length, count)

@@ -1,0 +1,91 @@
+"""What the conformance kit does not reach: unequal tiles, shares of queries, hidden tiles, and second derivatives."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo.backends.triton import backward, forward
+from attnzoo.backends.triton.tile_sizes import Tile
+from attnzoo.conformance.attention_check import ALL_ROWS, check_attention
+from attnzoo.conformance.dropout_check import dropout_failure
+from attnzoo.functional import execute
+from attnzoo.spec.patterns import Causal, Full, Window
+
+BACKEND = attnzoo.configure("triton")
+UNEQUAL = dict(forward=Tile(16, 64), query=Tile(64, 16), key=Tile(32, 16), distance=Tile(16, 32), position=Tile(16, 16))
+
+
+def rows(*shape):
+    return torch.randn(*shape).requires_grad_()
+
+
+def attention_of(length=50, pattern=Full(), heads=2, kv_heads=1, **more):
+    key, value = rows(1, kv_heads, length, 16), rows(1, kv_heads, length, 16)
+    return attnzoo.Attention(rows(1, heads, length, 16), (attnzoo.Segment(key, value, pattern, **more),), 0.25)
+
+
+def assert_agrees(attention):
+    report = check_attention("here", attention, BACKEND, grad=True, max_rows=ALL_ROWS)
+    assert report.ok, "\n".join(map(str, report.checks))
+
+
+@pytest.fixture
+def unequal_tiles(monkeypatch):
+    """Another size of tiles in each kernel."""
+    monkeypatch.setattr(forward, "tile", lambda kernel, *_: UNEQUAL[kernel])
+
+
+def test_kernels_may_have_different_tiles(unequal_tiles):
+    bias = attnzoo.RelativeBias(rows(2, 31), zero=9)
+    assert_agrees(attention_of(length=40, pattern=Window(7, 12), bias=bias))
+
+
+def test_the_backward_drops_the_weights_that_the_forward_dropped(unequal_tiles):
+    assert not dropout_failure(BACKEND, replace(attention_of(length=20, pattern=Causal()), dropout=0.3))
+
+
+def test_shares_of_queries_add_up(monkeypatch, large_tiles):
+    monkeypatch.setattr(backward, "programs_at_once", lambda device: 3)
+    monkeypatch.setattr(backward, "_FEWEST_STEPS", 1)
+    monkeypatch.setattr(forward, "tile", lambda kernel, *_: Tile(16, 64))
+    assert_agrees(attention_of(length=60, heads=2))
+
+
+@pytest.mark.parametrize("spread", [30.0])
+def test_rows_whose_first_tiles_are_hidden(small_tiles, spread):
+    """A sketch gave NaN here: its running maximum had become the score of a hidden key."""
+    attention = attention_of(length=40, key_mask=torch.arange(40)[None] >= 36)
+    query = (attention.query.detach() * spread).requires_grad_()
+    assert_agrees(replace(attention, query=query))
+
+
+def test_a_table_of_one_or_two_entries_has_only_ends(large_tiles):
+    for size in (1, 2):
+        assert_agrees(attention_of(length=20, bias=attnzoo.RelativeBias(rows(2, size), zero=0)))
+
+
+def test_a_second_derivative_is_refused(large_tiles):
+    attention = attention_of(length=5)
+    output = execute(BACKEND, attention).output
+    with pytest.raises(attnzoo.BackendRefusedError, match="create_graph: got True; allowed: False, because"):
+        torch.autograd.grad(output.sum(), attention.query, create_graph=True)
+
+
+def test_a_mask_that_changes_before_the_backward_is_refused(large_tiles):
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    output = execute(BACKEND, attention_of(length=5, key_mask=mask)).output
+    mask[0, 2] = False
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_the_layout_of_models_is_read_and_written_without_copies(large_tiles, monkeypatch):
+    def refuse(tensor):
+        raise AssertionError(f"copied a tensor with strides {tensor.stride()}")
+
+    monkeypatch.setattr(torch.Tensor, "contiguous", refuse)
+    query, key, value = (rows(1, 9, 2, 16).transpose(1, 2) for _ in range(3))
+    output = execute(BACKEND, attnzoo.Attention(query, (attnzoo.Segment(key, value),), 0.25)).output
+    assert output.transpose(1, 2).is_contiguous()
