@@ -6,6 +6,7 @@ computed in blocks, by the first method that supports it:
 
 - On the CPU, with neither dropout nor function transforms, and with ``value_dim == head_dim``: PyTorch's CPU
   FlashAttention kernel. The results for the parts are merged by log-sum-exp (:mod:`attnzoo.backends.sdpa.flash_cpu`).
+  Short inputs with a trained bias are the exception, because autograd is faster there than a backward by hand.
 - With segments that reorder the queries: plain PyTorch operations (:mod:`attnzoo.backends.sdpa.math_blocks`).
 - Otherwise: one public call per block, on the concatenated keys of all parts of the block.
 
@@ -25,9 +26,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnzoo.backend import Backend, Capabilities
-from attnzoo.backends.common.blocks import DENSE_ROWS, Masks, additive, block_size, blocks, positive_scale, sees_all
+from attnzoo.backends.common.blocks import (
+    DENSE_ROWS,
+    Masks,
+    additive,
+    block_size,
+    blocks,
+    is_short,
+    positive_scale,
+    sees_all,
+)
 from attnzoo.backends.sdpa import flash_cpu, math_blocks
 from attnzoo.backends.sdpa.pieces import KeyPieces, join_masks, join_parts
+from attnzoo.backends.sdpa.trained_bias import trained_biases
 from attnzoo.errors import Refusal
 from attnzoo.spec.hashed import HashedChunks
 from attnzoo.spec.heads import expand_heads
@@ -74,7 +85,7 @@ class SdpaBackend(Backend):
             keys_values = (segment.key, segment.value)
             output, visible_rows, kernel = _call(attention, attention.query, keys_values, visible, None, is_causal)
             return Result(attention.fill(output, visible_rows), kernel)
-        if _can_use_cpu_kernel(attention):
+        if _can_use_cpu_kernel(attention) and not (_trains_bias(attention) and is_short(attention)):
             return Result(flash_cpu.attend(attention), flash_cpu.KERNEL)
         if any(segment.pattern.query_order is not None for segment in attention.segments):
             return Result(math_blocks.attend(attention), math_blocks.KERNEL)
@@ -108,6 +119,10 @@ def _can_use_cpu_kernel(attention: Attention) -> bool:
         and not transforms_around(attention.tensors())  # the union supports no transforms
         and flash_cpu.unavailable() is None
     )
+
+
+def _trains_bias(attention: Attention) -> bool:
+    return torch.is_grad_enabled() and bool(trained_biases(attention))
 
 
 def _concatenated(attention: Attention, size: int) -> Result:
