@@ -90,7 +90,9 @@ def _is_window_mask(mask: Tensor, real: Tensor, keys: Tensor, near: Tensor) -> b
     if bool(inner.all()):
         ends = [0, -1]
         expected = real[:, ends, :, None] & keys[:, ends, None] & near
-        return torch.equal(mask[:, 1:-1], near.expand(*inner.shape[:2], -1, -1)) and torch.equal(mask[:, ends], expected)
+        return torch.equal(mask[:, 1:-1], near.expand(*inner.shape[:2], -1, -1)) and torch.equal(
+            mask[:, ends], expected
+        )
     return torch.equal(real[..., None] & keys[:, :, None] & near, mask)
 
 

@@ -1,8 +1,8 @@
 """The backend ``sdpa``: ``torch.nn.functional.scaled_dot_product_attention`` and the kernels that it calls.
 
 A call of this function is a *public call* below. One public call is enough for a single segment with neither bias nor
-dense mask, if the function's ``is_causal`` expresses the pattern or if the pattern hides no key, and for a single query
-that sees one segment. Any other attention is computed in blocks, by the first method that supports it:
+dense mask, if the function's ``is_causal`` expresses the pattern or if the pattern hides no key. Any other attention is
+computed in blocks, by the first method that supports it:
 
 - On the CPU, with neither dropout nor function transforms, and with ``value_dim == head_dim``: PyTorch's CPU
   FlashAttention kernel. The results for the parts are merged by log-sum-exp (:mod:`attnzoo.backends.sdpa.flash_cpu`).
@@ -64,17 +64,16 @@ class SdpaBackend(Backend):
         return refusals
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
-        if attention.scale <= 0.0:
-            attention = positive_scale(attention)
+        # The kernels read each row as contiguous memory, and some kernels do not check this.
+        attention = positive_scale(attention.with_tensors(tuple(map(_contiguous_rows, attention.tensors()))))
         segment = attention.segments[0]
-        terms = _terms_of_one_call(attention, segment) if len(attention.segments) == 1 else None
-        if terms is not None:
-            keys_values = _contiguous_rows(segment.key), _contiguous_rows(segment.value)
-            output, visible_rows, kernel = _call(attention, _contiguous_rows(attention.query), keys_values, *terms)
-            if visible_rows is not None or attention.query_mask is not None:
-                output = attention.fill(output, visible_rows)
-            return Result(output, kernel)
-        attention = attention.with_tensors(tuple(map(_contiguous_rows, attention.tensors())))
+        is_plain = len(attention.segments) == 1 and segment.mask is None and segment.bias is None
+        is_causal = is_plain and _is_causal(attention, segment)
+        if is_causal or (is_plain and sees_all(attention, segment)):
+            visible = None if segment.key_mask is None else segment.key_mask[:, None, None, :]
+            keys_values = (segment.key, segment.value)
+            output, visible_rows, kernel = _call(attention, attention.query, keys_values, visible, None, is_causal)
+            return Result(attention.fill(output, visible_rows), kernel)
         if _can_use_cpu_kernel(attention):
             return Result(flash_cpu.attend(attention), flash_cpu.KERNEL)
         if any(segment.pattern.query_order is not None for segment in attention.segments):
@@ -85,28 +84,7 @@ class SdpaBackend(Backend):
 
 
 def _contiguous_rows(tensor: Tensor) -> Tensor:
-    # The kernels read each row as contiguous memory, and some kernels do not check this.
     return tensor if tensor.ndim == 0 or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _terms_of_one_call(attention: Attention, segment: Segment) -> tuple[Tensor | None, Tensor | None, bool] | None:
-    """Return mask, bias and ``is_causal`` of a public call that computes an attention over one segment.
-
-    None means that the attention must be computed in blocks. A dense mask or a bias needs blocks, because several
-    queries would need a copy as large as the scores. For one query, as in a decoding step, this copy is small.
-    """
-    sees_every_key = type(segment.pattern) is Full or sees_all(attention, segment)
-    visible = None if segment.key_mask is None else segment.key_mask[:, None, None]
-    if segment.mask is None and segment.bias is None:
-        return (visible, None, not sees_every_key) if sees_every_key or _is_causal(attention, segment) else None
-    if attention.q_len > 1 or not sees_every_key:
-        return None
-    if segment.mask is not None:
-        visible = segment.mask if visible is None else segment.mask & visible
-    if segment.bias is None:
-        return visible, None, False
-    bias = segment.bias.of_query(0, attention.q_len, segment.kv_len)
-    return None if bias is None else (visible, bias, False)
 
 
 def _is_causal(attention: Attention, segment: Segment) -> bool:
@@ -116,8 +94,9 @@ def _is_causal(attention: Attention, segment: Segment) -> bool:
     """
     return (
         isinstance(segment.pattern, Causal)
-        and segment.key_mask is None
         and segment.pattern.shift(attention.q_len, segment.kv_len) == 0
+        and segment.key_mask is None
+        and not sees_all(attention, segment)
     )
 
 
@@ -173,39 +152,17 @@ def _call(
         visible_rows = visible.any(-1)
         visible = visible | ~visible_rows[..., None]
     # On the CPU, make the mask additive: PyTorch would convert a bool mask, and copy each row of an expanded mask.
-    mask = visible
-    if bias is not None or (visible is not None and query.is_cpu):
-        mask = additive(visible, bias, query.dtype)
-    if mask is not None:
-        mask = mask.expand(-1, -1, query.shape[2], -1)
-    shape, (key, value) = query.shape, keys_values
-    if shape[2] == 1 and key.shape[1] != shape[1] and (mask is None or mask.shape[1] == 1):
-        # A new token: the queries of the heads that share a key head become rows of one head. No key is copied.
-        query = query.reshape(shape[0], key.shape[1], -1, shape[3])
-        mask = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
-    elif key.shape[1] != shape[1]:
-        key, value = expand_heads(key, shape[1]), expand_heads(value, shape[1])
-    transforms = transforms_around((query, key, value))
-    kernel = _kernel(query, key, value, mask, attention.dropout, is_causal, transforms)
-    terms = {"attn_mask": mask, "dropout_p": attention.dropout, "is_causal": is_causal, "scale": attention.scale}
-    if kernel is _FLASH and query.is_cpu and not transforms and _can_call_flash_cpu():
-        # The operator is the kernel. A public call would choose the kernel by global switches, so this module would
-        # have to ask for the choice and to lock the switches. In a decoding step, this takes as long as the kernel.
-        output = flash_cpu.call(query, key, value, terms)
-    else:
-        with _enforced(kernel, query, key, value, terms):
-            output = torch.nn.functional.scaled_dot_product_attention(query, key, value, **terms)
-    if query.shape != shape:
-        output = output.reshape(*shape[:3], -1)
+    keeps_bool = bias is None and query.device.type != "cpu"
+    mask = visible if keeps_bool else additive(visible, bias, query.dtype)
+    mask = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
+    key, value = (expand_heads(tensor, attention.heads) for tensor in keys_values)
+    kernel = _kernel(query, key, value, mask, attention.dropout, is_causal)
+    terms: dict[str, Any] = dict(
+        attn_mask=mask, dropout_p=attention.dropout, is_causal=is_causal, scale=attention.scale
+    )
+    with _enforced(kernel, query, key, value, terms):
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, **terms)
     return output, visible_rows, _NAMES[kernel]
-
-
-def _can_call_flash_cpu() -> bool:
-    """Whether the operator of the CPU kernel can replace a public call that runs this kernel.
-
-    torch.compile and function transforms have rules for the public call, but not for all operators that it calls.
-    """
-    return flash_cpu.unavailable() is None and not torch.compiler.is_compiling()
 
 
 class _Switches:
@@ -265,40 +222,32 @@ def _default_kernel(query: Tensor, key: Tensor, value: Tensor, terms: dict[str, 
         return None
 
 
-_FLASH = SDPBackend.FLASH_ATTENTION
 _NAMES = {
-    _FLASH: "flash",
+    SDPBackend.FLASH_ATTENTION: "flash",
     SDPBackend.EFFICIENT_ATTENTION: "efficient",
     SDPBackend.CUDNN_ATTENTION: "cudnn",
     SDPBackend.MATH: "math",
 }
 
 
-def _kernel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    causal: bool,
-    transforms: tuple[str, ...],
-) -> SDPBackend:
-    """Return the fastest kernel that can run this call. ``transforms`` are those around the call.
+def _kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> SDPBackend:
+    """Return the fastest kernel that can run this call.
 
     ``MATH`` consists of plain operations. Only ``MATH`` supports ``vmap``, ``jvp`` and second derivatives. Under a
     single ``torch.func.grad``, a call with a mask also gets ``MATH``, because this function cannot see there whether
     the mask needs a gradient.
     """
+    transforms = transforms_around((query, key, value))
     if transforms and (transforms != ("grad",) or mask is not None):
         return SDPBackend.MATH
     trained_mask = mask is not None and mask.requires_grad and torch.is_grad_enabled()
-    if query.is_cpu:
+    if query.device.type == "cpu":
         fused = dropout == 0.0 and not trained_mask and query.shape[-1] == value.shape[-1]
-        return _FLASH if fused else SDPBackend.MATH
+        return SDPBackend.FLASH_ATTENTION if fused else SDPBackend.MATH
     cuda = torch.backends.cuda
     params = cuda.SDPAParams(query, key, value, mask, dropout, causal, False)
     if cuda.can_use_flash_attention(params):
-        return _FLASH
+        return SDPBackend.FLASH_ATTENTION
     if cuda.can_use_efficient_attention(params):
         return SDPBackend.EFFICIENT_ATTENTION
     return SDPBackend.CUDNN_ATTENTION if cuda.can_use_cudnn_attention(params) else SDPBackend.MATH
