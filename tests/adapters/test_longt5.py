@@ -8,7 +8,7 @@ import torch
 from transformers.models.longt5 import modeling_longt5
 
 import attnzoo
-from attnzoo.adapters.longt5_blocks import find_global_blocks, sum_blocks
+from attnzoo.adapters.longt5_blocks import find_global_blocks, read_blocked_mask, sum_blocks
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError
 from tests.support.longt5 import (
     BLOCK,
@@ -301,6 +301,24 @@ def test_masks_that_no_stack_makes_are_refused(kind, mask, message):
     module = next(model.encoder.block[0].layer[0].children())
     with attnzoo.patch(model, "eager"), pytest.raises(InvalidArgumentError, match=message):
         module(torch.randn(1, 16, 32), mask=mask)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5])
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_wrong_entry_of_a_local_mask_is_found(blocks, padded):
+    length = blocks * BLOCK
+    real = torch.ones(2, length)
+    real[1, length - padded :] = 0
+    mask = modeling_longt5._get_local_attention_mask(real, BLOCK, "cpu")
+    states = torch.randn(2, length, 8)
+    assert torch.equal(read_blocked_mask(mask, BLOCK, states).real, real.bool())
+    # The diagonal says which tokens are real.
+    entries = [(b, n, row, key) for b in (0, 1) for n in range(blocks) for row in (0, 3) for key in (0, 2, 5, 11)]
+    for entry in (entry for entry in entries if entry[3] != entry[2] + BLOCK):
+        wrong = mask.clone()
+        wrong[entry[0], 0, entry[1], entry[2], entry[3]] ^= True
+        with pytest.raises(InvalidArgumentError, match="not a window mask combined with a padding mask"):
+            read_blocked_mask(wrong, BLOCK, states)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,22 @@ def test_a_stack_covers_its_blocks(monkeypatch, apart, often):
     assert not written[:, :, :first].any() and not written[:, :, last:].any()
 
 
+def test_parts_that_need_a_mask_have_multiples_of_16_keys():
+    query, key, value = tensors()
+    attention = Attention(query, (Segment(key, value, Window(37, 40)), Segment(key[:, :, :7], value[:, :, :7])), 0.3)
+    lengths = [[p.kv_stop - p.kv_start for p in stack.parts] for stack in stacks(attention, [0, 1]) if stack.depth > 1]
+    assert lengths == [[112, 7]], "32 + 37 + 40 keys, rounded up; the keys that all queries see have no mask"
+
+
+def test_long_runs_are_planned_without_a_look_at_every_block(monkeypatch):
+    query, key, value = (torch.empty(()).expand(1, 1, 1 << 16, 8) for _ in range(3))
+    attention = Attention(query, (Segment(key, value, Window(40, 40)),), 0.3)
+    seen, block_at = [], sdpa_stacks.block_at
+    monkeypatch.setattr(sdpa_stacks, "block_at", lambda *args: seen.append(args) or block_at(*args))
+    assert sum(stack.depth for stack in stacks(attention, [0])) == 2048
+    assert len(seen) < 2048 / 8
+
+
 def test_scratch_memory_is_allocated_once():
     scratch = Scratch()
     given = [torch.randn(2, n, 3, 4).transpose(1, 2) for n in (9, 5, 9)]
@@ -110,7 +126,27 @@ class Accelerating(Pattern):
         return tile.q_stop - tile.q_start, tile.kv_stop - tile.kv_start
 
 
+@dataclass(frozen=True)
+class InHalves(Pattern):
+    """A query sees 10 keys. The keys of a block are two parts, and further keys of one part belong to the other."""
+
+    def mask_mod(self, q_len, kv_len):
+        return lambda b, h, q, kv: (kv <= q) & (q < kv + 10)
+
+    def kv_spans(self, q_start, q_stop, q_len, kv_len):
+        start = max(0, q_start - 9)
+        middle = (start + q_stop) // 2
+        return ((start, middle), (middle, q_stop))
+
+    def block_size(self, q_len, kv_len):
+        return 32
+
+    def block_key(self, tile):
+        return tile.shape_and_distance
+
+
 CASES = {
+    "two parts of a segment": lambda key, value, seen: [Segment(key, value, InHalves())],
     "window": lambda key, value, seen: [Segment(key, value, Window(40, 40))],
     "causal window": lambda key, value, seen: [Segment(key, value, Window(64, 0))],
     "padded window": lambda key, value, seen: [Segment(key, value, Window(40, 40), key_mask=seen)],

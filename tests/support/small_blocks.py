@@ -12,6 +12,7 @@ from attnzoo.spec import documents, hashed, masks
 
 _SIZES = (
     (blocks, "DENSE_ROWS", 5),
+    (blocks, "_MOST_KEYS", 0),
     (sdpa, "DENSE_ROWS", 5),
     (stacks, "_ROWS", 64),
     (sorted_stacks, "_ROWS", 64),

@@ -21,6 +21,10 @@ from attnzoo.spec.transforms import holds
 
 # The mask of a dense pattern has whole rows. At most this many rows of the mask exist at a time.
 DENSE_ROWS = 512
+# One block for all queries may compute this many times as many scores as blocks of _SMALL_BLOCK queries.
+_MOST_KEYS, _SMALL_BLOCK = 1.5, 32
+# The largest number of entries in the mask of one block for all queries. The mask then needs at most 8 MiB in float32.
+_DENSE_ENTRIES = 1 << 21
 
 
 class Part(NamedTuple):
@@ -115,14 +119,34 @@ def positive_scale(attention: Attention) -> Attention:
 def block_size(attention: Attention) -> int:
     """Return the number of queries per block: the smallest of the numbers that the patterns of all segments recommend.
 
-    The number is at most 512 if a segment has a dense mask or a bias, or if its pattern hides keys.
+    The number is at most 512 if a segment has a dense mask or a bias, or if its pattern hides keys. If one block for
+    all queries is faster (:func:`is_short`), the number is ``q_len``.
     """
     q_len = attention.q_len
     sizes = [segment.pattern.block_size(q_len, segment.kv_len) for segment in attention.segments]
     for segment in attention.segments:
         if segment.mask is not None or segment.bias is not None or not sees_all(attention, segment):
             sizes.append(DENSE_ROWS)
-    return min(sizes)
+    size = min(sizes)
+    return q_len if size < q_len and is_short(attention) else size
+
+
+def is_short(attention: Attention) -> bool:
+    """Return whether one block for all queries is faster on the CPU than several blocks.
+
+    One block computes more scores, but in a single kernel call and in larger matrix products. So one block is faster if
+    the blocks would see most keys anyway. :data:`_MOST_KEYS` is measured, see docs/decisions.md.
+    """
+    segments = attention.segments
+    if attention.query.device.type != "cpu" or any(s.pattern.query_order is not None for s in segments):
+        return False
+    keys = sum(segment.kv_len for segment in segments)
+    masks = attention.batch * (1 if all(segment.bias is None for segment in segments) else attention.heads)
+    if masks * attention.q_len * keys > _DENSE_ENTRIES:
+        return False
+    middle = attention.q_len // 2
+    block = block_at(attention, list(range(len(segments))), middle, min(attention.q_len, middle + _SMALL_BLOCK))
+    return keys <= _MOST_KEYS * sum(part.kv_stop - part.kv_start for part in block.parts)
 
 
 def sees_all(attention: Attention, segment: Segment) -> bool:

@@ -163,7 +163,7 @@ class _Run:
     def depth(self) -> int:
         """Return the number of blocks."""
         most = min(_ROWS, self._attention.q_len - self._first.q_start) // self._first.rows
-        if self._key is None or most < 2 or (steps := _steps(self._first, self._member(2))) is None:
+        if most < 2 or self._key is None or (steps := _steps(self._first, self._member(2))) is None:
             return 1
         self.steps = steps
         if self._are_bands() and self._can_have(most):  # the usual case: no search
@@ -233,7 +233,7 @@ def _size(attention: Attention, segments: list[int], masks: Masks) -> int:
     """
     size, middle = block_size(attention), attention.q_len // 2
     dense = any(attention.segments[index].mask is not None for index in segments)
-    if dense or size <= _TILE or middle + 2 * _TILE > attention.q_len:
+    if dense or size <= _TILE or size == attention.q_len or middle + 2 * _TILE > attention.q_len:
         return size
     first, second = (_block(attention, segments, start, _TILE) for start in (middle, middle + _TILE))
     key = _mask_key(masks, first)

@@ -16,7 +16,7 @@ from attnzoo.spec.segments import Attention
 
 
 def trained_biases(attention: Attention) -> dict[int, Bias]:
-    """Return the biases that require grad, by the index of the segment."""
+    """Return the biases that get a gradient, by the index of the segment."""
     return {
         index: segment.bias
         for index, segment in enumerate(attention.segments)
@@ -47,25 +47,38 @@ def backward_by_hand(
     wide = lse.dtype
     grad_out, query = grad_out.to(wide), query.to(wide)
     keys, values = ([pair[index].to(wide) for pair in pairs] for index in (0, 1))
-    scores = [query @ key.transpose(-1, -2) * scale for key in keys]
-    masked = [score if mask is None else score + mask for score, mask in zip(scores, masks, strict=True)]
-    joined = torch.cat(masked, dim=-1)
-    grad_weights = torch.cat([grad_out @ value.transpose(-1, -2) for value in values], dim=-1)
+    # All tensors below are new, so they may change in place. New memory is slow at the first write.
+    scores = [_scaled_(query @ key.transpose(-1, -2), scale) for key in keys]
+    joined = _join([score if mask is None else score.add_(mask) for score, mask in zip(scores, masks, strict=True)])
+    grad_scores = _join([grad_out @ value.transpose(-1, -2) for value in values])
     if is_whole:
         # All scores of a row that sees no key are -inf. The clamps make the weights 0 instead of 0 / 0.
-        joined = torch.exp(joined - joined.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min))
-        weights = joined / joined.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
-        mean = (weights * grad_weights).sum(-1, keepdim=True)
+        joined.sub_(joined.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)).exp_()
+        weights = joined.div_(joined.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny))
+        mean = torch.linalg.vecdot(weights, grad_scores).unsqueeze(-1)
     else:
-        weights = torch.exp(joined - lse[..., None])
+        weights = joined.sub_(lse[..., None]).exp_()
         mean = (grad_out * out).sum(-1, keepdim=True)
-    grad_scores = weights * (grad_weights - mean)
+    grad_scores.sub_(mean).mul_(weights)
     lengths = [key.shape[2] for key in keys]
     split = zip(weights.split(lengths, -1), grad_scores.split(lengths, -1), keys, strict=True)
     return [
-        (grad @ key * scale, grad.transpose(-1, -2) @ query * scale, weight.transpose(-1, -2) @ grad_out, grad)
+        (
+            _scaled_(grad @ key, scale),
+            _scaled_(grad.transpose(-1, -2) @ query, scale),
+            weight.transpose(-1, -2) @ grad_out,
+            grad,
+        )
         for weight, grad, key in split
     ]
+
+
+def _scaled_(tensor: Tensor, scale: float) -> Tensor:
+    return tensor if scale == 1.0 else tensor.mul_(scale)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 class BiasGradients:
