@@ -11,13 +11,14 @@ for ``eager``. :mod:`attnzoo.adapters.eager_forms` lists what the eager function
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnzoo.adapter import Adapter, Attend, Forward, request_for
+from attnzoo.adapter import Adapter, Attend, request_for
 from attnzoo.adapters.eager_forms import EagerForm, form_of
 from attnzoo.errors import InvalidArgumentError, KeywordRefusedError
 from attnzoo.functional import compute_dtype
@@ -88,8 +89,8 @@ class AnyInterfaceAttention(InterfacePoint):
                 return float(value)
         return 0.0
 
-    def bind(self, cls: Any, attend: Attend) -> Forward:
-        return self.bind_interface(cls, attend, form=form_of(cls))
+    def constants_of(self, cls: Any) -> Mapping[str, Any]:
+        return {"form": form_of(cls)}
 
     def compute(
         self,
@@ -103,6 +104,7 @@ class AnyInterfaceAttention(InterfacePoint):
         scaling: float | None = None,
         dropout: float = 0.0,
         is_causal: bool | None = None,
+        output_attentions: bool = False,
         position_bias: Tensor | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
@@ -123,6 +125,7 @@ class AnyInterfaceAttention(InterfacePoint):
         _refuse("sinks", sinks, form.sinks == "argument")
         _refuse("s_aux", s_aux, form.sinks == "module")
         _refuse("position_bias", position_bias, form.position_bias)
+        _refuse("output_attentions", output_attentions or None, form.weights_with_sinks)
         if implementation == "eager" and attention_mask is not None and attention_mask.dtype == torch.bool:
             allowed = "a float mask, because the eager attention function adds the mask to the scores"
             raise InvalidArgumentError("attention_mask", describe(attention_mask), allowed)
@@ -134,21 +137,15 @@ class AnyInterfaceAttention(InterfacePoint):
         dtype = compute_dtype(value)  # models may leave queries and keys in float32
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
         read = read_interface_mask(attend, implementation, query, key, mask, is_causal)
-        batch, q_len = query.shape[0], query.shape[2]
-        bias = _sum(read.bias, position_bias, q_len, key.shape[2])
-        segments = [Segment(key, value, read.pattern, read.key_mask, read.mask, bias)]
-        sink_bias = _sink_bias(module.sinks if form.sinks == "module" else sinks)
-        if sink_bias is not None:
-            none = key.new_zeros((batch, 1, 1, key.shape[3])), value.new_zeros((batch, 1, 1, value.shape[3]))
-            segments.append(Segment(*none, bias=sink_bias))
-        attention = Attention(query, tuple(segments), scaling, dropout, softcap=softcap)
-        wanted = self.wants_probabilities(module, kwargs)
-        _refuse("output_attentions", wanted or None, form.weights_with_sinks)
+        bias = _sum(read.bias, position_bias, query.shape[2], key.shape[2])
+        segment = Segment(key, value, read.pattern, read.key_mask, read.mask, bias)
+        segments = (segment, *_sink_segments(segment, module.sinks if form.sinks == "module" else sinks))
+        attention = Attention(query, segments, scaling, dropout, softcap=softcap)
         documents = read.documents if len(segments) == 1 else None
         if documents is None:
-            result = attend(attention, wanted)
+            result = attend(attention, output_attentions)
         else:
-            result = attend_documents(attend, attention, documents, wanted)
+            result = attend_documents(attend, attention, documents, output_attentions)
         return result.output.transpose(1, 2).contiguous(), None if result.dropped is None else result.dropped[0]
 
 
@@ -187,11 +184,17 @@ def _sum(bias: DenseBias | None, position_bias: Tensor | None, q_len: int, kv_le
     return DenseBias(values if bias is None else values + bias.values)
 
 
-def _sink_bias(sinks: Tensor | None) -> Bias | None:
-    """Return the scores of the sinks as the bias of a segment with one key. The key and its value are zero."""
+def _sink_segments(segment: Segment, sinks: Tensor | None) -> tuple[Segment, ...]:
+    """Return a segment with one key, whose scores are the sinks. The key and its value are zero.
+
+    ``sinks`` are ``(heads,)`` or ``(batch, heads, q_len, 1)``. None means no sinks, and no segment.
+    """
     if sinks is None:
-        return None
-    return RelativeBias(sinks[:, None], zero=0) if sinks.ndim == 1 else DenseBias(sinks)
+        return ()
+    bias: Bias = RelativeBias(sinks[:, None], zero=0) if sinks.ndim == 1 else DenseBias(sinks)
+    batch, key, value = segment.key.shape[0], segment.key, segment.value
+    zeros = (tensor.new_zeros((batch, 1, 1, tensor.shape[3])) for tensor in (key, value))
+    return (Segment(*zeros, bias=bias),)
 
 
 GENERIC = Adapter(

@@ -57,8 +57,9 @@ class InterfacePoint(PatchPoint):
 
     def bind(self, cls: Any, attend: Attend) -> Forward:
         # Reading the config takes several microseconds, so :meth:`compute` gets the answer instead of asking again.
-        plain = self.bind_interface(cls, attend, output_attentions=False)
-        with_probabilities = self.bind_interface(cls, attend, output_attentions=True)
+        constants = self.constants_of(cls)
+        plain = self.bind_interface(cls, attend, output_attentions=False, **constants)
+        with_probabilities = self.bind_interface(cls, attend, output_attentions=True, **constants)
 
         def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
             run = with_probabilities if self.wants_probabilities(module, kwargs) else plain
@@ -106,6 +107,10 @@ class InterfacePoint(PatchPoint):
         read = read_interface_mask(attend, implementation, query, key, attention_mask, is_causal)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return attend_read(attend, read, query, key, value, scale, dropout, output_attentions)
+
+    def constants_of(self, cls: Any) -> Mapping[str, Any]:
+        """Return the keyword arguments that :meth:`compute` gets in every call of a module of class ``cls``."""
+        return {}
 
     def original_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments for a fallback to the original attention function. The default is ``kwargs``."""

@@ -27,7 +27,7 @@ class Module(nn.Module):
 
     def __init__(self, sinks):
         super().__init__()
-        self.config = type("Config", (), {"_attn_implementation": "eager", "output_attentions": True})
+        self.config = type("Config", (), {"_attn_implementation": "eager"})
         self.sinks = nn.Parameter(torch.randn(HEADS, dtype=torch.float64)) if sinks else None
 
 
@@ -54,9 +54,14 @@ def test_the_form_describes_the_function(path, monkeypatch):
         keywords["sinks"] = normal(BATCH, HEADS, LENGTH, 1)
     arguments = (module, query, key, value, mask)
     expected, weights = function(*arguments, **keywords)
-    module.config.output_attentions = form.weights_with_sinks
     got, probabilities = AnyInterfaceAttention().compute(
-        module, RecordingAttend("eager"), "eager", *arguments[1:], **keywords, form=form
+        module,
+        RecordingAttend("eager"),
+        "eager",
+        *arguments[1:],
+        **keywords,
+        output_attentions=form.weights_with_sinks,
+        form=form,
     )
     # Some functions compute the softmax in float32.
     torch.testing.assert_close(got, expected.to(got.dtype), rtol=1e-5, atol=1e-6)

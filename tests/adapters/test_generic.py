@@ -160,9 +160,10 @@ def test_auto_selects_a_backend_with_a_softcap():
         torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("backend", "options"), [("blocked-local", dict(window=4, sinks=1)), ("lsh", dict(chunk_length=4, num_hashes=2))]
-)
+LSH = dict(num_hashes=2, chunk_length=4, num_buckets=4)
+
+
+@pytest.mark.parametrize(("backend", "options"), [("blocked-local", dict(window=4, sinks=1)), ("lsh", LSH)])
 def test_approximate_backends_change_any_decoder(backend, options):
     model = build(llama)
     inputs = inputs_of(model, length=24)
