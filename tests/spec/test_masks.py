@@ -5,7 +5,8 @@ import torch
 
 import attnzoo
 from attnzoo.spec import documents, masks
-from attnzoo.spec.masks import read_attention_mask
+from attnzoo.spec.masks import NO_MASK, read_attention_mask
+from attnzoo.spec.patterns import Full
 
 KEYS, NEW = 11, 4
 
@@ -160,3 +161,24 @@ def test_a_mask_of_wrong_shape_dtype_or_value_is_refused(given):
 def test_an_empty_mask_is_refused(sizes):
     with pytest.raises(attnzoo.InvalidArgumentError, match=r"attention_mask: got .*0.*; allowed"):
         read_attention_mask(torch.ones((sizes[0], 1, *sizes[1:]), dtype=torch.bool), sizes)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 7), (2, 1, 1, 7), (2, 3, 5, 7)])
+@pytest.mark.parametrize("mask", [torch.ones, torch.zeros], ids=["bool", "additive"])
+def test_a_mask_that_hides_nothing_is_no_mask(shape, mask):
+    given = mask(shape, dtype=torch.bool if mask is torch.ones else torch.float32)
+    assert read_attention_mask(given, (2, shape[2], 7)) == NO_MASK
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_the_mask_of_one_query_is_a_key_mask(samples):
+    visible = torch.arange(7 * samples).reshape(samples, 1, 1, 7) % 3 > 0
+    for given in (visible, torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)):
+        read = read_attention_mask(given, (2, 1, 7))
+        assert torch.equal(read.key_mask, visible[:, 0, 0].expand(2, -1))
+        assert (read.pattern, read.mask, read.bias, read.documents) == (Full(), None, None, None)
+
+
+def test_an_additive_mask_of_one_query_that_hides_nothing_is_a_bias():
+    read = read_attention_mask(torch.full((1, 1, 1, 7), -0.5), (2, 1, 7))
+    assert (read.key_mask, read.mask) == (None, None) and torch.equal(read.bias.values, torch.full((1, 1, 1, 7), -0.5))
