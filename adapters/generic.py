@@ -192,9 +192,8 @@ def _sink_segments(segment: Segment, sinks: Tensor | None) -> tuple[Segment, ...
     if sinks is None:
         return ()
     bias: Bias = RelativeBias(sinks[:, None], zero=0) if sinks.ndim == 1 else DenseBias(sinks)
-    batch, key, value = segment.key.shape[0], segment.key, segment.value
-    zeros = (tensor.new_zeros((batch, 1, 1, tensor.shape[3])) for tensor in (key, value))
-    return (Segment(*zeros, bias=bias),)
+    key, value = (tensor.new_zeros((tensor.shape[0], 1, 1, tensor.shape[3])) for tensor in (segment.key, segment.value))
+    return (Segment(key, value, bias=bias),)
 
 
 GENERIC = Adapter(

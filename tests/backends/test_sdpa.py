@@ -55,6 +55,55 @@ def test_a_kernel_never_gets_a_row_without_keys(monkeypatch, pattern, value_dim,
     assert calls
 
 
+ONE_QUERY = {
+    "nothing": {},
+    "key mask": dict(key_mask=torch.tensor([[False] * 3 + [True] * 9, [True] * 12])),
+    "a sample without keys": dict(key_mask=torch.tensor([[False] * 12, [True] * 12])),
+    "mask": dict(mask=torch.arange(24).reshape(2, 1, 1, 12) % 3 > 0),
+    "mask per head": dict(mask=torch.arange(48).reshape(1, 4, 1, 12) % 3 > 0),
+    "relative bias": dict(bias=attnzoo.RelativeBias(torch.linspace(-2, 2, 28).reshape(4, 7), 6)),
+    "dense bias": dict(bias=attnzoo.DenseBias(torch.linspace(-2, 2, 48).reshape(1, 4, 1, 12))),
+    "bias and key mask": dict(
+        bias=attnzoo.RelativeBias(torch.linspace(-2, 2, 7).reshape(1, 7), 3, offset=9),
+        key_mask=torch.tensor([[False] * 3 + [True] * 9, [True] * 12]),
+    ),
+}
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("pattern", [Full(), Causal()], ids=str)
+@pytest.mark.parametrize("name", ONE_QUERY)
+def test_a_decoding_step_is_one_kernel_call_without_copies_of_keys(monkeypatch, name, pattern, kv_heads):
+    query = torch.randn(2, 4, 1, 8)
+    key, value = (torch.randn(2, kv_heads, 12, 8) for _ in range(2))
+    whole = attnzoo.Attention(query, (attnzoo.Segment(key, value, pattern, **ONE_QUERY[name]),), 0.3)
+    calls, call = [], flash_cpu.call
+
+    def record(query, key, value, terms):
+        calls.append((key, value))
+        return call(query, key, value, terms)
+
+    with monkeypatch.context() as patched, torch.no_grad():
+        patched.setattr(flash_cpu, "call", record)
+        assert registry.make_backend("sdpa").run(whole).kernel == "flash"
+    ((given_key, given_value),) = calls
+    if kv_heads != 2 or name not in ("mask per head", "relative bias", "dense bias"):  # these differ between heads
+        assert given_key.data_ptr() == key.data_ptr() and given_value.data_ptr() == value.data_ptr()
+    report = check_attention("case", whole, registry.make_backend("sdpa"), grad=False)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("terms", ["relative bias", "mask per head", "key mask"])
+def test_one_query_gets_gradients(terms, dropout):
+    """Also those of a trained bias. With dropout, the gate compares with the same dropped weights."""
+    query = torch.randn(2, 4, 1, 8)
+    key, value = (torch.randn(2, 2, 12, 8) for _ in range(2))
+    whole = attnzoo.Attention(query, (attnzoo.Segment(key, value, Full(), **ONE_QUERY[terms]),), 0.3)
+    report = check_attention("case", replace(whole, dropout=dropout), registry.make_backend("sdpa"), grad=True)
+    assert report.ok, report
+
+
 OFFSETS = (None, -3, 0, 2, 5)
 
 

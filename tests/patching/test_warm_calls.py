@@ -17,6 +17,7 @@ from transformers import DynamicCache
 import attnzoo
 from attnzoo import BackendRefusedError
 from attnzoo.errors import KeywordRefusedError
+from attnzoo.patching import forwards, interface
 from attnzoo.registry import registry
 from tests.support.models import FAMILIES
 
@@ -209,3 +210,18 @@ def test_threads_share_a_model(model):
             results = list(threads.map(decode, range(8)))
         assert all(refused == 2 and torch.equal(logits, expected) for refused, logits in results)
         assert {site.kernel for site in handle.sites} == {"flash"}
+
+
+def test_this_pytorch_has_the_private_function_that_shows_the_compiler():
+    seen = []
+    look = torch.compiler.disable(lambda: seen.append(forwards._compiler_callback()), recursive=False)
+    torch.compile(lambda x: (look(), x + 1)[1], backend="eager")(torch.ones(1))
+    assert len(seen) == 1 and seen[0] is not None and forwards._compiler_callback() is None
+
+
+def test_this_transformers_has_the_private_attribute_of_output_attentions(model):
+    for value in (True, False):
+        model.config.output_attentions = value
+        assert object.__getattribute__(model.config, "_output_attentions") is value
+    assert interface._asks_for_probabilities(type("Config", (), {"output_attentions": True})())
+    assert not interface._asks_for_probabilities(object())

@@ -154,3 +154,20 @@ def test_biases_at_the_limits_are_allowed(bias):
 def test_a_bias_that_does_not_fit_is_refused(bias):
     with pytest.raises(InvalidArgumentError, match=r"bias.*: got .*; allowed: "):
         segment_of(bias)
+
+
+@pytest.mark.parametrize("offset", [None, 0, 3, -2, 30])
+@pytest.mark.parametrize(("q_len", "query"), [(1, 0), (5, 0), (5, 4)])
+def test_the_row_of_one_query_is_a_row_of_the_bias(offset, q_len, query):
+    kv_len = 9
+    index = torch.arange(kv_len)[None, None, None], torch.tensor([query])[None, None, :, None]
+    sample, head = torch.arange(2)[:, None, None, None], torch.arange(3)[None, :, None, None]
+    for bias in (
+        RelativeBias(torch.randn(3, 7), 4, offset), RelativeBias(torch.randn(1, 1), 0, offset),
+        DenseBias(torch.randn(2, 1, q_len, kv_len)),
+    ):  # fmt: skip
+        expected = bias.gather(q_len, kv_len)(sample, head, index[1], index[0])
+        row = bias.of_query(query, q_len, kv_len)
+        assert row.shape[2:] == (1, kv_len) and torch.equal(row.expand_as(expected), expected)
+    positions = torch.zeros(2, q_len, dtype=torch.long)
+    assert RelativeBias(torch.randn(3, 7), 4, positions=positions).of_query(query, q_len, kv_len) is None

@@ -5,7 +5,8 @@ import torch
 
 import attnzoo
 from attnzoo.spec import documents, masks
-from attnzoo.spec.masks import read_attention_mask
+from attnzoo.spec.masks import NO_MASK, read_attention_mask
+from attnzoo.spec.patterns import Full
 
 KEYS, NEW = 11, 4
 
@@ -214,3 +215,24 @@ def test_under_vmap_a_mask_stays_dense(additive):
     (read,) = reads
     assert (read.pattern, read.key_mask, read.documents) == (attnzoo.Full(), None, None)
     assert (read.bias is not None) == additive
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 7), (2, 1, 1, 7), (2, 3, 5, 7)])
+@pytest.mark.parametrize("mask", [torch.ones, torch.zeros], ids=["bool", "additive"])
+def test_a_mask_that_hides_nothing_is_no_mask(shape, mask):
+    given = mask(shape, dtype=torch.bool if mask is torch.ones else torch.float32)
+    assert read_attention_mask(given, (2, shape[2], 7)) == NO_MASK
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_the_mask_of_one_query_is_a_key_mask(samples):
+    visible = torch.arange(7 * samples).reshape(samples, 1, 1, 7) % 3 > 0
+    for given in (visible, torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)):
+        read = read_attention_mask(given, (2, 1, 7))
+        assert torch.equal(read.key_mask, visible[:, 0, 0].expand(2, -1))
+        assert (read.pattern, read.mask, read.bias, read.documents) == (Full(), None, None, None)
+
+
+def test_an_additive_mask_of_one_query_that_hides_nothing_is_a_bias():
+    read = read_attention_mask(torch.full((1, 1, 1, 7), -0.5), (2, 1, 7))
+    assert (read.key_mask, read.mask) == (None, None) and torch.equal(read.bias.values, torch.full((1, 1, 1, 7), -0.5))

@@ -69,8 +69,8 @@ class SdpaBackend(Backend):
         segment = attention.segments[0]
         terms = _terms_of_one_call(attention, segment) if len(attention.segments) == 1 else None
         if terms is not None:
-            query, *keys_values = map(_contiguous_rows, (attention.query, segment.key, segment.value))
-            output, visible_rows, kernel = _call(attention, query, keys_values, *terms)
+            query, key, value = map(_contiguous_rows, (attention.query, segment.key, segment.value))
+            output, visible_rows, kernel = _call(attention, query, (key, value), *terms)
             if visible_rows is not None or attention.query_mask is not None:
                 output = attention.fill(output, visible_rows)
             return Result(output, kernel)
@@ -187,7 +187,9 @@ def _call(
         key, value = expand_heads(key, shape[1]), expand_heads(value, shape[1])
     transforms = transforms_around((query, key, value))
     kernel = _kernel(query, key, value, mask, attention.dropout, is_causal, transforms)
-    terms = {"attn_mask": mask, "dropout_p": attention.dropout, "is_causal": is_causal, "scale": attention.scale}
+    terms: dict[str, Any] = {
+        "attn_mask": mask, "dropout_p": attention.dropout, "is_causal": is_causal, "scale": attention.scale
+    }  # fmt: skip
     if kernel is _FLASH and query.is_cpu and not transforms and _can_call_flash_cpu():
         # The operator is the kernel. A public call would choose the kernel by global switches, so this module would
         # have to ask for the choice and to lock the switches. In a decoding step, this takes as long as the kernel.
