@@ -11,10 +11,11 @@ import attnzoo
 from attnzoo.conformance.attention_check import ALL_ROWS, check_attention
 from attnzoo.functional import execute
 from attnzoo.registry import registry
+from tests.properties.conftest import only_new_examples  # noqa: F401
 from tests.support.drawn_attentions import attentions, supported_kinds
 
 BACKEND = attnzoo.configure("triton")
-EXAMPLES = int(os.environ.get("ATTNZOO_INTERPRETED_EXAMPLES", 2))
+EXAMPLES = int(os.environ.get("ATTNZOO_INTERPRETED_EXAMPLES", 8))
 
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
