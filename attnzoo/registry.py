@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from attnzoo.backend import Backend, BackendInfo
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal, UnknownNameError, raise_interrupts
+from attnzoo.refusal_cache import RefusalCache, availability, unavailable_reason
 
 if TYPE_CHECKING:
     from attnzoo.adapter import Adapter
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 RESERVED_NAMES = ("auto", "native")
 ANY_MODEL_TYPE = "*"  # the model type of an adapter that serves modules of any model
 BACKEND_GROUP, ADAPTER_GROUP = "attnzoo.backends", "attnzoo.adapters"
-
-_MOST_REFUSALS = 4096  # cached refusals; without this limit, requests with new offsets would fill the memory
 
 _BackendType = TypeVar("_BackendType", bound=type[Backend])
 
@@ -48,8 +47,7 @@ class Registry:
         self._variants: dict[str, Backend] = {}
         self._broken_backends: dict[str, str] = {}
         self._broken_adapters: dict[str, str] = {}
-        self._refusals: dict[tuple[Backend, Request], tuple[Refusal, ...]] = {}
-        self._same_objects: dict[tuple[int, int], tuple[Backend, Request, tuple[Refusal, ...]]] = {}
+        self._refusals = RefusalCache()
 
     def copy(self) -> Registry:
         """Return an independent registry with the same content. The copy loads no further entry points of backends."""
@@ -73,7 +71,6 @@ class Registry:
         """Clear the cached refusals. Call this method after the content or the installed packages have changed."""
         self.generation += 1
         self._refusals.clear()
-        self._same_objects.clear()
 
     # Backends
 
@@ -345,27 +342,11 @@ class Registry:
 
     def availability(self, backend: Backend) -> tuple[Refusal, ...]:
         """Return why a backend cannot run on this machine. An empty tuple means that there is no reason."""
-        reason = unavailable_reason(type(backend))
-        return () if reason is None else (Refusal("availability", reason, "a machine on which the backend can run"),)
+        return availability(backend)
 
     def refusals(self, backend: Backend, request: Request) -> tuple[Refusal, ...]:
         """Return why a backend cannot run a request on this machine. :meth:`forget` clears the cached results."""
-        # Layers ask with the same objects in every call, and hashing a request takes longer than the rest of the check.
-        # An entry keeps its objects, so no later object can have the same id.
-        ids = (id(backend), id(request))
-        same = self._same_objects.get(ids)
-        if same is not None:
-            return same[2]
-        key = (backend, request)
-        known = self._refusals.get(key)
-        if known is None:
-            if len(self._refusals) >= _MOST_REFUSALS:
-                self._refusals.clear()
-            known = self._refusals[key] = (*self.availability(backend), *backend.refusals(request))
-        if len(self._same_objects) >= _MOST_REFUSALS:
-            self._same_objects.clear()
-        self._same_objects[ids] = (backend, request, known)
-        return known
+        return self._refusals.get(backend, request)
 
     def make_backend(self, name: str, **options: Any) -> Backend:
         """Return a configured backend. Raise :class:`BackendRefusedError` if this machine cannot run the backend."""
@@ -404,15 +385,6 @@ class Registry:
 
 def _failure(entry: metadata.EntryPoint, error: BaseException) -> str:
     return f"{entry.value} failed to load: {type(error).__name__}: {error}"
-
-
-def unavailable_reason(cls: type[Backend]) -> str | None:
-    """Return why a backend cannot run on this machine, or None. If the check raises, the exception is the reason."""
-    try:
-        return cls.unavailable()
-    except BaseException as error:
-        raise_interrupts(error)
-        return f"availability check failed: {type(error).__name__}: {error}"
 
 
 registry = Registry()
