@@ -76,9 +76,14 @@ FAMILIES = dict(
     led=led, longt5_local=longt5_local, longt5_tglobal=longt5_tglobal, reformer_local=reformer_local,
     reformer_lsh=reformer_lsh, causal=causal,
 )  # fmt: skip
-# In every run of the tests, each form for one card. In a long run, all forms for all cards, also in float32.
-_FEW = [((9, 0), "led"), ((8, 9), "longt5_tglobal"), ((9, 0), "reformer_local"), ((8, 9), "reformer_lsh"),
-        ((8, 0), "causal"), ((9, 0), "longt5_tglobal")]  # fmt: skip
+# In every run of the tests, most forms for one card. In a long run, all forms for all cards, also in float32.
+_FEW = [
+    ((9, 0), "led"),
+    ((8, 9), "longt5_tglobal"),
+    ((9, 0), "reformer_local"),
+    ((8, 9), "reformer_lsh"),
+    ((8, 0), "causal"),
+]
 CASES = [(card, name, torch.bfloat16) for card, name in _FEW]
 LONG_CASES = [(card, name, dtype) for card in SHARED for name in FAMILIES for dtype in (torch.bfloat16, torch.float32)]
 
