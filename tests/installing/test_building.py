@@ -368,3 +368,15 @@ def test_a_part_that_a_user_patched_keeps_its_patches():
     again = transformers.EncoderDecoderModel(encoder=encoder, decoder=model.decoder)
     attnzoo.unpatch(again)  # one patch of the whole model has replaced the patch of the part
     assert not attnzoo.is_patched(encoder)
+
+
+def test_the_other_parts_are_patched_beside_a_part_that_a_user_patched():
+    encoder = transformers.LongformerModel(requesting("sdpa", composite_config().encoder))
+    user = attnzoo.patch(encoder, "eager")
+    sizes = dict(vocab_size=99, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=2)
+    config = transformers.GPTBigCodeConfig(**sizes, add_cross_attention=True, multi_query=False)
+    decoder = transformers.GPTBigCodeForCausalLM(requesting("attnzoo/sdpa", config))
+    attnzoo.unpatch(decoder)  # the configuration still requests sdpa
+    whole = transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder)
+    assert {site.name.partition(".")[0] for site in attnzoo.handle(whole).sites} == {"decoder"}
+    assert user.active and backends_of(encoder) == {"eager"}

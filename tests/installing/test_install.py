@@ -128,10 +128,14 @@ def test_a_transformers_that_decides_in_another_way_is_refused(monkeypatch):
     ):
         attnzoo.install()
     monkeypatch.undo()
-    monkeypatch.setattr(PreTrainedModel, "__init__", lambda self, config: None)
-    with pytest.raises(attnzoo.PatchError, match="or is not used by __init__"):
-        attnzoo.install()
-    monkeypatch.undo()
+    for uses in (
+        lambda self: self._check_and_adjust_attn_implementation,
+        lambda self: self._attn_implementation_internal,
+    ):
+        monkeypatch.setattr(PreTrainedModel, "__init__", uses)
+        with pytest.raises(attnzoo.PatchError, match="or is not used by __init__"):
+            attnzoo.install()
+        monkeypatch.undo()
     assert changed() == set()
 
 
@@ -183,6 +187,13 @@ def test_a_block_is_for_its_thread_only():
         assert not attnzoo.is_patched(plain)
         assert "does not support an attention implementation through" in str(foreign)
         assert backends_of(load_alone("led")) == {"sdpa"}
+
+
+def test_an_installed_model_can_be_switched_from_any_thread():
+    with attnzoo.installed():
+        model = load_alone("led", attn_implementation="sdpa")
+        assert in_threads(lambda: model.set_attn_implementation("eager")) == [None]
+        assert not attnzoo.is_patched(model)
 
 
 def test_install_is_for_all_threads():

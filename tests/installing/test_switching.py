@@ -58,6 +58,15 @@ def test_names_of_transformers_reach_transformers():
     assert not attnzoo.is_patched(model) and type(model.config._attn_implementation) is str
 
 
+@pytest.mark.parametrize("field", ["eager", "sdpa"])
+def test_a_field_that_suits_the_adapters_is_kept(field):
+    """The model builds its mask by the field."""
+    model = load("gpt_neox", attn_implementation=field)
+    model.set_attn_implementation("attnzoo/sdpa")
+    assert model.config._attn_implementation == field
+    assert ran("gpt_neox", model)
+
+
 @pytest.mark.parametrize("family", ["led", "gpt_neox"])
 def test_a_name_of_transformers_ends_the_request_of_an_unpatched_model(family):
     """`attnzoo.unpatch` removes the patch only, and the configuration remembers the name."""
