@@ -257,6 +257,9 @@ class Choice:
     backend: Backend
     reason: str = ""
 
+    def __hash__(self) -> int:
+        return hash(self.reason)  # every call of a site counts its choice, and Python keeps the hash of a string
+
     def __str__(self) -> str:
         return f"{self.backend.name}: {self.reason}"
 

@@ -49,6 +49,7 @@ class NativeChooser:
         self._point, self._preference = point, preference
         self._decisions: dict[tuple[Any, ...], Choice | None] = {}
         self._has_autocast: dict[str, bool] = {}
+        self._always_serves = type(point).original_serves is PatchPoint.original_serves
 
     def choose(self, module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Choice | None:
         """Return ``native`` with the reason, or None if a backend must compute the attention of this call.
@@ -82,7 +83,7 @@ class NativeChooser:
             choice = self._decisions[key] = self._decide(module, ModuleCall(*described), states.device)
         if choice is None or point.wants_probabilities(module, kwargs) or transforms_around((states,)):
             return None
-        return choice if point.original_serves(module, *args, **kwargs) else None
+        return choice if self._always_serves or point.original_serves(module, *args, **kwargs) else None
 
     def _decide(self, module: Any, call: ModuleCall, device: torch.device) -> Choice | None:
         point = self._point
