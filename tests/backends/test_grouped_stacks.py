@@ -34,14 +34,12 @@ def several_calls_and_blocks(monkeypatch):
     monkeypatch.setattr(blocks, "_MOST_KEYS", 0)
 
 
-def attention(kind, kv_heads=2, hidden_keys=(), grad=False, apart=True):
+def attention(kind, kv_heads=2, hidden_keys=(), grad=False):
     """The second sample has the positions of ``kind``, the first sample those of the first kind."""
     positions = torch.stack([REGULAR, POSITIONS[kind]])
 
-    def normal(length, heads):
-        if apart:  # as in a projection
-            return torch.randn(2, length, heads, DIM).transpose(1, 2).requires_grad_(grad)
-        return torch.randn(2, heads, length, DIM, requires_grad=grad)
+    def normal(length, heads):  # rows of a head lie apart, as in a projection
+        return torch.randn(2, length, heads, DIM).transpose(1, 2).requires_grad_(grad)
 
     values = torch.randn(HEADS, 5, requires_grad=grad)
     key_mask = None
@@ -89,9 +87,9 @@ def test_grouped_queries_agree_with_the_oracle(kind, hidden_keys, kv_heads):
 
 
 @every_kind
-@pytest.mark.parametrize("apart", [False, True])
-def test_gradients_agree_with_the_oracle_beside_a_window(kind, apart):
-    whole = attention(kind, grad=True, apart=apart)
+@pytest.mark.parametrize("hidden_keys", [(), range(KEYS)], ids=["all keys", "no keys"])
+def test_gradients_agree_with_the_oracle_beside_a_window(kind, hidden_keys):
+    whole = attention(kind, hidden_keys=hidden_keys, grad=True)
     key, value = (torch.randn(2, 2, LENGTH, DIM, requires_grad=True) for _ in range(2))
     window = Segment(key, value, Window(6, 5), bias=RelativeBias(torch.randn(HEADS, 9, requires_grad=True), zero=4))
     assert_agrees(replace(whole, segments=(window, *whole.segments)))
