@@ -30,6 +30,7 @@ every_kind = pytest.mark.parametrize("kind", POSITIONS)
 @pytest.fixture(autouse=True)
 def several_calls_and_blocks(monkeypatch):
     monkeypatch.setattr(grouped_stacks, "_ROWS", 21)
+    monkeypatch.setattr(grouped_stacks, "_FEWEST", 2)
     monkeypatch.setattr(grouped_stacks, "DENSE_ROWS", 4)
     monkeypatch.setattr(blocks, "_MOST_KEYS", 0)
 
@@ -72,10 +73,10 @@ def test_the_queries_of_a_stack_have_equal_positions(kind):
     whole = attention(kind)
     positions = whole.segments[0].bias.positions[:, None].expand(-1, HEADS, -1)
     stacks = grouped_stacks.grouped_stacks(whole, 0)
-    assert stacks and all(stack.size * stack.count <= max(21, stack.size) for stack in stacks)
+    assert stacks and all(stack.size * stack.groups <= max(21, 2 * stack.size) for stack in stacks)
     for stack in stacks:
         rows = stack.take(positions)
-        assert rows.shape == (HEADS, stack.size, stack.count)
+        assert rows.shape == (HEADS, stack.size, stack.groups)
         assert torch.equal(rows, rows[:, :1].expand_as(rows))
 
 
@@ -101,3 +102,11 @@ def test_grouped_queries_need_one_mask_per_call(monkeypatch):
     monkeypatch.setattr(RelativeBias, "at_positions", lambda *args: made.append(args) or at_positions(*args))
     flash_cpu.attend(attention("groups of 7 and a rest"))
     assert [len(positions) for _, positions, _ in made] == [3, 3, 2] * 2, "of each sample: 8 groups of 7 queries"
+
+
+def test_few_large_groups_are_ordinary_blocks(monkeypatch):
+    """A sample of padding tokens has one position. A call with one row per matrix product would be slow."""
+    monkeypatch.undo()
+    whole = attention("one position")
+    assert grouped_stacks.grouped_stacks(whole, 0) == []
+    assert_agrees(whole)
