@@ -45,7 +45,7 @@ class GroupedStack(NamedTuple):
         return (self.part,)
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Return the query rows ``(heads, size, groups, ...)`` of a tensor ``(batch, heads, q_len, ...)``, as a view."""
+        """Return the query rows ``(heads, size, groups, ...)`` as a view of ``(batch, heads, q_len, ...)``."""
         rows = tensor[self.sample, :, self.q_start : self.q_start + self.size * self.groups]
         return rows.unflatten(1, (self.groups, self.size)).transpose(1, 2)
 
@@ -93,7 +93,7 @@ def grouped_stacks(attention: Attention, index: int) -> list[GroupedStack]:
 
 
 def _groups(positions: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Yield ``(start, size, groups)``: from query ``start``, ``groups`` groups of ``size`` queries with one position."""
+    """Yield ``(start, size, groups)``: from query ``start``, ``groups`` groups of ``size`` queries."""
     length = positions.shape[0]
     ends = [*((positions[1:] != positions[:-1]).nonzero()[:, 0] + 1).tolist(), length]
     sizes = [stop - start for start, stop in zip([0, *ends], ends, strict=False)]
