@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from attnzoo import Attention, Segment
+from attnzoo.backends.common import blocks
 from attnzoo.backends.common.additive_masks import TokenMasks
 from attnzoo.backends.sdpa import flash_cpu, sorted_stacks
 from attnzoo.conformance.attention_check import ALL_ROWS, check_attention
@@ -76,6 +77,15 @@ def test_stacked_chunks_agree_with_the_oracle(monkeypatch, at_once, case, batch)
     whole = attention(batch, **{**case, "key_mask": key_mask})
     report = check_attention("sorted", whole, registry.make_backend("sdpa"), grad=batch == 2, max_rows=ALL_ROWS)
     assert report.ok and report.kernel == flash_cpu.KERNEL, "\n".join(map(str, report.checks))
+
+
+def test_blocks_with_the_same_keys_are_not_stacked(monkeypatch):
+    """A chunk of more than ``DENSE_ROWS`` queries is several blocks. Their keys do not begin step by step later."""
+    monkeypatch.setattr(blocks, "DENSE_ROWS", 4)
+    whole = attention(1, length=8)
+    assert max(stack.depth for stack in stacks_of(whole)) == 2, "the end of a chunk and the begin of the next"
+    report = check_attention("long", whole, registry.make_backend("sdpa"), grad=True, max_rows=ALL_ROWS)
+    assert report.ok, "\n".join(map(str, report.checks))
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -17,6 +17,7 @@ _SIZES = (
     (stacks, "_ROWS", 64),
     (sorted_stacks, "_ROWS", 64),
     (grouped_stacks, "_ROWS", 6),
+    (grouped_stacks, "_FEWEST", 1),
     (grouped_stacks, "DENSE_ROWS", 5),
     (hashed, "_KEYS_AT_ONCE", 7),
     (documents, "_ENTRIES_AT_ONCE", 50),

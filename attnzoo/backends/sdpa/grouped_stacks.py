@@ -23,10 +23,12 @@ from attnzoo.spec.segments import Attention
 
 # The largest number of queries per call. More queries need larger masks, fewer queries need more calls.
 _ROWS = 2048
+# The smallest number of groups per call, which is the number of rows in the kernel's matrix products.
+_FEWEST = 16
 
 
 class GroupedStack(NamedTuple):
-    """``count`` groups of ``size`` consecutive queries of one sample. All queries of a group have the same position.
+    """``groups`` groups of ``size`` consecutive queries of one sample. All queries of a group have the same position.
 
     The kernel call has the heads in the batch dimension and the queries of a group in the head dimension.
     """
@@ -35,7 +37,7 @@ class GroupedStack(NamedTuple):
     sample: int
     q_start: int
     size: int
-    count: int
+    groups: int
     part: Part  # all keys of the segment
 
     @property
@@ -43,9 +45,9 @@ class GroupedStack(NamedTuple):
         return (self.part,)
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Return the query rows ``(heads, size, count, ...)`` of a tensor ``(batch, heads, q_len, ...)``, as a view."""
-        rows = tensor[self.sample, :, self.q_start : self.q_start + self.size * self.count]
-        return rows.unflatten(1, (self.count, self.size)).transpose(1, 2)
+        """Return the query rows ``(heads, size, groups, ...)`` as a view of ``(batch, heads, q_len, ...)``."""
+        rows = tensor[self.sample, :, self.q_start : self.q_start + self.size * self.groups]
+        return rows.unflatten(1, (self.groups, self.size)).transpose(1, 2)
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
         self.take(tensor).copy_(values)
@@ -56,16 +58,16 @@ class GroupedStack(NamedTuple):
         return expand_heads(rows, heads)[0][:, None].expand(-1, self.size, -1, -1)
 
     def mask(self, masks: PartMasks, number: int) -> tuple[Tensor, Tensor | None]:
-        """Return the additive mask ``(heads, size, count, kv_len)``, and which queries see a key (None: all)."""
+        """Return the additive mask ``(heads, size, groups, kv_len)``, and which queries see a key (None: all)."""
         attention, segment = self.attention, self.attention.segments[self.part.segment]
         bias = segment.bias
         if not isinstance(bias, RelativeBias) or bias.positions is None:
             raise TypeError(f"segment {self.part.segment}: got bias {bias}; allowed: RelativeBias with positions")
-        firsts = slice(self.q_start, self.q_start + self.size * self.count, self.size)
+        firsts = slice(self.q_start, self.q_start + self.size * self.groups, self.size)
         values = bias.at_positions(bias.positions[self.sample, firsts], segment.kv_len)[:, None]
         visible = None if segment.key_mask is None else segment.key_mask[self.sample]
         mask = additive(visible, values, attention.query.dtype)
-        shape = (attention.heads, self.size, self.count)
+        shape = (attention.heads, self.size, self.groups)
         has_key = visible is None or bool(visible.any())
         rows = None if has_key else torch.zeros(shape, dtype=torch.bool, device=attention.query.device)
         return torch.as_tensor(mask).expand(*shape, -1), rows
@@ -84,14 +86,14 @@ def grouped_stacks(attention: Attention, index: int) -> list[GroupedStack]:
         return []
     part = Part(index, 0, segment.kv_len)
     return [
-        GroupedStack(attention, sample, start, size, count, part)
+        GroupedStack(attention, sample, start, size, groups, part)
         for sample, positions in enumerate(bias.positions)
-        for start, size, count in _groups(positions)
+        for start, size, groups in _groups(positions)
     ]
 
 
 def _groups(positions: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Yield ``(start, size, count)``: from query ``start``, ``count`` groups of ``size`` queries with one position."""
+    """Yield ``(start, size, groups)``: from query ``start``, ``groups`` groups of ``size`` queries."""
     length = positions.shape[0]
     ends = [*((positions[1:] != positions[:-1]).nonzero()[:, 0] + 1).tolist(), length]
     sizes = [stop - start for start, stop in zip([0, *ends], ends, strict=False)]
@@ -102,8 +104,9 @@ def _groups(positions: Tensor) -> Iterator[tuple[int, int, int]]:
     for is_usual, run in groupby(sizes, lambda found: found == size):
         members = list(run)
         while is_usual and members:
-            count = min(len(members), max(1, _ROWS // size))
-            yield start, size, count
+            count = min(len(members), max(_FEWEST, _ROWS // size))
+            if count >= _FEWEST:
+                yield start, size, count
             start += size * count
             members = members[count:]
         start += sum(members)
@@ -112,7 +115,7 @@ def _groups(positions: Tensor) -> Iterator[tuple[int, int, int]]:
 def other_queries(attention: Attention, index: int, grouped: list[GroupedStack]) -> Iterator[Stack]:
     """Yield stacks of one block each for all queries that are in none of the ``grouped`` stacks of a segment."""
     for sample in range(attention.batch):
-        ends = [(g.q_start, g.q_start + g.size * g.count) for g in grouped if g.sample == sample]
+        ends = [(g.q_start, g.q_start + g.size * g.groups) for g in grouped if g.sample == sample]
         gaps = zip([0, *(stop for _, stop in ends)], [*(start for start, _ in ends), attention.q_len], strict=True)
         for start, stop in gaps:
             for first in range(start, stop, DENSE_ROWS):
