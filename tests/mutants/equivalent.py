@@ -39,6 +39,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if tensor.stride(-2) == tensor.shape[-2]:",
     ): "contiguous_rows() returns the same values with or without the copy; the copy makes a kernel faster",
     (
+        "attnzoo/backends/sdpa/stacks.py",
+        "dense = any(attention.segments[index].mask is not None for index in segments)",
+        "dense = None",
+    ): "the number of queries in a block changes the speed, and no result",
+    (
         "adapters/reformer_local.py",
         "size = module.chunk_length * max(SLICE // module.chunk_length, SLICE_PER_NEIGHBOURHOOD * around, 1)",
         "size = module.chunk_length * max(SLICE_PER_NEIGHBOURHOOD * around, 1)",

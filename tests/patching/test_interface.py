@@ -1,0 +1,39 @@
+"""``InterfacePoint.compute`` takes the arguments of transformers' attention functions, and their defaults."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from attnzoo.adapters.gpt_neox import SelfAttention
+from tests.support.documents import RecordingAttend
+
+
+@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize(("is_causal", "of_module"), [(None, True), (None, False), (True, False), (False, True)])
+def test_compute_has_the_defaults_of_the_original_function(scaling, is_causal, of_module):
+    """The scale is ``head_dim**-0.5``. The module decides about causality, unless the call does."""
+    query, key, value = (torch.randn(2, 3, 5, 8) for _ in range(3))
+    module = SimpleNamespace(config=SimpleNamespace(), is_causal=of_module, training=False)
+    attend = RecordingAttend("eager")
+    arguments = (query, key, value, None)
+    output, weights = SelfAttention().compute(
+        module, attend, "sdpa", *arguments, scaling=scaling, is_causal=is_causal, output_attentions=None
+    )
+    expected, _ = sdpa_attention_forward(module, *arguments, scaling=scaling, is_causal=is_causal)
+    torch.testing.assert_close(output, expected)
+    assert weights is None and attend.ran[0].scale == (8**-0.5 if scaling is None else scaling)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "configured", "wanted"),
+    [(None, True, True), (None, False, False), (False, True, False), (True, False, True)],
+)
+def test_keyword_decides_about_probabilities_before_the_config(keyword, configured, wanted):
+    query, key, value = (torch.randn(2, 3, 5, 8) for _ in range(3))
+    module = SimpleNamespace(config=SimpleNamespace(output_attentions=configured), is_causal=True, training=False)
+    _, weights = SelfAttention().compute(
+        module, RecordingAttend("eager"), "eager", query, key, value, None, output_attentions=keyword
+    )
+    assert (weights is not None) == wanted
