@@ -145,16 +145,17 @@ def test_check_site_detects_other_buckets_than_declared():
     assert check_attention("site", whole, lsh(), grad=False).ok
 
 
+class ByDtype(LshBackend):
+    """Its buckets depend on the dtype, as roundings do where two buckets are nearly equal."""
+
+    def decisions(self, attention):
+        return lsh(seed=self.seed + (attention.query.dtype == torch.float64)).decisions(attention)
+
+    def rewrite(self, attention, decisions=None):
+        return super().rewrite(attention, self.decisions(attention) if decisions is None else decisions)
+
+
 def test_check_site_repeats_the_buckets_of_the_checked_dtype():
-    class ByDtype(LshBackend):
-        """Its buckets depend on the dtype, as roundings do where two buckets are nearly equal."""
-
-        def decisions(self, attention):
-            return lsh(seed=self.seed + (attention.query.dtype == torch.float64)).decisions(attention)
-
-        def rewrite(self, attention, decisions=None):
-            return super().rewrite(attention, self.decisions(attention) if decisions is None else decisions)
-
     whole = attention(Causal(), None)
     report = check_attention("site", whole, ByDtype(**OPTIONS), grad=True)
     assert report.ok and all(check.eager_error < 1e-5 * check.scale for check in report.checks), str(report)
@@ -207,6 +208,11 @@ def test_verify_repeats_the_buckets_of_the_checked_run(side, dtype):
     assert report.ok, str(report)
     assert report.changed == "2 hash rounds of 4 buckets, chunks of 3 keys"
     assert all(0.1 < site.recall < 1.0 for site in report.sites)
+
+
+def test_verify_repeats_the_buckets_of_the_checked_dtype():
+    report = attnzoo.verify(zoo.gpt_neox(), zoo.causal_inputs(26, "left"), ByDtype(**OPTIONS), gradients=False)
+    assert report.ok and all(check.eager_error < 1e-3 * check.scale for check in report.end_to_end), str(report)
 
 
 def test_the_oracle_repeats_the_buckets_of_another_run():
