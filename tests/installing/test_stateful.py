@@ -106,6 +106,8 @@ class Installs(RuleBasedStateMachine):
         self.load_from(self.folder.name, name)
 
     def load_from(self, folder, name, saved=None):
+        if not self.active[0] and name is not None and "/" in name:
+            return  # for transformers without attnzoo, a kernel of the hub
         options = {} if name is None else {"attn_implementation": name}
         try:
             backend, saved = self.served(name, saved)
