@@ -7,7 +7,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from attnzoo.adapters.gpt_neox import SelfAttention
-from tests.support.documents import RecordingAttend
+from tests.support.attend import RecordingAttend
 
 
 @pytest.mark.parametrize("scaling", [None, 0.3])
