@@ -68,10 +68,13 @@ class TritonBackend(Backend):
         return refusals
 
     def priority_for(self, request: Request) -> int:
-        """Return a high priority unless PyTorch's kernels compute the request whole and without a dense mask."""
+        """Return a priority above PyTorch's kernels unless these compute the request whole and without a dense mask.
+
+        The priority is below FlashAttention's, because these kernels have not run on a card yet.
+        """
         (first, *others) = request.segments
         is_plain = not others and first.bias is None and not first.mask and isinstance(first.pattern, Full | Causal)
-        return self.priority if is_plain or is_interpreted() else 30
+        return self.priority if is_plain or is_interpreted() else 15
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
         # Not every machine has Triton, and the registry imports this module on all of them.

@@ -94,7 +94,9 @@ class Backward:
             # Several segments share these tensors. Each adds to gradients in float32.
             for place in (form.key, form.value):
                 if place not in grads:
-                    grads[place] = torch.zeros_like(self._inputs.keys_values[place], dtype=torch.float32)
+                    grads[place] = torch.zeros(
+                        self._inputs.keys_values[place].shape, dtype=torch.float32, device=self._plan.device
+                    )
             self._launch_keys(number, index, (grads[form.key], grads[form.value]), shares=1, adds=True)
         return [grads[place].to(self._plan.dtype) for place in range(len(self._inputs.keys_values))]
 
@@ -106,7 +108,8 @@ class Backward:
         steps = triton.cdiv(plan.most_queries(index, sizes.keys), sizes.queries) * form.group
         shares = min(programs_at_once(plan.device) // programs, steps // _FEWEST_STEPS)
         if shares < 2:
-            grads = (torch.empty_like(key), torch.empty_like(value))
+            like: dict[str, Any] = dict(dtype=plan.dtype, device=plan.device)
+            grads = (torch.empty(key.shape, **like), torch.empty(value.shape, **like))
             self._launch_keys(number, index, grads, shares=1, adds=False)
             return grads
         dims = (key.shape[3], value.shape[3])
@@ -219,7 +222,7 @@ class Backward:
         values = self._inputs.biases[form.bias_place]
         grad = torch.empty(values.shape, dtype=values.dtype, device=plan.device)
         tiles = (triton.cdiv(plan.q_len, sizes.queries), triton.cdiv(form.kv_len, sizes.keys))
-        grid = (*tiles, values.shape[0] * values.shape[1])
+        grid = (values.shape[0] * values.shape[1], *tiles)
         dense_bias_kernel[grid](
             grad=grad,
             segment=self._keys[index],

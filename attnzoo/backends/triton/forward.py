@@ -33,8 +33,10 @@ def block_dim(dim: int) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """Return the precision of products: TF32 for float32 only if the user allows TF32 in PyTorch."""
-    is_exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if is_exact else "tf32"
+    matmul = torch.backends.cuda.matmul
+    # PyTorch's older setting raises an error if the user has changed the newer one.
+    allows_tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if dtype == torch.float32 and allows_tf32 else "ieee"
 
 
 def tile_of(kernel: str, plan: Plan) -> Tile:

@@ -126,7 +126,7 @@ class Inputs:
     """The tensors of an attention that may get gradients.
 
     Attributes:
-        keys_values: the distinct tensors of keys and values. Segments may share tensors.
+        keys_values: the distinct keys and the distinct values. Segments may share tensors.
         biases: the bias values of the segments that have a bias.
     """
 
@@ -138,21 +138,25 @@ class Inputs:
 
 def split(attention: Attention) -> tuple[Plan, Inputs]:
     """Split an attention into a plan and the tensors that may get gradients."""
-    keys_values: list[Tensor] = []
+    # Segments may share keys or values. A tensor that is both keys and values has two places, because a kernel writes
+    # the gradient of keys and the gradient of values to different tensors.
+    places: list[tuple[str, Tensor]] = []
     biases: list[Tensor] = []
 
-    def place(tensor: Tensor) -> int:
-        for number, known in enumerate(keys_values):
-            if known is tensor:
+    def place(role: str, tensor: Tensor) -> int:
+        for number, (known_role, known) in enumerate(places):
+            if known is tensor and known_role == role:
                 return number
-        keys_values.append(tensor)
-        return len(keys_values) - 1
+        places.append((role, tensor))
+        return len(places) - 1
 
     forms = []
     for segment in attention.segments:
-        forms.append(_form(attention, segment, place(segment.key), place(segment.value), len(biases)))
+        key, value = place("key", segment.key), place("value", segment.value)
+        forms.append(_form(attention, segment, key, value, len(biases)))
         if segment.bias is not None:
             biases.append(segment.bias.values)
+    scale = float(attention.scale)  # Triton would compile separately for an integer, or a number of numpy
     plan = Plan(
         batch=attention.batch,
         heads=attention.heads,
@@ -163,12 +167,13 @@ def split(attention: Attention) -> tuple[Plan, Inputs]:
         device=attention.query.device,
         forms=tuple(forms),
         passes=tuple(map(tuple, passes(attention))),
-        sign=(attention.scale > 0.0) - (attention.scale < 0.0),
-        scale=abs(attention.scale) or 1.0,
-        dropout=attention.dropout,
+        sign=(scale > 0.0) - (scale < 0.0),
+        scale=abs(scale) or 1.0,
+        dropout=float(attention.dropout),
         query_mask=_contiguous(attention.query_mask),
     )
-    return plan, Inputs(attention.query, tuple(keys_values), tuple(biases), attention.empty)
+    keys_values = tuple(tensor for _, tensor in places)
+    return plan, Inputs(attention.query, keys_values, tuple(biases), attention.empty)
 
 
 def _form(attention: Attention, segment: Segment, key: int, value: int, bias_place: int) -> Form:

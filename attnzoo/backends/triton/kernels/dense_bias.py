@@ -18,8 +18,9 @@ def dense_bias_kernel(
 ):  # fmt: skip
     """Write a tile of ``grad`` ``(bias_batch, bias_heads, q_len, kv_len)``, contiguous."""
     kv_len = number(numbers.kv_len)
-    m0, k0 = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
-    of_bias = tl.program_id(2)
+    # A grid may have more than 65535 programs only in dimension 0.
+    of_bias = tl.program_id(0)
+    m0, k0 = tl.program_id(1) * BLOCK_M, tl.program_id(2) * BLOCK_N
     first_b, first_h = of_bias // bias_heads, of_bias % bias_heads
     rows = m0 + tl.arange(0, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

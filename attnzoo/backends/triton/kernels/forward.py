@@ -80,7 +80,7 @@ def forward_kernel(
     lse += head.to(tl.int64) * q_len
     if not IS_FIRST:
         lse_before = tl.load(lse + rows, mask=exists, other=float("inf"))
-        has_key = lse_before < float("inf")
+        has_key = lse_before != float("inf")  # NaN counts as a key, and makes the row NaN
         top = tl.where(has_key, lse_before, FLOOR)
         total = tl.where(has_key, 1.0, 0.0)
         acc += load_rows(earlier, b, h, rows, exists & has_key, VALUE_DIM, BLOCK_V)
@@ -90,7 +90,7 @@ def forward_kernel(
             scale * LOG2_E, 1.0 / scale, seed, dropout, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, DROPOUT,
             PRECISION,
         )  # fmt: skip
-    has_key = total > 0.0
+    has_key = total != 0.0  # NaN counts as a key
     total = tl.where(has_key, total, 1.0)
     result = acc / total[:, None]
     if IS_LAST:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
-import torch
 import triton
 import triton.language as tl
 
-# Triton decides at its import whether it interprets kernels. Interpreted kernels and AMD cards run no PTX instructions.
-PTX = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None)
+from attnzoo.backends.triton.tile_sizes import is_interpreted
+
+# Triton decides at its import whether it interprets kernels. Interpreted kernels run no PTX instructions.
+PTX = tl.constexpr(not is_interpreted())
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Where the running maximum of a row starts: below every score, but finite, because hidden scores are -inf and
 # (-inf) - (-inf) is NaN.

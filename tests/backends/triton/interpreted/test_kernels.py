@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 
@@ -9,9 +10,10 @@ import attnzoo
 from attnzoo.backends.triton import backward, forward
 from attnzoo.backends.triton.tile_sizes import Tile
 from attnzoo.conformance.attention_check import ALL_ROWS, check_attention
+from attnzoo.conformance.cases import AttentionCase
 from attnzoo.conformance.dropout_check import dropout_failure
 from attnzoo.functional import execute
-from attnzoo.spec.patterns import Causal, Full, Window
+from attnzoo.spec.patterns import Causal, Full, SortedChunks, Window
 
 BACKEND = attnzoo.configure("triton")
 UNEQUAL = dict(forward=Tile(16, 64), query=Tile(64, 16), key=Tile(32, 16), distance=Tile(16, 32), position=Tile(16, 16))
@@ -89,3 +91,30 @@ def test_the_layout_of_models_is_read_and_written_without_copies(large_tiles, mo
     query, key, value = (rows(1, 9, 2, 16).transpose(1, 2) for _ in range(3))
     output = execute(BACKEND, attnzoo.Attention(query, (attnzoo.Segment(key, value),), 0.25)).output
     assert output.transpose(1, 2).is_contiguous()
+
+
+def test_a_tensor_that_is_key_and_value_gets_both_gradients():
+    query, states = rows(1, 2, 20, 16), rows(1, 2, 20, 16)
+    segments = (attnzoo.Segment(states, states, Causal()), attnzoo.Segment(states, states, Window(3, 0)))
+    for count in (1, 2):
+        attention = attnzoo.Attention(query, segments[:count], 0.25)
+        (expected,) = torch.autograd.grad(execute(attnzoo.configure("eager"), attention).output.square().sum(), states)
+        (got,) = torch.autograd.grad(execute(BACKEND, attention).output.square().sum(), states)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_nan_in_an_early_hash_round_makes_the_row_nan():
+    attention = AttentionCase(pattern=SortedChunks(8, 1, 1), grad=False, batch=1).attention()
+    first, second = attention.segments
+    key = first.key.clone()
+    key[:, :, 3] = float("nan")
+    attention = replace(attention, segments=(replace(first, key=key), second))
+    expected = execute(attnzoo.configure("eager"), attention).output.isnan()
+    assert expected.any()
+    assert torch.equal(execute(BACKEND, attention).output.isnan(), expected)
+
+
+def test_a_number_of_numpy_may_be_the_scale():
+    attention = attention_of(length=20)
+    given = replace(attention, scale=numpy.float64(0.25))
+    assert torch.equal(execute(BACKEND, given).output, execute(BACKEND, attention).output)
