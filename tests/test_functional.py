@@ -53,3 +53,14 @@ def test_attention_drops_whole_weights():
     weights = attnzoo.attention(q, k, v, dropout=0.5) * 64 * 0.5  # kept weights are scaled by 1 / (1 - p)
     assert torch.all((weights - weights.round()).abs() < 1e-5)
     assert 10 < int(weights.sum().round()) < 54
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("pattern", [attnzoo.Full(), attnzoo.Window(2, 1)])
+def test_a_tensor_that_is_key_and_value_gets_both_gradients(backend, pattern):
+    query, states = torch.randn(2, 1, 2, 9, 8, dtype=torch.float64)
+    key, value, both = (states.clone().requires_grad_() for _ in range(3))
+    apart = attnzoo.attention(query, key, value, pattern, backend="eager").square().sum()
+    together = attnzoo.attention(query, both, both, pattern, backend=backend).square().sum()
+    (got,) = torch.autograd.grad(together, both)
+    torch.testing.assert_close(got, sum(torch.autograd.grad(apart, (key, value))))
