@@ -103,11 +103,13 @@ class SiteAttend:
     def cached_per_forward(self, tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
         # Each site calls this method once per forward, so a second call of a site starts the next forward. The version
         # counter of a tensor is not enough: inference tensors have no counter, and writes through ``.data`` or numpy do
-        # not change the counter. Autograd cannot save tensors from inference mode, so ``version`` includes this mode.
+        # not change the counter. Autograd records nothing under no_grad, and cannot save tensors from inference mode.
+        # So ``version`` includes both modes.
         if transforms_around(()):  # torch.func's tensors have no storage and cannot be used after the transform
             return make(tensor)
         entries = self._memory.setdefault(tensor, {})
-        version = (None if tensor.is_inference() else tensor._version, torch.is_inference_mode_enabled())
+        modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        version = (None if tensor.is_inference() else tensor._version, *modes)
         if name not in entries or entries[name][0] != version or self.site.name in entries[name][1]:
             value = make(tensor)
             if _shares_memory(value, tensor):
@@ -122,7 +124,8 @@ class SiteAttend:
 # does may a forward run without the wrapper of ``torch.compiler.disable``, which takes as long as counting a call.
 # ``is_compiling`` is not enough: it is False below a frame that the compiler has given up, where the compiler compiles
 # the functions that this frame calls. Without the private function, every forward runs in the wrapper.
-_compiler_callback = getattr(getattr(torch._C._dynamo, "eval_frame", None), "get_eval_frame_callback", object)
+_eval_frame = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+_compiler_callback = getattr(_eval_frame, "get_eval_frame_callback", object)
 
 
 def _shares_memory(value: Any, tensor: Tensor) -> bool:

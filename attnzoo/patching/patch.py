@@ -184,7 +184,9 @@ def _check_whole(places: list[tuple[nn.Module, PatchedForward]]) -> None:
 def unpatch_all(model: nn.Module, numbers: Container[int] | None = None) -> None:
     """Remove the patches of a model that have one of the numbers. None means every patch.
 
-    If a patch cannot be removed, remove none and raise :class:`PatchError`.
+    Raises:
+        PatchError: a patch is not in place at all its modules (then no patch is removed), or is below a patch that has
+            another number (then later patches are removed).
     """
     by_number: dict[int, list[tuple[nn.Module, PatchedForward]]] = {}
     for module, forward in _layers(model):

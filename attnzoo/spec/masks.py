@@ -29,7 +29,8 @@ class ReadMask(NamedTuple):
         pattern: ``Full``, ``Causal`` or ``Window``.
         key_mask: ``(batch, kv_len)`` bool, False for padding. None means that there is no padding.
         mask: ``(batch or 1, heads or 1, q_len, kv_len)`` bool. None means that pattern and key mask are sufficient.
-        bias: the values of an additive mask at visible keys. None if the mask is bool, or if all these values are 0.
+        bias: the values of an additive mask at visible keys. None if the mask is bool, or if all these values are 0 and
+            need no gradient.
         documents: the documents of packed rows. None means that ``mask`` is not the mask of packed rows.
     """
 
@@ -68,7 +69,8 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
     if any(attention_mask.shape[dim] not in (1, size) for dim, size in zip((0, 2, 3), sizes, strict=True)):
         fits = f"shape (1 or {batch}, 1 or heads, 1 or {lengths[0]}, 1 or {lengths[1]})"
         raise InvalidArgumentError("attention_mask", describe(attention_mask), fits)
-    if readable(attention_mask) and _hides_nothing(attention_mask):
+    # A trained mask is a bias even where all its values are 0, as tables are at the start of a training.
+    if not attention_mask.requires_grad and readable(attention_mask) and _hides_nothing(attention_mask):
         return NO_MASK
     if attention_mask.dtype == torch.bool:
         visible = attention_mask.expand(-1, -1, *lengths)
@@ -86,7 +88,7 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
         raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)}, with NaN", allowed)
     if not bool(rest.isfinite().all()):
         raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)}, with +Inf", allowed)
-    return _simplify(visible, batch)._replace(bias=bias if bool((rest != 0).any()) else None)
+    return _simplify(visible, batch)._replace(bias=bias if rest.requires_grad or bool((rest != 0).any()) else None)
 
 
 def _hides_nothing(mask: Tensor) -> bool:
