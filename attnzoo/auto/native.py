@@ -11,7 +11,7 @@ import torch
 from attnzoo.adapter import PatchPoint
 from attnzoo.auto import cache
 from attnzoo.auto.calls import ModuleCall, hidden_states, properties
-from attnzoo.auto.choice import by_priority_because
+from attnzoo.auto.choice import BY_REQUEST, by_priority_because
 from attnzoo.auto.environment import environment_of
 from attnzoo.auto.measurements import key_of
 from attnzoo.auto.modules import by_measurement, request_of
@@ -59,7 +59,7 @@ class NativeChooser:
         """
         point, states = self._point, hidden_states(args, kwargs)
         if states is None:
-            return None
+            return self._choose_undescribed(module, args, kwargs)
         described = properties(point, module, states, kwargs)
         device = described[-1]
         has_autocast = self._has_autocast.get(device)
@@ -69,6 +69,7 @@ class NativeChooser:
             described,
             states.dtype,
             states.device,
+            point.original_kernel(module),
             torch.get_autocast_dtype(device) if has_autocast and torch.is_autocast_enabled(device) else None,
             torch.are_deterministic_algorithms_enabled(),
             torch.get_num_threads(),
@@ -84,6 +85,16 @@ class NativeChooser:
         if choice is None or point.wants_probabilities(module, kwargs) or transforms_around((states,)):
             return None
         return choice if self._always_serves or point.original_serves(module, *args, **kwargs) else None
+
+    def _choose_undescribed(self, module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Choice | None:
+        """Choose for a call without hidden states ``(batch, length, embed)``, about which no rule is known."""
+        point = self._point
+        priority = self._preference == "auto" and by_priority_because() == BY_REQUEST
+        if priority or point.fault(module) is not None or point.wants_probabilities(module, kwargs):
+            return None
+        if transforms_around((*args, *kwargs.values())) or not point.original_serves(module, *args, **kwargs):
+            return None
+        return Choice(NativeBackend(), "by rule: the call has no hidden states (batch, length, embed)")
 
     def _decide(self, module: Any, call: ModuleCall, device: torch.device) -> Choice | None:
         point = self._point

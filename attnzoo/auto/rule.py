@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from attnzoo.auto.calls import DECODING, FORWARD, TRAINING, ModuleCall
 from attnzoo.registry import registry
-from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window
+from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window, power_of_two
 from attnzoo.spec.segments import Request
 
 
@@ -65,6 +65,8 @@ def kind_of(requests: Sequence[Request], original_kernel: str) -> str:
         return "sorted chunks"
     if Chunks in patterns:
         return "chunks"
+    if len(segments) > 1 and segments[-1].kv_heads == 1 and segments[-1].bias is not None:
+        return "unknown"  # attention sinks, with which nothing was measured
     with_bias = " with bias" if any(segment.bias is not None for segment in segments) else ""
     if Window in patterns:
         return f"window{' and other keys' if len(segments) > 1 else ''}{with_bias}"
@@ -108,7 +110,8 @@ def native_because(requests: Sequence[Request], original_kernel: str, call: Modu
     limit = LIMITS.get((kind, call.device, call.mode))
     if limit is not None and holds(limit, requests) and count_scores(requests, call) >= limit.scores:
         return None
-    size = f" with {count_scores(requests, call)} scores" if limit is not None else ""
+    # A number for each length would make a new reason for each length, and sites keep all reasons.
+    size = f" with about {power_of_two(count_scores(requests, call))} scores" if limit is not None else ""
     return f"by rule: {call.mode} of {kind}{size} on {call.device}; to measure, run attnzoo tune"
 
 

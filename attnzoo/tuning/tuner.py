@@ -63,7 +63,7 @@ def tune(
     Args:
         model: a model of a family with an adapter. The model may be patched.
         inputs: keyword arguments of the model's forward, or a function that runs the model. To tune for decoding, pass
-            ``lambda: model.generate(**prompt)``. The function is called twice.
+            ``lambda: model.generate(**prompt)``. The function is called once or twice.
         gradients: True tunes for training (forward and backward), and False tunes for inference. None selects training
             if the model is in training mode.
         again: whether attentions that already have a stored measurement are measured again.
