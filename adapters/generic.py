@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from attnzoo.adapter import Adapter, Attend, request_for
 from attnzoo.adapters.eager_forms import EagerForm, form_of
-from attnzoo.errors import InvalidArgumentError, KeywordRefusedError
+from attnzoo.errors import InvalidArgumentError, KeywordRefusedError, PatchError
 from attnzoo.functional import compute_dtype
 from attnzoo.patching.interface import InterfacePoint, read_interface_mask
 from attnzoo.registry import ANY_MODEL_TYPE
@@ -58,6 +59,7 @@ class AnyInterfaceAttention(InterfacePoint):
     def check(self, module: Any) -> None:
         super().check(module)
         form_of(type(module))
+        _check_wrappers(type(module))
 
     def describe(self, module: Any) -> str:
         window = _window(module)
@@ -76,10 +78,13 @@ class AnyInterfaceAttention(InterfacePoint):
         pattern: Pattern = Full()
         if _is_causal(module):
             pattern = Causal(offset=0) if window is None else Window(window - 1, 0, offset=0)
-        segments = [SegmentRequest(pattern, kv_heads)]
-        if form_of(type(module)).sinks:
+        form = form_of(type(module))
+        segments = [SegmentRequest(pattern, kv_heads, bias="dense" if form.position_bias else None)]
+        if form.sinks:
             segments.append(SegmentRequest(Full(), 1, bias="relative"))
-        return (request_for(module, heads, head_dim, *segments),)
+        request = request_for(module, heads, head_dim, *segments)
+        has_softcap = form.softcap and getattr(module, "attn_logit_softcapping", None) is not None
+        return (replace(request, softcap=has_softcap),)
 
     def dropout(self, module: Any) -> float:
         for name in _DROPOUT:
@@ -115,7 +120,8 @@ class AnyInterfaceAttention(InterfacePoint):
     ) -> tuple[Tensor, Tensor | None]:
         """Compute an attention in place of an attention function of transformers.
 
-        ``sliding_window`` has no effect, because the mask contains the window. ``s_aux`` repeats the module's sinks.
+        ``sliding_window`` has no effect, because the mask contains the window. ``s_aux`` has no effect, because eager
+        functions read the sinks of the module.
         """
         if implementation == "sdpa":
             form = _SDPA_FORM
@@ -149,6 +155,16 @@ class AnyInterfaceAttention(InterfacePoint):
         return result.output.transpose(1, 2).contiguous(), None if result.dropped is None else result.dropped[0]
 
 
+def _check_wrappers(cls: Any) -> None:
+    """Raise if code outside transformers has wrapped the forward, because a patch runs a copy without wrappers."""
+    forward = cls.forward
+    if inspect.unwrap(forward) is not forward and not forward.__globals__["__name__"].startswith("transformers."):
+        raise PatchError(
+            f"{cls.__name__}.forward: got a function that {forward.__globals__['__name__']} has wrapped; allowed: a "
+            "function without wrappers, because a patch would drop them"
+        )
+
+
 def _refuse(keyword: str, value: object, computed: bool) -> None:
     if value is not None and not computed:
         got = describe(value) if isinstance(value, Tensor) else repr(value)
@@ -170,7 +186,10 @@ def _integer(module: Any, names: tuple[str, ...]) -> int | None:
     """Return the first integer attribute with one of these names, of the module or of its config."""
     for owner in (module, module.config):
         for name in names:
-            value = getattr(owner, name, None)
+            try:
+                value = getattr(owner, name, None)
+            except RuntimeError:  # a config whose layers have different values
+                value = None
             if isinstance(value, int) and value > 0:
                 return value
     return None

@@ -168,11 +168,12 @@ class LshCall:
     def _heads_at_once(self, query: Tensor, hashes: int, wanted: bool) -> int:
         """Return how many heads :meth:`_sorted` computes at a time. The output does not depend on this number.
 
-        On a GPU, these are all heads, because many small kernels would take longer. If gradients, dropout or
-        probabilities are needed, these are all heads too.
+        On a GPU, these are all heads, because many small kernels would take longer. If gradients, dropout,
+        probabilities or transforms are needed, these are all heads too.
         """
         batch, heads, length, dim = query.shape
-        if query.device.type != "cpu" or torch.is_grad_enabled() or self._module.training or wanted:
+        needs_all = torch.is_grad_enabled() or self._module.training or wanted or transforms_around((query,))
+        if query.device.type != "cpu" or needs_all:
             return heads
         bytes_per_head = 2 * batch * hashes * length * dim * compute_dtype(query).itemsize
         return min(heads, max(1, SORTED_AT_ONCE // bytes_per_head))

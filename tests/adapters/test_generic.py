@@ -1,9 +1,12 @@
 """Any model whose attention modules call transformers' attention interface is patched by the generic adapter."""
 
+import functools
+
 import pytest
 import torch
 import transformers
 from transformers import AttentionInterface
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import attnzoo
 from attnzoo.adapters.eager_forms import form_of
@@ -148,8 +151,70 @@ def test_sinks_are_a_segment_with_one_key_and_train():
 
 def test_a_softcap_is_refused_by_a_backend_without_one():
     model = build(gemma2)
-    with attnzoo.patch(model, "sdpa"), pytest.raises(attnzoo.BackendRefusedError, match="softcap"):
+    with pytest.raises(attnzoo.BackendRefusedError, match=r"refuses at patch time(.|\n)*softcap"):
+        attnzoo.patch(model, "sdpa")
+    with attnzoo.patch(model, "sdpa", fallback="native") as handle:
         model(**inputs_of(model))
+    assert [site.fallbacks for site in handle.sites] == [1, 1]
+
+
+def doubled(forward):
+    @functools.wraps(forward)
+    def wrapper(*args, **kwargs):
+        output, weights = forward(*args, **kwargs)
+        return 2.0 * output, weights
+
+    return wrapper
+
+
+class Doubled(LlamaAttention):
+    """An attention module whose forward is wrapped by users. A patch would run the forward without the wrapper."""
+
+    forward = doubled(LlamaAttention.forward)
+
+
+def test_a_wrapped_forward_is_refused():
+    model = build(llama)
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn = Doubled(model.config, index)
+    with pytest.raises(PatchError, match=r"Doubled.forward: got a function that .*test_generic has wrapped"):
+        attnzoo.patch(model, "sdpa")
+
+
+def beit():
+    sizes = {name: size for name, size in SIZES.items() if name not in ("vocab_size", "pad_token_id")}
+    config = transformers.BeitConfig(**sizes, image_size=16, patch_size=4, use_relative_position_bias=True)
+    return transformers.BeitModel(config)
+
+
+def swin():
+    sizes = dict(embed_dim=16, depths=[2], num_heads=[2], window_size=2)
+    return transformers.SwinModel(transformers.SwinConfig(**sizes, image_size=16, patch_size=4))
+
+
+@pytest.mark.parametrize("make", [beit, swin])
+def test_a_table_of_zeros_gets_a_gradient(make):
+    """Tables begin with zeros. A mask without an effect must not count as no mask then."""
+    torch.manual_seed(0)
+    model = make().eval()
+    model.set_attn_implementation("eager")
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.5)
+    tables = [value for name, value in model.named_parameters() if "relative_position_bias_table" in name]
+    for table in tables:
+        torch.nn.init.zeros_(table)
+    pixels = torch.randn(1, 3, 16, 16)
+
+    def gradients():
+        return torch.autograd.grad(model(pixels).last_hidden_state.square().sum(), tables)
+
+    expected = gradients()
+    with attnzoo.patch(model, "sdpa"):
+        got = gradients()
+    for one, other in zip(got, expected, strict=True):
+        assert other.abs().max() > 0.0
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
 
 
 def test_auto_selects_a_backend_with_a_softcap():
@@ -191,7 +256,7 @@ def test_families_with_an_adapter_keep_it():
     assert AnyInterfaceAttention not in points
 
 
-class Other(transformers.models.llama.modeling_llama.LlamaAttention):
+class Other(LlamaAttention):
     """An attention module that users wrote. Its forward does not call the interface."""
 
     def forward(self, hidden_states, *args, **kwargs):
