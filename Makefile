@@ -76,6 +76,7 @@ docs-results: $(STAMP) ## write docs/results.md from the JSON files in benchmark
 	$(BIN)/python -m attnzoo.benchmarks.summary benchmarks/results > docs/results.md
 
 docs-architectures: $(STAMP) ## patch a tiny model of every model type of transformers and write docs/architectures.md (30 minutes)
+	rm -f benchmarks/results/architectures.jsonl
 	OMP_NUM_THREADS=1 $(BIN)/python -m attnzoo.benchmarks.architectures --json benchmarks/results/architectures.jsonl $(ARGS)
 	$(BIN)/python -m attnzoo.benchmarks.architectures --json benchmarks/results/architectures.jsonl --markdown docs/architectures.md
 

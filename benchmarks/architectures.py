@@ -39,8 +39,9 @@ class Outcome:
     """The outcome of one model type on one backend.
 
     Attributes:
-        kind: ``agrees``, ``differs``, ``refused``, ``other attention`` (no module of the model calls the attention
-            interface) or ``not built`` (the tiny model does not run before the patch).
+        kind: ``agrees``, ``differs``, ``refused``, ``raises`` (another error while verifying, of attnzoo or of the
+            model in float64), ``other attention`` (no module of the model calls the attention interface) or ``not
+            built`` (the tiny model does not run before the patch).
         detail: the reason, if the kind is not ``agrees``.
         checks: the checks that passed.
         sites: the number of patched attention modules.
@@ -81,8 +82,8 @@ def check(model_type: str, backend: str) -> Outcome:
         difference = _generates_differently(model_type, backend)
     except AttnzooError as error:
         return Outcome(model_type, backend, "refused", _brief(error), sites=sites)
-    except Exception as error:  # the model raises in float64 or in the backward, also without a patch
-        return Outcome(model_type, backend, "not built", f"while verifying: {_brief(error)}")
+    except Exception as error:
+        return Outcome(model_type, backend, "raises", _brief(error), sites=sites)
     if difference:
         return Outcome(model_type, backend, "differs", difference, sites=sites)
     return Outcome(model_type, backend, "agrees", "", (*passed, *([] if difference is None else ["generation"])), sites)
@@ -106,7 +107,7 @@ def _generates_differently(model_type: str, backend: str) -> str | None:
             inputs: dict[str, Any] = {**example.padded("left"), "use_cache": True}
             inputs.pop("decoder_input_ids", None)
             expected = example.model.generate(**inputs, **arguments)  # type: ignore[operator]
-        except Exception:  # the model does not generate from these inputs, also without a patch
+        except Exception:  # the unpatched model does not generate from these inputs
             return None
         with patch(example.model, backend):
             got = example.model.generate(**inputs, **arguments)  # type: ignore[operator]
@@ -161,8 +162,12 @@ def _escaped(text: str) -> str:
     return text[:120].replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 
 
+class _TookTooLong(BaseException):
+    """Raised when a model type takes too long. It is no ``Exception``, because checks catch these."""
+
+
 def _time_out(number: int, frame: FrameType | None) -> None:
-    raise TimeoutError(f"took more than {_SECONDS} s")
+    raise _TookTooLong(f"took more than {_SECONDS} s")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -190,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.alarm(_SECONDS)
         try:
             outcome = check(model_type, backend)
-        except TimeoutError as error:
+        except _TookTooLong as error:
             outcome = Outcome(model_type, backend, "not built", str(error))
         signal.alarm(0)
         differs |= outcome.kind == "differs"

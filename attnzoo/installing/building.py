@@ -50,7 +50,9 @@ def load(from_pretrained: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _is_inside_constructor() -> bool:
-    """Whether a constructor is running around the caller of ``post_init`` that will call ``post_init`` later.
+    """Whether a constructor is running around the caller of ``post_init`` that contains a call of ``post_init`` too.
+
+    A model that such a constructor builds after this call is not patched. No model of transformers does this.
 
     The stack tells this even if an earlier constructor failed halfway. A list of models under construction would then
     keep the failed model. The constructor around may be that of a subclass, which adds modules to the same model.

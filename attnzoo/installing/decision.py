@@ -68,7 +68,7 @@ def choose(model: Any, implementation: str, theirs: Decide) -> tuple[str, NamedB
     except (ValueError, ImportError) as error:  # unknown name, unsupported by the model, or a package is missing
         if is_ours(implementation):
             return theirs(None), read_name(implementation)
-        if is_supported(model) and _is_misspelled(implementation):
+        if _is_misspelled(implementation):
             also = f"a name that transformers serves on {type(model).__name__}"
             raise UnknownNameError("attn_implementation", implementation, registry.names(), also) from error
         raise

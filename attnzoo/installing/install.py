@@ -23,18 +23,20 @@ def install(default: str | None = None) -> None:
     """Make transformers accept the names of backends as ``attn_implementation``, in the whole process.
 
     From now on ``from_pretrained``, ``from_config``, ``pipeline(model_kwargs=...)``, ``Model(config)`` and
-    ``model.set_attn_implementation`` accept backend names, aliases and variants for models of families with an adapter.
-    The model is then patched as by :func:`attnzoo.patch`, and :func:`attnzoo.handle` returns its handle. A name that
-    transformers serves on a model (``"eager"`` on every model, ``"sdpa"`` on GPT-NeoX) stays transformers' own.
-    ``"attnzoo/NAME"`` always means a backend of attnzoo. ``"NAME:option=value,..."`` sets options.
+    ``model.set_attn_implementation`` accept backend names, aliases and variants for every model that
+    :func:`attnzoo.patch` accepts. The model is then patched as by :func:`attnzoo.patch`, and :func:`attnzoo.handle`
+    returns its handle. A name that transformers serves on a model (``"eager"`` on every model, ``"sdpa"`` on GPT-NeoX)
+    stays transformers' own. ``"attnzoo/NAME"`` always means a backend of attnzoo. ``"NAME:option=value,..."`` sets
+    options.
 
     ``save_pretrained`` writes the name to ``config.json``, as ``attnzoo_backend``. ``from_pretrained`` then uses the
     name, unless ``attn_implementation`` is given. Without ``install``, transformers ignores the entry.
 
     Args:
-        default: the backend for models of these families that are built without ``attn_implementation`` and without a
-            saved name. None means the value of the environment variable ``ATTNZOO_BACKEND`` or, without this variable,
-            transformers' default. A default is not saved with a model.
+        default: the backend for models of families with an adapter of their own that are built without
+            ``attn_implementation`` and without a saved name. Other models need a name. None means the value of the
+            environment variable ``ATTNZOO_BACKEND`` or, without this variable, transformers' default. A default is not
+            saved with a model.
 
     A second call replaces the default of the first call.
 

@@ -207,7 +207,7 @@ def _can_call_flash_cpu() -> bool:
 
     torch.compile and function transforms have rules for the public call, but not for all operators that it calls.
     """
-    return flash_cpu.unavailable() is None and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and flash_cpu.unavailable() is None
 
 
 class _Switches:
