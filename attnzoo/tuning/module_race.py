@@ -226,7 +226,12 @@ def _prepared(
     count: int,
     observed: _Observed | None = None,
 ) -> Iterator[list[Callable[[], None]]]:
-    """Context manager that patches the model and yields ``count`` functions. Each runs the recorded calls once."""
+    """Context manager that patches the model and yields ``count`` functions. Each runs the recorded calls once.
+
+    It yields fewer functions if the copies of the calls would need more than ``DENSE_BYTES``.
+    """
+    bytes_of_calls = sum(call.nbytes() for _, call in recorded)
+    count = max(1, min(count, DENSE_BYTES // max(1, bytes_of_calls)))
     with patch(model, backend) as handle:
         if observed is not None:
             observed.sites.extend(handle.sites)

@@ -20,6 +20,7 @@ from attnzoo.spec.segments import Attention
 
 Clock = Callable[[], float]
 # A function that prepares a number of runs. The context manager yields one function per run.
+# A context manager for a number of runs. It may prepare fewer runs.
 Preparation = Callable[[int], AbstractContextManager[Sequence[Callable[[], object]]]]
 
 ROUNDS = 7
@@ -135,7 +136,7 @@ def time_in_turns(
                 for step in steps:
                     step()
                 synchronize(device)
-                return (tick() - start) / counts[name]
+                return (tick() - start) / len(steps)
         except Exception as error:
             outcomes[name] = replace(outcomes[name], reason=raised(error), wrong=not is_out_of_memory(error))
             del samples[name]

@@ -23,6 +23,12 @@ class RecordedCall(NamedTuple):
         """Return a copy. A call may change its arguments, for example fill a cache or write into a mask."""
         return RecordedCall(copied(self.args), copied(self.kwargs))
 
+    def nbytes(self) -> int:
+        """Return the size of all tensors in the arguments, caches included, in bytes."""
+        seen: set[int] = set()
+        tensors = (tensor for value in (*self.args, *self.kwargs.values()) for tensor in _tensors_in(value, seen))
+        return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
     def leaves(self) -> list[Tensor]:
         """Return the tensors that get a gradient in training: hidden states, and tensors that had a history."""
         tensors = (value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor))

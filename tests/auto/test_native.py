@@ -317,6 +317,39 @@ def test_many_lengths_do_not_fill_the_memory(monkeypatch):
     assert handle.sites[0].kernels == {"native": 8}
 
 
+def test_many_lengths_give_few_reasons():
+    model = gpt_neox()
+    model.set_attn_implementation("eager")
+    with attnzoo.patch(model) as handle, torch.no_grad():
+        for length in range(2, 40):
+            model(**neox_inputs(length))
+    assert handle.sites[0].kernels == {"native": 38}
+    assert len(handle.sites[0].selections) <= 10
+
+
+def test_a_change_of_the_models_attention_function_changes_the_decision(monkeypatch):
+    monkeypatch.setattr(rule, "LIMITS", {("dense in eager", "cpu", FORWARD): rule.Limit(0, 0)})
+    model = gpt_neox()
+    model.set_attn_implementation("eager")
+    with attnzoo.patch(model) as handle, torch.no_grad():
+        model(**neox_inputs())
+        model.set_attn_implementation("sdpa")
+        model(**neox_inputs())
+    assert handle.sites[0].kernels["native"] == 1 and handle.sites[0].calls == 2
+
+
+def test_a_call_without_described_states_runs_the_models_code(ours_everywhere):
+    model = gpt_neox()
+    module, states = model.gpt_neox.layers[0].attention, torch.randn(1, 5, model.config.hidden_size)
+    rotary = model.gpt_neox.rotary_emb(states, torch.arange(5)[None])
+    with attnzoo.patch(model) as handle, torch.no_grad():
+        chooser = next(forward._chooser for forward in handle.forwards if forward.point.attends)
+        keywords = dict(attention_mask=None, position_embeddings=rotary)
+        assert chooser.choose(module, (states,), keywords) is None, "the rule selects a backend"
+        choice = chooser.choose(module, (states[0],), keywords)
+    assert choice.backend.name == "native" and "no hidden states (batch, length, embed)" in choice.reason
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_autocast_is_another_measurement(autocast):
     model = gpt_neox()

@@ -33,6 +33,15 @@ def test_a_value_cached_in_inference_mode_is_used_only_there(neox):
         assert not second(mask, "more", lambda tensor: tensor + 1).is_inference() and value.is_inference()
 
 
+def test_a_value_made_without_gradients_is_not_used_with_gradients(neox):
+    mask = torch.zeros(2, 2, requires_grad=True)
+    with attnzoo.patch(neox.model, "sdpa") as handle:
+        first, second = (forward._attend.cached_per_forward for forward in handle.forwards[:2])
+        with torch.no_grad():
+            assert not first(mask, "more", lambda tensor: tensor + 1).requires_grad
+        assert second(mask, "more", lambda tensor: tensor + 1).requires_grad
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_value_is_made_once_per_forward(neox, mode):
     """Also if the mask changes between forwards without a new version."""

@@ -241,3 +241,17 @@ def test_a_cycle_in_a_cache_is_copied():
     cache = DynamicCache()
     cache.itself = cache
     assert copied(cache).itself is not cache
+
+
+def test_copies_of_a_large_call_stay_below_the_limit(monkeypatch):
+    cache = DynamicCache()
+    states = torch.randn(1, 2, 5, 4)
+    cache.update(states, states, 0)
+    model = gpt_neox()
+    call = RecordedCall((torch.randn(1, 1, 32),), dict(layer_past=cache))
+    assert call.nbytes() == 4 * (32 + 40)  # keys and values of the cache are one tensor here
+    recorded = [("gpt_neox.layers.0.attention", call)]
+    monkeypatch.setattr(module_race, "DENSE_BYTES", 3 * call.nbytes())
+    for count, prepared in ((2, 2), (50, 3)):
+        with module_race._prepared(model, AutoBackend(), recorded, False, count) as steps:
+            assert len(steps) == prepared
