@@ -249,7 +249,7 @@ def test_copies_of_a_large_call_stay_below_the_limit(monkeypatch):
     cache.update(states, states, 0)
     model = gpt_neox()
     call = RecordedCall((torch.randn(1, 1, 32),), dict(layer_past=cache))
-    assert call.nbytes() == 4 * (32 + 40)  # keys and values of the cache are one tensor here
+    assert call.nbytes() == 4 * (32 + 2 * 40)  # hidden states, keys and values
     recorded = [("gpt_neox.layers.0.attention", call)]
     monkeypatch.setattr(module_race, "DENSE_BYTES", 3 * call.nbytes())
     for count, prepared in ((2, 2), (50, 3)):
