@@ -216,7 +216,7 @@ def test_a_table_of_zeros_gets_a_gradient(make):
         got = gradients()
     for one, other in zip(got, expected, strict=True):
         assert other.abs().max() > 0.01
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # the original softmax runs in float32
 
 
 def test_auto_selects_a_backend_with_a_softcap():
