@@ -43,7 +43,10 @@ class AnyInterfaceAttention(InterfacePoint):
     """Patch point of every module whose forward gets its attention function from ``AttentionInterface``."""
 
     cls = "torch.nn.modules.module:Module"
-    verified = {_SDPA: ("585929b0ca273c82", "5afe3de6f11cb3e4")}
+    verified = {
+        _SDPA: ("585929b0ca273c82", "5afe3de6f11cb3e4"),
+        "transformers.modeling_utils:AttentionInterface.get_interface": ("6a7fc2699cc17286", "55451b3b503a59dc"),
+    }
 
     def serves(self, module: Any) -> bool:
         forward = inspect.unwrap(type(module).forward)

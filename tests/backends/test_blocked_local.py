@@ -125,7 +125,8 @@ def test_dense_cases_of_the_kit_equal_the_oracle(backend, dtype):
     assert refused == {
         outcome.case
         for outcome in outcomes
-        if (outcome.case.mask == "globals" or outcome.case.probabilities) and not outcome.case.transform
+        if (outcome.case.mask == "globals" or outcome.case.probabilities or outcome.case.softcap)
+        and not outcome.case.transform
     }
     assert any(outcome.case.transform and not outcome.refused for outcome in outcomes)
 

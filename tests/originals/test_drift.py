@@ -17,7 +17,7 @@ from transformers.models.llama import modeling_llama
 import attnzoo
 from attnzoo.originals import drift as drift_module
 from attnzoo.originals.drift import Difference, drift_message, find_drift
-from attnzoo.originals.fingerprint import fingerprint, object_at
+from attnzoo.originals.fingerprint import fingerprint, object_at, path_of
 from attnzoo.registry import registry
 from tests.support.models import gpt_neox
 
@@ -226,6 +226,8 @@ POINT_IDS = [type(point).__module__.rpartition(".")[2] + "-" + type(point).__nam
 
 @pytest.mark.parametrize(("adapter", "point"), points(), ids=POINT_IDS)
 def test_subclass_must_not_override_a_verified_method(adapter, point):
+    if point.cls == path_of(torch.nn.Module):
+        pytest.skip("the point serves every forward that calls the attention interface")
     base = object_at(point.cls)
     paths = [path.rpartition(".") for path in point.verified]
     names = {name for owner, _, name in paths if owner == point.cls} | {"forward"}

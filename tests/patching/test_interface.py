@@ -31,9 +31,13 @@ def test_compute_has_the_defaults_of_the_original_function(scaling, is_causal, o
     [(None, True, True), (None, False, False), (False, True, False), (True, False, True)],
 )
 def test_keyword_decides_about_probabilities_before_the_config(keyword, configured, wanted):
+    module = SimpleNamespace(config=SimpleNamespace(output_attentions=configured))
+    assert SelfAttention().wants_probabilities(module, {"output_attentions": keyword}) == wanted
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_weights_are_returned_on_request(wanted):
     query, key, value = (torch.randn(2, 3, 5, 8) for _ in range(3))
-    module = SimpleNamespace(config=SimpleNamespace(output_attentions=configured), is_causal=True, training=False)
-    _, weights = SelfAttention().compute(
-        module, RecordingAttend("eager"), "eager", query, key, value, None, output_attentions=keyword
-    )
+    module, attend = SimpleNamespace(is_causal=True, training=False), RecordingAttend("eager")
+    _, weights = SelfAttention().compute(module, attend, "eager", query, key, value, None, output_attentions=wanted)
     assert (weights is not None) == wanted
