@@ -2,7 +2,7 @@
 
 The forward of such a module computes query, key and value, gets an attention function from ``ALL_ATTENTION_FUNCTIONS``
 by ``config._attn_implementation``, and calls this function. The arguments of the call define the attention, so one
-patch point serves all these modules. Families with special attention have adapters of their own, which are preferred.
+patch point serves all these modules. Families with special attention have separate adapters, which are preferred.
 
 The original attention function is ``sdpa_attention_forward`` for ``sdpa``, and the eager function of the modeling file
 for ``eager``. :mod:`attnzoo.adapters.eager_forms` lists what the eager functions compute.

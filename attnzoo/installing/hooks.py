@@ -2,7 +2,7 @@
 
 ``__init__`` of a model asks ``_check_and_adjust_attn_implementation`` which implementation to use. This method is
 private, but it is the only place that every way of building a model goes through. The other three methods are public.
-attnzoo registers nothing in ``AttentionInterface``: models with an attention of their own ignore registered names.
+attnzoo registers nothing in ``AttentionInterface``: models that do not call this interface ignore registered names.
 """
 
 from __future__ import annotations

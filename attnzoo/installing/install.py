@@ -33,7 +33,7 @@ def install(default: str | None = None) -> None:
     name, unless ``attn_implementation`` is given. Without ``install``, transformers ignores the entry.
 
     Args:
-        default: the backend for models of families with an adapter of their own that are built without
+        default: the backend for models of families that have an adapter and are built without
             ``attn_implementation`` and without a saved name. Other models need a name. None means the value of the
             environment variable ``ATTNZOO_BACKEND`` or, without this variable, transformers' default. A default is not
             saved with a model.

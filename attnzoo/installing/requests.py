@@ -61,7 +61,7 @@ def patch_as_requested(model: nn.Module) -> None:
 def plan_built(model: nn.Module) -> tuple[SitePlan, ...]:
     """Return the checked plans for a model that was just built. Empty if no part of the model requests a backend.
 
-    Whoever builds a model may move it to a device and switch it to inference later. So the plans assume inference on a
+    A program may move a new model to a device and switch it to inference later. So the plans assume inference on a
     device of this machine, and each call is checked again.
     """
     requests = requests_of(model)

@@ -28,7 +28,7 @@ def calls_by_backend(site: Site) -> Counter[str]:
     calls: Counter[str] = Counter()
     for choice, count in selections.items():
         calls[choice.backend.name] += count
-    native = max(kernels["native"] - calls["native"], 0)  # calls that nobody selected
+    native = max(kernels["native"] - calls["native"], 0)  # calls that `auto` did not select
     calls["native"] += native + site.fallbacks
     calls[site.backend] += kernels.total() - native - selections.total()
     return +calls

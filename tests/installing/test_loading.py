@@ -257,7 +257,7 @@ def test_the_handle_is_that_of_a_patch():
 
 
 def test_a_model_in_training_mode_is_checked_in_the_call(add_backend):
-    """Whoever builds a model may switch it to inference, so the plan assumes inference."""
+    """A program may switch a new model to inference, so the plan assumes inference."""
     add_backend("forward-only", grad=False)
     model = transformers.AutoModelForSeq2SeqLM.from_config(led_config(), attn_implementation="forward-only")
     assert model.training and all(module.training for module in model.modules())

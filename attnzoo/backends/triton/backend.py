@@ -85,7 +85,7 @@ class TritonBackend(Backend):
 
 
 def check_biases(attention: Attention) -> None:
-    """Raise if a bias has a class of somebody else, because the kernels ignore overridden methods."""
+    """Raise if a bias has an unknown class, because the kernels ignore overridden methods."""
     for segment in attention.segments:
         if segment.bias is not None and type(segment.bias) not in (RelativeBias, DenseBias):
             reason = Refusal("bias", type(segment.bias).__name__, "RelativeBias or DenseBias itself, no subclass")
