@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from attnzoo.auto.selection import AutoBackend
 from attnzoo.backend import Backend
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal, Stage
 from attnzoo.registry import registry
+from attnzoo.spec.autocast import active_autocast
 from attnzoo.spec.bias import Bias, DenseBias
 from attnzoo.spec.global_keys import find_global_keys
 from attnzoo.spec.patterns import Full, Pattern
@@ -93,15 +93,7 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 def autocast_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """Return the result of :func:`compute_dtype` for a tensor of this dtype and device type."""
-    if dtype != torch.float64 and _has_autocast(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return dtype
-
-
-@cache
-def _has_autocast(device: str) -> bool:
-    """Whether a type of devices has an autocast. ``is_autocast_enabled`` raises for other types, such as meta."""
-    return torch.amp.is_autocast_available(device)
+    return dtype if dtype == torch.float64 else active_autocast(device) or dtype
 
 
 def attention(

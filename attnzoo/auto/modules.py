@@ -11,8 +11,6 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import torch
-
 from attnzoo.adapter import PatchPoint
 from attnzoo.auto.calls import ModuleCall
 from attnzoo.auto.environment import code_of
@@ -20,6 +18,7 @@ from attnzoo.auto.measurements import Measurement, Outcome, format_seconds, to_p
 from attnzoo.backend import Backend
 from attnzoo.originals.fingerprint import path_of
 from attnzoo.registry import registry
+from attnzoo.spec.autocast import active_autocast
 
 NATIVE, PATCHED = "native", "auto"
 # Backends run only if they need at most this share of the time of the model's code. A difference below this is noise.
@@ -37,14 +36,8 @@ def request_of(point: PatchPoint, module: Any, call: ModuleCall) -> dict[str, An
         "original": point.original_kernel(module),
         "mode": call.mode,
         "dropout": bool(module.training and point.dropout(module) > 0.0),
-        "autocast": to_plain_data(autocast_dtype(call.device)),
+        "autocast": to_plain_data(active_autocast(call.device)),
     }
-
-
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """Return the dtype of autocast, or None if autocast is off. ``device`` is a device type."""
-    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if is_on else None
 
 
 def is_of_module(measurement: Measurement) -> bool:

@@ -19,6 +19,7 @@ from attnzoo.auto.rule import native_because
 from attnzoo.backend import Backend, Choice
 from attnzoo.errors import Refusal
 from attnzoo.registry import registry
+from attnzoo.spec.autocast import active_autocast
 from attnzoo.spec.segments import Request
 from attnzoo.spec.transforms import transforms_around
 
@@ -48,7 +49,6 @@ class NativeChooser:
     def __init__(self, point: PatchPoint, preference: Preference) -> None:
         self._point, self._preference = point, preference
         self._decisions: dict[tuple[Any, ...], Choice | None] = {}
-        self._has_autocast: dict[str, bool] = {}
         self._always_serves = type(point).original_serves is PatchPoint.original_serves
 
     def choose(self, module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Choice | None:
@@ -61,16 +61,12 @@ class NativeChooser:
         if states is None:
             return self._choose_undescribed(module, args, kwargs)
         described = properties(point, module, states, kwargs)
-        device = described[-1]
-        has_autocast = self._has_autocast.get(device)
-        if has_autocast is None:
-            has_autocast = self._has_autocast[device] = torch.amp.is_autocast_available(device)
         key = (
             described,
             states.dtype,
             states.device,
             point.original_kernel(module),
-            torch.get_autocast_dtype(device) if has_autocast and torch.is_autocast_enabled(device) else None,
+            active_autocast(described[-1]),
             torch.are_deterministic_algorithms_enabled(),
             torch.get_num_threads(),
             registry.generation,
