@@ -126,11 +126,11 @@ def _simplify(visible: Tensor, batch: int) -> ReadMask:
 def _narrowest_window(grid: Tensor) -> Window | None:
     """Return the narrowest window that contains all visible keys, or None if all keys are hidden or it has width 1."""
     q_len, kv_len = grid.shape[1:]
-    key, lowest, highest, start = torch.arange(kv_len, device=grid.device), kv_len, -q_len, 0
+    lowest, highest, start = kv_len, -q_len, 0
     for rows in grid.split(max(1, _ENTRIES_AT_ONCE // (grid.shape[0] * kv_len)), dim=1):
         query = torch.arange(start, start + rows.shape[1], device=grid.device)
         has_visible_key, first = rows.any(-1), rows.byte().argmax(-1)
-        last = torch.where(rows, key, -1).amax(-1)
+        last = kv_len - 1 - rows.flip(-1).byte().argmax(-1)
         lowest = min(lowest, int(torch.where(has_visible_key, first - query, kv_len).min()))
         highest = max(highest, int(torch.where(has_visible_key, last - query, -q_len).max()))
         start += rows.shape[1]
