@@ -27,17 +27,6 @@ def real_backends(own_cache):
         yield
 
 
-@pytest.fixture
-def ours_everywhere(monkeypatch):
-    """A rule that selects a backend for every forward and every training step."""
-    monkeypatch.setattr(rule, "LIMITS", _Everything())
-
-
-class _Everything(dict):
-    def get(self, key, default=None):
-        return None if key[2] == DECODING else rule.Limit(0, 0)
-
-
 def site_of(model, inputs, grad=False, **changes):
     with attnzoo.patch(model, **changes) as handle, torch.set_grad_enabled(grad):
         model(**inputs)
