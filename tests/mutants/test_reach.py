@@ -6,6 +6,8 @@ import textwrap
 
 import pytest
 
+pytest.importorskip("mutmut", reason="the mutation tests need mutmut, which is in the extra 'dev'")
+
 from tests.mutants import schedule
 from tests.mutants.mutations import ROOT, Mutant
 from tests.mutants.nearest import nearest_tests
