@@ -258,6 +258,20 @@ def test_patch_names_an_adapter_that_fails_to_load(monkeypatch):
     assert registry.find_adapter("gpt_neox") is not None
 
 
+def test_entry_points_of_adapters_are_read_again_only_after_a_change(monkeypatch):
+    """To read them takes milliseconds of every patch: each installed package has a file."""
+    read, original = [], importlib.metadata.entry_points
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **which: read.append(1) or original(**which))
+    registry.adapters()  # loads what is not loaded, which is a change
+    read.clear()
+    registry.forget()
+    for _ in range(3):
+        assert registry.adapters() and registry.find_adapter("unknown") is None and registry.model_types()
+    assert len(read) == 1
+    registry.forget()  # as after an installation
+    assert registry.adapters() and len(read) == 2
+
+
 @pytest.mark.parametrize(
     ("second", "words"),
     [

@@ -75,8 +75,9 @@ def test_sdpa_runs_on_public_functions_without_the_operators(monkeypatch, missin
     flash_cpu.unavailable.cache_clear()
     try:
         assert missing in flash_cpu.unavailable()
-        report = attnzoo.testing.check_backend("sdpa", dtypes=(torch.float32,))
-        assert not report.failures
+        if missing == flash_cpu._FORWARD:  # the other operator leads to the same functions
+            report = attnzoo.testing.check_backend("sdpa", dtypes=(torch.float32,))
+            assert not report.failures
         query, key, value = tensors(torch.float32, 40, 40)
         attention = attnzoo.Attention(query, (attnzoo.Segment(key, value, attnzoo.Window(3, 3)),), 1.0)
         assert "flash_cpu" not in registry.make_backend("sdpa").run(attention).kernel

@@ -141,10 +141,15 @@ def test_refusals_have_rows_and_do_not_fail_the_shootout(shootout):
     assert "absent (" in text and "pip install nowhere" in text
 
 
-def test_every_backend_of_the_machine_has_a_row_by_default(shootout):
-    names = {row.backend for row in shootout().rows}
+def test_by_default_every_backend_has_a_row_and_dense_ones_stop_at_their_limit(shootout):
+    result = shootout(seq_lens=(40, 80), dense_limit=64)
+    names = {row.backend for row in result.rows if row.seq_len == 40}
     assert names == {"native"} | {info.name for info in backends().values() if info.exact or not info.available}
     assert {"absent", "broken", "wrong"} <= names
+    skipped = {row.backend: row for row in result.rows if "above S=64" in row.reason}
+    assert {"eager", "wrong"} <= set(skipped) and "sdpa" not in skipped, "exactly the backends that declare dense"
+    assert {(row.status, row.seq_len) for row in skipped.values()} == {("skipped", 80)}
+    assert "--backend wrong" in skipped["wrong"].reason
 
 
 def test_failures_have_rows(shootout):
@@ -153,14 +158,6 @@ def test_failures_have_rows(shootout):
     assert row.status == "failed" and "RuntimeError: the kernel fell over" in row.reason
     assert_no_measurements(row)
     assert not result.ok
-
-
-def test_dense_backends_are_skipped_above_their_limit(shootout):
-    result = shootout(seq_lens=(40, 80), dense_limit=64)
-    skipped = {row.backend: row for row in result.rows if "above S=64" in row.reason}
-    assert {"eager", "wrong"} <= set(skipped) and "sdpa" not in skipped, "exactly the backends that declare dense"
-    assert {(row.status, row.seq_len) for row in skipped.values()} == {("skipped", 80)}
-    assert "--backend wrong" in skipped["wrong"].reason
 
 
 def test_dense_backend_is_skipped_if_memory_does_not_suffice(shootout, monkeypatch):
@@ -187,15 +184,16 @@ def test_module_runs_at_lengths_above_the_position_table(shootout, scope):
     assert {row.status for row in result.rows} == {"ok"}
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
-def test_tables_fit_the_terminal_and_cut_no_word(shootout, width):
+def test_tables_fit_the_terminal_and_cut_no_word(shootout):
     result = shootout(modes=MODES, seq_lens=(40, 80), dense_limit=64)
-    narrow, wide = printed(result, width), printed(result, 1000)
-    assert all(len(line.rstrip()) <= width for line in narrow.splitlines())
-    assert set(narrow.split()) <= set(wide.split())
-    titles = next(line.split() for line in narrow.splitlines() if line.startswith("backend"))
-    assert {"backend", "kernel", "median", "speed", "memory", "gate"} <= set(titles)
-    assert width < 80 or {"min", "max", "peak"} <= set(titles)
+    wide = printed(result, 1000)
+    for width in (60, 80, 120):
+        narrow = printed(result, width)
+        assert all(len(line.rstrip()) <= width for line in narrow.splitlines())
+        assert set(narrow.split()) <= set(wide.split())
+        titles = next(line.split() for line in narrow.splitlines() if line.startswith("backend"))
+        assert {"backend", "kernel", "median", "speed", "memory", "gate"} <= set(titles)
+        assert width < 80 or {"min", "max", "peak"} <= set(titles)
 
 
 def test_table_names_lengths_and_modes_that_did_not_run(shootout):

@@ -16,7 +16,7 @@ from tests.support.judge import hashes_of
 
 families = pytest.mark.parametrize("family", RECIPES)
 backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
-STEPS = 30
+STEPS = 20
 
 
 def held_out(family, batch=4):
@@ -49,7 +49,7 @@ def test_perplexity_equals_the_originals_to_four_digits(family, backend):
 
 
 def fine_tune(family, backend, dtype=torch.float32, buckets=None, rate=0.01):
-    """Losses and final parameters of 30 steps of SGD with clipped gradients, and the hash buckets of the run.
+    """Losses and final parameters of a few steps of SGD with clipped gradients, and the hash buckets of the run.
 
     With ``buckets``, the run uses these: a rounding may move a token into another bucket.
     """

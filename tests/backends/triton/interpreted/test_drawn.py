@@ -15,7 +15,7 @@ from tests.properties.conftest import only_new_examples  # noqa: F401
 from tests.support.drawn_attentions import attentions, supported_kinds
 
 BACKEND = attnzoo.configure("triton")
-EXAMPLES = int(os.environ.get("ATTNZOO_INTERPRETED_EXAMPLES", 8))
+EXAMPLES = int(os.environ.get("ATTNZOO_INTERPRETED_EXAMPLES", 3))
 
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
