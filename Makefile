@@ -42,7 +42,7 @@ $(OLDEST_VENV)/.installed: pyproject.toml constraints.txt Makefile
 test-oldest: $(OLDEST_VENV)/.installed ## run the tests with the oldest supported transformers
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n 2 $(ARGS)
 
-test-long: $(STAMP) ## run the property tests with 20,000 examples per backend (estimated: 2.5 hours on 2 cores)
+test-long: $(STAMP) ## run the property tests with more than 25,000 examples per exact backend (1 to 2 hours on 2 cores)
 	ATTNZOO_HYPOTHESIS_PROFILE=long OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/properties $(ARGS)
 
 test-interpreted: $(STAMP) ## run the whole conformance kit on the Triton kernels, interpreted on the CPU, and compile them for all cards
