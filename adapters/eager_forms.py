@@ -64,6 +64,7 @@ FORMS: Mapping[EagerForm, Mapping[str, str]] = {
         "idefics2.modeling_idefics2:eager_attention_forward": "5e3104b5054d00ed",
         "llama4.modeling_llama4:eager_attention_forward": "dcdc84e27063f92c",
         "modernbert_decoder.modeling_modernbert_decoder:eager_attention_forward": "d736738be8d54d2e",
+        "gptj.modeling_gptj:eager_attention_forward": "cb235c0255929e28",
         "tipsv2.modeling_tipsv2:text_eager_attention_forward": "6b998235c1f3c159",
     },
     EagerForm(reads_mask=False): {"vjepa2.modeling_vjepa2:eager_attention_forward": "22a2e24886439cfe"},

@@ -44,7 +44,7 @@ class AnyInterfaceAttention(InterfacePoint):
 
     cls = "torch.nn.modules.module:Module"
     verified = {
-        _SDPA: ("585929b0ca273c82", "5afe3de6f11cb3e4"),
+        _SDPA: ("585929b0ca273c82", "5afe3de6f11cb3e4", "db2955eaed8b38ad"),
         "transformers.modeling_utils:AttentionInterface.get_interface": ("6a7fc2699cc17286", "55451b3b503a59dc"),
     }
 
@@ -220,7 +220,7 @@ def _sink_segments(segment: Segment, sinks: Tensor | None) -> tuple[Segment, ...
 
 GENERIC = Adapter(
     model_types=(ANY_MODEL_TYPE,),
-    versions="5.17 to 5.23",
+    versions="5.17 to 5.24",
     points=(AnyInterfaceAttention(),),
     examples=({"model_type": "llama"}, {"model_type": "mistral"}, {"model_type": "bert"}),
 )

@@ -55,7 +55,7 @@ class CrossModelMasks(ModelMasks):
     The point also expands the encoder mask to three dimensions, because the model's original forward requires this.
     """
 
-    verified = {f"{_MODULE}:GPTBigCodeModel.forward": ("19f5b50c3ae23f0f",)}
+    verified = {f"{_MODULE}:GPTBigCodeModel.forward": ("19f5b50c3ae23f0f", "242ed84d9deb2fa8")}
     masks = {"attention_mask": DECODER_MASK, _MASK: CROSS_VISIBILITY}
 
     def serves(self, module: Any) -> bool:
@@ -70,7 +70,7 @@ class _Attention(PatchPoint):
     """Base class of the patch points of self-attention and cross-attention."""
 
     cls = f"{_MODULE}:GPTBigCodeAttention"
-    cache = "layer_past"
+    cache = ("layer_past",)
 
     def dropout(self, module: Any) -> float:
         return float(module.attn_dropout)
@@ -84,7 +84,7 @@ class SelfAttention(_Attention, InterfacePoint):
     """Patch point of causal self-attention."""
 
     verified = {
-        f"{_MODULE}:GPTBigCodeAttention.forward": ("c39be72d161b452f",),
+        f"{_MODULE}:GPTBigCodeAttention.forward": ("c39be72d161b452f", "912b27e2f8019507"),
         f"{_MODULE}:GPTBigCodeBlock.forward": ("4e057486e762c36c",),
         f"{_MODULE}:eager_attention_forward": ("092b81b99e8fc6eb",),
     }
@@ -105,7 +105,7 @@ class CrossAttention(_Attention):
 
     verified = {
         f"{_MODULE}:GPTBigCodeAttention.__init__": ("3df96d659edfe3dd",),
-        f"{_MODULE}:GPTBigCodeAttention.forward": ("c39be72d161b452f",),
+        f"{_MODULE}:GPTBigCodeAttention.forward": ("c39be72d161b452f", "912b27e2f8019507"),
         f"{_MODULE}:GPTBigCodeBlock.forward": ("4e057486e762c36c",),
     }
 
@@ -208,7 +208,7 @@ def _masks(given: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | N
 
 GPT_BIGCODE = Adapter(
     model_types=("gpt_bigcode",),
-    versions="5.17 to 5.23",
+    versions="5.17 to 5.24",
     examples=({"multi_query": True}, {"multi_query": False, "add_cross_attention": True}),
     points=(SelfAttention(), CrossAttention(), CrossModelMasks(), ModelMasks()),
 )

@@ -25,7 +25,7 @@ class SelfAttention(InterfacePoint):
 
     cls = f"{_MODULE}:GPTNeoXAttention"
     verified = {f"{_MODULE}:GPTNeoXAttention.forward": ("680bb9e237b1e0ff", "0019986976651fef")}
-    cache = "layer_past"
+    cache = ("layer_past",)
 
     def describe(self, module: Any) -> str:
         return "causal"
@@ -38,4 +38,4 @@ class SelfAttention(InterfacePoint):
         return float(module.attention_dropout)
 
 
-GPT_NEOX = Adapter(model_types=("gpt_neox",), versions="5.17 to 5.23", points=(SelfAttention(), ModelMasks()))
+GPT_NEOX = Adapter(model_types=("gpt_neox",), versions="5.17 to 5.24", points=(SelfAttention(), ModelMasks()))

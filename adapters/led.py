@@ -66,8 +66,8 @@ class DecoderAttention(PatchPoint):
 
     cls = f"{_MODULE}:LEDDecoderAttention"
     verified = {
-        f"{_MODULE}:LEDDecoderAttention.forward": ("3eb1956ac64b70a7",),
-        f"{_MODULE}:LEDDecoder.forward": ("4797df659fe32543", "efe619d6f6d3eef9"),
+        f"{_MODULE}:LEDDecoderAttention.forward": ("3eb1956ac64b70a7", "34b20400a876a799"),
+        f"{_MODULE}:LEDDecoder.forward": ("4797df659fe32543", "efe619d6f6d3eef9", "3da83f396233599f"),
     }
 
     def describe(self, module: Any) -> str:
@@ -87,16 +87,19 @@ class DecoderAttention(PatchPoint):
         attend: Attend,
         hidden_states: Tensor,
         key_value_states: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
         output_attentions: bool = False,
+        past_key_values: Any = None,
     ) -> tuple[Tensor, Tensor | None, Any]:
         """Return states ``(batch, length, embed)``, weights (None unless requested), and the cache.
 
-        A call with ``key_value_states`` computes cross-attention. Other calls compute self-attention.
+        A call with ``key_value_states`` computes cross-attention. Other calls compute self-attention. The cache is
+        called ``past_key_values`` before transformers 5.24.
         """
+        cache = past_key_values if cache is None else cache
         query = split_heads(module.q_proj(hidden_states), module.head_dim)
-        key, value = _keys_values(module, hidden_states, key_value_states, past_key_values)
+        key, value = _keys_values(module, hidden_states, key_value_states, cache)
         cross = key_value_states is not None
         segment, documents = Segment(key.to(query.dtype), value.to(query.dtype), Full(cross)), None
         if attention_mask is not None:
@@ -109,7 +112,7 @@ class DecoderAttention(PatchPoint):
         attention = Attention(query, (segment,), module.scaling, dropout)
         result = attend_documents(attend, attention, documents, output_attentions)
         output = module.out_proj(merge_heads(result.output))
-        return output, None if result.probabilities is None else result.probabilities[0], past_key_values
+        return output, None if result.probabilities is None else result.probabilities[0], cache
 
 
 def _keys_values(module: Any, states: Tensor, encoder_states: Tensor | None, cache: Any) -> tuple[Tensor, Tensor]:

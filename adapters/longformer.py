@@ -21,7 +21,7 @@ from attnzoo.spec.patterns import Full, Window
 from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest, describe
 from attnzoo.spec.transforms import holds, readable
 
-VERSIONS = "5.17 to 5.23"
+VERSIONS = "5.17 to 5.24"
 _MODULE = "transformers.models.longformer.modeling_longformer"
 
 
@@ -31,7 +31,12 @@ class ModelMasks(OneRowMaskPoint):
     cls = f"{_MODULE}:LongformerModel"
     verified = {
         f"{_MODULE}:LongformerModel.forward": ("2df9dae463217103",),
-        f"{_MODULE}:create_bidirectional_mask": ("21cf7b64660dea02", "1f3f24e3033b175c", "35ec0d365bf09c96"),
+        f"{_MODULE}:create_bidirectional_mask": (
+            "21cf7b64660dea02",
+            "1f3f24e3033b175c",
+            "35ec0d365bf09c96",
+            "b8a7ea73442cc912",
+        ),
     }
     mask_function = "create_bidirectional_mask"
 

@@ -274,7 +274,7 @@ def _bias_to_pass(module: Any, attend: Attend, values: Tensor, hidden_states: Te
 
 LONGT5 = Adapter(
     model_types=("longt5",),
-    versions="5.17 to 5.23",
+    versions="5.17 to 5.24",
     examples=({"encoder_attention_type": "local"}, {"encoder_attention_type": "transient-global"}),
     points=(
         LocalAttention(),

@@ -22,8 +22,8 @@ from attnzoo.spec.patterns import Causal, Full
 from attnzoo.spec.segments import Request, Segment, SegmentRequest
 
 STACK_FINGERPRINTS: dict[str, tuple[str, ...]] = {
-    f"{MODULE}:LongT5Stack.forward": ("500d61b6a9e97b7d",),
-    f"{MODULE}:LongT5Block.forward": ("fc0a577f7b4979e7",),
+    f"{MODULE}:LongT5Stack.forward": ("500d61b6a9e97b7d", "cb3fabdcccfcb71a"),
+    f"{MODULE}:LongT5Block.forward": ("fc0a577f7b4979e7", "3a754157391568ff"),
 }
 _NO_BIAS = object()  # stands for no bias; if the bias is None, the original forward builds a tensor of zeros
 
@@ -35,11 +35,11 @@ class DecoderSelfAttention(InterfacePoint):
     shared_in = f"{MODULE}:LongT5Stack"
     verified = {
         **STACK_FINGERPRINTS,
-        f"{MODULE}:LongT5Attention.forward": ("bc4d27e2ffcb970f",),
+        f"{MODULE}:LongT5Attention.forward": ("bc4d27e2ffcb970f", "a5af2d5fb275b237"),
         f"{MODULE}:LongT5Attention.compute_bias": ("0ffa4b1ad6bfc683",),
         f"{MODULE}:LongT5Attention._relative_position_bucket": ("fdeaabc98f494585",),
-        f"{MODULE}:LongT5LayerSelfAttention.forward": ("e6450811d6dcddc9",),
-        f"{MODULE}:LongT5LayerCrossAttention.forward": ("56937a3257c398b4",),
+        f"{MODULE}:LongT5LayerSelfAttention.forward": ("e6450811d6dcddc9", "f68170fc9bbe473d"),
+        f"{MODULE}:LongT5LayerCrossAttention.forward": ("56937a3257c398b4", "16722bfb22fdb319"),
         f"{MODULE}:eager_attention_forward": ("cbe822ba4dc3de42",),
     }
 
@@ -89,9 +89,12 @@ class DecoderSelfAttention(InterfacePoint):
             mask: Tensor | None = None,
             key_value_states: Tensor | None = None,
             position_bias: Tensor | None = None,
+            cache: Any = None,
+            *,
             past_key_values: Any = None,
             **kwargs: Any,
         ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            cache = past_key_values if cache is None else cache  # the name before transformers 5.24
             values = position_bias
             bias: Any = position_bias
             if position_bias is None and not module.has_relative_attention_bias:
@@ -99,9 +102,9 @@ class DecoderSelfAttention(InterfacePoint):
             elif position_bias is None and attend.complete:
                 values = values_by_distance(module, TABLE, side_reach(module))
             if values is not None and values.ndim == 2:
-                seen = 0 if past_key_values is None else int(past_key_values.get_seq_length(module.layer_idx))
+                seen = 0 if cache is None else int(cache.get_seq_length(module.layer_idx))
                 bias = RelativeBias(values, zero=side_reach(module), offset=seen)
-            output, bias, weights = run(module, hidden_states, mask, key_value_states, bias, past_key_values, **kwargs)
+            output, bias, weights = run(module, hidden_states, mask, key_value_states, bias, cache, **kwargs)
             # The next layer gets values, a tensor or None, but never an object that this forward made.
             return output, values if bias is _NO_BIAS or isinstance(bias, Bias) else bias, weights
 

@@ -191,7 +191,7 @@ def _request(module: Any, *segments: SegmentRequest) -> Request:
 
 REFORMER = Adapter(
     model_types=("reformer",),
-    versions="5.17 to 5.23",
+    versions="5.17 to 5.24",
     examples=({"is_decoder": True, "num_hashes": 4}, {"is_decoder": False, "num_hashes": 4}),
     points=(ModelMasks(), LocalAttention(), LshAttention(), FeedForward()),
 )

@@ -83,7 +83,7 @@ class PatchPoint(ABC):
         makes_random_choices: whether the forward draws random numbers that decide which tokens attend to one another,
             as hashing does. :meth:`replay` repeats these choices.
         backward_in_training: whether the original backward works only in training mode.
-        cache: the name of the forward's keyword argument that contains the cache.
+        cache: the names of the forward's keyword argument that contains the cache. Releases of transformers differ.
 
     Example:
         >>> from attnzoo import Attention, Full, PatchPoint, Request, Segment, SegmentRequest
@@ -111,7 +111,7 @@ class PatchPoint(ABC):
     attends: bool = True
     makes_random_choices: bool = False
     backward_in_training: bool = False
-    cache: str = "past_key_values"
+    cache: tuple[str, ...] = ("cache", "past_key_values")
 
     # Subclasses define the next methods.
 
@@ -179,6 +179,14 @@ class PatchPoint(ABC):
     def original_kernel(self, module: Any) -> str:
         """Return the name of the attention function that the original forward calls: ``"eager"`` or ``"sdpa"``."""
         return "eager"
+
+    @final
+    def cache_in(self, kwargs: Mapping[str, Any]) -> Any:
+        """Return the cache in the keyword arguments of a call, or None."""
+        for name in self.cache:  # a loop, because each call of a patched module runs it
+            if (cache := kwargs.get(name)) is not None:
+                return cache
+        return None
 
     def cached_tokens(self, module: Any, cache: Any) -> int:
         """Return the number of keys in ``cache`` that the module attends to. A static cache counts as full.
@@ -249,7 +257,7 @@ class Adapter:
 
     Example:
         >>> from attnzoo.adapters.gpt_neox import SelfAttention
-        >>> adapter = Adapter(model_types=("gpt_neox",), points=(SelfAttention(),), versions="5.17 to 5.23")
+        >>> adapter = Adapter(model_types=("gpt_neox",), points=(SelfAttention(),), versions="5.17 to 5.24")
         >>> adapter.check_drift(adapter.points[0])
     """
 

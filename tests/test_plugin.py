@@ -45,7 +45,7 @@ def test_an_installed_plugin_is_found_and_passes_its_tests(installed):
 
 def test_doctor_lists_an_installed_plugin(installed):
     output = run_python("attnzoo.cli.app", "doctor", PYTHONPATH=str(installed), COLUMNS="200")
-    assert "tiled (also online-softmax)" in output and "GPTNeoSelfAttention; transformers 5.17 to 5.23" in output
+    assert "tiled (also online-softmax)" in output and "GPTNeoSelfAttention; transformers 5.17 to 5.24" in output
 
 
 def test_a_plugin_that_is_not_installed_is_not_listed():

@@ -56,7 +56,8 @@ def properties(
 ) -> tuple[str, int, int, int, str]:
     """Return the fields of :func:`describe_call`. Every call of a patched module computes them, so this is short."""
     batch, q_len, _ = states.shape
-    source, cache = kwargs.get("key_value_states"), kwargs.get(point.cache)
+    source = kwargs.get("key_value_states")
+    cache = point.cache_in(kwargs)
     kv_len = q_len if source is None else source.shape[1]
     if cache is not None and source is None:
         kv_len = 1 << (q_len + point.cached_tokens(module, cache) - 1).bit_length()  # rounded up to a power of two

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 from torch import Tensor
@@ -32,19 +32,45 @@ AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 def rebind(function: Callable[..., Any], **names: Any) -> FunctionType:
     """Return a copy of a function in which the given global names have the given values.
 
-    All remaining globals keep their current values.
+    All remaining globals keep their current values. Decorators of the function also run around the copy. For example,
+    transformers renames deprecated arguments in a decorator.
 
     Raises:
-        PatchError: ``function`` is not a plain Python function, or does not use one of the names.
+        PatchError: ``function`` is not a plain Python function, a decorator does not keep the decorated function in a
+            closure, or the function does not use one of the names.
     """
-    plain = inspect.unwrap(function)
-    if not isinstance(plain, FunctionType) or any(name not in plain.__code__.co_names for name in names):
+    decorated = getattr(function, "__wrapped__", None)
+    if decorated is not None:
+        return _decorate(function, decorated, rebind(decorated, **names))
+    if not isinstance(function, FunctionType) or any(name not in function.__code__.co_names for name in names):
         raise PatchError(f"function: got {function!r}; allowed: a Python function that uses globals {sorted(names)}")
-    names = {**plain.__globals__, **names}
+    return _copy(function, {**function.__globals__, **names}, function.__closure__)
+
+
+def _decorate(wrapper: Callable[..., Any], decorated: Callable[..., Any], other: FunctionType) -> FunctionType:
+    """Return a copy of ``wrapper``, which a decorator has made for the function ``decorated``, that calls ``other``."""
+    cells = (wrapper.__closure__ or ()) if isinstance(wrapper, FunctionType) else ()
+    closure = tuple(CellType(other) if _contains(cell, decorated) else cell for cell in cells)
+    if not isinstance(wrapper, FunctionType) or not any(_contains(cell, decorated) for cell in cells):
+        allowed = "a decorated function that keeps the original function in its closure"
+        raise PatchError(f"decorator: got {wrapper!r}; allowed: {allowed}")
+    twin = _copy(wrapper, wrapper.__globals__, closure)
+    vars(twin)["__wrapped__"] = other
+    return twin
+
+
+def _contains(cell: CellType, value: object) -> bool:
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # an empty cell
+        return False
+
+
+def _copy(function: FunctionType, names: dict[str, Any], closure: tuple[CellType, ...] | None) -> FunctionType:
     # torch.compile stores compiled code by code object, and looks the compiled functions up in the globals. With a
     # shared code object, the second of two rebound functions would look in the globals of the first.
-    twin = FunctionType(plain.__code__.replace(), names, plain.__name__, plain.__defaults__, plain.__closure__)
-    twin.__kwdefaults__ = plain.__kwdefaults__
+    twin = FunctionType(function.__code__.replace(), names, function.__name__, function.__defaults__, closure)
+    twin.__kwdefaults__ = function.__kwdefaults__
     return twin
 
 

@@ -8,6 +8,9 @@ change the result. So a patched model also ignores most keywords. It refuses onl
 - keywords that the original attention function declares as parameters, but ``InterfacePoint.compute`` does not. A
   later release of transformers may add such parameters.
 
+It also refuses the paged cache of continuous batching. Before transformers 5.24, this cache is the keyword ``cache`` of
+the attention function. Since 5.24, it takes the place of the model's cache.
+
 ``eager`` and ``sdpa`` ignore ``cu_seq_lens_q`` and similar document boundaries, and so does a patched model. The model
 builds the mask from ``position_ids``, so the mask already separates the documents of a packed row.
 """
@@ -22,6 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnzoo.errors import KeywordRefusedError
+from attnzoo.originals.fingerprint import path_of
 from attnzoo.spec.segments import describe
 
 # These keywords change the result in `eager`, `sdpa`, `flash_attention_2`, `flex_attention` or their paged forms.
@@ -29,6 +33,7 @@ UNCOMPUTED = frozenset({
     *("sliding_window", "softcap", "s_aux", "sinks", "head_mask", "position_bias"),
     *("cache", "block_table"),  # paged attention (continuous batching) keeps keys and values in a separate cache
 })  # fmt: skip
+_PAGED_CACHE = "transformers.generation.continuous_batching.cache:PagedAttentionCache"
 
 
 def refuse_uncomputed(kwargs: Mapping[str, Any], names: frozenset[str] = UNCOMPUTED) -> None:
@@ -44,13 +49,22 @@ def refuse_uncomputed(kwargs: Mapping[str, Any], names: frozenset[str] = UNCOMPU
             raise KeywordRefusedError(keyword, got, allowed)
 
 
-def check_keywords(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+def check_keywords(module: nn.Module, kwargs: Mapping[str, Any], cache_names: tuple[str, ...]) -> None:
     """Before a forward starts, raise if a keyword argument changes the result but no backend uses it.
 
     Parameters that the module's forward declares pass this check, because the adapter handles them. A forward without
-    ``**kwargs`` needs no check, because it raises a TypeError for unknown keywords.
+    ``**kwargs`` needs no check, because it raises a TypeError for unknown keywords. ``cache_names`` are the names of
+    the keyword argument that contains the module's cache, which must not be a paged cache.
     """
     refuse_uncomputed(kwargs, _undeclared(type(module).forward))
+    for name in cache_names:
+        if _is_paged(type(kwargs.get(name))):
+            refuse_uncomputed(kwargs, frozenset({name}))
+
+
+@lru_cache(maxsize=256)
+def _is_paged(cls: type) -> bool:
+    return any(path_of(base) == _PAGED_CACHE for base in cls.__mro__)
 
 
 @lru_cache(maxsize=256)

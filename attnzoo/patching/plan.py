@@ -79,7 +79,7 @@ class SitePlan:
             KeywordRefusedError: a keyword argument changes the result, and no backend uses it.
         """
         point = self.target.point
-        check_keywords(module, kwargs)
+        check_keywords(module, kwargs, point.cache)
         if isinstance(self.backend, AutoBackend):
             return  # `auto` checks each attention when it selects. A check here would take 20 us per layer and call.
         inputs = (*args, *kwargs.values())

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import weakref
 
 import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 import attnzoo
 from attnzoo import KeywordRefusedError, PatchError
-from tests.support.models import gpt_bigcode, gpt_neox
+from tests.support.models import gpt_bigcode, gpt_neox, llama
 
 PROMPTS = [[5, 6, 7, 8], [9, 10]]
 SETTINGS = dict(
@@ -23,6 +25,7 @@ SETTINGS = dict(
     continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, block_size=32, max_batch_tokens=32),
 )
 REFUSED = r"init_continuous_batching: got a patched model.*generate_batch.*; allowed: .*fallback.*native.*unpatch"
+PAGED = r"(cache|layer_past): got PagedAttentionCache; allowed: None"  # the keyword that transformers uses
 MODELS = [(gpt_neox, "sdpa"), (gpt_neox, "eager"), (gpt_bigcode, "sdpa")]
 
 
@@ -65,7 +68,7 @@ def test_continuous_batching_is_refused_when_the_engine_starts(model):
     ids=str,
 )
 def test_the_models_own_code_serves_continuous_batching(implementation, options):
-    model = gpt_neox()
+    model = gpt_bigcode()  # GPT-NeoX of transformers 5.24 does not support a paged cache
     model.set_attn_implementation(implementation)
     settings = SETTINGS["generation_config"]
     expected = [
@@ -138,10 +141,12 @@ def test_each_request_has_the_refusal_if_only_a_part_was_patched():
     with attnzoo.patch(model.gpt_neox, "sdpa"):
         outputs = model.generate_batch(PROMPTS, warmup=False, **SETTINGS).values()
     assert [output.generated_tokens for output in outputs] == [[], []]
-    assert all("cache: got PagedAttentionCache; allowed: None" in output.error for output in outputs)
+    assert all(re.search(PAGED, output.error) for output in outputs)
 
 
-def test_a_forward_refuses_a_paged_cache_by_name():
-    model = gpt_neox()
-    with attnzoo.patch(model, "sdpa"), pytest.raises(KeywordRefusedError, match="cache: got object; allowed: None"):
-        model(torch.tensor([[5, 6]]), cache=object())
+@pytest.mark.parametrize("backend", ["sdpa", "auto"])
+@pytest.mark.parametrize("build", [gpt_neox, gpt_bigcode, llama])
+def test_a_forward_refuses_a_paged_cache_by_name_before_it_is_filled(build, backend):
+    model, cache = build(), object.__new__(PagedAttentionCache)  # every method of this cache raises
+    with attnzoo.patch(model, backend), pytest.raises(KeywordRefusedError, match=PAGED):
+        model(torch.tensor([[5, 6]]), position_ids=torch.tensor([[0, 1]]), cache=cache)

@@ -1,5 +1,7 @@
 """``InterfacePoint.compute`` takes the arguments of transformers' attention functions, and their defaults."""
 
+import functools
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +9,8 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from attnzoo.adapters.gpt_neox import SelfAttention
+from attnzoo.errors import PatchError
+from attnzoo.patching.interface import rebind
 from tests.support.attend import RecordingAttend
 
 
@@ -41,3 +45,42 @@ def test_weights_are_returned_on_request(wanted):
     module, attend = SimpleNamespace(is_causal=True, training=False), RecordingAttend("eager")
     _, weights = SelfAttention().compute(module, attend, "eager", query, key, value, None, output_attentions=wanted)
     assert (weights is not None) == wanted
+
+
+# Copies of a forward with other globals
+
+SCALE = 2
+
+
+def doubling(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return 2 * function(*args, **kwargs)
+
+    return wrapper
+
+
+@doubling
+@torch.no_grad()
+def scaled(tensor, *, power=1):
+    return SCALE * tensor**power
+
+
+def test_decorators_run_around_a_copy_with_other_globals():
+    tensor = torch.ones(2, requires_grad=True)
+    copy = rebind(scaled, SCALE=5)
+    assert torch.equal(copy(tensor, power=2), torch.full((2,), 10.0)) and torch.equal(scaled(tensor), 4 * tensor)
+    assert not copy(tensor).requires_grad
+    assert inspect.unwrap(copy).__globals__["SCALE"] == 5 and inspect.signature(copy) == inspect.signature(scaled)
+    assert copy.__code__ is not scaled.__code__, "torch.compile stores compiled code by code object"
+
+
+def test_a_decorator_without_a_closure_is_refused():
+    for decorated in (functools.lru_cache(scaled), functools.wraps(scaled)(lambda tensor: tensor)):
+        with pytest.raises(PatchError, match=r"decorator: got .*; allowed: .* in its closure"):
+            rebind(decorated, SCALE=5)
+
+
+def test_a_function_that_does_not_use_the_global_is_refused():
+    with pytest.raises(PatchError, match=r"got <function .*scaled.*; allowed: .*\['OTHER'\]"):
+        rebind(scaled, OTHER=5)

@@ -10,14 +10,14 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache, GPTNeoXModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import attnzoo
 from attnzoo import BackendRefusedError, KeywordRefusedError
 from attnzoo.adapters.gpt_neox import SelfAttention
 from attnzoo.patching.keywords import UNCOMPUTED
-from tests.support.models import FAMILIES, gpt_bigcode, gpt_neox, ids, longt5
+from tests.support.models import FAMILIES, gpt_bigcode, gpt_neox, ids, led, llama, longt5
 
 LENGTH = 12
 ENDS = torch.tensor([0, 5, LENGTH], dtype=torch.int32)
@@ -39,6 +39,8 @@ LOADED += [(FAMILIES[name], "eager") for name in ("gpt_neox", "gpt_bigcode-mqa")
 CHANGING = dict(
     sliding_window=4, softcap=30.0, s_aux=torch.zeros(2), head_mask=torch.ones(2), position_bias=torch.ones(1), cache={}
 )
+if "cache" in inspect.signature(GPTNeoXModel.forward).parameters:  # the model's cache, since transformers 5.24
+    del CHANGING["cache"]
 
 
 def outcome(model, inputs):
@@ -149,6 +151,41 @@ def test_longt5_decoder_ignores_what_its_attention_ignores():
             assert sum(site.fallbacks for site in handle.sites) == 0
         with attnzoo.patch(model, "sdpa"), pytest.raises(KeywordRefusedError, match="softcap"):
             site(states, softcap=30.0)
+
+
+DECODERS = {
+    led: lambda model: model.led.decoder.layers[1].self_attn,
+    longt5: lambda model: model.decoder.block[1].layer[0].SelfAttention,
+    llama: lambda model: model.model.layers[1].self_attn,
+}
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("build", DECODERS)
+def test_a_cache_is_filled_by_each_name_that_the_original_knows(build, name):
+    """transformers 5.24 has renamed ``past_key_values`` to ``cache``, and accepts both names."""
+    model = build()
+    module, states = DECODERS[build](model), torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(3))
+    inputs = dict(hidden_states=states)
+    if build is llama:
+        inputs |= dict(position_embeddings=model.model.rotary_emb(states, torch.arange(5)[None]), attention_mask=None)
+
+    def call():
+        cache = DynamicCache(config=model.config)
+        output = module(**inputs, **{name: cache})[0]
+        return output, cache.get_seq_length(module.layer_idx)
+
+    with torch.no_grad():
+        try:
+            expected, filled = call()
+        except TypeError:
+            filled = 0
+        if not filled:
+            pytest.skip(f"this version of transformers has no argument {name}")
+        with attnzoo.patch(model, "sdpa") as handle:
+            output, length = call()
+    assert length == filled == 5 and sum(site.calls for site in handle.sites) == 1
+    torch.testing.assert_close(output, expected)
 
 
 # Keywords that a release of transformers may add

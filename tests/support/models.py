@@ -150,6 +150,16 @@ def gpt_neox(cls="GPTNeoXForCausalLM", **changes):
     return spread(getattr(transformers, cls)(transformers.GPTNeoXConfig(**{**base, **changes})))
 
 
+def llama(cls="LlamaForCausalLM", **changes):
+    """A model without an adapter of its family: the generic adapter serves it."""
+    torch.manual_seed(0)
+    base = dict(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=1100, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    return spread(getattr(transformers, cls)(transformers.LlamaConfig(**{**base, **changes})))
+
+
 def gpt_bigcode(cls="GPTBigCodeForCausalLM", **changes):
     torch.manual_seed(0)
     base = dict(

@@ -22,7 +22,7 @@ class GPTNeoAttention(attnzoo.PatchPoint):
     verified = {
         f"{_MODULE}:GPTNeoSelfAttention.forward": ("32c25ae9bcab8eba",),
         f"{_MODULE}:GPTNeoSelfAttention._attn": ("3923e8104a326804",),
-        f"{_MODULE}:GPTNeoModel.forward": ("7a0ec434559688d8",),
+        f"{_MODULE}:GPTNeoModel.forward": ("7a0ec434559688d8", "027cd2e3d87fe45a"),
     }
 
     def describe(self, module: Any) -> str:
@@ -91,4 +91,4 @@ def _pattern(module: Any) -> attnzoo.Pattern:
     return attnzoo.Window(module.config.window_size - 1, 0) if module.attention_type == "local" else attnzoo.Causal()
 
 
-GPT_NEO = attnzoo.Adapter(model_types=("gpt_neo",), versions="5.17 to 5.23", points=(GPTNeoAttention(),))
+GPT_NEO = attnzoo.Adapter(model_types=("gpt_neo",), versions="5.17 to 5.24", points=(GPTNeoAttention(),))
