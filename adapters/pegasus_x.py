@@ -70,6 +70,8 @@ class EncoderAttention(PatchPoint):
         f"{_MODULE}:PegasusXEncoderLayer.pad_local_tokens": ("7182088c8b9aa4fe",),
     }
 
+    states = "token_hidden_states"
+
     def describe(self, module: Any) -> str:
         return f"blocks of {module.block_size} + global tokens"
 
