@@ -7,7 +7,7 @@ calls an :class:`Attend`, and returns what the original forward returns. Adapter
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, final
 
@@ -84,6 +84,7 @@ class PatchPoint(ABC):
             as hashing does. :meth:`replay` repeats these choices.
         backward_in_training: whether the original backward works only in training mode.
         cache: the names of the forward's keyword argument that contains the cache. Releases of transformers differ.
+        states: the name of the forward's first argument, which contains the hidden states.
 
     Example:
         >>> from attnzoo import Attention, Full, PatchPoint, Request, Segment, SegmentRequest
@@ -112,6 +113,7 @@ class PatchPoint(ABC):
     makes_random_choices: bool = False
     backward_in_training: bool = False
     cache: tuple[str, ...] = ("cache", "past_key_values")
+    states: str = "hidden_states"
 
     # Subclasses define the next methods.
 
@@ -216,6 +218,11 @@ class PatchPoint(ABC):
         return {}
 
     # Subclasses do not override the next methods.
+
+    @final
+    def states_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return the hidden states in the arguments of a call of the forward, or None if they are missing."""
+        return args[0] if args else kwargs.get(self.states)
 
     @final
     def matches(self, module: nn.Module) -> bool:

@@ -140,6 +140,20 @@ LONGT5_TGLOBAL = replace(
     attention="LongT5TransientGlobalAttention",
     peer=None,
 )
+PEGASUS_X = Workload(
+    name="pegasus_x", checkpoint="google/pegasus-x-large", heads=16, layers=16, special_tokens=105,
+    model_class="transformers.models.pegasus_x.modeling_pegasus_x:PegasusXForConditionalGeneration",
+    attention="PegasusXGlobalLocalAttention", positions=None,  # positions are computed, so any length runs
+    shrink=_layers_in("encoder_layers", "decoder_layers"),
+    inputs=_encoder_decoder_inputs, extra=DECODER_TOKENS + 1,
+    published=dict(
+        vocab_size=96103, d_model=1024, encoder_layers=16, decoder_layers=16, encoder_attention_heads=16,
+        decoder_attention_heads=16, encoder_ffn_dim=4096, decoder_ffn_dim=4096, num_global_tokens=128, block_size=512,
+        stagger_local_blocks=True, max_position_embeddings=16384, activation_function="gelu", dropout=0.1,
+        attention_dropout=0.0, activation_dropout=0.0, encoder_layerdrop=0.0, decoder_layerdrop=0.0, init_std=0.02,
+        scale_embedding=True, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, tie_word_embeddings=True,
+    ),
+)  # fmt: skip
 
 
 def _reformer_training(published: Mapping[str, Any], seq_len: int) -> dict[str, Any]:
@@ -179,8 +193,10 @@ REFORMER_LOCAL = replace(
 
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
-    for workload in (LED, LONGFORMER, LONGT5_LOCAL, LONGT5_TGLOBAL, REFORMER, REFORMER_LOCAL, GPT_NEOX, GPT_BIGCODE)
-}
+    for workload in (
+        LED, LONGFORMER, LONGT5_LOCAL, LONGT5_TGLOBAL, PEGASUS_X, REFORMER, REFORMER_LOCAL, GPT_NEOX, GPT_BIGCODE,
+    )
+}  # fmt: skip
 
 
 def find_workload(name: str) -> Workload:

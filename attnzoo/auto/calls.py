@@ -36,9 +36,9 @@ class ModuleCall(NamedTuple):
         return SizeClass(power_of_two(self.batch), power_of_two(self.q_len), (power_of_two(self.kv_len),))
 
 
-def hidden_states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+def hidden_states(point: PatchPoint, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     """Return the hidden states ``(batch, length, embed)`` of a call, or None if the call has other arguments."""
-    states = args[0] if args else kwargs.get("hidden_states")
+    states = point.states_of(args, kwargs)
     return states if isinstance(states, Tensor) and states.ndim == 3 else None
 
 

@@ -57,7 +57,8 @@ class NativeChooser:
         The model's code never runs if the call requests probabilities (the code may ignore this), if a ``torch.func``
         transform is active, or if the code is wrong for the arguments.
         """
-        point, states = self._point, hidden_states(args, kwargs)
+        point = self._point
+        states = hidden_states(point, args, kwargs)
         if states is None:
             return self._choose_undescribed(module, args, kwargs)
         described = properties(point, module, states, kwargs)

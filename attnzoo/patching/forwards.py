@@ -270,7 +270,7 @@ class PatchedForward(slots.Replacement):
         if self._forward is None:
             self.site.kernels["native"] += 1
             return self._run_original(module, args, kwargs)
-        states = args[0] if args else kwargs.get("hidden_states")
+        states = self.point.states_of(args, kwargs)
         if isinstance(states, Tensor) and 0 in states.shape:  # models fail on empty inputs with unclear errors
             allowed = "a tensor with all sizes at least 1"
             raise InvalidArgumentError(f"input of {self.site.label}", describe(states), allowed)

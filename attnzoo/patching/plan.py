@@ -87,7 +87,7 @@ class SitePlan:
             any(isinstance(value, Tensor) and value.requires_grad for value in inputs) or has_trained_parameters(module)
         )
         probabilities, transforms = point.wants_probabilities(module, kwargs), transforms_around(inputs)
-        states = args[0] if args else kwargs.get("hidden_states")
+        states = point.states_of(args, kwargs)
         state: tuple[object, ...] | None = None
         if isinstance(states, Tensor):
             # Without autocast, the states have the dtype of the weights, or the module's linear layers raise.

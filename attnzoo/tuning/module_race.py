@@ -132,7 +132,8 @@ class ModuleCalls:
             yield
 
     def _is_new(self, identity: CallId, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        target, states = self._targets[identity[0]], hidden_states(args, kwargs)
+        target = self._targets[identity[0]]
+        states = hidden_states(target.point, args, kwargs)
         requests = target.point.requests(module)
         if states is None or not requests:
             return False

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attnzoo.benchmarks.cases import Case, Projections, build
-from attnzoo.benchmarks.models import GPT_NEOX, LED, LONGFORMER, WORKLOADS, find_workload
+from attnzoo.benchmarks.models import GPT_NEOX, LED, LONGFORMER, PEGASUS_X, WORKLOADS, find_workload
 from attnzoo.benchmarks.text import book, read_tokens
 
 CASE = Case("tiny", "model", 40, 1, "float32", "cpu", 1, True)
@@ -21,7 +21,7 @@ def test_text_is_long_and_read_as_bytes():
     assert bytes((tokens.flatten() - 4).tolist()) == book()[:200]
 
 
-@pytest.mark.parametrize("workload", [LED, LONGFORMER, GPT_NEOX], ids=lambda workload: workload.name)
+@pytest.mark.parametrize("workload", [LED, LONGFORMER, PEGASUS_X, GPT_NEOX], ids=lambda workload: workload.name)
 def test_published_configurations_build(workload):
     model = find_workload(workload.name).build(layers=1)
     assert sum(type(module).__name__ == workload.attention for module in model.modules()) == 1

@@ -111,6 +111,24 @@ RECIPES = {
         ),
         continuation,
     ),
+    "pegasus_x": Recipe(
+        "PegasusXForConditionalGeneration",
+        lambda: transformers.PegasusXConfig(
+            d_model=80, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+            encoder_ffn_dim=320, decoder_ffn_dim=320, block_size=32, num_global_tokens=4, max_position_embeddings=1024,
+            dropout=0.0, decoder_start_token_id=2, forced_eos_token_id=2, **_special(),
+        ),
+        continuation,
+    ),
+    "bigbird_pegasus": Recipe(
+        "BigBirdPegasusForConditionalGeneration",
+        lambda: transformers.BigBirdPegasusConfig(
+            d_model=80, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+            encoder_ffn_dim=320, decoder_ffn_dim=320, block_size=16, num_random_blocks=2, max_position_embeddings=1024,
+            dropout=0.0, attention_dropout=0.0, decoder_start_token_id=2, **_special(),
+        ),
+        continuation,
+    ),
     "reformer": Recipe(
         "ReformerModelWithLMHead",
         lambda: transformers.ReformerConfig(

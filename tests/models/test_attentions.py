@@ -9,10 +9,20 @@ from tests.support.models import FAMILIES, gpt_bigcode, ids
 KINDS = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions")
 
 
+def weights_of(returned):
+    """The attention weights in the output of a model, by name. A layer of Pegasus-X returns two tensors in a dict."""
+    layers = {f"{kind} {n}": layer for kind in KINDS for n, layer in enumerate(getattr(returned, kind, None) or ())}
+    return {
+        " ".join((name, *part)): tensor
+        for name, layer in layers.items()
+        for part, tensor in ({(key,): layer[key] for key in layer} if isinstance(layer, dict) else {(): layer}).items()
+    }
+
+
 def gradients(model, inputs):
     """By name: the gradient of each returned attention tensor (None: no path to the output); where it is positive."""
     returned = model(**inputs, output_attentions=True)
-    tensors = {f"{kind} {n}": tensor for kind in KINDS for n, tensor in enumerate(getattr(returned, kind, None) or ())}
+    tensors = weights_of(returned)
     for tensor in tensors.values():
         if tensor.requires_grad:
             tensor.retain_grad()
@@ -45,9 +55,16 @@ def real_rows(name, gradient, inputs):
     """1 in rows of real tokens. Padding rows of the original have arbitrary values and are not compared."""
     decoder = "decoder_attention_mask" in inputs and not name.startswith("encoder")
     mask = inputs["decoder_attention_mask" if decoder else "attention_mask"].to(gradient.dtype)
+    if name.endswith("global"):
+        return torch.ones(())  # the queries are global tokens, which are never padding
     if gradient.ndim == 4:
         return mask[:, None, :, None]
     block = gradient.shape[3]
+    if name.endswith("local"):  # with heads before blocks; in every second layer, half a block of padding on each side
+        blocks = gradient.shape[2]
+        missing = blocks * block - mask.shape[1]
+        before = block // 2 if missing >= block else 0
+        return torch.nn.functional.pad(mask, (before, missing - before)).view(-1, 1, blocks, block, 1)
     return torch.nn.functional.pad(mask, (0, -mask.shape[1] % block)).unflatten(1, (-1, block))[:, :, None, :, None]
 
 

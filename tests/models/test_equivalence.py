@@ -18,6 +18,7 @@ from tests.support.models import (
     longformer_inputs,
     longt5,
     longt5_inputs,
+    pegasus_x,
 )
 
 BACKENDS = ["eager", "sdpa"]
@@ -166,6 +167,7 @@ HEADS = [
     *((longformer, f"Longformer{head}", longformer_inputs) for head in ("Model", *CLASSIFIERS)),
     (longt5, "LongT5Model", longt5_inputs),
     (longt5, "LongT5EncoderModel", causal_inputs),
+    (pegasus_x, "PegasusXModel", longt5_inputs),
     *((gpt_neox, f"GPTNeoX{head}", causal_inputs) for head in ("Model", *CLASSIFIERS)),
     *((gpt_bigcode, f"GPTBigCode{head}", causal_inputs) for head in ("Model", *CLASSIFIERS[:2])),
 ]

@@ -6,7 +6,7 @@ import torch
 import attnzoo
 from attnzoo import BackendRefusedError
 from attnzoo.patching.sites import find_sites
-from tests.models.test_attentions import KINDS, real_rows
+from tests.models.test_attentions import real_rows, weights_of
 from tests.support.judge import logits_of
 from tests.support.models import FAMILIES, gpt_bigcode, ids
 
@@ -68,9 +68,8 @@ def test_weights_are_returned_after_dropout_where_the_original_does_so(family):
         model.set_attn_implementation("eager")
 
     def sums():
-        returned = model(**inputs, output_attentions=True)
-        tensors = [tensor for kind in KINDS for tensor in getattr(returned, kind, None) or ()]
-        return [bool((tensor.sum(-1) - 1).abs().max() > 0.01) for tensor in tensors]
+        tensors = weights_of(model(**inputs, output_attentions=True))
+        return {name: bool((tensor.sum(-1) - 1).abs().max() > 0.01) for name, tensor in tensors.items()}
 
     expected = sums()
     with attnzoo.patch(model, "eager"):
@@ -92,8 +91,7 @@ def test_weights_equal_the_originals(family, requested_by):
                 part.config.output_attentions = True
 
     def weights():
-        returned = model(**inputs, **options)
-        return {f"{kind} {n}": weight for kind in KINDS for n, weight in enumerate(getattr(returned, kind, None) or ())}
+        return weights_of(model(**inputs, **options))
 
     with torch.no_grad():
         expected = weights()

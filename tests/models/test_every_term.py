@@ -82,7 +82,8 @@ def narrower(segment):
     if isinstance(segment.pattern, Window):
         return replace(segment, pattern=replace(segment.pattern, left=segment.pattern.left - 1))
     if isinstance(segment.pattern, Chunks):
-        return replace(segment, pattern=replace(segment.pattern, before=0))
+        fewer = dict(before=0) if segment.pattern.before else dict(length=segment.pattern.length // 2)
+        return replace(segment, pattern=replace(segment.pattern, **fewer))
     return None
 
 
@@ -127,6 +128,7 @@ HAS = {
     "longt5-local": _DENSE | _HEADS | _BIAS,
     "longt5-tglobal": _DENSE | _HEADS | _BIAS | _SECOND | {f"{name}, second segment" for name in _BIAS}
     | {"key mask of the last sample, second segment"},
+    "pegasus_x": _DENSE | _HEADS | _SECOND - {"key mask, second segment"},
     "reformer": _DENSE | _HEADS | _SECOND - {"key mask, second segment"}
     | {"output of queries without keys", "last keys, second segment", "first keys, second segment"},
     "gpt_neox": _DENSE | _HEADS,

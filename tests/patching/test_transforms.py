@@ -160,7 +160,7 @@ LEGS = {
 }
 LEGS["gradients_per_sample_with_masks"] = partial(gradients_per_sample, masks=())
 # Models whose own code reads the masks: under vmap it fails before any attention module is called.
-READS_MASKS = ("led", "longformer", "longt5-local", "longt5-tglobal")
+READS_MASKS = ("led", "longformer", "longt5-local", "longt5-tglobal", "pegasus_x")
 # The original's own attention fails under vmap where there are global tokens.
 SLICES_BY_COUNT = ("led", "longformer")
 

@@ -211,6 +211,17 @@ def longt5_prompt(side):
     return causal_inputs(21, side)
 
 
+def pegasus_x(cls="PegasusXForConditionalGeneration", **changes):
+    torch.manual_seed(0)
+    base = dict(
+        vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, block_size=8, num_global_tokens=3,
+        max_position_embeddings=1024, dropout=0.0, attention_dropout=0.0, pad_token_id=0, eos_token_id=1,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return spread(getattr(transformers, cls)(transformers.PegasusXConfig(**{**base, **changes})))
+
+
 # Reformer hides a token from itself with -1e5. If the token sees nothing else, float32 keeps little of its score.
 _REFORMER_DROPOUTS = ("local_attention_probs_dropout_prob", "lsh_attention_probs_dropout_prob")
 _LONGT5 = (longt5_inputs, ("dropout_rate",), longt5_prompt)
@@ -222,6 +233,7 @@ FAMILIES = {
         Family("longformer", longformer, longformer_inputs, ("attention_probs_dropout_prob",)),
         Family("longt5-local", partial(longt5, kind="local"), *_LONGT5),
         Family("longt5-tglobal", partial(longt5, kind="transient-global"), *_LONGT5),
+        Family("pegasus_x", pegasus_x, longt5_inputs, ("attention_dropout",), longt5_prompt),
         Family("reformer", reformer, causal_inputs, _REFORMER_DROPOUTS, causal_prompt, 4, False, coarse=True),
         Family("gpt_neox", gpt_neox, causal_inputs, ("attention_dropout",), causal_prompt),
         Family("gpt_bigcode-mqa", partial(gpt_bigcode, multi_query=True), *_BIGCODE),
