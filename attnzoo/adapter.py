@@ -84,6 +84,9 @@ class PatchPoint(ABC):
             as hashing does. :meth:`replay` repeats these choices.
         backward_in_training: whether the original backward works only in training mode.
         cache: the name of the forward's keyword argument that contains the cache.
+        traceable: whether ``torch.compile`` and ``torch.export`` can trace the forward, i.e. the forward does not
+            branch on values of tensors where :func:`~attnzoo.spec.transforms.readable` is False. If not, the module
+            runs uncompiled between two graphs, and cannot be exported.
 
     Example:
         >>> from attnzoo import Attention, Full, PatchPoint, Request, Segment, SegmentRequest
@@ -112,6 +115,7 @@ class PatchPoint(ABC):
     makes_random_choices: bool = False
     backward_in_training: bool = False
     cache: str = "past_key_values"
+    traceable: bool = False
 
     # Subclasses define the next methods.
 

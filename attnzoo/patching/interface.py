@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attnzoo.adapter import Attend, Forward, PatchPoint
@@ -40,11 +41,15 @@ def rebind(function: Callable[..., Any], **names: Any) -> FunctionType:
     plain = inspect.unwrap(function)
     if not isinstance(plain, FunctionType) or any(name not in plain.__code__.co_names for name in names):
         raise PatchError(f"function: got {function!r}; allowed: a Python function that uses globals {sorted(names)}")
+    # torch.compile imports the module that the globals name, and reads globals there. Without this name, it reads the
+    # globals of the function.
     names = {**plain.__globals__, **names}
+    names.pop("__name__", None)
     # torch.compile stores compiled code by code object, and looks the compiled functions up in the globals. With a
     # shared code object, the second of two rebound functions would look in the globals of the first.
     twin = FunctionType(plain.__code__.replace(), names, plain.__name__, plain.__defaults__, plain.__closure__)
     twin.__kwdefaults__ = plain.__kwdefaults__
+    twin.__module__ = plain.__module__
     return twin
 
 
@@ -55,6 +60,8 @@ class InterfacePoint(PatchPoint):
     ``describe`` and ``requests``.
     """
 
+    traceable = True
+
     def bind(self, cls: Any, attend: Attend) -> Forward:
         # Reading the config takes several microseconds, so :meth:`compute` gets the answer instead of asking again.
         constants = self.constants_of(cls)
@@ -62,7 +69,9 @@ class InterfacePoint(PatchPoint):
         with_probabilities = self.bind_interface(cls, attend, output_attentions=True, **constants)
 
         def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-            run = with_probabilities if self.wants_probabilities(module, kwargs) else plain
+            # A compiled call returns no probabilities. The patch has asked before, and the compiler cannot trace this.
+            wanted = not torch.compiler.is_compiling() and self.wants_probabilities(module, kwargs)
+            run = with_probabilities if wanted else plain
             return run(module, *args, **kwargs)
 
         return forward
@@ -148,11 +157,14 @@ class _AttentionFunctions:
     def __init__(self, point: InterfacePoint, attend: Attend, interface: Any, more: Mapping[str, Any]) -> None:
         self._point, self._attend, self._interface, self._more = point, attend, interface, more
         self._functions: dict[tuple[str, AttentionFunction], AttentionFunction] = {}
+        torch.compiler.assume_constant_result(_refused_keywords)  # the compiler cannot trace ``inspect``
 
     def get_interface(self, name: str, default: AttentionFunction) -> AttentionFunction:
         _check_implementation(name)
         # Ask every time, because users may register another function under the same name.
         original: AttentionFunction = self._interface.get_interface(name, default)
+        if torch.compiler.is_compiling():
+            return _AttentionFunction(self._point, self._attend, name, original, self._more)
         function = self._functions.get((name, original))
         if function is None:
             function = _AttentionFunction(self._point, self._attend, name, original, self._more)
@@ -167,7 +179,7 @@ class _AttentionFunction:
         self, point: InterfacePoint, attend: Attend, name: str, original: AttentionFunction, more: Mapping[str, Any]
     ) -> None:
         self._point, self._attend, self._name, self._original, self._more = point, attend, name, original, more
-        self._refused = (UNCOMPUTED | parameters(original)) - parameters(point.compute)
+        self._refused = _refused_keywords(point, original)
 
     def __call__(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         try:
@@ -178,6 +190,10 @@ class _AttentionFunction:
             if not self._attend.falls_back():
                 raise
             return self._original(module, *args, **self._point.original_arguments(kwargs))
+
+
+def _refused_keywords(point: InterfacePoint, original: AttentionFunction) -> frozenset[str]:
+    return (UNCOMPUTED | parameters(original)) - parameters(point.compute)
 
 
 def _check_implementation(name: str | None) -> None:
