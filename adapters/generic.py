@@ -215,7 +215,7 @@ def _sink_segments(segment: Segment, sinks: Tensor | None) -> tuple[Segment, ...
         return ()
     bias: Bias = RelativeBias(sinks[:, None], zero=0) if sinks.ndim == 1 else DenseBias(sinks)
     key, value = (tensor.new_zeros((tensor.shape[0], 1, 1, tensor.shape[3])) for tensor in (segment.key, segment.value))
-    return (Segment(key, value, bias=bias),)
+    return (Segment(key, value, Full(), bias=bias),)
 
 
 GENERIC = Adapter(

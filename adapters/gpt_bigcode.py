@@ -109,6 +109,8 @@ class CrossAttention(_Attention):
         f"{_MODULE}:GPTBigCodeBlock.forward": ("4e057486e762c36c",),
     }
 
+    traceable = True
+
     def serves(self, module: Any) -> bool:
         return bool(module.is_cross_attention)
 

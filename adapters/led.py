@@ -65,6 +65,7 @@ class DecoderAttention(PatchPoint):
     """Patch point of the decoder's attention. A call with ``key_value_states`` computes cross-attention."""
 
     cls = f"{_MODULE}:LEDDecoderAttention"
+    traceable = True
     verified = {
         f"{_MODULE}:LEDDecoderAttention.forward": ("3eb1956ac64b70a7", "34b20400a876a799"),
         f"{_MODULE}:LEDDecoder.forward": ("4797df659fe32543", "efe619d6f6d3eef9", "3da83f396233599f"),

@@ -91,6 +91,7 @@ class LocalAttention(PatchPoint):
     """Patch point of the encoder's local attention with a relative bias."""
 
     cls = f"{MODULE}:LongT5LocalAttention"
+    traceable = True
     shared_in = f"{MODULE}:LongT5Stack"
     verified = {
         **_ENCODER_FINGERPRINTS,
@@ -242,7 +243,7 @@ def _local_segment(module: Any, hidden_states: Tensor, tokens: Tokens, values: T
 def _global_segment(module: Any, sums: Tensor, blocks: GlobalBlocks, values: Tensor | None) -> Segment:
     key, value = (split_heads(project(sums), module.key_value_proj_dim) for project in (module.k, module.v))
     bias = None if values is None else RelativeBias(values, zero=side_reach(module), positions=blocks.block_of)
-    return Segment(key, value, key_mask=blocks.mask, bias=bias)
+    return Segment(key, value, Full(), key_mask=blocks.mask, bias=bias)
 
 
 def _attend(

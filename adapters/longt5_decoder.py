@@ -160,5 +160,5 @@ def _sum(query: Tensor, key: Tensor, bias: Bias, rest: DenseBias) -> DenseBias:
     """Return the sum of ``bias`` and ``rest``, which is the user's additive mask."""
     batch, heads, q_len, _ = query.shape
     rows, columns = (torch.arange(n, device=query.device) for n in (q_len, key.shape[2]))
-    dense = Segment(key, key, bias=bias).bias_at(rows, columns, q_len, batch, heads)
+    dense = Segment(key, key, Full(), bias=bias).bias_at(rows, columns, q_len, batch, heads)
     return DenseBias(rest.values if dense is None else rest.values + dense)

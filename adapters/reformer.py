@@ -43,6 +43,7 @@ from attnzoo.adapters.projections import is_plain
 from attnzoo.adapters.reformer_layout import MODULE
 from attnzoo.adapters.reformer_local import LocalCall
 from attnzoo.adapters.reformer_lsh import BucketNumber, LshCall, window_ahead
+from attnzoo.originals.fingerprint import object_at
 from attnzoo.patching.companions import FeedForwardPoint
 from attnzoo.patching.mask_arguments import ENCODER_MASK, MaskCheckPoint
 from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern, SortedChunks
@@ -103,6 +104,7 @@ class LocalAttention(_Attention):
     """Patch point of attention to chunks that are neighbours in token order."""
 
     cls = f"{MODULE}:LocalSelfAttention"
+    traceable = True
     verified = {
         **_SHARED_FINGERPRINTS,
         f"{MODULE}:LocalSelfAttention.__init__": ("a8d3d3bf6419f91d",),
@@ -120,8 +122,9 @@ class LocalAttention(_Attention):
         patterns: tuple[Pattern, ...] = (chunks, Causal(offset=0), Full()) if causal else (chunks, Full())
         return tuple(_request(module, SegmentRequest(pattern, heads, key_mask=True)) for pattern in patterns)
 
-    def forward(self, module: Any, attend: Attend, *args: Any, **kwargs: Any) -> Any:
-        return LocalCall(module, attend)(*args, **kwargs)
+    def bind(self, cls: Any, attend: Attend) -> Forward:
+        output = object_at(f"{MODULE}:LocalSelfAttentionOutput")
+        return lambda module, *args, **kwargs: LocalCall(module, attend, output)(*args, **kwargs)
 
 
 class LshAttention(_Attention):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from attnzoo.adapter import Attend
 from attnzoo.adapters.reformer_layout import (
-    MODULE,
     cached,
     check_length,
     in_chunks,
@@ -20,7 +20,6 @@ from attnzoo.adapters.reformer_layout import (
 )
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.functional import compute_dtype
-from attnzoo.originals.fingerprint import object_at
 from attnzoo.spec.heads import merge_heads, split_heads
 from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern
 from attnzoo.spec.segments import Attention, Result, Segment
@@ -33,8 +32,8 @@ SLICE, SLICE_PER_NEIGHBOURHOOD = 2048, 8
 class LocalCall:
     """The patched forward of a local attention module. Each call of the module makes one object."""
 
-    def __init__(self, module: Any, attend: Attend) -> None:
-        self._module, self._attend = module, attend
+    def __init__(self, module: Any, attend: Attend, output: Callable[..., tuple[Tensor, Any]]) -> None:
+        self._module, self._attend, self._output = module, attend, output
 
     def __call__(
         self,
@@ -79,8 +78,7 @@ class LocalCall:
             result = self._run(states, states, real, chunks, wanted)
             weights = () if result.dropped is None else in_chunks(result.dropped, chunk, steps_ahead(module, count))
             output = merge_heads(result.output)
-        returned: tuple[Tensor, Any] = object_at(f"{MODULE}:LocalSelfAttentionOutput")(output, weights)
-        return returned
+        return self._output(output, weights)
 
     def _run(
         self, states: Tensor, around: Tensor, real: Tensor | None, patterns: tuple[Pattern, ...], wanted: bool = False
@@ -99,7 +97,8 @@ class LocalCall:
     def _slice_length(self, length: int, wanted: bool) -> int | None:
         """Return the number of tokens per slice, or None to compute all tokens at once.
 
-        Slices must not change results. So there are no slices if gradients, dropout or probabilities are needed. There
+        Slices must not change results. So there are no slices if gradients, dropout or probabilities are needed. A
+        graph of ``torch.compile`` has no slices, because another number of slices would need another graph. There
         are also no slices for causal attention with ``num_chunks_after > 0``, where the last chunk sees the first chunk
         as the chunk after it. The causal pattern does not hide the first chunk, because its positions are earlier. In
         a slice, the first chunk would come after the last chunk, so the causal pattern would hide it.
@@ -107,7 +106,7 @@ class LocalCall:
         module = self._module
         around = module.num_chunks_before + module.num_chunks_after
         size = module.chunk_length * max(SLICE // module.chunk_length, SLICE_PER_NEIGHBOURHOOD * around, 1)
-        plain = not (torch.is_grad_enabled() or module.training or wanted)
+        plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or module.training or wanted)
         ends = bool(module.is_decoder) and module.num_chunks_after > 0
         return size if plain and not ends and length >= 2 * size else None
 

@@ -85,6 +85,9 @@ class PatchPoint(ABC):
         backward_in_training: whether the original backward works only in training mode.
         cache: the names of the forward's keyword argument that contains the cache. Releases of transformers differ.
         states: the name of the forward's first argument, which contains the hidden states.
+        traceable: whether ``torch.compile`` and ``torch.export`` can trace the forward, i.e. the forward does not
+            branch on values of tensors where :func:`~attnzoo.spec.transforms.readable` is False. If not, the module
+            runs uncompiled between two graphs, and cannot be exported.
 
     Example:
         >>> from attnzoo import Attention, Full, PatchPoint, Request, Segment, SegmentRequest
@@ -114,6 +117,7 @@ class PatchPoint(ABC):
     backward_in_training: bool = False
     cache: tuple[str, ...] = ("cache", "past_key_values")
     states: str = "hidden_states"
+    traceable: bool = False
 
     # Subclasses define the next methods.
 

@@ -32,9 +32,11 @@ class FeedForwardPoint(CompanionPoint):
     """Patch point of a module that computes each token separately. The original forward runs on slices of tokens.
 
     If gradients are enabled, slices would save no memory, because autograd keeps the intermediate tensors of all
-    slices. In training mode, slices would get other dropout masks. In both cases, the forward runs on all tokens at
-    once.
+    slices. In training mode, slices would get other dropout masks. In a graph of ``torch.compile``, another number of
+    slices would need another graph. In these cases, the forward runs on all tokens at once.
     """
+
+    traceable = True
 
     def describe(self, module: Any) -> str:
         return "feeds forward in slices"
@@ -42,7 +44,7 @@ class FeedForwardPoint(CompanionPoint):
     def forward(self, module: Any, attend: Attend, states: Tensor) -> Tensor:
         """Return the original output for ``states`` ``(batch, length, embed)``."""
         original, count = type(module).forward, states.shape[1] // TOKENS_AT_ONCE
-        if count < 2 or torch.is_grad_enabled() or module.training:
+        if torch.compiler.is_compiling() or count < 2 or torch.is_grad_enabled() or module.training:
             output: Tensor = original(module, states)
             return output
         return torch.cat([original(module, part) for part in states.tensor_split(count, dim=1)], dim=1)

@@ -17,12 +17,14 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from attnzoo.auto.selection import AutoBackend
-from attnzoo.backend import Backend
+from attnzoo.backend import Backend, Choice
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, KeywordRefusedError, PatchError
 from attnzoo.functional import execute
+from attnzoo.graphs.operator import NO_SITE, attend_in_graph, register_runner
 from attnzoo.originals import slots
+from attnzoo.patching.keywords import check_keywords
 from attnzoo.patching.plan import SitePlan
-from attnzoo.patching.sites import PatchTarget, Site
+from attnzoo.patching.sites import PatchTarget, Site, expected_requests, has_trained_parameters
 from attnzoo.registry import registry
 from attnzoo.spec.segments import Attention, Result, describe
 from attnzoo.spec.transforms import transforms_around
@@ -55,6 +57,8 @@ class SiteAttend:
     def __init__(self, site: Site, plan: SitePlan, fallback: bool, memory: WeakTensorKeyDictionary) -> None:
         self.site, self.plan, self._fallback, self._memory = site, plan, fallback, memory
         self._selects = type(plan.backend).select is not Backend.select
+        self._number = register_runner(self)
+        torch.compiler.assume_constant_result(SiteAttend._is_complete)
 
     @functools.cached_property
     def _weak_sharers(self) -> tuple[weakref.ref[nn.Module], ...]:
@@ -71,18 +75,19 @@ class SiteAttend:
 
     @property
     def complete(self) -> bool:
+        return self._is_complete()
+
+    def _is_complete(self) -> bool:
+        # A compiler calls this method once. A later patch changes a forward, and starts a new compilation.
         top = [next(patches_of(module), None) for module in self.sharers()]
         whole = bool(top) and len(top) == len(self._weak_sharers)
         return whole and not any(patched is None or patched.may_run_native for patched in top)
 
     def __call__(self, attention: Attention, probabilities: bool = False) -> Result:
-        site, backend, choice = self.site, self.plan.backend, None
-        if self._selects:
-            try:
-                choice = backend.select(attention, probabilities)
-            except BackendRefusedError as error:
-                raise error.at(site.label, "in the call") from None
-            backend = choice.backend
+        if torch.compiler.is_compiling():
+            number = NO_SITE if torch.compiler.is_exporting() else self._number
+            return Result(attend_in_graph(attention, number, self.plan.backend.name), "unknown in a graph")
+        site, (backend, choice) = self.site, self._select(attention, probabilities)
         result = execute(backend, attention, probabilities, site.label)
         site.kernels[result.kernel] += 1
         if not backend.capabilities.exact and (change := backend.changes(attention.request(probabilities))) is not None:
@@ -92,6 +97,20 @@ class SiteAttend:
         if site.observer is not None:
             site.observer(site, attention, result, backend)
         return result
+
+    def _select(self, attention: Attention, probabilities: bool) -> tuple[Backend, Choice | None]:
+        """Return the backend that runs an attention and, if this backend was selected, the choice."""
+        if not self._selects:
+            return self.plan.backend, None
+        try:
+            choice = self.plan.backend.select(attention, probabilities)
+        except BackendRefusedError as error:
+            raise error.at(self.site.label, "in the call") from None
+        return choice.backend, choice
+
+    def repeat(self, attention: Attention) -> Tensor:
+        """Return the output of an attention, without counting it."""
+        return execute(self._select(attention, False)[0], attention, place=self.site.label).output
 
     def takes(self, attention: Attention) -> bool:
         return not registry.refusals(self.plan.backend, attention.request())
@@ -105,6 +124,8 @@ class SiteAttend:
         # counter of a tensor is not enough: inference tensors have no counter, and writes through ``.data`` or numpy do
         # not change the counter. Autograd records nothing under no_grad, and cannot save tensors from inference mode.
         # So ``version`` includes both modes.
+        if torch.compiler.is_compiling():  # compilers remove equal computations
+            return make(tensor)
         if transforms_around(()):  # torch.func's tensors have no storage and cannot be used after the transform
             return make(tensor)
         entries = self._memory.setdefault(tensor, {})
@@ -172,8 +193,9 @@ class PatchedForward(slots.Replacement):
         self._pre_hook: RemovableHandle | None = None
         functools.update_wrapper(self, self.original or target.cls.forward, updated=())
         self.__signature__ = inspect.signature(module.forward)
-        # torch.compile cannot trace a forward with replaced globals, or a forward that reads tensor values. So patched
-        # modules run uncompiled, and torch.compile compiles the rest of the model. Backends may call the compiler.
+        # torch.compile traces a patched forward, with its attention as one operator, if :meth:`_is_supported`. It cannot
+        # trace a forward that reads tensor values, such a module runs uncompiled, and torch.compile compiles the rest of
+        # the model. Backends may call the compiler.
         # A decorator would import the compiler together with attnzoo. Here, transformers has already done so.
         # A module without attention may contain most of the model, so only the module's own frame is uncompiled.
         self._uncompiled = torch.compiler.disable(
@@ -182,6 +204,8 @@ class PatchedForward(slots.Replacement):
         # The recorded module changes with each call, so compiled code would be recompiled for each module.
         self._note = torch.compiler.disable(PatchedForward._note_module)
         self._find_module = torch.compiler.disable(PatchedForward._module_of_call)
+        self.traceable = self.native or (self.point.traceable and not isinstance(plan.backend, AutoBackend))
+        torch.compiler.assume_constant_result(PatchedForward._is_supported)
         self._traced: nn.Module | None = None  # the module that the compiler recorded, until the module's forward runs
 
     def _bind(self) -> None:
@@ -225,7 +249,7 @@ class PatchedForward(slots.Replacement):
     def _note_call(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not torch.compiler.is_compiling():
             self._called.module = weakref.ref(module)
-        elif self.native:
+        elif self.traceable:
             self._traced = module  # the compiler can trace attributes, but not thread-local values
         else:
             self._note(self, module)
@@ -247,20 +271,72 @@ class PatchedForward(slots.Replacement):
         return patched
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        compiling = torch.compiler.is_compiling()
-        if compiling and self.native:
-            # The compiler traces the model's original code. Calls inside a graph cannot be counted.
-            module, self._traced = self._traced or self.module, None
-            return self._run_original(module, args, kwargs)
-        if self._forward is not None and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
-            # Patched modules read the values of masks. A trace would use the example's values for all later inputs.
-            raise PatchError(
-                f"{self.site.label}: got a patched model to trace or export; allowed: a model patched with "
-                'backend="native", or a model without a patch (call attnzoo.unpatch(model))'
-            )
-        if compiling or _compiler_callback() is not None:
+        if torch.compiler.is_compiling():
+            return self._compile(args, kwargs)
+        if self._forward is not None and torch.jit.is_tracing():
+            raise self._refuse_recording()
+        if _compiler_callback() is not None:
             return self._uncompiled(self, args, kwargs)
         return self._run(args, kwargs)
+
+    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let the compiler trace the forward, or run it between two graphs."""
+        if not self.traceable:
+            if torch.compiler.is_exporting():
+                raise self._refuse_recording()
+            return self._uncompiled(self, args, kwargs)
+        if args and isinstance(args[0], nn.Module):  # called as a method
+            module, args = args[0], args[1:]
+        else:
+            module, self._traced = self._traced or self.module, None
+        if self._forward is None:
+            return self._run_original(module, args, kwargs)  # calls inside the graph cannot be counted
+        given = tuple(name for name, value in kwargs.items() if value is not None)
+        derived = any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
+        wanted, grad = kwargs.get("output_attentions"), torch.is_grad_enabled()
+        if self._is_supported(given, wanted, grad, derived, module.training, torch.compiler.is_exporting()):
+            return self._forward(module, *args, **kwargs)
+        if torch.compiler.is_exporting():
+            raise self._refuse_recording()
+        return self._uncompiled(self, (module, *args), kwargs)
+
+    def _is_supported(
+        self, given: tuple[str, ...], wanted: bool | None, grad: bool, derived: bool, training: bool, exporting: bool
+    ) -> bool:
+        """Whether the backend supports the requests of a call that is compiled. The compiler asks once per graph.
+
+        If not, the forward runs uncompiled: it then refuses the call, or falls back, before it touches a cache.
+
+        Args:
+            given: the names of the keyword arguments.
+            wanted: the argument ``output_attentions``. The weights of an attention are not part of a graph.
+            grad, derived: whether gradients are enabled, and whether an input requires a gradient.
+            training: the mode of the module. The compiler compiles again if the mode changes.
+            exporting: whether the graph is exported. It then contains the name of the backend, but no options.
+        """
+        module, point, backend = self.plan.target.module, self.point, self.plan.backend
+        if exporting and backend != type(backend)():
+            return False
+        if not point.attends:
+            return True
+        if point.wants_probabilities(module, {} if wanted is None else {"output_attentions": wanted}):
+            return False
+        grad = grad and (derived or has_trained_parameters(module))
+        sharers = self._attend.sharers() or (module,)
+        try:
+            check_keywords(module, dict.fromkeys(given, True))
+            requests = expected_requests(point, module, sharers, grad)
+            return not any(registry.refusals(backend, request) for request in requests)
+        except KeywordRefusedError:
+            return False
+
+    def _refuse_recording(self) -> PatchError:
+        """Return the error for a trace or an export that cannot contain the forward."""
+        return PatchError(
+            f"{self.site.label}: got a patched model to trace or export; allowed: torch.export of modules that backend "
+            f"{self.plan.backend.name!r} supports without options, a model patched with "
+            'backend="native", or a model without a patch (call attnzoo.unpatch(model))'
+        )
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args and isinstance(args[0], nn.Module):  # called as a method

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from types import CellType, FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attnzoo.adapter import Attend, Forward, PatchPoint
@@ -44,7 +45,11 @@ def rebind(function: Callable[..., Any], **names: Any) -> FunctionType:
         return _decorate(function, decorated, rebind(decorated, **names))
     if not isinstance(function, FunctionType) or any(name not in function.__code__.co_names for name in names):
         raise PatchError(f"function: got {function!r}; allowed: a Python function that uses globals {sorted(names)}")
-    return _copy(function, {**function.__globals__, **names}, function.__closure__)
+    # torch.compile imports the module that the globals name, and reads globals there. Without this name, it reads the
+    # globals of the function.
+    names = {**function.__globals__, **names}
+    names.pop("__name__", None)
+    return _copy(function, names, function.__closure__)
 
 
 def _decorate(wrapper: Callable[..., Any], decorated: Callable[..., Any], other: FunctionType) -> FunctionType:
@@ -71,6 +76,7 @@ def _copy(function: FunctionType, names: dict[str, Any], closure: tuple[CellType
     # shared code object, the second of two rebound functions would look in the globals of the first.
     twin = FunctionType(function.__code__.replace(), names, function.__name__, function.__defaults__, closure)
     twin.__kwdefaults__ = function.__kwdefaults__
+    twin.__module__ = function.__module__
     return twin
 
 
@@ -81,6 +87,8 @@ class InterfacePoint(PatchPoint):
     ``describe`` and ``requests``.
     """
 
+    traceable = True
+
     def bind(self, cls: Any, attend: Attend) -> Forward:
         # Reading the config takes several microseconds, so :meth:`compute` gets the answer instead of asking again.
         constants = self.constants_of(cls)
@@ -88,7 +96,9 @@ class InterfacePoint(PatchPoint):
         with_probabilities = self.bind_interface(cls, attend, output_attentions=True, **constants)
 
         def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-            run = with_probabilities if self.wants_probabilities(module, kwargs) else plain
+            # A compiled call returns no probabilities. The patch has asked before, and the compiler cannot trace this.
+            wanted = not torch.compiler.is_compiling() and self.wants_probabilities(module, kwargs)
+            run = with_probabilities if wanted else plain
             return run(module, *args, **kwargs)
 
         return forward
@@ -174,11 +184,14 @@ class _AttentionFunctions:
     def __init__(self, point: InterfacePoint, attend: Attend, interface: Any, more: Mapping[str, Any]) -> None:
         self._point, self._attend, self._interface, self._more = point, attend, interface, more
         self._functions: dict[tuple[str, AttentionFunction], AttentionFunction] = {}
+        torch.compiler.assume_constant_result(_refused_keywords)  # the compiler cannot trace ``inspect``
 
     def get_interface(self, name: str, default: AttentionFunction) -> AttentionFunction:
         _check_implementation(name)
         # Ask every time, because users may register another function under the same name.
         original: AttentionFunction = self._interface.get_interface(name, default)
+        if torch.compiler.is_compiling():
+            return _AttentionFunction(self._point, self._attend, name, original, self._more)
         function = self._functions.get((name, original))
         if function is None:
             function = _AttentionFunction(self._point, self._attend, name, original, self._more)
@@ -193,7 +206,7 @@ class _AttentionFunction:
         self, point: InterfacePoint, attend: Attend, name: str, original: AttentionFunction, more: Mapping[str, Any]
     ) -> None:
         self._point, self._attend, self._name, self._original, self._more = point, attend, name, original, more
-        self._refused = (UNCOMPUTED | parameters(original)) - parameters(point.compute)
+        self._refused = _refused_keywords(point, original)
 
     def __call__(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         try:
@@ -204,6 +217,10 @@ class _AttentionFunction:
             if not self._attend.falls_back():
                 raise
             return self._original(module, *args, **self._point.original_arguments(kwargs))
+
+
+def _refused_keywords(point: InterfacePoint, original: AttentionFunction) -> frozenset[str]:
+    return (UNCOMPUTED | parameters(original)) - parameters(point.compute)
 
 
 def _check_implementation(name: str | None) -> None:

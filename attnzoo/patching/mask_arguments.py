@@ -71,6 +71,7 @@ class MaskCheckPoint(CompanionPoint):
     """
 
     masks: MaskArguments
+    traceable = True
 
     def masks_of(self, module: Any) -> MaskArguments:
         """Return the mask arguments of a module. Override this method if modules of the class have different masks."""
@@ -152,13 +153,8 @@ def check_mask(
     Raises:
         InvalidArgumentError: the mask is not a tensor, or the rank, shape, dtype or device is wrong.
     """
-    allowed = f"a bool, integer or float tensor of shape (1 or {batch}, {'length' if length is None else length})"
-    if grid is not None:
-        heads = "1 or heads, " if grid_rank == 4 else ""
-        q_len, kv_len = (size if size >= 0 else symbol for size, symbol in zip(grid, ("q_len", "kv_len"), strict=True))
-        allowed += f" or (1 or {batch}, {heads}{q_len}, {kv_len})"
     if not isinstance(mask, Tensor) or mask.is_complex() or mask.is_nested or mask.layout != torch.strided:
-        raise InvalidArgumentError(name, describe(mask), allowed)
+        raise InvalidArgumentError(name, describe(mask), _allowed(batch, length, grid, grid_rank))
     if mask.ndim == 2:
         fits = length in (None, mask.shape[1])
     else:
@@ -166,12 +162,22 @@ def check_mask(
         fits = grid is not None and mask.ndim == grid_rank
         fits = fits and all(size in (1, wanted) or wanted < 0 for size, wanted in sizes)
     if not fits or mask.shape[0] not in (1, batch):
-        raise InvalidArgumentError(name, describe(mask), allowed)
+        raise InvalidArgumentError(name, describe(mask), _allowed(batch, length, grid, grid_rank))
     if mask.device != device and (device is not None or mask.is_meta):
         allowed = "any device except meta" if device is None else f"{device}, the device of the tokens"
         raise InvalidArgumentError(f"{name} device", mask.device, allowed)
     # If no expansion is needed, return the mask object itself, because results for a mask are cached by identity.
     return mask.expand(batch, -1) if mask.ndim == 2 and mask.shape[0] != batch else mask
+
+
+def _allowed(batch: int, length: int | None, grid: tuple[int, int] | None, grid_rank: int) -> str:
+    # Only an error reads the sizes as text: torch.compile would compile again for each length in a text.
+    allowed = f"a bool, integer or float tensor of shape (1 or {batch}, {'length' if length is None else length})"
+    if grid is not None:
+        heads = "1 or heads, " if grid_rank == 4 else ""
+        q_len, kv_len = (size if size >= 0 else symbol for size, symbol in zip(grid, ("q_len", "kv_len"), strict=True))
+        allowed += f" or (1 or {batch}, {heads}{q_len}, {kv_len})"
+    return allowed
 
 
 def check_visibility(

@@ -42,7 +42,12 @@ def _has_tangent(value: object) -> bool:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether Python can read the values of a tensor. The result is False if ``vmap`` maps over the tensor."""
+    """Whether Python can read the values of a tensor.
+
+    The result is False if ``vmap`` maps over the tensor, and while ``torch.compile`` or ``torch.export`` traces the code.
+    """
+    if torch.compiler.is_compiling():
+        return False
     # vmap hides the dimension that it maps over. No other transform changes the number of dimensions.
     return not _active() or torch.func.debug_unwrap(tensor).ndim == tensor.ndim
 
