@@ -12,13 +12,7 @@ from attnzoo.layout import group_by
 from attnzoo.reporting.html import charts
 from attnzoo.reporting.html.content import Cell, Chart, Page, Section, Table, facts_of
 
-_STATUS = {
-    OK: "within the error rule",
-    RED: "wrong numbers or another kernel",
-    FAILED: "raised an error",
-    REFUSED: "refused",
-    SKIPPED: "skipped",
-}
+_STATUS = {OK: "ok", RED: "wrong", FAILED: "failed", REFUSED: "refused", SKIPPED: "skipped"}
 _SCOPES = {
     "model": "whole model",
     "module": "attention module",
@@ -36,7 +30,8 @@ _LEGEND = (
     "Below 1x is less than the original.",
     "error: the largest difference from the oracle in float64, in the worst comparison. of budget: this error divided "
     "by the largest error that passes, which is a small multiple of the error of plain operations in the same dtype.",
-    "A result without a pass has no speed.",
+    "verdict: ok means that every comparison is within its budget. A result that is wrong or failed has no speed. The "
+    "original is the reference of the ratios. The attention of other libraries is unchecked.",
 )
 _TOOLTIP = ("series", "kernel", "tokens", "time", "range", "speed", "peak", "memory", "of budget")
 
@@ -46,11 +41,9 @@ def page_of(shootout: Shootout) -> Page:
     groups = group_by(shootout.rows, lambda row: (row.family, row.scope, row.mode))
     names = dict.fromkeys(row.checkpoint for row in shootout.rows)
     wrong = [row for row in shootout.rows if row.status in (RED, FAILED) and not row.peer]
-    verdict = (
-        f"{len(wrong)} results are wrong and have no speed"
-        if wrong
-        else "Every measured result is within the error rule"
-    )
+    verdict = "Every measured result is within the error rule"
+    if wrong:
+        verdict = f"NOT within the error rule, or failed: {len(wrong)} of {len(shootout.rows)} results"
     first = shootout.rows[0]
     setting = f"{first.dtype}, batch {first.batch}, {first.hardware}"
     labels = dict.fromkeys(row.label for row in sorted(shootout.rows, key=lambda row: not row.is_original))
@@ -127,9 +120,7 @@ def _charts(rows: Sequence[Row]) -> Iterator[Chart]:
         without_range = [{k: v for k, v in record.items() if k not in ("fastest", "slowest")} for record in sized]
         spec = charts.over_length(without_range, "bytes", charts.BYTES, _TOOLTIP)
         yield Chart("Peak memory", "In addition to weights and inputs. Lower is better.", spec)
-    compared = [
-        _record(row) for row in rows if row.speedup is not None and not row.is_original and _share(row) is not None
-    ]
+    compared = [record for record in records if record["speedup"] is not None and record["share"] is not None]
     if compared:
         explanation = "Right of 1x is faster than the original. Below the horizontal line passes the error rule."
         yield Chart("Error beside speed", explanation, charts.error_beside_speed(compared, _TOOLTIP))
@@ -138,22 +129,16 @@ def _charts(rows: Sequence[Row]) -> Iterator[Chart]:
 def _record(row: Row) -> dict[str, Any]:
     texts = {name: cell.text for name, cell in _cells(row).items() if name in _TOOLTIP and name != "tokens"}
     numbers = dict(seconds=row.seconds, fastest=row.fastest, slowest=row.slowest, bytes=row.peak_bytes)
-    return {
-        **texts,
-        **numbers,
-        "series": row.label,
-        "tokens": row.seq_len,
-        "speedup": row.speedup,
-        "share": _share(row),
-    }
+    ratios = dict(speedup=row.speedup, share=_share(row))
+    return {**texts, **numbers, **ratios, "series": row.label, "tokens": row.seq_len}
 
 
 def _cells(row: Row) -> dict[str, Cell]:
     share = _share(row)
     times = "-" if row.fastest is None else f"{duration(row.fastest)} to {duration(row.slowest)}"
-    verdict = "peer, not checked" if row.peer and row.status == OK else _STATUS[row.status]
+    verdict = "unchecked" if row.peer and row.status == OK else _STATUS[row.status]
     if row.is_original and row.status == OK:
-        verdict = "the reference for ratios"
+        verdict = "reference"
     mark = "bad" if row.status in (RED, FAILED) else "good" if share is not None and row.status == OK else ""
     return {
         "contender": Cell(row.label, row.label),

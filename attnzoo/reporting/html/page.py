@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from html import escape
 from pathlib import Path
@@ -130,9 +131,12 @@ def _table(table: Table) -> Iterator[str]:
         yield f'<tr data-name="{escape(series)}">'
         for name, cell in zip(table.columns, cells, strict=True):
             classes = " ".join([*(["number"] if name in table.numeric else []), *([cell.mark] if cell.mark else [])])
+            text = escape(cell.text)
+            if name not in table.numeric:  # long names of modules and kernels may break after dots and underscores
+                text = re.sub(r"(?<=[._:,])(?=[a-z])", "<wbr>", text)
             order = "" if cell.order is None else f' data-order="{escape(str(cell.order))}"'
             bar = "" if cell.bar is None else f'<meter min=0 max=1 value="{min(1.0, max(0.0, cell.bar)):.3f}"></meter>'
-            yield f'<td class="{classes}" data-label="{escape(name)}"{order}>{bar}<span>{escape(cell.text)}</span></td>'
+            yield f'<td class="{classes}" data-label="{escape(name)}"{order}>{bar}<span>{text}</span></td>'
         yield "</tr>"
     yield "</tbody></table></div>"
 

@@ -13,7 +13,8 @@ from attnzoo.reporting.html.content import Cell, Chart, Page, Section, Table, fa
 
 _MODEL = "whole model"
 _ORIGINAL = "the model's own code"
-_COLUMNS = ("no.", "where", "compared", "kernel", "error", "budget", "of budget", "own code", "verdict")
+_COLUMNS = ("where", "no.", "compared", "kernel", "error", "budget", "of budget", "own code", "verdict")
+_NUMERIC = frozenset({"no.", "error", "budget", "of budget", "own code"})
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,10 @@ def page_of(data: Mapping[str, Any]) -> Page:
         "Each point is one comparison with the oracle in float64. Below the dashed line passes.",
         charts.shares(records, ("comparison", "compared", "kernel", "of budget", "series")),
     )
-    section = Section(
-        "Comparisons", (chart,), (Table(_COLUMNS, rows, frozenset(_COLUMNS[4:8])),), tuple(_notes(passages))
-    )
+    table = Table(_COLUMNS, rows, _NUMERIC)
+    section = Section("Comparisons", (chart,), (table,), tuple(_notes(passages)))
     return Page(
-        f"Backend {backend} against the original",
+        f"{data['model']}: {backend} against the original" if "model" in data else f"{backend} against the original",
         "attnzoo verify: outputs, gradients and each attention, compared with a float64 oracle",
         bool(data["ok"]),
         verdict,
@@ -105,8 +105,8 @@ def _row(
     own = Cell("-") if original is None else Cell(f"{original.share:.2f}", original.share)
     ok = check.ok and (original is None or original.ok)
     return (backend if patched else _ORIGINAL), (
-        Cell(str(number), number),
         Cell(key[0], key[0]),
+        Cell(str(number), number),
         Cell(key[1], key[1]),
         Cell(check.kernel or "-", check.kernel),
         Cell(f"{check.error:.2e}", check.error),
