@@ -56,7 +56,6 @@ def assert_fits(text, width, wide):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Return a function that runs a command and returns its output. (typer's CliRunner would force 80 columns.)"""
-    monkeypatch.setattr(cli.app, "registered_commands", list(cli.app.registered_commands))
 
     def run_command(*arguments):
         monkeypatch.setattr("sys.argv", ["attnzoo", *arguments])

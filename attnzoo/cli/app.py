@@ -1,29 +1,28 @@
-"""The ``attnzoo`` command and its subcommands. All output fits the terminal width: see :mod:`attnzoo.layout`."""
+"""The ``attnzoo`` command and its subcommands. All output fits the terminal width: see :mod:`attnzoo.layout`.
+
+A command imports what it needs when it runs. So help, errors in options and shell completion do not wait for torch.
+"""
 
 from __future__ import annotations
 
 import io
-import json
 import sys
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 import attnzoo
+from attnzoo.cli import completion
+from attnzoo.cli.bench import bench
 from attnzoo.cli.fingerprint import fingerprint
+from attnzoo.cli.output import STDOUT, Json, emit
+from attnzoo.cli.report import report
 from attnzoo.cli.run import CONTEXT, run
 from attnzoo.cli.tune import MODEL_HELP, tune
+from attnzoo.cli.verify import verify
 from attnzoo.errors import AttnzooError, InvalidArgumentError
 from attnzoo.layout import aligned, fit, group_by
-from attnzoo.registry import RESERVED_NAMES
-from attnzoo.reporting import matrix_text
-from attnzoo.reporting.doctor import examine
-from attnzoo.reporting.matrix import families, matrix_to_dict
-from attnzoo.spelling import configured, named_dtype, parse
-from attnzoo.verification.excerpt import LENGTH
-from attnzoo.verification.reports import Passages
 
 
 class _Commands(TyperGroup):
@@ -38,11 +37,9 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,  # typer's boxes cut words in narrow terminals
     pretty_exceptions_enable=False,
 )
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _print_version(requested: bool) -> None:
@@ -61,96 +58,71 @@ def options(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(json: Json = None) -> None:
     """Show what this machine can run. For everything else, show the reason and what to install."""
+    from dataclasses import asdict
+
+    from attnzoo.reporting.doctor import examine
+
     findings = examine()
-    if as_json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=2))
-        return
-    for group in group_by(findings, lambda finding: finding.kind):
-        print(group[0].kind)
-        print(aligned([(finding.name, "yes" if finding.ok else "no", finding.detail) for finding in group], indent=2))
+
+    def text() -> str:
+        lines = []
+        for group in group_by(findings, lambda finding: finding.kind):
+            rows = [(finding.name, "yes" if finding.ok else "no", finding.detail) for finding in group]
+            lines += [group[0].kind, aligned(rows, indent=2)]
+        return "\n".join(lines)
+
+    emit([asdict(finding) for finding in findings], text, json)
 
 
 @app.command()
 def matrix(
     model_types: Annotated[list[str] | None, typer.Argument(help="Model types to show.  [default: all]")] = None,
-    as_json: Json = False,
+    json: Json = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
     """Show which backends, devices, dtypes and features work at each attention module (the support matrix)."""
-    if as_json and markdown:
-        raise InvalidArgumentError("format", "--json and --markdown", "at most one of --json and --markdown")
+    from attnzoo.reporting import matrix_text
+    from attnzoo.reporting.matrix import families, matrix_to_dict
+
+    if json == STDOUT and markdown:
+        raise InvalidArgumentError("json", "- with --markdown", "a file, or no --markdown: both would be printed")
     modules = families(tuple(model_types or ()))
-    if as_json:
-        print(json.dumps(matrix_to_dict(modules), indent=2))
-    else:
-        print(matrix_text.markdown(modules) if markdown else matrix_text.text(modules))
-
-
-@app.command()
-def verify(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    backend: Annotated[
-        str, typer.Option(help="Backend to verify, with options as name:option=value,...; or native.")
-    ] = "sdpa",
-    seq_len: Annotated[int, typer.Option(help="Tokens per passage.", min=1)] = 256,
-    passages: Annotated[int, typer.Option(help="Number of passages, which are checked separately.", min=1)] = 2,
-    dtype: Annotated[str | None, typer.Option(help="Dtype of the weights.  [default: the stored dtype]")] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="Check one passage of at most 256 tokens, in seconds.")] = False,
-    gradients: Annotated[bool, typer.Option(help="Compare gradients, too.")] = True,
-    as_json: Json = False,
-) -> None:
-    """Compare a patched model with the original. The exit status is 1 if an error is larger than the error budget."""
-    from attnzoo.benchmarks.cli import progress_bar
-    from attnzoo.benchmarks.named_models import load_with_passages
-
-    chosen = backend if backend in RESERVED_NAMES else configured(backend)
-    weight_dtype = None if dtype is None else named_dtype(dtype)
-    count, length = (1, min(seq_len, LENGTH)) if fast else (passages, seq_len)
-    with progress_bar() as progress:
-        progress(0.0, f"loading {model}")
-        loaded, inputs = load_with_passages(model, length, count, weight_dtype)
-        reports = []
-        for number, passage in enumerate(inputs):
-
-            def show(done: float, step: str, number: int = number) -> None:
-                progress((number + done) / count, f"passage {number + 1} of {count}: {step}" if count > 1 else step)
-
-            reports.append(attnzoo.verify(loaded, passage, chosen, gradients=gradients, fast=fast, progress=show))
-    report = reports[0] if count == 1 else Passages(tuple(reports))
-    print(json.dumps(report.to_dict(), indent=2) if as_json else report)
-    if not report.ok:
-        raise typer.Exit(1)
+    emit(matrix_to_dict(modules), lambda: (matrix_text.markdown if markdown else matrix_text.text)(modules), json)
 
 
 @app.command()
 def explain(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, autocompletion=completion.families)],
     backend: Annotated[
         str | None,
-        typer.Option(help="Only this backend, with options as name:option=value,...  [default: all backends]"),
+        typer.Option(
+            help="Only this backend, with options as name:option=value,...  [default: all backends]",
+            autocompletion=completion.backends,
+        ),
     ] = None,
-    as_json: Json = False,
+    json: Json = None,
 ) -> None:
     """Show which backends would run at each attention of a model, and which backend auto selects and why."""
     from attnzoo.benchmarks.named_models import load_model
+    from attnzoo.spelling import parse
 
     name, options = (None, {}) if backend is None or backend == "auto" else parse(backend)
     explanation = attnzoo.explain(load_model(model), name, **options)
-    print(json.dumps(explanation.to_dict(), indent=2) if as_json else explanation)
+    emit(explanation.to_dict(), lambda: explanation, json)
 
 
+app.command()(verify)
 app.command()(tune)
+app.command()(bench)
+app.command()(report)
 app.command()(fingerprint)
 app.command(context_settings=CONTEXT)(run)
 
 
 def main() -> None:
     """Run the ``attnzoo`` command. For errors of attnzoo, print only the message, without a traceback."""
-    from attnzoo.benchmarks.cli import bench
-
-    app.command()(bench)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # the encoding of the terminal may lack a character

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import json
 import pkgutil
 from typing import Annotated, Any
 
 import typer
 
+from attnzoo.cli.output import Json, emit
 from attnzoo.errors import InvalidArgumentError, suggestion
-from attnzoo.originals.fingerprint import fingerprint as compute
 
 _EXAMPLE = "transformers.models.gpt_neox.modeling_gpt_neox:GPTNeoXAttention.forward"
 
@@ -19,18 +18,17 @@ def fingerprint(
     paths: Annotated[
         list[str], typer.Argument(metavar="MODULE:FUNCTION", help="For example package.module:Class.method.")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Json = None,
 ) -> None:
     """Print the fingerprints that an adapter records. All Python versions give a function the same fingerprint."""
     computed = {path: fingerprint_at(path) for path in paths}
-    if as_json:
-        print(json.dumps(computed, indent=2))
-    else:
-        print("\n".join(f"{path}  {value}" for path, value in computed.items()))
+    emit(computed, lambda: "\n".join(f"{path}  {value}" for path, value in computed.items()), json)
 
 
 def fingerprint_at(path: str) -> str:
     """Return the fingerprint of the function at ``"package.module:Class.method"``."""
+    from attnzoo.originals.fingerprint import fingerprint as compute
+
     module, _, attribute = path.partition(":")
     if not module or not attribute:
         raise InvalidArgumentError("path", f"{path!r}{_with_colon(path)}", f"MODULE:FUNCTION, e.g. {_EXAMPLE}")

@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 
 import attnzoo
+from attnzoo.cli import completion
+from attnzoo.cli.output import STDOUT, require_json_target, write_json
 from attnzoo.errors import AttnzooError, InvalidArgumentError
 
 # Options after the name of the program belong to the program.
@@ -25,7 +27,17 @@ def run(
         str | None,
         typer.Option(
             help="Backend of models that the program builds without attn_implementation, as a name or "
-            "name:option=value,...  [default: the variable ATTNZOO_BACKEND]"
+            "name:option=value,...  [default: the variable ATTNZOO_BACKEND]",
+            autocompletion=completion.backends,
+        ),
+    ] = None,
+    json: Annotated[
+        str | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="When the program ends, write attnzoo.stats(), the kernel calls by backend, as JSON to this file; "
+            "- is standard output.",
         ),
     ] = None,
 ) -> None:
@@ -36,6 +48,8 @@ def run(
     """
     if not module and not Path(program).is_file():
         raise InvalidArgumentError("program", repr(program), "a Python file, or with -m the name of a module")
+    require_json_target(json)
+    target = json if json in (None, STDOUT) else str(Path(json).resolve())  # the program may change the current folder
     attnzoo.install(backend)
     sys.argv = [program, *context.args]
     # As for `python program.py` and `python -m module`, imports begin in the program's folder or the current folder.
@@ -48,3 +62,6 @@ def run(
     except AttnzooError:  # the command prints errors of attnzoo without the line of the program
         traceback.print_exc()
         raise typer.Exit(1) from None
+    finally:
+        if target is not None:
+            write_json(attnzoo.stats(), target)

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from torch.utils._pytree import tree_map_only
 
 import attnzoo
-from attnzoo.auto import cache
-from attnzoo.auto.choice import by_priority_because
-from attnzoo.auto.measurements import Measurement
+from attnzoo.cli import completion
+from attnzoo.cli.output import Json, emit, require_json_target
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.layout import fit
-from attnzoo.spelling import dtype_name
-from attnzoo.tuning.race import ROUNDS
-from attnzoo.tuning.report import TuningReport, table
+
+if TYPE_CHECKING:
+    from attnzoo.tuning.report import TuningReport
 
 MODEL_HELP = "A model of the benchmarks (see attnzoo bench --help), or the folder of a checkpoint."
 _NEW_TOKENS = 3  # the first token comes from the prompt, the others from decoding steps
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def tune(
-    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP, autocompletion=completion.families)] = None,
     seq_len: Annotated[
         list[int] | None, typer.Option(help="Tokens of real text. May be repeated.  [default: 1024]")
     ] = None,
@@ -40,34 +36,49 @@ def tune(
     decode: Annotated[
         bool, typer.Option("--decode", help="Tune for generation with a cache: the prompt, and single new tokens.")
     ] = False,
-    rounds: Annotated[int, typer.Option(help="Timed samples per backend.", min=1)] = ROUNDS,
+    rounds: Annotated[int, typer.Option(help="Timed samples per backend.", min=1)] = 7,
     again: Annotated[bool, typer.Option("--again", help="Also measure attentions with a stored measurement.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the stored measurements and measure nothing.")] = False,
     clear: Annotated[bool, typer.Option("--clear", help="Remove the stored measurements.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Json = None,
 ) -> None:
     """Measure which backend is fastest for each attention, and where the model's code is faster, for auto."""
     if show and model is not None:
         raise InvalidArgumentError("model", f"{model!r} with --show", "no model, because --show measures nothing")
-    if clear:
-        removed = cache.clear()
-        print(json.dumps([str(path) for path in removed]) if as_json else f"removed {len(removed)} file(s)")
-    if show:
-        print(json.dumps(stored_measurements(), indent=2) if as_json else stored_measurements_text())
+    if clear or show:
+        _manage(clear, show, json)
     if model is None:
         if not (show or clear):
             raise InvalidArgumentError("model", "None", "a model name or checkpoint folder, or --show or --clear")
         return
     if train and decode:
         raise InvalidArgumentError("decode", "--decode with --train", "at most one of --decode and --train")
+    require_json_target(json)
     report = _measure(model, seq_len or [1024], dtype, device, threads, train, decode, again, rounds)
-    if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
+    emit(report.to_dict(), lambda: _text(report), json)
+
+
+def _manage(clear: bool, show: bool, json: str | None) -> None:
+    """Remove or show the stored measurements. Both together show what is left."""
+    from attnzoo.auto import cache
+
+    removed = cache.clear() if clear else ()
+    if not show:
+        emit([str(path) for path in removed], lambda: f"removed {len(removed)} file(s)", json)
         return
-    print(report)
-    print(fit(f"stored in {cache.folder()}"))
+    if clear and json is None:
+        print(f"removed {len(removed)} file(s)")
+    emit(stored_measurements(), stored_measurements_text, json)
+
+
+def _text(report: TuningReport) -> str:
+    from attnzoo.auto import cache
+    from attnzoo.auto.choice import by_priority_because
+
+    lines = [str(report), fit(f"stored in {cache.folder()}")]
     if because := by_priority_because():
-        print(fit(f"note: auto selects by priority nevertheless: {because}"))
+        lines.append(fit(f"note: auto selects by priority nevertheless: {because}"))
+    return "\n".join(lines)
 
 
 def _measure(
@@ -81,7 +92,13 @@ def _measure(
     again: bool,
     rounds: int,
 ) -> TuningReport:
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    from attnzoo.auto.measurements import Measurement
     from attnzoo.benchmarks.named_models import load_with_passages
+    from attnzoo.spelling import dtype_name
+    from attnzoo.tuning.report import TuningReport
 
     dtype = dtype_name(dtype)
     if dtype not in _DTYPES:
@@ -97,7 +114,7 @@ def _measure(
     fresh: set[str] = set()
     for length in lengths:
         loaded, (inputs,) = load_with_passages(name, length, 1)
-        loaded.train(train).to(device, _DTYPES[dtype])
+        loaded.train(train).to(device, getattr(torch, dtype))
         inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
         run = partial(_decode, loaded, inputs) if decode else inputs
         report = attnzoo.tune(loaded, run, again=again, rounds=rounds, progress=partial(print, file=sys.stderr))
@@ -114,6 +131,8 @@ def _decode(model: Any, inputs: dict[str, Any]) -> None:
 
 def stored_measurements() -> list[dict[str, Any]]:
     """Return the content of every cache file as plain data for JSON."""
+    from attnzoo.auto import cache
+
     data = []
     for path, environment, stored, problem in cache.stored():
         measurements = [measurement.to_dict() for measurement in stored.values()]
@@ -123,6 +142,9 @@ def stored_measurements() -> list[dict[str, Any]]:
 
 def stored_measurements_text() -> str:
     """Return the content of every cache file as text."""
+    from attnzoo.auto import cache
+    from attnzoo.tuning.report import table
+
     files = cache.stored()
     if not files:
         return fit(f"no measurements in {cache.folder()}; to measure, run: attnzoo tune MODEL")

@@ -12,13 +12,14 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from attnzoo import register_backend
-from attnzoo.benchmarks import cli, weights
+from attnzoo.benchmarks import weights
 from attnzoo.benchmarks.measure import machine
 from attnzoo.benchmarks.models import WORKLOADS
 from attnzoo.benchmarks.rows import Row, Shootout
 from attnzoo.benchmarks.runner import ShootoutPlan, run
 from attnzoo.benchmarks.tables import show
 from attnzoo.benchmarks.worker import Worker
+from attnzoo.cli.bench import bench
 from tests.support import fake_shootout
 
 MODES = (False, True)
@@ -62,7 +63,7 @@ def shootout() -> Callable[..., Shootout]:
 def invoke_bench(*arguments: str) -> Any:
     """Run ``attnzoo bench`` in this process."""
     app = typer.Typer()
-    app.command()(cli.bench)
+    app.command()(bench)
     return CliRunner().invoke(app, arguments)
 
 

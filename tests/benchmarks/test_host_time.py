@@ -12,11 +12,11 @@ import torch
 
 from attnzoo.benchmarks import measure
 from attnzoo.benchmarks.cases import HOST_SCOPES, Case, build
-from attnzoo.benchmarks.cli import make_plan
 from attnzoo.benchmarks.contenders import BackendContender, Execution, GateVerdict, Original
 from attnzoo.benchmarks.counting import Counting
 from attnzoo.benchmarks.decoding import GATE_TOKENS, TIMED_TOKENS, Decoding
 from attnzoo.benchmarks.measure import Peak
+from attnzoo.benchmarks.options import make_plan
 from attnzoo.benchmarks.rows import OK, RED, SKIPPED, Problem
 from attnzoo.benchmarks.runner import ShootoutPlan, run
 from attnzoo.benchmarks.worker import Worker

@@ -14,9 +14,10 @@ import torch
 import typer
 from torch import nn
 
-from attnzoo.benchmarks import cli, peers
+from attnzoo.benchmarks import peers, runner
 from attnzoo.benchmarks.cases import Case
 from attnzoo.benchmarks.models import WORKLOADS
+from attnzoo.benchmarks.options import make_plan
 from attnzoo.benchmarks.peers import LIBRARIES, Library, PeerContender
 from attnzoo.benchmarks.rows import Shootout
 from attnzoo.benchmarks.runner import ShootoutPlan
@@ -160,7 +161,9 @@ def test_planning_imports_no_peer(monkeypatch):
 
 def test_importing_the_benchmarks_imports_no_peer():
     modules = sorted(library.module for name, library in LIBRARIES.items() if name != PACKAGE)
-    code = f"import sys, attnzoo.benchmarks.cli; sys.exit(bool(sys.modules.keys() & set({modules})))"
+    code = (
+        f"import sys, attnzoo.benchmarks.runner, attnzoo.cli.app; sys.exit(bool(sys.modules.keys() & set({modules})))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -171,7 +174,7 @@ def test_command_turns_peers_off(monkeypatch):
         plans.append(plan)
         raise typer.Exit
 
-    monkeypatch.setattr(cli, "run", stop)
+    monkeypatch.setattr(runner, "run", stop)
     for option in ([], ["--peers"], ["--no-peers"]):
         invoke_bench("--model", "tiny", "--scope", "attention", *option)
     assert [plan.peers for plan in plans] == [None, True, False]
@@ -181,8 +184,8 @@ def test_command_turns_peers_off(monkeypatch):
 @pytest.mark.parametrize("scope", ["model", "module"])
 def test_requested_peers_in_another_scope_raise(scope):
     with pytest.raises(InvalidArgumentError, match=f"peers: got --peers with scope '{scope}'; allowed: --scope atten"):
-        cli.make_plan(scope=scope, peers=True)
-    assert not any(contender.peer for contender in cli.make_plan(scope=scope).contenders())
+        make_plan(scope=scope, peers=True)
+    assert not any(contender.peer for contender in make_plan(scope=scope).contenders())
 
 
 def test_workloads_name_known_peers():

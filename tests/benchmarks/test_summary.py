@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from attnzoo.benchmarks import cli, summary
+from attnzoo.benchmarks import runner, summary
 from attnzoo.benchmarks.rows import Shootout
 from attnzoo.benchmarks.runner import ShootoutPlan
 from attnzoo.errors import InvalidArgumentError
@@ -37,7 +37,7 @@ def test_command_of_a_table_has_the_same_plan(path, monkeypatch):
     result = Shootout.read(path)
     if result.plan["device"] != "cpu":
         pytest.skip(f"the plan needs a {result.plan['device']} device")
-    monkeypatch.setattr(cli, "run", stop)
+    monkeypatch.setattr(runner, "run", stop)
     ran = invoke_bench(*shlex.split(summary.command(result))[2:])
     assert isinstance(ran.exception, Planned), ran.output
     defaults = json.loads(json.dumps(asdict(ShootoutPlan())))  # for fields that are younger than the file

@@ -43,14 +43,14 @@ def test_doctor_lists_every_backend_model_and_package():
 
 
 def test_doctor_repeats_nothing():
-    for finding in json.loads(run("doctor", "--json").output):
+    for finding in json.loads(run("doctor", "--json", "-").output):
         for separator in ("; ", ", "):
             parts = finding["detail"].split(separator)
             assert len(parts) == len(set(parts)), finding
 
 
 def test_doctor_prints_json():
-    findings = json.loads(run("doctor", "--json").output)
+    findings = json.loads(run("doctor", "--json", "-").output)
     assert {finding["kind"] for finding in findings} == {"machine", "package", "backend", "model"}
     assert all(finding["detail"] for finding in findings)
 
@@ -60,7 +60,7 @@ def test_verify_accepts_a_checkpoint_on_disk(checkpoint):
     assert result.exit_code == 0, result.output
     assert "within the error rule" in result.output
     assert "on all 2 passages" in result.output
-    data = json.loads(run("verify", checkpoint, "--seq-len", "40", "--json", "--no-gradients").stdout)
+    data = json.loads(run("verify", checkpoint, "--seq-len", "40", "--json", "-", "--no-gradients").stdout)
     assert data["ok"] is True and len(data["passages"]) == 2
     assert all(passage["ok"] and len(passage["sites"]) >= 6 for passage in data["passages"])
 
@@ -93,12 +93,12 @@ def test_verify_exits_with_1_if_a_check_fails(checkpoint, isolated_registry):
 
 
 def test_verify_fast_compares_one_passage(checkpoint):
-    data = json.loads(run("verify", checkpoint, "--fast", "--seq-len", "40", "--json").stdout)
+    data = json.loads(run("verify", checkpoint, "--fast", "--seq-len", "40", "--json", "-").stdout)
     assert data["ok"] is True and data["sites"] and not data["original_sites"] and data["original"]
     assert {check["what"] for site in data["sites"] for check in site["checks"]} == {"output", "gradient"}
     assert not any("gradient" in check["what"] for check in data["end_to_end"])
     assert "fast" in data["note"]
-    native = json.loads(run("verify", checkpoint, "--fast", "--json", "--backend", "native").stdout)
+    native = json.loads(run("verify", checkpoint, "--fast", "--json", "-", "--backend", "native").stdout)
     assert native["ok"] is True and native["sites"] == native["original_sites"]
 
 

@@ -30,7 +30,7 @@ def test_fingerprint_prints_one_line_per_path():
 
 
 def test_fingerprint_prints_json():
-    assert json.loads(run("--json", *PATHS).stdout) == {path: fingerprint(object_at(path)) for path in PATHS}
+    assert json.loads(run("--json", "-", *PATHS).stdout) == {path: fingerprint(object_at(path)) for path in PATHS}
 
 
 def test_fingerprint_prints_what_adapters_record():

@@ -27,16 +27,16 @@ def test_tune_measures_shows_and_removes(checkpoint):
     assert tuned.exit_code == 0, tuned.output
     assert "GPTNeoXAttention, causal: float32" in tuned.stdout and "queries <= 32" in tuned.stdout
     assert "one-kernel" in tuned.stdout and "stored in" in tuned.stdout
-    attention, module = json.loads(run(checkpoint, "--seq-len", 20, "--json").stdout)
+    attention, module = json.loads(run(checkpoint, "--seq-len", 20, "--json", "-").stdout)
     assert attention["fresh"] is module["fresh"] is False
     assert (attention["scope"], set(attention["outcomes"])) == ("attention", {"one", "two"})
     assert (module["scope"], set(module["outcomes"])) == ("module", {"native", "auto"})
     shown = run("--show")
     assert shown.exit_code == 0 and "threads 1, torch" in shown.stdout and "queries <= 32" in shown.stdout
-    (file,) = json.loads(run("--show", "--json").stdout)
+    (file,) = json.loads(run("--show", "--json", "-").stdout)
     assert len(file["measurements"]) == 2 and file["problem"] == ""
     assert "removed 1 file" in run("--clear").stdout
-    assert "no measurements in" in run("--show").stdout and json.loads(run("--show", "--json").stdout) == []
+    assert "no measurements in" in run("--show").stdout and json.loads(run("--show", "--json", "-").stdout) == []
 
 
 def test_tune_accepts_short_dtype_names(checkpoint):
@@ -50,7 +50,9 @@ def test_explain_shows_measurements(checkpoint):
     assert result.exit_code == 0, result.output
     assert "one: runs" in result.stdout
     assert "for forward at batch <= 1, queries <= 32, keys <= 32: measured" in result.stdout
-    data = json.loads(CliRunner().invoke(cli.app, ["explain", str(checkpoint), "--backend", "two", "--json"]).stdout)
+    data = json.loads(
+        CliRunner().invoke(cli.app, ["explain", str(checkpoint), "--backend", "two", "--json", "-"]).stdout
+    )
     assert data["auto"] == {} and {verdict["backend"] for verdict in data["verdicts"]} == {"two"}
 
 

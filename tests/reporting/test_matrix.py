@@ -226,7 +226,7 @@ def test_both_formats_have_the_same_reasons():
 
 
 def test_json_has_the_refusals_of_every_cell():
-    rows = json.loads(run("gpt_neox", "--json"))["gpt_neox"]
+    rows = json.loads(run("gpt_neox", "--json", "-"))["gpt_neox"]
     assert [row["backend"] for row in rows] == sorted(attnzoo.backends())
     for row in rows:
         assert row["module"] == "GPTNeoXAttention" and row["pattern"]
@@ -235,8 +235,8 @@ def test_json_has_the_refusals_of_every_cell():
     flash = next(row for row in rows if row["backend"] == "flash_attention_2")
     cell = dict(feature="forward", device="cuda", dtype="float64")
     assert {**cell, "refusals": [dict(field="dtype", got="float64", allowed="bfloat16, float16")]} in flash["cells"]
-    with pytest.raises(attnzoo.InvalidArgumentError, match="format: got --json and --markdown; allowed: at most one"):
-        CliRunner().invoke(cli.app, ["matrix", "--json", "--markdown"], catch_exceptions=False)
+    with pytest.raises(attnzoo.InvalidArgumentError, match="json: got - with --markdown; allowed: a file"):
+        CliRunner().invoke(cli.app, ["matrix", "--json", "-", "--markdown"], catch_exceptions=False)
 
 
 def test_an_unknown_family_raises_with_a_suggestion():

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnzoo.benchmarks import cli
+from attnzoo.benchmarks import runner
+from attnzoo.benchmarks.options import make_plan
 from attnzoo.benchmarks.plots import draw
 from attnzoo.benchmarks.rows import Row, Shootout
 from attnzoo.benchmarks.runner import run
@@ -58,7 +59,7 @@ def test_missing_matplotlib_names_the_remedies(shootout, tmp_path, monkeypatch):
 @pytest.fixture
 def command(monkeypatch):
     """Run ``attnzoo bench`` on the tiny family; all of it runs in this process."""
-    monkeypatch.setattr(cli, "run", lambda plan, bar: run(plan, bar, launch=Worker, check=lambda job: (True, "")))
+    monkeypatch.setattr(runner, "run", lambda plan, bar: run(plan, bar, launch=Worker, check=lambda job: (True, "")))
     common = ["--model", "tiny", "--seq-len", "40", "--rounds", "1", "--no-train", "--threads", "1"]
     return lambda *arguments: invoke_bench(*common, *arguments)
 
@@ -89,7 +90,7 @@ def test_command_needs_matplotlib_only_for_a_requested_plot(command, tmp_path, m
 
 @pytest.mark.parametrize("option", ["--json", "--plot"])
 def test_unwritable_file_is_refused_before_anything_runs(command, tmp_path, monkeypatch, option):
-    monkeypatch.setattr(cli, "run", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(runner, "run", lambda *_: pytest.fail("it ran"))
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
     Path("folder.png").mkdir()
@@ -118,18 +119,18 @@ def test_unwritable_file_is_refused_before_anything_runs(command, tmp_path, monk
 )
 def test_wrong_values_raise(values, error, words):
     with pytest.raises(error, match=words):
-        cli.make_plan(**values)
+        make_plan(**values)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_a_device_raises():
     with pytest.raises(InvalidArgumentError, match="device: got 'cuda'; allowed: 'cpu'"):
-        cli.make_plan(device="cuda")
+        make_plan(device="cuda")
 
 
 def test_plans_follow_the_options():
-    default = cli.make_plan(["led"])
+    default = make_plan(["led"])
     assert default.seq_lens == (1024, 2048, 4096) and default.modes == (False, True) and default.train_limit == 2048
-    assert cli.make_plan(full=True).seq_lens[-1] == 16384 and cli.make_plan(full=True).train_limit is None
-    assert cli.make_plan(train=True).modes == (True,) and cli.make_plan(train=True).train_limit is None
-    assert cli.make_plan(train=False).modes == (False,) and cli.make_plan(dtype="bf16").dtype == "bfloat16"
+    assert make_plan(full=True).seq_lens[-1] == 16384 and make_plan(full=True).train_limit is None
+    assert make_plan(train=True).modes == (True,) and make_plan(train=True).train_limit is None
+    assert make_plan(train=False).modes == (False,) and make_plan(dtype="bf16").dtype == "bfloat16"
