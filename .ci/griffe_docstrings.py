@@ -1,7 +1,7 @@
 """Griffe extension for mkdocs.yml: adapt docstrings to Markdown.
 
-Griffe reads only sections titled ``Examples:`` as Python code. Docstrings of attnzoo contain one example under the title
-``Example:``. Docstrings also contain roles of Sphinx, such as ``:class:`Backend```, which Markdown does not have.
+Griffe reads only sections titled ``Examples:`` as Python code. Docstrings of attnzoo contain one example under the
+title ``Example:``. Docstrings also contain roles of Sphinx, such as ``:class:`Backend```, which Markdown does not have.
 """
 
 import re

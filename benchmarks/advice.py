@@ -1,7 +1,7 @@
 """Print the page docs/guide/which-backend.md from JSON files of results. ``make docs-advice`` runs this module.
 
-The page names the fastest measured backend for each model, length and mode, and says where no backend is faster than the
-model's own code.
+The page names the fastest measured backend for each model, length and mode, and says where no backend is faster than
+the model's own code.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ may leave a gain on the table for dtypes and sizes that nobody measured. [Usage]
 
 Each line is one measured case. **take** is the fastest backend that passed the correctness gate. It is `auto` where no
 backend was 3 % faster than the model's own code or saved 10 % of the memory: `auto` then runs the model's own code.
-**speed** is the time of the original divided by the time of the backend. **memory** is the peak of the backend divided by
-the peak of the original, both over weights and inputs. An empty speed means that other programs disturbed the clock.
+**speed** is the time of the original divided by the time of the backend. **memory** is the peak of the backend divided
+by the peak of the original, both over weights and inputs. An empty speed means that other programs disturbed the clock.
 [Results](../results.md) has every number with its range and its command.
 """
 PARTS = """

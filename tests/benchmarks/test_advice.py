@@ -67,7 +67,7 @@ def test_times_of_a_shared_machine_decide_nothing(page_of):
 
 
 def test_results_of_a_machine_that_just_started_are_left_out(page_of):
-    with pytest.raises(InvalidArgumentError, match="folder: got .*, without a case"):
+    with pytest.raises(InvalidArgumentError, match=r"folder: got .*, without a case"):
         page_of("one-just-started", sdpa=(0.1, 500))
 
 
