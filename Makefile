@@ -14,7 +14,7 @@ ARGS ?=
 OLDEST := 5.17.0
 OLDEST_VENV := .venv-oldest
 
-.PHONY: help venv shootout test test-oldest test-long test-interpreted test-cuda mutants lint typecheck format docs-matrix docs-results docs-architectures build clean distclean
+.PHONY: help venv shootout test test-oldest test-long test-interpreted test-cuda mutants lint typecheck format docs docs-matrix docs-results docs-advice docs-architectures build clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -69,11 +69,17 @@ format: $(STAMP) ## fix and format the code with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(STAMP) ## build the documentation site in site/, with every warning as an error; needs no network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 docs-matrix: $(STAMP) ## write docs/matrix.md from the declarations of adapters and backends
 	$(BIN)/attnzoo matrix --markdown > docs/matrix.md
 
 docs-results: $(STAMP) ## write docs/results.md from the JSON files in benchmarks/results
 	$(BIN)/python -m attnzoo.benchmarks.summary benchmarks/results > docs/results.md
+
+docs-advice: $(STAMP) ## write docs/guide/which-backend.md from the JSON files in benchmarks/results
+	$(BIN)/python -m attnzoo.benchmarks.advice benchmarks/results > docs/guide/which-backend.md
 
 docs-architectures: $(STAMP) ## patch a tiny model of every model type of transformers and write docs/architectures.md (30 minutes)
 	rm -f benchmarks/results/architectures.jsonl

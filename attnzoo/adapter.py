@@ -140,7 +140,8 @@ class PatchPoint(ABC):
             module: the called module, which may be a copy of the patched module. Do not store this reference, because
                 Python could then not free the model.
             attend: the callable that computes attentions on the module's backend.
-            *args, **kwargs: the arguments of the original forward. A subclass must declare each argument by name.
+            *args: the arguments of the original forward. A subclass must declare each argument by name.
+            **kwargs: the keyword arguments of the original forward.
         """
         raise NotImplementedError(f"{type(self).__name__}: got neither forward nor bind; allowed: override one of them")
 

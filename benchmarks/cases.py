@@ -44,6 +44,7 @@ class Case:
         threads: number of CPU threads of torch.
         train: True means that a run is a forward and a backward, both without dropout. False means only a forward.
         layers: number of layers in each stack (encoder or decoder) of a whole model. None means as many as published.
+        clock: a key of :data:`~attnzoo.benchmarks.measure.CLOCKS`. The scopes in :data:`HOST_SCOPES` ignore it.
     """
 
     family: str
@@ -55,6 +56,7 @@ class Case:
     threads: int
     train: bool
     layers: int | None = None
+    clock: str = "wall"
 
     @property
     def mode(self) -> str:
@@ -111,7 +113,7 @@ class Subject:
                 return self.timer()
         if self.case.scope == "overhead":
             return cpu_seconds(self.step)
-        return seconds(self.step, self.case.device)
+        return seconds(self.step, self.case.device, self.case.clock)
 
     def forward(self) -> None:
         """Run the forward of :meth:`step`. With gradients, other code or another kernel may run than without."""

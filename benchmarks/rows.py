@@ -53,7 +53,8 @@ class Row:
         recall: share of full attention's weight on the keys that queries still see with the backend: the mean over
             heads and checked queries. None if the backend does not change the pattern.
         peer: whether the contender is a peer. Peers are not checked, and never make the shootout fail.
-        note: how the case differs from the published configuration. Empty if there is no difference.
+        note: how the case differs from the published configuration, and whether the times are CPU time. Empty if there
+            is no difference, and the times are wall-clock time.
     """
 
     family: str

@@ -16,7 +16,7 @@ import torch
 from attnzoo.benchmarks.cases import AUTO, DTYPES, HOST_SCOPES, SCOPES, Case
 from attnzoo.benchmarks.contenders import BackendContender, Contender, Original
 from attnzoo.benchmarks.counting import Counting
-from attnzoo.benchmarks.measure import machine
+from attnzoo.benchmarks.measure import CLOCKS, machine
 from attnzoo.benchmarks.models import find_workload
 from attnzoo.benchmarks.peers import SCOPE as PEER_SCOPE
 from attnzoo.benchmarks.peers import peers_of
@@ -41,7 +41,7 @@ class ShootoutPlan:
 
     Attributes:
         families, seq_lens: values of :attr:`Case.family` and :attr:`Case.seq_len`. Every combination is run.
-        scope, dtype, device, threads, batch, layers: as in :class:`~attnzoo.benchmarks.cases.Case`.
+        scope, dtype, device, threads, batch, layers, clock: as in :class:`~attnzoo.benchmarks.cases.Case`.
         backends: names or aliases, with options as in ``lsh:num_hashes=2,...``, or ``"auto"``. None means every exact
             backend.
         modes: ``False`` (forward), ``True`` (forward+backward), or both.
@@ -65,6 +65,7 @@ class ShootoutPlan:
     batch: int = 1
     original: bool = True
     layers: int | None = None
+    clock: str = "wall"
     rounds: int | None = None
     seconds_per_case: float = 10.0
     dense_limit: int | None = 1024
@@ -75,11 +76,16 @@ class ShootoutPlan:
     def __post_init__(self) -> None:
         for family in self.families:
             find_workload(family)
-        for name, allowed in {"scope": SCOPES, "dtype": DTYPES, "device": ("cpu", "cuda")}.items():
+        choices = {"scope": SCOPES, "dtype": DTYPES, "device": ("cpu", "cuda"), "clock": CLOCKS}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UnknownNameError(name, getattr(self, name), allowed)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InvalidArgumentError("device", "'cuda'", f"'cpu', as torch {torch.__version__} finds no CUDA device")
+        if self.clock == "cpu" and self.device == "cuda":
+            raise InvalidArgumentError(
+                "clock", "'cpu' with device 'cuda'", "'wall', which includes the time of the GPU"
+            )
         if self.layers is not None and self.scope not in ("model", "decode"):
             raise InvalidArgumentError("layers", f"--layers with scope {self.scope!r}", "--scope model or decode")
         if True in self.modes and self.scope in HOST_SCOPES:
@@ -112,7 +118,7 @@ class ShootoutPlan:
     def cases(self) -> Iterator[Case]:
         setting = (self.batch, self.dtype, self.device, self.threads)
         for family, seq_len, train in itertools.product(self.families, self.seq_lens, self.modes):
-            yield Case(family, self.scope, seq_len, *setting, train, self.layers)
+            yield Case(family, self.scope, seq_len, *setting, train, self.layers, self.clock)
 
 
 def _spelled(backend: str) -> str:
@@ -237,6 +243,8 @@ class _CaseRun:
             notes.append(f"{too_long}; here there are {case.seq_len}")
         if case.layers is not None:
             notes.append(f"{case.layers} layer(s) in each stack, fewer than published")
+        if case.clock == "cpu":
+            notes.append("times are CPU time")
         return Row(
             case.family, workload.checkpoint, case.scope, contender.name, case.seq_len, case.batch, case.dtype,
             case.device, case.threads, case.mode, self._versions, peer=contender.peer, note="; ".join(notes),

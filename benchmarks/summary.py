@@ -42,7 +42,9 @@ Compare lines of the same folder only:
 
 - Folders that end in `-just-started`: the virtual machine had just started, and memory allocation was slow. The
   original models need gigabytes and took twice the usual time or more. The speeds are therefore too favourable.
-- Folders that end in `-shared`: other programs ran on the same cores. Only the memory is reliable in these folders."""
+- Folders that end in `-shared`: other programs ran on the same cores. Only the memory is reliable in these folders.
+- Folders that end in `-cpu-time`: other programs ran on the same machine, so the times are CPU time (`--clock cpu`).
+  CPU time does not count the time in which other programs run. These programs still share the caches and the memory."""
 _COLUMNS = ("S", "contender", "kernel", "time", "speed", "peak", "memory")
 _LEFT_COLUMNS = ("contender", "kernel")
 
@@ -82,6 +84,7 @@ def command(shootout: Shootout) -> str:
     if not plan.get("original", True):  # older result files lack this option; they include the original
         words.append("--no-original")
     words += _options("layers", [plan["layers"]] if plan.get("layers") else [])
+    words += ["--clock cpu"] if plan.get("clock") == "cpu" else []  # older result files lack this option
     words += [f"--batch {plan['batch']}", *_options("rounds", [plan["rounds"]] if plan["rounds"] else [])]
     return " ".join(words)
 

@@ -57,7 +57,7 @@ class Worker:
         duration = subject.seconds()
         subject.clear()
         if self._projections is not None:
-            duration -= seconds(self._projections.step, device)
+            duration -= seconds(self._projections.step, device, self._case.clock)
             self._projections.clear()
         return duration
 

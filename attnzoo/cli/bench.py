@@ -54,6 +54,7 @@ def bench(
         True, "--original/--no-original", help="Also time the original model, which all ratios refer to."
     ),
     layers: int = typer.Option(None, help="Layers in each stack of a whole model; default: as published."),
+    clock: str = typer.Option("wall", help="wall or cpu. CPU time stays right while other programs use the machine."),
     json: str = typer.Option(
         None,
         "--json",
@@ -77,7 +78,7 @@ def bench(
 
     plan = make_plan(
         model, backend, seq_len, dtype=dtype, device=device, threads=threads, train=train, scope=scope, rounds=rounds,
-        batch=batch, full=full, peers=peers, original=original, layers=layers,
+        batch=batch, full=full, peers=peers, original=original, layers=layers, clock=clock,
     )  # fmt: skip
     if plot is not None and no_plot:
         raise InvalidArgumentError("plot", f"{plot} with --no-plot", "at most one of --plot and --no-plot")

@@ -91,7 +91,7 @@ def installed(default: str | None = None) -> Iterator[None]:
         default: as for :func:`install`.
 
     Raises:
-        The errors of :func:`install` and, at the end of the block, of :func:`uninstall`.
+        AttnzooError: an error of :func:`install` or, at the end of the block, of :func:`uninstall`.
 
     Example:
         >>> import attnzoo

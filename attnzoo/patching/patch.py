@@ -207,7 +207,7 @@ def patch(
     replace: bool = False,
     **options: Any,
 ) -> Handle:
-    """Replace the attention of a model, in place.
+    """Replace the attention of a model, in place. If ``patch`` raises, the model is unchanged.
 
     Args:
         model: a Hugging Face model of a family with an adapter (see ``attnzoo doctor``), or a part of such a model.
@@ -235,7 +235,6 @@ def patch(
             weights are not loaded.
         DriftError: the model's code differs from the code that the adapter was verified against.
         BackendRefusedError: a backend refuses an expected request of a site and ``fallback`` is ``"error"``.
-        After each of these errors the model is unchanged.
 
     Example:
         >>> from transformers import GPTNeoXConfig, GPTNeoXModel

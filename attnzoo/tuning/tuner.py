@@ -80,7 +80,7 @@ def tune(
     Raises:
         InvalidArgumentError: an argument is invalid.
         CacheError: the cache file cannot be written. The check comes before the first measurement.
-        Any exception that :func:`attnzoo.patch` or the model raises.
+        Exception: any exception that :func:`attnzoo.patch` or the model raises.
 
     Example:
         >>> import torch, transformers, attnzoo

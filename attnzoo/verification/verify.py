@@ -70,7 +70,7 @@ def verify(
 
     Raises:
         InvalidArgumentError: an argument is invalid, or the model returns no tensor to compare.
-        Any exception that :func:`attnzoo.patch` or the model raises.
+        Exception: any exception that :func:`attnzoo.patch` or the model raises.
 
     Example:
         >>> import torch, transformers, attnzoo

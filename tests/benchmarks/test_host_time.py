@@ -5,12 +5,13 @@ No test asserts a duration: the clocks and the workers here return fixed values.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
 import torch
 
-from attnzoo.benchmarks import measure
+from attnzoo.benchmarks import measure, summary
 from attnzoo.benchmarks.cases import HOST_SCOPES, Case, build
 from attnzoo.benchmarks.contenders import BackendContender, Execution, GateVerdict, Original
 from attnzoo.benchmarks.counting import Counting
@@ -150,3 +151,26 @@ def test_layers_belong_to_whole_models():
     assert make_plan(["tiny"], scope="decode", layers=1, threads=1).layers == 1
     with pytest.raises(InvalidArgumentError, match="layers"):
         make_plan(["tiny"], scope="overhead", layers=1, threads=1)
+
+
+@pytest.mark.parametrize("scope", ["model", "module", "attention"])
+def test_clock_cpu_does_not_count_the_time_of_other_programs(scope, shootout, monkeypatch):
+    monkeypatch.setitem(measure.CLOCKS, "cpu", itertools.count(step=5.0).__next__)
+    result = shootout("sdpa", scope=scope, clock="cpu", peers=False)
+    # The scope attention subtracts the projections, which the same clock times.
+    assert {row.seconds for row in result.rows} == {0.0 if scope == "attention" else 5.0}
+    assert {row.note for row in result.rows} == {"times are CPU time"}
+    assert " --clock cpu " in summary.command(result)
+
+
+def test_clock_is_wall_unless_asked_for(shootout):
+    result = shootout("sdpa")
+    assert result.plan["clock"] == "wall" and " --clock" not in summary.command(result)
+    with pytest.raises(InvalidArgumentError, match="clock: got 'sun'"):
+        make_plan(["tiny"], clock="sun", threads=1)
+
+
+def test_cpu_time_of_a_gpu_run_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InvalidArgumentError, match="clock: got 'cpu' with device 'cuda'; allowed: 'wall'"):
+        make_plan(["tiny"], clock="cpu", device="cuda", threads=1)

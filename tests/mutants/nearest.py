@@ -10,7 +10,7 @@ from tests.mutants.mutations import ROOT
 
 # Slow tests, tests of texts, and tests that install packages or do not run the source of the working tree.
 _LEFT_OUT = (
-    *("tests/mutants/", "tests/plugin/", "tests/test_packaging.py", "tests/test_plugin.py", "tests/test_docs.py"),
+    *("tests/mutants/", "tests/plugin/", "tests/test_packaging.py", "tests/test_plugin.py", "tests/docs/"),
     *("tests/test_layout.py", "tests/test_spelling.py"),
 )
 # Tests of everything together, for faults that the nearest tests do not catch: for each folder of the source, the test
