@@ -1,6 +1,6 @@
 """Fine-tune LongT5 with LoRA (PEFT), with the model's own attention and with a fused backend.
 
-    python examples/finetune_lora.py
+python examples/finetune_lora.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Fine-tune LED with transformers' Trainer, with the model's own attention and with a fused backend.
 
-    python examples/finetune_trainer.py
+python examples/finetune_trainer.py
 """
 
 from __future__ import annotations
