@@ -36,11 +36,9 @@ def test_table_of_gains_has_the_measured_numbers():
     for row in forwards:
         train = measured[row.family, row.seq_len, "forward+backward"]
         numbers = (row.speedup, row.peak_ratio, train.speedup, train.peak_ratio)
-        cells = " | ".join(f"{number:.2f}x" for number in numbers)
+        cells = " | ".join(["", str(row.seq_len), *(f"{number:.2f}x" for number in numbers), ""]).strip()
         layers = " (2 layers)" if "2 layer(s)" in row.note else ""
-        line = re.compile(
-            rf"\| {NAMES[row.family]}{re.escape(layers)}(, already on `sdpa`)? \| {row.seq_len} \| {cells} \|"
-        )
+        line = re.compile(rf"\| {NAMES[row.family]}{re.escape(layers)}(, already on `sdpa`)? {re.escape(cells)}")
         assert any(line.fullmatch(text) for text in lines), line.pattern
 
 
