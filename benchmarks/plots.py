@@ -51,7 +51,7 @@ def draw_front(shootout: Shootout, path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for row in group_by(shootout.rows, lambda row: (row.family, row.mode))[0] if row.status == OK]
-    figure = Figure(figsize=(9, 4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(7.2, 3.5), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     time_axis, memory_axis = figure.subplots(1, 2)
     lines: dict[str, Any] = {}
