@@ -52,7 +52,7 @@ def test_notebook_runs(in_examples):
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), "shootout.ipynb", "exec"), names)
     assert names["shootout"].ok
-    assert Path("shootout/led.png").exists()
+    assert Path("shootout/longt5.png").exists()
 
 
 def test_notebook_contains_its_results():
