@@ -207,6 +207,8 @@ class RelativeBias(Bias):
         if self.positions is not None:
             return None
         *shape, distance = tile.shape_and_distance
+        if self.values.shape[1] == 1:  # the same value for all distances
+            return tuple(shape)
         return (*shape, distance - self._shift(tile.q_len, tile.kv_len))
 
 

@@ -29,6 +29,7 @@ from attnzoo.backends.common.blocks import DENSE_ROWS, Masks, additive, block_si
 from attnzoo.backends.sdpa import flash_cpu, math_blocks
 from attnzoo.backends.sdpa.pieces import KeyPieces, join_masks, join_parts
 from attnzoo.errors import Refusal
+from attnzoo.spec.chosen_blocks import ChosenBlocks
 from attnzoo.spec.hashed import HashedChunks
 from attnzoo.spec.heads import expand_heads
 from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
@@ -44,7 +45,7 @@ class SdpaBackend(Backend):
     priority: ClassVar[int] = 10
     capabilities: ClassVar[Capabilities] = Capabilities(
         devices=frozenset({"cpu", "cuda"}),
-        patterns=frozenset({Full, Causal, Window, Chunks, SortedChunks, HashedChunks}),
+        patterns=frozenset({Full, Causal, Window, Chunks, SortedChunks, HashedChunks, ChosenBlocks}),
         segments=1 << 16,
         key_mask=True,
         mask=True,
@@ -59,8 +60,10 @@ class SdpaBackend(Backend):
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
         refusals = super().refusals(request)
-        if any(s.bias is not None and isinstance(s.pattern, SortedChunks | HashedChunks) for s in request.segments):
-            refusals += (Refusal("bias", "a bias with SortedChunks or HashedChunks", "no bias with these patterns"),)
+        without_bias = SortedChunks | HashedChunks | ChosenBlocks
+        if any(s.bias is not None and isinstance(s.pattern, without_bias) for s in request.segments):
+            got = "a bias with SortedChunks, HashedChunks or ChosenBlocks"
+            refusals += (Refusal("bias", got, "no bias with these patterns"),)
         return refusals
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:
