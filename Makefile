@@ -14,7 +14,7 @@ ARGS ?=
 OLDEST := 5.17.0
 OLDEST_VENV := .venv-oldest
 
-.PHONY: help venv shootout test test-oldest test-long test-interpreted test-cuda mutants lint typecheck format docs docs-matrix docs-results docs-advice docs-architectures build clean distclean
+.PHONY: help venv shootout test test-oldest test-long test-interpreted gpu test-cuda mutants lint typecheck format docs docs-matrix docs-results docs-advice docs-architectures build clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -48,6 +48,10 @@ test-long: $(STAMP) ## run the property tests with more than 25,000 examples per
 test-interpreted: $(STAMP) ## run the whole conformance kit on the Triton kernels, interpreted on the CPU, and compile them for all cards
 	ATTNZOO_HYPOTHESIS_PROFILE=long TRITON_INTERPRET=1 ATTNZOO_INTERPRETED_EXAMPLES=50 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/backends/triton/interpreted $(ARGS)
 	ATTNZOO_HYPOTHESIS_PROFILE=long OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/backends/triton/test_compiled.py $(ARGS)
+
+# Without a virtual environment, the packages of $(PYTHON) run the checkout: nothing is installed, no network is needed.
+gpu: ## measure what matters on a CUDA device, within five minutes: make gpu ARGS="--seconds 3600 --out DIR"
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu/checkout.py $(ARGS)
 
 test-cuda: $(STAMP) ## run the tests that need a CUDA device
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make test-cuda needs a CUDA device; torch {torch.__version__} sees none here, so nothing was tested.")'
