@@ -28,8 +28,8 @@ def require_tokens(count: int) -> None:
     """Raise InvalidArgumentError if ``count`` tokens are more than the start of the book, and the rest is missing."""
     if count > len(book()) and not BOOK.exists():
         allowed = (
-            f"at most {len(book())} tokens in all passages, or the whole text: copy benchmarks/data/{BOOK.name} from the "
-            f"source distribution (pip download --no-deps --no-binary attnzoo attnzoo) to {BOOK.parent}"
+            f"at most {len(book())} tokens in all passages, or the whole text: copy benchmarks/data/{BOOK.name} from "
+            f"the source distribution (pip download --no-deps --no-binary attnzoo attnzoo) to {BOOK.parent}"
         )
         raise InvalidArgumentError("seq-len", f"{count} tokens of text", allowed)
 
