@@ -22,6 +22,7 @@ from attnzoo.benchmarks.models import find_workload
 from attnzoo.benchmarks.peers import SCOPE as PEER_SCOPE
 from attnzoo.benchmarks.peers import peers_of
 from attnzoo.benchmarks.rows import OK, ORIGINAL, RED, REFUSED, SKIPPED, EndToEnd, Problem, Row, Shootout
+from attnzoo.benchmarks.text import require_tokens
 from attnzoo.benchmarks.worker import EndToEndJob, ProcessWorker, Worker, as_problem, process_context, verify_in_process
 from attnzoo.errors import InvalidArgumentError, UnknownNameError
 from attnzoo.registry import registry
@@ -99,6 +100,7 @@ class ShootoutPlan:
         for name, count in [*(("seq-len", seq_len) for seq_len in self.seq_lens), *counts]:
             if count is not None and count < 1:
                 raise InvalidArgumentError(name, count, "an integer >= 1")
+        require_tokens(self.batch * max(self.seq_lens))
 
     def contenders(self) -> tuple[Contender, ...]:
         """Return the original, the backends and the peers, in this order. Aliases are replaced by registered names.

@@ -11,7 +11,7 @@ from tests.support.models import causal_inputs, gpt_neox, led
 
 WIDTHS = (60, 80, 120)
 WIDE = 10_000
-COMMANDS = ("doctor", "matrix", "verify", "explain", "tune", "bench")
+COMMANDS = ("doctor", "matrix", "verify", "explain", "tune", "bench", "report")
 
 
 @pytest.fixture
