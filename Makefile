@@ -14,7 +14,7 @@ ARGS ?=
 OLDEST := 5.17.0
 OLDEST_VENV := .venv-oldest
 
-.PHONY: help venv shootout test test-oldest test-long test-interpreted gpu test-cuda mutants lint typecheck format docs docs-matrix docs-results docs-advice docs-architectures build clean distclean
+.PHONY: help venv shootout test test-oldest test-long test-interpreted gpu test-cuda mutants lint typecheck format docs docs-matrix docs-results docs-advice docs-plot docs-notebook docs-architectures build clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -84,6 +84,12 @@ docs-results: $(STAMP) ## write docs/results.md from the JSON files in benchmark
 
 docs-advice: $(STAMP) ## write docs/guide/which-backend.md from the JSON files in benchmarks/results
 	$(BIN)/python -m attnzoo.benchmarks.advice benchmarks/results > docs/guide/which-backend.md
+
+docs-plot: $(STAMP) ## draw docs/images/led-model.png from a JSON file in benchmarks/results
+	$(BIN)/python -m attnzoo.benchmarks.plots benchmarks/results/epyc-cpu-time/led-model-forward.json docs/images/led-model.png
+
+docs-notebook: $(STAMP) ## run examples/shootout.ipynb and store its results in it
+	$(BIN)/jupyter execute --inplace examples/shootout.ipynb
 
 docs-architectures: $(STAMP) ## patch a tiny model of every model type of transformers and write docs/architectures.md (30 minutes)
 	rm -f benchmarks/results/architectures.jsonl
