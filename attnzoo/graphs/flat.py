@@ -1,8 +1,8 @@
 """Convert an attention to the plain arguments of an operator, and back.
 
-An operator takes tensors, numbers and strings. Integers such as offsets may be symbols in a graph (``torch.SymInt``), so
-they are arguments and no part of a string. The string, called *form*, contains only what no length changes: the class
-of each pattern and bias, and which optional fields are present.
+An operator takes tensors, numbers and strings. Integers such as offsets may be symbols in a graph (``torch.SymInt``),
+so they are arguments and no part of a string. The string, called *form*, contains only what no length changes: the
+class of each pattern and bias, and which optional fields are present.
 """
 
 from __future__ import annotations

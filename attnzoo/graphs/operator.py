@@ -114,7 +114,7 @@ def _(
 
 
 def _in_model_layout(output: Tensor) -> Tensor:
-    """Return ``(batch, heads, q_len, dim)`` as contiguous ``(batch, q_len, heads, dim)``, the layout of most kernels."""
+    """Return an output ``(batch, heads, q_len, dim)`` as contiguous ``(batch, q_len, heads, dim)``, as models do."""
     return output.transpose(1, 2).contiguous()
 
 
