@@ -43,7 +43,7 @@ class NativeBackend(Backend):
 class NativeChooser:
     """Decides for each call of one patched module whether ``auto`` runs the model's code.
 
-    A decision needs a few microseconds, because the decisions are stored by the properties of a call.
+    The chooser stores its decisions by the properties of a call. To find a stored decision takes a few microseconds.
     """
 
     def __init__(self, point: PatchPoint, preference: Preference) -> None:

@@ -28,7 +28,8 @@ def transforms_around(tensors: Iterable[object]) -> tuple[str, ...]:
     without ``torch.func``.
     """
     if not _active():
-        # Outside a level of forward_ad, tensors have no tangents. Every attention asks several times, so skip the rest.
+        # Outside a level of forward_ad, tensors have no tangents. This check is fast, and each attention calls this
+        # function several times.
         may_have_tangents = getattr(forward_ad, "_current_level", 0) >= 0
         return ("jvp",) if may_have_tangents and any(map(_has_tangent, tensors)) else ()
     names = tuple(str(level.key().name).lower() for level in _stack() or ())
