@@ -2,9 +2,9 @@
 
 A token of the encoder sees the tokens of its block and all global tokens. A global token sees all global tokens and all
 tokens. The global tokens have embeddings and states, but no places in the sequence. Padding queries see the global
-tokens, too, so they have outputs as in the original. Every second layer staggers its
-blocks: the layer pads the sequence with half a block on each side, calls the attention, and removes the padding. So the
-attention has the same pattern in all layers.
+tokens, too, and have the same outputs as in the original. Every second layer shifts its blocks: the layer pads the
+sequence with half a block on each side, calls the attention, and removes the padding. So the attention has the same
+pattern in all layers.
 
 The decoder uses causal self-attention and cross-attention through transformers' ``AttentionInterface``.
 """

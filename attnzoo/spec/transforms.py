@@ -45,7 +45,7 @@ def _has_tangent(value: object) -> bool:
 def readable(tensor: Tensor) -> bool:
     """Whether Python can read the values of a tensor.
 
-    The result is False if ``vmap`` maps over the tensor, and while ``torch.compile`` or ``torch.export`` traces the code.
+    The result is False if ``vmap`` maps over the tensor, or if ``torch.compile`` or ``torch.export`` traces the code.
     """
     if torch.compiler.is_compiling():
         return False

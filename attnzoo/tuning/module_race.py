@@ -228,7 +228,7 @@ def _prepared(
     count: int,
     observed: _Observed | None = None,
 ) -> Iterator[list[Callable[[], None]]]:
-    """Context manager that patches the model and yields ``count`` functions, each of which runs the recorded calls once.
+    """Context manager that patches the model and yields ``count`` functions that each run the recorded calls once.
 
     There are fewer functions if the copies of the calls would need more than ``DENSE_BYTES``.
     """
