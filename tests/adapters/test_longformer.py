@@ -1,4 +1,4 @@
-"""A patched Longformer or LED calls its projections, whatever layers and weights they are."""
+"""A patched Longformer or LED calls its projections, also if they are no plain linear layers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""LongT5's first layer computes the bias of all layers, also if some are not patched, are copied, or fall back."""
+"""LongT5's first layer computes the bias of all layers, also if some layers are unpatched or copied, or fall back."""
 
 import copy
 

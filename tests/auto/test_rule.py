@@ -1,4 +1,4 @@
-"""The rule of ``auto``: a backend runs only where it is known to win, else the model's code."""
+"""The rule of ``auto``: a backend runs only where it is known to be faster, else the model's code."""
 
 import pytest
 import torch

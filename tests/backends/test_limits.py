@@ -1,4 +1,4 @@
-"""The limit of each refusal by value: what is accepted at the limit, and refused one past the limit."""
+"""Refusals with a limit: a backend accepts the limit, and refuses the next value."""
 
 import shutil
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a call may not leave behind or depend on: defaults of PyTorch, layouts of gradients, locks after an error."""
+"""A call leaves no state behind and depends on none: PyTorch's defaults, layouts of gradients, locks after an error."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace

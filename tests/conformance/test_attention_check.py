@@ -1,4 +1,4 @@
-"""The judge of one attention rejects candidates that are wrong in one place, and accepts right ones in every dtype."""
+"""``check_attention`` rejects candidates that are wrong in one place, and accepts right candidates in every dtype."""
 
 from dataclasses import replace
 from functools import partial

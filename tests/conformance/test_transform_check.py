@@ -1,4 +1,4 @@
-"""The judge of ``torch.func`` transforms rejects candidates that are wrong under one transform or for one tensor."""
+"""``check_transform`` rejects candidates that are wrong under one transform of ``torch.func`` or for one tensor."""
 
 from dataclasses import replace
 

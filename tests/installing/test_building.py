@@ -1,4 +1,4 @@
-"""Models that are built in parts, without data, in quantised form, or by a subclass."""
+"""`install` and models that are built in parts, without data, in quantised form, or by a subclass."""
 
 import copy
 

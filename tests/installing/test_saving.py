@@ -1,4 +1,4 @@
-"""Names in saved models, and in configurations that models share."""
+"""Backend names in saved models, and in configurations that models share."""
 
 import copy
 import json

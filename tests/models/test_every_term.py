@@ -1,6 +1,7 @@
 """The tiny models show every term of their attention: without a term, their logits change by far more than a rounding.
 
-Other tests compare these models with the original. A term that the logits do not depend on would be tested by none.
+Other tests compare these models with the original. These tests would not notice an error in a term on which the logits
+do not depend.
 """
 
 from dataclasses import dataclass, replace

@@ -1,6 +1,7 @@
 """Continuous batching (``generate_batch``) on a patched model: refused where the caller sees it, or left to the model.
 
-The engine runs the model in a thread that catches everything; a refusal there ends as requests without tokens.
+The engine runs the model in a thread that catches every exception. A refusal in this thread would not reach the caller,
+who would get requests without tokens.
 """
 
 from __future__ import annotations

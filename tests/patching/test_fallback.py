@@ -1,4 +1,4 @@
-"""What a backend cannot do raises, or goes to the model's own code where that was asked for, and is counted."""
+"""A call that the backend refuses raises or, with ``fallback="native"``, runs the model's own code and is counted."""
 
 from __future__ import annotations
 

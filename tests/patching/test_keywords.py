@@ -1,6 +1,6 @@
-"""Keywords that a model hands to its attention: ignored where the original ignores them, else refused before anything.
+"""Keywords that a model passes to its attention: a patch ignores what the original ignores, and refuses the others.
 
-What the unpatched model does with a keyword is the measure: the same result, or the same TypeError.
+The reference is the unpatched model: the same result, or the same TypeError.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A patched module that has already run notices what the next call asks for, before it touches the cache.
 
-The plan of a site keeps the states of calls that its backend has supported, so here the danger is a stale entry.
+The plan of a site keeps the states of calls that its backend has supported. A stale state would hide a refusal.
 """
 
 from __future__ import annotations
