@@ -259,7 +259,7 @@ def test_patch_names_an_adapter_that_fails_to_load(monkeypatch):
 
 
 def test_entry_points_of_adapters_are_read_again_only_after_a_change(monkeypatch):
-    """To read them takes milliseconds of every patch: each installed package has a file."""
+    """Reading entry points takes milliseconds, because each installed package has a file."""
     read, original = [], importlib.metadata.entry_points
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **which: read.append(1) or original(**which))
     registry.adapters()  # loads what is not loaded, which is a change

@@ -83,7 +83,7 @@ WINDOW = requests(Window(7, 8), Full())
 
 @pytest.fixture
 def limit(monkeypatch):
-    """The rule for a window on the CPU: from 16 keys per query and 4 heads x 50 queries x 16 keys on."""
+    """Set a limit for windows on the CPU: 16 keys per query, and 4 heads x 50 queries x 16 keys."""
     for mode in (FORWARD, TRAINING):
         monkeypatch.setitem(LIMITS, ("window and other keys", CPU, mode), Limit(16, 4 * 50 * 16))
 

@@ -119,7 +119,7 @@ FIRST = attention()
 
 
 def of_the_first(index, field):
-    """A function that uses a field of a segment of the first attention for both attentions."""
+    """Return a function that uses one field of the first attention for both attentions."""
     return with_segment(index, **{field: lambda own: getattr(FIRST.segments[index], field)})
 
 

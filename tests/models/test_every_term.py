@@ -58,7 +58,7 @@ def bias_of_one_head_less(segment):
 
 
 def bias_of_far_keys_less(segment):
-    """Without the last bucket, which all distances share from ``relative_attention_max_distance`` on."""
+    """Remove the bias of the last bucket, which distances from ``relative_attention_max_distance`` on share."""
     bias = segment.bias
     if bias is None or not hasattr(bias, "zero"):
         return None
@@ -140,7 +140,7 @@ HAS = {
 
 @dataclass(frozen=True)
 class Spoiling(attnzoo.Backend):
-    """Computes as eager does, at sites of one kind without one term (``less``).
+    """Compute as eager does, but without one term (``less``) at the sites of one kind.
 
     ``seen`` has every kind with every term that its attentions have, in the order of the calls.
     """

@@ -152,7 +152,7 @@ def test_tracing_and_exporting_are_refused(build, record):
 
 @pytest.mark.parametrize(("name", "fewest"), [("gpt_neox", 3), ("led", 6)])
 def test_modules_between_patched_modules_are_compiled(name, fewest):
-    """A module patched to check masks attends nothing: its layers are compiled, except their attention."""
+    """Layers inside a module that is patched to check masks are compiled, except their attention."""
     model, compiled = FAMILIES[name].build(), []
 
     def count(graph, example):

@@ -137,7 +137,7 @@ def test_a_handle_keeps_no_model_alive_and_outlives_it():
 
 
 def test_each_request_has_the_refusal_if_only_a_part_was_patched():
-    """The outer model is not guarded: the forward refuses by name, in the engine's thread."""
+    """``generate_batch`` of the outer model is not blocked. The forward refuses the cache in the engine's thread."""
     model = gpt_neox()
     with attnzoo.patch(model.gpt_neox, "sdpa"):
         outputs = model.generate_batch(PROMPTS, warmup=False, **SETTINGS).values()

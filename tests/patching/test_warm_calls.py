@@ -191,7 +191,7 @@ def test_masks_and_lengths_that_change_between_calls_are_read(name):
 
 
 def test_threads_share_a_model(model):
-    """Each thread decodes on a separate cache. Some ask for what the backend refuses."""
+    """Each thread decodes with a separate cache. Some threads make requests that the backend refuses."""
 
     def decode(number):
         decoding, refused = Decoding(model), 0

@@ -27,7 +27,7 @@ SMALL = 1.01
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """The identity with a gradient that is wrong by a factor."""
+    """The identity function with a gradient that is wrong by a factor."""
 
     @staticmethod
     def forward(ctx, tensor, by):
