@@ -289,7 +289,7 @@ CAUSES |= {"changed": "Install a verified version"}
 
 @pytest.mark.parametrize("first", range(len(CAUSES)), ids=list(CAUSES))
 def test_message_names_the_nearest_cause_in_any_order_of_differences(first):
-    """Subclasses and code at run time also change fingerprints. So the message names another version as the last cause."""
+    """Subclasses and code at run time also change fingerprints. The message names another version as the last cause."""
     several = [Difference(f"module:Class.{cause}", cause, "detail") for cause in list(CAUSES)[first:]]
     for given in (several, several[::-1]):
         message = drift_message(given, "mine", "5.17", "5.20")
