@@ -222,7 +222,7 @@ class DecoderAttention(InterfacePoint):
         cross: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute attention as the base class does. ``cross`` marks the pattern of cross-attention."""
+        """Compute attention as the base class does. ``cross`` is whether the call computes cross-attention."""
         read = read_interface_mask(attend, implementation, query, key, attention_mask, bool(module.is_causal))
         read = read._replace(pattern=Full(cross)) if isinstance(read.pattern, Full) else read
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling

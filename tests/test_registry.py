@@ -139,7 +139,7 @@ def test_unregister_backend_by_name_or_alias():
 
 
 def test_a_taken_name_is_refused_before_entry_points_are_loaded():
-    """Needs a new process, in which no entry point has been loaded."""
+    """The test needs a new process, in which no entry point has been loaded."""
     script = """
     import attnzoo
     from attnzoo.errors import InvalidArgumentError

@@ -32,7 +32,7 @@ _MOST_DECISIONS = 1024
 
 @dataclass(frozen=True)
 class NativeBackend(Backend):
-    """Backend that runs the model's original code. It supports every site, and never gets an :class:`Attention`."""
+    """Backend that runs the model's original code. A site runs its original forward and never calls :meth:`run`."""
 
     name: ClassVar[str] = "native"
 

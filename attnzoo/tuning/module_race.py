@@ -121,7 +121,7 @@ class ModuleCalls:
             yield
 
     def recorded(self, group: Group, contender: str) -> list[tuple[str, RecordedCall]]:
-        """Return the module name and the arguments of each call of one run. Empty if a run made other calls."""
+        """Return the module name and arguments of each call of one run. Empty if the second run lacks a call."""
         calls = self._recorded[contender]
         known = [(identity[0], calls[identity]) for identity in group.runs() if identity in calls]
         return known if len(known) == len(group.runs()) else []

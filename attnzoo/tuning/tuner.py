@@ -172,7 +172,7 @@ def _run_native(
     gradients: bool,
     backends: Mapping[str, Backend],
 ) -> None:
-    """Run the model's code once. Ignore full memory, because the model may need a patch to fit into memory."""
+    """Run the model's code once. Full memory is no error here, because users may patch a model to save memory."""
     try:
         with _restored(model), patch(model, backends):
             _run_model(model, inputs, gradients)

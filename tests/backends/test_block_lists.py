@@ -108,7 +108,7 @@ def test_cached_lists_serve_no_other_attention():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation returns."""
+    """Records the size of the largest tensor that any operation returns."""
 
     entries = 0
 

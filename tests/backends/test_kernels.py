@@ -85,7 +85,7 @@ def public_calls(monkeypatch):
 @pytest.mark.filterwarnings("ignore:Flash attention kernel", "ignore:Both fused kernels")
 @pytest.mark.parametrize("public", [True, False])
 def test_a_kernel_that_cannot_run_raises(monkeypatch, public):
-    """The kernel is enforced, so PyTorch cannot choose another."""
+    """The kernel is enforced, so PyTorch cannot choose another kernel."""
     monkeypatch.setattr(sdpa, "_kernel", lambda *args: SDPBackend.FLASH_ATTENTION)
     if public:
         public_calls(monkeypatch)

@@ -25,7 +25,7 @@ from tests.support.candidates import (
 
 
 def first_failure(backend, words, dtype=torch.float32):
-    """The first failure among the cases of the kit whose description contains all words."""
+    """Return the first failure among those cases of the kit whose description contains all words."""
     chosen = [case for case in testing.cases((dtype,)) if all(word in str(case) for word in words)]
     assert chosen, words
     return next((o.failure for case in chosen if (o := testing.run_case(backend, case)).failure), "")

@@ -213,7 +213,7 @@ class Backward:
         entries_kernel[grid](total, ends, grad, plan.heads, chunks, form.size, BLOCK_R=_ENTRIES)
 
     def _chunks(self, sizes: Tile, programs: int) -> int:
-        """Return the number of chunks of query tiles, if each chunk and head has ``programs`` programs."""
+        """Return into how many chunks to divide the query tiles. Each chunk and head has ``programs`` programs."""
         plan = self._plan
         blocks = triton.cdiv(plan.q_len, sizes.queries) * plan.batch
         return max(1, min(blocks, triton.cdiv(programs_at_once(plan.device), programs * plan.heads)))
