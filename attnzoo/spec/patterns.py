@@ -66,7 +66,7 @@ class Pattern:
 
     @property
     def coarse(self) -> Pattern:
-        """A copy of :attr:`structure` with offsets rounded up to powers of two. It identifies stored measurements."""
+        """A copy of :attr:`structure` with offsets rounded up to powers of two, for the keys of stored measurements."""
         return self.structure
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:

@@ -1,7 +1,7 @@
 """Tiny models of every family with *spread* weights, and inputs that use the features of the family.
 
-With the default initialisation attention is nearly uniform, and a lost mask goes unnoticed. With spread weights
-(projections with std 1.5 / sqrt(fan_in), embeddings and bias tables with std 1) it changes logits by tenths.
+With the default initialisation, attention is nearly uniform, and a lost mask goes unnoticed. With spread weights
+(projections with std 1.5 / sqrt(fan_in), embeddings and bias tables with std 1), a lost mask changes logits by tenths.
 """
 
 import math

@@ -164,7 +164,7 @@ def passes(attention: Attention) -> list[list[int]]:
 def blocks(attention: Attention, segments: list[int], size: int) -> Iterator[Block]:
     """Yield all blocks of one pass (``segments``: its segment indices), in ascending order of ``q_start``.
 
-    A block has at most ``size`` queries. If the pattern reorders the queries, it decides the number instead.
+    A block has at most ``size`` queries. If the pattern reorders the queries, the pattern sets the number of queries.
     """
     q_len = attention.q_len
     pattern = attention.segments[segments[0]].pattern

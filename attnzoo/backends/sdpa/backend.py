@@ -1,8 +1,8 @@
 """The backend ``sdpa``: ``torch.nn.functional.scaled_dot_product_attention`` and the kernels that it calls.
 
-A call of this function is a *public call* below. One public call is enough for a single segment with neither bias nor
-dense mask, if the function's ``is_causal`` expresses the pattern or if the pattern hides no key, and for a single query
-that sees one segment. Any other attention is computed in blocks, by the first method that supports it:
+A call of this function is a *public call* below. One public call is enough in two cases. Either there is one segment
+with neither bias nor dense mask, and its pattern hides no key or is ``is_causal``. Or there are one query and one
+segment. Any other attention is computed in blocks, by the first of these methods that supports the attention:
 
 - On the CPU, with neither dropout nor function transforms, and with ``value_dim == head_dim``: PyTorch's CPU
   FlashAttention kernel. The results for the parts are merged by log-sum-exp (:mod:`attnzoo.backends.sdpa.flash_cpu`).
