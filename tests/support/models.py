@@ -63,7 +63,8 @@ class Family:
         name: the family and its variant.
         build: returns a new tiny model with spread weights in eval mode.
         inputs: ``inputs(length, side)`` returns forward arguments with padding on a side.
-        dropouts: configuration names of the attention dropout (LongT5 has one dropout for everything).
+        dropouts: configuration names of the attention dropout (LongT5 has one dropout for everything). Empty if some
+            attentions have no dropout.
         prompt: ``prompt(side)`` returns arguments of ``generate``; None for models that do not generate.
         block: the block length of its attention: window, chunk, or radius + 1; any number for dense attention.
         static_cache: whether the model supports a static cache.
@@ -223,7 +224,7 @@ def pegasus_x(cls="PegasusXForConditionalGeneration", **changes):
 
 
 def bigbird(cls="BigBirdForMaskedLM", **changes):
-    """Inputs of more than 14 tokens have block-sparse attention. Shorter inputs make the model switch to full attention."""
+    """Inputs of more than 14 tokens get block-sparse attention. A shorter one switches the model to full attention."""
     torch.manual_seed(0)
     base = dict(
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
@@ -239,7 +240,7 @@ def bigbird_pegasus(cls="BigBirdPegasusForConditionalGeneration", **changes):
         vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
         decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, block_size=2, num_random_blocks=1,
         max_position_embeddings=1100, dropout=0.0, attention_dropout=0.0, pad_token_id=0, eos_token_id=1,
-        decoder_start_token_id=2,
+        decoder_start_token_id=2, scale_embedding=False,
     )  # fmt: skip
     return spread(getattr(transformers, cls)(transformers.BigBirdPegasusConfig(**{**base, **changes})))
 
