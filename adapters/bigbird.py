@@ -38,6 +38,7 @@ from attnzoo.patching.mask_arguments import (
     MaskArguments,
     MaskCheckPoint,
 )
+from attnzoo.spec.autocast import active_autocast
 from attnzoo.spec.bias import RelativeBias
 from attnzoo.spec.chosen_blocks import ChosenBlocks
 from attnzoo.spec.heads import merge_heads, split_heads
@@ -132,7 +133,9 @@ class AnyAttention(PatchPoint):
         return request_for(module, heads, dim, *segments), *full
 
     def original_serves(self, module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> bool:
-        return not _is_sparse(module) or hidden_states.shape[1] % module.self.block_size == 0
+        # The original raises for other lengths. Under autocast, it may scatter weights of one dtype into another.
+        whole_blocks = hidden_states.shape[1] % module.self.block_size == 0
+        return not _is_sparse(module) or (whole_blocks and active_autocast(hidden_states.device.type) is None)
 
     def dropout(self, module: Any) -> float:
         return 0.0 if _is_sparse(module) else float(module.self.dropout.p)

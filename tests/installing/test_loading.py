@@ -12,7 +12,7 @@ from tests.support.compare import is_close
 from tests.support.installed import FAMILIES, backends_of, logits, no_weights_loaded, ran
 from tests.support.models import longformer
 
-EAGER_ONLY = ("led", "longt5", "reformer")
+EAGER_ONLY = ("led", "longt5", "pegasus_x", "bigbird_pegasus", "reformer")
 
 
 @pytest.fixture(autouse=True)
