@@ -58,13 +58,9 @@ class Waits(TorchFunctionMode):
                 return False  # attnzoo refuses masks on meta, which have no values
             if func in _BOOLS or func in _NUMBERS:
                 self.places.append(_place())
-                return (
-                    not any(tensor is result for result in self._any)
-                    if func in _BOOLS
-                    else 1.0
-                    if func is torch.Tensor.__float__
-                    else 1
-                )
+                if func in _BOOLS:
+                    return not any(tensor is result for result in self._any)
+                return 1.0 if func is torch.Tensor.__float__ else 1
             if func is torch.Tensor.any:
                 self._any.append(func(*args, **(kwargs or {})))
                 return self._any[-1]
