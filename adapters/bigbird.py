@@ -45,7 +45,7 @@ from attnzoo.spec.heads import merge_heads, split_heads
 from attnzoo.spec.masks import NO_MASK, read_attention_mask
 from attnzoo.spec.patterns import Causal, Chunks, Full
 from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest, describe
-from attnzoo.spec.transforms import holds
+from attnzoo.spec.transforms import hides_nothing, holds
 
 VERSIONS = "5.17 to 5.23"
 _BIG_BIRD = "transformers.models.big_bird.modeling_big_bird"
@@ -348,7 +348,7 @@ def _real(to_mask: Tensor) -> Tensor | None:
             "attention_mask", f"{describe(mask)}, with other values", "1 for tokens, 0 for padding"
         )
     real = mask == 1
-    return None if holds(real.all(), unknown=False) else real
+    return None if hides_nothing(real) else real
 
 
 def _ordinary(to_mask: Tensor, block: int) -> Tensor:

@@ -23,7 +23,7 @@ from attnzoo.patching.mask_arguments import DECODER_MASKS, ENCODER_MASK, MaskChe
 from attnzoo.spec.heads import merge_heads, split_heads
 from attnzoo.spec.patterns import Causal, Chunks, Full
 from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest, describe
-from attnzoo.spec.transforms import holds
+from attnzoo.spec.transforms import hides_nothing, holds
 
 _MODULE = "transformers.models.pegasus_x.modeling_pegasus_x"
 
@@ -144,7 +144,7 @@ def _real(mask: Tensor) -> Tensor | None:
     if not holds((hidden | (mask == 0)).all(), unknown=True):
         allowed = "0 for tokens and the most negative number of the dtype for padding, as from PegasusXEncoder"
         raise InvalidArgumentError("attention_mask", f"{describe(mask)}, with other values", allowed)
-    return ~hidden if holds(hidden.any(), unknown=True) else None
+    return None if hides_nothing(~hidden) else ~hidden
 
 
 def _blocked(weights: tuple[Tensor, ...], block: int) -> Tensor:
