@@ -164,8 +164,9 @@ class AnyAttention(PatchPoint):
     ) -> tuple[Tensor, Weights]:
         """Return states ``(batch, length, embed)`` and, if requested, the weights of all queries and keys.
 
-        Full attention reads ``attention_mask`` or, with ``encoder_hidden_states``, the mask of these states. Block-sparse
-        attention reads ``to_mask`` ``(batch, 1, 1, length)``. The model makes the other masks from the same tokens.
+        Full attention reads ``attention_mask`` or, with ``encoder_hidden_states``, the mask of these states.
+        Block-sparse attention reads ``to_mask`` ``(batch, 1, 1, length)``. The model makes the other masks from the
+        same tokens.
         """
         wanted = self.wants_probabilities(module, kwargs)
 

@@ -223,7 +223,7 @@ def pegasus_x(cls="PegasusXForConditionalGeneration", **changes):
 
 
 def bigbird(cls="BigBirdForMaskedLM", **changes):
-    """Inputs of more than 14 tokens have block-sparse attention. Shorter inputs make the model switch to full attention."""
+    """Inputs of more than 14 tokens have block-sparse attention. Otherwise the model uses full attention."""
     torch.manual_seed(0)
     base = dict(
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
