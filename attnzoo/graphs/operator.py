@@ -15,6 +15,7 @@ import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from attnzoo.errors import BackendRefusedError, PatchError, Refusal
 from attnzoo.functional import execute
 from attnzoo.graphs.flat import Flat, flatten, unflatten
 from attnzoo.registry import registry
+from attnzoo.spec.masks import read_dense_mask
 from attnzoo.spec.segments import Attention, Result
 
 
@@ -68,6 +70,10 @@ def attend_in_graph(attention: Attention, runner: int, backend: str) -> Tensor:
 
 def _run(flat: Flat, runner: int, backend: str, counts: bool) -> Tensor:
     attention = unflatten(flat)
+    if attention.query.is_cpu and attention.q_len > 1:
+        # Kernels skip what a pattern hides. On a GPU, the CPU would have to wait for the values of the mask.
+        segments = tuple(read_dense_mask(segment, attention.batch) for segment in attention.segments)
+        attention = replace(attention, segments=segments)
     if runner == NO_SITE:
         return execute(registry.configure(backend), attention).output
     site = _runners.get(runner)
