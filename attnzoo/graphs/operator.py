@@ -116,7 +116,7 @@ def _(
     value = trained[int(form.split(",")[4])]
     batch, heads, q_len, _ = query.shape
     size = 0 if factors[1] == 0.0 else _STATE_SIZES.get(query.device.type, _STATE_SIZES["cpu"])
-    return query.new_empty((batch, q_len, heads, value.shape[3])), torch.empty(size, dtype=torch.uint8, device="cpu")
+    return query.new_empty((batch, q_len, heads, value.shape[3])), query.new_empty(size, dtype=torch.uint8)
 
 
 def _in_model_layout(output: Tensor) -> Tensor:
@@ -125,10 +125,13 @@ def _in_model_layout(output: Tensor) -> Tensor:
 
 
 def _random_state(device: torch.device, dropout: float) -> Tensor:
-    """Return the state of the random generator of a device, or an empty tensor if there is no dropout."""
+    """Return the state of the random generator of a device, or an empty tensor if there is no dropout.
+
+    The result is on the device, because a graph with results on the CPU cannot be captured as a CUDA graph.
+    """
     if dropout == 0.0:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+        return torch.empty(0, dtype=torch.uint8, device=device)
+    return torch.cuda.get_rng_state(device).to(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 @contextmanager
@@ -139,7 +142,7 @@ def _random_numbers_from(state: Tensor, device: torch.device) -> Iterator[None]:
         return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if device.type == "cuda":
-            torch.cuda.set_rng_state(state, device)
+            torch.cuda.set_rng_state(state.cpu(), device)
         else:
             torch.set_rng_state(state)
         yield

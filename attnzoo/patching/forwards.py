@@ -285,10 +285,11 @@ class PatchedForward(slots.Replacement):
             if torch.compiler.is_exporting():
                 raise self._refuse_recording()
             return self._uncompiled(self, args, kwargs)
+        module, self._traced = self._traced or self.module, None
         if args and isinstance(args[0], nn.Module):  # called as a method
             module, args = args[0], args[1:]
-        else:
-            module, self._traced = self._traced or self.module, None
+        if module is None:
+            return self._uncompiled(self, args, kwargs)  # raises
         if self._forward is None:
             return self._run_original(module, args, kwargs)  # calls inside the graph cannot be counted
         given = tuple(name for name, value in kwargs.items() if value is not None)
