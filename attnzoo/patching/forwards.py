@@ -217,7 +217,7 @@ class PatchedForward(slots.Replacement):
 
     @property
     def may_run_native(self) -> bool:
-        """Whether a call can run the model's original code, whatever a patched module has passed to this module.
+        """Whether any call can run the model's original code, whatever values other patched modules have passed to it.
 
         ``auto`` checks with :meth:`PatchPoint.original_serves` whether the original code can read the arguments.
         """

@@ -69,7 +69,7 @@ def _is_paged(cls: type) -> bool:
 
 @lru_cache(maxsize=256)
 def _undeclared(forward: Callable[..., Any]) -> frozenset[str]:
-    """Return the names in ``UNCOMPUTED`` that a forward accepts without declaring them."""
+    """Return the names in ``UNCOMPUTED`` that a forward accepts only through ``**kwargs``."""
     if inspect.getfullargspec(inspect.unwrap(forward)).varkw is None:
         return frozenset()
     return UNCOMPUTED - parameters(forward)
