@@ -201,7 +201,7 @@ class DecoderAttention(InterfacePoint):
         def forward(
             module: Any, hidden_states: Tensor, key_value_states: Tensor | None = None, *args: Any, **kwargs: Any
         ) -> Any:
-            run = runs[key_value_states is not None, self.wants_probabilities(module, kwargs)]
+            run = runs[key_value_states is not None, self.computes_probabilities(module, kwargs)]
             return run(module, hidden_states, key_value_states, *args, **kwargs)
 
         return forward

@@ -100,12 +100,11 @@ def read_dense_mask(segment: Segment, batch: int) -> Segment:
     """
     if segment.mask is None or segment.key_mask is not None or not isinstance(segment.pattern, Full):
         return segment
-    bias = segment.bias
+    bias, read = segment.bias, _simplify(segment.mask, batch)
     if isinstance(bias, DenseBias) and not bias.values.requires_grad and not bool(bias.values.any()):
-        segment = replace(segment, bias=None)
-    read = _simplify(segment.mask, batch)
+        bias = None
     pattern = segment.pattern if isinstance(read.pattern, Full) else read.pattern
-    return replace(segment, pattern=pattern, key_mask=read.key_mask, mask=read.mask)
+    return replace(segment, pattern=pattern, key_mask=read.key_mask, mask=read.mask, bias=bias)
 
 
 def _hides_nothing(mask: Tensor) -> bool:
