@@ -69,7 +69,7 @@ class EncoderAttention(PatchPoint):
         f"{_MODULE}:PegasusXEncoderLayer.forward": ("04eb35796a594c39",),
         f"{_MODULE}:PegasusXEncoderLayer.pad_local_tokens": ("7182088c8b9aa4fe",),
     }
-
+    traceable = True
     states = "token_hidden_states"
 
     def describe(self, module: Any) -> str:
@@ -113,7 +113,7 @@ class EncoderAttention(PatchPoint):
         global_query, global_key, global_value = (
             _project(module, global_hidden_states, name) for name in ("q_proj", "k_proj", "v_proj")
         )
-        of_globals = Segment(global_key, global_value)
+        of_globals = Segment(global_key, global_value, Full())
         in_block, anywhere = (Segment(key, value, pattern, key_mask=real) for pattern in (_blocks(module), Full()))
         local = attend(Attention(query, (in_block, of_globals), scale, dropout), output_attentions)
         wide = attend(Attention(global_query, (anywhere, of_globals), scale, dropout), output_attentions)
@@ -201,7 +201,7 @@ class DecoderAttention(InterfacePoint):
         def forward(
             module: Any, hidden_states: Tensor, key_value_states: Tensor | None = None, *args: Any, **kwargs: Any
         ) -> Any:
-            run = runs[key_value_states is not None, self.wants_probabilities(module, kwargs)]
+            run = runs[key_value_states is not None, self.computes_probabilities(module, kwargs)]
             return run(module, hidden_states, key_value_states, *args, **kwargs)
 
         return forward
