@@ -324,7 +324,7 @@ class PatchedForward(slots.Replacement):
         grad = grad and (derived or has_trained_parameters(module))
         sharers = self._attend.sharers() or (module,)
         try:
-            check_keywords(module, dict.fromkeys(given, True))
+            check_keywords(module, dict.fromkeys(given, True), point.cache)
             requests = expected_requests(point, module, sharers, grad)
             return not any(registry.refusals(backend, request) for request in requests)
         except KeywordRefusedError:

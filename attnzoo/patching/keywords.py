@@ -58,7 +58,8 @@ def check_keywords(module: nn.Module, kwargs: Mapping[str, Any], cache_names: tu
     """
     refuse_uncomputed(kwargs, _undeclared(type(module).forward))
     for name in cache_names:
-        if _is_paged(type(kwargs.get(name))):
+        cls: type[object] = type(kwargs.get(name))
+        if _is_paged(cls):
             refuse_uncomputed(kwargs, frozenset({name}))
 
 
