@@ -16,7 +16,11 @@ OLDEST := 5.17.0
 NEWEST := 5.24.0
 OTHER_VENVS := .venv-oldest .venv-newest
 
+<<<<<<< HEAD
 .PHONY: help venv shootout test test-oldest test-newest test-long test-interpreted test-cuda mutants lint typecheck format docs docs-matrix docs-results docs-advice docs-architectures build clean distclean
+=======
+.PHONY: help venv shootout test test-oldest test-long test-interpreted gpu test-cuda mutants lint typecheck format docs docs-matrix docs-results docs-advice docs-plot docs-notebook docs-architectures build clean distclean
+>>>>>>> main
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -56,6 +60,10 @@ test-interpreted: $(STAMP) ## run the whole conformance kit on the Triton kernel
 	ATTNZOO_HYPOTHESIS_PROFILE=long TRITON_INTERPRET=1 ATTNZOO_INTERPRETED_EXAMPLES=50 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/backends/triton/interpreted $(ARGS)
 	ATTNZOO_HYPOTHESIS_PROFILE=long OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/backends/triton/test_compiled.py $(ARGS)
 
+# Without a virtual environment, the packages of $(PYTHON) run the checkout: nothing is installed, no network is needed.
+gpu: ## measure what matters on a CUDA device, within five minutes: make gpu ARGS="--seconds 3600 --out DIR"
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu/checkout.py $(ARGS)
+
 test-cuda: $(STAMP) ## run the tests that need a CUDA device
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make test-cuda needs a CUDA device; torch {torch.__version__} sees none here, so nothing was tested.")'
 	$(BIN)/python -m pytest -m cuda $(ARGS)
@@ -87,6 +95,12 @@ docs-results: $(STAMP) ## write docs/results.md from the JSON files in benchmark
 
 docs-advice: $(STAMP) ## write docs/guide/which-backend.md from the JSON files in benchmarks/results
 	$(BIN)/python -m attnzoo.benchmarks.advice benchmarks/results > docs/guide/which-backend.md
+
+docs-plot: $(STAMP) ## draw docs/images/led-model.png from a JSON file in benchmarks/results
+	$(BIN)/python -m attnzoo.benchmarks.plots benchmarks/results/epyc-cpu-time/led-model-forward.json docs/images/led-model.png
+
+docs-notebook: $(STAMP) ## run examples/shootout.ipynb and store its results in it
+	$(BIN)/jupyter execute --inplace examples/shootout.ipynb
 
 docs-architectures: $(STAMP) ## patch a tiny model of every model type of transformers and write docs/architectures.md (30 minutes)
 	rm -f benchmarks/results/architectures.jsonl

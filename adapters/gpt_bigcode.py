@@ -76,7 +76,7 @@ class _Attention(PatchPoint):
         return float(module.attn_dropout)
 
     def wants_probabilities(self, module: Any, kwargs: Mapping[str, Any]) -> bool:
-        # The model passes `output_attentions=False` if the user passed nothing, so False does not beat the config.
+        # The model passes `output_attentions=False` if the user passed nothing, so False does not override the config.
         return bool(kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False))
 
 

@@ -2,9 +2,9 @@
 
 A token of the encoder sees the tokens of its block and all global tokens. A global token sees all global tokens and all
 tokens. The global tokens have embeddings and states, but no places in the sequence. Padding queries see the global
-tokens, too, so they have outputs as in the original. Every second layer staggers its
-blocks: the layer pads the sequence with half a block on each side, calls the attention, and removes the padding. So the
-attention has the same pattern in all layers.
+tokens, too, and have the same outputs as in the original. Every second layer shifts its blocks: the layer pads the
+sequence with half a block on each side, calls the attention, and removes the padding. So the attention has the same
+pattern in all layers.
 
 The decoder uses causal self-attention and cross-attention through transformers' ``AttentionInterface``.
 """
@@ -222,7 +222,7 @@ class DecoderAttention(InterfacePoint):
         cross: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute attention as the base class does. ``cross`` marks the pattern of cross-attention."""
+        """Compute attention as the base class does. ``cross`` is whether the call computes cross-attention."""
         read = read_interface_mask(attend, implementation, query, key, attention_mask, bool(module.is_causal))
         read = read._replace(pattern=Full(cross)) if isinstance(read.pattern, Full) else read
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling

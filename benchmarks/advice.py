@@ -30,8 +30,8 @@ INTRODUCTION = """\
 
 | you want | take |
 |---|---|
-| the fastest code for each call, without thinking | `auto`, after one `attnzoo.tune(model, inputs)` on your machine |
-| a long document through LED, Longformer, LongT5 or Reformer on a CPU | `sdpa` |
+| the fastest code for each call | `auto`, after one `attnzoo.tune(model, inputs)` on your machine |
+| a long document in LED, Longformer, LongT5 or Reformer on a CPU | `sdpa` |
 | training of these models on a CPU | `sdpa` |
 | GPT-NeoX, GPTBigCode, Llama and other models that transformers already runs on `sdpa` | `auto`, which keeps the \
 model's own code |
@@ -40,8 +40,8 @@ model's own code |
 [window and sinks](window-and-sinks.md) |
 | a GPU | `auto`, after `attnzoo.tune` there; the section [CUDA](#cuda) says what was measured |
 
-`auto` without measurements runs a backend only where the authors measured a gain. So `auto` needs no decision, but it
-may leave a gain on the table for dtypes and sizes that nobody measured. [Usage](usage.md#auto) shows `tune`.
+`auto` without measurements runs a backend only where the authors measured a gain. For dtypes and sizes that nobody
+measured, `auto` may miss a gain. [Usage](usage.md#auto) shows `tune`, which measures.
 
 ## Whole models
 

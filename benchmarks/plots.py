@@ -1,8 +1,14 @@
-"""Plot time, memory and error of a shootout over the input length, in one row of three panels for each mode."""
+"""Plot time, memory and error of a shootout over the input length, in one row of three panels for each mode.
+
+    python -m attnzoo.benchmarks.plots RESULT.json PICTURE.png
+
+draws only time and memory, for the first page of the documentation (``make docs-plot``).
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +42,36 @@ def draw(shootout: Shootout, path: Path) -> tuple[Path, ...]:
     for family, rows in by_family.items():
         _draw_family(rows, targets[family])
     return tuple(targets.values())
+
+
+def draw_front(shootout: Shootout, path: Path) -> None:
+    """Draw time and memory of the first family and mode side by side, for the first page of the documentation."""
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in group_by(shootout.rows, lambda row: (row.family, row.mode))[0] if row.status == OK]
+    figure = Figure(figsize=(7.2, 3.5), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    time_axis, memory_axis = figure.subplots(1, 2)
+    lines: dict[str, Any] = {}
+    for number, of_label in enumerate(group_by(rows, lambda row: row.label)):
+        style, lengths = _style(of_label[0], number), [row.seq_len for row in of_label]
+        lines[of_label[0].label] = _draw_time(time_axis, of_label, style)
+        memory_axis.plot(lengths, [row.peak_bytes or 0 for row in of_label], **style)
+        last = of_label[-1]
+        if not last.is_original and last.peak_ratio:
+            _annotate(memory_axis, f"{last.peak_ratio:.2f}x", last.seq_len, last.peak_bytes or 0, style["color"])
+    first, lengths = rows[0], sorted({row.seq_len for row in rows})
+    clock = "CPU time" if shootout.plan.get("clock") == "cpu" else "time"
+    _decorate(time_axis, f"{clock} of one {first.mode}", "median and range", lengths, duration)
+    _decorate(memory_axis, "peak memory", "in addition to weights and inputs", lengths, size)
+    figure.suptitle(
+        f"{first.family.upper()}, {SCOPE_TITLES[first.scope]}, {first.dtype}, {first.hardware}", fontsize=11
+    )
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
 
 
 def _draw_family(rows: list[Row], path: Path) -> None:
@@ -86,11 +122,14 @@ def _draw_time(axis: Any, rows: list[Row], style: dict[str, Any]) -> Any:
     axis.fill_between(x, [row.fastest for row in rows], [row.slowest for row in rows], color=colour, alpha=0.15)
     (line,) = axis.plot(x, [row.seconds for row in rows], **style)
     if not last.is_original and last.speedup is not None:
-        axis.annotate(
-            f"{last.speedup:.1f}x", (last.seq_len, last.seconds), xytext=(0, -14), textcoords="offset points",
-            ha="center", fontsize=9, color=colour,
-        )  # fmt: skip
+        _annotate(axis, f"{last.speedup:.1f}x", last.seq_len, last.seconds or 0.0, colour)
     return line
+
+
+def _annotate(axis: Any, text: str, x: float, y: float, colour: str) -> None:
+    axis.annotate(
+        text, (x, y), xytext=(0, -14), textcoords="offset points", ha="center", fontsize=9, color=colour
+    )  # fmt: skip
 
 
 def _draw_error(axis: Any, rows: list[Row], style: dict[str, Any]) -> None:
@@ -133,3 +172,7 @@ def _decorate(axis: Any, title: str, label: str, lengths: list[int], unit: Unit 
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     axis.tick_params(labelsize=9)
+
+
+if __name__ == "__main__":
+    draw_front(Shootout.read(Path(sys.argv[1])), Path(sys.argv[2]))

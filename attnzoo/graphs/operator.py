@@ -1,9 +1,8 @@
 """The operators ``attnzoo::attend`` and ``attnzoo::attend_backward``.
 
 A graph of ``torch.compile`` or ``torch.export`` contains the attention of a site as one operator, and no operation of
-its backend. When the graph runs, the operator runs the site's backend as outside of a graph: with real tensors, so that
-kernels are selected, refused, counted and observed as always. Lengths are symbols in the graph, so a new length needs
-no new graph.
+the site's backend. When the graph runs, the operator runs the backend on real tensors. So selection, refusals, counts
+and observers work as outside of a graph. Lengths are symbols in the graph, so a new length needs no new graph.
 
 The backward computes the forward again, as gradient checkpointing does. So every backend with gradients works in a
 graph, and only the inputs are kept for the backward.
@@ -37,7 +36,7 @@ class Runner(Protocol):
         """Return the output of an attention that was counted before."""
 
 
-NO_SITE = 0  # in an exported program, which outlives the site: the backend runs by name
+NO_SITE = 0  # for exported programs, which outlive the site and run the backend by its name
 _runners: weakref.WeakValueDictionary[int, Runner] = weakref.WeakValueDictionary()
 _numbers = itertools.count(NO_SITE + 1)
 # The bytes of the state of a random generator: the Mersenne Twister of the CPU, seed and offset on CUDA.
@@ -114,7 +113,7 @@ def _(
 
 
 def _in_model_layout(output: Tensor) -> Tensor:
-    """Return ``(batch, heads, q_len, dim)`` as contiguous ``(batch, q_len, heads, dim)``, the layout of most kernels."""
+    """Return an output ``(batch, heads, q_len, dim)`` as contiguous ``(batch, q_len, heads, dim)``, as models do."""
     return output.transpose(1, 2).contiguous()
 
 
@@ -139,7 +138,7 @@ def _random_numbers_from(state: Tensor, device: torch.device) -> Iterator[None]:
         yield
 
 
-# ``custom_op`` would run this operator without autograd, which it needs to derive the repeated forward.
+# This operator repeats the forward and computes its gradients by autograd. ``custom_op`` would disable autograd.
 torch.library.define(
     "attnzoo::attend_backward",
     "(Tensor grad, Tensor state, Tensor[] trained, Tensor[] masks, SymInt[] numbers, float[] factors, str form, "

@@ -193,9 +193,8 @@ class PatchedForward(slots.Replacement):
         self._pre_hook: RemovableHandle | None = None
         functools.update_wrapper(self, self.original or target.cls.forward, updated=())
         self.__signature__ = inspect.signature(module.forward)
-        # torch.compile traces a patched forward, with its attention as one operator, if :meth:`_is_supported`. It cannot
-        # trace a forward that reads tensor values, such a module runs uncompiled, and torch.compile compiles the rest of
-        # the model. Backends may call the compiler.
+        # torch.compile cannot trace a forward that reads tensor values. Such a module, and a call that the backend
+        # refuses, runs uncompiled between two graphs. Backends may call the compiler.
         # A decorator would import the compiler together with attnzoo. Here, transformers has already done so.
         # A module without attention may contain most of the model, so only the module's own frame is uncompiled.
         self._uncompiled = torch.compiler.disable(
@@ -217,7 +216,7 @@ class PatchedForward(slots.Replacement):
 
     @property
     def may_run_native(self) -> bool:
-        """Whether a call can run the model's original code, whatever a patched module has passed to this module.
+        """Whether any call can run the model's original code, whatever values other patched modules have passed to it.
 
         ``auto`` checks with :meth:`PatchPoint.original_serves` whether the original code can read the arguments.
         """

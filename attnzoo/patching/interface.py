@@ -53,7 +53,7 @@ def rebind(function: Callable[..., Any], **names: Any) -> FunctionType:
 
 
 def _decorate(wrapper: Callable[..., Any], decorated: Callable[..., Any], other: FunctionType) -> FunctionType:
-    """Return a copy of ``wrapper``, which a decorator has made for the function ``decorated``, that calls ``other``."""
+    """Return a copy of a decorator's ``wrapper`` that calls ``other`` instead of the function ``decorated``."""
     cells = (wrapper.__closure__ or ()) if isinstance(wrapper, FunctionType) else ()
     closure = tuple(CellType(other) if _contains(cell, decorated) else cell for cell in cells)
     if not isinstance(wrapper, FunctionType) or not any(_contains(cell, decorated) for cell in cells):

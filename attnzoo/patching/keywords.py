@@ -58,8 +58,7 @@ def check_keywords(module: nn.Module, kwargs: Mapping[str, Any], cache_names: tu
     """
     refuse_uncomputed(kwargs, _undeclared(type(module).forward))
     for name in cache_names:
-        cls: type[object] = type(kwargs.get(name))
-        if _is_paged(cls):
+        if _is_paged(type(kwargs.get(name))):
             refuse_uncomputed(kwargs, frozenset({name}))
 
 
@@ -70,7 +69,7 @@ def _is_paged(cls: type) -> bool:
 
 @lru_cache(maxsize=256)
 def _undeclared(forward: Callable[..., Any]) -> frozenset[str]:
-    """Return the names in ``UNCOMPUTED`` that a forward accepts without declaring them."""
+    """Return the names in ``UNCOMPUTED`` that a forward accepts only through ``**kwargs``."""
     if inspect.getfullargspec(inspect.unwrap(forward)).varkw is None:
         return frozenset()
     return UNCOMPUTED - parameters(forward)

@@ -66,13 +66,13 @@ class SitePlan:
         kwargs: Mapping[str, Any],
         sharers: Callable[[], Sequence[nn.Module]],
     ) -> None:
-        """Before a module that attends runs, raise if the backend refuses a request that this call is expected to make.
+        """Before an attention module runs, raise if the backend refuses a request that this call is expected to make.
 
         ``module`` is the target's module or a copy of it. ``sharers`` returns the same as :meth:`SiteAttend.sharers`.
 
-        The weights and the configuration of a module decide most of a request, and building a request from them takes
-        longer than a decoding step may. So the plan keeps the states in which the backend has supported the request. A
-        state contains everything that can change between two calls of a module.
+        The weights and the configuration of a module determine most of a request. But building a request takes too long
+        for a decoding step. So the plan keeps the states in which the backend has supported the request. A state
+        contains everything that can change between two calls of a module.
 
         Raises:
             BackendRefusedError: the backend refuses a request. The error lists every reason.

@@ -69,7 +69,7 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
     if any(attention_mask.shape[dim] not in (1, size) for dim, size in zip((0, 2, 3), sizes, strict=True)):
         fits = f"shape (1 or {batch}, 1 or heads, 1 or {lengths[0]}, 1 or {lengths[1]})"
         raise InvalidArgumentError("attention_mask", describe(attention_mask), fits)
-    # A trained mask is a bias even where all its values are 0, as tables are at the start of a training.
+    # A mask that requires grad is a bias even if all its values are 0, as in tables at the start of training.
     if not attention_mask.requires_grad and readable(attention_mask) and _hides_nothing(attention_mask):
         return NO_MASK
     if attention_mask.dtype == torch.bool:
@@ -92,9 +92,9 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
 
 
 def _hides_nothing(mask: Tensor) -> bool:
-    """Whether a bool mask is True everywhere, or an additive mask 0. Most masks of a decoding step are.
+    """Whether a bool mask is True everywhere, or an additive mask is 0 everywhere, as in most decoding steps.
 
-    NaN is not 0, so ``any`` finds NaN too.
+    The result for a mask with NaN is False, because ``any`` treats NaN as True.
     """
     if mask.dtype == torch.bool:
         return bool(mask.all())
@@ -111,7 +111,8 @@ def _simplify(visible: Tensor, batch: int) -> ReadMask:
     key_mask = None if bool(real.all()) else real.expand(batch, -1)
     if q_len == 1:  # the mask of one query is a key mask
         return ReadMask(Full(), key_mask, None, None)
-    # If the last query of a sample is not padding, the last key that this query sees has the position of the query.
+    # Find the offset. In a causal mask, the last key that the last query sees has the position of this query. (This
+    # needs a sample whose last query is not padding.)
     last = kv_len - 1 - int(grid[:, -1].any(0).flip(0).byte().argmax())
     offsets = dict.fromkeys((last - (q_len - 1), kv_len - q_len, 0))
     for pattern in (Full(), *(Causal(None if offset == kv_len - q_len != 0 else offset) for offset in offsets)):
@@ -124,7 +125,7 @@ def _simplify(visible: Tensor, batch: int) -> ReadMask:
 
 
 def _narrowest_window(grid: Tensor) -> Window | None:
-    """Return the narrowest window that contains all visible keys, or None if all keys are hidden or it has width 1."""
+    """Return the narrowest window with all visible keys, or None if no key is visible or the window has width 1."""
     q_len, kv_len = grid.shape[1:]
     lowest, highest, start = kv_len, -q_len, 0
     for rows in grid.split(max(1, _ENTRIES_AT_ONCE // (grid.shape[0] * kv_len)), dim=1):

@@ -28,7 +28,8 @@ def transforms_around(tensors: Iterable[object]) -> tuple[str, ...]:
     without ``torch.func``.
     """
     if not _active():
-        # Outside a level of forward_ad, tensors have no tangents. Every attention asks several times, so skip the rest.
+        # Outside a level of forward_ad, tensors have no tangents. This check is fast, and each attention calls this
+        # function several times.
         may_have_tangents = getattr(forward_ad, "_current_level", 0) >= 0
         return ("jvp",) if may_have_tangents and any(map(_has_tangent, tensors)) else ()
     names = tuple(str(level.key().name).lower() for level in _stack() or ())
@@ -44,7 +45,7 @@ def _has_tangent(value: object) -> bool:
 def readable(tensor: Tensor) -> bool:
     """Whether Python can read the values of a tensor.
 
-    The result is False if ``vmap`` maps over the tensor, and while ``torch.compile`` or ``torch.export`` traces the code.
+    The result is False if ``vmap`` maps over the tensor, or if ``torch.compile`` or ``torch.export`` traces the code.
     """
     if torch.compiler.is_compiling():
         return False

@@ -1,4 +1,4 @@
-"""What an author of an adapter gets wrong is named when the adapter is made or the model patched."""
+"""Mistakes of adapter authors raise errors that name the mistake, when the adapter is made or a model is patched."""
 
 import copy
 

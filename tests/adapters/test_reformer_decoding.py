@@ -29,7 +29,7 @@ def test_greedy_generation_returns_the_original_tokens(backend, use_cache, promp
 @backends
 @pytest.mark.parametrize("prompt", [CHUNK - 1, 10])
 def test_cached_decoding_returns_the_original_logits(backend, prompt):
-    """Compare logits, since equal tokens could hide an error. The original mixes up two samples, and so do we."""
+    """Compare logits, since equal tokens could hide an error. Like the original, a patch mixes up two samples."""
     model = reformer(num_buckets=[2, 2], num_hashes=3).double()
 
     def decode():

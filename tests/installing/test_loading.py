@@ -245,7 +245,7 @@ def test_longformer():
 
 
 def test_the_handle_is_that_of_a_patch():
-    """The same sites, kernels and counts as after `attnzoo.patch`."""
+    """Sites, kernels and counts are the same as after `attnzoo.patch`."""
     model, other = load("led", attn_implementation="sdpa"), load("led")
     handle = attnzoo.patch(other, "sdpa")
     logits("led", model), logits("led", other)

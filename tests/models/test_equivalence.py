@@ -86,7 +86,7 @@ def test_other_dtypes_pass_the_error_rule(family, backend, dtype):
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("build", [gpt_neox, gpt_bigcode])
 def test_4d_mask_with_one_row_hides_its_keys_from_all_queries(build, implementation, backend):
-    """The original uses the row for all queries, without causality."""
+    """Like the original, a patch uses the row for all queries, and adds no causality."""
     model, inputs = build(), causal_inputs(11, "left")
     model.set_attn_implementation(implementation)
     real = inputs["attention_mask"].bool()

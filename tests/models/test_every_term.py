@@ -1,6 +1,7 @@
 """The tiny models show every term of their attention: without a term, their logits change by far more than a rounding.
 
-Other tests compare these models with the original. A term that the logits do not depend on would be tested by none.
+Other tests compare these models with the original. These tests would not notice an error in a term on which the logits
+do not depend.
 """
 
 from dataclasses import dataclass, replace
@@ -57,7 +58,7 @@ def bias_of_one_head_less(segment):
 
 
 def bias_of_far_keys_less(segment):
-    """Without the last bucket, which all distances share from ``relative_attention_max_distance`` on."""
+    """Remove the bias of the last bucket, which distances from ``relative_attention_max_distance`` on share."""
     bias = segment.bias
     if bias is None or not hasattr(bias, "zero"):
         return None
@@ -139,7 +140,7 @@ HAS = {
 
 @dataclass(frozen=True)
 class Spoiling(attnzoo.Backend):
-    """Computes as eager does, at sites of one kind without one term (``less``).
+    """Compute as eager does, but without one term (``less``) at the sites of one kind.
 
     ``seen`` has every kind with every term that its attentions have, in the order of the calls.
     """

@@ -196,7 +196,7 @@ class Louder(modeling_gpt_neox.GPTNeoXAttention):
 
 
 class LouderStill(Louder):
-    """Inherits the override."""
+    """A subclass that inherits the override."""
 
 
 @pytest.mark.parametrize("cls", [Louder, LouderStill])
@@ -260,7 +260,7 @@ def test_message_is_short_for_many_differences(adapter, point, cause):
 
 def test_subclass_that_keeps_the_forward_is_served():
     class Marked(modeling_gpt_neox.GPTNeoXAttention):
-        """Overrides nothing."""
+        """A subclass that overrides nothing."""
 
     model = gpt_neox()
     model.gpt_neox.layers[1].attention = Marked(model.config, layer_idx=1)
@@ -289,7 +289,7 @@ CAUSES |= {"changed": "Install a verified version"}
 
 @pytest.mark.parametrize("first", range(len(CAUSES)), ids=list(CAUSES))
 def test_message_names_the_nearest_cause_in_any_order_of_differences(first):
-    """A subclass or other code at run time also changes fingerprints, so the version is the last explanation."""
+    """Subclasses and code at run time also change fingerprints. The message names another version as the last cause."""
     several = [Difference(f"module:Class.{cause}", cause, "detail") for cause in list(CAUSES)[first:]]
     for given in (several, several[::-1]):
         message = drift_message(given, "mine", "5.17", "5.20")

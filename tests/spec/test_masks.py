@@ -132,7 +132,7 @@ def test_an_additive_value_up_to_the_floor_hides_its_key(value, floor, hides):
 
 @pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
 def test_what_is_read_shares_no_memory_with_the_mask(additive):
-    """A cache of read masks would otherwise keep a value that changes with the model's mask."""
+    """A cached result must not change if the model writes to its mask."""
     visible = torch.rand(3, 1, KEYS, KEYS) < 0.5
     given = torch.zeros(visible.shape).masked_fill(~visible, float("-inf")) if additive else visible.clone()
     read = read_attention_mask(given, (3, KEYS, KEYS))

@@ -1,4 +1,4 @@
-"""What ran in a model that `install` patched."""
+"""Find out which backends and kernels ran in a model that `install` patched."""
 
 from contextlib import contextmanager
 from functools import cache, partial

@@ -21,7 +21,7 @@ def attend(attention: Attention) -> Tensor:
     """Return the output ``(batch, heads, q_len, value_dim)``, with gradients."""
     plan, inputs = split(attention)
     empty = inputs.empty
-    if empty is not None and plan.dropout > 0.0:  # one decision per query and head, as in Attention.fill
+    if empty is not None and plan.dropout > 0.0:  # one random choice per query and head, as in Attention.fill
         empty = empty * torch.nn.functional.dropout(torch.ones_like(empty[..., :1]), plan.dropout)
     tensors = (inputs.query, *inputs.keys_values, *inputs.biases)
     output: Tensor = _Attend.apply(plan, len(inputs.keys_values), empty, *tensors)
@@ -36,9 +36,9 @@ class _Attend(torch.autograd.Function):
         with _on_device(plan):
             out, lse = run_forward(plan, inputs, seed)
         ctx.plan, ctx.count, ctx.has_empty, ctx.dtypes = plan, count, empty is not None, [t.dtype for t in tensors]
-        # The backward reads tables in float32. Saved in this form, they are converted only once.
+        # Save the tables in float32, in which the backward reads them. So they are converted only once.
         saved = [lse, out, query, *tensors[:count], *inputs.biases, *([] if seed is None else [seed])]
-        # The backward reads the masks from the plan. Saved, PyTorch raises if they change before the backward.
+        # The backward reads the masks from the plan. PyTorch raises if saved tensors change before the backward.
         ctx.save_for_backward(*saved, *plan.masks())
         return out
 
@@ -77,7 +77,7 @@ def _are_tables(plan: Plan) -> list[bool]:
 
 
 def _empty_gradient(plan: Plan, grad_out: Tensor, lse: Tensor) -> Tensor:
-    """Return the gradient of ``empty``: that of the output, for queries that see no key and are no padding."""
+    """Return the gradient of ``empty``: the output gradient of queries that see no key and are not padding, else 0."""
     takes = lse == float("inf")
     if plan.query_mask is not None:
         takes = takes & plan.query_mask[:, None]

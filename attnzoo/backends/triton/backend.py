@@ -1,7 +1,7 @@
 """The backend ``triton``: one kernel for the softmax over all segments, with exact gradients, on CUDA.
 
 The kernels compute windows, chunks and causality from a few numbers, and visit only tiles that may be visible. They
-read queries, keys and values in the layout of models. The backward computes the scores again, from the log-sum-exp.
+read queries, keys and values in the layout of models. The backward computes scores and softmax weights again.
 
 Triton comes with PyTorch's CUDA builds. With ``TRITON_INTERPRET=1`` in the environment, Triton runs kernels in numpy,
 on CPU tensors. This is slow and meant for tests. The backend then supports the device ``cpu`` instead of ``cuda``, and
@@ -68,7 +68,7 @@ class TritonBackend(Backend):
         return refusals
 
     def priority_for(self, request: Request) -> int:
-        """Return a priority above PyTorch's kernels unless these compute the request whole and without a dense mask.
+        """Return a priority above PyTorch's kernels, unless a single call of PyTorch's kernels computes the request.
 
         The priority is below FlashAttention's, because these kernels have not run on a card yet.
         """

@@ -19,8 +19,8 @@ from attnzoo.backends.triton.kernels.query import query_kernel
 from attnzoo.backends.triton.plan import Inputs, Plan, keys_of, rows
 from attnzoo.backends.triton.tile_sizes import Tile, programs_at_once
 
-_FEWEST_STEPS = 4  # tiles per program: with fewer, a share of the queries is not worth the sum of the shares
-_ENTRIES = 16  # of a table, per program
+_FEWEST_STEPS = 4  # tiles of queries per program, at least, if several programs share the queries of a tile of keys
+_ENTRIES = 16  # table entries per program
 
 
 class Backward:
@@ -53,9 +53,10 @@ class Backward:
         )
 
     def queries(self, needs_ends: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the gradient of the queries, and the gradients ``(segments, heads, 2)`` of the ends of tables.
+        """Return the gradient of the queries, and the gradients of the first and last table entries.
 
-        This method also computes what the other methods need, so it must be called first.
+        The second result is ``(segments, heads, 2)``. This method must be called first: it also computes ``delta``,
+        which the other methods need.
         """
         plan, sizes = self._plan, tile_of("query", self._plan)
         blocks = triton.cdiv(plan.q_len, sizes.queries)
@@ -91,7 +92,7 @@ class Backward:
             if places.count(form.key) == places.count(form.value) == 1:
                 grads[form.key], grads[form.value] = self._of_segment(number, index)
                 continue
-            # Several segments share these tensors. Each adds to gradients in float32.
+            # Several segments share these tensors. Each segment adds to the same gradients, which are float32.
             for place in (form.key, form.value):
                 if place not in grads:
                     grads[place] = torch.zeros(
@@ -101,7 +102,7 @@ class Backward:
         return [grads[place].to(self._plan.dtype) for place in range(len(self._inputs.keys_values))]
 
     def _of_segment(self, number: int, index: int) -> tuple[Tensor, Tensor]:
-        """Return the gradients of keys and values that no other segment has."""
+        """Return the gradients of the keys and values of a segment that shares them with no other segment."""
         plan, form, sizes = self._plan, self._plan.forms[index], tile_of("key", self._plan)
         key, value = (self._inputs.keys_values[place] for place in (form.key, form.value))
         programs = triton.cdiv(form.kv_len, sizes.keys) * plan.batch * key.shape[1]
@@ -212,7 +213,7 @@ class Backward:
         entries_kernel[grid](total, ends, grad, plan.heads, chunks, form.size, BLOCK_R=_ENTRIES)
 
     def _chunks(self, sizes: Tile, programs: int) -> int:
-        """Return into how many chunks to divide the tiles of queries, with this many programs per chunk and head."""
+        """Return into how many chunks to divide the query tiles. Each chunk and head has ``programs`` programs."""
         plan = self._plan
         blocks = triton.cdiv(plan.q_len, sizes.queries) * plan.batch
         return max(1, min(blocks, triton.cdiv(programs_at_once(plan.device), programs * plan.heads)))

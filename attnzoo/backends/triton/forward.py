@@ -14,7 +14,7 @@ from attnzoo.backends.triton.tile_sizes import Tile, tile
 
 
 def constants(plan: Plan) -> dict[str, Any]:
-    """Return the arguments for which all kernels are compiled."""
+    """Return the compile-time arguments that all kernels have."""
     return dict(
         SIGN=plan.sign,
         DIM=plan.head_dim,
@@ -47,7 +47,7 @@ def tile_of(kernel: str, plan: Plan) -> Tile:
 
 
 def compile_options(sizes: Tile) -> dict[str, int]:
-    """Return the sizes of tiles, as arguments of a kernel."""
+    """Return ``sizes`` as arguments of a kernel launch."""
     return dict(BLOCK_M=sizes.queries, BLOCK_N=sizes.keys, num_warps=sizes.warps, num_stages=sizes.stages)
 
 

@@ -21,7 +21,7 @@ from attnzoo.spec.bias import RelativeBias
 from attnzoo.spec.patterns import Band, Chunks, Pattern, SortedChunks
 from attnzoo.spec.segments import Attention, Segment
 
-_MOST = 1 << 28  # beyond every index; a few times this number still fits 32 bits
+_MOST = 1 << 28  # larger than every index; sums of a few such numbers still fit 32 bits
 _NONE = tl.constexpr(0)  # stands for a missing tensor, because a tuple of arguments must not contain None
 _NO_GRID = Grid(_NONE, _NONE, _NONE, _NONE, _NONE)
 
@@ -113,7 +113,7 @@ class Plan:
         return Band(max(band.lowest, 1 - self.q_len), min(band.highest, form.kv_len - 1))
 
     def most_queries(self, index: int, keys: int) -> int:
-        """Return about how many queries see one of ``keys`` neighbouring keys of a segment."""
+        """Return about how many queries see at least one of ``keys`` neighbouring keys of a segment."""
         pattern = self.forms[index].pattern
         if isinstance(pattern, Chunks):
             return min(self.q_len, (pattern.before + pattern.after + 1) * pattern.length + keys)

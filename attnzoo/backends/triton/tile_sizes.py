@@ -38,8 +38,8 @@ def tile(kernel: str, dim: int, dtype: torch.dtype, device: torch.device, length
     """Return the sizes for a kernel: ``forward``, ``query``, ``key``, ``distance``, ``position`` or ``dense``.
 
     ``dim`` is the larger of ``head_dim`` and ``value_dim``, rounded up to a power of two. ``length`` is the number of
-    queries, in classes: only the interpreter regards it. ``needs_more`` is whether a tile of scores needs more
-    registers than usual, for dropout or a dense bias.
+    queries, also rounded up. Only the sizes for the interpreter depend on ``length``. ``needs_more`` is whether a tile
+    of scores needs more registers than usual, for dropout or a dense bias.
     """
     if is_interpreted():
         sizes = _INTERPRETED_SHORT if length <= _SHORT else _INTERPRETED_LONG

@@ -1,4 +1,4 @@
-"""The Triton kernels of every form that the model families use compile for three cards, without spilled registers."""
+"""All Triton kernels of the model families compile for three compute capabilities, without spilled registers."""
 
 import os
 

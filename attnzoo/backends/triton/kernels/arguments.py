@@ -43,7 +43,7 @@ class Grid(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """A segment: tensors, strides, and the properties for which a kernel is compiled. Missing tensors are constants."""
+    """A segment: tensors, strides, and compile-time properties. A missing tensor is the compile-time constant 0."""
 
     key: Rows
     value: Rows
@@ -70,10 +70,10 @@ class Numbers(NamedTuple):
     lowest: int  # BAND: the lowest and the highest visible distance, key index - query index
     highest: int
     length: int  # CHUNKS, SORTED: the number of keys in a chunk
-    before: int  # the number of visible chunks before that of the query, modulo the number of chunks
+    before: int  # the number of visible chunks before the chunk of the query, modulo the number of chunks
     reach: int  # the number of visible chunks besides the first
     chunks: int  # the number of chunks
-    start: int  # the place among the keys of the first query
+    start: int  # the place of the first query among the keys
     zero: int  # the table entry of a key at the index or position of the query
     size: int  # the number of table entries
 

@@ -1,9 +1,9 @@
 """The gradient of a bias table that is read by distance, without atomics.
 
-Tiles that lie at the same offset from their queries read the same table entries. A program takes one such offset, and
-adds up the score gradients of many tiles of queries in registers. A second kernel sums the diagonals of the few tiles
-that remain. So the result is the same each time. The query kernel sums the first and the last entry, which may belong
-to any number of distances.
+The offset of a tile is the distance from its first query to its first key. Tiles with equal offsets read the same table
+entries. A program adds up the score gradients of many tiles with one offset in registers. A second kernel then sums the
+diagonals of these sums. The order of the additions is fixed, so the result is the same each time. The query kernel
+computes the gradients of the first and the last table entry, because these may belong to any number of distances.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The forward: one softmax over all segments, in one pass over the visible tiles of keys (Dao et al. 2022, 2205.14135).
+"""The forward: one softmax over all segments, in one pass over the visible tiles (Dao et al. 2022, arXiv:2205.14135).
 
-A program computes a tile of queries. If segments sort the queries, several launches compute parts of the keys: each
-continues the softmax of the launch before, whose output and log-sum-exp it reads from memory.
+A program computes a tile of queries. If segments sort the queries, several launches each compute a part of the keys. A
+launch reads the output and the log-sum-exp of the launch before from memory, and continues this softmax.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """The backward for the keys and values of one segment.
 
-A program computes a tile of keys, and goes through the queries of all heads that share the key head. A key's gradients
-depend on this key alone, so keys hidden by the key mask are set to zero at the end, instead of in every tile.
+A program computes a tile of keys, and goes through the queries of all heads that share the key head. Each row of the
+gradients belongs to one key. So the program ignores the key mask until the end, and then sets the gradients of hidden
+keys to zero.
 
-If few programs would run, each goes through a share of the queries, and the caller adds the shares.
+If there are too few tiles of keys to fill the GPU, several programs share the queries of a tile of keys, and the caller
+adds their results.
 """
 
 from __future__ import annotations

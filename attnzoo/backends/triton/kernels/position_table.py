@@ -1,10 +1,10 @@
 """The gradient of a bias table that is read at ``key index - position of the query``, without atomics.
 
-A query at position ``p`` reads a run of table entries with a run of keys. So the queries of a tile that have equal
-positions form a tile in which each column reads one entry. A program takes a run of entries, goes through many tiles of
-queries and their distinct positions, and adds score gradients up in registers. In LongT5, 16 neighbouring queries have
-equal positions. Any positions are correct, but a tile whose positions all differ costs as many steps as it has queries.
-The query kernel sums the first and the last entry.
+For consecutive keys, a query at position ``p`` reads consecutive table entries. Queries with equal positions read equal
+entries, so each column of their scores reads one entry. A program computes some consecutive entries: it goes through
+many tiles of queries and the distinct positions in each tile, and adds up score gradients in registers. In LongT5, 16
+neighbouring queries have equal positions. Other positions are correct too, but a tile needs one step per distinct
+position. The query kernel computes the gradients of the first and the last entry.
 """
 
 from __future__ import annotations

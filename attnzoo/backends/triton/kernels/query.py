@@ -1,7 +1,7 @@
-"""The backward for queries: their gradients, ``delta``, and the gradient of the ends of bias tables.
+"""The backward for queries: their gradients, ``delta``, and the gradients of the first and last entry of bias tables.
 
 ``delta`` is ``sum(out * grad_out)`` of each query. With the final ``out`` and ``lse``, the gradient of a score is
-``p * (dp - delta)``, whatever other keys are in the softmax.
+``p * (dp - delta)``, where ``p`` and ``dp`` depend on no other key.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The scores of a tile, with bias, ``-inf`` where a query does not see a key, in units of ``q @ k``.
+"""The scores of a tile before scaling: ``q @ k`` plus the bias divided by the scale, or ``-inf`` at hidden keys.
 
-A tile is ``[M, N]``, or ``[N, M]`` (transposed) in the kernel for keys and values. A tile whose keys are all visible by
-the pattern skips the work on masks: one branch per tile decides. Key masks and dense masks have no such branch.
+A tile is ``[M, N]``, or ``[N, M]`` (transposed) in the kernel for keys and values. One branch per tile decides whether
+the pattern may hide a key of the tile. If not, the tile skips the pattern. There is no such branch for key masks and
+dense masks.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from attnzoo.backends.triton.kernels.tiles import along_keys, along_queries, loo
 
 @triton.jit
 def query_rows(segment, numbers, b, h, heads, index, q_len):
-    """The rows and the places among the keys of the queries with these indices in the order of the segment."""
+    """The rows of some queries, and their places among the keys. ``index`` counts queries in the segment's order."""
     if segment.kind == SORTED:
         order = segment.order + tl.cast(b * heads + h, tl.int64) * q_len
         rows = tl.load(order + index, mask=index < q_len, other=0).to(tl.int32)
@@ -34,7 +35,7 @@ def query_rows(segment, numbers, b, h, heads, index, q_len):
 
 @triton.jit
 def bias_positions(segment, numbers, b, rows, exists, q_len):
-    """The position of each query, from which the table of a bias is read."""
+    """The position of each query for the look-up in a bias table."""
     if segment.bias == BY_POSITION:
         return tl.load(segment.positions + tl.cast(b, tl.int64) * q_len + rows, mask=exists, other=0).to(tl.int32)
     else:
@@ -115,7 +116,7 @@ def tile_scores(
     q, k, segment, numbers, b, h, heads, rows, exists, places, positions, lowest, highest, place, last, k0, inverse,
     M: tl.constexpr, N: tl.constexpr, MASK_KEYS: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The scores of the queries ``rows`` and the keys from ``k0`` on, which may be below 0.
+    """The scores of the queries ``rows`` and the keys from ``k0`` on. ``k0`` may be negative.
 
     Args:
         rows, exists, places, positions: ``[M]``, of the queries: row, whether the row exists, place among the keys

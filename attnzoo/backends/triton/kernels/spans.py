@@ -1,7 +1,8 @@
 """Which tiles of keys a tile of queries may see, and which tiles of queries may see a tile of keys.
 
-Both are at most two runs of tiles, because chunks wrap around at the ends of the sequence. The two runs share no tile.
-A function returns the first index and the number of tiles of each run. Tiles start at multiples of their size.
+In both cases the tiles form at most two runs, because chunks wrap around at the ends of the sequence. The two runs
+share no tile. A function returns the index of the first tile and the number of tiles of each run. Tiles start at
+multiples of their size.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from attnzoo.backends.triton.kernels.arguments import BAND, CHUNKS
 
 @triton.jit
 def number(encoded):
-    """The integer that :func:`~attnzoo.backends.triton.kernels.arguments.encoded` returned for."""
+    """The integer that :func:`~attnzoo.backends.triton.kernels.arguments.encoded` has encoded."""
     return encoded >> 2
 
 
@@ -24,7 +25,7 @@ def _runs(start1, stop1, start2, stop2, BLOCK: tl.constexpr):
     first1 = start1 // BLOCK
     count1 = tl.where(stop1 > start1, tl.cdiv(stop1, BLOCK) - first1, 0)
     first2 = start2 // BLOCK
-    # Where the spans share a tile, the first span has it.
+    # A tile that both spans share belongs to the first span.
     stop2 = tl.where(count1 > 0, tl.minimum(tl.cdiv(stop2, BLOCK), first1), tl.cdiv(stop2, BLOCK))
     count2 = tl.where(stop2 > first2, stop2 - first2, 0)
     return first1, count1, first2, count2

@@ -47,7 +47,7 @@ def row_offsets(tensor, rows, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def row_mask(exists, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Which entries of a tile of rows exist. ``DIM`` need not be a power of two, the size of a tile must be."""
+    """Which entries of a tile of rows exist. ``BLOCK_D`` must be a power of two, but ``DIM`` need not be."""
     mask = exists[:, None]
     if DIM != BLOCK_D:
         mask = mask & (tl.arange(0, BLOCK_D) < DIM)[None, :]

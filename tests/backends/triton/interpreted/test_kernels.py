@@ -57,7 +57,7 @@ def test_shares_of_queries_add_up(monkeypatch, large_tiles):
 
 @pytest.mark.parametrize("spread", [30.0])
 def test_rows_whose_first_tiles_are_hidden(small_tiles, spread):
-    """A sketch gave NaN here: its running maximum had become the score of a hidden key."""
+    """The running maximum must not become the score of a hidden key, because the output would be NaN."""
     attention = attention_of(length=40, key_mask=torch.arange(40)[None] >= 36)
     query = (attention.query.detach() * spread).requires_grad_()
     assert_agrees(replace(attention, query=query))

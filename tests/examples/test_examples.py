@@ -1,0 +1,62 @@
+"""Every script and notebook in examples/ runs, with fewer steps, and prints what was gained."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+# Options that shorten a run, and words of the output.
+SCRIPTS = {
+    "summarise_book": (["--parts", "2", "--tokens", "4"], "2 of 2 summaries are the same text"),
+    "finetune_trainer": (["--steps", "2", "--batch", "1"], "loss by step, sdpa"),
+    "finetune_lora": (["--steps", "2", "--length", "512"], "loss by step, sdpa"),
+    "long_context_llama": (["--short", "64", "--length", "1024"], "recall 0."),
+    "my_backend": (["--length", "256"], "0 failed"),
+}
+
+
+@pytest.fixture
+def in_examples(monkeypatch, isolated_registry, tmp_path):
+    """Run as a script does: the folder of the script is on the path, and output files go to an empty folder."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("common", None)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_runs_and_prints_the_gain(name, in_examples, monkeypatch, capsys):
+    options, words = SCRIPTS[name]
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    output = capsys.readouterr().out
+    assert words in output and "gain:" in output
+    losses = [json.loads(line.partition(": ")[2]) for line in output.splitlines() if line.startswith("loss by step")]
+    for original, patched in zip(losses[::2], losses[1::2], strict=True):
+        assert patched == pytest.approx(original, abs=2e-3)
+
+
+def test_every_script_is_tested():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SCRIPTS, "common"}
+
+
+def test_notebook_runs(in_examples):
+    cells = json.loads((EXAMPLES / "shootout.ipynb").read_text())["cells"]
+    names: dict[str, object] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "shootout.ipynb", "exec"), names)
+    assert names["shootout"].ok
+    assert Path("shootout/led.png").exists()
+
+
+def test_notebook_contains_its_results():
+    cells = json.loads((EXAMPLES / "shootout.ipynb").read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert any("image/png" in output.get("data", {}) for output in outputs), "make docs-notebook stores the results"
