@@ -16,11 +16,7 @@ OLDEST := 5.17.0
 NEWEST := 5.24.0
 OTHER_VENVS := .venv-oldest .venv-newest
 
-<<<<<<< HEAD
-.PHONY: help venv shootout test test-oldest test-newest test-long test-interpreted test-cuda mutants lint typecheck format docs docs-matrix docs-results docs-advice docs-architectures build clean distclean
-=======
-.PHONY: help venv shootout test test-oldest test-long test-interpreted gpu test-cuda mutants lint typecheck format docs docs-matrix docs-results docs-advice docs-plot docs-notebook docs-architectures build clean distclean
->>>>>>> main
+.PHONY: help venv shootout test test-oldest test-newest test-long test-interpreted gpu test-cuda mutants lint typecheck format docs docs-matrix docs-results docs-advice docs-plot docs-notebook docs-architectures build clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20

@@ -284,9 +284,9 @@ class Adapter:
             if not isinstance(point, PatchPoint) or not getattr(point, "cls", ""):
                 got = getattr(point, "__name__", type(point).__name__)
                 raise InvalidArgumentError("points", got, "instances of PatchPoint subclasses that set cls")
-            if not isinstance(point.cache, tuple):
-                got, allowed = f"cache = {point.cache!r}", "a tuple of names as cache"
-                raise InvalidArgumentError(f"point {type(point).__name__}", got, allowed)
+            names: object = point.cache
+            if not isinstance(names, tuple):
+                raise InvalidArgumentError(f"{type(point).__name__}.cache", repr(names), "a tuple of names")
 
     def check_drift(self, point: PatchPoint, module: nn.Module | None = None) -> None:
         """Raise if the functions of ``point.verified`` have changed since the point was verified.
