@@ -47,7 +47,7 @@ from attnzoo.spec.patterns import Causal, Chunks, Full
 from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest, describe
 from attnzoo.spec.transforms import hides_nothing, holds
 
-VERSIONS = "5.17 to 5.23"
+VERSIONS = "5.17 to 5.24"
 _BIG_BIRD = "transformers.models.big_bird.modeling_big_bird"
 _PEGASUS = "transformers.models.bigbird_pegasus.modeling_bigbird_pegasus"
 _PLANNED_LENGTHS = (1024, 3072, 4096)  # the code of the model draws the blocks for these lengths in another way

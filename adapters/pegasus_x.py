@@ -173,9 +173,9 @@ class DecoderAttention(InterfacePoint):
 
     cls = f"{_MODULE}:PegasusXAttention"
     verified = {
-        f"{_MODULE}:PegasusXAttention.forward": ("c6468db57b98c0ae",),
-        f"{_MODULE}:PegasusXDecoder.forward": ("0754aec9a66a785e", "87a9d128667fdad2"),
-        f"{_MODULE}:PegasusXDecoderLayer.forward": ("7fda76b82f92d27f",),
+        f"{_MODULE}:PegasusXAttention.forward": ("c6468db57b98c0ae", "249281d082b62122"),
+        f"{_MODULE}:PegasusXDecoder.forward": ("0754aec9a66a785e", "87a9d128667fdad2", "fae7245ddfc3694d"),
+        f"{_MODULE}:PegasusXDecoderLayer.forward": ("7fda76b82f92d27f", "29ba36e76a10ded3"),
         f"{_MODULE}:eager_attention_forward": ("4933327352701038",),
     }
 
@@ -231,6 +231,6 @@ class DecoderAttention(InterfacePoint):
 
 PEGASUS_X = Adapter(
     model_types=("pegasus_x",),
-    versions="5.17 to 5.23",
+    versions="5.17 to 5.24",
     points=(EncoderAttention(), EncoderMasks(), DecoderMasks(), DecoderAttention()),
 )
