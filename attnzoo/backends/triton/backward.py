@@ -126,7 +126,7 @@ class Backward:
         key_kernel[(programs * shares,)](
             grad_key=rows(grads[0]),
             grad_value=rows(grads[1]),
-            segment=self._keys[index],
+            segment=keys_of(plan, self._inputs, index, for_keys=True),
             numbers=plan.numbers(index),
             which=number,
             shares=shares,

@@ -35,8 +35,8 @@ def tile_gradients(
     kv_head = h // segment.group
     k = load_tile(segment.key, b, kv_head, k0, inside, BLOCK_N, DIM, BLOCK_D)
     scores = tile_scores(
-        q, k, segment, numbers, b, h, heads, rows, exists, rows, positions, lowest, highest, place, last, k0,
-        1.0 / scale, BLOCK_M, BLOCK_N, True, False, PRECISION,
+        q, k, segment, numbers, b, h, heads, q_len, rows, exists, rows, positions, lowest, highest, place, last,
+        columns, k0, 1.0 / scale, BLOCK_M, BLOCK_N, True, False, PRECISION,
     )  # fmt: skip
     of_row = tl.cast(b * heads + h, tl.int64) * q_len + rows
     row_lse = tl.load(lse + of_row, mask=exists, other=float("inf"))

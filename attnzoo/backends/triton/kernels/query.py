@@ -9,11 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo.backends.triton.kernels.arguments import BY_DISTANCE, BY_POSITION
+from attnzoo.backends.triton.kernels.arguments import BY_DISTANCE, BY_POSITION, HASHED
 from attnzoo.backends.triton.kernels.gradients import score_gradients
-from attnzoo.backends.triton.kernels.scores import bias_positions, query_rows, tile_scores
+from attnzoo.backends.triton.kernels.scores import bias_positions, key_rows, query_places, query_rows, tile_scores
 from attnzoo.backends.triton.kernels.spans import key_tiles, number, tile_start
-from attnzoo.backends.triton.kernels.tiles import LOG2_E, kept, load_rows, load_tile, power_of_two, store_rows
+from attnzoo.backends.triton.kernels.tiles import LOG2_E, kept, load_rows, load_tile_of, power_of_two, store_rows
 
 
 @triton.jit
@@ -26,12 +26,11 @@ def _segment(
     """Add the keys of a segment to the query gradient. Write the gradients of both ends of its table to ``ends``."""
     index = q0 + tl.arange(0, BLOCK_M)
     exists = index < q_len
-    rows, places = query_rows(segment, numbers, b, h, heads, index, q_len)
+    rows = query_rows(segment, b, h, heads, index, q_len)
+    places, place, last = query_places(segment, numbers, b, h, heads, rows, q0, q_len, BLOCK_M)
     positions = bias_positions(segment, numbers, b, rows, exists, q_len)
     lowest, highest = tl.min(positions, 0), tl.max(positions, 0)
-    place = q0 + number(numbers.start)
-    last = tl.minimum(q0 + BLOCK_M, q_len) - 1 + number(numbers.start)
-    first1, count1, first2, count2 = key_tiles(segment, numbers, place, last, BLOCK_N)
+    first1, count1, first2, count2 = key_tiles(segment, numbers, b, place, last, BLOCK_N)
     kv_head = h // segment.group
     low = tl.zeros([BLOCK_M], tl.float32)
     high = tl.zeros([BLOCK_M], tl.float32)
@@ -39,13 +38,16 @@ def _segment(
         k0 = tile_start(i, first1, count1, first2, BLOCK_N)
         columns = k0 + tl.arange(0, BLOCK_N)
         inside = columns < number(numbers.kv_len)
-        k = load_tile(segment.key, b, kv_head, k0, inside, BLOCK_N, DIM, BLOCK_D)
+        keys = key_rows(segment, numbers, b, kv_head, heads, columns, inside)
+        k = load_tile_of(segment.key, b, kv_head, k0, keys, inside, segment.kind == HASHED, BLOCK_N, DIM, BLOCK_D)
         scores = tile_scores(
-            q, k, segment, numbers, b, h, heads, rows, exists, places, positions, lowest, highest, place, last, k0,
-            inverse, BLOCK_M, BLOCK_N, True, False, PRECISION,
+            q, k, segment, numbers, b, h, heads, q_len, rows, exists, places, positions, lowest, highest, place, last,
+            keys, k0, inverse, BLOCK_M, BLOCK_N, True, False, PRECISION,
         )  # fmt: skip
         p = power_of_two(scores * factor - row_lse[:, None])
-        v = load_tile(segment.value, b, kv_head, k0, inside, BLOCK_N, VALUE_DIM, BLOCK_V)
+        v = load_tile_of(
+            segment.value, b, kv_head, k0, keys, inside, segment.kind == HASHED, BLOCK_N, VALUE_DIM, BLOCK_V
+        )
         dp = tl.dot(do, v.T, input_precision=PRECISION)
         keep = 0
         if DROPOUT:
@@ -87,7 +89,7 @@ def query_kernel(
     q0 = block * BLOCK_M
     index = q0 + tl.arange(0, BLOCK_M)
     exists = index < q_len
-    rows, _ = query_rows(segments[0], numbers[0], b, h, heads, index, q_len)
+    rows = query_rows(segments[0], b, h, heads, index, q_len)
     q = load_rows(query, b, h, rows, exists, DIM, BLOCK_D)
     if SIGN != 1:
         q = q * SIGN

@@ -73,12 +73,12 @@ def load_tile(tensor, b, h, first, inside, COUNT: tl.constexpr, DIM: tl.constexp
 
 
 @triton.jit
-def load_query_tile(
-    tensor, b, h, first, rows, exists, SORTED_ROWS: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr,
+def load_tile_of(
+    tensor, b, h, first, rows, exists, ARE_SORTED: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The rows ``rows`` of a head, which are neighbours from ``first`` on unless a segment sorts the queries."""
-    if SORTED_ROWS:
+    """The rows ``rows`` of a head, which are neighbours from ``first`` on unless a hash round has sorted them."""
+    if ARE_SORTED:
         return load_rows(tensor, b, h, rows, exists, DIM, BLOCK_D)
     else:
         return load_tile(tensor, b, h, first, exists, COUNT, DIM, BLOCK_D)
