@@ -40,6 +40,7 @@ _ON_CUDA = Capabilities(
     uneven_value_dim=True,
     dropout=True,
     grad=True,
+    softcap=True,
 )
 _INTERPRETED = replace(_ON_CUDA, devices=frozenset({"cpu"}), dtypes=frozenset({torch.float32, torch.float16}))
 

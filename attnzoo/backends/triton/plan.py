@@ -17,7 +17,7 @@ from torch import Tensor
 from attnzoo.backends.common.blocks import passes
 from attnzoo.backends.triton.hash_tables import HashTables, hash_tables
 from attnzoo.backends.triton.kernels import arguments as kinds
-from attnzoo.backends.triton.kernels.arguments import Grid, Hashes, Keys, Numbers, Rows, encoded
+from attnzoo.backends.triton.kernels.arguments import Grid, Hashes, Keys, Numbers, Rows, Settings, encoded
 from attnzoo.spec.bias import RelativeBias
 from attnzoo.spec.hashed import HashedChunks
 from attnzoo.spec.patterns import Band, Chunks, Pattern, SortedChunks
@@ -74,9 +74,9 @@ class Form:
         return self.bias in (kinds.BY_DISTANCE.value, kinds.BY_POSITION.value)
 
     @property
-    def has_dense_bias(self) -> bool:
-        """Whether the bias has a value for each query and key."""
-        return bool(self.bias == kinds.DENSE_BIAS.value)
+    def needs_more(self) -> bool:
+        """Whether a tile of scores needs more registers than usual."""
+        return self.hashes is not None or bool(self.bias == kinds.DENSE_BIAS.value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +87,7 @@ class Plan:
         passes: the indices of the segments of each launch of the forward.
         sign: the sign of the scale: 1, -1 or 0. The kernels multiply queries by the sign.
         scale: the magnitude of the scale, or 1.0 if the scale is 0.
+        softcap: the limit of the scores, or None.
     """
 
     batch: int
@@ -101,6 +102,7 @@ class Plan:
     sign: int
     scale: float
     dropout: float
+    softcap: float | None
     query_mask: Tensor | None
 
     def masks(self) -> list[Tensor]:
@@ -177,6 +179,7 @@ def split(attention: Attention) -> tuple[Plan, Inputs]:
         sign=(scale > 0.0) - (scale < 0.0),
         scale=abs(scale) or 1.0,
         dropout=float(attention.dropout),
+        softcap=None if attention.softcap is None else float(attention.softcap),
         query_mask=_contiguous(attention.query_mask),
     )
     keys_values = tuple(tensor for _, tensor in places)
@@ -242,6 +245,19 @@ def _numbers(pattern: Pattern, q_len: int, kv_len: int, zero: int, size: int) ->
 def rows(tensor: Tensor) -> Rows:
     """Return a tensor ``(batch, heads, length, dim)`` as an argument. The last dimension must be contiguous."""
     return Rows(tensor, *tensor.stride()[:3])
+
+
+def settings(plan: Plan, seed: Tensor | None) -> Settings:
+    """Return what is the same for all segments as an argument of the kernels. ``seed`` is that of dropout."""
+    return Settings(
+        scale=plan.scale,
+        cap=0.0 if plan.softcap is None else plan.softcap / plan.scale,
+        dropout=plan.dropout,
+        seed=_or_none(seed),
+        sign=tl.constexpr(plan.sign),
+        has_cap=tl.constexpr(int(plan.softcap is not None)),
+        has_dropout=tl.constexpr(int(plan.dropout > 0.0)),
+    )
 
 
 def _grid(tensor: Tensor) -> Grid:

@@ -33,6 +33,28 @@ class Rows(NamedTuple):
     row: int
 
 
+class Softmax(NamedTuple):
+    """The softmax of each query, each ``(batch, heads, q_len)`` float32.
+
+    A log-sum-exp in a single number would lose the sum where scores are large, and the sum decides the weights.
+    """
+
+    top: Any  # the largest score, in units of q @ k
+    log_sum: Any  # log2(sum(exp(scale * (score - top)))), inf for a query that sees no key, or is padding
+
+
+class Settings(NamedTuple):
+    """What is the same for all segments."""
+
+    scale: float
+    cap: float  # the softcap in units of q @ k
+    dropout: float
+    seed: Any  # (1,) int64
+    sign: Any  # of the scale
+    has_cap: Any
+    has_dropout: Any
+
+
 class Grid(NamedTuple):
     """A tensor ``(batch, heads, q_len, kv_len)`` with any strides, 0 for broadcast dimensions."""
 

@@ -1,4 +1,4 @@
-"""The scores of a tile, with bias, ``-inf`` where a query does not see a key, in units of ``q @ k``.
+"""The scores of a tile, with softcap and bias, ``-inf`` where a query does not see a key, in units of ``q @ k``.
 
 A tile is ``[M, N]``, or ``[N, M]`` (transposed) in the kernel for keys and values. A tile whose keys are all visible by
 the pattern skips the work on masks: one branch per tile decides. Key masks and dense masks have no such branch.
@@ -19,7 +19,7 @@ from attnzoo.backends.triton.kernels.arguments import (
     SORTED,
 )
 from attnzoo.backends.triton.kernels.spans import number
-from attnzoo.backends.triton.kernels.tiles import along_keys, along_queries, look_up, of_head
+from attnzoo.backends.triton.kernels.tiles import FLOOR, along_keys, along_queries, look_up, of_head, tanh
 
 
 @triton.jit
@@ -173,11 +173,13 @@ def _table_bias(segment, numbers, h, positions, lowest, highest, k0, M: tl.const
 
 @triton.jit
 def tile_scores(
-    q, k, segment, numbers, b, h, heads, q_len, rows, exists, places, positions, lowest, highest, place, last, keys, k0,
-    inverse, M: tl.constexpr, N: tl.constexpr, MASK_KEYS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    q, k, segment, numbers, settings, b, h, heads, q_len, rows, exists, places, positions, lowest, highest, place, last,
+    keys, k0, M: tl.constexpr, N: tl.constexpr, MASK_KEYS: tl.constexpr, TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The scores of the queries ``rows`` and the keys from ``k0`` on, which may be below 0.
+
+    The second result is the derivative of the scores by ``q @ k`` if there is a softcap. Otherwise it is meaningless.
 
     Args:
         rows, exists, places, positions: ``[M]``, of the queries: row, whether the row exists, place among the keys
@@ -185,25 +187,33 @@ def tile_scores(
         lowest, highest: the smallest and the largest position.
         place, last: the first and the last place.
         keys: ``[N]``, the rows of the keys (:func:`key_rows`).
-        inverse: the inverse of the scale.
         MASK_KEYS: whether to hide keys by the key mask.
     """
     columns = k0 + tl.arange(0, N)
     inside = (columns >= 0) & (columns < number(numbers.kv_len))
-    if segment.bias == NO_BIAS:
+    if segment.bias == DENSE_BIAS:
+        bias = _load_grid(segment.dense, b, h, rows, exists, keys, inside, TRANSPOSED).to(tl.float32)
+        # Models hide keys with the lowest number, which must not become -inf.
+        bias = tl.where(bias >= FLOOR, tl.maximum(bias / settings.scale, FLOOR), bias)
+    elif segment.bias != NO_BIAS:
+        bias = _table_bias(segment, numbers, h, positions, lowest, highest, k0, M, N, TRANSPOSED)
+    if segment.bias == NO_BIAS or settings.has_cap:
         if TRANSPOSED:
             scores = tl.dot(k, q.T, input_precision=PRECISION)
         else:
             scores = tl.dot(q, k.T, input_precision=PRECISION)
     else:
-        if segment.bias == DENSE_BIAS:
-            bias = _load_grid(segment.dense, b, h, rows, exists, keys, inside, TRANSPOSED).to(tl.float32) * inverse
-        else:
-            bias = _table_bias(segment, numbers, h, positions, lowest, highest, k0, M, N, TRANSPOSED)
         if TRANSPOSED:
             scores = tl.dot(k, q.T, bias, input_precision=PRECISION)
         else:
             scores = tl.dot(q, k.T, bias, input_precision=PRECISION)
+    slope = 0
+    if settings.has_cap:
+        capped = tanh(scores / settings.cap)
+        slope = 1.0 - capped * capped
+        scores = capped * settings.cap
+        if segment.bias != NO_BIAS:
+            scores += bias
     hides = (k0 < 0) | (k0 + N > number(numbers.kv_len))
     if segment.kind == BAND:
         hides = hides | (k0 - last < number(numbers.lowest)) | (k0 + N - 1 - place > number(numbers.highest))
@@ -224,4 +234,4 @@ def tile_scores(
     if segment.has_mask:
         seen = _load_grid(segment.mask, b, h, rows, exists, keys, inside, TRANSPOSED) != 0
         scores = tl.where(seen, scores, float("-inf"))
-    return scores
+    return scores, slope

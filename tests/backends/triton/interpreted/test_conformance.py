@@ -39,6 +39,9 @@ LARGE = [
     AttentionCase(HALF, pattern=Window(5, 3), bias="trained relative", batch=1),
     AttentionCase(HALF, pattern=SortedChunks(8, 1, 0, causal=True), batch=1),
     AttentionCase(pattern=Window(5, 3), mask="globals", dropout=0.25, batch=2),
+    AttentionCase(pattern=Causal(), bias="trained relative", softcap=True, batch=1),
+    AttentionCase(pattern=Chunks(8, 1, 1), mask="dense", bias="trained dense", softcap=True, batch=1),
+    AttentionCase(HALF, pattern=Window(5, 3), mask="globals", grad=False, softcap=True, batch=1),
     AttentionCase(pattern=Full(), transform="grad"),
 ]
 
