@@ -3,4 +3,5 @@
 from setuptools import find_packages, setup
 
 inner = [f"attnzoo.{name}" for name in find_packages("attnzoo")]
-setup(packages=["attnzoo", *inner, "attnzoo.adapters", "attnzoo.benchmarks"])
+benchmarks = [f"attnzoo.benchmarks.{name}" for name in find_packages("benchmarks")]
+setup(packages=["attnzoo", *inner, "attnzoo.adapters", "attnzoo.benchmarks", *benchmarks])

@@ -191,7 +191,7 @@ class TransientGlobalAttention(LocalAttention):
         position_bias: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor | None, ...]:
-        """Return states, bias and weights as :class:`LocalAttention` does. The bias contains that of both segments."""
+        """Return states, bias and weights as :class:`LocalAttention` does. The bias has the values of both segments."""
         mask = check_is_given(mask)
         tokens = attend.cached_per_forward(mask, "tokens", lambda mask: read_flat_mask(mask, hidden_states))
         size = module.global_block_size  # part of the name below, because two encoders may share a mask

@@ -26,7 +26,7 @@ def local_reach(module: Any) -> int:
 
 
 def side_reach(module: Any) -> int:
-    """Return ``relative_attention_max_distance``. The bias of this distance is also that of all larger distances."""
+    """Return ``relative_attention_max_distance``. All larger distances have the same bias as this distance."""
     return int(module.relative_attention_max_distance)
 
 

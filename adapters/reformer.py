@@ -23,8 +23,8 @@ Decisions:
   undefined in the original, but zero with a patch. Like the original, a patch reads the cached states of the first
   sample for all samples.
 - Projections when decoding with the cache. A patch calls the projection layers. The original only multiplies by the
-  weights, so there hooks and low-rank adapters have no effect, and quantised weights fail. With plain layers, the
-  results of both are equal.
+  weights: hooks and low-rank adapters have no effect in the original, and quantised weights fail. With plain layers,
+  the results of both are equal.
 - ``output_attentions`` returns weights in the original layout: for each chunk of the list, the weights between its
   queries and the keys of the chunks that they see. The weights are normalised per round. If a token sees no other
   token, the returned weight of the token itself is 1. In training, dropout changes the output of such a token, but not
@@ -91,7 +91,7 @@ class _Attention(PatchPoint):
     """Base class of the patch points of local and LSH attention."""
 
     backward_in_training = True
-    cache = "past_buckets_states"
+    cache = ("past_buckets_states",)
 
     def cached_tokens(self, module: Any, cache: Any) -> int:
         return int(cache.states_cache[module.layer_idx].shape[1]) if len(cache) > module.layer_idx else 0

@@ -130,8 +130,8 @@ _EXPORTS = {
 }
 _MODULES = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 
-# The import system stores the package attnzoo.backends under the name of the exported function, once, at the first
-# import of the package. So the package is imported above, and its entry removed here.
+# The package attnzoo.backends and the exported function ``backends`` have the same name. The import system stores the
+# package under this name once, at its first import. So the package is imported above, and its entry is removed here.
 del globals()["backends"]
 
 

@@ -322,7 +322,7 @@ class Registry:
             return dict(self._adapters)
 
     def _entries_of_adapters(self) -> tuple[metadata.EntryPoint, ...]:
-        """Return the entry points of adapters. To read them takes milliseconds: each installed package has a file."""
+        """Return the entry points of adapters. Reading them takes milliseconds: each installed package has a file."""
         with self._lock:
             if self._adapter_entries is None:
                 self._adapter_entries = tuple(metadata.entry_points(group=ADAPTER_GROUP))

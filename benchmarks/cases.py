@@ -16,7 +16,7 @@ import attnzoo
 from attnzoo.auto.selection import AutoBackend
 from attnzoo.backend import Backend
 from attnzoo.benchmarks.decoding import GATE_TOKENS, TIMED_TOKENS, Decoding
-from attnzoo.benchmarks.measure import cpu_seconds, seconds
+from attnzoo.benchmarks.measure import cpu_seconds, device_seconds
 from attnzoo.benchmarks.models import find_workload
 from attnzoo.benchmarks.workload import SEED
 from attnzoo.spelling import configured
@@ -113,7 +113,7 @@ class Subject:
                 return self.timer()
         if self.case.scope == "overhead":
             return cpu_seconds(self.step)
-        return seconds(self.step, self.case.device, self.case.clock)
+        return device_seconds(self.step, self.clear, self.case.device, self.case.clock)
 
     def forward(self) -> None:
         """Run the forward of :meth:`step`. With gradients, other code or another kernel may run than without."""
@@ -264,7 +264,7 @@ class Projections:
         with _LinearRecorder() as recorder, torch.set_grad_enabled(case.train):
             subject.call()
         options: dict[str, Any] = dict(dtype=DTYPES[case.dtype], device=case.device)
-        self._train = case.train
+        self._train, self._device = case.train, case.device
         self._calls: list[tuple[Tensor, Tensor | None, Tensor, Tensor | None]] = []
         for weight, bias, shape, requires_grad in recorder.calls:
             states = torch.randn(shape, **options).requires_grad_(requires_grad)
@@ -282,3 +282,7 @@ class Projections:
     def clear(self) -> None:
         for tensor in (tensor for call in self._calls for tensor in call if tensor is not None):
             tensor.grad = None
+
+    def seconds(self) -> float:
+        """Return the seconds of one timed run of the projections."""
+        return device_seconds(self.step, self.clear, self._device)

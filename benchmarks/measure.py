@@ -44,6 +44,29 @@ def seconds(run: Callable[[], None], device: str, clock: str = "wall") -> float:
     return read_clock() - start
 
 
+def device_seconds(run: Callable[[], None], clear: Callable[[], None], device: str, clock: str = "wall") -> float:
+    """Return the seconds of one run. On a GPU: the mean of as many runs as fit into 20 ms, but at most 50.
+
+    ``clear`` drops the gradients of a run. ``clock`` is a key of :data:`CLOCKS`.
+
+    A single short run on a GPU would mainly measure how long the first kernel takes to start. In a model, the host
+    starts kernels while the GPU still computes earlier ones, so the mean of consecutive runs shows the time of the host
+    only where the GPU waits for the host. A first run, which is not counted, decides the number of runs.
+    """
+    first = seconds(run, device, clock)
+    clear()
+    if device == "cpu":
+        return first
+    count = max(1, min(50, int(0.02 / max(first, 1e-6))))
+
+    def repeat() -> None:
+        for _ in range(count):
+            run()
+            clear()
+
+    return seconds(repeat, device, clock) / count
+
+
 def cpu_seconds(run: Callable[[], None]) -> float:
     """Return the CPU seconds of one run: the mean of as many runs as fit into 50 milliseconds, but at most 200.
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.benchmarks.workload import Inputs, Peer, Workload
+from attnzoo.benchmarks.workload import Inputs, Peer, Shape, Workload
 from attnzoo.errors import InvalidArgumentError, UnknownNameError
+from attnzoo.spec.patterns import Causal, Window
 
 DECODER_TOKENS = 64
 
@@ -75,6 +76,12 @@ LED = Workload(
         init_std=0.02, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2,
         tie_word_embeddings=True,
     ),
+    shape=Shape(12, 64, Window(512, 512), global_keys=1),
+    small=dict(
+        vocab_size=300, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, attention_window=[16] * 2,
+        max_encoder_position_embeddings=256, max_decoder_position_embeddings=128,
+    ),
 )  # fmt: skip
 LONGFORMER = Workload(
     name="longformer", checkpoint="allenai/longformer-base-4096", heads=12, layers=12, special_tokens=4,
@@ -89,6 +96,11 @@ LONGFORMER = Workload(
         hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, layer_norm_eps=1e-5, pad_token_id=1,
         bos_token_id=0, eos_token_id=2, sep_token_id=2,
     ),
+    shape=Shape(12, 64, Window(256, 256), global_keys=1),
+    small=dict(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        attention_window=[16] * 2, max_position_embeddings=258,
+    ),
 )  # fmt: skip
 GPT_NEOX = Workload(
     name="gpt_neox", checkpoint="EleutherAI/pythia-160m", heads=12, layers=12, special_tokens=1,
@@ -102,6 +114,8 @@ GPT_NEOX = Workload(
         initializer_range=0.02, layer_norm_eps=1e-5, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
         use_parallel_residual=True,
     ),
+    shape=Shape(12, 64, Causal()),
+    small=dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32),
 )  # fmt: skip
 GPT_BIGCODE = Workload(
     name="gpt_bigcode", checkpoint="bigcode/gpt_bigcode-santacoder", heads=16, layers=24, special_tokens=0,
@@ -113,6 +127,10 @@ GPT_BIGCODE = Workload(
         vocab_size=49280, n_embd=2048, n_layer=24, n_head=16, n_inner=8192, n_positions=2048,
         activation_function="gelu_pytorch_tanh", multi_query=True, attn_pdrop=0.1, embd_pdrop=0.1, resid_pdrop=0.1,
         bos_token_id=49152, eos_token_id=49152,
+    ),
+    shape=Shape(1, 128, Causal()),
+    small=dict(
+        vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_inner=32, n_positions=256, bos_token_id=0, eos_token_id=0,
     ),
 )  # fmt: skip
 LONGT5_LOCAL = Workload(
@@ -131,6 +149,11 @@ LONGT5_LOCAL = Workload(
     peer=Peer(
         "local-attention", 64, dict(window_size=128, causal=False, look_backward=1, look_forward=1, autopad=True)
     ),
+    shape=Shape(12, 64, Window(127, 127), has_bias=True),
+    small=dict(
+        vocab_size=300, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=2, local_radius=7,
+        global_block_size=4, relative_attention_num_buckets=8, relative_attention_max_distance=16,
+    ),
 )  # fmt: skip
 LONGT5_TGLOBAL = replace(
     LONGT5_LOCAL,
@@ -139,6 +162,7 @@ LONGT5_TGLOBAL = replace(
     published={**LONGT5_LOCAL.published, "encoder_attention_type": "transient-global"},
     attention="LongT5TransientGlobalAttention",
     peer=None,
+    shape=None,
 )
 PEGASUS_X = Workload(
     name="pegasus_x", checkpoint="google/pegasus-x-large", heads=16, layers=16, special_tokens=105,
@@ -152,6 +176,21 @@ PEGASUS_X = Workload(
         stagger_local_blocks=True, max_position_embeddings=16384, activation_function="gelu", dropout=0.1,
         attention_dropout=0.0, activation_dropout=0.0, encoder_layerdrop=0.0, decoder_layerdrop=0.0, init_std=0.02,
         scale_embedding=True, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, tie_word_embeddings=True,
+    ),
+)  # fmt: skip
+BIGBIRD = Workload(
+    name="bigbird", checkpoint="google/bigbird-roberta-base", heads=12, layers=12, special_tokens=67,
+    model_class="transformers.models.big_bird.modeling_big_bird:BigBirdForMaskedLM",
+    attention="BigBirdAttention", positions="max_position_embeddings",
+    shrink=_layers_in("num_hidden_layers"),
+    inputs=lambda tokens: Inputs(dict(input_ids=tokens, attention_mask=torch.ones_like(tokens)), tokens), extra=0,
+    # The model draws random blocks in training mode only.
+    training=lambda published, seq_len: dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0),
+    published=dict(
+        vocab_size=50358, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+        hidden_act="gelu_new", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, max_position_embeddings=4096,
+        type_vocab_size=2, layer_norm_eps=1e-12, attention_type="block_sparse", block_size=64, num_random_blocks=3,
+        use_bias=True, rescale_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2, sep_token_id=66,
     ),
 )  # fmt: skip
 
@@ -182,6 +221,11 @@ REFORMER = Workload(
     ),
     # A query of the peer sees the current and the previous bucket: 256 keys per hash. The original sees 512 keys.
     peer=Peer("reformer-pytorch", 128, dict(bucket_size=128, n_hashes=4, causal=True)),
+    small=dict(
+        vocab_size=300, hidden_size=32, num_attention_heads=2, attention_head_size=16, feed_forward_size=32,
+        attn_layers=["local", "lsh"], num_hashes=2, num_buckets=8, lsh_attn_chunk_length=8, local_attn_chunk_length=8,
+        axial_pos_embds_dim=[16, 16], axial_pos_shape=[16, 16], max_position_embeddings=256,
+    ),
 )  # fmt: skip
 REFORMER_LOCAL = replace(
     REFORMER,
@@ -189,12 +233,15 @@ REFORMER_LOCAL = replace(
     attention="LocalSelfAttention",
     shrink=lambda published, layers: {**published, "attn_layers": ["local", "lsh", "local"][:layers]},
     peer=Peer("local-attention", 128, dict(window_size=128, causal=True, look_backward=1, autopad=True)),
+    # A query sees 129 to 256 keys in its chunk of 128 and in the chunk before.
+    shape=Shape(8, 128, Window(192, 0)),
 )
 
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
     for workload in (
-        LED, LONGFORMER, LONGT5_LOCAL, LONGT5_TGLOBAL, PEGASUS_X, REFORMER, REFORMER_LOCAL, GPT_NEOX, GPT_BIGCODE,
+        LED, LONGFORMER, LONGT5_LOCAL, LONGT5_TGLOBAL, BIGBIRD, PEGASUS_X, REFORMER, REFORMER_LOCAL, GPT_NEOX,
+        GPT_BIGCODE,
     )
 }  # fmt: skip
 

@@ -23,7 +23,7 @@ _SCOPES = {
 _COLUMNS = (
     "contender", "tokens", "kernel", "time", "range", "speed", "peak", "memory", "error", "of budget", "verdict",
 )  # fmt: skip
-_TEXT_COLUMNS = frozenset({"contender", "kernel", "verdict"})
+_TEXT_COLUMNS = ("contender", "kernel", "verdict")
 _LEGEND = (
     "speed: the original's median time divided by the median time of the row. Above 1x is faster than the original.",
     "peak: memory that a run needs in addition to weights and inputs. memory: this peak divided by the original's. "
@@ -99,7 +99,7 @@ def _section(rows: Sequence[Row]) -> Section:
     table = Table(
         tuple(columns),
         tuple((row.label, tuple(_cells(row)[name] for name in columns)) for row in shown),
-        frozenset(columns) - _TEXT_COLUMNS,
+        tuple(name for name in columns if name not in _TEXT_COLUMNS),
     )
     return Section(
         f"{first.family}: {first.mode}",

@@ -194,7 +194,11 @@ class Shootout:
     @classmethod
     def read(cls, path: Path) -> Shootout:
         """Return the results from a file that :meth:`write` wrote. Fields that an old file lacks get default values."""
-        data = json.loads(path.read_text())
+        return cls.from_json(json.loads(path.read_text()))
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Shootout:
+        """Return the results from the content of such a file. ``data`` is changed."""
         data["rows"] = tuple(Row(**{**row, "runs": tuple(row["runs"])}) for row in data["rows"])
         data["end_to_end"] = tuple(EndToEnd(**verdict) for verdict in data["end_to_end"])
         return cls(**data)

@@ -16,11 +16,13 @@ import torch
 from attnzoo.benchmarks.cases import AUTO, DTYPES, HOST_SCOPES, SCOPES, Case
 from attnzoo.benchmarks.contenders import BackendContender, Contender, Original
 from attnzoo.benchmarks.counting import Counting
+from attnzoo.benchmarks.kernel_peers import KERNEL_PEERS
 from attnzoo.benchmarks.measure import CLOCKS, machine
 from attnzoo.benchmarks.models import find_workload
 from attnzoo.benchmarks.peers import SCOPE as PEER_SCOPE
 from attnzoo.benchmarks.peers import peers_of
 from attnzoo.benchmarks.rows import OK, ORIGINAL, RED, REFUSED, SKIPPED, EndToEnd, Problem, Row, Shootout
+from attnzoo.benchmarks.text import require_tokens
 from attnzoo.benchmarks.worker import EndToEndJob, ProcessWorker, Worker, as_problem, process_context, verify_in_process
 from attnzoo.errors import InvalidArgumentError, UnknownNameError
 from attnzoo.registry import registry
@@ -50,7 +52,7 @@ class ShootoutPlan:
         seconds_per_case: time budget for the timed runs of a case if ``rounds`` is None.
         dense_limit: longest input of dense backends in tokens. None means that only the memory limits the input.
         train_limit: longest input for forward+backward in tokens. None means no limit.
-        verify_len: input length of the end-to-end gate in tokens.
+        verify_len: input length of the end-to-end gate in tokens. None means that no end-to-end gate runs.
         peers: whether peers run. True requires the scope ``attention``. None means True if the scope is ``attention``.
     """
 
@@ -70,7 +72,7 @@ class ShootoutPlan:
     seconds_per_case: float = 10.0
     dense_limit: int | None = 1024
     train_limit: int | None = None
-    verify_len: int = 1024
+    verify_len: int | None = 1024
     peers: bool | None = None
 
     def __post_init__(self) -> None:
@@ -98,6 +100,7 @@ class ShootoutPlan:
         for name, count in [*(("seq-len", seq_len) for seq_len in self.seq_lens), *counts]:
             if count is not None and count < 1:
                 raise InvalidArgumentError(name, count, "an integer >= 1")
+        require_tokens(self.batch * max(self.seq_lens))
 
     def contenders(self) -> tuple[Contender, ...]:
         """Return the original, the backends and the peers, in this order. Aliases are replaced by registered names.
@@ -110,7 +113,9 @@ class ShootoutPlan:
         else:
             names = list(dict.fromkeys(_spelled(name) for name in self.backends if name != ORIGINAL))
             limit = None
-        peers = peers_of(self.families) if self.scope == PEER_SCOPE and self.peers is not False else ()
+        peers: tuple[Contender, ...] = ()
+        if self.scope == PEER_SCOPE and self.peers is not False:
+            peers = (*peers_of(self.families), *(KERNEL_PEERS if self.device == "cuda" else ()))
         originals: tuple[Contender, ...] = (Original(),) if self.original else ()
         originals += (Counting(),) if self.scope in HOST_SCOPES else ()
         return (*originals, *(BackendContender(name, limit) for name in names), *peers)
@@ -136,11 +141,13 @@ def run(
     launch: Launch | None = None,
     check: EndToEndCheck | None = None,
     contenders: tuple[Contender, ...] | None = None,
+    keep: Callable[[Shootout], None] = lambda so_far: None,
 ) -> Shootout:
     """Run a shootout, and return the results, including refused and skipped rows.
 
     ``launch`` starts a worker, and ``check`` runs an end-to-end gate. The defaults use a fresh process for each call.
-    ``progress`` is called with the completed share of the work (0 to 1) and the name of the next step.
+    ``progress`` is called with the completed share of the work (0 to 1) and the name of the next step. ``keep`` is
+    called after each case with the results so far.
     """
     started, created = time.perf_counter(), datetime.datetime.now(datetime.timezone.utc)
     if contenders is None:
@@ -149,7 +156,7 @@ def run(
         context = process_context(find_workload(family).model_class.partition(":")[0] for family in plan.families)
         launch = launch or partial(ProcessWorker, context)
         check = check or partial(verify_in_process, context)
-    versions = machine(plan.device)
+    versions, fields = machine(plan.device), json.loads(json.dumps(asdict(plan)))
     verdicts = _end_to_end(plan, contenders, check, partial(_progress_within, progress, 0.0, _GATES_SHARE))
     rows: list[Row] = []
     costs = {case: case.seq_len * (3 if case.train else 1) for case in plan.cases()}
@@ -159,9 +166,10 @@ def run(
         case_progress = partial(_progress_within, progress, done, share)
         rows += _CaseRun(plan, case, versions, verdicts, launch, case_progress).run(contenders)
         done += share
-    seconds = time.perf_counter() - started
-    fields = json.loads(json.dumps(asdict(plan)))
-    return Shootout(fields, versions, tuple(verdicts), tuple(rows), created.isoformat(timespec="seconds"), seconds)
+        seconds, when = time.perf_counter() - started, created.isoformat(timespec="seconds")
+        result = Shootout(fields, versions, tuple(verdicts), tuple(rows), when, seconds)
+        keep(result)
+    return result
 
 
 def _progress_within(progress: Progress, start: float, share: float, done: float, text: str) -> None:
@@ -171,7 +179,9 @@ def _progress_within(progress: Progress, start: float, share: float, done: float
 def _end_to_end(
     plan: ShootoutPlan, contenders: Iterable[Contender], check: EndToEndCheck, progress: Progress
 ) -> list[EndToEnd]:
-    verdicts = []
+    verdicts: list[EndToEnd] = []
+    if plan.verify_len is None:
+        return verdicts
     backends = [contender for contender in contenders if isinstance(contender, BackendContender)]
     names = [contender.name for contender in backends if contender.unavailable() is None]
     pairs = [(family, name) for family in plan.families for name in names]

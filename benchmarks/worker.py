@@ -53,13 +53,10 @@ class Worker:
 
     def time(self) -> float:
         """Return the seconds of one run. In scope ``attention``, subtract the seconds of the projections."""
-        subject, device = self._prepared.subject, self._case.device
+        subject = self._prepared.subject
         duration = subject.seconds()
         subject.clear()
-        if self._projections is not None:
-            duration -= seconds(self._projections.step, device, self._case.clock)
-            self._projections.clear()
-        return duration
+        return duration if self._projections is None else duration - self._projections.seconds()
 
     def execution(self) -> Execution:
         return self._prepared.execution()

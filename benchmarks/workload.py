@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from attnzoo.benchmarks.text import read_tokens
 from attnzoo.benchmarks.weights import skip_initialisation, spread
+from attnzoo.spec.patterns import Causal, Window
 
 SEED = 0
 
@@ -39,6 +40,25 @@ class Peer:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """The attention of a family, as other libraries need its description.
+
+    Attributes:
+        kv_heads: number of key heads. :attr:`Workload.heads` has the number of query heads.
+        head_dim: dimension of a head.
+        pattern: which query sees which key. A chunk is replaced by the window that shows as many keys on average.
+        has_bias: whether a learned bias by distance is added to the scores.
+        global_keys: number of keys at the start that every query sees.
+    """
+
+    kv_heads: int
+    head_dim: int
+    pattern: Causal | Window
+    has_bias: bool = False
+    global_keys: int = 0
+
+
+@dataclass(frozen=True)
 class Workload:
     """One family with a published configuration.
 
@@ -60,6 +80,9 @@ class Workload:
             training mode has no dropout. It raises InvalidArgumentError if the model cannot train with this length.
             None means that the backward works in eval mode, so training mode is not needed.
         peer: the peer in scope ``attention``. None means that the family has no peer.
+        shape: heads and pattern of the attention, for the peers that are kernels of PyTorch. None means that no such
+            kernel computes a similar attention.
+        small: fields of the configuration to change in :meth:`reduced`.
     """
 
     name: str
@@ -77,6 +100,12 @@ class Workload:
     reserved: int = 0
     training: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
     peer: Peer | None = None
+    shape: Shape | None = None
+    small: Mapping[str, Any] = field(default_factory=dict)
+
+    def reduced(self) -> Workload:
+        """Return the workload with a configuration of a few thousand weights, for runs that only test the benchmark."""
+        return replace(self, checkpoint=f"{self.checkpoint} (reduced)", published={**self.published, **self.small})
 
     def too_long(self, seq_len: int) -> str | None:
         """Return why ``seq_len`` tokens are too many for the published configuration, or None if they are not."""

@@ -24,7 +24,7 @@ settings.load_profile(os.environ.get("ATTNZOO_HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_collection_finish():
-    """Exclude torch and transformers from garbage collection: to visit their objects takes a sixth of the time."""
+    """Exclude torch and transformers from garbage collection. Visiting their objects takes a sixth of the time."""
     gc.collect()
     gc.freeze()
 
@@ -58,7 +58,7 @@ def empty_cache(tmp_path_factory):
 
 @pytest.fixture
 def isolated_registry():
-    """Let the test change the registry; its content is restored afterwards."""
+    """Let the test change the registry, and restore the content of the registry afterwards."""
     with registry.replaced_by(registry.copy()):
         yield
 

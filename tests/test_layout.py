@@ -11,7 +11,7 @@ from tests.support.models import causal_inputs, gpt_neox, led
 
 WIDTHS = (60, 80, 120)
 WIDE = 10_000
-COMMANDS = ("doctor", "matrix", "verify", "explain", "tune", "bench")
+COMMANDS = ("doctor", "matrix", "verify", "explain", "tune", "bench", "report")
 
 
 @pytest.fixture
@@ -22,9 +22,9 @@ def columns(monkeypatch):
 
 @pytest.fixture(params=[*WIDTHS, None])
 def assert_fits_the_terminal(request, monkeypatch, columns):
-    """Return a function that compares the text that a function makes with its text in a wide terminal.
+    """Return a function that calls a function in this terminal and in a wide terminal, and compares both texts.
 
-    The width None is no terminal, as in a pipe.
+    The width None means no terminal, as in a pipe.
     """
 
     def check(make_text):

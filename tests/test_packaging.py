@@ -1,12 +1,15 @@
-"""The wheel contains every module of ``attnzoo/``, ``adapters/`` and ``benchmarks/``, and their data files."""
+"""The wheel contains every module of ``attnzoo/``, ``adapters/`` and ``benchmarks/``, and few data files."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import attnzoo
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("attnzoo", "adapters", "benchmarks")
@@ -42,9 +45,37 @@ def repository(tmp_path):
     return tmp_path
 
 
+DATA = {
+    "attnzoo/py.typed",
+    "attnzoo/reporting/html/page.css",
+    "attnzoo/reporting/html/page.js",
+    "benchmarks/data/SOURCE.md",
+    "benchmarks/data/moby_dick_start.txt",  # the whole text is in the source distribution only
+}
+
+
 def test_the_wheel_has_every_module_and_data_file():
-    data = {str(path.relative_to(ROOT)) for path in (ROOT / "benchmarks" / "data").iterdir()}
-    assert packaged_files(ROOT) == module_files(ROOT) | data | {"attnzoo/py.typed"}
+    assert packaged_files(ROOT) == module_files(ROOT) | DATA
+
+
+def test_the_version_has_one_place():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'dynamic = ["version"]' in project and 'version = { attr = "attnzoo.__version__" }' in project
+    assert f"\nversion: {attnzoo.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## [{attnzoo.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_source_distribution_names_existing_files():
+    lines = (ROOT / "MANIFEST.in").read_text(encoding="utf-8").splitlines()
+    named = [name for line in lines if line.startswith("include ") for name in line.split()[1:]]
+    assert "CITATION.cff" in named and not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_the_extra_all_needs_no_cuda():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (extras,) = re.findall(r'^all = \["attnzoo\[(.*)\]"\]$', project, re.MULTILINE)
+    assert {"accelerate", "plots", "report", "peers"} <= set(extras.split(","))
+    assert not {"xformers", "flash-attn"} & set(extras.split(","))
 
 
 @pytest.mark.parametrize("folder", ["attnzoo/backends/sdpa", "attnzoo/spec"])

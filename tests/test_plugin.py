@@ -15,7 +15,7 @@ PLUGIN = Path(__file__).parent / "plugin"
 
 
 def run_python(*command, **environment):
-    """Run ``python -m`` and return its output; the failure of the test shows it otherwise."""
+    """Run ``python -m`` and return its output. If the command fails, the test fails with this output."""
     command, environment = [sys.executable, "-m", *command], {**os.environ, **environment}
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=environment, cwd=PLUGIN.parent.parent

@@ -139,7 +139,7 @@ def test_unregister_backend_by_name_or_alias():
 
 
 def test_a_taken_name_is_refused_before_entry_points_are_loaded():
-    """Needs a new process, in which no entry point has been loaded."""
+    """The test needs a new process, in which no entry point has been loaded."""
     script = """
     import attnzoo
     from attnzoo.errors import InvalidArgumentError
@@ -259,7 +259,7 @@ def test_patch_names_an_adapter_that_fails_to_load(monkeypatch):
 
 
 def test_entry_points_of_adapters_are_read_again_only_after_a_change(monkeypatch):
-    """To read them takes milliseconds of every patch: each installed package has a file."""
+    """Reading entry points takes milliseconds, because each installed package has a file."""
     read, original = [], importlib.metadata.entry_points
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **which: read.append(1) or original(**which))
     registry.adapters()  # loads what is not loaded, which is a change

@@ -54,7 +54,7 @@ def describe_call(point: PatchPoint, module: Any, states: Tensor, kwargs: Mappin
 def properties(
     point: PatchPoint, module: Any, states: Tensor, kwargs: Mapping[str, Any]
 ) -> tuple[str, int, int, int, str]:
-    """Return the fields of :func:`describe_call`. Every call of a patched module computes them, so this is short."""
+    """Return the fields of :func:`describe_call`. Every call of a patched module runs this, so it must be fast."""
     batch, q_len, _ = states.shape
     source = kwargs.get("key_value_states")
     cache = point.cache_in(kwargs)

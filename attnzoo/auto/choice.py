@@ -21,8 +21,8 @@ def by_priority_because() -> str | None:
 
     There are three reasons: ``ATTNZOO_AUTO=priority``, ``torch.compile``, and ``torch.use_deterministic_algorithms``
     (because a new measurement could change the backend and so the results). ``ATTNZOO_AUTO=measured`` switches the
-    last reason off. If ``ATTNZOO_AUTO=priority`` is set when a model is patched, ``auto`` always runs a backend, never
-    the model's code. With the other reasons, the rule (:mod:`attnzoo.auto.rule`) decides between both.
+    last reason off. If ``ATTNZOO_AUTO=priority`` is set when a model is patched, ``auto`` never runs the model's code.
+    With the other reasons, the rule (:mod:`attnzoo.auto.rule`) decides between the model's code and a backend.
 
     Raises:
         InvalidArgumentError: ``ATTNZOO_AUTO`` is neither empty nor ``measured`` nor ``priority``.

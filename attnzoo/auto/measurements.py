@@ -127,7 +127,7 @@ class Measurement:
 
 def _check(value: object, kind: type, what: str) -> None:
     if not isinstance(value, kind):
-        raise ValueError(f"{what} is {value!r:.60}, not a {kind.__name__}")
+        raise ValueError(f"{what} is {value!r:.60}, not of type {kind.__name__}")
 
 
 def mode_of(grad: bool) -> str:

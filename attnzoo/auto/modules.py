@@ -21,7 +21,7 @@ from attnzoo.registry import registry
 from attnzoo.spec.autocast import active_autocast
 
 NATIVE, PATCHED = "native", "auto"
-# Backends run only if they need at most this share of the time of the model's code. A difference below this is noise.
+# Backends run only if they need at most this share of the time of the model's code. A smaller gain may be noise.
 MARGIN = 0.97
 _SEPARATOR = "; "
 
@@ -59,14 +59,14 @@ def codes_of(backends: Iterable[Backend]) -> str:
 
 
 class Decision(NamedTuple):
-    """Whether the model's code runs, because the backends are not clearly faster, and the reason."""
+    """The decision between the model's code (``native`` is True) and the backends, with the reason."""
 
     native: bool
     reason: str
 
 
 def by_measurement(measurement: Measurement, module_class: type) -> Decision | None:
-    """Return the decision from a module measurement, or None if the measured code has changed or has no times."""
+    """Return the decision from a module measurement, or None if the code has changed or no time was measured."""
     native, patched = measurement.outcomes.get(NATIVE), measurement.outcomes.get(PATCHED)
     if native is None or patched is None or not is_current(measurement, module_class):
         return None
@@ -79,7 +79,7 @@ def by_measurement(measurement: Measurement, module_class: type) -> Decision | N
 
 
 def is_current(measurement: Measurement, module_class: type) -> bool:
-    """Whether the model's code and the backends are those that were measured."""
+    """Whether the model's code and the code of the backends are unchanged since the measurement."""
     native, patched = measurement.outcomes[NATIVE], measurement.outcomes[PATCHED]
     known = {code_of(type(backend)) for backend in registry.exact_backends()}
     return native.code == code_of(module_class) and set(filter(None, patched.code.split(_SEPARATOR))) <= known

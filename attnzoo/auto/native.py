@@ -32,7 +32,7 @@ _MOST_DECISIONS = 1024
 
 @dataclass(frozen=True)
 class NativeBackend(Backend):
-    """Backend that runs the model's original code. It supports every site, and never gets an :class:`Attention`."""
+    """Backend that runs the model's original code. A site runs its original forward and never calls :meth:`run`."""
 
     name: ClassVar[str] = "native"
 
@@ -43,7 +43,7 @@ class NativeBackend(Backend):
 class NativeChooser:
     """Decides for each call of one patched module whether ``auto`` runs the model's code.
 
-    A decision needs a few microseconds, because the decisions are stored by the properties of a call.
+    The chooser stores its decisions by the properties of a call. To find a stored decision takes a few microseconds.
     """
 
     def __init__(self, point: PatchPoint, preference: Preference) -> None:

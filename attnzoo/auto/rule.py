@@ -1,9 +1,9 @@
 """The rule by which ``auto`` decides between the model's code and a backend while nothing has been measured.
 
 A backend runs only where measurements of attnzoo's authors have shown that it is faster. Everywhere else, the model's
-code runs. Both need time for each score (a pair of a query and a visible key). A backend needs less time per score, but
-more time per call and, in local attention, per block of queries. So the rule counts the scores of a call, and the keys
-that a query sees. ``docs/decisions.md`` shows the measurements and the command.
+code runs. A score belongs to a pair of a query and a visible key. A backend needs less time per score than the model's
+code, but more time per call and, in local attention, per block of queries. So the rule counts the scores of a call, and
+the keys that a query sees. ``docs/decisions.md`` shows the measurements and the command.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from attnzoo.spec.segments import Request
 
 
 class Limit(NamedTuple):
-    """The smallest numbers with which a backend runs instead of the model's code.
+    """The numbers from which on a backend runs instead of the model's code.
 
     Attributes:
-        keys: keys that a query of local attention sees.
-        scores: scores of the call.
-        backend: the backend that was measured, if the limit holds for no other backend.
+        keys: number of keys that a query of local attention sees.
+        scores: number of scores of the call.
+        backend: the only backend for which the limit holds. Empty means that the limit holds for every backend.
     """
 
     keys: int
@@ -66,7 +66,7 @@ def kind_of(requests: Sequence[Request], original_kernel: str) -> str:
     if Chunks in patterns:
         return "chunks"
     if len(segments) > 1 and segments[-1].kv_heads == 1 and segments[-1].bias is not None:
-        return "unknown"  # attention sinks, with which nothing was measured
+        return "unknown"  # attention sinks: there are no measurements with them
     with_bias = " with bias" if any(segment.bias is not None for segment in segments) else ""
     if Window in patterns:
         return f"window{' and other keys' if len(segments) > 1 else ''}{with_bias}"
@@ -74,7 +74,7 @@ def kind_of(requests: Sequence[Request], original_kernel: str) -> str:
 
 
 def count_scores(requests: Sequence[Request], call: ModuleCall) -> int:
-    """Return about how many scores a call computes, with all keys if the number of visible keys grows with the length.
+    """Return roughly how many scores a call computes. Every key counts if the visible keys grow with the length.
 
     The few keys that all queries of a local attention see, such as global tokens, are not counted.
     """
@@ -110,13 +110,13 @@ def native_because(requests: Sequence[Request], original_kernel: str, call: Modu
     limit = LIMITS.get((kind, call.device, call.mode))
     if limit is not None and holds(limit, requests) and count_scores(requests, call) >= limit.scores:
         return None
-    # A number for each length would make a new reason for each length, and sites keep all reasons.
+    # Sites keep all reasons. Rounding the number of scores avoids a new reason for each length.
     size = f" with about {power_of_two(count_scores(requests, call))} scores" if limit is not None else ""
     return f"by rule: {call.mode} of {kind}{size} on {call.device}; to measure, run attnzoo tune"
 
 
 def native_by_rule(requests: Sequence[Request], original_kernel: str, device: str) -> str:
-    """Return in words where the rule selects the model's code for a module."""
+    """Return text that says for which calls of a module the rule selects the model's code."""
     kind, parts = kind_of(requests, original_kernel), [DECODING]
     for mode in (FORWARD, TRAINING):
         limit = LIMITS.get((kind, device, mode))
@@ -128,6 +128,6 @@ def native_by_rule(requests: Sequence[Request], original_kernel: str, device: st
 
 
 def _queries(requests: Sequence[Request], scores: int) -> int:
-    """Return how many queries a call with a batch of one needs for a number of scores."""
+    """Return with how many queries a call of batch size 1 reaches a number of scores."""
     heads, keys = requests[0].heads, keys_per_query(requests)
     return max(math.isqrt(scores // heads), math.ceil(scores / (heads * keys)) if keys else 0)

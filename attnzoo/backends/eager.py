@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.backend import Backend, Capabilities
+from attnzoo.spec.chosen_blocks import ChosenBlocks
 from attnzoo.spec.hashed import HashedChunks
 from attnzoo.spec.heads import expand_heads
 from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
@@ -110,7 +111,7 @@ class EagerBackend(Backend):
     capabilities: ClassVar[Capabilities] = Capabilities(
         devices=frozenset({"cpu", "cuda"}),
         dtypes=frozenset(FLOATS),
-        patterns=frozenset({Full, Causal, Window, Chunks, SortedChunks, HashedChunks}),
+        patterns=frozenset({Full, Causal, Window, Chunks, SortedChunks, HashedChunks, ChosenBlocks}),
         segments=1 << 16,
         key_mask=True,
         mask=True,

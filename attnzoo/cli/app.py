@@ -127,7 +127,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # the encoding of the terminal may lack a character
     try:
-        app()
+        app(prog_name="attnzoo")  # also for python -m attnzoo, whose completion would get another name
     except AttnzooError as error:
         print(fit(f"attnzoo: {error}"), file=sys.stderr)
         sys.exit(2)

@@ -55,13 +55,13 @@ def bench(
     ),
     layers: int = typer.Option(None, help="Layers in each stack of a whole model; default: as published."),
     clock: str = typer.Option("wall", help="wall or cpu. CPU time stays right while other programs use the machine."),
-    json: str = typer.Option(
+    json: str | None = typer.Option(
         None,
         "--json",
         metavar="FILE",
         help="JSON file to write; - prints the JSON instead of tables; default: shootout/<name>.json.",
     ),
-    plot: Path = typer.Option(None, "--plot", help="PNG file to write; default: beside the JSON file."),
+    plot: Path | None = typer.Option(None, "--plot", help="PNG file to write; default: beside the JSON file."),
     no_plot: bool = typer.Option(False, "--no-plot", help="Write no PNG file."),
 ) -> None:
     """Time the original model and every backend on real text, after a correctness check of every backend.

@@ -27,7 +27,7 @@ def report(
 ) -> None:
     """Make one HTML page of a result of bench or verify: tables to sort, charts, machine, versions and commands.
 
-    The page works without a network, on paper-wide and on phone-wide screens. It needs: pip install 'attnzoo[report]'.
+    The page works without a network, on wide and on narrow screens. It needs: pip install 'attnzoo[report]'.
     """
     from dataclasses import asdict
 

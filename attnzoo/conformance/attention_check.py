@@ -107,7 +107,7 @@ def check_attention(
     copy = detached(attention, dtype, grad)
     with torch.set_grad_enabled(grad):
         plain_dtype = error_rule.plain_dtype(dtype)
-        # Before the backend, because the copies share the masks, which the backend may change.
+        # This must run before the backend: the copies share the masks with the backend, which may change them.
         reference, eager = plain(torch.float64), plain(plain_dtype)
         versions = _versions(attention)
         result = execute(backend, copy) if result is None else result

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnzoo.conformance.random_attention import BATCH, LENGTH, random_attention
 from attnzoo.conformance.transform_check import CHECKED_TRANSFORMS
+from attnzoo.spec.chosen_blocks import ChosenBlocks
 from attnzoo.spec.hashed import HashedChunks
 from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern, SortedChunks, Window
 from attnzoo.spec.segments import FLOATS, Attention, Request, SegmentRequest
@@ -186,7 +187,8 @@ def shrink(request: Request) -> Request:
 def _shrunk(pattern: Pattern) -> Pattern:
     if isinstance(pattern, Window):
         return replace(pattern, left=min(pattern.left, 7), right=min(pattern.right, 5))
-    return replace(pattern, length=min(pattern.length, 8)) if isinstance(pattern, Chunks) else pattern
+    shorter = isinstance(pattern, Chunks | ChosenBlocks)
+    return replace(pattern, length=min(pattern.length, 8)) if shorter else pattern  # type: ignore[call-arg]
 
 
 def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[AttentionCase]:
@@ -219,8 +221,13 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[AttentionCase]:
                 yield AttentionCase(dtype, hashed, mask, kv_heads=2, q_len=5, kv_len=23)
                 yield AttentionCase(dtype, hashed, mask, kv_heads=1, dropout=0.25)
                 yield AttentionCase(dtype, hashed, mask, uneven=True, grad=False)
+        yield AttentionCase(dtype, ChosenBlocks(8), mask)
+        yield AttentionCase(dtype, ChosenBlocks(5), mask, kv_heads=2, q_len=9, kv_len=23)
+        yield AttentionCase(dtype, ChosenBlocks(8), mask, kv_heads=1, dropout=0.25)
+        yield AttentionCase(dtype, ChosenBlocks(8), mask, uneven=True, grad=False, strided=True)
         if mask == "none":
             yield AttentionCase(dtype, HashedChunks(5), mask, bias="trained relative")
+            yield AttentionCase(dtype, ChosenBlocks(5), mask, bias="trained relative")
             yield AttentionCase(dtype, SortedChunks(8, 1, 1), mask, uneven=True)
     yield from _cases_with_other_shapes(dtypes)
     yield from _cases_with_softcap(dtypes)
@@ -229,6 +236,7 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[AttentionCase]:
         for pattern in PATTERNS:
             mask = "keys" if isinstance(pattern, SortedChunks) else "globals"
             yield AttentionCase(dtype, pattern, mask, kv_heads=2, q_len=_LONG, kv_len=_LONG, batch=2)
+        yield AttentionCase(dtype, ChosenBlocks(32), "globals", kv_heads=2, q_len=_LONG, kv_len=_LONG, batch=2)
         for pattern, mask, bias in (
             (Window(5, 3), "none", "trained relative"),
             (Causal(), "keys", "trained dense"),
@@ -268,5 +276,6 @@ def _transformed_cases(dtype: torch.dtype) -> Iterator[AttentionCase]:
         yield AttentionCase(dtype, Causal(), mask, kv_heads=2, q_len=5, kv_len=23, transform=transform)
         if mask in ("none", "keys"):
             yield AttentionCase(dtype, SortedChunks(8, 1, 0, causal=True), mask, transform=transform)
+            yield AttentionCase(dtype, ChosenBlocks(8), mask, transform=transform)
     for transform, bias in itertools.product(CHECKED_TRANSFORMS, ("relative", "trained relative", "trained dense")):
         yield AttentionCase(dtype, Window(5, 3), "keys", bias, transform=transform)

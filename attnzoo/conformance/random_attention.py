@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from attnzoo.spec.bias import Bias, DenseBias, RelativeBias
+from attnzoo.spec.chosen_blocks import ChosenBlocks
 from attnzoo.spec.global_keys import find_global_keys
 from attnzoo.spec.hashed import HashedChunks, HashRound
 from attnzoo.spec.patterns import Full, SortedChunks
 from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest
 
 LENGTH = 37  # number of queries and of keys, not a multiple of any block size
+CHOSEN = 2  # number of blocks of keys that a block of queries sees with ChosenBlocks
 FEW_KEYS = 6  # number of keys of every segment after the first
 BATCH = 3
 SOFTCAP = 1.5  # small enough to change scores, whose standard deviation is 1
@@ -155,7 +157,17 @@ class _Draw:
         sizes = (1, self.request.heads) if self.other_shapes else (self.batch, 1)
         mask = self.flags(*sizes, self.q_len, kv_len, p=0.6) if request.mask else None
         key_mask = self._padding(kv_len) if request.key_mask else None
-        return Segment(key, value, request.pattern, key_mask, mask, bias)
+        pattern = request.pattern
+        if isinstance(pattern, ChosenBlocks):
+            pattern = replace(pattern, chosen=self._chosen(pattern.length, kv_len))
+        return Segment(key, value, pattern, key_mask, mask, bias)
+
+    def _chosen(self, length: int, kv_len: int) -> Tensor:
+        """Return random blocks of keys for each block of queries, and no block for a fifth of the choices."""
+        shape = (self.batch, self.request.heads, -(-self.q_len // length), CHOSEN)
+        drawn = torch.randint(0, -(-kv_len // length), shape, generator=self.random)
+        none = torch.rand(shape, generator=self.random) < 0.2
+        return drawn.masked_fill(none, -1).to(self.request.device)
 
     def _padding(self, kv_len: int) -> Tensor:
         """Return a key mask of up to three samples: padding on the left, padding on the right, and only padding."""

@@ -1,8 +1,8 @@
 """Convert an attention to the plain arguments of an operator, and back.
 
-An operator takes tensors, numbers and strings. Integers such as offsets may be symbols in a graph (``torch.SymInt``), so
-they are arguments and no part of a string. The string, called *form*, contains only what no length changes: the class
-of each pattern and bias, and which optional fields are present.
+An operator takes tensors, numbers and strings. Integers such as offsets may be symbols in a graph (``torch.SymInt``).
+So they are numbers, and no part of a string. A string, the *form*, contains only what does not depend on lengths: the
+class of each pattern and bias, and which optional fields are present.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from attnzoo.spec.segments import Attention, Segment
 
 _CLASSES: tuple[type[Any], ...] = (Full, Causal, Window, Chunks, SortedChunks, RelativeBias, DenseBias)
 _BY_NAME = {cls.__name__: cls for cls in _CLASSES}
-# ``values`` of a bias may get a gradient, so they are in another list.
+# ``values`` of a bias may get a gradient, so they are in ``Flat.trained``.
 _FIELDS = {name: tuple(field.name for field in fields(cls) if field.name != "values") for name, cls in _BY_NAME.items()}
 _NONE, _TRUE, _FALSE, _INTEGER, _MASK = "-", "T", "F", "i", "m"
 
@@ -31,7 +31,7 @@ class Flat(NamedTuple):
     Attributes:
         trained: the distinct tensors that may get a gradient.
         masks: the tensors that get no gradient.
-        numbers: the integers. The first is always 0, because PyTorch cannot derive operators with empty lists.
+        numbers: the integers. The first is always 0, because PyTorch cannot differentiate operators with empty lists.
         factors: scale, dropout and, if there is one, softcap.
         form: everything else.
     """

@@ -1,9 +1,8 @@
 """The operators ``attnzoo::attend`` and ``attnzoo::attend_backward``.
 
 A graph of ``torch.compile`` or ``torch.export`` contains the attention of a site as one operator, and no operation of
-its backend. When the graph runs, the operator runs the site's backend as outside of a graph: with real tensors, so that
-kernels are selected, refused, counted and observed as always. Lengths are symbols in the graph, so a new length needs
-no new graph.
+the site's backend. When the graph runs, the operator runs the backend on real tensors. So selection, refusals, counts
+and observers work as outside of a graph. Lengths are symbols in the graph, so a new length needs no new graph.
 
 The backward computes the forward again, as gradient checkpointing does. So every backend with gradients works in a
 graph, and only the inputs are kept for the backward.
@@ -15,6 +14,7 @@ import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,7 @@ from attnzoo.errors import BackendRefusedError, PatchError, Refusal
 from attnzoo.functional import execute
 from attnzoo.graphs.flat import Flat, flatten, unflatten
 from attnzoo.registry import registry
+from attnzoo.spec.masks import read_dense_mask
 from attnzoo.spec.segments import Attention, Result
 
 
@@ -37,7 +38,7 @@ class Runner(Protocol):
         """Return the output of an attention that was counted before."""
 
 
-NO_SITE = 0  # in an exported program, which outlives the site: the backend runs by name
+NO_SITE = 0  # for exported programs, which outlive the site and run the backend by its name
 _runners: weakref.WeakValueDictionary[int, Runner] = weakref.WeakValueDictionary()
 _numbers = itertools.count(NO_SITE + 1)
 # The bytes of the state of a random generator: the Mersenne Twister of the CPU, seed and offset on CUDA.
@@ -68,6 +69,10 @@ def attend_in_graph(attention: Attention, runner: int, backend: str) -> Tensor:
 
 def _run(flat: Flat, runner: int, backend: str, counts: bool) -> Tensor:
     attention = unflatten(flat)
+    if attention.query.is_cpu and attention.q_len > 1:
+        # Kernels skip what a pattern hides. On a GPU, the CPU would have to wait for the values of the mask.
+        segments = tuple(read_dense_mask(segment, attention.batch) for segment in attention.segments)
+        attention = replace(attention, segments=segments)
     if runner == NO_SITE:
         return execute(registry.configure(backend), attention).output
     site = _runners.get(runner)
@@ -110,19 +115,22 @@ def _(
     value = trained[int(form.split(",")[4])]
     batch, heads, q_len, _ = query.shape
     size = 0 if factors[1] == 0.0 else _STATE_SIZES.get(query.device.type, _STATE_SIZES["cpu"])
-    return query.new_empty((batch, q_len, heads, value.shape[3])), torch.empty(size, dtype=torch.uint8, device="cpu")
+    return query.new_empty((batch, q_len, heads, value.shape[3])), query.new_empty(size, dtype=torch.uint8)
 
 
 def _in_model_layout(output: Tensor) -> Tensor:
-    """Return ``(batch, heads, q_len, dim)`` as contiguous ``(batch, q_len, heads, dim)``, the layout of most kernels."""
+    """Return an output ``(batch, heads, q_len, dim)`` as contiguous ``(batch, q_len, heads, dim)``, as models do."""
     return output.transpose(1, 2).contiguous()
 
 
 def _random_state(device: torch.device, dropout: float) -> Tensor:
-    """Return the state of the random generator of a device, or an empty tensor if there is no dropout."""
+    """Return the state of the random generator of a device, or an empty tensor if there is no dropout.
+
+    The result is on the device, because a graph with results on the CPU cannot be captured as a CUDA graph.
+    """
     if dropout == 0.0:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+        return torch.empty(0, dtype=torch.uint8, device=device)
+    return torch.cuda.get_rng_state(device).to(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 @contextmanager
@@ -133,13 +141,13 @@ def _random_numbers_from(state: Tensor, device: torch.device) -> Iterator[None]:
         return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if device.type == "cuda":
-            torch.cuda.set_rng_state(state, device)
+            torch.cuda.set_rng_state(state.cpu(), device)
         else:
             torch.set_rng_state(state)
         yield
 
 
-# ``custom_op`` would run this operator without autograd, which it needs to derive the repeated forward.
+# This operator repeats the forward and computes its gradients by autograd. ``custom_op`` would disable autograd.
 torch.library.define(
     "attnzoo::attend_backward",
     "(Tensor grad, Tensor state, Tensor[] trained, Tensor[] masks, SymInt[] numbers, float[] factors, str form, "

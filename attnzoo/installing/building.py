@@ -1,9 +1,9 @@
-"""When a model of transformers is complete: after ``from_pretrained``, or at the last ``post_init`` of a constructor.
+"""Patch a model when transformers has finished building it.
 
-Every model of transformers calls ``post_init`` at the end of ``__init__``, and so does every model inside it. Only the
-outermost model is patched, with all its parts, so there is one patch with one handle. ``from_pretrained`` builds the
-model on the meta device first. The plan is then checked at ``post_init``, before any weight is loaded, and the patch
-is put in place after ``from_pretrained``.
+Every model of transformers calls ``post_init`` at the end of its ``__init__``. Models inside the model do so too.
+attnzoo waits for the ``post_init`` of the outermost model, and then patches this model with all its parts. So there is
+one patch with one handle. ``from_pretrained`` builds the model before it loads weights. Then attnzoo only checks the
+plan in ``post_init``, and patches the model after ``from_pretrained``.
 """
 
 from __future__ import annotations
@@ -50,12 +50,14 @@ def load(from_pretrained: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _is_inside_constructor() -> bool:
-    """Whether a constructor is running around the caller of ``post_init`` that contains a call of ``post_init`` too.
+    """Whether the current call of ``post_init`` comes from inside another constructor that calls ``post_init`` too.
 
-    A model that such a constructor builds after this call is not patched. No model of transformers does this.
+    The outer constructor belongs to a model that contains this model, or to a subclass that adds modules to the same
+    model. If the outer constructor builds a model after its call of ``post_init``, that model is never patched. No
+    model of transformers does this.
 
-    The stack tells this even if an earlier constructor failed halfway. A list of models under construction would then
-    keep the failed model. The constructor around may be that of a subclass, which adds modules to the same model.
+    The function reads the stack, because a list of models under construction would keep a model whose constructor
+    raised.
     """
     from transformers import PreTrainedModel
 

@@ -1,4 +1,4 @@
-"""Decide for one model whether its ``attn_implementation`` names a backend of attnzoo or is transformers' own."""
+"""Decide whether the ``attn_implementation`` of a model means a backend of attnzoo or code of transformers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from attnzoo.installing.marks import Served, forget, remember, saved_name
 from attnzoo.installing.names import PREFIX, NamedBackend, is_ours, read_name
 from attnzoo.registry import registry
 
-# transformers' decision for one model: it returns the implementation to use, or raises for a name that it does not
-# serve. None stands for transformers' default.
+# transformers' decision for one model: a function from a requested name to the implementation to use. The function
+# raises if transformers does not support the name for the model. The name None requests transformers' default.
 Decide = Callable[[str | None], str]
 
 
 def decide(model: Any, implementation: str | None, default: str | None, theirs: Decide) -> str:
-    """Return the implementation for transformers' field, and remember in the configuration what attnzoo has to run.
+    """Return the implementation for transformers' field, and store the requested backend in the configuration.
 
     Args:
         model: the model under construction. Only its class and configuration are complete.
@@ -43,7 +43,7 @@ def decide(model: Any, implementation: str | None, default: str | None, theirs: 
 
 
 def _remembered(config: Any, implementation: str | None) -> NamedBackend | None:
-    """Return the backend that an earlier model with this configuration requested, or a saved model. None if neither."""
+    """Return the backend that the configuration stores from an earlier model or from ``config.json``, or None."""
     if isinstance(implementation, Served) and implementation.explicit:
         return read_name(implementation.text)
     saved = saved_name(config)
@@ -53,13 +53,13 @@ def _remembered(config: Any, implementation: str | None) -> NamedBackend | None:
 
 
 def choose(model: Any, implementation: str, theirs: Decide) -> tuple[str, NamedBackend | None]:
-    """Return transformers' implementation for a name, and the backend if the name is not transformers' own.
+    """Return the implementation that transformers uses, and the backend that the name means (None: no backend).
 
-    A name that transformers serves on the model is transformers' own, unless the name begins with ``attnzoo/``.
+    A name means a backend if it begins with ``attnzoo/``, or if transformers does not support the name for this model.
 
     Raises:
         UnknownNameError: neither transformers nor attnzoo knows the name, but attnzoo knows a similar name.
-        The errors of transformers for a name that is transformers' own.
+        ValueError, ImportError: transformers refuses the name, and attnzoo knows no similar name.
     """
     if implementation.startswith(PREFIX):
         return theirs(None), read_name(implementation)
@@ -83,7 +83,7 @@ def _is_misspelled(implementation: str) -> bool:
 
 
 def is_supported(model: Any) -> bool:
-    """Whether an adapter exists for the model's family. Subclasses with another model type belong to the family."""
+    """Whether an adapter exists for the model's family. A subclass with another model type belongs to the family."""
     configs = (getattr(cls, "config_class", None) for cls in type(model).__mro__)
     classes = (cls for config in (type(model.config), *configs) for cls in getattr(config, "__mro__", ()))
     types = {getattr(cls, "model_type", None) for cls in classes}

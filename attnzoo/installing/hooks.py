@@ -1,8 +1,8 @@
 """The methods of transformers' ``PreTrainedModel`` that ``install`` wraps, and their exact restoration.
 
-``__init__`` of a model asks ``_check_and_adjust_attn_implementation`` which implementation to use. This method is
-private, but it is the only place that every way of building a model goes through. The other three methods are public.
-attnzoo registers nothing in ``AttentionInterface``: models that do not call this interface ignore registered names.
+``__init__`` of a model asks ``_check_and_adjust_attn_implementation`` which implementation to use. attnzoo wraps this
+private method because every way of building a model calls it. The other three methods are public. attnzoo registers
+nothing in ``AttentionInterface``, because LED, for example, does not call this interface and ignores registered names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _DECISION = "_check_and_adjust_attn_implementation"
 _PARAMETERS = ["self", "attn_implementation", "is_init_check", "allow_all_kernels"]
 _FIELD = "_attn_implementation_internal"
 
-# {name: (attribute of PreTrainedModel before, the wrapper)}. Empty if attnzoo is not installed.
+# {method name: (attribute of PreTrainedModel before install, wrapper)}. Empty if attnzoo is not installed.
 _in_place: dict[str, tuple[Any, Any]] = {}
 
 
@@ -31,7 +31,7 @@ def put() -> None:
     """Wrap the methods of ``PreTrainedModel``. Do nothing if they are wrapped.
 
     Raises:
-        PatchError: this version of transformers decides in another way.
+        PatchError: this version of transformers selects the implementation in another way.
     """
     from transformers import PreTrainedModel
 
@@ -70,7 +70,7 @@ def take_back() -> None:
 
 
 def _check_transformers(cls: Any) -> None:
-    """Raise unless ``__init__`` decides as in the versions that were read: 5.17 to 5.24."""
+    """Raise unless ``__init__`` selects the implementation as in transformers 5.17 to 5.24."""
     import transformers
 
     method = vars(cls).get(_DECISION)

@@ -16,7 +16,7 @@ from attnzoo.registry import registry
 VARIABLE = "ATTNZOO_BACKEND"
 
 _lock = threading.RLock()
-_open_scopes: list[Settings] = []  # of all threads
+_open_scopes: list[Settings] = []  # the open `with installed()` blocks of all threads
 
 
 def install(default: str | None = None) -> None:
@@ -25,18 +25,17 @@ def install(default: str | None = None) -> None:
     From now on ``from_pretrained``, ``from_config``, ``pipeline(model_kwargs=...)``, ``Model(config)`` and
     ``model.set_attn_implementation`` accept backend names, aliases and variants for every model that
     :func:`attnzoo.patch` accepts. The model is then patched as by :func:`attnzoo.patch`, and :func:`attnzoo.handle`
-    returns its handle. A name that transformers serves on a model (``"eager"`` on every model, ``"sdpa"`` on GPT-NeoX)
-    stays transformers' own. ``"attnzoo/NAME"`` always means a backend of attnzoo. ``"NAME:option=value,..."`` sets
-    options.
+    returns its handle. If transformers supports a name for a model (``"eager"`` for every model, ``"sdpa"`` for
+    GPT-NeoX), the name selects transformers' code. ``"attnzoo/NAME"`` always means a backend of attnzoo.
+    ``"NAME:option=value,..."`` sets options.
 
     ``save_pretrained`` writes the name to ``config.json``, as ``attnzoo_backend``. ``from_pretrained`` then uses the
     name, unless ``attn_implementation`` is given. Without ``install``, transformers ignores the entry.
 
     Args:
-        default: the backend for models of families that have an adapter and are built without
-            ``attn_implementation`` and without a saved name. Other models need a name. None means the value of the
-            environment variable ``ATTNZOO_BACKEND`` or, without this variable, transformers' default. A default is not
-            saved with a model.
+        default: the backend of models that are built without ``attn_implementation`` and have no saved name. The
+            default applies only to families that have an adapter. None means the value of the environment variable
+            ``ATTNZOO_BACKEND`` or, without this variable, transformers' default. A default is not saved with a model.
 
     A second call replaces the default of the first call.
 
@@ -62,10 +61,10 @@ def install(default: str | None = None) -> None:
 
 
 def uninstall() -> None:
-    """Undo :func:`install`: transformers has its own methods again. Do nothing if attnzoo is not installed.
+    """Undo :func:`install`, and restore the methods of transformers. Do nothing if attnzoo is not installed.
 
     Models that were built before stay patched, and :func:`attnzoo.unpatch` removes their patch. Open ``with
-    installed()`` blocks stay in force until they end.
+    installed()`` blocks keep their effect until they end.
 
     Raises:
         PatchError: other code has replaced a method of transformers since ``install``. attnzoo stays installed.
@@ -85,7 +84,7 @@ def uninstall() -> None:
 def installed(default: str | None = None) -> Iterator[None]:
     """Context manager that installs attnzoo for the code in a ``with`` block, in this thread or task only.
 
-    Blocks may be nested, also inside :func:`install`: the innermost decides about the default.
+    Blocks may be nested, and attnzoo may also be installed in the whole process. The innermost block sets the default.
 
     Args:
         default: as for :func:`install`.
@@ -118,7 +117,7 @@ def installed(default: str | None = None) -> Iterator[None]:
 
 
 def _settings(default: str | None) -> Settings:
-    """Return checked settings. The variable ``ATTNZOO_BACKEND`` stands in for a missing default."""
+    """Return checked settings. If ``default`` is None, the variable ``ATTNZOO_BACKEND`` sets the default."""
     argument, text = ("default", default) if default is not None else (VARIABLE, os.environ.get(VARIABLE) or None)
     if text is None:
         return Settings()

@@ -1,12 +1,12 @@
-"""How a configuration remembers which backend of attnzoo a model requested.
+"""Marks store in a configuration which backend of attnzoo a model requested.
 
-transformers keeps its decision in ``config._attn_implementation``, and model code reads this field in every forward. So
-the field of an installed model holds a name of transformers, as a :class:`Served`: a string that also knows the request
-for attnzoo. Copies of the configuration keep the mark. If other code sets the field, the mark is gone, and so is the
-request.
+transformers stores the selected implementation in the field ``config._attn_implementation``, and model code reads this
+field in every forward. So the field must hold a name of transformers. The mark is a :class:`Served` in this field: a
+string with this name that also holds the requested backend. Copies of the configuration keep the mark. If other code
+sets the field, the mark and the request are lost.
 
-transformers does not save the field. The configuration therefore has the attribute ``attnzoo_backend`` too, a plain
-string that ``save_pretrained`` writes to ``config.json``. A process without attnzoo ignores it.
+transformers does not save the field. So the configuration also has the attribute ``attnzoo_backend``, a plain string
+that ``save_pretrained`` writes to ``config.json``. A process without attnzoo ignores this entry.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ KEY = "attnzoo_backend"
 
 
 class Served(str):
-    """The attention implementation of transformers under a backend of attnzoo: ``"eager"`` or ``"sdpa"``.
+    """The implementation that transformers sees (``"eager"`` or ``"sdpa"``), with the request for a backend of attnzoo.
 
     Attributes:
         text: the name of the requested backend, as in :class:`~attnzoo.installing.names.NamedBackend`.

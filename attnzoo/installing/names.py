@@ -20,7 +20,7 @@ class NamedBackend:
     Attributes:
         text: the text without ``attnzoo/``, e.g. ``"sdpa"`` or ``"blocked-local:window=1024"``.
         backend: the configured backend.
-        explicit: whether a user chose the backend for this model. If not, it is the default of the program.
+        explicit: whether a user chose the backend for this model. If not, the backend is the default of ``install``.
     """
 
     text: str
@@ -42,7 +42,7 @@ def read_name(text: object, explicit: bool = True, argument: str = "attn_impleme
 
     Raises:
         UnknownNameError: no backend has this name, or the backend has no such option.
-        InvalidArgumentError: ``text`` is no text, or a value of an option is not allowed.
+        InvalidArgumentError: ``text`` is not a string, or a value of an option is not allowed.
     """
     if not isinstance(text, str):
         raise InvalidArgumentError(argument, repr(text), "the name of a backend, e.g. 'sdpa'")

@@ -84,8 +84,8 @@ def patch_again(model: nn.Module) -> None:
     """Replace the patches that ``install`` made by the patches that the configurations now request.
 
     Raises:
-        PatchError: a site has a patch that a user made, or an earlier patch covers more than ``model``. Other errors
-            are those of :func:`attnzoo.patch`. The model is unchanged.
+        PatchError: a site has a patch that a user made, or an earlier patch also covers modules outside ``model``.
+            Other errors are those of :func:`attnzoo.patch`. The model is unchanged.
     """
     requests = requests_of(model)
     targets = find_sites(model)
@@ -113,7 +113,7 @@ def _unpatch_installed(model: nn.Module) -> None:
 
 
 def _assign(model: nn.Module, targets: list[PatchTarget], requests: Requests) -> dict[PatchTarget, Backend]:
-    """Return the backend of each site: the request of the smallest part of the model around the site.
+    """Return the backend of each site: the request of the smallest part of the model that contains the site.
 
     Raises:
         PatchError: a user chose a backend for a part in which no site gets a backend.

@@ -59,7 +59,7 @@ def set_implementation(
 
 
 def _parts(model: Any) -> dict[int, Any]:
-    """Return the first model with each configuration, by the identity of the configuration. The model comes first."""
+    """Return ``{id(config): part}`` for the parts of a model. If parts share a configuration, the first part counts."""
     from transformers import PreTrainedModel
 
     parts: dict[int, Any] = {}
@@ -77,7 +77,7 @@ def _configs(config: Any) -> Iterator[Any]:
 
 
 def _names(config: Any, implementation: Any, unregistered: list[int]) -> Iterator[tuple[int, str]]:
-    """Yield ``(identity of a configuration, requested name)``. Configurations without a requested name are left out.
+    """Yield ``(id(config), requested name)``, without the configurations for which no name is requested.
 
     As in transformers, a part whose configuration is no sub-configuration gets the name of the whole model.
     """
@@ -91,7 +91,7 @@ def _names(config: Any, implementation: Any, unregistered: list[int]) -> Iterato
 
 
 def _with_served(config: Any, implementation: Any, served: Mapping[int, str]) -> Any:
-    """Return ``implementation`` for transformers: what transformers will serve in place of each requested name."""
+    """Return ``implementation`` for transformers, with ``served`` names in place of the requested names."""
     top = implementation.get("") if isinstance(implementation, Mapping) else implementation
     top = served.get(id(config), top)
     if not config.sub_configs:
@@ -105,6 +105,6 @@ def _with_served(config: Any, implementation: Any, served: Mapping[int, str]) ->
 
 
 def _keeping_field(part: Any, decide: Decide) -> Decide:
-    """Return transformers' decision, but without a change to a field that suits the adapters of attnzoo."""
+    """Return ``decide`` with another default: the current implementation of the part, if adapters support it."""
     field = str(part.config._attn_implementation)
     return lambda name: field if name is None and field in ("eager", "sdpa") else decide(name)

@@ -15,8 +15,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 def register_variant(name: str, backend: str, **options: Any) -> Backend:
     """Register a name for a backend with options. The name works wherever a backend name works.
 
-    Examples are ``patch(model, backend=name)`` and, after :func:`attnzoo.install`, ``attn_implementation=name``. A
-    model that was loaded under the name saves it. To load this model with attnzoo again, register the name first.
+    Examples are ``patch(model, backend=name)`` and, after :func:`attnzoo.install`, ``attn_implementation=name``. If a
+    model was loaded with this name, ``save_pretrained`` saves the name. Register the name before loading the model.
 
     Args:
         name: the new name: letters, digits, ``.``, ``_`` and ``-``.
@@ -41,7 +41,7 @@ def register_variant(name: str, backend: str, **options: Any) -> Backend:
     from transformers import AttentionInterface
 
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        # "a/b" is a kernel of the hub, "paged|a" an implementation for continuous batching, "a:b=1" a name with options
+        # Reserved: "a/b" is a kernel of the hub, "paged|a" is for continuous batching, "a:b=1" is a name with options.
         raise InvalidArgumentError("variant name", repr(name), "letters, digits, '.', '_' and '-'")
     if name in AttentionInterface().valid_keys() and name not in registry.names():
         raise InvalidArgumentError("variant name", f"{name!r}, a name of transformers", "a name that is not used")

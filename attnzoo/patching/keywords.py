@@ -58,7 +58,8 @@ def check_keywords(module: nn.Module, kwargs: Mapping[str, Any], cache_names: tu
     """
     refuse_uncomputed(kwargs, _undeclared(type(module).forward))
     for name in cache_names:
-        if _is_paged(type(kwargs.get(name))):
+        value = kwargs.get(name)
+        if value is not None and _is_paged(type(value)):
             refuse_uncomputed(kwargs, frozenset({name}))
 
 
@@ -69,7 +70,7 @@ def _is_paged(cls: type) -> bool:
 
 @lru_cache(maxsize=256)
 def _undeclared(forward: Callable[..., Any]) -> frozenset[str]:
-    """Return the names in ``UNCOMPUTED`` that a forward accepts without declaring them."""
+    """Return the names in ``UNCOMPUTED`` that a forward accepts only through ``**kwargs``."""
     if inspect.getfullargspec(inspect.unwrap(forward)).varkw is None:
         return frozenset()
     return UNCOMPUTED - parameters(forward)

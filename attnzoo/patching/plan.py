@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attnzoo.auto.native import NativeBackend
 from attnzoo.auto.selection import AutoBackend
 from attnzoo.backend import Backend
-from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError, Refusal, shorten
+from attnzoo.errors import BackendRefusedError, InvalidArgumentError, KeywordRefusedError, PatchError, Refusal, shorten
 from attnzoo.functional import alternatives_to, autocast_dtype, check_requests, refusals_of
 from attnzoo.originals import slots
 from attnzoo.patching.keywords import check_keywords
@@ -66,13 +66,13 @@ class SitePlan:
         kwargs: Mapping[str, Any],
         sharers: Callable[[], Sequence[nn.Module]],
     ) -> None:
-        """Before a module that attends runs, raise if the backend refuses a request that this call is expected to make.
+        """Before an attention module runs, raise if the backend refuses a request that this call is expected to make.
 
         ``module`` is the target's module or a copy of it. ``sharers`` returns the same as :meth:`SiteAttend.sharers`.
 
-        The weights and the configuration of a module decide most of a request, and building a request from them takes
-        longer than a decoding step may. So the plan keeps the states in which the backend has supported the request. A
-        state contains everything that can change between two calls of a module.
+        The weights and the configuration of a module determine most of a request. But building a request takes too long
+        for a decoding step. So the plan keeps the states in which the backend has supported the request. A state
+        contains everything that can change between two calls of a module.
 
         Raises:
             BackendRefusedError: the backend refuses a request. The error lists every reason.
@@ -104,6 +104,43 @@ class SitePlan:
             if len(self._supported) >= _MOST_STATES:
                 self._supported.clear()
             self._supported.add(state)
+
+    def fits_graph(
+        self,
+        given: Sequence[str],
+        wanted: bool | None,
+        grad: bool,
+        exporting: bool,
+        sharers: Callable[[], Sequence[nn.Module]],
+    ) -> bool:
+        """Whether a graph of a compiler may contain a call: the backend supports all that the call may request.
+
+        Args:
+            given: the names of the keyword arguments.
+            wanted: the argument ``output_attentions``. A graph contains no weights of an attention.
+            grad: whether gradients are enabled.
+            exporting: whether the graph is exported. It then contains the name of the backend, but no options.
+            sharers: as for :meth:`check_call`.
+        """
+        module, point = self.target.module, self.target.point
+        if exporting and self.backend.options():
+            return False
+        if not point.attends:
+            return True
+        if point.wants_probabilities(module, {} if wanted is None else {"output_attentions": wanted}):
+            return False
+        try:
+            check_keywords(module, dict.fromkeys(given, True), point.cache)
+        except KeywordRefusedError:
+            return False
+        requests = expected_requests(point, module, sharers() or (module,), grad)
+        return not any(registry.refusals(self.backend, _with_dense_masks(request)) for request in requests)
+
+
+def _with_dense_masks(request: Request) -> Request:
+    """Return the request that a graph may make. It passes masks on unread: as a dense mask, and perhaps a bias."""
+    segments = (replace(segment, mask=True, bias=segment.bias or "dense") for segment in request.segments)
+    return replace(request, segments=tuple(segments))
 
 
 def plan_sites(

@@ -35,7 +35,7 @@ def calls_by_backend(site: Site) -> Counter[str]:
 
 
 def begin(site: Site) -> None:
-    """Count a new site from now on."""
+    """Include a new site in the tally."""
     with _lock:
         _sites[id(site)] = (weakref.ref(site), calls_by_backend(site))
 

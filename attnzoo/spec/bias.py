@@ -57,7 +57,7 @@ class Bias:
     def of_query(self, query: int, q_len: int, kv_len: int) -> Tensor | None:
         """Return the bias ``(batch or 1, heads or 1, 1, kv_len)`` of one query, or None if :meth:`gather` must be used.
 
-        A decoding step needs only one row, which few operations compute.
+        A decoding step needs the bias of only one query, which takes fewer operations than :meth:`gather`.
         """
         return None
 
@@ -79,11 +79,11 @@ def _are_consecutive(index: Tensor) -> bool:
 
 
 def _sums_of_diagonals(scores: Tensor) -> Tensor:
-    """Return the sums of the diagonals of ``(heads, n, m)``, ``(heads, n + m - 1)``, from the lower left corner on.
+    """Return the sums of the diagonals of ``(heads, n, m)`` as ``(heads, n + m - 1)``, from the lower left corner on.
 
-    Rows that are one entry longer than the next row's start turn diagonals into columns: padding to ``n + m`` columns
-    and reading rows of ``n + m - 1`` entries moves each row by one column more than the row before. Sums of columns are
-    much faster than a scatter.
+    The function pads rows to ``n + m`` entries, and then reads the same memory as rows of ``n + m - 1`` entries. Each
+    row moves by one column more than the row before, so a diagonal becomes a column. Sums of columns are much faster
+    than a scatter.
     """
     heads, n, m = scores.shape
     wide = torch.nn.functional.pad(scores.flip(1), (0, n)).flatten(1)
@@ -152,7 +152,7 @@ class RelativeBias(Bias):
         def bias_at(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             if self.positions is not None and q.device.type == "cpu" and readable(self.positions):
                 positions = self.positions[b, q]
-                # Queries in another order per head have several positions per row.
+                # If each head has another order of queries, positions differ between heads and rows are not equal.
                 if positions.ndim == 4 and positions.shape[1] == 1 and kv.numel() == kv.shape[-1]:
                     return self._gather_rows(positions, kv)
             return self.values[h if per_head else torch.zeros_like(h), self._index(b, q, kv, q_len, kv_len)]
@@ -207,6 +207,8 @@ class RelativeBias(Bias):
         if self.positions is not None:
             return None
         *shape, distance = tile.shape_and_distance
+        if self.values.shape[1] == 1:  # the same value for all distances
+            return tuple(shape)
         return (*shape, distance - self._shift(tile.q_len, tile.kv_len))
 
 

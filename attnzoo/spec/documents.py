@@ -131,5 +131,5 @@ def attend_documents(
 
 
 def _by_distance(bias: Bias | None) -> bool:
-    """Whether a document has the same bias at every position in the row."""
+    """Whether the bias within a document is the same wherever the document is in the row."""
     return bias is None or (type(bias) is RelativeBias and bias.positions is None and not bias.offset)

@@ -7,6 +7,7 @@ key mask only if both together hide exactly the same keys. A mask under ``vmap``
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from attnzoo.errors import InvalidArgumentError
 from attnzoo.spec.bias import DenseBias
 from attnzoo.spec.documents import Pack, find_documents
 from attnzoo.spec.patterns import Causal, Full, Pattern, Window
-from attnzoo.spec.segments import describe
+from attnzoo.spec.segments import Segment, describe
 from attnzoo.spec.transforms import readable
 
 _ENTRIES_AT_ONCE = 1 << 24
@@ -69,7 +70,7 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
     if any(attention_mask.shape[dim] not in (1, size) for dim, size in zip((0, 2, 3), sizes, strict=True)):
         fits = f"shape (1 or {batch}, 1 or heads, 1 or {lengths[0]}, 1 or {lengths[1]})"
         raise InvalidArgumentError("attention_mask", describe(attention_mask), fits)
-    # A trained mask is a bias even where all its values are 0, as tables are at the start of a training.
+    # A mask that requires grad is a bias even if all its values are 0, as in tables at the start of training.
     if not attention_mask.requires_grad and readable(attention_mask) and _hides_nothing(attention_mask):
         return NO_MASK
     if attention_mask.dtype == torch.bool:
@@ -91,10 +92,25 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
     return _simplify(visible, batch)._replace(bias=bias if rest.requires_grad or bool((rest != 0).any()) else None)
 
 
-def _hides_nothing(mask: Tensor) -> bool:
-    """Whether a bool mask is True everywhere, or an additive mask 0. Most masks of a decoding step are.
+def read_dense_mask(segment: Segment, batch: int) -> Segment:
+    """Return an equivalent segment whose dense mask is a pattern and a key mask, if this is possible.
 
-    NaN is not 0, so ``any`` finds NaN too.
+    A graph of ``torch.compile`` passes every mask on as a dense mask, because it cannot read values, and the rest of an
+    additive mask as a bias that is usually 0.
+    """
+    if segment.mask is None or segment.key_mask is not None or not isinstance(segment.pattern, Full):
+        return segment
+    bias, read = segment.bias, _simplify(segment.mask, batch)
+    if isinstance(bias, DenseBias) and not bias.values.requires_grad and not bool(bias.values.any()):
+        bias = None
+    pattern = segment.pattern if isinstance(read.pattern, Full) else read.pattern
+    return replace(segment, pattern=pattern, key_mask=read.key_mask, mask=read.mask, bias=bias)
+
+
+def _hides_nothing(mask: Tensor) -> bool:
+    """Whether a bool mask is True everywhere, or an additive mask is 0 everywhere, as in most decoding steps.
+
+    The result for a mask with NaN is False, because ``any`` treats NaN as True.
     """
     if mask.dtype == torch.bool:
         return bool(mask.all())
@@ -111,7 +127,8 @@ def _simplify(visible: Tensor, batch: int) -> ReadMask:
     key_mask = None if bool(real.all()) else real.expand(batch, -1)
     if q_len == 1:  # the mask of one query is a key mask
         return ReadMask(Full(), key_mask, None, None)
-    # If the last query of a sample is not padding, the last key that this query sees has the position of the query.
+    # Find the offset. In a causal mask, the last key that the last query sees has the position of this query. (This
+    # needs a sample whose last query is not padding.)
     last = kv_len - 1 - int(grid[:, -1].any(0).flip(0).byte().argmax())
     offsets = dict.fromkeys((last - (q_len - 1), kv_len - q_len, 0))
     for pattern in (Full(), *(Causal(None if offset == kv_len - q_len != 0 else offset) for offset in offsets)):
@@ -124,7 +141,7 @@ def _simplify(visible: Tensor, batch: int) -> ReadMask:
 
 
 def _narrowest_window(grid: Tensor) -> Window | None:
-    """Return the narrowest window that contains all visible keys, or None if all keys are hidden or it has width 1."""
+    """Return the narrowest window with all visible keys, or None if no key is visible or the window has width 1."""
     q_len, kv_len = grid.shape[1:]
     lowest, highest, start = kv_len, -q_len, 0
     for rows in grid.split(max(1, _ENTRIES_AT_ONCE // (grid.shape[0] * kv_len)), dim=1):

@@ -66,7 +66,7 @@ class Pattern:
 
     @property
     def coarse(self) -> Pattern:
-        """A copy of :attr:`structure` with offsets rounded up to powers of two. It identifies stored measurements."""
+        """A copy of :attr:`structure` with offsets rounded up to powers of two, for the keys of stored measurements."""
         return self.structure
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
@@ -113,6 +113,10 @@ class Pattern:
         No key index occurs twice in a head. -1 is padding. None means that all heads see the keys of :meth:`kv_spans`.
         """
         return None
+
+    def sees_gathered(self, q_start: int, q_stop: int) -> bool:
+        """Return True only if the queries ``q_start:q_stop`` see every key of :meth:`gathered`, in each head."""
+        return False
 
     def block_key(self, tile: Tile) -> tuple[int, ...] | None:
         """Return a cache key, or None if no mask can be reused. Tiles with equal cache keys have equal masks."""
@@ -301,11 +305,9 @@ class Chunks(Pattern):
         spans: list[Span] = []
         for chunk in chunks:
             begin, end = chunk * self.length, min(limit, (chunk + 1) * self.length)
-            if begin >= end:
-                continue
-            if spans and spans[-1][1] == begin:
+            if spans and spans[-1][1] == begin < end:
                 spans[-1] = (spans[-1][0], end)
-            else:
+            elif begin < end:
                 spans.append((begin, end))
         return tuple(spans)
 

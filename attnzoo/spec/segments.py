@@ -305,7 +305,7 @@ class Attention:
         )
 
 
-@lru_cache(maxsize=1024)  # a model makes few different requests, and finding one takes a third of building one
+@lru_cache(maxsize=1024)  # a model makes few different requests, and a look-up takes a third of the time of building
 def _request(
     device: torch.device,
     dtype: torch.dtype,

@@ -28,7 +28,8 @@ def transforms_around(tensors: Iterable[object]) -> tuple[str, ...]:
     without ``torch.func``.
     """
     if not _active():
-        # Outside a level of forward_ad, tensors have no tangents. Every attention asks several times, so skip the rest.
+        # Outside a level of forward_ad, tensors have no tangents. This check is fast, and each attention calls this
+        # function several times.
         may_have_tangents = getattr(forward_ad, "_current_level", 0) >= 0
         return ("jvp",) if may_have_tangents and any(map(_has_tangent, tensors)) else ()
     names = tuple(str(level.key().name).lower() for level in _stack() or ())
@@ -44,12 +45,26 @@ def _has_tangent(value: object) -> bool:
 def readable(tensor: Tensor) -> bool:
     """Whether Python can read the values of a tensor.
 
-    The result is False if ``vmap`` maps over the tensor, and while ``torch.compile`` or ``torch.export`` traces the code.
+    The result is False if ``vmap`` maps over the tensor, or if ``torch.compile`` or ``torch.export`` traces the code.
     """
     if torch.compiler.is_compiling():
         return False
     # vmap hides the dimension that it maps over. No other transform changes the number of dimensions.
     return not _active() or torch.func.debug_unwrap(tensor).ndim == tensor.ndim
+
+
+def readable_at_once(tensor: Tensor) -> bool:
+    """Whether Python can read the values of a tensor without waiting for a device.
+
+    Reading from a device stops the host until the device has computed everything before, and cannot be captured in a
+    CUDA graph. So what only saves work, e.g. dropping a mask that hides nothing, is done on the CPU alone.
+    """
+    return tensor.device.type == "cpu" and readable(tensor)
+
+
+def hides_nothing(visible: Tensor) -> bool:
+    """Whether a bool mask is known to be True everywhere. On a device, this is never known."""
+    return readable_at_once(visible) and bool(visible.all())
 
 
 def holds(condition: Tensor, unknown: bool) -> bool:

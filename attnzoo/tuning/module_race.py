@@ -1,8 +1,9 @@
 """Time whole attention modules: the model's code against the fastest backends.
 
-The two cannot be compared on an attention, because the model's code builds none. So ``tune`` records the arguments of
-the modules in two runs of the model, one with each code, and repeats the calls of one module of each kind. Layers that
-share a value get other arguments in each run: the first layer computes the value, and the code decides its format.
+The model's code builds no :class:`Attention`. So both are compared on the calls of whole modules. ``tune`` runs the
+model twice, with the model's code and with backends, and records the arguments of the modules in both runs. Then
+``tune`` repeats the recorded calls of one module of each kind. Two runs are necessary because layers may share a value
+that the first layer computes (such as a position bias), and its format differs between the model's code and backends.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from attnzoo.tuning.race import (
 )
 from attnzoo.tuning.recorded_calls import CallId, RecordedCall, recording_calls
 
-# The two contenders. Both run in a patched module, so both times contain the time of the decision.
+# The two contenders. Both run in a patched module, so both times contain the time that ``auto`` needs to decide.
 CONTENDERS = {NATIVE: AutoBackend(native="always"), PATCHED: AutoBackend(native="never")}
 
 
@@ -55,8 +56,8 @@ class Group:
         request: the request of the measurement (:func:`attnzoo.auto.modules.request_of`).
         call: the properties of the call of the first module.
         device: the device of the hidden states.
-        first, last: the call of the first module, and the call of the last module. They are equal unless the modules
-            share values, because all modules that share nothing need the same time.
+        first, last: the call of the first module, and the call of the last module. Modules that share no values need
+            equal times, so for them both fields have the call of the first module.
         names: the names of the modules.
     """
 
@@ -82,7 +83,7 @@ class Group:
         return key_of(self.request, self.call.size)
 
     def runs(self) -> list[CallId]:
-        """Return the calls that one run repeats: one call per module."""
+        """Return the calls that one run repeats: the first, or one per module if the modules share values."""
         return [self.first] + [self.last] * (len(self.names) - 1 if self.target.point.shared_in else 0)
 
 
@@ -107,7 +108,7 @@ class ModuleCalls:
             yield
 
     def backends(self) -> dict[str, Backend]:
-        """Return the backend of each site for the second run: the model's code where a group needs its arguments."""
+        """Return the backend of each site for the second run: the model's code at the sites of all groups."""
         measured = {name for group in self.groups for name in group.names}
         sites = [target.name for target in find_sites(self._model) if target.point.attends]
         return {glob.escape(name): CONTENDERS[NATIVE if name in measured else PATCHED] for name in sites}
@@ -120,7 +121,7 @@ class ModuleCalls:
             yield
 
     def recorded(self, group: Group, contender: str) -> list[tuple[str, RecordedCall]]:
-        """Return the module name and the arguments of each call of one run. Empty if the second run was different."""
+        """Return the module name and arguments of each call of one run. Empty if the second run lacks a call."""
         calls = self._recorded[contender]
         known = [(identity[0], calls[identity]) for identity in group.runs() if identity in calls]
         return known if len(known) == len(group.runs()) else []
@@ -227,9 +228,9 @@ def _prepared(
     count: int,
     observed: _Observed | None = None,
 ) -> Iterator[list[Callable[[], None]]]:
-    """Context manager that patches the model and yields ``count`` functions. Each runs the recorded calls once.
+    """Context manager that patches the model and yields ``count`` functions that each run the recorded calls once.
 
-    It yields fewer functions if the copies of the calls would need more than ``DENSE_BYTES``.
+    There are fewer functions if the copies of the calls would need more than ``DENSE_BYTES``.
     """
     bytes_of_calls = sum(call.nbytes() for _, call in recorded)
     count = max(1, min(count, DENSE_BYTES // max(1, bytes_of_calls)))

@@ -19,8 +19,7 @@ from attnzoo.functional import execute
 from attnzoo.spec.segments import Attention
 
 Clock = Callable[[], float]
-# A function that prepares a number of runs. The context manager yields one function per run.
-# A context manager for a number of runs. It may prepare fewer runs.
+# A function from a number of runs to a context manager, which yields one function per run. It may prepare fewer runs.
 Preparation = Callable[[int], AbstractContextManager[Sequence[Callable[[], object]]]]
 
 ROUNDS = 7
@@ -102,7 +101,7 @@ def _wrong(backend: Backend, attention: Attention, grad: bool) -> str:
 
 
 def _step(backend: Backend, attention: Attention, grad: bool) -> Callable[[], str]:
-    """Return a function. The function runs ``backend`` on ``attention`` once, and returns the name of the kernel."""
+    """Return a function that runs ``backend`` on ``attention`` once and returns the name of the kernel."""
     leaves = tuple({id(tensor): tensor for tensor in attention.tensors() if tensor.requires_grad}.values())
     shape = (attention.batch, attention.heads, attention.q_len, attention.value_dim)
     cotangent = torch.ones(shape, dtype=attention.query.dtype, device=attention.query.device)
@@ -122,7 +121,7 @@ def time_in_turns(
 ) -> dict[str, Outcome]:
     """Return ``outcomes`` with the median seconds of one run, or with the reason why a run raised.
 
-    The names in ``runs`` are the outcomes to time. They run alternately. Preparations are not timed.
+    ``runs`` has the preparation of each contender to time. The contenders run alternately. Preparations are not timed.
     """
     outcomes = dict(outcomes)
     samples: dict[str, list[float]] = {name: [] for name in runs}

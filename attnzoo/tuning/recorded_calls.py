@@ -14,7 +14,7 @@ CallId = tuple[str, int]
 
 
 class RecordedCall(NamedTuple):
-    """The arguments of one call of a module, as copies without history."""
+    """The arguments of one call of a module, as copies without autograd history."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -30,7 +30,7 @@ class RecordedCall(NamedTuple):
         return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
 
     def leaves(self) -> list[Tensor]:
-        """Return the tensors that get a gradient in training: hidden states, and tensors that had a history."""
+        """Return the tensors that get a gradient in training: hidden states (3-D), and tensors that require grad."""
         tensors = (value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor))
         floats = (tensor for tensor in tensors if tensor.is_floating_point())
         return [tensor for tensor in floats if tensor.requires_grad or tensor.ndim == 3]
@@ -46,13 +46,13 @@ def copied(value: Any) -> Any:
         return type(value)(copied(item) for item in value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    # ``deepcopy`` refuses tensors with a history, which a cache contains in training. So their copies are made first.
+    # ``deepcopy`` refuses tensors with autograd history. In training, caches contain such tensors. So copy them first.
     memo: dict[int, Any] = {id(tensor): copied(tensor) for tensor in _tensors_in(value, set())}
     return copy.deepcopy(value, memo)
 
 
 def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Yield the tensors in an object, in the attributes and items of the object, in theirs, and so on."""
+    """Yield the tensors inside an object: in its items and attributes, at any depth."""
     if isinstance(value, Tensor):
         yield value
         return
@@ -73,7 +73,7 @@ Wanted = Callable[[CallId, Any, tuple[Any, ...], dict[str, Any]], bool]
 def recording_calls(modules: Mapping[str, nn.Module], wanted: Wanted) -> Iterator[dict[CallId, RecordedCall]]:
     """Context manager that records the calls of named modules for which ``wanted(id, module, args, kwargs)`` is True.
 
-    The id of a call is the name of the module, and how many calls of the module came before.
+    The id of a call is the name of the module, and the number of earlier calls of this module.
     """
     calls: dict[CallId, RecordedCall] = {}
     counts = dict.fromkeys(modules, 0)

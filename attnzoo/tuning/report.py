@@ -38,7 +38,7 @@ class TuningReport(tuple[Measurement, ...]):
 
     def __str__(self) -> str:
         if not self and not self.modules:
-            return "nothing to measure: the model runs no attention that more than one backend or its code can compute"
+            return "nothing to measure: only one backend, or only the model's code, can compute each attention"
         tables = (table(m, "" if m.key in self.fresh else " (already stored)") for m in (*self, *self.modules))
         return "\n".join(tables)
 

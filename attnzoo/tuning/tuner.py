@@ -123,7 +123,7 @@ def tune(
             cache.add(environment, [measurement], save=save)  # at once, so that an interruption loses nothing
             measurements.append(measurement)
             fresh.add(measurement.key)
-        # Modules come after attentions, because a patched module runs the backends that are fastest by now.
+        # Modules come after attentions, because a patched module runs the backends that were measured as fastest.
         groups = []
         for group in calls.groups:
             known = cache.find(group.environment, group.key)
@@ -172,7 +172,7 @@ def _run_native(
     gradients: bool,
     backends: Mapping[str, Backend],
 ) -> None:
-    """Run the model's code once. If memory is full, stop, because users may patch a model to save memory."""
+    """Run the model's code once. Full memory is no error here, because users may patch a model to save memory."""
     try:
         with _restored(model), patch(model, backends):
             _run_model(model, inputs, gradients)

@@ -92,7 +92,7 @@ def verify(
         return patch(model, backend, **options)
 
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    # The own code of a float64 model still computes the softmax in float32. So all of this code runs in float32 here.
+    # Even in a float64 model, the model's own code computes the softmax in float32. So it runs in float32 instead.
     own_dtype = error_rule.plain_dtype(dtype)
     wide = own_dtype != dtype
 

@@ -194,7 +194,7 @@ def swin():
 
 @pytest.mark.parametrize("make", [beit, swin])
 def test_a_table_of_zeros_gets_a_gradient(make):
-    """Tables begin with zeros. A mask without an effect must not count as no mask then."""
+    """A trained mask that is all zeros, as at the start of training, must not be treated as no mask."""
     torch.manual_seed(0)
     model = make().eval().double()
     model.set_attn_implementation("eager")

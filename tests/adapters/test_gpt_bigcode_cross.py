@@ -19,7 +19,7 @@ from tests.support.models import causal_inputs, ids, spread
 
 
 def build_cross(multi_query=False, implementation: str = "sdpa", **changes: Any) -> Any:
-    """Build a model with cross-attention. transformers refuses to build a multi-query one, so replace its modules."""
+    """Build a model with cross-attention. For multi-query, replace the modules, which transformers refuses to build."""
     model = build(implementation, multi_query=False, add_cross_attention=True, **changes)
     if multi_query:
         config = copy.deepcopy(model.config)
@@ -33,7 +33,7 @@ def build_cross(multi_query=False, implementation: str = "sdpa", **changes: Any)
 
 
 def test_options_do_not_reach_companions():
-    """The model around cross-attention is patched, too, and computes no attention."""
+    """The patch includes the model around cross-attention, which computes no attention and gets no options."""
     with attnzoo.patch(build_cross(), "blocked-local", window=4) as handle:
         assert {site.approximate for site in handle.sites} == {"window of 4 keys", ""}
 
@@ -69,7 +69,7 @@ def encoder(batch: int = 3, length=5, dtype=torch.float32) -> Tensor:
 
 
 def encoder_masks(batch: int, q_len: int, kv_len: int) -> dict[str, Tensor | None]:
-    """The last sample's encoder tokens are all padding."""
+    """Masks in which all encoder tokens of the last sample are padding."""
     two = torch.ones(batch, kv_len, dtype=torch.long)
     two[1, :2] = two[0, 3:] = two[-1] = 0
     three = torch.rand(batch, q_len, kv_len, generator=torch.Generator().manual_seed(2)) < 0.5
@@ -242,7 +242,7 @@ def test_probabilities_equal_the_oracle():
 
 @KINDS
 def test_returned_weights_are_those_after_dropout(multi_query):
-    """Self-attention returns them after dropout, too."""
+    """The original's self-attention returns weights after dropout, too."""
     model = build_cross(multi_query, attn_pdrop=0.5).train()
     module, states, hidden = model.transformer.h[0].crossattention, encoder(), encoder(3, 4)
     visible = torch.ones(3, 4, 5, dtype=torch.bool)

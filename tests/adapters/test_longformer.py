@@ -1,4 +1,4 @@
-"""A patched Longformer or LED calls its projections, whatever layers and weights they are."""
+"""A patched Longformer or LED calls its projections, also if they are no plain linear layers."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_global_hook_sees_the_projections(family):
 
 
 def test_weights_of_global_tokens_do_not_depend_on_other_samples(family):
-    """A batch has as many global rows as the sample with the most. The weights of unused rows are zero."""
+    """Samples with fewer global tokens than other samples have unused rows. The weights of unused rows are zero."""
     build, make = family
     model, inputs = build(), make(24, "right")
     counts = inputs["global_attention_mask"].sum(1).tolist()

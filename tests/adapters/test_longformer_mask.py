@@ -58,7 +58,7 @@ def test_mask_equals_the_original_bit_for_bit(build, inputs, maker, layers, side
 @sides
 @pytest.mark.parametrize("which", ["all", "first"])
 def test_one_row_mask_changes_no_output(build, inputs, maker, layers, side, which):
-    """A patch of only the layers leaves the module that makes the mask alone: the same kernels run on its mask."""
+    """A patch of only the layers does not change the mask. The same kernels run on both masks."""
     model, given = build(), inputs(LENGTH, side)
     part = model.get_submodule(layers)[0] if which == "first" else model.get_submodule(layers)
     with attnzoo.patch(part, "sdpa"):

@@ -159,7 +159,7 @@ def test_blocks_are_summed_in_float32():
 @pytest.mark.parametrize("side", ["none", "left", "right", "sample", "holes"])
 @pytest.mark.parametrize("size", [1, 4, 25, 64])
 def test_blocks_are_numbered_by_position_in_any_default_dtype(size, side):
-    """The original numbers them in the same way if its sums are exact, which holds for powers of two."""
+    """The original gives the same block numbers if its sums are exact, which holds for powers of two."""
     mask = padding(3, 700, side)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -219,7 +219,7 @@ def test_encoders_with_different_block_sizes_share_one_mask(backend):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
 def test_unsigned_masks_are_refused(dtype):
-    """The original numbers padding -1. As a byte that is 255, and padding then silently belongs to a block."""
+    """The original gives padding the block -1. In an unsigned byte, -1 is 255, so padding would belong to a block."""
     model, given = longt5("transient-global", "LongT5EncoderModel"), encoder_inputs(37, "left")
     given["attention_mask"] = given["attention_mask"].to(dtype)
     with (
@@ -312,7 +312,7 @@ def test_one_wrong_entry_of_a_local_mask_is_found(blocks, padded):
     mask = modeling_longt5._get_local_attention_mask(real, BLOCK, "cpu")
     states = torch.randn(2, length, 8)
     assert torch.equal(read_blocked_mask(mask, BLOCK, states).real, real.bool())
-    # The diagonal says which tokens are real.
+    # The entries on the diagonal show which tokens are real.
     entries = [(b, n, row, key) for b in (0, 1) for n in range(blocks) for row in (0, 3) for key in (0, 2, 5, 11)]
     for entry in (entry for entry in entries if entry[3] != entry[2] + BLOCK):
         wrong = mask.clone()

@@ -1,4 +1,4 @@
-"""LongT5's first layer computes the bias of all layers, also if some are not patched, are copied, or fall back."""
+"""LongT5's first layer computes the bias of all layers, also if some layers are unpatched or copied, or fall back."""
 
 import copy
 
@@ -95,7 +95,7 @@ def test_layers_are_refused_if_another_layer_trains_their_bias(kind, without_bia
 @kinds
 @pytest.mark.parametrize("frozen", ["encoder.block.0", "encoder.block.1", "relative_attention_bias"])
 def test_layers_that_fall_back_share_the_bias_with_other_layers(kind, frozen, add_backend):
-    """The backend has no gradients: it runs the layers before the first trained weight; the others fall back."""
+    """The backend has no gradients. It runs the layers before the first trained weight. The other layers fall back."""
 
     def prepare(model):
         model.train()

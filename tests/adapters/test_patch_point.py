@@ -1,4 +1,4 @@
-"""What an author of an adapter gets wrong is named when the adapter is made or the model patched."""
+"""Mistakes of adapter authors raise errors that name the mistake, when the adapter is made or a model is patched."""
 
 import copy
 
@@ -85,4 +85,11 @@ def test_point_without_forward_names_what_is_missing(one_head):
 )
 def test_adapter_refuses_what_is_no_point(point):
     with pytest.raises(InvalidArgumentError, match=r"points: got .*; allowed: instances of PatchPoint subclasses"):
+        Adapter(model_types=("one_head",), points=(point,))
+
+
+def test_adapter_refuses_a_cache_that_is_no_tuple():
+    """Each character of a string would count as the name of a keyword argument."""
+    point = type("OneName", (OneHeadPoint,), {"cache": "layer_past"})()
+    with pytest.raises(InvalidArgumentError, match=r"OneName.cache: got 'layer_past'; allowed: a tuple of names"):
         Adapter(model_types=("one_head",), points=(point,))

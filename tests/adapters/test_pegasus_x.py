@@ -87,7 +87,7 @@ def test_a_far_token_is_seen_through_the_global_tokens_only(model):
 
 
 def test_lengths_that_are_no_multiple_of_the_block_are_computed(model):
-    """The original raises; its encoder pads. The last block is shorter."""
+    """The original attention raises, because only the encoder pads. In a patch, the last block is shorter."""
     module, (tokens, global_tokens) = attention_of(model), states(21)
     with torch.no_grad():
         with pytest.raises(RuntimeError):
@@ -157,7 +157,7 @@ def test_auto_runs_the_original_for_short_inputs_and_names_the_reason(model):
 
 
 def test_cross_attention_has_a_pattern_without_distances(model):
-    """So approximate backends leave it unchanged."""
+    """Approximate backends do not change patterns without distances."""
     seen = {}
     with attnzoo.patch(model, "eager") as handle, torch.no_grad():
         for site in handle.sites:

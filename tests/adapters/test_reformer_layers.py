@@ -1,6 +1,6 @@
 """A patched Reformer calls its projections, also in cached decoding, where the original multiplies by their weights.
 
-There the original ignores hooks and wrappers of a layer, and fails on weights that only support ``linear()``. The
+In cached decoding, the original ignores hooks and wrappers, and fails on weights that only support ``linear()``. The
 reference is therefore the original with plain layers whose weights were changed to compute the same.
 """
 

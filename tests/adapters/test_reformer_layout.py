@@ -1,4 +1,4 @@
-"""The neighbourhoods of chunks, and the layout of weights, by the examples of the original code in plain loops."""
+"""The neighbourhoods of chunks and the layout of weights equal those of the original code, written as plain loops."""
 
 from types import SimpleNamespace
 

@@ -133,7 +133,7 @@ def test_all_heads_at_once_with_gradients_dropout_or_probabilities(monkeypatch):
 
 
 def test_sorted_keys_of_all_heads_are_never_in_memory_at_once(monkeypatch):
-    """They were half of the memory of a whole Reformer at 16384 tokens."""
+    """The sorted keys of all heads would be half of the memory of a Reformer at 16384 tokens."""
     module, states, sizes = lsh(num_hashes=8), hidden(1, 512), []
 
     class Sizes(TorchFunctionMode):

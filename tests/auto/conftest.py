@@ -1,4 +1,4 @@
-"""An own cache and registry for each test, a fake clock, and a rule that selects backends."""
+"""A fresh cache and registry for each test, a fake clock, and a rule that selects backends."""
 
 import pytest
 

@@ -217,7 +217,7 @@ def _measure_in_a_process(number):
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_processes_that_measure_at_the_same_time_lose_nothing(add, monkeypatch):
-    """Each process reads the file, waits, and writes it with its measurements added."""
+    """Each process reads the file, waits, adds its measurements and writes the file."""
     read = cache._saved
 
     def read_slowly(path):

@@ -94,7 +94,7 @@ ENVIRONMENTS = {
 
 @pytest.mark.parametrize("change", ENVIRONMENTS.values(), ids=ENVIRONMENTS)
 def test_a_measurement_holds_in_no_other_environment(add, monkeypatch, change):
-    """The choice follows each change at once and in both directions, without a new process."""
+    """The selection follows each change of the environment, and each change back, without a new process."""
     add("slow", rank=5), add("fast")
     measured(attention(), {"slow": 2.0, "fast": 1.0})
     assert selection.choose_for(attention()).backend.name == "fast"

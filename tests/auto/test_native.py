@@ -39,7 +39,7 @@ def first_point(model):
 
 
 def measured(model, size, native, patched, mode=FORWARD, code=None):
-    """Store a measurement of the first site of a model by hand: seconds, or the reason why there are none."""
+    """Store a measurement of the first site of a model: seconds, or the reason why there is no time."""
     point, module = first_point(model)
     call = ModuleCall(mode, *size, "cpu")
     codes = {"native": code_of(type(module)), "auto": codes_of([SdpaBackend()]) if code is None else code}
@@ -108,7 +108,7 @@ def test_a_new_measurement_changes_the_next_call():
      ("measured", False, "sdpa"), (None, False, "sdpa")],
 )  # fmt: skip
 def test_priority_never_runs_the_models_code(monkeypatch, variable, deterministic, ran):
-    """Deterministic algorithms ignore measurements, as before, and follow the rule."""
+    """With deterministic algorithms, ``auto`` ignores measurements and follows the rule."""
     model = gpt_neox()
     measured(model, (1, 21, 21), 2.0, 1.0)
     if variable is not None:
@@ -184,7 +184,7 @@ def test_the_number_of_buckets_is_never_written_into_the_config():
 
 
 def test_hooks_of_projections_run_in_cached_decoding():
-    """The original multiplies by the weights of the projections, and ignores their hooks."""
+    """The original would ignore the hooks, because it multiplies by the weights of the projections."""
     model, called = reformer(), []
     model.reformer.encoder.layers[1].attention.self_attention.value.register_forward_hook(
         lambda *args: called.append(1)
@@ -350,7 +350,7 @@ def test_autocast_is_another_measurement(autocast):
 
 
 def test_checkpointed_layers_decide_the_same_in_both_runs(monkeypatch):
-    """With another decision in the second run, dropout would drop other weights."""
+    """If ``auto`` decided otherwise in the second run, dropout would drop other weights."""
     modes = []
     original = rule.native_because
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""The rule of ``auto``: a backend runs only where it is known to win, else the model's code."""
+"""The rule of ``auto``: a backend runs only where it is known to be faster, else the model's code."""
 
 import pytest
 import torch
@@ -48,6 +48,8 @@ def test_kinds(kind, patterns, bias):
         ("longformer", {"window and other keys"}),
         ("longt5-local", {"window with bias", "dense in eager with bias", "dense in eager"}),
         ("longt5-tglobal", {"window and other keys with bias", "dense in eager with bias", "dense in eager"}),
+        ("bigbird", {"chunks"}),
+        ("bigbird_pegasus", {"chunks", "dense in eager"}),
         ("pegasus_x", {"chunks", "dense in eager"}),
         ("reformer", {"chunks", "sorted chunks"}),
         ("gpt_neox", {"dense in sdpa"}),
@@ -83,7 +85,7 @@ WINDOW = requests(Window(7, 8), Full())
 
 @pytest.fixture
 def limit(monkeypatch):
-    """The rule for a window on the CPU: from 16 keys per query and 4 heads x 50 queries x 16 keys on."""
+    """Set a limit for windows on the CPU: 16 keys per query, and 4 heads x 50 queries x 16 keys."""
     for mode in (FORWARD, TRAINING):
         monkeypatch.setitem(LIMITS, ("window and other keys", CPU, mode), Limit(16, 4 * 50 * 16))
 

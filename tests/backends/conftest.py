@@ -35,7 +35,7 @@ def unload():
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """Look up optional packages again, before and after the test."""
+    """Clear the cached look-ups of optional packages before and after the test."""
     imported = unload()
     clear_caches()
     yield monkeypatch

@@ -83,7 +83,7 @@ def test_layers_share_block_lists_until_the_padding_changes(monkeypatch):
 
 
 def test_cached_lists_serve_no_other_attention():
-    """Each attention differs from the one before in one thing that the lists depend on."""
+    """Each attention differs from the previous attention in one property that the lists depend on."""
     query, key = torch.randn(2, 2, 130, 4), torch.randn(2, 2, 130, 4)
     hides = torch.ones((2, 130), dtype=torch.bool)
     hides[0, :70], hides[1, 100:] = False, False
@@ -108,7 +108,7 @@ def test_cached_lists_serve_no_other_attention():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation returns."""
+    """Records the size of the largest tensor that any operation returns."""
 
     entries = 0
 
@@ -120,7 +120,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_a_long_window_makes_no_grid_of_tokens():
-    """At 65536 tokens such a grid has 4e9 entries; no tensor here has more than one entry per pair of blocks."""
+    """With 65536 tokens, a grid of tokens has 4e9 entries. Tensors here have at most one entry per pair of blocks."""
     length = 1 << 16
     query = torch.empty((1, 1, 1, 1)).expand(1, 1, length, 1)
     with LargestTensor() as largest:

@@ -26,7 +26,7 @@ def local(window, sinks=0, inner="sdpa"):
 
 
 def definition(whole, window, sinks):
-    """Return the definition ``sees(b, h, q, k)``: by position, and by number among the keys that the masks show."""
+    """Return the definition ``sees(b, h, q, k)``: the window by position, and the sinks by counting visible keys."""
     (segment,) = whole.segments
     real = torch.ones(whole.batch, segment.kv_len, dtype=torch.bool) if segment.key_mask is None else segment.key_mask
     if segment.mask is not None:
@@ -73,7 +73,7 @@ def test_new_tokens_are_at_the_end_of_the_cache(pattern, q_len, keys):
 
 @pytest.mark.parametrize("pattern", [Causal(), Full()], ids=str)
 def test_a_single_token_is_at_the_last_visible_key(pattern):
-    """A static cache has unused entries after it."""
+    """A static cache has unused entries after the last visible key."""
     whole = attention(pattern, key_mask([(3, 8), (0, 8)]), q_len=1)
     assert matches_definition(local(3, 1), whole, lambda b, h, q, k: 5 <= k <= 7 or k == (3 if b == 0 else 0))
 
@@ -182,7 +182,7 @@ def test_local_models_need_no_options_and_are_exact(family, name):
 
 
 def test_short_inputs_of_a_local_site_are_not_rewritten():
-    """Reformer attends to the whole sequence up to the length of a chunk."""
+    """Reformer computes inputs of at most one chunk by dense attention."""
     model = zoo.reformer()
     with torch.no_grad():
         expected = model(zoo.ids(1, 4)).logits

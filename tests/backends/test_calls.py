@@ -14,9 +14,9 @@ from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
 
 
 def meetings(attention, plan):
-    """How often each query meets each visible key of each segment in the calls: ``(batch, q_len, kv_len)`` each.
+    """Count how often the calls show each key to each query: ``(batch, q_len, kv_len)`` for each segment.
 
-    It reads the calls as FlashAttention does: the last query of a sequence is at its last key, an extent >= the longest
+    As in FlashAttention, the last query of a sequence is at its last key, an extent >= the longest
     sequence of keys means no limit, and if only one extent has no limit, it becomes that length.
     """
     counts = [torch.zeros(attention.batch * attention.q_len + 1, attention.batch * s.kv_len + 1, dtype=torch.long)
@@ -140,7 +140,7 @@ def test_sorted_chunks_meet_the_keys_that_their_tokens_allow(length, before, aft
 
 @pytest.fixture
 def two_sequences(monkeypatch):
-    """Let kernels count at most two sequences."""
+    """Limit a kernel call to two sequences."""
     monkeypatch.setattr(calls, "MAX_SEQUENCES", 2)
     monkeypatch.setattr(calls, "_plans", TensorCache())
 

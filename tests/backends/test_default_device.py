@@ -35,7 +35,7 @@ def test_a_check_passes_with_another_default_device(case, name, options):
 
 
 def test_scratch_memory_is_on_the_cpu():
-    """Stacked blocks copy keys whose rows are apart to scratch memory."""
+    """Stacked blocks copy keys to scratch memory if the rows of a head are not contiguous."""
     query, key, value = (torch.randn(1, 600, 2, 8).transpose(1, 2) for _ in range(3))
     whole = attnzoo.Attention(query, (attnzoo.Segment(key, value, attnzoo.Window(32, 32)),), 0.3)
     with torch.device("meta"):

@@ -59,7 +59,7 @@ def test_dropout_keeps_weights_at_its_rate_and_scales_them(rate):
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_probabilities_of_each_segment_get_the_gradient_of_the_output(number):
-    """As in models, where users call ``retain_grad`` on them."""
+    """In models, users call ``retain_grad`` on the probabilities."""
     whole = two_segments()
     whole = whole.with_tensors(tuple(tensor.requires_grad_() for tensor in whole.tensors()))
     result = EagerBackend().run(whole, probabilities=True)

@@ -96,7 +96,7 @@ def test_the_backward_of_a_union_drops_the_same_weights_as_its_forward(flash_att
     cotangent = torch.randn(whole.query.shape, dtype=torch.float64)
 
     def dropped(tensors):
-        """The attention by definition, in the dtype of the tensors, with the same weights dropped."""
+        """Compute the attention by definition, in the tensors' dtype, with the weights that the kernel dropped."""
         query, *keys_values = tensors
         keys, values = (torch.cat(keys_values[start::2], dim=2) for start in (0, 1))
         seen = torch.cat([(torch.arange(20)[:, None] - torch.arange(20)).abs() <= 4, torch.ones(20, 3).bool()], dim=1)

@@ -129,7 +129,7 @@ def test_lsh_rounds_become_causal_calls(flash_attn):
 
 
 def test_sorted_segments_mix_with_others(flash_attn):
-    """Other calls do not use the spare row: the fake checks that the lengths sum to the number of rows."""
+    """Only calls of sorted segments use the spare row. The fake checks that the lengths sum to the number of rows."""
     whole = AttentionCase(HALF, SortedChunks(8, 1, 0, causal=True), q_len=16, kv_len=16).attention()
     few, every = (torch.randn((*whole.query.shape[:2], n, whole.head_dim)).to(HALF) for n in (5, 16))
     others = (attnzoo.Segment(few, few), attnzoo.Segment(every, every, attnzoo.Causal()))

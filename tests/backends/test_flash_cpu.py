@@ -130,7 +130,7 @@ def test_gradients_by_hand_do_not_use_the_rounded_out_and_lse():
 
 @pytest.mark.parametrize("written", ["key_mask", "mask", "bias", "trained"])
 def test_writing_to_a_mask_or_bias_before_the_backward_raises(written):
-    """The backward reads them again, so its gradients would silently be those of another attention."""
+    """The backward reads masks and biases again, so the gradients would silently belong to another attention."""
     query, key, value = (tensor.requires_grad_() for tensor in tensors(kv_len=5))
     masks = {"key_mask": torch.ones(2, 5, dtype=torch.bool), "mask": torch.rand(1, 1, 5, 5) < 0.8}
     table = torch.randn(3, 7, requires_grad=written == "trained") * 1.0
@@ -158,7 +158,7 @@ def test_masks_from_inference_mode_work_in_training():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("pattern", [SortedChunks(8, 1, 1), HashedChunks(5, 1, 1)], ids=str)
 def test_a_trained_bias_works_beside_reordered_keys(pattern, dtype):
-    """The reordered keys are another pass, whose softmax weight enters the gradient of the bias."""
+    """The reordered keys are in another pass. The gradient of the bias depends on their softmax weight."""
     whole = AttentionCase(dtype, pattern, q_len=300, kv_len=300).attention()
     key, value = (torch.randn(3, 4, 40, whole.head_dim).to(dtype) for _ in range(2))
     bias = attnzoo.RelativeBias(torch.randn(4, 5).to(dtype).requires_grad_(), 2)

@@ -30,7 +30,7 @@ def test_documents_become_the_sequences_of_one_call(varlen, lengths):
 
 
 def test_a_model_runs_a_packed_row(varlen):
-    """The backend has no dense masks, so it refused packed rows before."""
+    """The backend supports no dense masks, so it can run a packed row only by its documents."""
     model = gpt_neox().to(HALF)
     with torch.no_grad():
         native = model(**ROW).logits

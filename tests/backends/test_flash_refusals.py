@@ -204,7 +204,7 @@ def test_only_unions_need_the_private_functions(flash_attn, monkeypatch, lost):
     )
     for query_mask in (None, unpadded(20, 7)):  # several calls on different rows: no union
         assert agrees(attention(attnzoo.Window(4, 4), query_mask=query_mask), FlashBackend()) == "flash_attn"
-    assert not refusals(mask="globals")  # varlen unites them
+    assert not refusals(mask="globals")  # varlen supports a union of segments
 
 
 def test_the_private_operators_of_torch_have_the_expected_parameters():

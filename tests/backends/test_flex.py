@@ -71,7 +71,7 @@ def test_a_new_length_window_or_table_compiles_nothing():
 @needs_compiler
 @pytest.mark.parametrize(("batch", "length"), [(2, 70), (1, 1)])
 def test_the_layout_of_queries_compiles_nothing(batch, length):
-    """In models, queries are views of a projection, alone or beside keys and values, or copies."""
+    """In models, queries are copies, views of a projection, or views of a joint projection with keys and values."""
     whole = attention(length, kv_len=70, pattern=attnzoo.Causal(), bias=False, batch=batch)
     rows = whole.query.transpose(1, 2).flatten(2)
     beside = torch.cat([rows, rows, rows], dim=2)[..., : HEADS * DIM]

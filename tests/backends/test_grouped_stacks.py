@@ -36,7 +36,7 @@ def several_calls_and_blocks(monkeypatch):
 
 
 def attention(kind, kv_heads=2, hidden_keys=(), grad=False):
-    """The second sample has the positions of ``kind``, the first sample those of the first kind."""
+    """Return an attention whose second sample has the positions of ``kind``. The first sample has the first kind."""
     positions = torch.stack([REGULAR, POSITIONS[kind]])
 
     def normal(length, heads):  # rows of a head lie apart, as in a projection
@@ -105,7 +105,7 @@ def test_grouped_queries_need_one_mask_per_call(monkeypatch):
 
 
 def test_few_large_groups_are_ordinary_blocks(monkeypatch):
-    """A sample of padding tokens has one position. A call with one row per matrix product would be slow."""
+    """If all tokens of a sample have one position, a stack would have one row per matrix product, which is slow."""
     monkeypatch.undo()
     whole = attention("one position")
     assert grouped_stacks.grouped_stacks(whole, 0) == []

@@ -46,7 +46,7 @@ WAYS = {
 
 
 def judge(backend, case, device="cpu"):
-    """The kernel a backend reports for a case; raises unless exactly the reported kernels ran."""
+    """Return the kernel that a backend reports for a case. Raise unless exactly the reported kernels ran."""
     attention = case.attention(device)
     with witness() as ran:
         kernel = execute(backend, attention).kernel
@@ -85,7 +85,7 @@ def public_calls(monkeypatch):
 @pytest.mark.filterwarnings("ignore:Flash attention kernel", "ignore:Both fused kernels")
 @pytest.mark.parametrize("public", [True, False])
 def test_a_kernel_that_cannot_run_raises(monkeypatch, public):
-    """The kernel is enforced, so PyTorch cannot choose another."""
+    """The kernel is enforced, so PyTorch cannot choose another kernel."""
     monkeypatch.setattr(sdpa, "_kernel", lambda *args: SDPBackend.FLASH_ATTENTION)
     if public:
         public_calls(monkeypatch)
@@ -110,7 +110,7 @@ CALLS = {
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("case", CALLS.values(), ids=CALLS)
 def test_the_operator_computes_what_the_public_call_computes(monkeypatch, case, grad):
-    """Bit for bit, also the gradients."""
+    """Outputs and gradients are equal bit for bit."""
 
     def run():
         whole = case.attention()
@@ -127,14 +127,14 @@ def test_the_operator_computes_what_the_public_call_computes(monkeypatch, case, 
 
 
 def test_the_operator_does_not_depend_on_the_switches():
-    """It takes no lock, although another thread may change the switches at any time."""
+    """The operator needs no lock, although another thread may change the switches at any time."""
     with torch.nn.attention.sdpa_kernel(SDPBackend.MATH):
         assert judge(sdpa.SdpaBackend(), AttentionCase()) == "flash"
 
 
 @pytest.mark.parametrize("switching", [{0.0, 0.25}, {0.25}], ids=["all", "some"])
 def test_a_call_that_changes_the_switches_runs_alone(monkeypatch, switching):
-    """Two at once would restore each other's changes: kernels stayed off for good, in all threads."""
+    """Two such calls at once would restore each other's changes, and kernels would stay off in all threads."""
     default, attend, within, met = sdpa._default_kernel, torch.nn.functional.scaled_dot_product_attention, [], []
 
     def choice(query, key, value, terms):
@@ -160,7 +160,7 @@ def test_a_call_that_changes_the_switches_runs_alone(monkeypatch, switching):
 
 
 def test_a_key_mask_is_expanded_without_memory(monkeypatch):
-    """PyTorch's CPU kernels make a bool mask additive, and would make an expanded one a whole grid."""
+    """PyTorch's CPU kernels convert a bool mask to an additive mask, and copy every row of an expanded mask."""
     masks, attend = [], torch.nn.functional.scaled_dot_product_attention
 
     def record(*args, attn_mask=None, **kwargs):
@@ -183,7 +183,7 @@ def swapped(monkeypatch):
 
 
 def not_enforced(monkeypatch):
-    """Reports flash, but lets PyTorch choose: here, math."""
+    """Report flash, but let PyTorch choose the kernel, which is math here."""
     public_calls(monkeypatch)
     monkeypatch.setattr(sdpa, "sdpa_kernel", lambda kernel: nullcontext())
     torch.backends.cuda.enable_flash_sdp(False)
@@ -197,7 +197,7 @@ def another_enforced(monkeypatch):
 
 
 def other_code(monkeypatch):
-    """Runs eager and reports flash."""
+    """Run eager and report flash."""
     monkeypatch.setattr(sdpa, "_call", partial(_by_hand, sdpa._call))
 
 

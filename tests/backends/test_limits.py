@@ -1,4 +1,4 @@
-"""The limit of each refusal by value: what is accepted at the limit, and refused one past the limit."""
+"""Refusals with a limit: a backend accepts the limit, and refuses the next value."""
 
 import shutil
 from dataclasses import replace
@@ -24,7 +24,7 @@ from tests.support.half import HALF, agrees, attention
 
 
 def request(pattern=Full(), dim=8, value_dim=None, dtype=HALF, count=1, device="cpu", segment=None, **terms):
-    """Return the request of an attention with ``count`` segments; ``segment`` are further properties of these."""
+    """Return the request of an attention with ``count`` segments, which have the further properties ``segment``."""
     segments = (SegmentRequest(pattern, 2, **(segment or {})),) * count
     return Request(device, dtype, 2, dim, dim if value_dim is None else value_dim, segments, **terms)
 

@@ -114,7 +114,7 @@ def test_a_decoding_step_gives_the_last_row_of_one_forward(keys, room):
 
 @pytest.mark.parametrize("keys", ["no padding", "left"])
 def test_unused_cache_entries_fill_no_chunk(keys):
-    """A static cache has unused entries after the prompt, which only causality hides."""
+    """In a static cache, only the causal pattern hides the unused entries after the prompt."""
     whole = attention(Causal(), key_mask(KEYS[keys]), dtype=torch.float64)
     (segment,) = whole.segments
     behind = torch.randn(2, 2, 7, 8, dtype=torch.float64)
@@ -146,7 +146,7 @@ def test_check_site_detects_other_buckets_than_declared():
 
 
 class ByDtype(LshBackend):
-    """Its buckets depend on the dtype, as roundings do where two buckets are nearly equal."""
+    """LSH whose buckets depend on the dtype. Rounding has this effect if two buckets are nearly equal."""
 
     def decisions(self, attention):
         return lsh(seed=self.seed + (attention.query.dtype == torch.float64)).decisions(attention)
@@ -226,7 +226,7 @@ def test_the_oracle_repeats_the_buckets_of_another_run():
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("side", ["none", "left"])
 def test_the_last_decoded_token_equals_one_forward(side, static):
-    """Only in a model of one layer: new keys change the chunks of earlier rows, which deeper layers see."""
+    """This holds for one layer. In deeper models, new keys change the chunks, and so the states, of earlier tokens."""
     model, inputs = zoo.gpt_neox(num_hidden_layers=1), zoo.causal_inputs(24, side)
     with attnzoo.patch(model, "lsh", **OPTIONS) as handle:
         got, whole = chunked(model, inputs, (20, 1, 2, 1), static), in_one_forward(model, inputs)

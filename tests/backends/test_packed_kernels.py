@@ -88,7 +88,7 @@ def test_sorted_chunks_of_uneven_value_dim_agree(kernel):
 
 @pytest.mark.parametrize("kernel", ["flash_attn", "xformers_flash"])
 def test_another_order_of_equal_sorted_chunks_is_not_the_order_before(kernel):
-    """Patterns that differ only in their tensors are equal, so no plan of one may serve the other."""
+    """Patterns with different tensors compare as equal. A cached plan must not be used for another pattern."""
     first = rounds(SortedChunks(5, 1, 1))
     assert_agrees(kernel, first)
     order = first.segments[0].pattern.order.flip(1)
@@ -143,7 +143,7 @@ def test_a_union_of_split_calls_agrees(monkeypatch, kernel, most):
 
 
 def test_kernels_with_and_without_windows_have_separate_plans():
-    """The kernel without windows splits the calls of padded keys, and the plan is cached for equal masks."""
+    """Plans are cached by masks. But the kernel without windows needs more calls for padded keys."""
     whole = attention(Causal(), key_mask=KEY_MASK)
     for kernel in ("flash_attn", "xformers_cutlass", "flash_attn", "xformers_cutlass"):
         assert_agrees(kernel, whole)
@@ -151,7 +151,7 @@ def test_kernels_with_and_without_windows_have_separate_plans():
 
 @pytest.mark.parametrize("kernel", ["flash_attn", "xformers_flash"])
 def test_a_plan_serves_no_other_masks(kernel):
-    """The key mask and the query mask may be equal tensors, and the batch may differ without any mask."""
+    """For example, key mask and query mask are exchanged, or only the batch size differs."""
     for masks in (dict(key_mask=KEY_MASK), dict(query_mask=KEY_MASK), {}, dict(key_mask=KEY_MASK, query_mask=KEY_MASK)):
         assert_agrees(kernel, attention(Causal(), **masks))
     whole = attention(Causal())

@@ -174,7 +174,7 @@ def prefix(length, first):
 
 @every_backend
 def test_a_prefix_mask_is_one_document(backend):
-    """It is rewritten like attention that is not causal, with the mask on top."""
+    """The backend rewrites the attention as non-causal, and keeps the mask."""
     packed = whole(numbers([[0] * 19] * 2), mask=prefix(19, 5))
     assert check_attention("site", packed, backend, grad=True).ok
     rewritten = backend.rewrite(packed)

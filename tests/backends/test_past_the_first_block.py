@@ -104,7 +104,7 @@ def sorted_or_hashed(pattern, q_len, uneven=False, kv_heads=2, mask="none"):
 @pytest.mark.parametrize("masks", ["none", "key mask", "dense mask", "both"])
 @pytest.mark.parametrize("pattern", [HashedChunks(20), HashedChunks(13, 1, 0, causal=True)], ids=str)
 def test_hashed_keys_in_several_pages_agree_with_the_oracle(monkeypatch, pattern, masks, uneven):
-    """A block gathers more keys than one page, and a query block is not the first."""
+    """A block gathers more keys than fit in a page, and there is more than one block of queries."""
     monkeypatch.setattr(hashed, "_KEYS_AT_ONCE", 24)
     whole = sorted_or_hashed(pattern, 150, uneven).attention()
     terms = {}
@@ -156,7 +156,7 @@ def test_chunks_of_sorted_keys_longer_than_a_block_agree_with_the_oracle():
 @pytest.mark.parametrize("uneven", [False, True], ids=["cpu kernel", "math blocks"])
 @pytest.mark.parametrize("pattern", [SortedChunks(8, 1, 1), HashedChunks(8)], ids=str)
 def test_rounds_of_different_causality_beside_biased_keys_agree_with_the_oracle(pattern, uneven):
-    """The rounds share tensors, and each has its own masks; the other segments are one more pass."""
+    """The hash rounds share tensors but not masks. The other segments are a separate pass."""
     whole = sorted_or_hashed(pattern, 40, uneven).attention()
     first, second = whole.segments
     rounds = (first, replace(second, pattern=replace(second.pattern, causal=True)))

@@ -40,7 +40,7 @@ def position_by_definition(sees):
 
 
 def assert_placed(sees, placed):
-    """``placed`` is the attention of which each query sees the keys ``sees``, ``(batch, q_len, kv_len)``."""
+    """Assert that each query of the attention ``placed`` sees the keys ``sees``, ``(batch, q_len, kv_len)``."""
     _, q_len, kv_len = sees.shape
     position, causal = position_by_definition(sees)
     last_is_hidden = bool(sees.any()) and not bool(sees[:, :, -1].any())

@@ -15,7 +15,7 @@ from attnzoo.spec.patterns import Causal, Full, Window
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
 @pytest.mark.parametrize("pattern", [attnzoo.Full(), attnzoo.Causal(), attnzoo.Window(3, 2)], ids=str)
 def test_the_scale_may_be_zero_or_negative(pattern, scale):
-    """The CPU kernel hides later keys by -inf before it scales."""
+    """The CPU kernel hides later keys by -inf before scaling, which is wrong for such a scale."""
     query, key, value = (torch.randn(2, 3, 9, 8) for _ in range(3))
     whole = attnzoo.Attention(query, (attnzoo.Segment(key, value, pattern),), scale)
     report = check_attention("case", whole, registry.make_backend("sdpa"), grad=True)
@@ -96,7 +96,7 @@ def test_a_decoding_step_is_one_kernel_call_without_copies_of_keys(monkeypatch, 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("terms", ["relative bias", "mask per head", "key mask"])
 def test_one_query_gets_gradients(terms, dropout):
-    """Also those of a trained bias. With dropout, the gate compares with the same dropped weights."""
+    """A trained bias gets a gradient, too. With dropout, the comparison uses the same dropped weights."""
     query = torch.randn(2, 4, 1, 8)
     key, value = (torch.randn(2, 2, 12, 8) for _ in range(2))
     whole = attnzoo.Attention(query, (attnzoo.Segment(key, value, Full(), **ONE_QUERY[terms]),), 0.3)
@@ -112,7 +112,7 @@ OFFSETS = (None, -3, 0, 2, 5)
 @pytest.mark.parametrize("hides", [False, True], ids=["", "key mask"])
 @pytest.mark.parametrize("value_dim", [8, 11, 5], ids=["fused", "wider values", "narrower values"])
 def test_causal_attention_keeps_its_offset_and_its_key_mask(offset, q_len, kv_len, hides, value_dim):
-    """PyTorch's ``is_causal`` knows neither."""
+    """PyTorch's ``is_causal`` supports neither an offset nor a key mask."""
     query = torch.randn(2, 3, q_len, 8)
     key, value = (torch.randn(2, 3, kv_len, dim) for dim in (8, value_dim))
     key_mask = torch.arange(kv_len) != torch.tensor([[1], [5]]) if hides else None

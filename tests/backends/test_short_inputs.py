@@ -83,7 +83,7 @@ def test_both_sides_of_the_crossing_agree_with_the_oracle(kind, padding, length)
 
 
 def test_the_mask_of_one_block_is_small_for_any_window():
-    """A window as long as the input is no reason for a mask that grows with the square of the length."""
+    """Even for a window as long as the input, the mask does not grow with the square of the length."""
     shell = torch.empty(()).expand(1, 12, 4096, 64)
     segment = Segment(shell, shell, Window(4000, 4000))
     assert not is_short(Attention(shell, (segment,), 1.0))

@@ -80,7 +80,7 @@ def test_stacked_chunks_agree_with_the_oracle(monkeypatch, at_once, case, batch)
 
 
 def test_blocks_with_the_same_keys_are_not_stacked(monkeypatch):
-    """A chunk of more than ``DENSE_ROWS`` queries is several blocks. Their keys do not begin step by step later."""
+    """A chunk of more than ``DENSE_ROWS`` queries has several blocks, which see the same keys and so form no stack."""
     monkeypatch.setattr(blocks, "DENSE_ROWS", 4)
     whole = attention(1, length=8)
     assert max(stack.depth for stack in stacks_of(whole)) == 2, "the end of a chunk and the begin of the next"

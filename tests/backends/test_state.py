@@ -1,4 +1,4 @@
-"""What a call may not leave behind or depend on: defaults of PyTorch, layouts of gradients, locks after an error."""
+"""A call leaves no state behind and depends on none: PyTorch's defaults, layouts of gradients, locks after an error."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -117,7 +117,7 @@ def test_the_layout_of_the_output_gradient_changes_nothing(way):
 
 @every_way
 def test_a_second_run_on_equal_tensors_gives_the_same(way):
-    """Also after a run on other values in the same tensors."""
+    """The results are also equal after a run on other values in the same tensors."""
     backend, cases = WAYS[way]
     for case in cases:
         whole, other = case.attention(), case.attention(seed=1)

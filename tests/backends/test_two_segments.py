@@ -22,7 +22,7 @@ WINDOW = Window(7, 5)
 
 
 class Draw:
-    """Factory of equal attentions: equal seeds, so that only the drawn difference differs."""
+    """Factory of attentions with equal seeds. Two attentions differ only in the difference under test."""
 
     def __init__(self, dtype, value_dim):
         self.dtype, self.value_dim, self.random = dtype, value_dim, torch.Generator().manual_seed(0)

@@ -223,7 +223,7 @@ NOT_BUILT = "xFormers wasn't build with CUDA support"
 
 
 def test_a_wheel_whose_extension_does_not_load_is_unavailable(xformers, monkeypatch):
-    """Its operators report that they are available, but every call raises."""
+    """The operators of the wheel report that they are available, but every call raises."""
     monkeypatch.setattr(operators().EXTENSION, "loaded", False)
     assert xformers.flash.FwOp.is_available() and xformers.cutlass.BwOp.is_available()
     with pytest.raises(ValueError, match=NOT_BUILT):

@@ -27,7 +27,7 @@ MODES = (False, True)
 
 @pytest.fixture(autouse=True, scope="package")
 def frozen() -> Iterator[None]:
-    """Exclude everything that is loaded from the garbage collection before every timed run."""
+    """Exclude all loaded objects from garbage collection before every timed run."""
     fake_shootout.TINY.build()
     machine("cpu")
     gc.collect()

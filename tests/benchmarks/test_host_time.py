@@ -94,7 +94,7 @@ def test_a_patch_that_runs_other_code_is_no_counting():
 
 
 class _Renamed(Counter):
-    """Counts every kernel as flash."""
+    """A counter that counts every kernel as flash."""
 
     def __missing__(self, key):
         return 0

@@ -31,7 +31,7 @@ PACKAGE, MODULE = "fake-attention", "attnzoo_fake_attention"
 
 
 class FakeAttention(nn.Module):
-    """Takes q, k, v and returns nonsense, which no gate may check."""
+    """A peer that returns wrong values. No gate checks peers."""
 
     def __init__(self, block: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Crashing(FakeAttention):
 
 @pytest.fixture(autouse=True)
 def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The tiny family names a peer whose package is not installed."""
+    """Let the tiny family name a peer whose package is not installed."""
     monkeypatch.setitem(LIBRARIES, PACKAGE, Library(MODULE, "FakeAttention", 3, lambda options: options["block"]))
     monkeypatch.setitem(WORKLOADS, "tiny", replace(fake_shootout.TINY, peer=Peer(PACKAGE, 8, dict(block=8))))
     yield

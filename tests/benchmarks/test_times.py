@@ -1,4 +1,4 @@
-"""Times, memory and ratios belong to the contender that was measured, by value, with workers that measure nothing."""
+"""Each row has the times, memory and ratios of its contender. The workers of these tests return fixed values."""
 
 from __future__ import annotations
 

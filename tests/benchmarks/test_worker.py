@@ -36,7 +36,7 @@ print(verify_in_process(process_context(["tests.support.noisy"]), job))
 
 
 def test_worker_processes_write_nothing_to_stderr():
-    """Neither PyTorch's profiler about its start and stop, nor multiprocessing about forgotten semaphores."""
+    """Without care, PyTorch's profiler prints its start and stop, and multiprocessing prints forgotten semaphores."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     environment.pop("KINETO_LOG_LEVEL", None)
     ran = subprocess.run([sys.executable, "-c", _NOISY], capture_output=True, text=True, env=environment, timeout=300)
@@ -72,6 +72,6 @@ print(peak_of(allocate, "cpu").extra)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can reset the high-water mark")
 def test_peak_memory_excludes_freed_memory():
-    """Runs in a fresh process as rows do: a long test run leaves memory behind."""
+    """The test runs in a new process, as rows do, because a long test run leaves memory behind."""
     ran = subprocess.run([sys.executable, "-c", _FREED], capture_output=True, text=True, check=True)
     assert int(ran.stdout) <= 72 << 20  # 16 x 4 MiB; 8 of them are freed before 6 x 5 MiB are allocated

@@ -24,7 +24,7 @@ ATTENTIONS = 8
 
 @dataclass(frozen=True)
 class Contender(EagerBackend):
-    """``eager``, with one fault of a subclass. ``calls`` counts the calls of :meth:`run`."""
+    """``eager``, to which each subclass adds one fault. ``calls`` counts the calls of :meth:`run`."""
 
     name: ClassVar[str] = "contender"
     calls: ClassVar[list[int]] = [0]
@@ -98,7 +98,7 @@ class OtherBackendInTheDecoder(Contender):
 
 
 class UndeclaredPattern(Contender):
-    """Sees fewer keys, and says so to nobody but the oracle."""
+    """A query sees fewer keys. The backend changes the oracle too, but does not declare the change."""
 
     def rewrite(self, attention, decisions=None):
         first, *rest = attention.segments
@@ -110,7 +110,7 @@ class UndeclaredPattern(Contender):
 
 
 class NarrowWindow(UndeclaredPattern):
-    """Sees fewer keys, and says so to nobody."""
+    """A query sees fewer keys. The backend does not declare the change."""
 
     def run(self, attention, probabilities=False):
         return run(super().rewrite(attention))
@@ -173,7 +173,7 @@ def test_contender_that_is_wrong_in_one_place_shows_no_speed(shootout, cls, stat
 
 @pytest.mark.parametrize("fallbacks", [1, 3])
 def test_counted_fallbacks_are_red(shootout, monkeypatch, fallbacks):
-    """A row that fell back shows no speed, and neither does a row that counts fallbacks that did not happen."""
+    """A row with counted fallbacks shows no speed, whether or not the fallbacks happened."""
     call = forwards.SiteAttend.__call__
 
     def call_and_count(self, attention, probabilities=False):

@@ -163,7 +163,7 @@ def test_version_is_printed(command):
     assert (done.returncode, done.stdout) == (0, f"attnzoo {attnzoo.__version__}\n"), done.stderr
 
 
-COMMANDS = ("doctor", "matrix", "verify", "explain", "tune", "fingerprint", "bench")
+COMMANDS = ("doctor", "matrix", "explain", "verify", "tune", "bench", "report", "fingerprint", "run")
 
 
 def test_help_lists_every_command():

@@ -21,7 +21,7 @@ _FAST = (0.00828929059, 0.0418978221, 0.166676521, 0.499991506, 0.999999701, 1.0
 
 
 def fast_exponential(x):
-    """The polynomial of the fast exponential, evaluated exactly."""
+    """Return the value of the kernel's polynomial for the exponential, without rounding."""
     power = torch.floor(x / torch.log(torch.tensor(2.0, dtype=x.dtype)) + 0.5)
     rest = x - power * 0.693147182464599609375  # ln 2 in float32
     value = torch.zeros_like(x)
@@ -47,7 +47,7 @@ class Experiment:
         return product.double().masked_fill(~self.seen, float("-inf"))
 
     def scores_of_the_backward(self):
-        """The scores of the kernel's backward: it calls BLAS on blocks of 64 queries and scales inside the product."""
+        """Return the scores of the kernel's backward, which calls BLAS on 64 queries and scales inside the product."""
         blocks = []
         for query in self.query.split(64, dim=2):
             pairs = zip(query.flatten(0, 1), self.key.flatten(0, 1), strict=True)

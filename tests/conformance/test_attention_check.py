@@ -1,4 +1,4 @@
-"""The judge of one attention rejects candidates that are wrong in one place, and accepts right ones in every dtype."""
+"""``check_attention`` rejects candidates that are wrong in one place, and accepts right candidates in every dtype."""
 
 from dataclasses import replace
 from functools import partial
@@ -100,7 +100,7 @@ def gradient_through_padding(attention):
 
 
 class _OfWrongOutput(torch.autograd.Function):
-    """A right output with the gradient of an output that is wrong by a factor: a backward that saved other weights."""
+    """A right output with the gradient of a wrong output, as if the backward used other softmax weights."""
 
     @staticmethod
     def forward(ctx, right, wrong):
@@ -201,7 +201,7 @@ def test_candidate_that_is_wrong_only_with_gradients_needs_a_check_with_gradient
 
 
 def hides_before(attention):
-    """Change a mask in place before the attention is computed, so that an oracle that runs later agrees."""
+    """Change a mask in place before the attention is computed. An oracle that runs later would agree."""
     attention.segments[0].key_mask[0, 40:] = False
     return attention
 
@@ -279,7 +279,7 @@ def test_rows_between_are_a_sample_that_depends_on_the_seed():
 
 
 def test_gradients_of_rows_that_are_not_sampled_are_zero():
-    """So a sample compares the same values as the whole: a right candidate passes and a wrong row fails."""
+    """With a sample of rows, a right candidate passes and a wrong sampled row fails."""
     last = with_fields(query=gradient_at((0, slice(None), -1)))
     assert verdicts(Candidate(last), max_rows=2) == {"output": True, "gradient": False}
     inner = with_fields(query=gradient_at((0, slice(None), slice(1, -1))))

@@ -32,14 +32,14 @@ def moved(by, index=2):
 
 
 def budget_of(what, dtype):
-    """The budget of the contract, from numbers written out above."""
+    """Return the budget of the error rule, from the numbers above."""
     # Plain operations for float64 run in float32. Their error is scaled by 2**-52 / 2**-23.
     plain = PLAIN_ERROR[dtype] * (2.0**-29 if dtype == torch.float64 else 1.0)
     return K[what] * (plain + 4 * EPS[dtype] * SCALE)
 
 
 def judged(what, dtype, error, plain_error=None, recomputed=()):
-    """The verdict on a result with one error, where plain operations have one error too."""
+    """Return the verdict on a result with one wrong value. Plain operations also have one wrong value."""
     plain_error = PLAIN_ERROR[dtype] if plain_error is None else plain_error
     plain, k = moved(plain_error, 3), error_rule.factor(what)
     return check(

@@ -34,7 +34,7 @@ def test_backend_runs_what_it_declares_and_refuses_the_rest(backend, dtype, devi
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", sorted(attnzoo.backends()))
 def test_kit_has_cases_for_every_declared_device(backend, dtype):
-    """For devices that this machine lacks, too: a backend that refuses all cases there would fail only there."""
+    """The devices include those that this machine lacks, because the kit fails if a backend refuses all cases."""
     configured = registry.configure(backend, **registry.backend_class(backend).example)
     for device in sorted(configured.capabilities.devices) if dtype in configured.capabilities.dtypes else ():
         requests = (case.attention().request(case.probabilities) for case in testing.cases((dtype,)))

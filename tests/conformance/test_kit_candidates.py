@@ -25,7 +25,7 @@ from tests.support.candidates import (
 
 
 def first_failure(backend, words, dtype=torch.float32):
-    """The first failure among the cases of the kit whose description contains all words."""
+    """Return the first failure among those cases of the kit whose description contains all words."""
     chosen = [case for case in testing.cases((dtype,)) if all(word in str(case) for word in words)]
     assert chosen, words
     return next((o.failure for case in chosen if (o := testing.run_case(backend, case)).failure), "")
@@ -58,7 +58,7 @@ def is_wrapped(attention):
 
 
 def of_first(field, value):
-    """A function that reads a tensor of the first sample or head for all."""
+    """Return a function that uses the first sample or head of a tensor for all samples or heads."""
     return with_segment(0, **{field: lambda mask: None if mask is None else value(mask)})
 
 
@@ -74,7 +74,7 @@ def repeated_rows(bias):
 
 
 def of_a_cache(key_of, field):
-    """A function that keeps a field of the first segment by a key, and uses it in later calls."""
+    """Return a function that caches a field of the first segment by a key, and uses this value in later calls."""
     kept = {}
 
     def before(attention):
@@ -90,7 +90,7 @@ def request_and_lengths(attention):
 
 
 def with_the_first_offset():
-    """A function that keeps the offset of a causal pattern by the number of queries, whatever the number of keys."""
+    """Return a function that caches the offset of a causal pattern by the number of queries only, not of keys."""
     kept = {}
 
     def before(attention):

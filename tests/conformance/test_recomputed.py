@@ -63,7 +63,7 @@ def _attentions(family):
 
 @pytest.mark.parametrize("family", ["gpt_neox", "led"])
 def test_recomputed_is_as_wrong_as_the_kernel_and_eager_is_not(family):
-    """Trained weights give large scores, and keys with a large common component."""
+    """Trained weights give large scores and a large mean key, and so large errors of scores computed again."""
     ratios = []
     for attention in _attentions(family):
         report = check_attention("site", attention, "sdpa", grad=True)
@@ -104,7 +104,7 @@ def test_checks_of_an_attention_repeat_and_draw_no_numbers_of_the_user():
 
 @pytest.mark.parametrize(("rows", "orders"), [(1, 8), (32, 8), (64, 4), (200, 1), (600, 1)])
 def test_the_fewer_the_rows_the_more_summation_orders_are_tried(monkeypatch, rows, orders):
-    """The errors of few rows may all be small by chance. Of many rows, one order costs enough time."""
+    """The errors of few rows may all be small by chance. With many rows, each order takes long."""
     tried = []
 
     def noted(part, chosen, order):

@@ -1,4 +1,4 @@
-"""The judge of ``torch.func`` transforms rejects candidates that are wrong under one transform or for one tensor."""
+"""``check_transform`` rejects candidates that are wrong under one transform of ``torch.func`` or for one tensor."""
 
 from dataclasses import replace
 
@@ -119,7 +119,7 @@ FIRST = attention()
 
 
 def of_the_first(index, field):
-    """A function that uses a field of a segment of the first attention for both attentions."""
+    """Return a function that uses one field of the first attention for both attentions."""
     return with_segment(index, **{field: lambda own: getattr(FIRST.segments[index], field)})
 
 

@@ -35,4 +35,5 @@ def test_command_line_exists(line):
         assert (ROOT / words[0]).exists()
     else:
         command = typer.main.get_command(app).commands[words[0]]
-        command.make_context(words[0], words[1:])  # parses the options, and runs nothing
+        if len(words) > 1:  # a command without arguments is only named
+            command.make_context(words[0], words[1:])  # parses the options, and runs nothing

@@ -1,4 +1,4 @@
-"""Documentation that names a file names one that exists."""
+"""Every file that the documentation names exists."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Models that are built in parts, without data, in quantised form, or by a subclass."""
+"""`install` and models that are built in parts, without data, in quantised form, or by a subclass."""
 
 import copy
 
@@ -124,7 +124,7 @@ def quantise(model):
 
 @pytest.mark.parametrize("family", ["led", "longt5"])
 def test_layers_that_a_quantiser_replaces(family):
-    """In LongT5 the attention then has no weights of a floating dtype but the relative bias."""
+    """In a quantised LongT5, only the relative bias of the attention is floating-point."""
     from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
     from transformers.utils.quantization_config import QuantizationConfigMixin

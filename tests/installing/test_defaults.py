@@ -55,7 +55,7 @@ def test_a_program_runs_on_the_backend_without_an_edit(program, monkeypatch):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_generation_and_gradients_are_those_of_the_original(family):
-    """No call runs outside the backend."""
+    """The backend runs every attention of a model that is loaded under a default."""
     plain, patched = load(family, torch.float64), load(family, torch.float64)
     attnzoo.install(default="sdpa")
     model = load(family, torch.float64)
@@ -129,7 +129,7 @@ def test_other_families_stay_as_they_are():
 
 
 def test_a_default_that_refuses_a_model_is_an_error(add_backend):
-    """Requested == executed, or an exception."""
+    """attnzoo raises, and does not run another backend instead."""
     add_backend("no-bias", bias=frozenset())
     attnzoo.install(default="no-bias")
     assert backends_of(load("led")) == {"no-bias"}

@@ -1,4 +1,4 @@
-"""Names in saved models, and in configurations that models share."""
+"""Backend names in saved models, and in configurations that models share."""
 
 import copy
 import json
@@ -112,7 +112,7 @@ COPIES = {
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_a_second_model_with_the_configuration_has_the_same_backend(copied):
-    """As in transformers, where the configuration holds the implementation."""
+    """In transformers, too, models that share a configuration have the same attention implementation."""
     first = load("led", attn_implementation="sdpa")
     config = copied(first.config)
     assert backends_of(type(first)(config)) == {"sdpa"}

@@ -41,7 +41,7 @@ class Loaded:
 
 
 class Installs(RuleBasedStateMachine):
-    """At most three models, built from one folder with weights."""
+    """A state machine with up to three models, which are loaded from one folder."""
 
     kind: str
 

@@ -60,7 +60,7 @@ def test_names_of_transformers_reach_transformers():
 
 @pytest.mark.parametrize("field", ["eager", "sdpa"])
 def test_a_field_that_suits_the_adapters_is_kept(field):
-    """The model builds its mask by the field."""
+    """The model reads the field to select the format of its mask."""
     model = load("gpt_neox", attn_implementation=field)
     model.set_attn_implementation("attnzoo/sdpa")
     assert model.config._attn_implementation == field
@@ -69,7 +69,7 @@ def test_a_field_that_suits_the_adapters_is_kept(field):
 
 @pytest.mark.parametrize("family", ["led", "gpt_neox"])
 def test_a_name_of_transformers_ends_the_request_of_an_unpatched_model(family):
-    """`attnzoo.unpatch` removes the patch only, and the configuration remembers the name."""
+    """After `attnzoo.unpatch`, the configuration still stores the name. Setting a name of transformers removes it."""
     model = load(family, attn_implementation="attnzoo/sdpa")
     attnzoo.unpatch(model)
     assert model.config.attnzoo_backend == "sdpa"

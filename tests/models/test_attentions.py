@@ -20,7 +20,7 @@ def weights_of(returned):
 
 
 def gradients(model, inputs):
-    """By name: the gradient of each returned attention tensor (None: no path to the output); where it is positive."""
+    """Return by name the gradient of each attention tensor (None: no path to the output), and where it is positive."""
     returned = model(**inputs, output_attentions=True)
     tensors = weights_of(returned)
     for tensor in tensors.values():
@@ -52,7 +52,7 @@ def test_probabilities_have_the_gradients_of_the_original(family, training, side
 
 
 def real_rows(name, gradient, inputs):
-    """1 in rows of real tokens. Padding rows of the original have arbitrary values and are not compared."""
+    """Return 1 for rows of real tokens, else 0: padding rows of the original have arbitrary values."""
     decoder = "decoder_attention_mask" in inputs and not name.startswith("encoder")
     mask = inputs["decoder_attention_mask" if decoder else "attention_mask"].to(gradient.dtype)
     if name.endswith("global"):
@@ -69,7 +69,7 @@ def real_rows(name, gradient, inputs):
 
 
 def test_probabilities_of_gpt_bigcode_cross_attention_get_gradients():
-    """The original's code is broken there, so there is nothing to compare with."""
+    """The original's code raises or is wrong, so there is no reference."""
     model = gpt_bigcode(add_cross_attention=True, multi_query=False).double()
     states = torch.randn(2, 6, 32, dtype=torch.float64)
     with attnzoo.patch(model, "eager"):

@@ -97,7 +97,7 @@ def test_fine_tuning_equals_the_originals(family):
 
 
 def test_fine_tuning_of_reformer_equals_the_originals_without_replay():
-    """In float64 no rounding moves a token into another bucket: all runs compute their own buckets."""
+    """In float64, no rounding moves a token into another bucket. So all runs can compute their buckets."""
     original, *patched = (fine_tune("reformer", backend, torch.float64) for backend in (None, "eager", "sdpa"))
     for run in patched:
         for what, k, index in (("losses", FORWARD, 0), ("parameters", GRADIENT, 1)):

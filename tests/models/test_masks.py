@@ -142,7 +142,7 @@ def test_one_row_applies_to_all_samples(name, argument):
     "shape", [(3, 1, 5, 4), (3, 1, 6, -1), (2, 1, 5, -1), (3, 1, 5)], ids=["columns", "rows", "samples", "rank"]
 )
 def test_4d_mask_that_does_not_fit_leaves_the_cache_unchanged(build, filled, shape):
-    """-1 stands for as many columns as keys. Without the early check, the first layer would fill its cache first."""
+    """The check runs before the first layer fills its cache. (-1 stands for as many columns as keys.)"""
     model, cache = build(), DynamicCache()
     with attnzoo.patch(model, "sdpa"), torch.no_grad():
         if filled:
@@ -194,7 +194,7 @@ def test_generation_passes_masks_of_other_lengths():
 
 
 def finite_grid(q_len, kv_len, causal):
-    """Return an additive mask whose values differ from pair to pair; a causal one hides later keys."""
+    """Return an additive mask with another value for each pair. If ``causal``, the mask hides later keys."""
     grid = torch.randn(3, 1, q_len, kv_len, generator=torch.Generator().manual_seed(4))
     return grid.masked_fill(~torch.ones(q_len, kv_len, dtype=torch.bool).tril(), -torch.inf) if causal else grid
 

@@ -13,7 +13,16 @@ import attnzoo
 from tests.support.models import FAMILIES
 
 LENGTH = 1024
-ENCODERS = ("led", "longformer", "longt5-local", "longt5-tglobal", "pegasus_x", "reformer")
+ENCODERS = (
+    "led",
+    "longformer",
+    "longt5-local",
+    "longt5-tglobal",
+    "bigbird",
+    "bigbird_pegasus",
+    "pegasus_x",
+    "reformer",
+)
 DECODERS = ("gpt_neox", "gpt_bigcode-mqa", "gpt_bigcode-mha")
 
 
@@ -60,7 +69,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "mode", "options"), CASES, ids=str)
 def test_patched_model_has_no_quadratic_tensor(name, mode, options):
-    """Decoders run without padding, LED and Longformer also with given numbers of global tokens."""
+    """Decoders run without padding. LED and Longformer also run with given numbers of global tokens."""
     model, inputs = FAMILIES[name].build(), FAMILIES[name].inputs(LENGTH, *options)
     with attnzoo.patch(model, "sdpa") as handle:
         largest = largest_tensor(model, inputs, mode)
@@ -70,6 +79,6 @@ def test_patched_model_has_no_quadratic_tensor(name, mode, options):
 
 @pytest.mark.parametrize("name", ["led", "longformer"])
 def test_original_has_a_quadratic_tensor(name):
-    """So the tests above would fail on the original."""
+    """This shows that the tests above would fail on the original."""
     family = FAMILIES[name]
     assert largest_tensor(family.build(), family.inputs(LENGTH, "none"), "forward").elements >= LENGTH**2

@@ -98,7 +98,7 @@ def test_each_decoding_step_decides_by_a_coin(family, cache, by_coin):
 
 
 def test_a_patched_layer_passes_its_bias_to_layers_that_may_run_the_models_code():
-    """Such a layer gets one value per distance, and then runs a backend, because the original cannot read them."""
+    """Such a layer gets one bias value per distance, which the original cannot read. So the layer runs a backend."""
     family = FAMILIES["longt5-local"]
     model = family.build()
     names = [name for name in alternating(model, "ours") if "SelfAttention" in name]

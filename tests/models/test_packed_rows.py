@@ -39,7 +39,7 @@ def maskless(add_backend):
 @pytest.mark.parametrize("boundaries", [{}, BOUNDARIES], ids=["positions", "positions and boundaries"])
 @pytest.mark.parametrize("backend", ["sdpa", "eager", "auto", "maskless"])
 def test_packed_row_equals_the_original(model, backend, boundaries, maskless):
-    """Forward and backward. Each document also has the same output as alone."""
+    """Compare forward and backward. Each document also has the same output as alone."""
     native = model(**ROW, labels=ROW["input_ids"])
     native.loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -102,7 +102,7 @@ def test_4d_mask_overrides_positions(model, backend, positions, grid, maskless):
 
 @pytest.mark.parametrize("options", [dict(window=3, sinks=2), dict(window=2)], ids=str)
 def test_windows_and_sinks_apply_within_each_document(options):
-    """With a backend that changes the pattern, too, each document has the same output as alone."""
+    """Under a backend that changes the pattern, each document also has the same output as alone."""
     model = gpt_neox()
     with torch.no_grad(), attnzoo.patch(model, "blocked-local", **options):
         packed = model(**ROW).logits
@@ -133,7 +133,7 @@ def test_decoder_of_an_encoder_decoder_supports_documents(maskless):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_packed_mask_is_read_once_per_forward(implementation, monkeypatch):
-    """For any number of layers, and for a bool mask, whose memory the result of the reading could share."""
+    """This holds for any number of layers, and for a bool mask, whose memory the result could share."""
     reads, read = [], documents.find_documents
     monkeypatch.setattr(masks, "find_documents", lambda *args: reads.append(args) or read(*args))
     model = gpt_neox()

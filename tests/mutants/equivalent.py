@@ -81,7 +81,7 @@ def reason_for_equivalence(mutant: Mutant) -> str | None:
 def _renamed_cache_entry(mutant: Mutant) -> str | None:
     """Return a reason if the mutant only renames a value of ``SiteAttend.cached_per_forward``.
 
-    With another name, sites compute a value again that they could share, or share under the other name.
+    With another name, sites still share the value, or compute it again.
     """
     if (call := _CACHED.search(mutant.before)) is None:
         return None

@@ -88,7 +88,7 @@ class Change:
 
 
 def _meaning(code: str) -> str:
-    """Return the syntax tree as text, without the argument ``strict`` of zip, which only guards against our errors."""
+    """Return the syntax tree as text, without the argument ``strict`` of zip, which only guards against errors."""
     tree = ast.parse(code)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "zip":

@@ -1,7 +1,7 @@
 """Which tests execute which statement: recorded once, and used to run the right tests on a mutant first.
 
 The record decides the order of the tests, and an outdated record makes a run slower. Every function is stored with a
-hash of its text, and a function that has changed since has its tests by name only.
+hash of its text. If a function has changed since, its tests are ordered by name only.
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import linecache
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -196,7 +198,7 @@ class Louder(modeling_gpt_neox.GPTNeoXAttention):
 
 
 class LouderStill(Louder):
-    """Inherits the override."""
+    """A subclass that inherits the override."""
 
 
 @pytest.mark.parametrize("cls", [Louder, LouderStill])
@@ -260,7 +262,7 @@ def test_message_is_short_for_many_differences(adapter, point, cause):
 
 def test_subclass_that_keeps_the_forward_is_served():
     class Marked(modeling_gpt_neox.GPTNeoXAttention):
-        """Overrides nothing."""
+        """A subclass that overrides nothing."""
 
     model = gpt_neox()
     model.gpt_neox.layers[1].attention = Marked(model.config, layer_idx=1)
@@ -280,7 +282,19 @@ def test_every_point_is_verified_against_the_installed_transformers(point):
 def test_every_adapter_names_its_verified_versions(model_type):
     adapter = registry.find_adapter(model_type)
     assert model_type in adapter.model_types
-    assert adapter.versions != "unknown"
+    assert adapter.versions == tested_versions()
+
+
+def tested_versions():
+    """The oldest and the newest transformers that CI tests, as adapters name them: ``"5.17 to 5.24"``."""
+    text = Path(__file__).parents[2].joinpath("Makefile").read_text(encoding="utf-8")
+    ends = (re.search(rf"^{name} := (\d+\.\d+)\.\d+$", text, re.MULTILINE) for name in ("OLDEST", "NEWEST"))
+    return " to ".join(end[1] for end in ends)
+
+
+def test_the_readme_names_the_tested_versions():
+    text = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    assert f"verified with transformers {tested_versions()}" in text
 
 
 CAUSES = {"overridden": "subclasses that inherit this", "replaced": "Restore", "unreadable": "Install the package with"}
@@ -289,7 +303,7 @@ CAUSES |= {"changed": "Install a verified version"}
 
 @pytest.mark.parametrize("first", range(len(CAUSES)), ids=list(CAUSES))
 def test_message_names_the_nearest_cause_in_any_order_of_differences(first):
-    """A subclass or other code at run time also changes fingerprints, so the version is the last explanation."""
+    """Subclasses and code at run time also change fingerprints. The message names another version as the last cause."""
     several = [Difference(f"module:Class.{cause}", cause, "detail") for cause in list(CAUSES)[first:]]
     for given in (several, several[::-1]):
         message = drift_message(given, "mine", "5.17", "5.20")

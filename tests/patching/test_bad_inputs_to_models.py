@@ -33,7 +33,7 @@ def test_auto_refuses_a_model_that_no_backend_supports(subject):
 
 @pytest.mark.parametrize("backend", ["auto", "eager", "sdpa"])
 def test_a_model_without_loaded_weights_raises(subject, backend):
-    """All weights, as after accelerate.init_empty_weights; or one parameter that the checkpoint lacked."""
+    """All weights lack data, as after accelerate.init_empty_weights, or only one parameter lacks data."""
     name, parameter = next(subject.module().named_parameters())
     whole = f"{subject.sites[0]}.{name}"
     owner, _, last = whole.rpartition(".")

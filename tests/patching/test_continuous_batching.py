@@ -1,6 +1,7 @@
 """Continuous batching (``generate_batch``) on a patched model: refused where the caller sees it, or left to the model.
 
-The engine runs the model in a thread that catches everything; a refusal there ends as requests without tokens.
+The engine runs the model in a thread that catches every exception. A refusal in this thread would not reach the caller,
+who would get requests without tokens.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def test_a_handle_keeps_no_model_alive_and_outlives_it():
 
 
 def test_each_request_has_the_refusal_if_only_a_part_was_patched():
-    """The outer model is not guarded: the forward refuses by name, in the engine's thread."""
+    """``generate_batch`` of the outer model is not blocked. The forward refuses the cache in the engine's thread."""
     model = gpt_neox()
     with attnzoo.patch(model.gpt_neox, "sdpa"):
         outputs = model.generate_batch(PROMPTS, warmup=False, **SETTINGS).values()

@@ -58,7 +58,7 @@ def test_replicas_compute_with_their_own_weights_and_are_counted(family, backend
 
 
 def test_gradients_of_replicas_reach_the_models_parameters(neox):
-    """As in DataParallel, the weights of the replicas are computed from the model's."""
+    """As in DataParallel, the weights of the replicas are computed from the weights of the model."""
     model, gradients = neox.model, []
     for patched in (False, True):
         model.zero_grad()
@@ -74,7 +74,7 @@ def test_gradients_of_replicas_reach_the_models_parameters(neox):
     ("capability", "double"), [(dict(dtypes=frozenset({torch.float32})), True), (dict(grad=False), False)]
 )
 def test_the_requests_of_a_replica_are_checked_before_its_forward(led, add_backend, capability, double):
-    """A replica lists no parameters. LED's forward cannot fall back inside, so the check has to be before it."""
+    """A replica lists no parameters. LED's forward cannot fall back midway, so the check must run before it starts."""
     add_backend("narrow", **capability)
     model = led.model.double() if double else led.model
     handle = attnzoo.patch(model, "narrow", fallback="native")
@@ -159,7 +159,7 @@ def test_deep_copies_inside_the_model_are_counted_and_unpatched_with_it(subject,
 
 
 def test_a_patched_top_module_runs_after_accelerate_unwraps_it():
-    """accelerate binds the kept forward to the model, as if it were a function of the class."""
+    """accelerate binds the stored forward to the model, as if the forward were a method of the class."""
     accelerate = pytest.importorskip("accelerate")
     model = gpt_bigcode("GPTBigCodeModel", multi_query=False, add_cross_attention=True)
     width = model.config.n_embd

@@ -1,4 +1,4 @@
-"""What a backend cannot do raises, or goes to the model's own code where that was asked for, and is counted."""
+"""A call that the backend refuses raises or, with ``fallback="native"``, runs the model's own code and is counted."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_fallback_over_another_patch_runs_the_models_own_code(led):
     [(gpt_neox, "sdpa"), (gpt_neox, "eager"), (gpt_bigcode, "sdpa"), (gpt_bigcode, "eager"), (longt5, "eager")],
 )
 def test_fallback_returns_the_probabilities_of_the_original_or_none(build, implementation):
-    """A model loaded with sdpa returns none, unpatched and under a fallback."""
+    """A model loaded with sdpa returns no probabilities, unpatched and under a fallback."""
     model = build()
     model.set_attn_implementation(implementation)
     inputs = dict(input_ids=ids(2, 9), **(dict(decoder_input_ids=ids(2, 5)) if build is longt5 else {}))
@@ -92,7 +92,7 @@ def test_fallback_serves_requests_that_are_refused_at_patch_time(led, add_backen
 
 
 def test_fallback_serves_requests_that_depend_on_inputs(neox, add_backend):
-    """Only the forward knows whether there is a dense mask. A refusal there falls back too."""
+    """Only the forward can see a dense mask. A refusal inside the forward falls back, too."""
     native = neox.logits(**mask_with_hole(neox))
     add_backend("maskless", mask=False)
     with attnzoo.patch(neox.model, "maskless", fallback="native") as handle:

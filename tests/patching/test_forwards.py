@@ -13,7 +13,7 @@ from attnzoo.patching import interface
 
 
 def test_a_cached_value_is_freed_with_its_mask(neox):
-    """A bool mask is read as itself. To cache it would keep the masks of all forwards until the patch is removed."""
+    """The cached value of a bool mask is the mask itself. The cache must not keep the masks of all forwards."""
     mask = torch.ones(3, 11, dtype=torch.long)
     mask[0, :4] = 0
     with attnzoo.patch(neox.model, "sdpa") as handle, torch.no_grad():
@@ -44,7 +44,7 @@ def test_a_value_made_without_gradients_is_not_used_with_gradients(neox):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_value_is_made_once_per_forward(neox, mode):
-    """Also if the mask changes between forwards without a new version."""
+    """This holds even if the mask changes between forwards but its version counter does not."""
     with attnzoo.patch(neox.model, "sdpa") as handle, mode():
         mask = torch.ones(3, 11)
         sites = [forward._attend.cached_per_forward for forward in handle.forwards]

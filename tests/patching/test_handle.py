@@ -15,7 +15,7 @@ from attnzoo.patching.sites import Site
 
 
 def rows_of(handle):
-    """The printed table, as a list of words per row; a wide terminal wraps no line."""
+    """Return the words of each row of the printed table. The terminal is wide, so no line wraps."""
     return [line.split() for line in str(handle).splitlines()]
 
 
@@ -110,7 +110,7 @@ def test_a_refused_patch_with_replace_leaves_the_old_patches(subject):
 
 
 def test_replace_in_a_part_of_a_patched_model_raises_and_changes_nothing(neox):
-    """The part's patch could be removed, the model's could not: both stay."""
+    """A patch of the part could be removed, but the patch of the model could not. So both stay."""
     outer = attnzoo.patch(neox.model, "sdpa")
     part = neox.model.gpt_neox.layers[1]
     inner = attnzoo.patch(part, "eager")

@@ -218,7 +218,7 @@ def test_removing_raises_and_changes_nothing_if_something_replaced_the_patched_f
 
 
 def test_patch_does_not_bypass_a_replaced_forward_silently(subject):
-    """``patch`` raises, or the replacement runs."""
+    """If other code has replaced a forward, ``patch`` raises, or the replaced forward runs."""
     module, original, seen = subject.module(), subject.module().forward, []
 
     def replacement(*args, **kwargs):

@@ -17,7 +17,7 @@ from tests.support.attend import RecordingAttend
 @pytest.mark.parametrize("scaling", [None, 0.3])
 @pytest.mark.parametrize(("is_causal", "of_module"), [(None, True), (None, False), (True, False), (False, True)])
 def test_compute_has_the_defaults_of_the_original_function(scaling, is_causal, of_module):
-    """The scale is ``head_dim**-0.5``. The module decides about causality, unless the call does."""
+    """The scale is ``head_dim**-0.5``. Without the argument ``is_causal``, the module decides about causality."""
     query, key, value = (torch.randn(2, 3, 5, 8) for _ in range(3))
     module = SimpleNamespace(config=SimpleNamespace(), is_causal=of_module, training=False)
     attend = RecordingAttend("eager")

@@ -97,7 +97,7 @@ def test_weights_can_be_loaded_into_a_patched_model(subject):
 
 
 def test_importing_and_patching_do_not_change_transformers():
-    """In a new process, where attnzoo is not imported yet."""
+    """The test runs in a new process that has not imported attnzoo yet."""
     script = """
     import sys
     import torch

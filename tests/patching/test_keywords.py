@@ -1,6 +1,6 @@
-"""Keywords that a model hands to its attention: ignored where the original ignores them, else refused before anything.
+"""Keywords that a model passes to its attention: a patch ignores what the original ignores, and refuses the others.
 
-What the unpatched model does with a keyword is the measure: the same result, or the same TypeError.
+The reference is the unpatched model: the same result, or the same TypeError.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def test_a_keyword_that_changes_attention_is_refused_before_the_call(build, keyw
 
 @pytest.mark.parametrize("keyword", CHANGING)
 def test_fallback_serves_a_keyword_as_the_unpatched_model_does(keyword):
-    """``sdpa`` itself refuses ``softcap`` and ignores the rest."""
+    """transformers' ``sdpa`` raises for ``softcap`` and ignores the other keywords."""
     model = gpt_neox()
     inputs = dict(input_ids=ids(1, LENGTH), **{keyword: CHANGING[keyword]})
     native, _ = outcome(model, inputs)
@@ -128,7 +128,7 @@ def test_refused_probabilities_leave_the_cache_empty(build):
 
 @pytest.mark.parametrize("name", ["lsh", "local"])
 def test_reformer_ignores_what_its_attention_ignores(name):
-    """Its attention accepts any keyword and reads none; its model passes none to it."""
+    """Reformer's attention accepts all keywords and reads none. The model passes none to the attention."""
     model = FAMILIES["reformer"].build()
     site = model.reformer.encoder.layers[0 if name == "local" else 1].attention.self_attention
     states = torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(3))
@@ -193,7 +193,7 @@ def test_a_cache_is_filled_by_each_name_that_the_original_knows(build, name):
 
 @pytest.mark.parametrize("name", [name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in name])
 def test_every_keyword_that_an_attention_function_declares_is_known(name):
-    """A new keyword belongs in UNCOMPUTED, or a backend must compute with it. ``cache`` marks the paged functions."""
+    """A new keyword belongs in UNCOMPUTED, unless backends compute its effect. Paged functions have ``cache``."""
     core = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal"}
     declared = inspect.signature(ALL_ATTENTION_FUNCTIONS[name]).parameters.values()
     names = {one.name for one in declared if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
@@ -220,7 +220,7 @@ def _declares_more(module, query, key, value, attention_mask, scaling, dropout=0
 
 @pytest.mark.parametrize("fallback", [False, True])
 def test_a_parameter_of_the_original_attention_function_is_not_ignored(fallback, monkeypatch):
-    """A parameter unknown to attnzoo is refused, or the original computes with it."""
+    """attnzoo refuses a parameter that it does not know. With a fallback, the original computes with the parameter."""
     model = gpt_neox()
     module, states = model.gpt_neox.layers[0].attention, torch.randn(1, 3, 32)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", _declares_more)

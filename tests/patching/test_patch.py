@@ -195,7 +195,7 @@ def test_a_glob_that_matches_nothing_raises(led, snapshot):
 
 @pytest.mark.parametrize("glob", ["*decoder*", "led.*", "*attn*"])
 def test_a_glob_behind_a_wider_one_raises(led, snapshot, glob):
-    """Also if both match the same sites."""
+    """The order is also wrong if both globs match the same sites."""
     before = snapshot(led)
     named = re.escape(f"got glob {glob!r} after '*', but '*' matches all sites of {glob!r}")
     with pytest.raises(PatchError, match=named + ".*; allowed: narrower globs before"):

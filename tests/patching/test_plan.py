@@ -61,7 +61,7 @@ def test_auto_and_native_are_planned_like_other_backends(led):
 
 
 def test_explain_shows_the_drift_of_a_companion(led, monkeypatch):
-    """The module that makes the encoder's mask is patched with the encoder's attention, and not with the decoder's."""
+    """The module that makes the encoder's mask is patched with the attention of the encoder, not of the decoder."""
 
     def check_drift(self, point, module=None):
         if point.cls.endswith(":LEDEncoder"):
@@ -78,7 +78,7 @@ def test_explain_shows_the_drift_of_a_companion(led, monkeypatch):
 
 
 def test_an_alternative_supports_every_request_of_the_site(led, add_backend):
-    """LED's encoder sends attentions with two segments and with one. A backend for one of them is no alternative."""
+    """LED's encoder has attentions of one and of two segments. A backend that supports only one is no alternative."""
     add_backend("one-segment", segments=1)
     add_backend("no-backend", segments=1, key_mask=False)
     with pytest.raises(BackendRefusedError) as caught:

@@ -25,7 +25,7 @@ def foreign_config():
 
 
 class Converted(nn.Module):
-    """Replaces the attention of a RoBERTa layer; makes the arguments of a Longformer attention."""
+    """Replacement for the attention of a RoBERTa layer. It calls Longformer's attention with suitable arguments."""
 
     def __init__(self, config, layer, cls=LongformerSelfAttention):
         super().__init__()
@@ -83,7 +83,7 @@ def test_patch_reaches_two_families_in_one_model():
 
 
 class HandsOn(LongformerSelfAttention):
-    """Overrides forward and calls the forward of its base class, as published conversions do."""
+    """A subclass whose forward calls the forward of the base class, as in published conversions."""
 
     def forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs)

@@ -21,7 +21,7 @@ backends = st.sampled_from(["eager", "sdpa", "auto", "native"])
 
 
 class Patches(RuleBasedStateMachine):
-    """Two models with one config object: the machine patches, unpatches, copies and saves the first one only.
+    """Two models with one config object. The steps patch, unpatch, copy and save only the first model.
 
     ``stack`` is the expected state: for each patch, its handle and the backend of each site it covers.
     """
@@ -91,7 +91,7 @@ class Patches(RuleBasedStateMachine):
     @precondition(lambda self: len(self.stack) > 1)
     @rule(data=st.data())
     def remove_in_any_order(self, data):
-        """Succeeds if and only if no later patch covers one of its sites."""
+        """The removal succeeds if and only if no later patch covers one of the sites."""
         number = data.draw(st.integers(0, len(self.stack) - 2))
         handle, covered = self.stack[number]
         if any(covered.keys() & later.keys() for _, later in self.stack[number + 1 :]):

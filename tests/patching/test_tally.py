@@ -44,7 +44,7 @@ def test_auto_counts_at_the_selected_backend(calls, led, monkeypatch):
 
 
 def test_a_selected_native_call_counts_once(calls, led):
-    """However a site counts a call of the original code that `auto` selects."""
+    """A site counts such a call in ``kernels`` and in ``selections``. The tally counts the call once."""
     handle = attnzoo.patch(led.model, "auto")
     choice = attnzoo.Choice(BUILT_IN["native"], "measured")
     handle.sites[0].kernels["native"] += 3

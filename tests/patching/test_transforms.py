@@ -134,7 +134,7 @@ def batch_with_masks(model, inputs):
 
 
 def gradients_per_sample(model, inputs, masks=MASKS):
-    """With the masks of one sample for all samples, or (``masks=()``) the masks of each sample."""
+    """Return gradients per sample. All samples share the tensors named in ``masks``. The others differ by sample."""
     embeddings, rest = embedded(model, inputs)
     shared = {name: tensor[1:2] for name, tensor in rest.items() if name in masks}
     mapped = {"inputs_embeds": embeddings, **{name: rest[name] for name in rest if name not in masks}}
@@ -191,7 +191,7 @@ def test_a_patched_model_computes_what_the_original_computes(name, leg):
 
 
 def test_models_loaded_with_sdpa_with_and_without_a_mask():
-    """Their masks differ, and their own kernels have no tangents."""
+    """Models loaded with sdpa get other masks than with eager, and the model's own kernels support no tangents."""
     reference, model, inputs = build("gpt_neox"), gpt_neox(), inputs_of("gpt_neox")
     assert model.config._attn_implementation == "sdpa"
     with pytest.raises(NotImplementedError, match="forward AD"):
@@ -359,7 +359,7 @@ def test_an_ambiguous_mask_of_numbers_is_refused_under_vmap():
 
 
 def test_sdpa_uses_the_kernel_that_has_the_derivatives():
-    """The fused kernel is enough for one level of ``grad`` without a mask."""
+    """The fused kernel runs only under one level of ``grad`` without a mask. Otherwise, ``math`` runs."""
     model, inputs = build("gpt_neox"), inputs_of("gpt_neox")
     unmasked = {"input_ids": inputs["input_ids"]}
     model.set_attn_implementation("sdpa")

@@ -1,6 +1,6 @@
 """A patched module that has already run notices what the next call asks for, before it touches the cache.
 
-The plan of a site keeps the states of calls that its backend has supported, so here the danger is a stale entry.
+The plan of a site keeps the states of calls that its backend has supported. A stale state would hide a refusal.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def test_masks_and_lengths_that_change_between_calls_are_read(name):
 
 
 def test_threads_share_a_model(model):
-    """Each thread decodes on a separate cache. Some ask for what the backend refuses."""
+    """Each thread decodes with a separate cache. Some threads make requests that the backend refuses."""
 
     def decode(number):
         decoding, refused = Decoding(model), 0

@@ -19,7 +19,7 @@ from attnzoo.registry import registry
 
 @dataclass(frozen=True)
 class Pretending(EagerBackend):
-    """Runs eager and reports another kernel."""
+    """A backend that runs eager and reports another kernel."""
 
     name: ClassVar[str] = "pretending"
 
@@ -37,7 +37,7 @@ def registered(isolated_registry):
 
 @pytest.fixture
 def judge(monkeypatch):
-    """``judge(subject, backend)``: run a patched model; raises if its handle reports something false."""
+    """Return ``judge(subject, backend)``, which runs a patched model and raises if the handle makes a false report."""
 
     def go(subject, backend):
         ran, run = Counter(), CLASSES[backend].run

@@ -106,7 +106,7 @@ def subject_and_kind(request):
 
 @pytest.fixture(params=_cases(EXCEPT_THE_ORACLE, supported_differences))
 def subject_and_difference(request):
-    """Every backend except the oracle, with every thing that one of several segments may differ in."""
+    """Every backend except the oracle, with each property in which one of several segments may differ."""
     for subject in _subject(request):
         yield subject, request.param[2]
 

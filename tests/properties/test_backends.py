@@ -83,7 +83,7 @@ def test_backend_agrees_beyond_one_internal_block(subject, data, grad):
 @PER_KIND
 @given(st.data(), MOSTLY)
 def test_backend_agrees_when_one_segment_differs(subject_and_difference, data, grad):
-    """A backend that caches what it computes from a mask or bias must not use it for another segment."""
+    """A backend must not use a value that is cached for a mask or bias for another segment."""
     subject, difference = subject_and_difference
     attention = data.draw(subject.attentions(kinds=["one difference"], differences=[difference]))
     assert_agrees(subject, attention, grad)

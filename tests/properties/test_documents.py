@@ -35,7 +35,7 @@ class ByDocuments(attnzoo.Backend):
 
 
 def documents_of(attention):
-    """Return the documents of packed rows. None means that causality and padding are equivalent to the mask."""
+    """Return the documents of packed rows. None means that the mask contains only causality and padding."""
     read = read_attention_mask(attention.segments[0].mask, (attention.batch, attention.q_len, attention.q_len))
     assert (read.documents is None) == (read.mask is None)
     return read.documents

@@ -42,14 +42,14 @@ def models():
 
 
 def look_at(distribution):
-    """Examine one package. Backends are not examined, because they remember whether their packages load."""
+    """Examine one package, but no backends, because backends cache whether their packages load."""
     (package,) = [package for package in doctor._PACKAGES if package[0] == distribution]
     return doctor._package(package)
 
 
 @pytest.fixture
 def planted(monkeypatch, tmp_path):
-    """Put packages on the path of this process; loaded modules of the same names are loaded again."""
+    """Put packages on the import path of this process, and unload modules of the same names."""
 
     def put(distribution, source, metadata=True):
         plant(tmp_path, distribution, source, metadata)
@@ -72,7 +72,7 @@ def test_doctor_reports_what_a_package_raises(planted, distribution, kind):
 
 @pytest.mark.parametrize("kind", ["RuntimeError", "missing"])
 def test_doctor_reports_a_broken_package_without_metadata(planted, kind):
-    """A copy that lacks another package is not missing itself."""
+    """A package that lacks a dependency is reported as broken, not as missing."""
     source, reason = KINDS[kind]
     planted("xformers", source, metadata=False)
     assert look_at("xformers").detail.startswith(f"a copy without a version is broken: {reason}")

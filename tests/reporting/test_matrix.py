@@ -96,7 +96,7 @@ def test_every_cell_of_this_machine_agrees_with_the_matrix(families, backend, de
 
 @pytest.mark.parametrize("backend", sorted(attnzoo.backends()))
 def test_a_sample_of_a_cell_that_runs_is_not_refused(families, backend):
-    """On every device, also those this machine lacks. A sample that is refused proves nothing."""
+    """This holds for every device, also those that this machine lacks. A refused sample would check nothing."""
     for module in modules_of(families):
         for (feature, device, dtype), reasons in matrix.row(registry.backend_class(backend), module).cells.items():
             configured = matrix.configured(registry.backend_class(backend), module, device, dtype)
@@ -121,7 +121,7 @@ def test_unavailable_backends_are_shown_and_refused_at_run_time(families, backen
 
 @dataclass(frozen=True)
 class Boasting(attnzoo.Backend):
-    """Declares what eager declares, and drops the bias."""
+    """A backend that declares what eager declares, but ignores the bias."""
 
     name: ClassVar[str] = "boasting"
     capabilities: ClassVar[attnzoo.Capabilities] = EagerBackend.capabilities
@@ -133,7 +133,7 @@ class Boasting(attnzoo.Backend):
 
 @dataclass(frozen=True)
 class Modest(Boasting):
-    """Refuses small requests that it declares to support."""
+    """A backend that refuses small requests, although its capabilities include them."""
 
     name: ClassVar[str] = "modest"
 
@@ -169,7 +169,7 @@ def test_a_refused_cell_that_the_matrix_shows_as_running_is_caught(families):
 
 
 def test_a_sample_has_exactly_the_request(families):
-    """Except for the start of each hash round: in a sample, rounds follow one another."""
+    """Only the start of a hash round may differ, because in a sample each round starts after the previous round."""
     for module in modules_of(families):
         for feature in matrix.FEATURES:
             for request in map(shrink, module.requests_with(feature, "cpu", torch.float32)):
@@ -257,7 +257,7 @@ def test_a_family_that_cannot_be_built_has_a_reason(monkeypatch):
 
 @dataclass(frozen=True)
 class Choosy(EagerBackend):
-    """Has a required option."""
+    """A backend with a required option."""
 
     name: ClassVar[str] = "choosy"
     window: int

@@ -149,7 +149,7 @@ def test_an_attention_that_documents_cannot_replace_keeps_its_mask(case):
 
 @pytest.mark.parametrize("term", ["query_mask", "key_mask", "empty"])
 def test_an_attention_with_another_term_keeps_its_mask(term):
-    """The term would have to be cut into documents too."""
+    """Such a term would have to be cut into documents, too."""
     attention, documents = packed_attention()
     hides = torch.arange(9).expand(2, -1) != 6
     if term == "key_mask":
@@ -175,6 +175,6 @@ def test_tokens_outside_of_documents_get_zero():
 
 
 def test_documents_change_neither_pattern_nor_key_mask():
-    """Third-party adapters read ``pattern``, ``key_mask``, ``mask`` and ``bias``, and need not know documents."""
+    """Third-party adapters that read ``pattern``, ``key_mask``, ``mask`` and ``bias`` need not know about documents."""
     read = attnzoo.read_attention_mask(grid_of((2, 5))[:, None], (1, 7, 7))
     assert (read.pattern, read.key_mask) == (attnzoo.Full(), None)

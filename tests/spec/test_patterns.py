@@ -139,7 +139,7 @@ def test_blocks_of_equal_key_have_equal_masks(case, data):
 @pytest.mark.parametrize("kv_len", [7, 9], ids=["partial last chunk", "full chunks"])
 @pytest.mark.parametrize("around", [(1, 1), (2, 0), (0, 2), (3, 1), (-1, 3)], ids=str)
 def test_a_neighbourhood_of_all_chunks_hides_no_key(around, kv_len):
-    """Without this answer, kernels would build a mask for every block."""
+    """``sees_all`` must be True here, because kernels build a mask for every other block."""
     pattern, whole = Chunks(3, *around), Tile(0, kv_len, 0, kv_len, kv_len, kv_len)
     assert pattern.sees_all(whole) and pattern.block_key(whole) is not None
     causal = Chunks(3, *around, causal=True)

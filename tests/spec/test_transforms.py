@@ -1,4 +1,4 @@
-"""The transforms of ``torch.func`` around a call, which PyTorch tells only in private functions."""
+"""The transforms of ``torch.func`` around a call, which only private functions of PyTorch return."""
 
 import torch
 from torch.autograd import forward_ad

@@ -50,7 +50,7 @@ def masked(whole, sees):
 
 
 def matches_definition(backend, whole, sees):
-    """Whether the output of a backend in float64 is that of the oracle with the mask ``sees``."""
+    """Whether the output of a backend in float64 equals the output of the oracle with the mask ``sees``."""
     whole = whole.with_tensors(tuple(tensor.double() for tensor in whole.tensors()))
     return torch.allclose(backend.run(whole).output, evaluate(masked(whole, sees)).output, rtol=0, atol=1e-12)
 

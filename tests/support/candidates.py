@@ -1,4 +1,4 @@
-"""Candidates for the judges: backends that are wrong in one place, and right backends with other rounding errors."""
+"""Candidates for checks: backends that are wrong in one place, and right backends with other rounding errors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -101,7 +101,7 @@ def of_bias(change):
 
 
 def normalised_last(attention, exponential=torch.exp, factor=1.0):
-    """Output by the softmax that divides after the product with the values, in float32 or the wider dtype."""
+    """The output of a softmax that divides after the product with the values, in float32 or the wider dtype."""
     dtype = attention.query.dtype
     wide = attention.with_tensors(tuple(t.to(torch.promote_types(dtype, torch.float32)) for t in attention.tensors()))
     scores, seen = grid(wide, torch.arange(attention.q_len))

@@ -9,6 +9,6 @@ def is_close(got, expected, tolerance=1e-4):
 
 
 def assert_obeys_the_error_rule(what, got, reference, plain, k=None, dtype=None, plain_dtype=None):
-    """Assert that a result passes the error rule. Without ``k``, its name decides between forward and gradient."""
+    """Assert that a result passes the error rule. Without ``k``, its name ``what`` selects forward or gradient."""
     verdict = check(what, got, reference, plain, factor(what) if k is None else k, dtype, plain_dtype)
     assert verdict.ok, str(verdict)

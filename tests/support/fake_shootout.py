@@ -109,7 +109,7 @@ class TinyOriginal(Original):
 
 @dataclass(frozen=True)
 class Exiting(Contender):
-    """Its process ends without a message."""
+    """A contender whose process ends without a message."""
 
     def prepare(self, case: Case) -> PreparedContender:
         os._exit(3)

@@ -30,7 +30,7 @@ def _patch_language_once(function):
 
 
 def _patch_tensor_for_numpy(tensor, scope):
-    """Let a scalar be an integer. In Triton 3.6 this fails with numpy 2.4; Triton 3.8 is mended."""
+    """Let Python use a scalar as an integer. This fails in Triton 3.6 with numpy 2.4. Triton 3.8 has no such error."""
     _patch_tensor(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 

@@ -10,7 +10,7 @@ from tests.support.compare import assert_obeys_the_error_rule
 
 
 def real_tokens(model, inputs):
-    """``(batch, length)``: the tokens whose logits are compared. Tokens of a decoder need a sample with a source."""
+    """``(batch, length)``: the tokens whose logits are compared, without decoder tokens of samples without a source."""
     mask = inputs["attention_mask"].bool()
     if not model.config.is_encoder_decoder:
         return mask
@@ -23,7 +23,7 @@ def logits_of(model, inputs):
 
 
 def positions_of(mask):
-    """``(batch, length)``: positions that count real tokens only, so that padding on the left does not change them."""
+    """``(batch, length)``: positions that count real tokens only. Padding on the left does not change them."""
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
@@ -52,7 +52,7 @@ def chunked(model, inputs, sizes, static):
 
 
 def hashes_of(model):
-    """A context that records what the model's attentions choose at random: the buckets of those that hash."""
+    """A context that records the hash buckets that the model's LSH attentions choose at random."""
     targets = [target for target in find_sites(model) if target.point.makes_random_choices]
     return recording({target.name: (target.module, target.point.replay) for target in targets})
 

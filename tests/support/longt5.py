@@ -41,7 +41,7 @@ def inputs(length, side="left", batch=3):
 
 
 def outcome(model, arguments, patch=None, dtype=torch.float32, prepare=lambda model: None):
-    """Return outputs of a copy on real tokens with gradients of a loss on them, and the names of the gradients."""
+    """Return outputs on real tokens of a copy of the model, gradients of a loss, and the names of the gradients."""
     model = copy.deepcopy(model).to(dtype)
     prepare(model)
     handle = attnzoo.patch(model, patch) if patch else None

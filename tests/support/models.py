@@ -1,7 +1,7 @@
 """Tiny models of every family with *spread* weights, and inputs that use the features of the family.
 
-With the default initialisation attention is nearly uniform, and a lost mask goes unnoticed. With spread weights
-(projections with std 1.5 / sqrt(fan_in), embeddings and bias tables with std 1) it changes logits by tenths.
+With the default initialisation, attention is nearly uniform, and a lost mask goes unnoticed. With spread weights
+(projections with std 1.5 / sqrt(fan_in), embeddings and bias tables with std 1), a lost mask changes logits by tenths.
 """
 
 import math
@@ -63,7 +63,8 @@ class Family:
         name: the family and its variant.
         build: returns a new tiny model with spread weights in eval mode.
         inputs: ``inputs(length, side)`` returns forward arguments with padding on a side.
-        dropouts: configuration names of the attention dropout (LongT5 has one dropout for everything).
+        dropouts: configuration names of the attention dropout (LongT5 has one dropout for everything). Empty if some
+            attentions have no dropout.
         prompt: ``prompt(side)`` returns arguments of ``generate``; None for models that do not generate.
         block: the block length of its attention: window, chunk, or radius + 1; any number for dense attention.
         static_cache: whether the model supports a static cache.
@@ -222,6 +223,28 @@ def pegasus_x(cls="PegasusXForConditionalGeneration", **changes):
     return spread(getattr(transformers, cls)(transformers.PegasusXConfig(**{**base, **changes})))
 
 
+def bigbird(cls="BigBirdForMaskedLM", **changes):
+    """Inputs of more than 14 tokens have block-sparse attention. Otherwise the model uses full attention."""
+    torch.manual_seed(0)
+    base = dict(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        block_size=2, num_random_blocks=1, max_position_embeddings=1100, pad_token_id=1, bos_token_id=0,
+        eos_token_id=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return spread(getattr(transformers, cls)(transformers.BigBirdConfig(**{**base, **changes})))
+
+
+def bigbird_pegasus(cls="BigBirdPegasusForConditionalGeneration", **changes):
+    torch.manual_seed(0)
+    base = dict(
+        vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, block_size=2, num_random_blocks=1,
+        max_position_embeddings=1100, dropout=0.0, attention_dropout=0.0, pad_token_id=0, eos_token_id=1,
+        decoder_start_token_id=2, scale_embedding=False,
+    )  # fmt: skip
+    return spread(getattr(transformers, cls)(transformers.BigBirdPegasusConfig(**{**base, **changes})))
+
+
 # Reformer hides a token from itself with -1e5. If the token sees nothing else, float32 keeps little of its score.
 _REFORMER_DROPOUTS = ("local_attention_probs_dropout_prob", "lsh_attention_probs_dropout_prob")
 _LONGT5 = (longt5_inputs, ("dropout_rate",), longt5_prompt)
@@ -233,6 +256,8 @@ FAMILIES = {
         Family("longformer", longformer, longformer_inputs, ("attention_probs_dropout_prob",)),
         Family("longt5-local", partial(longt5, kind="local"), *_LONGT5),
         Family("longt5-tglobal", partial(longt5, kind="transient-global"), *_LONGT5),
+        Family("bigbird", bigbird, causal_inputs, ()),
+        Family("bigbird_pegasus", bigbird_pegasus, longt5_inputs, (), longt5_prompt),
         Family("pegasus_x", pegasus_x, longt5_inputs, ("attention_dropout",), longt5_prompt),
         Family("reformer", reformer, causal_inputs, _REFORMER_DROPOUTS, causal_prompt, 4, False, coarse=True),
         Family("gpt_neox", gpt_neox, causal_inputs, ("attention_dropout",), causal_prompt),

@@ -1,4 +1,4 @@
-"""Worker processes preload this module. It replaces their end-to-end check by one that once made stderr noisy."""
+"""Worker processes preload this module. It replaces their end-to-end check by a check that may write to stderr."""
 
 import multiprocessing
 from typing import Any

@@ -48,7 +48,7 @@ def files():
 
 
 def measured(attention, seconds):
-    """Store a measurement of an attention: by backend name, its seconds, or text that says why it is wrong."""
+    """Store a measurement of an attention. ``seconds`` maps backends to seconds, or to the reason why one is wrong."""
     outcomes = {}
     for name, result in seconds.items():
         code, wrong = environment.code_of(registry.backend_class(name)), isinstance(result, str)

@@ -1,4 +1,4 @@
-"""FlexAttention without a compiler: every form runs at once, where a compilation takes many seconds.
+"""FlexAttention without a compiler, because the compilation of a form takes many seconds.
 
 The block lists decide as in the compiled kernels: a full block needs no mask, and an absent block is not read.
 """

@@ -122,7 +122,7 @@ def test_a_stored_measurement_is_used_again(add, clock):
 
 
 def test_one_module_of_a_kind_is_measured_unless_modules_share_values(add, clock):
-    """In LongT5, the first layer computes the bias of all layers, so one run repeats the calls of the whole stack."""
+    """In LongT5, the first layer computes the bias of all layers. So one run repeats the calls of all layers."""
     add("only")
     model = longt5(num_layers=4)
     calls = ModuleCalls(model)

@@ -95,7 +95,7 @@ def out_of_memory():
     "error", [torch.OutOfMemoryError("CUDA"), MemoryError(), out_of_memory()], ids=lambda error: type(error).__name__
 )
 def test_backend_that_ran_out_of_memory_is_not_wrong(add, clock, error):
-    """It has a reason and no time. If no other backend is left, ``auto`` selects it nevertheless."""
+    """Such a backend has a reason and no time. ``auto`` still selects it if no other backend is left."""
     add("full", rank=-1, raises=error), add("wrong", spoils=lambda output: output * 1.01)
     (measurement,) = tune(clock)
     assert measurement.outcomes["full"].reason.startswith(f"raised {type(error).__name__}")

@@ -1,4 +1,4 @@
-"""``tune`` runs a model once, and changes nothing in it."""
+"""``tune`` measures the attentions of a model, and changes nothing in the model."""
 
 import pytest
 import torch

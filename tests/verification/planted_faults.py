@@ -27,7 +27,7 @@ SMALL = 1.01
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """The identity with a gradient that is wrong by a factor."""
+    """The identity function with a gradient that is wrong by a factor."""
 
     @staticmethod
     def forward(ctx, tensor, by):
@@ -213,7 +213,7 @@ def share_without_term(check: Check) -> float:
 
 
 def shares(report: Report) -> tuple[float, float]:
-    """Error / budget of the worst check of an attention, with and without the term."""
+    """Error / budget of the worst check of an attention, with and without the term for scores computed again."""
     checks = [check for site in report.sites for check in site.checks]
     return max(check.share for check in checks), max(map(share_without_term, checks))
 

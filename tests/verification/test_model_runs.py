@@ -116,7 +116,7 @@ def test_outputs_without_a_row_for_each_token_are_compared_as_a_whole(output):
 
 
 class Counting(nn.Module):
-    """A linear model that notes whether each forward builds a graph, and draws a random number."""
+    """A linear model that records whether each forward builds a graph. Each forward draws a random number."""
 
     def __init__(self, trains=True):
         super().__init__()

@@ -31,7 +31,7 @@ def test_budgets_of_the_models_own_code_have_the_numbers_of_the_rule(dtype):
     ids=str,
 )
 def test_model_and_original_are_compared_on_the_same_results(options, compared):
-    """With ``fast``, gradients are compared at the sites only."""
+    """With ``fast``, the gradients of the whole model are not compared."""
     report = attnzoo.verify(gpt_neox(num_hidden_layers=1), {"input_ids": ids(2, 21)}, "sdpa", **options)
     assert [check.what for check in report.end_to_end] == compared
     assert [check.what for check in report.original] == compared

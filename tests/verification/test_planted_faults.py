@@ -48,7 +48,7 @@ def test_budgets_have_the_size_of_roundings(family):
 
 
 def test_one_projection_alone_passes_end_to_end():
-    """Its gradient is small, so that the error from computing the scores again dominates."""
+    """The gradient of the projection is small compared with the error from computing the scores again."""
     model = load("led")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("decoder.layers.0.self_attn.q_proj" in name)

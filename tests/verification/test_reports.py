@@ -1,4 +1,4 @@
-"""A report is ok only if every check of every kind is, and if something was compared at each site."""
+"""A report is ok only if every check of every kind passes, and if something was compared at each site."""
 
 from dataclasses import replace
 

@@ -40,7 +40,7 @@ class Candidate(attnzoo.Backend):
 
 
 def replaced(capabilities, **changes):
-    """A right candidate with other capabilities."""
+    """Return a right candidate with other capabilities."""
     return type("Narrow", (Candidate,), {"capabilities": replace(capabilities, **changes)})()
 
 
@@ -99,7 +99,7 @@ def nan_in_one_row(attention, output):
 
 @dataclass(frozen=True, eq=False)
 class InFloat32(Candidate):
-    """Computes in float32, whatever the dtype."""
+    """A candidate that computes in float32, whatever the dtype."""
 
     def run(self, attention, probabilities=False):
         narrow = attention.with_tensors(tuple(tensor.float() for tensor in attention.tensors()))
@@ -109,7 +109,7 @@ class InFloat32(Candidate):
 
 @dataclass(frozen=True, eq=False)
 class StaleKeys(Candidate):
-    """Computes later calls of a shape with the keys of the first call, as with a cache that nothing clears."""
+    """A candidate that uses the keys of the first call in all calls of equal shape, like a stale cache."""
 
     kept: dict = field(default_factory=dict)
 
@@ -131,7 +131,7 @@ class CallsTwice(torch.nn.Module):
 
 
 class Wrapped(torch.nn.Module):
-    """GPT-NeoX whose outputs ``change`` spoils if the model is patched with the backend of a user.
+    """GPT-NeoX whose outputs ``change`` spoils while the model is patched with sdpa.
 
     ``before`` may change the tokens in place.
     """
@@ -150,7 +150,7 @@ class Wrapped(torch.nn.Module):
 
 
 class SkipsALayer(torch.nn.Module):
-    """GPT-NeoX that does not call its last attention if it is patched with the backend of a user."""
+    """GPT-NeoX that does not call its last attention while the model is patched with sdpa."""
 
     def __init__(self):
         super().__init__()
@@ -172,7 +172,7 @@ def logits_wrong(outputs):
 
 
 def wrong_with_gradients_only(outputs):
-    """A constant is added, so that the gradient is right."""
+    """The output is wrong by an added constant, which does not change gradients."""
     return {**outputs, "logits": outputs["logits"] + 0.1} if torch.is_grad_enabled() else outputs
 
 
@@ -302,7 +302,7 @@ def test_original_of_a_patched_model_is_the_unpatched_model():
 
 
 def test_calls_that_fell_back_are_named():
-    """The cross-attention is not checked as the backend's."""
+    """The report names the sites, and does not check them as sites of the backend."""
     backend = {"*encoder_attn": replaced(SdpaBackend.capabilities, patterns=frozenset({attnzoo.Causal})), "*": "sdpa"}
     report = attnzoo.verify(led(), led_inputs(26, "none", batch=1), backend, gradients=False, fallback="native")
     assert f"calls fell back to the model's own code, which only the outputs show, at {', '.join(CROSS)}" in report.note
@@ -310,7 +310,7 @@ def test_calls_that_fell_back_are_named():
 
 
 class WrongUnlessPatched(torch.nn.Linear):
-    """A projection of the model's own code with a wrong gradient. Of a patched model, the gradient is right."""
+    """A projection whose gradient is wrong while the model is not patched."""
 
     def __init__(self, linear, model, wrong):
         super().__init__(linear.in_features, linear.out_features)

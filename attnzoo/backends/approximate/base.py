@@ -1,7 +1,7 @@
 """The base class of ``blocked-local`` and ``lsh``, which replace dense attention by sparser attention.
 
 Attention is dense if a query sees more keys as the sequence grows. These backends replace a dense
-:class:`~attnzoo.spec.segments.Attention` by another one, the *changed attention*, which an exact backend computes.
+:class:`~attnzoo.spec.segments.Attention` by the *changed attention*, and an exact backend computes this attention.
 Local attention stays unchanged, because it is fast already. Cross-attention stays unchanged, because distances between
 its queries and keys have no meaning.
 """

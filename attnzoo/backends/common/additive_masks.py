@@ -114,7 +114,7 @@ class HashMasks:
         return count.mul_(_HIDDEN).to(self._dtype), None if bool(visible_rows.all()) else visible_rows
 
     def _distance(self, chunks: tuple[Tensor, Tensor], queries: Tensor, keys: Tensor, out: Tensor) -> None:
-        """Write to ``out`` how far each key is from the middle of the chunks that each query sees, in chunks.
+        """Write to ``out`` the distance, in chunks, of each key from the middle of the chunks that each query sees.
 
         For example, the middle of chunks 2 and 3 is 2.5, so a key in chunk 2 gets 0.5. Key -1 gets infinity.
         ``chunks`` has the middle for each query and the chunk index of each key.

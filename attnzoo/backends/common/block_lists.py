@@ -27,10 +27,10 @@ class BlockShape(NamedTuple):
 
 
 class BlockLists(NamedTuple):
-    """How many blocks of keys each block of queries sees, and their indices, all int32, for all blocks of queries.
+    """The number and the indices of the blocks of keys that each block of queries sees.
 
-    The fields are the arguments of FlexAttention's ``BlockMask.from_kv_blocks``. ``n`` is the number of blocks of
-    queries, and ``m`` is the number of blocks of keys.
+    The fields are the arguments of FlexAttention's ``BlockMask.from_kv_blocks``, all int32. ``n`` is the number of
+    blocks of queries, and ``m`` is the number of blocks of keys.
     """
 
     partial_count: Tensor  # (batch, 1, n), how many partial blocks each block of queries sees

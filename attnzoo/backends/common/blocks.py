@@ -164,7 +164,7 @@ def passes(attention: Attention) -> list[list[int]]:
 def blocks(attention: Attention, segments: list[int], size: int) -> Iterator[Block]:
     """Yield all blocks of one pass (``segments``: its segment indices), in ascending order of ``q_start``.
 
-    A block has at most ``size`` queries. If the pattern reorders the queries, it decides the number instead.
+    A block has at most ``size`` queries. If the pattern reorders the queries, the pattern sets the number of queries.
     """
     q_len = attention.q_len
     pattern = attention.segments[segments[0]].pattern
@@ -226,6 +226,9 @@ class Masks:
             token = pattern.sorted_tensors()[1][:, :, None, part.kv_start : part.kv_stop]
             visible = pattern.visible(block.queries[..., None], token)
             return PartMask(visible, visible.any(-1))
+        if part.keys is not None and pattern.sees_gathered(block.q_start, block.q_stop):
+            visible = (part.keys >= 0)[:, :, None]
+            return PartMask(visible, visible.any(-1)) if _may_hide(visible) else None
         key = pattern.block_key(tile)
         if key is not None and self._last.get(part.segment, (None,))[0] == key:
             return self._last[part.segment][1]
@@ -286,7 +289,7 @@ class Masks:
         q = torch.arange(block.q_start, block.q_stop, device=device) if block.queries is None else block.queries
         kv = torch.arange(part.kv_start, part.kv_stop, device=device)
         if part.keys is not None and attention.segments[part.segment].bias is not None:
-            raise NotImplementedError("got a bias with HashedChunks, which a backend must refuse (Backend.refusals)")
+            raise NotImplementedError("got a bias with gathered keys, which a backend must refuse (Backend.refusals)")
         return attention.segments[part.segment].bias_at(q, kv, attention.q_len, attention.batch, attention.heads)
 
     def key(self, block: Block, part: Part) -> tuple[object, ...] | None:

@@ -2,15 +2,15 @@
 
 A form contains everything that the compiled code depends on, for example the kind of pattern of each segment, the
 dtype, the scale, and which lengths are 1 (a compiler treats 1 as a constant). The form does not contain other lengths,
-windows, offsets and bias values. In the compiled code, lengths are symbols (dynamic shapes), and the others are
-tensors. So a new length needs no new compilation. Three measures ensure this:
+windows, offsets and bias values. In the compiled code, lengths are symbols (dynamic shapes). Windows, offsets and bias
+values are tensors. So a new length needs no new compilation. Three measures ensure this:
 
 - Each form has a separate function, because the compiler limits the number of compilations of one function. This
   function raises if torch.compile is off, because FlexAttention would then compute whole ``q_len x kv_len`` grids.
 - The function is compiled on example tensors whose sizes differ, because the compiler uses one symbol for equal sizes.
 - ``mask_mod`` and ``score_mod`` read flat tensors with ``embedding``. Indexing would need the sizes of these tensors,
   and PyTorch's CPU kernels (seen in 2.13) use a wrong size if the size is a symbol. Only trained bias values are
-  indexed, because PyTorch's backward of FlexAttention computes gradients only for indexing. They exist on CUDA only.
+  indexed, because PyTorch's backward of FlexAttention computes gradients only for indexing. Only CUDA has a backward.
 """
 
 from __future__ import annotations

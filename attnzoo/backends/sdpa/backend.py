@@ -1,8 +1,8 @@
 """The backend ``sdpa``: ``torch.nn.functional.scaled_dot_product_attention`` and the kernels that it calls.
 
-A call of this function is a *public call* below. One public call is enough for a single segment with neither bias nor
-dense mask, if the function's ``is_causal`` expresses the pattern or if the pattern hides no key, and for a single query
-that sees one segment. Any other attention is computed in blocks, by the first method that supports it:
+A call of this function is a *public call* below. One public call is enough in two cases. Either there is one segment
+with neither bias nor dense mask, and its pattern hides no key or is ``is_causal``. Or there are one query and one
+segment. Any other attention is computed in blocks, by the first of these methods that supports the attention:
 
 - On the CPU, with neither dropout nor function transforms, and with ``value_dim == head_dim``: PyTorch's CPU
   FlashAttention kernel. The results for the parts are merged by log-sum-exp (:mod:`attnzoo.backends.sdpa.flash_cpu`).
@@ -29,6 +29,7 @@ from attnzoo.backends.common.blocks import DENSE_ROWS, Masks, additive, block_si
 from attnzoo.backends.sdpa import flash_cpu, math_blocks
 from attnzoo.backends.sdpa.pieces import KeyPieces, join_masks, join_parts
 from attnzoo.errors import Refusal
+from attnzoo.spec.chosen_blocks import ChosenBlocks
 from attnzoo.spec.hashed import HashedChunks
 from attnzoo.spec.heads import expand_heads
 from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
@@ -44,7 +45,7 @@ class SdpaBackend(Backend):
     priority: ClassVar[int] = 10
     capabilities: ClassVar[Capabilities] = Capabilities(
         devices=frozenset({"cpu", "cuda"}),
-        patterns=frozenset({Full, Causal, Window, Chunks, SortedChunks, HashedChunks}),
+        patterns=frozenset({Full, Causal, Window, Chunks, SortedChunks, HashedChunks, ChosenBlocks}),
         segments=1 << 16,
         key_mask=True,
         mask=True,
@@ -59,8 +60,10 @@ class SdpaBackend(Backend):
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
         refusals = super().refusals(request)
-        if any(s.bias is not None and isinstance(s.pattern, SortedChunks | HashedChunks) for s in request.segments):
-            refusals += (Refusal("bias", "a bias with SortedChunks or HashedChunks", "no bias with these patterns"),)
+        without_bias = SortedChunks | HashedChunks | ChosenBlocks
+        if any(s.bias is not None and isinstance(s.pattern, without_bias) for s in request.segments):
+            got = "a bias with SortedChunks, HashedChunks or ChosenBlocks"
+            refusals += (Refusal("bias", got, "no bias with these patterns"),)
         return refusals
 
     def run(self, attention: Attention, probabilities: bool = False) -> Result:

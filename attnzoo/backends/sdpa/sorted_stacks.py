@@ -1,7 +1,7 @@
 """Stacks of chunks of sorted keys (LSH attention). One kernel call computes all chunks of a stack.
 
-Unlike the blocks of :mod:`attnzoo.backends.sdpa.stacks`, every chunk has another mask. A mask is made for the chunks of
-a stack at once.
+Unlike the blocks of :mod:`attnzoo.backends.sdpa.stacks`, the chunks of a stack have different masks. The masks of all
+chunks of a stack are made at once.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def sorted_stacks(attention: Attention, index: int) -> Iterator[SortedStack]:
 
 
 def _continues(run: list[Block], block: Block) -> bool:
-    """Whether a block has as many queries and keys as those of ``run`` and begins the same number of keys later."""
+    """Whether a block can follow the blocks of ``run`` in a stack: equal numbers of queries and keys, equal steps."""
     if not len(block.parts) == len(run[-1].parts) == 1 or block.rows != run[-1].rows:
         return False
     (part,), (last,) = block.parts, run[-1].parts

@@ -23,10 +23,10 @@ from attnzoo.spec.segments import Attention
 _TILE = 32
 # The largest number of queries per call. The data of one call should fit the CPU cache.
 _ROWS = 1024
-# The kernel reads a number of keys fastest if the number is a multiple of this one: 288 keys take less time than 286.
+# The kernel is fastest if the number of keys is a multiple of this number: 288 keys take less time than 286.
 _ALIGNMENT = 16
-# Keys that more blocks than this read are copied, see Scratch. A copy of keys that fewer blocks read takes more time
-# than it saves.
+# Keys are copied (see Scratch) only if more blocks than this read them. With fewer blocks, a copy takes more time than
+# it saves.
 _READS = 16
 
 
@@ -202,7 +202,7 @@ class _Run:
 
 
 def _block(attention: Attention, segments: list[int], q_start: int, size: int) -> Block:
-    """Return the block of at most ``size`` queries from ``q_start``, with numbers of keys that the kernel likes."""
+    """Return the block of at most ``size`` queries from ``q_start``, with parts as in :func:`_aligned`."""
     block = block_at(attention, segments, q_start, min(attention.q_len, q_start + size))
     alone = Counter(part.segment for part in block.parts)
     parts = (_aligned(attention, block, part) if alone[part.segment] == 1 else part for part in block.parts)
@@ -210,9 +210,9 @@ def _block(attention: Attention, segments: list[int], q_start: int, size: int) -
 
 
 def _aligned(attention: Attention, block: Block, part: Part) -> Part:
-    """Return a part with further keys, which the mask hides, if the part needs a mask.
+    """Return the part, extended to a multiple of ``_ALIGNMENT`` keys if the part needs a mask.
 
-    The part must contain all keys that the block sees in the segment. So the pattern hides the further keys.
+    The part must contain all keys that the block sees in the segment. So the pattern hides the additional keys.
     """
     kv_len = attention.segments[part.segment].kv_len
     tile = Tile(block.q_start, block.q_stop, part.kv_start, part.kv_stop, attention.q_len, kv_len)

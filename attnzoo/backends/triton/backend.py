@@ -1,7 +1,7 @@
 """The backend ``triton``: one kernel for the softmax over all segments, with exact gradients, on CUDA.
 
 The kernels compute windows, chunks and causality from a few numbers, and visit only tiles that may be visible. They
-read queries, keys and values in the layout of models. The backward computes the scores again, from the log-sum-exp.
+read queries, keys and values in the layout of models. The backward computes scores and softmax weights again.
 
 Triton comes with PyTorch's CUDA builds. With ``TRITON_INTERPRET=1`` in the environment, Triton runs kernels in numpy,
 on CPU tensors. This is slow and meant for tests. The backend then supports the device ``cpu`` instead of ``cuda``, and
@@ -21,6 +21,7 @@ from attnzoo.backends.triton.tile_sizes import is_interpreted
 from attnzoo.backends.varlen.kernels import no_device
 from attnzoo.errors import BackendRefusedError, Refusal
 from attnzoo.spec.bias import DenseBias, RelativeBias
+from attnzoo.spec.hashed import HashedChunks
 from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
 from attnzoo.spec.segments import Attention, Request, Result
 
@@ -29,7 +30,7 @@ _LARGEST_DIM = 256
 _ON_CUDA = Capabilities(
     devices=frozenset({"cuda"}),
     dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
-    patterns=frozenset({Full, Causal, Window, Chunks, SortedChunks}),
+    patterns=frozenset({Full, Causal, Window, Chunks, SortedChunks, HashedChunks}),
     segments=1 << 16,
     key_mask=True,
     mask=True,
@@ -39,6 +40,7 @@ _ON_CUDA = Capabilities(
     uneven_value_dim=True,
     dropout=True,
     grad=True,
+    softcap=True,
 )
 _INTERPRETED = replace(_ON_CUDA, devices=frozenset({"cpu"}), dtypes=frozenset({torch.float32, torch.float16}))
 
@@ -63,12 +65,12 @@ class TritonBackend(Backend):
         for name, dim in (("head_dim", request.head_dim), ("value_dim", request.value_dim)):
             if dim > _LARGEST_DIM:
                 refusals += (Refusal(name, str(dim), f"at most {_LARGEST_DIM}"),)
-        if any(s.bias is not None and isinstance(s.pattern, SortedChunks) for s in request.segments):
-            refusals += (Refusal("bias", "a bias with SortedChunks", "no bias with this pattern"),)
+        if any(s.bias is not None and isinstance(s.pattern, SortedChunks | HashedChunks) for s in request.segments):
+            refusals += (Refusal("bias", "a bias with SortedChunks or HashedChunks", "no bias with these patterns"),)
         return refusals
 
     def priority_for(self, request: Request) -> int:
-        """Return a priority above PyTorch's kernels unless these compute the request whole and without a dense mask.
+        """Return a priority above PyTorch's kernels, unless a single call of PyTorch's kernels computes the request.
 
         The priority is below FlashAttention's, because these kernels have not run on a card yet.
         """

@@ -11,51 +11,51 @@ from torch import Tensor
 
 from attnzoo.backends.triton.forward import compile_options, constants, new_rows, tile_of
 from attnzoo.backends.triton.kernels import arguments as kinds
+from attnzoo.backends.triton.kernels.arguments import Softmax
 from attnzoo.backends.triton.kernels.dense_bias import dense_bias_kernel
 from attnzoo.backends.triton.kernels.distance_table import diagonals_kernel, distance_kernel
 from attnzoo.backends.triton.kernels.key import key_kernel
 from attnzoo.backends.triton.kernels.position_table import entries_kernel, position_kernel
 from attnzoo.backends.triton.kernels.query import query_kernel
-from attnzoo.backends.triton.plan import Inputs, Plan, keys_of, rows
+from attnzoo.backends.triton.plan import Inputs, Plan, keys_of, rows, settings
 from attnzoo.backends.triton.tile_sizes import Tile, programs_at_once
 
-_FEWEST_STEPS = 4  # tiles per program: with fewer, a share of the queries is not worth the sum of the shares
-_ENTRIES = 16  # of a table, per program
+_FEWEST_STEPS = 4  # tiles of queries per program, at least, if several programs share the queries of a tile of keys
+_ENTRIES = 16  # table entries per program
 
 
 class Backward:
     """The backward of one attention.
 
     Args:
-        plan, inputs, seed, lse: those of the forward.
-        out: the output of the forward.
+        plan, inputs, seed: those of the forward.
+        out, softmax: the results of the forward.
         grad_out: the gradient of the output.
     """
 
     def __init__(
-        self, plan: Plan, inputs: Inputs, seed: Tensor | None, out: Tensor, lse: Tensor, grad_out: Tensor
+        self, plan: Plan, inputs: Inputs, seed: Tensor | None, out: Tensor, softmax: Softmax, grad_out: Tensor
     ) -> None:
         self._plan, self._inputs, self._out, self._grad_out = plan, inputs, out, grad_out
         self._order = [index for indices in plan.passes for index in indices]
         self._keys = [keys_of(plan, inputs, index) for index in range(len(plan.forms))]
-        self._delta = torch.empty_like(lse)
+        self._delta = torch.empty_like(softmax.top)
         self._common: dict[str, Any] = dict(
             query=rows(inputs.query),
             grad_out=rows(grad_out),
-            lse=lse,
+            softmax=softmax,
             delta=self._delta,
-            seed=seed,
+            settings=settings(plan, seed),
             heads=plan.heads,
             q_len=plan.q_len,
-            scale=plan.scale,
-            dropout=plan.dropout,
             **constants(plan),
         )
 
     def queries(self, needs_ends: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the gradient of the queries, and the gradients ``(segments, heads, 2)`` of the ends of tables.
+        """Return the gradient of the queries, and the gradients of the first and last table entries.
 
-        This method also computes what the other methods need, so it must be called first.
+        The second result is ``(segments, heads, 2)``. This method must be called first: it also computes ``delta``,
+        which the other methods need.
         """
         plan, sizes = self._plan, tile_of("query", self._plan)
         blocks = triton.cdiv(plan.q_len, sizes.queries)
@@ -91,7 +91,7 @@ class Backward:
             if places.count(form.key) == places.count(form.value) == 1:
                 grads[form.key], grads[form.value] = self._of_segment(number, index)
                 continue
-            # Several segments share these tensors. Each adds to gradients in float32.
+            # Several segments share these tensors. Each segment adds to the same gradients, which are float32.
             for place in (form.key, form.value):
                 if place not in grads:
                     grads[place] = torch.zeros(
@@ -101,7 +101,7 @@ class Backward:
         return [grads[place].to(self._plan.dtype) for place in range(len(self._inputs.keys_values))]
 
     def _of_segment(self, number: int, index: int) -> tuple[Tensor, Tensor]:
-        """Return the gradients of keys and values that no other segment has."""
+        """Return the gradients of the keys and values of a segment that shares them with no other segment."""
         plan, form, sizes = self._plan, self._plan.forms[index], tile_of("key", self._plan)
         key, value = (self._inputs.keys_values[place] for place in (form.key, form.value))
         programs = triton.cdiv(form.kv_len, sizes.keys) * plan.batch * key.shape[1]
@@ -126,7 +126,7 @@ class Backward:
         key_kernel[(programs * shares,)](
             grad_key=rows(grads[0]),
             grad_value=rows(grads[1]),
-            segment=self._keys[index],
+            segment=keys_of(plan, self._inputs, index, for_keys=True),
             numbers=plan.numbers(index),
             which=number,
             shares=shares,
@@ -212,7 +212,7 @@ class Backward:
         entries_kernel[grid](total, ends, grad, plan.heads, chunks, form.size, BLOCK_R=_ENTRIES)
 
     def _chunks(self, sizes: Tile, programs: int) -> int:
-        """Return into how many chunks to divide the tiles of queries, with this many programs per chunk and head."""
+        """Return into how many chunks to divide the query tiles. Each chunk and head has ``programs`` programs."""
         plan = self._plan
         blocks = triton.cdiv(plan.q_len, sizes.queries) * plan.batch
         return max(1, min(blocks, triton.cdiv(programs_at_once(plan.device), programs * plan.heads)))

@@ -38,7 +38,7 @@ class Table:
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
-    numeric: frozenset[str] = frozenset()
+    numeric: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ def javascript() -> str:
     try:
         import vl_convert
 
-        script: str = vl_convert.javascript_bundle()
+        script: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     except BaseException as error:  # the package contains a JavaScript engine, whose errors may have any type
         raise_interrupts(error)
         got = f"a page with charts, but vl-convert-python does not work here ({type(error).__name__}: {error})"

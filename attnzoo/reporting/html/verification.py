@@ -14,7 +14,7 @@ from attnzoo.reporting.html.content import Cell, Chart, Page, Section, Table, fa
 _MODEL = "whole model"
 _ORIGINAL = "the model's own code"
 _COLUMNS = ("where", "no.", "compared", "kernel", "error", "budget", "of budget", "own code", "verdict")
-_NUMERIC = frozenset({"no.", "error", "budget", "of budget", "own code"})
+_NUMERIC = ("no.", "error", "budget", "of budget", "own code")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def check(q, k, v, cu_q, cu_k, max_q, max_k):
-    """Raise on everything the kernels do not accept."""
+    """Raise on all inputs that the kernels do not accept."""
     for name, tensor in dict(q=q, k=k, v=v).items():
         assert tensor.ndim == 3, f"{name} has shape {tuple(tensor.shape)}"
         assert tensor.dtype in HALF and tensor.dtype == q.dtype, f"{name} is {tensor.dtype}"
@@ -42,7 +42,7 @@ def visible(n, m, causal, left, right, max_k):
 
 
 def sequences(cu_q, cu_k):
-    """Rows of queries ``(count, n)`` and keys ``(count, m)``, for all sequences of equal lengths at once."""
+    """Row indices of queries ``(count, n)`` and keys ``(count, m)``. Yield all sequences of equal lengths together."""
     assert len(cu_q) <= 65536, "CUDA: invalid configuration argument"  # the grid's second dimension is the sequences
     groups = {}
     q, k = cu_q.tolist(), cu_k.tolist()

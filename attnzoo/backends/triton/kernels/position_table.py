@@ -1,10 +1,10 @@
 """The gradient of a bias table that is read at ``key index - position of the query``, without atomics.
 
-A query at position ``p`` reads a run of table entries with a run of keys. So the queries of a tile that have equal
-positions form a tile in which each column reads one entry. A program takes a run of entries, goes through many tiles of
-queries and their distinct positions, and adds score gradients up in registers. In LongT5, 16 neighbouring queries have
-equal positions. Any positions are correct, but a tile whose positions all differ costs as many steps as it has queries.
-The query kernel sums the first and the last entry.
+For consecutive keys, a query at position ``p`` reads consecutive table entries. Queries with equal positions read equal
+entries, so each column of their scores reads one entry. A program computes some consecutive entries: it goes through
+many tiles of queries and the distinct positions in each tile, and adds up score gradients in registers. In LongT5, 16
+neighbouring queries have equal positions. Other positions are correct too, but a tile needs one step per distinct
+position. The query kernel computes the gradients of the first and the last entry.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from attnzoo.backends.triton.kernels.spans import number
 
 @triton.jit(do_not_specialize=["heads", "q_len", "batch", "which", "chunks"])
 def position_kernel(
-    query, grad_out, lse, delta, seed, total, segment, numbers, heads, q_len, batch, which, chunks, scale, dropout,
-    SIGN: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    query, grad_out, softmax, delta, settings, total, segment, numbers, heads, q_len, batch, which, chunks,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the sums ``total`` ``(chunks, heads, size)``, except the first and the last entry."""
     run, chunk, h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -44,9 +44,9 @@ def position_kernel(
             k0 = entry + position - zero
             if (k0 + BLOCK_N > 0) & (k0 < kv_len):
                 ds = tile_gradients(
-                    query, grad_out, lse, delta, seed, segment, numbers, b, h, heads, q_len, rows, positions, lowest,
-                    highest, m0, tl.minimum(m0 + BLOCK_M, q_len) - 1, k0, which, scale, dropout,
-                    SIGN, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, DROPOUT, PRECISION,
+                    query, grad_out, softmax, delta, settings, segment, numbers, b, h, heads, q_len, rows, positions,
+                    lowest, highest, m0, tl.minimum(m0 + BLOCK_M, q_len) - 1, k0, which,
+                    DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, PRECISION,
                 )  # fmt: skip
                 acc += tl.where((positions == position)[:, None], ds, 0.0)
             position = tl.min(tl.where(positions > position, positions, highest + 1), 0)
