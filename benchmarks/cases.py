@@ -77,6 +77,7 @@ class Subject:
         inputs: floating-point inputs of the module that get gradients.
         tokens: number of steps in a call. Every step runs the attention modules whose host time the case measures.
         timer: function that runs the module and returns the seconds of one step. None means the time of :meth:`step`.
+        owners: the modules whose layers share values with the module (``PatchPoint.shared_in``), set by :meth:`patch`.
     """
 
     case: Case
@@ -88,10 +89,14 @@ class Subject:
     inputs: list[Tensor] = field(default_factory=list)
     tokens: int = 1
     timer: Callable[[], float] | None = None
+    owners: tuple[nn.Module | None, ...] = ()
 
     def patch(self, backend: str) -> attnzoo.Handle:
         """Patch the module, then :meth:`release` the model. ``backend`` has the syntax of the option ``--backend``."""
         handle = attnzoo.patch(self.model, {self.patched: backend_of(backend)})
+        # Without its owner, the module could not know that all layers are patched. LongT5's first layer would then also
+        # run its original forward, to pass on the bias in the original format.
+        self.owners = tuple(forward.plan.target.owner for forward in handle.forwards)
         self.release()
         return handle
 

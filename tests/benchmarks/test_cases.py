@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attnzoo.benchmarks.cases import Case, Projections, build
-from attnzoo.benchmarks.models import GPT_NEOX, LED, LONGFORMER, PEGASUS_X, WORKLOADS, find_workload
+from attnzoo.benchmarks.models import GPT_NEOX, LED, LONGFORMER, LONGT5_LOCAL, PEGASUS_X, WORKLOADS, find_workload
 from attnzoo.benchmarks.text import book, read_tokens
 
 CASE = Case("tiny", "model", 40, 1, "float32", "cpu", 1, True)
@@ -85,3 +85,20 @@ def test_states_get_gradients_in_training_and_in_its_projections(family, train):
     assert {x.requires_grad for _, _, x, _ in Projections(subject)._calls} == {train}
     subject.step()
     assert all((states.grad != 0).any() for states in subject.inputs)
+
+
+@pytest.mark.parametrize("scope", ["module", "attention"])
+def test_a_patched_first_layer_does_not_run_the_original_code_too(scope, monkeypatch):
+    """The layers of LongT5 share a bias, which the first layer computes."""
+    sizes = dict(vocab_size=300, d_model=16, d_kv=8, d_ff=16, num_heads=2, local_radius=3)
+    tiny = replace(LONGT5_LOCAL, name="tiny_longt5", published={**LONGT5_LOCAL.published, **sizes}, heads=2)
+    monkeypatch.setitem(WORKLOADS, "tiny_longt5", tiny)
+    subject = build(replace(CASE, family="tiny_longt5", scope=scope, train=False))
+    handle = subject.patch("sdpa")
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("the original forward ran")
+
+    monkeypatch.setattr(type(subject.module), "forward", forbidden)
+    subject.step()
+    assert [site.calls for site in handle.sites] == [1]
