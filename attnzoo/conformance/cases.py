@@ -187,8 +187,9 @@ def shrink(request: Request) -> Request:
 def _shrunk(pattern: Pattern) -> Pattern:
     if isinstance(pattern, Window):
         return replace(pattern, left=min(pattern.left, 7), right=min(pattern.right, 5))
-    shorter = isinstance(pattern, Chunks | ChosenBlocks)
-    return replace(pattern, length=min(pattern.length, 8)) if shorter else pattern  # type: ignore[call-arg]
+    if isinstance(pattern, Chunks | ChosenBlocks):
+        return replace(pattern, length=min(pattern.length, 8))
+    return pattern
 
 
 def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[AttentionCase]:
