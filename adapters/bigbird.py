@@ -333,8 +333,8 @@ def _attend_to_blocks(
     # As in the original, the weight of a token is that of one of its copies.
     of_near, of_first, of_last, *of_chosen = near.dropped
     rows = torch.cat([of_first / copies, of_near[..., block:-block], of_last], dim=-1)
-    for part in of_chosen:
-        rows = torch.maximum(rows, part)
+    for weights in of_chosen:
+        rows = torch.maximum(rows, weights)
     return output, _with_ends(rows, wide.dropped[0], block)
 
 
