@@ -10,11 +10,13 @@ STAMP := $(VENV)/.installed
 # ARGS are arguments for the tool that a target runs: make test ARGS="-k led", make shootout ARGS="--full"
 ARGS ?=
 
-# The oldest supported transformers (see pyproject.toml). constraints.txt pins the newest verified version.
+# The oldest supported transformers (see pyproject.toml), and the newest that the adapters are verified with.
+# constraints.txt pins the version that the results in this repository were made with.
 OLDEST := 5.17.0
-OLDEST_VENV := .venv-oldest
+NEWEST := 5.24.0
+OTHER_VENVS := .venv-oldest .venv-newest
 
-.PHONY: help venv shootout test test-oldest test-long test-interpreted gpu test-cuda mutants lint typecheck format docs docs-matrix docs-results docs-advice docs-plot docs-notebook docs-architectures build clean distclean
+.PHONY: help venv shootout test test-oldest test-newest test-long test-interpreted gpu test-cuda mutants lint typecheck format docs docs-matrix docs-results docs-advice docs-plot docs-notebook docs-architectures build clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -33,14 +35,19 @@ shootout: $(STAMP) ## run the benchmark: every backend against the original mode
 test: $(STAMP) ## run the tests, as CI does
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
-$(OLDEST_VENV)/.installed: pyproject.toml constraints.txt Makefile
-	test -x $(OLDEST_VENV)/bin/python || $(PYTHON) -m venv $(OLDEST_VENV)
-	(grep -vE '^(transformers|huggingface_hub|tokenizers|safetensors)==' constraints.txt; echo transformers==$(OLDEST)) > $(OLDEST_VENV)/constraints.txt
-	$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c $(OLDEST_VENV)/constraints.txt
+.venv-oldest/.installed: TRANSFORMERS := $(OLDEST)
+.venv-newest/.installed: TRANSFORMERS := $(NEWEST)
+$(OTHER_VENVS:=/.installed): pyproject.toml constraints.txt Makefile
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	(grep -vE '^(transformers|huggingface_hub|tokenizers|safetensors)==' constraints.txt; echo transformers==$(TRANSFORMERS)) > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c $(@D)/constraints.txt
 	@touch $@
 
-test-oldest: $(OLDEST_VENV)/.installed ## run the tests with the oldest supported transformers
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n 2 $(ARGS)
+test-oldest: .venv-oldest/.installed ## run the tests with the oldest supported transformers
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 $(ARGS)
+
+test-newest: .venv-newest/.installed ## run the tests with the newest verified transformers
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 $(ARGS)
 
 test-long: $(STAMP) ## run the property tests with more than 25,000 examples per exact backend (1 to 2 hours on 2 cores)
 	ATTNZOO_HYPOTHESIS_PROFILE=long OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/properties $(ARGS)
@@ -104,4 +111,4 @@ clean: ## remove caches and build outputs; keep .venv and results of the shootou
 	find . -path ./$(VENV) -prune -o -path ./.git -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## the same, and remove .venv
-	rm -rf $(VENV) $(OLDEST_VENV)
+	rm -rf $(VENV) $(OTHER_VENVS)

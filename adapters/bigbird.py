@@ -38,15 +38,16 @@ from attnzoo.patching.mask_arguments import (
     MaskArguments,
     MaskCheckPoint,
 )
+from attnzoo.spec.autocast import active_autocast
 from attnzoo.spec.bias import RelativeBias
 from attnzoo.spec.chosen_blocks import ChosenBlocks
 from attnzoo.spec.heads import merge_heads, split_heads
 from attnzoo.spec.masks import NO_MASK, read_attention_mask
 from attnzoo.spec.patterns import Causal, Chunks, Full
 from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest, describe
-from attnzoo.spec.transforms import holds
+from attnzoo.spec.transforms import hides_nothing, holds
 
-VERSIONS = "5.17 to 5.23"
+VERSIONS = "5.17 to 5.24"
 _BIG_BIRD = "transformers.models.big_bird.modeling_big_bird"
 _PEGASUS = "transformers.models.bigbird_pegasus.modeling_bigbird_pegasus"
 _PLANNED_LENGTHS = (1024, 3072, 4096)  # the code of the model draws the blocks for these lengths in another way
@@ -132,7 +133,9 @@ class AnyAttention(PatchPoint):
         return request_for(module, heads, dim, *segments), *full
 
     def original_serves(self, module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> bool:
-        return not _is_sparse(module) or hidden_states.shape[1] % module.self.block_size == 0
+        # The original raises for other lengths. Under autocast, it may scatter weights of one dtype into another.
+        whole_blocks = hidden_states.shape[1] % module.self.block_size == 0
+        return not _is_sparse(module) or (whole_blocks and active_autocast(hidden_states.device.type) is None)
 
     def dropout(self, module: Any) -> float:
         return 0.0 if _is_sparse(module) else float(module.self.dropout.p)
@@ -345,7 +348,7 @@ def _real(to_mask: Tensor) -> Tensor | None:
             "attention_mask", f"{describe(mask)}, with other values", "1 for tokens, 0 for padding"
         )
     real = mask == 1
-    return None if holds(real.all(), unknown=False) else real
+    return None if hides_nothing(real) else real
 
 
 def _ordinary(to_mask: Tensor, block: int) -> Tensor:

@@ -57,6 +57,7 @@ class CrossModelMasks(ModelMasks):
 
     verified = {f"{_MODULE}:GPTBigCodeModel.forward": ("19f5b50c3ae23f0f", "242ed84d9deb2fa8")}
     masks = {"attention_mask": DECODER_MASK, _MASK: CROSS_VISIBILITY}
+    traceable = False  # the check of the encoder mask reads values
 
     def serves(self, module: Any) -> bool:
         # Other mask checks skip a model whose forward was replaced. This point does not, because 2-D masks would fail.
@@ -108,8 +109,6 @@ class CrossAttention(_Attention):
         f"{_MODULE}:GPTBigCodeAttention.forward": ("c39be72d161b452f", "912b27e2f8019507"),
         f"{_MODULE}:GPTBigCodeBlock.forward": ("4e057486e762c36c",),
     }
-
-    traceable = True
 
     def serves(self, module: Any) -> bool:
         return bool(module.is_cross_attention)

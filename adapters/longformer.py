@@ -19,7 +19,7 @@ from attnzoo.spec.global_keys import find_global_keys
 from attnzoo.spec.heads import merge_heads, split_heads
 from attnzoo.spec.patterns import Full, Window
 from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest, describe
-from attnzoo.spec.transforms import holds, readable
+from attnzoo.spec.transforms import hides_nothing, readable, readable_at_once
 
 VERSIONS = "5.17 to 5.24"
 _MODULE = "transformers.models.longformer.modeling_longformer"
@@ -125,11 +125,12 @@ class LongformerAttention(PatchPoint):
         value = split_heads(module.value_global(hidden_states), module.head_dim)
         full = Segment(key, value, key_mask=real)
         result = attend(Attention(query, (full,), scale, dropout, query_mask=valid), output_attentions)
-        sample, number = once(is_index_global_attn, "places", lambda _: valid.nonzero(as_tuple=True))
-        rows = merge_heads(result.output)[sample, number].to(output.dtype)
-        places = (sample, positions[sample, number])
+        index = positions[:, :, None].expand(-1, -1, output.shape[2])
+        # The places of samples with fewer global tokens keep their rows. Selecting them instead would need a tensor
+        # whose size depends on values, for which the host waits.
+        rows = torch.where(valid[:, :, None], merge_heads(result.output).to(output.dtype), output.gather(1, index))
         # With gradients, a backward may need the unchanged output. Without gradients, an in-place write avoids a copy.
-        output = output.index_put(places, rows) if torch.is_grad_enabled() else output.index_put_(places, rows)
+        output = output.scatter(1, index, rows) if torch.is_grad_enabled() else output.scatter_(1, index, rows)
         if local.dropped is None or result.dropped is None:
             return (output,)
         weights = _banded(local.dropped, module.one_sided_attn_window_size, is_index_global_attn)
@@ -148,12 +149,14 @@ def _check_flags(name: str, given: Tensor, *like: Any) -> Tensor:
 
 
 def _real(is_index_masked: Tensor) -> Tensor | None:
-    return ~is_index_masked if holds(is_index_masked.any(), unknown=True) else None
+    visible = ~is_index_masked
+    return None if hides_nothing(visible) else visible
 
 
 def _ordinary(attention_mask: Tensor) -> Tensor:
     """Return a bool mask that is True for ordinary tokens, which have the value 0 in ``attention_mask``."""
-    refuse_nan("attention_mask", attention_mask)
+    if readable_at_once(attention_mask):  # the model makes this mask; ``ModelMasks`` has read the user's mask
+        refuse_nan("attention_mask", attention_mask)
     return attention_mask == 0
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.spec.segments import describe
-from attnzoo.spec.transforms import holds, readable
+from attnzoo.spec.transforms import hides_nothing, holds, readable
 
 MODULE = "transformers.models.longt5.modeling_longt5"
 
@@ -107,7 +107,7 @@ def read_flat_mask(mask: Tensor, hidden_states: Tensor) -> Tokens:
 
 
 def _tokens(real: Tensor) -> Tokens:
-    return Tokens(real, None if holds(real.all(), unknown=False) else real)
+    return Tokens(real, None if hides_nothing(real) else real)
 
 
 def to_blocked(weights: tuple[Tensor, ...], block_len: int) -> Tensor:
@@ -152,7 +152,7 @@ def find_global_blocks(mask: Tensor, size: int) -> GlobalBlocks:
     full = (real & (position % size == size - 1)).sum(1, keepdim=True)
     block_of = torch.minimum(position // size, full - 1).masked_fill(~real, -1)
     exists = torch.arange(mask.shape[1] // size, device=mask.device) <= block_of.amax(1, keepdim=True)
-    return GlobalBlocks(block_of, exists, None if holds(exists.all(), unknown=False) else exists)
+    return GlobalBlocks(block_of, exists, None if hides_nothing(exists) else exists)
 
 
 def sum_blocks(hidden_states: Tensor, blocks: GlobalBlocks) -> Tensor:

@@ -23,7 +23,7 @@ from attnzoo.patching.mask_arguments import DECODER_MASKS, ENCODER_MASK, MaskChe
 from attnzoo.spec.heads import merge_heads, split_heads
 from attnzoo.spec.patterns import Causal, Chunks, Full
 from attnzoo.spec.segments import Attention, Request, Segment, SegmentRequest, describe
-from attnzoo.spec.transforms import holds
+from attnzoo.spec.transforms import hides_nothing, holds
 
 _MODULE = "transformers.models.pegasus_x.modeling_pegasus_x"
 
@@ -69,7 +69,7 @@ class EncoderAttention(PatchPoint):
         f"{_MODULE}:PegasusXEncoderLayer.forward": ("04eb35796a594c39",),
         f"{_MODULE}:PegasusXEncoderLayer.pad_local_tokens": ("7182088c8b9aa4fe",),
     }
-
+    traceable = True
     states = "token_hidden_states"
 
     def describe(self, module: Any) -> str:
@@ -113,7 +113,7 @@ class EncoderAttention(PatchPoint):
         global_query, global_key, global_value = (
             _project(module, global_hidden_states, name) for name in ("q_proj", "k_proj", "v_proj")
         )
-        of_globals = Segment(global_key, global_value)
+        of_globals = Segment(global_key, global_value, Full())
         in_block, anywhere = (Segment(key, value, pattern, key_mask=real) for pattern in (_blocks(module), Full()))
         local = attend(Attention(query, (in_block, of_globals), scale, dropout), output_attentions)
         wide = attend(Attention(global_query, (anywhere, of_globals), scale, dropout), output_attentions)
@@ -144,7 +144,7 @@ def _real(mask: Tensor) -> Tensor | None:
     if not holds((hidden | (mask == 0)).all(), unknown=True):
         allowed = "0 for tokens and the most negative number of the dtype for padding, as from PegasusXEncoder"
         raise InvalidArgumentError("attention_mask", f"{describe(mask)}, with other values", allowed)
-    return ~hidden if holds(hidden.any(), unknown=True) else None
+    return None if hides_nothing(~hidden) else ~hidden
 
 
 def _blocked(weights: tuple[Tensor, ...], block: int) -> Tensor:
@@ -173,9 +173,9 @@ class DecoderAttention(InterfacePoint):
 
     cls = f"{_MODULE}:PegasusXAttention"
     verified = {
-        f"{_MODULE}:PegasusXAttention.forward": ("c6468db57b98c0ae",),
-        f"{_MODULE}:PegasusXDecoder.forward": ("0754aec9a66a785e", "87a9d128667fdad2"),
-        f"{_MODULE}:PegasusXDecoderLayer.forward": ("7fda76b82f92d27f",),
+        f"{_MODULE}:PegasusXAttention.forward": ("c6468db57b98c0ae", "249281d082b62122"),
+        f"{_MODULE}:PegasusXDecoder.forward": ("0754aec9a66a785e", "87a9d128667fdad2", "fae7245ddfc3694d"),
+        f"{_MODULE}:PegasusXDecoderLayer.forward": ("7fda76b82f92d27f", "29ba36e76a10ded3"),
         f"{_MODULE}:eager_attention_forward": ("4933327352701038",),
     }
 
@@ -201,7 +201,7 @@ class DecoderAttention(InterfacePoint):
         def forward(
             module: Any, hidden_states: Tensor, key_value_states: Tensor | None = None, *args: Any, **kwargs: Any
         ) -> Any:
-            run = runs[key_value_states is not None, self.wants_probabilities(module, kwargs)]
+            run = runs[key_value_states is not None, self.computes_probabilities(module, kwargs)]
             return run(module, hidden_states, key_value_states, *args, **kwargs)
 
         return forward
@@ -231,6 +231,6 @@ class DecoderAttention(InterfacePoint):
 
 PEGASUS_X = Adapter(
     model_types=("pegasus_x",),
-    versions="5.17 to 5.23",
+    versions="5.17 to 5.24",
     points=(EncoderAttention(), EncoderMasks(), DecoderMasks(), DecoderAttention()),
 )

@@ -91,7 +91,7 @@ class _Attention(PatchPoint):
     """Base class of the patch points of local and LSH attention."""
 
     backward_in_training = True
-    cache = "past_buckets_states"
+    cache = ("past_buckets_states",)
 
     def cached_tokens(self, module: Any, cache: Any) -> int:
         return int(cache.states_cache[module.layer_idx].shape[1]) if len(cache) > module.layer_idx else 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from attnzoo.adapter import Attend
 from attnzoo.errors import InvalidArgumentError
 from attnzoo.patching.mask_arguments import check_mask, refuse_nan
-from attnzoo.spec.transforms import holds
+from attnzoo.spec.transforms import hides_nothing
 
 MODULE = "transformers.models.reformer.modeling_reformer"
 
@@ -22,7 +22,7 @@ def where_real(attention_mask: Tensor) -> Tensor | None:
     """Return a bool mask that is True where ``attention_mask`` is not 0 (real tokens), or None if no value is 0."""
     refuse_nan("attention_mask", attention_mask)
     real = attention_mask.bool()
-    return None if holds(real.all(), unknown=False) else real
+    return None if hides_nothing(real) else real
 
 
 def real_tokens(attend: Attend, attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:

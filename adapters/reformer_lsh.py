@@ -88,12 +88,15 @@ class LshCall:
                 output, weights = self._short(query, value, real, wanted)
             else:
                 check_length(module, length, hashes)
+                is_given = buckets is not None
                 if buckets is None:
                     buckets = self._hash(query, hashes, attention_mask)
                 shape = (batch, module.num_attention_heads, hashes, length)
                 if buckets.numel() != math.prod(shape):  # the call in a backward does not get ``num_hashes``
                     raise InvalidArgumentError("buckets", describe(buckets), f"shape {shape} for {hashes} hashes")
                 buckets = buckets.view(shape)
+                if is_given:  # for the module's own buckets, a device would only let the host wait
+                    _check_buckets(buckets)
                 size = self._heads_at_once(query, hashes, wanted)
                 if size < shape[1]:
                     output, weights = self._by_heads(query, value, buckets, real, size), None
@@ -209,9 +212,6 @@ class LshCall:
         """
         module, dtype = self._module, compute_dtype(query)
         hashes, length = buckets.shape[2:]
-        if hashes > 1 and holds((buckets[:, :, 1:].amin(-1) <= buckets[:, :, :-1].amax(-1)).any(), unknown=False):
-            allowed = "larger values in each hash round than in the hash round before"
-            raise InvalidArgumentError("buckets", describe(buckets), allowed)
         order = buckets.argsort(dim=-1, stable=True)
         token = order.flatten(2)
         value = value.to(dtype)
@@ -298,6 +298,13 @@ def _mask_of_step(attention_mask: Tensor | None, batch: int, lengths: tuple[int,
         allowed = " or ".join(str((batch, length)) for length in lengths)
         raise InvalidArgumentError("attention_mask", describe(attention_mask), f"shape {allowed}, with 0 for padding")
     return attention_mask
+
+
+def _check_buckets(buckets: Tensor) -> None:
+    """Raise unless each hash round of ``(batch, heads, hashes, length)`` has larger values than the round before."""
+    if buckets.shape[2] > 1 and holds((buckets[:, :, 1:].amin(-1) <= buckets[:, :, :-1].amax(-1)).any(), unknown=False):
+        allowed = "larger values in each hash round than in the hash round before"
+        raise InvalidArgumentError("buckets", describe(buckets), allowed)
 
 
 def _check_rounds(hashes: Any) -> int:

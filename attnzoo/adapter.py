@@ -265,7 +265,8 @@ class Adapter:
             the ``model_type`` of each example.
 
     Raises:
-        InvalidArgumentError: one of ``points`` is not a :class:`PatchPoint` with a ``cls``.
+        InvalidArgumentError: one of ``points`` is not a :class:`PatchPoint` with a ``cls``, or its ``cache`` is no
+            tuple.
 
     Example:
         >>> from attnzoo.adapters.gpt_neox import SelfAttention
@@ -283,6 +284,9 @@ class Adapter:
             if not isinstance(point, PatchPoint) or not getattr(point, "cls", ""):
                 got = getattr(point, "__name__", type(point).__name__)
                 raise InvalidArgumentError("points", got, "instances of PatchPoint subclasses that set cls")
+            names: object = point.cache
+            if not isinstance(names, tuple):
+                raise InvalidArgumentError(f"{type(point).__name__}.cache", repr(names), "a tuple of names")
 
     def check_drift(self, point: PatchPoint, module: nn.Module | None = None) -> None:
         """Raise if the functions of ``point.verified`` have changed since the point was verified.

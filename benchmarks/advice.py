@@ -31,7 +31,7 @@ INTRODUCTION = """\
 | you want | take |
 |---|---|
 | the fastest code for each call | `auto`, after one `attnzoo.tune(model, inputs)` on your machine |
-| a long document in LED, Longformer, LongT5 or Reformer on a CPU | `sdpa` |
+| a long document in LED, Longformer, LongT5, Pegasus-X, BigBird or Reformer on a CPU | `sdpa` |
 | training of these models on a CPU | `sdpa` |
 | GPT-NeoX, GPTBigCode, Llama and other models that transformers already runs on `sdpa` | `auto`, which keeps the \
 model's own code |

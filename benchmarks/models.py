@@ -178,6 +178,21 @@ PEGASUS_X = Workload(
         scale_embedding=True, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, tie_word_embeddings=True,
     ),
 )  # fmt: skip
+BIGBIRD = Workload(
+    name="bigbird", checkpoint="google/bigbird-roberta-base", heads=12, layers=12, special_tokens=67,
+    model_class="transformers.models.big_bird.modeling_big_bird:BigBirdForMaskedLM",
+    attention="BigBirdAttention", positions="max_position_embeddings",
+    shrink=_layers_in("num_hidden_layers"),
+    inputs=lambda tokens: Inputs(dict(input_ids=tokens, attention_mask=torch.ones_like(tokens)), tokens), extra=0,
+    # The model draws random blocks in training mode only.
+    training=lambda published, seq_len: dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0),
+    published=dict(
+        vocab_size=50358, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+        hidden_act="gelu_new", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, max_position_embeddings=4096,
+        type_vocab_size=2, layer_norm_eps=1e-12, attention_type="block_sparse", block_size=64, num_random_blocks=3,
+        use_bias=True, rescale_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2, sep_token_id=66,
+    ),
+)  # fmt: skip
 
 
 def _reformer_training(published: Mapping[str, Any], seq_len: int) -> dict[str, Any]:
@@ -225,7 +240,8 @@ REFORMER_LOCAL = replace(
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
     for workload in (
-        LED, LONGFORMER, LONGT5_LOCAL, LONGT5_TGLOBAL, PEGASUS_X, REFORMER, REFORMER_LOCAL, GPT_NEOX, GPT_BIGCODE,
+        LED, LONGFORMER, LONGT5_LOCAL, LONGT5_TGLOBAL, BIGBIRD, PEGASUS_X, REFORMER, REFORMER_LOCAL, GPT_NEOX,
+        GPT_BIGCODE,
     )
 }  # fmt: skip
 

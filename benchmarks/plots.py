@@ -66,9 +66,9 @@ def draw_front(shootout: Shootout, path: Path) -> None:
     clock = "CPU time" if shootout.plan.get("clock") == "cpu" else "time"
     _decorate(time_axis, f"{clock} of one {first.mode}", "median and range", lengths, duration)
     _decorate(memory_axis, "peak memory", "in addition to weights and inputs", lengths, size)
-    figure.suptitle(
-        f"{first.family.upper()}, {SCOPE_TITLES[first.scope]}, {first.dtype}, {first.hardware}", fontsize=11
-    )
+    layers = shootout.plan.get("layers")
+    shown = f"{SCOPE_TITLES[first.scope]}{f' with {layers} layers in each stack' if layers else ''}"
+    figure.suptitle(f"{first.family.upper()}, {shown}, {first.dtype}, {first.hardware}", fontsize=11)
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

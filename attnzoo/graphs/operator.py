@@ -14,6 +14,7 @@ import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from attnzoo.errors import BackendRefusedError, PatchError, Refusal
 from attnzoo.functional import execute
 from attnzoo.graphs.flat import Flat, flatten, unflatten
 from attnzoo.registry import registry
+from attnzoo.spec.masks import read_dense_mask
 from attnzoo.spec.segments import Attention, Result
 
 
@@ -67,6 +69,10 @@ def attend_in_graph(attention: Attention, runner: int, backend: str) -> Tensor:
 
 def _run(flat: Flat, runner: int, backend: str, counts: bool) -> Tensor:
     attention = unflatten(flat)
+    if attention.query.is_cpu and attention.q_len > 1:
+        # Kernels skip what a pattern hides. On a GPU, the CPU would have to wait for the values of the mask.
+        segments = tuple(read_dense_mask(segment, attention.batch) for segment in attention.segments)
+        attention = replace(attention, segments=segments)
     if runner == NO_SITE:
         return execute(registry.configure(backend), attention).output
     site = _runners.get(runner)
@@ -109,7 +115,7 @@ def _(
     value = trained[int(form.split(",")[4])]
     batch, heads, q_len, _ = query.shape
     size = 0 if factors[1] == 0.0 else _STATE_SIZES.get(query.device.type, _STATE_SIZES["cpu"])
-    return query.new_empty((batch, q_len, heads, value.shape[3])), torch.empty(size, dtype=torch.uint8, device="cpu")
+    return query.new_empty((batch, q_len, heads, value.shape[3])), query.new_empty(size, dtype=torch.uint8)
 
 
 def _in_model_layout(output: Tensor) -> Tensor:
@@ -118,10 +124,13 @@ def _in_model_layout(output: Tensor) -> Tensor:
 
 
 def _random_state(device: torch.device, dropout: float) -> Tensor:
-    """Return the state of the random generator of a device, or an empty tensor if there is no dropout."""
+    """Return the state of the random generator of a device, or an empty tensor if there is no dropout.
+
+    The result is on the device, because a graph with results on the CPU cannot be captured as a CUDA graph.
+    """
     if dropout == 0.0:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+        return torch.empty(0, dtype=torch.uint8, device=device)
+    return torch.cuda.get_rng_state(device).to(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 @contextmanager
@@ -132,7 +141,7 @@ def _random_numbers_from(state: Tensor, device: torch.device) -> Iterator[None]:
         return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if device.type == "cuda":
-            torch.cuda.set_rng_state(state, device)
+            torch.cuda.set_rng_state(state.cpu(), device)
         else:
             torch.set_rng_state(state)
         yield

@@ -22,9 +22,8 @@ from attnzoo.errors import BackendRefusedError, InvalidArgumentError, KeywordRef
 from attnzoo.functional import execute
 from attnzoo.graphs.operator import NO_SITE, attend_in_graph, register_runner
 from attnzoo.originals import slots
-from attnzoo.patching.keywords import check_keywords
 from attnzoo.patching.plan import SitePlan
-from attnzoo.patching.sites import PatchTarget, Site, expected_requests, has_trained_parameters
+from attnzoo.patching.sites import PatchTarget, Site
 from attnzoo.registry import registry
 from attnzoo.spec.segments import Attention, Result, describe
 from attnzoo.spec.transforms import transforms_around
@@ -203,7 +202,9 @@ class PatchedForward(slots.Replacement):
         # The recorded module changes with each call, so compiled code would be recompiled for each module.
         self._note = torch.compiler.disable(PatchedForward._note_module)
         self._find_module = torch.compiler.disable(PatchedForward._module_of_call)
-        self.traceable = self.native or (self.point.traceable and not isinstance(plan.backend, AutoBackend))
+        selects = isinstance(plan.backend, AutoBackend)
+        # An approximate backend changes patterns, and a graph contains masks that no pattern describes.
+        self.traceable = self.native or (self.point.traceable and plan.backend.capabilities.exact and not selects)
         torch.compiler.assume_constant_result(PatchedForward._is_supported)
         self._traced: nn.Module | None = None  # the module that the compiler recorded, until the module's forward runs
 
@@ -284,50 +285,30 @@ class PatchedForward(slots.Replacement):
             if torch.compiler.is_exporting():
                 raise self._refuse_recording()
             return self._uncompiled(self, args, kwargs)
+        module, self._traced = self._traced or self.module, None
         if args and isinstance(args[0], nn.Module):  # called as a method
             module, args = args[0], args[1:]
-        else:
-            module, self._traced = self._traced or self.module, None
+        if module is None:
+            return self._uncompiled(self, args, kwargs)  # raises
         if self._forward is None:
             return self._run_original(module, args, kwargs)  # calls inside the graph cannot be counted
         given = tuple(name for name, value in kwargs.items() if value is not None)
-        derived = any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
         wanted, grad = kwargs.get("output_attentions"), torch.is_grad_enabled()
-        if self._is_supported(given, wanted, grad, derived, module.training, torch.compiler.is_exporting()):
+        if self._is_supported(given, wanted, grad, module.training, torch.compiler.is_exporting()):
             return self._forward(module, *args, **kwargs)
         if torch.compiler.is_exporting():
             raise self._refuse_recording()
         return self._uncompiled(self, (module, *args), kwargs)
 
     def _is_supported(
-        self, given: tuple[str, ...], wanted: bool | None, grad: bool, derived: bool, training: bool, exporting: bool
+        self, given: tuple[str, ...], wanted: bool | None, grad: bool, training: bool, exporting: bool
     ) -> bool:
-        """Whether the backend supports the requests of a call that is compiled. The compiler asks once per graph.
+        """Whether a graph may contain a call (:meth:`SitePlan.fits_graph`). The compiler asks once per graph.
 
-        If not, the forward runs uncompiled: it then refuses the call, or falls back, before it touches a cache.
-
-        Args:
-            given: the names of the keyword arguments.
-            wanted: the argument ``output_attentions``. The weights of an attention are not part of a graph.
-            grad, derived: whether gradients are enabled, and whether an input requires a gradient.
-            training: the mode of the module. The compiler compiles again if the mode changes.
-            exporting: whether the graph is exported. It then contains the name of the backend, but no options.
+        If not, the forward runs uncompiled: it then refuses the call, or falls back, before it touches a cache. The
+        answer depends on ``training``, the mode of the module, through the module itself.
         """
-        module, point, backend = self.plan.target.module, self.point, self.plan.backend
-        if exporting and backend != type(backend)():
-            return False
-        if not point.attends:
-            return True
-        if point.wants_probabilities(module, {} if wanted is None else {"output_attentions": wanted}):
-            return False
-        grad = grad and (derived or has_trained_parameters(module))
-        sharers = self._attend.sharers() or (module,)
-        try:
-            check_keywords(module, dict.fromkeys(given, True), point.cache)
-            requests = expected_requests(point, module, sharers, grad)
-            return not any(registry.refusals(backend, request) for request in requests)
-        except KeywordRefusedError:
-            return False
+        return self.plan.fits_graph(given, wanted, grad, exporting, self._attend.sharers)
 
     def _refuse_recording(self) -> PatchError:
         """Return the error for a trace or an export that cannot contain the forward."""

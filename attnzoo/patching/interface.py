@@ -96,9 +96,7 @@ class InterfacePoint(PatchPoint):
         with_probabilities = self.bind_interface(cls, attend, output_attentions=True, **constants)
 
         def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-            # A compiled call returns no probabilities. The patch has asked before, and the compiler cannot trace this.
-            wanted = not torch.compiler.is_compiling() and self.wants_probabilities(module, kwargs)
-            run = with_probabilities if wanted else plain
+            run = with_probabilities if self.computes_probabilities(module, kwargs) else plain
             return run(module, *args, **kwargs)
 
         return forward
@@ -159,6 +157,14 @@ class InterfacePoint(PatchPoint):
 
     def original_kernel(self, module: Any) -> str:
         return str(module.config._attn_implementation)
+
+    def computes_probabilities(self, module: Any, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call of the patched module computes probabilities. A call in a graph never does.
+
+        A patch has asked :meth:`wants_probabilities` before it lets a compiler trace a call. The compiler cannot trace
+        that method.
+        """
+        return not torch.compiler.is_compiling() and self.wants_probabilities(module, kwargs)
 
     def wants_probabilities(self, module: Any, kwargs: Mapping[str, Any]) -> bool:
         """Whether a call requests probabilities: by the keyword ``output_attentions`` or, without it, by the config."""

@@ -58,7 +58,8 @@ def check_keywords(module: nn.Module, kwargs: Mapping[str, Any], cache_names: tu
     """
     refuse_uncomputed(kwargs, _undeclared(type(module).forward))
     for name in cache_names:
-        if _is_paged(type(kwargs.get(name))):
+        value = kwargs.get(name)
+        if value is not None and _is_paged(type(value)):
             refuse_uncomputed(kwargs, frozenset({name}))
 
 

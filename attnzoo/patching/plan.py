@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attnzoo.auto.native import NativeBackend
 from attnzoo.auto.selection import AutoBackend
 from attnzoo.backend import Backend
-from attnzoo.errors import BackendRefusedError, InvalidArgumentError, PatchError, Refusal, shorten
+from attnzoo.errors import BackendRefusedError, InvalidArgumentError, KeywordRefusedError, PatchError, Refusal, shorten
 from attnzoo.functional import alternatives_to, autocast_dtype, check_requests, refusals_of
 from attnzoo.originals import slots
 from attnzoo.patching.keywords import check_keywords
@@ -104,6 +104,43 @@ class SitePlan:
             if len(self._supported) >= _MOST_STATES:
                 self._supported.clear()
             self._supported.add(state)
+
+    def fits_graph(
+        self,
+        given: Sequence[str],
+        wanted: bool | None,
+        grad: bool,
+        exporting: bool,
+        sharers: Callable[[], Sequence[nn.Module]],
+    ) -> bool:
+        """Whether a graph of a compiler may contain a call: the backend supports all that the call may request.
+
+        Args:
+            given: the names of the keyword arguments.
+            wanted: the argument ``output_attentions``. A graph contains no weights of an attention.
+            grad: whether gradients are enabled.
+            exporting: whether the graph is exported. It then contains the name of the backend, but no options.
+            sharers: as for :meth:`check_call`.
+        """
+        module, point = self.target.module, self.target.point
+        if exporting and self.backend.options():
+            return False
+        if not point.attends:
+            return True
+        if point.wants_probabilities(module, {} if wanted is None else {"output_attentions": wanted}):
+            return False
+        try:
+            check_keywords(module, dict.fromkeys(given, True), point.cache)
+        except KeywordRefusedError:
+            return False
+        requests = expected_requests(point, module, sharers() or (module,), grad)
+        return not any(registry.refusals(self.backend, _with_dense_masks(request)) for request in requests)
+
+
+def _with_dense_masks(request: Request) -> Request:
+    """Return the request that a graph may make. It passes masks on unread: as a dense mask, and perhaps a bias."""
+    segments = (replace(segment, mask=True, bias=segment.bias or "dense") for segment in request.segments)
+    return replace(request, segments=tuple(segments))
 
 
 def plan_sites(

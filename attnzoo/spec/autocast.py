@@ -14,7 +14,9 @@ def active_autocast(device: str) -> torch.dtype | None:
         >>> active_autocast("cpu") is None
         True
     """
-    return torch.get_autocast_dtype(device) if _has_autocast(device) and torch.is_autocast_enabled(device) else None
+    # A compiler warns of caches that it traces. It compiles for devices that have autocast.
+    exists = torch.compiler.is_compiling() or _has_autocast(device)
+    return torch.get_autocast_dtype(device) if exists and torch.is_autocast_enabled(device) else None
 
 
 @cache

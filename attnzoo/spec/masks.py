@@ -7,6 +7,7 @@ key mask only if both together hide exactly the same keys. A mask under ``vmap``
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from attnzoo.errors import InvalidArgumentError
 from attnzoo.spec.bias import DenseBias
 from attnzoo.spec.documents import Pack, find_documents
 from attnzoo.spec.patterns import Causal, Full, Pattern, Window
-from attnzoo.spec.segments import describe
+from attnzoo.spec.segments import Segment, describe
 from attnzoo.spec.transforms import readable
 
 _ENTRIES_AT_ONCE = 1 << 24
@@ -89,6 +90,21 @@ def read_attention_mask(attention_mask: Tensor, sizes: tuple[int, int, int], flo
     if not bool(rest.isfinite().all()):
         raise InvalidArgumentError("attention_mask", f"{describe(attention_mask)}, with +Inf", allowed)
     return _simplify(visible, batch)._replace(bias=bias if rest.requires_grad or bool((rest != 0).any()) else None)
+
+
+def read_dense_mask(segment: Segment, batch: int) -> Segment:
+    """Return an equivalent segment whose dense mask is a pattern and a key mask, if this is possible.
+
+    A graph of ``torch.compile`` passes every mask on as a dense mask, because it cannot read values, and the rest of an
+    additive mask as a bias that is usually 0.
+    """
+    if segment.mask is None or segment.key_mask is not None or not isinstance(segment.pattern, Full):
+        return segment
+    bias, read = segment.bias, _simplify(segment.mask, batch)
+    if isinstance(bias, DenseBias) and not bias.values.requires_grad and not bool(bias.values.any()):
+        bias = None
+    pattern = segment.pattern if isinstance(read.pattern, Full) else read.pattern
+    return replace(segment, pattern=pattern, key_mask=read.key_mask, mask=read.mask, bias=bias)
 
 
 def _hides_nothing(mask: Tensor) -> bool:

@@ -53,6 +53,20 @@ def readable(tensor: Tensor) -> bool:
     return not _active() or torch.func.debug_unwrap(tensor).ndim == tensor.ndim
 
 
+def readable_at_once(tensor: Tensor) -> bool:
+    """Whether Python can read the values of a tensor without waiting for a device.
+
+    Reading from a device stops the host until the device has computed everything before, and cannot be captured in a
+    CUDA graph. So what only saves work, e.g. dropping a mask that hides nothing, is done on the CPU alone.
+    """
+    return tensor.device.type == "cpu" and readable(tensor)
+
+
+def hides_nothing(visible: Tensor) -> bool:
+    """Whether a bool mask is known to be True everywhere. On a device, this is never known."""
+    return readable_at_once(visible) and bool(visible.all())
+
+
 def holds(condition: Tensor, unknown: bool) -> bool:
     """Return the value of a one-element bool tensor, or ``unknown`` if Python cannot read the value."""
     return bool(condition) if readable(condition) else unknown

@@ -86,3 +86,10 @@ def test_point_without_forward_names_what_is_missing(one_head):
 def test_adapter_refuses_what_is_no_point(point):
     with pytest.raises(InvalidArgumentError, match=r"points: got .*; allowed: instances of PatchPoint subclasses"):
         Adapter(model_types=("one_head",), points=(point,))
+
+
+def test_adapter_refuses_a_cache_that_is_no_tuple():
+    """Each character of a string would count as the name of a keyword argument."""
+    point = type("OneName", (OneHeadPoint,), {"cache": "layer_past"})()
+    with pytest.raises(InvalidArgumentError, match=r"OneName.cache: got 'layer_past'; allowed: a tuple of names"):
+        Adapter(model_types=("one_head",), points=(point,))

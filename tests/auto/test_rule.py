@@ -48,6 +48,8 @@ def test_kinds(kind, patterns, bias):
         ("longformer", {"window and other keys"}),
         ("longt5-local", {"window with bias", "dense in eager with bias", "dense in eager"}),
         ("longt5-tglobal", {"window and other keys with bias", "dense in eager with bias", "dense in eager"}),
+        ("bigbird", {"chunks"}),
+        ("bigbird_pegasus", {"chunks", "dense in eager"}),
         ("pegasus_x", {"chunks", "dense in eager"}),
         ("reformer", {"chunks", "sorted chunks"}),
         ("gpt_neox", {"dense in sdpa"}),

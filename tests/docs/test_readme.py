@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+from matplotlib import image
+
+from attnzoo.benchmarks import plots
 from attnzoo.benchmarks.rows import OK, Shootout
 from tests.docs.pages import DOCS, ROOT
 
@@ -58,6 +61,13 @@ def test_first_page_and_site_show_a_small_picture():
     picture = DOCS / "images" / "led-model.png"
     assert "(docs/images/led-model.png)" in README and "(images/led-model.png)" in (DOCS / "index.md").read_text()
     assert picture.stat().st_size < 200_000
+
+
+def test_picture_is_drawn_from_the_results(tmp_path):
+    (result,) = (ROOT / "benchmarks" / "results" / "epyc-cpu-time").glob("led-model-forward.json")
+    plots.draw_front(Shootout.read(result), tmp_path / "front.png")
+    drawn, stored = (image.imread(path) for path in (tmp_path / "front.png", DOCS / "images" / "led-model.png"))
+    assert drawn.shape == stored.shape and abs(drawn - stored).mean() < 0.02, "run: make docs-plot"
 
 
 def test_first_page_names_the_two_commands_of_a_fresh_clone():

@@ -45,12 +45,15 @@ def test_every_script_is_tested():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SCRIPTS, "common"}
 
 
+@pytest.mark.slow
 def test_notebook_runs(in_examples):
     cells = json.loads((EXAMPLES / "shootout.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    for longer, shorter in {"seq_lens=(1024, 2048, 4096)": "seq_lens=(1024,)", "rounds=3": "rounds=1"}.items():
+        assert code.count(longer) == 1
+        code = code.replace(longer, shorter)
     names: dict[str, object] = {}
-    for cell in cells:
-        if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), "shootout.ipynb", "exec"), names)
+    exec(compile(code, "shootout.ipynb", "exec"), names)
     assert names["shootout"].ok
     assert Path("shootout/led.png").exists()
 

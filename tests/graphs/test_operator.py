@@ -8,7 +8,9 @@ import torch
 import attnzoo
 from attnzoo.backends.eager import EagerBackend
 from attnzoo.backends.sdpa.backend import SdpaBackend
+from attnzoo.graphs.flat import flatten
 from attnzoo.graphs.operator import NO_SITE, attend_in_graph, register_runner
+from attnzoo.spec.bias import DenseBias
 from tests.graphs.attentions import ATTENTIONS, tokens
 
 
@@ -24,6 +26,17 @@ class Site:
 
     def repeat(self, attention):
         return self.backend.run(attention).output
+
+
+class Spy(EagerBackend):
+    """A backend that appends pattern, mask and bias of its attentions to a list."""
+
+    def __init__(self, seen):
+        object.__setattr__(self, "seen", seen)
+
+    def run(self, attention, probabilities=False):
+        self.seen.extend((segment.pattern, segment.mask, segment.bias) for segment in attention.segments)
+        return super().run(attention, probabilities)
 
 
 def trained(attention):
@@ -94,6 +107,17 @@ def test_another_length_needs_no_other_graph():
     assert len(graphs) <= 2
 
 
+def test_a_dense_mask_is_a_pattern_when_the_graph_runs_on_the_cpu():
+    """The graph cannot read the mask. Without the pattern, kernels would compute what it hides."""
+    q, k, v = tokens(8).unbind()
+    mask = torch.ones(8, 8, dtype=torch.bool).tril()[None, None]
+    patterns, site = [], Site()
+    site.backend = Spy(patterns)
+    segment = attnzoo.Segment(k, v, attnzoo.Full(), None, mask, DenseBias(torch.zeros(1, 1, 8, 8)))
+    compiled(site, "eager")(attnzoo.Attention(q, (segment,), 0.5))
+    assert patterns == [(attnzoo.Causal(offset=0), None, None)]
+
+
 def test_a_second_derivative_is_refused():
     attention, leaves = trained(ATTENTIONS["full"])
     site = Site()
@@ -123,8 +147,6 @@ def test_without_a_site_the_named_backend_runs():
 @pytest.mark.parametrize("name", ["causal", "sides"])
 def test_the_operator_keeps_the_rules_of_operators(name):
     """Schema, fake results and gradients are as PyTorch's own checks require."""
-    from attnzoo.graphs.flat import flatten
-
     site = Site(SdpaBackend())
     flat = flatten(trained(ATTENTIONS[name])[0])
     torch.library.opcheck(torch.ops.attnzoo.attend, (*flat, register_runner(site), "sdpa"))

@@ -9,6 +9,8 @@ from tests.support.compare import assert_obeys_the_error_rule
 from tests.support.judge import hashes_of, judge, logits_of
 from tests.support.models import (
     FAMILIES,
+    bigbird,
+    bigbird_pegasus,
     causal_inputs,
     gpt_bigcode,
     gpt_neox,
@@ -138,7 +140,8 @@ def test_autocast_computes_in_the_autocast_dtype(family, backend):
     model, inputs = family.build(), family.inputs(37, "left")
     with torch.no_grad():
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            with hashes_of(model) as buckets:
+            fails = family.name == "bigbird"  # its original scatters bfloat16 into float32, and raises
+            with hashes_of(model) as buckets, attnzoo.patch(model, "eager" if fails else "native"):
                 original = logits_of(model, inputs).float()
             with replaying(model, buckets), attnzoo.patch(model, backend) as handle:
                 dtypes = []
@@ -151,7 +154,7 @@ def test_autocast_computes_in_the_autocast_dtype(family, backend):
     assert_obeys_the_error_rule("logits", got, reference, original, dtype=torch.bfloat16)
 
 
-@families
+@pytest.mark.parametrize("family", [family for family in FAMILIES.values() if family.dropouts], ids=str)
 @backends
 def test_dropout_is_applied_in_training_and_not_in_eval(family, backend):
     model, inputs = family.build(**dict.fromkeys(family.dropouts, 0.5)), family.inputs(36, "none")
@@ -168,6 +171,8 @@ HEADS = [
     (longt5, "LongT5Model", longt5_inputs),
     (longt5, "LongT5EncoderModel", causal_inputs),
     (pegasus_x, "PegasusXModel", longt5_inputs),
+    *((bigbird, f"BigBird{head}", causal_inputs) for head in ("Model", *CLASSIFIERS[:2])),
+    *((bigbird_pegasus, f"BigBirdPegasus{head}", longt5_inputs) for head in ("Model", "ForQuestionAnswering")),
     *((gpt_neox, f"GPTNeoX{head}", causal_inputs) for head in ("Model", *CLASSIFIERS)),
     *((gpt_bigcode, f"GPTBigCode{head}", causal_inputs) for head in ("Model", *CLASSIFIERS[:2])),
 ]

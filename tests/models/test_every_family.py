@@ -12,6 +12,7 @@ from tests.support.models import FAMILIES, gpt_bigcode, ids
 
 RATE = 0.25
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+with_dropout = pytest.mark.parametrize("family", [family for family in FAMILIES.values() if family.dropouts], ids=str)
 learned_bias = pytest.mark.parametrize(
     "family", [family for family in FAMILIES.values() if "longt5" in family.name], ids=str
 )
@@ -33,7 +34,7 @@ def observed(handle):
 # Dropout
 
 
-@families
+@with_dropout
 def test_a_backend_without_dropout_is_refused_at_every_site_in_training(family, add_backend):
     fake = add_backend("without-dropout", dropout=False)
     model = family.build(**dict.fromkeys(family.dropouts, RATE)).train()
@@ -49,7 +50,7 @@ def test_a_backend_without_dropout_is_refused_at_every_site_in_training(family, 
     attnzoo.patch(family.build().train(), "without-dropout").remove()
 
 
-@families
+@with_dropout
 def test_attentions_have_the_dropout_rate_of_the_model_in_training_only(family):
     model, inputs = family.build(**dict.fromkeys(family.dropouts, RATE)), family.inputs(24, "left")
     with attnzoo.patch(model, "eager") as handle, torch.no_grad():

@@ -123,12 +123,16 @@ _DENSE = {"scale", "key mask", "key mask of the last sample", "last keys", "firs
 _HEADS = {"key heads", "value heads"}
 _SECOND = {"second segment", "key heads, second segment", "value heads, second segment", "key mask, second segment"}
 _BIAS = {"bias", "bias of one head", "bias of far keys"}
+_SECOND_BIAS = {f"{name}, second segment" for name in _BIAS}
 HAS = {
     "led": _DENSE | _HEADS | _SECOND,
     "longformer": _DENSE | _HEADS | _SECOND,
     "longt5-local": _DENSE | _HEADS | _BIAS,
-    "longt5-tglobal": _DENSE | _HEADS | _BIAS | _SECOND | {f"{name}, second segment" for name in _BIAS}
+    "longt5-tglobal": _DENSE | _HEADS | _BIAS | _SECOND | _SECOND_BIAS
     | {"key mask of the last sample, second segment"},
+    "bigbird": _DENSE - {"last keys"} | _HEADS | _SECOND | _SECOND_BIAS
+    | {"key mask of the last sample, second segment"},
+    "bigbird_pegasus": _DENSE | _HEADS | _SECOND | _SECOND_BIAS | {"key mask of the last sample, second segment"},
     "pegasus_x": _DENSE | _HEADS | _SECOND - {"key mask, second segment"},
     "reformer": _DENSE | _HEADS | _SECOND - {"key mask, second segment"}
     | {"output of queries without keys", "last keys, second segment", "first keys, second segment"},
@@ -207,7 +211,7 @@ def test_logits_show_every_projection_of_every_site(family):
         replayed = {name: calls[:1] for name, calls in buckets.items()}
         for target in find_sites(model):
             for name, parameter in target.module.named_parameters() if target.point.attends else ():
-                if name in ("key.bias", "k_proj.bias", "key_global.bias"):
+                if name.endswith(("key.bias", "k_proj.bias", "key_global.bias")):
                     continue
                 before = parameter.clone()
                 parameter.zero_()

@@ -112,7 +112,9 @@ def test_future_token_does_not_change_earlier_logits(family, backend):
     assert difference[:, 15:].max() > 0.1
 
 
-ENCODER_DECODERS = [FAMILIES[name] for name in ("led", "longt5-local", "longt5-tglobal", "pegasus_x")]
+ENCODER_DECODERS = [
+    FAMILIES[name] for name in ("led", "longt5-local", "longt5-tglobal", "bigbird_pegasus", "pegasus_x")
+]
 
 
 @torch.no_grad()

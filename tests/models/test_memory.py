@@ -13,7 +13,16 @@ import attnzoo
 from tests.support.models import FAMILIES
 
 LENGTH = 1024
-ENCODERS = ("led", "longformer", "longt5-local", "longt5-tglobal", "pegasus_x", "reformer")
+ENCODERS = (
+    "led",
+    "longformer",
+    "longt5-local",
+    "longt5-tglobal",
+    "bigbird",
+    "bigbird_pegasus",
+    "pegasus_x",
+    "reformer",
+)
 DECODERS = ("gpt_neox", "gpt_bigcode-mqa", "gpt_bigcode-mha")
 
 

@@ -19,7 +19,17 @@ from tests.mutants.mutations import ROOT, Mutant
 _TEST_SECONDS = 90
 # Seconds of the clock for a single test, for mutants that wait for ever and use no CPU.
 _WAIT_SECONDS = 1200
-_FAMILIES = ("led", "longformer", "longt5", "pegasus_x", "reformer", "gpt_neox", "gpt_bigcode")
+_FAMILIES = (
+    "led",
+    "longformer",
+    "longt5",
+    "big_bird",
+    "bigbird_pegasus",
+    "pegasus_x",
+    "reformer",
+    "gpt_neox",
+    "gpt_bigcode",
+)
 _MODELS = [f"transformers.models.{family}.modeling_{family}" for family in _FAMILIES]
 _FOLDERS = ("attnzoo", "adapters", "benchmarks", "tests", "docs")
 

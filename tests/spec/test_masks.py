@@ -5,8 +5,10 @@ import torch
 
 import attnzoo
 from attnzoo.spec import documents, masks
-from attnzoo.spec.masks import NO_MASK, read_attention_mask
-from attnzoo.spec.patterns import Full
+from attnzoo.spec.bias import DenseBias
+from attnzoo.spec.masks import NO_MASK, read_attention_mask, read_dense_mask
+from attnzoo.spec.patterns import Causal, Full
+from attnzoo.spec.segments import Segment
 
 KEYS, NEW = 11, 4
 
@@ -236,3 +238,20 @@ def test_the_mask_of_one_query_is_a_key_mask(samples):
 def test_an_additive_mask_of_one_query_that_hides_nothing_is_a_bias():
     read = read_attention_mask(torch.full((1, 1, 1, 7), -0.5), (2, 1, 7))
     assert (read.key_mask, read.mask) == (None, None) and torch.equal(read.bias.values, torch.full((1, 1, 1, 7), -0.5))
+
+
+def test_a_dense_mask_of_a_segment_becomes_a_pattern():
+    """A graph of a compiler passes masks on as dense masks, and the rest of an additive mask as a bias."""
+    key = torch.randn(3, 2, KEYS, 4)
+    real = padding("right")
+    dense = (causal(KEYS, KEYS, 0) & real[:, None])[:, None]
+    zeros = torch.zeros(3, 1, KEYS, KEYS)
+    read = read_dense_mask(Segment(key, key, Full(), None, dense, DenseBias(zeros)), 3)
+    assert (read.pattern, read.mask, read.bias) == (Causal(offset=0), None, None)
+    assert torch.equal(read.key_mask, real)
+    trained = DenseBias(zeros.clone().requires_grad_())
+    assert read_dense_mask(Segment(key, key, Full(), None, dense, trained), 3).bias is trained
+    cross = read_dense_mask(Segment(key, key, Full(cross=True), None, real[:, None, None].expand(-1, -1, KEYS, -1)), 3)
+    assert (cross.pattern, cross.mask) == (Full(cross=True), None)
+    free = torch.rand(3, 1, KEYS, KEYS) < 0.5
+    assert read_dense_mask(Segment(key, key, Full(), None, free), 3).mask is not None

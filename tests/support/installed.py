@@ -10,7 +10,7 @@ import transformers
 import attnzoo
 from tests.support.checkpoints import passage
 
-FAMILIES = ("led", "longt5", "reformer", "gpt_neox", "gpt_bigcode")
+FAMILIES = ("led", "longt5", "pegasus_x", "bigbird_pegasus", "reformer", "gpt_neox", "gpt_bigcode")
 
 
 inputs_of = cache(partial(passage, length=96, padded=True))  # tests do not change the inputs

@@ -63,7 +63,8 @@ class Family:
         name: the family and its variant.
         build: returns a new tiny model with spread weights in eval mode.
         inputs: ``inputs(length, side)`` returns forward arguments with padding on a side.
-        dropouts: configuration names of the attention dropout (LongT5 has one dropout for everything).
+        dropouts: configuration names of the attention dropout (LongT5 has one dropout for everything). Empty if some
+            attentions have no dropout.
         prompt: ``prompt(side)`` returns arguments of ``generate``; None for models that do not generate.
         block: the block length of its attention: window, chunk, or radius + 1; any number for dense attention.
         static_cache: whether the model supports a static cache.
@@ -239,7 +240,7 @@ def bigbird_pegasus(cls="BigBirdPegasusForConditionalGeneration", **changes):
         vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
         decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, block_size=2, num_random_blocks=1,
         max_position_embeddings=1100, dropout=0.0, attention_dropout=0.0, pad_token_id=0, eos_token_id=1,
-        decoder_start_token_id=2,
+        decoder_start_token_id=2, scale_embedding=False,
     )  # fmt: skip
     return spread(getattr(transformers, cls)(transformers.BigBirdPegasusConfig(**{**base, **changes})))
 

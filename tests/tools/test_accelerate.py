@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import attnzoo
+from tests.support.judge import logits_of
 from tests.support.models import FAMILIES, gpt_neox, ids, llama
 from tests.support.programs import assert_runs_as_unpatched, updates_of, weights_of
 
@@ -113,7 +114,7 @@ def test_offloaded_weights_compute_as_without_a_patch(family, place, first, tmp_
             patch(model)
         assert any(parameter.is_meta for parameter in model.parameters())
         with torch.no_grad():
-            return {"logits": model(**inputs).logits}
+            return {"logits": logits_of(model, inputs)}
 
     assert_runs_as_unpatched(
         family.build, program, FORWARDS[family.name], k=2, dtype=torch.float64 if family.coarse else torch.float32

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from attnzoo.conformance.error_rule import FORWARD
+from tests.support.judge import logits_of
 from tests.support.models import FAMILIES, llama
 from tests.support.programs import assert_runs_as_unpatched
 
@@ -37,7 +38,7 @@ def test_int8_weights_compute_as_without_a_patch(name, first):
         if dtype == torch.float64:
             dequantise(model)
         with torch.no_grad():
-            return {"logits": model(**inputs).logits}
+            return {"logits": logits_of(model, inputs)}
 
     calls = {"led": {"LEDEncoderSelfAttention": 2, "LEDDecoderAttention": 1}, "longformer": 2}.get(name, 1)
     assert_runs_as_unpatched(BUILDS[name], program, calls, k=FORWARD)

@@ -51,7 +51,7 @@ def join_parts(pieces: Mapping[int, KeyPieces], block: Block) -> tuple[Tensor, T
 
 
 def join_masks(attention: Attention, masks: Masks, block: Block) -> tuple[Tensor | None, Tensor | None]:
-    """Return the joined masks of all parts, or None if no part has a mask, and likewise the joined biases."""
+    """Return the joined masks and the joined biases of all parts. Each is None if no part has any."""
     query = attention.query
 
     def join(terms: list[Tensor | None], neutral: Tensor, heads: int) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnzoo.backends.triton.backward import Backward
 from attnzoo.backends.triton.forward import new_seed, run_forward
+from attnzoo.backends.triton.kernels.arguments import Softmax
 from attnzoo.backends.triton.plan import Inputs, Plan, split, tables, with_contiguous_rows
 from attnzoo.errors import BackendRefusedError, Refusal
 from attnzoo.spec.segments import Attention
@@ -34,10 +35,10 @@ class _Attend(torch.autograd.Function):
         inputs = tables(Inputs(query, tensors[:count], tensors[count:], empty), plan)
         seed = new_seed(plan)
         with _on_device(plan):
-            out, lse = run_forward(plan, inputs, seed)
+            out, softmax = run_forward(plan, inputs, seed)
         ctx.plan, ctx.count, ctx.has_empty, ctx.dtypes = plan, count, empty is not None, [t.dtype for t in tensors]
         # Save the tables in float32, in which the backward reads them. So they are converted only once.
-        saved = [lse, out, query, *tensors[:count], *inputs.biases, *([] if seed is None else [seed])]
+        saved = [*softmax, out, query, *tensors[:count], *inputs.biases, *([] if seed is None else [seed])]
         # The backward reads the masks from the plan. PyTorch raises if saved tensors change before the backward.
         ctx.save_for_backward(*saved, *plan.masks())
         return out
@@ -47,14 +48,14 @@ class _Attend(torch.autograd.Function):
         if torch.is_grad_enabled():  # with create_graph=True; once_differentiable would return constants instead
             raise BackendRefusedError("triton", {"attention": (_SECOND_DERIVATIVE,)}, {})
         plan, count = ctx.plan, ctx.count
-        lse, out, query, *rest = ctx.saved_tensors
+        top, log_sum, out, query, *rest = ctx.saved_tensors
         tensors = tuple(rest[: len(ctx.dtypes)])
         seed = rest[len(tensors)] if plan.dropout > 0.0 else None
         keys_values = tuple(map(with_contiguous_rows, tensors[:count]))
         inputs = Inputs(with_contiguous_rows(query), keys_values, tensors[count:], None)
         needs_empty, needs_query, *needs = ctx.needs_input_grad[2:]
         grads: list[Tensor | None] = [None] * len(tensors)
-        backward = Backward(plan, inputs, seed, out, lse, with_contiguous_rows(grad_out))
+        backward = Backward(plan, inputs, seed, out, Softmax(top, log_sum), with_contiguous_rows(grad_out))
         needs_biases = needs[count:]
         dtypes = [dtype if need else None for dtype, need in zip(ctx.dtypes[count:], needs_biases, strict=True)]
         needs_ends = any(need and form for need, form in zip(needs_biases, _are_tables(plan), strict=True))
@@ -63,7 +64,7 @@ class _Attend(torch.autograd.Function):
             if any(needs[:count]):
                 grads[:count] = backward.keys_values()
             grads[count:] = backward.biases(dtypes, ends)
-        grad_empty = _empty_gradient(plan, grad_out, lse) if ctx.has_empty and needs_empty else None
+        grad_empty = _empty_gradient(plan, grad_out, log_sum) if ctx.has_empty and needs_empty else None
         return None, None, grad_empty, grad_query if needs_query else None, *grads
 
 
@@ -76,9 +77,9 @@ def _are_tables(plan: Plan) -> list[bool]:
     return [form.has_table for form in plan.forms if form.bias]
 
 
-def _empty_gradient(plan: Plan, grad_out: Tensor, lse: Tensor) -> Tensor:
+def _empty_gradient(plan: Plan, grad_out: Tensor, log_sum: Tensor) -> Tensor:
     """Return the gradient of ``empty``: the output gradient of queries that see no key and are not padding, else 0."""
-    takes = lse == float("inf")
+    takes = log_sum == float("inf")
     if plan.query_mask is not None:
         takes = takes & plan.query_mask[:, None]
     return grad_out.masked_fill(~takes[..., None], 0.0)

@@ -21,6 +21,7 @@ from attnzoo.backends.triton.tile_sizes import is_interpreted
 from attnzoo.backends.varlen.kernels import no_device
 from attnzoo.errors import BackendRefusedError, Refusal
 from attnzoo.spec.bias import DenseBias, RelativeBias
+from attnzoo.spec.hashed import HashedChunks
 from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
 from attnzoo.spec.segments import Attention, Request, Result
 
@@ -29,7 +30,7 @@ _LARGEST_DIM = 256
 _ON_CUDA = Capabilities(
     devices=frozenset({"cuda"}),
     dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
-    patterns=frozenset({Full, Causal, Window, Chunks, SortedChunks}),
+    patterns=frozenset({Full, Causal, Window, Chunks, SortedChunks, HashedChunks}),
     segments=1 << 16,
     key_mask=True,
     mask=True,
@@ -39,6 +40,7 @@ _ON_CUDA = Capabilities(
     uneven_value_dim=True,
     dropout=True,
     grad=True,
+    softcap=True,
 )
 _INTERPRETED = replace(_ON_CUDA, devices=frozenset({"cpu"}), dtypes=frozenset({torch.float32, torch.float16}))
 
@@ -63,8 +65,8 @@ class TritonBackend(Backend):
         for name, dim in (("head_dim", request.head_dim), ("value_dim", request.value_dim)):
             if dim > _LARGEST_DIM:
                 refusals += (Refusal(name, str(dim), f"at most {_LARGEST_DIM}"),)
-        if any(s.bias is not None and isinstance(s.pattern, SortedChunks) for s in request.segments):
-            refusals += (Refusal("bias", "a bias with SortedChunks", "no bias with this pattern"),)
+        if any(s.bias is not None and isinstance(s.pattern, SortedChunks | HashedChunks) for s in request.segments):
+            refusals += (Refusal("bias", "a bias with SortedChunks or HashedChunks", "no bias with these patterns"),)
         return refusals
 
     def priority_for(self, request: Request) -> int:

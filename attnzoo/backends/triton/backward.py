@@ -11,12 +11,13 @@ from torch import Tensor
 
 from attnzoo.backends.triton.forward import compile_options, constants, new_rows, tile_of
 from attnzoo.backends.triton.kernels import arguments as kinds
+from attnzoo.backends.triton.kernels.arguments import Softmax
 from attnzoo.backends.triton.kernels.dense_bias import dense_bias_kernel
 from attnzoo.backends.triton.kernels.distance_table import diagonals_kernel, distance_kernel
 from attnzoo.backends.triton.kernels.key import key_kernel
 from attnzoo.backends.triton.kernels.position_table import entries_kernel, position_kernel
 from attnzoo.backends.triton.kernels.query import query_kernel
-from attnzoo.backends.triton.plan import Inputs, Plan, keys_of, rows
+from attnzoo.backends.triton.plan import Inputs, Plan, keys_of, rows, settings
 from attnzoo.backends.triton.tile_sizes import Tile, programs_at_once
 
 _FEWEST_STEPS = 4  # tiles of queries per program, at least, if several programs share the queries of a tile of keys
@@ -27,28 +28,26 @@ class Backward:
     """The backward of one attention.
 
     Args:
-        plan, inputs, seed, lse: those of the forward.
-        out: the output of the forward.
+        plan, inputs, seed: those of the forward.
+        out, softmax: the results of the forward.
         grad_out: the gradient of the output.
     """
 
     def __init__(
-        self, plan: Plan, inputs: Inputs, seed: Tensor | None, out: Tensor, lse: Tensor, grad_out: Tensor
+        self, plan: Plan, inputs: Inputs, seed: Tensor | None, out: Tensor, softmax: Softmax, grad_out: Tensor
     ) -> None:
         self._plan, self._inputs, self._out, self._grad_out = plan, inputs, out, grad_out
         self._order = [index for indices in plan.passes for index in indices]
         self._keys = [keys_of(plan, inputs, index) for index in range(len(plan.forms))]
-        self._delta = torch.empty_like(lse)
+        self._delta = torch.empty_like(softmax.top)
         self._common: dict[str, Any] = dict(
             query=rows(inputs.query),
             grad_out=rows(grad_out),
-            lse=lse,
+            softmax=softmax,
             delta=self._delta,
-            seed=seed,
+            settings=settings(plan, seed),
             heads=plan.heads,
             q_len=plan.q_len,
-            scale=plan.scale,
-            dropout=plan.dropout,
             **constants(plan),
         )
 
@@ -127,7 +126,7 @@ class Backward:
         key_kernel[(programs * shares,)](
             grad_key=rows(grads[0]),
             grad_value=rows(grads[1]),
-            segment=self._keys[index],
+            segment=keys_of(plan, self._inputs, index, for_keys=True),
             numbers=plan.numbers(index),
             which=number,
             shares=shares,

@@ -8,20 +8,19 @@ import torch
 import triton
 from torch import Tensor
 
+from attnzoo.backends.triton.kernels.arguments import Softmax
 from attnzoo.backends.triton.kernels.forward import forward_kernel
-from attnzoo.backends.triton.plan import Inputs, Plan, keys_of, rows
+from attnzoo.backends.triton.plan import Inputs, Plan, keys_of, rows, settings
 from attnzoo.backends.triton.tile_sizes import Tile, tile
 
 
 def constants(plan: Plan) -> dict[str, Any]:
     """Return the compile-time arguments that all kernels have."""
     return dict(
-        SIGN=plan.sign,
         DIM=plan.head_dim,
         VALUE_DIM=plan.value_dim,
         BLOCK_D=block_dim(plan.head_dim),
         BLOCK_V=block_dim(plan.value_dim),
-        DROPOUT=plan.dropout > 0.0,
         PRECISION=precision(plan.dtype),
     )
 
@@ -42,7 +41,7 @@ def precision(dtype: torch.dtype) -> str:
 def tile_of(kernel: str, plan: Plan) -> Tile:
     """Return the sizes of the tiles of a kernel."""
     dim = block_dim(max(plan.head_dim, plan.value_dim))
-    needs_more = plan.dropout > 0.0 or any(form.has_dense_bias for form in plan.forms)
+    needs_more = plan.dropout > 0.0 or plan.softcap is not None or any(form.needs_more for form in plan.forms)
     return tile(kernel, dim, plan.dtype, plan.device, 1 << (plan.q_len - 1).bit_length(), needs_more)
 
 
@@ -62,13 +61,13 @@ def new_seed(plan: Plan) -> Tensor | None:
     return torch.randint(1 << 62, (1,), device=plan.device) if plan.dropout > 0.0 else None
 
 
-def run_forward(plan: Plan, inputs: Inputs, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the output ``(batch, heads, q_len, value_dim)`` and the log-sum-exp ``(batch, heads, q_len)`` to base 2.
+def run_forward(plan: Plan, inputs: Inputs, seed: Tensor | None) -> tuple[Tensor, Softmax]:
+    """Return the output ``(batch, heads, q_len, value_dim)`` and the softmax of each query.
 
-    The log-sum-exp of a query that sees no key, or is padding, is ``inf``. ``inputs`` are the results of
-    :func:`~attnzoo.backends.triton.plan.tables`.
+    ``inputs`` are the results of :func:`~attnzoo.backends.triton.plan.tables`.
     """
-    lse = torch.empty((plan.batch, plan.heads, plan.q_len), dtype=torch.float32, device=plan.device)
+    of_rows = torch.empty((2, plan.batch, plan.heads, plan.q_len), dtype=torch.float32, device=plan.device)
+    softmax = Softmax(of_rows[0], of_rows[1])
     sizes = tile_of("forward", plan)
     grid = (triton.cdiv(plan.q_len, sizes.queries) * plan.batch * plan.heads,)
     earlier, first_segment = None, 0
@@ -79,17 +78,15 @@ def run_forward(plan: Plan, inputs: Inputs, seed: Tensor | None) -> tuple[Tensor
             query=rows(inputs.query),
             out=rows(out),
             earlier=rows(out if earlier is None else earlier),
-            lse=lse,
+            softmax=softmax,
             query_mask=plan.query_mask,
             empty=rows(inputs.query if inputs.empty is None else inputs.empty),
-            seed=seed,
+            settings=settings(plan, seed),
             segments=tuple(keys_of(plan, inputs, index) for index in indices),
             numbers=tuple(map(plan.numbers, indices)),
             heads=plan.heads,
             q_len=plan.q_len,
             first_segment=first_segment,
-            scale=plan.scale,
-            dropout=plan.dropout,
             HAS_QUERY_MASK=plan.query_mask is not None,
             HAS_EMPTY=inputs.empty is not None,
             IS_FIRST=number == 0,
@@ -98,4 +95,4 @@ def run_forward(plan: Plan, inputs: Inputs, seed: Tensor | None) -> tuple[Tensor
             **compile_options(sizes),
         )
         earlier, first_segment = out, first_segment + len(indices)
-    return out, lse
+    return out, softmax

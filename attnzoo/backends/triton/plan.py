@@ -15,15 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from attnzoo.backends.common.blocks import passes
+from attnzoo.backends.triton.hash_tables import HashTables, hash_tables
 from attnzoo.backends.triton.kernels import arguments as kinds
-from attnzoo.backends.triton.kernels.arguments import Grid, Keys, Numbers, Rows, encoded
+from attnzoo.backends.triton.kernels.arguments import Grid, Hashes, Keys, Numbers, Rows, Settings, encoded
 from attnzoo.spec.bias import RelativeBias
+from attnzoo.spec.hashed import HashedChunks
 from attnzoo.spec.patterns import Band, Chunks, Pattern, SortedChunks
 from attnzoo.spec.segments import Attention, Segment
 
 _MOST = 1 << 28  # larger than every index; sums of a few such numbers still fit 32 bits
 _NONE = tl.constexpr(0)  # stands for a missing tensor, because a tuple of arguments must not contain None
 _NO_GRID = Grid(_NONE, _NONE, _NONE, _NONE, _NONE)
+_NO_HASHES = Hashes(_NONE, _NONE, _NONE, _NONE, _NONE, _NONE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +41,9 @@ class Form:
         bias_place: the place of the bias values in :attr:`Inputs.biases`.
         zero: the entry of a table for a key at the index of the query, or at its position.
         size: the number of entries of a table.
-        order, token: the tensors of ``SortedChunks``.
+        order: the order of the queries in ``SortedChunks`` or ``HashedChunks``.
+        token: the tokens of the keys in ``SortedChunks``.
+        hashes: the tables of ``HashedChunks``.
     """
 
     pattern: Pattern
@@ -55,10 +60,12 @@ class Form:
     positions: Tensor | None
     order: Tensor | None
     token: Tensor | None
+    hashes: HashTables | None
 
     def masks(self) -> list[Tensor]:
         """Return the tensors without gradients that the kernels read."""
-        tensors = (self.key_mask, self.mask, self.positions, self.order, self.token)
+        hashes = () if self.hashes is None else self.hashes.tensors()
+        tensors = (self.key_mask, self.mask, self.positions, self.order, self.token, *hashes)
         return [tensor for tensor in tensors if tensor is not None]
 
     @property
@@ -67,9 +74,9 @@ class Form:
         return self.bias in (kinds.BY_DISTANCE.value, kinds.BY_POSITION.value)
 
     @property
-    def has_dense_bias(self) -> bool:
-        """Whether the bias has a value for each query and key."""
-        return bool(self.bias == kinds.DENSE_BIAS.value)
+    def needs_more(self) -> bool:
+        """Whether a tile of scores needs more registers than usual."""
+        return self.hashes is not None or bool(self.bias == kinds.DENSE_BIAS.value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +87,7 @@ class Plan:
         passes: the indices of the segments of each launch of the forward.
         sign: the sign of the scale: 1, -1 or 0. The kernels multiply queries by the sign.
         scale: the magnitude of the scale, or 1.0 if the scale is 0.
+        softcap: the limit of the scores, or None.
     """
 
     batch: int
@@ -94,6 +102,7 @@ class Plan:
     sign: int
     scale: float
     dropout: float
+    softcap: float | None
     query_mask: Tensor | None
 
     def masks(self) -> list[Tensor]:
@@ -115,7 +124,7 @@ class Plan:
     def most_queries(self, index: int, keys: int) -> int:
         """Return about how many queries see at least one of ``keys`` neighbouring keys of a segment."""
         pattern = self.forms[index].pattern
-        if isinstance(pattern, Chunks):
+        if isinstance(pattern, Chunks | HashedChunks):
             return min(self.q_len, (pattern.before + pattern.after + 1) * pattern.length + keys)
         band = self.band(index)
         return min(self.q_len, max(0, band.highest - band.lowest) + keys)
@@ -150,10 +159,10 @@ def split(attention: Attention) -> tuple[Plan, Inputs]:
         places.append((role, tensor))
         return len(places) - 1
 
-    forms = []
-    for segment in attention.segments:
+    forms, tables = [], hash_tables(attention)
+    for index, segment in enumerate(attention.segments):
         key, value = place("key", segment.key), place("value", segment.value)
-        forms.append(_form(attention, segment, key, value, len(biases)))
+        forms.append(_form(attention, segment, key, value, len(biases), tables.get(index)))
         if segment.bias is not None:
             biases.append(segment.bias.values)
     scale = float(attention.scale)  # Triton would compile separately for an integer, or a number of numpy
@@ -170,13 +179,16 @@ def split(attention: Attention) -> tuple[Plan, Inputs]:
         sign=(scale > 0.0) - (scale < 0.0),
         scale=abs(scale) or 1.0,
         dropout=float(attention.dropout),
+        softcap=None if attention.softcap is None else float(attention.softcap),
         query_mask=_contiguous(attention.query_mask),
     )
     keys_values = tuple(tensor for _, tensor in places)
     return plan, Inputs(attention.query, keys_values, tuple(biases), attention.empty)
 
 
-def _form(attention: Attention, segment: Segment, key: int, value: int, bias_place: int) -> Form:
+def _form(
+    attention: Attention, segment: Segment, key: int, value: int, bias_place: int, hashes: HashTables | None
+) -> Form:
     pattern, bias = segment.pattern, segment.bias
     kind, zero, size, positions = kinds.NO_BIAS, 0, 1, None
     if isinstance(bias, RelativeBias):
@@ -186,10 +198,9 @@ def _form(attention: Attention, segment: Segment, key: int, value: int, bias_pla
             zero -= segment.kv_len - attention.q_len if bias.offset is None else bias.offset
     elif bias is not None:
         kind = kinds.DENSE_BIAS
-    is_sorted = isinstance(pattern, SortedChunks)
-    order, token = pattern.sorted_tensors() if isinstance(pattern, SortedChunks) else (None, None)
+    token = pattern.sorted_tensors()[1] if isinstance(pattern, SortedChunks) else None
     return Form(
-        pattern=pattern.structure if is_sorted else pattern,
+        pattern=pattern.structure,
         kv_len=segment.kv_len,
         group=attention.heads // segment.key.shape[1],
         key=key,
@@ -201,8 +212,9 @@ def _form(attention: Attention, segment: Segment, key: int, value: int, bias_pla
         key_mask=_contiguous(segment.key_mask),
         mask=segment.mask,
         positions=_contiguous(positions),
-        order=_contiguous(order),
+        order=_contiguous(pattern.query_order),
         token=_contiguous(token),
+        hashes=hashes,
     )
 
 
@@ -212,18 +224,21 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 @lru_cache(maxsize=1024)
 def _numbers(pattern: Pattern, q_len: int, kv_len: int, zero: int, size: int) -> Numbers:
-    lowest = highest = before = reach = start = 0
+    lowest = highest = before = reach = start = shift = apart = 0
     length = count = 1
     if isinstance(pattern, Chunks):
         length, count = pattern.length, -(-kv_len // pattern.length)
         before, reach = pattern.before % count, pattern.before + pattern.after
         start = pattern.start if isinstance(pattern, SortedChunks) else 0
+    elif isinstance(pattern, HashedChunks):
+        before, reach, apart = pattern.before, pattern.before + pattern.after, pattern.min_distance
+        shift = kv_len - q_len if pattern.offset is None else pattern.offset
     else:
         band = pattern.band(q_len, kv_len)
         if band is None:
             raise NotImplementedError(f"got {pattern}, which has no band: the capabilities must not contain it")
         lowest, highest = band
-    numbers = (kv_len, lowest, highest, length, before, reach, count, start, zero, size)
+    numbers = (kv_len, lowest, highest, length, before, reach, count, start, shift, apart, zero, size)
     return Numbers(*(encoded(max(-_MOST, min(_MOST, number))) for number in numbers))
 
 
@@ -232,13 +247,26 @@ def rows(tensor: Tensor) -> Rows:
     return Rows(tensor, *tensor.stride()[:3])
 
 
+def settings(plan: Plan, seed: Tensor | None) -> Settings:
+    """Return what is the same for all segments as an argument of the kernels. ``seed`` is that of dropout."""
+    return Settings(
+        scale=plan.scale,
+        cap=0.0 if plan.softcap is None else plan.softcap / plan.scale,
+        dropout=plan.dropout,
+        seed=_or_none(seed),
+        sign=tl.constexpr(plan.sign),
+        has_cap=tl.constexpr(int(plan.softcap is not None)),
+        has_dropout=tl.constexpr(int(plan.dropout > 0.0)),
+    )
+
+
 def _grid(tensor: Tensor) -> Grid:
     strides = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return Grid(tensor, *strides)
 
 
-def keys_of(plan: Plan, inputs: Inputs, index: int) -> Keys:
-    """Return a segment as an argument of the kernels."""
+def keys_of(plan: Plan, inputs: Inputs, index: int, for_keys: bool = False) -> Keys:
+    """Return a segment as an argument of the kernels. ``for_keys`` is whether of the kernel for keys and values."""
     form = plan.forms[index]
     values = inputs.biases[form.bias_place] if form.bias != kinds.NO_BIAS.value else None
     return Keys(
@@ -252,8 +280,11 @@ def keys_of(plan: Plan, inputs: Inputs, index: int) -> Keys:
         dense=_grid(values) if values is not None and not form.has_table else _NO_GRID,
         order=_or_none(form.order),
         token=_or_none(form.token),
+        hashes=_hashes(form, for_keys),
         kind=tl.constexpr(_kind(form.pattern)),
-        causal=tl.constexpr(int(isinstance(form.pattern, Chunks) and form.pattern.causal)),
+        earlier=tl.constexpr(0 if form.hashes is None else form.hashes.earlier),
+        rounds=tl.constexpr(0 if form.hashes is None else form.hashes.rounds),
+        causal=tl.constexpr(int(isinstance(form.pattern, Chunks | HashedChunks) and form.pattern.causal)),
         has_key_mask=tl.constexpr(int(form.key_mask is not None)),
         has_mask=tl.constexpr(int(form.mask is not None)),
         bias=tl.constexpr(form.bias),
@@ -261,7 +292,16 @@ def keys_of(plan: Plan, inputs: Inputs, index: int) -> Keys:
     )
 
 
+def _hashes(form: Form, for_keys: bool) -> Hashes:
+    if form.hashes is None or form.order is None:
+        return _NO_HASHES
+    query_starts = form.hashes.query_starts(form.order) if for_keys else _NONE
+    return Hashes(*form.hashes.tensors(), query_starts)
+
+
 def _kind(pattern: Pattern) -> int:
+    if isinstance(pattern, HashedChunks):
+        return int(kinds.HASHED.value)
     if isinstance(pattern, SortedChunks):
         return int(kinds.SORTED.value)
     return int(kinds.CHUNKS.value if isinstance(pattern, Chunks) else kinds.BAND.value)

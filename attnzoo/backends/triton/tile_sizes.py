@@ -39,7 +39,7 @@ def tile(kernel: str, dim: int, dtype: torch.dtype, device: torch.device, length
 
     ``dim`` is the larger of ``head_dim`` and ``value_dim``, rounded up to a power of two. ``length`` is the number of
     queries, also rounded up. Only the sizes for the interpreter depend on ``length``. ``needs_more`` is whether a tile
-    of scores needs more registers than usual, for dropout or a dense bias.
+    of scores needs more registers than usual, for dropout, a softcap, a dense bias or hash rounds.
     """
     if is_interpreted():
         sizes = _INTERPRETED_SHORT if length <= _SHORT else _INTERPRETED_LONG
@@ -55,7 +55,7 @@ _NEWEST = (9, 10)  # major compute capabilities whose matrix products read share
 # stages at width 64. The others are the largest without spilled registers. In float32, products are exact and use no
 # tensor cores. With 1 stage, Triton keeps their operands in registers, and spills them.
 _HALF_ON_NEWEST = {
-    64: {"": Tile(64, 64, 4, 2)},
+    64: {"dense": Tile(32, 64, 4, 2), "": Tile(64, 64, 4, 2)},
     128: {"": Tile(64, 64, 8, 2)},
     256: {"": Tile(32, 32, 8, 2)},
 }

@@ -12,6 +12,7 @@ import attnzoo
 from attnzoo.backends.triton import backend as triton_backend
 from attnzoo.backends.triton.backend import TritonBackend
 from attnzoo.registry import registry
+from attnzoo.spec.hashed import HashedChunks
 from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
 from attnzoo.spec.segments import Request, SegmentRequest
 
@@ -35,9 +36,11 @@ def test_every_head_up_to_256_is_supported():
     }
 
 
-def test_a_bias_with_sorted_chunks_is_refused():
-    biased = SegmentRequest(SortedChunks(8), kv_heads=4, bias="relative")
-    assert refused(request_of(biased)) == {"bias": ("a bias with SortedChunks", "no bias with this pattern")}
+@pytest.mark.parametrize("pattern", [SortedChunks(8), HashedChunks(8)])
+def test_a_bias_with_sorted_keys_is_refused(pattern):
+    biased = SegmentRequest(pattern, kv_heads=4, bias="relative")
+    refusal = ("a bias with SortedChunks or HashedChunks", "no bias with these patterns")
+    assert refused(request_of(biased)) == {"bias": refusal}
     assert not refused(request_of(replace(biased, bias=None)))
 
 
@@ -83,11 +86,12 @@ def test_the_kernels_are_imported_at_their_first_use():
         ((replace(PLAIN, pattern=Window(8, 8)),), True),
         ((replace(PLAIN, pattern=Chunks(8)),), True),
         ((replace(PLAIN, pattern=SortedChunks(8)),), True),
+        ((replace(PLAIN, pattern=HashedChunks(8)),), True),
         ((replace(PLAIN, bias="relative"),), True),
         ((replace(PLAIN, mask=True),), True),
         ((PLAIN, replace(PLAIN, pattern=Full())), True),
     ],
-    ids=["causal", "full", "window", "chunks", "sorted chunks", "bias", "dense mask", "two segments"],
+    ids=["causal", "full", "window", "chunks", "sorted chunks", "hashed chunks", "bias", "dense mask", "two segments"],
 )
 def test_auto_prefers_triton_where_pytorchs_kernels_do_not_fit(monkeypatch, isolated_registry, segments, is_first):
     monkeypatch.setattr(TritonBackend, "unavailable", classmethod(lambda cls: None))

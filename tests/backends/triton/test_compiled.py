@@ -1,12 +1,14 @@
 """All Triton kernels of the model families compile for three compute capabilities, without spilled registers."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 from attnzoo.backends.triton.tile_sizes import is_interpreted
-from attnzoo.spec.bias import RelativeBias
+from attnzoo.spec.bias import DenseBias, RelativeBias
+from attnzoo.spec.hashed import HashedChunks, HashRound
 from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
 from attnzoo.spec.segments import Attention, Segment
 
@@ -68,13 +70,38 @@ def reformer_lsh(dtype):
     return whole(rows(8, LENGTH, 128, dtype), *segments, empty=rows(8, LENGTH, 128, dtype))
 
 
+def hashed(dtype):
+    """The last of the rounds of the backend ``lsh``, which hides the keys of the earlier rounds."""
+    by_head = torch.zeros(1, 12, LENGTH, dtype=torch.long)
+    hash_round = HashRound(by_head, by_head, by_head[:, 0], by_head, by_head)
+    keys = segment(12, LENGTH, 64, dtype)
+    patterns = (Window(1, 0), *(HashedChunks(64, 1, 0, True, 2, rounds=(hash_round,) * count) for count in (1, 4)))
+    return whole(rows(12, LENGTH, 64, dtype), *(replace(keys, pattern=pattern) for pattern in patterns))
+
+
+def dropped(dtype):
+    return replace(led(dtype), dropout=0.1)
+
+
+def softcapped(dtype):
+    return replace(causal(dtype), softcap=50.0)
+
+
+def dense(dtype):
+    """A dense mask, and a trained dense bias."""
+    keys, shape = segment(12, LENGTH, 64, dtype, Window(512, 512)), (1, 12, LENGTH, LENGTH)
+    mask, values = torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=dtype).requires_grad_()
+    bias = DenseBias(values.expand(shape))
+    return whole(rows(12, LENGTH, 64, dtype), replace(keys, mask=mask.expand(shape), bias=bias))
+
+
 def causal(dtype, dim=128):
     return whole(rows(16, LENGTH, dim, dtype), segment(2, LENGTH, dim, dtype, Causal(), is_masked=False))
 
 
 FAMILIES = dict(
     led=led, longt5_local=longt5_local, longt5_tglobal=longt5_tglobal, reformer_local=reformer_local,
-    reformer_lsh=reformer_lsh, causal=causal,
+    reformer_lsh=reformer_lsh, hashed=hashed, causal=causal, dropped=dropped, softcapped=softcapped, dense=dense,
 )  # fmt: skip
 # In every run of the tests, most forms for one card. In a long run, all forms for all cards, also in float32.
 _FEW = [
@@ -82,6 +109,7 @@ _FEW = [
     ((8, 9), "longt5_tglobal"),
     ((9, 0), "reformer_local"),
     ((8, 9), "reformer_lsh"),
+    ((9, 0), "hashed"),
     ((8, 0), "causal"),
 ]
 CASES = [(card, name, torch.bfloat16) for card, name in _FEW]
@@ -130,7 +158,8 @@ WAITING = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "mas
 
 # The numbers of launches in a forward, and in forward and backward.
 LAUNCHES = dict(
-    led=(1, 6), longt5_local=(2, 7), longt5_tglobal=(3, 13), reformer_local=(1, 5), reformer_lsh=(3, 17), causal=(1, 5)
+    led=(1, 6), longt5_local=(2, 7), longt5_tglobal=(3, 13), reformer_local=(1, 5), reformer_lsh=(3, 17),
+    hashed=(18, 36), causal=(1, 5), dropped=(2, 7), softcapped=(1, 5), dense=(1, 4),
 )  # fmt: skip
 
 

@@ -11,10 +11,10 @@ from attnzoo.backends.triton.kernels.spans import number
 
 @triton.jit(do_not_specialize=["heads", "q_len", "batch", "bias_batch", "bias_heads", "which"])
 def dense_bias_kernel(
-    query, grad_out, lse, delta, seed, grad, segment, numbers, heads, q_len, batch, bias_batch, bias_heads, which,
-    scale, dropout,
-    SIGN: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    query, grad_out, softmax, delta, settings, grad, segment, numbers, heads, q_len, batch, bias_batch, bias_heads,
+    which,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of ``grad`` ``(bias_batch, bias_heads, q_len, kv_len)``, contiguous."""
     kv_len = number(numbers.kv_len)
@@ -27,9 +27,9 @@ def dense_bias_kernel(
     for b in range(first_b, batch, bias_batch):
         for h in range(first_h, heads, bias_heads):
             acc += tile_gradients(
-                query, grad_out, lse, delta, seed, segment, numbers, b, h, heads, q_len, rows, rows, m0,
-                m0 + BLOCK_M - 1, m0, tl.minimum(m0 + BLOCK_M, q_len) - 1, k0, which, scale, dropout,
-                SIGN, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, DROPOUT, PRECISION,
+                query, grad_out, softmax, delta, settings, segment, numbers, b, h, heads, q_len, rows, rows, m0,
+                m0 + BLOCK_M - 1, m0, tl.minimum(m0 + BLOCK_M, q_len) - 1, k0, which,
+                DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
     columns = k0 + tl.arange(0, BLOCK_N)
     address = grad + (of_bias.to(tl.int64) * q_len + rows[:, None]) * kv_len + columns[None, :]

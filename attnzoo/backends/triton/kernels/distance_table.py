@@ -17,10 +17,9 @@ from attnzoo.backends.triton.kernels.spans import number
 
 @triton.jit(do_not_specialize=["heads", "q_len", "batch", "which", "lowest", "chunks"])
 def distance_kernel(
-    query, grad_out, lse, delta, seed, total, segment, numbers, heads, q_len, batch, which, lowest, chunks, scale,
-    dropout,
-    SIGN: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    query, grad_out, softmax, delta, settings, total, segment, numbers, heads, q_len, batch, which, lowest, chunks,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the sums ``total`` ``(chunks, heads, offsets, BLOCK_M, BLOCK_N)``.
 
@@ -36,9 +35,9 @@ def distance_kernel(
         k0 = m0 + lowest + offset * BLOCK_N
         if (k0 + BLOCK_N > 0) & (k0 < number(numbers.kv_len)):
             acc += tile_gradients(
-                query, grad_out, lse, delta, seed, segment, numbers, block // blocks, h, heads, q_len, m0 + i, m0 + i,
-                m0, m0 + BLOCK_M - 1, m0, tl.minimum(m0 + BLOCK_M, q_len) - 1, k0, which, scale, dropout,
-                SIGN, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, DROPOUT, PRECISION,
+                query, grad_out, softmax, delta, settings, segment, numbers, block // blocks, h, heads, q_len, m0 + i,
+                m0 + i, m0, m0 + BLOCK_M - 1, m0, tl.minimum(m0 + BLOCK_M, q_len) - 1, k0, which,
+                DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
     at = tl.cast((chunk * heads + h) * tl.num_programs(0) + offset, tl.int64) * (BLOCK_M * BLOCK_N)
     tl.store(total + at + i[:, None] * BLOCK_N + j[None, :], acc)

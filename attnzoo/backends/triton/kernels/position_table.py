@@ -19,9 +19,9 @@ from attnzoo.backends.triton.kernels.spans import number
 
 @triton.jit(do_not_specialize=["heads", "q_len", "batch", "which", "chunks"])
 def position_kernel(
-    query, grad_out, lse, delta, seed, total, segment, numbers, heads, q_len, batch, which, chunks, scale, dropout,
-    SIGN: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    query, grad_out, softmax, delta, settings, total, segment, numbers, heads, q_len, batch, which, chunks,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the sums ``total`` ``(chunks, heads, size)``, except the first and the last entry."""
     run, chunk, h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -44,9 +44,9 @@ def position_kernel(
             k0 = entry + position - zero
             if (k0 + BLOCK_N > 0) & (k0 < kv_len):
                 ds = tile_gradients(
-                    query, grad_out, lse, delta, seed, segment, numbers, b, h, heads, q_len, rows, positions, lowest,
-                    highest, m0, tl.minimum(m0 + BLOCK_M, q_len) - 1, k0, which, scale, dropout,
-                    SIGN, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, DROPOUT, PRECISION,
+                    query, grad_out, softmax, delta, settings, segment, numbers, b, h, heads, q_len, rows, positions,
+                    lowest, highest, m0, tl.minimum(m0 + BLOCK_M, q_len) - 1, k0, which,
+                    DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, PRECISION,
                 )  # fmt: skip
                 acc += tl.where((positions == position)[:, None], ds, 0.0)
             position = tl.min(tl.where(positions > position, positions, highest + 1), 0)

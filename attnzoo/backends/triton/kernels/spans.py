@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo.backends.triton.kernels.arguments import BAND, CHUNKS
+from attnzoo.backends.triton.kernels.arguments import BAND, CHUNKS, HASHED
 
 
 @triton.jit
@@ -44,12 +44,24 @@ def _chunk_spans(first, last, length, count):
 
 
 @triton.jit
-def key_tiles(segment, numbers, place, last, BLOCK_N: tl.constexpr):
-    """The tiles of keys that the queries at the places ``place`` to ``last`` may see."""
+def _chunk_start(starts, row, chunk, kv_len):
+    """The start of a chunk, which may be below 0 or above the last chunk, in a row of a table of starts."""
+    chunk = tl.minimum(tl.maximum(chunk, 0), kv_len)
+    return tl.load(starts + tl.cast(row, tl.int64) * (kv_len + 1) + chunk)
+
+
+@triton.jit
+def key_tiles(segment, numbers, b, place, last, BLOCK_N: tl.constexpr):
+    """The tiles of keys that the queries at the places ``place`` to ``last`` of a sample may see."""
     kv_len = number(numbers.kv_len)
     if segment.kind == BAND:
         start = tl.maximum(place + number(numbers.lowest), 0)
         stop = tl.minimum(last + number(numbers.highest) + 1, kv_len)
+        return _runs(start, stop, 0, 0, BLOCK_N)
+    elif segment.kind == HASHED:
+        first_chunk = place - number(numbers.before)
+        start = _chunk_start(segment.hashes.starts, b, first_chunk, kv_len)
+        stop = _chunk_start(segment.hashes.starts, b, last - number(numbers.before) + number(numbers.reach) + 1, kv_len)
         return _runs(start, stop, 0, 0, BLOCK_N)
     else:
         length, before, count = number(numbers.length), number(numbers.before), number(numbers.chunks)
@@ -63,11 +75,19 @@ def key_tiles(segment, numbers, place, last, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def query_tiles(segment, numbers, key, last, q_len, BLOCK_M: tl.constexpr):
-    """The tiles of queries, in the order of the segment, that may see the keys ``key`` to ``last``."""
+def query_tiles(segment, numbers, b, h, heads, key, last, q_len, BLOCK_M: tl.constexpr):
+    """The tiles of queries of a head, in the order of the segment, that may see the keys ``key`` to ``last``."""
     if segment.kind == BAND:
         start = tl.maximum(key - number(numbers.highest), 0)
         stop = tl.minimum(last - number(numbers.lowest) + 1, q_len)
+        return _runs(start, stop, 0, 0, BLOCK_M)
+    elif segment.kind == HASHED:
+        kv_len = number(numbers.kv_len)
+        chunks = segment.hashes.chunks + tl.cast(b, tl.int64) * kv_len
+        first_chunk = tl.load(chunks + key).to(tl.int32) + number(numbers.before) - number(numbers.reach)
+        last_chunk = tl.load(chunks + last).to(tl.int32) + number(numbers.before)
+        start = _chunk_start(segment.hashes.query_starts, b * heads + h, first_chunk, kv_len)
+        stop = _chunk_start(segment.hashes.query_starts, b * heads + h, last_chunk + 1, kv_len)
         return _runs(start, stop, 0, 0, BLOCK_M)
     else:
         length, before, count = number(numbers.length), number(numbers.before), number(numbers.chunks)

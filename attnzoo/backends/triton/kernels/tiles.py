@@ -10,9 +10,9 @@ from attnzoo.backends.triton.tile_sizes import is_interpreted
 # Triton decides at its import whether it interprets kernels. Interpreted kernels run no PTX instructions.
 PTX = tl.constexpr(not is_interpreted())
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Where the running maximum of a row starts: below every score, but finite, because hidden scores are -inf and
+# Where the running maximum of a row starts: no score is lower. It is finite, because hidden scores are -inf, and
 # (-inf) - (-inf) is NaN.
-FLOOR = tl.constexpr(-1.0e20)
+FLOOR = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -73,12 +73,12 @@ def load_tile(tensor, b, h, first, inside, COUNT: tl.constexpr, DIM: tl.constexp
 
 
 @triton.jit
-def load_query_tile(
-    tensor, b, h, first, rows, exists, SORTED_ROWS: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr,
+def load_tile_of(
+    tensor, b, h, first, rows, exists, ARE_SORTED: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The rows ``rows`` of a head, which are neighbours from ``first`` on unless a segment sorts the queries."""
-    if SORTED_ROWS:
+    """The rows ``rows`` of a head, which are neighbours from ``first`` on unless a hash round has sorted them."""
+    if ARE_SORTED:
         return load_rows(tensor, b, h, rows, exists, DIM, BLOCK_D)
     else:
         return load_tile(tensor, b, h, first, exists, COUNT, DIM, BLOCK_D)
@@ -101,6 +101,20 @@ def power_of_two(x):
 
 
 @triton.jit
+def tanh(x):
+    """The hyperbolic tangent. The formula with exponentials would lose the digits of a small ``x``.
+
+    The polynomial is a least-squares fit, weighted until the largest relative error for ``|x| <= 0.625`` is 4e-9.
+    """
+    z = x * x
+    p = 0.02065045 - 0.0057169 * z
+    p = -0.33333284 + z * (0.13331491 + z * (-0.05374345 + z * p))
+    exponential = power_of_two(tl.abs(x) * (-2.0 * LOG2_E))
+    large = (1.0 - exponential) / (1.0 + exponential)
+    return tl.where(z <= 0.390625, x + x * z * p, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
 def look_up(table, index):
     """``table[index]`` for a tile of indices, float32.
 
@@ -114,7 +128,7 @@ def look_up(table, index):
 
 
 @triton.jit
-def kept(seed, segment, head, rows, keys, dropout, TRANSPOSED: tl.constexpr):
+def kept(settings, segment, head, rows, keys, TRANSPOSED: tl.constexpr):
     """Which weights of a tile dropout keeps: a function of seed, segment, head, query and key alone.
 
     So the backward computes the same decisions again, in tiles of other shapes. Philox (Salmon et al. 2011) makes the
@@ -123,5 +137,5 @@ def kept(seed, segment, head, rows, keys, dropout, TRANSPOSED: tl.constexpr):
     row = along_queries(rows.to(tl.int32), TRANSPOSED)
     key = along_keys(keys.to(tl.int32), TRANSPOSED)
     row, key = row + 0 * key, key + 0 * row
-    number, _, _, _ = tl.philox(tl.load(seed), key, row, 0 * key + head, 0 * key + segment)
-    return tl.uint_to_uniform_float(number) >= dropout
+    number, _, _, _ = tl.philox(tl.load(settings.seed), key, row, 0 * key + head, 0 * key + segment)
+    return tl.uint_to_uniform_float(number) >= settings.dropout

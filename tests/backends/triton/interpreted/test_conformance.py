@@ -6,6 +6,7 @@ import torch
 import attnzoo
 from attnzoo.conformance.cases import AttentionCase, cases
 from attnzoo.conformance.kit import run_case
+from attnzoo.spec.hashed import HashedChunks
 from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
 from tests.backends.triton.interpreted.conftest import IS_LONG
 
@@ -19,6 +20,7 @@ SMALL = [
     AttentionCase(pattern=Window(5, 3), bias="trained relative", batch=1),
     AttentionCase(pattern=Chunks(5, 2, 0, causal=True), batch=1),
     AttentionCase(pattern=SortedChunks(8, 1, 0, causal=True), batch=1),
+    AttentionCase(pattern=HashedChunks(5, 1, 0, causal=True), kv_heads=2, batch=1),
 ]
 LARGE = [
     AttentionCase(pattern=Full(), mask="keys"),
@@ -31,10 +33,15 @@ LARGE = [
     AttentionCase(pattern=Window(5, 3), mask="globals", strided=True, grad=False, batch=1),
     AttentionCase(pattern=Chunks(8, 1, 1), mask="keys", bias="trained relative", batch=1),
     AttentionCase(pattern=SortedChunks(5, 1, 1), mask="keys", batch=1),
+    AttentionCase(pattern=HashedChunks(4, 1, 1, min_distance=2), mask="keys", kv_heads=1, q_len=5, kv_len=23, batch=2),
+    AttentionCase(pattern=HashedChunks(5), mask="dense", uneven=True, batch=1),
     AttentionCase(HALF, pattern=Window(5, 3), mask="globals", batch=1),
     AttentionCase(HALF, pattern=Window(5, 3), bias="trained relative", batch=1),
     AttentionCase(HALF, pattern=SortedChunks(8, 1, 0, causal=True), batch=1),
     AttentionCase(pattern=Window(5, 3), mask="globals", dropout=0.25, batch=2),
+    AttentionCase(pattern=Causal(), bias="trained relative", softcap=True, batch=1),
+    AttentionCase(pattern=Chunks(8, 1, 1), mask="dense", bias="trained dense", softcap=True, batch=1),
+    AttentionCase(HALF, pattern=Window(5, 3), mask="globals", grad=False, softcap=True, batch=1),
     AttentionCase(pattern=Full(), transform="grad"),
 ]
 

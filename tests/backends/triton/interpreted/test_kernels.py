@@ -63,6 +63,37 @@ def test_rows_whose_first_tiles_are_hidden(small_tiles, spread):
     assert_agrees(replace(attention, query=query))
 
 
+@pytest.mark.parametrize("lowest", [-1e25, torch.finfo(torch.float32).min])
+def test_rows_whose_scores_are_all_far_below_zero(large_tiles, lowest):
+    """Models hide keys with the lowest number. A row in which this hides all keys is the mean of all values."""
+    values = torch.zeros(1, 1, 20, 20)
+    values[:, :, 5:9] = lowest
+    values[:, :, 12, 3:] = lowest
+    assert_agrees(attention_of(length=20, bias=attnzoo.DenseBias(values)))
+
+
+def test_scores_may_be_large_in_several_launches(small_tiles):
+    """The sum of weights of a row must not be lost beside its largest score."""
+    attention = AttentionCase(pattern=SortedChunks(8, 1, 1), grad=False, batch=1, q_len=20, kv_len=20).attention()
+    query = torch.zeros_like(attention.query)
+    query[..., 0] = 1.0
+    shifted = []
+    for segment in attention.segments:
+        key = torch.zeros_like(segment.key)
+        key[..., 0] = -1e25
+        shifted.append(replace(segment, key=key))
+    attention = replace(attention, query=query, segments=tuple(shifted))
+    output = execute(BACKEND, attention).output
+    torch.testing.assert_close(output, execute(attnzoo.configure("eager"), attention).output, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [0.01, 1.0, 1000.0])
+def test_small_and_large_scores_are_capped_exactly(large_tiles, softcap):
+    """The formulas of tanh for small and for large arguments are different."""
+    bias = attnzoo.RelativeBias(rows(2, 5), zero=2)
+    assert_agrees(replace(attention_of(length=20, pattern=Causal(), bias=bias), softcap=softcap))
+
+
 def test_a_table_of_one_or_two_entries_has_only_ends(large_tiles):
     for size in (1, 2):
         assert_agrees(attention_of(length=20, bias=attnzoo.RelativeBias(rows(2, size), zero=0)))

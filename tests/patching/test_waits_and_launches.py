@@ -1,0 +1,98 @@
+"""On a GPU, a patched module does not let the host wait for the device, and it launches few kernels.
+
+These tests need no GPU: they run each module on a device whose values nobody can read.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attnzoo.spec.transforms import hides_nothing, readable_at_once
+from tests.support.device_without_data import WaitError, Waits, modules_of, run_module
+from tests.support.models import FAMILIES
+
+# Where a module still waits, each at most once for a mask and forward of the model. An entry needs a reason:
+# - The number of global keys is a size of tensors. The model's own code waits for the same number.
+# - A mask that its module cannot pass on is compared with the only form that the backends compute.
+# - A dense mask is read: as a pattern, it runs on backends without dense masks and skips half of the work.
+DENSE_MASK = {"attnzoo/spec/masks.py: _hides_nothing"}
+WAITS = {
+    "LEDEncoderSelfAttention": {"attnzoo/spec/global_keys.py: find_global_keys"},
+    "LongformerSelfAttention": {"attnzoo/spec/global_keys.py: find_global_keys"},
+    "LongT5LocalAttention": {"adapters/longt5_blocks.py: _is_window_mask"},
+    "LongT5TransientGlobalAttention": {"adapters/longt5_blocks.py: read_flat_mask"},
+    "BigBirdAttention": {"adapters/bigbird.py: _real"},
+    "BigBirdPegasusEncoderAttention": {"adapters/bigbird.py: _real"},
+    "PegasusXGlobalLocalAttention": {"adapters/pegasus_x.py: _real"},
+    **dict.fromkeys(("LEDDecoderAttention", "LongT5Attention", "PegasusXAttention"), DENSE_MASK),
+    "BigBirdPegasusDecoderAttention": DENSE_MASK,
+}
+# Without padding, transformers makes no mask for these.
+MASK_FOR_PADDING = {"GPTNeoXAttention", "GPTBigCodeAttention"}
+LOCAL = [
+    *("LEDEncoderSelfAttention", "LongformerSelfAttention", "LongT5LocalAttention"),
+    *("LongT5TransientGlobalAttention", "LocalSelfAttention", "LSHSelfAttention"),
+]
+MOST_FORWARD, MOST_TRAINING = 6, 14
+
+
+@pytest.fixture(scope="module")
+def captured():
+    """The modules of a family with the arguments of a call, made once for each family and padding."""
+    known = {}
+
+    def get(family, side):
+        if (family, side) not in known:
+            known[family, side] = modules_of(family, side)
+        return known[family, side]
+
+    return get
+
+
+@pytest.mark.parametrize(("backend", "side"), [("triton", "none"), ("triton", "right"), ("sdpa", "right")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_host_waits_only_where_this_file_says_so(captured, family, backend, side):
+    waits = {cls: run_module(*call, backend).waits for cls, call in captured(family, side).items()}
+    expected = {**WAITS, **(dict.fromkeys(MASK_FOR_PADDING, DENSE_MASK) if side == "right" else {})}
+    assert waits == {cls: expected.get(cls, set()) for cls in waits} and waits
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "longt5-local", "reformer"])
+def test_original_code_under_a_patch_adds_no_wait(captured, family):
+    for call in captured(family, "none").values():
+        assert run_module(*call, "native").waits == set()
+
+
+@pytest.mark.parametrize("family", ["led", "longformer", "longt5-local", "longt5-tglobal", "reformer"])
+def test_local_attention_launches_few_kernels(captured, family):
+    local = {cls: call for cls, call in captured(family, "right").items() if cls in LOCAL}
+    assert local
+    for cls, call in local.items():
+        ran = run_module(*call, "triton")
+        forward, backward = (
+            [name for name in names if name.endswith("_kernel")] for names in (ran.forward, ran.backward)
+        )
+        assert 1 <= len(forward) <= MOST_FORWARD, f"{cls}: {forward}"
+        assert 3 <= len(forward + backward) <= MOST_TRAINING, f"{cls}: {forward + backward}"
+
+
+def test_every_way_to_read_a_value_is_noticed():
+    """Otherwise the tests above prove nothing."""
+    flags, numbers = torch.ones(3, dtype=torch.bool, device="meta"), torch.ones(3, device="meta")
+    with Waits() as waits:
+        assert bool(flags.all()) and not bool(flags.any()) and torch.equal(flags, flags)
+        assert int(numbers.sum()) == numbers.sum().item() == 1 and isinstance(float(numbers.sum()), float)
+        assert len(waits.places) == 6
+        for read in (flags.nonzero, numbers.tolist, lambda: numbers[flags], lambda: numbers.masked_select(flags)):
+            with pytest.raises(WaitError):
+                read()
+
+
+def test_masks_are_read_on_the_cpu_only():
+    visible = torch.ones(2, 3, dtype=torch.bool)
+    assert readable_at_once(visible) and hides_nothing(visible) and not hides_nothing(~visible)
+    assert not readable_at_once(visible.to("meta")) and not hides_nothing(visible.to("meta"))
+    inside = []
+    torch.vmap(lambda row: inside.append(hides_nothing(row)) or row)(visible)
+    assert inside == [False]
