@@ -96,7 +96,7 @@ docs-plot: $(STAMP) ## draw docs/images/led-model.png from a JSON file in benchm
 	$(BIN)/python -m attnzoo.benchmarks.plots benchmarks/results/epyc-cpu-time/led-model-forward.json docs/images/led-model.png
 
 docs-notebook: $(STAMP) ## run examples/shootout.ipynb and store its results in it
-	$(BIN)/jupyter execute --inplace examples/shootout.ipynb
+	$(BIN)/python .ci/execute-notebook examples/shootout.ipynb
 
 docs-architectures: $(STAMP) ## patch a tiny model of every model type of transformers and write docs/architectures.md (30 minutes)
 	rm -f benchmarks/results/architectures.jsonl
