@@ -137,6 +137,9 @@ class AnyAttention(PatchPoint):
         whole_blocks = hidden_states.shape[1] % module.self.block_size == 0
         return not _is_sparse(module) or (whole_blocks and active_autocast(hidden_states.device.type) is None)
 
+    def mode(self, module: Any) -> object:
+        return module.self.training, module.attention_type
+
     def dropout(self, module: Any) -> float:
         return 0.0 if _is_sparse(module) else float(module.self.dropout.p)
 
@@ -259,10 +262,10 @@ def _copies_of_the_first_block(inner: Any) -> int:
 def _run_inner(
     inner: Any, hidden_states: Tensor, compute: Callable[[Tensor], tuple[Tensor, Weights]]
 ) -> tuple[Tensor, Weights]:
-    """Call ``compute`` as the forward of the inner module, so that hooks on this module run.
+    """Call ``compute`` as the forward of a shallow copy of the inner module, whose hooks then run.
 
-    transformers collects attention weights by such hooks. A shallow copy has the same hooks and parameters, and the
-    inner module itself stays unchanged for other threads.
+    transformers collects attention weights by such hooks. A hook gets the copy, and the hidden states as the only
+    argument. The inner module itself stays unchanged for other threads.
     """
     twin = copy.copy(inner)
     twin.forward = compute
