@@ -55,7 +55,7 @@ _NEWEST = (9, 10)  # major compute capabilities whose matrix products read share
 # stages at width 64. The others are the largest without spilled registers. In float32, products are exact and use no
 # tensor cores. With 1 stage, Triton keeps their operands in registers, and spills them.
 _HALF_ON_NEWEST = {
-    64: {"dense": Tile(32, 64, 4, 2), "": Tile(64, 64, 4, 2)},
+    64: {"dense": Tile(64, 64, 8, 2), "": Tile(64, 64, 4, 2)},
     128: {"": Tile(64, 64, 8, 2)},
     256: {"": Tile(32, 32, 8, 2)},
 }
