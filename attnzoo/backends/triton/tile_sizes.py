@@ -1,8 +1,8 @@
 """The sizes of tiles, by kernel, compute capability and width of a head.
 
 Larger tiles need fewer loads and more registers and shared memory. ``tests/backends/triton/test_compiled.py`` compiles
-the forms of the model families, without dropout and dense masks, with these sizes for compute capability 8.0, 8.9 and
-9.0. It checks that no register spills and the shared memory suffices.
+the forms of the model families, and dropout, dense masks, dense biases, softcap and hash rounds, with these sizes for
+compute capability 8.0, 8.9 and 9.0. It checks that no register spills and the shared memory suffices.
 """
 
 from __future__ import annotations
