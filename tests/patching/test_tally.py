@@ -125,6 +125,6 @@ def test_threads(calls):
 
 def test_a_site_that_is_freed_at_the_exit_of_the_interpreter_prints_nothing():
     # While the module exists, Python replaces its global names by None.
-    code = "import sys; from attnzoo.patching import sites; sys.kept = [sites.Site('', 'A', 'full', 'eager'), sites]"
+    code = "import os; from attnzoo.patching import sites; os.kept = [sites.Site('', 'A', 'full', 'eager'), sites]"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
