@@ -77,7 +77,9 @@ class ModelMasks(MaskCheckPoint):
     def masks_of(self, module: Any) -> MaskArguments:
         if module.config.is_decoder:
             return {"attention_mask": DECODER_MASK, "encoder_attention_mask": CROSS_MASK}
-        return {"attention_mask": replace(ENCODER_MASK, allows_grid=module.attention_type == "original_full")}
+        # With BigBirdForCausalLM, generation passes a cache to an encoder, too.
+        is_full = module.attention_type == "original_full"
+        return {"attention_mask": replace(ENCODER_MASK, allows_grid=is_full, cache=DECODER_MASK.cache)}
 
 
 class EncoderMasks(MaskCheckPoint):

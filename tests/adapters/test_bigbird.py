@@ -185,3 +185,13 @@ def test_a_call_in_another_mode_is_checked_again(add_backend):
         assert sum(site.calls for site in handle.sites) == calls and all(site.fallbacks for site in handle.sites)
         logits(model.eval())
         assert sum(site.calls for site in handle.sites) > calls
+
+
+@backends
+def test_an_encoder_with_a_language_head_generates_the_original_tokens(backend):
+    """transformers only warns about it. The mask of a step is longer than the tokens, because there is a cache."""
+    model, inputs = bigbird("BigBirdForCausalLM"), causal_inputs(12, "left")
+    arguments = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    expected = model.generate(**inputs, **arguments)
+    with attnzoo.patch(model, backend):
+        assert torch.equal(model.generate(**inputs, **arguments), expected)
