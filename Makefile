@@ -60,9 +60,9 @@ test-interpreted: $(STAMP) ## run the whole conformance kit on the Triton kernel
 gpu: ## measure what matters on a CUDA device, within five minutes: make gpu ARGS="--seconds 3600 --out DIR"
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu/checkout.py $(ARGS)
 
-test-cuda: $(STAMP) ## run the tests that need a CUDA device
+test-cuda: $(STAMP) ## run the tests that need a CUDA device, in 8 processes
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make test-cuda needs a CUDA device; torch {torch.__version__} sees none here, so nothing was tested.")'
-	$(BIN)/python -m pytest -m cuda $(ARGS)
+	ATTNZOO_HYPOTHESIS_PROFILE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 8 -m cuda $(ARGS)
 
 mutants: $(STAMP) ## plant 200 random faults in the source and list those that no test catches
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(ARGS)

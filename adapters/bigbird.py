@@ -77,7 +77,9 @@ class ModelMasks(MaskCheckPoint):
     def masks_of(self, module: Any) -> MaskArguments:
         if module.config.is_decoder:
             return {"attention_mask": DECODER_MASK, "encoder_attention_mask": CROSS_MASK}
-        return {"attention_mask": replace(ENCODER_MASK, allows_grid=module.attention_type == "original_full")}
+        # With BigBirdForCausalLM, generation passes a cache to an encoder, too.
+        is_full = module.attention_type == "original_full"
+        return {"attention_mask": replace(ENCODER_MASK, allows_grid=is_full, cache=DECODER_MASK.cache)}
 
 
 class EncoderMasks(MaskCheckPoint):
@@ -136,6 +138,9 @@ class AnyAttention(PatchPoint):
         # The original raises for other lengths. Under autocast, it may scatter weights of one dtype into another.
         whole_blocks = hidden_states.shape[1] % module.self.block_size == 0
         return not _is_sparse(module) or (whole_blocks and active_autocast(hidden_states.device.type) is None)
+
+    def mode(self, module: Any) -> object:
+        return module.self.training, module.attention_type
 
     def dropout(self, module: Any) -> float:
         return 0.0 if _is_sparse(module) else float(module.self.dropout.p)
@@ -259,10 +264,10 @@ def _copies_of_the_first_block(inner: Any) -> int:
 def _run_inner(
     inner: Any, hidden_states: Tensor, compute: Callable[[Tensor], tuple[Tensor, Weights]]
 ) -> tuple[Tensor, Weights]:
-    """Call ``compute`` as the forward of the inner module, so that hooks on this module run.
+    """Call ``compute`` as the forward of a shallow copy of the inner module, whose hooks then run.
 
-    transformers collects attention weights by such hooks. A shallow copy has the same hooks and parameters, and the
-    inner module itself stays unchanged for other threads.
+    transformers collects attention weights by such hooks. A hook gets the copy, and the hidden states as the only
+    argument. The inner module itself stays unchanged for other threads.
     """
     twin = copy.copy(inner)
     twin.forward = compute
@@ -330,8 +335,8 @@ def _attend_to_blocks(
     # As in the original, the weight of a token is that of one of its copies.
     of_near, of_first, of_last, *of_chosen = near.dropped
     rows = torch.cat([of_first / copies, of_near[..., block:-block], of_last], dim=-1)
-    for part in of_chosen:
-        rows = torch.maximum(rows, part)
+    for weights in of_chosen:
+        rows = torch.maximum(rows, weights)
     return output, _with_ends(rows, wide.dropped[0], block)
 
 

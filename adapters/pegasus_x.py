@@ -106,7 +106,7 @@ class EncoderAttention(PatchPoint):
         the keywords of the model, which have no effect in the original either.
         """
         states = token_hidden_states
-        mask = check_mask("attention_mask", attention_mask, *states.shape[:2], states.device)
+        mask = check_mask("attention_mask", attention_mask, states.shape[0], states.shape[1], states.device)
         real = attend.cached_per_forward(mask, "real", _real)
         dropout, scale = module.dropout if module.training else 0.0, float(module.scaling)
         query, key, value = (_project(module, states, name) for name in ("q_proj", "k_proj", "v_proj"))

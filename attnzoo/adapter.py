@@ -210,6 +210,13 @@ class PatchPoint(ABC):
         """Return the dropout probability that the module applies to softmax weights in training."""
         return 0.0
 
+    def mode(self, module: Any) -> object:
+        """Return a hashable value of everything that can change the requests of a module between two calls.
+
+        The weights and the configuration of the module are not part of the value. Neither are gradients and autocast.
+        """
+        return module.training
+
     def trains_bias(self, module: Any) -> bool:
         """Whether the module has a learned attention bias that is not frozen."""
         return False

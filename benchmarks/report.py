@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from attnzoo.benchmarks.rows import FAILED, OK, RED, REFUSED, SKIPPED, EndToEnd, Row, Shootout
+from attnzoo.benchmarks.counting import Counting
+from attnzoo.benchmarks.rows import FAILED, OK, ORIGINAL, RED, REFUSED, SKIPPED, EndToEnd, Row, Shootout
 from attnzoo.benchmarks.summary import command
-from attnzoo.benchmarks.tables import SCOPE_TITLES, duration, notes, overhead, ratio, size
+from attnzoo.benchmarks.tables import OVERHEAD, RECALL, SCOPE_TITLES, duration, notes, overhead, ratio, size
 from attnzoo.layout import group_by
 from attnzoo.reporting.html import charts
 from attnzoo.reporting.html.content import Cell, Chart, Page, Section, Table, facts_of
@@ -50,7 +51,7 @@ def page_of(shootout: Shootout) -> Page:
     sections = [_section(rows) for rows in groups]
     if shootout.end_to_end:
         sections.append(_end_to_end(shootout.end_to_end))
-    sections.append(Section("How to read the tables", notes=_LEGEND))
+    sections.append(Section("How to read the tables", notes=tuple(_legend(shootout.rows))))
     return Page(
         f"{', '.join(names)}: {_SCOPES[first.scope]}",
         f"attnzoo bench: {SCOPE_TITLES[first.scope]}; {setting}",
@@ -64,9 +65,18 @@ def page_of(shootout: Shootout) -> Page:
     )
 
 
+def _legend(rows: Sequence[Row]) -> Iterator[str]:
+    yield from _LEGEND
+    if any(row.overhead is not None for row in rows):
+        yield OVERHEAD
+    if any(row.recall is not None for row in rows):
+        yield RECALL
+
+
 def _highlights(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
     """Yield the best speed and memory at the longest input of each mode, and the largest error of a backend."""
-    ours = [row for row in rows if row.status == OK and not row.is_original and not row.peer]
+    others = (ORIGINAL, Counting.name)
+    ours = [row for row in rows if row.status == OK and row.backend not in others and not row.peer]
     for of_mode in group_by(ours, lambda row: (row.family, row.mode)):
         longest = max(row.seq_len for row in of_mode)
         at_end = [row for row in of_mode if row.seq_len == longest]

@@ -35,11 +35,11 @@ _LEGEND = (
     "gate: ok means that every comparison with the float64 oracle is within its error budget. "
     "The number is the largest error divided by the error budget; up to 1 passes.",
 )
-_OVERHEAD = (
+OVERHEAD = (
     "overhead: CPU time above the original's for each attention module and call or token (median of the differences "
     "between runs of the same round). counting is the original model with the patch native, which only counts calls."
 )
-_RECALL = (
+RECALL = (
     "recall: this backend sees only a part of the keys. Recall is the share of full attention's weight that is on this "
     "part; 1 is all of it. The gate compares the backend with the oracle on the same part of the keys."
 )
@@ -73,8 +73,8 @@ def _parts(shootout: Shootout, width: int) -> Iterator[Table | Text]:
         yield from _complaints(rows)
         yield from (Text(note, style="dim") for note in notes(rows))
     legend = [*_LEGEND]
-    legend += [_OVERHEAD] * any(row.overhead is not None for row in shootout.rows)
-    legend += [_RECALL] * any(row.recall is not None for row in shootout.rows)
+    legend += [OVERHEAD] * any(row.overhead is not None for row in shootout.rows)
+    legend += [RECALL] * any(row.recall is not None for row in shootout.rows)
     legend += [_PEER] * any(row.peer for row in shootout.rows)
     yield from (Text(line, style="dim") for line in legend)
     yield from _end_to_end(shootout.end_to_end)

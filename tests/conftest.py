@@ -18,6 +18,8 @@ _common = dict(deadline=None, suppress_health_check=_checks)
 settings.register_profile("default", max_examples=60, **_common)
 # Several properties add up to more than 25,000 examples for each exact backend.
 settings.register_profile("long", max_examples=5_000, **_common)
+# Kernels are compiled for each form of an attention: about ten seconds on a GPU, so there are fewer examples.
+settings.register_profile("cuda", max_examples=15, **_common)
 # A mutant must only fail: few examples, no time for shrinking, and no examples from runs of other mutants.
 settings.register_profile("mutants", max_examples=20, database=None, phases=[Phase.explicit, Phase.generate], **_common)
 settings.load_profile(os.environ.get("ATTNZOO_HYPOTHESIS_PROFILE", "default"))

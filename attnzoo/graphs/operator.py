@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
@@ -36,6 +36,9 @@ class Runner(Protocol):
 
     def repeat(self, attention: Attention, /) -> Tensor:
         """Return the output of an attention that was counted before."""
+
+    def takes(self, attention: Attention, /) -> bool:
+        """Whether the backend of the site supports an attention."""
 
 
 NO_SITE = 0  # for exported programs, which outlive the site and run the backend by its name
@@ -69,19 +72,31 @@ def attend_in_graph(attention: Attention, runner: int, backend: str) -> Tensor:
 
 def _run(flat: Flat, runner: int, backend: str, counts: bool) -> Tensor:
     attention = unflatten(flat)
-    if attention.query.is_cpu and attention.q_len > 1:
-        # Kernels skip what a pattern hides. On a GPU, the CPU would have to wait for the values of the mask.
-        segments = tuple(read_dense_mask(segment, attention.batch) for segment in attention.segments)
-        attention = replace(attention, segments=segments)
     if runner == NO_SITE:
-        return execute(registry.configure(backend), attention).output
+        configured = registry.configure(backend)
+        read = _read_masks(attention, lambda other: not registry.refusals(configured, other.request()))
+        return execute(configured, read).output
     site = _runners.get(runner)
     if site is None:
         raise PatchError(
             f"compiled model: got a call after its patched modules (backend {backend!r}) were freed; allowed: a call "
             "while the patched model exists"
         )
-    return site(attention).output if counts else site.repeat(attention)
+    read = _read_masks(attention, site.takes)
+    return site(read).output if counts else site.repeat(read)
+
+
+def _read_masks(attention: Attention, takes: Callable[[Attention], bool]) -> Attention:
+    """Return an equal attention whose patterns replace dense masks, so that kernels skip what a pattern hides.
+
+    The graph was made for dense masks. A backend may support these, but not the pattern. Then the masks stay. On a GPU,
+    they stay too: the CPU would have to wait for their values.
+    """
+    if not attention.query.is_cpu or attention.q_len == 1:
+        return attention
+    segments = tuple(read_dense_mask(segment, attention.batch) for segment in attention.segments)
+    read = replace(attention, segments=segments)
+    return read if takes(read) else attention
 
 
 @torch.library.custom_op("attnzoo::attend", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))

@@ -294,19 +294,26 @@ class PatchedForward(slots.Replacement):
             return self._run_original(module, args, kwargs)  # calls inside the graph cannot be counted
         given = tuple(name for name, value in kwargs.items() if value is not None)
         wanted, grad = kwargs.get("output_attentions"), torch.is_grad_enabled()
-        if self._is_supported(given, wanted, grad, module.training, torch.compiler.is_exporting()):
+        # The compiler records what is read here as a condition of the graph. It does not see the reads of the method.
+        conditions = getattr(getattr(module, "config", None), "output_attentions", None), module.training
+        if self._is_supported(given, wanted, grad, conditions, torch.compiler.is_exporting()):
             return self._forward(module, *args, **kwargs)
         if torch.compiler.is_exporting():
             raise self._refuse_recording()
         return self._uncompiled(self, (module, *args), kwargs)
 
     def _is_supported(
-        self, given: tuple[str, ...], wanted: bool | None, grad: bool, training: bool, exporting: bool
+        self,
+        given: tuple[str, ...],
+        wanted: bool | None,
+        grad: bool,
+        conditions: tuple[bool | None, bool],
+        exporting: bool,
     ) -> bool:
         """Whether a graph may contain a call (:meth:`SitePlan.fits_graph`). The compiler asks once per graph.
 
         If not, the forward runs uncompiled: it then refuses the call, or falls back, before it touches a cache. The
-        answer depends on ``training``, the mode of the module, through the module itself.
+        answer depends on the ``conditions`` through the module: ``config.output_attentions``, and its mode.
         """
         return self.plan.fits_graph(given, wanted, grad, exporting, self._attend.sharers)
 

@@ -58,8 +58,8 @@ def check_keywords(module: nn.Module, kwargs: Mapping[str, Any], cache_names: tu
     """
     refuse_uncomputed(kwargs, _undeclared(type(module).forward))
     for name in cache_names:
-        value = kwargs.get(name)
-        if value is not None and _is_paged(type(value)):
+        cls: Any = type(kwargs.get(name))
+        if _is_paged(cls):
             refuse_uncomputed(kwargs, frozenset({name}))
 
 

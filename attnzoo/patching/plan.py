@@ -92,9 +92,9 @@ class SitePlan:
         if isinstance(states, Tensor):
             # Without autocast, the states have the dtype of the weights, or the module's linear layers raise.
             weights = (states.device, autocast_dtype(states.dtype, states.device.type))
-            dropout = module.training and point.dropout(module)
+            mode, dropout = point.mode(module), module.training and point.dropout(module)
             trains_bias = grad and any(map(point.trains_bias, sharers() or (module,)))
-            state = (*weights, dropout, grad, trains_bias, probabilities, transforms, registry.generation)
+            state = (*weights, mode, dropout, grad, trains_bias, probabilities, transforms, registry.generation)
             if state in self._supported:
                 return
         requests = expected_requests(point, module, sharers() or (module,), grad, probabilities, transforms)

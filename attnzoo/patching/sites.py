@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -55,8 +56,10 @@ class Site:
     def __post_init__(self) -> None:
         tally.begin(self)
 
-    def __del__(self) -> None:
-        tally.end(self)
+    # At the exit of the interpreter, global names are None. Default arguments are not.
+    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_exiting():
+            tally.end(self)
 
     @property
     def label(self) -> str:

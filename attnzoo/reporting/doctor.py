@@ -22,6 +22,7 @@ _PACKAGES = (
     ("flash-attn", "flash_attn", "FlashAttention 2 kernels on CUDA; optional"),
     ("xformers", "xformers", "memory-efficient attention on CUDA; optional"),
     ("matplotlib", "matplotlib", "plots of attnzoo bench; optional"),
+    ("vl-convert-python", "vl_convert", "pages of attnzoo report; optional"),
 )
 
 

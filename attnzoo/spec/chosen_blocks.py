@@ -25,12 +25,11 @@ class ChosenBlocks(Pattern):
 
     Attributes:
         length: the number of tokens in a block.
-        chosen: ``(batch, heads, blocks of queries, n)`` int64, the indices of the blocks of keys. -1 stands for no
-            block.
+        chosen: ``(batch, heads, blocks of queries, n)`` int64, the indices of the blocks of keys. An index outside of
+            the keys, such as -1, stands for no block.
 
     Raises:
-        InvalidArgumentError: ``length < 1``. :meth:`check` raises if ``chosen`` has another shape or dtype, or an index
-            is out of range.
+        InvalidArgumentError: ``length < 1``. :meth:`check` raises if ``chosen`` has another shape or dtype.
 
     Example:
         >>> pattern = ChosenBlocks(4, torch.tensor([[[[1], [-1]]]]))  # the first of two blocks sees the second

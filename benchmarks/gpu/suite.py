@@ -39,7 +39,7 @@ def suite(settings: Settings, keep: Keep, folder: str = "tests") -> None:
     parallel = ["-n", str(PROCESSES)] if find_spec("xdist") is not None and settings.device == "cuda" else []
     collect = [] if settings.device == "cuda" else ["--collect-only"]
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-v", "--color=no", "-p", "no:cacheprovider", folder]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ATTNZOO_HYPOTHESIS_PROFILE": "cuda", "COLUMNS": "200"}
     outcomes = Outcomes(keep)
     with subprocess.Popen(
         [*command, *parallel, *collect], cwd=root, env=environment, stdout=subprocess.PIPE, text=True

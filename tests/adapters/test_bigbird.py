@@ -7,6 +7,8 @@ from transformers import DynamicCache
 
 import attnzoo
 from attnzoo import InvalidArgumentError, PatchError
+from attnzoo.backends.eager import EagerBackend
+from attnzoo.spec.chosen_blocks import ChosenBlocks
 from tests.support.models import bigbird, bigbird_pegasus, causal_inputs, ids, padded
 
 backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
@@ -169,3 +171,27 @@ def test_the_encoder_of_bigbird_pegasus_switches_too(backend):
             real = inputs["attention_mask"].bool()
             same(model.encoder(**inputs)[0][real], original.encoder(**inputs)[0][real])
     assert model.encoder.attention_type == "original_full"
+
+
+def test_a_call_in_another_mode_is_checked_again(add_backend):
+    """In training, the model requests random blocks. A backend without them falls back before the forward starts."""
+    add_backend("no-random-blocks", patterns=EagerBackend.capabilities.patterns - {ChosenBlocks})
+    model = bigbird().eval()
+    with attnzoo.patch(model, "no-random-blocks", fallback="native") as handle:
+        logits(model)
+        calls = sum(site.calls for site in handle.sites)
+        assert calls and not any(site.fallbacks for site in handle.sites)
+        logits(model.train())
+        assert sum(site.calls for site in handle.sites) == calls and all(site.fallbacks for site in handle.sites)
+        logits(model.eval())
+        assert sum(site.calls for site in handle.sites) > calls
+
+
+@backends
+def test_an_encoder_with_a_language_head_generates_the_original_tokens(backend):
+    """transformers only warns about it. The mask of a step is longer than the tokens, because there is a cache."""
+    model, inputs = bigbird("BigBirdForCausalLM"), causal_inputs(12, "left")
+    arguments = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    expected = model.generate(**inputs, **arguments)
+    with attnzoo.patch(model, backend):
+        assert torch.equal(model.generate(**inputs, **arguments), expected)

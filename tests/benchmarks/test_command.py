@@ -74,6 +74,13 @@ def test_command_writes_table_json_and_plot(command, tmp_path, monkeypatch):
     assert Shootout.read(path).plan["backends"] == ["sdpa"]
 
 
+def test_json_on_standard_output_is_alone_there(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = command("--backend", "sdpa", "--json", "-")
+    assert result.exit_code == 0 and json.loads(result.stdout)["plan"]["backends"] == ["sdpa"]
+    assert not list(tmp_path.iterdir()), "no file, and no plot beside it"
+
+
 def test_command_fails_on_red_rows(command, tmp_path):
     result = command("--backend", "wrong", "--json", str(tmp_path / "a.json"), "--no-plot")
     assert result.exit_code == 1 and "outside the error budget" in result.output

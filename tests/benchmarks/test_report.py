@@ -55,16 +55,25 @@ def test_the_page_of_a_run(shootout, monkeypatch):
     assert "tiny-led: whole model" in text and all(row.label in text for row in result.rows)
 
 
-def test_highlights_are_of_the_longest_input(shootout):
+def test_highlights_are_of_the_longest_input():
     result = Shootout.read(RESULTS / "epyc" / "longt5_local-attention-forward.json")
     best = max(row.speedup for row in result.rows if row.seq_len == 16384 and row.speedup)
     assert page_of(result).highlights[0] == (f"{best:.2f}x", "speed: sdpa, longt5_local, forward at 16384 tokens")
 
 
-def test_columns_that_only_some_scopes_have(shootout):
+def test_the_patch_that_only_counts_is_no_highlight():
+    result = Shootout.read(RESULTS / "epyc" / "led-attention-forward.json")
+    changed = tuple(replace(row, backend="counting") if row.backend == "sdpa" else row for row in result.rows)
+    assert "counting" not in str(page_of(replace(result, rows=changed)).highlights)
+
+
+def test_columns_that_only_some_scopes_have():
     result = Shootout.read(RESULTS / "epyc" / "led-attention-forward.json")
     changed = tuple(replace(row, recall=0.5, overhead=2e-6) for row in result.rows)
-    for row in rows(page_of(replace(result, rows=changed))):
+    page = page_of(replace(result, rows=changed))
+    assert "overhead: CPU time" in notes(page) and "recall: this backend" in notes(page)
+    assert "overhead" not in notes(page_of(result)) and "recall" not in notes(page_of(result))
+    for row in rows(page):
         assert row["recall"] == "0.500" and row["overhead"] == "2 us"
 
 

@@ -27,6 +27,9 @@ class Site:
     def repeat(self, attention):
         return self.backend.run(attention).output
 
+    def takes(self, attention):
+        return not self.backend.refusals(attention.request())
+
 
 class Spy(EagerBackend):
     """A backend that appends pattern, mask and bias of its attentions to a list."""

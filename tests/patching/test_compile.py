@@ -14,6 +14,7 @@ import transformers
 from torch._dynamo.backends.registry import lookup_backend
 
 import attnzoo
+from attnzoo.backends.eager import EagerBackend
 from tests.support.fake_backends import fake_backend
 from tests.support.models import FAMILIES, causal_inputs, gpt_neox, llama, longt5, reformer
 
@@ -144,6 +145,29 @@ def test_a_second_model_compiles():
         with attnzoo.patch(model, "sdpa"), torch.no_grad():
             expected = model(**inputs).logits
             assert torch.equal(torch.compile(model, backend="eager")(**inputs).logits, expected)
+
+
+def test_requested_weights_are_no_part_of_a_graph_made_without_them():
+    model = gpt_neox(attn_implementation="eager")
+    with attnzoo.patch(model, "eager"), torch.no_grad():
+        attention = model.gpt_neox.layers[0].attention
+        states, rotary = torch.randn(1, 5, model.config.hidden_size), torch.zeros(2, 1, 5, 4).unbind()
+        compiled = torch.compile(attention, backend="eager")
+        assert compiled(states, None, position_embeddings=rotary)[1] is None
+        model.config.output_attentions = True
+        weights = compiled(states, None, position_embeddings=rotary)[1]
+    assert weights is not None and weights.shape[-2:] == (5, 5)
+
+
+def test_a_backend_without_windows_computes_the_dense_mask_that_a_graph_contains(add_backend):
+    patterns = EagerBackend.capabilities.patterns - {attnzoo.Window, attnzoo.Causal}
+    add_backend("dense-only", patterns=patterns)
+    model, inputs = llama(), causal_inputs(12, "none")
+    expected = model(**inputs).logits
+    with attnzoo.patch(model, "dense-only", fallback="native") as handle, torch.no_grad():
+        compiled = torch.compile(model, backend="eager")
+        torch.testing.assert_close(compiled(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+    assert all(site.calls + site.fallbacks for site in handle.sites)
 
 
 def test_a_refused_call_runs_uncompiled_and_raises():

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -119,3 +121,10 @@ def test_threads(calls):
     gc.collect()
     assert not errors
     assert calls() == {"sdpa": 24}
+
+
+def test_a_site_that_is_freed_at_the_exit_of_the_interpreter_prints_nothing():
+    # While the module exists, Python replaces its global names by None.
+    code = "import os; from attnzoo.patching import sites; os.kept = [sites.Site('', 'A', 'full', 'eager'), sites]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

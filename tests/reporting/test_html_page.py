@@ -13,7 +13,7 @@ from attnzoo.reporting.html.content import Cell, Chart, Page, Section, Table
 from attnzoo.reporting.html.page import render
 from tests.support.report_pages import SCRIPT, Parsed, without_vega
 
-EVIL = "</script><img src=x onerror=alert(1)>\"'&"
+EVIL = "\"'></script><img src=x onerror=alert(1)>&"
 TABLE = Table(
     ("name", "error"),
     (("a", (Cell("a", "a"), Cell("2.0", 2.0, "bad", bar=1.5))), ("b", (Cell("b"), Cell("-")))),

@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 
 from attnzoo.backend import Backend, Capabilities
+from attnzoo.backends.triton.availability import why_unusable
 from attnzoo.backends.triton.tile_sizes import is_interpreted
 from attnzoo.backends.varlen.kernels import no_device
 from attnzoo.errors import BackendRefusedError, Refusal
@@ -58,7 +59,7 @@ class TritonBackend(Backend):
     def unavailable(cls) -> str | None:
         if find_spec("triton") is None:
             return "the package triton is not installed; PyTorch's CUDA builds for Linux contain triton"
-        return None if is_interpreted() else no_device()
+        return why_unusable("cpu") if is_interpreted() else no_device() or why_unusable("cuda")
 
     def refusals(self, request: Request) -> tuple[Refusal, ...]:
         refusals = super().refusals(request)

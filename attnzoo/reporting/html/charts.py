@@ -120,7 +120,7 @@ def error_beside_speed(records: Records, tooltip: Sequence[str]) -> dict[str, An
         "x": {
             "field": "speedup",
             "type": "quantitative",
-            "scale": {"type": "log", "nice": False, "padding": 20},
+            "scale": {"type": "log", "domain": [low, high], "nice": False},
             "axis": {"labelExpr": _TIMES, "title": "speed against the original", "values": _ticks(low, high, 10, 1)},
         },
         "y": {

@@ -1,14 +1,17 @@
 """What the backend ``triton`` declares and refuses, where it is available, and when ``auto`` prefers it."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from importlib import util
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import attnzoo
+from attnzoo.backends.triton import availability
 from attnzoo.backends.triton import backend as triton_backend
 from attnzoo.backends.triton.backend import TritonBackend
 from attnzoo.registry import registry
@@ -60,6 +63,46 @@ def test_without_a_card_the_backend_is_unavailable(monkeypatch):
     assert torch.__version__ in TritonBackend.unavailable()
 
 
+@pytest.fixture
+def with_card(monkeypatch):
+    """A machine that seems to have Triton and a card. The check of the kernels runs again."""
+    monkeypatch.setattr(triton_backend, "is_interpreted", lambda: False)
+    monkeypatch.setattr(triton_backend, "no_device", lambda: None)
+    monkeypatch.setattr(triton_backend, "find_spec", lambda name: True)
+    monkeypatch.setattr(availability, "import_package", lambda *_: (SimpleNamespace(__version__="3.6.0"), ""))
+    availability.why_unusable.cache_clear()
+    yield
+    availability.why_unusable.cache_clear()
+
+
+def test_a_broken_triton_is_unavailable(monkeypatch, with_card):
+    why = "triton cannot be imported: ImportError: libcuda.so.1"
+    monkeypatch.setattr(availability, "import_package", lambda *_: (None, why))
+    assert TritonBackend.unavailable() == why
+
+
+def test_a_triton_that_runs_no_kernel_is_unavailable(monkeypatch, with_card):
+    def fail(device):
+        raise RuntimeError("0 active drivers")
+
+    monkeypatch.setattr(availability, "_small_attention", fail)
+    expected = "triton 3.6.0 cannot run a kernel on cuda: RuntimeError: 0 active drivers"
+    assert TritonBackend.unavailable() == expected
+    assert attnzoo.backends()["triton"].reason == expected
+
+
+def test_a_triton_that_computes_wrong_results_is_unavailable(monkeypatch, with_card):
+    monkeypatch.setattr(availability, "_small_attention", lambda device: torch.tensor([1.0, 0.0]))
+    assert "wrong result" in TritonBackend.unavailable()
+
+
+def test_the_kernels_are_tried_once(monkeypatch, with_card):
+    tried = []
+    monkeypatch.setattr(availability, "_small_attention", lambda device: tried.append(device) or torch.ones(2))
+    assert TritonBackend.unavailable() is TritonBackend.unavailable() is None
+    assert tried == ["cuda"]
+
+
 def test_a_bias_of_another_class_is_refused():
     """The kernels read the values of a bias, and would ignore an overridden method."""
 
@@ -75,7 +118,8 @@ def test_a_bias_of_another_class_is_refused():
 def test_the_kernels_are_imported_at_their_first_use():
     """So attnzoo works where Triton is missing or broken."""
     code = "import sys, attnzoo; attnzoo.backends(); sys.exit('attnzoo.backends.triton.plan' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    without_card = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=without_card).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,9 @@ _FEW = [
     ((8, 9), "longt5_tglobal"),
     ((9, 0), "reformer_local"),
     ((8, 9), "reformer_lsh"),
-    ((9, 0), "hashed"),
+    ((8, 9), "hashed"),
+    ((9, 0), "softcapped"),
+    ((9, 0), "dense"),
     ((8, 0), "causal"),
 ]
 CASES = [(card, name, torch.bfloat16) for card, name in _FEW]

@@ -52,44 +52,47 @@ def key_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     last_key = tl.minimum(k0 + BLOCK_N, kv_len) - 1
-    skipped = share  # how many tiles of the next head belong to other shares before the first of this share
+    # Only in hash rounds the number of tiles depends on the head. The heads with fewer tiles also go through the tiles
+    # after their last tile, whose queries see none of the keys.
+    count = 0
     for h in range(kv_head * segment.group, (kv_head + 1) * segment.group):
-        first1, count1, first2, count2 = query_tiles(segment, numbers, b, h, heads, k0, last_key, q_len, BLOCK_M)
-        count = count1 + count2
-        for i in range(skipped, count, shares):
-            m0 = tile_start(i, first1, count1, first2, BLOCK_M)
-            index = m0 + tl.arange(0, BLOCK_M)
-            exists = index < q_len
-            rows = query_rows(segment, b, h, heads, index, q_len)
-            places, place, last = query_places(segment, numbers, b, h, heads, rows, m0, q_len, BLOCK_M)
-            positions = bias_positions(segment, numbers, b, rows, exists, q_len)
-            if segment.bias == BY_POSITION:
-                lowest, highest = tl.min(positions, 0), tl.max(positions, 0)
-            else:
-                lowest, highest = m0, m0 + BLOCK_M - 1
-            q = load_tile_of(query, b, h, m0, rows, exists, segment.kind >= SORTED, BLOCK_M, DIM, BLOCK_D)
-            if settings.sign != 1:
-                q = q * settings.sign
-            of_row = tl.cast(b * heads + h, tl.int64) * q_len + rows
-            top, log_sum = load_softmax(softmax, of_row, exists)
-            scores, slope = tile_scores(
-                q, k, segment, numbers, settings, b, h, heads, q_len, rows, exists, places, positions, lowest, highest,
-                place, last, keys, k0, BLOCK_M, BLOCK_N, False, True, PRECISION,
-            )  # fmt: skip
-            p = weights(scores, top[None, :], log_sum[None, :], settings)
-            do = load_tile_of(grad_out, b, h, m0, rows, exists, segment.kind >= SORTED, BLOCK_M, VALUE_DIM, BLOCK_V)
-            row_delta = tl.load(delta + of_row, mask=exists, other=0.0)
-            dp = tl.dot(v, do.T, input_precision=PRECISION)
-            keep, dropped = 0, p
-            if settings.has_dropout:
-                keep = kept(settings, which, b * heads + h, rows, columns, True)
-                dropped = tl.where(keep, p / (1.0 - settings.dropout), 0.0)
-            dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
-            ds = score_gradients(p, dp, row_delta[None, :], keep, settings)
-            if settings.has_cap:
-                ds = ds * slope
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-        skipped = (skipped + shares - count % shares) % shares
+        _, count1, _, count2 = query_tiles(segment, numbers, b, h, heads, k0, last_key, q_len, BLOCK_M)
+        count = tl.maximum(count, count1 + count2)
+    for step in range(share, count * segment.group, shares):
+        h = kv_head * segment.group + step // count
+        first1, count1, first2, _ = query_tiles(segment, numbers, b, h, heads, k0, last_key, q_len, BLOCK_M)
+        m0 = tile_start(step % count, first1, count1, first2, BLOCK_M)
+        index = m0 + tl.arange(0, BLOCK_M)
+        exists = index < q_len
+        rows = query_rows(segment, b, h, heads, index, q_len)
+        places, place, last = query_places(segment, numbers, b, h, heads, rows, m0, q_len, BLOCK_M)
+        positions = bias_positions(segment, numbers, b, rows, exists, q_len)
+        if segment.bias == BY_POSITION:
+            lowest, highest = tl.min(positions, 0), tl.max(positions, 0)
+        else:
+            lowest, highest = m0, m0 + BLOCK_M - 1
+        q = load_tile_of(query, b, h, m0, rows, exists, segment.kind >= SORTED, BLOCK_M, DIM, BLOCK_D)
+        if settings.sign != 1:
+            q = q * settings.sign
+        of_row = tl.cast(b * heads + h, tl.int64) * q_len + rows
+        top, log_sum = load_softmax(softmax, of_row, exists)
+        scores, slope = tile_scores(
+            q, k, segment, numbers, settings, b, h, heads, q_len, rows, exists, places, positions, lowest, highest,
+            place, last, keys, k0, BLOCK_M, BLOCK_N, False, True, PRECISION,
+        )  # fmt: skip
+        p = weights(scores, top[None, :], log_sum[None, :], settings)
+        do = load_tile_of(grad_out, b, h, m0, rows, exists, segment.kind >= SORTED, BLOCK_M, VALUE_DIM, BLOCK_V)
+        row_delta = tl.load(delta + of_row, mask=exists, other=0.0)
+        dp = tl.dot(v, do.T, input_precision=PRECISION)
+        keep, dropped = 0, p
+        if settings.has_dropout:
+            keep = kept(settings, which, b * heads + h, rows, columns, True)
+            dropped = tl.where(keep, p / (1.0 - settings.dropout), 0.0)
+        dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
+        ds = score_gradients(p, dp, row_delta[None, :], keep, settings)
+        if settings.has_cap:
+            ds = ds * slope
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     if segment.has_key_mask:
         visible = tl.load(segment.key_mask + tl.cast(b, tl.int64) * kv_len + keys, mask=inside, other=0) != 0
         dk = tl.where(visible[:, None], dk, 0.0)

@@ -88,7 +88,8 @@ def query_tiles(segment, numbers, b, h, heads, key, last, q_len, BLOCK_M: tl.con
         last_chunk = tl.load(chunks + last).to(tl.int32) + number(numbers.before)
         start = _chunk_start(segment.hashes.query_starts, b * heads + h, first_chunk, kv_len)
         stop = _chunk_start(segment.hashes.query_starts, b * heads + h, last_chunk + 1, kv_len)
-        return _runs(start, stop, 0, 0, BLOCK_M)
+        first, count, _, _ = _runs(start, stop, 0, 0, BLOCK_M)
+        return first, count, first + count, 0 * count  # a further tile is none of the first
     else:
         length, before, count = number(numbers.length), number(numbers.before), number(numbers.chunks)
         first_chunk = key // length + before - number(numbers.reach)

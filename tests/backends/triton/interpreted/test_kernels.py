@@ -13,6 +13,7 @@ from attnzoo.conformance.attention_check import ALL_ROWS, check_attention
 from attnzoo.conformance.cases import AttentionCase
 from attnzoo.conformance.dropout_check import dropout_failure
 from attnzoo.functional import execute
+from attnzoo.spec.hashed import HashedChunks, HashRound
 from attnzoo.spec.patterns import Causal, Full, SortedChunks, Window
 
 BACKEND = attnzoo.configure("triton")
@@ -143,6 +144,16 @@ def test_nan_in_an_early_hash_round_makes_the_row_nan():
     expected = execute(attnzoo.configure("eager"), attention).output.isnan()
     assert expected.any()
     assert torch.equal(execute(BACKEND, attention).output.isnan(), expected)
+
+
+def test_heads_that_share_keys_may_have_many_or_few_queries_near_them(monkeypatch):
+    monkeypatch.setattr(forward, "tile", lambda kernel, *_: Tile(16, 16))
+    key, value, ranks = rows(1, 1, 40, 16), rows(1, 1, 40, 16), torch.arange(40).repeat(1, 2, 1)
+    ranks[0, 1] = 0  # all queries of this head are in the first chunk
+    order = torch.arange(40)[None, None]
+    hash_round = HashRound(order, order, torch.arange(40)[None] // 4, ranks.argsort(dim=-1, stable=True), ranks)
+    segment = attnzoo.Segment(key, value, HashedChunks(4, rounds=(hash_round,)))
+    assert_agrees(attnzoo.Attention(rows(1, 2, 40, 16), (segment,), 0.25))
 
 
 def test_a_number_of_numpy_may_be_the_scale():
