@@ -135,9 +135,8 @@ class AnyAttention(PatchPoint):
         return request_for(module, heads, dim, *segments), *full
 
     def original_serves(self, module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> bool:
-        # The original raises for other lengths. Under autocast, it may scatter weights of one dtype into another.
-        whole_blocks = hidden_states.shape[1] % module.self.block_size == 0
-        return not _is_sparse(module) or (whole_blocks and active_autocast(hidden_states.device.type) is None)
+        # Under autocast, block-sparse attention may scatter weights of one dtype into a tensor of another, and raise.
+        return not _is_sparse(module) or active_autocast(hidden_states.device.type) is None
 
     def mode(self, module: Any) -> object:
         return module.self.training, module.attention_type

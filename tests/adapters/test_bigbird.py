@@ -86,6 +86,19 @@ def test_a_short_input_switches_to_full_attention_and_the_patch_stays(backend):
     same(logits(model), logits(original))
 
 
+def test_auto_runs_the_original_before_and_after_the_switch_but_not_under_autocast():
+    """Under autocast, the original of block-sparse attention raises."""
+    model = bigbird()
+    with attnzoo.patch(model, "auto") as handle:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits(model, LONG)
+        assert "native" not in handle.sites[0].kernels
+        before = handle.sites[0].calls
+        for length in (LONG, SHORT, LONG):
+            logits(model, length)
+        assert handle.sites[0].kernels["native"] == 3 == handle.sites[0].calls - before
+
+
 def test_block_sparse_attention_has_no_dropout_and_full_attention_has_that_of_the_config():
     model = bigbird(attention_probs_dropout_prob=0.25).train()
     with attnzoo.patch(model, "eager") as handle:

@@ -54,7 +54,7 @@ def test_logits_and_gradients_without_padding_at_every_length(family, length):
 
 @pytest.mark.parametrize(
     ("family", "mode", "length"),
-    [(f, mode, n) for f in FAMILIES.values() for mode in modes(f) for n in (*lengths(f), 1000)],
+    [(f, mode, n) for f in FAMILIES.values() for mode in modes(f) for n in (*lengths(f), f.long)],
     ids=str,
 )
 def test_logits_and_gradients_at_every_length_in_every_mode(family, mode, length):

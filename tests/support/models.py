@@ -69,6 +69,7 @@ class Family:
         block: the block length of its attention: window, chunk, or radius + 1; any number for dense attention.
         static_cache: whether the model supports a static cache.
         coarse: the original code is accurate in float64 only.
+        long: a length with many blocks. Every block of BigBird is a kernel call, so its tests have fewer.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Family:
     block: int = 8
     static_cache: bool = True
     coarse: bool = False
+    long: int = 1000
 
     def __str__(self):
         return self.name
@@ -256,8 +258,8 @@ FAMILIES = {
         Family("longformer", longformer, longformer_inputs, ("attention_probs_dropout_prob",)),
         Family("longt5-local", partial(longt5, kind="local"), *_LONGT5),
         Family("longt5-tglobal", partial(longt5, kind="transient-global"), *_LONGT5),
-        Family("bigbird", bigbird, causal_inputs, ()),
-        Family("bigbird_pegasus", bigbird_pegasus, longt5_inputs, (), longt5_prompt),
+        Family("bigbird", bigbird, causal_inputs, (), long=120),
+        Family("bigbird_pegasus", bigbird_pegasus, longt5_inputs, (), longt5_prompt, long=120),
         Family("pegasus_x", pegasus_x, longt5_inputs, ("attention_dropout",), longt5_prompt),
         Family("reformer", reformer, causal_inputs, _REFORMER_DROPOUTS, causal_prompt, 4, False, coarse=True),
         Family("gpt_neox", gpt_neox, causal_inputs, ("attention_dropout",), causal_prompt),
