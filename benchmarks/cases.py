@@ -269,7 +269,7 @@ class Projections:
         with _LinearRecorder() as recorder, torch.set_grad_enabled(case.train):
             subject.call()
         options: dict[str, Any] = dict(dtype=DTYPES[case.dtype], device=case.device)
-        self._train, self._device = case.train, case.device
+        self._train, self._device, self._clock = case.train, case.device, case.clock
         self._calls: list[tuple[Tensor, Tensor | None, Tensor, Tensor | None]] = []
         for weight, bias, shape, requires_grad in recorder.calls:
             states = torch.randn(shape, **options).requires_grad_(requires_grad)
@@ -290,4 +290,4 @@ class Projections:
 
     def seconds(self) -> float:
         """Return the seconds of one timed run of the projections."""
-        return device_seconds(self.step, self.clear, self._device)
+        return device_seconds(self.step, self.clear, self._device, self._clock)
