@@ -300,15 +300,25 @@ def test_an_exported_model_computes_the_same_without_its_patch(build):
         assert "attnzoo.attend" in program.code
 
 
+@dataclass(frozen=True)
+class WithOption(fake_backend("with-option")):
+    """An exact backend whose name alone does not define it."""
+
+    size: int = 1
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("backend", "options"), [("auto", {}), ("blocked-local", {"window": 8})], ids=["auto", "options"]
-)
+@pytest.mark.parametrize(("backend", "options"), [("auto", {}), ("blocked-local", {"window": 8}), ("with-option", {})])
 def test_a_backend_that_its_name_does_not_define_is_not_exported(backend, options):
     model = gpt_neox()
     allowed = r"to trace or export; allowed: .*\"native\", or .*unpatch"
-    with torch.no_grad(), attnzoo.patch(model, backend, **options), pytest.raises(attnzoo.PatchError, match=allowed):
-        export(Logits(model), causal_inputs(24, "none"))
+    attnzoo.register_backend(WithOption)
+    try:
+        refused = pytest.raises(attnzoo.PatchError, match=allowed)
+        with torch.no_grad(), attnzoo.patch(model, backend, **options), refused:
+            export(Logits(model), causal_inputs(24, "none"))
+    finally:
+        attnzoo.unregister_backend("with-option")
 
 
 @pytest.mark.filterwarnings("ignore")
