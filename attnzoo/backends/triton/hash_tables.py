@@ -41,7 +41,7 @@ class HashTables:
         """The number of all rounds."""
         return self.key_chunks.shape[3]
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return all tensors."""
         return self.keys, self.chunks, self.starts, self.query_chunks, self.key_chunks
 

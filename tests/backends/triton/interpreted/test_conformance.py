@@ -19,8 +19,8 @@ SMALL = [
     AttentionCase(pattern=Window(5, 3), mask="globals", bias="none", batch=1),
     AttentionCase(pattern=Window(5, 3), bias="trained relative", batch=1),
     AttentionCase(pattern=Chunks(5, 2, 0, causal=True), batch=1),
-    AttentionCase(pattern=SortedChunks(8, 1, 0, causal=True), batch=1),
-    AttentionCase(pattern=HashedChunks(5, 1, 0, causal=True), kv_heads=2, batch=1),
+    AttentionCase(pattern=SortedChunks(8, 1, 0, causal=True), batch=1, q_len=20, kv_len=20),
+    AttentionCase(pattern=HashedChunks(5, 1, 0, causal=True), kv_heads=2, batch=1, q_len=33, kv_len=33),
 ]
 LARGE = [
     AttentionCase(pattern=Full(), mask="keys"),
@@ -32,17 +32,17 @@ LARGE = [
     AttentionCase(pattern=Window(5, 3), mask="keys", uneven=True, batch=1),
     AttentionCase(pattern=Window(5, 3), mask="globals", strided=True, grad=False, batch=1),
     AttentionCase(pattern=Chunks(8, 1, 1), mask="keys", bias="trained relative", batch=1),
-    AttentionCase(pattern=SortedChunks(5, 1, 1), mask="keys", batch=1),
+    AttentionCase(pattern=SortedChunks(5, 1, 1), mask="keys", batch=1, q_len=20, kv_len=20),
     AttentionCase(pattern=HashedChunks(4, 1, 1, min_distance=2), mask="keys", kv_heads=1, q_len=5, kv_len=23, batch=2),
     AttentionCase(pattern=HashedChunks(5), mask="dense", uneven=True, batch=1),
     AttentionCase(HALF, pattern=Window(5, 3), mask="globals", batch=1),
     AttentionCase(HALF, pattern=Window(5, 3), bias="trained relative", batch=1),
-    AttentionCase(HALF, pattern=SortedChunks(8, 1, 0, causal=True), batch=1),
-    AttentionCase(pattern=Window(5, 3), mask="globals", dropout=0.25, batch=2),
+    AttentionCase(HALF, pattern=SortedChunks(8, 1, 0, causal=True), batch=1, q_len=20, kv_len=20),
+    AttentionCase(pattern=Window(5, 3), mask="globals", dropout=0.25, batch=1),
     AttentionCase(pattern=Causal(), bias="trained relative", softcap=True, batch=1),
     AttentionCase(pattern=Chunks(8, 1, 1), mask="dense", bias="trained dense", softcap=True, batch=1),
     AttentionCase(HALF, pattern=Window(5, 3), mask="globals", grad=False, softcap=True, batch=1),
-    AttentionCase(pattern=Full(), transform="grad"),
+    AttentionCase(pattern=Full(), transform="grad", batch=1),
 ]
 
 

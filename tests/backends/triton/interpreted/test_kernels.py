@@ -136,7 +136,7 @@ def test_a_tensor_that_is_key_and_value_gets_both_gradients():
 
 
 def test_nan_in_an_early_hash_round_makes_the_row_nan():
-    attention = AttentionCase(pattern=SortedChunks(8, 1, 1), grad=False, batch=1).attention()
+    attention = AttentionCase(pattern=SortedChunks(8, 1, 1), grad=False, batch=1, q_len=17, kv_len=17).attention()
     first, second = attention.segments
     key = first.key.clone()
     key[:, :, 3] = float("nan")
