@@ -68,6 +68,7 @@ WHOLE = {
         partial(longt5, "LongT5EncoderModel", "transient-global"), causal_inputs, (24, 40, 56), "aot_eager"
     ),
     "reformer-local": Whole(partial(reformer, attn_layers=["local"]), causal_inputs, (24, 40, 56)),
+    "pegasus_x": Whole(FAMILIES["pegasus_x"].build, FAMILIES["pegasus_x"].inputs, (24, 40, 56)),
 }
 
 
