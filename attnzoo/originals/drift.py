@@ -87,7 +87,7 @@ def drift_message(differences: Sequence[Difference], family: str, versions: str,
     if cause == "overridden":
         return (
             f"{example}, which {adapter} replaces or relies on; allowed: subclasses that inherit this method. Use "
-            "backend 'native', or register an adapter with a patch point for the subclass"
+            "backend 'native', or register an adapter for the subclass"
         )
     if cause == "replaced":
         return (
@@ -96,12 +96,12 @@ def drift_message(differences: Sequence[Difference], family: str, versions: str,
         )
     if cause == "unreadable":
         return (
-            f"{example}; {adapter} cannot compare this function with the verified code. Install the package with "
+            f"{example}; {adapter} cannot compare it with the verified code. Install the package with "
             "its .py files (frozen and compiled builds lack them), or use backend 'native'"
         )
     return (
-        f"{adapter} was verified against transformers {versions}; installed is {installed} (or an edited copy). "
-        f"Different code: {example}. Install a verified version, or use backend 'native'"
+        f"{adapter} was verified against transformers {versions}; installed is {installed} (or edited). "
+        f"Changed: {example}. Install a verified version, or use backend 'native'"
     )
 
 
