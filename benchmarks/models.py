@@ -177,6 +177,10 @@ PEGASUS_X = Workload(
         attention_dropout=0.0, activation_dropout=0.0, encoder_layerdrop=0.0, decoder_layerdrop=0.0, init_std=0.02,
         scale_embedding=True, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, tie_word_embeddings=True,
     ),
+    small=dict(
+        vocab_size=400, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_global_tokens=4, block_size=16,
+    ),
 )  # fmt: skip
 BIGBIRD = Workload(
     name="bigbird", checkpoint="google/bigbird-roberta-base", heads=12, layers=12, special_tokens=67,
