@@ -52,7 +52,7 @@ test-newest: .venv-newest/.installed ## run the tests with the newest verified t
 test-long: $(STAMP) ## run the property tests with more than 25,000 examples per exact backend (1 to 2 hours on 2 cores)
 	ATTNZOO_HYPOTHESIS_PROFILE=long OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/properties $(ARGS)
 
-test-interpreted: $(STAMP) ## run the whole conformance kit on the Triton kernels, interpreted on the CPU, and compile them for all cards
+test-interpreted: $(STAMP) ## run the whole conformance kit on the Triton kernels, interpreted on the CPU, and compile them for three cards
 	ATTNZOO_HYPOTHESIS_PROFILE=long TRITON_INTERPRET=1 ATTNZOO_INTERPRETED_EXAMPLES=50 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/backends/triton/interpreted $(ARGS)
 	ATTNZOO_HYPOTHESIS_PROFILE=long OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/backends/triton/test_compiled.py $(ARGS)
 

@@ -100,7 +100,7 @@ def read_flat_mask(mask: Tensor, hidden_states: Tensor) -> Tokens:
     """Return the real tokens of a mask ``(batch, length)``. The mask is 1 for real tokens and 0 for padding."""
     shape = tuple(hidden_states.shape[:2])
     if not mask.dtype.is_signed:  # the model's code writes -1 for padding
-        raise InvalidArgumentError("attention_mask", describe(mask), "a dtype with negative numbers, e.g. torch.long")
+        raise InvalidArgumentError("attention_mask", describe(mask), "a signed dtype, e.g. torch.long")
     if tuple(mask.shape) != shape or not holds(((mask == 0) | (mask == 1)).all(), unknown=True):
         raise InvalidArgumentError("attention_mask", describe(mask), f"shape {shape}, 1 for tokens and 0 for padding")
     return _tokens(mask != 0)

@@ -196,6 +196,10 @@ BIGBIRD = Workload(
         type_vocab_size=2, layer_norm_eps=1e-12, attention_type="block_sparse", block_size=64, num_random_blocks=3,
         use_bias=True, rescale_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2, sep_token_id=66,
     ),
+    small=dict(
+        vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=1024, block_size=4,
+    ),
 )  # fmt: skip
 
 

@@ -32,10 +32,13 @@ def arguments(description: str, family: str, **defaults: Any) -> argparse.Namesp
 
 @dataclass(frozen=True)
 class Cost:
-    """CPU seconds of a run, and the bytes that it needed in addition to what was in use before."""
+    """CPU seconds of a run, and the bytes that it needed in addition to what was in use before.
+
+    ``peak_bytes`` is None if this system cannot measure the peak of a single run.
+    """
 
     seconds: float
-    peak_bytes: int
+    peak_bytes: int | None
 
 
 def measure(run: Callable[[], T]) -> tuple[T, Cost]:
@@ -43,12 +46,16 @@ def measure(run: Callable[[], T]) -> tuple[T, Cost]:
     results: list[T] = []
     start = time.process_time()
     peak = peak_of(lambda: results.append(run()), "cpu")
-    return results[0], Cost(time.process_time() - start, peak.extra)
+    extra = None if "not resettable" in peak.method else peak.extra
+    return results[0], Cost(time.process_time() - start, extra)
 
 
 def show_gain(original: Cost, patched: Cost, name: str = "attnzoo") -> None:
     """Print both costs and their ratios."""
     for label, cost in (("original", original), (name, patched)):
-        print(f"{label:>14}: {cost.seconds:6.2f} s CPU, {cost.peak_bytes / 2**20:7.1f} MiB extra")
-    memory = patched.peak_bytes / max(original.peak_bytes, 1)
-    print(f"{'gain':>14}: {original.seconds / patched.seconds:.2f}x the speed, {memory:.2f}x the memory")
+        memory = "memory unknown" if cost.peak_bytes is None else f"{cost.peak_bytes / 2**20:7.1f} MiB extra"
+        print(f"{label:>14}: {cost.seconds:6.2f} s CPU, {memory}")
+    gain = f"{original.seconds / patched.seconds:.2f}x the speed"
+    if original.peak_bytes and patched.peak_bytes is not None:
+        gain += f", {patched.peak_bytes / original.peak_bytes:.2f}x the memory"
+    print(f"{'gain':>14}: {gain}")

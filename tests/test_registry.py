@@ -259,7 +259,7 @@ def test_patch_names_an_adapter_that_fails_to_load(monkeypatch):
 
 
 def test_entry_points_of_adapters_are_read_again_only_after_a_change(monkeypatch):
-    """Reading entry points takes milliseconds, because each installed package has a file."""
+    """Reading entry points is slow (milliseconds), because each installed package has its own file of them."""
     read, original = [], importlib.metadata.entry_points
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **which: read.append(1) or original(**which))
     registry.adapters()  # loads what is not loaded, which is a change

@@ -1,4 +1,4 @@
-"""The cache of measurements. It has one JSON file per environment, in a folder of the user.
+"""The cache of measurements: one JSON file for each device and version of the software, in the user's cache folder.
 
 attnzoo always replaces a whole file, so a reader gets either the old or the new content. A lock lets one process write
 at a time. Without ``flock`` (on Windows), one of two writers may lose its changes. A process reads each file only once.

@@ -117,7 +117,7 @@ class Measurement:
             seconds, first = outcome.get("seconds"), outcome.get("first")
             for number in (first,) if seconds is None else (seconds, first):
                 if not isinstance(number, float) or not 0.0 <= number < math.inf:
-                    raise ValueError(f"seconds of {name} is {number!r}, not a finite float >= 0")
+                    raise ValueError(f"{name}: the field seconds is {number!r}, not a finite float >= 0")
             for field in ("code", "kernel", "reason"):
                 _check(outcome.get(field), str, f"{field} of {name}")
             _check(outcome.get("wrong"), bool, f"wrong of {name}")

@@ -45,15 +45,18 @@ def tune(
     """Measure which backend is fastest for each attention, and where the model's code is faster, for auto."""
     if show and model is not None:
         raise InvalidArgumentError("model", f"{model!r} with --show", "no model, because --show measures nothing")
-    if clear or show:
-        _manage(clear, show, json)
-    if model is None:
-        if not (show or clear):
-            raise InvalidArgumentError("model", "None", "a model name or checkpoint folder, or --show or --clear")
-        return
+    if model is None and not (show or clear):
+        raise InvalidArgumentError("model", "None", "a model name or checkpoint folder, or --show or --clear")
     if train and decode:
         raise InvalidArgumentError("decode", "--decode with --train", "at most one of --decode and --train")
     require_json_target(json)
+    if model is None:
+        _manage(clear, show, json)
+        return
+    if clear:
+        from attnzoo.auto import cache
+
+        print(f"removed {len(cache.clear())} file(s)", file=sys.stderr)
     report = _measure(model, seq_len or [1024], dtype, device, threads, train, decode, again, rounds)
     emit(report.to_dict(), lambda: _text(report), json)
 

@@ -1,13 +1,13 @@
-"""Plain operations that compute the scores again in the backward: the second reference for gradient errors.
+"""A reference for gradient errors: plain operations that compute the scores again in the backward, as kernels do.
 
 A kernel that stores no ``q_len x kv_len`` weights stores the output and the log-sum-exp ``lse`` of each row. The
 backward computes the scores a second time, and the weights are ``exp(scores - lse)`` (FlashAttention, Dao et al. 2022,
 arXiv:2205.14135, algorithm 4). The second scores have different rounding errors from the scores of the forward.
 
-Plain operations use equal weights in forward and backward, so the score gradients of a row add up to zero. With
-different rounding errors, the sum is about ``eps * max|score|``. The query gradient then has an additional error: this
-sum, multiplied by the mean key vector. Every kernel that computes the scores again has this error. The operations of
-this module have only this error and the errors of plain operations.
+Usual operations keep the weights of the forward for the backward, so the score gradients of a row add up to zero. With
+other weights in the backward, the sum is not zero: it is proportional to ``eps * max|score|``. The query gradient then
+has an additional error, because it contains this sum times a mean of the key vectors. Every kernel that computes the
+scores again has this error. The operations of this module have this error too, and otherwise those of usual operations.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def find_drift(verified: Mapping[str, tuple[str, ...]]) -> tuple[Difference, ...
 
 
 def find_bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]) -> tuple[Difference, ...]:
-    """Return the overrides in subclass ``cls`` and the run-time wrappers that would no longer run after a patch.
+    """Return what a patch would bypass: methods that subclass ``cls`` overrides, and wrappers around methods.
 
     Constructors are omitted, because they run before a patch. Methods of other classes (for example, the model that
     calls the module) are omitted, because these methods still run after a patch.

@@ -53,7 +53,8 @@ def object_at(path: str) -> Any:
 def fingerprint(function: Callable[..., Any]) -> str:
     """Return sixteen hex digits that change if the code of a Python function changes.
 
-    Decorators are part of the code. A wrapper made by :func:`functools.wraps` has the wrapped function's fingerprint.
+    The lines of decorators above ``def`` are part of the code. The code of a wrapper (:func:`functools.wraps`) is not:
+    a wrapper has the fingerprint of the wrapped function.
 
     Raises:
         OSError: the source of the function is not available.

@@ -68,11 +68,12 @@ class SitePlan:
     ) -> None:
         """Before an attention module runs, raise if the backend refuses a request that this call is expected to make.
 
-        ``module`` is the target's module or a copy of it. ``sharers`` returns the same as :meth:`SiteAttend.sharers`.
+        Building a request is too slow for every decoding step. Most of a request follows from the weights and the
+        configuration of the module, which stay the same. The rest follows from a state: everything that can change
+        between two calls. The plan remembers the states that the backend supports. Only a new state needs a request.
 
-        The weights and the configuration of a module determine most of a request. But building a request takes too long
-        for a decoding step. So the plan keeps the states in which the backend has supported the request. A state
-        contains everything that can change between two calls of a module.
+        ``module`` is the target's module or a copy of it. ``sharers`` returns the modules that share a computed value
+        with the module, such as a bias (:meth:`SiteAttend.sharers`).
 
         Raises:
             BackendRefusedError: the backend refuses a request. The error lists every reason.

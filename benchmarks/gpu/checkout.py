@@ -8,6 +8,7 @@ into the checkout. PyTorch, transformers and the other dependencies must be impo
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -27,10 +28,10 @@ def lay_out(checkout: Path, target: Path) -> None:
         leave_out = shutil.ignore_patterns("__pycache__", "results" if source == "benchmarks" else "")
         shutil.copytree(checkout / source, target / copy, ignore=leave_out)
     shutil.copy(checkout / "pyproject.toml", target)
-    project = _project(checkout / "pyproject.toml")
-    info = target / f"{project['name']}-{project['version']}.dist-info"
+    project, version = _project(checkout / "pyproject.toml"), _version(checkout / "attnzoo" / "__init__.py")
+    info = target / f"{project['name']}-{version}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {version}\n")
     groups = {**project["entry-points"], "console_scripts": project["scripts"]}
     lines = [f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in entries.items())
              for group, entries in groups.items()]  # fmt: skip
@@ -46,6 +47,12 @@ def _project(path: Path) -> dict[str, Any]:
         sys.exit(f"error: python: got {version}, which cannot read pyproject.toml; allowed: Python 3.11 or newer")
     project: dict[str, Any] = tomllib.loads(path.read_text())["project"]
     return project
+
+
+def _version(path: Path) -> str:
+    """Return the literal ``__version__`` of a module, from which pyproject.toml takes the version."""
+    (version,) = re.findall(r'^__version__ = "([^"]+)"', path.read_text(), re.MULTILINE)
+    return str(version)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from attnzoo.benchmarks.cases import AUTO
-from attnzoo.benchmarks.gpu.results import Call, Results, Verdict
+from attnzoo.benchmarks.gpu.results import OVERRAN, Call, Results, Verdict
 from attnzoo.benchmarks.rows import FAILED, OK, ORIGINAL, RED, Row
 from attnzoo.benchmarks.tables import duration, ratio
 from attnzoo.layout import group_by
@@ -74,10 +74,10 @@ def _fastest(rows: Sequence[Row]) -> Row | None:
 def red_lines(index: Mapping[str, Any], results: Results) -> list[str]:
     """Return a line for everything that must be mended.
 
-    These are wrong numbers, exceptions, items that failed, and cases in which ``auto`` is slower than the original. In
-    a tiny run, times mean nothing.
+    These are wrong numbers, exceptions, items that failed or overran their limit, and cases in which ``auto`` is slower
+    than the original. In a tiny run, times mean nothing.
     """
-    lines = [f"item {item['name']}: {item['reason']}" for item in index["items"] if item["status"] == FAILED]
+    lines = [f"item {item['name']}: {item['reason']}" for item in index["items"] if item["status"] in (FAILED, OVERRAN)]
     lines += [_verdict(verdict) for verdict in results.verdicts if verdict.status in (RED, FAILED)]
     rows = all_rows(results)
     for same in group_by(rows, key_of):

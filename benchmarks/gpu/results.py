@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from attnzoo.benchmarks.rows import Shootout
 
+OVERRAN = "overran"  # the status of an item that was killed at its own limit
+
 
 @dataclass(frozen=True)
 class Verdict:

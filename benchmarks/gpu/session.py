@@ -23,7 +23,7 @@ import attnzoo
 from attnzoo.benchmarks.gpu.agenda import Item
 from attnzoo.benchmarks.gpu.item import arguments
 from attnzoo.benchmarks.gpu.report import report
-from attnzoo.benchmarks.gpu.results import Results, read, together
+from attnzoo.benchmarks.gpu.results import OVERRAN, Results, read, together
 from attnzoo.benchmarks.gpu.settings import Settings
 from attnzoo.errors import InvalidArgumentError
 
@@ -42,8 +42,8 @@ class Ended:
 
     Attributes:
         name: name of the item.
-        status: ``"done"``, ``"failed"`` (the process raised or died), ``"killed"`` (at the limit), or ``"left out"``
-            (not enough time).
+        status: ``"done"``, ``"failed"`` (the process raised or died), ``"overran"`` (killed at the limit of the item,
+            as a kernel that hangs), ``"killed"`` (at the end of the session), or ``"left out"`` (not enough time).
         seconds: how long the process ran.
         estimate, limit: as in :class:`~attnzoo.benchmarks.gpu.agenda.Item`; ``limit`` is not above what was left.
         reason: the last line that a failed process printed, or why the item was left out.
@@ -80,7 +80,11 @@ class Session:
 
     def __post_init__(self) -> None:
         if (self.folder / INDEX).exists():
-            raise InvalidArgumentError("out", f"{self.folder}, which has {INDEX}", "a new folder, or --seconds 0")
+            raise InvalidArgumentError(
+                "out",
+                f"{self.folder}, which has {INDEX}",
+                f"a folder without {INDEX}, or --seconds 0 to print its report",
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def run(self, items: Sequence[Item]) -> None:
@@ -118,7 +122,9 @@ class Session:
                 if process.wait(limit):
                     status, reason = FAILED, _last_line(self.folder / LOG, position, process.returncode)
             except subprocess.TimeoutExpired:
-                status, reason = KILLED, f"limit of {limit:.0f} s"
+                overran = limit >= item.limit
+                status, where = (OVERRAN, "its limit") if overran else (KILLED, "the end of the session")
+                reason = f"killed at {where}, after {limit:.0f} s"
             finally:
                 _kill(process)
         return Ended(item.name, status, self.clock() - start, item.estimate, limit, reason)

@@ -39,6 +39,8 @@ def suite(settings: Settings, keep: Keep, folder: str = "tests") -> None:
     parallel = ["-n", str(PROCESSES)] if find_spec("xdist") is not None and settings.device == "cuda" else []
     collect = [] if settings.device == "cuda" else ["--collect-only"]
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-v", "--color=no", "-p", "no:cacheprovider", folder]
+    # These tests need the documentation or the development tools, and no device.
+    command += ["--ignore=tests/docs", "--ignore=tests/mutants", "--ignore=tests/examples"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ATTNZOO_HYPOTHESIS_PROFILE": "cuda", "COLUMNS": "200"}
     outcomes = Outcomes(keep)
     with subprocess.Popen(

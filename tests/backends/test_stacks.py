@@ -128,7 +128,7 @@ class Accelerating(Pattern):
 
 @dataclass(frozen=True)
 class InHalves(Pattern):
-    """A query sees 10 keys. The keys of a block form two parts. Extending a part would add keys of the other part."""
+    """A query sees 10 keys, in two separate ranges. A longer range would contain keys of the other one."""
 
     def mask_mod(self, q_len, kv_len):
         return lambda b, h, q, kv: (kv <= q) & (q < kv + 10)

@@ -359,7 +359,7 @@ def test_an_ambiguous_mask_of_numbers_is_refused_under_vmap():
 
 
 def test_sdpa_uses_the_kernel_that_has_the_derivatives():
-    """The fused kernel runs only under one level of ``grad`` without a mask. Otherwise, ``math`` runs."""
+    """The fused kernel runs only under a single ``grad`` and without a mask. In all other cases, ``math`` runs."""
     model, inputs = build("gpt_neox"), inputs_of("gpt_neox")
     unmasked = {"input_ids": inputs["input_ids"]}
     model.set_attn_implementation("sdpa")

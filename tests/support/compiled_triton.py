@@ -63,7 +63,7 @@ class _AbsentCard(DriverBase):
 
 @contextmanager
 def on_an_absent_card(capability, launch) -> Iterator[None]:
-    """Call ``launch(kernel, grid, args, kwargs)`` instead of launching a kernel."""
+    """Let kernel launches call ``launch(kernel, grid, args, kwargs)``, for tests without a GPU."""
 
     def launcher(self, grid):
         return lambda *args, **kwargs: launch(self, grid, args, kwargs)

@@ -78,9 +78,9 @@ class ApproximateBackend(Backend):
         return replace(self, kept=True) if kept else self
 
     def unused_options(self) -> tuple[str, ...]:
-        """Return the options that the user has set, but that have no effect because the site keeps its attention.
+        """Return the options that have no effect, because the backend approximates nothing at the site.
 
-        The option ``inner`` is never returned, because it always has an effect.
+        The option ``inner``, the backend that computes the attention, always has an effect.
         """
         options = [option for option in fields(self) if option.name in self.options() and option.name != "inner"]
         given = [option for option in options if self.kept and getattr(self, option.name) != option.default]

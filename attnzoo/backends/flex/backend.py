@@ -169,5 +169,5 @@ def _pattern_numbers(pattern: Pattern, q_len: int, kv_len: int) -> list[int]:
         return [pattern.length, pattern.before, pattern.before + pattern.after, count, int(pattern.causal)]
     band = pattern.band(q_len, kv_len)
     if band is None:
-        raise NotImplementedError(f"got {pattern}, which has no band: the capabilities must not contain it")
+        raise NotImplementedError(f"got {pattern}, which is no band of keys; allowed: a pattern in the capabilities")
     return [*band, 0, 0, 0]

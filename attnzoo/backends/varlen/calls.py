@@ -146,7 +146,9 @@ def _plan(attention: Attention, has_windows: bool) -> CallPlan:
         else:
             band = pattern.band(q_len, kv_len)
             if band is None:
-                raise NotImplementedError(f"got {pattern}, which has no band: the capabilities must not contain it")
+                raise NotImplementedError(
+                    f"got {pattern}, which is no band of keys; allowed: a pattern in the capabilities"
+                )
             calls += _band_calls(attention, number, band, zip(q_ranges, ranges, strict=True), has_windows)
             has_holes = any(keys.unpadded < keys.stop - keys.start for keys in ranges)
         hidden.append(~segment.key_mask if has_holes and segment.key_mask is not None else None)

@@ -44,11 +44,16 @@ def test_wrong_numbers_and_exceptions_are_red():
     found = results(row("native"), red("sdpa"), row("flex", None, reason="RuntimeError: fell over"), red("peer"))
     found = found._replace(verdicts=(Verdict("led, whole model: sdpa", "red", "q.grad\nmore"), Verdict("x", "ok", "")))
     item = ended("calls", "failed", "exit code 1: no")
-    lines = red_lines(index(item, ended("decode", "killed", "limit of 3 s")), found)
-    assert lines[:2] == ["item calls: exit code 1: no", "led, whole model: sdpa: red: q.grad"]
+    late, hung = ended("decode", "killed", "the end of the session"), ended("modules", "overran", "its limit")
+    lines = red_lines(index(item, late, hung), found)
+    assert lines[:3] == [
+        "item calls: exit code 1: no",
+        "item modules: its limit",
+        "led, whole model: sdpa: red: q.grad",
+    ]
     assert f"{CASE}: sdpa: red: outside the error budget" in lines
     assert f"{CASE}: flex: failed: RuntimeError: fell over" in lines
-    text = report(index(item), found)
+    text = report(index(item, late, hung), found)
     assert f"## Red lines: {len(lines)}" in text and "- **RED** item calls" in text and "- x: ok\n" in text
 
 

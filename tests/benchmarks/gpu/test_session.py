@@ -61,10 +61,10 @@ def test_every_end_of_an_item_is_recorded(tmp_path):
         folder, item("bad"), item("late", limit=1.0), item("silent"), item("good"), item("huge", estimate=300.0)
     )
     assert {name: end.status for name, end in ended.items()} == {
-        "bad": "failed", "late": "killed", "silent": "failed", "good": "done", "huge": "left out",
+        "bad": "failed", "late": "overran", "silent": "failed", "good": "done", "huge": "left out",
     }  # fmt: skip
     assert ended["bad"].reason == "exit code 3: the reason" and ended["silent"].reason == "exit code 2"
-    assert ended["late"].reason == "limit of 1 s" and ended["late"].seconds >= 1.0
+    assert ended["late"].reason == "killed at its limit, after 1 s" and ended["late"].seconds >= 1.0
     assert ended["huge"].reason.startswith("about 300 s needed, ")
     assert names(folder) == ["bad", "late", "good"], "results of killed and failed items count"
 
@@ -125,7 +125,15 @@ def _is_running(pid):
     return True
 
 
-def test_interrupted_session_keeps_its_results(tmp_path):
+@pytest.fixture
+def interruptible():
+    """Handle SIGINT as a program in a terminal does. A background process of a shell ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupted_session_keeps_its_results(tmp_path, interruptible):
     def interrupt(line):
         if line.startswith("late"):
             os.kill(os.getpid(), signal.SIGINT)
@@ -139,7 +147,7 @@ def test_used_folder_and_missing_session_are_refused(tmp_path):
     with pytest.raises(InvalidArgumentError, match=r"against: got .*which has no index\.json; allowed: the folder of"):
         load("against", tmp_path)
     run(tmp_path, item("good"))
-    with pytest.raises(InvalidArgumentError, match=r"out: got .*, which has index\.json; allowed: a new folder"):
+    with pytest.raises(InvalidArgumentError, match=r"out: got .*, which has index\.json; allowed: a folder without"):
         run(tmp_path, item("good"))
     assert load("out", tmp_path)[1].verdicts == (Verdict("good", "ok", ""),)
 

@@ -106,5 +106,5 @@ def query_tiles(segment, numbers, b, h, heads, key, last, q_len, BLOCK_M: tl.con
 
 @triton.jit
 def tile_start(i, first1, count1, first2, BLOCK: tl.constexpr):
-    """The first index of tile ``i`` of two runs."""
+    """The first index of tile ``i``. Tiles are numbered through two ranges of indices, the first range first."""
     return tl.where(i < count1, first1 + i, first2 + i - count1) * BLOCK
