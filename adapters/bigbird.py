@@ -79,7 +79,7 @@ class ModelMasks(MaskCheckPoint):
             return {"attention_mask": DECODER_MASK, "encoder_attention_mask": CROSS_MASK}
         # With BigBirdForCausalLM, generation passes a cache to an encoder, too.
         is_full = module.attention_type == "original_full"
-        return {"attention_mask": replace(ENCODER_MASK, allows_grid=is_full, cache=DECODER_MASK.cache)}
+        return {"attention_mask": replace(ENCODER_MASK, allows_grid=is_full, cache=DECODER_MASK.cache, subtracted=True)}
 
 
 class EncoderMasks(MaskCheckPoint):

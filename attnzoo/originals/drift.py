@@ -96,12 +96,12 @@ def drift_message(differences: Sequence[Difference], family: str, versions: str,
         )
     if cause == "unreadable":
         return (
-            f"{example}; {adapter} cannot compare it with the verified code. Install the package with "
-            "its .py files (frozen and compiled builds lack them), or use backend 'native'"
+            f"{example}; {adapter} cannot compare it with the verified code. Use the package with "
+            "its .py files (frozen and compiled builds lack them), or backend 'native'"
         )
     return (
         f"{adapter} was verified against transformers {versions}; installed is {installed} (or edited). "
-        f"Changed: {example}. Install a verified version, or use backend 'native'"
+        f"Changed: {example}. Use a verified version, or backend 'native'"
     )
 
 

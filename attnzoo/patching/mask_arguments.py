@@ -37,6 +37,7 @@ class MaskArgument:
         resized: whether the model adapts length and device of the mask. The check then allows any length and device.
         cache: names of arguments that may contain a cache. With a cache, a grid also has columns for cached tokens, and
             a mask ``(batch, length)`` may have any length.
+        subtracted: whether the model subtracts the mask from 1, which fails for bool. The check converts bool to int64.
     """
 
     tokens: tuple[str, ...]
@@ -46,6 +47,7 @@ class MaskArgument:
     queries: tuple[str, ...] = ()
     resized: bool = False
     cache: tuple[str, ...] = ()
+    subtracted: bool = False
 
 
 MaskArguments = Mapping[str, MaskArgument]
@@ -119,6 +121,8 @@ def check_masks(
             any_length, device = mask.resized or cache is not None, None if mask.resized else tokens.device
             checked = check_mask(name, given[argument], batch, None if any_length else length, device, grid)
             refuse_nan(name, checked)
+            if mask.subtracted and checked.dtype == torch.bool:
+                checked = checked.long()
         if argument in kwargs:
             kwargs = {**kwargs, argument: checked}
         else:

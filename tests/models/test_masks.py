@@ -124,7 +124,9 @@ def test_mask_dtypes_of_the_original_are_accepted(name, argument, change):
         with attnzoo.patch(model, "sdpa"), refused:
             model(**given)  # the original fails, because it subtracts the mask
         return
-    assert_same(model, given, inputs)
+    # BigBird subtracts the mask, too. The patch converts a bool mask, which may come after a short input without error.
+    fails = name == "bigbird" and given[argument].dtype == torch.bool
+    assert_same(model, given, inputs, inputs if fails else None)
 
 
 @each_mask

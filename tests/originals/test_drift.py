@@ -78,7 +78,7 @@ def test_other_version_is_refused_with_the_verified_versions(monkeypatch):
     assert f"verified against transformers {adapter.versions}" in message
     assert f"installed is {transformers.__version__}" in message
     assert f"{FORWARD}: got fingerprint " in message and "allowed: 0123456789abcdef." in message
-    assert "Install a verified version, or use backend 'native'" in message
+    assert "Use a verified version, or backend 'native'" in message
     runs_natively(model)
 
 
@@ -180,7 +180,7 @@ def test_package_without_source_has_another_message(monkeypatch):
     assert message.startswith(
         f"{FORWARD}: the source of the function is not available (modeling_gpt_neox.py); the adapter for gpt_neox"
     )
-    assert "Install the package with its .py files" in message and "version" not in message
+    assert "Use the package with its .py files" in message and "version" not in message
     runs_natively(model)
 
 
@@ -297,8 +297,8 @@ def test_the_readme_names_the_tested_versions():
     assert f"verified with transformers {tested_versions()}" in text
 
 
-CAUSES = {"overridden": "subclasses that inherit this", "replaced": "Restore", "unreadable": "Install the package with"}
-CAUSES |= {"changed": "Install a verified version"}
+CAUSES = {"overridden": "subclasses that inherit this", "replaced": "Restore", "unreadable": "Use the package with"}
+CAUSES |= {"changed": "Use a verified version"}
 
 
 @pytest.mark.parametrize("first", range(len(CAUSES)), ids=list(CAUSES))
