@@ -282,19 +282,19 @@ def test_every_point_is_verified_against_the_installed_transformers(point):
 def test_every_adapter_names_its_verified_versions(model_type):
     adapter = registry.find_adapter(model_type)
     assert model_type in adapter.model_types
-    assert adapter.versions == tested_versions()
+    assert adapter.versions == versions_in_makefile()
 
 
-def tested_versions():
+def versions_in_makefile():
     """The oldest and the newest transformers that CI tests, as adapters name them: ``"5.17 to 5.24"``."""
     text = Path(__file__).parents[2].joinpath("Makefile").read_text(encoding="utf-8")
     ends = (re.search(rf"^{name} := (\d+\.\d+)\.\d+$", text, re.MULTILINE) for name in ("OLDEST", "NEWEST"))
     return " to ".join(end[1] for end in ends)
 
 
-def test_the_readme_names_the_tested_versions():
+def test_the_readme_names_the_versions_in_makefile():
     text = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
-    assert f"verified with transformers {tested_versions()}" in text
+    assert f"verified with transformers {versions_in_makefile()}" in text
 
 
 CAUSES = {"overridden": "subclasses that inherit this", "replaced": "Restore", "unreadable": "Use the package with"}

@@ -8,6 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="the package triton is not installed")
+
 from attnzoo.spec.transforms import hides_nothing, readable_at_once
 from tests.support.device_without_data import WaitError, Waits, modules_of, run_module
 from tests.support.models import FAMILIES
