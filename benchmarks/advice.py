@@ -24,7 +24,7 @@ MODES = {"forward": "inference", "forward+backward": "training"}
 INTRODUCTION = """\
 # Which backend should I take?
 
-`make docs-advice` writes this page from the JSON files in `benchmarks/results/`. Do not edit it.
+<!-- `make docs-advice` writes this page from the JSON files in `benchmarks/results/`. Do not edit it. -->
 
 ## The short answer
 

@@ -248,7 +248,7 @@ def _no_site_error(model: nn.Module, types: tuple[str, ...], points: Iterable[st
             break
     return PatchError(
         f"model: got {type(model).__name__} of model type {', '.join(types) or 'none (no config)'}, "
-        f"but no adapter supports any of its attention modules{why}; allowed: modules that call transformers' "
+        f"but no adapter supports its attention modules{why}; allowed: modules that call transformers' "
         f"AttentionInterface, attention modules of the model types {_names_of_types()}, and modules of an adapter of "
         "yours (attnzoo.register_adapter)"
     )

@@ -19,7 +19,9 @@ _COMPARED = ("device", "dtype", "heads", "head_dim", "value_dim")
 
 def outlook(plan: SitePlan) -> tuple[str, ...]:
     """Return when ``auto`` runs the model's code at a site, and which backend it selects otherwise."""
-    return (*_native(plan), *_backends(plan))
+    native = _native(plan)
+    *measured, rest = _backends(plan)
+    return (*native, *measured, f"otherwise {rest}" if native and not measured else rest)
 
 
 def _native(plan: SitePlan) -> tuple[str, ...]:

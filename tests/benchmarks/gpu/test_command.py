@@ -28,7 +28,7 @@ def test_dry_run_from_a_bare_checkout(tmp_path):
     program = f"""
 import runpy, sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
-sys.argv = ["checkout.py", "--device", "cpu", "--tiny", "--seconds", "200", "--only", "module-*", "--out", "out"]
+sys.argv = ["checkout.py", "--device", "cpu", "--tiny", "--seconds", "900", "--only", "module-*", "--out", "out"]
 runpy.run_path({str(ROOT / "benchmarks" / "gpu" / "checkout.py")!r}, run_name="__main__")
 """
     ran = subprocess.run(
