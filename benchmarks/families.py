@@ -5,6 +5,8 @@ FAMILIES = (
     "longformer",
     "longt5_local",
     "longt5_tglobal",
+    "bigbird",
+    "pegasus_x",
     "reformer",
     "reformer_local",
     "gpt_neox",
