@@ -11,6 +11,7 @@ from torch import Tensor
 from attnzoo.auto.selection import AutoBackend
 from attnzoo.backend import Backend
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal, Stage
+from attnzoo.refusal_cache import availability
 from attnzoo.registry import registry
 from attnzoo.spec.autocast import active_autocast
 from attnzoo.spec.bias import Bias, DenseBias
@@ -35,7 +36,7 @@ def refusals_of(backend: Backend, requests: Sequence[Request], anywhere: bool = 
     if anywhere:
         answers = [backend.refusals_anywhere(request) for request in requests]
     else:
-        answers = [registry.refusals(backend, request) for request in requests] or [registry.availability(backend)]
+        answers = [registry.refusals(backend, request) for request in requests] or [availability(backend)]
     if not any(answers):
         return ()
     return tuple(dict.fromkeys(reason for reasons in answers for reason in reasons))

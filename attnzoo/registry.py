@@ -322,11 +322,10 @@ class Registry:
             return dict(self._adapters)
 
     def _entries_of_adapters(self) -> tuple[metadata.EntryPoint, ...]:
-        """Return the entry points of adapters. Reading them takes milliseconds: each installed package has a file."""
-        with self._lock:
-            if self._adapter_entries is None:
-                self._adapter_entries = tuple(metadata.entry_points(group=ADAPTER_GROUP))
-            return self._adapter_entries
+        """Return the entry points of adapters. Reading is slow: each installed package has its own file of them."""
+        if self._adapter_entries is None:
+            self._adapter_entries = tuple(metadata.entry_points(group=ADAPTER_GROUP))
+        return self._adapter_entries
 
     def _load_adapter(self, entry: metadata.EntryPoint) -> Adapter | None:
         try:
@@ -348,10 +347,6 @@ class Registry:
 
     # Support on this machine
 
-    def availability(self, backend: Backend) -> tuple[Refusal, ...]:
-        """Return why a backend cannot run on this machine. An empty tuple means that there is no reason."""
-        return availability(backend)
-
     def refusals(self, backend: Backend, request: Request) -> tuple[Refusal, ...]:
         """Return why a backend cannot run a request on this machine. :meth:`forget` clears the cached results."""
         return self._refusals.get(backend, request)
@@ -359,8 +354,7 @@ class Registry:
     def make_backend(self, name: str, **options: Any) -> Backend:
         """Return a configured backend. Raise :class:`BackendRefusedError` if this machine cannot run the backend."""
         backend = self.configure(name, **options)
-        reasons = self.availability(backend)
-        if reasons:
+        if reasons := availability(backend):
             usable = tuple(other.name for other in self.exact_backends())
             raise BackendRefusedError(backend.name, {"this machine": reasons}, {"this machine": usable})
         return backend

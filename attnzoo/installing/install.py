@@ -11,6 +11,7 @@ from attnzoo.errors import BackendRefusedError
 from attnzoo.installing import hooks
 from attnzoo.installing.names import read_name
 from attnzoo.installing.settings import Settings, process, scoped
+from attnzoo.refusal_cache import availability
 from attnzoo.registry import registry
 
 VARIABLE = "ATTNZOO_BACKEND"
@@ -122,7 +123,7 @@ def _settings(default: str | None) -> Settings:
     if text is None:
         return Settings()
     named = read_name(text, argument=argument)
-    reasons = registry.availability(named.backend)
+    reasons = availability(named.backend)
     if reasons:
         usable = tuple(backend.name for backend in registry.exact_backends())
         raise BackendRefusedError(named.backend.name, {argument: reasons}, {argument: usable})
