@@ -129,9 +129,8 @@ def _real_rows(inputs: Mapping[str, Any], name: str, output: Tensor, has_decoder
     An item of a tuple has no name that says whether its rows belong to the encoder or to the decoder. The length of the
     item decides. If both have this length, only rows that are real tokens of both are compared.
     """
-    sides = (
-        (False, True) if has_decoder and name.startswith(_ITEM) else (has_decoder and not name.startswith("encoder"),)
-    )
+    both = has_decoder and name.startswith(_ITEM)
+    sides = (False, True) if both else (has_decoder and not name.startswith("encoder"),)
     masks = [mask for side in sides if (mask := real_tokens(inputs, side, output)) is not None]
     return torch.stack(masks).all(0) if masks else None
 
