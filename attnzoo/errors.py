@@ -68,10 +68,13 @@ class UnknownNameError(InvalidArgumentError, LookupError):
         super().__init__(argument, f"{name}{suggestion(str(got), names)}", ", ".join(listed) or "none")
 
 
-def suggestion(got: str, names: Iterable[str]) -> str:
-    """Return `` (did you mean ...?)`` with up to two similar names, or ``""`` if no name is similar."""
+def suggestion(got: str, names: Iterable[str], cutoff: float = 0.5) -> str:
+    """Return `` (did you mean ...?)`` with up to two similar names, or ``""`` if no name is similar.
+
+    ``cutoff`` is the least similarity, from 0 to 1 (equal names), as of :func:`difflib.get_close_matches`.
+    """
     folded = {name.casefold(): name for name in names}
-    near = [folded[name] for name in difflib.get_close_matches(got.casefold(), folded, n=2, cutoff=0.5)]
+    near = [folded[name] for name in difflib.get_close_matches(got.casefold(), folded, n=2, cutoff=cutoff)]
     return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +23,8 @@ def fingerprint(
     json: Json = None,
 ) -> None:
     """Print the fingerprints that an adapter records. All Python versions give a function the same fingerprint."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` does: the path of a console script begins with the script's folder
     computed = {path: fingerprint_at(path) for path in paths}
     emit(computed, lambda: "\n".join(f"{path}  {value}" for path, value in computed.items()), json)
 
@@ -63,7 +67,8 @@ def _import_problem(module: str, error: Exception) -> str:
         return f"which cannot be imported here ({error})"
     parent, _, name = missing.rpartition(".")
     folders = getattr(importlib.import_module(parent), "__path__", []) if parent else None
-    similar = suggestion(name, (info.name for info in pkgutil.iter_modules(folders)))
+    # A module of the user has no similar name here. With a lower cutoff, 'yaml' is similar to 'my_model'.
+    similar = suggestion(name, (info.name for info in pkgutil.iter_modules(folders)), cutoff=0.8)
     return f"but there is no module {missing!r}{similar}"
 
 

@@ -78,7 +78,8 @@ def find_bypassed(cls: type, base: type, verified: Mapping[str, tuple[str, ...]]
 def drift_message(differences: Sequence[Difference], family: str, versions: str, installed: str) -> str:
     """Return the error message for differences. The message names one cause, one example and the remedy.
 
-    ``family`` lists the model types of the adapter. The adapter was verified against transformers ``versions``.
+    ``family`` lists the model types of the adapter. The adapter was verified against transformers ``versions``, which
+    say nothing about the code of other packages.
     """
     cause = next(cause for cause in _CAUSES if any(difference.cause == cause for difference in differences))
     first, *others = (difference for difference in differences if difference.cause == cause)
@@ -98,6 +99,11 @@ def drift_message(differences: Sequence[Difference], family: str, versions: str,
         return (
             f"{example}; {adapter} cannot compare it with the verified code. Use the package with "
             "its .py files (frozen and compiled builds lack them), or backend 'native'"
+        )
+    if (package := _package(first.path)) != "transformers":
+        return (
+            f"the code of {package} changed since {adapter} was verified: {example}. Read it again, then record "
+            "what 'attnzoo fingerprint' prints, or use backend 'native'"
         )
     return (
         f"{adapter} was verified against transformers {versions}; installed is {installed} (or edited). "

@@ -15,6 +15,7 @@ from attnzoo.errors import InvalidArgumentError
 GRADIENT = "gradient of all parameters"
 # Suffix of the names of outputs of the forward that builds a graph. This forward may run other kernels.
 WITH_GRAPH = " (gradients enabled)"
+_ITEM = "output["  # begins the names of the items of a tuple or list
 
 
 def cast(value: Any, dtype: torch.dtype | None) -> Any:
@@ -93,19 +94,45 @@ def gradient_of(outputs: Iterable[Tensor], leaves: list[Tensor], seed: int) -> T
 
 
 def _outputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Return each floating-point tensor that the model returns, by name and without the rows of padding tokens."""
+    """Return each floating-point tensor that the model returns, by name and without the rows of padding tokens.
+
+    The model returns a tensor, or a mapping, a tuple or a list of tensors.
+    """
     returned = model(**cast(inputs, None))  # a model may change its inputs, and then each run would get other inputs
-    items = returned.items() if isinstance(returned, Mapping) else [("output", returned)]
     has_decoder = _has_decoder(model)
     outputs = {}
-    for name, output in items:
+    for name, output in _named(returned):
         if isinstance(output, Tensor) and output.is_floating_point():
-            real = real_tokens(inputs, has_decoder and not name.startswith("encoder"), output)
+            real = _real_rows(inputs, name, output, has_decoder)
             outputs[name] = output if real is None else output[real]
     if not outputs:
-        got = f"{sorted(inputs)}, for which the model returns no floating-point tensor"
+        got = f"{sorted(inputs)}, for which the model returns {_kind(returned)} without a floating-point tensor"
         raise InvalidArgumentError("inputs", got, "arguments for which the model returns a floating-point tensor")
     return outputs
+
+
+def _named(returned: Any) -> Iterable[tuple[str, Any]]:
+    if isinstance(returned, Mapping):
+        return returned.items()
+    if isinstance(returned, (tuple, list)):
+        return [(f"{_ITEM}{index}]", item) for index, item in enumerate(returned)]
+    return [("output", returned)]
+
+
+def _kind(returned: Any) -> str:
+    return "None" if returned is None else f"a {type(returned).__name__}"
+
+
+def _real_rows(inputs: Mapping[str, Any], name: str, output: Tensor, has_decoder: bool) -> Tensor | None:
+    """Return a bool mask of the real tokens of an output of the model, or None if all its rows are real.
+
+    An item of a tuple has no name that says whether its rows belong to the encoder or to the decoder. The length of the
+    item decides. If both have this length, only rows that are real tokens of both are compared.
+    """
+    both = has_decoder and name.startswith(_ITEM)
+    sides = (False, True) if both else (has_decoder and not name.startswith("encoder"),)
+    masks = [mask for side in sides if (mask := real_tokens(inputs, side, output)) is not None]
+    return torch.stack(masks).all(0) if masks else None
 
 
 def _has_decoder(model: nn.Module) -> bool:

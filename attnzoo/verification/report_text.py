@@ -11,6 +11,7 @@ from attnzoo.verification.reports import Report
 
 _HEADER = ("of budget", "original", "kernel", "attention, or output of the model")
 _LEGEND = "of budget: the largest error divided by the allowed error; original: this number for the model's own code"
+_MISSING = "-"
 
 
 def text(reports: Sequence[Report]) -> str:
@@ -23,7 +24,8 @@ def text(reports: Sequence[Report]) -> str:
     whole = _by_what(check for report in reports for check in report.end_to_end)
     original = _by_what(check for report in reports for check in report.original)
     rows += [(_share(checks), _share(original.get(what, [])), "", what) for what, checks in whole.items()]
-    lines = [aligned([_HEADER, *rows]), fit(_LEGEND)]
+    missing = any(_MISSING in shares for *shares, _, _ in rows)
+    lines = [aligned([_HEADER, *rows]), fit(f"{_LEGEND}; {_MISSING}: not compared" if missing else _LEGEND)]
     lines += _failures(reports, sites)
     lines += [fit(line) for line in _remarks(first, sites)]
     return "\n".join([*lines, fit(_verdict(reports))])
@@ -86,6 +88,6 @@ def _by_what(checks: Iterable[Check]) -> dict[str, list[Check]]:
 
 def _share(checks: Sequence[Check]) -> str:
     if not checks:
-        return "-"
+        return _MISSING
     check = worst(checks)
     return f"{check.share:.2f}" if check.ok else f"{check.share:.3g} FAILS"

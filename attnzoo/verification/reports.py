@@ -23,7 +23,8 @@ class Report:
             adapter does not compute what the model's own code computes.
         original_sites: comparisons of each attention module's own code with the float64 oracle on equal inputs.
         fault: the reason why the model's own code is wrong and was not run. Empty if the code is right.
-        note: which comparisons were left out or did not use the model's dtype. Empty if there are none.
+        note: which tokens and comparisons were left out, and which comparisons did not use the model's dtype. Empty if
+            there are none.
         changed: how the backend and the reference change the pattern. Empty if the pattern is unchanged.
         distance: for each output, the largest difference between the model's own code and the reference, divided by
             the largest value of the reference. Empty if the pattern is unchanged.

@@ -24,7 +24,7 @@ from attnzoo.patching.replay import own_random_stream, recording, replaying
 from attnzoo.patching.sites import Site, check_model
 from attnzoo.spec.segments import Attention, Request, Result
 from attnzoo.spelling import spell
-from attnzoo.verification.excerpt import excerpt
+from attnzoo.verification.excerpt import excerpt, remark
 from attnzoo.verification.model_runs import GRADIENT, WITH_GRAPH, cast, check_gradient_mode, rows_of_modules, run_model
 from attnzoo.verification.module_check import ModuleRuns, recorded
 from attnzoo.verification.oracles import oracles
@@ -61,7 +61,8 @@ def verify(
         max_rows: maximum number of query rows to compare in each attention.
         seed: seed of all random numbers, such as the output gradients from which the backward starts.
         fast: whether to finish in seconds instead of minutes. ``verify`` then uses only the first 256 real tokens of
-            one sample. It skips the end-to-end gradients and the separate check of each module's own code.
+            one sample, which ``report.note`` names. It skips the end-to-end gradients and the separate check of each
+            module's own code.
         progress: function that is called with the completed share of the work (0 to 1) and the name of the next step.
         options: options of the backend.
 
@@ -86,6 +87,7 @@ def verify(
     if not isinstance(inputs, Mapping):
         raise InvalidArgumentError("inputs", type(inputs).__name__, "a mapping of keyword arguments of model.forward")
     check_gradient_mode(gradients)
+    cut = remark(inputs) if fast else ""
     inputs = excerpt(inputs) if fast else dict(inputs)
 
     def apply_patch(model: nn.Module) -> Handle:
@@ -183,7 +185,7 @@ def verify(
         original=tuple(compare(original, own_dtype)),
         original_sites=original_sites,
         fault=patched.fault,
-        note="; ".join(patched.notes(in_float64)),
+        note="; ".join([*filter(None, [cut]), *patched.notes(in_float64)]),
         changed=patched.changed,
         distance=distance,
     )

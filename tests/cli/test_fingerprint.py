@@ -54,6 +54,7 @@ def test_fingerprint_prints_what_adapters_record():
             "transformers.models.gpt_neox.modelling_gpt_neox:X",
             "no module 'transformers.models.gpt_neox.modelling_gpt_neox' (did you mean 'modeling_gpt_neox'",
         ),
+        ("my_model:X", "but there is no module 'my_model'; allowed: a module that can be imported"),
         (f"{MODULE}.deeper:X", f"there is no module '{MODULE}.deeper'; allowed: a module that can be imported"),
         (f"{MODULE}:GPTNeoXAtention.forward", f"{MODULE} has no 'GPTNeoXAtention' (did you mean 'GPTNeoXAttention'"),
         (f"{MODULE}:GPTNeoXAttention.foward", "GPTNeoXAttention has no 'foward' (did you mean 'forward'"),
@@ -87,6 +88,16 @@ def test_module_without_the_function_is_refused(tmp_path, monkeypatch, source, m
     monkeypatch.delitem(sys.modules, "no_serving_module", raising=False)
     with pytest.raises(attnzoo.InvalidArgumentError, match=re.escape(message)):
         run("no_serving_module:f")
+
+
+def test_modules_in_the_current_folder_are_importable(tmp_path, monkeypatch):
+    """As with ``python -m``. The path of a console script lacks the current folder."""
+    (tmp_path / "model_in_this_folder.py").write_text("def forward(states):\n    return states\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
+    result = run("model_in_this_folder:forward")
+    assert result.exit_code == 0
+    assert result.stdout.split() == ["model_in_this_folder:forward", fingerprint(object_at(result.stdout.split()[0]))]
 
 
 def test_documented_example_is_up_to_date():

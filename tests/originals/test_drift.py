@@ -82,6 +82,26 @@ def test_other_version_is_refused_with_the_verified_versions(monkeypatch):
     runs_natively(model)
 
 
+def test_changed_code_of_another_package_is_refused_without_versions_of_transformers():
+    path = "tests.originals.test_drift:Callable_.__get__"
+
+    class Point(attnzoo.PatchPoint):
+        cls = "tests.originals.test_drift:Callable_"
+        verified = {path: ("0123456789abcdef",)}
+
+        def describe(self, module):
+            return "full"
+
+    adapter = attnzoo.Adapter(model_types=("mine",), points=(Point(),), versions="5.17")
+    with pytest.raises(attnzoo.DriftError) as caught:
+        adapter.check_drift(adapter.points[0])
+    assert str(caught.value) == (
+        f"the code of tests changed since the adapter for mine was verified: {path}: got fingerprint "
+        f"{fingerprint(Callable_.__get__)}; allowed: 0123456789abcdef. Read it again, then record what "
+        "'attnzoo fingerprint' prints, or use backend 'native'"
+    )
+
+
 def test_missing_forward_is_refused_as_another_version(monkeypatch):
     model = gpt_neox()
     monkeypatch.delattr(modeling_gpt_neox.GPTNeoXAttention, "forward")
@@ -257,6 +277,8 @@ def test_message_is_short_for_many_differences(adapter, point, cause):
     for path in point.verified:
         others = [Difference(other, cause, detail) for other in point.verified]
         differences = (Difference(path, cause, detail), *others)
+        theirs = (Difference(path.replace("transformers", "their_package"), cause, detail), *others)
+        assert len(drift_module.drift_message(theirs, family, adapter.versions, transformers.__version__)) < 400
         assert len(drift_module.drift_message(differences, family, adapter.versions, transformers.__version__)) < 400
 
 
@@ -304,10 +326,10 @@ CAUSES |= {"changed": "Use a verified version"}
 @pytest.mark.parametrize("first", range(len(CAUSES)), ids=list(CAUSES))
 def test_message_names_the_nearest_cause_in_any_order_of_differences(first):
     """Subclasses and code at run time also change fingerprints. The message names another version as the last cause."""
-    several = [Difference(f"module:Class.{cause}", cause, "detail") for cause in list(CAUSES)[first:]]
+    several = [Difference(f"transformers.module:Class.{cause}", cause, "detail") for cause in list(CAUSES)[first:]]
     for given in (several, several[::-1]):
         message = drift_message(given, "mine", "5.17", "5.20")
         assert list(CAUSES.values())[first] in message
-        assert f"module:Class.{list(CAUSES)[first]}" in message
+        assert f"transformers.module:Class.{list(CAUSES)[first]}" in message
         assert "more" not in message, "differences of other causes are not counted"
         assert "(and 1 more)" in drift_message([*given, several[0]], "mine", "5.17", "5.20")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.verification.excerpt import excerpt
+from attnzoo.verification.excerpt import excerpt, remark
 from tests.support.checkpoints import load, passage
 from tests.support.models import FAMILIES, gpt_neox, led, led_inputs
 from tests.verification.planted_faults import FAULTS
@@ -27,6 +27,43 @@ def test_excerpt_cuts_decoder_inputs_by_the_decoder_mask():
     assert all(tensor.shape == (1, 4) for tensor in cut.values())
     assert cut["decoder_attention_mask"].all() and cut["attention_mask"].all()
     assert torch.equal(cut["labels"], cut["decoder_input_ids"])
+
+
+MASK = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "text"),
+    [
+        (dict(input_ids=MASK[:1]), ""),
+        (dict(input_ids=MASK), "checked: all 6 tokens of sample 1 of 2"),
+        (dict(input_ids=MASK[:1].repeat(1, 2)), "checked: the first 6 of 12 tokens"),
+        (dict(inputs_embeds=torch.ones(2, 9, 4)), "checked: the first 6 of 9 tokens of sample 1 of 2"),
+        (dict(input_ids=MASK, attention_mask=MASK), "checked: all 5 tokens of sample 2 of 2"),
+        (
+            dict(input_ids=MASK.repeat(1, 2), attention_mask=MASK.repeat(1, 2).flip(0)),
+            "checked: the first 5 of 10 tokens of sample 1 of 2",
+        ),
+        (
+            dict(input_ids=MASK[:1], decoder_input_ids=MASK[:1].repeat(1, 2)),
+            "checked: all 6 tokens and the first 6 of 12 decoder tokens",
+        ),
+    ],
+    ids=["nothing is cut", "a sample", "tokens", "both", "padding", "more padding", "decoder"],
+)
+def test_remark_names_the_tokens_that_are_checked(inputs, text):
+    assert remark(inputs, 6) == text
+
+
+def test_fast_report_says_what_was_cut_and_what_was_not_compared():
+    def report(*shape):
+        inputs = {"input_ids": torch.ones(shape, dtype=torch.long)}
+        return attnzoo.verify(gpt_neox(), inputs, fast=True, gradients=False, max_rows=4)
+
+    cut = report(2, 270)
+    assert cut.note == "checked: the first 256 of 270 tokens of sample 1 of 2"
+    assert cut.note in str(cut) and "; -: not compared\n" in str(cut).replace("\n  ", " ")
+    assert report(1, 9).note == ""
 
 
 @pytest.mark.parametrize("value", [torch.ones(1, 1, 5, 5), torch.ones(5), object(), [[1, 2]]])

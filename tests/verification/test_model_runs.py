@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from attnzoo.errors import InvalidArgumentError
 from attnzoo.verification.model_runs import GRADIENT, WITH_GRAPH, cast, real_tokens, rows_of_modules, run_model
 
 SOURCE = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])  # the second sample is only padding
@@ -160,3 +161,66 @@ def test_a_frozen_model_has_no_gradient():
     model = Counting(trains=False)
     assert run_model(model, {"x": torch.ones(1, 2)}, gradients=True, seed=0).keys() == {Y}
     assert model.graphs == [False]
+
+
+# Outputs
+
+
+class Returning(nn.Module):
+    """A linear model that returns its output, and the number of its tokens, in any container."""
+
+    def __init__(self, container):
+        super().__init__()
+        self.weight, self.container = nn.Parameter(torch.tensor([1.0, 2.0])), container
+
+    def forward(self, x, attention_mask=None):
+        return self.container(x * self.weight)
+
+
+@pytest.mark.parametrize(
+    ("container", "names"),
+    [
+        (lambda y: y, ["output"]),
+        (lambda y: (y,), ["output[0]"]),
+        (lambda y: [y, y.long(), None, 2 * y], ["output[0]", "output[3]"]),
+        (lambda y: {"encoder_output": y}, ["encoder_output"]),
+    ],
+    ids=["tensor", "tuple", "list", "mapping"],
+)
+def test_every_floating_point_tensor_is_an_output(container, names):
+    x = torch.arange(12.0).reshape(2, 3, 2)
+    results = run_model(Returning(container), {"x": x, "attention_mask": TARGET}, gradients=True, seed=0)
+    assert list(results) == [*names, GRADIENT]
+    assert torch.equal(results[names[0]], (x * torch.tensor([1.0, 2.0]))[TARGET.bool()]), "without padding tokens"
+    assert results[GRADIENT].abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("container", "kind"), [(lambda y: (y.long(),), "a tuple"), (lambda y: None, "None")], ids=["tuple", "None"]
+)
+def test_model_without_a_floating_point_tensor_is_refused(container, kind):
+    message = rf"inputs: got \['x'\], for which the model returns {kind} without a floating-point tensor; allowed: "
+    with pytest.raises(InvalidArgumentError, match=message):
+        run_model(Returning(container), {"x": torch.ones(1, 2)}, gradients=False, seed=0)
+
+
+class TupleOfBoth(EncoderDecoder):
+    """An encoder-decoder model that returns a tuple: the output of the decoder, then the output of the encoder."""
+
+    def forward(self, input_ids, attention_mask=None, decoder_input_ids=None, decoder_attention_mask=None):
+        return decoder_input_ids[..., None].float(), None, input_ids[..., None].float()
+
+
+@pytest.mark.parametrize(("source", "decoder", "encoder"), [(5, [1, 2], [0, 1, 2]), (3, [1, 2], [1, 2])])
+def test_the_length_of_an_item_decides_whether_its_rows_are_those_of_the_encoder(source, decoder, encoder):
+    inputs = dict(
+        input_ids=torch.arange(source)[None],
+        attention_mask=SOURCE[:1, :source],
+        decoder_input_ids=torch.arange(3)[None],
+        decoder_attention_mask=TARGET[:1],
+    )
+    results = run_model(TupleOfBoth(), inputs, gradients=False, seed=0)
+    assert {name: rows.flatten().tolist() for name, rows in results.items()} == {
+        "output[0]": decoder,
+        "output[2]": encoder,
+    }

@@ -61,3 +61,5 @@ def test_original_that_did_not_run_has_no_numbers():
     plain = report()
     text = str(Report(plain.backend, plain.sites, plain.end_to_end, (), fault="it forgets a mask"))
     assert "0.50       -         flash+flash_cpu  b" in text and "the original was not run: it forgets a mask" in text
+    assert "; -: not compared\n" in text.replace("\n  ", " ")
+    assert "-: not compared" not in str(plain), "every number is there"

@@ -104,6 +104,13 @@ def test_gradients_are_compared_under_no_grad_and_refused_in_inference_mode():
             attnzoo.verify(led(), led_inputs(26, "none"))
 
 
+def test_model_that_returns_a_tuple_is_compared_item_by_item():
+    report = attnzoo.verify(led(), {**led_inputs(37, "left"), "return_dict": False}, "sdpa")
+    assert report.ok, str(report)
+    what = {check.what.partition(" ")[0] for check in report.end_to_end}
+    assert what == {"output[0]", "output[2]", "gradient"}, "logits, (cache), states of the encoder"
+
+
 def test_report_converts_to_plain_data():
     data = attnzoo.verify(led(), led_inputs(26, "left"), "sdpa").to_dict()
     assert data["ok"] is True and data["backend"] == "sdpa"
