@@ -260,8 +260,8 @@ def _cases_with_unequal_lengths(dtypes: tuple[torch.dtype, ...]) -> Iterator[Att
             yield with_cache(dtype, pattern)
             yield AttentionCase(dtype, pattern, q_len=1, kv_len=23)
             yield AttentionCase(dtype, pattern, q_len=23, kv_len=9)
-        for pattern in (Causal(offset=7), Window(5, 3, offset=7), HashedChunks(5, 1, 0, causal=True), ChosenBlocks(3)):
-            yield with_cache(dtype, pattern)
+        for other in (Causal(offset=7), Window(5, 3, offset=7), HashedChunks(5, 1, 0, causal=True), ChosenBlocks(3)):
+            yield with_cache(dtype, other)
         for mask, bias in (("keys", "none"), ("dense", "none"), ("none", "relative"), ("none", "dense")):
             yield with_cache(dtype, Causal(), mask, bias)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
+from typing import Any, cast
 
 from attnzoo.backend import Capabilities
 from attnzoo.spec.segments import Request
@@ -36,14 +37,14 @@ def unexercised(capabilities: Capabilities, asked: Iterable[Request], ran: Itera
 def _without_one_property(capabilities: Capabilities) -> Iterator[tuple[str, Capabilities]]:
     """Yield the name of each declared property, with capabilities that lack only this property."""
     for field in fields(capabilities):
-        name, declared = field.name, getattr(capabilities, field.name)
+        name, declared, default = field.name, getattr(capabilities, field.name), cast(Any, field.default)
         if name in _NEVER_REFUSED:
             continue
         if isinstance(declared, frozenset):
             for item in sorted(declared, key=_text):
                 yield f"{_SINGULAR.get(name, name)} {_text(item)}", replace(capabilities, **{name: declared - {item}})
-        elif declared != field.default:
-            yield name, replace(capabilities, **{name: field.default})
+        elif declared != default:
+            yield name, replace(capabilities, **{name: default})
 
 
 def _text(item: object) -> str:
