@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -230,6 +231,7 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[AttentionCase]:
             yield AttentionCase(dtype, HashedChunks(5), mask, bias="trained relative")
             yield AttentionCase(dtype, ChosenBlocks(5), mask, bias="trained relative")
             yield AttentionCase(dtype, SortedChunks(8, 1, 1), mask, uneven=True)
+    yield from _cases_with_unequal_lengths(dtypes)
     yield from _cases_with_other_shapes(dtypes)
     yield from _cases_with_softcap(dtypes)
     # The oracle is slow on long inputs and under transforms, so these cases use only two dtypes.
@@ -245,6 +247,23 @@ def cases(dtypes: tuple[torch.dtype, ...] = FLOATS) -> Iterator[AttentionCase]:
         ):
             yield AttentionCase(dtype, pattern, mask, bias, q_len=_LONG, kv_len=_LONG, batch=2)
         yield from _transformed_cases(dtype)
+
+
+def _cases_with_unequal_lengths(dtypes: tuple[torch.dtype, ...]) -> Iterator[AttentionCase]:
+    """Yield cases of ``q_len != kv_len`` with as many key heads as query heads, for backends without ``gqa``.
+
+    With equal lengths, ``offset=None`` and ``offset=0`` show the same keys. ``Chunks`` needs equal lengths.
+    """
+    with_cache = partial(AttentionCase, q_len=5, kv_len=23)
+    for dtype in dtypes:
+        for pattern in (Full(), Causal(), Causal(offset=0), Window(5, 3), Window(5, 3, offset=0)):
+            yield with_cache(dtype, pattern)
+            yield AttentionCase(dtype, pattern, q_len=1, kv_len=23)
+            yield AttentionCase(dtype, pattern, q_len=23, kv_len=9)
+        for other in (Causal(offset=7), Window(5, 3, offset=7), HashedChunks(5, 1, 0, causal=True), ChosenBlocks(3)):
+            yield with_cache(dtype, other)
+        for mask, bias in (("keys", "none"), ("dense", "none"), ("none", "relative"), ("none", "dense")):
+            yield with_cache(dtype, Causal(), mask, bias)
 
 
 def _cases_with_other_shapes(dtypes: tuple[torch.dtype, ...]) -> Iterator[AttentionCase]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -21,10 +22,11 @@ from attnzoo.conformance.cases import AttentionCase, RequestCase, cases
 from attnzoo.conformance.dropout_check import dropout_failure
 from attnzoo.conformance.error_rule import Check
 from attnzoo.conformance.transform_check import check_transform
+from attnzoo.conformance.unexercised import unexercised
 from attnzoo.errors import AttnzooError, BackendRefusedError, InvalidArgumentError, Refusal
 from attnzoo.functional import execute
 from attnzoo.registry import registry
-from attnzoo.spec.segments import FLOATS, Attention
+from attnzoo.spec.segments import FLOATS, Attention, Request
 
 
 class ConformanceError(AttnzooError, AssertionError):
@@ -40,20 +42,32 @@ class CaseOutcome:
         refused: whether the backend returns refusals for the case.
         checks: comparisons of output and gradients with the oracle. Empty if the backend refused the case.
         failure: what is wrong, e.g. the failed checks. Empty if the case passed.
+        request: the request of the case.
+        empty: whether the attention has outputs for queries that see no key (:attr:`Attention.empty`).
     """
 
     case: AttentionCase | RequestCase
     refused: bool
     checks: tuple[Check, ...]
     failure: str
+    request: Request
+    empty: bool
 
 
 @dataclass(frozen=True)
 class ConformanceReport:
-    """The outcomes of all cases for one backend. ``str()`` returns a summary."""
+    """The outcomes of all cases for one backend. ``str()`` returns a summary.
+
+    Attributes:
+        backend: the name of the backend.
+        outcomes: the outcomes in the order of the cases.
+        unexercised: the declared properties that no case exercised, because the backend refused every case with the
+            property. For example, ``"empty"`` if the backend supports no mask.
+    """
 
     backend: str
     outcomes: tuple[CaseOutcome, ...]
+    unexercised: tuple[str, ...] = ()
 
     @property
     def failures(self) -> tuple[CaseOutcome, ...]:
@@ -64,6 +78,8 @@ class ConformanceReport:
         refused = sum(outcome.refused for outcome in self.outcomes)
         ran = len(self.outcomes) - refused
         lines = [f"{self.backend}: {ran} cases ran, {refused} were refused, {len(self.failures)} failed"]
+        if self.unexercised:
+            lines.append(f"  declared, but no case with it ran: {', '.join(self.unexercised)}")
         lines += [f"  {outcome.case}: {outcome.failure}" for outcome in self.failures]
         return "\n".join(lines)
 
@@ -94,7 +110,11 @@ def check_backend(
     if not isinstance(configured, Backend):
         raise InvalidArgumentError("backend", repr(configured), "a registered name, or a backend object")
     outcomes = tuple(run_case(configured, case, device, seed) for case in cases(dtypes))
-    report = ConformanceReport(configured.name, outcomes)
+    ran = [outcome for outcome in outcomes if not outcome.refused]
+    properties = unexercised(configured.capabilities, *([o.request for o in some] for some in (outcomes, ran)))
+    if any(outcome.empty for outcome in outcomes) and not any(outcome.empty for outcome in ran):
+        properties += ("empty",)
+    report = ConformanceReport(configured.name, outcomes, properties)
     if report.failures:
         raise ConformanceError(str(report))
     if all(outcome.refused for outcome in outcomes):
@@ -108,10 +128,13 @@ def run_case(backend: Backend, case: AttentionCase | RequestCase, device: str = 
     """Run one case on a backend and return the outcome. If the backend refuses the case, check the refusals."""
     attention = case.attention(device, seed)
     transforms = tuple(case.transform.split(" of ")) if case.transform else ()
-    refusals = registry.refusals(backend, replace(attention.request(case.probabilities), transforms=transforms))
+    request = replace(attention.request(case.probabilities), transforms=transforms)
+    outcome = partial(CaseOutcome, case=case, request=request, empty=attention.empty is not None)
+    refusals = registry.refusals(backend, request)
     if refusals:
-        return CaseOutcome(case, True, (), _refusal_failure(backend, case, attention, refusals))
-    failure, checks = "", tuple[Check, ...]()
+        failure = _refusal_failure(backend, case, attention, refusals)
+        return outcome(refused=True, checks=(), failure=failure)
+    failure, hint, checks = "", "", tuple[Check, ...]()
     try:
         if case.transform:
             checks = (check_transform(attention, backend, case.transform),)
@@ -121,9 +144,23 @@ def run_case(backend: Backend, case: AttentionCase | RequestCase, device: str = 
             grad = attention.request().grad
             checks = check_attention("case", attention, backend, grad=grad, max_rows=ALL_ROWS, seed=seed).checks
             failure = _result_failure(backend, case, attention)
+        failure = _failed(checks) or failure
+        hint = _padding_hint(backend, attention) if failure else ""
     except Exception as error:  # a backend may raise anything; every exception is a failure of the case
-        failure = f"the backend supports this case, but raised {type(error).__name__}: {error}"
-    return CaseOutcome(case, False, checks, _failed(checks) or failure)
+        raised = f"the backend supports this case, but raised {type(error).__name__}: {error}"
+        failure = _failed(checks) or failure or raised
+    return outcome(refused=False, checks=checks, failure=failure + hint)
+
+
+def _padding_hint(backend: Backend, attention: Attention) -> str:
+    """Return how to mend rows of padding queries that are not zero, or an empty string if these rows are zero."""
+    if attention.query_mask is None:
+        return ""
+    output = execute(backend, attention).output.detach()
+    if output.shape[:3] != attention.query.shape[:3]:
+        return ""
+    rows = output.transpose(1, 2)[~attention.query_mask]
+    return "; rows of padding queries must be zero: use Attention.fill" if bool((rows != 0).any()) else ""
 
 
 def _failed(checks: Iterable[Check]) -> str:

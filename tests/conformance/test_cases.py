@@ -9,6 +9,7 @@ import torch
 from attnzoo import testing
 from attnzoo.conformance.cases import BIASES, MASKS, PATTERNS, AttentionCase, RequestCase, shrink
 from attnzoo.conformance.transform_check import CHECKED_TRANSFORMS
+from attnzoo.spec.chosen_blocks import ChosenBlocks
 from attnzoo.spec.hashed import HashedChunks
 from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
 from attnzoo.spec.segments import Request, SegmentRequest
@@ -68,6 +69,19 @@ def test_simple_patterns_have_every_length_and_option(pattern, mask):
         *(dict(strided=True), dict(dropout=0.0, probabilities=True)),
     ):
         assert has(**base, **option)
+
+
+def test_backends_without_gqa_have_every_length_and_offset():
+    """With equal lengths, ``offset=0`` and ``offset=None`` show the same keys."""
+    for pattern in (Full(), Causal(), Causal(offset=0), Window(5, 3), Window(5, 3, offset=0)):
+        for q_len, kv_len in ((5, 23), (1, 23), (23, 9)):
+            assert has(pattern=pattern, mask="none", bias="none", kv_heads=4, q_len=q_len, kv_len=kv_len)
+    for pattern in (Causal(offset=7), Window(5, 3, offset=7)):
+        assert has(pattern=pattern, kv_heads=4, q_len=5, kv_len=23)
+    for kind in (HashedChunks, ChosenBlocks):
+        assert any(isinstance(case.pattern, kind) and (case.kv_heads, case.q_len) == (4, 5) for case in CASES)
+    for mask, bias in (("keys", "none"), ("dense", "none"), ("none", "relative"), ("none", "dense")):
+        assert has(pattern=Causal(), mask=mask, bias=bias, kv_heads=4, q_len=5, kv_len=23)
 
 
 @pytest.mark.parametrize("pattern", [Full(), Causal(), Window(5, 3)], ids=str)
