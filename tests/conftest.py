@@ -71,6 +71,15 @@ def add_backend(isolated_registry):
     return lambda *names, **changes: attnzoo.register_backend(fake_backend(*names, **changes))
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """Forget the settings of the first ``Accelerator`` of the process, which accelerate keeps for all later ones."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield accelerate
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

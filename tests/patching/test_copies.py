@@ -158,9 +158,9 @@ def test_deep_copies_inside_the_model_are_counted_and_unpatched_with_it(subject,
     assert torch.equal(subject.logits(), native)
 
 
-def test_a_patched_top_module_runs_after_accelerate_unwraps_it():
+def test_a_patched_top_module_runs_after_accelerate_unwraps_it(fresh_accelerate):
     """accelerate binds the stored forward to the model, as if the forward were a method of the class."""
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = fresh_accelerate
     model = gpt_bigcode("GPTBigCodeModel", multi_query=False, add_cross_attention=True)
     width = model.config.n_embd
     inputs = dict(

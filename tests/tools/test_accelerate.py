@@ -11,6 +11,7 @@ from tests.support.models import FAMILIES, gpt_neox, ids, llama
 from tests.support.programs import assert_runs_as_unpatched, updates_of, weights_of
 
 accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install attnzoo[tools]")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 STEPS, LENGTH = 3, 24
 # {family: {class of the sites: kernels per forward}}. Longformer's attention runs a kernel for its global tokens too.
 FORWARDS = {
@@ -20,14 +21,6 @@ FORWARDS = {
     "gpt_neox": 1,
     "reformer": 1,
 }
-
-
-@pytest.fixture(autouse=True)
-def no_shared_state():
-    """accelerate keeps the settings of the first ``Accelerator`` of a process."""
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("first", ["patch", "prepare"])
