@@ -37,12 +37,13 @@ def unexercised(capabilities: Capabilities, asked: Iterable[Request], ran: Itera
 def _without_one_property(capabilities: Capabilities) -> Iterator[tuple[str, Capabilities]]:
     """Yield the name of each declared property, with capabilities that lack only this property."""
     for field in fields(capabilities):
-        name, declared, default = field.name, getattr(capabilities, field.name), cast(Any, field.default)
+        name, declared, default = field.name, cast(Any, getattr(capabilities, field.name)), cast(Any, field.default)
         if name in _NEVER_REFUSED:
             continue
         if isinstance(declared, frozenset):
             for item in sorted(declared, key=_text):
-                yield f"{_SINGULAR.get(name, name)} {_text(item)}", replace(capabilities, **{name: declared - {item}})
+                narrower: Any = declared - {item}
+                yield f"{_SINGULAR.get(name, name)} {_text(item)}", replace(capabilities, **{name: narrower})
         elif declared != default:
             yield name, replace(capabilities, **{name: default})
 
