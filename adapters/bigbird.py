@@ -58,7 +58,7 @@ def _verified(prefix: str) -> dict[str, tuple[str, ...]]:
     """Return the fingerprints of the two modules that both models have copies of."""
     sparse = f"{prefix}BlockSparseAttention"
     return {
-        f"{prefix}SelfAttention.forward": ("004a1c0feccfd98f",),
+        f"{prefix}SelfAttention.forward": ("004a1c0feccfd98f", "3320f3999dfd1018"),
         f"{sparse}.forward": ("1441495cf52d3dea",),
         f"{sparse}.bigbird_block_sparse_attention": ("298ea047739d0711", "d476709d240f517d"),
         f"{sparse}._create_rand_mask_from_inputs": ("35d07182f054969e",),
@@ -102,10 +102,12 @@ class AnyAttention(PatchPoint):
     cls = f"{_BIG_BIRD}:BigBirdAttention"
     verified = {
         **_verified(f"{_BIG_BIRD}:BigBird"),
-        f"{_BIG_BIRD}:BigBirdAttention.forward": ("2fa582f64add2454",),
+        f"{_BIG_BIRD}:BigBirdAttention.forward": ("2fa582f64add2454", "0c6ce7ce82f4288e"),
         f"{_BIG_BIRD}:BigBirdAttention.set_attention_type": ("e8e03a6e6380bac6",),
-        f"{_BIG_BIRD}:BigBirdLayer.forward": ("ca40a4f5904633fc",),
-        f"{_BIG_BIRD}:BigBirdModel.forward": ("8a31472e4b58995d", "fac49d0439cb924e", "6e5bf74dc378c745"),
+        f"{_BIG_BIRD}:BigBirdLayer.forward": ("ca40a4f5904633fc", "e69b889a14ee5db0"),
+        f"{_BIG_BIRD}:BigBirdModel.forward": (
+            *("8a31472e4b58995d", "fac49d0439cb924e", "6e5bf74dc378c745", "ab5e20cec8699b6d"),
+        ),
         f"{_BIG_BIRD}:BigBirdModel.create_masks_for_block_sparse_attn": ("b532962f2d2e3544",),
     }
     inner = (f"{_BIG_BIRD}:BigBirdSelfAttention", f"{_BIG_BIRD}:BigBirdBlockSparseAttention")
@@ -167,6 +169,7 @@ class AnyAttention(PatchPoint):
         to_mask: Tensor | None = None,
         from_blocked_mask: Tensor | None = None,
         to_blocked_mask: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Weights]:
         """Return states ``(batch, length, embed)`` and, if requested, the weights of all queries and keys.
@@ -175,6 +178,7 @@ class AnyAttention(PatchPoint):
         Block-sparse attention reads ``to_mask`` ``(batch, 1, 1, length)``. The model makes the other masks from the
         same tokens.
         """
+        cache = past_key_values if cache is None else cache  # the name before transformers 5.24
         wanted = self.wants_probabilities(module, kwargs)
 
         def compute(states: Tensor) -> tuple[Tensor, Weights]:
@@ -186,7 +190,7 @@ class AnyAttention(PatchPoint):
                 return _attend_to_blocks(module.self, attend, states, to_mask, wanted)
             is_cross = encoder_hidden_states is not None
             mask = encoder_attention_mask if is_cross else attention_mask
-            return _attend_to_all(module.self, attend, states, encoder_hidden_states, mask, past_key_values, wanted)
+            return _attend_to_all(module.self, attend, states, encoder_hidden_states, mask, cache, wanted)
 
         context, weights = _run_inner(module.self, hidden_states, compute)
         return self.output_of(module, context, hidden_states), weights
@@ -237,9 +241,9 @@ class PegasusDecoderAttention(pegasus_x.DecoderAttention):
 
     cls = f"{_PEGASUS}:BigBirdPegasusDecoderAttention"
     verified = {
-        f"{_PEGASUS}:BigBirdPegasusDecoderAttention.forward": ("c6468db57b98c0ae",),
-        f"{_PEGASUS}:BigBirdPegasusDecoder.forward": ("272a144b2d39ae74", "d0a0b65786912e39"),
-        f"{_PEGASUS}:BigBirdPegasusDecoderLayer.forward": ("2713298c1b968a23",),
+        f"{_PEGASUS}:BigBirdPegasusDecoderAttention.forward": ("c6468db57b98c0ae", "249281d082b62122"),
+        f"{_PEGASUS}:BigBirdPegasusDecoder.forward": ("272a144b2d39ae74", "d0a0b65786912e39", "962e6e6ab647f141"),
+        f"{_PEGASUS}:BigBirdPegasusDecoderLayer.forward": ("2713298c1b968a23", "bb9b407278791ca4"),
         f"{_PEGASUS}:eager_attention_forward": ("a1c8f529c890fa16",),
     }
 
