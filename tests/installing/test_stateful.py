@@ -66,7 +66,7 @@ class Installs(RuleBasedStateMachine):
         active, default = self.active
         if not active:
             if name in (None, "eager") or (name == "sdpa" and self.kind == "gpt_neox"):
-                return None, None if name else saved
+                return None, saved  # transformers keeps the entry of config.json, which it does not know
             raise KeyError(name)
         if name in ("attnzoo/spda", "flash"):
             raise KeyError(name)
