@@ -78,7 +78,7 @@ class ConformanceReport:
         refused = sum(outcome.refused for outcome in self.outcomes)
         ran = len(self.outcomes) - refused
         lines = [f"{self.backend}: {ran} cases ran, {refused} were refused, {len(self.failures)} failed"]
-        if self.unexercised:
+        if ran and self.unexercised:
             lines.append(f"  declared, but no case with it ran: {', '.join(self.unexercised)}")
         lines += [f"  {outcome.case}: {outcome.failure}" for outcome in self.failures]
         return "\n".join(lines)
