@@ -25,6 +25,12 @@ SECONDS = Unit(_SECONDS, 10, 1.0)
 BYTES = Unit("format(datum.value / 1048576, ',.4~r') + ' MiB'", 2, float(1 << 20))
 _TIMES = "format(datum.value, '~r') + 'x'"
 _HEIGHT, _POINT, _MARGIN = 250, 70, 1.3
+_SHARE = {
+    "field": "share",
+    "type": "quantitative",
+    "scale": {"domainMin": 0},
+    "axis": {"title": "error, share of the budget", "tickCount": 5},
+}
 _COLOUR = {"field": "series", "type": "nominal", "legend": None}
 
 
@@ -123,12 +129,7 @@ def error_beside_speed(records: Records, tooltip: Sequence[str]) -> dict[str, An
             "scale": {"type": "log", "domain": [low, high], "nice": False},
             "axis": {"labelExpr": _TIMES, "title": "speed against the original", "values": _ticks(low, high, 10, 1)},
         },
-        "y": {
-            "field": "share",
-            "type": "quantitative",
-            "scale": {"domainMin": 0},
-            "axis": {"title": "error, share of the budget", "tickCount": 5},
-        },
+        "y": _SHARE,
         "color": _COLOUR,
         "tooltip": _tooltip(tooltip),
     }
@@ -146,12 +147,7 @@ def shares(records: Records, tooltip: Sequence[str]) -> dict[str, Any]:
             "scale": {"nice": False, "padding": 10, "zero": False},
             "axis": {"title": "comparison, by its number in the table", "tickMinStep": 1, "format": "d", "grid": False},
         },
-        "y": {
-            "field": "share",
-            "type": "quantitative",
-            "scale": {"domainMin": 0},
-            "axis": {"title": "error, share of the budget", "tickCount": 5},
-        },
+        "y": _SHARE,
         "color": _COLOUR,
         "tooltip": _tooltip(tooltip),
     }
