@@ -134,9 +134,11 @@ def _run_tests(tree: Path, tests: list[str], seconds: float, plugins: Sequence[o
     os.dup2(output, 2)
     os.chdir(tree)
     sys.path[:] = [str(tree), *(entry for entry in sys.path if entry not in ("", str(ROOT)))]
-    # These modules are from the original tree: this one, and those that another user of the same server has loaded.
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "attnzoo")]:
+    # These modules are from the original tree: this one and its imports.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
         del sys.modules[name]
+    if "attnzoo" in sys.modules:
+        raise RuntimeError("attnzoo: the fork server has imported it; start the worker in a fresh process")
     sys.dont_write_bytecode = True
     os.environ.update(PYTHONPATH=str(tree), PYTHONDONTWRITEBYTECODE="1", ATTNZOO_HYPOTHESIS_PROFILE="mutants")
     limit = max(1, round(seconds))
