@@ -73,7 +73,7 @@ def doctor(json: Json = None) -> None:
             lines += [group[0].kind, aligned(rows, indent=2)]
         return "\n".join(lines)
 
-    emit([asdict(finding) for finding in findings], text, json)
+    emit(lambda: [asdict(finding) for finding in findings], text, json)
 
 
 @app.command()
@@ -89,7 +89,8 @@ def matrix(
     if json == STDOUT and markdown:
         raise InvalidArgumentError("json", "- with --markdown", "a file, or no --markdown: both would be printed")
     modules = families(tuple(model_types or ()))
-    emit(matrix_to_dict(modules), lambda: (matrix_text.markdown if markdown else matrix_text.text)(modules), json)
+    text = matrix_text.markdown if markdown else matrix_text.text
+    emit(lambda: matrix_to_dict(modules), lambda: text(modules), json)
 
 
 @app.command()
@@ -110,7 +111,7 @@ def explain(
 
     name, options = (None, {}) if backend is None or backend == "auto" else parse(backend)
     explanation = attnzoo.explain(load_model(model), name, **options)
-    emit(explanation.to_dict(), lambda: explanation, json)
+    emit(explanation.to_dict, lambda: explanation, json)
 
 
 app.command()(verify)

@@ -26,7 +26,7 @@ def fingerprint(
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)  # as `python -m` does: the path of a console script begins with the script's folder
     computed = {path: fingerprint_at(path) for path in paths}
-    emit(computed, lambda: "\n".join(f"{path}  {value}" for path, value in computed.items()), json)
+    emit(lambda: computed, lambda: "\n".join(f"{path}  {value}" for path, value in computed.items()), json)
 
 
 def fingerprint_at(path: str) -> str:

@@ -17,12 +17,12 @@ JSON_HELP = "Also write the result as JSON to this file; - prints the JSON inste
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help=JSON_HELP)]
 
 
-def emit(data: Any, text: Callable[[], object], target: str | None) -> None:
-    """Print ``text()``, and write ``data`` as JSON to ``target``. If ``target`` is ``-``, print only the JSON."""
+def emit(data: Callable[[], Any], text: Callable[[], object], target: str | None) -> None:
+    """Print ``text()``, and write ``data()`` as JSON to ``target``. If ``target`` is ``-``, print only the JSON."""
     if target != STDOUT:
         print(text())
     if target is not None:
-        write_json(data, target)
+        write_json(data(), target)
 
 
 def write_json(data: Any, target: str) -> None:

@@ -58,7 +58,7 @@ def tune(
 
         print(f"removed {len(cache.clear())} file(s)", file=sys.stderr)
     report = _measure(model, seq_len or [1024], dtype, device, threads, train, decode, again, rounds)
-    emit(report.to_dict(), lambda: _text(report), json)
+    emit(report.to_dict, lambda: _text(report), json)
 
 
 def _manage(clear: bool, show: bool, json: str | None) -> None:
@@ -67,11 +67,11 @@ def _manage(clear: bool, show: bool, json: str | None) -> None:
 
     removed = cache.clear() if clear else ()
     if not show:
-        emit([str(path) for path in removed], lambda: f"removed {len(removed)} file(s)", json)
+        emit(lambda: [str(path) for path in removed], lambda: f"removed {len(removed)} file(s)", json)
         return
     if clear and json is None:
         print(f"removed {len(removed)} file(s)")
-    emit(stored_measurements(), stored_measurements_text, json)
+    emit(stored_measurements, stored_measurements_text, json)
 
 
 def _text(report: TuningReport) -> str:

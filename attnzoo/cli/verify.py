@@ -53,7 +53,7 @@ def verify(
 
             reports.append(attnzoo.verify(loaded, passage, chosen, gradients=gradients, fast=fast, progress=show))
     report = reports[0] if count == 1 else Passages(tuple(reports))
-    emit({"model": model, **report.to_dict(), **_circumstances(context)}, lambda: report, json)
+    emit(lambda: {"model": model, **report.to_dict(), **_circumstances(context)}, lambda: report, json)
     if not report.ok:
         raise typer.Exit(1)
 

@@ -184,9 +184,10 @@ def row(cls: type[Backend], module: Module) -> Row:
     if lacking:
         reason = Refusal("options", f"no value for {', '.join(lacking)}", f"values, e.g. {lacking[0]}=...")
         return Row(module, cls.name, {}, "", dict.fromkeys(_cells(), (reason,)))
+    backends = {place: configured(cls, module, *place) for place in itertools.product(DEVICES, FLOATS)}
     cells = {
         (feature, device, dtype): refusals_of(
-            configured(cls, module, device, dtype), module.requests_with(feature, device, dtype), anywhere=True
+            backends[device, dtype], module.requests_with(feature, device, dtype), anywhere=True
         )
         for feature, device, dtype in _cells()
     }
