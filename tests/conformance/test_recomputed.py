@@ -1,12 +1,12 @@
 """``recomputed`` is exact in float64, and its gradients are as wrong in float32 as those of kernels."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 import attnzoo
-from attnzoo.backends.eager import evaluate
+from attnzoo.backends.eager import EagerBackend, evaluate
 from attnzoo.conformance import attention_check
 from attnzoo.conformance.attention_check import check_attention, detached, gradient_vector
 from attnzoo.conformance.cases import MASKS, AttentionCase
@@ -102,9 +102,20 @@ def test_checks_of_an_attention_repeat_and_draw_no_numbers_of_the_user():
     assert other.checks[1].scale != first.checks[1].scale
 
 
+@dataclass(frozen=True)
+class OtherScale(EagerBackend):
+    """A backend whose gradients fail in every order of summation."""
+
+    def run(self, attention, probabilities=False):
+        return EagerBackend().run(replace(attention, scale=2 * attention.scale), probabilities)
+
+
 @pytest.mark.parametrize(("rows", "orders"), [(1, 8), (32, 8), (64, 4), (200, 1), (600, 1)])
 def test_the_fewer_the_rows_the_more_summation_orders_are_tried(monkeypatch, rows, orders):
-    """The errors of few rows may all be small by chance. With many rows, each order takes long."""
+    """The errors of few rows may all be small by chance. With many rows, each order takes long.
+
+    If the first order passes, no other order can change the result.
+    """
     tried = []
 
     def noted(part, chosen, order):
@@ -114,5 +125,7 @@ def test_the_fewer_the_rows_the_more_summation_orders_are_tried(monkeypatch, row
     monkeypatch.setattr(attention_check, "recomputed", noted)
     query, key = torch.randn(1, 1, rows, 4), torch.randn(1, 1, 3, 4)
     whole = Attention(query, (Segment(key, key),), 0.5)
-    assert check_attention("site", whole, "eager", grad=True, max_rows=1000).ok
+    assert check_attention("site", whole, "eager", grad=True, max_rows=1000).ok and tried == [0]
+    tried.clear()
+    assert not check_attention("site", whole, OtherScale(), grad=True, max_rows=1000).ok
     assert tried == list(range(orders))
