@@ -16,7 +16,7 @@ from tests.support.judge import hashes_of
 
 families = pytest.mark.parametrize("family", RECIPES)
 backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
-STEPS = 20
+STEPS = 12
 
 
 def held_out(family, batch=4):
@@ -92,7 +92,7 @@ def test_fine_tuning_equals_the_originals(family):
             assert result.ok, str(result)
             assert result.budget < 1e-3 * result.scale, "the budget is not of the size of roundings"
     moved = (original[1] - parameters_of(load(family))).abs().max()
-    assert moved > 1e-3, "the parameters did not change"
+    assert moved > 5e-4, "the parameters did not change"
     assert moved > 20 * (sdpa[1] - original[1]).abs().max()
 
 

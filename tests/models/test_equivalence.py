@@ -54,11 +54,16 @@ def test_logits_and_gradients_without_padding_at_every_length(family, length):
 
 @pytest.mark.parametrize(
     ("family", "mode", "length"),
-    [(f, mode, n) for f in FAMILIES.values() for mode in modes(f) for n in (*lengths(f), f.long)],
+    [(f, mode, n) for f in FAMILIES.values() for mode in modes(f) for n in lengths(f)],
     ids=str,
 )
 def test_logits_and_gradients_at_every_length_in_every_mode(family, mode, length):
     judge(family, family.inputs(length, "every"), mode)
+
+
+@families
+def test_training_on_more_rows_than_one_internal_block(family):
+    judge(family, family.inputs(family.long, "every"), "train")
 
 
 @pytest.mark.parametrize(("family", "mode"), [(f, mode) for f in FAMILIES.values() for mode in modes(f)], ids=str)
