@@ -23,7 +23,7 @@ def test_planted_fault_exceeds_its_budget_by_far(fault):
 
 
 @families
-@pytest.mark.parametrize(("backend", "passages"), [("sdpa", 3), ("eager", 1), ("native", 1)])
+@pytest.mark.parametrize(("backend", "passages"), [("sdpa", 2), ("eager", 1), ("native", 1)])
 def test_right_backend_passes(family, backend, passages):
     for number in range(passages):
         report = attnzoo.verify(load(family), passage(family, number, 256), backend)

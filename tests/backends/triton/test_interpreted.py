@@ -13,11 +13,15 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 FOLDER = Path(__file__).parent / "interpreted"
 
 
+DRAWN = FOLDER / "test_drawn.py"  # takes as long as all other files
+OTHERS = sorted(path for path in FOLDER.glob("test_*.py") if path != DRAWN)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(is_interpreted(), reason="this process runs the tests itself")
-@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
-def test_interpreted_kernels(file):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(FOLDER / file)]
+@pytest.mark.parametrize("files", [[DRAWN], OTHERS], ids=["drawn", "others"])
+def test_interpreted_kernels(files):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *map(str, files)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
