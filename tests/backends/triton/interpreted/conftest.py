@@ -1,6 +1,7 @@
 """These tests run in a process with ``TRITON_INTERPRET=1`` (``make test-interpreted``, ``test_interpreted.py``)."""
 
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,8 @@ collect_ignore_glob = [] if is_interpreted() else ["test_*.py"]
 IS_LONG = os.environ.get("ATTNZOO_HYPOTHESIS_PROFILE") == "long"
 
 if is_interpreted():
+    from triton.runtime import interpreter
+
     from tests.support.interpreter import use_changes
 
     use_changes()
@@ -22,6 +25,16 @@ def use_tiles(monkeypatch, queries, keys):
     monkeypatch.setattr(tile_sizes, "_INTERPRETED_SHORT", sizes)
     monkeypatch.setattr(tile_sizes, "_INTERPRETED_LONG", sizes)
     tile_sizes.tile.cache_clear()
+
+
+@pytest.fixture
+def no_overflow_checks(monkeypatch):
+    """Leave out the interpreter's check of every integer operation, which takes a third of the time.
+
+    The tests of the kernels and of the kit have these checks.
+    """
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from attnzoo.registry import registry
 from tests.properties.conftest import only_new_examples  # noqa: F401
 from tests.support.drawn_attentions import attentions, supported_kinds
 
+pytestmark = pytest.mark.usefixtures("no_overflow_checks")
 BACKEND = attnzoo.configure("triton")
 EXAMPLES = int(os.environ.get("ATTNZOO_INTERPRETED_EXAMPLES", 3))
 

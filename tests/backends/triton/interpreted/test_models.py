@@ -6,6 +6,7 @@ import attnzoo
 from tests.backends.triton.interpreted.conftest import IS_LONG
 from tests.support.models import FAMILIES
 
+pytestmark = pytest.mark.usefixtures("no_overflow_checks")
 # The other families use no further form of attention. They run in a long run.
 FEW = ("led", "longt5-tglobal", "reformer", "gpt_neox", "gpt_bigcode-mqa")
 
