@@ -6,9 +6,12 @@ show whether the reported kernel ran.
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -33,9 +36,15 @@ def witness() -> Iterator[Counter[str]]:
     ran: Counter[str] = Counter()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         yield ran
-    for event in profile.key_averages():
-        if event.key in _OPERATORS:
-            ran[_OPERATORS[event.key]] += event.count
+    # The other public ways to read a profile (``events``, ``key_averages``) build a Python object with forty fields for
+    # each operator. For the gate of a model with two layers, they took 0.45 s of CPU time, and the trace takes 0.03 s.
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    for event in events:
+        if event["name"] in _OPERATORS:
+            ran[_OPERATORS[event["name"]]] += 1
 
 
 def claimed(reported: Iterable[str]) -> frozenset[str]:

@@ -3,11 +3,15 @@
 import doctest
 import importlib
 import inspect
+import itertools
 from pathlib import Path
 
 import pytest
 
 import attnzoo
+from attnzoo.conformance import kit
+from attnzoo.conformance.cases import cases
+from tests.support.uncompiled_flex import uncompiled_flex
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"attnzoo": "attnzoo", "adapters": "attnzoo.adapters", "benchmarks": "attnzoo.benchmarks"}
@@ -22,9 +26,12 @@ def modules_with_examples():
 
 
 @pytest.mark.parametrize("name", list(modules_with_examples()))
-def test_examples_give_what_they_show(name, isolated_registry):
+def test_examples_give_what_they_show(name, isolated_registry, monkeypatch):
+    # Examples of the kit run a sample of its cases. tests/conformance/test_kit.py runs all cases on the same backends.
+    monkeypatch.setattr(kit, "cases", lambda dtypes: itertools.islice(cases(dtypes), 0, None, 17))
     module = importlib.import_module(name)
-    failed, attempted = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    with uncompiled_flex():  # the example of tune times it, too
+        failed, attempted = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
     assert attempted, "doctest does not see the examples: are they in a docstring of a public object of the module?"
     assert not failed, "see the captured output"
 

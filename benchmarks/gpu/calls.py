@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from attnzoo.benchmarks.cases import Case, Subject
 from attnzoo.benchmarks.contenders import BackendContender, Contender, Original
 from attnzoo.benchmarks.gpu.results import Call, Keep, Results, Verdict
-from attnzoo.benchmarks.gpu.settings import Settings
+from attnzoo.benchmarks.gpu.settings import Settings, load_models
 from attnzoo.benchmarks.measure import cpu_seconds
 from attnzoo.benchmarks.models import WORKLOADS
 from attnzoo.benchmarks.rows import FAILED
@@ -31,6 +31,7 @@ def calls(settings: Settings, keep: Keep, seq_len: int) -> None:
     counted: list[Call] = []
     verdicts: list[Verdict] = []
     contenders: list[Contender] = [Original(), *map(BackendContender, settings.backends())]
+    load_models(WORKLOADS)
     for family in WORKLOADS:
         for contender in contenders:
             for train in (False, True):

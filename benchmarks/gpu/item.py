@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,6 @@ def main(argv: Sequence[str]) -> None:
     if name not in items:
         raise UnknownNameError("item", name, items)
     settings.prepare()
-    gc.freeze()  # so that garbage collection before every timed run ignores all imported modules
     items[name].run(settings, lambda results: write(Path(path), results))
 
 

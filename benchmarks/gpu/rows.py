@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from attnzoo.benchmarks.gpu.results import Keep, Results
-from attnzoo.benchmarks.gpu.settings import Settings
+from attnzoo.benchmarks.gpu.settings import Settings, load_models
 from attnzoo.benchmarks.rows import Shootout
 from attnzoo.benchmarks.runner import ShootoutPlan, run
 from attnzoo.benchmarks.worker import Worker
@@ -26,4 +26,6 @@ def rows(settings: Settings, keep: Keep, **fields: Any) -> None:
         if settings.device == "cuda":
             torch.cuda.synchronize()  # raises after a fault of a kernel, because all later rows would fail, too
 
-    run(ShootoutPlan(**settings.plan(**fields)), launch=Worker, keep=keep_case)
+    plan = ShootoutPlan(**settings.plan(**fields))
+    load_models(plan.families)
+    run(plan, launch=Worker, keep=keep_case)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import StringIO
 from typing import Any
 
@@ -13,50 +14,54 @@ from typer.testing import CliRunner
 
 from attnzoo import register_backend
 from attnzoo.benchmarks import weights
-from attnzoo.benchmarks.measure import machine
+from attnzoo.benchmarks.cases import Case
+from attnzoo.benchmarks.contenders import Contender
 from attnzoo.benchmarks.models import WORKLOADS
 from attnzoo.benchmarks.rows import Row, Shootout
 from attnzoo.benchmarks.runner import ShootoutPlan, run
 from attnzoo.benchmarks.tables import show
 from attnzoo.benchmarks.worker import Worker
 from attnzoo.cli.bench import bench
+from attnzoo.registry import registry
 from tests.support import fake_shootout
 
 MODES = (False, True)
 
 
-@pytest.fixture(autouse=True, scope="package")
-def frozen() -> Iterator[None]:
-    """Exclude all loaded objects from garbage collection before every timed run."""
-    fake_shootout.TINY.build()
-    machine("cpu")
-    gc.collect()
+def launch(contender: Contender, case: Case) -> Worker:
+    """Return a worker in this process. As in a worker process, garbage collections ignore what exists before."""
     gc.freeze()
-    yield
-    gc.unfreeze()
+    return Worker(contender, case)
+
+
+@contextmanager
+def planted() -> Iterator[None]:
+    """Register the tiny family and the planted backends inside the context."""
+    threads = torch.get_num_threads()
+    with registry.replaced_by(registry.copy()), pytest.MonkeyPatch.context() as patched:
+        patched.setitem(WORKLOADS, "tiny", fake_shootout.TINY)
+        patched.setattr(weights, "_POOL", 65537)  # enough for tiny models
+        fake_shootout.Switch.calls = 0
+        for cls in fake_shootout.BACKENDS:
+            register_backend(cls)
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch, isolated_registry: None) -> Iterator[None]:
-    """Register the tiny family and the planted backends during a test."""
-    monkeypatch.setitem(WORKLOADS, "tiny", fake_shootout.TINY)
-    monkeypatch.setattr(weights, "_POOL", 65537)  # enough for tiny models
-    fake_shootout.Switch.calls = 0
-    threads = torch.get_num_threads()
-    for cls in fake_shootout.BACKENDS:
-        register_backend(cls)
-    yield
-    torch.set_num_threads(threads)
+def tiny() -> Iterator[None]:
+    with planted():
+        yield
+
+
+def run_plan(*backends: str, check: Any = lambda job: (True, ""), **fields: Any) -> Shootout:
+    """Run a plan for the tiny family in this process; by default every end-to-end gate is green."""
+    fields = {"families": ("tiny",), "seq_lens": (40,), "rounds": 1, "modes": (False,), **fields}
+    return run(ShootoutPlan(backends=backends or None, **fields), launch=launch, check=check)
 
 
 @pytest.fixture
 def shootout() -> Callable[..., Shootout]:
-    """Run a plan for the tiny family in this process; by default every end-to-end gate is green."""
-
-    def run_plan(*backends: str, check: Any = lambda job: (True, ""), **fields: Any) -> Shootout:
-        fields = {"families": ("tiny",), "seq_lens": (40,), "rounds": 1, "modes": (False,), **fields}
-        return run(ShootoutPlan(backends=backends or None, **fields), launch=Worker, check=check)
-
     return run_plan
 
 

@@ -18,7 +18,24 @@ from attnzoo.benchmarks.models import GPT_NEOX, WORKLOADS
 from attnzoo.benchmarks.rows import Problem
 from attnzoo.benchmarks.worker import EndToEndJob, verify_here
 from attnzoo.patching import forwards
-from tests.benchmarks.conftest import MODES, assert_no_measurements, assert_red, line_of, printed, row_of
+from tests.benchmarks.conftest import (
+    MODES,
+    assert_no_measurements,
+    assert_red,
+    line_of,
+    planted,
+    printed,
+    row_of,
+    run_plan,
+)
+from tests.support.uncompiled_flex import uncompiled_flex
+
+
+@pytest.fixture(scope="module")
+def of_every_backend():
+    """Return the shootout of every backend at two lengths. The longer length is above the limit of dense backends."""
+    with planted(), uncompiled_flex():
+        return run_plan(modes=MODES, seq_lens=(40, 80), dense_limit=64)
 
 
 def test_correct_backends_are_timed_and_compared(shootout):
@@ -141,8 +158,8 @@ def test_refusals_have_rows_and_do_not_fail_the_shootout(shootout):
     assert "absent (" in text and "pip install nowhere" in text
 
 
-def test_by_default_every_backend_has_a_row_and_dense_ones_stop_at_their_limit(shootout):
-    result = shootout(seq_lens=(40, 80), dense_limit=64)
+def test_by_default_every_backend_has_a_row_and_dense_ones_stop_at_their_limit(of_every_backend):
+    result = of_every_backend
     names = {row.backend for row in result.rows if row.seq_len == 40}
     assert names == {"native"} | {info.name for info in backends().values() if info.exact or not info.available}
     assert {"absent", "broken", "wrong"} <= names
@@ -184,8 +201,8 @@ def test_module_runs_at_lengths_above_the_position_table(shootout, scope):
     assert {row.status for row in result.rows} == {"ok"}
 
 
-def test_tables_fit_the_terminal_and_cut_no_word(shootout):
-    result = shootout(modes=MODES, seq_lens=(40, 80), dense_limit=64)
+def test_tables_fit_the_terminal_and_cut_no_word(of_every_backend):
+    result = of_every_backend
     wide = printed(result, 1000)
     for width in (60, 80, 120):
         narrow = printed(result, width)

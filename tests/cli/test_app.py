@@ -1,5 +1,6 @@
 """The command line, as a user meets it."""
 
+import io
 import itertools
 import json
 import os
@@ -26,8 +27,22 @@ def run_raising(*arguments):
 
 
 def attnzoo_command(*arguments, columns=80):
+    """Run the command in a new process."""
     command, environment = [sys.executable, "-m", "attnzoo", *arguments], {**os.environ, "COLUMNS": str(columns)}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """Return a function that runs the entry point of the command in this process, and returns the exit status."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["attnzoo", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code
+
+    return call
 
 
 @pytest.fixture
@@ -102,9 +117,10 @@ def test_verify_fast_compares_one_passage(checkpoint):
     assert native["ok"] is True and native["sites"] == native["original_sites"]
 
 
-def test_progress_bar_needs_a_terminal(checkpoint):
-    done = attnzoo_command("verify", checkpoint, "--fast", "--seq-len", "32")
-    assert done.returncode == 0 and "%" not in done.stderr and "Loading" not in done.stderr
+def test_progress_bar_needs_a_terminal(checkpoint, main, capfd):
+    assert main("verify", checkpoint, "--fast", "--seq-len", "32") == 0
+    output, errors = capfd.readouterr()
+    assert "within the error rule" in output and "%" not in errors and "Loading" not in errors
 
 
 def test_explain_accepts_backend_options(checkpoint):
@@ -117,7 +133,6 @@ def test_explain_accepts_backend_options(checkpoint):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("verify", "lde"), "did you mean 'led'"),
         (("explain", "longforme"), "did you mean 'longformer'"),
         (("verify", "led", "--backend", "spda", "--seq-len", "8"), "did you mean 'sdpa'"),
         (("verify", "."), "model: got '.'"),
@@ -129,11 +144,22 @@ def test_explain_accepts_backend_options(checkpoint):
         ),
     ],
 )
-def test_error_is_one_message_within_the_terminal_width(arguments, message):
-    done = attnzoo_command(*arguments, columns=60)
-    assert done.returncode == 2
-    assert message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
-    assert all(len(line) <= 60 or " " not in line.strip() for line in done.stderr.splitlines())
+def test_error_is_one_message_within_the_terminal_width(arguments, message, main, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(*arguments) == 2
+    assert_one_message(capfd.readouterr().err, message)
+
+
+def test_error_in_a_new_process_is_one_message():
+    """The new process also shows what the imports print."""
+    done = attnzoo_command("verify", "lde", columns=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert_one_message(done.stderr, "did you mean 'led'")
+
+
+def assert_one_message(errors, message):
+    assert errors.startswith("attnzoo: ") and message in " ".join(errors.split()) and "Traceback" not in errors
+    assert all(len(line) <= 60 or " " not in line.strip() for line in errors.splitlines())
 
 
 def test_checkpoint_that_does_not_load_is_refused(checkpoint, tmp_path):
@@ -172,10 +198,13 @@ def test_help_lists_every_command():
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_command_runs_in_an_encoding_without_all_characters(encoding):
-    command = [sys.executable, "-m", "attnzoo", "matrix", "gpt_neox"]
-    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
-    assert done.returncode == 0, done.stderr
+def test_command_runs_in_an_encoding_without_all_characters(encoding, main, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    assert main("matrix", "gpt_neox") == 0
+    sys.stdout.flush()
+    text = written.getvalue().decode(encoding)
+    assert "GPTNeoXAttention" in text and "?" in text, "the command prints no character that the encoding lacks"
 
 
 def test_help_of_fingerprint_fits_the_terminal_and_cuts_no_word():

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 import attnzoo
+from attnzoo.backends.varlen.kernels import import_package
+from attnzoo.benchmarks.plots import require_matplotlib
 from attnzoo.reporting import doctor
 
 # What a package may raise on import, and what doctor reports.
@@ -68,6 +70,23 @@ def test_doctor_reports_what_a_package_raises(planted, distribution, kind):
     finding = look_at(distribution)
     assert (finding.kind, finding.name, finding.ok) == ("package", distribution, False)
     assert finding.detail.startswith(f"9.9 is broken: {reason}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kernel_gives_what_its_package_raises_as_the_reason(planted, kind):
+    source, reason = KINDS[kind]
+    planted("xformers", source)
+    module, why = import_package("xformers", "xformers")
+    assert module is None and why.startswith(f"xformers cannot be imported: {reason}")
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"BaseException"}))
+def test_a_plot_is_refused_with_what_matplotlib_raises(planted, kind):
+    source, reason = KINDS[kind]
+    planted("matplotlib", source)
+    with pytest.raises(attnzoo.InvalidArgumentError, match=r"plot: got a plot.* no plot .--no-plot") as refused:
+        require_matplotlib()
+    assert f"({reason}" in str(refused.value)
 
 
 @pytest.mark.parametrize("kind", ["RuntimeError", "missing"])
@@ -152,24 +171,24 @@ def probe(folder, *arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(
-    "kinds", [("SystemExit", "OSError", "AttributeError"), ("RuntimeError", "ImportError", "SystemExit")], ids="-".join
-)
-def test_broken_packages_break_nothing_else(tmp_path, kinds):
-    for distribution, kind in zip(("flash-attn", "xformers", "matplotlib"), kinds, strict=True):
-        plant(tmp_path, distribution, KINDS[kind][0])
+def test_broken_packages_break_nothing_else(tmp_path):
+    """SystemExit would end the process. The tests above plant the other errors."""
+    source, raised = KINDS["SystemExit"]
+    broken = ("flash-attn", "xformers", "matplotlib")
+    for distribution in broken:
+        plant(tmp_path, distribution, source)
     report = probe(tmp_path, "models")
-    for distribution, kind in zip(("flash-attn", "xformers", "matplotlib"), kinds, strict=True):
+    for distribution in broken:
         ok, detail = report["findings"][f"package {distribution}"]
-        assert not ok and f"9.9 is broken: {KINDS[kind][1]}" in detail
+        assert not ok and f"9.9 is broken: {raised}" in detail
     assert set(report["infos"]) == set(attnzoo.backends()), "a backend is gone because a package is broken"
     available, reason = report["infos"]["xformers"]
-    assert not available and f"xformers cannot be imported: {KINDS[kinds[1]][1]}" in reason
-    assert any(KINDS[kinds[1]][1] in line for line in report["explained"]["xformers"])
+    assert not available and f"xformers cannot be imported: {raised}" in reason
+    assert any(raised in line for line in report["explained"]["xformers"])
     assert all(report["findings"][f"model {model_type}"][0] for model_type in attnzoo.registry.registry.model_types())
     assert report["explained"]["sdpa"] == report["explained"]["eager"] == []
     assert report["ran"] == [["flash", 1]] and report["attended"] == [1, 2, 5, 8]
-    assert f"({KINDS[kinds[2]][1]}" in report["plots"] and "--no-plot" in report["plots"]
+    assert f"({raised}" in report["plots"] and "--no-plot" in report["plots"]
 
 
 def test_a_broken_accelerate_breaks_only_transformers(tmp_path):

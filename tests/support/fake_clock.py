@@ -10,6 +10,8 @@ import attnzoo
 from attnzoo.auto import cache
 from attnzoo.backends.eager import EagerBackend, evaluate
 from attnzoo.registry import Registry, registry
+from attnzoo.tuning import race
+from attnzoo.tuning.race import MOST_RUNS
 
 CAN_ALL = replace(EagerBackend.capabilities, probabilities=False)
 
@@ -39,8 +41,16 @@ class AdvanceInBackward(torch.autograd.Function):
 
 
 @pytest.fixture
-def clock():
+def clock(monkeypatch):
+    """A fake clock. It stands still while the model's code runs, so a sample would have as many runs as are allowed."""
+    monkeypatch.setattr(race, "MOST_RUNS", 2)
     return FakeClock()
+
+
+@pytest.fixture
+def many_runs(clock, monkeypatch):
+    """Allow as many runs in a sample as without a fake clock."""
+    monkeypatch.setattr(race, "MOST_RUNS", MOST_RUNS)
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,7 @@ def test_backends_take_turns_in_each_round(add, clock):
     assert order[-6:] == ["first", "second"] * 3
 
 
-def test_sample_of_a_short_run_has_several_runs(add, clock):
+def test_sample_of_a_short_run_has_several_runs(add, clock, many_runs):
     cls = add("short", seconds=2**-9)
     outcomes = race.race(attention(), [cls()], grad=False, rounds=2, clock=clock)
     assert outcomes["short"].seconds == 2**-9
@@ -192,7 +192,7 @@ def test_times_belong_to_their_backend(add, clock):
     assert {name: outcome.kernel for name, outcome in outcomes.items()} == {name: f"{name}-kernel" for name in samples}
 
 
-def test_samples_of_short_runs_have_their_own_number_of_runs(add, clock):
+def test_samples_of_short_runs_have_their_own_number_of_runs(add, clock, many_runs):
     shortest, short, long = add("shortest", seconds=2**-11), add("short", seconds=2**-10), add("long", seconds=2**-6)
     outcomes = raced(shortest, short, long, rounds=1, clock=clock)
     assert {name: outcome.seconds for name, outcome in outcomes.items()} == {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from functools import partial
 
 import pytest
@@ -80,6 +82,7 @@ def test_plans_of_all_shootouts_are_valid_on_a_card(monkeypatch, backends):
     backends("sdpa", "auto")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     plans = []
+    monkeypatch.setattr(rows_module, "load_models", lambda families: None)  # imports that use the card
     monkeypatch.setattr(rows_module, "run", lambda plan, **rest: plans.append(plan))
     for item in agenda(FULL):
         if getattr(item.run, "keywords", {}).get("scope"):
@@ -113,6 +116,16 @@ def test_reduced_workloads_keep_their_names(monkeypatch):
         model = workload.build()
         assert sum(parameter.numel() for parameter in model.parameters()) < 200_000, name
         assert type(model).__name__ in workload.model_class and "(reduced)" in workload.checkpoint
+
+
+def test_a_collection_before_a_timed_run_visits_no_code_of_models(monkeypatch, backends):
+    backends("sdpa")
+    visited = []
+    monkeypatch.setattr(rows_module, "run", lambda plan, **rest: visited.append(len(gc.get_objects())))
+    gc.unfreeze()
+    before = len(gc.get_objects())
+    rows(TINY, lambda results: None, families=("led",), scope="module", seq_lens=(24,))
+    assert "transformers.models.led.modeling_led" in sys.modules and visited[0] < before / 100
 
 
 def test_rows_are_kept_after_each_case(kept, backends):
