@@ -169,6 +169,18 @@ def test_by_default_every_backend_has_a_row_and_dense_ones_stop_at_their_limit(o
     assert "--backend wrong" in skipped["wrong"].reason
 
 
+def test_tables_fit_the_terminal_and_cut_no_word(of_every_backend):
+    result = of_every_backend
+    wide = printed(result, 1000)
+    for width in (60, 80, 120):
+        narrow = printed(result, width)
+        assert all(len(line.rstrip()) <= width for line in narrow.splitlines())
+        assert set(narrow.split()) <= set(wide.split())
+        titles = next(line.split() for line in narrow.splitlines() if line.startswith("backend"))
+        assert {"backend", "kernel", "median", "speed", "memory", "gate"} <= set(titles)
+        assert width < 80 or {"min", "max", "peak"} <= set(titles)
+
+
 def test_failures_have_rows(shootout):
     result = shootout("broken")
     row = row_of(result, "broken")
@@ -199,18 +211,6 @@ def test_training_is_skipped_above_its_limit(shootout):
 def test_module_runs_at_lengths_above_the_position_table(shootout, scope):
     result = shootout("sdpa", scope=scope, seq_lens=(160,), modes=MODES)
     assert {row.status for row in result.rows} == {"ok"}
-
-
-def test_tables_fit_the_terminal_and_cut_no_word(of_every_backend):
-    result = of_every_backend
-    wide = printed(result, 1000)
-    for width in (60, 80, 120):
-        narrow = printed(result, width)
-        assert all(len(line.rstrip()) <= width for line in narrow.splitlines())
-        assert set(narrow.split()) <= set(wide.split())
-        titles = next(line.split() for line in narrow.splitlines() if line.startswith("backend"))
-        assert {"backend", "kernel", "median", "speed", "memory", "gate"} <= set(titles)
-        assert width < 80 or {"min", "max", "peak"} <= set(titles)
 
 
 def test_table_names_lengths_and_modes_that_did_not_run(shootout):
