@@ -65,6 +65,13 @@ def shootout() -> Callable[..., Shootout]:
     return run_plan
 
 
+@pytest.fixture(scope="package")
+def plain() -> Shootout:
+    """A shootout of the original and ``sdpa`` that ran once, for tests that only read it."""
+    with planted():
+        return run_plan("sdpa")
+
+
 def invoke_bench(*arguments: str) -> Any:
     """Run ``attnzoo bench`` in this process."""
     app = typer.Typer()

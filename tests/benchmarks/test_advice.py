@@ -15,18 +15,18 @@ PAGE = ROOT / "docs" / "guide" / "which-backend.md"
 
 
 @pytest.fixture
-def page_of(shootout, tmp_path):
+def page_of(plain, tmp_path):
     """Return a function that makes the page from one run, in which the backends have these seconds and peaks."""
 
     def make(folder="one", device="cpu", **backends):
-        first, *_ = shootout("sdpa").rows
+        first, *_ = plain.rows
         values = {"native": (1.0, 1000), **backends}
         rows = [
             replace(first, backend=name, seconds=seconds, peak_bytes=peak, device=device)
             for name, (seconds, peak) in values.items()
         ]
         rows = [replace(row, versions={**row.versions, "gpu": "a card"}).compared_with(rows[0]) for row in rows]
-        replace(shootout("sdpa"), rows=tuple(rows)).write(tmp_path / folder / "tiny.json")
+        replace(plain, rows=tuple(rows)).write(tmp_path / folder / "tiny.json")
         return advice.page(tmp_path)
 
     return make

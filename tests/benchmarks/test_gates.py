@@ -169,6 +169,18 @@ def test_by_default_every_backend_has_a_row_and_dense_ones_stop_at_their_limit(o
     assert "--backend wrong" in skipped["wrong"].reason
 
 
+def test_tables_fit_the_terminal_and_cut_no_word(of_every_backend):
+    result = of_every_backend
+    wide = printed(result, 1000)
+    for width in (60, 80, 120):
+        narrow = printed(result, width)
+        assert all(len(line.rstrip()) <= width for line in narrow.splitlines())
+        assert set(narrow.split()) <= set(wide.split())
+        titles = next(line.split() for line in narrow.splitlines() if line.startswith("backend"))
+        assert {"backend", "kernel", "median", "speed", "memory", "gate"} <= set(titles)
+        assert width < 80 or {"min", "max", "peak"} <= set(titles)
+
+
 def test_failures_have_rows(shootout):
     result = shootout("broken")
     row = row_of(result, "broken")
@@ -201,18 +213,6 @@ def test_module_runs_at_lengths_above_the_position_table(shootout, scope):
     assert {row.status for row in result.rows} == {"ok"}
 
 
-def test_tables_fit_the_terminal_and_cut_no_word(of_every_backend):
-    result = of_every_backend
-    wide = printed(result, 1000)
-    for width in (60, 80, 120):
-        narrow = printed(result, width)
-        assert all(len(line.rstrip()) <= width for line in narrow.splitlines())
-        assert set(narrow.split()) <= set(wide.split())
-        titles = next(line.split() for line in narrow.splitlines() if line.startswith("backend"))
-        assert {"backend", "kernel", "median", "speed", "memory", "gate"} <= set(titles)
-        assert width < 80 or {"min", "max", "peak"} <= set(titles)
-
-
 def test_table_names_lengths_and_modes_that_did_not_run(shootout):
     result = shootout("sdpa", "absent", modes=MODES, seq_lens=(40, 80), train_limit=64)
     text = " ".join(printed(result).split())
@@ -221,12 +221,11 @@ def test_table_names_lengths_and_modes_that_did_not_run(shootout):
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_tables_fit_with_large_numbers(shootout, width):
+def test_tables_fit_with_large_numbers(plain, width):
     """The numbers are those of 16384 tokens on a slow machine."""
-    result = shootout("sdpa")
-    row = replace(row_of(result, "sdpa"), kernel="flash_cpu+flash+math_blocks", backend="flash_attention_2")
+    row = replace(row_of(plain, "sdpa"), kernel="flash_cpu+flash+math_blocks", backend="flash_attention_2")
     row = replace(row.with_times((71.11, 72.22, 83.33)), peak_bytes=9999 << 20, peak_ratio=12.34, speedup=12.34)
-    text = printed(replace(result, rows=(replace(row, seq_len=16384),)), width)
+    text = printed(replace(plain, rows=(replace(row, seq_len=16384),)), width)
     assert all(len(line.rstrip()) <= width for line in text.splitlines())
     assert line_of(text, "flash_attention_2")[-9:-3] == ["72.22", "s", "71.1-83.3", "12.34x", "9999", "MiB"]
 

@@ -163,9 +163,8 @@ def test_clock_cpu_does_not_count_the_time_of_other_programs(scope, shootout, mo
     assert " --clock cpu " in summary.command(result)
 
 
-def test_clock_is_wall_unless_asked_for(shootout):
-    result = shootout("sdpa")
-    assert result.plan["clock"] == "wall" and " --clock" not in summary.command(result)
+def test_clock_is_wall_unless_asked_for(plain):
+    assert plain.plan["clock"] == "wall" and " --clock" not in summary.command(plain)
     with pytest.raises(InvalidArgumentError, match="clock: got 'sun'"):
         make_plan(["tiny"], clock="sun", threads=1)
 

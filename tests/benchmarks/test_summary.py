@@ -53,12 +53,12 @@ def test_page_has_a_line_for_every_row_with_numbers(shootout, tmp_path):
     assert f"## `one`: {result.versions['cpu']}" in text and "### tiny, model, forward" in text
 
 
-def test_command_without_the_original(shootout, tmp_path):
+def test_command_without_the_original(shootout, plain, tmp_path):
     result = shootout("sdpa", original=False)
     result.write(tmp_path / "one" / "tiny.json")
     (row,) = result.rows
     assert row.backend == "sdpa" and row.seconds and row.peak_bytes and row.speedup is row.peak_ratio is None
-    assert " --no-original " in summary.command(result) and " --no-original " not in summary.command(shootout("sdpa"))
+    assert " --no-original " in summary.command(result) and " --no-original " not in summary.command(plain)
     assert "| - |" in summary.page(tmp_path)
 
 
@@ -78,9 +78,9 @@ def test_page_shows_the_overhead_of_host_scopes(shootout, tmp_path):
     assert "--scope overhead" in summary.command(result)
 
 
-def test_page_starts_with_whole_models(shootout, tmp_path):
+def test_page_starts_with_whole_models(shootout, plain, tmp_path):
     shootout("sdpa", scope="attention", peers=False).write(tmp_path / "one" / "a.json")
-    shootout("sdpa").write(tmp_path / "one" / "b.json")
+    plain.write(tmp_path / "one" / "b.json")
     headings = [line for line in summary.page(tmp_path).splitlines() if line.startswith("### ")]
     assert headings == ["### tiny, model, forward", "### tiny, attention, forward"]
 
@@ -96,11 +96,11 @@ def test_page_refuses_a_folder_without_results(tmp_path):
         summary.page(tmp_path)
 
 
-def test_fewer_layers_are_in_the_command_and_below_the_table(shootout, tmp_path):
+def test_fewer_layers_are_in_the_command_and_below_the_table(shootout, plain, tmp_path):
     result = shootout("sdpa", layers=1)
     result.write(tmp_path / "one" / "tiny.json")
     assert {row.note for row in result.rows} == {"1 layer(s) in each stack, fewer than published"}
-    assert " --layers 1 " in summary.command(result) and " --layers " not in summary.command(shootout("sdpa"))
+    assert " --layers 1 " in summary.command(result) and " --layers " not in summary.command(plain)
     assert "1 layer(s) in each stack" in summary.page(tmp_path)
 
 

@@ -22,7 +22,7 @@ def two_processes():
 
     ``run`` raises the first exception of a process. The processes serve many calls, because they import for seconds.
     """
-    with ProcessPoolExecutor(COUNT, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(COUNT, mp_context=_context()) as pool:
 
         def run(function, *arguments):
             with tempfile.TemporaryDirectory() as folder:
@@ -32,6 +32,15 @@ def two_processes():
                     call.result()
 
         yield run
+
+
+def _context():
+    """Return the context that starts processes: if possible, a fork server, which imports torch and a model once."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers.models.led.modeling_led"])
+    return context
 
 
 def _call(function, rank, folder, arguments):
