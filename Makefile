@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # ARGS are arguments for the tool that a target runs: make test ARGS="-k led", make shootout ARGS="--full"
 ARGS ?=
+# The tests start many processes. Each has one thread, and shares the compiled bytecode even if the shell forbids to write it.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
 # The oldest supported transformers (see pyproject.toml), and the newest that the adapters are verified with.
 # constraints.txt pins the version that the results in this repository were made with.
@@ -33,7 +35,7 @@ shootout: $(STAMP) ## run the benchmark: every backend against the original mode
 	$(BIN)/attnzoo bench $(ARGS)
 
 test: $(STAMP) ## run the tests, as CI does
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 $(ARGS)
 
 .venv-oldest/.installed: TRANSFORMERS := $(OLDEST)
 .venv-newest/.installed: TRANSFORMERS := $(NEWEST)
@@ -44,17 +46,17 @@ $(OTHER_VENVS:=/.installed): pyproject.toml constraints.txt Makefile
 	@touch $@
 
 test-oldest: .venv-oldest/.installed ## run the tests with the oldest supported transformers
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 $(ARGS)
+	$(TEST_ENV) .venv-oldest/bin/python -m pytest -n 2 $(ARGS)
 
 test-newest: .venv-newest/.installed ## run the tests with the newest verified transformers
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 $(ARGS)
+	$(TEST_ENV) .venv-newest/bin/python -m pytest -n 2 $(ARGS)
 
 test-long: $(STAMP) ## run the property tests with more than 25,000 examples per exact backend (1 to 2 hours on 2 cores)
-	ATTNZOO_HYPOTHESIS_PROFILE=long OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/properties $(ARGS)
+	ATTNZOO_HYPOTHESIS_PROFILE=long $(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/properties $(ARGS)
 
 test-interpreted: $(STAMP) ## run the whole conformance kit on the Triton kernels, interpreted on the CPU, and compile them for three cards
-	ATTNZOO_HYPOTHESIS_PROFILE=long TRITON_INTERPRET=1 ATTNZOO_INTERPRETED_EXAMPLES=50 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/backends/triton/interpreted $(ARGS)
-	ATTNZOO_HYPOTHESIS_PROFILE=long OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/backends/triton/test_compiled.py $(ARGS)
+	ATTNZOO_HYPOTHESIS_PROFILE=long TRITON_INTERPRET=1 ATTNZOO_INTERPRETED_EXAMPLES=50 $(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/backends/triton/interpreted $(ARGS)
+	ATTNZOO_HYPOTHESIS_PROFILE=long $(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/backends/triton/test_compiled.py $(ARGS)
 
 # Without a virtual environment, the packages of $(PYTHON) run the checkout: nothing is installed, no network is needed.
 gpu: ## measure what matters on a CUDA device, within five minutes: make gpu ARGS="--seconds 3600 --out DIR"
@@ -65,7 +67,7 @@ test-cuda: $(STAMP) ## run the tests that need a CUDA device, in 8 processes
 	ATTNZOO_HYPOTHESIS_PROFILE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 8 -m cuda $(ARGS)
 
 mutants: $(STAMP) ## plant 200 random faults in the source and list those that no test catches
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m tests.mutants $(ARGS)
 
 lint: $(STAMP) ## run ruff (rules and format), mypy and import-linter
 	$(BIN)/ruff check .
