@@ -54,6 +54,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "pair = distance.new_full((3 * reach + 1,), -1).scatter(0, distance, _numbers(distance, len(distance)))",
     ): "the additional entries stay -1, and entries of -1 are not read",
     (
+        "adapters/longt5_bias.py",
+        "pair = distance.new_full((2 * reach + 1,), -1).scatter(0, distance, _numbers(distance, len(distance)))",
+        "pair = distance.new_full((2 * reach + 2,), -1).scatter(0, distance, _numbers(distance, len(distance)))",
+    ): "the additional entry stays -1, and entries of -1 are not read",
+    (
         "adapters/longt5.py",
         'mask, "tokens", lambda mask: read_blocked_mask(mask, module.block_len, hidden_states)',
         "mask, None, lambda mask: read_blocked_mask(mask, module.block_len, hidden_states)",
