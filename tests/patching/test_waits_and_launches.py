@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
+from attnzoo.errors import BackendRefusedError
 from attnzoo.spec.transforms import hides_nothing, readable_at_once
 from tests.support.device_without_data import WaitError, Waits, modules_of, run_module
 from tests.support.models import FAMILIES
@@ -29,6 +30,21 @@ WAITS = {
     "PegasusXGlobalLocalAttention": {"adapters/pegasus_x.py: _real"},
     **dict.fromkeys(("LEDDecoderAttention", "LongT5Attention", "PegasusXAttention"), DENSE_MASK),
     "BigBirdPegasusDecoderAttention": DENSE_MASK,
+}
+# FlashAttention takes the lengths of samples without padding, so the host must know them.
+LENGTHS = {"attnzoo/backends/varlen/calls.py: _plan"}
+WAITS_OF_FLASH = {
+    **dict.fromkeys(("LEDEncoderSelfAttention", "LongformerSelfAttention", "LocalSelfAttention"), LENGTHS),
+    "LSHSelfAttention": LENGTHS,
+    "PegasusXGlobalLocalAttention": LENGTHS | {"attnzoo/backends/varlen/calls.py: _chunk_calls"},
+}
+# FlexAttention computes neither dense biases nor sorted chunks, and FlashAttention computes no biases.
+REFUSED = {
+    "flex_attention": {"LongT5Attention", "LSHSelfAttention"},
+    "flash_attention_2": {
+        *("LongT5Attention", "LongT5LocalAttention", "LongT5TransientGlobalAttention"),
+        *("BigBirdAttention", "BigBirdPegasusEncoderAttention"),
+    },
 }
 # Without padding, transformers makes no mask for these.
 MASK_FOR_PADDING = {"GPTNeoXAttention", "GPTBigCodeAttention"}
@@ -52,12 +68,20 @@ def captured():
     return get
 
 
-@pytest.mark.parametrize(("backend", "side"), [("triton", "none"), ("triton", "right"), ("sdpa", "right")])
+@pytest.mark.parametrize(
+    ("backend", "side"),
+    [("triton", "none"), *((name, "right") for name in ("triton", "sdpa", "flex_attention", "flash_attention_2"))],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_host_waits_only_where_this_file_says_so(captured, family, backend, side):
-    waits = {cls: run_module(*call, backend).waits for cls, call in captured(family, side).items()}
+    modules, refused = captured(family, side), REFUSED.get(backend, set())
+    for cls in refused & modules.keys():
+        with pytest.raises(BackendRefusedError):
+            run_module(*modules[cls], backend)
+    waits = {cls: run_module(*call, backend).waits for cls, call in modules.items() if cls not in refused}
     expected = {**WAITS, **(dict.fromkeys(MASK_FOR_PADDING, DENSE_MASK) if side == "right" else {})}
-    assert waits == {cls: expected.get(cls, set()) for cls in waits} and waits
+    of_flash = WAITS_OF_FLASH if backend == "flash_attention_2" else {}
+    assert waits == {cls: expected.get(cls, set()) | of_flash.get(cls, set()) for cls in waits} and modules
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "longt5-local", "reformer"])

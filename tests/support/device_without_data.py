@@ -3,13 +3,20 @@
 import copy
 import inspect
 import traceback
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 import attnzoo
+from attnzoo.backends.flex import backend as flex
+from attnzoo.backends.flex.backend import FlexBackend
+from attnzoo.backends.varlen import calls
+from attnzoo.backends.varlen.flash import FlashBackend
 from attnzoo.benchmarks.cases import ModuleCall
 from attnzoo.benchmarks.gpu import prediction
 from attnzoo.benchmarks.gpu.prediction.count import run
@@ -37,6 +44,46 @@ class Waits(Reads):
 
     def size_read(self, func, args, kwargs):
         raise WaitError(_place())
+
+
+@contextmanager
+def _more_backends():
+    """Let FlexAttention and FlashAttention run on the device without data.
+
+    Another operator replaces compiled FlexAttention. FlashAttention reads which tokens are padding: here, none are.
+    """
+
+    def compiled(form):
+        def attend(query, key, value, lists, terms):
+            scores = query.sum(-1, keepdim=True) + (key.sum() + value.sum() + terms.table.sum()).to(query.dtype)
+            return scores.expand(*query.shape[:3], value.shape[3])
+
+        return attend
+
+    def range_of(mask):
+        int(mask.sum())  # a read
+        return [calls._Range(0, mask.shape[1], mask.shape[1])] * mask.shape[0]
+
+    def unordered_calls(attention, number, queries, keys):
+        masks = (attention.query_mask, attention.segments[number].key_mask)
+        any(int(mask.sum()) for mask in masks if mask is not None)  # a read
+        sequences = calls.Sequences(tuple(queries.lens), tuple(keys.lens), attention.query.device)
+        return [calls.Call(number, sequences, queries.rows, keys.rows)]
+
+    def ranges(masks):
+        return [None if mask is None else range_of(mask) for mask in masks]
+
+    with ExitStack() as stack:
+        for cls in (FlexBackend, FlashBackend):
+            devices = cls.capabilities.devices | {"meta"}
+            stack.enter_context(mock.patch.object(cls, "capabilities", replace(cls.capabilities, devices=devices)))
+            stack.enter_context(mock.patch.object(cls, "unavailable", classmethod(lambda cls: None)))
+        stack.enter_context(mock.patch.dict(flex.BLOCK_SHAPES, meta=flex.BLOCK_SHAPES["cuda"]))
+        stack.enter_context(mock.patch.object(flex, "compiled_kernel", compiled))
+        stack.enter_context(mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()))  # it refuses meta
+        stack.enter_context(mock.patch.object(calls, "_ranges", ranges))
+        stack.enter_context(mock.patch.object(calls, "_unordered_calls", unordered_calls))
+        yield
 
 
 def _place():
@@ -87,14 +134,20 @@ def modules_of(family, side, length=40):
 
 
 def run_module(module, args, kwargs, backend):
-    """Run a module twice on the device without data, forward and backward, and return what the second call did."""
-    module = copy.deepcopy(module).train(False)
-    args, kwargs = tree_map_only(torch.Tensor, _leaf, (args, kwargs))
-    recorded = run(ModuleCall(module, "*", module, args, kwargs, []), backend, True, Waits)
+    """Run a module twice on the device without data, forward and backward, and return what the second call did.
+
+    FlashAttention runs in bfloat16.
+    """
+    dtype = torch.bfloat16 if backend == FlashBackend.name else torch.float32
+    module = copy.deepcopy(module).train(False).to(dtype)
+    args, kwargs = tree_map_only(torch.Tensor, partial(_leaf, dtype), (args, kwargs))
+    with _more_backends():
+        recorded = run(ModuleCall(module, "*", module, args, kwargs, []), backend, True, Waits)
     names = ([work.name for work in works] for works in (recorded.forward, recorded.backward))
     return Ran({place for place in recorded.reads.places if place}, *names)
 
 
-def _leaf(tensor):
-    is_states = tensor.is_floating_point() and tensor.ndim == 3
-    return tensor.detach().requires_grad_(is_states)
+def _leaf(dtype, tensor):
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().to(dtype).requires_grad_(tensor.ndim == 3)
