@@ -64,11 +64,15 @@ def _bytes(name: str, kwargs: dict[str, Any], segments: tuple[Keys, ...], visits
     """Return the bytes of all tensors. Rows that several tiles read count once: the next time, a cache has them."""
     sizes = _sizes(kwargs)
     total = sum(sizes.values())
-    if name == "key_kernel":  # writes the gradients of all keys, also of those that no query sees
+    if name == "key_kernel":
         of_queries = (kwargs["query"].data, kwargs["grad_out"].data, kwargs["delta"], *kwargs["softmax"])
         total -= int((1.0 - visits[0].queries) * sum(sizes[id(tensor)] for tensor in of_queries))
-        gradients = sizes[id(kwargs["grad_key"].data)] + sizes[id(kwargs["grad_value"].data)]
-        return total + kwargs["ADDS"] * gradients
+        gradients = sum(sizes[id(kwargs[name].data)] for name in ("grad_key", "grad_value"))
+        total += kwargs["ADDS"] * gradients
+        if kwargs["ADDS"] and segments[0].kind.value == kinds.SORTED.value:  # leaves out keys that no query sees
+            of_keys = sum(sizes[id(tensor.data)] for tensor in (segments[0].key, segments[0].value))
+            total -= int((1.0 - visits[0].keys) * (of_keys + 2 * gradients))
+        return total
     shares: dict[int, float] = {}
     for segment, visit in zip(segments, visits, strict=True):
         for tensor in (segment.key.data, segment.value.data):

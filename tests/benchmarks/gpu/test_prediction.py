@@ -77,6 +77,8 @@ def test_bytes_of_operators():
     rows, index = meta(100, 8), meta(4, dtype=torch.int64)
     assert recorded(lambda: rows + meta(8)) == [Work("add", 0, 2 * (800 + 8 + 800))]
     assert recorded(lambda: rows * meta(1, 1).expand(100, 8)) == [Work("mul", 0, 2 * (800 + 1 + 800))]
+    repeated = meta(100, 8)[:1].expand(100, 8)
+    assert recorded(lambda: repeated.clone()) == [Work("clone", 0, 2 * (8 + 800))]
     assert recorded(lambda: rows.copy_(meta(100, 8))) == [Work("copy_", 0, 2 * (800 + 800))], "not read before"
     assert recorded(lambda: rows.add_(1)) == [Work("add_", 0, 2 * (800 + 800))]
     assert recorded(lambda: rows.index_select(0, index)) == [Work("index_select", 0, 2 * (32 + 32) + 4 * 8)]
@@ -87,14 +89,20 @@ def test_bytes_of_operators():
 def test_views_new_memory_and_the_host_launch_nothing():
     rows = meta(4, 8)
     assert recorded(lambda: rows.view(8, 4).T.unsqueeze(0).expand(3, 4, 8)[1:].split(1)) == []
-    assert recorded(lambda: (torch.empty_like(rows), rows.new_empty(3), rows.detach())) == []
+    assert recorded(lambda: (torch.empty_like(rows), rows.new_empty(3), meta(3), rows.detach())) == []
     assert recorded(lambda: torch.ones(3) + 1) == []
     assert [work.name for work in recorded(lambda: rows.reshape(8, 4).T.reshape(32))] == ["clone"]
 
 
 @pytest.mark.parametrize(
     ("left", "right", "tiles"),
-    [(TILE, TILE, 3 * 8 - 2), (TILE + 1, TILE, 4 * 8 - 4), (1, 0, 2 * 8 - 1), (8 * TILE, 8 * TILE, 64)],
+    [
+        (TILE, TILE, 3 * 8 - 2),
+        (TILE + 1, TILE, 4 * 8 - 4),
+        (TILE, TILE + 1, 4 * 8 - 4),
+        (1, 0, 2 * 8 - 1),
+        (8 * TILE, 8 * TILE, 64),
+    ],
 )
 def test_flops_of_a_window_are_those_of_the_visited_tiles(left, right, tiles):
     works = launches_of(8 * TILE, Window(left, right))
@@ -128,7 +136,7 @@ def test_bytes_of_a_window():
 
 
 def test_bytes_of_a_sorted_round_are_those_of_its_keys():
-    """In the forward, a round reads its chunks and the chunk before. In the backward, it adds to all gradients."""
+    """A round reads its chunks and the chunk before. In the backward, it adds to their gradients."""
     length, order = 8 * TILE, meta(BATCH, HEADS, 8 * TILE, dtype=torch.int64)
     token = meta(BATCH, HEADS, 16 * TILE, dtype=torch.int64)
     rounds = [SortedChunks(2 * TILE, 1, 0, False, start, order, token) for start in (0, length)]
@@ -139,8 +147,8 @@ def test_bytes_of_a_sorted_round_are_those_of_its_keys():
     assert first == (8 + 2 * (8 + 2) + 2 * 8) * tile + others, "query; keys and values; float32 output"
     assert second == first + 8 * tile, "bfloat16 output, but also the float32 output of the first round"
     of_keys = {work.bytes for work in works if work.name == "key_kernel"}
-    gradients = 2 * 2 * 2 * 16  # key and value in float32, of both rounds, read and written
-    assert of_keys == {(2 * 8 + 2 * 16 + gradients) * tile + others + 4 * BATCH * HEADS * length}
+    gradients = 2 * 2 * 2 * (8 + 2)  # key and value in float32, read and written
+    assert of_keys == {(2 * 8 + 2 * (8 + 2) + gradients) * tile + others + 4 * BATCH * HEADS * length}
 
 
 def test_launches_are_those_of_the_test_of_waits():
@@ -169,10 +177,14 @@ def test_no_value_is_read():
 
 
 def test_the_process_is_unchanged_afterwards():
-    before = registry.backend_class("triton").capabilities, torch.cuda.get_device_capability
+    states, backend = meta(1, 2, 8, 64), registry.backend_class("triton")()
+    request = Attention(states, (Segment(states, states),), 1.0).request()
+    before = type(backend).capabilities, torch.cuda.get_device_capability
+    assert registry.refusals(backend, request)
     with readable_by_nobody(lambda *_: None):
-        assert "meta" in registry.backend_class("triton").capabilities.devices
-    assert (registry.backend_class("triton").capabilities, torch.cuda.get_device_capability) == before
+        assert not registry.refusals(backend, request)
+    assert registry.refusals(backend, request)
+    assert (type(backend).capabilities, torch.cuda.get_device_capability) == before
 
 
 def test_seconds_are_the_slowest_of_flops_bytes_and_launches():
