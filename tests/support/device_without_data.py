@@ -133,16 +133,16 @@ def modules_of(family, side, length=40):
     return calls
 
 
-def run_module(module, args, kwargs, backend):
-    """Run a module twice on the device without data, forward and backward, and return what the second call did.
+def run_module(module, args, kwargs, backend, train=True):
+    """Run a module twice on the device without data, and return what the second call did.
 
-    FlashAttention runs in bfloat16.
+    With ``train``, a backward follows the forward. FlashAttention runs in bfloat16.
     """
     dtype = torch.bfloat16 if backend == FlashBackend.name else torch.float32
     module = copy.deepcopy(module).train(False).to(dtype)
     args, kwargs = tree_map_only(torch.Tensor, partial(_leaf, dtype), (args, kwargs))
     with _more_backends():
-        recorded = run(ModuleCall(module, "*", module, args, kwargs, []), backend, True, Waits)
+        recorded = run(ModuleCall(module, "*", module, args, kwargs, []), backend, train, Waits)
     names = ([work.name for work in works] for works in (recorded.forward, recorded.backward))
     return Ran({place for place in recorded.reads.places if place}, *names)
 
