@@ -20,7 +20,7 @@ MULTIPROCESSORS = 132  # of an H100 SXM and of an H200
 Launch = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], object]
 
 
-class _AbsentCard(DriverBase):  # type: ignore[misc]
+class _AbsentCard(DriverBase):
     """The driver of a card that is not there. Triton compiles for its capability, and nothing can be launched."""
 
     def __init__(self, capability: tuple[int, int]) -> None:

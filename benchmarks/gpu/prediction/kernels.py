@@ -96,17 +96,20 @@ def _visits(name: str, grid: tuple[int, ...], kwargs: dict[str, Any], segment: K
     if name == "distance_kernel":
         key = first[:, None] + kwargs["lowest"] + np.arange(grid[0]) * columns
         return Visits(int(np.count_nonzero((key + columns > 0) & (key < kv_len))), 1.0, 1.0)
-    place = first + _number(numbers.start)
+    place: Array = first + _number(numbers.start)
     last = np.minimum(first + rows, q_len) - 1 + _number(numbers.start)
     return visits_of(spans(segment, numbers, place, last), kv_len, columns)
 
 
 def visits_of(spans: list[tuple[Array, Array]], kv_len: int, columns: int) -> Visits:
-    """Return the visits of tiles of queries whose keys are in ``spans``. The spans of a tile share no tile of keys."""
-    counts, changes = np.zeros(len(spans[0][0]), int), np.zeros(-(-kv_len // columns) + 1, int)
+    """Return the visits of tiles of queries whose keys are in ``spans``, of which later spans have lower keys."""
+    counts: Array = np.zeros(len(spans[0][0]), int)
+    changes: Array = np.zeros(-(-kv_len // columns) + 1, int)
+    limit: Array = np.full(len(counts), len(changes))  # a tile that two spans share counts once
     for start, stop in spans:
-        begin = start // columns
-        end = np.where(stop > start, -(-stop // columns), begin)
+        begin: Array = start // columns
+        end = np.where(stop > start, np.clip(-(-stop // columns), begin, np.maximum(begin, limit)), begin)
+        limit = np.where(end > begin, begin, limit)
         counts += end - begin
         np.add.at(changes, begin, 1)
         np.add.at(changes, end, -1)
@@ -127,8 +130,8 @@ def spans(segment: Keys, numbers: Numbers, place: Array, last: Array) -> list[tu
         start = np.maximum(place + _number(numbers.lowest), 0)
         return [(start, np.minimum(last + _number(numbers.highest) + 1, kv_len))]
     length, before, count = (_number(number) for number in (numbers.length, numbers.before, numbers.chunks))
-    first_chunk = place // length - before
-    last_chunk = last // length - before + _number(numbers.reach)
+    first_chunk: Array = place // length - before
+    last_chunk: Array = last // length - before + _number(numbers.reach)
     is_whole = last_chunk - first_chunk + 1 >= count
     head = np.where(is_whole, 0, first_chunk % count)
     tail = np.where(is_whole, count - 1, last_chunk % count)

@@ -6,6 +6,7 @@ import json
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ from attnzoo.benchmarks.gpu.prediction import __main__ as command
 from attnzoo.benchmarks.gpu.prediction import card, page, stored
 from attnzoo.benchmarks.gpu.prediction.count import Answers, run
 from attnzoo.benchmarks.gpu.prediction.goals import GOALS, NATIVE, Goal
-from attnzoo.benchmarks.gpu.prediction.kernels import work_of
+from attnzoo.benchmarks.gpu.prediction.kernels import Visits, visits_of, work_of
 from attnzoo.benchmarks.gpu.prediction.meta import readable_by_nobody
 from attnzoo.benchmarks.gpu.prediction.stored import Count
 from attnzoo.benchmarks.gpu.prediction.work import Recorder, Work
@@ -124,6 +125,12 @@ def test_visited_tiles_contain_every_visible_key(pattern):
     tiles = forward.flops / (4 * DIM * BATCH * HEADS * TILE * TILE)
     slack = 0 if not isinstance(pattern, Chunks) else 2  # the first chunk of a sequence may see the last
     assert needed <= tiles <= needed + slack
+
+
+def test_a_tile_in_two_spans_of_keys_counts_once():
+    spans = [(np.array([100, 0]), np.array([192, 64])), (np.array([0, 0]), np.array([70, 0]))]
+    assert visits_of(spans, 192, TILE) == Visits(tiles=3 + 1, keys=1.0, queries=1.0)
+    assert visits_of(spans, 192, 32) == Visits(tiles=3 + 3 + 2, keys=1.0, queries=1.0)
 
 
 def test_bytes_of_a_window():
