@@ -31,12 +31,14 @@ WAITS = {
     **dict.fromkeys(("LEDDecoderAttention", "LongT5Attention", "PegasusXAttention"), DENSE_MASK),
     "BigBirdPegasusDecoderAttention": DENSE_MASK,
 }
-# FlashAttention takes the lengths of samples without padding, so the host must know them.
-LENGTHS = {"attnzoo/backends/varlen/calls.py: _plan"}
+# FlashAttention takes the lengths of samples without padding, so the host must know them, and copies them back.
+CALLS = "attnzoo/backends/varlen/calls.py"
+LENGTHS = {f"{CALLS}: _plan", f"{CALLS}: <genexpr>"}
 WAITS_OF_FLASH = {
-    **dict.fromkeys(("LEDEncoderSelfAttention", "LongformerSelfAttention", "LocalSelfAttention"), LENGTHS),
-    "LSHSelfAttention": LENGTHS,
-    "PegasusXGlobalLocalAttention": LENGTHS | {"attnzoo/backends/varlen/calls.py: _chunk_calls"},
+    **dict.fromkeys(("LEDEncoderSelfAttention", "LongformerSelfAttention"), LENGTHS),
+    "LocalSelfAttention": LENGTHS | {f"{CALLS}: rows_of"},
+    "LSHSelfAttention": LENGTHS | {"attnzoo/backends/varlen/sorted_calls.py: sorted_rows"},
+    "PegasusXGlobalLocalAttention": LENGTHS | {f"{CALLS}: _chunk_calls", f"{CALLS}: rows_of"},
 }
 # FlexAttention computes neither dense biases nor sorted chunks, and FlashAttention computes no biases.
 REFUSED = {
@@ -109,7 +111,8 @@ def test_every_way_to_read_a_value_is_noticed():
     with Waits() as waits:
         assert bool(flags.all()) and not bool(flags.any()) and torch.equal(flags, flags)
         assert int(numbers.sum()) == numbers.sum().item() == 1 and isinstance(float(numbers.sum()), float)
-        assert len(waits.places) == 6
+        torch.tensor([1, 2], device="meta"), torch.tensor(0.5, device=torch.device("meta")), torch.tensor(1)
+        assert len(waits.places) == 8
         for read in (flags.nonzero, numbers.tolist, lambda: numbers[flags], lambda: numbers.masked_select(flags)):
             with pytest.raises(WaitError):
                 read()

@@ -27,6 +27,8 @@ _SIZES = (torch.Tensor.nonzero, torch.nonzero, torch.Tensor.tolist, torch.masked
 class Reads(TorchFunctionMode):
     """Answers where Python reads a value of the device ``meta``. Subclasses say what they do about a read.
 
+    ``torch.tensor`` counts as a read: the host waits until its numbers are on the device.
+
     The answers are those of a mask that hides nothing: 1 for a number, False for ``any``, otherwise True.
     """
 
@@ -35,7 +37,7 @@ class Reads(TorchFunctionMode):
         self._any: list[Tensor] = []  # results of ``any``
 
     def value_read(self) -> None:
-        """Handle that a bool or a number is read."""
+        """Handle that the host waits for a bool, for a number, or for a copy to the device."""
         raise NotImplementedError
 
     def size_read(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -44,6 +46,8 @@ class Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensor, kwargs = args[0] if args else None, kwargs or {}
+        if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "meta":
+            self.value_read()
         if isinstance(tensor, Tensor) and tensor.is_meta:
             if func == torch.Tensor.is_meta.__get__:  # type: ignore[attr-defined]
                 return False  # attnzoo refuses masks on meta, which have no values
