@@ -18,7 +18,7 @@ OLDEST := 5.17.0
 NEWEST := 5.24.0
 OTHER_VENVS := .venv-oldest .venv-newest
 
-.PHONY: help venv shootout test test-oldest test-newest test-long test-interpreted gpu test-cuda mutants lint typecheck format docs docs-matrix docs-results docs-advice docs-plot docs-notebook docs-architectures build clean distclean
+.PHONY: help venv shootout test test-oldest test-newest test-long test-interpreted gpu test-cuda mutants lint typecheck format docs docs-matrix docs-results docs-prediction docs-advice docs-plot docs-notebook docs-architectures build clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -90,6 +90,9 @@ docs-matrix: $(STAMP) ## write docs/matrix.md from the declarations of adapters 
 
 docs-results: $(STAMP) ## write docs/results.md from the JSON files in benchmarks/results
 	$(BIN)/python -m attnzoo.benchmarks.summary benchmarks/results > docs/results.md
+
+docs-prediction: $(STAMP) ## count what attention modules would start on a GPU, and write the counts to benchmarks/results
+	OMP_NUM_THREADS=1 $(BIN)/python -m attnzoo.benchmarks.gpu.prediction --json benchmarks/results/gpu_prediction.json
 
 docs-advice: $(STAMP) ## write docs/guide/which-backend.md from the JSON files in benchmarks/results
 	$(BIN)/python -m attnzoo.benchmarks.advice benchmarks/results > docs/guide/which-backend.md

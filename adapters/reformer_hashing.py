@@ -1,10 +1,12 @@
-"""Hash the queries of LSH attention in slices on the CPU, with the buckets of the original code.
+"""Hash the queries of LSH attention, with the buckets of the original code and less memory traffic.
 
 A query is rotated at random. With ``n`` buckets, the bucket is the index of the largest of the ``n`` numbers
-``[rotated, -rotated]`` (Andoni et al. 2015, arXiv:1509.02897). The rotated queries of all rounds are many times as
-large as the queries, so slices of queries are rotated. All slices use the same rotations. On the CPU, the matrix
-product of a slice has exactly the same values as these rows in the product of all queries, unless a slice is very
-short.
+``[rotated, -rotated]`` (Andoni et al. 2015, arXiv:1509.02897). The original code stores this concatenation, which is
+many times as large as the queries. This module does not.
+
+On the CPU, slices of queries are rotated. All slices use the same rotations. The matrix product of a slice has exactly
+the same values as these rows in the product of all queries, unless a slice is very short. Other devices may select
+another kernel for a slice, so they rotate all queries at once.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from attnzoo.errors import InvalidArgumentError
 HASHED_AT_ONCE = 384
 
 
-def hash_in_slices(hasher: Any, query: Tensor, hashes: int, attention_mask: Tensor | None) -> Tensor:
-    """Return the result of ``hasher._hash_vectors``, the original code, computed in slices.
+def hash_queries(hasher: Any, query: Tensor, hashes: int, attention_mask: Tensor | None) -> Tensor:
+    """Return the result of ``hasher._hash_vectors``, the original code. On the CPU, it is computed in slices.
 
     The random state afterwards also equals that of the original code.
 
@@ -47,7 +49,7 @@ def hash_in_slices(hasher: Any, query: Tensor, hashes: int, attention_mask: Tens
     shape = (heads, dim, hashes, sum(factors) // 2)
     rotations = torch.randn(shape, dtype=query.dtype, device=query.device)
     buckets = torch.empty((batch, heads, hashes, length), dtype=torch.long, device=query.device)
-    search = _FirstLargest()
+    search = _FirstLargest() if query.device.type == "cpu" else first_largest
     for rows, out in zip(_slices(query, 2), _slices(buckets, 3), strict=True):
         rotated, product, total = torch.einsum("bmtd,mdhr->bmhtr", rows, rotations), 1, torch.zeros_like(out)
         for factor, part in zip(factors, rotated.split([factor // 2 for factor in factors], dim=-1), strict=True):
@@ -62,13 +64,20 @@ def hash_in_slices(hasher: Any, query: Tensor, hashes: int, attention_mask: Tens
 
 
 def _slices(tensor: Tensor, dim: int) -> tuple[Tensor, ...]:
-    return tensor.tensor_split(max(1, tensor.shape[dim] // HASHED_AT_ONCE), dim=dim)
+    count = tensor.shape[dim] // HASHED_AT_ONCE if tensor.device.type == "cpu" else 1
+    return tensor.tensor_split(max(1, count), dim=dim)
+
+
+def first_largest(x: Tensor) -> Tensor:
+    """Return ``torch.cat([x, -x], -1).argmax(-1)``. ``max`` and ``min`` also return the first of equal numbers."""
+    highest, lowest = x.max(-1), x.min(-1)
+    return torch.where(highest.values < -lowest.values, lowest.indices + x.shape[-1], highest.indices)
 
 
 class _FirstLargest:
-    """Function that returns ``torch.cat([x, -x], -1).argmax(-1)``.
+    """:func:`first_largest` on the CPU, where ``argmax``, ``max`` and ``min`` compare one number at a time.
 
-    ``argmax`` compares one number at a time. The reductions below use vector instructions, and take half of the time.
+    The reductions below use vector instructions, and take half of the time.
     """
 
     def __init__(self) -> None:

@@ -70,7 +70,7 @@ class LocalCall:
             result = self._run(hidden_states, states, real, (pattern,), wanted)
             weights = () if result.dropped is None else result.dropped[0]
             output = merge_heads(result.output)
-        elif (size := self._slice_length(length, wanted)) is not None:
+        elif (size := self._slice_length(hidden_states, wanted)) is not None:
             output = self._in_slices(states, real, size)
         else:
             count = check_length(module, length)
@@ -94,8 +94,10 @@ class LocalCall:
         dropout = module.dropout if module.training else 0.0
         return self._attend(Attention(query, segments, 1.0 / math.sqrt(dim), dropout, query_mask), wanted)
 
-    def _slice_length(self, length: int, wanted: bool) -> int | None:
+    def _slice_length(self, states: Tensor, wanted: bool) -> int | None:
         """Return the number of tokens per slice, or None to compute all tokens at once.
+
+        Only the CPU computes slices. On a GPU, the launches of many small kernels take longer than the kernels.
 
         Slices must not change results. So there are no slices if gradients, dropout or probabilities are needed. A
         graph of ``torch.compile`` has no slices, because another number of slices would need another graph. There
@@ -103,12 +105,12 @@ class LocalCall:
         as the chunk after it. The causal pattern does not hide the first chunk, because its positions are earlier. In
         a slice, the first chunk would come after the last chunk, so the causal pattern would hide it.
         """
-        module = self._module
+        module, length = self._module, states.shape[1]
         around = module.num_chunks_before + module.num_chunks_after
         size = module.chunk_length * max(SLICE // module.chunk_length, SLICE_PER_NEIGHBOURHOOD * around, 1)
         plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or module.training or wanted)
         ends = bool(module.is_decoder) and module.num_chunks_after > 0
-        return size if plain and not ends and length >= 2 * size else None
+        return size if states.device.type == "cpu" and plain and not ends and length >= 2 * size else None
 
     def _in_slices(self, states: Tensor, real: Tensor | None, size: int) -> Tensor:
         """Return the output ``(batch, length, embed)``, computed in slices.

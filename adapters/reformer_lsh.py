@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnzoo.adapter import Attend
 from attnzoo.adapters.projections import project_by_head
-from attnzoo.adapters.reformer_hashing import HASHED_AT_ONCE, hash_in_slices
+from attnzoo.adapters.reformer_hashing import HASHED_AT_ONCE, hash_queries
 from attnzoo.adapters.reformer_layout import (
     MODULE,
     cached,
@@ -112,16 +112,16 @@ class LshCall:
     def _hash(self, query: Tensor, hashes: int, attention_mask: Tensor | None) -> Tensor:
         """Return the module's buckets ``(batch, heads, hashes * length)`` of queries ``(batch, heads, length, dim)``.
 
-        The CPU hashes long inputs in slices. Other devices may select another kernel for a slice, so they get all
-        queries at once.
+        The original code hashes short inputs on the CPU, and under ``torch.func`` transforms.
         """
         length = query.shape[2]
         if attention_mask is not None and not readable(attention_mask):  # the module's hashing reads the values
             got = f"{describe(attention_mask)}, which vmap maps over"
             raise InvalidArgumentError("attention_mask", got, "a tensor with in_dims=None in vmap")
         hasher = self._hasher(length)
-        if length >= 2 * HASHED_AT_ONCE and query.device.type == "cpu" and not transforms_around((query,)):
-            return hash_in_slices(hasher, query, hashes, attention_mask)
+        is_large = length >= 2 * HASHED_AT_ONCE or query.device.type != "cpu"
+        if is_large and not transforms_around((query,)):
+            return hash_queries(hasher, query, hashes, attention_mask)
         return torch.as_tensor(hasher._hash_vectors(query, hashes, attention_mask))
 
     def _hasher(self, length: int) -> Any:

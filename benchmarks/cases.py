@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -170,8 +170,26 @@ def _decoding(case: Case) -> Subject:
     return Subject(case, model, model, "*", call, backward, tokens=GATE_TOKENS, timer=timer)
 
 
-def _one_module(case: Case) -> Subject:
-    """Return a subject for the first self-attention module of a one-layer model, with inputs from a model run."""
+class ModuleCall(NamedTuple):
+    """The first self-attention module of a one-layer model, and the arguments of its call in the model.
+
+    Attributes:
+        model: the model.
+        name: the name of the module in the model.
+        args, kwargs: copies of the arguments.
+        inputs: the hidden states among the arguments that get gradients, if :attr:`Case.train` is True.
+    """
+
+    model: nn.Module
+    name: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: list[Tensor]
+
+
+def module_call(case: Case) -> ModuleCall:
+    """Return the module that a case measures, with arguments from a model run."""
     workload = find_workload(case.family)
     model = workload.build(layers=1, seq_len=case.seq_len).to(case.device, DTYPES[case.dtype])
     name, module = next((n, m) for n, m in model.named_modules() if type(m).__name__ == workload.attention)
@@ -189,8 +207,14 @@ def _one_module(case: Case) -> Subject:
             inputs.append(leaf.requires_grad_())
         return leaf
 
-    args, keywords = tree_map(copy_input, model_args), tree_map(copy_input, model_kwargs)
-    return module_subject(case, model, module, name, lambda: module(*args, **keywords), inputs)
+    return ModuleCall(model, name, module, tree_map(copy_input, model_args), tree_map(copy_input, model_kwargs), inputs)
+
+
+def _one_module(case: Case) -> Subject:
+    """Return a subject for the module of :func:`module_call`."""
+    call = module_call(case)
+    module, args, kwargs = call.module, call.args, call.kwargs
+    return module_subject(case, call.model, module, call.name, lambda: module(*args, **kwargs), call.inputs)
 
 
 def module_subject(

@@ -1,6 +1,7 @@
 """The models of the benchmark: published configurations, and functions that turn text into model inputs.
 
-To add a family, add a workload to :data:`WORKLOADS`. No other module names a family.
+To add a family, add a workload to :data:`WORKLOADS`. Otherwise only
+``gpu/prediction/goals.py`` names families.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from attnzoo.benchmarks.gpu.prediction import page as predictions
+from attnzoo.benchmarks.gpu.prediction import stored
 from attnzoo.benchmarks.rows import OK, Row, Shootout
 from attnzoo.benchmarks.tables import duration, notes, overhead, ratio, size
 from attnzoo.errors import InvalidArgumentError
@@ -19,7 +21,7 @@ INTRODUCTION = """\
 # Results
 
 `make docs-results` writes this page from the JSON files in `benchmarks/results/`. Do not edit it. Each folder there
-holds the results of one machine in one state.
+holds the results of one machine in one state. The last section predicts times on a GPU. A prediction is no measurement.
 
 Each table is one run of the shootout, and each line is one contender: the original model, a backend, or the attention
 of another library. A table lists only backends whose numbers passed the correctness gate.
@@ -50,7 +52,10 @@ _LEFT_COLUMNS = ("contender", "kernel")
 
 
 def page(folder: Path) -> str:
-    """Return the page as Markdown. ``folder`` contains one folder of JSON files for each machine."""
+    """Return the page as Markdown.
+
+    ``folder`` contains one folder of JSON files for each machine, and the counts for the predictions if there are any.
+    """
     results = [(path, Shootout.read(path)) for path in folder.glob("*/*.json")]
     if not results:
         raise InvalidArgumentError(
@@ -70,6 +75,8 @@ def page(folder: Path) -> str:
         for rows in group_by(shootout.rows, lambda row: (row.family, row.scope, row.mode)):
             title = f"### {rows[0].family}, {rows[0].scope}, {rows[0].mode}"
             lines += ["", title, "", f"`{command(shootout)}`", "", *_table(rows)]
+    if (folder / stored.FILE).exists():
+        lines += ["", *predictions.lines(*stored.read(folder / stored.FILE))]
     return "\n".join(lines)
 
 

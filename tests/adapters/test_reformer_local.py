@@ -77,6 +77,15 @@ def test_slices_are_used_only_if_they_change_no_result():
     assert calls(backend="eager", output_attentions=True, length=8 * CHUNK) == 1
 
 
+def test_a_gpu_computes_all_tokens_at_once():
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    from tests.support.device_without_data import run_module
+
+    module, states = attentions(local())[0], hidden(1, 2 * reformer_local.SLICE)
+    ran = run_module(module, (states,), {}, "triton", train=False)
+    assert ran.forward == ["mm", "mm", "mm", "forward_kernel"]
+
+
 def test_projections_run_on_one_slice_at_a_time():
     model, length = local(max_position_embeddings=16384), 5 * reformer_local.SLICE
     sizes = []

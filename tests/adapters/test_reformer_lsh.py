@@ -7,8 +7,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import attnzoo
-from attnzoo.adapters import reformer_lsh
-from attnzoo.adapters.reformer_hashing import HASHED_AT_ONCE
+from attnzoo.adapters import reformer_hashing, reformer_lsh
+from attnzoo.adapters.reformer_hashing import HASHED_AT_ONCE, first_largest
 from tests.support.reformer import (
     CHUNK,
     NEIGHBOURS,
@@ -190,6 +190,17 @@ def test_hashing_in_slices_finds_the_same_buckets(changes, side, dtype):
         mask[1, 5] = 0
     module = lsh(max_position_embeddings=length, lsh_attn_chunk_length=64, **changes).to(dtype)
     assert_same_buckets_and_random_stream(module, hidden(2, length).to(dtype), mask)
+
+
+@seeds
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_hashing_as_on_a_gpu_finds_the_same_buckets(monkeypatch, changes, side, dtype):
+    length = 2 * HASHED_AT_ONCE
+    monkeypatch.setattr(reformer_hashing, "HASHED_AT_ONCE", length)  # all queries at once
+    monkeypatch.setattr(reformer_hashing, "_FirstLargest", lambda: first_largest)
+    module = lsh(max_position_embeddings=length, lsh_attn_chunk_length=64, **changes).to(dtype)
+    assert_same_buckets_and_random_stream(module, hidden(2, length).to(dtype), padding(side, 2, length))
 
 
 def test_rotated_queries_are_never_in_memory_at_once():

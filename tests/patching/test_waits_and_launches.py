@@ -10,18 +10,21 @@ import torch
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
+from attnzoo.errors import BackendRefusedError
 from attnzoo.spec.transforms import hides_nothing, readable_at_once
 from tests.support.device_without_data import WaitError, Waits, modules_of, run_module
 from tests.support.models import FAMILIES
 
 # Where a module still waits, each at most once for a mask and forward of the model. An entry needs a reason:
 # - The number of global keys is a size of tensors. The model's own code waits for the same number.
+# - LSH attention has one more bucket if there is padding. The model's own code waits for the same answer.
 # - A mask that its module cannot pass on is compared with the only form that the backends compute.
 # - A dense mask is read: as a pattern, it runs on backends without dense masks and skips half of the work.
 DENSE_MASK = {"attnzoo/spec/masks.py: _hides_nothing"}
 WAITS = {
     "LEDEncoderSelfAttention": {"attnzoo/spec/global_keys.py: find_global_keys"},
     "LongformerSelfAttention": {"attnzoo/spec/global_keys.py: find_global_keys"},
+    "LSHSelfAttention": {"adapters/reformer_hashing.py: hash_queries"},
     "LongT5LocalAttention": {"adapters/longt5_blocks.py: _is_window_mask"},
     "LongT5TransientGlobalAttention": {"adapters/longt5_blocks.py: read_flat_mask"},
     "BigBirdAttention": {"adapters/bigbird.py: _real"},
@@ -29,6 +32,23 @@ WAITS = {
     "PegasusXGlobalLocalAttention": {"adapters/pegasus_x.py: _real"},
     **dict.fromkeys(("LEDDecoderAttention", "LongT5Attention", "PegasusXAttention"), DENSE_MASK),
     "BigBirdPegasusDecoderAttention": DENSE_MASK,
+}
+# FlashAttention takes the lengths of samples without padding, so the host must know them, and copies them back.
+CALLS = "attnzoo/backends/varlen/calls.py"
+LENGTHS = {f"{CALLS}: _plan", f"{CALLS}: <genexpr>"}
+WAITS_OF_FLASH = {
+    **dict.fromkeys(("LEDEncoderSelfAttention", "LongformerSelfAttention"), LENGTHS),
+    "LocalSelfAttention": LENGTHS | {f"{CALLS}: rows_of"},
+    "LSHSelfAttention": LENGTHS | {"attnzoo/backends/varlen/sorted_calls.py: sorted_rows"},
+    "PegasusXGlobalLocalAttention": LENGTHS | {f"{CALLS}: _chunk_calls", f"{CALLS}: rows_of"},
+}
+# FlexAttention computes neither dense biases nor sorted chunks, and FlashAttention computes no biases.
+REFUSED = {
+    "flex_attention": {"LongT5Attention", "LSHSelfAttention"},
+    "flash_attention_2": {
+        *("LongT5Attention", "LongT5LocalAttention", "LongT5TransientGlobalAttention"),
+        *("BigBirdAttention", "BigBirdPegasusEncoderAttention"),
+    },
 }
 # Without padding, transformers makes no mask for these.
 MASK_FOR_PADDING = {"GPTNeoXAttention", "GPTBigCodeAttention"}
@@ -52,12 +72,20 @@ def captured():
     return get
 
 
-@pytest.mark.parametrize(("backend", "side"), [("triton", "none"), ("triton", "right"), ("sdpa", "right")])
+@pytest.mark.parametrize(
+    ("backend", "side"),
+    [("triton", "none"), *((name, "right") for name in ("triton", "sdpa", "flex_attention", "flash_attention_2"))],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_host_waits_only_where_this_file_says_so(captured, family, backend, side):
-    waits = {cls: run_module(*call, backend).waits for cls, call in captured(family, side).items()}
+    modules, refused = captured(family, side), REFUSED.get(backend, set())
+    for cls in refused & modules.keys():
+        with pytest.raises(BackendRefusedError):
+            run_module(*modules[cls], backend)
+    waits = {cls: run_module(*call, backend).waits for cls, call in modules.items() if cls not in refused}
     expected = {**WAITS, **(dict.fromkeys(MASK_FOR_PADDING, DENSE_MASK) if side == "right" else {})}
-    assert waits == {cls: expected.get(cls, set()) for cls in waits} and waits
+    of_flash = WAITS_OF_FLASH if backend == "flash_attention_2" else {}
+    assert waits == {cls: expected.get(cls, set()) | of_flash.get(cls, set()) for cls in waits} and modules
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "longt5-local", "reformer"])
@@ -85,7 +113,8 @@ def test_every_way_to_read_a_value_is_noticed():
     with Waits() as waits:
         assert bool(flags.all()) and not bool(flags.any()) and torch.equal(flags, flags)
         assert int(numbers.sum()) == numbers.sum().item() == 1 and isinstance(float(numbers.sum()), float)
-        assert len(waits.places) == 6
+        torch.tensor([1, 2], device="meta"), torch.tensor(0.5, device=torch.device("meta")), torch.tensor(1)
+        assert len(waits.places) == 8
         for read in (flags.nonzero, numbers.tolist, lambda: numbers[flags], lambda: numbers.masked_select(flags)):
             with pytest.raises(WaitError):
                 read()

@@ -1,24 +1,17 @@
 """What the Triton backend would do on a CUDA card that is not there: compile the kernels, or count the operations."""
 
 import subprocess
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
-from triton.runtime.jit import KernelInterface
 
-from attnzoo.backends.triton import tile_sizes
 from attnzoo.backends.triton.attend import attend
+from attnzoo.benchmarks.gpu.prediction.absent_card import on_an_absent_card
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True)
@@ -30,60 +23,6 @@ class Compiled:
     registers: int
     stack: int
     shared: int
-
-
-class _AbsentCard(DriverBase):
-    """The driver of a card that is not there. Triton compiles for its capability, and nothing can be launched."""
-
-    def __init__(self, capability):
-        self._target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-
-    @classmethod
-    def is_active(cls):
-        return True
-
-    def get_current_target(self):
-        return self._target
-
-    def get_current_device(self):
-        return self._target.arch  # kernels are cached by device
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-    def map_python_to_cpp_type(self, ty):
-        return ty
-
-    def get_benchmarker(self):
-        raise NotImplementedError
-
-
-@contextmanager
-def on_an_absent_card(capability, launch) -> Iterator[None]:
-    """Let kernel launches call ``launch(kernel, grid, args, kwargs)``, for tests without a GPU."""
-
-    def launcher(self, grid):
-        return lambda *args, **kwargs: launch(self, grid, args, kwargs)
-
-    for function in (tile_sizes.tile, tile_sizes.programs_at_once):
-        function.cache_clear()
-    properties = mock.Mock(multi_processor_count=MULTIPROCESSORS)
-    driver = triton.runtime.driver
-    before = driver._active
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(KernelInterface, "__getitem__", launcher))
-        stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda *_: capability))
-        stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", lambda *_: properties))
-        driver.set_active(_AbsentCard(capability))
-        try:
-            yield
-        finally:
-            driver.set_active(before)
-            for function in (tile_sizes.tile, tile_sizes.programs_at_once):
-                function.cache_clear()
 
 
 def run(attention, grad):

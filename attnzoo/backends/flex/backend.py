@@ -158,7 +158,7 @@ def _terms(attention: Attention) -> Terms:
     unpadded = unpadded_keys(attention).expand(attention.batch, -1).flatten().contiguous()
     sizes = scalars(starts[-1], entries, attention.q_len, device=device)
     table = torch.cat(tables, dim=1).flatten()
-    softcap = torch.tensor(attention.softcap or 1.0, device=device)
+    softcap = torch.full((), attention.softcap or 1.0, device=device)
     return Terms(sizes, tuple(patterns), unpadded, tuple(biases), table, tuple(all_positions), softcap)
 
 

@@ -154,8 +154,11 @@ def _bias_entry(form: Form, terms: Terms, b: Tensor, q: Tensor, kv: Tensor) -> T
 
 
 def scalars(*values: int, device: torch.device) -> Scalars:
-    """Return a separate tensor for each number. Views of one tensor would need a new compilation for each offset."""
-    return tuple(torch.tensor(value, device=device) for value in values)
+    """Return a separate tensor for each number. Views of one tensor would need a new compilation for each offset.
+
+    The device fills the tensors. With ``torch.tensor``, the host would wait for the copy of each number.
+    """
+    return tuple(torch.full((), value, device=device) for value in values)
 
 
 def in_rows(query: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from attnzoo.backends.triton.forward import compile_options, constants, new_rows, tile_of
+from attnzoo.backends.triton.forward import compile_options, constants, in_rows, new_rows, tile_of
 from attnzoo.backends.triton.kernels import arguments as kinds
 from attnzoo.backends.triton.kernels.arguments import Softmax
 from attnzoo.backends.triton.kernels.dense_bias import dense_bias_kernel
@@ -108,10 +108,9 @@ class Backward:
         steps = triton.cdiv(plan.most_queries(index, sizes.keys), sizes.queries) * form.group
         shares = min(programs_at_once(plan.device) // programs, steps // _FEWEST_STEPS)
         if shares < 2:
-            like: dict[str, Any] = dict(dtype=plan.dtype, device=plan.device)
-            grads = (torch.empty(key.shape, **like), torch.empty(value.shape, **like))
-            self._launch_keys(number, index, grads, shares=1, adds=False)
-            return grads
+            of_key, of_value = (in_rows(tensor.shape, plan.dtype, plan.device) for tensor in (key, value))
+            self._launch_keys(number, index, (of_key, of_value), shares=1, adds=False)
+            return of_key, of_value
         dims = (key.shape[3], value.shape[3])
         both = torch.empty((shares, *key.shape[:3], sum(dims)), dtype=torch.float32, device=plan.device)
         of_key, of_value = both.flatten(0, 1).split(dims, dim=3)

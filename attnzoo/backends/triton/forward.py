@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,8 +53,16 @@ def compile_options(sizes: Tile) -> dict[str, int]:
 
 def new_rows(plan: Plan, dim: int, dtype: torch.dtype) -> Tensor:
     """Return a new tensor ``(batch, heads, q_len, dim)`` in the layout ``(batch, length, heads, dim)`` of models."""
-    shape = (plan.batch, plan.q_len, plan.heads, dim)
-    return torch.empty(shape, dtype=dtype, device=plan.device).transpose(1, 2)
+    return in_rows((plan.batch, plan.heads, plan.q_len, dim), dtype, plan.device)
+
+
+def in_rows(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a new tensor ``(batch, heads, length, dim)`` in the layout ``(batch, length, heads, dim)`` of models.
+
+    So a projection merges the heads without a copy, in the forward or in the backward.
+    """
+    batch, heads, length, dim = shape
+    return torch.empty((batch, length, heads, dim), dtype=dtype, device=device).transpose(1, 2)
 
 
 def new_seed(plan: Plan) -> Tensor | None:

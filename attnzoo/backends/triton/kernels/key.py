@@ -46,11 +46,6 @@ def key_kernel(
     k0 = tile % blocks * BLOCK_N
     columns = k0 + tl.arange(0, BLOCK_N)
     inside = columns < kv_len
-    keys = key_rows(segment, numbers, b, kv_head, heads, columns, inside)
-    k = load_tile_of(segment.key, b, kv_head, k0, keys, inside, segment.kind == HASHED, BLOCK_N, DIM, BLOCK_D)
-    v = load_tile_of(segment.value, b, kv_head, k0, keys, inside, segment.kind == HASHED, BLOCK_N, VALUE_DIM, BLOCK_V)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     last_key = tl.minimum(k0 + BLOCK_N, kv_len) - 1
     # Only in hash rounds the number of tiles depends on the head. The heads with fewer tiles also go through the tiles
     # after their last tile, whose queries see none of the keys.
@@ -58,6 +53,14 @@ def key_kernel(
     for h in range(kv_head * segment.group, (kv_head + 1) * segment.group):
         _, count1, _, count2 = query_tiles(segment, numbers, b, h, heads, k0, last_key, q_len, BLOCK_M)
         count = tl.maximum(count, count1 + count2)
+    # A round of sorted chunks has the keys of all rounds, and sees a part of them. The others need no addition.
+    if ADDS and segment.kind == SORTED and count == 0:
+        return
+    keys = key_rows(segment, numbers, b, kv_head, heads, columns, inside)
+    k = load_tile_of(segment.key, b, kv_head, k0, keys, inside, segment.kind == HASHED, BLOCK_N, DIM, BLOCK_D)
+    v = load_tile_of(segment.value, b, kv_head, k0, keys, inside, segment.kind == HASHED, BLOCK_N, VALUE_DIM, BLOCK_V)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     for step in range(share, count * segment.group, shares):
         h = kv_head * segment.group + step // count
         first1, count1, first2, _ = query_tiles(segment, numbers, b, h, heads, k0, last_key, q_len, BLOCK_M)

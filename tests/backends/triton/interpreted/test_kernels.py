@@ -88,6 +88,25 @@ def test_scores_may_be_large_in_several_launches(small_tiles):
     torch.testing.assert_close(output, execute(attnzoo.configure("eager"), attention).output, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_round_adds_to_the_gradients_of_the_keys_that_it_sees(small_tiles, causal):
+    """Rounds share the keys of all rounds. Some tiles of keys are seen in one round, and some in both."""
+    length, rounds = 48, 3
+    key, value = rows(1, 2, rounds * length, 16), rows(1, 2, rounds * length, 16)
+    orders = [torch.rand(1, 2, length).argsort(-1) for _ in range(rounds)]
+    token = torch.cat(orders, dim=2)
+    patterns = (SortedChunks(8, 1, 0, causal, number * length, order, token) for number, order in enumerate(orders))
+    segments = tuple(attnzoo.Segment(key, value, pattern) for pattern in patterns)
+    attention = attnzoo.Attention(rows(1, 2, length, 16), segments, 0.25)
+    grad_out = torch.randn(1, 2, length, 16)
+
+    def grads(backend):  # the conformance kit copies the keys of each segment, so its rounds share no keys
+        output = execute(attnzoo.configure(backend), attention).output
+        return torch.autograd.grad(output, (attention.query, key, value), grad_out)
+
+    torch.testing.assert_close(grads("triton"), grads("eager"), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("softcap", [0.01, 1.0, 1000.0])
 def test_small_and_large_scores_are_capped_exactly(large_tiles, softcap):
     """The formulas of tanh for small and for large arguments are different."""
@@ -122,7 +141,8 @@ def test_the_layout_of_models_is_read_and_written_without_copies(large_tiles, mo
     monkeypatch.setattr(torch.Tensor, "contiguous", refuse)
     query, key, value = (rows(1, 9, 2, 16).transpose(1, 2) for _ in range(3))
     output = execute(BACKEND, attnzoo.Attention(query, (attnzoo.Segment(key, value),), 0.25)).output
-    assert output.transpose(1, 2).is_contiguous()
+    grads = torch.autograd.grad(output, (query, key, value), torch.ones(1, 9, 2, 16).transpose(1, 2))
+    assert all(tensor.transpose(1, 2).is_contiguous() for tensor in (output, *grads))
 
 
 def test_a_tensor_that_is_key_and_value_gets_both_gradients():
