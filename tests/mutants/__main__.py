@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 
+from tests.mutants.baseline import Baseline
 from tests.mutants.equivalent import reason_for_equivalence
 from tests.mutants.mutations import ROOT, Mutant, changes_of, source_files
 from tests.mutants.nearest import test_files
@@ -39,14 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     random.Random(seed).shuffle(changes)
     mutants = (mutant for change in changes if (mutant := change.mutant()) is not None)
     sample = list(itertools.islice(mutants, options.sample))
-    schedule = Schedule(Reach.load(RECORD))
+    schedule, baseline = Schedule(Reach.load(RECORD)), Baseline(options.seconds)
     workers: SimpleQueue[Worker] = SimpleQueue()
     outcomes: dict[Mutant, str] = {}
 
     def test(mutant: Mutant) -> None:
         start = time.monotonic()
         worker = workers.get()
-        outcomes[mutant] = outcome = _outcome(mutant, schedule, worker, options.seconds)
+        outcomes[mutant] = outcome = _outcome(mutant, schedule, worker, baseline, options.seconds)
         workers.put(worker)
         took = time.monotonic() - start
         print(f"{len(outcomes):4} {took:4.0f} s  {mutant.path}:{mutant.line}: {outcome}", flush=True)
@@ -63,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.exit(f"{_SELF_TEST} fails without a mutant; run `make test` first")
         workers.put(without_mutant)
         list(pool.map(test, sample))
+    for broken in baseline.failing:
+        print(f"\nleft out, because it fails in the copy of the working tree without a mutant: {broken}")
     return _report(outcomes, options.at_least)
 
 
@@ -80,13 +83,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _outcome(mutant: Mutant, schedule: Schedule, worker: Worker, seconds: float) -> str:
+def _outcome(mutant: Mutant, schedule: Schedule, worker: Worker, baseline: Baseline, seconds: float) -> str:
     """Run batches of tests on a mutant, until a test fails or the time is over."""
     if reason := reason_for_equivalence(mutant):
         return f"equivalent: {reason}"
     left = seconds
     for tests in schedule.batches(mutant):
-        outcome = worker.test(mutant, tests, left)
+        outcome = baseline.test(worker, mutant, tests, left)
         left -= outcome.seconds
         if outcome.text.startswith("caught"):
             return outcome.text

@@ -12,6 +12,7 @@ from tests.mutants.mutations import ROOT
 _LEFT_OUT = (
     *("tests/mutants/", "tests/plugin/", "tests/test_packaging.py", "tests/test_plugin.py", "tests/docs/"),
     *("tests/test_layout.py", "tests/test_spelling.py"),
+    "tests/backends/triton/interpreted/",  # tests/backends/triton/test_interpreted.py runs them in a suitable process
 )
 # Tests of everything together, for faults that the nearest tests do not catch: for each folder of the source, the test
 # files to run first.
@@ -28,6 +29,7 @@ _BROAD = {
     ),
     "attnzoo/patching/": ("tests/patching/", "tests/models/test_every_family", "tests/models/", "tests/adapters/"),
     "attnzoo/adapter.py": ("tests/patching/", "tests/models/test_every_family", "tests/adapters/"),
+    "attnzoo/backends/triton/": ("tests/backends/triton/test_interpreted", "tests/backends/triton/", "tests/backends/"),
     "attnzoo/conformance/": ("tests/conformance/", "tests/backends/"),
     "attnzoo/originals/": ("tests/patching/", "tests/originals/"),
     "": (

@@ -93,6 +93,16 @@ def test_first_test_of_a_source_file_has_its_name(source, test):
     assert tests[0] == test and len(tests) == len(set(tests)) > 80
 
 
+FAILING = """
+import pytest
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_number(number):
+    print("FAILED tests/nested.py::test_other - as a nested run of pytest prints it")
+    assert not number
+"""
+
+
 def _worker_outcomes(folder: Path) -> dict[str, Outcome]:
     """Run a worker on a right tree, a broken one, a restored one, and on a test that does not end."""
     worker = Worker(folder)
@@ -100,11 +110,13 @@ def _worker_outcomes(folder: Path) -> dict[str, Outcome]:
     mutant = Mutant("attnzoo/errors.py", 1, "", "", code.replace("class InvalidArgumentError(", "class Invalid("))
     tests, endless = ["tests/test_errors.py"], ["tests/test_endless.py"]
     (worker.tree / endless[0]).write_text("def test_endless():\n    while True: pass\n")
+    (worker.tree / "tests/test_failing.py").write_text(FAILING)
     return {
         "right": worker.run(tests, 120),
         "broken": worker.test(mutant, tests, 120),
         "restored": worker.run(tests, 120),
         "out of time": worker.run(endless, 2),
+        "failing": worker.run(["tests/test_failing.py"], 120),
         "endless": worker.run(endless, 120, test_seconds=1),
     }
 
@@ -117,26 +129,31 @@ def test_worker_says_whether_the_tests_catch_a_mutant(tmp_path):
         outcomes = fresh.submit(_worker_outcomes, tmp_path / "tree").result()
     assert outcomes["right"].text == "survived all tests" and 0.0 < outcomes["right"].seconds < 120
     assert outcomes["broken"].text.startswith("caught by")
+    assert outcomes["failing"].test == "tests/test_failing.py::test_number"
+    assert outcomes["failing"].text == "caught by test_failing.py::test_number[1]"
     assert outcomes["restored"].text == "survived all tests", "the worker must restore the source"
     assert (ROOT / "attnzoo/errors.py").read_text() == code
-    assert outcomes["out of time"] == ("survived 2 s of tests", 2), "tests that did not end have caught nothing"
+    assert outcomes["out of time"] == Outcome("survived 2 s of tests", 2), "tests that did not end have caught nothing"
     assert outcomes["endless"].text == "caught by a test that did not end"
 
 
 class FakeWorker:
     """A worker with prepared outcomes, which records the tests that it runs."""
 
-    outcomes: ClassVar[list[tuple[str, float]]] = []
+    outcomes: ClassVar[list[tuple]] = []
     ran: ClassVar[list[tuple[list[str], float]]] = []
+    failing: ClassVar[list[str]] = []
+    deselected: ClassVar[list[list[str]]] = []
 
     def __init__(self, folder):
         pass
 
     def run(self, tests, seconds):
-        return Outcome("survived all tests", 1.0)
+        return Outcome("caught by it" if tests[0] in self.failing else "survived all tests", 1.0)
 
-    def test(self, mutant, tests, seconds):
+    def test(self, mutant, tests, seconds, options):
         self.ran.append((tests, seconds))
+        self.deselected.append(options)
         return Outcome(*self.outcomes.pop(0))
 
 
@@ -160,7 +177,8 @@ def run(monkeypatch, capsys):
     """Return a function that runs the command with the outcomes of a fake worker, and returns exit code and output."""
     monkeypatch.setattr(command, "Worker", FakeWorker)
     monkeypatch.setattr(command, "Schedule", FakeSchedule)
-    FakeWorker.ran.clear()
+    for kept in (FakeWorker.ran, FakeWorker.failing, FakeWorker.deselected):
+        kept.clear()
 
     def run(outcomes, *options):
         FakeWorker.outcomes[:] = outcomes
@@ -193,6 +211,15 @@ def test_mutant_runs_batches_until_a_test_fails(run):
     assert [tests for tests, _ in FakeWorker.ran] == [["a.py"], ["a.py"], ["b.py"], ["a.py"], ["a.py"], ["b.py"]]
     assert [seconds for _, seconds in FakeWorker.ran] == [12, 12, 7, 12, 12, 7]
     assert "75.0 % of 4 mutants caught" in output
+
+
+def test_a_test_that_fails_without_a_mutant_catches_nothing(run):
+    FakeWorker.failing.append("a.py::test_broken")
+    false, true = ("caught by a", 5, "a.py::test_broken"), ("caught by a", 5, "a.py::test_right")
+    _, output = run([false, SURVIVED, SURVIVED, true, true, CAUGHT])
+    assert "75.0 % of 4 mutants caught" in output
+    assert FakeWorker.deselected == [[], *[["--deselect=a.py::test_broken"]] * 5]
+    assert output.count("without a mutant: a.py::test_broken") == 1
 
 
 def test_mutant_has_a_limit_in_cpu_seconds(run):

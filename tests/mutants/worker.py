@@ -40,10 +40,12 @@ class Outcome(NamedTuple):
     Attributes:
         text: ``caught by ...`` or ``survived ...``.
         seconds: CPU time, or the limit if the tests did not end in time.
+        test: the test function that failed, as ``file::function``. Empty if no single test failed.
     """
 
     text: str
     seconds: float
+    test: str = ""
 
 
 class Worker:
@@ -65,13 +67,14 @@ class Worker:
         for name in ("adapters", "benchmarks"):  # where an installation has them
             (folder / "attnzoo" / name).symlink_to(Path("..") / name)
 
-    def test(self, mutant: Mutant, tests: list[str], seconds: float) -> Outcome:
+    def test(self, mutant: Mutant, tests: list[str], seconds: float, options: Sequence[str] = ()) -> Outcome:
         """Run tests on a mutant, until the first failure or for ``seconds`` of CPU time.
 
         Args:
             mutant: the fault to plant.
             tests: test files, or test functions as ``file::function``, in the order to run them.
             seconds: limit in seconds of CPU time, because the machine may have other work.
+            options: options for pytest.
 
         Returns:
             whether a test failed, and the CPU seconds of the run.
@@ -80,7 +83,7 @@ class Worker:
         original = target.read_text()
         try:
             target.write_text(mutant.code)
-            return self.run(tests, seconds)
+            return self.run(tests, seconds, options=options)
         finally:
             target.write_text(original)
 
@@ -104,18 +107,21 @@ class Worker:
         process.start()
         process.join()
         took = float(used.read_text()) if used.exists() else seconds
-        return Outcome(_text(process.exitcode, log.read_text(errors="replace"), seconds), took)
+        return _outcome(process.exitcode, log.read_text(errors="replace"), seconds, took)
 
 
-def _text(exit_code: int | None, output: str, seconds: float) -> str:
+def _outcome(exit_code: int | None, output: str, seconds: float, took: float) -> Outcome:
     if exit_code == 0:
-        return "survived all tests"
+        return Outcome("survived all tests", took)
     if exit_code == -signal.SIGXCPU:
-        return f"survived {seconds:.0f} s of tests"
+        return Outcome(f"survived {seconds:.0f} s of tests", took)
     if exit_code == -signal.SIGPROF or "Timeout (0:" in output:
-        return "caught by a test that did not end"
-    failures = (line.split(" ")[1] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR ")))
-    return f"caught by {next(failures, f'exit code {exit_code} of pytest').removeprefix('tests/')}"
+        return Outcome("caught by a test that did not end", took)
+    failures = [line.split(" ")[1] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    if not failures:
+        return Outcome(f"caught by exit code {exit_code} of pytest", took)
+    # Output of a nested run of pytest comes before the own summary.
+    return Outcome(f"caught by {failures[-1].removeprefix('tests/')}", took, failures[-1].partition("[")[0])
 
 
 class _Limits:

@@ -23,9 +23,10 @@ from attnzoo.benchmarks.gpu.prediction.count import run
 from attnzoo.benchmarks.gpu.prediction.meta import Reads
 from tests.support.models import FAMILIES
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).resolve()
+ROOT = HERE.parents[2]
 TRANSFORMS = ROOT / "attnzoo" / "spec" / "transforms.py"
-READERS = (Path(torch.__file__).parent, Path(prediction.__file__).parent)
+READERS = tuple(Path(module.__file__).resolve().parent for module in (torch, prediction))
 
 
 class WaitError(AssertionError):
@@ -92,8 +93,8 @@ def _place():
     Functions that read for others do not count.
     """
     for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        if path in (Path(__file__), TRANSFORMS) or any(map(path.is_relative_to, READERS)):
+        path = Path(frame.filename).resolve()  # attnzoo/adapters may be a link
+        if path in (HERE, TRANSFORMS) or any(map(path.is_relative_to, READERS)):
             continue
         inside = any(path.is_relative_to(ROOT / folder) for folder in ("attnzoo", "adapters"))
         return f"{path.relative_to(ROOT)}: {frame.name}" if inside else None
