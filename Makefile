@@ -35,7 +35,7 @@ shootout: $(STAMP) ## run the benchmark: every backend against the original mode
 	$(BIN)/attnzoo bench $(ARGS)
 
 test: $(STAMP) ## run the tests, as CI does
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 .venv-oldest/.installed: TRANSFORMERS := $(OLDEST)
 .venv-newest/.installed: TRANSFORMERS := $(NEWEST)
@@ -46,17 +46,17 @@ $(OTHER_VENVS:=/.installed): pyproject.toml constraints.txt Makefile
 	@touch $@
 
 test-oldest: .venv-oldest/.installed ## run the tests with the oldest supported transformers
-	$(TEST_ENV) .venv-oldest/bin/python -m pytest -n 2 $(ARGS)
+	$(TEST_ENV) .venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-newest: .venv-newest/.installed ## run the tests with the newest verified transformers
-	$(TEST_ENV) .venv-newest/bin/python -m pytest -n 2 $(ARGS)
+	$(TEST_ENV) .venv-newest/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-long: $(STAMP) ## run the property tests with more than 25,000 examples per exact backend (1 to 2 hours on 2 cores)
-	ATTNZOO_HYPOTHESIS_PROFILE=long $(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/properties $(ARGS)
+	ATTNZOO_HYPOTHESIS_PROFILE=long $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal tests/properties $(ARGS)
 
 test-interpreted: $(STAMP) ## run the whole conformance kit on the Triton kernels, interpreted on the CPU, and compile them for three cards
-	ATTNZOO_HYPOTHESIS_PROFILE=long TRITON_INTERPRET=1 ATTNZOO_INTERPRETED_EXAMPLES=50 $(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/backends/triton/interpreted $(ARGS)
-	ATTNZOO_HYPOTHESIS_PROFILE=long $(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/backends/triton/test_compiled.py $(ARGS)
+	ATTNZOO_HYPOTHESIS_PROFILE=long TRITON_INTERPRET=1 ATTNZOO_INTERPRETED_EXAMPLES=50 $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal tests/backends/triton/interpreted $(ARGS)
+	ATTNZOO_HYPOTHESIS_PROFILE=long $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal tests/backends/triton/test_compiled.py $(ARGS)
 
 # Without a virtual environment, the packages of $(PYTHON) run the checkout: nothing is installed, no network is needed.
 gpu: ## measure what matters on a CUDA device, within five minutes: make gpu ARGS="--seconds 3600 --out DIR"

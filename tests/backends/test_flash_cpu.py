@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode  # no public function shows new tensors
 
 import attnzoo
 from attnzoo import testing
@@ -94,6 +95,31 @@ def test_the_graph_keeps_each_tensor_only_once():
     shells = flash_cpu._without_storage(attention)
     for tensor in (shells.query, shells.segments[0].key, shells.segments[0].value):
         assert tensor.untyped_storage().nbytes() <= 8
+
+
+class Dtypes(TorchDispatchMode):
+    """Records the dtype of each new tensor with ``size`` or more elements."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.dtypes = size, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.numel() >= self.size:
+                self.dtypes.add(tensor.dtype)
+        return result
+
+
+def test_an_output_in_half_precision_is_accumulated_in_float32_only_if_several_passes_write_it():
+    whole = AttentionCase(torch.bfloat16, attnzoo.Window(8, 8), q_len=300, kv_len=300).attention()
+    hashed = AttentionCase(torch.bfloat16, HashedChunks(5, 1, 1), q_len=300, kv_len=300).attention()  # another pass
+    both = replace(whole, segments=(*whole.segments, *hashed.segments))
+    for attention, dtypes in ((whole, {torch.bfloat16}), (both, {torch.bfloat16, torch.float32})):
+        with Dtypes(whole.query.numel()) as new, torch.no_grad():
+            output = flash_cpu.attend(attention)
+        assert output.dtype == torch.bfloat16 and new.dtypes == dtypes
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -1,5 +1,6 @@
 """The conformance kit passes every registered backend, and detects faulty ones."""
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from attnzoo.backends.eager import EagerBackend, evaluate
 from attnzoo.backends.sdpa.backend import SdpaBackend
 from attnzoo.conformance import kit
 from attnzoo.registry import registry
+from tests.support.uncompiled_flex import uncompiled_flex
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -27,7 +29,9 @@ def test_backend_runs_what_it_declares_and_refuses_the_rest(backend, dtype, devi
         with pytest.raises(testing.ConformanceError, match=r"0 cases ran.* 0 failed.*refuses all cases"):
             testing.check_backend(backend, device=device, dtypes=(dtype,))
         return
-    report = testing.check_backend(backend, device=device, dtypes=(dtype,))
+    # In float16, the compiled code of FlexAttention differs from that in bfloat16 only in the conversion of numbers.
+    with uncompiled_flex() if (device, dtype) == ("cpu", torch.float16) else contextlib.nullcontext():
+        report = testing.check_backend(backend, device=device, dtypes=(dtype,))
     assert len(report.outcomes) > 200
 
 
