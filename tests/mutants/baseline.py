@@ -22,7 +22,7 @@ class Baseline:
     @property
     def failing(self) -> list[str]:
         """The test functions that fail without a mutant, among those that failed with one."""
-        return [test for test, passes in self._passes.items() if not passes]
+        return [test for test, passes in list(self._passes.items()) if not passes]
 
     def test(self, worker: Worker, mutant: Mutant, tests: list[str], seconds: float) -> Outcome:
         """Do the same as :meth:`Worker.test`, without the tests that are in :attr:`failing`."""

@@ -117,6 +117,7 @@ def _worker_outcomes(folder: Path) -> dict[str, Outcome]:
         "restored": worker.run(tests, 120),
         "out of time": worker.run(endless, 2),
         "failing": worker.run(["tests/test_failing.py"], 120),
+        "deselected": worker.run(["tests/test_failing.py"], 120, options=["--deselect=tests/test_failing.py"]),
         "endless": worker.run(endless, 120, test_seconds=1),
     }
 
@@ -129,6 +130,7 @@ def test_worker_says_whether_the_tests_catch_a_mutant(tmp_path):
         outcomes = fresh.submit(_worker_outcomes, tmp_path / "tree").result()
     assert outcomes["right"].text == "survived all tests" and 0.0 < outcomes["right"].seconds < 120
     assert outcomes["broken"].text.startswith("caught by")
+    assert outcomes["deselected"].text == "survived all tests", "no test has failed"
     assert outcomes["failing"].test == "tests/test_failing.py::test_number"
     assert outcomes["failing"].text == "caught by test_failing.py::test_number[1]"
     assert outcomes["restored"].text == "survived all tests", "the worker must restore the source"
