@@ -19,7 +19,7 @@ from attnzoo.adapters.longt5_blocks import MODULE
 from attnzoo.patching.interface import InterfacePoint, attend_read, read_interface_mask
 from attnzoo.spec.bias import Bias, DenseBias, RelativeBias
 from attnzoo.spec.patterns import Causal, Full
-from attnzoo.spec.segments import Request, Segment, SegmentRequest
+from attnzoo.spec.segments import Request, SegmentRequest
 
 STACK_FINGERPRINTS: dict[str, tuple[str, ...]] = {
     f"{MODULE}:LongT5Stack.forward": ("500d61b6a9e97b7d", "cb3fabdcccfcb71a"),
@@ -158,7 +158,7 @@ class DecoderCrossAttention(DecoderSelfAttention):
 
 def _sum(query: Tensor, key: Tensor, bias: Bias, rest: DenseBias) -> DenseBias:
     """Return the sum of ``bias`` and ``rest``, which is the user's additive mask."""
-    batch, heads, q_len, _ = query.shape
-    rows, columns = (torch.arange(n, device=query.device) for n in (q_len, key.shape[2]))
-    dense = Segment(key, key, Full(), bias=bias).bias_at(rows, columns, q_len, batch, heads)
-    return DenseBias(rest.values if dense is None else rest.values + dense)
+    q_len, kv_len = query.shape[2], key.shape[2]
+    rows, columns = (torch.arange(n, device=query.device) for n in (q_len, kv_len))
+    dense = bias.block(rows, columns, q_len, kv_len)
+    return DenseBias(rest.values + dense)

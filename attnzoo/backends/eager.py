@@ -92,7 +92,7 @@ def _scores(attention: Attention, segment: Segment, query: Tensor, rows: Tensor)
     scores = query @ expand_heads(segment.key, attention.heads).transpose(-1, -2) * attention.scale
     if attention.softcap is not None:
         scores = attention.softcap * torch.tanh(scores / attention.softcap)
-    bias = segment.bias_at(rows, kv, attention.q_len, attention.batch, attention.heads)
+    bias = segment.bias_at(rows, kv, attention.q_len)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
     seen = segment.visible(rows, kv, attention.q_len)

@@ -41,6 +41,9 @@ class Bias:
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         """Raise :class:`InvalidArgumentError` unless the values fit an attention of these sizes."""
+        self._check_dtype()
+
+    def _check_dtype(self) -> None:
         if not isinstance(self.values, Tensor) or not self.values.is_floating_point():
             got = f"a tensor of {self.values.dtype}" if isinstance(self.values, Tensor) else self.values
             raise InvalidArgumentError("bias values", got, "a floating-point tensor (to hide keys, use mask=)")
@@ -54,10 +57,18 @@ class Bias:
         """Return a function ``f(b, h, q, kv)`` that maps broadcastable index tensors to bias values."""
         raise NotImplementedError
 
-    def of_query(self, query: int, q_len: int, kv_len: int) -> Tensor | None:
-        """Return the bias ``(batch or 1, heads or 1, 1, kv_len)`` of one query, or None if :meth:`gather` must be used.
+    def block(self, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> Tensor:
+        """Return the bias ``(batch or 1, heads or 1, n, m)`` of some queries and keys.
 
-        A decoding step needs the bias of only one query, which takes fewer operations than :meth:`gather`.
+        ``q`` ``(n,)`` or ``(batch, heads, n)`` are query indices. ``kv`` ``(m,)`` or ``(batch, m)`` are key indices,
+        each at most once per sample.
+        """
+        raise NotImplementedError
+
+    def of_query(self, query: int, q_len: int, kv_len: int) -> Tensor | None:
+        """Return the bias ``(batch or 1, heads or 1, 1, kv_len)`` of one query, or None if :meth:`block` must be used.
+
+        A decoding step needs the bias of only one query, which takes fewer operations than :meth:`block`.
         """
         return None
 
@@ -123,7 +134,7 @@ class RelativeBias(Bias):
         return self.positions is not None
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
-        super().check(batch, heads, q_len, kv_len)
+        self._check_dtype()
         fits = self.values.ndim == 2 and self.values.shape[0] in (1, heads)
         if not fits or not _is_integer(self.zero) or not 0 <= self.zero < self.values.shape[1]:
             got = f"`values` of shape {tuple(self.values.shape)}, zero={self.zero!r}"
@@ -150,38 +161,66 @@ class RelativeBias(Bias):
         per_head = self.values.shape[0] > 1
 
         def bias_at(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            if self.positions is not None and q.device.type == "cpu" and readable(self.positions):
-                positions = self.positions[b, q]
-                # If each head has another order of queries, positions differ between heads and rows are not equal.
-                if positions.ndim == 4 and positions.shape[1] == 1 and kv.numel() == kv.shape[-1]:
-                    return self._gather_rows(positions, kv)
             return self.values[h if per_head else torch.zeros_like(h), self._index(b, q, kv, q_len, kv_len)]
 
         return bias_at
 
+    def block(self, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> Tensor:
+        positions = self._positions(q, q_len, kv_len)
+        is_per_row = self.positions is None or q.ndim > 1 or kv.ndim > 1 or self._is_differentiated
+        if is_per_row or q.device.type != "cpu" or not readable(positions):
+            return self._rows(positions, kv)
+        # Queries at equal positions have equal rows, and a copy of a row is much faster than a gather.
+        distinct, row = positions[:, 0].unique(return_inverse=True)
+        rows = self._rows(distinct[None, None], kv)[0].index_select(1, row.flatten())  # (heads or 1, batch * n, m)
+        return rows.unflatten(1, row.shape).movedim(0, 1)
+
     def of_query(self, query: int, q_len: int, kv_len: int) -> Tensor | None:
-        if self.positions is not None:
+        if self.positions is not None or self._is_differentiated:
             return None
         first = self.zero - query - self._shift(q_len, kv_len)  # the index of key 0, before the limits of the table
         index = torch.arange(first, first + kv_len, device=self.values.device).clamp_(0, self.values.shape[1] - 1)
         return self.values.index_select(1, index)[None, :, None]
 
-    def _gather_rows(self, positions: Tensor, kv: Tensor) -> Tensor:
-        """Return the bias ``(batch, heads or 1, n, m)`` for query ``positions`` ``(batch, 1, n, 1)`` and keys ``kv``.
-
-        Queries at equal positions have equal bias values. This method gathers these values once and then copies them,
-        because a copy is much faster than a gather.
-        """
-        distinct, row = positions.unique(return_inverse=True)
-        index = (kv.reshape(1, -1) - distinct[:, None] + self.zero).clamp(0, self.values.shape[1] - 1)
-        rows = self.values[:, index].index_select(1, row.flatten())  # (heads or 1, batch * n, m)
-        return rows.unflatten(1, (positions.shape[0], positions.shape[2])).transpose(0, 1)
-
     def at_positions(self, positions: Tensor, kv_len: int) -> Tensor:
         """Return the bias ``(heads or 1, n, kv_len)`` of all keys for queries at ``positions`` ``(n,)``."""
-        kv = torch.arange(kv_len, device=positions.device)
-        index = (kv - positions[:, None] + self.zero).clamp(0, self.values.shape[1] - 1)
-        return self.values.index_select(1, index.flatten()).view(-1, *index.shape)
+        return self._rows(positions[None, None], torch.arange(kv_len, device=positions.device))[0]
+
+    @property
+    def _is_differentiated(self) -> bool:
+        return torch.is_grad_enabled() and self.values.requires_grad
+
+    def _positions(self, q: Tensor, q_len: int, kv_len: int) -> Tensor:
+        """Return the positions ``(batch or 1, heads or 1, n)`` of queries ``(n,)`` or ``(batch, heads, n)``."""
+        if self.positions is None:
+            return (q if q.ndim > 1 else q[None, None]) + self._shift(q_len, kv_len)
+        return (
+            self.positions[:, None, q]
+            if q.ndim == 1
+            else self.positions[:, None].expand(-1, q.shape[1], -1).gather(2, q)
+        )
+
+    def _rows(self, positions: Tensor, kv: Tensor) -> Tensor:
+        """Return the bias ``(batch or 1, heads or 1, n, m)`` of keys for queries at ``(batch or 1, heads or 1, n)``.
+
+        The gradient of one value may sum over all scores, and is often near 0. Autograd sums the gradients of a gather
+        one after another, with a rounding error that grows with their number. So this method reads each entry at most
+        once per row: it appends ``m`` copies of the first and of the last value to the table. Autograd then sums rows
+        and copies pairwise.
+        """
+        heads, m = self.values.shape[0], kv.shape[-1]
+        first, last = self.values[:, :1], self.values[:, -1:]
+        table = torch.cat([self.values, first.expand(-1, m), last.expand(-1, m)], dim=1)
+        index = self._entries(positions, kv)
+        shape = (index.shape[0], max(heads, index.shape[1]), index.shape[2])
+        return table[:, None].expand(*shape, -1).gather(3, index.expand(*shape, -1))
+
+    def _entries(self, positions: Tensor, kv: Tensor) -> Tensor:
+        """Return indices ``(batch or 1, heads or 1, n, m)`` into the values and their ``m`` copies in :meth:`_rows`."""
+        entries, m = self.values.shape[1], kv.shape[-1]
+        index = kv.reshape(-1, 1, 1, m) - positions[..., None] + self.zero
+        copy = torch.arange(entries, entries + m, device=kv.device)
+        return torch.where(index < 0, copy, torch.where(index < entries, index, copy + m))
 
     def _index(self, b: Tensor, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> Tensor:
         positions = q + self._shift(q_len, kv_len) if self.positions is None else self.positions[b, q]
@@ -192,16 +231,23 @@ class RelativeBias(Bias):
             grad_scores = grad_scores.sum(1, keepdim=True)
         if not self.per_sample:
             grad_scores = grad_scores.sum(0, keepdim=True)
-            if _are_consecutive(q) and _are_consecutive(kv):
+            if _are_consecutive(q) and _are_consecutive(kv):  # the diagonals are the row of the last query
                 diagonals = _sums_of_diagonals(grad_scores[0])
-                first = int(kv[0]) - int(q[-1]) - self._shift(q_len, kv_len) + self.zero
-                index = torch.arange(first, first + diagonals.shape[1], device=q.device)
-                grad.index_add_(1, index.clamp(0, grad.shape[1] - 1), diagonals.to(grad.dtype))
-                return
-        samples = torch.arange(grad_scores.shape[0], device=q.device)[:, None, None]
-        index = self._index(samples, q[:, None], kv, q_len, kv_len).expand(len(samples), len(q), len(kv))
-        by_head = grad_scores.transpose(0, 1).flatten(1)
-        grad.scatter_add_(1, index.reshape(1, -1).expand(by_head.shape[0], -1), by_head.to(grad.dtype))
+                q, kv = q[-1:], kv[0] + torch.arange(diagonals.shape[1], device=kv.device)
+                grad_scores = diagonals[None, :, None]
+        positions = self._positions(q, q_len, kv_len)
+        if self.positions is not None:  # sum the rows of queries at equal positions, which have equal entries
+            distinct, row = positions.unique(return_inverse=True)
+            by_head = grad_scores.transpose(0, 1).flatten(1, 2)  # (heads or 1, batch * n, m)
+            rows = by_head.new_zeros((len(by_head), len(distinct), len(kv)))
+            grad_scores, positions = rows.index_add_(1, row.flatten(), by_head)[None], distinct[None, None]
+        index = self._entries(positions, kv).expand_as(grad_scores)
+        entries, m = grad.shape[1], len(kv)
+        rows = grad_scores.new_zeros((*grad_scores.shape[:3], entries + 2 * m)).scatter_(3, index, grad_scores)
+        values, first, last = rows.sum((0, 2)).to(grad.dtype).split([entries, m, m], dim=1)
+        grad.add_(values)
+        grad[:, 0].add_(first.sum(1))
+        grad[:, -1].add_(last.sum(1))
 
     def block_key(self, tile: Tile) -> tuple[int, ...] | None:
         if self.positions is not None:
@@ -233,7 +279,7 @@ class DenseBias(Bias):
         return self.values.shape[0] > 1
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
-        super().check(batch, heads, q_len, kv_len)
+        self._check_dtype()
         shape = tuple(self.values.shape)
         if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2:] != (q_len, kv_len):
             raise InvalidArgumentError(
@@ -247,6 +293,11 @@ class DenseBias(Bias):
             return self.values[b if per_sample else torch.zeros_like(b), h if per_head else torch.zeros_like(h), q, kv]
 
         return bias_at
+
+    def block(self, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> Tensor:
+        b, h = (torch.arange(n, device=q.device) for n in self.values.shape[:2])
+        q = q[None, None, :, None] if q.ndim == 1 else q[..., None]
+        return self.values[b[:, None, None, None], h[None, :, None, None], q, kv.reshape(-1, 1, 1, kv.shape[-1])]
 
     def of_query(self, query: int, q_len: int, kv_len: int) -> Tensor:
         return self.values[:, :, query : query + 1]

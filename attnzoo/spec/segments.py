@@ -76,17 +76,13 @@ class Segment:
             seen = dense if seen is None else seen & dense
         return seen
 
-    def bias_at(self, q: Tensor, kv: Tensor, q_len: int, batch: int, heads: int) -> Tensor | None:
+    def bias_at(self, q: Tensor, kv: Tensor, q_len: int) -> Tensor | None:
         """Return the bias values ``(batch or 1, heads or 1, n, m)`` for queries and keys, or None without a bias.
 
-        ``q`` ``(n,)`` or ``(batch, heads, n)`` are query indices. ``kv`` ``(m,)`` are key indices.
+        ``q`` ``(n,)`` or ``(batch, heads, n)`` are query indices. ``kv`` ``(m,)`` or ``(batch, m)`` are key indices,
+        each at most once per sample.
         """
-        if self.bias is None:
-            return None
-        q = q[None, None, :, None] if q.ndim == 1 else q[..., None]
-        b = torch.arange(batch if self.bias.per_sample else 1, device=q.device)[:, None, None, None]
-        h = torch.arange(heads, device=q.device)[None, :, None, None]
-        return self.bias.gather(q_len, self.kv_len)(b, h, q, kv[None, None, None, :])
+        return None if self.bias is None else self.bias.block(q, kv, q_len, self.kv_len)
 
 
 @dataclass(frozen=True)

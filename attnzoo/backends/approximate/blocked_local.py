@@ -152,12 +152,6 @@ def _outside(attention: Attention, window: Window, position: int, keys: Tensor) 
 
 def _bias_at(attention: Attention, positions: Tensor) -> DenseBias | None:
     """Return the bias for all queries and the keys at ``positions`` ``(batch or 1, m)``, or None without a bias."""
-    (segment,) = attention.segments
-    if segment.bias is None:
-        return None
-    samples = attention.batch if segment.bias.per_sample else 1
-    device = positions.device
-    sample, head, query = (torch.arange(n, device=device) for n in (samples, attention.heads, attention.q_len))
-    bias_at = segment.bias.gather(attention.q_len, segment.kv_len)
-    b, h, q = sample[:, None, None, None], head[:, None, None], query[:, None]
-    return DenseBias(bias_at(b, h, q, positions[:, None, None]))
+    queries = torch.arange(attention.q_len, device=positions.device)
+    values = attention.segments[0].bias_at(queries, positions, attention.q_len)
+    return None if values is None else DenseBias(values)

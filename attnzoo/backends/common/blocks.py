@@ -290,7 +290,7 @@ class Masks:
         kv = torch.arange(part.kv_start, part.kv_stop, device=device)
         if part.keys is not None and attention.segments[part.segment].bias is not None:
             raise NotImplementedError("got a bias with gathered keys, which a backend must refuse (Backend.refusals)")
-        return attention.segments[part.segment].bias_at(q, kv, attention.q_len, attention.batch, attention.heads)
+        return attention.segments[part.segment].bias_at(q, kv, attention.q_len)
 
     def key(self, block: Block, part: Part) -> tuple[object, ...] | None:
         """Return a cache key for the pattern mask and the bias of a part, or None if they cannot be reused.

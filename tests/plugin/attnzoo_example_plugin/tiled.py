@@ -67,7 +67,7 @@ class TiledBackend(attnzoo.Backend):
                     _expand(tensor[:, :, begin:end].to(dtype), heads) for tensor in (segment.key, segment.value)
                 )
                 scores = query @ key.transpose(-1, -2)
-                bias = segment.bias_at(rows, keys, q_len, batch, heads)
+                bias = segment.bias_at(rows, keys, q_len)
                 scores = scores if bias is None else scores + bias.to(dtype)
                 seen = segment.visible(rows, keys, q_len)  # the pattern and the masks; None if all are visible
                 scores = scores if seen is None else scores.masked_fill(~seen, least)
