@@ -266,3 +266,18 @@ def test_equivalent_mutants_change_lines_of_the_present_source(key):
 def test_mutants_that_only_rename_a_cached_value_are_equivalent(after, is_equivalent):
     mutant = Mutant("adapters/new.py", 1, 'real = once(mask, "real", _real)', after, "")
     assert (reason_for_equivalence(mutant) is not None) == is_equivalent
+
+
+@pytest.mark.parametrize(
+    ("path", "after", "is_equivalent"),
+    [
+        ("attnzoo/auto/rule.py", "Limit(512, 3_000_001),", True),
+        ("attnzoo/auto/rule.py", "Limit(513, 3_000_000),", True),
+        ("attnzoo/auto/rule.py", "Limit(512, None),", False),
+        ("attnzoo/auto/other.py", "Limit(512, 3_000_001),", False),
+    ],
+)
+def test_mutants_that_move_a_measured_limit_are_equivalent(path, after, is_equivalent):
+    key = '("window", "cpu", FORWARD): '
+    mutant = Mutant(path, 1, f"{key}Limit(512, 3_000_000),", f"{key}{after}", "")
+    assert (reason_for_equivalence(mutant) is not None) == is_equivalent

@@ -344,6 +344,16 @@ def test_tracing_is_refused_except_for_native(build):
         torch.testing.assert_close(recorded(*other.values()), wrapped(*other.values()))
 
 
+def test_nothing_inside_an_untraceable_attention_module_is_compiled():
+    """Otherwise the compiler would compile adapters and backends frame by frame, again for each form of attention."""
+    model, inputs, compiling = gpt_neox(), causal_inputs(20, "left"), []
+    torch.compiler.reset()
+    with attnzoo.patch(model, "blocked-local", window=5) as handle, torch.no_grad():
+        handle.sites[0].observer = lambda *_: compiling.append(torch.compiler.is_compiling())
+        torch.compile(model, backend="eager")(**inputs)
+    assert compiling == [False]
+
+
 def test_modules_between_patched_modules_are_compiled():
     """A module patched to check masks attends nothing: its layers are compiled, except their attention."""
     model, compiled = FAMILIES["led"].build(), []
