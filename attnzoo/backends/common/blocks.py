@@ -98,13 +98,6 @@ class Block(NamedTuple):
             rows.add_(tensor, self.queries, values)
 
 
-class PartMask(NamedTuple):
-    """The bool mask of a part: which keys each query sees, and which queries see at least one key."""
-
-    visible: Tensor  # broadcastable to (batch, heads, n, m)
-    has_visible_key: Tensor  # visible.any(-1)
-
-
 def positive_scale(attention: Attention) -> Attention:
     """Return an attention with the same scores and a scale above zero.
 
@@ -205,30 +198,31 @@ class Masks:
 
     def __init__(self, attention: Attention) -> None:
         self._attention = attention
-        self._last: dict[int, tuple[tuple[int, ...], PartMask]] = {}
+        self._last: dict[int, tuple[tuple[int, ...], Tensor]] = {}
         self._hides_keys: dict[int, bool] = {}  # per segment: whether the key mask hides a key
 
-    def of(self, block: Block, part: Part) -> PartMask | None:
-        """Return the mask of a part of a block, or None if every query sees every key."""
+    def of(self, block: Block, part: Part) -> Tensor | None:
+        """Return the bool mask of a part of a block, or None if every query sees every key.
+
+        The mask is broadcastable to ``(batch, heads, n, m)``, and True where a query sees a key.
+        """
         mask = self.of_pattern(block, part)
         keys = self.of_keys(block, part)
         if keys is None:
             return mask
-        visible = keys if mask is None else mask.visible & keys
-        return PartMask(visible, visible.any(-1))
+        return keys if mask is None else mask & keys
 
-    def of_pattern(self, block: Block, part: Part) -> PartMask | None:
+    def of_pattern(self, block: Block, part: Part) -> Tensor | None:
         """Return the mask of the pattern alone (no key mask, no dense mask), or None if the pattern hides no key."""
         pattern, tile = self._attention.segments[part.segment].pattern, self._tile(block, part)
         if pattern.sees_all(tile):
             return None
         if isinstance(pattern, SortedChunks) and block.queries is not None:
             token = pattern.sorted_tensors()[1][:, :, None, part.kv_start : part.kv_stop]
-            visible = pattern.visible(block.queries[..., None], token)
-            return PartMask(visible, visible.any(-1))
+            return pattern.visible(block.queries[..., None], token)
         if part.keys is not None and pattern.sees_gathered(block.q_start, block.q_stop):
             visible = (part.keys >= 0)[:, :, None]
-            return PartMask(visible, visible.any(-1)) if _may_hide(visible) else None
+            return visible if _may_hide(visible) else None
         key = pattern.block_key(tile)
         if key is not None and self._last.get(part.segment, (None,))[0] == key:
             return self._last[part.segment][1]
@@ -237,10 +231,9 @@ class Masks:
         visible = mask_mod(*pattern.batch_and_heads(q.device), q, kv.clamp(min=0))
         if part.keys is not None:
             visible = visible & (kv >= 0)
-        mask = PartMask(visible, visible.any(-1))
         if key is not None:
-            self._last[part.segment] = (key, mask)
-        return mask
+            self._last[part.segment] = (key, visible)
+        return visible
 
     def _tile(self, block: Block, part: Part) -> Tile:
         kv_len = self._attention.segments[part.segment].kv_len
@@ -320,7 +313,7 @@ def visible_rows(attention: Attention) -> Tensor:
         visible = attention.query.new_zeros((attention.batch, 1, block.rows), dtype=torch.bool)
         for part in block.parts:
             mask = masks.of(block, part)
-            visible = torch.ones_like(visible) if mask is None else visible | mask.has_visible_key
+            visible = torch.ones_like(visible) if mask is None else visible | mask.any(-1)
         all_rows.append(visible)
     heads = max(visible.shape[1] for visible in all_rows)
     return torch.cat([visible.expand(-1, heads, -1) for visible in all_rows], dim=2)

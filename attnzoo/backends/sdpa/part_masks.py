@@ -30,7 +30,7 @@ class PartMasks:
         keys = self._masks.of_keys(block, part)
         if keys is not None:
             pattern = self._masks.of_pattern(block, part)
-            visible_rows = (keys if pattern is None else keys & pattern.visible).any(-1)
+            visible_rows = (keys if pattern is None else keys & pattern).any(-1)
             mask = additive(keys, mask, attention.query.dtype)
         shape = (attention.batch, attention.heads, block.rows, part.kv_stop - part.kv_start)
         mask = None if mask is None else mask.expand(shape)
@@ -68,8 +68,8 @@ class PartMasks:
         if key is not None and last is not None and last[0] == key:
             return last[1:]
         visible, bias = self._masks.of_pattern(block, part), self._masks.bias(block, part)
-        mask = additive(None if visible is None else visible.visible, bias, dtype)
-        visible_rows = None if visible is None else visible.has_visible_key
+        mask = additive(visible, bias, dtype)
+        visible_rows = None if visible is None else visible.any(-1)
         if key is not None:
             self._last[part.segment] = (key, mask, visible_rows)
         return mask, visible_rows

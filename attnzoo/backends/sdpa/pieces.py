@@ -65,8 +65,7 @@ def join_masks(attention: Attention, masks: Masks, block: Block) -> tuple[Tensor
         ]
         return torch.cat(expanded, dim=-1)
 
-    part_masks = [masks.of(block, part) for part in block.parts]
-    visible = [None if mask is None else mask.visible for mask in part_masks]
+    visible = [masks.of(block, part) for part in block.parts]
     mask_heads = max(1 if mask is None else mask.shape[1] for mask in visible)
     everything = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=query.device)
     bias = [masks.bias(block, part) for part in block.parts]

@@ -317,8 +317,7 @@ def tables(inputs: Inputs, plan: Plan) -> Inputs:
     for form in plan.forms:
         if form.has_table:
             table = biases[form.bias_place].detach().to(torch.float32)
-            table = table if plan.scale == 1.0 else table / plan.scale
-            biases[form.bias_place] = table if table.stride(1) == 1 else table.contiguous()
+            biases[form.bias_place] = (table if plan.scale == 1.0 else table / plan.scale).contiguous()
     empty = None if inputs.empty is None else with_contiguous_rows(inputs.empty)
     keys_values = tuple(map(with_contiguous_rows, inputs.keys_values))
     return Inputs(with_contiguous_rows(inputs.query), keys_values, tuple(biases), empty)
