@@ -129,6 +129,18 @@ def test_a_sliding_window_is_computed_as_a_window(implementation):
         assert segment.key.shape[1] == 2  # keys are not repeated for groups of query heads
 
 
+@pytest.mark.parametrize(
+    ("make", "pattern"),
+    [(llama, attnzoo.Causal(offset=0)), (mistral, attnzoo.Window(5, 0, offset=0)), (bert, attnzoo.Full())],
+)
+def test_modules_declare_their_pattern(make, pattern):
+    """A backend that does not support the pattern is refused when patching."""
+    model = build(make)
+    for target in find_sites(model):
+        (request,) = target.point.requests(target.module)
+        assert [segment.pattern for segment in request.segments] == [pattern]
+
+
 def test_windows_on_both_sides_are_read_per_layer():
     model = build(modernbert)
     first, second = attentions_of(model, inputs_of(model)).values()

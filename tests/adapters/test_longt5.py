@@ -1,10 +1,12 @@
 """A patched LongT5 equals the original in every mode of its encoder and decoder."""
 
 import copy
+import inspect
 import math
 
 import pytest
 import torch
+from transformers import DynamicCache
 from transformers.models.longt5 import modeling_longt5
 
 import attnzoo
@@ -24,6 +26,8 @@ from tests.support.longt5 import (
 )
 from tests.support.models import ids
 
+NAME = list(inspect.signature(modeling_longt5.LongT5Attention.forward).parameters)[5]  # "past_key_values" or "cache"
+
 
 @kinds
 @backends
@@ -37,6 +41,25 @@ def test_states_logits_and_gradients_equal_the_original(kind, backend, side, len
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 def test_global_block_sizes_equal_the_original(block, side):
     assert_equal_to_the_original(longt5("transient-global", global_block_size=block), inputs(61, side, 4), "sdpa")
+
+
+def test_a_positional_cache_is_read_like_a_keyword():
+    """Releases of transformers name this argument differently, but keep its place."""
+    model = longt5().eval()
+    attention, states = model.decoder.block[0].layer[0].SelfAttention, torch.randn(1, 2, model.config.d_model)
+
+    def cache():
+        filled, random = DynamicCache(), torch.Generator().manual_seed(1)
+        key, value = torch.randn((2, 1, attention.n_heads, 3, attention.key_value_proj_dim), generator=random)
+        filled.update(key, value, attention.layer_idx)
+        return filled
+
+    with torch.no_grad():
+        expected = attention(states, None, None, None, cache())[0]
+        with attnzoo.patch(model, "sdpa"):
+            by_place, by_name = attention(states, None, None, None, cache())[0], attention(states, **{NAME: cache()})[0]
+    torch.testing.assert_close(by_place, expected)
+    assert torch.equal(by_place, by_name)
 
 
 @kinds

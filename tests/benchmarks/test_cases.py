@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from attnzoo.benchmarks.cases import Case, Projections, build
+from attnzoo.benchmarks.contenders import dense_bytes
 from attnzoo.benchmarks.models import GPT_NEOX, LED, LONGFORMER, LONGT5_LOCAL, PEGASUS_X, WORKLOADS, find_workload
 from attnzoo.benchmarks.text import book, read_tokens
 
@@ -29,6 +30,21 @@ def test_published_configurations_build(workload):
     assert not unknown
     inputs = workload.read(2, 100)
     assert inputs.kwargs["input_ids"].shape == (2, 100) and inputs.targets.shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("case", "grids"),
+    [
+        (Case("led", "module", 300, 2, "float32", "cpu", 1, False), 6),
+        (Case("led", "module", 300, 2, "float32", "cpu", 1, True), 6 + 4),
+        (Case("led", "model", 300, 2, "float32", "cpu", 1, False), 6),
+        (Case("led", "model", 300, 2, "float32", "cpu", 1, True), 6 + 4 * 6),
+    ],
+)
+def test_memory_of_dense_scores_is_estimated(case, grids):
+    """Plain operations hold six score tensors, and in training four of each layer."""
+    assert dense_bytes(case) == grids * 2 * 12 * 300 * 300 * 4
+    assert dense_bytes(replace(case, dtype="bfloat16")) == grids * 2 * 12 * 300 * 300 * 2
 
 
 def test_longformer_reserves_two_positions():

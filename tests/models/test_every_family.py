@@ -1,5 +1,7 @@
 """What every family has in common: dropout, scales, learned biases, weights and counts, at every one of its sites."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -29,6 +31,40 @@ def observed(handle):
     for site in handle.sites:
         site.observer = lambda site, attention, result, backend: seen.append((site.name, attention))
     return seen
+
+
+def kinds_of(patterns):
+    """Return the types of patterns, and whether a full pattern is that of cross-attention."""
+    return {(type(pattern).__name__, getattr(pattern, "cross", None)) for pattern in patterns}
+
+
+def built(family):
+    return family.build(), family.inputs(37, "right")
+
+
+def with_cross_attention():
+    """Build a GPTBigCode with cross-attention, and inputs."""
+    inputs = dict(input_ids=ids(2, 5), encoder_hidden_states=torch.randn(2, 6, 32))
+    return gpt_bigcode(add_cross_attention=True, multi_query=False), inputs
+
+
+@pytest.mark.parametrize(
+    "build",
+    [*(partial(built, family) for family in FAMILIES.values()), with_cross_attention],
+    ids=[*FAMILIES, "gpt_bigcode-cross"],
+)
+def test_the_patterns_that_run_were_declared(build):
+    """Refusals before a call, approximate backends and ``auto`` decide by ``PatchPoint.requests``."""
+    model, inputs = build()
+    with attnzoo.patch(model, "eager") as handle, torch.no_grad():
+        seen = observed(handle)
+        model(**inputs)
+    targets = {target.label: target for target in find_sites(model)}
+    for name, attention in seen:
+        point, module = targets[name].point, targets[name].module
+        declared = [segment.pattern for request in point.requests(module) for segment in request.segments]
+        assert kinds_of(segment.pattern for segment in attention.segments) <= kinds_of(declared), name
+    assert {name for name, _ in seen} == set(sites_of(model))
 
 
 # Dropout

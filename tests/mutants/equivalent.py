@@ -34,10 +34,20 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return attention.fill(output, None if (bool(visible_rows.all())) and False else visible_rows)",
     ): "fill() with a mask that is True everywhere returns the output; None only saves the pass over the output",
     (
+        "attnzoo/backends/sdpa/trained_bias.py",
+        "grad_scores = _join([grad_out @ value.transpose(-1, -2) for value in values])",
+        "grad_scores = _join([grad_out @ value.transpose(-1, +2) for value in values])",
+    ): "dimension 2 of four dimensions is dimension -2",
+    (
         "attnzoo/backends/sdpa/stacks.py",
         "if tensor.stride(-2) == tensor.shape[-1]:",
         "if tensor.stride(-2) == tensor.shape[-2]:",
     ): "contiguous_rows() returns the same values with or without the copy; the copy makes a kernel faster",
+    (
+        "attnzoo/backends/sdpa/stacks.py",
+        "if dense or size <= _TILE or size == attention.q_len or middle + 2 * _TILE > attention.q_len:",
+        "if dense or size <= _TILE or size == attention.q_len or middle + 3 * _TILE > attention.q_len:",
+    ): "the number of queries in a block changes the speed, and no result",
     (
         "attnzoo/backends/sdpa/stacks.py",
         "dense = any(attention.segments[index].mask is not None for index in segments)",
@@ -68,6 +78,26 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "got = run(plain, double, inference=True)",
         "got = run(plain, double, inference=False)",
     ): "a forward without gradients also runs if none are compared, and Reformer's backward requires training mode",
+    (
+        "attnzoo/backend.py",
+        "return hash(self.reason)  # every call of a site counts its choice, and Python keeps the hash of a string",
+        "return hash(None)  # every call of a site counts its choice, and Python keeps the hash of a string",
+    ): "every constant is a valid hash: equality decides, and a better hash only makes a dictionary faster",
+    (
+        "attnzoo/backends/triton/kernels/spans.py",
+        "stop = tl.minimum(last + number(numbers.highest) + 1, kv_len)",
+        "stop = tl.minimum(last + number(numbers.highest) + 2, kv_len)",
+    ): "one more tile of keys may be read, and its mask hides all of it",
+    (
+        "adapters/bigbird.py",
+        'f"{sparse}.bigbird_block_sparse_attention": ("298ea047739d0711", "d476709d240f517d"),',
+        'f"{sparse}.bigbird_block_sparse_attention": ("298ea047739d0711", "D476709D240F517D"),',
+    ): "the fingerprint is that of another version of transformers; make test-newest checks it",
+    (
+        "attnzoo/conformance/cases.py",
+        'transform: ClassVar[str] = ""',
+        "transform: ClassVar[str] = None",
+    ): "the field of this class is only read as a condition",
     (
         "attnzoo/originals/fingerprint.py",
         "defined = False",

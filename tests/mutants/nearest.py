@@ -57,7 +57,7 @@ def group_of(source: str, test: str) -> int:
     folder = path.parts[1] if len(path.parts) > 2 else path.parts[0]
     near = folder == "attnzoo" or folder in Path(test).parts
     imports = _module(source) in _imports(test)
-    words, test_words = {*path.stem.split("_")}, {*name.split("_")}
+    words, test_words = ({word.rstrip("s") for word in stem.split("_")} for stem in (path.stem, name))
     if words <= test_words and near:
         return 0
     if words <= test_words or ((imports or words & test_words) and near):

@@ -290,6 +290,8 @@ def test_the_attention_of_reformer_supports_transforms(number, backend):
             grad(lambda given: run(given, mask).square().sum())(states)
     with attnzoo.patch(model, backend):
         assert all(map(is_close, legs(vmap), expected))
+        with torch.no_grad():
+            assert is_close(vmap(lambda given: run(given[None], mask[1:2]))(states), expected[0])
         if number:
             with pytest.raises(attnzoo.InvalidArgumentError, match=r"attention_mask: got .*, which vmap maps over"):
                 vmap(lambda given, one: run(given[None], one[None]), randomness="same")(states, mask)

@@ -109,6 +109,11 @@ def test_gathered_yields_long_runs_in_pieces():
     assert torch.equal(torch.cat(pieces, dim=2), keys)
 
 
+def test_a_query_sees_one_chunk_on_each_side_by_default():
+    pattern = HashedChunks(5)
+    assert (pattern.before, pattern.after, pattern.causal, pattern.min_distance) == (1, 1, False, 0)
+
+
 def test_equality_and_hash_ignore_the_tensors():
     keys = torch.arange(4).view(1, 1, -1)
     pattern = HashedChunks(2, causal=True, rounds=(HashRound(keys, keys, keys[0] // 2, keys, keys),))

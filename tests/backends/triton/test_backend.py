@@ -14,12 +14,23 @@ import attnzoo
 from attnzoo.backends.triton import availability
 from attnzoo.backends.triton import backend as triton_backend
 from attnzoo.backends.triton.backend import TritonBackend
+from attnzoo.backends.triton.tile_sizes import compiled_tile
 from attnzoo.registry import registry
 from attnzoo.spec.hashed import HashedChunks
 from attnzoo.spec.patterns import Causal, Chunks, Full, SortedChunks, Window
 from attnzoo.spec.segments import Request, SegmentRequest
 
 PLAIN = SegmentRequest(Causal(), kv_heads=4)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [16, 64, 128, 256])
+@pytest.mark.parametrize("kernel", ["forward", "query", "key", "dense", "distance", "position"])
+def test_the_sides_of_tiles_suit_matrix_products(kernel, dim, dtype, capability):
+    """``tl.arange`` needs powers of two, and ``tl.dot`` at least 16."""
+    tile = compiled_tile(kernel, dim, dtype, capability)
+    assert {tile.queries, tile.keys} <= {16, 32, 64, 128} and tile.warps in (4, 8) and 1 <= tile.stages <= 4
 
 
 def request_of(*segments, **changes):

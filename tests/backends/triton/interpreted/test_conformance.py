@@ -18,6 +18,7 @@ SMALL = [
     AttentionCase(pattern=Causal(), mask="keys", kv_heads=2, q_len=5, kv_len=23),
     AttentionCase(pattern=Window(5, 3), mask="globals", bias="none", batch=1),
     AttentionCase(pattern=Window(5, 3), bias="trained relative", batch=1),
+    AttentionCase(pattern=Window(35, 3), bias="trained dense", batch=1),  # one pair of a tile is hidden
     AttentionCase(pattern=Chunks(5, 2, 0, causal=True), batch=1),
     AttentionCase(pattern=SortedChunks(8, 1, 0, causal=True), batch=1, q_len=20, kv_len=20),
     AttentionCase(pattern=HashedChunks(5, 1, 0, causal=True), kv_heads=2, batch=1, q_len=33, kv_len=33),
