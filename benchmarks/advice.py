@@ -50,6 +50,10 @@ backend was 3 % faster than the model's own code or saved 10 % of the memory: `a
 **speed** is the time of the original divided by the time of the backend. **memory** is the peak of the backend divided
 by the peak of the original, both over weights and inputs. An empty speed means that other programs disturbed the clock.
 [Results](../results.md) has every number with its range and its command.
+
+Training rows are without dropout of softmax weights. LongT5 and Reformer's local layers have such dropout by default.
+With it, `sdpa` runs a slower kernel on a CPU, so `auto` runs the model's own code until
+`attnzoo.tune(model.train(), inputs)` has measured.
 """
 PARTS = """
 ## Single modules

@@ -64,6 +64,7 @@ class NativeChooser:
         described = properties(point, module, states, kwargs)
         key = (
             described,
+            module.training and point.dropout(module) > 0.0,
             states.dtype,
             states.device,
             point.original_kernel(module),
@@ -105,5 +106,6 @@ class NativeChooser:
             decision = None if measurement is None else by_measurement(measurement, type(module))
             if decision is not None:
                 return Choice(NativeBackend(), decision.reason) if decision.native else None
-        reason = native_because(requests, point.original_kernel(module), call)
+        dropout = module.training and point.dropout(module) > 0.0
+        reason = native_because(requests, point.original_kernel(module), call, dropout)
         return None if reason is None else Choice(NativeBackend(), reason)

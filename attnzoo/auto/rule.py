@@ -104,9 +104,17 @@ def _span(pattern: Pattern) -> int:
     return pattern.length * (pattern.before + pattern.after + 1) if isinstance(pattern, (Chunks, SortedChunks)) else 0
 
 
-def native_because(requests: Sequence[Request], original_kernel: str, call: ModuleCall) -> str | None:
-    """Return why the model's code runs, or None if a backend runs."""
+def native_because(
+    requests: Sequence[Request], original_kernel: str, call: ModuleCall, dropout: bool = False
+) -> str | None:
+    """Return why the model's code runs, or None if a backend runs.
+
+    ``dropout`` says whether the call drops softmax weights. The limits are measured without dropout. With dropout, the
+    CPU backends run other kernels.
+    """
     kind = kind_of(requests, original_kernel)
+    if dropout:
+        return f"by rule: {call.mode} of {kind} with dropout on {call.device}; to measure, run attnzoo tune"
     limit = LIMITS.get((kind, call.device, call.mode))
     if limit is not None and holds(limit, requests) and count_scores(requests, call) >= limit.scores:
         return None
@@ -115,15 +123,19 @@ def native_because(requests: Sequence[Request], original_kernel: str, call: Modu
     return f"by rule: {call.mode} of {kind}{size} on {call.device}; to measure, run attnzoo tune"
 
 
-def native_by_rule(requests: Sequence[Request], original_kernel: str, device: str) -> str:
-    """Return text that says for which calls of a module the rule selects the model's code."""
+def native_by_rule(requests: Sequence[Request], original_kernel: str, device: str, dropout: bool = False) -> str:
+    """Return text that says for which calls of a module the rule selects the model's code.
+
+    ``dropout`` says whether the module drops softmax weights in training.
+    """
     kind, parts = kind_of(requests, original_kernel), [DECODING]
     for mode in (FORWARD, TRAINING):
         limit = LIMITS.get((kind, device, mode))
         if limit is None or not holds(limit, requests):
             parts.append(mode)
         else:
-            parts.append(f"{mode} below {_queries(requests, limit.scores)} queries")
+            with_dropout = "with dropout or " if dropout and mode == TRAINING else ""
+            parts.append(f"{mode} {with_dropout}below {_queries(requests, limit.scores)} queries")
     return f"{kind} on {device}: {', '.join(parts)}"
 
 

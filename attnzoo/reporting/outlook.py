@@ -41,8 +41,8 @@ def _native(plan: SitePlan) -> tuple[str, ...]:
             if decision is not None:
                 runs = "native" if decision.native else "a backend"
                 lines.append(f"{runs} for {measurement.mode} at {measurement.size}: {decision.reason}")
-    rule = native_by_rule(plan.requests, point.original_kernel(module), device.type)
-    return (*lines, f"native by rule{' elsewhere' if lines else ''}, {rule}")
+    rule = native_by_rule(plan.requests, point.original_kernel(module), device.type, point.dropout(module) > 0.0)
+    return (*lines, f"the model's own code by rule{' elsewhere' if lines else ''}, {rule}")
 
 
 def _backends(plan: SitePlan) -> tuple[str, ...]:

@@ -276,7 +276,7 @@ def test_explain_shows_measured_and_unmeasured_sizes(add, clock):
     assert lines == (
         "native for forward at batch <= 1, queries <= 32, keys <= 32: "
         "measured in the module: native 0 us; fast-kernel 1 s",
-        "native by rule elsewhere, dense in sdpa on cpu: decoding, forward, forward+backward",
+        "the model's own code by rule elsewhere, dense in sdpa on cpu: decoding, forward, forward+backward",
         "fast for forward at batch <= 1, queries <= 32, keys <= 32: measured 1 s; slow 4 s",
         "slow for other sizes, by priority",
     )

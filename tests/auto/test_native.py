@@ -83,6 +83,20 @@ def test_a_measurement_of_the_module_decides(native, patched, ran):
     assert site_of(model, neox_inputs(33)).ran == "auto: native", "another size follows the rule"
 
 
+def test_dropout_in_training_runs_the_models_code(ours_everywhere):
+    """The decision follows the dropout of the module, which may change between two calls."""
+    model, inputs = gpt_neox(attention_dropout=0.1), neox_inputs()
+    assert site_of(model.eval(), inputs, grad=True).ran == "auto: sdpa"
+    with attnzoo.patch(model.train()) as handle:
+        model(**inputs)
+        for layer in model.gpt_neox.layers:
+            layer.attention.attention_dropout = 0.0
+        model(**inputs)
+    assert handle.sites[0].kernels == {"native": 1, "flash": 1}
+    reason = next(iter(handle.sites[0].selections)).reason
+    assert reason == "by rule: forward+backward of dense in sdpa with dropout on cpu; to measure, run attnzoo tune"
+
+
 def test_a_measurement_of_other_code_is_ignored(ours_everywhere):
     model = gpt_neox()
     measured(model, (1, 21, 21), 1.0, 2.0, code="some.package:OldBackend 0.1")
@@ -375,13 +389,13 @@ def test_verify_checks_the_models_code_where_auto_ran_it():
 def test_explain_shows_the_rule_and_the_measurements():
     model = gpt_neox()
     lines = attnzoo.explain(model).auto["gpt_neox.layers.0.attention"]
-    assert lines[0] == "native by rule, dense in sdpa on cpu: decoding, forward, forward+backward"
+    assert lines[0] == "the model's own code by rule, dense in sdpa on cpu: decoding, forward, forward+backward"
     measured(model, (1, 21, 21), 2.0, 1.0)
     measured(model, (1, 1, 21), 1.0, 2.0, mode=DECODING)
     lines = attnzoo.explain(model).auto["gpt_neox.layers.0.attention"]
     assert lines[0].startswith("a backend for forward at batch <= 1, queries <= 32, keys <= 32: measured in the module")
     assert lines[1].startswith("native for decoding at batch <= 1, queries <= 1, keys <= 32: measured in the module")
-    assert lines[2].startswith("native by rule elsewhere, dense in sdpa")
+    assert lines[2].startswith("the model's own code by rule elsewhere, dense in sdpa")
 
 
 def test_explain_by_priority_shows_no_native(monkeypatch):

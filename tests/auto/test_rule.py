@@ -102,6 +102,14 @@ def test_a_backend_runs_from_the_limit_on(limit, mode, q_len, batch, native):
         )
 
 
+def test_with_dropout_the_models_code_runs(limit):
+    """The limits are measured without dropout."""
+    assert native_because(WINDOW, "eager", call(TRAINING, 1000)) is None
+    assert native_because(WINDOW, "eager", call(TRAINING, 1000), dropout=True) == (
+        "by rule: forward+backward of window and other keys with dropout on cpu; to measure, run attnzoo tune"
+    )
+
+
 def test_a_narrow_window_always_runs_the_models_code(limit):
     narrow = requests(Window(7, 7), Full())
     assert native_because(narrow, "eager", call(q_len=1 << 20)) is not None
@@ -126,6 +134,10 @@ def test_a_limit_may_hold_for_one_backend_only(limit, monkeypatch):
 def test_the_rule_in_words(limit):
     assert native_by_rule(WINDOW, "eager", CPU) == (
         "window and other keys on cpu: decoding, forward below 50 queries, forward+backward below 50 queries"
+    )
+    assert native_by_rule(WINDOW, "eager", CPU, dropout=True) == (
+        "window and other keys on cpu: decoding, forward below 50 queries, "
+        "forward+backward with dropout or below 50 queries"
     )
     assert native_by_rule(requests(Causal(offset=0)), "sdpa", CPU) == (
         "dense in sdpa on cpu: decoding, forward, forward+backward"
