@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     )
     from attnzoo.reporting.explain import explain
     from attnzoo.spec.bias import DenseBias, RelativeBias
-    from attnzoo.spec.masks import read_attention_mask
+    from attnzoo.spec.masks import ReadMask, read_attention_mask
     from attnzoo.spec.patterns import Causal, Chunks, Full, Pattern, Window
     from attnzoo.spec.segments import Attention, Request, Result, Segment, SegmentRequest
     from attnzoo.tuning.tuner import tune
@@ -73,6 +73,7 @@ __all__ = [
     "PatchError",
     "PatchPoint",
     "Pattern",
+    "ReadMask",
     "Refusal",
     "RelativeBias",
     "Request",
@@ -122,7 +123,7 @@ _EXPORTS = {
     "attnzoo.registry": "backends configure register_adapter register_backend unregister_adapter unregister_backend",
     "attnzoo.reporting.explain": "explain",
     "attnzoo.spec.bias": "DenseBias RelativeBias",
-    "attnzoo.spec.masks": "read_attention_mask",
+    "attnzoo.spec.masks": "ReadMask read_attention_mask",
     "attnzoo.spec.patterns": "Causal Chunks Full Pattern Window",
     "attnzoo.spec.segments": "Attention Request Result Segment SegmentRequest",
     "attnzoo.tuning.tuner": "tune",

@@ -179,6 +179,18 @@ def test_a_backend_that_is_no_string_is_refused(thing):
         attnzoo.attention(**small_inputs(), backend=thing)
 
 
+def test_options_after_a_colon_are_refused_as_keywords():
+    """The command line and ``attn_implementation`` take them. ``patch`` takes keyword arguments."""
+    with pytest.raises(InvalidArgumentError) as caught:
+        attnzoo.configure("blocked-local:window=64,sinks=4")
+    assert str(caught.value) == (
+        "backend: got 'blocked-local:window=64,sinks=4'; "
+        "allowed: 'blocked-local', and options as keyword arguments: window=64, sinks=4"
+    )
+    with pytest.raises(UnknownNameError):
+        attnzoo.configure("blocked-lokal:window=64")
+
+
 @pytest.mark.parametrize("thing", ["zzzzzzzz", ""])
 def test_a_name_without_similar_names_gets_the_list(thing):
     with pytest.raises(UnknownNameError, match=r"backend: got .*; allowed: .*'eager'.*'sdpa'") as caught:

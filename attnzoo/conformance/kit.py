@@ -28,6 +28,8 @@ from attnzoo.functional import execute
 from attnzoo.registry import registry
 from attnzoo.spec.segments import FLOATS, Attention, Request
 
+_EXPLAINED = {"empty": "empty (the output of queries that see no key)"}
+
 
 class ConformanceError(AttnzooError, AssertionError):
     """Raised when a backend fails a case that the backend supports, or runs a case that the backend refuses."""
@@ -79,7 +81,8 @@ class ConformanceReport:
         ran = len(self.outcomes) - refused
         lines = [f"{self.backend}: {ran} cases ran, {refused} were refused, {len(self.failures)} failed"]
         if ran and self.unexercised:
-            lines.append(f"  declared, but no case with it ran: {', '.join(self.unexercised)}")
+            names = (_EXPLAINED.get(name, name) for name in self.unexercised)
+            lines.append(f"  not exercised by the cases that ran: {', '.join(names)}")
         lines += [f"  {outcome.case}: {outcome.failure}" for outcome in self.failures]
         return "\n".join(lines)
 

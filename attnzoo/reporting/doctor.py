@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 from dataclasses import dataclass
 from importlib import metadata
@@ -49,9 +50,10 @@ def _machine() -> list[Finding]:
     else:
         lacks = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
         cuda = f"torch {torch.__version__} {lacks}"
+    cpu = f"{platform.machine()}, torch uses {torch.get_num_threads()} of {os.cpu_count()} CPUs"
     return [
         Finding("machine", "python", True, platform.python_version()),
-        Finding("machine", "cpu", True, f"{platform.machine()}, {torch.get_num_threads()} threads"),
+        Finding("machine", "cpu", True, cpu),
         Finding("machine", "cuda", torch.cuda.is_available(), cuda),
     ]
 

@@ -63,6 +63,9 @@ def _remarks(report: Report, sites: Sequence[AttentionReport]) -> list[str]:
         lines.append(f"the original was not run: {report.fault}")
     if report.note:
         lines.append(report.note)
+    original = [*report.original, *(check for site in report.original_sites for check in site.checks)]
+    if all(site.ok for site in sites) and not all(check.ok for check in original):
+        lines.append("the backend is right, but the model's own code computes something else: check the adapter")
     if report.changed:
         lines.append(f"the backend changes the pattern, and the oracle computes the changed pattern: {report.changed}")
     recalls = [site.recall for site in sites if site.recall is not None]

@@ -111,7 +111,9 @@ def test_report_names_the_declared_properties_that_no_case_exercised():
     report = testing.check_backend(Careful(), dtypes=(F32,))
     expected = ("pattern Window", "key_mask", "mask", "bias relative", "gqa", "dropout", "softcap", "empty")
     assert report.unexercised == expected
-    assert str(report).splitlines()[1] == f"  declared, but no case with it ran: {', '.join(expected)}"
+    assert str(report).splitlines()[1] == (
+        f"  not exercised by the cases that ran: {', '.join(expected)} (the output of queries that see no key)"
+    )
 
 
 def test_report_names_declared_dtypes_and_gradients_that_no_case_exercised(monkeypatch):
