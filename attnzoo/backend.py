@@ -96,12 +96,7 @@ class Capabilities:
         check("mask", any(segment.mask for segment in request.segments), self.mask, "no dense mask")
         if request.value_dim != request.head_dim and not self.uneven_value_dim:
             refused.append(Refusal("value_dim", str(request.value_dim), f"{request.head_dim}, the head_dim"))
-        check(
-            "dropout",
-            request.dropout,
-            self.dropout,
-            "dropout=0.0, e.g. model.eval()",
-        )
+        check("dropout", request.dropout, self.dropout, "dropout=0.0, or a model in eval mode")
         check("softcap", request.softcap, self.softcap, "no softcap")
         check("grad", request.grad, self.grad, "torch.no_grad(), or inputs that do not require grad")
         check("attention probabilities", request.probabilities, self.probabilities, "output_attentions=False")

@@ -186,8 +186,8 @@ class Registry:
         if text in RESERVED_NAMES:
             names = ", ".join(map(repr, sorted(self.names() - set(RESERVED_NAMES))))
             raise InvalidArgumentError("backend", f"{text!r}, which is not accepted by this function", names)
-        first, colon, options = text.partition(":")
-        if colon and first in self.names():
+        first, _, options = text.partition(":")
+        if options and first in self.names() - set(RESERVED_NAMES):
             allowed = f"{first!r}, and options as keyword arguments: {options.replace(',', ', ')}"
             raise InvalidArgumentError("backend", repr(text), allowed)
         raise UnknownNameError("backend", name, self.names())

@@ -32,7 +32,7 @@ INTRODUCTION = """\
 |---|---|
 | the fastest code for each call | `auto`, after one `attnzoo.tune(model, inputs)` on your machine |
 | a long document in LED, Longformer, LongT5, Pegasus-X, BigBird or Reformer on a CPU | `sdpa` |
-| training of these models on a CPU | `sdpa` |
+| training of these models on a CPU, without dropout of softmax weights | `sdpa` |
 | GPT-NeoX, GPTBigCode, Llama and other models that transformers already runs on `sdpa` | `auto`, which keeps the \
 model's own code |
 | attention probabilities, or a result to compare with | `eager` |
@@ -51,7 +51,7 @@ backend was 3 % faster than the model's own code or saved 10 % of the memory: `a
 by the peak of the original, both over weights and inputs. An empty speed means that other programs disturbed the clock.
 [Results](../results.md) has every number with its range and its command.
 
-Training rows are without dropout of softmax weights. LongT5 and Reformer's local layers have such dropout by default.
+Training rows are without dropout of softmax weights, which e.g. LongT5, Longformer and Reformer have by default.
 With it, `sdpa` runs a slower kernel on a CPU, so `auto` runs the model's own code until
 `attnzoo.tune(model.train(), inputs)` has measured.
 """

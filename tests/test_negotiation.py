@@ -37,7 +37,7 @@ def test_a_refusal_lists_every_reason_and_the_alternatives():
         Refusal("key_mask", "True", "no key mask"),
         Refusal("mask", "True", "no dense mask"),
         Refusal("value_dim", "5", "8, the head_dim"),
-        Refusal("dropout", "True", "dropout=0.0, e.g. model.eval()"),
+        Refusal("dropout", "True", "dropout=0.0, or a model in eval mode"),
         Refusal("grad", "True", "torch.no_grad(), or inputs that do not require grad"),
     )
     error = caught.value

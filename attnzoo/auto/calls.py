@@ -42,6 +42,11 @@ def hidden_states(point: PatchPoint, args: Sequence[Any], kwargs: Mapping[str, A
     return states if isinstance(states, Tensor) and states.ndim == 3 else None
 
 
+def drops_weights(point: PatchPoint, module: Any) -> bool:
+    """Whether a call of the module drops softmax weights."""
+    return bool(module.training and point.dropout(module) > 0.0)
+
+
 def describe_call(point: PatchPoint, module: Any, states: Tensor, kwargs: Mapping[str, Any]) -> ModuleCall:
     """Return the properties of a call of ``module`` with hidden states ``states``.
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from attnzoo.adapter import PatchPoint
-from attnzoo.auto.calls import ModuleCall
+from attnzoo.auto.calls import ModuleCall, drops_weights
 from attnzoo.auto.environment import code_of
 from attnzoo.auto.measurements import Measurement, Outcome, format_seconds, to_plain_data
 from attnzoo.backend import Backend
@@ -35,7 +35,7 @@ def request_of(point: PatchPoint, module: Any, call: ModuleCall) -> dict[str, An
         "pattern": point.describe(module),
         "original": point.original_kernel(module),
         "mode": call.mode,
-        "dropout": bool(module.training and point.dropout(module) > 0.0),
+        "dropout": drops_weights(point, module),
         "autocast": to_plain_data(active_autocast(call.device)),
     }
 

@@ -10,7 +10,7 @@ import torch
 
 from attnzoo.adapter import PatchPoint
 from attnzoo.auto import cache
-from attnzoo.auto.calls import ModuleCall, hidden_states, properties
+from attnzoo.auto.calls import ModuleCall, drops_weights, hidden_states, properties
 from attnzoo.auto.choice import BY_REQUEST, by_priority_because
 from attnzoo.auto.environment import environment_of
 from attnzoo.auto.measurements import key_of
@@ -64,7 +64,7 @@ class NativeChooser:
         described = properties(point, module, states, kwargs)
         key = (
             described,
-            module.training and point.dropout(module) > 0.0,
+            drops_weights(point, module),
             states.dtype,
             states.device,
             point.original_kernel(module),
@@ -106,6 +106,5 @@ class NativeChooser:
             decision = None if measurement is None else by_measurement(measurement, type(module))
             if decision is not None:
                 return Choice(NativeBackend(), decision.reason) if decision.native else None
-        dropout = module.training and point.dropout(module) > 0.0
-        reason = native_because(requests, point.original_kernel(module), call, dropout)
+        reason = native_because(requests, point.original_kernel(module), call, drops_weights(point, module))
         return None if reason is None else Choice(NativeBackend(), reason)

@@ -109,12 +109,12 @@ def native_because(
 ) -> str | None:
     """Return why the model's code runs, or None if a backend runs.
 
-    ``dropout`` says whether the call drops softmax weights. The limits are measured without dropout. With dropout, the
-    CPU backends run other kernels.
+    ``dropout`` says whether the call drops softmax weights. The limits are measured without dropout. With dropout,
+    ``sdpa`` runs another kernel on the CPU.
     """
     kind = kind_of(requests, original_kernel)
     if dropout:
-        return f"by rule: {call.mode} of {kind} with dropout on {call.device}; to measure, run attnzoo tune"
+        return f"by rule: {call.mode} of {kind} with dropout on {call.device}; to measure, run attnzoo tune --train"
     limit = LIMITS.get((kind, call.device, call.mode))
     if limit is not None and holds(limit, requests) and count_scores(requests, call) >= limit.scores:
         return None

@@ -99,7 +99,7 @@ def explain(
     backend: Annotated[
         str | None,
         typer.Option(
-            help="Only this backend, with options as name:option=value,...  [default, and auto: all backends]",
+            help="Only this backend, with options as name:option=value,... Without it, or with auto: all backends.",
             autocompletion=completion.backends,
         ),
     ] = None,

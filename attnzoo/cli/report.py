@@ -59,6 +59,6 @@ def _read(path: Path) -> Page:
     except OSError as error:
         raise InvalidArgumentError("result", f"{path}: {error.strerror}", _ALLOWED) from error
     except KeyError as error:
-        raise InvalidArgumentError("result", f"{path}: JSON without the field {error}", _ALLOWED) from error
+        raise InvalidArgumentError("result", f"{path}: unknown or missing name: {error}", _ALLOWED) from error
     except (ValueError, TypeError, LookupError, AttributeError) as error:  # not JSON, or JSON of another form
         raise InvalidArgumentError("result", f"{path}: {type(error).__name__}: {error}", _ALLOWED) from error

@@ -50,7 +50,7 @@ def _machine() -> list[Finding]:
     else:
         lacks = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
         cuda = f"torch {torch.__version__} {lacks}"
-    cpu = f"{platform.machine()}, torch uses {torch.get_num_threads()} of {os.cpu_count()} CPUs"
+    cpu = f"{platform.machine()}, {os.cpu_count()} CPUs; number of torch threads: {torch.get_num_threads()}"
     return [
         Finding("machine", "python", True, platform.python_version()),
         Finding("machine", "cpu", True, cpu),

@@ -16,6 +16,7 @@ from attnzoo.errors import InvalidArgumentError
 from attnzoo.spec.patterns import Tile
 from attnzoo.spec.transforms import readable
 
+_ROWS_AT_ONCE = 128
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 BiasAt = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -41,12 +42,13 @@ class Bias:
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         """Raise :class:`InvalidArgumentError` unless the values fit an attention of these sizes."""
-        self._check_dtype()
-
-    def _check_dtype(self) -> None:
         if not isinstance(self.values, Tensor) or not self.values.is_floating_point():
             got = f"a tensor of {self.values.dtype}" if isinstance(self.values, Tensor) else self.values
             raise InvalidArgumentError("bias values", got, "a floating-point tensor (to hide keys, use mask=)")
+        self._check_sizes(batch, heads, q_len, kv_len)
+
+    def _check_sizes(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
+        """Raise :class:`InvalidArgumentError` unless shapes and positions fit. :meth:`check` has checked the dtype."""
 
     def score_mod(self, q_len: int, kv_len: int) -> ScoreMod:
         """Return a function ``f(score, b, h, q, kv)`` that adds the bias of query ``q`` and key ``kv`` to ``score``."""
@@ -133,8 +135,7 @@ class RelativeBias(Bias):
     def per_sample(self) -> bool:
         return self.positions is not None
 
-    def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
-        self._check_dtype()
+    def _check_sizes(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         fits = self.values.ndim == 2 and self.values.shape[0] in (1, heads)
         if not fits or not _is_integer(self.zero) or not 0 <= self.zero < self.values.shape[1]:
             got = f"`values` of shape {tuple(self.values.shape)}, zero={self.zero!r}"
@@ -176,10 +177,14 @@ class RelativeBias(Bias):
         return rows.unflatten(1, row.shape).movedim(0, 1)
 
     def of_query(self, query: int, q_len: int, kv_len: int) -> Tensor | None:
-        if self.positions is not None or self._is_differentiated:
+        if self.positions is not None:
             return None
+        device = self.values.device
+        if self._is_differentiated:  # a gather would sum the gradients of equal distances one after another
+            indices = torch.arange(query, query + 1, device=device), torch.arange(kv_len, device=device)
+            return self.block(*indices, q_len, kv_len)
         first = self.zero - query - self._shift(q_len, kv_len)  # the index of key 0, before the limits of the table
-        index = torch.arange(first, first + kv_len, device=self.values.device).clamp_(0, self.values.shape[1] - 1)
+        index = torch.arange(first, first + kv_len, device=device).clamp_(0, self.values.shape[1] - 1)
         return self.values.index_select(1, index)[None, :, None]
 
     def at_positions(self, positions: Tensor, kv_len: int) -> Tensor:
@@ -194,11 +199,8 @@ class RelativeBias(Bias):
         """Return the positions ``(batch or 1, heads or 1, n)`` of queries ``(n,)`` or ``(batch, heads, n)``."""
         if self.positions is None:
             return (q if q.ndim > 1 else q[None, None]) + self._shift(q_len, kv_len)
-        return (
-            self.positions[:, None, q]
-            if q.ndim == 1
-            else self.positions[:, None].expand(-1, q.shape[1], -1).gather(2, q)
-        )
+        samples = torch.arange(len(self.positions), device=q.device)[:, None, None]
+        return self.positions[samples, q]
 
     def _rows(self, positions: Tensor, kv: Tensor) -> Tensor:
         """Return the bias ``(batch or 1, heads or 1, n, m)`` of keys for queries at ``(batch or 1, heads or 1, n)``.
@@ -206,19 +208,25 @@ class RelativeBias(Bias):
         The gradient of one value may sum over all scores, and is often near 0. Autograd sums the gradients of a gather
         one after another, with a rounding error that grows with their number. So this method reads each entry at most
         once per row: it appends ``m`` copies of the first and of the last value to the table. Autograd then sums rows
-        and copies pairwise.
+        and copies pairwise. It stores a gradient of the table per row, so it gets some rows at a time.
         """
         heads, m = self.values.shape[0], kv.shape[-1]
         first, last = self.values[:, :1], self.values[:, -1:]
         table = torch.cat([self.values, first.expand(-1, m), last.expand(-1, m)], dim=1)
-        index = self._entries(positions, kv)
-        shape = (index.shape[0], max(heads, index.shape[1]), index.shape[2])
-        return table[:, None].expand(*shape, -1).gather(3, index.expand(*shape, -1))
+
+        def read(positions: Tensor) -> Tensor:
+            index = self._entries(positions, kv)
+            shape = (index.shape[0], max(heads, index.shape[1]), index.shape[2])
+            return table[:, None].expand(*shape, -1).gather(3, index.expand(*shape, -1))
+
+        if not self._is_differentiated or torch.compiler.is_compiling():  # a graph serves every number of rows
+            return read(positions)
+        return torch.cat([read(rows) for rows in positions.split(_ROWS_AT_ONCE, dim=2)], dim=2)
 
     def _entries(self, positions: Tensor, kv: Tensor) -> Tensor:
         """Return indices ``(batch or 1, heads or 1, n, m)`` into the values and their ``m`` copies in :meth:`_rows`."""
         entries, m = self.values.shape[1], kv.shape[-1]
-        index = kv.reshape(-1, 1, 1, m) - positions[..., None] + self.zero
+        index = (kv if kv.ndim > 1 else kv[None])[:, None, None] - positions[..., None] + self.zero
         copy = torch.arange(entries, entries + m, device=kv.device)
         return torch.where(index < 0, copy, torch.where(index < entries, index, copy + m))
 
@@ -278,8 +286,7 @@ class DenseBias(Bias):
     def per_sample(self) -> bool:
         return self.values.shape[0] > 1
 
-    def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
-        self._check_dtype()
+    def _check_sizes(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         shape = tuple(self.values.shape)
         if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2:] != (q_len, kv_len):
             raise InvalidArgumentError(
@@ -297,7 +304,8 @@ class DenseBias(Bias):
     def block(self, q: Tensor, kv: Tensor, q_len: int, kv_len: int) -> Tensor:
         b, h = (torch.arange(n, device=q.device) for n in self.values.shape[:2])
         q = q[None, None, :, None] if q.ndim == 1 else q[..., None]
-        return self.values[b[:, None, None, None], h[None, :, None, None], q, kv.reshape(-1, 1, 1, kv.shape[-1])]
+        keys = (kv if kv.ndim > 1 else kv[None])[:, None, None]
+        return self.values[b[:, None, None, None], h[None, :, None, None], q, keys]
 
     def of_query(self, query: int, q_len: int, kv_len: int) -> Tensor:
         return self.values[:, :, query : query + 1]

@@ -27,7 +27,7 @@ def text(reports: Sequence[Report]) -> str:
     missing = any(_MISSING in shares for *shares, _, _ in rows)
     lines = [aligned([_HEADER, *rows]), fit(f"{_LEGEND}; {_MISSING}: not compared" if missing else _LEGEND)]
     lines += _failures(reports, sites)
-    lines += [fit(line) for line in _remarks(first, sites)]
+    lines += [fit(line) for line in [*_remarks(first, sites), *_suspicion(reports)]]
     return "\n".join([*lines, fit(_verdict(reports))])
 
 
@@ -63,9 +63,6 @@ def _remarks(report: Report, sites: Sequence[AttentionReport]) -> list[str]:
         lines.append(f"the original was not run: {report.fault}")
     if report.note:
         lines.append(report.note)
-    original = [*report.original, *(check for site in report.original_sites for check in site.checks)]
-    if all(site.ok for site in sites) and not all(check.ok for check in original):
-        lines.append("the backend is right, but the model's own code computes something else: check the adapter")
     if report.changed:
         lines.append(f"the backend changes the pattern, and the oracle computes the changed pattern: {report.changed}")
     recalls = [site.recall for site in sites if site.recall is not None]
@@ -75,6 +72,14 @@ def _remarks(report: Report, sites: Sequence[AttentionReport]) -> list[str]:
     for what, distance in report.distance.items():
         lines.append(f"{what} differs from the unchanged model's {what} by {distance:.2g} of the largest value")
     return lines
+
+
+def _suspicion(reports: Sequence[Report]) -> list[str]:
+    """Return a line if only the model's own code is outside the error rule, which points to the adapter."""
+    ours = [check for r in reports for check in (*r.end_to_end, *(c for site in r.sites for c in site.checks))]
+    own = [check for r in reports for check in (*r.original, *(c for site in r.original_sites for c in site.checks))]
+    is_adapter = all(r.sites for r in reports) and all(c.ok for c in ours) and not all(c.ok for c in own)
+    return ["only the model's own code is outside the error rule: check the adapter"] if is_adapter else []
 
 
 def _named(sites: Iterable[AttentionReport]) -> list[tuple[str, list[Check]]]:

@@ -94,7 +94,9 @@ def test_dropout_in_training_runs_the_models_code(ours_everywhere):
         model(**inputs)
     assert handle.sites[0].kernels == {"native": 1, "flash": 1}
     reason = next(iter(handle.sites[0].selections)).reason
-    assert reason == "by rule: forward+backward of dense in sdpa with dropout on cpu; to measure, run attnzoo tune"
+    assert (
+        reason == "by rule: forward+backward of dense in sdpa with dropout on cpu; to measure, run attnzoo tune --train"
+    )
 
 
 def test_a_measurement_of_other_code_is_ignored(ours_everywhere):

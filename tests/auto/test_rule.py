@@ -106,7 +106,7 @@ def test_with_dropout_the_models_code_runs(limit):
     """The limits are measured without dropout."""
     assert native_because(WINDOW, "eager", call(TRAINING, 1000)) is None
     assert native_because(WINDOW, "eager", call(TRAINING, 1000), dropout=True) == (
-        "by rule: forward+backward of window and other keys with dropout on cpu; to measure, run attnzoo tune"
+        "by rule: forward+backward of window and other keys with dropout on cpu; to measure, run attnzoo tune --train"
     )
 
 

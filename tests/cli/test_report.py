@@ -53,9 +53,9 @@ def test_json_has_what_the_page_shows(tmp_path):
         (None, "No such file or directory"),
         ("{", "JSONDecodeError"),
         ("[]", "TypeError"),
-        ("{}", "JSON without the field 'rows'"),
-        ('{"backend": "sdpa", "ok": true, "end_to_end": []}', "JSON without the field 'sites'"),
-        ('{"rows": [{"family": "led"}], "end_to_end": []}', "JSON without the field"),
+        ("{}", "unknown or missing name: 'rows'"),
+        ('{"backend": "sdpa", "ok": true, "end_to_end": []}', "unknown or missing name: 'sites'"),
+        ('{"rows": [{"family": "led"}], "end_to_end": []}', "unknown or missing name"),
     ],
 )
 def test_another_file_is_refused(tmp_path, content, message):
