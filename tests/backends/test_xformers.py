@@ -137,7 +137,7 @@ def test_refusals_name_what_was_got_and_what_is_allowed(xformers):
     assert refusals(backend, dtype=torch.float64)["dtype"] == ("float64", "bfloat16, float16, float32")
     assert refusals(backend, bias="relative")["bias"] == ("relative", "none")
     assert refusals(backend, mask="dense")["mask"] == ("True", "no dense mask")
-    assert refusals(backend, dropout=0.1)["dropout"] == ("True", "dropout=0.0")
+    assert refusals(backend, dropout=0.1)["dropout"] == ("True", "dropout=0.0, or a model in eval mode")
     windows = refusals(XformersBackend(kernel="xformers_cutlass"), pattern=attnzoo.Window(3, 3))
     allowed = "a pattern other than Window with kernel xformers_cutlass"
     assert windows == {"pattern": ("Window(left=3, right=3, offset=None)", allowed)}
