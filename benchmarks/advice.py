@@ -33,6 +33,7 @@ INTRODUCTION = """\
 | the fastest code for each call | `auto`, after one `attnzoo.tune(model, inputs)` on your machine |
 | a long document in LED, Longformer, LongT5, Pegasus-X, BigBird or Reformer on a CPU | `sdpa` |
 | training of these models on a CPU, without dropout of softmax weights | `sdpa` |
+| training with this dropout (the default of LongT5, Longformer, Reformer) on a CPU | `auto`, after `attnzoo.tune` |
 | GPT-NeoX, GPTBigCode, Llama and other models that transformers already runs on `sdpa` | `auto`, which keeps the \
 model's own code |
 | attention probabilities, or a result to compare with | `eager` |

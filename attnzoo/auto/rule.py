@@ -119,7 +119,7 @@ def native_because(
     if limit is not None and holds(limit, requests) and count_scores(requests, call) >= limit.scores:
         return None
     # Sites keep all reasons. Rounding the number of scores avoids a new reason for each length.
-    size = f" with about {power_of_two(count_scores(requests, call))} scores" if limit is not None else ""
+    size = f" with about {power_of_two(count_scores(requests, call))} scores (limit {limit.scores})" if limit else ""
     return f"by rule: {call.mode} of {kind}{size} on {call.device}; to measure, run attnzoo tune"
 
 

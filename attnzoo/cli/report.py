@@ -53,12 +53,14 @@ def _read(path: Path) -> Page:
 
     try:
         data = json_format.loads(path.read_text(encoding="utf-8"))
-        if isinstance(data, dict) and verification.is_verification(data):
+        if not isinstance(data, dict):
+            raise ValueError(f"the JSON is a {type(data).__name__}, not an object")
+        if verification.is_verification(data):
             return verification.page_of(data)
         return of_shootouts.page_of(Shootout.read(path))
     except OSError as error:
         raise InvalidArgumentError("result", f"{path}: {error.strerror}", _ALLOWED) from error
-    except KeyError as error:
+    except KeyError as error:  # a result of another command, or of another version
         raise InvalidArgumentError("result", f"{path}: unknown or missing name: {error}", _ALLOWED) from error
     except (ValueError, TypeError, LookupError, AttributeError) as error:  # not JSON, or JSON of another form
         raise InvalidArgumentError("result", f"{path}: {type(error).__name__}: {error}", _ALLOWED) from error

@@ -53,7 +53,11 @@ def remark(inputs: Mapping[str, Any], length: int = LENGTH) -> str:
         samples = max(samples, len(inputs[name]))
         parts.append(f"the first {kept} of {total} {what}" if kept < total else f"all {total} {what}")
     text = f"checked: {' and '.join(parts)}" + (f" of sample {sample + 1} of {samples}" if samples > 1 else "")
-    return text if samples > 1 or "the first" in text else ""
+    masks = (_mask(inputs, "attention_mask"), _mask(cut, "attention_mask"))
+    had_padding, has_padding = (mask is not None and not bool((mask != 0).all()) for mask in masks)
+    lost_padding = had_padding and not has_padding
+    text += ", without padding" if lost_padding else ""
+    return text if samples > 1 or lost_padding or "the first" in text else ""
 
 
 def _sample(inputs: Mapping[str, Any]) -> int:

@@ -98,7 +98,8 @@ def test_a_backend_runs_from_the_limit_on(limit, mode, q_len, batch, native):
     if native:
         scores = 1 << (4 * q_len * batch * 16 - 1).bit_length()
         assert reason == (
-            f"by rule: {mode} of window and other keys with about {scores} scores on cpu; to measure, run attnzoo tune"
+            f"by rule: {mode} of window and other keys with about {scores} scores (limit 3200) on cpu; "
+            "to measure, run attnzoo tune"
         )
 
 

@@ -52,7 +52,7 @@ def test_json_has_what_the_page_shows(tmp_path):
     [
         (None, "No such file or directory"),
         ("{", "JSONDecodeError"),
-        ("[]", "TypeError"),
+        ("[]", "the JSON is a list, not an object"),
         ("{}", "unknown or missing name: 'rows'"),
         ('{"backend": "sdpa", "ok": true, "end_to_end": []}', "unknown or missing name: 'sites'"),
         ('{"rows": [{"family": "led"}], "end_to_end": []}', "unknown or missing name"),

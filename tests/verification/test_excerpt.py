@@ -96,3 +96,11 @@ def test_fast_verify_detects_faults_in_gradients_alone():
 def test_fast_verify_without_gradients_compares_outputs_only():
     report = attnzoo.verify(led(), led_inputs(26, "none"), fast=True, gradients=False)
     assert report.ok and {check.what for site in report.sites for check in site.checks} == {"output"}
+
+
+def test_remark_says_that_padding_was_left_out():
+    """Otherwise an adapter that loses the padding mask would seem to be checked."""
+    ids, mask = torch.ones(1, 5, dtype=torch.long), torch.tensor([[0, 0, 1, 1, 1]])
+    given = {"input_ids": ids, "attention_mask": mask}
+    assert remark(given, 6) == "checked: all 3 tokens, without padding"
+    assert remark({**given, "attention_mask": mask.flip(1)}, 6) == "", "padding on the right is kept"

@@ -63,14 +63,20 @@ def test_no_passage_is_not_ok():
 def test_text_names_the_place_of_the_failed_check(changes, line):
     text = str(replace(RIGHT, **changes))
     assert [row for row in text.splitlines() if row.endswith("FAILS")] == [line]
-    assert text.endswith("backend 'sdpa': NOT within the error rule")
+    verdict = " ".join(text[text.index("backend 'sdpa'") :].split())
+    if "original" in line:
+        own = "the model's own code: NOT within the error rule (check the adapter)"
+        assert verdict == f"backend 'sdpa': within the error rule; {own}"
+    else:
+        assert verdict == "backend 'sdpa': NOT within the error rule"
 
 
 @pytest.mark.parametrize(
     "change", [dict(end_to_end=(GOOD, BAD)), dict(original=(GOOD, BAD)), dict(original_sites=(WRONG,))]
 )
 def test_text_counts_the_passages_that_are_not_ok(change):
-    assert str(Passages((RIGHT, replace(RIGHT, **change)))).endswith("NOT within the error rule on 1 of 2 passages")
+    text = " ".join(str(Passages((RIGHT, replace(RIGHT, **change)))).split())
+    assert text.removesuffix(" (check the adapter)").endswith("NOT within the error rule on 1 of 2 passages")
 
 
 def test_text_says_that_no_attention_ran_on_one_of_the_passages():
