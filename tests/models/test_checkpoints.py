@@ -48,12 +48,13 @@ def test_perplexity_equals_the_originals_to_four_digits(family, backend):
     assert f"{patched:.4g}" == f"{original:.4g}" or patched == pytest.approx(original, rel=1e-5)
 
 
-def fine_tune(family, backend, dtype=torch.float32, buckets=None, rate=0.01):
+def fine_tune(family, backend, dtype=torch.float32, buckets=None, rate=0.01, prepare=lambda model: None):
     """Losses and final parameters of a few steps of SGD with clipped gradients, and the hash buckets of the run.
 
     With ``buckets``, the run uses these: a rounding may move a token into another bucket.
     """
     model = load(family, dtype).train()
+    prepare(model)
     handle = attnzoo.patch(model, backend) if backend else None
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     generator, losses = torch.Generator().manual_seed(3), []
@@ -96,9 +97,22 @@ def test_fine_tuning_equals_the_originals(family):
     assert moved > 20 * (sdpa[1] - original[1]).abs().max()
 
 
+def round_self_scores_less(model):
+    """Hide a token from itself with the score -1e4.
+
+    With -1e5, the original is off by 1e-11 of the gradient for a token that sees only itself, also in float64.
+    """
+    for module in model.modules():
+        if hasattr(module, "self_mask_value_float32"):
+            module.self_mask_value_float32.fill_(-1e4)
+
+
 def test_fine_tuning_of_reformer_equals_the_originals_without_replay():
     """In float64, no rounding moves a token into another bucket. So all runs can compute their buckets."""
-    original, *patched = (fine_tune("reformer", backend, torch.float64) for backend in (None, "eager", "sdpa"))
+    original, *patched = (
+        fine_tune("reformer", backend, torch.float64, prepare=round_self_scores_less)
+        for backend in (None, "eager", "sdpa")
+    )
     for run in patched:
         for what, k, index in (("losses", FORWARD, 0), ("parameters", GRADIENT, 1)):
             # The original is its own reference, so only a few roundings are allowed.
