@@ -61,11 +61,28 @@ class KeywordRefusedError(InvalidArgumentError):
 class UnknownNameError(InvalidArgumentError, LookupError):
     """A name is not registered. The message lists the registered names and suggests similar ones."""
 
-    def __init__(self, argument: str, got: str, allowed: Iterable[str], also: str = "") -> None:
+    def __init__(self, argument: str, got: object, allowed: Iterable[str], also: str = "") -> None:
         names = sorted(allowed)
         listed = [*map(repr, names), *([f"or {also}"] if also else [])]
         name = shorten(repr(got), _SHORTEST_GOT)
         super().__init__(argument, f"{name}{suggestion(str(got), names)}", ", ".join(listed) or "none")
+
+
+def unusable_backend(name: object, names: set[str], reserved: Iterable[str]) -> InvalidArgumentError:
+    """Return the error for a name that is no backend: a reserved name, a name with options, or an unknown name.
+
+    ``names`` are all names that users may type, which include ``reserved``.
+    """
+    usable = names - set(reserved)
+    text = name if isinstance(name, str) else ""  # comparing an array with a name would raise
+    if text in names - usable:
+        listed = ", ".join(map(repr, sorted(usable)))
+        return InvalidArgumentError("backend", f"{text!r}, which is not accepted by this function", listed)
+    first, _, options = text.partition(":")
+    if options and first in usable:
+        allowed = f"{first!r}, and options as keyword arguments: {options.replace(',', ', ')}"
+        return InvalidArgumentError("backend", repr(text), allowed)
+    return UnknownNameError("backend", name, names)
 
 
 def suggestion(got: str, names: Iterable[str], cutoff: float = 0.5) -> str:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from attnzoo import errors
 from attnzoo.backend import Backend, BackendInfo
 from attnzoo.errors import BackendRefusedError, InvalidArgumentError, Refusal, UnknownNameError, raise_interrupts
 from attnzoo.refusal_cache import RefusalCache, availability, unavailable_reason
@@ -183,14 +184,7 @@ class Registry:
             return owner
         if text in self._broken_backends:
             raise InvalidArgumentError("backend", f"{text!r}: {self._broken_backends[text]}", "a backend that loads")
-        if text in RESERVED_NAMES:
-            names = ", ".join(map(repr, sorted(self.names() - set(RESERVED_NAMES))))
-            raise InvalidArgumentError("backend", f"{text!r}, which is not accepted by this function", names)
-        first, _, options = text.partition(":")
-        if options and first in self.names() - set(RESERVED_NAMES):
-            allowed = f"{first!r}, and options as keyword arguments: {options.replace(',', ', ')}"
-            raise InvalidArgumentError("backend", repr(text), allowed)
-        raise UnknownNameError("backend", name, self.names())
+        raise errors.unusable_backend(name, self.names(), RESERVED_NAMES)
 
     def names(self) -> set[str]:
         """Return every name that users may type for a backend: names, aliases, variants and the reserved names."""

